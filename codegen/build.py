@@ -1,0 +1,201 @@
+"""From a `KernelSpec` to something that can be called: render, keep in the file cache, compile, load.
+
+Files go to the folder named by FHOPT_CACHE_DIR, or ~/.cache/fhopt. A file's name is the name of the spec and a hash of
+its text (for C++ also of compiler, flags and host CPU, since the code is made for that CPU), so a file that exists is
+right and is never written again. Files appear whole (written aside, then renamed) and are made under a lock, so that
+processes that need the same kernel at once build it once.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fhopt.codegen import cpp, torch_ops
+from fhopt.codegen.call import LibraryKernel
+from fhopt.errors import FhoptError
+from fhopt.ops import LatentKernel
+from fhopt.spec import KernelSpec
+
+CACHE_VARIABLE = "FHOPT_CACHE_DIR"
+COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+class CompileError(Exception):
+    """No compiler, or one that refused the file. The message is a sentence for the user."""
+
+
+def render(spec: KernelSpec, target: str) -> str:
+    """The text of the kernel of `spec` for `target`, "cpp" or "torch". Raises FhoptError for another target."""
+    renderers: dict[str, Callable[[KernelSpec], str]] = {"cpp": cpp.render, "torch": torch_ops.render}
+    if target not in renderers:
+        raise FhoptError(f"there is no renderer for {target!r}; expected one of {', '.join(renderers)}.")
+    return renderers[target](spec)
+
+
+@functools.cache
+def build(spec: KernelSpec) -> LatentKernel:
+    """The kernel of `spec`, with the signature of `fhopt.ops.latent_attention_reference`; built once in a process.
+
+    Compiled C++ where a compiler is found, else (with one warning) plain torch operations. The kernel ignores the tier
+    arguments: they are fixed by `spec`.
+    """
+    try:
+        return build_cpp(spec)
+    except CompileError as error:
+        _warn_once(
+            f"{error} Attention on latents runs on plain torch operations, which is slower. "
+            "Install g++ (or clang++) and start again to get compiled kernels."
+        )
+    return build_torch(spec)
+
+
+def build_cpp(spec: KernelSpec) -> LatentKernel:
+    """The compiled kernel of `spec`. Raises CompileError."""
+    compiler, text = find_compiler(), cpp.render(spec)
+    stem = f"{spec.name}-{_digest(text, _identity(compiler), *_FLAGS, _native(compiler))}"
+    library = cached_file(f"{stem}.so", lambda path: _compile(compiler, text, path))
+    return LibraryKernel(ctypes.CDLL(str(library)).latent_attention, spec)
+
+
+def build_torch(spec: KernelSpec) -> LatentKernel:
+    """The kernel of `spec` in plain torch operations."""
+    text = torch_ops.render(spec)
+    stem = f"{spec.name}-{_digest(text)}"
+    path = cached_file(f"{stem}.py", lambda path: _write(path, text))
+    module_spec = importlib.util.spec_from_file_location(f"fhopt_kernel_{_digest(stem)}", path)
+    assert module_spec is not None and module_spec.loader is not None, path
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    kernel: LatentKernel = module.latent_attention
+    return kernel
+
+
+# --------------------------------------------------------------------------------------------------- compiler
+
+
+def find_compiler() -> str:
+    """Path of the first C++ compiler on PATH. Raises CompileError."""
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return path
+    raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
+
+
+def _compile(compiler: str, text: str, library: Path) -> None:
+    """Compile to `library`, and leave the text beside it. Raises CompileError."""
+    source = library.with_suffix(".cpp")
+    _write(source, text)
+    with _appearing(library) as target:
+        command = [compiler, *_FLAGS, _native(compiler), str(source), "-o", str(target)]
+        failed = _errors([*command, "-fopenmp"])
+        if failed and _errors(command):  # without OpenMP the kernel runs on one thread
+            raise CompileError(f"{compiler} refused a generated file: {failed.strip().splitlines()[0]}.")
+
+
+def _errors(command: list[str]) -> str:
+    """What the compiler said when it failed; empty when it did not."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stderr or "no message") if done.returncode else ""
+
+
+def _native(compiler: str) -> str:
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    return "-mcpu=native" if arm else "-march=native"
+
+
+@functools.cache
+def _identity(compiler: str) -> str:
+    """Which compiler and which CPU: code for one CPU may not run on another that shares the cache folder."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    cpu = [line for line in dict.fromkeys(lines) if line.startswith(wanted)]
+    return "\n".join([version, platform.machine(), platform.processor(), *cpu])
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def cached_file(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's file `name`, made by `make(path)` under a lock when it is not there yet."""
+    path = cache_folder() / name
+    if path.exists():
+        return path
+    try:
+        return _make_locked(path, make)
+    except OSError as error:
+        other = _temporary_folder()
+        _warn_once(
+            f"The kernel cache {path.parent} cannot be written ({error.strerror}); kernels of this process go to "
+            f"{other} and are built again next time. Set {CACHE_VARIABLE} to a folder that you may write to."
+        )
+    path = other / name
+    return path if path.exists() else _make_locked(path, make)
+
+
+def cache_folder() -> Path:
+    """Where generated files are kept: FHOPT_CACHE_DIR, or ~/.cache/fhopt."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fhopt")
+
+
+def _make_locked(path: Path, make: Callable[[Path], None]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():  # another process may have made it while this one waited
+            make(path)
+    return path
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block succeeds: readers see the whole file or none."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with _appearing(path) as target:
+        target.write_text(text)
+
+
+@functools.cache
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fhopt-")  # removed when the process ends
+
+
+def _temporary_folder() -> Path:
+    return Path(_temporary_directory().name)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

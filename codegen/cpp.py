@@ -1,0 +1,686 @@
+"""Render the C++ kernel of a `KernelSpec`: latent attention for CPUs, one readable C++17 file without dependencies.
+
+What varies with the spec stands in the first page of the file: widths, one unpacking line per tier, softcap. All that
+follows is the same text in every file, specialised by these constants. The file is compiled by GCC or Clang for
+whatever vector unit the host has (vector extensions, no intrinsics) and called through one struct (`ARGUMENTS`).
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
+"""
+
+from __future__ import annotations
+
+from string import Template
+
+from fhopt.spec import KernelSpec
+
+Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) of a `KernelSpec`
+
+# The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
+ARGUMENTS = "@8q4q4q4q4q4q5q2q2d"
+
+_UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}
+DTYPES = tuple(_UNCODED)  # of queries and of uncoded latents
+
+
+def render(spec: KernelSpec) -> str:
+    """The text of the kernel of `spec`; the same spec gives the same text."""
+    return _FILE.substitute(
+        name=spec.name,
+        key_legend=_legend(spec.key_tiers, spec.key_width, spec.dtype),
+        value_legend=_legend(spec.value_tiers, spec.value_width, spec.dtype),
+        capped="cap(x) = softcap tanh(x / softcap)" if spec.softcap else "cap(x) = x (no softcap)",
+        key_side=_side("Keys", spec.key_tiers, spec.key_width, spec.dtype),
+        value_side=_side("Values", spec.value_tiers, spec.value_width, spec.dtype),
+        softcap=str(spec.softcap).lower(),
+    )
+
+
+def _legend(tiers: Tiers, width: int, dtype: str) -> str:
+    if not tiers:
+        return f"{width} channels, uncoded {dtype}"
+    return ", ".join(f"{w} channels of {b} bits" for b, w, _ in tiers)
+
+
+def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
+    """The struct that tells how wide a row of one side is and how it becomes floats."""
+    copy, size = _UNCODED[dtype]
+    scaled = any(bits < 16 for bits, _, _ in tiers)
+    in_place = not tiers and dtype == "float32"
+    table = tiers or ((8 * size, width, 1.0),)
+    fields = (
+        (f"int WIDTH = {width};", "R, channels of a row"),
+        ("int PAD = padded(WIDTH);", "floats of an unpacked row: whole vectors"),
+        (f"int ELEMENT = {1 if tiers else size};", "bytes of what strides count"),
+        (f"bool SCALED = {str(scaled).lower()};", "a token has a scale"),
+        (f"bool IN_PLACE = {'WIDTH % LANES == 0' if in_place else 'false'};", "rows can be read as they are"),
+        (f"Tier TIERS[] = {{{', '.join(f'{{{b}, {w}, {step!r}f}}' for b, w, step in table)}}};", "bits, width, step"),
+    )
+    return _SIDE.substitute(
+        name=name,
+        fields="\n".join(f"    static constexpr {field:<32}  // {comment}" for field, comment in fields),
+        scale="scale" if scaled and any(bits == 16 for bits, _, _ in tiers) else "/*scale*/",
+        lines="\n".join(_copy_lines(tiers, scaled) or [f"        {copy}<{width}>(row, z);"]),
+    )
+
+
+def _copy_lines(tiers: Tiers, scaled: bool) -> list[str]:
+    lines, byte, channel = [], 0, 0
+    for bits, width, _ in tiers:
+        if bits < 16:
+            lines.append(f"        copy_codes<{bits}, {width}>(row + {byte}, z + {channel});")
+        else:
+            factor = ", 1 / scale" if scaled else ""
+            lines.append(f"        copy_float16<{width}>(row + {byte}, z + {channel}{factor});")
+        byte, channel = byte + bits * width // 8, channel + width
+    return lines
+
+
+_SIDE = Template("""\
+struct $name {
+$fields
+
+    static void unpack(const uint8_t* row, float $scale, float* z) {
+$lines
+    }
+};""")
+
+_FILE = Template(r"""// $name
+//
+// Latent attention for one kind of latent, on a CPU:
+//
+//     x[t] = cap(scale * q . z_K[t]) + mask[t]      $capped
+//     lse  = log sum_t exp(x[t])
+//     o    = sum_t exp(x[t] - lse) z_V[t]           o = 0 and lse = -inf where every token is masked
+//
+//     q [B,H,S,R_K]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,R_V]   lse [B,H,S]
+//
+//     B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
+//     T tokens, R channels of a latent.
+//
+//     key rows    $key_legend
+//     value rows  $value_legend
+//
+// A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale. Low-order
+// codes come first. Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is
+// subtracted from whole sums, and the token's scale multiplies its logit and its weight.
+//
+// Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
+// its tokens in tiles that fit the first-level cache: unpack a tile of keys once, score it with all rows (query head x
+// query), update the running softmax, unpack the values of the same tokens, mix. Ranges of tokens are then merged by
+// their log-sum-exp. Logits are kept in base 2, since exp2 is cheaper than exp.
+//
+// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+
+#define INLINE inline __attribute__((always_inline))
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define UNROLL(times) PRAGMA(unroll times)
+#else
+#define UNROLL(times) PRAGMA(GCC unroll times)
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ vectors
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST_ROWS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, MOST_ROWS = 2;
+#else
+constexpr int LANES = 4, MOST_ROWS = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));  // 8 channels: every tier is a multiple of them
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef uint64_t Words4 __attribute__((vector_size(32)));
+typedef uint8_t Bytes32 __attribute__((vector_size(32)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+
+INLINE Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+INLINE void store(float* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+template <class F>
+INLINE Floats4 fold(Floats v, F f) {
+    Floats4 parts[LANES / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) parts[0] = f(parts[0], parts[i]);
+    return parts[0];
+}
+
+INLINE Floats4 fold_sum(Floats v) {
+    return fold(v, [](Floats4 a, Floats4 b) { return a + b; });
+}
+
+INLINE float sum_of(Floats v) {
+    const Floats4 s = fold_sum(v);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+INLINE float largest_of(Floats v) {
+    const Floats4 s = fold(v, [](Floats4 a, Floats4 b) { return a > b ? a : b; });
+    return std::max(std::max(s[0], s[1]), std::max(s[2], s[3]));
+}
+
+INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
+    const Floats4 p = fold_sum(a), q = fold_sum(b), r = fold_sum(c), s = fold_sum(d);
+    const Floats4 pq = SHUFFLE(Ints4, p, q, 0, 4, 1, 5) + SHUFFLE(Ints4, p, q, 2, 6, 3, 7);
+    const Floats4 rs = SHUFFLE(Ints4, r, s, 0, 4, 1, 5) + SHUFFLE(Ints4, r, s, 2, 6, 3, 7);
+    return SHUFFLE(Ints4, pq, rs, 0, 1, 4, 5) + SHUFFLE(Ints4, pq, rs, 2, 3, 6, 7);
+}
+
+// ------------------------------------------------------------------------------------------------ from rows to floats
+
+// The codes of 8 channels, as floats in channel order.
+template <int BITS>
+INLINE Floats8 codes_of(const uint8_t* p) {
+    if constexpr (BITS == 8) {
+        uint64_t word;
+        std::memcpy(&word, p, 8);
+        const Bytes32 bytes = (Bytes32)(Words4{} + word);  // the word four times; then one byte to each 32-bit lane
+        const Bytes32 lanes = SHUFFLE(Bytes32, bytes, Bytes32{},  // 32 picks a zero
+                                      0, 32, 32, 32, 1, 32, 32, 32, 2, 32, 32, 32, 3, 32, 32, 32,
+                                      20, 32, 32, 32, 21, 32, 32, 32, 22, 32, 32, 32, 23, 32, 32, 32);
+        return __builtin_convertvector((Ints8)lanes, Floats8);
+    } else {
+        constexpr Ints8 shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
+        int32_t word = 0;
+        std::memcpy(&word, p, BITS);
+        return __builtin_convertvector(((Ints8{} + word) >> shifts) & ((1 << BITS) - 1), Floats8);
+    }
+}
+
+template <int BITS, int WIDTH>
+INLINE void copy_codes(const uint8_t* row, float* z) {
+    UNROLL(16) for (int i = 0; i < WIDTH / 8; i++) store(z + 8 * i, codes_of<BITS>(row + BITS * i));
+}
+
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float from_float16(uint16_t half) {
+    const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
+    const float finite = from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent, also of subnormals
+    const float x = magnitude < 0x7c00 ? finite : from_bits(magnitude << 13 | 0x7f800000);
+    return sign ? -x : x;
+}
+
+// Float16 channels beside coded ones are divided by the scale with which the sum over all channels is multiplied.
+template <int WIDTH>
+INLINE void copy_float16(const uint8_t* row, float* z, float factor = 1.0f) {
+    for (int i = 0; i < WIDTH; i++) {
+        uint16_t half;
+        std::memcpy(&half, row + 2 * i, 2);
+        z[i] = from_float16(half) * factor;
+    }
+}
+
+template <int WIDTH>
+INLINE void copy_bfloat16(const uint8_t* row, float* z) {
+    for (int i = 0; i < WIDTH; i++) {
+        uint16_t half;
+        std::memcpy(&half, row + 2 * i, 2);
+        z[i] = from_bits(uint32_t(half) << 16);
+    }
+}
+
+template <int WIDTH>
+INLINE void copy_float32(const uint8_t* row, float* z) {
+    std::memcpy(z, row, 4 * WIDTH);
+}
+
+// ------------------------------------------------------------------------------------------------ the spec
+
+constexpr bool SOFTCAP = $softcap;
+
+struct Tier {
+    int bits, width;  // 16 bits and more: floats, not codes
+    float step;
+};
+
+$key_side
+
+$value_side
+
+// Per channel: what a code is multiplied with, and the code that stands for 0.
+template <class Side>
+struct Channels {
+    float step[Side::PAD] = {}, middle[Side::PAD] = {};
+
+    constexpr Channels() {
+        int channel = 0;
+        for (Tier tier : Side::TIERS) {
+            for (int i = 0; i < tier.width; i++, channel++) {
+                step[channel] = tier.bits < 16 ? tier.step : 1.0f;
+                middle[channel] = tier.bits < 16 ? 0.5f * ((1 << tier.bits) - 1) : 0.0f;
+            }
+        }
+    }
+};
+
+constexpr Channels<Keys> KEY_CHANNELS;
+constexpr Channels<Values> VALUE_CHANNELS;
+
+// Tokens of a tile: 24 KB of floats, so that it stays in the first-level cache beside the queries.
+constexpr int WIDEST = std::max(Keys::PAD, Values::PAD);
+constexpr int TILE = std::clamp(6144 / WIDEST / 16 * 16, 16, 64);
+constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
+
+constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
+
+// ------------------------------------------------------------------------------------------------ arguments
+
+struct Rows {
+    const uint8_t* data;
+    int64_t batch, head, token;  // strides in elements; the last dimension is dense
+
+    template <class T>
+    const T* at(int64_t b, int64_t h, int64_t t) const {
+        return reinterpret_cast<const T*>(data) + b * batch + h * head + t * token;
+    }
+};
+
+enum MaskKind : int64_t { NO_MASK, BOOL_MASK, ADDITIVE_MASK };
+
+struct Arguments {
+    int64_t batch, heads, queries, tokens, key_heads, value_heads, threads;
+    MaskKind mask_kind;
+    Rows query;                               // float32 [B,H,S,R_K], the stride of S in `token`
+    Rows key, key_scale, value, value_scale;  // [B,J,T,...] and float16 [B,J,T]
+    Rows mask;                                // bool or float32 [B,H,S,T], the stride of S in `token`
+    int64_t mask_token;                       // the stride of T in it
+    float *output, *lse;                      // float32 [B,H,S,R_V] and [B,H,S], dense
+    double scale, softcap;
+};
+
+// A range of tokens for some queries of the query heads that share latents. Row r: query r % queries, head r / queries.
+struct Part {
+    int64_t b, head, heads, query, queries, begin, end;
+
+    int rows() const { return int(heads * queries); }
+    int64_t row(const Arguments& a, int r) const {  // in the output
+        return (b * a.heads + head + r / queries) * a.queries + query + r % queries;
+    }
+};
+
+// Running softmax of a row: o = sum / total, lse = log2(total) + top.
+struct State {
+    float top, total;
+    alignas(64) float sum[Values::PAD];  // of weight * (code - middle)
+};
+
+// ------------------------------------------------------------------------------------------------ two products
+
+// logits[r][t] = q[r] . z[t] for ROWS rows and a multiple of TOKENS tokens.
+template <int ROWS, int TOKENS>
+void score(const float* __restrict q, const float* __restrict z, int64_t stride, int tokens, float* __restrict logits) {
+    for (int t = 0; t < tokens; t += TOKENS) {
+        Floats sums[ROWS][TOKENS] = {};
+        UNROLL(4) for (int i = 0; i < Keys::PAD; i += LANES) {
+            UNROLL(8) for (int k = 0; k < TOKENS; k++) {
+                const Floats zk = load(z + (t + k) * stride + i);
+                UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * Keys::PAD + i) * zk;
+            }
+        }
+        UNROLL(4) for (int r = 0; r < ROWS; r++) {
+            UNROLL(2) for (int k = 0; k < TOKENS; k += 4) {
+                store(logits + r * TILE + t + k, sums_of(sums[r][k], sums[r][k + 1], sums[r][k + 2], sums[r][k + 3]));
+            }
+        }
+    }
+}
+
+// states[r].sum[c] += sum_t weights[r][t] (z[t][c] - middle[c]) for ROWS rows and VECTORS vectors of channels, given
+// totals[r] = sum_t weights[r][t].
+template <int ROWS, int VECTORS>
+INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const float* __restrict z,
+                         int64_t stride, int tokens, State* __restrict states, int channel) {
+    Floats sums[ROWS][VECTORS];
+    UNROLL(4) for (int r = 0; r < ROWS; r++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
+            const int c = channel + v * LANES;
+            sums[r][v] = load(states[r].sum + c);
+            if (Values::SCALED) sums[r][v] -= totals[r] * load(VALUE_CHANNELS.middle + c);
+        }
+    }
+    UNROLL(4) for (int t = 0; t < tokens; t++) {
+        Floats zt[VECTORS];
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) zt[v] = load(z + t * stride + channel + v * LANES);
+        UNROLL(4) for (int r = 0; r < ROWS; r++) {
+            UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[r * TILE + t] * zt[v];
+        }
+    }
+    UNROLL(4) for (int r = 0; r < ROWS; r++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) store(states[r].sum + channel + v * LANES, sums[r][v]);
+    }
+}
+
+template <int ROWS>
+void mix(const float* weights, const float* totals, const float* z, int64_t stride, int tokens, State* states) {
+    constexpr int VECTORS = ROWS == 1 ? 8 : 4, ALL = Values::PAD / LANES, REST = ALL % VECTORS;
+    for (int v = 0; v + VECTORS <= ALL; v += VECTORS) {
+        mix_channels<ROWS, VECTORS>(weights, totals, z, stride, tokens, states, v * LANES);
+    }
+    if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, stride, tokens, states, (ALL - REST) * LANES);
+}
+
+// Calls f(first, count) with `count` a compile-time number of at most MOST_ROWS rows, sizes as even as they can be.
+template <class F>
+INLINE void for_blocks_of_rows(int rows, F f) {
+    for (int first = 0; first < rows;) {
+        const int blocks = (rows - first + MOST_ROWS - 1) / MOST_ROWS;
+        const int count = (rows - first + blocks - 1) / blocks;
+        switch (count) {
+            case 1: f(first, std::integral_constant<int, 1>()); break;
+            case 2: f(first, std::integral_constant<int, 2>()); break;
+            case 3: f(first, std::integral_constant<int, 3>()); break;
+            case 4: f(first, std::integral_constant<int, 4>()); break;
+        }
+        first += count;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ softmax
+
+// 2^x to 1e-7, for x <= 0; 0 below 2^-126.
+INLINE Floats exp2(Floats x) {
+    constexpr float ROUND = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+    const Floats low = x < -126.0f ? Floats{} - 126.0f : x;
+    const Floats shifted = low + ROUND;
+    const Floats f = low - (shifted - ROUND);  // [-1/2, 1/2]
+    Floats y = f * 0.00015353361f + 0.0013398874f;
+    y = y * f + 0.0096184374f;
+    y = y * f + 0.0555033247f;
+    y = y * f + 0.2402264791f;
+    y = y * f + 0.6931472029f;
+    y = y * f + 1.0f;
+    const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
+    return x < -126.0f ? Floats{} : y * (Floats)power;
+}
+
+INLINE Floats tanh(Floats x) {
+    const Floats e = exp2((x < 0.0f ? x : -x) * float(2 * LOG2E));
+    const Floats t = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -t : t;
+}
+
+template <class T, class F>
+INLINE void for_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, F f) {
+    const T* m = a.mask.at<T>(p.b, p.head + row / p.queries, p.query + row % p.queries) + begin * a.mask_token;
+    for (int t = 0; t < tokens; t++) f(t, m[t * a.mask_token]);
+}
+
+void add_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, float* __restrict x) {
+    if (a.mask_kind == BOOL_MASK) {
+        for_mask<uint8_t>(a, p, row, begin, tokens, [x](int t, uint8_t m) { x[t] = m ? x[t] : -INF; });
+    } else if (a.mask_kind == ADDITIVE_MASK) {
+        for_mask<float>(a, p, row, begin, tokens, [x](int t, float m) { x[t] += m * float(LOG2E); });
+    }
+}
+
+void cap(float* x, int tokens, float softcap) {
+    for (int t = 0; t < tokens; t += LANES) store(x + t, tanh(load(x + t)) * (softcap * float(LOG2E)));
+}
+
+// Logits of a tile become weights relative to the largest logit so far; earlier sums are brought to the same base.
+void to_weights(float* __restrict x, int tokens, State& state) {
+    Floats tops = load(x);
+    for (int t = LANES; t < tokens; t += LANES) tops = load(x + t) > tops ? load(x + t) : tops;
+    const float top = std::max(state.top, largest_of(tops));
+    if (top > state.top) {
+        const float factor = std::exp2(state.top - top);
+        for (int i = 0; i < Values::PAD; i++) state.sum[i] *= factor;
+        state.total *= factor;
+        state.top = top;
+    }
+    const float base = top == -INF ? 0.0f : top;  // all masked so far: weights are 0, not NaN
+    Floats total = {};
+    for (int t = 0; t < tokens; t += LANES) {
+        const Floats w = exp2(load(x + t) - base);
+        store(x + t, w);
+        total += w;
+    }
+    state.total += sum_of(total);
+}
+
+// ------------------------------------------------------------------------------------------------ a part
+
+template <class T>
+T* allocate(int64_t count) {
+    return static_cast<T*>(std::aligned_alloc(64, (count * int64_t(sizeof(T)) + 63) / 64 * 64));
+}
+
+struct Scratch {
+    float *tile, *query, *middle, *logits, *totals;  // [TILE, WIDEST], [rows, R_K], [rows], [rows, TILE], [rows]
+    State* states;                                   // [rows]
+    alignas(64) float scale[TILE];
+
+    explicit Scratch(int64_t rows)
+        : tile(allocate<float>(TILE * WIDEST)), query(allocate<float>(rows * Keys::PAD)), middle(allocate<float>(rows)),
+          logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)), states(allocate<State>(rows)), scale() {
+        std::fill(tile, tile + TILE * WIDEST, 0.0f);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() {
+        for (void* memory : {(void*)tile, (void*)query, (void*)middle, (void*)logits, (void*)totals, (void*)states}) {
+            std::free(memory);
+        }
+    }
+};
+
+// Rows of a tile as floats, with `stride` floats from one to the next: where they are, or unpacked into the scratch.
+template <class Side>
+INLINE const float* floats(const Rows& rows, const Rows& scales, int64_t b, int64_t j, int64_t begin, int tokens,
+                           Scratch& s, int64_t& stride) {
+    const uint8_t* row = rows.data + (b * rows.batch + j * rows.head + begin * rows.token) * Side::ELEMENT;
+    if (Side::IN_PLACE && tokens == TILE) {
+        stride = rows.token;
+        return reinterpret_cast<const float*>(row);
+    }
+    stride = Side::PAD;
+    for (int t = 0; t < tokens; t++) {
+        if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(b, j, begin + t));
+        Side::unpack(row + t * rows.token * Side::ELEMENT, s.scale[t], s.tile + t * Side::PAD);
+    }
+    return s.tile;
+}
+
+void scale_logits(int64_t row, int rows, int tokens, Scratch& s) {
+    for (int64_t r = row; r < row + rows; r++) {
+        float* x = s.logits + r * TILE;
+        for (int t = 0; t < tokens; t += LANES) store(x + t, (load(x + t) - s.middle[r]) * load(s.scale + t));
+    }
+}
+
+void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
+    for (int64_t r = row; r < row + rows; r++) {
+        float* w = s.logits + r * TILE;
+        Floats total = {};
+        for (int t = 0; t < tokens; t += LANES) {
+            const Floats scaled = load(w + t) * load(s.scale + t);
+            store(w + t, scaled);
+            total += scaled;
+        }
+        s.totals[r] = sum_of(total);
+    }
+}
+
+void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const int64_t shared = a.heads / a.key_heads;  // query heads that read one latent head
+    const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
+    for (int64_t head = 0; head < p.heads; head += shared) {
+        int64_t stride;
+        const int64_t j = (p.head + head) / shared;
+        const float* z = floats<Keys>(a.key, a.key_scale, p.b, j, begin, tokens, s, stride);
+        const int64_t row = head * p.queries;
+        for_blocks_of_rows(rows, [&](int first, auto count) {
+            constexpr int ROWS = decltype(count)::value;
+            const int64_t r = row + first;
+            score<ROWS, ROWS == 1 ? 8 : 4>(s.query + r * Keys::PAD, z, stride, whole, s.logits + r * TILE);
+        });
+        if (Keys::SCALED) scale_logits(row, rows, whole, s);
+    }
+}
+
+void update_softmax(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const int whole = whole_vectors(tokens);
+    for (int r = 0; r < p.rows(); r++) {
+        float* x = s.logits + r * TILE;
+        if (SOFTCAP) cap(x, whole, float(a.softcap));
+        add_mask(a, p, r, begin, tokens, x);
+        std::fill(x + tokens, x + whole, -INF);
+        to_weights(x, whole, s.states[r]);
+    }
+}
+
+void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const int64_t shared = a.heads / a.value_heads;
+    const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
+    for (int64_t head = 0; head < p.heads; head += shared) {
+        int64_t stride;
+        const int64_t j = (p.head + head) / shared;
+        const float* z = floats<Values>(a.value, a.value_scale, p.b, j, begin, tokens, s, stride);
+        const int64_t row = head * p.queries;
+        if (Values::SCALED) scale_weights(row, rows, whole, s);
+        for_blocks_of_rows(rows, [&](int first, auto count) {
+            const int64_t r = row + first;
+            mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, stride, tokens, s.states + r);
+        });
+    }
+}
+
+// Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
+void load_queries(const Arguments& a, const Part& p, Scratch& s) {
+    const float factor = float(SOFTCAP ? a.scale / a.softcap : a.scale * LOG2E);
+    for (int r = 0; r < p.rows(); r++) {
+        const float* q = a.query.at<float>(p.b, p.head + r / p.queries, p.query + r % p.queries);
+        float* out = s.query + r * Keys::PAD;
+        for (int i = 0; i < Keys::WIDTH; i++) out[i] = q[i] * (factor * KEY_CHANNELS.step[i]);
+        std::fill(out + Keys::WIDTH, out + Keys::PAD, 0.0f);
+        Floats middle = {};
+        for (int i = 0; i < Keys::PAD; i += LANES) middle += load(out + i) * load(KEY_CHANNELS.middle + i);
+        s.middle[r] = sum_of(middle);
+    }
+}
+
+void attend(const Arguments& a, const Part& p, Scratch& s) {
+    load_queries(a, p, s);
+    for (int r = 0; r < p.rows(); r++) {
+        s.states[r].top = -INF;
+        s.states[r].total = 0;
+        std::fill(s.states[r].sum, s.states[r].sum + Values::PAD, 0.0f);
+    }
+    for (int64_t begin = p.begin; begin < p.end; begin += TILE) {
+        const int tokens = int(std::min<int64_t>(TILE, p.end - begin));
+        score_tile(a, p, begin, tokens, s);
+        update_softmax(a, p, begin, tokens, s);
+        mix_tile(a, p, begin, tokens, s);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ all parts
+
+// How the whole is cut: `units` groups of query heads that share latents, blocks of queries, ranges of tokens.
+struct Cut {
+    int64_t heads, units, queries, blocks, tokens, ranges, threads;
+
+    explicit Cut(const Arguments& a) {
+        heads = std::lcm(a.heads / a.key_heads, a.heads / a.value_heads);
+        units = a.heads / heads;
+        queries = std::clamp<int64_t>(ROWS_OF_A_PART / heads, 1, std::max<int64_t>(a.queries, 1));
+        blocks = (a.queries + queries - 1) / queries;
+        const int64_t products = a.batch * a.heads * a.queries * a.tokens * (Keys::WIDTH + Values::WIDTH);
+        threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
+        const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
+        const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
+        const int64_t tiles = std::max<int64_t>((a.tokens + TILE - 1) / TILE, 1);
+        tokens = (tiles + wanted - 1) / wanted * TILE;
+        ranges = std::max<int64_t>((a.tokens + tokens - 1) / tokens, 1);
+    }
+
+    int64_t parts(const Arguments& a) const { return a.batch * units * blocks * ranges; }
+
+    Part part(const Arguments& a, int64_t index) const {
+        const int64_t range = index % ranges, block = index / ranges % blocks;
+        const int64_t unit = index / (ranges * blocks) % units, b = index / (ranges * blocks * units);
+        const int64_t query = block * queries;
+        return {b, unit * heads, heads, query, std::min(queries, a.queries - query),
+                range * tokens, std::min(a.tokens, (range + 1) * tokens)};
+    }
+};
+
+// Joins the ranges of tokens of one row: states [ranges] -> output [R_V], lse.
+void merge(const State* states, int64_t ranges, float* output, float& lse) {
+    float top = -INF, total = 0, sum[Values::PAD] = {};
+    for (int64_t i = 0; i < ranges; i++) top = std::max(top, states[i].top);
+    for (int64_t i = 0; i < ranges; i++) {
+        const float factor = states[i].top == -INF ? 0.0f : std::exp2(states[i].top - top);
+        total += states[i].total * factor;
+        for (int c = 0; c < Values::PAD; c++) sum[c] += states[i].sum[c] * factor;
+    }
+    const float inverse = total == 0 ? 0.0f : 1 / total;
+    for (int c = 0; c < Values::WIDTH; c++) output[c] = sum[c] * inverse * VALUE_CHANNELS.step[c];
+    lse = float((top + std::log2(total)) * LN2);
+}
+
+}  // namespace
+
+extern "C" void latent_attention(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    const Cut cut(a);
+    const int64_t rows = a.batch * a.heads * a.queries;
+    State* states = cut.ranges > 1 ? allocate<State>(rows * cut.ranges) : nullptr;  // [B, H, S, ranges]
+#pragma omp parallel num_threads(int(cut.threads)) if (cut.threads > 1)
+    {
+        Scratch s(cut.heads * cut.queries);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < cut.parts(a); i++) {
+            const Part p = cut.part(a, i);
+            attend(a, p, s);
+            for (int r = 0; r < p.rows(); r++) {
+                const int64_t row = p.row(a, r);
+                if (cut.ranges > 1) states[row * cut.ranges + i % cut.ranges] = s.states[r];
+                else merge(s.states + r, 1, a.output + row * Values::WIDTH, a.lse[row]);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < (cut.ranges > 1 ? rows : 0); row++) {
+            merge(states + row * cut.ranges, cut.ranges, a.output + row * Values::WIDTH, a.lse[row]);
+        }
+    }
+    std::free(states);
+}
+""")

@@ -1,0 +1,212 @@
+"""Render the plain torch kernel of a `KernelSpec`: the fallback where there is no compiler.
+
+The file holds only what its spec needs: no loop over tiers, no branch on bits. Tokens are taken 2,048 at a time and the
+tiles merged by their running log-sum-exp, so that unpacked latents of full length never exist.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
+"""
+
+from __future__ import annotations
+
+from string import Template
+
+from fhopt.spec import KernelSpec
+
+Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) of a `KernelSpec`
+
+
+def render(spec: KernelSpec) -> str:
+    """The text of the kernel of `spec`; the same spec gives the same text."""
+    return _FILE.substitute(
+        name=spec.name,
+        key_legend=_legend(spec.key_tiers, spec.key_width),
+        value_legend=_legend(spec.value_tiers, spec.value_width),
+        value_width=spec.value_width,
+        cap="cap(x) = softcap tanh(x / softcap)" if spec.softcap else "cap(x) = x",
+        cap_line=_CAP_LINE if spec.softcap else "",
+        key_rows=_call("key", spec.key_tiers),
+        value_rows=_call("value", spec.value_tiers),
+        key_scale_line=_KEY_SCALE_LINE if _factors_out(spec.key_tiers) else "",
+        value_scale_line=_VALUE_SCALE_LINE if _factors_out(spec.value_tiers) else "",
+        functions="".join(_functions(spec)),
+    )
+
+
+def _legend(tiers: Tiers, width: int) -> str:
+    return ", ".join(f"{w} channels of {b} bits" for b, w, _ in tiers) or f"{width} channels, uncoded"
+
+
+def _factors_out(tiers: Tiers) -> bool:
+    """True when the scale of a token may multiply the product instead of every element: all channels have it."""
+    return bool(tiers) and all(bits < 16 for bits, _, _ in tiers)
+
+
+def _call(side: str, tiers: Tiers) -> str:
+    if not tiers:
+        return f"{side}[:, :, tile].float()"
+    scale = "" if _factors_out(tiers) or not _codes(tiers) else f", {side}_scale[:, :, tile]"
+    return f"unpack_{side}({side}[:, :, tile]{scale})"
+
+
+def _codes(tiers: Tiers) -> list[int]:
+    return sorted({bits for bits, _, _ in tiers if bits < 16})
+
+
+def _functions(spec: KernelSpec) -> list[str]:
+    """The functions below the kernel: one per side, and the helpers that these call."""
+    tiers = spec.key_tiers + spec.value_tiers
+    scaled = any(_factors_out(side) for side in (spec.key_tiers, spec.value_tiers))
+    parts = [_unpack("key", spec.key_tiers), _unpack("value", spec.value_tiers)]
+    parts += [_CODES.substitute(bits=b, mask=2**b - 1) for b in _codes(tiers) if b < 8]
+    parts += [_FLOAT16] if any(bits == 16 for bits, _, _ in tiers) else []
+    return parts + ([_PER_HEAD] if scaled else [])
+
+
+def _unpack(side: str, tiers: Tiers) -> str:
+    if not tiers:
+        return ""
+    mixed = bool(_codes(tiers)) and not _factors_out(tiers)
+    pieces, byte = [], 0
+    for bits, width, step in tiers:
+        end = byte + bits * width // 8
+        pieces.append(_piece(bits, f"rows[..., {byte}:{end}]", step, " * factor" if mixed else ""))
+        byte = end
+    body = f"    return {pieces[0]}\n"
+    if len(pieces) > 1:
+        body = "    tiers = [\n" + "".join(f"        {piece},\n" for piece in pieces) + "    ]\n    return torch.cat(tiers, -1)\n"
+    return _UNPACK.substitute(
+        side=side,
+        scale=", scale: Tensor" if mixed else "",
+        what="latents" if mixed or not _codes(tiers) else "latents without the token's scale",
+        factor="    factor = scale.float().unsqueeze(-1)\n" if mixed else "",
+        body=body,
+    )
+
+
+def _piece(bits: int, rows: str, step: float, factor: str) -> str:
+    if bits == 16:
+        return f"float16_of({rows})"
+    codes = f"{rows}.float()" if bits == 8 else f"codes{bits}({rows})"
+    return f"({codes} - {(2**bits - 1) / 2}) * {step!r}{factor}"
+
+
+_CAP_LINE = """\
+        logits = softcap * torch.tanh(logits / softcap)
+"""
+
+_KEY_SCALE_LINE = """\
+        logits = logits * per_head(key_scale[:, :, tile], heads)
+"""
+
+_VALUE_SCALE_LINE = """\
+        weights = weights * per_head(value_scale[:, :, tile], heads)
+"""
+
+_UNPACK = Template('''
+
+def unpack_$side(rows: Tensor$scale) -> Tensor:
+    """Bytes [B,J,t,bytes] -> $what, float32 [B,J,t,R]."""
+$factor$body''')
+
+_CODES = Template('''
+
+def codes$bits(rows: Tensor) -> Tensor:
+    """Bytes [...,n] -> codes of $bits bits as float32 [...,n*8/$bits], low-order ones first."""
+    shifts = torch.arange(0, 8, $bits, dtype=torch.uint8, device=rows.device)
+    return ((rows.unsqueeze(-1) >> shifts) & $mask).flatten(-2).float()
+''')
+
+_FLOAT16 = '''
+
+def float16_of(rows: Tensor) -> Tensor:
+    """Bytes [...,2n] that hold float16 -> float32 [...,n]."""
+    return rows.contiguous().view(torch.float16).float()
+'''
+
+_PER_HEAD = '''
+
+def per_head(scale: Tensor, heads: int) -> Tensor:
+    """Scales [B,J,t] -> float32 [B,H,1,t]: the H/J query heads of a latent head share one."""
+    return scale.float().repeat_interleave(heads // scale.shape[1], 1).unsqueeze(2)
+'''
+
+_FILE = Template('''\
+"""$name
+
+Latent attention for one kind of latent, in plain torch operations:
+
+    x[t] = cap(scale * q . z_K[t]) + mask[t]      $cap
+    lse  = log sum_t exp(x[t])
+    o    = sum_t exp(x[t] - lse) z_V[t]           o = 0 and lse = -inf where every token is masked
+
+    q [B,H,S,R_K]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,R_V]   lse [B,H,S]
+
+    B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
+    T tokens, R channels of a latent.
+
+    key rows    $key_legend
+    value rows  $value_legend
+
+A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+TILE = 2048  # tokens unpacked at a time: unpacked latents of full length never exist
+VALUE_WIDTH = $value_width  # R_V
+
+
+def latent_attention(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    **_tiers: object,
+) -> tuple[Tensor, Tensor]:
+    """Shapes above; mask bool or additive, broadcastable. Returns o in the dtype of query and lse in float32."""
+    batch, heads, queries, _ = query.shape
+    tokens = key.shape[2]
+    bias = None if mask is None else additive(mask).expand(batch, heads, queries, tokens)
+    scaled = query.float() * scale
+    top = scaled.new_full((batch, heads, queries, 1), -math.inf)  # largest logit so far
+    total = torch.zeros_like(top)  # sum of exp(logit - top)
+    output = scaled.new_zeros((batch, heads, queries, VALUE_WIDTH))  # sum of exp(logit - top) * value
+    for begin in range(0, tokens, TILE):
+        tile = slice(begin, begin + TILE)
+        logits = grouped_matmul(scaled, $key_rows.transpose(-1, -2))  # [B, H, S, t]
+$key_scale_line$cap_line\
+        if bias is not None:
+            logits = logits + bias[..., tile]
+        new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
+        base = new_top.masked_fill(new_top == -math.inf, 0.0)  # all masked so far: weights are 0, not NaN
+        weights = torch.exp(logits - base)
+        shrink = torch.exp(top - base)
+        total = total * shrink + weights.sum(-1, keepdim=True)
+$value_scale_line\
+        output = output * shrink + grouped_matmul(weights, $value_rows)  # [B, H, S, R_V]
+        top = new_top
+    output = output / total.masked_fill(total == 0, 1.0)
+    return output.to(query.dtype), (top + torch.log(total)).squeeze(-1)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """A mask as numbers to add to logits: bool (True = may attend) becomes 0 and -inf."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+
+
+def grouped_matmul(rows: Tensor, latents: Tensor) -> Tensor:
+    """[B,H,S,m] x [B,J,m,n] -> [B,H,S,n]: the H/J query heads of a latent head become extra queries."""
+    b, h, s, m = rows.shape
+    j, n = latents.shape[1], latents.shape[3]
+    return torch.matmul(rows.reshape(b, j, h // j * s, m), latents).reshape(b, h, s, n)
+$functions''')

@@ -1,0 +1,114 @@
+"""Turn a module and its inputs into a `Program`: Dynamo's graph, or one that `torch.export` made.
+
+    capture(model, (), {"input_ids": ids})            -> Captured: the graph, its real inputs, which output is which
+    from_exported(torch.export.load("model.pt2"))     -> Captured
+
+Dynamo's graphs hold every parameter as a placeholder (so do lifted export graphs): the passes see one form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import FhoptError
+from fhopt.passes.graph import Program, copy_program
+
+
+@dataclass
+class Captured:
+    """A captured forward pass.
+
+    inputs: placeholder name -> name of the argument it stands for. result: index of the main output (logits, or the
+    first tensor) among the graph's outputs.
+    """
+
+    program: Program
+    inputs: dict[str, str]
+    result: int
+
+
+def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
+    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it does not fit in one."""
+    given = dict(kwargs or {})
+    seen: list[tuple[fx.GraphModule, list[Any]]] = []
+    outputs: list[Any] = []
+
+    def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        seen.append((module, list(example_inputs)))
+
+        def run(*inputs: Any) -> Any:
+            outputs[:] = module(*inputs)
+            return tuple(outputs)
+
+        return run
+
+    was_training = model.training
+    model.eval()
+    try:
+        torch._dynamo.reset()
+        result = torch.compile(model, backend=keep, dynamic=False)(*args, **given)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise FhoptError(f"{type(model).__name__} could not be captured: {str(error).splitlines()[0]}") from error
+    finally:
+        model.train(was_training)
+        torch._dynamo.reset()
+    if len(seen) != 1:
+        raise FhoptError(
+            f"{type(model).__name__} falls into {len(seen)} graphs; expected one. Look at the breaks with "
+            "TORCH_LOGS=graph_breaks, and capture a part without them."
+        )
+    program = copy_program(*seen[0])
+    _name_parameters(program, model)
+    return Captured(program, _name_inputs(program, args, given), _main_output(result, outputs))
+
+
+def from_exported(exported: torch.export.ExportedProgram) -> Captured:
+    """The lifted graph of an exported program, with its own example inputs. Raises FhoptError when it has none."""
+    if exported.example_inputs is None:
+        raise FhoptError("the .pt2 program holds no example inputs; expected one saved by torch.export.save.")
+    signature = exported.graph_signature
+    args, kwargs = exported.example_inputs
+    user = list(torch.utils._pytree.tree_leaves((args, kwargs)))
+    names = [s.arg.name for s in signature.input_specs]
+    constants: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    values: list[Any] = [constants[s.target] if s.target is not None else user.pop(0) for s in signature.input_specs]
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))
+    module = fx.GraphModule(exported.graph_module, graph)
+    parameters = dict(signature.inputs_to_parameters)
+    program = Program(module, dict(zip(names, values, strict=True)), parameters)
+    inputs = {name: name for name in signature.user_inputs if isinstance(name, str)}
+    return Captured(program, inputs, 0)
+
+
+def _name_parameters(program: Program, model: torch.nn.Module) -> None:
+    """Names by identity, which is surer than by source text."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    for name, value in program.values.items():
+        if id(value) in known:
+            program.parameters[name] = known[id(value)]
+
+
+def _name_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    given = {id(v): k for k, v in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()] if isinstance(v, Tensor)}
+    return {name: given[id(value)] for name, value in program.values.items() if id(value) in given}
+
+
+def _main_output(result: Any, outputs: list[Any]) -> int:
+    """Which graph output is the model's result: its logits if it has some, else its first tensor."""
+    main = getattr(result, "logits", None)
+    if main is None:
+        leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        main = leaves[0] if leaves else None
+    for index, output in enumerate(outputs):
+        if isinstance(main, Tensor) and isinstance(output, Tensor) and output.data_ptr() == main.data_ptr():
+            return index
+    raise FhoptError("the model returns no tensor that its graph computes; expected logits or hidden states.")
+
+
+__all__ = ["Captured", "capture", "from_exported"]

@@ -1,0 +1,30 @@
+"""The two ways in which fhopt says no: an error the user can cure, and a site that does not fit a pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FhoptError(Exception):
+    """A mistake that the user can cure. The message says what was found, what was expected, and the cure.
+
+    The command line prints it as one line and ends with exit code 2; from Python it is an ordinary exception.
+    """
+
+
+class Miss(Exception):
+    """A pass looked at a node and left it alone.
+
+    Attributes:
+        reason: what was expected and what was found, one sentence.
+        node: the node at which matching stopped (`torch.fx.Node`), or None.
+    """
+
+    def __init__(self, reason: str, node: Any = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = node
+
+
+class PassError(RuntimeError):
+    """A pass broke its contract: names the pass and the node; the cause is kept in `__cause__`."""

@@ -1,0 +1,418 @@
+"""Data that crosses a boundary: sites, statistics, plans, kernel specs.
+
+Frozen dataclasses without behaviour beyond counting and checking. Plans are saved as one safetensors file (tensors) and
+one JSON file (everything else) in a folder; never pickle.
+
+Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R latent width,
+F rotary frequencies, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+
+PLAN_VERSION = 1
+SUPPORTED_BITS = (2, 4, 8, 16)
+TIER_QUANTUM = 8  # a tier's width is a multiple of this: every tier starts on a whole byte for 2, 4, 8 and 16 bits
+SCALE_BYTES = 2  # one float16 per token and side
+
+
+# --------------------------------------------------------------------------------------------------- sites
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotation found by running the segment from the projection to the core.
+
+    `pairing` is "half" (dims i and i + rotary_dim/2 form one complex number) or "interleaved" (2i and 2i + 1);
+    `angles` holds the measured angle per position step of each frequency, in radians, F values.
+    """
+
+    pairing: str
+    rotary_dim: int
+    angles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a model: what reads what, in which shapes, with which extras.
+
+    `name` is the longest common module path of the projections, so that the graphs of prefill and decode agree on it.
+    `projections` maps "q", "k", "v", "o" to the qualified parameter names that were found (possibly several: LoRA).
+    """
+
+    name: str
+    projections: Mapping[str, tuple[str, ...]]
+    kind: str  # "self" or "cross"
+    heads: int  # H
+    kv_heads: int  # G
+    key_dim: int  # D of queries and keys
+    value_dim: int  # D of values
+    scale: float
+    rope: Rope | None
+    key_norm: bool  # the key is not affine in the projection (QK-norm)
+    mask: str  # "none", "causal", "bool", "additive"
+    softcap: float  # 0.0: none
+    cache: str  # "none", "cat", "in-place", "latent"
+    source: str  # file:line of the core
+
+    @property
+    def exact_numbers_per_token(self) -> int:
+        """Numbers that an ordinary cache keeps per token at this site: keys and values of all kv heads."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class ChannelFamily:
+    """Channels of one head that a basis may mix across heads.
+
+    `channels` is [P][d]: P blocks of d channels of the head. With `is_complex` d is 2 and a block is (real, imaginary),
+    i.e. one rotary frequency; only complex-linear maps across heads are allowed within it, since only these commute
+    with the rotation (DESIGN: "RoPE commutes"). Without it the block is free real space.
+    """
+
+    channels: tuple[tuple[int, ...], ...]
+    is_complex: bool
+
+
+@dataclass
+class SideStatistics:
+    """Streamed second moments of one side (keys or values) of one site, float64 or complex128.
+
+    Per family f: `moments[f]` and `metrics[f]` of shape [J, P, c, c] with c = n (complex) or n*d (real), n = G/J:
+    sums over tokens of x x^H and of g g^H, where g is the gradient of a sampled label's log-likelihood with respect
+    to x (so `metrics / count` is the Fisher information of the side: how much a unit of error costs, in nats).
+    """
+
+    families: tuple[ChannelFamily, ...]
+    groups: int  # J
+    moments: list[Tensor] = field(default_factory=list)
+    metrics: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+
+@dataclass
+class SiteStatistics:
+    """Second moments of the keys and values of one site."""
+
+    site: AttentionSite
+    key: SideStatistics
+    value: SideStatistics
+
+
+# --------------------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A run of latent channels stored with the same number of bits.
+
+    Codes are unsigned integers u of `bits` bits; the value is (u - (2^bits - 1)/2) * step * scale[token].
+    With 16 bits the value is float16 and `step` is ignored.
+    """
+
+    bits: int
+    width: int
+    step: float
+
+
+@dataclass(frozen=True, eq=False)
+class SidePlan:
+    """How one side (keys or values) becomes a latent.
+
+    encode [J, R, n*D] and decode [G, D, R], float32: z = encode x, x ~ decode z, q . x ~ (decode^T q) . z.
+    `tiers` in channel order, their widths sum to R. No tiers: latents are kept uncoded, in the dtype of the model.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    tiers: tuple[Tier, ...]
+
+    @property
+    def groups(self) -> int:
+        """J, the number of latent heads."""
+        return int(self.encode.shape[0])
+
+    @property
+    def width(self) -> int:
+        """R, the number of channels of one latent head."""
+        return int(self.encode.shape[1])
+
+    def row_bytes(self, itemsize: int = 2) -> int:
+        """Bytes of one token's codes in one latent head; uncoded channels count `itemsize` bytes each."""
+        if not self.tiers:
+            return self.width * itemsize
+        return sum(t.bits * t.width for t in self.tiers) // 8
+
+    def token_bytes(self, itemsize: int = 2) -> int:
+        """Bytes of one token over all latent heads: codes and scales."""
+        scale = SCALE_BYTES if any(t.bits < 16 for t in self.tiers) else 0
+        return self.groups * (self.row_bytes(itemsize) + scale)
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """The plan of one site. `layout` is "identity" or "freq" (DESIGN: Layouts)."""
+
+    site: AttentionSite
+    layout: str
+    key: SidePlan
+    value: SidePlan
+
+    def token_bytes(self, itemsize: int = 2) -> int:
+        """Bytes of one sealed token at this site, keys and values."""
+        return self.key.token_bytes(itemsize) + self.value.token_bytes(itemsize)
+
+    @property
+    def is_exact(self) -> bool:
+        """True when nothing is dropped or rounded beyond float rounding."""
+        uncoded = not self.key.tiers and not self.value.tiers
+        full = self.key.groups * self.key.width >= self.site.kv_heads * self.site.key_dim
+        return uncoded and full and self.value.groups * self.value.width >= self.site.kv_heads * self.site.value_dim
+
+
+@dataclass(frozen=True, eq=False)
+class LatentPlan:
+    """What to do at every site of one model, and where that came from.
+
+    sinks: first tokens kept exact. recent: newest tokens that are always exact. block: tokens sealed at once.
+    provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
+    """
+
+    sites: tuple[SitePlan, ...]
+    sinks: int
+    recent: int
+    block: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_plan(self)
+
+    @property
+    def window(self) -> int:
+        """Most tokens that the open window holds between two calls: one less than seals a block."""
+        return self.recent + self.block
+
+    def site(self, name: str) -> SitePlan:
+        """The plan of the site called `name`. Raises FhoptError when the plan has none."""
+        for plan in self.sites:
+            if plan.site.name == name:
+                return plan
+        raise FhoptError(
+            f"the plan has no site named {name!r}; it has {len(self.sites)} sites, the first is "
+            f"{self.sites[0].site.name!r}. Fit a plan for this model: fhopt fit MODEL."
+        )
+
+    def exact_token_bytes(self, itemsize: int = 2) -> int:
+        """Bytes per token of an ordinary cache over all sites, `itemsize` bytes a number."""
+        return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
+
+    def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window."""
+        sealed = max(0, (tokens - self.sinks - self.recent) // self.block) * self.block
+        open_tokens = tokens - sealed
+        coded = sum(p.token_bytes(itemsize) for p in self.sites)
+        return sealed * coded + open_tokens * self.exact_token_bytes(itemsize)
+
+    def ratio(self, tokens: int = 8192) -> float:
+        """How many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
+        return tokens * self.exact_token_bytes() / self.cache_bytes(tokens)
+
+    def digest(self) -> str:
+        """Hash of everything that changes numbers (not of the provenance)."""
+        h = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
+        for name, tensor in sorted(_tensors(self).items()):
+            h.update(name.encode())
+            h.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
+
+    def with_provenance(self, **items: Any) -> LatentPlan:
+        """The same plan with `items` added to its provenance."""
+        return replace(self, provenance={**self.provenance, **items})
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `plan.json` and `plan.safetensors` to `folder`, whole or not at all. Raises FhoptError."""
+        from safetensors.torch import save
+
+        path = Path(folder)
+        description = _describe(self) | {"provenance": dict(self.provenance), "digest": self.digest()}
+        files = {
+            "plan.safetensors": save(_tensors(self)),
+            "plan.json": (json.dumps(description, indent=1, sort_keys=True) + "\n").encode(),
+        }
+        write_folder(path, files)
+        return path
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> LatentPlan:
+        """Read a plan written by `save`. Raises FhoptError when it is absent, cut short, altered or too new."""
+        return _load_plan(Path(folder))
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """All and only what the text of a latent attention kernel depends on.
+
+    Tiers are (bits, width, step) per side; dtype is that of queries and of uncoded latents ("float32", ...).
+    """
+
+    key_tiers: tuple[tuple[int, int, float], ...]
+    value_tiers: tuple[tuple[int, int, float], ...]
+    key_width: int
+    value_width: int
+    dtype: str
+    softcap: bool
+
+    @property
+    def name(self) -> str:
+        """Readable parameters and a short hash: the name of the generated file."""
+
+        def side(tiers: tuple[tuple[int, int, float], ...], width: int) -> str:
+            return "x".join(f"{w}b{b}" for b, w, _ in tiers) or f"{width}f"
+
+        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
+        cap = "_cap" if self.softcap else ""
+        return f"latent_k{side(self.key_tiers, self.key_width)}_v{side(self.value_tiers, self.value_width)}_{self.dtype}{cap}_{digest}"
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into the folder `path` so that a reader sees all of them or none. Raises FhoptError.
+
+    A folder that exists is replaced only if it holds nothing but files of these names.
+    """
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(files)):
+        raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a folder that you may write to.") from error
+    try:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        staging.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(staging, path)
+    except OSError as error:
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _tensors(plan: LatentPlan) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for site in plan.sites:
+        for side_name, side in (("key", site.key), ("value", site.value)):
+            out[f"{site.site.name}.{side_name}.encode"] = side.encode.contiguous()
+            out[f"{site.site.name}.{side_name}.decode"] = side.decode.contiguous()
+    return out
+
+
+def _describe(plan: LatentPlan) -> dict[str, Any]:
+    return {
+        "version": PLAN_VERSION,
+        "sinks": plan.sinks,
+        "recent": plan.recent,
+        "block": plan.block,
+        "sites": [
+            {
+                "site": asdict(s.site) | {"projections": {k: list(v) for k, v in s.site.projections.items()}},
+                "layout": s.layout,
+                "key": [[t.bits, t.width, t.step] for t in s.key.tiers],
+                "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
+            }
+            for s in plan.sites
+        ],
+    }
+
+
+def _load_plan(folder: Path) -> LatentPlan:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        text = (folder / "plan.json").read_text()
+        blob = (folder / "plan.safetensors").read_bytes()
+    except OSError as error:
+        raise FhoptError(
+            f"{folder} is not a plan: {error.strerror} ({Path(error.filename).name}). "
+            "Expected a folder with plan.json and plan.safetensors, as `fhopt fit MODEL -o FOLDER` writes."
+        ) from error
+    try:
+        description, tensors = json.loads(text), load(blob)
+        if description["version"] != PLAN_VERSION:
+            raise FhoptError(
+                f"{folder} has plan version {description['version']}; this fhopt reads version {PLAN_VERSION}. "
+                "Fit the plan again with this version."
+            )
+        plan = LatentPlan(
+            sites=tuple(_site_plan(item, tensors) for item in description["sites"]),
+            sinks=description["sinks"],
+            recent=description["recent"],
+            block=description["block"],
+            provenance=description["provenance"],
+        )
+        intact = plan.digest() == description["digest"]
+    except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise FhoptError(f"{folder} is damaged ({type(error).__name__}: {error}). Fit the plan again.") from error
+    if not intact:
+        raise FhoptError(f"{folder} was altered after it was written (digest mismatch). Fit the plan again.")
+    return plan
+
+
+def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
+    raw = dict(item["site"])
+    rope = raw["rope"] and Rope(raw["rope"]["pairing"], raw["rope"]["rotary_dim"], tuple(raw["rope"]["angles"]))
+    projections = {k: tuple(v) for k, v in raw["projections"].items()}
+    site = AttentionSite(**{**raw, "rope": rope or None, "projections": projections})
+
+    def side(which: str) -> SidePlan:
+        prefix = f"{site.name}.{which}"
+        tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item[which])
+        return SidePlan(tensors[f"{prefix}.encode"], tensors[f"{prefix}.decode"], tiers)
+
+    return SitePlan(site, item["layout"], side("key"), side("value"))
+
+
+def _check_plan(plan: LatentPlan) -> None:
+    if not plan.sites:
+        raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
+    if plan.sinks < 0 or plan.recent < 1 or plan.block < 1:
+        raise FhoptError(f"sinks={plan.sinks}, recent={plan.recent}, block={plan.block}: expected sinks >= 0, others >= 1.")
+    for site in plan.sites:
+        for which, side, dim in (("key", site.key, site.site.key_dim), ("value", site.value, site.site.value_dim)):
+            _check_side(f"{site.site.name}.{which}", side, site.site.kv_heads, dim)
+
+
+def _check_side(name: str, side: SidePlan, kv_heads: int, dim: int) -> None:
+    groups, width = side.groups, side.width
+    expected = (groups, width, kv_heads // groups * dim), (kv_heads, dim, width)
+    found = tuple(side.encode.shape), tuple(side.decode.shape)
+    if found != expected:
+        raise FhoptError(f"{name}: bases have shapes {found}, expected {expected}. Fit the plan again.")
+    if not (side.encode.isfinite().all() and side.decode.isfinite().all()):
+        raise FhoptError(f"{name}: bases hold non-finite numbers. Fit the plan again.")
+    if any(t.bits not in SUPPORTED_BITS or t.width < 1 or t.width % TIER_QUANTUM for t in side.tiers):
+        raise FhoptError(f"{name}: tiers {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}.")
+    if side.tiers and sum(t.width for t in side.tiers) != width:
+        raise FhoptError(f"{name}: tiers cover {sum(t.width for t in side.tiers)} channels of {width}.")
