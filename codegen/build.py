@@ -59,8 +59,9 @@ def build(spec: KernelSpec) -> LatentKernel:
         return build_cpp(spec)
     except CompileError as error:
         _warn_once(
+            "compiler",
             f"{error} Attention on latents runs on plain torch operations, which is slower. "
-            "Install g++ (or clang++) and start again to get compiled kernels."
+            "Install g++ (or clang++) and start again to get compiled kernels.",
         )
     return build_torch(spec)
 
@@ -70,7 +71,10 @@ def build_cpp(spec: KernelSpec) -> LatentKernel:
     compiler, text = find_compiler(), cpp.render(spec)
     stem = f"{spec.name}-{_digest(text, _identity(compiler), *_FLAGS, _native(compiler))}"
     library = cached_file(f"{stem}.so", lambda path: _compile(compiler, text, path))
-    return LibraryKernel(ctypes.CDLL(str(library)).latent_attention, spec)
+    try:
+        return LibraryKernel(ctypes.CDLL(str(library)).latent_attention, spec)
+    except OSError as error:
+        raise CompileError(f"The compiled kernel cannot be loaded ({error}).") from error
 
 
 def build_torch(spec: KernelSpec) -> LatentKernel:
@@ -137,19 +141,16 @@ def _identity(compiler: str) -> str:
 
 def cached_file(name: str, make: Callable[[Path], None]) -> Path:
     """The cache's file `name`, made by `make(path)` under a lock when it is not there yet."""
-    path = cache_folder() / name
-    if path.exists():
-        return path
     try:
-        return _make_locked(path, make)
-    except OSError as error:
+        return _found_or_made(cache_folder() / name, make)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         other = _temporary_folder()
         _warn_once(
-            f"The kernel cache {path.parent} cannot be written ({error.strerror}); kernels of this process go to "
-            f"{other} and are built again next time. Set {CACHE_VARIABLE} to a folder that you may write to."
+            "cache",
+            f"The kernel cache cannot be written ({error}); the kernels of this process go to {other} and are built "
+            f"again next time. Set {CACHE_VARIABLE} to a folder that you may write to.",
         )
-    path = other / name
-    return path if path.exists() else _make_locked(path, make)
+    return _found_or_made(other / name, make)
 
 
 def cache_folder() -> Path:
@@ -157,7 +158,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fhopt")
 
 
-def _make_locked(path: Path, make: Callable[[Path], None]) -> Path:
+def _found_or_made(path: Path, make: Callable[[Path], None]) -> Path:
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -168,14 +171,13 @@ def _make_locked(path: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block succeeds: readers see the whole file or none."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}-", suffix=path.suffix)
-    os.close(handle)
+    """A path beside `path`, renamed to it if the block succeeds: readers see the whole file or none. Needs the lock."""
+    temporary = path.with_name(f".{path.name}")
     try:
-        yield Path(temporary)
+        yield temporary
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -196,6 +198,11 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+_warned: set[str] = set()
+
+
+def _warn_once(about: str, message: str) -> None:
+    """Warn once in a process, not once a kernel."""
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,6 +1,6 @@
-"""Call a kernel: from tensors to the C++ struct `Arguments`, and from arguments to the kernel that serves them.
+"""Call a compiled kernel: check the tensors, then hand their addresses and strides to it in one struct.
 
-Decoding calls attention once per layer and token, so what is known before the call is not found out again in it.
+Decoding calls attention once per layer and token: a call costs about 10 microseconds beside the kernel.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -9,33 +9,69 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fhopt.codegen.cpp import ARGUMENTS
+from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.spec import KernelSpec
 
-_NONE = (0, 0, 0, 0)  # no tensor: address and three strides
-_NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2
 _pack = struct.Struct(ARGUMENTS).pack
+_NO_TENSOR = (0, 0, 0, 0)  # address and three strides
+_NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
+
+
+class Side:
+    """What the rows of keys or values must be."""
+
+    def __init__(self, name: str, tiers: Tiers, width: int, dtype: str) -> None:
+        self.name = name
+        self.coded = bool(tiers)
+        self.scaled = is_scaled(tiers)
+        self.dtype: torch.dtype = torch.uint8 if tiers else getattr(torch, dtype)
+        self.row = sum(bits * w for bits, w, _ in tiers) // 8 or width  # elements
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` in the type the kernel reads, its last dimension dense."""
+        if x.dtype != self.dtype:
+            if self.coded:
+                raise ValueError(f"{self.name} has type {x.dtype}; codes are torch.uint8. Pass what fhopt::pack gave.")
+            x = x.to(self.dtype)
+        return x if x.stride(3) == 1 else x.contiguous()
+
+    def check(self, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int) -> None:
+        """Raise ValueError when `x` or `scale` do not fit a query of shape `query` and `tokens` tokens."""
+        batch, heads = x.shape[0], x.shape[1]
+        if x.shape[2:] != (tokens, self.row) or batch != query[0] or query[1] % heads:
+            raise ValueError(
+                f"{self.name} has shape {tuple(x.shape)}; for queries {query} this kernel takes "
+                f"[{query[0]}, J, {tokens}, {self.row}], J a divisor of {query[1]}. Build the kernel of these tiers."
+            )
+        if self.scaled and (scale is None or scale.dtype != torch.float16 or scale.shape != x.shape[:3]):
+            found = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+            raise ValueError(f"{self.name}_scale is {found}; expected torch.float16 {tuple(x.shape[:3])}.")
+
+    def addresses(self, x: Tensor, scale: Tensor | None) -> tuple[int, ...]:
+        """Address and strides of [B, J, T] of the rows and of the scales."""
+        scales = (scale.data_ptr(), *scale.stride()) if self.scaled and scale is not None else _NO_TENSOR
+        return (x.data_ptr(), *x.stride()[:3], *scales)
 
 
 class LibraryKernel:
     """A compiled kernel with the signature of `fhopt.ops.latent_attention_reference`; it ignores the tier arguments.
 
-    Computes in float32. Queries and uncoded latents of other types than the spec's are converted. Raises ValueError when
-    shapes or types do not fit the spec: the kernel itself trusts its pointers.
+    It computes in float32; queries and uncoded latents of other types are converted. Raises ValueError when a shape or
+    type does not fit the spec: the machine code trusts its pointers.
     """
 
     def __init__(self, function: Any, spec: KernelSpec) -> None:
         function.argtypes, function.restype = (ctypes.c_char_p,), None
-        self._function: Callable[[bytes], None] = function
-        self.spec = spec
-        self._key_dtype, self._key_bytes = _row(spec.key_tiers, spec.key_width, spec.dtype)
-        self._value_dtype, self._value_bytes = _row(spec.value_tiers, spec.value_width, spec.dtype)
+        self._function = function
+        self._spec = spec
+        self._key = Side("key", spec.key_tiers, spec.key_width, spec.dtype)
+        self._value = Side("value", spec.value_tiers, spec.value_width, spec.dtype)
 
     def __call__(
         self,
@@ -51,19 +87,36 @@ class LibraryKernel:
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
         """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
-        b, h, s, _ = query.shape
-        dtype = query.dtype
-        query, key, value = _dense(query, torch.float32), _dense(key, self._key_dtype), _dense(value, self._value_dtype)
-        self._check(query, key, key_scale, value, value_scale, softcap)
-        kind, masking = _mask(mask, (b, h, s, key.shape[2]))
-        output, lse = query.new_empty((b, h, s, self.spec.value_width)), query.new_empty((b, h, s))
+        b, h, s, width = shape = tuple(query.shape)
+        tokens = key.shape[2]
+        if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
+            raise ValueError(f"{self._spec.name} takes no queries {shape} with softcap {softcap}; build their kernel.")
+        q, k, v = _queries(query), self._key.rows(key), self._value.rows(value)
+        self._key.check(k, key_scale, shape, tokens)
+        self._value.check(v, value_scale, shape, tokens)
+        kind, masking = _mask(mask, (b, h, s, tokens))  # `masking` stays referenced until the kernel is done
+        output, lse = q.new_empty((b, h, s, self._spec.value_width)), q.new_empty((b, h, s))
         self._function(
             _pack(
-                b, h, s, key.shape[2], key.shape[1], value.shape[1], torch.get_num_threads(), kind,
-                query.data_ptr(), *query.stride()[:3],
-                key.data_ptr(), *key.stride()[:3], *_scales(key_scale, self.spec.key_tiers),
-                value.data_ptr(), *value.stride()[:3], *_scales(value_scale, self.spec.value_tiers),
-                *masking, output.data_ptr(), lse.data_ptr(), scale, softcap,
+                *(b, h, s, tokens, k.shape[1], v.shape[1], torch.get_num_threads(), kind),
+                *(q.data_ptr(), *q.stride()[:3]),
+                *self._key.addresses(k, key_scale),
+                *self._value.addresses(v, value_scale),
+                *((0, 0, 0, 0, 0) if masking is None else (masking.data_ptr(), *masking.stride())),
+                *(output.data_ptr(), lse.data_ptr(), scale, softcap),
             )
-        )  # fmt: skip
-        return (output if dtype == torch.float32 else output.to(dtype)), lse
+        )
+        return (output if query.dtype == torch.float32 else output.to(query.dtype)), lse
+
+
+def _queries(query: Tensor) -> Tensor:
+    query = query if query.dtype == torch.float32 else query.to(torch.float32)
+    return query if query.stride(3) == 1 else query.contiguous()
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
+    if mask is None:
+        return _NO_MASK, None
+    if mask.dtype == torch.bool:
+        return _BOOL_MASK, mask.expand(shape)
+    return _ADDITIVE_MASK, mask.to(torch.float32).expand(shape)

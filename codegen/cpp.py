@@ -11,23 +11,22 @@ from __future__ import annotations
 
 from string import Template
 
+from fhopt.codegen.tiers import Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
-
-Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) of a `KernelSpec`
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
 ARGUMENTS = "@8q4q4q4q4q4q5q2q2d"
 
 _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}
-DTYPES = tuple(_UNCODED)  # of queries and of uncoded latents
 
 
 def render(spec: KernelSpec) -> str:
-    """The text of the kernel of `spec`; the same spec gives the same text."""
+    """The text of the kernel of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
+    check(spec)
     return _FILE.substitute(
         name=spec.name,
-        key_legend=_legend(spec.key_tiers, spec.key_width, spec.dtype),
-        value_legend=_legend(spec.value_tiers, spec.value_width, spec.dtype),
+        key_legend=legend(spec.key_tiers, spec.key_width),
+        value_legend=legend(spec.value_tiers, spec.value_width),
         capped="cap(x) = softcap tanh(x / softcap)" if spec.softcap else "cap(x) = x (no softcap)",
         key_side=_side("Keys", spec.key_tiers, spec.key_width, spec.dtype),
         value_side=_side("Values", spec.value_tiers, spec.value_width, spec.dtype),
@@ -35,16 +34,10 @@ def render(spec: KernelSpec) -> str:
     )
 
 
-def _legend(tiers: Tiers, width: int, dtype: str) -> str:
-    if not tiers:
-        return f"{width} channels, uncoded {dtype}"
-    return ", ".join(f"{w} channels of {b} bits" for b, w, _ in tiers)
-
-
 def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
     """The struct that tells how wide a row of one side is and how it becomes floats."""
     copy, size = _UNCODED[dtype]
-    scaled = any(bits < 16 for bits, _, _ in tiers)
+    scaled = is_scaled(tiers)
     in_place = not tiers and dtype == "float32"
     table = tiers or ((8 * size, width, 1.0),)
     fields = (
@@ -97,8 +90,8 @@ _FILE = Template(r"""// $name
 //     B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
 //     T tokens, R channels of a latent.
 //
-//     key rows    $key_legend
-//     value rows  $value_legend
+//     channels of a key row:    $key_legend
+//     channels of a value row:  $value_legend
 //
 // A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale. Low-order
 // codes come first. Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is

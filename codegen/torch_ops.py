@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from string import Template
 
+from fhopt.codegen.tiers import Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
-
-Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) of a `KernelSpec`
 
 
 def render(spec: KernelSpec) -> str:
-    """The text of the kernel of `spec`; the same spec gives the same text."""
+    """The text of the kernel of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
+    check(spec)
     return _FILE.substitute(
         name=spec.name,
-        key_legend=_legend(spec.key_tiers, spec.key_width),
-        value_legend=_legend(spec.value_tiers, spec.value_width),
+        key_legend=legend(spec.key_tiers, spec.key_width),
+        value_legend=legend(spec.value_tiers, spec.value_width),
         value_width=spec.value_width,
         cap="cap(x) = softcap tanh(x / softcap)" if spec.softcap else "cap(x) = x",
         cap_line=_CAP_LINE if spec.softcap else "",
@@ -32,24 +32,21 @@ def render(spec: KernelSpec) -> str:
     )
 
 
-def _legend(tiers: Tiers, width: int) -> str:
-    return ", ".join(f"{w} channels of {b} bits" for b, w, _ in tiers) or f"{width} channels, uncoded"
-
-
 def _factors_out(tiers: Tiers) -> bool:
     """True when the scale of a token may multiply the product instead of every element: all channels have it."""
     return bool(tiers) and all(bits < 16 for bits, _, _ in tiers)
 
 
+def _is_mixed(tiers: Tiers) -> bool:
+    """True when some channels have the scale of the token and others, of 16 bits, do not."""
+    return is_scaled(tiers) and not _factors_out(tiers)
+
+
 def _call(side: str, tiers: Tiers) -> str:
     if not tiers:
         return f"{side}[:, :, tile].float()"
-    scale = "" if _factors_out(tiers) or not _codes(tiers) else f", {side}_scale[:, :, tile]"
+    scale = f", {side}_scale[:, :, tile]" if _is_mixed(tiers) else ""
     return f"unpack_{side}({side}[:, :, tile]{scale})"
-
-
-def _codes(tiers: Tiers) -> list[int]:
-    return sorted({bits for bits, _, _ in tiers if bits < 16})
 
 
 def _functions(spec: KernelSpec) -> list[str]:
@@ -57,7 +54,8 @@ def _functions(spec: KernelSpec) -> list[str]:
     tiers = spec.key_tiers + spec.value_tiers
     scaled = any(_factors_out(side) for side in (spec.key_tiers, spec.value_tiers))
     parts = [_unpack("key", spec.key_tiers), _unpack("value", spec.value_tiers)]
-    parts += [_CODES.substitute(bits=b, mask=2**b - 1) for b in _codes(tiers) if b < 8]
+    small = sorted({bits for bits, _, _ in tiers if bits < 8})
+    parts += [_CODES.substitute(bits=bits, mask=2**bits - 1, per_byte=8 // bits) for bits in small]
     parts += [_FLOAT16] if any(bits == 16 for bits, _, _ in tiers) else []
     return parts + ([_PER_HEAD] if scaled else [])
 
@@ -65,7 +63,7 @@ def _functions(spec: KernelSpec) -> list[str]:
 def _unpack(side: str, tiers: Tiers) -> str:
     if not tiers:
         return ""
-    mixed = bool(_codes(tiers)) and not _factors_out(tiers)
+    mixed = _is_mixed(tiers)
     pieces, byte = [], 0
     for bits, width, step in tiers:
         end = byte + bits * width // 8
@@ -73,11 +71,12 @@ def _unpack(side: str, tiers: Tiers) -> str:
         byte = end
     body = f"    return {pieces[0]}\n"
     if len(pieces) > 1:
-        body = "    tiers = [\n" + "".join(f"        {piece},\n" for piece in pieces) + "    ]\n    return torch.cat(tiers, -1)\n"
+        lines = "".join(f"        {piece},\n" for piece in pieces)
+        body = f"    tiers = [\n{lines}    ]\n    return torch.cat(tiers, -1)\n"
     return _UNPACK.substitute(
         side=side,
         scale=", scale: Tensor" if mixed else "",
-        what="latents" if mixed or not _codes(tiers) else "latents without the token's scale",
+        what="latents without the token's scale" if _factors_out(tiers) else "latents",
         factor="    factor = scale.float().unsqueeze(-1)\n" if mixed else "",
         body=body,
     )
@@ -111,7 +110,7 @@ $factor$body''')
 _CODES = Template('''
 
 def codes$bits(rows: Tensor) -> Tensor:
-    """Bytes [...,n] -> codes of $bits bits as float32 [...,n*8/$bits], low-order ones first."""
+    """Bytes [...,n] -> codes of $bits bits as float32 [...,$per_byte*n], low-order ones first."""
     shifts = torch.arange(0, 8, $bits, dtype=torch.uint8, device=rows.device)
     return ((rows.unsqueeze(-1) >> shifts) & $mask).flatten(-2).float()
 ''')
@@ -144,8 +143,8 @@ Latent attention for one kind of latent, in plain torch operations:
     B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
     T tokens, R channels of a latent.
 
-    key rows    $key_legend
-    value rows  $value_legend
+    channels of a key row:    $key_legend
+    channels of a value row:  $value_legend
 
 A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 """
@@ -181,7 +180,8 @@ def latent_attention(
     output = scaled.new_zeros((batch, heads, queries, VALUE_WIDTH))  # sum of exp(logit - top) * value
     for begin in range(0, tokens, TILE):
         tile = slice(begin, begin + TILE)
-        logits = grouped_matmul(scaled, $key_rows.transpose(-1, -2))  # [B, H, S, t]
+        keys = $key_rows  # [B, J, t, R_K]
+        logits = grouped_matmul(scaled, keys.transpose(-1, -2))  # [B, H, S, t]
 $key_scale_line$cap_line\
         if bias is not None:
             logits = logits + bias[..., tile]
@@ -191,7 +191,8 @@ $key_scale_line$cap_line\
         shrink = torch.exp(top - base)
         total = total * shrink + weights.sum(-1, keepdim=True)
 $value_scale_line\
-        output = output * shrink + grouped_matmul(weights, $value_rows)  # [B, H, S, R_V]
+        values = $value_rows  # [B, J', t, R_V]
+        output = output * shrink + grouped_matmul(weights, values)  # [B, H, S, R_V]
         top = new_top
     output = output / total.masked_fill(total == 0, 1.0)
     return output.to(query.dtype), (top + torch.log(total)).squeeze(-1)

@@ -1,3 +1,40 @@
-"""fhopt: find attention in any PyTorch graph, put a compressed latent in place of keys and values, prove what it cost."""
+"""fhopt: find attention in any PyTorch graph, put a compressed latent in place of keys and values, prove what it cost.
+
+    plan = fhopt.fit(model, tokenizer, text="topics", ratio=4)      calibrate and fit
+    fhopt.apply(model, plan); model.generate(...)                   cache latents
+    torch.compile(model, backend="flashhead")                       the compiler backend, registered by installation
+
+Importing this package is cheap: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fhopt.errors import FhoptError
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fhopt.api import fit as fit
+    from fhopt.applying import apply as apply
+    from fhopt.applying import unapply as unapply
+    from fhopt.cache import LatentCache as LatentCache
+    from fhopt.spec import LatentPlan as LatentPlan
+
+_WHERE = {
+    "LatentCache": "fhopt.cache",
+    "LatentPlan": "fhopt.spec",
+    "apply": "fhopt.applying",
+    "fit": "fhopt.api",
+    "unapply": "fhopt.applying",
+}
+
+__all__ = ["FhoptError", "LatentCache", "LatentPlan", "__version__", "apply", "fit", "unapply"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fhopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

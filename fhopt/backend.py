@@ -36,7 +36,11 @@ def last_outcome() -> passes.Outcome | None:
 
 
 def flashhead(
-    module: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    module: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph. Raises FhoptError for options that are wrong."""
     ours, inductor = _split_options(options or {})
@@ -117,4 +121,3 @@ def _compile(
     patches = {**(list_mode_options(mode) if mode else {}), **inductor}
     compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=patches or None)
     return compiled
-

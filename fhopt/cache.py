@@ -284,7 +284,9 @@ def layer_index(name: str) -> int:
     """Index of the layer that a site belongs to: the last number in its module path. Raises FhoptError."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     if not numbers:
-        raise FhoptError(f"site {name!r} has no layer number in its name; expected one like 'model.layers.3.self_attn'.")
+        raise FhoptError(
+            f"site {name!r} has no layer number in its name; expected one like 'model.layers.3.self_attn'."
+        )
     return int(numbers[-1])
 
 
@@ -380,7 +382,9 @@ def _exact(
         mask = ops.causal_mask(queries, keys, query.device)
     aligned = mask is None and causal and queries > 1
     mask = None if mask is None else mask[..., :keys]
-    return ops.attention_reference(query, key, value, mask, scale=scale, is_causal=aligned, softcap=cap, dropout=dropout)
+    return ops.attention_reference(
+        query, key, value, mask, scale=scale, is_causal=aligned, softcap=cap, dropout=dropout
+    )
 
 
 def _merged(

@@ -51,7 +51,11 @@ def families(site: AttentionSite, side: str) -> tuple[ChannelFamily, ...]:
 def latent_groups(site: AttentionSite) -> int:
     """J: as few latent heads as keep the mixed space within MIX_LIMIT numbers."""
     dim = max(site.key_dim, site.value_dim)
-    return next(j for j in range(1, site.kv_heads + 1) if site.kv_heads % j == 0 and site.kv_heads // j * dim <= MIX_LIMIT or j == site.kv_heads)
+    return next(
+        j
+        for j in range(1, site.kv_heads + 1)
+        if (site.kv_heads % j == 0 and site.kv_heads // j * dim <= MIX_LIMIT) or j == site.kv_heads
+    )
 
 
 def blocks(x: Tensor, family: ChannelFamily, groups: int) -> Tensor:
@@ -114,7 +118,9 @@ def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
 class _Instrumented(fx.Interpreter):
     """Runs the graph with the attention nodes of known sites replaced by `_ProbedAttention`."""
 
-    def __init__(self, captured: Captured, outcome: Outcome, statistics: Mapping[str, SiteStatistics], far: tuple[int, int]):
+    def __init__(
+        self, captured: Captured, outcome: Outcome, statistics: Mapping[str, SiteStatistics], far: tuple[int, int]
+    ):
         super().__init__(captured.program.module)
         self.sites, self.statistics, self.far = outcome.sites, statistics, far
         self.leaf = torch.zeros((), requires_grad=True)

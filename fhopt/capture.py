@@ -33,7 +33,7 @@ class Captured:
 
 
 def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
-    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it does not fit in one."""
+    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph."""
     given = dict(kwargs or {})
     seen: list[tuple[fx.GraphModule, list[Any]]] = []
     outputs: list[Any] = []
@@ -95,7 +95,9 @@ def _name_parameters(program: Program, model: torch.nn.Module) -> None:
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    given = {id(v): k for k, v in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()] if isinstance(v, Tensor)}
+    given = {
+        id(v): k for k, v in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()] if isinstance(v, Tensor)
+    }
     return {name: given[id(value)] for name, value in program.values.items() if id(value) in given}
 
 

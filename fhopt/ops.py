@@ -184,7 +184,9 @@ def _values(row: Tensor, bits: int, step: float) -> Tensor:
     return (lanes.flatten(-2).to(torch.float32) - middle) * step
 
 
-def _pack_fake(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _pack_fake(
+    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
     shape = latent.shape[:-1]
     return latent.new_empty((*shape, size), dtype=torch.uint8), latent.new_empty(shape, dtype=torch.float16)
@@ -269,9 +271,16 @@ def _per_head(factor: Tensor, heads: int) -> Tensor:
 
 
 def _latent_attention_fake(
-    query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None, mask: Tensor | None,
-    *, value_widths: Sequence[int], **_: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    mask: Tensor | None,
+    *,
+    value_widths: Sequence[int],
+    **_: object,
+) -> tuple[Tensor, Tensor]:
     width = sum(value_widths) if value_widths else value.shape[-1]
     return query.new_empty((*query.shape[:3], width)), query.new_empty(query.shape[:3], dtype=torch.float32)
 

@@ -3,7 +3,7 @@
 Frozen dataclasses without behaviour beyond counting and checking. Plans are saved as one safetensors file (tensors) and
 one JSON file (everything else) in a folder; never pickle.
 
-Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R latent width,
+Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R width,
 F rotary frequencies, L layers.
 """
 
@@ -288,7 +288,8 @@ class KernelSpec:
 
         digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
         cap = "_cap" if self.softcap else ""
-        return f"latent_k{side(self.key_tiers, self.key_width)}_v{side(self.value_tiers, self.value_width)}_{self.dtype}{cap}_{digest}"
+        key, value = side(self.key_tiers, self.key_width), side(self.value_tiers, self.value_width)
+        return f"latent_k{key}_v{value}_{self.dtype}{cap}_{digest}"
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -398,7 +399,9 @@ def _check_plan(plan: LatentPlan) -> None:
     if not plan.sites:
         raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
     if plan.sinks < 0 or plan.recent < 1 or plan.block < 1:
-        raise FhoptError(f"sinks={plan.sinks}, recent={plan.recent}, block={plan.block}: expected sinks >= 0, others >= 1.")
+        raise FhoptError(
+            f"sinks={plan.sinks}, recent={plan.recent}, block={plan.block}: expected sinks >= 0, others >= 1."
+        )
     for site in plan.sites:
         for which, side, dim in (("key", site.key, site.site.key_dim), ("value", site.value, site.site.value_dim)):
             _check_side(f"{site.site.name}.{which}", side, site.site.kv_heads, dim)

@@ -1,13 +1,13 @@
 """Move the decoders from keys and values onto queries and outputs: nothing of full length is rebuilt.
 
-    before                                                        after
-    o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
-                              decode(z_v, D_v), mask)             o~, lse = latent_attention(q~, z_k, z_v, mask)
-                                                                  o = expand(o~, D_v)
+before                                                        after
+o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
+                          decode(z_v, D_v), mask)             o~, lse = latent_attention(q~, z_k, z_v, mask)
+                                                              o = expand(o~, D_v)
 
-    q . (D_K z) = (D_K^T q) . z, and a weighted sum commutes with D_V (DeepSeek-V2, section 2.1.2: weight absorption).
-    Where z is `unpack(codes, scale)`, the codes themselves become the operands, and the scales fold into logits and
-    weights.
+q . (D_K z) = (D_K^T q) . z, and a weighted sum commutes with D_V (DeepSeek-V2, section 2.1.2: weight absorption).
+Where z is `unpack(codes, scale)`, the codes themselves become the operands, and the scales fold into logits and
+weights.
 """
 
 from __future__ import annotations

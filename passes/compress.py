@@ -62,7 +62,9 @@ class Compress:
             shared = dict(scale=node.kwargs["scale"], softcap=node.kwargs.get("softcap", 0.0))
             causal = bool(node.kwargs.get("is_causal", False))
             if site.is_exact:
-                total = call(program, ops.total_mask, (query, key, mask, causal)) if causal or mask is not None else None
+                total = (
+                    call(program, ops.total_mask, (query, key, mask, causal)) if causal or mask is not None else None
+                )
                 result = call(program, _item(0), (_attend(program, query, latent_k, latent_v, total, shared),))
             else:
                 masks = call(program, ops.split_mask, (query, key, mask, causal, self.plan.sinks, self.plan.recent))

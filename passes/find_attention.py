@@ -13,7 +13,7 @@ Letters: B batch, H query heads, G kv heads, T keys, D head size, F rotary frequ
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,12 +21,27 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph import Evaluator, Program, example_shape, fake, is_in_place, op_name, run_region, shape, source_line
+from fhopt.passes.graph import (
+    Evaluator,
+    Program,
+    example_shape,
+    fake,
+    is_in_place,
+    op_name,
+    run_region,
+    shape,
+    source_line,
+)
 from fhopt.spec import AttentionSite, Rope
 
-PROJECTION = frozenset({"linear", "addmm", "matmul", "bmm", "einsum", "conv1d", "conv2d", "convolution", "baddbmm", "mm"})
-VIEWS = frozenset({"t", "transpose", "permute", "view", "reshape", "getitem", "T", "mT", "contiguous", "to", "type_as",
-                   "chunk", "split", "cat", "squeeze", "unsqueeze", "numpy_T", "slice", "select", "detach", "alias"})  # fmt: skip
+PROJECTION = frozenset(
+    {"linear", "addmm", "matmul", "bmm", "einsum", "conv1d", "conv2d", "convolution", "baddbmm", "mm"}
+)
+VIEW_NAMES = (
+    "t transpose permute view reshape getitem T mT contiguous to type_as chunk split cat squeeze unsqueeze "
+    "numpy_T slice select detach alias"
+)
+VIEWS = frozenset(VIEW_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -170,22 +185,21 @@ def _output_projection(node: fx.Node, program: Program) -> tuple[str, ...]:
 
 def _common_path(names: Iterable[str]) -> str:
     """Longest common module path: the parameter's own name never belongs to it."""
-    paths = [n.split(".")[:-1] for n in names]
-    common = list(os.path.commonprefix(paths)) if paths else []  # works on lists, item by item
-    if len(set(map(tuple, paths))) == 1 and len(common) > 1:
-        return ".".join(common[:-1])  # one fused projection and nothing else: name its parent
-    return ".".join(common)
+    paths = [tuple(n.split(".")[:-1]) for n in names]
+    if len(set(paths)) == 1:
+        return ".".join(paths[0][:-1] or paths[0])  # one fused projection and nothing else: name its parent
+    steps = itertools.takewhile(lambda step: len(set(step)) == 1, zip(*paths, strict=False))
+    return ".".join(step[0] for step in steps)
 
 
 def _kind(cuts: dict[str, Cut]) -> str:
     """ "self" when queries and keys are projected from the same activation."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
-        return {_view_root(node.all_input_nodes[0]) for node, _ in cut.projections} | {
-            _view_root(source) for node, _ in cut.projections for source in node.all_input_nodes
-        }
+        return {_view_root(source) for node, _ in cut.projections for source in node.all_input_nodes}
 
-    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or not cuts["k"].projections and cuts["k"].appends else "cross"
+    cached = not cuts["k"].projections and cuts["k"].appends
+    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached else "cross"
 
 
 def _cache_kind(cut: Cut) -> str:

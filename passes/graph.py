@@ -62,11 +62,7 @@ def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Progr
         out._param_name_to_source = module._param_name_to_source
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = {n.name: v for n, v in zip(placeholders, example_inputs, strict=True)}
-    names = {
-        n.name: source_name(n)
-        for n in placeholders
-        if isinstance(values[n.name], torch.nn.Parameter)
-    }
+    names = {n.name: source_name(n) for n in placeholders if isinstance(values[n.name], torch.nn.Parameter)}
     return Program(out, values, names)
 
 
@@ -177,8 +173,8 @@ class Evaluator(fx.Interpreter):
 def run_region(base: Evaluator, given: Mapping[fx.Node, Tensor], end: fx.Node, limit: int = 400) -> Tensor:
     """Value of `end` when the nodes in `given` hold other values; everything beside the path comes from `base`.
 
-    Side inputs and every result on the way are promoted to float64, whatever dtype the region casts to. Raises RuntimeError when the path is longer
-    than `limit` nodes or a node on it fails.
+    Side inputs and every result on the way are promoted to float64, whatever dtype the region casts to. Raises
+    RuntimeError when the path is longer than `limit` nodes or a node on it fails.
     """
     region = _region(given, end, limit)
     env: dict[fx.Node, Any] = dict(given)

@@ -1,9 +1,9 @@
 """Hand the canonical ops back as plain torch functions, which inductor traces through and fuses.
 
-    before                                       after
-    fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
-    fhopt.latent_attention(q~, codes, ...)       latent_attention_reference(...)   -> matmul, softmax, matmul
-                                                 (coded operands keep the op: its kernel is generated per tier)
+before                                       after
+fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
+fhopt.latent_attention(q~, codes, ...)       latent_attention_reference(...)   -> matmul, softmax, matmul
+                                             (coded operands keep the op: its kernel is generated per tier)
 """
 
 from __future__ import annotations

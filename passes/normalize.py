@@ -184,7 +184,9 @@ def _split_addends(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     first, second = _node(node.args[0]), _node(node.args[1])
     for scores, mask in ((first, second), (second, first)):
         current = scores
-        while op_name(current) in SAME_VALUE | {"mul", "truediv", "div", "tanh"} and isinstance(current.args[0], fx.Node):
+        while op_name(current) in SAME_VALUE | {"mul", "truediv", "div", "tanh"} and isinstance(
+            current.args[0], fx.Node
+        ):
             current = current.args[0]
         if op_name(current) in CONTRACTION:
             return scores, mask
@@ -220,7 +222,9 @@ def _is_training(node: fx.Node) -> bool:
 def _check_shapes(core: Core) -> None:
     shapes = [shape(n) for n in (core.query, core.key, core.value)]
     if any(s is None or len(s) != 4 for s in shapes):
-        raise Miss(f"operands have shapes {shapes}; expected three of rank 4 [batch, heads, tokens, head size]", core.output)
+        raise Miss(
+            f"operands have shapes {shapes}; expected three of rank 4 [batch, heads, tokens, head size]", core.output
+        )
     heads, groups = shapes[0][1], shapes[1][1]  # type: ignore[index]
     if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
         raise Miss(f"{heads} query heads on {groups} kv heads", core.output)
@@ -296,7 +300,9 @@ def _verify(core: Core, base: Evaluator, tolerance: float) -> None:
         old = run_region(base, nodes, core.output)
         new = attention_reference(q, k.mT if core.key_is_transposed else k, v, mask, **_options(core))
     except Exception as error:
-        raise Miss(f"the region could not be run for the check ({type(error).__name__}: {error})", core.output) from error
+        raise Miss(
+            f"the region could not be run for the check ({type(error).__name__}: {error})", core.output
+        ) from error
     bound = tolerance if fake(core.query).dtype in (torch.float32, torch.float64) else 3e-2
     difference = float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
     if not difference <= bound:

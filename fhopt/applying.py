@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fhopt.errors import FhoptError
-from fhopt.fit import check_model
+from fhopt.fitting import check_model
 from fhopt.spec import LatentPlan
 
 IMPLEMENTATION = "fhopt"
@@ -67,7 +67,9 @@ def _check_site(model: torch.nn.Module, name: str, layer: int) -> None:
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
-        raise FhoptError(f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for it.") from error
+        raise FhoptError(
+            f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for it."
+        ) from error
     if getattr(module, "layer_idx", layer) != layer:
         raise FhoptError(f"{name} is cached as layer {module.layer_idx}, its name says {layer}; cannot apply the plan.")
 

@@ -77,7 +77,8 @@ def fit(
     budget = _code_budget(statistics, fitted, ratio, sinks, recent, block, tokens)
     chosen, loss = _allocate(fitted, budget, tuple(bits))
     plans = [
-        SitePlan(statistics[n].site, layout, _coded(k, chosen[n, 0]), _coded(v, chosen[n, 1])) for n, (k, v) in fitted.items()
+        SitePlan(statistics[n].site, layout, _coded(k, chosen[n, 0]), _coded(v, chosen[n, 1]))
+        for n, (k, v) in fitted.items()
     ]
     provenance = {"layout": layout, "ratio": float(ratio), "predicted_nats": loss}
     return LatentPlan(tuple(plans), sinks, recent, block, provenance)
@@ -265,12 +266,18 @@ def _allocate(
         bits[key][0] = lowest
         used += lowest * price[key]
     if used > budget:
-        raise FhoptError(f"the ratio asks for {budget / 8:.0f} bytes a token, the least possible is {used / 8:.0f}. Lower the ratio.")
+        raise FhoptError(
+            f"the ratio asks for {budget / 8:.0f} bytes a token, the least possible is {used / 8:.0f}. Lower the ratio."
+        )
     heap: list[tuple[float, tuple[str, int], int, int]] = []
 
     def push(key: tuple[str, int], chunk: int) -> None:
         now = bits[key][chunk]
-        gains = [(chunks[key][chunk] * (DISTORTION[now] - DISTORTION[b]) / ((b - now) * price[key]), b) for b in levels if b > now]
+        gains = [
+            (chunks[key][chunk] * (DISTORTION[now] - DISTORTION[b]) / ((b - now) * price[key]), b)
+            for b in levels
+            if b > now
+        ]
         if gains:
             gain, level = max(gains)
             heapq.heappush(heap, (-gain, key, chunk, level))
@@ -309,7 +316,9 @@ def _coded(side: _Fitted, bits: Sequence[int]) -> SidePlan:
 
 
 def _uncoded(site: AttentionSite, layout: str, key: _Fitted, value: _Fitted) -> SitePlan:
-    sides = [SidePlan(f.encode.float().cpu().contiguous(), f.decode.float().cpu().contiguous(), ()) for f in (key, value)]
+    sides = [
+        SidePlan(f.encode.float().cpu().contiguous(), f.decode.float().cpu().contiguous(), ()) for f in (key, value)
+    ]
     return SitePlan(site, layout, *sides)
 
 

@@ -1,0 +1,12 @@
+"""Kernels made from text: a `KernelSpec` says what, a renderer writes the file, `build` makes it callable.
+
+- `render(spec, "cpp")`: one C++ file for CPUs (cpp.py); `render(spec, "torch")`: plain torch operations (torch_ops.py).
+- `build(spec)`: the kernel, compiled, cached on disk, callable (build.py, call.py).
+- `latent_attention(...)`: the kernel that its arguments need, built at the first call (dispatch.py).
+- `install()`: `fhopt::latent_attention` on CPU runs through it.
+"""
+
+from fhopt.codegen.build import build, render
+from fhopt.codegen.dispatch import install, latent_attention
+
+__all__ = ["build", "install", "latent_attention", "render"]

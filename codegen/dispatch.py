@@ -1,0 +1,88 @@
+"""From the arguments of `fhopt::latent_attention` to the kernel that serves them, built at the first call.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.build import build
+from fhopt.codegen.tiers import UNCODED_DTYPES
+from fhopt.ops import LatentKernel, latent_attention_reference, use_kernel
+from fhopt.spec import KernelSpec
+
+_DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
+_kernels: dict[tuple[object, ...], LatentKernel] = {}
+
+
+def install() -> None:
+    """Run `fhopt::latent_attention` on CPU through generated kernels."""
+    use_kernel("cpu", latent_attention)
+
+
+def latent_attention(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    mask: Tensor | None,
+    *,
+    key_bits: Sequence[int],
+    key_widths: Sequence[int],
+    key_steps: Sequence[float],
+    value_bits: Sequence[int],
+    value_widths: Sequence[int],
+    value_steps: Sequence[float],
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention on latents by the generated kernel of these tiers; `fhopt.ops.latent_attention_reference` says what.
+
+    Calls that no kernel serves (gradients, other devices, float64 latents) run the reference.
+    """
+    tiers = (
+        tuple(key_bits), tuple(key_widths), tuple(key_steps),
+        tuple(value_bits), tuple(value_widths), tuple(value_steps),
+    )  # fmt: skip
+    options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap != 0.0, query.is_cpu, *tiers)
+    kernel = _kernels.get(options)
+    if kernel is None:
+        kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap != 0.0)
+    if kernel is latent_attention_reference or (torch.is_grad_enabled() and _needs_gradient(query, key, value, mask)):
+        return latent_attention_reference(
+            query, key, key_scale, value, value_scale, mask,
+            key_bits=key_bits, key_widths=key_widths, key_steps=key_steps,
+            value_bits=value_bits, value_widths=value_widths, value_steps=value_steps,
+            scale=scale, softcap=softcap,
+        )  # fmt: skip
+    return kernel(query, key, key_scale, value, value_scale, mask, scale=scale, softcap=softcap)
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
+) -> LatentKernel:
+    """The kernel for these options, or the reference where none can be built."""
+    key_tiers, value_tiers = (tuple(zip(*tiers[i : i + 3], strict=True)) for i in (0, 3))
+    uncoded = {x.dtype for x, coded in ((key, key_tiers), (value, value_tiers)) if not coded}
+    if not query.is_cpu or not uncoded <= _DTYPES.keys():
+        return latent_attention_reference
+    dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # the text needs it for uncoded sides only
+    return build(
+        KernelSpec(
+            key_tiers,
+            value_tiers,
+            key_width=query.shape[-1],
+            value_width=int(sum(tiers[4])) or value.shape[-1],
+            dtype=dtype,
+            softcap=softcap,
+        )
+    )
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)

@@ -1,0 +1,33 @@
+"""What the renderers share: the tiers of a `KernelSpec`, checked and in words."""
+
+from __future__ import annotations
+
+from fhopt.errors import FhoptError
+from fhopt.spec import SUPPORTED_BITS, TIER_QUANTUM, KernelSpec
+
+Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) in channel order; none: uncoded
+UNCODED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check(spec: KernelSpec) -> None:
+    """Raise FhoptError when no kernel can be written for `spec`."""
+    for side, tiers, width in (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width)):
+        if any(bits not in SUPPORTED_BITS or w < 1 or w % TIER_QUANTUM for bits, w, _ in tiers):
+            raise FhoptError(
+                f"the {side} tiers {tiers} cannot become a kernel; expected bits in {SUPPORTED_BITS} and widths that "
+                f"are multiples of {TIER_QUANTUM}. Fit the plan again, or round the widths."
+            )
+        if tiers and sum(w for _, w, _ in tiers) != width:
+            raise FhoptError(f"the {side} tiers {tiers} do not add up to the width {width}; give widths that do.")
+    if spec.dtype not in UNCODED_DTYPES:
+        raise FhoptError(f"no kernel reads uncoded {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors.")
+
+
+def is_scaled(tiers: Tiers) -> bool:
+    """True when a token has a scale that counts: some channels are codes, not float16."""
+    return any(bits < 16 for bits, _, _ in tiers)
+
+
+def legend(tiers: Tiers, width: int) -> str:
+    """One side in words, for the head of a generated file."""
+    return ", ".join(f"{w} x {bits} bits" for bits, w, _ in tiers) or f"{width} uncoded"

@@ -1,0 +1,92 @@
+"""The main job on a real model: find, fit, cache, measure, and say what came of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fhopt import data, evaluate, pipeline
+from fhopt.applying import apply, unapply
+from fhopt.errors import FhoptError
+from fhopt.models import load_model
+from fhopt.reporting import write_report
+from fhopt.tables import plan_table, sites_table, summary_table
+
+TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind
+CONTEXT = 2048
+QUESTION = "What is the capital of France? Answer in one sentence."
+COUNTED_AT = 8192
+
+
+def run_demo(
+    out: Path, ratio: float, console: Console, progress: pipeline.Progress = pipeline.silent
+) -> dict[str, Any]:
+    """Run it, writing the plan and the report below `out`; returns the figures (README: `fhopt demo --json`)."""
+    start = time.perf_counter()
+    options = pipeline.FitOptions(ratio=ratio, sequences=12)
+    options.check()
+    _check_writable(out)
+    loaded = load_model("demo")
+    model = loaded.language_model()
+    console.print(f"1. {loaded.name} is loaded ({sum(p.numel() for p in model.parameters()):,} parameters).")
+    plan, outcome = pipeline.fit(loaded, options, progress)
+    console.print(sites_table(outcome.sites.values()))
+    console.print(f"2. {len(outcome.sites)} attention sites found, {len(outcome.missed)} candidates left alone.")
+    console.print(plan_table(plan))
+    plan_path = plan.save(out / "plan")
+    console.print(f"3. A {plan.ratio(COUNTED_AT):.2f}x plan is fitted and saved.")
+    result = _measure(loaded, plan, progress)
+    result |= {"model": loaded.name, "sites_found": len(outcome.sites), "ratio": plan.ratio(COUNTED_AT)}
+    result["plan_path"] = str(plan_path)
+    result["report_path"] = str(out / "report.html")
+    result["seconds"] = time.perf_counter() - start
+    write_report(out / "report.html", outcome, plan, result)
+    console.print(summary_table(result))
+    for name in ("exact", "plan"):
+        console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)
+    return result
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FhoptError(f"cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
+
+
+def _measure(loaded: Any, plan: Any, progress: pipeline.Progress) -> dict[str, Any]:
+    """Perplexity, answer, bytes and speed, with the exact cache and with latents."""
+    model, tokenizer = loaded.language_model(), loaded.tokenizer
+    tests = {name: data.halves(data.read_text(name))[1] for name in TEXTS}
+    ids = {n: data.sequences(tokenizer, t, count=1, length=CONTEXT, what=f"text {n!r}") for n, t in tests.items()}
+    notes = tokenizer.decode(ids["topics"][0][:600])
+    perplexity: dict[str, dict[str, float]] = {name: {} for name in TEXTS}
+    answers = {}
+    done, total = 0, 2 * len(TEXTS)
+    for kind, used in (("exact", None), ("plan", plan)):
+        (apply(model, plan) if used is not None else unapply(model))
+        for name in TEXTS:
+            perplexity[name][kind] = evaluate.score(model, ids[name], used).perplexity
+            done += 1
+            progress("perplexity", done, total)
+        answers[kind] = evaluate.answer(model, tokenizer, QUESTION, context=f"{notes}\n\n")
+    speed = evaluate.decode_speed(model, plan, ids["topics"][0])
+    exact = plan.exact_token_bytes()
+    return {
+        "bytes_counted_at_tokens": COUNTED_AT,
+        "bytes_per_token": {"exact": exact, "plan": plan.cache_bytes(COUNTED_AT) / COUNTED_AT},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "decode_tokens": CONTEXT,
+        "cache_nbytes": speed["bytes"],
+        "perplexity": perplexity,
+        "tokens_per_second": {k: speed[k] for k in ("exact", "plan")},
+        "answer": answers,
+        "threads": torch.get_num_threads(),
+    }

