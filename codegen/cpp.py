@@ -290,6 +290,7 @@ constexpr Channels<Values> VALUE_CHANNELS;
 // Tokens of a tile: 24 KB of floats, so that it stays in the first-level cache beside the queries.
 constexpr int WIDEST = std::max(Keys::PAD, Values::PAD);
 constexpr int TILE = std::clamp(6144 / WIDEST / 16 * 16, 16, 64);
+constexpr int STRIDE = WIDEST + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
@@ -477,14 +478,14 @@ T* allocate(int64_t count) {
 }
 
 struct Scratch {
-    float *tile, *query, *middle, *logits, *totals;  // [TILE, WIDEST], [rows, R_K], [rows], [rows, TILE], [rows]
+    float *tile, *query, *middle, *logits, *totals;  // [TILE, STRIDE], [rows, R_K], [rows], [rows, TILE], [rows]
     State* states;                                   // [rows]
     alignas(64) float scale[TILE];
 
     explicit Scratch(int64_t rows)
-        : tile(allocate<float>(TILE * WIDEST)), query(allocate<float>(rows * Keys::PAD)), middle(allocate<float>(rows)),
+        : tile(allocate<float>(TILE * STRIDE)), query(allocate<float>(rows * Keys::PAD)), middle(allocate<float>(rows)),
           logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)), states(allocate<State>(rows)), scale() {
-        std::fill(tile, tile + TILE * WIDEST, 0.0f);
+        std::fill(tile, tile + TILE * STRIDE, 0.0f);
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
@@ -503,10 +504,10 @@ INLINE const float* floats(const Rows& rows, const Rows& scales, int64_t b, int6
         stride = rows.token;
         return reinterpret_cast<const float*>(row);
     }
-    stride = Side::PAD;
+    stride = STRIDE;
     for (int t = 0; t < tokens; t++) {
         if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(b, j, begin + t));
-        Side::unpack(row + t * rows.token * Side::ELEMENT, s.scale[t], s.tile + t * Side::PAD);
+        Side::unpack(row + t * rows.token * Side::ELEMENT, s.scale[t], s.tile + t * STRIDE);
     }
     return s.tile;
 }

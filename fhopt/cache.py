@@ -226,8 +226,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         self.unread = False
         target = length + tokens_to_remove
-        if target < self.sinks + self.sealed:
-            keep = max(0, target - self.sinks) // self.block * self.block
+        keep = max(0, target - self.sinks) // self.block * self.block
+        if self.sealed > keep:
             self.keys = _insert(self.keys, self.key_side.rebuild(keep, self.sealed), self.sinks)
             self.values = _insert(self.values, self.value_side.rebuild(keep, self.sealed), self.sinks)
             self.sealed = keep

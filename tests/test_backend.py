@@ -1,0 +1,185 @@
+"""torch.compile with the backend: exact without a plan, right with one, and explained."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import Fitted, tiny_llama, token_ids
+
+import fhopt
+from fhopt.backend import last_outcome
+from fhopt.cache import LatentCache
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd as in inductor, without the minutes that generating C++ takes."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def compile_fx(module: Any, inputs: Any, config_patches: Any = None) -> Any:
+        return aot_eager(module, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+
+
+def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def test_torch_knows_the_backend_without_an_import() -> None:
+    assert "flashhead" in torch._dynamo.list_backends()
+
+
+def test_without_a_plan_the_numbers_are_inductors() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    compiled = torch.compile(model, backend="flashhead")
+    torch.testing.assert_close(forward(compiled, ids), forward(model, ids), rtol=1e-4, atol=1e-5)
+    outcome = last_outcome()
+    assert outcome is not None and len(outcome.sites) == 2 and not outcome.compressed
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_rewritten_graph_with_gradients(llama: Fitted) -> None:
+    check_full_width(llama, "freq")
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("layout", ["freq", "identity"])
+def test_full_width_latents_change_nothing_compiled_and_train(fitted: Fitted, layout: str) -> None:
+    check_full_width(fitted, layout)
+
+
+def check_full_width(fitted: Fitted, layout: str) -> None:
+    ids = token_ids(1, 40)
+    options = {"plan": fitted.plan(1, layout)}
+    compiled = torch.compile(fitted.model, backend="flashhead", options=options)
+    expected, found = forward(fitted.model, ids), forward(compiled, ids)
+    outcome = last_outcome()
+    assert outcome is not None and len(outcome.compressed) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    parameters = list(fitted.model.parameters())
+    gradients = [torch.autograd.grad(x.square().mean(), parameters) for x in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -> None:
+    ids, plan = token_ids(1, 60), llama.plan(4)
+    compiled = torch.compile(llama.model, backend="flashhead", options={"plan": plan})
+    with torch.no_grad():
+        absorbed = forward(compiled, ids)
+    trained = forward(compiled, ids)
+    torch.testing.assert_close(trained.detach(), absorbed, rtol=1e-3, atol=1e-3)
+    assert float((absorbed - forward(llama.model, ids)).detach().abs().max()) > 1e-6
+    gradient = torch.autograd.grad(trained.square().mean(), llama.model.model.layers[0].self_attn.k_proj.weight)[0]
+    assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: Fitted) -> None:
+    from torch._dynamo.utils import counters
+
+    model, ids = tiny_llama(), token_ids(1, 40)
+    model.load_state_dict(llama.model.state_dict())
+    fhopt.apply(model, llama.plan(4))
+    options: dict[str, Any] = dict(max_new_tokens=30, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    eager = model.generate(ids, **options)
+    model.compile(backend="flashhead")
+    counters.clear()
+    compiled = model.generate(ids, **options)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    assert torch.equal(compiled.sequences, eager.sequences)
+    for a, b in zip(compiled.logits, eager.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_weights_may_change_after_compilation() -> None:
+    """Nothing of a weight is folded into the graph, so the new ones count at once."""
+    model, ids = tiny_llama(), token_ids(1, 20)
+    from small_models import found
+
+    from fhopt.fitting import exact_plan
+
+    plan = exact_plan(found(model)[1].sites.values())
+    compiled = torch.compile(model, backend="flashhead", options={"plan": plan})
+    with torch.no_grad():
+        forward(compiled, ids)
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        torch.testing.assert_close(forward(compiled, ids), forward(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
+    compiled = torch.compile(llama.model, backend="flashhead", dynamic=True, options={"plan": llama.plan(1)})
+    with torch.no_grad():
+        for tokens in (20, 33, 57):
+            ids = token_ids(1, tokens)
+            torch.testing.assert_close(forward(compiled, ids), forward(llama.model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: Fitted, tmp_path: Path) -> None:
+    path = str(llama.plan(1).save(tmp_path / "plan"))
+    compiled = torch.compile(llama.model, backend="flashhead", options={"plan": path, "max_autotune": False})
+    with torch.no_grad():
+        ids = token_ids(1, 20)
+        torch.testing.assert_close(forward(compiled, ids), forward(llama.model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_plan_that_fits_nothing_warns_once_or_refuses_when_strict(llama: Fitted) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(model, backend="flashhead", options={"plan": llama.plan(1)})(torch.randn(2, 4))  # no attention
+    from small_models import tiny_gpt2
+
+    other = tiny_gpt2()
+    with pytest.warns(RuntimeWarning, match="not in the plan"):
+        forward(torch.compile(other, backend="flashhead", options={"plan": llama.plan(1)}), token_ids(1, 10))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="not in the plan"):
+        strict = {"plan": llama.plan(1), "strict": True}
+        forward(torch.compile(other, backend="flashhead", options=strict), token_ids(1, 10))
+
+
+def test_a_wrong_plan_option_is_one_clear_error() -> None:
+    with pytest.raises(Exception, match="expected a LatentPlan or the path of one"):
+        torch.compile(torch.nn.Linear(2, 2), backend="flashhead", options={"plan": 3})(torch.randn(1, 2))
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FHOPT_DUMP", str(tmp_path))
+    with torch.no_grad():
+        forward(torch.compile(llama.model, backend="flashhead", options={"plan": llama.plan(4)}), token_ids(1, 40))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    stages = ["input", "normalize", "find_attention", "compress", "absorb", "lower"]
+    assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]
+    compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("03-compress", "04-absorb"))
+    assert compressed.startswith("# compress: 2 sites, 2 compressed")
+    assert " = decode(" in compressed and " = decode(" not in absorbed
+    assert " = absorb(" in absorbed and "fhopt.latent_attention.default(" in absorbed
+
+
+def test_a_cache_works_compiled_by_inductor_alone(llama: Fitted) -> None:
+    """The ops are ordinary custom ops: no backend of ours is needed to be right."""
+    ids, plan = token_ids(1, 40), llama.plan(4)
+    fhopt.apply(llama.model, plan)
+    try:
+        with torch.no_grad():
+            results = []
+            for function in (llama.model, torch.compile(llama.model, backend="aot_eager")):
+                cache = LatentCache(plan, absorb=True)
+                function(ids[:, :30], cache=cache)
+                results.append(function(ids[:, 30:31], cache=cache).logits)
+    finally:
+        fhopt.unapply(llama.model)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

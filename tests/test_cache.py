@@ -1,0 +1,304 @@
+"""The latent cache: generation in every mode, states against a naive reference, bytes, and wrong use."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from small_models import Fitted, tiny_gpt2, tiny_llama, token_ids
+from torch import Tensor
+
+import fhopt
+from fhopt import fitting, ops
+from fhopt.cache import LatentCache, LatentLayer, layer_index
+from fhopt.errors import FhoptError
+from fhopt.evaluate import score
+from fhopt.spec import LatentPlan, SidePlan
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beam search": {"do_sample": False, "num_beams": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 13},
+}
+
+
+def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any:
+    torch.manual_seed(3)
+    options = dict(max_new_tokens=24, min_new_tokens=24, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
+    return model.generate(ids, **(options | mode | extra))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["exact", "full width"])
+def test_latents_of_full_width_generate_the_same_tokens(fitted: Fitted, kind: str, mode: str) -> None:
+    model, batch = fitted.model, 1 if mode in ("prompt lookup", "chunked prefill") else 2
+    ids = token_ids(batch, 40)
+    expected = generate(model, MODES[mode], ids)
+    sites = fitted.outcome.sites.values()
+    plan = fitted.plan(1) if kind == "full width" else fitting.exact_plan(sites, recent=8, block=8)
+    fhopt.apply(model, plan)
+    try:
+        found = generate(model, MODES[mode], ids)
+    finally:
+        fhopt.unapply(model)
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_generate_makes_latent_caches_by_itself_and_unapply_takes_it_back(fitted: Fitted) -> None:
+    fhopt.apply(fitted.model, fitted.plan(4))
+    with_latents = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
+    fhopt.unapply(fitted.model)
+    without = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
+    assert isinstance(with_latents.past_key_values if "past_key_values" in with_latents else with_latents.cache, LatentCache)
+    assert not isinstance(without.past_key_values if "past_key_values" in without else without.cache, LatentCache)
+    assert fitted.model.config._attn_implementation == "sdpa"
+
+
+def test_left_padding_is_masked_in_latents_too(fitted: Fitted) -> None:
+    ids, mask = token_ids(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0, :9] = 0
+    expected = generate(fitted.model, MODES["greedy"], ids, attention_mask=mask)
+    fhopt.apply(fitted.model, fitted.plan(1))
+    found = generate(fitted.model, MODES["greedy"], ids, attention_mask=mask)
+    fhopt.unapply(fitted.model)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_a_continued_chat_reuses_its_cache(llama: Fitted) -> None:
+    ids = token_ids(1, 40)
+    fhopt.apply(llama.model, llama.plan(1))
+    try:
+        cache = LatentCache(llama.plan(1), llama.model.config, absorb=True)
+        first = generate(llama.model, MODES["greedy"], ids, cache=cache)
+        second = generate(llama.model, MODES["greedy"], first.sequences, cache=cache)
+    finally:
+        fhopt.unapply(llama.model)
+    expected = generate(llama.model, {"do_sample": False, "max_new_tokens": 48, "min_new_tokens": 48}, ids)
+    assert torch.equal(second.sequences, expected.sequences)
+
+
+def logits(model: Any, cache: Any, ids: Tensor, cuts: list[int]) -> Tensor:
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], cache=cache).logits for a, b in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True)]
+    return torch.cat(parts, 1)
+
+
+def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> None:
+    """In float64, so that both ways round every latent to the same code."""
+    plan, ids, model = fitted.plan(4), token_ids(1, 60), copy.deepcopy(fitted.model).double()
+    fhopt.apply(model, plan)
+    blocks = logits(model, LatentCache(plan, absorb=True), ids, list(range(20, 60, 8)))
+    single = logits(model, LatentCache(plan, absorb=True), ids, list(range(20, 60)))
+    torch.testing.assert_close(blocks, single, rtol=1e-4, atol=1e-4)
+
+
+def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: Fitted) -> None:
+    plan, ids = fitted.plan(4), token_ids(2, 60)
+    rebuilt = logits(fitted.model, LatentCache(plan), ids, list(range(20, 60)))
+    fhopt.apply(fitted.model, plan)
+    absorbed = logits(fitted.model, LatentCache(plan, absorb=True), ids, list(range(20, 60)))
+    fhopt.unapply(fitted.model)
+    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-3, atol=1e-3)  # one rounds q D, the other D z, in float32
+
+
+def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:
+    ids = token_ids(2, 80)
+    exact = score(llama.model, ids, None).nats
+    for ratio, bound in ((1, 1e-5), (4, 0.05)):
+        plan = llama.plan(ratio)
+        fhopt.apply(llama.model, plan)
+        assert abs(score(llama.model, ids, plan).nats - exact) < bound
+        fhopt.unapply(llama.model)
+
+
+def test_no_tensor_of_full_length_and_width_is_made_in_decoding(llama: Fitted) -> None:
+    """Every op's outputs are watched: nothing of T tokens has as many numbers as keys or values of all heads."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    plan = llama.plan(4)
+    fhopt.apply(llama.model, plan)
+    cache = LatentCache(plan, absorb=True)
+    logits(llama.model, cache, token_ids(1, 256), [])
+    limit = cache.layers[0].sealed * llama.plan(4).sites[0].site.exact_numbers_per_token // 2
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                is_cache = isinstance(t, Tensor) and t.dtype in (torch.uint8, torch.float16)
+                if isinstance(t, Tensor) and not is_cache:
+                    Watch.largest = max(Watch.largest, t.numel())
+            return out
+
+    with Watch(), torch.no_grad():
+        llama.model(token_ids(1, 1), cache=cache)
+    fhopt.unapply(llama.model)
+    assert 0 < Watch.largest < limit
+
+
+# ---- bytes
+
+
+def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
+    plan = fitted.plan(4)
+    fhopt.apply(fitted.model, plan)
+    cache = LatentCache(plan, absorb=True)
+    logits(fitted.model, cache, token_ids(1, 400), [200])
+    fhopt.unapply(fitted.model)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for row in cache.layers for t in row.tensors}
+    assert cache.nbytes == sum(held.values()) == sum(r["bytes"] for r in cache.report())
+    needed = plan.cache_bytes(400, itemsize=4)
+    spare = sum(p.token_bytes() for p in plan.sites) * (cache.layers[0].sealed / 8 + plan.block)
+    assert needed <= cache.nbytes <= needed + spare
+    assert cache.nbytes < 0.5 * 400 * plan.exact_token_bytes(itemsize=4)
+
+
+# ---- states
+
+
+class NaiveSide:
+    """Keys or values as a list of tokens, each coded on its own when its turn comes."""
+
+    def __init__(self, plan: SidePlan) -> None:
+        self.plan = plan
+        self.tokens: list[Tensor] = []  # each [B, G, 1, D]
+
+    def code(self, index: int) -> None:
+        latent = ops.encode(self.tokens[index], self.plan.encode)
+        if self.plan.tiers:
+            latent = ops.unpack_reference(*ops.pack_reference(latent, *ops.tier_arguments(self.plan)),
+                                          *ops.tier_arguments(self.plan))  # fmt: skip
+        self.tokens[index] = ops.decode(latent, self.plan.decode)
+
+
+class CacheStates(RuleBasedStateMachine):
+    """Any sequence of operations leaves the state of the naive reference."""
+
+    plan: LatentPlan
+
+    @initialize(batch=st.integers(1, 2))
+    def start(self, batch: int) -> None:
+        site = self.plan.sites[0]
+        self.layer = LatentLayer(site, self.plan.sinks, self.plan.recent, self.plan.block, absorb=False)
+        self.key, self.value, self.sealed, self.batch = NaiveSide(site.key), NaiveSide(site.value), 0, batch
+
+    @rule(count=st.integers(1, 40), seed=st.integers(0, 9999))
+    def append(self, count: int, seed: int) -> None:
+        site = self.plan.sites[0].site
+        shape = (self.batch, site.kv_heads, count, site.key_dim)
+        new = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
+        k, v = self.layer.update(new[0], new[1])
+        for side, fresh, found in ((self.key, new[0], k), (self.value, new[1], v)):
+            side.tokens += list(fresh.split(1, 2))
+            torch.testing.assert_close(found, torch.cat(side.tokens, 2), rtol=1e-3, atol=1e-3)
+        while len(self.key.tokens) - self.plan.sinks - self.sealed >= self.plan.recent + self.plan.block:
+            for index in range(self.plan.sinks + self.sealed, self.plan.sinks + self.sealed + self.plan.block):
+                self.key.code(index)
+                self.value.code(index)
+            self.sealed += self.plan.block
+        self.check()
+
+    @precondition(lambda self: self.key.tokens)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share: float) -> None:
+        length = len(self.key.tokens)
+        count = round(share * length)
+        self.layer.crop(-count)
+        for side in (self.key, self.value):
+            side.tokens = side.tokens[: length - count]
+        keep = max(0, length - count - self.plan.sinks) // self.plan.block * self.plan.block
+        self.sealed = min(self.sealed, keep)
+        self.check()
+
+    @precondition(lambda self: self.key.tokens)
+    @rule(indices=st.lists(st.integers(0, 1), min_size=1, max_size=3), how=st.sampled_from(["reorder", "select"]))
+    def take(self, indices: list[int], how: str) -> None:
+        index = torch.tensor([i % self.batch for i in indices])
+        (self.layer.reorder_cache if how == "reorder" else self.layer.batch_select_indices)(index)
+        self._take(index)
+
+    @precondition(lambda self: self.key.tokens and self.batch <= 2)
+    @rule()
+    def repeat(self) -> None:
+        self.layer.batch_repeat_interleave(2)
+        self._take(torch.arange(self.batch).repeat_interleave(2))
+
+    @rule()
+    def reset(self) -> None:
+        self.layer.reset()
+        self.start(self.batch)
+
+    def _take(self, index: Tensor) -> None:
+        for side in (self.key, self.value):
+            side.tokens = [t[index] for t in side.tokens]
+        self.batch = len(index)
+        self.check()
+
+    def check(self) -> None:
+        assert self.layer.get_seq_length() == len(self.key.tokens)
+        assert self.layer.sealed == self.sealed
+        assert self.layer.get_mask_sizes(3) == (len(self.key.tokens) + 3, 0)
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama: Fitted, ratio: float) -> None:
+    machine = type("Machine", (CacheStates,), {"plan": llama.plan(ratio)})
+    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+    machine.TestCase().runTest()
+
+
+# ---- wrong use
+
+
+def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -> None:
+    layer = LatentLayer(llama.plan(4).sites[0], 4, 8, 8, absorb=False)
+    layer.update(torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16))
+    state = [t.clone() for t in layer.tensors]
+    wrong = {
+        "keys and values have": torch.randn(1, 3, 1, 16),
+        "batch 2": torch.randn(2, 2, 1, 16),
+        "torch.bfloat16": torch.randn(1, 2, 1, 16, dtype=torch.bfloat16),
+    }
+    for message, tokens in wrong.items():
+        with pytest.raises(FhoptError, match=message):
+            layer.update(tokens, tokens)
+    with pytest.raises(FhoptError, match="crop"):
+        layer.crop(-31)
+    assert all(torch.equal(a, b) for a, b in zip(layer.tensors, state, strict=True))
+
+
+def test_a_model_whose_attention_ignores_the_latents_is_told(llama: Fitted) -> None:
+    cache = LatentCache(llama.plan(4), absorb=True)
+    with torch.no_grad():
+        llama.model(token_ids(1, 40), cache=cache)
+        with pytest.raises(FhoptError, match=r"fhopt\.apply"):
+            llama.model(token_ids(1, 1), cache=cache)
+
+
+def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
+    with pytest.raises(FhoptError, match="does not have"):
+        fhopt.apply(tiny_gpt2(), llama.plan(4))
+    with pytest.raises(FhoptError, match="not a transformers model"):
+        fhopt.apply(torch.nn.Linear(2, 2), llama.plan(4))
+    with pytest.raises(FhoptError, match="the model has 1"):
+        LatentCache(llama.plan(4), tiny_llama(num_hidden_layers=1).config)
+
+
+def test_the_layer_is_the_last_number_of_the_path() -> None:
+    assert layer_index("model.layers.11.self_attn") == 11
+    assert layer_index("transformer.h.3.attn") == 3
+    with pytest.raises(FhoptError, match="no layer number"):
+        layer_index("attention")
