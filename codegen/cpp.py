@@ -43,6 +43,7 @@ def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
     fields = (
         (f"int WIDTH = {width};", "R, channels of a row"),
         ("int PAD = padded(WIDTH);", "floats of an unpacked row: whole vectors"),
+        (f"int BYTES = {sum(b * w for b, w, _ in table) // 8};", "of a stored row"),
         (f"int ELEMENT = {1 if tiers else size};", "bytes of what strides count"),
         (f"bool SCALED = {str(scaled).lower()};", "a token has a scale"),
         (f"bool IN_PLACE = {'WIDTH % LANES == 0' if in_place else 'false'};", "rows can be read as they are"),
@@ -506,6 +507,9 @@ INLINE const float* floats(const Rows& rows, const Rows& scales, int64_t b, int6
     }
     stride = STRIDE;
     for (int t = 0; t < tokens; t++) {
+        for (int i = 0; i < Side::BYTES; i += 64) {  // rows are read in bursts, which hardware does not foresee
+            __builtin_prefetch(row + (t + 16) * rows.token * Side::ELEMENT + i);
+        }
         if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(b, j, begin + t));
         Side::unpack(row + t * rows.token * Side::ELEMENT, s.scale[t], s.tile + t * STRIDE);
     }

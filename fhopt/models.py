@@ -45,7 +45,8 @@ class LoadedModel:
         assert self.module is not None
         if self.tokenizer is None:
             return capture(self.module, *self.inputs)
-        ids = torch.arange(tokens).remainder(100).add(100).unsqueeze(0)
+        vocabulary = int(self.module.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        ids = torch.arange(1, tokens + 1).remainder(vocabulary).unsqueeze(0)
         return capture(self.module, (), self.arguments(ids))
 
     def arguments(self, ids: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fhopt.fitting import fit as fit_plan
 from fhopt.models import LoadedModel
 from fhopt.spec import LatentPlan, SiteStatistics
 
+LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,10 +44,11 @@ class FitOptions:
             raise FhoptError(
                 f"ratio {self.ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4."
             )
-        if self.sequences < 1 or self.context < self.sinks + self.recent + 1:
+        far = self.sequences * max(0, self.context - self.sinks - self.recent)
+        if far < LEAST_FAR_TOKENS:
             raise FhoptError(
-                f"{self.sequences} sequences of {self.context} tokens leave nothing to calibrate on; expected at least "
-                f"one of {self.sinks + self.recent + 1} or more."
+                f"{self.sequences} sequences of {self.context} tokens leave {far} tokens beyond sinks and recent ones to "
+                f"calibrate on; expected at least {LEAST_FAR_TOKENS}. Use more or longer sequences."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ def write_report(
         staging.write_text(page, encoding="utf-8")
         staging.replace(path)
     except OSError as error:
-        staging.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
         raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
     return path

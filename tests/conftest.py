@@ -25,7 +25,8 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
-    """Same random numbers in every test, and no compiled graphs of the one before."""
+    """Same random numbers in every test, one thread (the models are tiny), and no compiled graphs of the one before."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield

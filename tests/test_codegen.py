@@ -1,0 +1,395 @@
+"""Generated kernels: right numbers, readable files, and a file cache that survives what users do to it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fhopt.codegen import build, install, latent_attention, render
+from fhopt.codegen.build import build_cpp, build_torch, find_compiler
+from fhopt.codegen.tiers import Tiers
+from fhopt.errors import FhoptError
+from fhopt.ops import LatentKernel, latent_attention_reference, pack_reference, unpack_reference, use_kernel
+from fhopt.spec import KernelSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
+DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
+
+MIXED: Tiers = ((8, 16, 0.02), (4, 40, 0.3), (2, 8, 0.9))
+HALVES: Tiers = ((16, 8, 0.0), (4, 16, 0.3), (16, 16, 0.0), (8, 8, 0.02))
+FOUR: Tiers = ((4, 64, 0.3),)
+TWO: Tiers = ((2, 24, 0.9),)
+UNCODED: Tiers = ()
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="there is no C++ compiler"
+)
+Make = Callable[[KernelSpec], LatentKernel]
+TARGETS = [pytest.param(build_cpp, id="cpp", marks=needs_compiler), pytest.param(build_torch, id="torch")]
+
+
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]  # query, key and its scale, value and its scale
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel and the shapes it is tried on."""
+
+    key_tiers: Tiers
+    value_tiers: Tiers
+    heads: int  # H
+    key_heads: int  # J of the keys
+    value_heads: int  # J of the values
+    queries: int  # S
+    tokens: int  # T
+    softcap: float = 0.0
+    width: int = 24  # R of uncoded sides
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def key_width(self) -> int:
+        return sum(w for _, w, _ in self.key_tiers) or self.width
+
+    @property
+    def value_width(self) -> int:
+        return sum(w for _, w, _ in self.value_tiers) or self.width
+
+    def spec(self) -> KernelSpec:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return KernelSpec(
+            self.key_tiers, self.value_tiers, self.key_width, self.value_width, dtype, self.softcap != 0.0
+        )
+
+    def options(self) -> dict[str, list[int] | list[float] | float]:
+        return {
+            "key_bits": [b for b, _, _ in self.key_tiers],
+            "key_widths": [w for _, w, _ in self.key_tiers],
+            "key_steps": [s for _, _, s in self.key_tiers],
+            "value_bits": [b for b, _, _ in self.value_tiers],
+            "value_widths": [w for _, w, _ in self.value_tiers],
+            "value_steps": [s for _, _, s in self.value_tiers],
+            "scale": 0.25,
+            "softcap": self.softcap,
+        }
+
+
+CASES = {
+    "9 heads read one latent": Case(MIXED, MIXED, 9, 1, 1, 1, 203),
+    "keys shared by 9 heads, values by 3": Case(FOUR, MIXED, 9, 1, 3, 5, 70),
+    "float16 channels beside codes, softcap": Case(HALVES, TWO, 6, 2, 3, 1, 131, softcap=4.0),
+    "a head for each latent head, values uncoded": Case(TWO, UNCODED, 4, 4, 4, 5, 77, width=20),
+    "one token": Case(HALVES, HALVES, 3, 1, 1, 1, 1),
+    "uncoded, several queries": Case(UNCODED, UNCODED, 9, 3, 3, 5, 100, width=16),
+}
+
+
+def side(tiers: Tiers, heads: int, tokens: int, width: int, batch: int = 2) -> tuple[Tensor, Tensor | None]:
+    """Random latents of one side: codes and scales, or floats."""
+    z = torch.randn(batch, heads, tokens, width) * (0.5 + torch.rand(batch, heads, tokens, 1))
+    if not tiers:
+        return z, None
+    return pack_reference(z, [b for b, _, _ in tiers], [w for _, w, _ in tiers], [s for _, _, s in tiers])
+
+
+def inputs(case: Case) -> Inputs:
+    query = torch.randn(2, case.heads, case.queries, case.key_width)
+    key, key_scale = side(case.key_tiers, case.key_heads, case.tokens, case.key_width)
+    value, value_scale = side(case.value_tiers, case.value_heads, case.tokens, case.value_width)
+    key, value = (x if x.dtype == torch.uint8 else x.to(case.dtype) for x in (key, value))
+    return query.to(case.dtype), key, key_scale, value, value_scale
+
+
+def masks(case: Case) -> list[Tensor | None]:
+    """None, bool with a row that sees nothing, additive of full shape, bool for all queries alike, additive [T]."""
+    whole = torch.rand(2, 1, case.queries, case.tokens) > 0.4
+    whole[0, 0, -1] = False
+    whole[1, 0, -1, 0] = True
+    bias = torch.randn(2, case.heads, case.queries, case.tokens)
+    bias[1, :, 0] = -torch.inf
+    padding = torch.arange(case.tokens).expand(2, 1, 1, case.tokens) >= torch.tensor([0, 60]).view(2, 1, 1, 1)
+    return [None, whole, bias, padding, torch.randn(case.tokens)]
+
+
+def expected(case: Case, x: Inputs, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The reference on unpacked latents, products in float64."""
+    query, key, key_scale, value, value_scale = x
+    unpacked = []
+    for rows, scale, tiers in ((key, key_scale, case.key_tiers), (value, value_scale, case.value_tiers)):
+        bits, widths, steps = [b for b, _, _ in tiers], [w for _, w, _ in tiers], [s for _, _, s in tiers]
+        unpacked.append((rows if scale is None else unpack_reference(rows, scale, bits, widths, steps)).double())
+    options = Case(UNCODED, UNCODED, 0, 0, 0, 0, 0, softcap=case.softcap).options()
+    return latent_attention_reference(query.double(), unpacked[0], None, unpacked[1], None, mask, **options)  # type: ignore[arg-type]
+
+
+def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
+    """1e-5: sums of up to 203 products of size 3 in float32, as codes, whose middle is subtracted at the end."""
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def fresh(module_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of this module in one temporary folder; nothing built or said before the test counts."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(module_cache))
+    monkeypatch.setattr(BUILD, "_warned", set())
+    monkeypatch.setattr(DISPATCH, "_kernels", {})
+    build.cache_clear()
+    yield
+    build.cache_clear()
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("make", TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Make) -> None:
+    case = CASES[name]
+    x, kernel = inputs(case), make(case.spec())
+    for mask in masks(case):
+        assert_same(kernel(*x, mask, **case.options()), expected(case, x, mask))
+
+
+@pytest.mark.parametrize("make", TARGETS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dtype, tolerance: float) -> None:
+    case = Case(UNCODED, FOUR, 6, 2, 1, 2, 50, dtype=dtype)
+    x = inputs(case)
+    output, lse = make(case.spec())(*x, None, **case.options())
+    assert output.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert_same((output, lse), expected(case, x, None), 4 * tolerance)  # the output is rounded to dtype
+
+
+@needs_compiler
+def test_threads_over_ranges_of_tokens_give_the_same_numbers() -> None:
+    case = Case(MIXED, MIXED, 9, 1, 1, 1, 3001)
+    x, kernel, before = inputs(case), build_cpp(case.spec()), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("make", TARGETS)
+def test_views_into_larger_tensors_are_read_in_place(make: Make) -> None:
+    case = CASES["9 heads read one latent"]
+    query, key, key_scale, value, value_scale = inputs(case)
+    assert key_scale is not None and value_scale is not None
+    wide = torch.zeros(2, 3, 500, key.shape[-1], dtype=torch.uint8)
+    wide[:, 1:2, 100 : 100 + case.tokens] = key
+    scales = torch.zeros(case.tokens, 2, 1, dtype=torch.float16)
+    scales.copy_(key_scale.permute(2, 0, 1))
+    view, turned = wide[:, 1:2, 100 : 100 + case.tokens], query.transpose(-1, -2).contiguous().transpose(-1, -2)
+    found = make(case.spec())(turned, view, scales.permute(1, 2, 0), value, value_scale, None, **case.options())
+    assert_same(found, expected(case, (query, key, key_scale, value, value_scale), None))
+
+
+def test_torch_kernels_merge_tiles_of_tokens() -> None:
+    case = Case(FOUR, FOUR, 2, 1, 1, 1, 4500)
+    x = inputs(case)
+    assert_same(build_torch(case.spec())(*x, None, **case.options()), expected(case, x, None))
+
+
+# --------------------------------------------------------------------------------------------------- dispatch
+
+
+def test_the_op_runs_through_the_kernel_of_its_arguments_once_installed() -> None:
+    case = CASES["keys shared by 9 heads, values by 3"]
+    x, before = inputs(case), use_kernel("cpu", None)
+    try:
+        install()
+        found = torch.ops.fhopt.latent_attention(*x, None, **case.options())
+    finally:
+        use_kernel("cpu", before)
+    assert_same(found, expected(case, x, None))
+    assert len(DISPATCH._kernels) == 1
+
+
+def test_a_call_that_needs_gradients_runs_the_reference() -> None:
+    case = CASES["uncoded, several queries"]
+    x = inputs(case)
+    x[0].requires_grad_()
+    output, _ = latent_attention(*x, None, **case.options())  # type: ignore[arg-type]
+    output.sum().backward()  # type: ignore[no-untyped-call]
+    assert x[0].grad is not None
+
+
+def test_float64_latents_run_the_reference() -> None:
+    case = Case(UNCODED, UNCODED, 2, 1, 1, 1, 9, dtype=torch.float64)
+    x = inputs(case)
+    output, _ = latent_attention(*x, None, **case.options())  # type: ignore[arg-type]
+    assert output.dtype == torch.float64
+    assert torch.equal(output, expected(case, x, None)[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["tokens", "width", "scale", "type", "softcap"])
+def test_tensors_that_do_not_fit_the_kernel_are_refused(change: str) -> None:
+    case = CASES["9 heads read one latent"]
+    query, key, key_scale, value, value_scale = inputs(case)
+    options = case.options()
+    if change == "tokens":
+        value = value[:, :, 1:]
+    elif change == "width":
+        query = query[..., 1:]
+    elif change == "scale":
+        key_scale = None
+    elif change == "type":
+        key = key.float()
+    else:
+        options["softcap"] = 3.0
+    with pytest.raises(ValueError, match=r"latent_k16b8x40b4x8b2|value has shape|key_scale is none|key has type"):
+        build_cpp(case.spec())(query, key, key_scale, value, value_scale, None, **options)
+
+
+# --------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+def test_the_same_spec_gives_the_same_bytes(target: str) -> None:
+    texts = {name: render(case.spec(), target) for name, case in CASES.items()}
+    assert texts == {name: render(case.spec(), target) for name, case in CASES.items()}
+    assert len(set(texts.values())) == len(texts)
+    assert str(ROOT) not in "".join(texts.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_generated_torch_file_passes_its_linter(name: str, tmp_path: Path) -> None:
+    ruff = shutil.which("ruff") or shutil.which("ruff", path=str(Path(sys.executable).parent))
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    path, config = tmp_path / "kernel.py", ROOT / "pyproject.toml"
+    path.write_text(render(CASES[name].spec(), "torch"))
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run([ruff, *command, "--config", config, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@needs_compiler
+def test_a_generated_cpp_file_compiles_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.cpp"
+    path.write_text(render(CASES["float16 channels beside codes, softcap"].spec(), "cpp"))
+    assert max(map(len, path.read_text().splitlines())) <= 120
+    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi")  # no OpenMP; no AVX
+    command = [find_compiler(), "-std=c++17", *warnings, "-fsyntax-only", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(FhoptError, match=r"no renderer for 'fortran'.*cpp, torch"):
+        render(CASES["one token"].spec(), "fortran")
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+@pytest.mark.parametrize(
+    ("tiers", "width", "dtype", "reason"),
+    [
+        (((3, 8, 0.3),), 8, "float32", "cannot become a kernel"),
+        (((4, 12, 0.3),), 12, "float32", "multiples of 8"),
+        (((4, 16, 0.3),), 24, "float32", "do not add up"),
+        ((), 24, "float64", "no kernel reads uncoded float64"),
+    ],
+)
+def test_a_spec_that_no_kernel_serves_is_refused(
+    target: str, tiers: Tiers, width: int, dtype: str, reason: str
+) -> None:
+    with pytest.raises(FhoptError, match=reason):
+        render(KernelSpec(tiers, tiers, width, width, dtype, False), target)
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def test_without_a_compiler_the_torch_kernel_runs_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("9 heads read one latent", "one token"):
+        case = CASES[name]
+        x = inputs(case)
+        assert_same(build(case.spec())(*x, None, **case.options()), expected(case, x, None))
+    messages = [str(w.message) for w in recwarn if "No C++ compiler was found" in str(w.message)]
+    assert len(messages) == 1
+    assert "Install g++" in messages[0]
+
+
+def test_a_compiler_that_fails_gives_way_to_the_torch_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "g++"
+    script.write_text("#!/bin/sh\necho 'no vectors here' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    case = CASES["one token"]
+    x = inputs(case)
+    with pytest.warns(RuntimeWarning, match="refused a generated file: no vectors here"):
+        kernel = build(case.spec())
+    assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_a_cache_folder_that_cannot_be_written_gives_way_to_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "a-file"  # permissions would not stop a test that runs as root
+    blocked.write_text("")
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(blocked))
+    case = CASES["one token"]
+    x = inputs(case)
+    with pytest.warns(RuntimeWarning, match=r"cannot be written.*Set FHOPT_CACHE_DIR"):
+        kernel = build_torch(case.spec())
+    assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
+
+
+def test_the_working_directory_stays_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(CASES["one token"].spec())
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {find_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(cache))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code = f"from fhopt.codegen import build; from fhopt.spec import KernelSpec; build({CASES['one token'].spec()!r})"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    compiled = [line for line in log.read_text().splitlines() if "-o" in line.split()]
+    assert len(compiled) == 1
+    assert sorted(path.suffix for path in cache.iterdir()) == [".cpp", ".lock", ".so"]
+
+
+@needs_compiler
+def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CASES["one token"].spec()
+    build_cpp(spec)
+    monkeypatch.setattr(BUILD, "_compile", lambda *_: pytest.fail("compiled again"))
+    build_cpp(spec)
