@@ -114,8 +114,16 @@ def _compile(compiler: str, text: str, library: Path) -> None:
 
 def _errors(command: list[str]) -> str:
     """What the compiler said when it failed; empty when it did not."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = _run(command)
     return (done.stderr or "no message") if done.returncode else ""
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the compiler. Raises CompileError when it cannot be started."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot be started ({error.strerror}).") from error
 
 
 def _native(compiler: str) -> str:
@@ -126,7 +134,7 @@ def _native(compiler: str) -> str:
 @functools.cache
 def _identity(compiler: str) -> str:
     """Which compiler and which CPU: code for one CPU may not run on another that shares the cache folder."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    version = _run([compiler, "--version"]).stdout.partition("\n")[0]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 """Render the plain torch kernel of a `KernelSpec`: the fallback where there is no compiler.
 
-The file holds only what its spec needs: no loop over tiers, no branch on bits. Tokens are taken 2,048 at a time and the
+The file holds only what its spec needs: no loop over tiers, no branch on bits. Tokens are taken 1,024 at a time and the
 tiles merged by their running log-sum-exp, so that unpacked latents of full length never exist.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
@@ -111,8 +111,8 @@ _CODES = Template('''
 
 def codes$bits(rows: Tensor) -> Tensor:
     """Bytes [...,n] -> codes of $bits bits as float32 [...,$per_byte*n], low-order ones first."""
-    shifts = torch.arange(0, 8, $bits, dtype=torch.uint8, device=rows.device)
-    return ((rows.unsqueeze(-1) >> shifts) & $mask).flatten(-2).float()
+    codes = [(rows >> shift) & $mask for shift in range(0, 8, $bits)]
+    return torch.stack(codes, -1).flatten(-2).float()
 ''')
 
 _FLOAT16 = '''
@@ -154,7 +154,7 @@ import math
 import torch
 from torch import Tensor
 
-TILE = 2048  # tokens unpacked at a time: unpacked latents of full length never exist
+TILE = 1024  # tokens unpacked at a time: unpacked latents of full length never exist
 VALUE_WIDTH = $value_width  # R_V
 
 

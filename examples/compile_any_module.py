@@ -1,6 +1,6 @@
 """A hand-written block with multi-query attention, compiled by the backend, and what was found in it.
 
-    python examples/compile_any_module.py
+python examples/compile_any_module.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MultiQueryBlock(nn.Module):
         q = self.q(x).view(b, t, 4, 16).transpose(1, 2)
         k, v = (y.unsqueeze(1).expand(b, 4, t, 16) for y in self.kv(x).chunk(2, -1))
         weights = (q @ k.mT * 0.25).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
-        return x + self.o((weights @ v).transpose(1, 2).reshape(b, t, 64))  # type: ignore[no-any-return]
+        return x + self.o((weights @ v).transpose(1, 2).reshape(b, t, 64))
 
 
 def main() -> None:

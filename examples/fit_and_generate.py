@@ -1,6 +1,6 @@
 """Fit a plan for the demo's model, save it, load it, and generate with latents.
 
-    python examples/fit_and_generate.py
+python examples/fit_and_generate.py
 """
 
 from __future__ import annotations

@@ -40,15 +40,16 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
             f"{type(model).__name__} is not a transformers model; expected one with a cache. For any other module use "
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
+    network: Any = model  # a transformers model; torch types its attributes as tensors or modules
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
     for site in plan.sites:
         _check_site(model, site.site.name, layer_index(site.site.name))
     _register(latent_attention)
     unapply(model)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
+    before = network.config._attn_implementation
+    network.set_attn_implementation(IMPLEMENTATION)
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
-    model._fhopt_applied = _Applied(plan, hook, before)  # type: ignore[assignment]
+    network._fhopt_applied = _Applied(plan, hook, before)
     fhopt.codegen.install()
     return model
 
@@ -93,7 +94,8 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     given = kwargs.get(name)
     wanted = kwargs.get("use_cache")
     wanted = model.config.use_cache and not model.training if wanted is None else wanted  # type: ignore[union-attr]
-    if (given is None and wanted) or (type(given) is DynamicCache and given.get_seq_length() == 0):
+    is_fresh = given is not None and type(given) is DynamicCache and given.get_seq_length() == 0
+    if is_fresh or (given is None and wanted):
         kwargs = {**kwargs, name: LatentCache(applied.plan, model.config, absorb=True)}
     return args, kwargs
 

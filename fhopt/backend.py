@@ -119,5 +119,5 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **inductor}
-    compiled: Callable[..., Any] = compile_fx(module, example_inputs, config_patches=patches or None)
+    compiled: Any = compile_fx(module, example_inputs, config_patches=patches or None)
     return compiled

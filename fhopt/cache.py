@@ -209,7 +209,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.key_side.clear()
         self.value_side.clear()
         self.sealed, self.unread, self.is_initialized = 0, False, False
@@ -264,7 +264,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds tokens."""
-        found = [self.keys, self.values]
+        found: list[Tensor | None] = [self.keys, self.values]
         for side in (self.key_side, self.value_side):
             found += [side.rows, side.scale]
         return [t for t in found if t is not None]

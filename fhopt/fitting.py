@@ -124,9 +124,14 @@ def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) 
         )
 
 
+def ratio_message(ratio: float) -> str:
+    """What is wrong with a ratio, and the cure."""
+    return f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4."
+
+
 def _check_options(ratio: float, layout: str, bits: Sequence[int]) -> None:
     if not 1 <= ratio < 1000:
-        raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
+        raise FhoptError(ratio_message(ratio))
     if layout not in LAYOUTS:
         raise FhoptError(f"layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
     if not bits or any(b not in STEP for b in bits):

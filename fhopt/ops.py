@@ -81,7 +81,7 @@ def attention_reference(
         )
     if is_causal:
         triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-        mask = triangle if mask is None else additive(mask, query.dtype) + additive(triangle, query.dtype)
+        mask = triangle if mask is None else _both(mask, triangle)
     logits = _grouped_logits(query * scale, key)
     logits = softcap * torch.tanh(logits / softcap)
     bias = additive(mask, logits.dtype)

@@ -10,7 +10,7 @@ import torch
 
 from fhopt import __version__, calibrate, data, passes
 from fhopt.errors import FhoptError
-from fhopt.fitting import fingerprint
+from fhopt.fitting import fingerprint, ratio_message
 from fhopt.fitting import fit as fit_plan
 from fhopt.models import LoadedModel
 from fhopt.spec import LatentPlan, SiteStatistics
@@ -41,13 +41,11 @@ class FitOptions:
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
         if not 1 <= self.ratio < 1000:
-            raise FhoptError(
-                f"ratio {self.ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4."
-            )
+            raise FhoptError(ratio_message(self.ratio))
         far = self.sequences * max(0, self.context - self.sinks - self.recent)
         if far < LEAST_FAR_TOKENS:
             raise FhoptError(
-                f"{self.sequences} sequences of {self.context} tokens leave {far} tokens beyond sinks and recent ones to "
+                f"{self.sequences} sequences of {self.context} tokens leave {far} beyond sinks and recent tokens to "
                 f"calibrate on; expected at least {LEAST_FAR_TOKENS}. Use more or longer sequences."
             )
 

@@ -54,7 +54,7 @@ def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Progr
         copied = graph.node_copy(node, lambda n: mapping[n])
         copied.meta.pop("grapharg", None)
         if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = node._dynamo_source
         mapping[node] = copied
     out = fx.GraphModule(module, graph)
     out.meta.update(module.meta)
@@ -243,7 +243,7 @@ def add_constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     with program.graph.inserting_after(placeholders[-1]):
         node = program.graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     mode = fake_mode(program)
     value = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)

@@ -8,7 +8,9 @@ fhopt.latent_attention(q~, codes, ...)       latent_attention_reference(...)   -
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +18,7 @@ from torch import fx
 from fhopt import ops
 from fhopt.passes.graph import Program
 
-_PLAIN = {
+_PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.attention.default: ops.attention_reference,
     torch.ops.fhopt.latent_attention.default: ops.latent_attention_reference,
 }
@@ -34,7 +36,7 @@ class Lower:
 
     def rewrite(self, program: Program, node: fx.Node) -> None:
         """Exchange the target; arguments stay as they are."""
-        node.target = _PLAIN[node.target]  # type: ignore[index]
+        node.target = _PLAIN[node.target]
 
 
 def _is_coded(node: fx.Node) -> bool:

@@ -26,6 +26,10 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
 
 
+def with_backend(model: Any, dynamic: bool | None = None, **options: Any) -> Any:
+    return torch.compile(model, backend="flashhead", dynamic=dynamic, options=options or None)
+
+
 def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
@@ -56,8 +60,7 @@ def test_full_width_latents_change_nothing_compiled_and_train(fitted: Fitted, la
 
 def check_full_width(fitted: Fitted, layout: str) -> None:
     ids = token_ids(1, 40)
-    options = {"plan": fitted.plan(1, layout)}
-    compiled = torch.compile(fitted.model, backend="flashhead", options=options)
+    compiled = with_backend(fitted.model, plan=fitted.plan(1, layout))
     expected, found = forward(fitted.model, ids), forward(compiled, ids)
     outcome = last_outcome()
     assert outcome is not None and len(outcome.compressed) == 2
@@ -71,7 +74,7 @@ def check_full_width(fitted: Fitted, layout: str) -> None:
 @pytest.mark.usefixtures("traced_only")
 def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -> None:
     ids, plan = token_ids(1, 60), llama.plan(4)
-    compiled = torch.compile(llama.model, backend="flashhead", options={"plan": plan})
+    compiled = with_backend(llama.model, plan=plan)
     with torch.no_grad():
         absorbed = forward(compiled, ids)
     trained = forward(compiled, ids)
@@ -108,7 +111,7 @@ def test_weights_may_change_after_compilation() -> None:
     from fhopt.fitting import exact_plan
 
     plan = exact_plan(found(model)[1].sites.values())
-    compiled = torch.compile(model, backend="flashhead", options={"plan": plan})
+    compiled = with_backend(model, plan=plan)
     with torch.no_grad():
         forward(compiled, ids)
         for parameter in model.parameters():
@@ -118,7 +121,7 @@ def test_weights_may_change_after_compilation() -> None:
 
 @pytest.mark.usefixtures("traced_only")
 def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
-    compiled = torch.compile(llama.model, backend="flashhead", dynamic=True, options={"plan": llama.plan(1)})
+    compiled = with_backend(llama.model, True, plan=llama.plan(1))
     with torch.no_grad():
         for tokens in (20, 33, 57):
             ids = token_ids(1, tokens)
@@ -127,7 +130,7 @@ def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
 
 def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: Fitted, tmp_path: Path) -> None:
     path = str(llama.plan(1).save(tmp_path / "plan"))
-    compiled = torch.compile(llama.model, backend="flashhead", options={"plan": path, "max_autotune": False})
+    compiled = with_backend(llama.model, plan=path, max_autotune=False)
     with torch.no_grad():
         ids = token_ids(1, 20)
         torch.testing.assert_close(forward(compiled, ids), forward(llama.model, ids), rtol=1e-4, atol=1e-4)
@@ -138,28 +141,27 @@ def test_a_plan_that_fits_nothing_warns_once_or_refuses_when_strict(llama: Fitte
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.compile(model, backend="flashhead", options={"plan": llama.plan(1)})(torch.randn(2, 4))  # no attention
+        with_backend(model, plan=llama.plan(1))(torch.randn(2, 4))  # no attention
     from small_models import tiny_gpt2
 
     other = tiny_gpt2()
     with pytest.warns(RuntimeWarning, match="not in the plan"):
-        forward(torch.compile(other, backend="flashhead", options={"plan": llama.plan(1)}), token_ids(1, 10))
+        forward(with_backend(other, plan=llama.plan(1)), token_ids(1, 10))
     torch._dynamo.reset()
     with pytest.raises(Exception, match="not in the plan"):
-        strict = {"plan": llama.plan(1), "strict": True}
-        forward(torch.compile(other, backend="flashhead", options=strict), token_ids(1, 10))
+        forward(with_backend(other, plan=llama.plan(1), strict=True), token_ids(1, 10))
 
 
 def test_a_wrong_plan_option_is_one_clear_error() -> None:
     with pytest.raises(Exception, match="expected a LatentPlan or the path of one"):
-        torch.compile(torch.nn.Linear(2, 2), backend="flashhead", options={"plan": 3})(torch.randn(1, 2))
+        with_backend(torch.nn.Linear(2, 2), plan=3)(torch.randn(1, 2))
 
 
 @pytest.mark.usefixtures("traced_only")
 def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FHOPT_DUMP", str(tmp_path))
     with torch.no_grad():
-        forward(torch.compile(llama.model, backend="flashhead", options={"plan": llama.plan(4)}), token_ids(1, 40))
+        forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))
     names = sorted(p.name for p in tmp_path.iterdir())
     stages = ["input", "normalize", "find_attention", "compress", "absorb", "lower"]
     assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]

@@ -33,7 +33,9 @@ MODES: dict[str, dict[str, Any]] = {
 
 def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any:
     torch.manual_seed(3)
-    options = dict(max_new_tokens=24, min_new_tokens=24, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
+    options = dict(
+        max_new_tokens=24, min_new_tokens=24, return_dict_in_generate=True, output_logits=True, pad_token_id=0
+    )
     return model.generate(ids, **(options | mode | extra))
 
 
@@ -60,7 +62,9 @@ def test_generate_makes_latent_caches_by_itself_and_unapply_takes_it_back(fitted
     with_latents = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
     fhopt.unapply(fitted.model)
     without = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
-    assert isinstance(with_latents.past_key_values if "past_key_values" in with_latents else with_latents.cache, LatentCache)
+    assert isinstance(
+        with_latents.past_key_values if "past_key_values" in with_latents else with_latents.cache, LatentCache
+    )
     assert not isinstance(without.past_key_values if "past_key_values" in without else without.cache, LatentCache)
     assert fitted.model.config._attn_implementation == "sdpa"
 
@@ -143,7 +147,8 @@ def test_no_tensor_of_full_length_and_width_is_made_in_decoding(llama: Fitted) -
                     Watch.largest = max(Watch.largest, t.numel())
             return out
 
-    with Watch(), torch.no_grad():
+    watch: Any = Watch
+    with watch(), torch.no_grad():
         llama.model(token_ids(1, 1), cache=cache)
     fhopt.unapply(llama.model)
     assert 0 < Watch.largest < limit
@@ -179,8 +184,9 @@ class NaiveSide:
     def code(self, index: int) -> None:
         latent = ops.encode(self.tokens[index], self.plan.encode)
         if self.plan.tiers:
-            latent = ops.unpack_reference(*ops.pack_reference(latent, *ops.tier_arguments(self.plan)),
-                                          *ops.tier_arguments(self.plan))  # fmt: skip
+            bits, widths, steps = ops.tier_arguments(self.plan)
+            codes, scale = ops.pack_reference(latent, bits, widths, steps)
+            latent = ops.unpack_reference(codes, scale, bits, widths, steps)
         self.tokens[index] = ops.decode(latent, self.plan.decode)
 
 
@@ -255,7 +261,7 @@ class CacheStates(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama: Fitted, ratio: float) -> None:
-    machine = type("Machine", (CacheStates,), {"plan": llama.plan(ratio)})
+    machine: Any = type("Machine", (CacheStates,), {"plan": llama.plan(ratio)})
     machine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
     machine.TestCase().runTest()
 

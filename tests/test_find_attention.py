@@ -34,8 +34,16 @@ def family(name: str) -> Any:
     import transformers as hf
 
     torch.manual_seed(0)
-    small: dict[str, Any] = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                                 num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    small: dict[str, Any] = dict(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     if name == "neox":
         return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**small, rotary_pct=0.25))
     if name == "gptj":
@@ -45,8 +53,17 @@ def family(name: str) -> Any:
         return hf.Qwen3ForCausalLM(hf.Qwen3Config(**small, num_key_value_heads=2, head_dim=16))
     if name == "cohere":
         return hf.CohereForCausalLM(hf.CohereConfig(**small, num_key_value_heads=2, pad_token_id=0))
-    return hf.OPTForCausalLM(hf.OPTConfig(vocab_size=97, hidden_size=64, ffn_dim=96, num_hidden_layers=1,
-                                          num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=64))  # fmt: skip
+    return hf.OPTForCausalLM(
+        hf.OPTConfig(
+            vocab_size=97,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
+        )
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,13 +110,15 @@ def test_the_metric_is_the_fisher_information_of_the_far_keys(llama: Fitted) -> 
     _, far = ops.split_mask(q, k, None, False, 2, 5)
     seen: list[torch.Tensor] = []
     leaf = torch.zeros((), requires_grad=True)
-    out = calibrate._ProbedAttention.apply(
-        q + leaf, k, v, ops.additive(mask, q.dtype), far, 0.3, 4.0, lambda a, b: seen.extend((a, b))
-    )  # type: ignore[no-untyped-call]
+    attention: Any = calibrate._ProbedAttention
+    out = attention.apply(q + leaf, k, v, ops.additive(mask, q.dtype), far, 0.3, 4.0, lambda a, b: seen.extend((a, b)))
     weight = torch.randn_like(out)
     torch.autograd.grad((out * weight).sum(), leaf)
     dk, dv = torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)
-    rep = lambda t: t.repeat_interleave(2, 1)  # noqa: E731
+
+    def rep(t: torch.Tensor) -> torch.Tensor:
+        return t.repeat_interleave(2, 1)
+
     logits = torch.where(far, q @ rep(k + dk).mT, q @ rep(k).mT) * 0.3
     p = (4 * torch.tanh(logits / 4)).masked_fill(~mask, float("-inf")).softmax(-1)
     expected = (p * far) @ rep(v + dv) + (p * ~far) @ rep(v)
@@ -151,9 +154,9 @@ def _damage(folder: Path, how: str) -> None:
         blob = (folder / "plan.safetensors").read_bytes()
         (folder / "plan.safetensors").write_bytes(blob[: len(blob) // 2])
     elif how == "a changed number":
-        blob = bytearray((folder / "plan.safetensors").read_bytes())
-        blob[-2] ^= 1
-        (folder / "plan.safetensors").write_bytes(bytes(blob))
+        altered = bytearray((folder / "plan.safetensors").read_bytes())
+        altered[-2] ^= 1
+        (folder / "plan.safetensors").write_bytes(bytes(altered))
     else:
         description = json.loads((folder / "plan.json").read_text())
         description["version" if how == "a newer version" else "sinks"] = 99

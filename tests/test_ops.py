@@ -68,9 +68,7 @@ def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:
     q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
 
     def part(a: int, b: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows = torch.ops.fhopt.latent_attention(
-            q, k[:, :, a:b], None, v[:, :, a:b], None, mask, **NO_TIERS, scale=0.5
-        )
+        rows = torch.ops.fhopt.latent_attention(q, k[:, :, a:b], None, v[:, :, a:b], None, mask, **NO_TIERS, scale=0.5)
         return rows[0], rows[1]
 
     whole, _ = part(0, 10)
@@ -81,7 +79,9 @@ def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:
 
 # ---- codes
 
-TIERS = st.lists(st.tuples(st.sampled_from([2, 4, 8, 16]), st.integers(1, 4).map(lambda n: 8 * n)), min_size=1, max_size=4)
+TIERS = st.lists(
+    st.tuples(st.sampled_from([2, 4, 8, 16]), st.integers(1, 4).map(lambda n: 8 * n)), min_size=1, max_size=4
+)
 
 
 @given(tiers=TIERS, seed=st.integers(0, 1000), size=st.sampled_from([0.01, 1.0, 300.0]))
