@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fhopt import __version__
 from fhopt.errors import FhoptError
 
+PIPED_WIDTH = 120  # columns where there is no terminal to ask
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -49,7 +51,10 @@ def main() -> None:
 
 def _console(as_json: bool) -> Console:
     """People read standard output; with --json it belongs to the program that reads it."""
-    return Console(stderr=as_json, quiet=as_json)
+    console = Console(stderr=as_json, quiet=as_json)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
 
 
 @contextmanager
