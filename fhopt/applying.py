@@ -41,6 +41,12 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
+    if network.config.is_encoder_decoder:
+        raise FhoptError(f"{type(model).__name__} is an encoder-decoder; its caches cannot hold latents yet.")
+    if len({layer_index(s.site.name) for s in plan.sites}) < len(plan.sites) or any(
+        "#" in s.site.name for s in plan.sites
+    ):
+        raise FhoptError("the plan names several sites of one layer; a cache keeps one for each layer.")
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
     for site in plan.sites:
         _check_site(model, site.site.name, layer_index(site.site.name))
@@ -84,19 +90,24 @@ def _register(attention: Any) -> None:
 
 
 def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook: a LatentCache in place of none, or of an ordinary cache that is still empty."""
+    """Forward pre-hook: a LatentCache in place of none; an ordinary cache that is still empty gets latent layers."""
     from transformers import DynamicCache
 
     from fhopt.cache import LatentCache
 
     applied: _Applied = model._fhopt_applied  # type: ignore[assignment]
-    name = _cache_argument(model)
-    given = kwargs.get(name)
-    wanted = kwargs.get("use_cache")
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    named = {**bound, **bound.get("kwargs", {})}
+    given = next((c for c in (named.get("cache"), named.get("past_key_values")) if c is not None), None)
+    if given is not None:
+        if type(given) is DynamicCache and given.get_seq_length() == 0:
+            given.layers = LatentCache(applied.plan, model.config, absorb=True).layers  # the caller keeps its object
+            given.layer_class_to_replicate = None
+        return args, kwargs
+    wanted = named.get("use_cache")
     wanted = model.config.use_cache and not model.training if wanted is None else wanted  # type: ignore[union-attr]
-    is_fresh = given is not None and type(given) is DynamicCache and given.get_seq_length() == 0
-    if is_fresh or (given is None and wanted):
-        kwargs = {**kwargs, name: LatentCache(applied.plan, model.config, absorb=True)}
+    if wanted:
+        kwargs = {**kwargs, _cache_argument(model): LatentCache(applied.plan, model.config, absorb=True)}
     return args, kwargs
 
 

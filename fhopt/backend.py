@@ -21,8 +21,9 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
-from fhopt import passes
+from fhopt import codegen, passes
 from fhopt.errors import FhoptError, PassError
+from fhopt.fitting import check_model
 from fhopt.passes.graph import Program, copy_program
 from fhopt.spec import LatentPlan
 
@@ -50,6 +51,9 @@ def flashhead(
     _outcomes[:] = [outcome]
     if plan is None or not outcome.sites:
         return _compile(module, example_inputs, mode, inductor)
+    weights = {name: program.values[node] for node, name in program.parameters.items()}
+    check_model(plan, weights, "the model that is compiled")
+    codegen.install()
     training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     passes.optimize(outcome, plan, training)
     if not outcome.compressed:

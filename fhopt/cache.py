@@ -172,8 +172,9 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _offer(self, keys: Tensor, values: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
         if self.absorb:
             self.unread = True
-            keys.fhopt_latents = latents  # type: ignore[attr-defined]
-            return keys, values
+            offered = keys.view_as(keys)  # not `keys` itself: layer -> keys -> latents -> layer would be a cycle
+            offered.fhopt_latents = latents  # type: ignore[attr-defined]
+            return offered, values
         if not latents.visible:
             return keys, values
         return (
@@ -224,7 +225,6 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             raise FhoptError(f"crop({tokens_to_remove}) of {length} tokens; expected a number from -{length} to 0.")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.unread = False
         target = length + tokens_to_remove
         keep = max(0, target - self.sinks) // self.block * self.block
         if self.sealed > keep:
@@ -236,7 +236,6 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.unread = False
             self.keys, self.values = function(self.keys), function(self.values)
             self.key_side.each(function)
             self.value_side.each(function)
@@ -308,7 +307,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         count = max(len(plain), last + 1)
         layers = [
             LatentLayer(sites[i], plan.sinks, plan.recent, plan.block, absorb)
-            if i in sites
+            if i in sites and not (i < len(plain) and plain[i].is_sliding)  # a window is smaller than any plan
             else plain[i]
             if i < len(plain)
             else DynamicLayer()

@@ -54,6 +54,10 @@ def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[
         result = torch.compile(model, backend=keep, dynamic=False)(*args, **given)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise FhoptError(f"{type(model).__name__} could not be captured: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the model itself refused these inputs
+        raise FhoptError(
+            f"{type(model).__name__} could not be run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
     finally:
         model.train(was_training)
         torch._dynamo.reset()

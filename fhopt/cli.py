@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fhopt import __version__
-from fhopt.errors import FhoptError
+from fhopt.errors import FhoptError, PassError
 
 PIPED_WIDTH = 120  # columns where there is no terminal to ask
 
@@ -34,7 +34,7 @@ class _Commands(click.Group):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
         try:
             return super().invoke(ctx)
-        except FhoptError as error:
+        except (FhoptError, PassError) as error:
             message = " ".join(str(error).split())
             click.echo(f"fhopt: {message}", err=True)
             ctx.exit(2)
@@ -164,10 +164,12 @@ def fit(model: str, text: str, out: Path, as_json: bool, **options: Any) -> None
     from fhopt.models import load_model
     from fhopt.pipeline import FitOptions
     from fhopt.pipeline import fit as run_fit
+    from fhopt.spec import PLAN_FILES, check_folder
     from fhopt.tables import plan_table
 
     chosen = FitOptions(text=text, **options)
     chosen.check()
+    check_folder(out, PLAN_FILES)
     loaded = load_model(model)
     with _progress(as_json) as progress:
         plan, outcome = run_fit(loaded, chosen, progress)
@@ -195,8 +197,8 @@ def fit(model: str, text: str, out: Path, as_json: bool, **options: Any) -> None
     show_default=True,
     help="Text, as in fit; repeatable.",
 )
-@click.option("--sequences", type=int, default=1, show_default=True)
-@click.option("--context", type=int, default=2048, show_default=True)
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True)
 @json_option
 def evaluate(model: str, plan_path: Path, texts: tuple[str, ...], sequences: int, context: int, as_json: bool) -> None:
     """Perplexity of MODEL with its exact cache and with the plan's, on the test half of each text."""

@@ -140,7 +140,7 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
             kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
             model = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
             tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # a damaged folder makes loaders raise many kinds
         raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
     return LoadedModel(path.name, model.eval().requires_grad_(False), tokenizer)
 
@@ -164,7 +164,14 @@ def _load_function(name: str) -> LoadedModel:
         raise FhoptError(
             f"{name!r} cannot be imported: {_one_line(error)}. Expected python.module:function."
         ) from error
-    found = function()
+    if not callable(function):
+        raise FhoptError(f"{name} is a {type(function).__name__}; expected a function that returns (module, args).")
+    try:
+        found = function()
+    except Exception as error:  # the user's own code may raise anything
+        raise FhoptError(f"{name}() failed: {type(error).__name__}: {_one_line(error)}") from error
+    if isinstance(found, tuple) and len(found) > 1 and not isinstance(found[1], (tuple, list)):
+        raise FhoptError(f"{name} returned args of type {type(found[1]).__name__}; expected (module, (tensor, ...)).")
     if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], torch.nn.Module):
         raise FhoptError(f"{name} returned {type(found).__name__}; expected (module, args) or (module, args, kwargs).")
     return LoadedModel(

@@ -85,7 +85,7 @@ def attention_reference(
     logits = _grouped_logits(query * scale, key)
     logits = softcap * torch.tanh(logits / softcap)
     bias = additive(mask, logits.dtype)
-    weights = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = _softmax((logits if bias is None else logits + bias).float())[0].to(query.dtype)
     weights = torch.dropout(weights, dropout, dropout > 0)
     return _grouped_mix(weights, value)
 

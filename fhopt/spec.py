@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 
 PLAN_VERSION = 1
+PLAN_FILES = ("plan.json", "plan.safetensors")
 SUPPORTED_BITS = (2, 4, 8, 16)
 TIER_QUANTUM = 8  # a tier's width is a multiple of this: every tier starts on a whole byte for 2, 4, 8 and 16 bits
 SCALE_BYTES = 2  # one float16 per token and side
@@ -206,7 +207,7 @@ class LatentPlan:
 
     @property
     def window(self) -> int:
-        """Most tokens that the open window holds between two calls: one less than seals a block."""
+        """Tokens in the open window at which its oldest block is sealed."""
         return self.recent + self.block
 
     def site(self, name: str) -> SitePlan:
@@ -295,13 +296,18 @@ class KernelSpec:
 # --------------------------------------------------------------------------------------------------- files
 
 
+def check_folder(path: Path, names: Iterable[str]) -> None:
+    """Raise FhoptError when `path` is there and holds anything but files of these names."""
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):
+        raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
+
+
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` into the folder `path` so that a reader sees all of them or none. Raises FhoptError.
 
     A folder that exists is replaced only if it holds nothing but files of these names.
     """
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(files)):
-        raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
+    check_folder(path, files)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -398,6 +404,8 @@ def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
 def _check_plan(plan: LatentPlan) -> None:
     if not plan.sites:
         raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
+    if len({s.site.name for s in plan.sites}) < len(plan.sites):
+        raise FhoptError("two sites of the plan have the same name. Fit the plan again.")
     if plan.sinks < 0 or plan.recent < 1 or plan.block < 1:
         raise FhoptError(
             f"sinks={plan.sinks}, recent={plan.recent}, block={plan.block}: expected sinks >= 0, others >= 1."

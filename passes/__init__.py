@@ -12,16 +12,17 @@ and `rewrite` (cannot fail). The pipeline here is the only place that times, dum
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fhopt.errors import Miss, PassError
 from fhopt.passes.absorb import Absorb
 from fhopt.passes.compress import Compress
 from fhopt.passes.find_attention import FindAttention
-from fhopt.passes.graph import Evaluator, Program, print_graph, source_line
+from fhopt.passes.graph import Evaluator, Program, print_graph, remove_dead_code, source_line
 from fhopt.passes.lower import Lower
 from fhopt.passes.normalize import Normalize
 from fhopt.passes.verify import verify
@@ -65,14 +66,22 @@ def find(program: Program) -> Outcome:
                 outcome.missed.append(_explain(normalize.name, miss, node))
                 continue
             normalize.rewrite(program, core)
-        program.graph.eliminate_dead_code()
+        remove_dead_code(program)
     with _stage(outcome, describe.name):
         for node in describe.candidates(program):
             try:
-                outcome.sites[node.name] = describe.match(node, program, base)
+                site = describe.match(node, program, base)
             except Miss as miss:
                 outcome.missed.append(_explain(describe.name, miss, node))
+                continue
+            outcome.sites[node.name] = _with_own_name(site, {s.name for s in outcome.sites.values()})
     return outcome
+
+
+def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
+    """The site; a second one of the same module is numbered in graph order, `#2`, `#3`, ..."""
+    names = (site.name if n == 1 else f"{site.name}#{n}" for n in itertools.count(1))
+    return replace(site, name=next(n for n in names if n not in taken))
 
 
 def optimize(outcome: Outcome, plan: LatentPlan, training: bool = False) -> Outcome:

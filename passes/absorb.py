@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fhopt import ops
-from fhopt.passes.graph import Program, call
+from fhopt.passes.graph import Program, call, remove_dead_code
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Absorb:
             pair = call(program, ops.pair, (output, call(program, ops.second, (latent,))))
         node.replace_all_uses_with(pair)
         program.graph.erase_node(node)
-        program.graph.eliminate_dead_code()
+        remove_dead_code(program)
         return latent
 
 

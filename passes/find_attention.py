@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.graph import (
+    VIEWS,
     Evaluator,
     Program,
     example_shape,
@@ -37,11 +38,6 @@ from fhopt.spec import AttentionSite, Rope
 PROJECTION = frozenset(
     {"linear", "addmm", "matmul", "bmm", "einsum", "conv1d", "conv2d", "convolution", "baddbmm", "mm"}
 )
-VIEW_NAMES = (
-    "t transpose permute view reshape getitem T mT contiguous to type_as chunk split cat squeeze unsqueeze "
-    "numpy_T slice select detach alias"
-)
-VIEWS = frozenset(VIEW_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class FindAttention:
         assert q is not None and k is not None and v is not None
         affine, rope = self._classify(key, cuts["k"], base)
         return AttentionSite(
-            name=_common_path(n for role in names.values() for n in role) or node.name,
+            name=_common_path(n for role in names.values() for n in role) or _module_path(names["q"][0]),
             projections=names,
             kind=_kind(cuts),
             heads=int(q[1]),
@@ -96,17 +92,24 @@ class FindAttention:
         """(affine in the projection?, rotation) of the segment from the key projection to the key."""
         if not cut.projections or cut.caches:
             return True, None  # the new token alone shows no rotation: prefill is where it is seen
-        start = cut.projections[0][0]
         generator = torch.Generator().manual_seed(1)
-        device, size = fake(start).device, example_shape(start)[-1]
-        rows = [torch.randn(size, generator=generator, dtype=torch.float64).to(device) for _ in range(2)]
+        shapes = {node: example_shape(node) for node, _ in cut.projections}
+        rows = [
+            {n: torch.randn(size[-1], generator=generator, dtype=torch.float64) for n, size in shapes.items()}
+            for _ in range(2)
+        ]
 
-        def run(row: Tensor) -> Tensor:  # the same row at every token
-            given = {node: row.expand(example_shape(node)) for node, _ in cut.projections}
-            return run_region(base, given, key)
+        def run(first_share: float, second_share: float) -> Tensor:  # the same row at every token
+            given = {
+                n: (first_share * rows[0][n] + second_share * rows[1][n]).to(fake(n).device).expand(size)
+                for n, size in shapes.items()
+            }
+            try:
+                return run_region(base, given, key)
+            except Exception as error:  # whatever a user's node may raise
+                raise Miss(f"the way from the key projection could not be run ({error})", key) from error
 
-        first, second = run(rows[0]), run(rows[1])
-        zero, both = run(torch.zeros_like(rows[0])), run(rows[0] + rows[1])
+        first, second, zero, both = run(1, 0), run(0, 1), run(0, 0), run(1, 1)
         largest = first.abs().max().clamp_min(1e-30)
         affine = bool((both - first - second + zero).abs().max() <= self.tolerance * largest)
         return affine, rotation(first - zero if affine else first, self.tolerance)
@@ -147,7 +150,10 @@ def cut_points(node: fx.Node, program: Program) -> Cut:
 def _is_cache(node: fx.Node, program: Program) -> bool:
     value = fake(node)
     is_state = node.op == "placeholder" and not program.is_parameter(node)
-    return is_state and isinstance(value, Tensor) and value.dim() >= 3 and value.dtype.is_floating_point
+    if not is_state or not isinstance(value, Tensor) or value.dim() < 3 or not value.dtype.is_floating_point:
+        return False
+    grows = any(is_in_place(user) or op_name(user) == "cat" for user in node.users)
+    return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
 
 
 def projected_by(node: fx.Node, program: Program) -> str:
@@ -190,6 +196,11 @@ def _common_path(names: Iterable[str]) -> str:
         return ".".join(paths[0][:-1] or paths[0])  # one fused projection and nothing else: name its parent
     steps = itertools.takewhile(lambda step: len(set(step)) == 1, zip(*paths, strict=False))
     return ".".join(step[0] for step in steps)
+
+
+def _module_path(parameter: str) -> str:
+    """Path of the module that owns a parameter; the parameter itself where the model does."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 def _kind(cuts: dict[str, Cut]) -> str:

@@ -19,6 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fhopt.errors import Miss
 
+VIEW_NAMES = (
+    "t transpose permute view reshape getitem T mT contiguous to type_as chunk split cat squeeze unsqueeze "
+    "numpy_T slice select detach alias"
+)
+VIEWS = frozenset(VIEW_NAMES.split())
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
@@ -145,7 +150,7 @@ class Evaluator(fx.Interpreter):
         value = self.program.values[n.name]
         if isinstance(value, Tensor):
             return value.detach() if n.name in self.program.parameters else value.detach().clone()
-        return int(value) if isinstance(value, torch.SymInt) else value
+        return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value  # int() would guard
 
     @torch.no_grad()
     def value(self, node: fx.Node) -> Any:
@@ -221,6 +226,25 @@ def _promote(value: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------- changing
+
+
+def remove_dead_code(program: Program) -> None:
+    """Remove nodes without users, but none that changes a tensor in place."""
+    program.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_in_place(node))
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` may share: back through views and in-place results."""
+    while (op_name(node) in VIEWS or is_in_place(node)) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def changed_in_place(program: Program, given: Mapping[fx.Node, Tensor], end: fx.Node) -> fx.Node | None:
+    """A node that changes a tensor on the way from `given` to `end` in place, whether or not its result is used."""
+    region = {storage_root(node) for node in _region(given, end, 400)}
+    writers = (n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes)
+    return next((n for n in writers if storage_root(n.all_input_nodes[0]) in region), None)
 
 
 def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:

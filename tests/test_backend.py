@@ -185,3 +185,35 @@ def test_a_cache_works_compiled_by_inductor_alone(llama: Fitted) -> None:
     finally:
         fhopt.unapply(llama.model)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("with_plan", [False, True])
+def test_one_graph_serves_every_length(llama: Fitted, with_plan: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    options = {"plan": llama.plan(1)} if with_plan else {}
+    compiled = with_backend(llama.model, True, **options)
+    counters.clear()
+    with torch.no_grad():
+        for tokens in (20, 33, 57, 41):
+            forward(compiled, token_ids(1, tokens))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_plan_of_another_model_is_refused_by_the_compiler_too(llama: Fitted) -> None:
+    from fhopt.fitting import fingerprint
+
+    plan = llama.plan(4)
+    own = dict(llama.model.named_parameters())
+    plan = plan.with_provenance(fingerprint=fingerprint(own, [s.site for s in plan.sites]))
+    ids = token_ids(1, 20)
+    with torch.no_grad():
+        forward(with_backend(llama.model, plan=plan), ids)
+        torch._dynamo.reset()
+        other = tiny_llama()
+        for parameter in other.parameters():
+            parameter.normal_()
+        with pytest.raises(Exception, match="another model"):
+            forward(with_backend(other, plan=plan), ids)

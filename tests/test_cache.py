@@ -39,6 +39,11 @@ def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any
     return model.generate(ids, **(options | mode | extra))
 
 
+def cache_of(output: Any) -> Any:
+    """The cache that `generate` returns, under either of its names."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["exact", "full width"])
 def test_latents_of_full_width_generate_the_same_tokens(fitted: Fitted, kind: str, mode: str) -> None:
@@ -62,10 +67,8 @@ def test_generate_makes_latent_caches_by_itself_and_unapply_takes_it_back(fitted
     with_latents = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
     fhopt.unapply(fitted.model)
     without = generate(fitted.model, MODES["greedy"], token_ids(1, 60))
-    assert isinstance(
-        with_latents.past_key_values if "past_key_values" in with_latents else with_latents.cache, LatentCache
-    )
-    assert not isinstance(without.past_key_values if "past_key_values" in without else without.cache, LatentCache)
+    assert all(isinstance(layer, LatentLayer) for layer in cache_of(with_latents).layers)
+    assert not any(isinstance(layer, LatentLayer) for layer in cache_of(without).layers)
     assert fitted.model.config._attn_implementation == "sdpa"
 
 
@@ -308,3 +311,74 @@ def test_the_layer_is_the_last_number_of_the_path() -> None:
     assert layer_index("transformer.h.3.attn") == 3
     with pytest.raises(FhoptError, match="no layer number"):
         layer_index("attention")
+
+
+# ---- what a review found
+
+
+def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> None:
+    from transformers import DynamicCache
+
+    ids = token_ids(1, 41)
+    with torch.no_grad():
+        expected = llama.model(ids, use_cache=False).logits[:, -1]
+        fhopt.apply(llama.model, llama.plan(1))
+        cache = DynamicCache(config=llama.model.config)
+        llama.model(ids[:, :40], cache=cache)
+        assert cache.get_seq_length() == 40 and isinstance(cache.layers[0], LatentLayer)
+        found = llama.model(ids[:, 40:], cache=cache).logits[:, -1]
+        old = LatentCache(llama.plan(1), llama.model.config, absorb=True)
+        llama.model(ids, past_key_values=old)
+    fhopt.unapply(llama.model)
+    assert old.get_seq_length() == 41
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_guard_stays_on_after_a_reordering(llama: Fitted) -> None:
+    cache = LatentCache(llama.plan(4), absorb=True)
+    with torch.no_grad():
+        llama.model(token_ids(2, 40), cache=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(FhoptError, match=r"fhopt\.apply"):
+            llama.model(token_ids(2, 1), cache=cache)
+
+
+def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
+    import gc
+    import weakref
+
+    fhopt.apply(llama.model, llama.plan(4))
+    cache = LatentCache(llama.plan(4), absorb=True)
+    with torch.no_grad():
+        llama.model(token_ids(1, 60), cache=cache)
+    layer = weakref.ref(cache.layers[0])
+    fhopt.unapply(llama.model)
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap() -> None:
+    from small_models import found
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=128, pad_token_id=0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    sites = found(model, 24)[1].sites
+    assert {s.softcap for s in sites.values()} == {50.0}
+    ids, mask = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :9] = 0
+    expected = generate(model, MODES["greedy"], ids, attention_mask=mask)
+    fhopt.apply(model, fitting.exact_plan(sites.values(), recent=8, block=8))
+    found_tokens = generate(model, MODES["greedy"], ids, attention_mask=mask)
+    kinds = [isinstance(layer, LatentLayer) for layer in cache_of(found_tokens).layers]
+    assert kinds == [not s for s in LatentCache(model._fhopt_applied.plan, config).is_sliding]
+    assert kinds.count(True) == 1
+    assert torch.equal(found_tokens.sequences, expected.sequences)

@@ -118,3 +118,21 @@ def test_a_site_is_plain_data() -> None:
     _, outcome = found(MAKERS["gpt2"]())
     text = json.dumps([asdict(s) for s in outcome.sites.values()])
     assert "transformer.h.1.attn.c_attn.weight" in text
+
+
+def test_a_key_from_two_projections_of_unequal_width_is_found() -> None:
+    class Split(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v, self.o = (torch.nn.Linear(32, 32) for _ in range(3))
+            self.k1, self.k2 = torch.nn.Linear(32, 24), torch.nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = (self.q(x), torch.cat([self.k1(x), self.k2(x)], -1), self.v(x))
+            q, k, v = (y.view(1, -1, 4, 8).transpose(1, 2) for y in heads)
+            o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.o(o.transpose(1, 2).reshape(x.shape))
+
+    outcome = passes.find(capture(Split().eval(), (torch.randn(1, 6, 32),)).program)
+    (site,) = outcome.sites.values()
+    assert set(site.projections["k"]) == {"k1.weight", "k2.weight"} and not site.key_norm

@@ -225,3 +225,69 @@ def test_normalizing_twice_changes_nothing_more() -> None:
     second = passes.find(captured.program)
     assert print_graph(captured.program.graph) == text
     assert [s.name for s in second.sites.values()] == [s.name for s in first.sites.values()]
+
+
+def masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.masked_fill_(~m.triangle, float("-inf"))  # the result is not used: softmax reads `scores`
+    return scores.softmax(-1) @ v
+
+
+def masked_by_assignment(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, :, :, 5:] = float("-inf")
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("core", [masked_in_place, masked_by_assignment], ids=lambda f: f.__name__)
+def test_a_mask_written_in_place_is_seen_although_nothing_reads_its_result(core: Callable[..., Tensor]) -> None:
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert not result.sites and "changed in place" in result.missed[0].reason
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    assert torch.equal(output, module(x))
+
+
+def test_in_place_changes_elsewhere_in_the_graph_survive() -> None:
+    class Beside(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1
+            y.mul_(3)
+            return super().forward(x) + y
+
+    module, x = Beside(sdpa).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert len(result.sites) == 1
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
+
+
+class Biased(Block):
+    """A bias that is zero today and is scaled with the scores."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(lambda m, q, k, v: F.dropout(((q @ k.mT + m.bias) * scale).softmax(-1), 0.1, m.training) @ v)
+        self.bias = nn.Parameter(torch.zeros(T, T))
+
+
+def test_a_bias_is_checked_with_other_numbers_than_todays() -> None:
+    _, scaled = outcome(Biased(0.5).eval(), torch.randn(1, T, H * D))
+    assert not scaled.sites and "differs by" in scaled.missed[0].reason
+    _, plain = outcome(Biased(1.0).eval(), torch.randn(1, T, H * D))
+    assert len(plain.sites) == 1
+
+
+def test_two_attentions_of_one_module_have_names_of_their_own() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(sdpa), Block(sdpa)
+            self.second.load_state_dict(self.first.state_dict())
+            self.second.q = self.first.q
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.first(x)) + self.second(x)
+
+    _, result = outcome(Twice().eval(), torch.randn(1, T, H * D))
+    names = [s.name for s in result.sites.values()]
+    assert len(names) == len(set(names)) == 3 and "first#2" in names
