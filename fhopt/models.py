@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ class LoadedModel:
     tokenizer: Any = None
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
     program: torch.export.ExportedProgram | None = None
-    notes: list[str] = field(default_factory=list)
 
     def capture(self, tokens: int = 16) -> Captured:
         """The graph of one forward pass: on `tokens` tokens for language models, else on the model's own inputs."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fhopt.spec import KernelSpec, SidePlan
+from fhopt.spec import SidePlan
 
 _LIB = torch.library.Library("fhopt", "DEF")
 _LIB.define(
@@ -413,15 +413,3 @@ def latent_options(key: SidePlan | None, value: SidePlan | None) -> dict[str, ob
     """Keyword arguments of `fhopt::latent_attention` for the tiers of a site; None: exact keys and values."""
     (kb, kw, ks), (vb, vw, vs) = tier_arguments(key), tier_arguments(value)
     return dict(key_bits=kb, key_widths=kw, key_steps=ks, value_bits=vb, value_widths=vw, value_steps=vs)
-
-
-def kernel_spec(query: Tensor, key_side: SidePlan, value_side: SidePlan, softcap: float) -> KernelSpec:
-    """The kernel that a site with these sides needs for queries like `query`."""
-    return KernelSpec(
-        tuple((t.bits, t.width, t.step) for t in key_side.tiers),
-        tuple((t.bits, t.width, t.step) for t in value_side.tiers),
-        key_side.width,
-        value_side.width,
-        str(query.dtype).removeprefix("torch."),
-        softcap != 0.0,
-    )

@@ -19,7 +19,7 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
         ("site", "left"), ("kind", "left"), ("H", "right"), ("G", "right"), ("D", "right"), ("rope", "left"),
         ("mask", "left"), ("key norm", "left"), ("bytes/token", "right"),
     ):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for site in sites:
         rope = f"{site.rope.pairing} {site.rope.rotary_dim}" if site.rope else "none"
         table.add_row(
@@ -33,7 +33,7 @@ def plan_table(plan: LatentPlan) -> Table:
     """One row a site: layout, channels x bits of keys and values, bytes per sealed token."""
     table = Table(title="Latent plan (channels x bits)", title_justify="left")
     for name in ("site", "layout", "keys", "values"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("bytes/token", "exact", "ratio"):
         table.add_column(name, justify="right")
     for row in describe(plan):

@@ -65,10 +65,10 @@ class Compress:
                 total = (
                     call(program, ops.total_mask, (query, key, mask, causal)) if causal or mask is not None else None
                 )
-                result = call(program, _item(0), (_attend(program, query, latent_k, latent_v, total, shared),))
+                result = call(program, ops.first, (_attend(program, query, latent_k, latent_v, total, shared),))
             else:
                 masks = call(program, ops.split_mask, (query, key, mask, causal, self.plan.sinks, self.plan.recent))
-                near, far = (call(program, _item(i), (masks,)) for i in (0, 1))
+                near, far = (call(program, pick, (masks,)) for pick in (ops.first, ops.second))
                 parts = [
                     _attend(program, query, latent_k, latent_v, far, shared),
                     _attend(program, query, key, value, near, shared),
@@ -88,13 +88,9 @@ class Compress:
             latent = call(program, ops.straight_through, (latent, *tiers))
         elif side.tiers:
             packed = call(program, torch.ops.fhopt.pack.default, (latent, *tiers))
-            codes, scale = (call(program, _item(i), (packed,)) for i in (0, 1))
+            codes, scale = (call(program, pick, (packed,)) for pick in (ops.first, ops.second))
             latent = call(program, torch.ops.fhopt.unpack.default, (codes, scale, *tiers))
         return call(program, ops.decode, (latent, decoder))
-
-
-def _item(index: int) -> Any:
-    return ops.first if index == 0 else ops.second
 
 
 def _on_device(basis: Tensor, node: fx.Node) -> Tensor:

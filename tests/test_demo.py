@@ -54,3 +54,33 @@ def test_the_bytes_reported_are_those_of_the_plan(demo: dict[str, Any]) -> None:
 def test_plan_and_report_are_where_it_says(demo: dict[str, Any]) -> None:
     assert Path(demo["report_path"]).stat().st_size > 10_000
     assert demo["tokens_per_second"]["exact"] > 0 and demo["tokens_per_second"]["plan"] > 0
+
+
+def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:
+    """float32, 1e-4 relative: without a cache (the rewritten graph) and with one (token by token behind a prompt)."""
+    import torch
+
+    import fhopt
+    from fhopt import data, passes
+    from fhopt.cache import LatentCache
+    from fhopt.models import load_model
+    from fhopt.pipeline import FitOptions, fit
+
+    loaded = load_model("demo")
+    model = loaded.language_model()
+    plan, _ = fit(loaded, FitOptions(ratio=1, sequences=2, context=400))
+    ids = data.sequences(loaded.tokenizer, data.read_text("source"), count=1, length=300, what="source")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        captured = loaded.capture(300)
+        captured.program.values[next(iter(captured.inputs))] = ids
+        outcome = passes.optimize(passes.find(captured.program), plan)
+        assert len(outcome.compressed) == 30
+        graph = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[captured.result]
+        fhopt.apply(model, plan)
+        cache = LatentCache(plan, absorb=True)
+        cached = [model(ids[:, :290], cache=cache).logits]
+        cached += [model(ids[:, i : i + 1], cache=cache).logits for i in range(290, 300)]
+    assert cache.layers[0].sealed == 192
+    for found in (graph, torch.cat(cached, 1)):
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
