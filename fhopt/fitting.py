@@ -69,7 +69,7 @@ def fit(
     ratio 1 gives uncoded latents of full width. Bytes count codes, scales, sinks and window. Raises FhoptError when
     the ratio cannot be reached or is not a number of at least 1.
     """
-    _check_options(ratio, layout, bits)
+    check_options(ratio, layout, bits)
     fitted = {name: _fit_site(s, layout) for name, s in statistics.items()}
     if ratio == 1:
         plans = [_uncoded(statistics[name].site, layout, *sides) for name, sides in fitted.items()]
@@ -124,14 +124,10 @@ def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) 
         )
 
 
-def ratio_message(ratio: float) -> str:
-    """What is wrong with a ratio, and the cure."""
-    return f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4."
-
-
-def _check_options(ratio: float, layout: str, bits: Sequence[int]) -> None:
+def check_options(ratio: float, layout: str, bits: Sequence[int]) -> None:
+    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits."""
     if not 1 <= ratio < 1000:
-        raise FhoptError(ratio_message(ratio))
+        raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
     if layout not in LAYOUTS:
         raise FhoptError(f"layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
     if not bits or any(b not in STEP for b in bits):

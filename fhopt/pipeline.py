@@ -10,7 +10,7 @@ import torch
 
 from fhopt import __version__, calibrate, data, passes
 from fhopt.errors import FhoptError
-from fhopt.fitting import LAYOUTS, fingerprint, ratio_message
+from fhopt.fitting import check_options, fingerprint
 from fhopt.fitting import fit as fit_plan
 from fhopt.models import LoadedModel
 from fhopt.spec import LatentPlan, SiteStatistics
@@ -40,10 +40,7 @@ class FitOptions:
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
-        if not 1 <= self.ratio < 1000:
-            raise FhoptError(ratio_message(self.ratio))
-        if self.layout not in LAYOUTS:
-            raise FhoptError(f"layout {self.layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
+        check_options(self.ratio, self.layout, self.bits)
         far = self.sequences * max(0, self.context - self.sinks - self.recent)
         if far < LEAST_FAR_TOKENS:
             raise FhoptError(
