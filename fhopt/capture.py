@@ -34,12 +34,30 @@ class Captured:
 
 def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph."""
+    captured = capture_graphs(model, args, kwargs)
+    if len(captured) != 1:
+        raise FhoptError(
+            f"{type(model).__name__} falls into {len(captured)} graphs; expected one. Look at the breaks with "
+            "TORCH_LOGS=graph_breaks, and capture a part without them."
+        )
+    if captured[0].result < 0:
+        raise FhoptError("the model returns no tensor that its graph computes; expected logits or hidden states.")
+    return captured[0]
+
+
+def capture_graphs(
+    model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> list[Captured]:
+    """Run `model(*args, **kwargs)` once under Dynamo and keep every graph that it falls into, in the order of running.
+
+    `result` is -1 for a graph that does not compute the model's main output. Raises FhoptError when nothing runs.
+    """
     given = dict(kwargs or {})
-    seen: list[tuple[fx.GraphModule, list[Any]]] = []
-    outputs: list[Any] = []
+    seen: list[tuple[Program, list[Any]]] = []
 
     def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        seen.append((module, list(example_inputs)))
+        outputs: list[Any] = []
+        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears what it lent to a backend
 
         def run(*inputs: Any) -> Any:
             outputs[:] = module(*inputs)
@@ -61,14 +79,12 @@ def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[
     finally:
         model.train(was_training)
         torch._dynamo.reset()
-    if len(seen) != 1:
-        raise FhoptError(
-            f"{type(model).__name__} falls into {len(seen)} graphs; expected one. Look at the breaks with "
-            "TORCH_LOGS=graph_breaks, and capture a part without them."
-        )
-    program = copy_program(*seen[0])
-    _name_parameters(program, model)
-    return Captured(program, _name_inputs(program, args, given), _main_output(result, outputs))
+    for program, _ in seen:
+        _name_parameters(program, model)
+    return [
+        Captured(program, _name_inputs(program, args, given), _main_output(result, outputs))
+        for program, outputs in seen
+    ]
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> Captured:
@@ -85,7 +101,9 @@ def from_exported(exported: torch.export.ExportedProgram) -> Captured:
     graph.output(graph.graph_copy(exported.graph, {}))
     module = fx.GraphModule(exported.graph_module, graph)
     parameters = dict(signature.inputs_to_parameters)
-    program = Program(module, dict(zip(names, values, strict=True)), parameters)
+    kept = {s.arg.name: str(s.target) for s in signature.input_specs if s.target is not None}
+    buffers = {name: target for name, target in kept.items() if name not in parameters}
+    program = Program(module, dict(zip(names, values, strict=True)), parameters, buffers)
     inputs = {name: name for name in signature.user_inputs if isinstance(name, str)}
     return Captured(program, inputs, 0)
 
@@ -106,7 +124,7 @@ def _name_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def _main_output(result: Any, outputs: list[Any]) -> int:
-    """Which graph output is the model's result: its logits if it has some, else its first tensor."""
+    """Which graph output is the model's result: its logits if it has some, else its first tensor; -1: none is."""
     main = getattr(result, "logits", None)
     if main is None:
         leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
@@ -114,7 +132,7 @@ def _main_output(result: Any, outputs: list[Any]) -> int:
     for index, output in enumerate(outputs):
         if isinstance(main, Tensor) and isinstance(output, Tensor) and output.data_ptr() == main.data_ptr():
             return index
-    raise FhoptError("the model returns no tensor that its graph computes; expected logits or hidden states.")
+    return -1
 
 
-__all__ = ["Captured", "capture", "from_exported"]
+__all__ = ["Captured", "capture", "capture_graphs", "from_exported"]

@@ -18,12 +18,14 @@ class Miss(Exception):
     Attributes:
         reason: what was expected and what was found, one sentence.
         node: the node at which matching stopped (`torch.fx.Node`), or None.
+        reached: what had been recognised by then, "" when the pass has no steps.
     """
 
-    def __init__(self, reason: str, node: Any = None) -> None:
+    def __init__(self, reason: str, node: Any = None, reached: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.node = node
+        self.reached = reached
 
 
 class PassError(RuntimeError):

@@ -23,8 +23,8 @@ from fhopt.spec import SidePlan
 
 _LIB = torch.library.Library("fhopt", "DEF")
 _LIB.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, *, float scale, bool is_causal=False, "
-    "float softcap=0.0, float dropout=0.0) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? sinks=None, *, float scale, "
+    "bool is_causal=False, float softcap=0.0, float dropout=0.0) -> Tensor"
 )
 _LIB.define("pack(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 _LIB.define("unpack(Tensor codes, Tensor scale, int[] bits, int[] widths, float[] steps) -> Tensor")
@@ -53,6 +53,15 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return ones.tril(keys - queries)
 
 
+def blank_scores(
+    left: Tensor, right: Tensor, left_axes: Sequence[str], right_axes: Sequence[str], axes: Sequence[str]
+) -> Tensor:
+    """Zeros of the shape of a contraction of `left` and `right` (labels as in `passes.contraction`), in no memory."""
+    sizes = {x: n for x, n in (*zip(left_axes, left.shape, strict=True), *zip(right_axes, right.shape, strict=True))}
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.new_zeros((), dtype=dtype).expand([sizes[x] if x else 1 for x in axes])
+
+
 # --------------------------------------------------------------------------------------------------- fhopt::attention
 
 
@@ -61,6 +70,7 @@ def attention_reference(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     is_causal: bool = False,
@@ -69,13 +79,14 @@ def attention_reference(
 ) -> Tensor:
     """softmax(cap(scale q k^T) + mask) v with grouped kv heads; differentiable. Shapes in the module docstring.
 
-    `is_causal` aligns the first query with the first key, as `F.scaled_dot_product_attention` does. Raises ValueError
-    when H is not a multiple of G.
+    `is_causal` aligns the first query with the first key, as `F.scaled_dot_product_attention` does. `sinks`,
+    broadcastable to [B,H,S,n], are n further logits that take weight and give nothing (attention sinks, softmax plus
+    one). Raises ValueError when H is not a multiple of G.
     """
     heads, groups = query.shape[1], key.shape[1]
     if heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} kv heads")
-    if softcap == 0.0:
+    if softcap == 0.0 and sinks is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=heads != groups
         )
@@ -83,9 +94,14 @@ def attention_reference(
         triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         mask = triangle if mask is None else _both(mask, triangle)
     logits = _grouped_logits(query * scale, key)
-    logits = softcap * torch.tanh(logits / softcap)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     bias = additive(mask, logits.dtype)
-    weights = _softmax((logits if bias is None else logits + bias).float())[0].to(query.dtype)
+    logits = logits if bias is None else logits + bias
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.to(logits.dtype).expand(*logits.shape[:3], -1)), -1)
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    weights = _softmax(exact)[0][..., : key.shape[2]].to(query.dtype)
     weights = torch.dropout(weights, dropout, dropout > 0)
     return _grouped_mix(weights, value)
 
@@ -103,10 +119,6 @@ def _grouped_mix(weights: Tensor, value: Tensor) -> Tensor:
     b, h, s, t = weights.shape
     g, e = value.shape[1], value.shape[3]
     return torch.matmul(weights.reshape(b, g, h // g * s, t), value).reshape(b, h, s, e)
-
-
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **_: object) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
 
 
 # --------------------------------------------------------------------------------------------------- pack and unpack

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_FILES = ("plan.json", "plan.safetensors")
 SUPPORTED_BITS = (2, 4, 8, 16)
 TIER_QUANTUM = 8  # a tier's width is a multiple of this: every tier starts on a whole byte for 2, 4, 8 and 16 bits
@@ -38,13 +38,27 @@ SCALE_BYTES = 2  # one float16 per token and side
 class Rope:
     """A rotation found by running the segment from the projection to the core.
 
-    `pairing` is "half" (dims i and i + rotary_dim/2 form one complex number) or "interleaved" (2i and 2i + 1);
-    `angles` holds the measured angle per position step of each frequency, in radians, F values.
+    `pairing` is "half" (i and i + n/2 of a block of n channels form one complex number) or "interleaved" (2i, 2i + 1).
+    `rotary_dim` channels from `offset` on rotate, cut into `blocks` blocks of n (axial rotation: one block an axis).
+    `angles` holds the measured angle per position step of each frequency, in radians, F values; where `positions` is
+    "grid" (2-D rotation), the first step that turns it.
     """
 
     pairing: str
     rotary_dim: int
     angles: tuple[float, ...]
+    offset: int = 0
+    blocks: int = 1
+    positions: str = "sequence"
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The channels (real, imaginary) of each frequency, F pairs."""
+        size = self.rotary_dim // self.blocks
+        starts = range(self.offset, self.offset + self.rotary_dim, size)
+        if self.pairing == "half":
+            return tuple((s + i, s + i + size // 2) for s in starts for i in range(size // 2))
+        return tuple((s + 2 * i, s + 2 * i + 1) for s in starts for i in range(size // 2))
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,13 @@ class AttentionSite:
     scale: float
     rope: Rope | None
     key_norm: bool  # the key is not affine in the projection (QK-norm)
-    mask: str  # "none", "causal", "bool", "additive"
+    mask: str  # see passes.masks
     softcap: float  # 0.0: none
-    cache: str  # "none", "cat", "in-place", "latent"
+    cache: str  # "none", "cat", "in-place", "bare" (filled elsewhere), "latent"
     source: str  # file:line of the core
+    window: int = 0  # keys that a query sees with a "sliding" mask
+    sinks: bool = False  # further logits take weight and give nothing
+    latent: int = 0  # numbers per token that the model itself keeps in place of keys and values (DeepSeek); 0: none
 
     @property
     def exact_numbers_per_token(self) -> int:
@@ -389,7 +406,7 @@ def _load_plan(folder: Path) -> LatentPlan:
 
 def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
     raw = dict(item["site"])
-    rope = raw["rope"] and Rope(raw["rope"]["pairing"], raw["rope"]["rotary_dim"], tuple(raw["rope"]["angles"]))
+    rope = raw["rope"] and Rope(**{**raw["rope"], "angles": tuple(raw["rope"]["angles"])})
     projections = {k: tuple(v) for k, v in raw["projections"].items()}
     site = AttentionSite(**{**raw, "rope": rope or None, "projections": projections})
 

@@ -1,5 +1,7 @@
 """The compiler on one page.
 
+    functionalize    in-place changes -> new values, written back at the end                  exact
+    decompose        composites (nn.MultiheadAttention, flex, checkpoints) -> their parts     exact
     normalize        every spelling of attention -> fhopt::attention          exact, checked by execution
     find_attention   who projects, rotates, caches -> AttentionSite           reads only
     compress         keys, values -> decode(encode(.)) by the plan            approximate only where the plan says so
@@ -12,19 +14,26 @@ and `rewrite` (cannot fail). The pipeline here is the only place that times, dum
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import fx
 
 from fhopt.errors import Miss, PassError
 from fhopt.passes.absorb import Absorb
 from fhopt.passes.compress import Compress
+from fhopt.passes.decompose import Decompose
 from fhopt.passes.find_attention import FindAttention
+from fhopt.passes.functionalize import Functionalize
 from fhopt.passes.graph import Evaluator, Program, print_graph, remove_dead_code, source_line
 from fhopt.passes.lower import Lower
 from fhopt.passes.normalize import Normalize
+from fhopt.passes.roles import Roles
 from fhopt.passes.verify import verify
 from fhopt.spec import AttentionSite, LatentPlan
 
@@ -39,6 +48,7 @@ class Explanation:
     node: str
     reason: str
     source: str
+    reached: str = ""
 
 
 @dataclass
@@ -52,30 +62,48 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def find(program: Program) -> Outcome:
-    """normalize and find_attention on `program`, in place. Exact: no number changes beyond rounding."""
+def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
+    """Find every attention of `program`, in place. Exact: no number changes beyond rounding.
+
+    inline_checkpoints: look into activation checkpoints and dissolve them (else they stay, and are reported).
+    """
     outcome = Outcome(program)
     _dump(outcome, "input")
-    normalize, describe = Normalize(), FindAttention()
-    base = Evaluator(program)
+    functional, parts, normalize, describe = (
+        Functionalize(),
+        Decompose(inline_checkpoints=inline_checkpoints),
+        Normalize(),
+        FindAttention(),
+    )
+    with _stage(outcome, functional.name):
+        outcome.missed.extend(_explain(functional.name, miss, miss.node) for miss in functional.run(program).left)
+    with _stage(outcome, parts.name):
+        for node in parts.candidates(program):
+            with _missing(outcome, parts.name, node):
+                parts.rewrite(program, parts.match(node, program))
+    base, roles = Evaluator(program), Roles(program)
     with _stage(outcome, normalize.name):
         for node in normalize.candidates(program):
-            try:
-                core = normalize.match(node, base)
-            except Miss as miss:
-                outcome.missed.append(_explain(normalize.name, miss, node))
-                continue
-            normalize.rewrite(program, core)
+            with _missing(outcome, normalize.name, node):
+                normalize.rewrite(program, normalize.match(node, roles, base))
         remove_dead_code(program)
     with _stage(outcome, describe.name):
         for node in describe.candidates(program):
-            try:
-                site = describe.match(node, program, base)
-            except Miss as miss:
-                outcome.missed.append(_explain(describe.name, miss, node))
-                continue
-            outcome.sites[node.name] = _with_own_name(site, {s.name for s in outcome.sites.values()})
+            with _missing(outcome, describe.name, node):
+                site = describe.match(node, program, roles, base)
+                outcome.sites[node.name] = _with_own_name(site, {s.name for s in outcome.sites.values()})
     return outcome
+
+
+@contextlib.contextmanager
+def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
+    """A miss within leaves the candidate alone and is explained."""
+    at = source_line(node)
+    try:
+        yield
+    except Miss as miss:
+        if miss.reason:  # none: nothing like an attention
+            outcome.missed.append(_explain(stage, miss, node, at))
 
 
 def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
@@ -133,12 +161,9 @@ class _stage:
         _dump(self.outcome, self.name)
 
 
-def _explain(stage: str, miss: Miss, node: object) -> Explanation:
-    from torch import fx
-
+def _explain(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Explanation:
     at = miss.node if isinstance(miss.node, fx.Node) else node
-    assert isinstance(at, fx.Node)
-    return Explanation(stage, at.name, miss.reason, source_line(at))
+    return Explanation(stage, at.name, miss.reason, source_line(at) or line, miss.reached)
 
 
 def _dump(outcome: Outcome, name: str) -> None:

@@ -4,49 +4,28 @@
     o = fhopt.attention(q, k, v, mask)                         ->          "model.layers.0.self_attn", H=9, G=3, D=64,
     y = o_proj(o)                                                          rope half of 64, mask causal, ...)
 
-A cut point is a projection (an activation contracted with a tensor that is a view of a parameter) or a cache input.
-What lies between cut and core is classified by running it on random float64 numbers: is it affine? does it depend on
-the position, and if so, is it a rotation, of which pairs and by which angles? No spelling of RoPE is matched.
+A cut point is a projection or a cache input (`roles`). What lies between cut and core is classified by running it on
+random float64 numbers: is it affine? does it depend on the position, and if so, is it a rotation, of which pairs and
+by which angles? No spelling of RoPE is matched.
 
 Letters: B batch, H query heads, G kv heads, T keys, D head size, F rotary frequencies.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph import (
-    VIEWS,
-    Evaluator,
-    Program,
-    example_shape,
-    fake,
-    is_in_place,
-    op_name,
-    run_region,
-    shape,
-    source_line,
-)
+from fhopt.passes.graph import VIEWS, Evaluator, Program, Region, example_shape, fake, op_name, shape, source_line
+from fhopt.passes.masks import mask_kind
+from fhopt.passes.roles import ATTENTION, Cut, Kind, Projection, Roles, common_path
 from fhopt.spec import AttentionSite, Rope
 
-PROJECTION = frozenset(
-    {"linear", "addmm", "matmul", "bmm", "einsum", "conv1d", "conv2d", "convolution", "baddbmm", "mm"}
-)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where a path from a core ends: projections (with the parameter of each) and cache inputs."""
-
-    projections: tuple[tuple[fx.Node, str], ...]
-    caches: tuple[fx.Node, ...]
-    appends: tuple[fx.Node, ...]  # nodes that join a cache with new tokens
+NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
+FORWARD = 24  # nodes looked at on the way from a core to its output projection
 
 
 @dataclass(frozen=True)
@@ -60,21 +39,23 @@ class FindAttention:
         """The canonical attention nodes."""
         return [n for n in program.graph.nodes if n.target is torch.ops.fhopt.attention.default]
 
-    def match(self, node: fx.Node, program: Program, base: Evaluator) -> AttentionSite:
-        """The site at `node`. Raises Miss when no projection leads to it."""
+    def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> AttentionSite:
+        """The site at `node`. Raises Miss when no projection leads to it, or when it already reads a latent."""
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
-        cuts = {"q": cut_points(query, program), "k": cut_points(key, program), "v": cut_points(value, program)}
-        names = {role: tuple(name for _, name in cut.projections) for role, cut in cuts.items()}
-        if not names["q"] or not (names["k"] or cuts["k"].caches):
-            raise Miss("no projection leads to the queries or to the keys", node)
-        names["o"] = _output_projection(node, program)
+        cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
+        names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
+        if roles.kind(query) == Kind.WEIGHT and not names["q"]:
+            names["q"] = roles.weight_names(query)  # learned queries
+        _check_cuts(node, cuts, names)
+        latent = _latent_width(cuts, roles)
         q, k, v = (shape(n) for n in (query, key, value))
         assert q is not None and k is not None and v is not None
         affine, rope = self._classify(key, cuts["k"], base)
+        mask, window = _mask_kind(node, base)
         return AttentionSite(
-            name=_common_path(n for role in names.values() for n in role) or _module_path(names["q"][0]),
+            name=_site_name(names),
             projections=names,
-            kind=_kind(cuts),
+            kind=_kind(cuts, latent),
             heads=int(q[1]),
             kv_heads=int(k[1]),
             key_dim=int(k[3]),
@@ -82,30 +63,29 @@ class FindAttention:
             scale=float(node.kwargs["scale"]),  # type: ignore[arg-type]
             rope=rope,
             key_norm=not affine,
-            mask=_mask_kind(node, base),
+            mask=mask,
             softcap=float(node.kwargs.get("softcap", 0.0)),  # type: ignore[arg-type]
-            cache=_cache_kind(cuts["k"]),
+            cache="latent" if latent and cuts["k"].projections else _cache_kind(cuts["k"], roles),
             source=source_line(node),
+            window=window,
+            sinks=len(node.args) > 4 and node.args[4] is not None,
+            latent=latent,
         )
 
     def _classify(self, key: fx.Node, cut: Cut, base: Evaluator) -> tuple[bool, Rope | None]:
         """(affine in the projection?, rotation) of the segment from the key projection to the key."""
         if not cut.projections or cut.caches:
             return True, None  # the new token alone shows no rotation: prefill is where it is seen
-        generator = torch.Generator().manual_seed(1)
-        shapes = {node: example_shape(node) for node, _ in cut.projections}
-        rows = [
-            {n: torch.randn(size[-1], generator=generator, dtype=torch.float64) for n, size in shapes.items()}
-            for _ in range(2)
-        ]
+        region = Region(base, [p.node for p in cut.projections], key)
+        rows = [[_row(p, 2 * i + j) for i, p in enumerate(cut.projections)] for j in range(2)]
 
         def run(first_share: float, second_share: float) -> Tensor:  # the same row at every token
             given = {
-                n: (first_share * rows[0][n] + second_share * rows[1][n]).to(fake(n).device).expand(size)
-                for n, size in shapes.items()
+                p.node: (first_share * a + second_share * b).expand(example_shape(p.node))
+                for p, a, b in zip(cut.projections, *rows, strict=True)
             }
             try:
-                return run_region(base, given, key)
+                return region.run(given) if region.nodes else given[key]
             except Exception as error:  # whatever a user's node may raise
                 raise Miss(f"the way from the key projection could not be run ({error})", key) from error
 
@@ -118,121 +98,109 @@ class FindAttention:
 # --------------------------------------------------------------------------------------------------- roles
 
 
-def cut_points(node: fx.Node, program: Program) -> Cut:
-    """Walk back from `node` to the nearest projections and cache inputs."""
-    projections: dict[fx.Node, str] = {}
-    caches: dict[fx.Node, None] = {}
-    appends: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        name = projected_by(current, program)
-        if name:
-            projections[current] = name
-            continue
-        if current.op == "placeholder":
-            if _is_cache(current, program):
-                caches[current] = None
-                writers = [u for u in current.users if is_in_place(u)]
-                appends.update(dict.fromkeys(writers))
-                stack.extend(s for w in writers for s in w.all_input_nodes)
-            continue
-        if op_name(current) == "cat" and any(_is_cache(s, program) for s in current.all_input_nodes):
-            appends[current] = None
-        stack.extend(current.all_input_nodes)
-    return Cut(tuple(sorted(projections.items())), tuple(caches), tuple(appends))
+def _row(projection: Projection, seed: int) -> Tensor:
+    """Random features, the same at every token, on the projection's device."""
+    sizes = example_shape(projection.node)
+    generator = torch.Generator().manual_seed(seed + 1)
+    kept = [n if i in projection.features else 1 for i, n in enumerate(sizes)]
+    return torch.randn(kept, generator=generator, dtype=torch.float64).to(fake(projection.node).device)
 
 
-def _is_cache(node: fx.Node, program: Program) -> bool:
-    value = fake(node)
-    is_state = node.op == "placeholder" and not program.is_parameter(node)
-    if not is_state or not isinstance(value, Tensor) or value.dim() < 3 or not value.dtype.is_floating_point:
-        return False
-    grows = any(is_in_place(user) or op_name(user) == "cat" for user in node.users)
-    return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
+def _check_cuts(node: fx.Node, cuts: dict[str, Cut], names: dict[str, tuple[str, ...]]) -> None:
+    """Raise Miss where nothing projects: similarities of a tensor with itself, pooling, lookups."""
+    for role, what in (("q", "queries"), ("k", "keys")):
+        if not names[role] and not (role == "k" and cuts["k"].caches):
+            source = "they are embeddings" if cuts[role].lookups else "they are an input or a constant"
+            raise Miss(f"attention without projections: nothing projects the {what}, {source}", node)
+    query, key, value = node.args[:3]
+    if query is key and key is value:
+        raise Miss("attention without projections: queries, keys and values are one tensor", node)
 
 
-def projected_by(node: fx.Node, program: Program) -> str:
-    """Qualified name of the parameter that `node` contracts an activation with, "" if it does not."""
-    if op_name(node) not in PROJECTION:
-        return ""
-    for source in reversed(node.all_input_nodes):
-        root = _view_root(source)
-        value = fake(source)
-        if program.is_parameter(root) and isinstance(value, Tensor) and value.dim() >= 2:
-            return program.parameters[root.name]
-    return ""
+def _site_name(names: dict[str, tuple[str, ...]]) -> str:
+    every = [n for role in names.values() for n in role]
+    return common_path(every) or common_path(names["q"]) or every[0].rpartition(".")[0] or every[0]
 
 
-def _view_root(node: fx.Node) -> fx.Node:
+def _root(node: fx.Node) -> fx.Node:
     while op_name(node) in VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
-def _output_projection(node: fx.Node, program: Program) -> tuple[str, ...]:
-    """The first projection that the result of the attention reaches."""
-    current = node
-    for _ in range(16):
+def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
+    """Numbers per token of a latent that keys and values are already projected from; 0 where there is none.
+
+    DeepSeek-V2 (section 2.1.2): keys and values come from one narrow projection of the input that the queries are
+    projected from too, directly or through a narrow projection of their own; and it is this that is cached.
+    """
+    if not cuts["k"].projections or not cuts["v"].projections:
+        return 0
+    inner = roles.cut(cuts["v"].projections[0].activation)
+    if len(inner.projections) != 1 or inner.lookups:
+        return 0
+    down = inner.projections[0]
+    sources = set()
+    for projection in cuts["q"].projections:
+        if _root(projection.activation) is _root(cuts["v"].projections[0].activation):
+            return 0  # queries read the same activation: an ordinary block behind a projection
+        sources.add(_root(projection.activation))
+        sources |= {_root(p.activation) for p in roles.cut(projection.activation).projections}
+    narrow = sum(example_shape(down.node)[i] for i in down.features)
+    wide = sum(example_shape(p.node)[i] for p in cuts["v"].projections for i in p.features)
+    return narrow if _root(down.activation) in sources and narrow < wide else 0
+
+
+def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:
+    """The first projection that the result of the attention reaches, before it joins the residual stream."""
+    frontier, seen = [node], {node}
+    for _ in range(FORWARD):
+        if not frontier:
+            break
+        current = min(frontier)
+        frontier.remove(current)
         for user in current.users:
-            name = projected_by(user, program)
-            if name:
-                return (name,)
-        followers = [u for u in current.users if isinstance(fake(u), Tensor)]
-        if len(followers) != 1:
-            return ()
-        current = followers[0]
+            projection = roles.projection(user)
+            if projection is not None and projection.activation in seen:
+                return projection.names
+            if user not in seen and isinstance(fake(user), Tensor) and _stays_inside(user, seen, roles):
+                seen.add(user)
+                frontier.append(user)
     return ()
 
 
-def _common_path(names: Iterable[str]) -> str:
-    """Longest common module path: the parameter's own name never belongs to it."""
-    paths = [tuple(n.split(".")[:-1]) for n in names]
-    if len(set(paths)) == 1:
-        return ".".join(paths[0][:-1] or paths[0])  # one fused projection and nothing else: name its parent
-    steps = itertools.takewhile(lambda step: len(set(step)) == 1, zip(*paths, strict=False))
-    return ".".join(step[0] for step in steps)
+def _stays_inside(node: fx.Node, seen: set[fx.Node], roles: Roles) -> bool:
+    name = op_name(node)
+    if name in NORMS | ATTENTION:
+        return False
+    joins = name in {"add", "iadd"} and any(
+        roles.kind(n) == Kind.ACTIVATION for n in node.all_input_nodes if n not in seen
+    )
+    return not joins
 
 
-def _module_path(parameter: str) -> str:
-    """Path of the module that owns a parameter; the parameter itself where the model does."""
-    return parameter.rpartition(".")[0] or parameter
-
-
-def _kind(cuts: dict[str, Cut]) -> str:
+def _kind(cuts: dict[str, Cut], latent: int) -> str:
     """ "self" when queries and keys are projected from the same activation."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
-        return {_view_root(source) for node, _ in cut.projections for source in node.all_input_nodes}
+        return {_root(p.activation) for p in cut.projections}
 
     cached = not cuts["k"].projections and cuts["k"].appends
-    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached else "cross"
+    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached or latent else "cross"
 
 
-def _cache_kind(cut: Cut) -> str:
+def _cache_kind(cut: Cut, roles: Roles) -> str:
     if not cut.caches:
         return "none"
-    return "in-place" if any(is_in_place(n) for n in cut.appends) else "cat" if cut.appends else "bare"
+    return "in-place" if any(n in roles.written for n in cut.caches) else "cat" if cut.appends else "bare"
 
 
-def _mask_kind(node: fx.Node, base: Evaluator) -> str:
-    """From the mask's value, not from its spelling: versions of torch and transformers differ in the latter."""
-    if node.kwargs.get("is_causal"):
-        return "causal"
+def _mask_kind(node: fx.Node, base: Evaluator) -> tuple[str, int]:
     mask = node.args[3] if len(node.args) > 3 else None
     if not isinstance(mask, fx.Node):
-        return "none"
-    value = base.value(mask)
-    allowed = value if value.dtype == torch.bool else value > -1e4
-    if value.dtype != torch.bool and bool((value[allowed] != 0).any()):
-        return "additive"
-    queries, keys = allowed.shape[-2:]
-    triangle = torch.ones(queries, keys, dtype=torch.bool, device=allowed.device).tril(keys - queries)
-    return "causal" if queries > 1 and bool((allowed == triangle).all()) else "bool"
+        return ("causal" if node.kwargs.get("is_causal") else "none"), 0
+    kind, window = mask_kind(base.value(mask))
+    return ("causal" if kind == "none" and node.kwargs.get("is_causal") else kind), window
 
 
 # --------------------------------------------------------------------------------------------------- rotation
@@ -244,15 +212,29 @@ def rotation(key: Tensor, tolerance: float) -> Rope | None:
     if rows.shape[0] < 2:
         return None
     scale = rows.abs().max().clamp_min(1e-30)
-    moves = (key - key[:, :, :1]).abs().amax((0, 1, 2)) > 1e-9 * scale  # [D]
-    size = int(moves.nonzero().max()) + 1 if bool(moves.any()) else 0
-    if size == 0 or size % 2:
+    moves = ((key - key[:, :, :1]).abs().amax((0, 1, 2)) > 1e-9 * scale).nonzero().flatten()
+    if not moves.numel():
         return None
-    half = torch.arange(size // 2)
-    for pairing, first, second in (("half", half, half + size // 2), ("interleaved", 2 * half, 2 * half + 1)):
-        pairs = torch.complex(rows[:, first], rows[:, second])  # [T, F]
-        length = pairs.abs()
-        if bool(((length - length[:1]).abs() <= tolerance * scale).all()):
-            angles = torch.angle(pairs[1] * pairs[0].conj())
-            return Rope(pairing, size, tuple(float(a) for a in angles))
+    offset, size = int(moves[0]), int(moves[-1]) + 1 - int(moves[0])
+    for pairing, blocks in (("half", 1), ("interleaved", 1), ("half", 2), ("half", 3)):
+        for start, length in ((offset, size), (0, offset + size)):  # the slowest frequencies may not seem to move
+            rope = _as_rotation(rows, pairing, blocks, start, length, tolerance * float(scale))
+            if rope is not None:
+                return rope
     return None
+
+
+def _as_rotation(rows: Tensor, pairing: str, blocks: int, offset: int, size: int, bound: float) -> Rope | None:
+    if size % (2 * blocks):
+        return None
+    guess = Rope(pairing, size, (), offset, blocks)
+    first, second = torch.tensor(guess.pairs).T
+    pairs = torch.complex(rows[:, first], rows[:, second])  # [T, F]
+    if bool(((pairs.abs() - pairs.abs()[:1]).abs() > bound).any()):
+        return None
+    turns = torch.angle(pairs[1:] * pairs[:-1].conj())  # [T - 1, F]
+    steady = bool(((pairs[1:] - pairs[:-1] * torch.polar(torch.ones(1).double(), turns[:1])).abs() <= 10 * bound).all())
+    turning = turns.abs() > 1e-12
+    first_turn = turns[turning.double().argmax(0), torch.arange(turns.shape[1])]
+    angles = turns[0] if steady else first_turn
+    return Rope(pairing, size, tuple(float(a) for a in angles), offset, blocks, "sequence" if steady else "grid")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,12 +35,13 @@ class Program:
 
     module: the graph module, owned by this object (passes change it in place).
     values: real example value of each placeholder, by node name (parameters are the model's own, never changed).
-    parameters: placeholder name -> qualified parameter name.
+    parameters: placeholder name -> qualified parameter name. buffers: likewise, for registered buffers.
     """
 
     module: fx.GraphModule
     values: dict[str, Any]
     parameters: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -68,17 +70,22 @@ def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Progr
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = {n.name: v for n, v in zip(placeholders, example_inputs, strict=True)}
     names = {n.name: source_name(n) for n in placeholders if isinstance(values[n.name], torch.nn.Parameter)}
-    return Program(out, values, names)
+    buffers = {n.name: source_name(n) for n in placeholders if "._buffers[" in _source_text(n)}
+    return Program(out, values, names, {k: v for k, v in buffers.items() if k not in names})
 
 
 def source_name(node: fx.Node) -> str:
     """Qualified name of a Dynamo placeholder, from where Dynamo read it: `L['self']._modules['a']...` -> `a.weight`."""
-    source = getattr(node, "_dynamo_source", None)
-    text = "" if source is None else source.name
-    text = text() if callable(text) else text
+    text = _source_text(node)
     root = re.match(r"[LG]\['[^']*'\](?:\[\d+\])?", text)
     fields = _SOURCE_FIELD.findall(text[root.end() :] if root else text)
     return ".".join(next(part for part in parts if part) for parts in fields) or node.name
+
+
+def _source_text(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    text = "" if source is None else source.name
+    return str(text() if callable(text) else text)
 
 
 # --------------------------------------------------------------------------------------------------- reading nodes
@@ -96,6 +103,13 @@ def op_name(node: fx.Node) -> str:
     if target is getattr:
         return str(node.args[1])
     return str(getattr(target, "__name__", target))
+
+
+def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by one of its names (a method's own tensor is position 0)."""
+    if len(node.args) > position:
+        return node.args[position]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
 
 
 def fake(node: fx.Node) -> Any:
@@ -152,6 +166,24 @@ class Evaluator(fx.Interpreter):
             return value.detach() if n.name in self.program.parameters else value.detach().clone()
         return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value  # int() would guard
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it; where numbers are promoted, a cast to another float type is one to float64."""
+        return super().call_function(target, *(self._widened(args, kwargs) if self.promote else (args, kwargs)))
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Likewise."""
+        if not self.promote:
+            return super().call_method(target, args, kwargs)
+        name = "double" if target in {"float", "half", "bfloat16"} else target
+        return super().call_method(name, *self._widened(args, kwargs))
+
+    @staticmethod
+    def _widened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def widen(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value in FLOATS else value
+
+        return tuple(widen(a) for a in args), {k: widen(v) for k, v in kwargs.items()}
+
     @torch.no_grad()
     def value(self, node: fx.Node) -> Any:
         """Value of `node`; computes its ancestors that are not known yet."""
@@ -175,46 +207,76 @@ class Evaluator(fx.Interpreter):
         return order
 
 
-def run_region(base: Evaluator, given: Mapping[fx.Node, Tensor], end: fx.Node, limit: int = 400) -> Tensor:
-    """Value of `end` when the nodes in `given` hold other values; everything beside the path comes from `base`.
+class Region:
+    """The nodes between some nodes and one that depends on them: a function that can be run on other values.
 
-    Side inputs and every result on the way are promoted to float64, whatever dtype the region casts to. Raises
-    RuntimeError when the path is longer than `limit` nodes or a node on it fails.
+    given: where values are put in. end: what comes out. nodes: in graph order. sides: what else flows in. Raises
+    RuntimeError when there are more than `limit` nodes.
     """
-    region = _region(given, end, limit)
-    env: dict[fx.Node, Any] = dict(given)
-    for node in region:
-        for source in node.all_input_nodes:
-            if source not in env and source not in region:
-                env[source] = _promote(base.value(source))
-    evaluator = Evaluator(base.program, env, promote=True)
-    result = evaluator.value(end)
-    if not isinstance(result, Tensor):
-        raise RuntimeError(f"{end.name} is not a tensor")
-    return result
+
+    def __init__(self, base: Evaluator, given: Iterable[fx.Node], end: fx.Node, limit: int = 600) -> None:
+        self.base, self.end = base, end
+        self.given = tuple(dict.fromkeys(given))
+        self.nodes = _between(self.given, end)
+        if len(self.nodes) > limit:
+            raise RuntimeError(f"{len(self.nodes)} nodes between the inputs and {end.name}, more than {limit}")
+        inside = {*self.nodes, *self.given}
+        self.sides = tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
+
+    def run(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Value of `end` for these values of the given nodes, and of any sides; other sides have their example value.
+
+        Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
+        RuntimeError when the result is no tensor.
+        """
+        env: dict[fx.Node, Any] = dict(values)
+        for side in self.sides:
+            if side not in env:
+                env[side] = _promote(self.base.value(side))
+        evaluator = Evaluator(self.base.program, env, promote=True)
+        with torch.no_grad():
+            for node in self.nodes:
+                evaluator.env[node] = evaluator.run_node(node)
+        result = evaluator.env[self.end] if self.end in evaluator.env else evaluator.value(self.end)
+        if not isinstance(result, Tensor):
+            raise RuntimeError(f"{self.end.name} is not a tensor")
+        return result
 
 
-def _region(given: Mapping[fx.Node, Tensor], end: fx.Node, limit: int) -> set[fx.Node]:
-    """Nodes between `given` and `end`: ancestors of `end` that depend on a given node."""
-    order: list[fx.Node] = []
-    depends: dict[fx.Node, bool] = dict.fromkeys(given, True)
+def run_region(base: Evaluator, given: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
+    """Value of `end` when the nodes in `given` hold other values; see Region.run."""
+    return Region(base, given, end).run(given)
+
+
+def window(first: fx.Node, last: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Edges of data flow among the nodes from `first` to `last` in graph order: a part small enough to search."""
+    edges: list[tuple[fx.Node, fx.Node]] = []
+    lowest, node = _position(first), last
+    while _position(node) > lowest:
+        edges.extend((source, node) for source in node.all_input_nodes if _position(source) >= lowest)
+        node = node.prev
+    return edges
+
+
+def _between(given: tuple[fx.Node, ...], end: fx.Node) -> list[fx.Node]:
+    """Nodes on a path from a given node to `end` (which is one of them), in graph order."""
+    fixed = set(given)
+    if end in fixed:
+        return []
     first = min(given, key=_position)
-    lowest = _position(first)
-    stack = [(end, False)]
-    visited: set[fx.Node] = set()
-    while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            depends[node] = any(depends.get(s, False) for s in node.all_input_nodes)
-            if depends[node]:
-                order.append(node)
-        elif node not in visited and node not in depends and _position(node) >= lowest:
-            visited.add(node)
-            stack.append((node, True))
-            stack.extend((s, False) for s in node.all_input_nodes)
-    if len(order) > limit:
-        raise RuntimeError(f"{len(order)} nodes between the inputs and {end.name}, more than {limit}")
-    return set(order)
+    flow: nx.DiGraph = nx.DiGraph((u, v) for u, v in window(first, end) if v not in fixed)
+    if end not in flow:
+        return []
+    flow.add_edges_from(("start", node) for node in fixed)
+    found = nx.descendants(flow, "start") & (nx.ancestors(flow, end) | {end})
+    return sorted(found - fixed, key=_position)
+
+
+def random_like(node: fx.Node, seed: int = 0) -> Tensor:
+    """Random float64 numbers of the shape of `node`, on its device."""
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(example_shape(node), generator=generator, dtype=torch.float64)
+    return value.to(fake(node).device)
 
 
 def _position(node: fx.Node) -> Any:
@@ -242,7 +304,7 @@ def storage_root(node: fx.Node) -> fx.Node:
 
 def changed_in_place(program: Program, given: Mapping[fx.Node, Tensor], end: fx.Node) -> fx.Node | None:
     """A node that changes a tensor on the way from `given` to `end` in place, whether or not its result is used."""
-    region = {storage_root(node) for node in _region(given, end, 400)}
+    region = {storage_root(node) for node in _between(tuple(given), end)}
     writers = (n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes)
     return next((n for n in writers if storage_root(n.all_input_nodes[0]) in region), None)
 
@@ -254,6 +316,30 @@ def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[s
     with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():
         node.meta["example_value"] = node.meta["val"] = target(*known[0], **known[1])
     return node
+
+
+def call_method(program: Program, name: str, *args: Any) -> fx.Node:
+    """Insert a call of a tensor's method at the graph's insertion point, with the fake value that it makes."""
+    node = program.graph.call_method(name, args)
+    known = fx.node.map_arg(args, fake)
+    with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():
+        node.meta["example_value"] = node.meta["val"] = getattr(known[0], name)(*known[1:])
+    return node
+
+
+def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> fx.Node:
+    """Insert a copy of `node` with other inputs, with the fake value that it makes of them."""
+    copied = program.graph.node_copy(node, lambda n: mapping.get(n, n))
+
+    def known(source: fx.Node) -> Any:
+        return getattr(program.module, str(source.target)) if source.op == "get_attr" else fake(source)
+
+    args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), known)
+    with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():
+        target: Any = copied.target
+        value = getattr(args[0], target)(*args[1:], **kwargs) if copied.op == "call_method" else target(*args, **kwargs)
+    copied.meta["example_value"] = copied.meta["val"] = value
+    return copied
 
 
 def fake_mode(program: Program) -> FakeTensorMode | None:

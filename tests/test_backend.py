@@ -163,9 +163,10 @@ def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, mon
     with torch.no_grad():
         forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))
     names = sorted(p.name for p in tmp_path.iterdir())
-    stages = ["input", "normalize", "find_attention", "compress", "absorb", "lower"]
+    finding = ["input", "functionalize", "decompose", "normalize", "find_attention"]
+    stages = [*finding, "compress", "absorb", "lower"]
     assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]
-    compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("03-compress", "04-absorb"))
+    compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("05-compress", "06-absorb"))
     assert compressed.startswith("# compress: 2 sites, 2 compressed")
     assert " = decode(" in compressed and " = decode(" not in absorbed
     assert " = absorb(" in absorbed and "fhopt.latent_attention.default(" in absorbed

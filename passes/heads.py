@@ -1,0 +1,99 @@
+"""Undo the repetition of kv heads: keys and values are taken from before it, whatever spells it.
+
+    before                                              after
+    k = repeat_kv(k)   [B, G, T, D] -> [B, H, T, D]     o = fhopt.attention(q, k, v)      with k, v [B, G, T, D]
+    o = fhopt.attention(q, k, v)
+
+No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the result is compared
+with each of its heads. Where heads are shared in another order than in blocks, the queries are put in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.passes.graph import Evaluator, Region, example_shape, fake, op_name, random_like
+from fhopt.passes.layout import JOINS, MOVEMENT, Steps, arrange
+
+TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
+DEPTH = 10  # nodes looked at on the way back from a repeated key
+
+
+@dataclass
+class Operand:
+    """One input of a core, and the methods that bring it to [B, heads, tokens, channels]."""
+
+    node: fx.Node
+    steps: Steps = ()
+
+    @property
+    def sizes(self) -> torch.Size:
+        """Example size of [B, heads, tokens, channels]."""
+        return arrange(torch.empty(example_shape(self.node), device="meta"), self.steps).shape
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An operand before its repetition, and for each query head the kv head that it reads."""
+
+    operand: Operand
+    heads: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Query heads sorted by kv head; None where they are sorted as they stand."""
+        order = tuple(sorted(range(len(self.heads)), key=lambda h: self.heads[h]))
+        return order if order != tuple(range(len(order))) else None
+
+
+def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated | None:
+    """The nearest ancestor with fewer heads from which the operand only takes heads; None where there is none."""
+    final = operand.sizes
+    if final[1] != heads or heads == 1:
+        return None
+    current = operand.node
+    for _ in range(DEPTH):
+        inputs = [n for n in current.all_input_nodes if isinstance(fake(n), Tensor)]
+        if op_name(current) not in TAKES or not inputs:
+            return None
+        current = inputs[0]
+        for steps in _ways_to(example_shape(current), final):
+            taken = _heads_taken(current, steps, operand, base)
+            if taken is not None:
+                return Repeated(Operand(current, steps), taken)
+    return None
+
+
+def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
+    """Exchanges of axes that make [B, fewer heads, T, D] of a tensor."""
+    if len(sizes) == 3:
+        return [(("unsqueeze", (1,)),)] if sizes == (final[0], final[2], final[3]) else []
+    if len(sizes) != 4:
+        return []
+    fitting: list[Steps] = []
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (0, 2, 3, 1), (0, 3, 1, 2)):
+        b, h, t, d = (sizes[i] for i in order)
+        if (b, t, d) == (final[0], final[2], final[3]) and h < final[1] and final[1] % h == 0:
+            fitting.append(() if order == (0, 1, 2, 3) else (("permute", order),))
+    return fitting
+
+
+def _heads_taken(source: fx.Node, steps: Steps, operand: Operand, base: Evaluator) -> tuple[int, ...] | None:
+    """For each head of the operand the head of `source` that it is a copy of; None when it is anything else."""
+    probe = random_like(source)
+    try:
+        result = arrange(Region(base, [source], operand.node).run({source: probe}), operand.steps)
+    except Exception:  # any failure of the region means that it is not a plain repetition
+        return None
+    few = arrange(probe, steps)
+    taken = []
+    for head in range(result.shape[1]):
+        equal = [g for g in range(few.shape[1]) if torch.equal(result[:, head], few[:, g])]
+        if not equal:
+            return None
+        taken.append(equal[0])
+    counts = {taken.count(g) for g in range(few.shape[1])}
+    return tuple(taken) if len(counts) == 1 else None

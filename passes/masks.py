@@ -1,0 +1,74 @@
+"""What a mask means, read from its value: versions of torch and transformers spell the same mask in many ways.
+
+none | causal | sliding | block | causal block | padding | alibi | relative | additive | bool
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST = -1e4  # additive values below this mean "may not attend"
+
+
+def mask_kind(mask: Tensor) -> tuple[str, int]:
+    """(kind, window) of a mask broadcastable to [B, H, S, T], bool (true may attend) or additive; window 0: all."""
+    allowed = mask if mask.dtype == torch.bool else mask > LEAST
+    if mask.dtype != torch.bool and bool((mask[allowed] != 0).any()):
+        return _bias_kind(mask.double(), allowed), 0
+    return _pattern_kind(allowed)
+
+
+def _pattern_kind(allowed: Tensor) -> tuple[str, int]:
+    queries, keys = allowed.shape[-2:]
+    if bool(allowed.all()):
+        return "none", 0
+    if queries == 1 or keys == 1:
+        return "bool", 0
+    past = (
+        torch.arange(queries, device=allowed.device)[:, None]
+        + keys
+        - queries
+        - torch.arange(keys, device=allowed.device)
+    )  # how long ago the key was, [S, T]
+    causal = past >= 0
+    if bool((allowed == causal).all()):
+        return "causal", 0
+    if not bool((allowed & ~causal).any()):
+        window = int(past[allowed.expand(*allowed.shape[:-2], queries, keys)[(0,) * (allowed.dim() - 2)]].max()) + 1
+        if bool((allowed == (causal & (past < window))).all()):
+            return "sliding", window
+    if bool((allowed == allowed[..., :1, :]).all()):
+        return "padding", 0
+    if queries == keys and _is_equivalence(allowed | allowed.mT):
+        together = allowed | allowed.mT
+        if bool((allowed == together).all()):
+            return "block", 0
+        if bool((allowed == (together & causal)).all()):
+            return "causal block", 0
+    return "bool", 0
+
+
+def _is_equivalence(related: Tensor) -> bool:
+    """True when the relation is transitive (and reflexive): tokens see exactly the others of their group."""
+    numbers = related.double()
+    reflexive = bool(related.diagonal(dim1=-2, dim2=-1).all())
+    return reflexive and bool(((numbers @ numbers > 0) == related).all())
+
+
+def _bias_kind(bias: Tensor, allowed: Tensor) -> str:
+    """ "alibi" where the bias is linear in the key's position, "relative" where it depends on the distance alone."""
+    queries, keys = bias.shape[-2:]
+    scale = bias[allowed].abs().max().clamp_min(1e-30)
+    steps = bias.diff(dim=-1)
+    both = allowed[..., 1:] & allowed[..., :-1]
+    if bool(both.any()):
+        slope = steps.masked_fill(~both, -torch.inf).amax((-1, -2), keepdim=True)
+        if bool(((steps - slope)[both].abs() <= 1e-5 * scale).all()):
+            return "alibi"
+    if queries > 1 and keys > 1:
+        same = allowed[..., 1:, 1:] & allowed[..., :-1, :-1]
+        drift = bias[..., 1:, 1:] - bias[..., :-1, :-1]
+        if bool(same.any()) and bool((drift[same].abs() <= 1e-5 * scale).all()):
+            return "relative"
+    return "additive"

@@ -1,0 +1,52 @@
+"""The test zoo: tiny models with random weights in which attention stands in every spelling we know of.
+
+    for entry in entries(): case = entry.build(); case.module(*case.args, **case.kwargs)
+
+An `Entry` is one forward pass of one model in one implementation: a prefill, or a decode step behind a filled cache.
+What it should contain is counted from the model's configuration, never from what the finder says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Case:
+    """A call that is ready to be captured: `module(*args, **kwargs)`. Caches in kwargs are fresh and filled."""
+
+    module: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One forward pass of the zoo.
+
+    build makes a new, deterministic Case each time (a run changes caches). sites: attentions that must be found.
+    explained: attentions that are left alone, for one of the reasons that match `reason` (a regular expression).
+    heads, kv_heads, head_dim: what every site must say, where all sites of the entry are alike (0: not checked).
+    """
+
+    name: str  # "llama", "added_mask", ...
+    family: str  # "huggingface", "torch", "hand-written", "spelling", "look-alike"
+    build: Callable[[], Case]
+    sites: int
+    implementation: str = ""  # "eager", "sdpa", "flex"; "" where there is no choice
+    step: str = "forward"  # "forward", "prefill", "decode", "decode static"
+    explained: int = 0
+    reason: str = ""
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    slow: bool = False  # capturing takes more than about five seconds
+
+    @property
+    def label(self) -> str:
+        """`name-implementation-step`, unique in the zoo."""
+        return "-".join(part.replace(" ", "_") for part in (self.name, self.implementation, self.step) if part)
