@@ -81,11 +81,10 @@ class AttentionSite:
     key_norm: bool  # the key is not affine in the projection (QK-norm)
     mask: str  # see passes.masks
     softcap: float  # 0.0: none
-    cache: str  # "none", "cat", "in-place", "bare" (filled elsewhere), "latent"
+    cache: str  # "none", "cat", "in-place", "bare" (filled elsewhere)
     source: str  # file:line of the core
     window: int = 0  # keys that a query sees with a "sliding" mask
     sinks: bool = False  # further logits take weight and give nothing
-    latent: int = 0  # numbers per token that the model itself keeps in place of keys and values (DeepSeek); 0: none
 
     @property
     def exact_numbers_per_token(self) -> int:

@@ -76,7 +76,7 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
         FindAttention(),
     )
     with _stage(outcome, functional.name):
-        outcome.missed.extend(_explain(functional.name, miss, miss.node) for miss in functional.run(program).left)
+        functional.run(program)
     with _stage(outcome, parts.name):
         for node in parts.candidates(program):
             with _missing(outcome, parts.name, node):

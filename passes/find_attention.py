@@ -47,15 +47,18 @@ class FindAttention:
         if roles.kind(query) == Kind.WEIGHT and not names["q"]:
             names["q"] = roles.weight_names(query)  # learned queries
         _check_cuts(node, cuts, names)
-        latent = _latent_width(cuts, roles)
         q, k, v = (shape(n) for n in (query, key, value))
         assert q is not None and k is not None and v is not None
+        latent = _latent_width(cuts, roles)
+        if latent:
+            full = int(k[1]) * (int(k[3]) + int(v[3]))
+            raise Miss(f"already latent: {latent} numbers a token stand for {full} of keys and values", node)
         affine, rope = self._classify(key, cuts["k"], base)
         mask, window = _mask_kind(node, base)
         return AttentionSite(
             name=_site_name(names),
             projections=names,
-            kind=_kind(cuts, latent),
+            kind=_kind(cuts),
             heads=int(q[1]),
             kv_heads=int(k[1]),
             key_dim=int(k[3]),
@@ -65,11 +68,10 @@ class FindAttention:
             key_norm=not affine,
             mask=mask,
             softcap=float(node.kwargs.get("softcap", 0.0)),  # type: ignore[arg-type]
-            cache="latent" if latent and cuts["k"].projections else _cache_kind(cuts["k"], roles),
+            cache=_cache_kind(cuts["k"], roles),
             source=source_line(node),
             window=window,
             sinks=len(node.args) > 4 and node.args[4] is not None,
-            latent=latent,
         )
 
     def _classify(self, key: fx.Node, cut: Cut, base: Evaluator) -> tuple[bool, Rope | None]:
@@ -179,14 +181,14 @@ def _stays_inside(node: fx.Node, seen: set[fx.Node], roles: Roles) -> bool:
     return not joins
 
 
-def _kind(cuts: dict[str, Cut], latent: int) -> str:
+def _kind(cuts: dict[str, Cut]) -> str:
     """ "self" when queries and keys are projected from the same activation."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
         return {_root(p.activation) for p in cut.projections}
 
     cached = not cuts["k"].projections and cuts["k"].appends
-    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached or latent else "cross"
+    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached else "cross"
 
 
 def _cache_kind(cut: Cut, roles: Roles) -> str:
@@ -199,7 +201,9 @@ def _mask_kind(node: fx.Node, base: Evaluator) -> tuple[str, int]:
     mask = node.args[3] if len(node.args) > 3 else None
     if not isinstance(mask, fx.Node):
         return ("causal" if node.kwargs.get("is_causal") else "none"), 0
-    kind, window = mask_kind(base.value(mask))
+    value = base.value(mask)
+    queries, keys = example_shape(node.args[0])[2], example_shape(node.args[1])[2]  # type: ignore[arg-type]
+    kind, window = mask_kind(value.expand(*value.shape[:-2], queries, keys))
     return ("causal" if kind == "none" and node.kwargs.get("is_causal") else kind), window
 
 

@@ -167,7 +167,9 @@ class Evaluator(fx.Interpreter):
         return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value  # int() would guard
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it; where numbers are promoted, a cast to another float type is one to float64."""
+        """Run it; where numbers are promoted, a cast to another float type is one to float64, a view may copy."""
+        if self.promote and target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            target = torch.ops.aten.reshape.default
         return super().call_function(target, *(self._widened(args, kwargs) if self.promote else (args, kwargs)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,6 +177,7 @@ class Evaluator(fx.Interpreter):
         if not self.promote:
             return super().call_method(target, args, kwargs)
         name = "double" if target in {"float", "half", "bfloat16"} else target
+        name = "reshape" if name == "view" and not any(isinstance(a, torch.dtype) for a in args) else name
         return super().call_method(name, *self._widened(args, kwargs))
 
     @staticmethod
@@ -291,8 +294,16 @@ def _promote(value: Any) -> Any:
 
 
 def remove_dead_code(program: Program) -> None:
-    """Remove nodes without users, but none that changes a tensor in place."""
-    program.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_in_place(node))
+    """Remove calls whose values nobody takes; what acts otherwise (contexts, checks, changes in place) stays."""
+    for node in reversed(program.graph.nodes):
+        calls = node.op in {"call_function", "call_method"} and not node.is_impure() and not is_in_place(node)
+        if calls and not node.users and _is_data(fake(node)):
+            program.graph.erase_node(node)
+
+
+def _is_data(value: Any) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(parts) and all(isinstance(p, Tensor) or p is None for p in parts) and value is not None
 
 
 def storage_root(node: fx.Node) -> fx.Node:
@@ -300,13 +311,6 @@ def storage_root(node: fx.Node) -> fx.Node:
     while (op_name(node) in VIEWS or is_in_place(node)) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
-
-
-def changed_in_place(program: Program, given: Mapping[fx.Node, Tensor], end: fx.Node) -> fx.Node | None:
-    """A node that changes a tensor on the way from `given` to `end` in place, whether or not its result is used."""
-    region = {storage_root(node) for node in _between(tuple(given), end)}
-    writers = (n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes)
-    return next((n for n in writers if storage_root(n.all_input_nodes[0]) in region), None)
 
 
 def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:

@@ -42,6 +42,7 @@ from fhopt.passes.graph import (
     op_name,
     random_like,
     shape,
+    storage_root,
 )
 from fhopt.passes.heads import Operand, before_repetition
 from fhopt.passes.layout import MOVEMENT, Steps, arrange
@@ -108,7 +109,7 @@ class Normalize:
         if op_name(node) in CALL:
             core = _match_call(node, roles, base)
             _undo_repetition(core, base)
-            if core.query.steps or core.key.node is not argument(node, 1, "key"):
+            if core.query.steps or core.key.steps or core.key.node is not argument(node, 1, "key"):
                 _verify(core, roles, base, self.tolerance)
             return core
         return self._match_softmax(node, roles, base)
@@ -227,7 +228,7 @@ def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], P
         if product is not None:
             found.append(product)
         elif op_name(node) not in ATTENTION:
-            sources = [n for n in node.all_input_nodes if n not in seen and roles.kind(n) == Kind.ACTIVATION]
+            sources = [n for n in node.all_input_nodes if n not in seen and roles.kind(n) != Kind.CONSTANT]
             seen.update(sources)
             stack.extend(sources)
     return found, barrier
@@ -382,6 +383,7 @@ def _verify(core: Core, roles: Roles, base: Evaluator, tolerance: float) -> None
     differences = []
     try:
         region = Region(base, operands, core.output)
+        _check_untouched(region, roles)
         inside = set(region.nodes)
         beside = [s for s in core.scores.region.sides if s in inside] if core.scores else []  # a bias made of queries
         region = Region(base, (*operands, *beside), core.output)
@@ -401,6 +403,14 @@ def _verify(core: Core, roles: Roles, base: Evaluator, tolerance: float) -> None
         ) from error
     difference = min(differences)
     raise Miss(f"the canonical op differs by {difference:.1e} relative, more than {tolerance:.0e}", core.output)
+
+
+def _check_untouched(region: Region, roles: Roles) -> None:
+    """Raise Miss where something that could not be made functional changes a tensor of the region in place."""
+    for node in (*region.given, *region.nodes) if roles.changed else ():
+        writer = roles.changed.get(storage_root(node))
+        if writer is not None:
+            raise Miss(f"{op_name(writer)} changes {node.name} in place in a way that is not followed", writer)
 
 
 def _difference(old: Tensor, new: Tensor, seen: Tensor) -> float:

@@ -14,7 +14,7 @@ from enum import IntEnum
 from torch import Tensor, fx
 
 from fhopt.passes.contraction import Contraction, read_contraction
-from fhopt.passes.graph import VIEWS, Program, argument, example_shape, fake, is_in_place, op_name
+from fhopt.passes.graph import VIEWS, Program, argument, example_shape, fake, is_in_place, op_name, storage_root
 
 CONVOLUTION = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 WEIGHTED = CONVOLUTION | {"linear", "addmm", "addbmm", "bilinear"}
@@ -65,6 +65,7 @@ class Roles:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.written = written_inputs(program)
+        self.changed = {storage_root(n.all_input_nodes[0]): n for n in _writers(program)}
         self._kinds: dict[fx.Node, Kind] = {}
         self._projections: dict[fx.Node, Projection | None] = {}
 
@@ -176,8 +177,8 @@ class Roles:
         return parameters or tuple(sorted(found))
 
     def is_score_product(self, node: fx.Node) -> Contraction | None:
-        """The contraction at `node` when it multiplies two activations (or learned queries), None otherwise."""
-        if self.projection(node) is not None or self.kind(node) != Kind.ACTIVATION:
+        """The contraction at `node` when it multiplies two activations (or what is projected), None otherwise."""
+        if self.projection(node) is not None or self.kind(node) == Kind.CONSTANT:
             return None
         return read_contraction(node)
 
@@ -226,6 +227,12 @@ def written_inputs(program: Program) -> frozenset[fx.Node]:
         for node in program.graph.nodes
         if is_in_place(node) and node.all_input_nodes and node.all_input_nodes[0].op == "placeholder"
     )
+
+
+def _writers(program: Program) -> list[fx.Node]:
+    """Nodes that change a tensor in place within the graph: what `functionalize` had to leave."""
+    inputs = [n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes]
+    return [n for n in inputs if n.all_input_nodes[0].op != "placeholder" or n.users]
 
 
 def common_path(names: Iterable[str]) -> str:

@@ -153,7 +153,8 @@ def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
 def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Tensor]) -> Tensor:
     """Product of the factors over the scores; they must not vary over keys, nor stand behind a change of axes."""
     region = found.region
-    if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes):
+    last = max(node for factor, _ in found.factors for node in factor.users if node in region.nodes)
+    if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes if not last < n):
         raise Miss("a tensor scales the scores after their axes were changed", region.end)
     gain = torch.ones([1] * len(shape), dtype=torch.float64)
     for node, divides in found.factors:

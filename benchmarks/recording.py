@@ -1,0 +1,199 @@
+"""What every benchmark does with its figures: one file that programs read, one table, one picture.
+
+    rows = [Row("llama@2048", "fhopt", "time_ms", 1.2, "ms", baseline=1.5, ratio=1.25), ...]
+    record("decode", rows)  ->  benchmarks/results/decode.json, benchmarks/results/decode.png, and a table on the screen
+
+The file says on what the figures were made: machine, versions, commit. A number that is not finite is null in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("fhopt", "torch", "transformers", "triton", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. baseline: the figure it is compared with, in the same unit. ratio: above 1 where ours is better."""
+
+    case: str
+    impl: str
+    metric: str
+    value: float
+    unit: str
+    baseline: float | None = None
+    ratio: float | None = None
+
+
+def is_quick() -> bool:
+    """True when QUICK=1 asks for a small version of the benchmark, of under a minute."""
+    return os.environ.get("QUICK", "") == "1"
+
+
+def record(
+    name: str, rows: Sequence[Row], draw: Callable[[Figure], None] | None = None, summary: Table | None = None
+) -> Path:
+    """Write `results/<name>.json` and `.png`, print a table, and return the file's path.
+
+    draw: fills the picture; without it, bars show every metric. summary: printed in place of the table of all rows.
+    """
+    path = write(name, rows)
+    console = screen()
+    console.print(summary or table(name, rows))
+    picture = plot(name, draw or (lambda figure: bars(figure, rows)))
+    console.print(f"{name}: {_shown(path)}" + (f", {_shown(picture)}" if picture else ""))
+    if picture is None:
+        console.print("No plot: matplotlib is not installed; pip install 'fhopt[bench]' brings it.", markup=False)
+    return path
+
+
+def screen() -> Console:
+    """A console whose tables keep their columns where the output is piped into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+# --------------------------------------------------------------------------------------------------- the file
+
+
+def write(name: str, rows: Iterable[Row]) -> Path:
+    """Write `results/<name>.json`, whole or not at all."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": [{k: _number(v) for k, v in dataclasses.asdict(row).items()} for row in rows],
+    }
+    staging = path.with_name(f".{path.name}.part")
+    staging.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    staging.replace(path)
+    return path
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on and a reader may want to know; nothing that names the machine or its owner."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that are installed among those that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that was measured, `-dirty` behind it where files differ from it; "unknown" outside of git."""
+    try:
+        known = _git("rev-parse", "HEAD")
+        return known + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+# --------------------------------------------------------------------------------------------------- table, picture
+
+
+def table(name: str, rows: Iterable[Row]) -> Table:
+    """One line for each case and implementation, a column for each metric, ratios behind the values."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    metrics: dict[str, str] = {}
+    for row in rows:
+        ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
+        cells.setdefault((row.case, row.impl), {})[row.metric] = f"{row.value:.4g}{ratio}"
+        metrics[row.metric] = row.unit
+    out = Table(title=name, title_justify="left")
+    for heading in ("case", "impl"):
+        out.add_column(heading, overflow="fold")
+    for metric, unit in metrics.items():
+        out.add_column(f"{metric}\n{unit}", justify="right", no_wrap=True)
+    for (case, impl), values in cells.items():
+        out.add_row(case, impl, *(values.get(metric, "") for metric in metrics))
+    return out
+
+
+def plot(name: str, draw: Callable[[Figure], None]) -> Path | None:
+    """Draw `results/<name>.png`; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return None
+    figure = Figure(figsize=(9.0, 5.0), dpi=120, layout="constrained")
+    draw(figure)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.png"
+    figure.savefig(path)
+    return path
+
+
+def bars(figure: Figure, rows: Sequence[Row]) -> None:
+    """A panel for each metric, a group of bars for each case, a bar for each implementation."""
+    metrics = {row.metric: row.unit for row in rows}
+    panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
+    for panel, (metric, unit) in zip(panels, metrics.items(), strict=True):
+        shown = [row for row in rows if row.metric == metric]
+        cases = list(dict.fromkeys(row.case for row in shown))
+        impls = list(dict.fromkeys(row.impl for row in shown))
+        width = 0.8 / len(impls)
+        for index, impl in enumerate(impls):
+            values = {row.case: row.value for row in shown if row.impl == impl}
+            at = [position + width * (index - (len(impls) - 1) / 2) for position in range(len(cases))]
+            panel.bar(at, [values.get(case, math.nan) for case in cases], width, label=impl)
+        panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right")
+        panel.set_ylabel(f"{metric} ({unit})" if unit else metric)
+    panels[0].legend()
