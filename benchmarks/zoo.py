@@ -236,7 +236,6 @@ def _extras(site: AttentionSite) -> str:
         "key norm": site.key_norm,
         f"softcap {site.softcap:g}": site.softcap,
         "sinks": site.sinks,
-        f"latent {site.latent}": site.latent,
     }
     return ", ".join(name for name, is_there in extras.items() if is_there)
 

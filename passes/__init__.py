@@ -1,7 +1,7 @@
 """The compiler on one page.
 
-    functionalize    in-place changes -> new values, written back at the end                  exact
     decompose        composites (nn.MultiheadAttention, flex, checkpoints) -> their parts     exact
+    functionalize    in-place changes -> new values, written back at the end                  exact
     normalize        every spelling of attention -> fhopt::attention          exact, checked by execution
     find_attention   who projects, rotates, caches -> AttentionSite           reads only
     compress         keys, values -> decode(encode(.)) by the plan            approximate only where the plan says so
@@ -75,12 +75,12 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
         Normalize(),
         FindAttention(),
     )
-    with _stage(outcome, functional.name):
-        functional.run(program)
     with _stage(outcome, parts.name):
         for node in parts.candidates(program):
             with _missing(outcome, parts.name, node):
                 parts.rewrite(program, parts.match(node, program))
+    with _stage(outcome, functional.name):
+        functional.run(program)
     base, roles = Evaluator(program), Roles(program)
     with _stage(outcome, normalize.name):
         for node in normalize.candidates(program):

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph import VIEWS, Evaluator, Program, Region, example_shape, fake, op_name, shape, source_line
+from fhopt.passes.graph import (
+    VIEWS,
+    Evaluator,
+    Program,
+    Region,
+    example_shape,
+    fake,
+    op_name,
+    shape,
+    signature,
+    source_line,
+)
 from fhopt.passes.masks import mask_kind
 from fhopt.passes.roles import ATTENTION, Cut, Kind, Projection, Roles, common_path
 from fhopt.spec import AttentionSite, Rope
@@ -53,8 +64,8 @@ class FindAttention:
         if latent:
             full = int(k[1]) * (int(k[3]) + int(v[3]))
             raise Miss(f"already latent: {latent} numbers a token stand for {full} of keys and values", node)
-        affine, rope = self._classify(key, cuts["k"], base)
-        mask, window = _mask_kind(node, base)
+        affine, rope = self._classify(key, cuts["k"], roles, base)
+        mask, window = _mask_kind(node, roles, base)
         return AttentionSite(
             name=_site_name(names),
             projections=names,
@@ -74,11 +85,23 @@ class FindAttention:
             sinks=len(node.args) > 4 and node.args[4] is not None,
         )
 
-    def _classify(self, key: fx.Node, cut: Cut, base: Evaluator) -> tuple[bool, Rope | None]:
+    def _classify(self, key: fx.Node, cut: Cut, roles: Roles, base: Evaluator) -> tuple[bool, Rope | None]:
         """(affine in the projection?, rotation) of the segment from the key projection to the key."""
         if not cut.projections or cut.caches:
             return True, None  # the new token alone shows no rotation: prefill is where it is seen
         region = Region(base, [p.node for p in cut.projections], key)
+        features = tuple(p.features for p in cut.projections)
+        structure = (
+            "way",
+            signature(region, lambda s: _tell_angle(s, roles)),
+            features,
+            region.given.index(key) if key in region.given else -1,
+        )
+        if structure not in roles.known:
+            roles.known[structure] = self._measured(key, cut, region)
+        return roles.known[structure]
+
+    def _measured(self, key: fx.Node, cut: Cut, region: Region) -> tuple[bool, Rope | None]:
         rows = [[_row(p, 2 * i + j) for i, p in enumerate(cut.projections)] for j in range(2)]
 
         def run(first_share: float, second_share: float) -> Tensor:  # the same row at every token
@@ -95,6 +118,11 @@ class FindAttention:
         largest = first.abs().max().clamp_min(1e-30)
         affine = bool((both - first - second + zero).abs().max() <= self.tolerance * largest)
         return affine, rotation(first - zero if affine else first, self.tolerance)
+
+
+def _tell_angle(side: fx.Node, roles: Roles) -> object:
+    """What matters about a side of the way to the keys: of a norm's weights the shape, of angles which they are."""
+    return roles.tell(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
 
 
 # --------------------------------------------------------------------------------------------------- roles
@@ -197,13 +225,16 @@ def _cache_kind(cut: Cut, roles: Roles) -> str:
     return "in-place" if any(n in roles.written for n in cut.caches) else "cat" if cut.appends else "bare"
 
 
-def _mask_kind(node: fx.Node, base: Evaluator) -> tuple[str, int]:
+def _mask_kind(node: fx.Node, roles: Roles, base: Evaluator) -> tuple[str, int]:
     mask = node.args[3] if len(node.args) > 3 else None
     if not isinstance(mask, fx.Node):
         return ("causal" if node.kwargs.get("is_causal") else "none"), 0
-    value = base.value(mask)
     queries, keys = example_shape(node.args[0])[2], example_shape(node.args[1])[2]  # type: ignore[arg-type]
-    kind, window = mask_kind(value.expand(*value.shape[:-2], queries, keys))
+    which = ("mask", roles.number(mask), queries, keys)
+    if which not in roles.known:
+        value = base.value(mask)
+        roles.known[which] = mask_kind(value.expand(*value.shape[:-2], queries, keys))
+    kind, window = roles.known[which]
     return ("causal" if kind == "none" and node.kwargs.get("is_causal") else kind), window
 
 

@@ -103,7 +103,7 @@ def written(
     has one. A name without a dot is a method's, any other is qualified. Traceable and differentiable.
     """
     given = dict(kwargs or {})
-    view = result = base.clone()
+    view = result = _copy(base)
     for name, others, options in path:
         view = _callable(name)(view, *others, **options)
     if "out" in given:
@@ -111,6 +111,17 @@ def written(
     else:
         _callable(operation)(view, *args, **given)
     return result
+
+
+def _copy(base: Tensor) -> Tensor:
+    """A copy with the same strides: with others, a view of `base` could be a copy here, or a copy of it a view.
+
+    An expanded tensor gets memory for all its elements: later passes may put one in the place of what was written.
+    """
+    copied = base.clone()
+    if copied.stride() == base.stride() or 0 in base.stride():
+        return copied
+    return base.new_empty_strided(base.size(), base.stride()).copy_(base)
 
 
 def _called(node: fx.Node) -> str:
@@ -122,7 +133,7 @@ def _called(node: fx.Node) -> str:
         name = "builtins.getattr" if target is getattr else fx.node._get_qualified_name(target)
         name = name.removeprefix("_")  # _operator.mul
         return name if _callable(name) == target else ""
-    except (ImportError, AttributeError, RuntimeError):
+    except (ImportError, AttributeError, RuntimeError, ValueError):
         return ""
 
 
@@ -251,8 +262,10 @@ def _plain(node: fx.Node) -> Call | None:
     name, args, kwargs = op_name(node), node.args, dict(node.kwargs)
     if name in _RANDOM:
         return None
-    if name == "copy_":
-        return "call_function", torch.clone, args[1:2], {}
+    if name == "copy_":  # a clone would not need a gradient where the written tensor goes on to
+        source, target = argument(node, 1, "src"), _first(node)
+        loses_gradient = _needs_gradient(target) and isinstance(source, fx.Node) and not _needs_gradient(source)
+        return None if loses_gradient else ("call_function", torch.clone, (source,), {})
     if kwargs.pop("out", None) is not None:
         return None if isinstance(node.target, OpOverload) else ("call_function", node.target, args, kwargs)
     if node.target in _OPERATORS:
@@ -358,9 +371,8 @@ class _Memory:
             elif sources:
                 self._spoil([key], f"{node.name} shares memory with an argument that is not its first")
             elif key in self.roots:
-                self._spoil(
-                    [key], f"{self.roots[key].name} and {node.name} share memory, neither as a view of the other"
-                )
+                names = f"{self.roots[key].name} and {node.name}"
+                self._spoil([key], f"{names} share memory, neither as a view of the other")
             elif isinstance(value, Tensor):
                 self.roots[key], self.storage[node], self.depth[node] = node, key, 0
         if write and write.reason:
@@ -464,11 +476,6 @@ def _is_same(value: Any, source: Any) -> bool:
     return _form(value) == _form(source) and str(value.storage_offset()) == str(source.storage_offset())
 
 
-def _is_dense(value: Any) -> bool:
-    """True for a fake tensor whose copy has the same strides."""
-    return isinstance(value, Tensor) and _form(value) == _form(value.clone())
-
-
 # ----------------------------------------------------------------------------------------------------------- rewriting
 
 
@@ -534,7 +541,7 @@ class _Rewriting:
         if _is_idle(node) or (key not in needed and not _draws(node)):  # random numbers are drawn in order, used or not
             return
         base = self.memory.common(needed.get(key, target), target)
-        while base is not self.roots[key] and not _is_dense(fake(base)):
+        while not isinstance(fake(base), Tensor):  # the items of a chunk are views of a tuple
             base = self.memory.parent[base]
         self.bases[node] = needed[key] = base
 
@@ -591,7 +598,7 @@ class _Rewriting:
             value = self._evaluate(op, target, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return None
-        fits = isinstance(value, Tensor) and _form(value) == _form(self._clone(base))
+        fits = isinstance(value, Tensor) and _form(value) == _form(fake(base))
         return self._make(op, target, args, kwargs, value, node) if fits else None
 
     def _as_written(self, node: fx.Node, base: fx.Node) -> fx.Node:
@@ -604,7 +611,9 @@ class _Rewriting:
         steps = self.memory.path(base, self.targets[node])
         path = [(_called(step), *_behind_first(step.args, step.kwargs)) for step in steps]
         given = (self._current(base), path, _called(node), args, kwargs)
-        return self._make("call_function", written, given, {}, self._clone(base), node)
+        with torch.no_grad(), self.mode:
+            value = _copy(fake(base))
+        return self._make("call_function", written, given, {}, value, node)
 
     def _write_back(self) -> None:
         """Copy the last values into the inputs; what the output shares with an input is made from the input again."""
@@ -650,10 +659,6 @@ class _Rewriting:
         function = _callable(target) if op == "call_method" else target
         with torch.no_grad(), self.mode:
             return function(*known, **options)
-
-    def _clone(self, node: fx.Node) -> Tensor:
-        with torch.no_grad(), self.mode:
-            return fake(node).clone()
 
     def _make(self, op: str, target: Any, args: Any, kwargs: Any, value: Any, origin: fx.Node) -> fx.Node:
         """A new node with its fake value, and where it comes from in the user's code."""

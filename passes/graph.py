@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -25,6 +27,11 @@ VIEW_NAMES = (
     "numpy_T slice select detach alias"
 )
 VIEWS = frozenset(VIEW_NAMES.split())
+SIZED_NAMES = (
+    "view reshape expand getitem new_zeros new_ones new_full new_empty zeros ones full arange repeat split narrow slice "
+    "unflatten _unsafe_view broadcast_to split_with_sizes chunk index_select triu tril"
+)
+SIZED = frozenset(SIZED_NAMES.split())  # calls whose integers may be sizes
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
@@ -120,15 +127,31 @@ def fake(node: fx.Node) -> Any:
 def shape(node: fx.Node) -> tuple[Any, ...] | None:
     """Shape of a tensor node (ints or symbols), None for anything else."""
     value = fake(node)
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+    return tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else None
+
+
+_smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))  # noqa: B039
+
+
+@contextlib.contextmanager
+def smaller(sizes: Mapping[int, int]) -> Iterator[None]:
+    """Within, everything that is run on numbers has these sizes in place of the example's: 40 tokens say as much as
+    8,192. Where a size means two things at once, the run fails, and has to be done at full size."""
+    token = _smaller.set(sizes)
+    try:
+        yield
+    finally:
+        _smaller.reset(token)
 
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:
-    """Shape that the example inputs give a tensor node: symbols become their hints. Nothing is run."""
+    """Shape that the example inputs give a tensor node (see `smaller`): symbols become their hints. Nothing is run."""
     found = shape(node)
     if found is None:
         raise Miss(f"{node.name} is not a tensor", node)
-    return tuple(int(d.node.hint) if isinstance(d, torch.SymInt) else int(d) for d in found)
+    sizes = _smaller.get()
+    full = (int(d.node.hint) if isinstance(d, torch.SymInt) else int(d) for d in found)
+    return tuple(sizes.get(d, d) for d in full)
 
 
 def source_line(node: fx.Node) -> str:
@@ -170,7 +193,8 @@ class Evaluator(fx.Interpreter):
         """Run it; where numbers are promoted, a cast to another float type is one to float64, a view may copy."""
         if self.promote and target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             target = torch.ops.aten.reshape.default
-        return super().call_function(target, *(self._widened(args, kwargs) if self.promote else (args, kwargs)))
+        name = str(getattr(target, "__name__", target)).partition(".")[0]
+        return super().call_function(target, *(self.sized(name, args, kwargs) if self.promote else (args, kwargs)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Likewise."""
@@ -178,14 +202,34 @@ class Evaluator(fx.Interpreter):
             return super().call_method(target, args, kwargs)
         name = "double" if target in {"float", "half", "bfloat16"} else target
         name = "reshape" if name == "view" and not any(isinstance(a, torch.dtype) for a in args) else name
-        return super().call_method(name, *self._widened(args, kwargs))
+        return super().call_method(name, *self.sized(name, args, kwargs))
 
     @staticmethod
-    def _widened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def sized(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with float types promoted and sizes made `smaller`."""
+        sizes = _smaller.get() if name in SIZED else {}
+
         def widen(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in FLOATS else value
+            if isinstance(value, torch.dtype) and value in FLOATS:
+                return torch.float64
+            if type(value) is int:
+                return sizes.get(value, value)
+            if isinstance(value, slice):
+                return slice(widen(value.start), widen(value.stop), value.step)
+            return type(value)(widen(v) for v in value) if type(value) in (tuple, list) else value
 
         return tuple(widen(a) for a in args), {k: widen(v) for k, v in kwargs.items()}
+
+    def example(self, node: fx.Node) -> Any:
+        """Value of `node`; of a tensor, as much as `example_shape` says."""
+        value = self.value(node)
+        if type(value) is int:
+            return _smaller.get().get(value, value)
+        if not isinstance(value, Tensor) or not _smaller.get():
+            return value
+        for axis, size in enumerate(example_shape(node)):
+            value = value.narrow(axis, 0, size)
+        return value
 
     @torch.no_grad()
     def value(self, node: fx.Node) -> Any:
@@ -235,7 +279,7 @@ class Region:
         env: dict[fx.Node, Any] = dict(values)
         for side in self.sides:
             if side not in env:
-                env[side] = _promote(self.base.value(side))
+                env[side] = _promote(self.base.example(side))
         evaluator = Evaluator(self.base.program, env, promote=True)
         with torch.no_grad():
             for node in self.nodes:
@@ -244,6 +288,31 @@ class Region:
         if not isinstance(result, Tensor):
             raise RuntimeError(f"{self.end.name} is not a tensor")
         return result
+
+
+def signature(region: Region, tell: Callable[[fx.Node], Any]) -> tuple[Any, ...]:
+    """What a region computes, in terms that two layers of one model share.
+
+    Equal for two regions that do the same to inputs of the same shapes, where `tell` says what matters about a side.
+    """
+    places = {node: index for index, node in enumerate((*region.given, *region.sides, *region.nodes))}
+
+    def place(node: fx.Node) -> str:
+        return f"%{places[node]}"
+
+    calls = [
+        (n.op, str(n.target), repr(fx.node.map_arg((n.args, n.kwargs), lambda m: _Place(place(m)))))
+        for n in region.nodes
+    ]
+    shapes = tuple((example_shape(n), str(fake(n).dtype)) for n in region.given)
+    return (tuple(calls), shapes, tuple(tell(side) for side in region.sides))
+
+
+class _Place(str):
+    """Prints as it is, so that it can stand in for a node."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def run_region(base: Evaluator, given: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
@@ -336,7 +405,8 @@ def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -
     copied = program.graph.node_copy(node, lambda n: mapping.get(n, n))
 
     def known(source: fx.Node) -> Any:
-        return getattr(program.module, str(source.target)) if source.op == "get_attr" else fake(source)
+        is_attribute = source.op == "get_attr"
+        return operator.attrgetter(str(source.target))(program.module) if is_attribute else fake(source)
 
     args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), known)
     with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():

@@ -135,9 +135,10 @@ def _run_movement(base: Evaluator, node: fx.Node, name: str, known: Mapping[fx.N
         value = fake(source)
         if isinstance(value, Tensor) and (value.dtype.is_floating_point or name in JOINS):
             return torch.full((), -1).expand(example_shape(source))
-        return base.value(source)
+        return base.example(source)
 
     arguments, options = fx.node.map_arg((node.args, node.kwargs), load)
+    arguments, options = base.sized(name, arguments, options)
     if name in {"view", "_unsafe_view"}:  # coordinates are views of one row; what can be viewed can be reshaped
         return torch.reshape(arguments[0], _sizes(arguments[1:]))
     if node.op == "call_method":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -66,7 +67,10 @@ class Roles:
         self.program = program
         self.written = written_inputs(program)
         self.changed = {storage_root(n.all_input_nodes[0]): n for n in _writers(program)}
+        self.known: dict[Any, Any] = {}  # what passes found out about a structure, for the next layer
         self._kinds: dict[fx.Node, Kind] = {}
+        self._numbers: dict[fx.Node, int] = {}
+        self._value_numbers: dict[str, int] = {}
         self._projections: dict[fx.Node, Projection | None] = {}
 
     def kind(self, node: fx.Node) -> Kind:
@@ -94,6 +98,32 @@ class Roles:
             return Kind.CONSTANT  # a size
         kept = self.program.is_parameter(node) or (node.name in self.program.buffers and node not in self.written)
         return Kind.WEIGHT if kept else Kind.ACTIVATION
+
+    def number(self, node: fx.Node) -> int:
+        """The same number for nodes that compute the same value in the same way (Alpern, Wegman, Zadeck 1988)."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            waiting = [n for n in current.all_input_nodes if n not in self._numbers]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            if current not in self._numbers:
+                self._numbers[current] = self._value_numbers.setdefault(self._expression(current), len(self._numbers))
+            stack.pop()
+        return self._numbers[node]
+
+    def _expression(self, node: fx.Node) -> str:
+        if node.op in {"placeholder", "get_attr"}:
+            return f"{node.op} {node.target}"
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{self._numbers[n]}")
+        return f"{node.op} {node.target} {arguments}"
+
+    def tell(self, side: fx.Node) -> Any:
+        """What matters about a tensor that flows into a region: its shape; of a constant or a size, its value."""
+        if not isinstance(fake(side), Tensor) or self.kind(side) == Kind.CONSTANT:
+            return self.number(side)
+        return self.kind(side), example_shape(side), str(fake(side).dtype)
 
     def projection(self, node: fx.Node) -> Projection | None:
         """`node` as a projection, None when it is none."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph import Evaluator, Region, example_shape, fake, op_name, random_like
+from fhopt.passes.graph import Evaluator, Region, example_shape, fake, op_name, random_like, signature
 from fhopt.passes.layout import MOVEMENT, coordinates, line, moved
 from fhopt.passes.roles import Kind, Roles
 
@@ -45,6 +45,7 @@ class Scores:
     form: str = ""
     sinks: int = 0
     start: int = 0  # the first column of the keys
+    replaces: bool = False  # what the mask forbids does not depend on the product: a filling, not a summand
 
 
 def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.Node, Tensor]:
@@ -61,7 +62,7 @@ def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.
             values[side] = random_like(side, 100 + index) > -0.5
         elif value.dtype.is_floating_point:
             values[side] = random_like(side, 100 + index).abs() * 0.5 + 0.5
-            if binary and bool(((region.base.value(side) == 0) | (region.base.value(side) == 1)).all()):
+            if binary and bool(((region.base.example(side) == 0) | (region.base.example(side) == 1)).all()):
                 values[side] = (random_like(side, 100 + index) > -0.5).double()
     return values
 
@@ -74,10 +75,23 @@ def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles:
     region = Region(base, [product], end)
     if not region.nodes:
         return Scores(region)
+    key = ("scores", signature(region, roles.tell), axis, key_axis)
+    if key in roles.known:
+        return _as_known(roles.known[key], region)
     for binary in (False, True):
         with contextlib.suppress(Miss):
-            return _measured(region, product, axis, key_axis, roles, random_sides(region, roles, binary))
+            found = _measured(region, product, axis, key_axis, roles, random_sides(region, roles, binary))
+            if not binary:  # nothing was read from today's values
+                roles.known[key] = found
+            return found
     return _measured(region, product, axis, key_axis, roles, None)  # sides that belong together: as they are today
+
+
+def _as_known(found: Scores, region: Region) -> Scores:
+    """What was found about a region of the same structure, told about this one."""
+    twin = dict(zip(found.region.sides, region.sides, strict=True))
+    factors = tuple((twin[node], divides) for node, divides in found.factors)
+    return replace(found, region=region, factors=factors, mask=found.mask and twin[found.mask])
 
 
 def _measured(
@@ -109,10 +123,15 @@ def _measured(
     if found.factors:
         unit = unit * _gain(found, shape, key_axis, sides)
     _fit(found, change, unit[open_places], region)
+    closed = allowed.isfinite() & ~open_places
+    if bool(closed.any()):
+        pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
+        found.replaces = torch.equal(pushed[closed], allowed[closed])
     if given is None or found.sinks:
         found.form = "computed" if region.sides or bool((allowed != 0).any()) else ""
     else:
-        _name_mask(found, zero, sides, example_shape(product))
+        constants = {n: region.base.example(n) for n in region.sides if n not in sides and isinstance(fake(n), Tensor)}
+        _name_mask(found, zero, {**constants, **sides}, example_shape(product))
     return found
 
 
@@ -158,7 +177,7 @@ def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[f
         raise Miss("a tensor scales the scores after their axes were changed", region.end)
     gain = torch.ones([1] * len(shape), dtype=torch.float64)
     for node, divides in found.factors:
-        value = sides.get(node, region.base.value(node))
+        value = sides.get(node, region.base.example(node))
         factor = torch.as_tensor(value, dtype=torch.float64)
         gain = gain / factor if divides else gain * factor
     if gain.shape[key_axis - len(shape)] != 1:
@@ -197,11 +216,12 @@ def _name_mask(found: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], sha
     if len(shape) != 4 or any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in found.region.nodes):
         return
     for node, value in sides.items():
-        if not 2 <= value.dim() <= 4 or not _fits(value, zero):
+        is_mask = value.dtype == torch.bool or value.dtype.is_floating_point
+        if not is_mask or not 2 <= value.dim() <= 4 or not _fits(value, zero):
             continue
         full = value.expand(zero.shape)
         if value.dtype != torch.bool:
-            forms = {"add": full}
+            forms = {"add": full.double()}
         else:
             nothing = torch.zeros_like(zero)
             forms = {

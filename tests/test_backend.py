@@ -163,7 +163,7 @@ def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, mon
     with torch.no_grad():
         forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))
     names = sorted(p.name for p in tmp_path.iterdir())
-    finding = ["input", "functionalize", "decompose", "normalize", "find_attention"]
+    finding = ["input", "decompose", "functionalize", "normalize", "find_attention"]
     stages = [*finding, "compress", "absorb", "lower"]
     assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]
     compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("05-compress", "06-absorb"))

@@ -4,8 +4,8 @@
     encoder-decoders   prefill            | decode: self attention appends, cross attention reads a bare cache
     encoders           forward
 
-Sizes are chosen apart from each other (B=2, S=9, H=4, G=2, D=16, 5 cached tokens, 12 places in a static cache), so that
-a graph which mixes up two dimensions does not give the right shape by luck.
+Sizes that could be mixed up are chosen apart (S=9, H=4, G=2, D=16, 5 cached tokens, 12 places in a static cache):
+a graph which takes one dimension for another does not give the right shape by luck.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 HIDDEN = HEADS * HEAD_DIM
 BOTH = ("eager", "sdpa")
 EAGER = ("eager",)
-FLEX = "flex"  # several graphs, and minutes: transformers compiles the block mask in the middle of the forward pass
+FLEX = "flex"  # several graphs, and ten seconds: transformers compiles the block mask in the middle of a forward pass
 CONVOLUTIONAL = "ResNetConfig"  # a part without attention, which refuses to be told how to attend
 DECODER_STEPS = ("prefill", "decode", "decode static")
 
@@ -93,7 +93,7 @@ def _build(model: Model, implementation: str, step: str) -> Case:
         return Case(module, (), given)
     if step == "prefill":
         return Case(module, (), given | {"use_cache": False})
-    if model.decode_sites != LAYERS:
+    if "decoder_input_ids" in given:
         return _behind_two_caches(module, given)
     return _behind_a_cache(module, step)
 
@@ -343,7 +343,7 @@ ENCODERS = [
     Model("roberta", "RobertaConfig", "RobertaModel", TEXT, padded_text),
     Model("deberta_v2", "DebertaV2Config", "DebertaV2Model", TEXT | dict(
         relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, max_relative_positions=16),
-        padded_text, EAGER, reason=""),
+        padded_text, EAGER),
     Model("vit", "ViTConfig", "ViTModel", VISION, image),
     Model("dinov3_vit", "DINOv3ViTConfig", "DINOv3ViTModel", VISION | dict(num_register_tokens=2), image),
     Model("pixtral_vision", "PixtralVisionConfig", "PixtralVisionModel", VISION | dict(image_size=32), sized_image),

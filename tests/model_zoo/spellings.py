@@ -1328,7 +1328,8 @@ def rope_axial(m: Any, x: Tensor) -> Heads:
         turns(4), q=lambda: nn.Linear(C, H * 12), kv_a=lambda: nn.Linear(C, 16 + 4), norm=lambda: nn.RMSNorm(16),
         kv_b=lambda: nn.Linear(16, H * 16),
     ),
-    head_dim=12,
+    sites=0,
+    reason="already latent",
 )  # fmt: skip
 def latent_keys(m: Any, x: Tensor) -> Tensor:
     """Keys of 8 + 4 channels written into an empty tensor; the rotated 4 are shared by the heads: DeepSeek."""
@@ -1582,7 +1583,7 @@ def top_k_sparse(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.masked_fill(s < least, float("-inf")).softmax(-1) @ v
 
 
-@core(sites=0)
+@core(sites=0, explained=0)
 def sparsemax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The projection of the scores onto the simplex, entmax of alpha 2."""
     s = scores(q, k)
