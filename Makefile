@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 
-.PHONY: help demo test test-fast check format clean
+.PHONY: help demo test test-fast check zoo bench-find format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,17 +24,23 @@ demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (abou
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
 test: $(READY)  ## every test, the demo's promises included
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 	@echo "make test: all tests passed."
 
 test-fast: $(READY)  ## the tests without those marked slow
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 check: $(READY)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+zoo: $(READY)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
+	$(BIN)/python benchmarks/zoo.py
+
+bench-find: $(READY)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
+	$(BIN)/python benchmarks/finding.py
 
 format: $(READY)  ## put the code into its form
 	$(BIN)/ruff format .

@@ -38,12 +38,9 @@ def families(site: AttentionSite, side: str) -> tuple[ChannelFamily, ...]:
         return (ChannelFamily((tuple(range(site.value_dim)),), False),)
     if site.rope is None:
         return (ChannelFamily((tuple(range(site.key_dim)),), False),)
-    half, size = site.rope.rotary_dim // 2, site.rope.rotary_dim
-    if site.rope.pairing == "half":
-        pairs = tuple((f, f + half) for f in range(half))
-    else:
-        pairs = tuple((2 * f, 2 * f + 1) for f in range(half))
-    rest = tuple(range(size, site.key_dim))
+    pairs = site.rope.pairs
+    turning = {channel for pair in pairs for channel in pair}
+    rest = tuple(c for c in range(site.key_dim) if c not in turning)
     rotary = ChannelFamily(pairs, True)
     return (rotary, ChannelFamily((rest,), False)) if rest else (rotary,)
 

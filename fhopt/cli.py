@@ -132,12 +132,12 @@ def inspect(model: str, plan_path: Path | None, as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def explain(model: str, as_json: bool) -> None:
-    """Say why candidates in MODEL were left alone: the pass, the reason, the source line."""
-    from fhopt import passes
+    """Say why candidates in MODEL were left alone: how far each came, the reason, the source line."""
     from fhopt.models import load_model
+    from fhopt.pipeline import explain_sites
     from fhopt.tables import missed_table
 
-    outcome = passes.find(load_model(model).capture().program)
+    outcome = explain_sites(load_model(model))
     if as_json:
         _print_json({"sites_found": len(outcome.sites), "missed": [asdict(m) for m in outcome.missed]})
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.capture import Captured, capture, from_exported
+from fhopt.capture import Captured, capture, capture_graphs, from_exported
 from fhopt.errors import FhoptError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -42,11 +43,21 @@ class LoadedModel:
         if self.program is not None:
             return from_exported(self.program)
         assert self.module is not None
+        return capture(self.module, *self._call(tokens))
+
+    def captures(self, tokens: int = 16) -> list[Captured]:
+        """The same, in as many graphs as the forward pass falls into."""
+        if self.program is not None:
+            return [from_exported(self.program)]
+        assert self.module is not None
+        return capture_graphs(self.module, *self._call(tokens))
+
+    def _call(self, tokens: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.tokenizer is None:
-            return capture(self.module, *self.inputs)
+            return self.inputs
         vocabulary = int(self.module.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         ids = torch.arange(1, tokens + 1).remainder(vocabulary).unsqueeze(0)
-        return capture(self.module, (), self.arguments(ids))
+        return (), self.arguments(ids)
 
     def arguments(self, ids: Tensor) -> dict[str, Any]:
         """Keyword arguments for a forward pass over token ids [B, T] without a cache."""
@@ -138,10 +149,46 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
             causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
             kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
             model = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
-            tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
+            is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
+            tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True) if causal and is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
         raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
-    return LoadedModel(path.name, model.eval().requires_grad_(False), tokenizer)
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
+
+
+def example_arguments(model: Any, tokens: int = 16) -> dict[str, Tensor]:
+    """Arguments for one forward pass of a transformers model that is no causal language model.
+
+    Text, images and sound of the sizes that its configuration tells. Raises FhoptError when the model takes something
+    else.
+    """
+    config, wanted = model.config, inspect.signature(model.forward).parameters
+    text, vision = config.get_text_config(), getattr(config, "vision_config", config)
+    ids = torch.arange(1, tokens + 1).remainder(getattr(text, "vocab_size", tokens + 1)).unsqueeze(0)
+    side = getattr(vision, "image_size", 224)
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    frames = 2 * getattr(config, "max_source_positions", 50)
+    makers: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: ids,
+        "pixel_values": lambda: torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)[
+            :, : getattr(vision, "num_channels", 3)
+        ],
+        "input_values": lambda: torch.linspace(-1, 1, 8000).sin().unsqueeze(0),
+        "input_features": lambda: torch.linspace(-1, 1, frames).expand(1, getattr(config, "num_mel_bins", 80), frames),
+    }
+    given = {n: make() for n, make in makers.items() if n in wanted and (n == model.main_input_name or n in _PAIRED)}
+    if model.main_input_name not in given:
+        raise FhoptError(
+            f"{type(model).__name__} takes {model.main_input_name}, for which fhopt has no example; expected one of "
+            f"{', '.join(makers)}. Write a function that returns (module, args, kwargs): MODEL may be module:function."
+        )
+    if config.is_encoder_decoder and "decoder_input_ids" in wanted:
+        given |= {"decoder_input_ids": ids[:, :4]}
+    return given
+
+
+_PAIRED = frozenset({"pixel_values", "input_ids"})  # models of text and images take both
 
 
 def _load_exported(path: Path) -> LoadedModel:

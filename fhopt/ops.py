@@ -57,7 +57,7 @@ def blank_scores(
     left: Tensor, right: Tensor, left_axes: Sequence[str], right_axes: Sequence[str], axes: Sequence[str]
 ) -> Tensor:
     """Zeros of the shape of a contraction of `left` and `right` (labels as in `passes.contraction`), in no memory."""
-    sizes = {x: n for x, n in (*zip(left_axes, left.shape, strict=True), *zip(right_axes, right.shape, strict=True))}
+    sizes = dict((*zip(left_axes, left.shape, strict=True), *zip(right_axes, right.shape, strict=True)))
     dtype = torch.promote_types(left.dtype, right.dtype)
     return left.new_zeros((), dtype=dtype).expand([sizes[x] if x else 1 for x in axes])
 

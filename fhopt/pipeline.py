@@ -51,13 +51,21 @@ class FitOptions:
 
 def find_sites(loaded: LoadedModel, tokens: int = 16) -> passes.Outcome:
     """Capture the model and find its attention. Raises FhoptError when there is none."""
-    outcome = passes.find(loaded.capture(tokens).program)
+    outcome = explain_sites(loaded, tokens)
     if not outcome.sites:
         reasons = (
             "; ".join(sorted({m.reason for m in outcome.missed})) or "there is no softmax between two contractions"
         )
         raise FhoptError(f"no attention was found in {loaded.name}: {reasons}. See fhopt explain.")
     return outcome
+
+
+def explain_sites(loaded: LoadedModel, tokens: int = 16) -> passes.Outcome:
+    """Capture the model and find its attention, over all graphs that its forward pass falls into."""
+    captured = loaded.captures(tokens)
+    if not captured:
+        raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")
+    return passes.merge([passes.find(graph.program) for graph in captured])
 
 
 def fit(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> tuple[LatentPlan, passes.Outcome]:

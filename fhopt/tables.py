@@ -21,12 +21,24 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
     ):  # fmt: skip
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for site in sites:
-        rope = f"{site.rope.pairing} {site.rope.rotary_dim}" if site.rope else "none"
         table.add_row(
-            site.name, site.kind, str(site.heads), str(site.kv_heads), str(site.key_dim), rope, site.mask,
+            site.name, site.kind, str(site.heads), str(site.kv_heads), str(site.key_dim), _rope(site), _mask(site),
             "yes" if site.key_norm else "no", f"{2 * site.exact_numbers_per_token:,}",
         )  # fmt: skip
     return table
+
+
+def _rope(site: AttentionSite) -> str:
+    if site.rope is None:
+        return "none"
+    grid = ", grid" if site.rope.positions == "grid" else ""
+    return f"{site.rope.pairing} {site.rope.rotary_dim}{grid}"
+
+
+def _mask(site: AttentionSite) -> str:
+    parts = [f"{site.mask} {site.window}" if site.window else site.mask]
+    parts += [f"cap {site.softcap:g}"] if site.softcap else []
+    return ", ".join([*parts, "sinks"] if site.sinks else parts)
 
 
 def plan_table(plan: LatentPlan) -> Table:
@@ -53,10 +65,10 @@ def plan_table(plan: LatentPlan) -> Table:
 def missed_table(missed: Iterable[Explanation]) -> Table:
     """Candidates that were left alone: how far they came, why, and where they stand in the user's code."""
     table = Table(title="Left alone", title_justify="left")
-    for name in ("pass", "node", "reason", "source"):
-        table.add_column(name)
+    for name in ("pass", "recognised", "reason", "source"):
+        table.add_column(name, overflow="fold")
     for miss in missed:
-        table.add_row(miss.stage, miss.node, miss.reason, miss.source)
+        table.add_row(miss.stage, miss.reached or "-", miss.reason, miss.source or miss.node)
     return table
 
 

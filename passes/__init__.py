@@ -37,7 +37,7 @@ from fhopt.passes.roles import Roles
 from fhopt.passes.verify import verify
 from fhopt.spec import AttentionSite, LatentPlan
 
-__all__ = ["Explanation", "Outcome", "Program", "find", "optimize"]
+__all__ = ["Explanation", "Outcome", "Program", "find", "merge", "optimize"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,20 @@ def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
     """The site; a second one of the same module is numbered in graph order, `#2`, `#3`, ..."""
     names = (site.name if n == 1 else f"{site.name}#{n}" for n in itertools.count(1))
     return replace(site, name=next(n for n in names if n not in taken))
+
+
+def merge(outcomes: list[Outcome]) -> Outcome:
+    """What was found in several graphs of one model, as one outcome; its program is that with the most sites."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    merged = Outcome(max(outcomes, key=lambda o: len(o.sites)).program)
+    for index, outcome in enumerate(outcomes):
+        for node, site in outcome.sites.items():
+            merged.sites[f"{index}:{node}"] = _with_own_name(site, {s.name for s in merged.sites.values()})
+        merged.missed += outcome.missed
+        for stage, seconds in outcome.seconds.items():
+            merged.seconds[stage] = merged.seconds.get(stage, 0.0) + seconds
+    return merged
 
 
 def optimize(outcome: Outcome, plan: LatentPlan, training: bool = False) -> Outcome:

@@ -44,6 +44,8 @@ class Compress:
             raise Miss(f"not in the plan: {site.name}", node) from error
         if site.cache != "none":
             raise Miss("reads an ordinary cache; latents live in a LatentCache (fhopt.apply), not in this graph", node)
+        if site.sinks:
+            raise Miss("attention sinks take weight beside the keys; latents do not hold them yet", node)
         if node.kwargs.get("dropout"):
             raise Miss("attention dropout is active; expected evaluation or dropout 0", node)
         found = tuple(int(d) for shaped in (shape(a) for a in node.args[1:3]) for d in (shaped[1], shaped[3]))  # type: ignore[index, arg-type]

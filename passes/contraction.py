@@ -109,6 +109,8 @@ def _read_tensordot(node: fx.Node) -> Contraction | None:
     if isinstance(given, int):
         pairs = [(ranks[0] - given + i, i) for i in range(given)]
     else:
+        first: Any
+        second: Any
         first, second = given if node.op != "call_function" or len(given) == 2 else (given, node.args[3])
         pairs = [(i % ranks[0], j % ranks[1]) for i, j in zip(first, second, strict=True)]
     summed = {j: f"m{i}" for i, j in pairs}
@@ -118,6 +120,8 @@ def _read_tensordot(node: fx.Node) -> Contraction | None:
 
 
 def _read_einsum(node: fx.Node) -> Contraction | None:
+    equation: Any
+    rest: Any
     equation, *rest = node.args
     if not isinstance(equation, str):
         equation, rest = _from_sublists(node.args)

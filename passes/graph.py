@@ -28,8 +28,8 @@ VIEW_NAMES = (
 )
 VIEWS = frozenset(VIEW_NAMES.split())
 SIZED_NAMES = (
-    "view reshape expand getitem new_zeros new_ones new_full new_empty zeros ones full arange repeat split narrow slice "
-    "unflatten _unsafe_view broadcast_to split_with_sizes chunk index_select triu tril"
+    "view reshape expand getitem new_zeros new_ones new_full new_empty zeros ones full arange repeat split narrow "
+    "slice unflatten _unsafe_view broadcast_to split_with_sizes chunk index_select triu tril"
 )
 SIZED = frozenset(SIZED_NAMES.split())  # calls whose integers may be sizes
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ def shape(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else None
 
 
-_smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))  # noqa: B039
+_smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def arrange(tensor: Tensor, steps: Steps) -> Tensor:
 
 
 def coordinates(shape: Sequence[int], axis: int, split: tuple[int, int] | None = None) -> Tensor:
-    """The index along one axis at every place, as a view of one row; with `split` = (divisor, modulus), a part of it."""
+    """The index along one axis at every place, a view of one row; with `split` = (divisor, modulus), a part of it."""
     row = torch.arange(shape[axis])
     if split is not None:
         row = row // split[0] % split[1]
@@ -137,6 +137,7 @@ def _run_movement(base: Evaluator, node: fx.Node, name: str, known: Mapping[fx.N
             return torch.full((), -1).expand(example_shape(source))
         return base.example(source)
 
+    arguments: Any
     arguments, options = fx.node.map_arg((node.args, node.kwargs), load)
     arguments, options = base.sized(name, arguments, options)
     if name in {"view", "_unsafe_view"}:  # coordinates are views of one row; what can be viewed can be reshaped

@@ -119,7 +119,9 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
         raise Miss("exponentials are summed but nothing is divided by their sum", total)
     if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
         return _checked(Softmax(scores, weights, axis, gain=gain), base)
-    return Softmax(scores, node, axis, divider=weights, gain=gain)  # normalised after the second product; checked as a whole
+    return Softmax(
+        scores, node, axis, divider=weights, gain=gain
+    )  # normalised after the second product; checked as a whole
 
 
 def _without_shift(node: fx.Node, axis: int) -> fx.Node:
