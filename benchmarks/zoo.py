@@ -157,17 +157,19 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
 def write_page(path: Path, results: Sequence[Result]) -> None:
     """The Markdown page: a table for each family, a line for each model."""
     used, on = versions(), machine()
+    known, _, state = commit().partition("-")
+    measured = f"{known[:12]} ({state})" if state else known[:12]
     lines = [
         "# The zoo: what the finder finds",
         "",
         f"Made by `{COMMAND}` with torch {used['torch']} and transformers {used.get('transformers', '-')}, on "
-        f"{on['cpu'] or on['architecture']}, commit {commit()[:12]}. Do not edit: run the command again.",
+        f"{on['cpu'] or on['architecture']}, commit {measured}. Do not edit: run the command again.",
         "",
         f"{len(results)} forward passes, {sum(r.ok for r in results)} as expected: {_found(results)} attentions found, "
         f"{_explained(results)} left alone for the expected reason. After the rewrite, outputs and changed caches "
         f"differ by at most {_worst(r.max_error for r in results)} of the largest number, gradients by at most "
         f"{_worst(r.max_gradient_error for r in results)}. Sites are counted over all passes of a line; H, G and D are "
-        "query heads, key heads and head size. Every model has random weights and two layers.",
+        "query heads, key heads and head size. Weights are random, models have two layers.",
     ]
     for family, title in FAMILIES.items():
         members = [result for result in results if result.entry.family == family]

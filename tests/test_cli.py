@@ -149,7 +149,8 @@ def test_inspect_gives_sites_and_misses_as_json(importable: str) -> None:
     found = json.loads(result.stdout)
     assert [s["name"] for s in found["sites"]] == ["attention"]
     assert found["sites"][0]["projections"]["k"] == ["attention.k.weight"]
-    assert len(found["missed"]) == 1 and "is not understood" in found["missed"][0]["reason"]
+    assert len(found["missed"]) == 1 and "over the projection by gate.weight" in found["missed"][0]["reason"]
+    assert found["missed"][0]["reached"] == "softmax"
 
 
 def test_explain_names_the_source_line(importable: str) -> None:
@@ -157,6 +158,53 @@ def test_explain_names_the_source_line(importable: str) -> None:
     assert result.exit_code == 0
     assert "1 sites found, 1 candidates left alone" in result.stdout
     assert "test_cli.py:" in result.stdout
+
+
+class Broken(Encoder):
+    """A forward pass that falls into two graphs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        return super().forward(y)
+
+
+def broken() -> tuple[nn.Module, tuple[Tensor]]:
+    return Broken(), (torch.randn(1, 6, 32),)
+
+
+def test_every_graph_of_a_model_that_breaks_is_read(importable: str) -> None:
+    result = call("explain", importable.replace("encoder", "broken"), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["sites_found"] == 2 and len(found["missed"]) == 2
+
+
+SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "options", "sites"),
+    [
+        ("BertConfig", "BertModel", SMALL | dict(vocab_size=40), 1),
+        ("ViTConfig", "ViTModel", SMALL | dict(image_size=16, patch_size=8), 1),
+        ("T5Config", "T5ForConditionalGeneration", dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=1,
+            num_heads=4), 3),
+        ("WhisperConfig", "WhisperModel", dict(vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=4, decoder_attention_heads=4, num_mel_bins=8, max_source_positions=10,
+            pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0), 3),
+    ],
+)  # fmt: skip
+def test_a_folder_of_an_encoder_of_text_images_or_sound_is_a_model(
+    config: str, model: str, options: dict[str, Any], sites: int, tmp_path: Path
+) -> None:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    getattr(hf, model)(getattr(hf, config)(**options)).save_pretrained(tmp_path)
+    result = call("inspect", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["sites"]) == sites
 
 
 def test_an_exported_program_is_a_model(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from small_models import MAKERS, found, run, token_ids
 
 from fhopt import passes
 from fhopt.capture import capture, from_exported
+from fhopt.spec import Rope
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -136,3 +138,63 @@ def test_a_key_from_two_projections_of_unequal_width_is_found() -> None:
     outcome = passes.find(capture(Split().eval(), (torch.randn(1, 6, 32),)).program)
     (site,) = outcome.sites.values()
     assert set(site.projections["k"]) == {"k1.weight", "k2.weight"} and not site.key_norm
+
+
+def site_of(name: str) -> tuple[Any, passes.Outcome]:
+    """The first site of a zoo entry, and everything found."""
+    from model_zoo.checking import entries
+
+    case = next(e for e in entries() if e.name == name and e.step in {"forward", "prefill"}).build()
+    outcome = passes.find(capture(case.module, case.args, case.kwargs).program)
+    return next(iter(outcome.sites.values()), None), outcome
+
+
+@pytest.mark.parametrize("name", ["pixtral_vision", "rope_axial"])
+def test_a_rotation_by_two_coordinates_is_seen(name: str) -> None:
+    site, _ = site_of(name)
+    assert site.rope is not None and site.rope.positions == "grid"
+    assert len(site.rope.pairs) == site.rope.rotary_dim // 2 == len(site.rope.angles)
+
+
+def test_every_channel_of_a_rotation_belongs_to_one_pair() -> None:
+    for rope in (Rope("half", 12, (), 4, 3), Rope("interleaved", 8, ()), Rope("half", 8, (), 0, 2)):
+        channels = [c for pair in rope.pairs for c in pair]
+        assert sorted(channels) == list(range(rope.offset, rope.offset + rope.rotary_dim))
+
+
+def test_a_model_that_keeps_latents_is_left_alone_and_told_so() -> None:
+    site, outcome = site_of("deepseek_v3")
+    assert site is None
+    assert {m.reason for m in outcome.missed} == {"already latent: 32 numbers a token stand for 160 of keys and values"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "mask"),
+    [
+        ("t5", "self", "relative"),
+        ("set_transformer", "cross", "none"),
+        ("mpt", "self", "alibi"),
+        ("bert", "self", "padding"),
+    ],
+)
+def test_kinds_and_masks_are_told(name: str, kind: str, mask: str) -> None:
+    site, _ = site_of(name)
+    assert (site.kind, site.mask) == (kind, mask)
+
+
+def test_sinks_and_windows_are_told() -> None:
+    _, outcome = site_of("gpt_oss")
+    assert all(s.sinks for s in outcome.sites.values())
+    assert {(s.mask, s.window > 0) for s in outcome.sites.values()} == {("sliding", True), ("causal", False)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_checks_run_on_few_tokens_whatever_the_length_and_find_the_same(attention: str) -> None:
+    def described(length: int) -> list[Any]:
+        captured = capture(MAKERS["llama"](attention), (), {"input_ids": token_ids(1, length), "use_cache": False})
+        return [replace(s, source="") for s in passes.find(captured.program).sites.values()]
+
+    long, short = described(63), described(20)  # 63 is more than a check runs on
+    assert [(s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in long] == [
+        (s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in short
+    ]
