@@ -58,8 +58,9 @@ def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """Seconds that torch.compile adds to a first call, with nothing in its caches."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        torch.compiler.config.force_disable_caches = True
         torch._dynamo.reset()
-        compiled: Any = torch.compile(model, dynamic=False, options={"force_disable_caches": True})
+        compiled: Any = torch.compile(model, dynamic=False)
         times = []
         with torch.no_grad():
             for _ in range(2):

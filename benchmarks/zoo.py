@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 PAGE = ROOT / "docs" / "zoo.md"
-COMMAND = "python benchmarks/zoo.py"
+COMMAND = "make zoo"
 METRICS = {
     "sites_expected": "",
     "sites_found": "",

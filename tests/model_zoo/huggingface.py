@@ -152,12 +152,15 @@ def _behind_a_cache(module: Any, step: str) -> Case:
     chosen, static = module.config._attn_implementation, step == "decode static"
     cache = StaticCache(module.config, max_cache_len=STATIC_PLACES) if static else DynamicCache(config=module.config)
     keyword = _cache_keyword(module)
-    module.set_attn_implementation("eager")  # the past is the same, and flex attention would be compiled for it
+    flex = chosen == "flex_attention"
+    if flex:  # it would be compiled for the past, which is the same with any implementation
+        module.set_attn_implementation("eager")
     with torch.no_grad():
         module(input_ids=_ids(CACHED), **{keyword: cache})
         if step == "decode second":
             module(input_ids=_ids(1), **{keyword: cache})
-    module.set_attn_implementation(chosen)
+    if flex:
+        module.set_attn_implementation(chosen)
     return Case(module, (), {"input_ids": _ids(1), keyword: cache})
 
 
