@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +206,8 @@ def _load_exported(path: Path) -> LoadedModel:
 def _load_function(name: str) -> LoadedModel:
     """`package.module:function`: the function returns (module, args) or (module, args, kwargs)."""
     module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder is there in its place
+        sys.path.insert(0, os.getcwd())
     try:
         function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:

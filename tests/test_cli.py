@@ -160,6 +160,17 @@ def test_explain_names_the_source_line(importable: str) -> None:
     assert "test_cli.py:" in result.stdout
 
 
+def test_a_module_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_here.py").write_text(
+        "from torch import nn, zeros\ndef make(): return nn.Linear(2, 2), (zeros(1, 2),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    result = call("explain", "mine_here:make", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"missed": [], "sites_found": 0}
+
+
 class Broken(Encoder):
     """A forward pass that falls into two graphs."""
 
