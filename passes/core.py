@@ -261,7 +261,7 @@ def _only_seeing(program: Program, query: fx.Node, mask: fx.Node | None, core: C
     Their scores are all equal either way.
     """
     fills = core.scores is not None and core.scores.replaces and mask is not None and core.product is not None
-    if not fills or not fake(core.product.node).requires_grad:  # type: ignore[union-attr]
+    if not fills or not any(program.values[name].requires_grad for name in program.parameters):
         return query
     return call(program, seeing, (query, mask))
 
