@@ -12,7 +12,7 @@ import pytest
 
 from fhopt.spec import LatentPlan
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one worker runs the demo, once
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
