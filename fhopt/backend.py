@@ -47,14 +47,14 @@ def flashhead(
     ours, inductor = _split_options(options or {})
     plan = _plan(ours.get("plan"))
     program = copy_program(module, example_inputs)
-    outcome = _find(program)
+    training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    outcome = _find(program, training)
     _outcomes[:] = [outcome]
     if plan is None or not outcome.sites:
         return _compile(module, example_inputs, mode, inductor)
     weights = {name: program.values[node] for node, name in program.parameters.items()}
     check_model(plan, weights, "the model that is compiled")
     codegen.install()
-    training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     passes.optimize(outcome, plan, training)
     if not outcome.compressed:
         _report_unused(outcome, bool(ours.get("strict")))
@@ -75,10 +75,13 @@ def _plan(given: Any) -> LatentPlan | None:
     raise FhoptError(f"option plan is a {type(given).__name__}; expected a LatentPlan or the path of one.")
 
 
-def _find(program: Program) -> passes.Outcome:
-    """Sites of the graph; a graph that the finder cannot read is left to inductor, and says so."""
+def _find(program: Program, training: bool) -> passes.Outcome:
+    """Sites of the graph; a graph that the finder cannot read is left to inductor, and says so.
+
+    In training, activation checkpoints keep their memory saving, and what is inside them is left alone.
+    """
     try:
-        return passes.find(program)
+        return passes.find(program, inline_checkpoints=not training)
     except PassError as error:
         warnings.warn(f"fhopt left a graph to inductor: {error}", RuntimeWarning, stacklevel=2)
         return passes.Outcome(program, missed=[passes.Explanation("normalize", "", str(error), "")])

@@ -218,3 +218,17 @@ def test_a_plan_of_another_model_is_refused_by_the_compiler_too(llama: Fitted) -
             parameter.normal_()
         with pytest.raises(Exception, match="another model"):
             forward(with_backend(other, plan=plan), ids)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpoints_keep_their_memory_saving_in_training_and_are_looked_into_otherwise(training: bool) -> None:
+    from model_zoo.torch_modules import ENTRIES
+
+    case = next(e for e in ENTRIES if e.name == "checkpointed").build()
+    case.module.requires_grad_(training)
+    compiled = torch.compile(case.module, backend="flashhead")
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(compiled(*case.args), case.module(*case.args), rtol=1e-5, atol=1e-5)
+    outcome = last_outcome()
+    assert outcome is not None and len(outcome.sites) == (0 if training else 2)
+    assert any("while training" in m.reason for m in outcome.missed) is training
