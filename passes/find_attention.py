@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from fhopt.errors import Miss
 from fhopt.passes.graph import (
-    VIEWS,
     Evaluator,
     Program,
     Region,
@@ -32,7 +31,7 @@ from fhopt.passes.graph import (
     source_line,
 )
 from fhopt.passes.masks import mask_kind
-from fhopt.passes.roles import ATTENTION, Cut, Kind, Projection, Roles, common_path
+from fhopt.passes.roles import ATTENTION, Cut, Kind, Projection, Roles, common_path, view_root
 from fhopt.spec import AttentionSite, Rope
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
@@ -152,12 +151,6 @@ def _site_name(names: dict[str, tuple[str, ...]]) -> str:
     return common_path(every) or common_path(names["q"]) or every[0].rpartition(".")[0] or every[0]
 
 
-def _root(node: fx.Node) -> fx.Node:
-    while op_name(node) in VIEWS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
 def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
     """Numbers per token of a latent that keys and values are already projected from; 0 where there is none.
 
@@ -172,13 +165,13 @@ def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
     down = inner.projections[0]
     sources = set()
     for projection in cuts["q"].projections:
-        if _root(projection.activation) is _root(cuts["v"].projections[0].activation):
+        if view_root(projection.activation) is view_root(cuts["v"].projections[0].activation):
             return 0  # queries read the same activation: an ordinary block behind a projection
-        sources.add(_root(projection.activation))
-        sources |= {_root(p.activation) for p in roles.cut(projection.activation).projections}
+        sources.add(view_root(projection.activation))
+        sources |= {view_root(p.activation) for p in roles.cut(projection.activation).projections}
     narrow = sum(example_shape(down.node)[i] for i in down.features)
     wide = sum(example_shape(p.node)[i] for p in cuts["v"].projections for i in p.features)
-    return narrow if _root(down.activation) in sources and narrow < wide else 0
+    return narrow if view_root(down.activation) in sources and narrow < wide else 0
 
 
 def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:
@@ -213,7 +206,7 @@ def _kind(cuts: dict[str, Cut]) -> str:
     """ "self" when queries and keys are projected from the same activation."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
-        return {_root(p.activation) for p in cut.projections}
+        return {view_root(p.activation) for p in cut.projections}
 
     cached = not cuts["k"].projections and cuts["k"].appends
     return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached else "cross"

@@ -20,8 +20,7 @@ graphs of torch functions and methods, which stay differentiable and readable.
 from __future__ import annotations
 
 import contextlib
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,9 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.passes.graph import Program, copy_node, fake, fake_mode, op_name
 from fhopt.passes.memory import (
+    RANDOM,
     Memory,
+    Step,
     behind_first,
     called_name,
     first_tensor,
@@ -41,24 +42,6 @@ from fhopt.passes.memory import (
     needs_gradient,
     plain_operation,
 )
-
-_OPERATORS: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
-    operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
-    operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
-}  # fmt: skip
-_RANDOM_NAMES = "uniform_ normal_ bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_"
-_FORM_NAMES = (
-    "set_ resize_ resize_as_ as_strided_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ detach_ requires_grad_ "
-    "rename_ share_memory_"
-)
-_RANDOM, _FORM = frozenset(_RANDOM_NAMES.split()), frozenset(_FORM_NAMES.split())
-_RUNNING_STATISTICS = frozenset({"batch_norm", "instance_norm"})
-_NOT_REPEATABLE = frozenset({"as_strided", "data", "_get_data_attr"})  # they see more than the tensor they are given
-
-Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]  # op, target, args, kwargs of a node
-Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # name, arguments behind the tensor, keyword arguments of a view
 
 
 @dataclass(frozen=True)
@@ -322,4 +305,4 @@ class _Rewriting:
 
 def _draws(node: fx.Node) -> bool:
     """True for a node that draws random numbers."""
-    return op_name(node) in _RANDOM or "dropout" in op_name(node)
+    return op_name(node) in RANDOM or "dropout" in op_name(node)

@@ -33,7 +33,7 @@ _FORM_NAMES = (
     "set_ resize_ resize_as_ as_strided_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ detach_ requires_grad_ "
     "rename_ share_memory_"
 )
-_RANDOM, _FORM = frozenset(_RANDOM_NAMES.split()), frozenset(_FORM_NAMES.split())
+RANDOM, _FORM = frozenset(_RANDOM_NAMES.split()), frozenset(_FORM_NAMES.split())
 _RUNNING_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 _NOT_REPEATABLE = frozenset({"as_strided", "data", "_get_data_attr"})  # they see more than the tensor they are given
 
@@ -179,7 +179,7 @@ def behind_first(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...],
 def plain_operation(node: fx.Node) -> Call | None:
     """The operation that returns what the node writes, None where torch has none."""
     name, args, kwargs = op_name(node), node.args, dict(node.kwargs)
-    if name in _RANDOM:
+    if name in RANDOM:
         return None
     if name == "copy_":  # a clone would not need a gradient where the written tensor goes on to
         source, target = argument(node, 1, "src"), first_tensor(node)

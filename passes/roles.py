@@ -7,7 +7,7 @@ where a walk back from it ends: the nearest projections, and the cache inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -154,21 +154,10 @@ class Roles:
 
     def _holds_product(self, node: fx.Node) -> bool:
         """True when a weight-like value is itself projected: learned queries, not a weight."""
-        seen, stack = set[fx.Node](), [node]
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if op_name(current) in WEIGHTED or read_contraction(current) is not None:
-                return True
-            stack.extend(current.all_input_nodes)
-        return False
+        return any(op_name(n) in WEIGHTED or read_contraction(n) is not None for n in _with_ancestors(node))
 
     def _is_stored(self, node: fx.Node) -> bool:
-        while op_name(node) in VIEWS and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-        return node.op in {"placeholder", "get_attr"}
+        return view_root(node).op in {"placeholder", "get_attr"}
 
     def _weighted(self, node: fx.Node, name: str) -> Projection | None:
         position = {"addmm": 2, "addbmm": 2}.get(name, 1)
@@ -192,17 +181,11 @@ class Roles:
     def weight_names(self, node: fx.Node) -> tuple[str, ...]:
         """Qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
         found: dict[str, bool] = {}
-        seen, stack = set[fx.Node](), [node]
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if current.op in {"placeholder", "get_attr"}:
-                name = self.program.parameters.get(current.name) or self.program.buffers.get(current.name)
+        for source in _with_ancestors(node):
+            if source.op in {"placeholder", "get_attr"}:
+                name = self.program.parameters.get(source.name) or self.program.buffers.get(source.name)
                 if name:
-                    found[name] = current.name in self.program.parameters
-            stack.extend(current.all_input_nodes)
+                    found[name] = source.name in self.program.parameters
         parameters = tuple(sorted(n for n, is_parameter in found.items() if is_parameter))
         return parameters or tuple(sorted(found))
 
@@ -250,6 +233,24 @@ class Roles:
         return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
 
 
+def view_root(node: fx.Node) -> fx.Node:
+    """The node that `node` is a view of, through all views."""
+    while op_name(node) in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """`node` and everything that it depends on, each once."""
+    seen, stack = set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            yield current
+            stack.extend(current.all_input_nodes)
+
+
 def written_inputs(program: Program) -> frozenset[fx.Node]:
     """Placeholders that the program writes back to."""
     return frozenset(
@@ -280,4 +281,4 @@ def common_path(names: Iterable[str]) -> str:
     return ".".join(shared)
 
 
-__all__ = ["ATTENTION", "Cut", "Kind", "Projection", "Roles", "common_path", "written_inputs"]
+__all__ = ["ATTENTION", "Cut", "Kind", "Projection", "Roles", "common_path", "view_root", "written_inputs"]

@@ -23,7 +23,6 @@ SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
 EXPONENTIAL = frozenset({"exp", "exp2"})
 OTHER_WEIGHTS = frozenset({"sigmoid", "relu", "elu", "softplus", "sparsemax"})  # attention of another kind
-REDUCTION = frozenset({"sum", "logsumexp"})
 DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
 
 
