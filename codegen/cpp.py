@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from string import Template
 
-from fhopt.codegen.tiers import Tiers, check, is_scaled, legend
+from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
@@ -25,6 +25,7 @@ def render(spec: KernelSpec) -> str:
     check(spec)
     return _FILE.substitute(
         name=spec.name,
+        planes="\n".join(f"// {line}" for line in PLANES),
         key_legend=legend(spec.key_tiers, spec.key_width),
         value_legend=legend(spec.value_tiers, spec.value_width),
         capped="cap(x) = softcap tanh(x / softcap)" if spec.softcap else "cap(x) = x (no softcap)",
@@ -47,11 +48,12 @@ def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
         (f"int ELEMENT = {1 if tiers else size};", "bytes of what strides count"),
         (f"bool SCALED = {str(scaled).lower()};", "a token has a scale"),
         (f"bool IN_PLACE = {'WIDTH % LANES == 0' if in_place else 'false'};", "rows can be read as they are"),
-        (f"Tier TIERS[] = {{{', '.join(f'{{{b}, {w}, {step!r}f}}' for b, w, step in table)}}};", "bits, width, step"),
+        ("Tier TIERS[] = {", "bits, width, step"),
     )
     return _SIDE.substitute(
         name=name,
         fields="\n".join(f"    static constexpr {field:<32}  // {comment}" for field, comment in fields),
+        tiers="\n".join(f"        {{{b}, {w}, {step!r}f}}," for b, w, step in table),
         scale="scale" if scaled and any(bits == 16 for bits, _, _ in tiers) else "/*scale*/",
         lines="\n".join(_copy_lines(tiers, scaled) or [f"        {copy}<{width}>(row, z);"]),
     )
@@ -72,6 +74,8 @@ def _copy_lines(tiers: Tiers, scaled: bool) -> list[str]:
 _SIDE = Template("""\
 struct $name {
 $fields
+$tiers
+    };
 
     static void unpack(const uint8_t* row, float $scale, float* z) {
 $lines
@@ -94,9 +98,11 @@ _FILE = Template(r"""// $name
 //     channels of a key row:    $key_legend
 //     channels of a value row:  $value_legend
 //
-// A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale. Low-order
-// codes come first. Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is
-// subtracted from whole sums, and the token's scale multiplies its logit and its weight.
+// A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+$planes
+//
+// Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
+// whole sums, and the token's scale multiplies its logit and its weight.
 //
 // Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
 // its tokens in tiles that fit the first-level cache: unpack a tile of keys once, score it with all rows (query head x
@@ -145,7 +151,10 @@ typedef float Floats4 __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
 typedef float Floats8 __attribute__((vector_size(32)));  // 8 channels: every tier is a multiple of them
 typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
+typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint64_t Words4 __attribute__((vector_size(32)));
+typedef uint64_t Words8 __attribute__((vector_size(64)));
 typedef uint8_t Bytes32 __attribute__((vector_size(32)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -195,28 +204,59 @@ INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
 
 // ------------------------------------------------------------------------------------------------ from rows to floats
 
-// The codes of 8 channels, as floats in channel order.
-template <int BITS>
-INLINE Floats8 codes_of(const uint8_t* p) {
+// 8 or 16 channels of a bit plane, in channel order: V is Ints8, or Ints16 for planes of 1, 2 and 4 bits.
+template <class V, int BITS>
+INLINE V lanes_of(const uint8_t* plane) {
     if constexpr (BITS == 8) {
         uint64_t word;
-        std::memcpy(&word, p, 8);
+        std::memcpy(&word, plane, 8);
         const Bytes32 bytes = (Bytes32)(Words4{} + word);  // the word four times; then one byte to each 32-bit lane
         const Bytes32 lanes = SHUFFLE(Bytes32, bytes, Bytes32{},  // 32 picks a zero
                                       0, 32, 32, 32, 1, 32, 32, 32, 2, 32, 32, 32, 3, 32, 32, 32,
                                       20, 32, 32, 32, 21, 32, 32, 32, 22, 32, 32, 32, 23, 32, 32, 32);
-        return __builtin_convertvector((Ints8)lanes, Floats8);
-    } else {
-        constexpr Ints8 shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
+        return (V)lanes;
+    } else if constexpr (sizeof(V) == sizeof(Ints8)) {
+        constexpr V shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
         int32_t word = 0;
-        std::memcpy(&word, p, BITS);
-        return __builtin_convertvector(((Ints8{} + word) >> shifts) & ((1 << BITS) - 1), Floats8);
+        std::memcpy(&word, plane, BITS);
+        return ((V{} + word) >> shifts) & ((1 << BITS) - 1);
+    } else if constexpr (BITS == 4) {
+        constexpr V shifts = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+        uint64_t word;
+        std::memcpy(&word, plane, 8);
+        const V halves = (V)(Words8{} + word);
+        return (SHUFFLE(V, halves, halves, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1) >> shifts) & 15;
+    } else {
+        constexpr V shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS, 8 * BITS, 9 * BITS,
+                              10 * BITS, 11 * BITS, 12 * BITS, 13 * BITS, 14 * BITS, 15 * BITS};
+        int32_t word = 0;
+        std::memcpy(&word, plane, 2 * BITS);
+        return ((V{} + word) >> shifts) & ((1 << BITS) - 1);
     }
 }
 
+// Codes as floats: HIGH bits of each in one bit plane and, where LOW is not 0, the LOW bits below them in another.
+template <class V, class F, int HIGH, int LOW>
+INLINE void copy_lanes(const uint8_t* high, const uint8_t* low, float* z) {
+    V codes = lanes_of<V, HIGH>(high);
+    if constexpr (LOW > 0) codes = codes << LOW | lanes_of<V, LOW>(low);
+    store(z, __builtin_convertvector(codes, F));
+}
+
+// A tier: 16 channels at once where a vector holds them (8 bits gain little), then what is left, 8 at once.
 template <int BITS, int WIDTH>
 INLINE void copy_codes(const uint8_t* row, float* z) {
-    UNROLL(16) for (int i = 0; i < WIDTH / 8; i++) store(z + 8 * i, codes_of<BITS>(row + BITS * i));
+    constexpr int HIGH = BITS >= 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, LOW = BITS - HIGH;
+    constexpr int WIDE = LANES == 16 && BITS < 8 ? WIDTH / 16 * 16 : 0;
+    const uint8_t* low = row + WIDTH / 8 * HIGH;
+    if constexpr (WIDE > 0) {
+        UNROLL(16) for (int i = 0; i < WIDE; i += 16) {
+            copy_lanes<Ints16, Floats16, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
+        }
+    }
+    UNROLL(16) for (int i = WIDE; i < WIDTH; i += 8) {
+        copy_lanes<Ints8, Floats8, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
+    }
 }
 
 INLINE float from_bits(uint32_t bits) {

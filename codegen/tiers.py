@@ -6,6 +6,10 @@ from fhopt.errors import FhoptError
 from fhopt.spec import SUPPORTED_BITS, TIER_QUANTUM, KernelSpec
 
 Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) in channel order; none: uncoded
+PLANES = (  # the format of codes (fhopt/ops.py), for the head of a generated file
+    "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
+    "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
+)
 UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,4 +34,4 @@ def is_scaled(tiers: Tiers) -> bool:
 
 def legend(tiers: Tiers, width: int) -> str:
     """One side in words, for the head of a generated file."""
-    return ", ".join(f"{w} x {bits} bits" for bits, w, _ in tiers) or f"{width} uncoded"
+    return ", ".join(f"{w} x {bits}" for bits, w, _ in tiers) + " bits" if tiers else f"{width} uncoded"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from string import Template
 
-from fhopt.codegen.tiers import Tiers, check, is_scaled, legend
+from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
+from fhopt.ops import planes
 from fhopt.spec import KernelSpec
 
 
@@ -19,6 +20,7 @@ def render(spec: KernelSpec) -> str:
     check(spec)
     return _FILE.substitute(
         name=spec.name,
+        planes="\n".join(PLANES),
         key_legend=legend(spec.key_tiers, spec.key_width),
         value_legend=legend(spec.value_tiers, spec.value_width),
         value_width=spec.value_width,
@@ -54,8 +56,8 @@ def _functions(spec: KernelSpec) -> list[str]:
     tiers = spec.key_tiers + spec.value_tiers
     scaled = any(_factors_out(side) for side in (spec.key_tiers, spec.value_tiers))
     parts = [_unpack("key", spec.key_tiers), _unpack("value", spec.value_tiers)]
-    small = sorted({bits for bits, _, _ in tiers if bits < 8})
-    parts += [_CODES.substitute(bits=bits, mask=2**bits - 1, per_byte=8 // bits) for bits in small]
+    small = {bits for bits, _, _ in tiers if bits < 8}
+    parts += [_codes(bits) for bits in sorted(small.union(*map(planes, small)))]
     parts += [_FLOAT16] if any(bits == 16 for bits, _, _ in tiers) else []
     return parts + ([_PER_HEAD] if scaled else [])
 
@@ -85,8 +87,16 @@ def _unpack(side: str, tiers: Tiers) -> str:
 def _piece(bits: int, rows: str, step: float, factor: str) -> str:
     if bits == 16:
         return f"float16_of({rows})"
-    codes = f"{rows}.float()" if bits == 8 else f"codes{bits}({rows})"
-    return f"({codes} - {(2**bits - 1) / 2}) * {step!r}{factor}"
+    codes = rows if bits == 8 else f"codes{bits}({rows})"
+    return f"({codes}.float() - {(2**bits - 1) / 2}) * {step!r}{factor}"
+
+
+def _codes(bits: int) -> str:
+    """The function that reads codes of `bits` < 8 bits, from one bit plane or from two with functions of their own."""
+    high, *low = planes(bits)
+    if low:
+        return _PLANES.substitute(bits=bits, high=high, low=low[0])
+    return _CODES.substitute(bits=bits, mask=2**bits - 1, per_byte=8 // bits)
 
 
 _CAP_LINE = """\
@@ -110,16 +120,24 @@ $factor$body''')
 _CODES = Template('''
 
 def codes$bits(rows: Tensor) -> Tensor:
-    """Bytes [...,n] -> codes of $bits bits as float32 [...,$per_byte*n], low-order ones first."""
+    """Bytes [...,n] -> codes of $bits bits, uint8 [...,$per_byte*n], low-order ones first."""
     codes = [(rows >> shift) & $mask for shift in range(0, 8, $bits)]
-    return torch.stack(codes, -1).flatten(-2).float()
+    return torch.stack(codes, -1).flatten(-2)
+''')
+
+_PLANES = Template('''
+
+def codes$bits(rows: Tensor) -> Tensor:
+    """Bytes [...,$bits*n] -> codes of $bits bits, uint8 [...,8*n]: a plane of $high bits, then one of $low."""
+    end = rows.shape[-1] // $bits * $high
+    return codes$high(rows[..., :end]) << $low | codes$low(rows[..., end:])
 ''')
 
 _FLOAT16 = '''
 
 def float16_of(rows: Tensor) -> Tensor:
-    """Bytes [...,2n] that hold float16 -> float32 [...,n]."""
-    return rows.contiguous().view(torch.float16).float()
+    """Bytes [...,2n] that hold float16 -> float32 [...,n]; copied, since a view must start at an even byte."""
+    return rows.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 '''
 
 _PER_HEAD = '''
@@ -147,6 +165,7 @@ Latent attention for one kind of latent, in plain torch operations:
     channels of a value row:  $value_legend
 
 A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+$planes
 """
 
 import math

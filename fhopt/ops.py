@@ -8,6 +8,14 @@
 Latent attention *is* grouped-query attention over J latent heads, so the exact part of a cache (sinks, window, fresh
 tokens) runs through the same op with uncoded keys and values; parts are merged by log-sum-exp (`merge`).
 
+A row of codes holds its tiers one after the other, each tier as bit planes. Their widths are the powers of two that sum
+to the tier's bits, widest first, and the widest holds the high-order bits: 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2 bits are
+two planes; 1, 2, 4 and 8 bits are one. A plane holds its part of all codes of the tier, low-order codes first within a
+byte, and starts on a whole byte: kernels only meet lanes of 1, 2, 4 and 8 bits. The codes 5, 3, 0, 0, 0, 0, 0, 4 of 3
+bits are 10|1, 01|1, 00|0, ..., 10|0, hence
+
+    plane of 2 bits  00000110 10000000      plane of 1 bit  00000011
+
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, J latent heads, R latent width.
 """
 
@@ -129,8 +137,8 @@ def pack_reference(
 ) -> tuple[Tensor, Tensor]:
     """Round latents to codes. latent [..., R] -> codes uint8 [..., sum(bits*widths)/8], scale float16 [...].
 
-    The scale of a token is the root mean square of its channels with fewer than 16 bits; low-order codes come first
-    within a byte. Channels of 16 bits are stored as float16 bytes.
+    The scale of a token is the root mean square of its channels with fewer than 16 bits. Codes are stored as bit planes
+    (module docstring), channels of 16 bits as float16 bytes.
     """
     x = latent.to(torch.float32)
     coded = [i for i, b in enumerate(bits) if b < 16]
@@ -152,17 +160,28 @@ def _half_bytes(x: Tensor) -> Tensor:
     return x.clamp(-65504.0, 65504.0).to(torch.float16).contiguous().view(torch.uint8)
 
 
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths of the bit planes that hold a tier of `bits` < 16 bits, widest (high-order bits) first: 6 -> (4, 2)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
 def _integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
-    """Uniform mid-rise quantiser, then 8/bits codes to a byte. x [..., W] -> uint8 [..., W*bits/8]."""
+    """Uniform mid-rise quantiser, then bit planes. x [..., W] -> uint8 [..., W*bits/8]."""
     levels = 2**bits
     codes = (torch.floor(x / step) + levels // 2).clamp(0, levels - 1).to(torch.uint8)
-    per_byte = 8 // bits
-    if per_byte == 1:
+    widths = planes(bits)
+    rows = [_plane_bytes(codes >> sum(widths[i + 1 :]), width) for i, width in enumerate(widths)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+
+def _plane_bytes(codes: Tensor, width: int) -> Tensor:
+    """The low `width` bits of each code, 8/width codes to a byte. uint8 [..., W] -> uint8 [..., W*width/8]."""
+    if width == 8:
         return codes
-    lanes = codes.unflatten(-1, (-1, per_byte))
+    lanes = (codes & (2**width - 1)).unflatten(-1, (-1, 8 // width))
     out = lanes[..., 0]
-    for lane in range(1, per_byte):
-        out = out | (lanes[..., lane] << (bits * lane))
+    for lane in range(1, 8 // width):
+        out = out | (lanes[..., lane] << (width * lane))
     return out
 
 
@@ -186,14 +205,27 @@ def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: S
 
 
 def _values(row: Tensor, bits: int, step: float) -> Tensor:
-    if bits == 16:
-        return row.contiguous().view(torch.float16).to(torch.float32)
-    middle = (2**bits - 1) / 2
-    if bits == 8:
-        return (row.to(torch.float32) - middle) * step
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=row.device)
-    lanes = (row.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return (lanes.flatten(-2).to(torch.float32) - middle) * step
+    if bits == 16:  # copied: a view must start at an even byte, and a row that 3 bits or so come before may not
+        return row.clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
+    return (_codes(row, bits).to(torch.float32) - (2**bits - 1) / 2) * step
+
+
+def _codes(row: Tensor, bits: int) -> Tensor:
+    """Bit planes -> codes. uint8 [..., W*bits/8] -> uint8 [..., W]."""
+    widths = planes(bits)
+    sizes = [row.shape[-1] // bits * width for width in widths]
+    codes, *rest = [_lanes(plane, width) for plane, width in zip(row.split(sizes, -1), widths, strict=True)]
+    for plane, width in zip(rest, widths[1:], strict=True):
+        codes = codes << width | plane
+    return codes
+
+
+def _lanes(plane: Tensor, width: int) -> Tensor:
+    """Inverse of `_plane_bytes`. uint8 [..., W*width/8] -> uint8 [..., W]."""
+    if width == 8:
+        return plane
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+    return ((plane.unsqueeze(-1) >> shifts) & (2**width - 1)).flatten(-2)
 
 
 def _pack_fake(

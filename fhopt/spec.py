@@ -26,7 +26,7 @@ from fhopt.errors import FhoptError
 
 PLAN_VERSION = 2
 PLAN_FILES = ("plan.json", "plan.safetensors")
-SUPPORTED_BITS = (2, 4, 8, 16)
+SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # a tier's width is a multiple of this: every tier starts on a whole byte for 2, 4, 8 and 16 bits
 SCALE_BYTES = 2  # one float16 per token and side
 

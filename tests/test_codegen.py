@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import subprocess
@@ -19,8 +20,8 @@ from fhopt.codegen import build, install, latent_attention, render
 from fhopt.codegen.build import build_cpp, build_torch, find_compiler
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
-from fhopt.ops import LatentKernel, latent_attention_reference, pack_reference, unpack_reference, use_kernel
-from fhopt.spec import KernelSpec
+from fhopt.ops import LatentKernel, latent_attention_reference, pack_reference, planes, unpack_reference, use_kernel
+from fhopt.spec import SUPPORTED_BITS, KernelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
@@ -30,6 +31,10 @@ MIXED: Tiers = ((8, 16, 0.02), (4, 40, 0.3), (2, 8, 0.9))
 HALVES: Tiers = ((16, 8, 0.0), (4, 16, 0.3), (16, 16, 0.0), (8, 8, 0.02))
 FOUR: Tiers = ((4, 64, 0.3),)
 TWO: Tiers = ((2, 24, 0.9),)
+PLANES: Tiers = ((6, 16, 0.08), (5, 24, 0.15), (3, 40, 0.5), (1, 8, 1.6))
+ODD: Tiers = ((3, 8, 0.5), (16, 8, 0.0), (1, 24, 1.6), (5, 8, 0.15), (4, 24, 0.3))  # float16 from byte 3 on
+EVERY: Tiers = tuple((bits, width, 2 / 2**bits) for bits in SUPPORTED_BITS for width in (8, 16, 24))
+LONGEST: Tiers = tuple((bits, 128, math.pi / 2**bits) for bits in reversed(SUPPORTED_BITS))
 UNCODED: Tiers = ()
 
 needs_compiler = pytest.mark.skipif(
@@ -89,6 +94,8 @@ CASES = {
     "keys shared by 9 heads, values by 3": Case(FOUR, MIXED, 9, 1, 3, 5, 70),
     "float16 channels beside codes, softcap": Case(HALVES, TWO, 6, 2, 3, 1, 131, softcap=4.0),
     "a head for each latent head, values uncoded": Case(TWO, UNCODED, 4, 4, 4, 5, 77, width=20),
+    "tiers of one and two bit planes": Case(PLANES, ODD, 9, 3, 1, 1, 203),
+    "tiers of two bit planes, several queries, softcap": Case(ODD, PLANES, 6, 1, 2, 3, 67, softcap=4.0),
     "one token": Case(HALVES, HALVES, 3, 1, 1, 1, 1),
     "uncoded, several queries": Case(UNCODED, UNCODED, 9, 3, 3, 5, 100, width=16),
 }
@@ -176,6 +183,29 @@ def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dt
     assert output.dtype == dtype
     assert lse.dtype == torch.float32
     assert_same((output, lse), expected(case, x, None), 4 * tolerance)  # the output is rounded to dtype
+
+
+@pytest.mark.parametrize("make", TARGETS)
+@pytest.mark.parametrize("tokens", [1, 15, 17])
+def test_codes_of_every_width_are_read_right(make: Make, tokens: int) -> None:
+    case = Case(ODD, EVERY, tokens, tokens, tokens, 1, tokens)
+    query, key, key_scale, value, value_scale = inputs(case)
+    assert value_scale is not None
+    only_own = torch.eye(tokens, dtype=torch.bool).view(1, tokens, 1, tokens)  # head t sees token t and nothing else
+    output, _ = make(case.spec())(query, key, key_scale, value, value_scale, only_own, **case.options())
+    bits, widths, steps = zip(*EVERY, strict=True)
+    unpacked = unpack_reference(value, value_scale, bits, widths, steps)
+    wanted = unpacked.diagonal(dim1=1, dim2=2).mT.unsqueeze(2)  # [B, H, 1, R_V]
+    torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)  # one product with the step, one with the scale
+
+
+@pytest.mark.parametrize("make", TARGETS)
+def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -> None:
+    case = Case(ODD, ODD, 3, 1, 1, 1, 1)
+    query, *rest = (None if x is None else x[:1] for x in inputs(case))
+    assert query is not None
+    x: Inputs = (query, *rest)  # type: ignore[assignment]
+    assert_same(make(case.spec())(*x, None, **case.options()), expected(case, x, None))
 
 
 @needs_compiler
@@ -272,22 +302,23 @@ def test_the_same_spec_gives_the_same_bytes(target: str) -> None:
     assert str(ROOT) not in "".join(texts.values())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_generated_torch_file_passes_its_linter(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [*CASES.values(), Case(LONGEST, LONGEST, 1, 1, 1, 1, 1)], ids=[*CASES, "longest"])
+def test_a_generated_torch_file_passes_its_linter(case: Case, tmp_path: Path) -> None:
     ruff = shutil.which("ruff") or shutil.which("ruff", path=str(Path(sys.executable).parent))
     if ruff is None:
         pytest.skip("ruff is not installed")
     path, config = tmp_path / "kernel.py", ROOT / "pyproject.toml"
-    path.write_text(render(CASES[name].spec(), "torch"))
+    path.write_text(render(case.spec(), "torch"))
     for command in (["check"], ["format", "--check"]):
         done = subprocess.run([ruff, *command, "--config", config, path], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
 @needs_compiler
-def test_a_generated_cpp_file_compiles_without_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tiers", [HALVES, LONGEST])
+def test_a_generated_cpp_file_compiles_without_a_warning(tiers: Tiers, tmp_path: Path) -> None:
     path = tmp_path / "kernel.cpp"
-    path.write_text(render(CASES["float16 channels beside codes, softcap"].spec(), "cpp"))
+    path.write_text(render(Case(tiers, TWO, 1, 1, 1, 1, 1, softcap=4.0).spec(), "cpp"))
     assert max(map(len, path.read_text().splitlines())) <= 120
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi")  # no OpenMP; no AVX
     command = [find_compiler(), "-std=c++17", *warnings, "-fsyntax-only", str(path)]
@@ -301,10 +332,23 @@ def test_an_unknown_target_is_refused() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpp", "torch"])
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_a_file_reads_only_the_planes_that_its_tiers_have(target: str, bits: int) -> None:
+    tiers: Tiers = ((bits, 8, 0.3),)
+    text = render(KernelSpec(tiers, UNCODED, 8, 8, "float32", False), target)
+    assert "3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2" in text  # the format stands in the head
+    if target == "cpp":
+        assert f"copy_codes<{bits}, 8>(row + 0, z + 0);" in text
+    else:
+        functions = {n for n in range(1, 9) if f"def codes{n}(" in text}
+        assert functions == {bits, *planes(bits)}
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
 @pytest.mark.parametrize(
     ("tiers", "width", "dtype", "reason"),
     [
-        (((3, 8, 0.3),), 8, "float32", "cannot become a kernel"),
+        (((7, 8, 0.3),), 8, "float32", "cannot become a kernel"),
         (((4, 12, 0.3),), 12, "float32", "multiples of 8"),
         (((4, 16, 0.3),), 24, "float32", "do not add up"),
         ((), 24, "float64", "no kernel reads uncoded float64"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fhopt import ops
 from fhopt.fitting import DISTORTION, STEP
-from fhopt.spec import KernelSpec
+from fhopt.spec import SUPPORTED_BITS, KernelSpec
 
 NO_TIERS = ops.latent_options(None, None)
 
@@ -80,8 +80,16 @@ def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:
 # ---- codes
 
 TIERS = st.lists(
-    st.tuples(st.sampled_from([2, 4, 8, 16]), st.integers(1, 4).map(lambda n: 8 * n)), min_size=1, max_size=4
+    st.tuples(st.sampled_from(SUPPORTED_BITS), st.integers(1, 4).map(lambda n: 8 * n)), min_size=1, max_size=4
 )
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """The bytes of one token with one tier that holds these codes."""
+    x = codes.float() - (2**bits - 1) / 2
+    size = float(x.square().mean().sqrt())
+    rows: Tensor = torch.ops.fhopt.pack(x, [bits], [len(codes)], [1 / size])[0]
+    return rows
 
 
 @given(tiers=TIERS, seed=st.integers(0, 1000), size=st.sampled_from([0.01, 1.0, 300.0]))
@@ -106,7 +114,50 @@ def test_codes_come_back_within_half_a_step_or_at_the_end_of_the_range(
         assert bool((back.abs() / unit).le(reach * 1.001).all())
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [b for b in SUPPORTED_BITS if b < 16])
+def test_every_code_comes_back(bits: int) -> None:
+    codes = torch.randperm(256) % 2**bits
+    rows = pack_codes(codes, bits)
+    assert rows.shape == (256 * bits // 8,)
+    assert torch.equal(ops.unscaled(rows, [bits], [256], [1.0]) + (2**bits - 1) / 2, codes.float())
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "planes"),
+    [
+        (1, [1, 0, 1, 1, 0, 0, 0, 1], [[0b10001101]]),
+        (2, [1, 2, 3, 0, 0, 0, 0, 3], [[0b00111001, 0b11000000]]),
+        (3, [5, 3, 0, 0, 0, 0, 0, 4], [[0b00000110, 0b10000000], [0b00000011]]),
+        (3, [5] * 8 + [2] * 8, [[0b10101010] * 2 + [0b01010101] * 2, [0b11111111, 0b00000000]]),
+        (4, [1, 15, 0, 0, 0, 0, 8, 2], [[0b11110001, 0, 0, 0b00101000]]),
+        (5, [31, 16, 0, 0, 0, 0, 1, 2], [[0b10001111, 0, 0, 0b00010000], [0b01000001]]),
+        (6, [63, 32, 5, 0, 0, 0, 0, 18], [[0b10001111, 0b00000001, 0, 0b01000000], [0b00010011, 0b10000000]]),
+        (8, [0, 1, 2, 3, 128, 253, 254, 255], [[0, 1, 2, 3, 128, 253, 254, 255]]),
+    ],
+)
+def test_a_tier_is_stored_as_bit_planes_with_the_high_order_bits_first(
+    bits: int, codes: list[int], planes: list[list[int]]
+) -> None:
+    assert pack_codes(torch.tensor(codes), bits).tolist() == [byte for plane in planes for byte in plane]
+    assert [8 * len(plane) // len(codes) for plane in planes] == list(ops.planes(bits))
+
+
+def test_one_bit_is_a_sign() -> None:
+    x = torch.tensor([[-3.0, 3.0, -0.1, 0.1, -1.0, 1.0, 2.0, -2.0]])
+    codes, scale = torch.ops.fhopt.pack(x, [1], [8], [0.5])
+    z = torch.ops.fhopt.unpack(codes, scale, [1], [8], [0.5])
+    assert torch.equal(z, x.sign() * 0.25 * scale.float().unsqueeze(-1))
+
+
+def test_float16_channels_may_start_at_an_odd_byte() -> None:
+    bits, widths, steps = [3, 16], [8, 8], [0.5, 1.0]
+    x = torch.randn(1, 1, 1, 16)
+    codes, scale = torch.ops.fhopt.pack(x, bits, widths, steps)
+    z = torch.ops.fhopt.unpack(codes, scale, bits, widths, steps)
+    assert torch.equal(z[..., 8:], x[..., 8:].half().float())
+
+
+@pytest.mark.parametrize("bits", sorted(STEP))
 def test_the_distortion_of_a_gaussian_is_the_one_that_allocation_uses(bits: int) -> None:
     x = torch.randn(2000, 64)
     codes, scale = torch.ops.fhopt.pack(x, [bits], [64], [STEP[bits]])
@@ -119,7 +170,7 @@ def test_a_token_of_zeros_stays_small() -> None:
     assert float(torch.ops.fhopt.unpack(codes, scale, [4], [16], [0.3]).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("tiers", [[(8, 8), (4, 16), (2, 8)], [(16, 8), (4, 24)]])
+@pytest.mark.parametrize("tiers", [[(8, 8), (4, 16), (2, 8)], [(16, 8), (4, 24)], [(6, 8), (5, 16), (3, 8), (1, 8)]])
 def test_attention_on_codes_equals_attention_on_what_they_stand_for(tiers: list[tuple[int, int]]) -> None:
     bits, widths = [b for b, _ in tiers], [w for _, w in tiers]
     steps = [STEP.get(b, 1.0) for b in bits]
@@ -138,9 +189,10 @@ def test_attention_on_codes_equals_attention_on_what_they_stand_for(tiers: list[
 def test_ops_keep_the_rules_of_torch_library() -> None:
     x = torch.randn(1, 1, 4, 16)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fhopt.pack.default, (x, [4, 2], [8, 8], [0.3, 0.9]), test_utils=checks)
-    codes, scale = torch.ops.fhopt.pack(x, [4, 2], [8, 8], [0.3, 0.9])
-    torch.library.opcheck(torch.ops.fhopt.unpack.default, (codes, scale, [4, 2], [8, 8], [0.3, 0.9]), test_utils=checks)
+    for tiers in (([4, 2], [8, 8], [0.3, 0.9]), ([5, 1], [8, 8], [0.2, 1.6])):
+        torch.library.opcheck(torch.ops.fhopt.pack.default, (x, *tiers), test_utils=checks)
+        codes, scale = torch.ops.fhopt.pack(x, *tiers)
+        torch.library.opcheck(torch.ops.fhopt.unpack.default, (codes, scale, *tiers), test_utils=checks)
     q = torch.randn(1, 2, 1, 16)
     arguments = (q, x, None, x, None, None)
     options = {**NO_TIERS, "scale": 1.0}
