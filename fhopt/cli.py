@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -20,6 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fhopt import __version__
 from fhopt.errors import FhoptError, PassError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fhopt.models import LoadedModel
+    from fhopt.spec import LatentPlan
 
 PIPED_WIDTH = 120  # columns where there is no terminal to ask
 
@@ -188,51 +194,110 @@ def fit(model: str, text: str, out: Path, as_json: bool, **options: Any) -> None
 
 @main.command("eval")
 @click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True)
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, the exact model alone.")
 @click.option(
     "--data",
     "texts",
     multiple=True,
     default=("topics", "source"),
     show_default=True,
-    help="Text, as in fit; repeatable.",
+    help="Text for perplexity, as in fit; repeatable.",
 )
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True)
+@click.option(
+    "--tasks",
+    default="perplexity",
+    show_default=True,
+    help="Some of perplexity, passkey, copy, digits, arithmetic, all, with commas between.",
+)
+@click.option(
+    "--items", type=click.IntRange(min=1), default=5, show_default=True, help="Per task, length and depth of a needle."
+)
+@click.option("--lengths", default="512,1024,2048", show_default=True, help="Tokens of the tasks' contexts.")
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="For perplexity.")
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks.")
 @json_option
-def evaluate(model: str, plan_path: Path, texts: tuple[str, ...], sequences: int, context: int, as_json: bool) -> None:
-    """Perplexity of MODEL with its exact cache and with the plan's, on the test half of each text."""
-    from fhopt import data
-    from fhopt.applying import apply, unapply
-    from fhopt.evaluate import score
+def evaluate(
+    model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
+    context: int, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Perplexity and tasks of MODEL with its exact cache and with the plan's, with 95 % intervals.
+
+    Perplexity is taken on the test half of each text. The tasks ask for what compressed attention loses first: strings
+    and numbers that stand far back. MODEL must be a causal language model with a tokenizer.
+    """
+    from fhopt.evaluate import check_length
     from fhopt.models import load_model
     from fhopt.spec import LatentPlan
+    from fhopt.tables import evaluation_tables
+    from fhopt.tasks import TaskOptions, choose, read_lengths, run_tasks, write_items
 
-    plan = LatentPlan.load(plan_path)
+    chosen, cells = choose(tasks), read_lengths(lengths)
+    plan = LatentPlan.load(plan_path) if plan_path else None
+    kept = {"sinks": plan.sinks, "window": plan.window} if plan else {}
     loaded = load_model(model)
     network = loaded.language_model()
-    ids = {
-        t: data.sequences(
-            loaded.tokenizer,
-            data.halves(data.read_text(t))[1],
-            count=sequences,
-            length=context,
-            what=f"the second half of {t!r}",
-        )
-        for t in texts
-    }
-    exact = {t: score(network, rows, None).perplexity for t, rows in ids.items()}
-    apply(network, plan)
-    coded = {t: score(network, rows, plan).perplexity for t, rows in ids.items()}
-    unapply(network)
+    asked = [name for name in chosen if name != "perplexity"]
+    written = write_items(loaded.tokenizer, asked, TaskOptions(cells, items, seed, **kept)) if asked else {}
+    ids = _test_ids(loaded, texts, sequences, context) if "perplexity" in chosen else {}
+    if ids:
+        check_length(network, context - 1)
+    with _progress(as_json) as progress:
+        perplexity = _perplexities(network, ids, plan, progress)
+        results = run_tasks(network, written, plan, progress) if asked else {}
     result = {
-        t: {"exact": exact[t], "plan": coded[t], "increase_percent": 100 * (coded[t] / exact[t] - 1)} for t in texts
+        "model": loaded.name,
+        "ratio": plan.ratio() if plan else None,
+        "perplexity": perplexity,
+        "tasks": {
+            task: asdict(found.pop(None))
+            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in found.items() if cell]}
+            for task, found in results.items()
+        },
     }
     if as_json:
-        _print_json({"perplexity": result, "ratio": plan.ratio()})
+        _print_json(result)
         return
-    for name, row in result.items():
-        click.echo(f"{name}: {row['exact']:.4f} exact, {row['plan']:.4f} plan, {row['increase_percent']:+.2f} %")
+    _console(as_json).print(evaluation_tables(result))
+
+
+def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, context: int) -> dict[str, Tensor]:
+    """Token ids [sequences, context] of the test half of each text."""
+    from fhopt import data
+
+    return {
+        text: data.sequences(
+            loaded.tokenizer,
+            data.halves(data.read_text(text))[1],
+            count=sequences,
+            length=context,
+            what=f"the second half of {text!r}",
+        )
+        for text in texts
+    }
+
+
+def _perplexities(
+    network: Any, ids: dict[str, Tensor], plan: LatentPlan | None, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """Of each text: the exact model against the plan, or the exact model alone."""
+    from fhopt.evaluate import score, token_costs
+
+    found: dict[str, dict[str, Any]] = {}
+    total, done = sum(len(rows) for rows in ids.values()), 0
+
+    def count(sequences: int) -> None:
+        nonlocal done
+        done += sequences
+        progress("perplexity", done, total)
+
+    for text, rows in ids.items():
+        if plan:
+            found[text] = asdict(token_costs(network, rows, plan, count).compare())
+        else:
+            exact = score(network, rows, None, count)
+            found[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
+    return found
 
 
 @main.command()
@@ -253,6 +318,85 @@ def report(model: str, plan_path: Path | None, out: Path, as_json: bool) -> None
         _print_json({"report_path": str(out)})
     else:
         click.echo(f"report written to {out}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, ratios 2, 4 and 8 are assumed."
+)
+@click.option(
+    "--device",
+    "names",
+    multiple=True,
+    default=("h100", "cpu"),
+    show_default=True,
+    help="Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS; repeatable.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(8192,),
+    show_default=True,
+    help="Cached tokens; repeatable.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of weights and exact keys and values.",
+)
+@json_option
+def cost(
+    model: str, plan_path: Path | None, names: tuple[str, ...], tokens: tuple[int, ...], batch: int, dtype: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """What a decode step of MODEL costs on devices by their peak figures, and from which context on latents pay."""
+    from fhopt.cost import ITEMSIZES, RATIOS, compare, find_device, hypothetical_cost, model_cost, pretty
+    from fhopt.fitting import check_model
+    from fhopt.models import load_model
+    from fhopt.pipeline import find_sites
+    from fhopt.spec import LatentPlan
+    from fhopt.tables import cost_tables
+
+    devices = [find_device(name) for name in names]
+    plan = LatentPlan.load(plan_path) if plan_path else None
+    loaded = load_model(model)
+    sites = list(find_sites(loaded).sites.values())
+    weights = _weights(loaded)
+    parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
+    costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
+    if plan:
+        check_model(plan, weights, loaded.name)
+        costs["plan"] = model_cost(sites, plan, parameters=parameters, itemsize=itemsize)
+    else:
+        for ratio in RATIOS:
+            costs[f"{ratio}x"] = hypothetical_cost(sites, ratio, parameters=parameters, itemsize=itemsize)
+    comparison = compare(costs, devices, tokens, batch)
+    if as_json:
+        formulas = {n: {"bytes": pretty(c.bytes), "operations": pretty(c.operations)} for n, c in costs.items()}
+        about = {"model": loaded.name, "parameters": parameters, "batch": batch, "dtype": dtype}
+        _print_json(about | {"hypothetical": plan is None, "formulas": formulas} | asdict(comparison))
+        return
+    console = _console(as_json)
+    title = f"One decode step of attention in {loaded.name}: batch {batch}, {dtype}, peak figures of the devices"
+    console.print(cost_tables(costs, comparison, title))
+    if plan is None:
+        console.print(
+            "2x, 4x and 8x are hypothetical: bytes divided, heads and widths as they are. For a real plan: "
+            "fhopt fit MODEL -o PLAN, then --plan PLAN.",
+            highlight=False,
+        )
+
+
+def _weights(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Parameters of the module, or of the exported program, by name."""
+    owner = loaded.module if loaded.module is not None else loaded.program
+    assert owner is not None
+    return dict(owner.named_parameters())
 
 
 if __name__ == "__main__":

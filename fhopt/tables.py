@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
+from fhopt.cost import Comparison, Cost, pretty
 from fhopt.fitting import describe
 from fhopt.passes import Explanation
 from fhopt.spec import AttentionSite, LatentPlan
@@ -100,3 +106,125 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         f"{speed['plan'] / speed['exact']:.2f}x",
     )  # fmt: skip
     return table
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> Group:
+    """The figures of `fhopt eval`: perplexity of each text; each task as a whole, then by length and depth."""
+    title = result["model"] + (f", {result['ratio']:.2f}x plan" if result["ratio"] else ", exact")
+    parts = [_perplexity_table(result["perplexity"], title)] if result["perplexity"] else []
+    parts += [_tasks_table(result["tasks"], title)] if result["tasks"] else []
+    return Group(*parts)
+
+
+def _perplexity_table(texts: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    table = Table(title=f"Perplexity: {title} (95 % intervals)", title_justify="left")
+    for name in ("text", "tokens", "exact", "plan", "increase", "KL, nats per token"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for text, row in texts.items():
+        cells = [text, f"{row['tokens']:,}", f"{row['exact']:.4f}"]
+        if "plan" in row:
+            increase = f"{row['increase_percent']:+.2f} %" + _between(row["increase_percent_ci"], "+.2f")
+            cells += [f"{row['plan']:.4f}", increase, f"{row['kl']:.4f}" + _between(row["kl_ci"], ".4f")]
+        table.add_row(*cells)
+    return table
+
+
+def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    table = Table(title=f"Right answers: {title} (95 % intervals)", title_justify="left")
+    for name in ("task", "tokens", "depth", "items", "exact", "plan", "log-probability, plan - exact"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task, whole in tasks.items():
+        table.add_row(task, "all", "all", *_answers(whole))
+        for cell in whole["cells"]:
+            table.add_row("", f"{cell['length']:,}", f"{cell['depth']} %", *_answers(cell))
+        table.add_section()
+    return table
+
+
+def _answers(found: Mapping[str, Any]) -> list[str]:
+    """Cells of a row: items, rates, change."""
+    rates = [found["exact"], found["plan"]]
+    shown = ["" if r is None else f"{100 * r['rate']:.0f} %" + _percents(r["rate_ci"]) for r in rates]
+    change = found["log_prob_change"]
+    text = "" if change is None else f"{change:+.3f}" + _between(found["log_prob_change_ci"], "+.3f")
+    return [str(found["exact"]["items"]), *shown, text]
+
+
+def _percents(interval: tuple[float, float]) -> str:
+    return _between((100 * interval[0], 100 * interval[1]), ".0f")
+
+
+def _between(interval: tuple[float, float] | None, digits: str) -> str:
+    return "" if interval is None else f" ({interval[0]:{digits}} to {interval[1]:{digits}})"
+
+
+def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -> Group:
+    """The formulas of a decode step, its figures on devices, and what a whole step can gain at most."""
+    bound = "At most so much faster can a whole step become where memory is the bound: (W + KV) / (W + KV/c)"
+    return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
+
+
+def _formulas(costs: Mapping[str, Cost]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    latent = max(costs.values(), key=lambda c: c.open_tokens)
+    legend = f"B batch, T cached tokens, S new queries (here 1), T_sealed = max(0, T - {latent.open_tokens}) on average"
+    table.add_row("where", "", legend)
+    for name, cost in costs.items():
+        table.add_row(name, "bytes", _grouped(pretty(cost.bytes)))
+        table.add_row("", "operations", _grouped(pretty(cost.operations)))
+    weights = costs["exact"].weights
+    table.add_row("weights", "bytes", _grouped(pretty(weights.bytes)))
+    table.add_row("", "operations", _grouped(pretty(weights.operations)))
+    table.add_row("time", "", "max(bytes / bandwidth, operations / throughput) of each operation, added up")
+    table.add_row("pays from", "T =", f"{latent.open_tokens} + bases / (exact token - sealed token), in time")
+    return table
+
+
+def _figures(comparison: Comparison, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("device", "cached tokens", "cache", "read", "operations", "attention", "faster", "bound by", "step",
+                 "faster", "pays from"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("device", "cache", "bound by") else "right")
+    for (device, tokens), rows in groupby(comparison.rows, key=lambda r: (r.device, r.tokens)):
+        labels = [device, f"{tokens:,}"]
+        for row in rows:
+            now, is_exact = row.figures, row.cache == "exact"
+            pays = f"{math.ceil(row.pays_from):,}" if row.pays_from is not None else row.pays
+            step = _unit(now.step_seconds, "s") + ("" if now.fits else " [red]!")
+            table.add_row(
+                *labels, row.cache, _unit(now.bytes, "B"), _unit(now.operations, ""),
+                _unit(now.attention_seconds, "s"), "" if is_exact else f"{row.attention_speedup:.2f}x", now.bound,
+                step, "" if is_exact else f"{row.step_speedup:.2f}x", pays,
+            )  # fmt: skip
+            labels = ["", ""]
+        table.add_section()
+    table.caption, table.caption_justify = "Bounds, not promises: kernels reach a part of the peaks.", "left"
+    if not all(row.figures.fits for row in comparison.rows):
+        table.caption += " ! weights and cache do not fit into the device's memory."
+    return table
+
+
+def _bounds(comparison: Comparison) -> Table:
+    table = Table()
+    table.add_column("cached tokens", justify="right")
+    rows = [(tokens, list(bounds)) for tokens, bounds in groupby(comparison.bounds, key=lambda b: b.tokens)]
+    for bound in rows[0][1]:
+        table.add_column("no cache at all" if bound.cache == "none" else bound.cache, justify="right")
+    for tokens, bounds in rows:
+        cells = ["no limit" if b.step_speedup is None else f"{b.step_speedup:.2f}x" for b in bounds]
+        table.add_row(f"{tokens:,}", *cells)
+    return table
+
+
+def _grouped(formula: str) -> str:
+    """Thousands of long numbers set apart."""
+    return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", formula)
+
+
+def _unit(value: float, unit: str) -> str:
+    """Three digits and a prefix: 1.28 ms, 653 MB."""
+    power = min(4, max(-3, math.floor(math.log10(value) / 3))) if value > 0 else 0
+    scaled = value / 1000**power
+    digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0
+    prefix = ("n", "µ", "m", "", "k", "M", "G", "T")[power + 3]
+    return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()

@@ -1,0 +1,253 @@
+"""The cost model: formulas against numbers worked out by hand, roofline times, and the command that shows them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fhopt import cost, fitting
+from fhopt.cli import main
+from fhopt.cost import DEVICES, Cost, Device, break_even, find_device, hypothetical_cost, layout_time, model_cost
+from fhopt.errors import FhoptError
+from fhopt.spec import AttentionSite, LatentPlan, SidePlan, SitePlan, Tier
+
+SITE = AttentionSite(
+    "layer.attention", {}, "self", heads=4, kv_heads=2, key_dim=16, value_dim=8, scale=0.25, rope=None, key_norm=False,
+    mask="causal", softcap=0.0, cache="cat", source="",
+)  # fmt: skip
+CODED = SidePlan(torch.zeros(2, 16, 16), torch.zeros(2, 16, 16), (Tier(4, 8, 1.0), Tier(2, 8, 1.0)))
+UNCODED = SidePlan(torch.zeros(1, 8, 16), torch.zeros(2, 8, 8), ())
+PLAN = LatentPlan((SitePlan(SITE, "freq", CODED, UNCODED),), sinks=4, recent=64, block=64)
+EXACT, LATENT = model_cost([SITE], parameters=1000), model_cost([SITE], PLAN, parameters=1000)
+BASES = 2 * (512 + 512 + 128 + 128)  # bytes
+
+figures = settings(max_examples=60, deadline=None)
+devices = st.builds(
+    Device, st.just("any"), st.just("gpu"), st.floats(1, 1e4), st.floats(0.01, 5000), st.floats(0.01, 500), st.just(80)
+)
+latents = st.sampled_from([LATENT, *(hypothetical_cost([SITE], ratio) for ratio in (1, 2, 8))])
+
+
+def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None:
+    exact = EXACT.on(DEVICES["h100"], 200)
+    assert exact.bytes == 200 * 2 * (16 + 8) * 2
+    assert exact.operations == 2 * 4 * 200 * (16 + 8)
+    latent = LATENT.on(DEVICES["h100"], 200)  # 4 + 64 + 32 tokens are exact, 100 are sealed
+    key_row, value_row = 2 * (8 * 4 // 8 + 8 * 2 // 8 + 2), 8 * 2
+    assert latent.bytes == 100 * (key_row + value_row) + 100 * 96 + BASES
+    products = 2 * 4 * 100 * (16 + 8) + 2 * 4 * 100 * (16 + 8)
+    absorb, expand, encode, unpack = 2 * 4 * 16 * 16, 2 * 4 * 8 * 8, 2 * (512 + 128), 100 * 2 * 16
+    assert latent.operations == products + absorb + expand + encode + unpack
+
+
+def test_batch_and_queries_multiply_what_they_should() -> None:
+    one, many = (LATENT.on(DEVICES["h100"], 500, *sizes) for sizes in ((1, 1), (3, 1)))
+    assert many.bytes - BASES == 3 * (one.bytes - BASES) and many.operations == 3 * one.operations
+    queries = EXACT.on(DEVICES["h100"], 500, 1, 2)
+    assert queries.bytes == EXACT.on(DEVICES["h100"], 500).bytes
+    assert queries.operations == 2 * EXACT.on(DEVICES["h100"], 500).operations
+
+
+def test_a_model_costs_the_sum_of_its_sites_and_its_weights() -> None:
+    sites = [SITE, replace(SITE, name="other", key_dim=32)]
+    total = model_cost(sites, PLAN, parameters=1000)
+    parts = [cost.site_cost(SITE, PLAN.sites[0]), cost.site_cost(sites[1])]
+    assert total.bytes == sum(p.bytes for p in parts) and total.operations == sum(p.operations for p in parts)
+    figures = total.on(DEVICES["cpu"], 300)
+    assert figures.step_seconds - figures.attention_seconds == pytest.approx(2000 / 25e9)
+
+
+@figures
+@given(st.integers(1, 3000), st.sampled_from([2, 4]))
+def test_latent_bytes_are_those_of_the_plan_up_to_half_a_block(tokens: int, itemsize: int) -> None:
+    latent = model_cost([SITE], PLAN, itemsize=itemsize)
+    counted = latent.number(latent.bytes, tokens) - BASES * itemsize / 2
+    saved = PLAN.exact_token_bytes(itemsize) - PLAN.sites[0].token_bytes(itemsize)
+    assert abs(counted - PLAN.cache_bytes(tokens, itemsize)) <= PLAN.block / 2 * saved
+
+
+def test_a_sliding_window_is_exact_and_no_longer_than_itself() -> None:
+    sliding = replace(SITE, mask="sliding", window=128)
+    plan = replace(PLAN, sites=(replace(PLAN.sites[0], site=sliding),))
+    exact, latent = model_cost([sliding]), model_cost([sliding], plan)
+    assert exact.bytes == latent.bytes
+    assert [exact.number(exact.bytes, t) for t in (100, 128, 5000)] == [9600, 12288, 12288]
+    assert break_even(exact, latent, DEVICES["h100"]).verdict == "never"
+
+
+@figures
+@given(devices, latents, st.integers(1, 64))
+def test_latents_pay_from_where_the_two_times_cross(device: Device, latent: Cost, batch: int) -> None:
+    found = break_even(EXACT, latent, device, batch)
+
+    def seconds(tokens: int) -> list[float]:
+        return [c.on(device, tokens, batch).attention_seconds for c in (EXACT, latent)]
+
+    slack = 1 + 1e-9  # rounding of floats
+    if found.tokens is None:
+        exact, coded = seconds(10**6)
+        assert found.verdict == "never" and exact <= coded * slack
+        return
+    (exact_before, coded_before), (exact_after, coded_after) = map(seconds, (int(found.tokens), ceil(found.tokens)))
+    assert exact_before <= coded_before * slack and coded_after <= exact_after * slack
+    assert float(found.formula.subs(cost.BATCH, batch)) == found.tokens
+
+
+def test_uncoded_latents_of_full_width_never_pay_and_latents_without_bases_always_do() -> None:
+    plan = fitting.exact_plan([SITE])
+    assert break_even(EXACT, model_cost([SITE], plan), DEVICES["h100"]) == cost.BreakEven("never")
+    free = cost.site_cost(SITE, cost.Rows(0, 0, 1, 0, 0, 0), open_tokens=100)
+    assert break_even(EXACT, free, DEVICES["h100"]) == cost.BreakEven("always")
+
+
+def test_a_larger_batch_pays_earlier_since_it_shares_the_bases() -> None:
+    tokens = [break_even(EXACT, LATENT, DEVICES["h100"], batch).tokens for batch in (1, 4)]
+    assert tokens[0] is not None and tokens[1] is not None and tokens[1] < tokens[0]
+
+
+@figures
+@given(devices, latents, st.integers(1, 5000), st.floats(1, 10), st.integers(1, 5000))
+def test_more_bandwidth_is_never_slower_and_more_tokens_never_cheaper(
+    device: Device, latent: Cost, tokens: int, factor: float, more: int
+) -> None:
+    now = latent.on(device, tokens)
+    faster = latent.on(replace(device, bandwidth_gb_s=factor * device.bandwidth_gb_s), tokens)
+    assert faster.attention_seconds <= now.attention_seconds and faster.step_seconds <= now.step_seconds
+    longer = latent.on(device, tokens + more)
+    slack = 1 - 1e-12  # rounding of floats
+    assert longer.bytes >= now.bytes and longer.operations >= now.operations
+    assert longer.attention_seconds >= now.attention_seconds * slack
+
+
+@figures
+@given(devices, latents, st.integers(1, 5000), st.integers(1, 8))
+def test_the_formula_of_the_time_gives_the_time_in_numbers(
+    device: Device, latent: Cost, tokens: int, batch: int
+) -> None:
+    symbolic = latent.number(latent.time(device), tokens, batch)
+    assert symbolic == pytest.approx(latent.on(device, tokens, batch).attention_seconds, rel=1e-9)
+
+
+def test_a_shared_latent_head_suits_a_gpu_and_heads_of_their_own_a_cpu() -> None:
+    """32 query heads, 32,768 tokens in bfloat16: one head 256 wide, half the bytes of 8 heads 64 wide."""
+    times = {n: [layout_time(DEVICES[n], 32, *shape, 32768) for shape in ((1, 256, 256, 512), (8, 64, 64, 128))]
+             for n in ("h100", "cpu")}  # fmt: skip
+    assert times["h100"][0] < times["h100"][1]
+    assert times["cpu"][0] > times["cpu"][1]
+    measured = (7.3e-3, 3.2e-3)  # generated C++, one thread of the machine whose peaks are in the table
+    assert all(m / 3 < t < m for t, m in zip(times["cpu"], measured, strict=True))
+
+
+@pytest.mark.parametrize(("batch", "ratio", "bound"), [(1, inf, 1.27), (16, 4, 2.55), (32, 8, 4.62)])
+def test_the_most_a_step_can_gain_is_that_of_its_bytes(batch: int, ratio: float, bound: float) -> None:
+    """Llama-3.1-8B in bfloat16 behind 32,768 tokens."""
+    layer = replace(SITE, heads=32, kv_heads=8, key_dim=128, value_dim=128)
+    model = model_cost([layer] * 32, parameters=8_030_261_248)
+    weights, cache = (model.number(e, 32768, batch) for e in (model.weights.bytes, model.bytes))
+    assert cost.upper_bound(weights, cache, ratio) == pytest.approx(bound, abs=0.005)
+    assert cost.upper_bound(0, cache) == inf
+
+
+def test_threads_add_up_until_the_memory_channels_are_full() -> None:
+    eight, many = find_device("cpu:8"), find_device("cpu:64")
+    assert eight.bandwidth_gb_s == 200 and eight.matrix_tflops == pytest.approx(8 * 0.235)
+    assert many.bandwidth_gb_s == cost.SOCKET_GB_S
+
+
+@pytest.mark.parametrize("name", ["h900", "h100:2", "cpu:0", "cpu:many", ""])
+def test_an_unknown_device_is_refused_with_the_names(name: str) -> None:
+    with pytest.raises(FhoptError, match=r"is unknown; expected one of h100, h200, .*, cpu, or cpu:THREADS\."):
+        find_device(name)
+
+
+def test_a_plan_for_other_sites_is_refused() -> None:
+    with pytest.raises(FhoptError, match=r"1 sites that the model lacks, such as 'layer\.attention'"):
+        model_cost([replace(SITE, name="another")], PLAN)
+
+
+class Encoder(nn.Module):
+    """One attention, H=G=4, D=8, 3 * 32 * 32 + 32 * 32 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({n: nn.Linear(32, 32, bias=False) for n in "qkvo"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.attention[n](x).view(1, -1, 4, 8).transpose(1, 2) for n in "qkv")
+        o = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.attention["o"](o.transpose(1, 2).reshape(x.shape))
+        return out
+
+
+def encoder() -> tuple[nn.Module, tuple[Tensor]]:
+    return Encoder(), (torch.randn(1, 6, 32),)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return "test_cost:encoder"
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["cost", *arguments])
+
+
+def test_without_a_plan_ratios_are_assumed_and_said_to_be(importable: str) -> None:
+    result = call(importable, "--tokens", "1024", "--tokens", "8192")
+    assert result.exit_code == 0, result.output
+    assert "2x, 4x and 8x are hypothetical" in result.stdout
+    assert "128⋅B⋅T" in result.stdout and "no cache at all" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+def test_json_has_formulas_rows_and_bounds(importable: str) -> None:
+    options = ["--device", "l4", "--device", "cpu:2", "--batch", "2", "--dtype", "float32", "--json"]
+    result = call(importable, *options)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["parameters"] == 4096 and found["hypothetical"]
+    assert found["formulas"]["exact"]["bytes"] == "256⋅B⋅T"
+    assert [(r["device"], r["cache"]) for r in found["rows"]] == [
+        (d, c) for d in ("l4", "cpu:2") for c in ("exact", "2x", "4x", "8x")
+    ]
+    assert found["rows"][0]["figures"]["bytes"] == 2 * 8192 * 256
+    assert found["rows"][2]["pays"] == "from" and found["rows"][2]["attention_speedup"] > 3
+    assert [b["cache"] for b in found["bounds"]] == ["2x", "4x", "8x", "none"]
+
+
+def test_a_plan_is_shown_for_an_exported_program_as_for_its_module(importable: str, tmp_path: Path) -> None:
+    module, arguments = encoder()
+    torch.export.save(torch.export.export(module.eval(), arguments), tmp_path / "encoder.pt2")
+    site = replace(SITE, name="attention", kv_heads=4, key_dim=8, value_dim=8)
+    key, value = (SidePlan(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8), (Tier(4, 8, 1.0),)) for _ in range(2))
+    folder = LatentPlan((SitePlan(site, "identity", key, value),), 4, 64, 64).save(tmp_path / "plan")
+    shown = []
+    for model in (importable, str(tmp_path / "encoder.pt2")):
+        result = call(model, "--plan", str(folder), "--json")
+        assert result.exit_code == 0, result.output
+        shown.append(json.loads(result.stdout))
+    assert [r["cache"] for r in shown[0]["rows"]] == ["exact", "plan"] * 2 and not shown[0]["hypothetical"]
+    assert shown[0]["rows"] == shown[1]["rows"]
+
+
+def test_an_unknown_device_ends_the_command_with_one_line(importable: str) -> None:
+    result = call(importable, "--device", "abacus")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "device 'abacus' is unknown" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_too_large_for_a_device_is_marked(importable: str) -> None:
+    result = call(importable, "--device", "l4", "--tokens", "1000000000")
+    assert result.exit_code == 0, result.output
+    assert "! weights and cache do not fit" in result.stdout
