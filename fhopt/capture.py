@@ -24,12 +24,13 @@ class Captured:
     """A captured forward pass.
 
     inputs: placeholder name -> name of the argument it stands for. result: index of the main output (logits, or the
-    first tensor) among the graph's outputs.
+    first tensor) among the graph's outputs. is_logits: the model calls that output its logits.
     """
 
     program: Program
     inputs: dict[str, str]
     result: int
+    is_logits: bool = False
 
 
 def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
@@ -82,7 +83,12 @@ def capture_graphs(
     for program, _ in seen:
         _name_parameters(program, model)
     return [
-        Captured(program, _name_inputs(program, args, given), _main_output(result, outputs))
+        Captured(
+            program,
+            _name_inputs(program, args, given),
+            _main_output(result, outputs),
+            getattr(result, "logits", None) is not None,
+        )
         for program, outputs in seen
     ]
 

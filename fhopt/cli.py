@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,37 +156,97 @@ def explain(model: str, as_json: bool) -> None:
 @main.command()
 @click.argument("model")
 @click.option(
-    "--data", "text", default="topics", show_default=True, help="Text file, folder, or topics, source, license."
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Calibration text: file, folder, JSONL, dataset on disk, or topics, source, license, docstrings; repeatable.",
 )
-@click.option("--ratio", type=float, default=4.0, show_default=True, help="How many times smaller than a 16-bit cache.")
-@click.option("--layout", default="freq", show_default=True, help="freq or identity.")
-@click.option("--sequences", type=int, default=16, show_default=True, help="Calibration sequences.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens of each.")
+@click.option("--ratio", type=float, help="How many times smaller than a 16-bit cache. [default: 4]")
+@click.option("--bytes-per-token", type=float, help="The size instead, all counted.")
+@click.option("--max-loss", help="The smallest plan whose perplexity rises by at most this, such as 1%.")
+@click.option(
+    "--gate-data", "gate_texts", multiple=True, help="Text to measure --max-loss on; its second half is read."
+)
+@click.option("--layout", default="auto", show_default=True, help="auto, band, freq, head, identity or input.")
+@click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
+@click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plan is made for.")
+@click.option("--recent", type=int, default=128, show_default=True, help="Newest tokens that are never in latents.")
+@click.option("--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Of those.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
 @json_option
-def fit(model: str, text: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Calibrate MODEL on text and write a plan."""
-    from fhopt.models import load_model
-    from fhopt.pipeline import FitOptions
-    from fhopt.pipeline import fit as run_fit
-    from fhopt.spec import PLAN_FILES, check_folder
-    from fhopt.tables import plan_table
+def fit(
+    model: str, ratio: float | None, bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
+    window_bits: str, explain: Path | None, out: Path, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Calibrate MODEL on text and write a plan.
 
-    chosen = FitOptions(text=text, **options)
+    An interrupted calibration goes on where it was when the same command is given again. Under torchrun the processes
+    share the calibration.
+    """
+    from fhopt import gate, gathering
+    from fhopt.evaluate import Comparison
+    from fhopt.models import load_model
+    from fhopt.pipeline import FitOptions, measure, plan_for
+    from fhopt.spec import PLAN_FILES, check_folder
+
+    if sum(given is not None for given in (ratio, bytes_per_token, max_loss)) > 1:
+        raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
+    limit = gate.Gate(gate.parse_share(max_loss), gate_texts) if max_loss is not None else None
+    if limit is not None:
+        limit.check()
+    checkpoint = out.with_name(f".{out.name}.calibration")
+    chosen = FitOptions(
+        ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), checkpoint=checkpoint, **options
+    )
     chosen.check()
     check_folder(out, PLAN_FILES)
     loaded = load_model(model)
     with _progress(as_json) as progress:
-        plan, outcome = run_fit(loaded, chosen, progress)
+        measured = measure(loaded, chosen, progress)
+        if bytes_per_token is not None:
+            chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
+            chosen.check()
+        if gathering.processes()[0] > 0:  # the first process writes
+            return
+        if limit is None:
+            plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
+        else:
+            plan, trials = gate.smallest_plan(loaded, measured, chosen, limit, progress)
+    if explain is not None:
+        from fhopt.plots import explain_plan
+
+        explain_plan(measured, plan, explain)
     plan.save(out)
-    if as_json:
-        _print_json(
-            {"plan_path": str(out), "sites": len(outcome.sites), "ratio": plan.ratio(), "digest": plan.digest()}
+    _show_plan(plan, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
+
+
+def _ratio_of(measured: Any, bytes_per_token: float) -> float:
+    exact = 2 * sum(s.site.exact_numbers_per_token for s in measured.statistics.values())
+    if not 0 < bytes_per_token <= exact:
+        raise FhoptError(
+            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,} (the exact cache)."
         )
+    return float(exact / bytes_per_token)
+
+
+def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: bool) -> None:
+    from fhopt.tables import plan_table
+
+    if as_json:
+        about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
+        _print_json(about | {"predicted_nats": plan.provenance["predicted_nats"], "trials": trials})
         return
     console = _console(as_json)
     console.print(plan_table(plan))
+    for ratio, found in trials.items():
+        low, high = found["increase_percent_ci"]
+        console.print(f"{ratio}x: perplexity {found['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
     console.print(
         f"{plan.ratio():.2f}x plan for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
     )

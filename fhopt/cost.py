@@ -2,7 +2,8 @@
 
     exact    bytes B T G (Dk + Dv) itemsize        operations 2 B H S T (Dk + Dv)
     latents  bytes B T_sealed (codes + scales)     operations 2 B H S T_sealed (R_K + R_V), and one a code unpacked
-    window   the exact formulas, over the T - T_sealed first and newest tokens
+    window   the exact formulas, over the T - T_sealed first and newest tokens; with a window of 8 bits all but the
+             first count the bytes of their codes and scales, and one operation a code
     bases    bytes encode and decode, once a step  operations absorb, expand, and encode of the new tokens
     weights  bytes parameters itemsize, once       operations 2 B S parameters
 
@@ -11,7 +12,9 @@ figures of devices go in, so bounds come out, not promises: kernels reach a part
 and matrix tiles that few queries leave half empty are not counted. Every parameter counts as read once a step, those
 of experts that stand idle too. Of a cross attention T is the length of what it reads.
 
-The newest `recent` to `recent + block` tokens are exact; formulas use the middle, so that T_sealed = max(0, T - sinks
+Rows that keys and values share count once in bytes and codes, and twice in products: they are read for both.
+
+The newest `recent` to `recent + block` tokens are open; formulas use the middle, so that T_sealed = max(0, T - sinks
 - recent - block // 2), where `LatentPlan.cache_bytes` counts whole blocks: they differ by at most half a block.
 
 Roofline: Williams, Waterman, Patterson 2009. Letters: B batch, H query heads, G kv heads, S new queries, T cached
@@ -97,15 +100,16 @@ def find_device(name: str) -> Device:
 
 def layout_time(
     device: Device, heads: int, latent_heads: int, key_width: int, value_width: int, row_bytes: float, tokens: int,
-    *, itemsize: int = 2,
+    *, itemsize: int = 2, shared: bool = False,
 ) -> float:  # fmt: skip
     """Seconds in which `heads` query heads read `tokens` latents of one sequence, for choosing between layouts.
 
     key_width and value_width (R_K, R_V) and row_bytes (codes and scales of both) are of one token in one latent head.
-    Queries and uncoded latents have `itemsize` bytes a number; smaller rows are unpacked first.
+    Queries and uncoded latents have `itemsize` bytes a number; smaller rows are unpacked first. `shared` rows serve
+    keys and values alike, R_K = R_V: row_bytes has them once, and they are unpacked once.
     """
-    numbers = latent_heads * (key_width + value_width)
-    conversions = numbers if row_bytes < itemsize * (key_width + value_width) else 0
+    row = key_width if shared else key_width + value_width
+    conversions = latent_heads * row if row_bytes < itemsize * row else 0
     size, operations = latent_heads * row_bytes, 2 * heads * (key_width + value_width)
     return max(device.roofline(tokens * size, tokens * operations, tokens * conversions, itemsize))
 
@@ -204,7 +208,8 @@ class Rows:
         sides = (plan.key, plan.value)
         encode = sum(int(side.encode.numel()) for side in sides)
         decode = sum(int(side.decode.numel()) for side in sides)
-        codes = sum(side.groups * t.width for side in sides for t in side.tiers if t.bits < 16)
+        stored = sides[:1] if plan.is_shared else sides
+        codes = sum(side.groups * t.width for side in stored for t in side.tiers if t.bits < 16)
         return Rows(plan.key.width, plan.value.width, plan.token_bytes(itemsize), codes, encode, decode)
 
     @staticmethod
@@ -216,11 +221,13 @@ class Rows:
 
 
 def site_cost(
-    site: AttentionSite, latents: SitePlan | Rows | None = None, *, open_tokens: int = 0, itemsize: int = 2
-) -> Cost:
+    site: AttentionSite, latents: SitePlan | Rows | None = None, *, open_tokens: int = 0, itemsize: int = 2,
+    window_bits: int = 16, sinks: int = 0,
+) -> Cost:  # fmt: skip
     """Cost of one site: exact without `latents`; a sliding window is always exact, as in the cache.
 
-    itemsize: bytes of one exact number and of one number of the bases.
+    itemsize: bytes of one exact number and of one number of the bases. window_bits: of the open window of a plan, but
+    for its first `sinks` tokens, which are exact.
     """
     slides = site.mask == "sliding" and site.window > 0
     if latents is None or slides:
@@ -239,7 +246,19 @@ def site_cost(
         per_query * (site.key_dim * rows.key_width + site.value_dim * rows.value_width)
         + 2 * BATCH * QUERIES * rows.encode,
     )
-    return Cost((_exact(site, TOKENS - SEALED, itemsize), sealed, bases), itemsize, open_tokens)
+    opened: tuple[Work, ...] = (_exact(site, TOKENS - SEALED, itemsize),)
+    if isinstance(latents, SitePlan) and window_bits < 16:
+        opened = _rounded(latents, window_bits, sinks, itemsize)
+    return Cost((*opened, sealed, bases), itemsize, open_tokens)
+
+
+def _rounded(plan: SitePlan, window_bits: int, sinks: int, itemsize: int) -> tuple[Work, ...]:
+    """The open tokens where all but the first `sinks` are codes."""
+    first = sympy.Min(TOKENS - SEALED, sinks)
+    codes = BATCH * (TOKENS - SEALED - first)
+    products = _exact(plan.site, TOKENS - SEALED - first, itemsize).operations
+    numbers, size = plan.site.exact_numbers_per_token, plan.open_bytes(window_bits, itemsize)
+    return _exact(plan.site, first, itemsize), Work("window", codes * size, products, codes * numbers)
 
 
 def _exact(site: AttentionSite, tokens: Any, itemsize: int) -> Work:
@@ -262,22 +281,23 @@ def model_cost(
             f"the plan has {len(unknown)} sites that the model lacks, such as {min(unknown)!r}; "
             f"expected some of the model's {len(found)}. Fit a plan for this model: fhopt fit MODEL."
         )
-    open_tokens = plan.sinks + plan.recent + plan.block // 2 if plan else 0
-    return _sum([(s, planned.get(s.name)) for s in found], open_tokens, parameters, itemsize)
+    if plan is None:
+        return _sum([site_cost(s, itemsize=itemsize) for s in found], 0, parameters, itemsize)
+    window: dict[str, int] = dict(window_bits=plan.window_bits, sinks=plan.sinks, itemsize=itemsize)
+    costs = [site_cost(s, planned.get(s.name), **window) for s in found]
+    return _sum(costs, plan.sinks + plan.recent + plan.block // 2, parameters, itemsize)
 
 
 def hypothetical_cost(sites: Iterable[AttentionSite], ratio: int, *, parameters: int = 0, itemsize: int = 2) -> Cost:
     """The same where no plan exists: latents of `ratio` times fewer bytes (see `Rows.divided`), the usual window."""
-    pairs = [(s, Rows.divided(s, ratio, itemsize)) for s in sites]
-    return _sum(pairs, USUAL_OPEN_TOKENS, parameters, itemsize)
+    costs = [site_cost(s, Rows.divided(s, ratio, itemsize), itemsize=itemsize) for s in sites]
+    return _sum(costs, USUAL_OPEN_TOKENS, parameters, itemsize)
 
 
-def _sum(
-    pairs: Sequence[tuple[AttentionSite, SitePlan | Rows | None]], open_tokens: int, parameters: int, itemsize: int
-) -> Cost:
-    works = [w for site, latents in pairs for w in site_cost(site, latents, itemsize=itemsize).works]
+def _sum(costs: Sequence[Cost], open_tokens: int, parameters: int, itemsize: int) -> Cost:
+    works = tuple(w for c in costs for w in c.works)
     weights = Work("weights", sympy.Integer(parameters * itemsize), 2 * BATCH * QUERIES * parameters)
-    return Cost(tuple(works), itemsize, open_tokens, weights)
+    return Cost(works, itemsize, open_tokens, weights)
 
 
 # --------------------------------------------------------------------------------------------------- answers
@@ -301,13 +321,18 @@ def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1, querie
     Beyond the open window both times are lines in T_sealed, which start apart by the time of the bases:
 
         T = open tokens + time of the bases / (time of an exact token - time of a sealed token)
+
+    Where a window of 8 bits has already saved more than that, the two cross within it, at a like formula.
     """
-    gap = (latent.time(device) - exact.time(device)).subs({QUERIES: queries, TOKENS: SEALED + latent.open_tokens})
-    start, slope = gap.subs(SEALED, 0), sympy.expand(gap.subs(SEALED, 1) - gap.subs(SEALED, 0))
+    gap, window = (latent.time(device) - exact.time(device)).subs(QUERIES, queries), latent.open_tokens
+    start = gap.subs({TOKENS: window, SEALED: 0})
+    slope = sympy.expand(gap.subs({TOKENS: window + 1, SEALED: 1}) - start)
     if slope.subs(BATCH, batch) >= 0:
         return BreakEven("never")
     if start.subs(BATCH, batch) <= 0:
-        return BreakEven("always")
+        slope = sympy.expand(start - gap.subs({TOKENS: window - 1, SEALED: 0}))
+        if slope.subs(BATCH, batch) >= 0:
+            return BreakEven("always")
     formula = latent.open_tokens - start / slope
     return BreakEven("from", float(formula.subs(BATCH, batch)), formula)
 

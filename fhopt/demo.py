@@ -27,7 +27,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run it, writing the plan and the report below `out`; returns the figures (README: `fhopt demo --json`)."""
     start = time.perf_counter()
-    options = pipeline.FitOptions(ratio=ratio, sequences=12)
+    options = pipeline.FitOptions(ratio=ratio)
     options.check()
     _check_writable(out)
     loaded = load_model("demo")

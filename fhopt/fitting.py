@@ -1,13 +1,9 @@
-"""From statistics to a plan: bases by optimal transform coding in the metric of the loss, bits by water-filling.
+"""From bases and what their channels cost to a plan: one byte budget over all channels of all layers.
 
-Per block of channels that may mix (calibrate.families), with C the moment and F the metric per token:
-
-    encode = U^H F^{1/2}, decode = F^{-1/2} U,  where  F^{1/2} C F^{1/2} = U diag(lambda) U^H
-
-In these coordinates an error costs the same in every direction, and channel c rounded to b bits costs
-1/2 lambda_c d(b) nats per token (d: distortion of a unit Gaussian). All channels of all layers then compete for one
-budget: reverse water-filling (Cover & Thomas, 10.3.3), which makes layer sensitivities part of the variances.
-Rotary frequencies are complex blocks: their bases commute with the rotation (TransMLA's RoRoPE, PhasorKV's `freq`).
+Every chunk of channels gets the bits that lower the loss most per byte, until the budget is spent (reverse
+water-filling, Cover & Thomas, 10.3.3, on measured rate-distortion points). All costs are in nats, so layer
+sensitivities need no weights. Layouts compete: each site takes the one with the least loss at the price of a bit that
+the whole model pays, plain rounding (`identity`) among them, so no site is worse off than with plain rounding.
 """
 
 from __future__ import annotations
@@ -21,67 +17,176 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fhopt.bases import Basis, fit_basis, fit_joint, joint_basis
 from fhopt.errors import FhoptError
 from fhopt.spec import (
+    LAYOUTS,
     SCALE_BYTES,
     TIER_QUANTUM,
     AttentionSite,
     LatentPlan,
     SidePlan,
-    SideStatistics,
     SitePlan,
     SiteStatistics,
     Tier,
+    sealed_tokens,
 )
 
-DISTORTION = {0: 1.0, 2: 0.1188, 4: 0.01154, 8: 0.00009}  # of a unit Gaussian under its best uniform quantiser
-STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}  # that quantiser's step, in standard deviations (Max 1960)
-WIDER = {2: 1.3, 4: 1.2, 8: 1.2}  # tokens are not Gaussian: a wider range clips less (SmolLM2 at 8x: 1.4 beats 1.0)
-SHRINKAGE = 0.01
-LAYOUTS = ("freq", "identity")
-
-
-@dataclass
-class _Fitted:
-    """A basis before bits are chosen: channels in order of falling variance, all latent heads alike in length."""
-
-    encode: Tensor  # [J, R, n*D] float64, unit variance per channel
-    decode: Tensor  # [G, D, R] float64
-    variance: Tensor  # [J, R] nats: cost of dropping the channel, twice
+# Of a unit Gaussian under its best uniform quantiser (Max 1960): distortion, and the step in standard deviations.
+DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.00009, 16: 0.0}
+STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+# Tokens are not Gaussian, and what is clipped costs more than what is rounded: measured on SmolLM2 by the effect on
+# the likelihood, per number of bits. At 8 bits the Gaussian's range makes clipping 20 times as dear as rounding.
+WIDER = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.2, 5: 1.3, 6: 1.4, 8: 2.0}
+STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
+BITS = (1, 2, 3, 4, 5, 6, 8, 16)
+AUTO = "auto"
+COMPETING = ("band", "identity")  # what "auto" chooses from
+ROUNDS = 4  # of choosing layouts at the price that the last choice led to
+# site -> layout -> bases of keys and values; "input" has one for both
+Candidates = dict[str, dict[str, tuple[Basis, ...]]]
 
 
 # --------------------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a cache may be: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted."""
+
+    ratio: float
+    sinks: int = 4
+    recent: int = 128
+    block: int = 64
+    window_bits: int = 8
+    tokens: int = 8192
+
+    def code_bits(self, sites: Iterable[AttentionSite]) -> int:
+        """Bits of codes and scales per sealed token. Raises FhoptError when every token is exact."""
+        plans = [_blank(site) for site in sites]
+        exact = sum(p.open_bytes() for p in plans)
+        window = sum(p.open_bytes(self.window_bits) for p in plans)
+        sealed = sealed_tokens(self.tokens, self.sinks, self.recent, self.block)
+        if sealed == 0:
+            raise FhoptError(
+                f"{self.tokens} tokens are all exact (sinks {self.sinks}, recent {self.recent}); expected a longer "
+                "context."
+            )
+        fixed = self.sinks * exact + (self.tokens - self.sinks - sealed) * window
+        return int(8 * (self.tokens * exact / self.ratio - fixed) / sealed)
+
+
+def _blank(site: AttentionSite) -> SitePlan:
+    nothing = SidePlan(torch.zeros(1, 0, 0), torch.zeros(1, 0, 0), ())
+    return SitePlan(site, "identity", nothing, nothing)
+
+
+def candidates(
+    statistics: Mapping[str, SiteStatistics], layout: str = AUTO, *, context: int, tokens: int = 8192
+) -> Candidates:
+    """Bases of every site in the layouts that may be chosen. context: tokens of a calibration sequence.
+
+    Raises FhoptError when the layout `input` is asked for and a site has none.
+    """
+    found: Candidates = {}
+    for name, s in statistics.items():
+        joint = fit_joint(s) if layout in (AUTO, "input") else None
+        if layout == "input" and joint is None:
+            raise _no_joint(s)
+        pairs = COMPETING if layout == AUTO else (layout,) if layout != "input" else ()
+        found[name] = {"input": (joint,)} if joint is not None else {}
+        for which in pairs:
+            sides = (fit_basis(s, side, which, tokens, context) for side in ("key", "value"))
+            found[name][which] = tuple(sides)
+    return found
 
 
 def fit(
     statistics: Mapping[str, SiteStatistics],
     *,
     ratio: float,
-    layout: str = "freq",
+    layout: str = AUTO,
+    found: Candidates | None = None,
+    context: int = 512,
     sinks: int = 4,
-    recent: int = 64,
+    recent: int = 128,
     block: int = 64,
+    window_bits: int = 8,
     tokens: int = 8192,
-    bits: Sequence[int] = (2, 4, 8),
+    bits: Sequence[int] = BITS,
 ) -> LatentPlan:
     """A plan whose whole cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
-    ratio 1 gives uncoded latents of full width. Bytes count codes, scales, sinks and window. Raises FhoptError when
-    the ratio cannot be reached or is not a number of at least 1.
+    ratio 1 gives uncoded latents of full width; so does the layout `input` up to a ratio of 2, as small as the rank of
+    keys and values allows (about 2). `found`: bases of these statistics, with measured costs; without them
+    bases are fitted here, and costs are those of a Gaussian. Raises FhoptError when the ratio cannot be reached, when
+    options are not possible, or when the layout `input` is asked for where it does not exist.
     """
     check_options(ratio, layout, bits)
-    fitted = {name: _fit_site(s, layout) for name, s in statistics.items()}
+    sites = {name: s.site for name, s in statistics.items()}
+    lossless = _lossless(statistics, ratio, layout)
+    if lossless is not None:
+        return LatentPlan(lossless, sinks, recent, block, _provenance("input", ratio, 0.0), 16)
+    found = candidates(statistics, layout, context=context, tokens=tokens) if found is None else found
     if ratio == 1:
-        plans = [_uncoded(statistics[name].site, layout, *sides) for name, sides in fitted.items()]
-        return LatentPlan(tuple(plans), sinks, recent, block, {"layout": layout, "ratio": 1.0, "predicted_nats": 0.0})
-    budget = _code_budget(statistics, fitted, ratio, sinks, recent, block, tokens)
-    chosen, loss = _allocate(fitted, budget, tuple(bits))
-    plans = [
-        SitePlan(statistics[n].site, layout, _coded(k, chosen[n, 0]), _coded(v, chosen[n, 1]))
-        for n, (k, v) in fitted.items()
-    ]
-    provenance = {"layout": layout, "ratio": float(ratio), "predicted_nats": loss}
-    return LatentPlan(tuple(plans), sinks, recent, block, provenance)
+        plans = []
+        for name, table in found.items():
+            which = next(w for w in table if w != "input")
+            plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in table[which]]))
+        return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
+    budget = Budget(ratio, sinks, recent, block, window_bits, tokens)
+    chosen, allocation = _choose(found, budget.code_bits(sites.values()), tuple(bits))
+    plans = []
+    for name, which in chosen.items():
+        sides = [_coded(basis, allocation.bits[name, i]) for i, basis in enumerate(found[name][which])]
+        plans.append(_site_plan(sites[name], which, sides))
+    return LatentPlan(tuple(plans), sinks, recent, block, _provenance(layout, ratio, allocation.nats), window_bits)
+
+
+def _provenance(layout: str, ratio: float, nats: float) -> dict[str, Any]:
+    return {"layout": layout, "ratio": float(ratio), "predicted_nats": nats}
+
+
+def _lossless(statistics: Mapping[str, SiteStatistics], ratio: float, layout: str) -> tuple[SitePlan, ...] | None:
+    """Uncoded plans of the layout `input`, where it is asked for and halves the cache; None otherwise."""
+    if ratio > 2 or layout != "input":
+        return None
+    plans = []
+    for s in statistics.values():
+        rows = joint_basis(s)
+        if rows is None:
+            raise _no_joint(s)
+        plans.append(_shared(s.site, rows.unsqueeze(0), rows.T.unsqueeze(0), ()))
+    return tuple(plans)
+
+
+def _no_joint(statistics: SiteStatistics) -> FhoptError:
+    site = statistics.site
+    why = "its keys rotate" if site.rope is not None else "they are as wide as their input, or it is too wide"
+    return FhoptError(
+        f"{site.name}: keys and values are not maps of one input half as wide ({why}); the layout `input` needs that. "
+        "Use another layout."
+    )
+
+
+def _site_plan(site: AttentionSite, layout: str, sides: Sequence[tuple[Tensor, Tensor, tuple[Tier, ...]]]) -> SitePlan:
+    """The plan of a site from (encode, decode [J, n*D, R], tiers) of each side, or of the one that serves both."""
+    if layout == "input":
+        return _shared(site, *sides[0])
+    key, value = (SidePlan(_plain(encode), _by_head(decode, site.kv_heads), tiers) for encode, decode, tiers in sides)
+    return SitePlan(site, layout, key, value)
+
+
+def _shared(site: AttentionSite, encode: Tensor, decode: Tensor, tiers: tuple[Tier, ...]) -> SitePlan:
+    """The layout `input` from encode [1, R, G*(D+E)] and decode [1, G*(D+E), R]."""
+    key, value = _by_head(decode, site.kv_heads).split([site.key_dim, site.value_dim], 1)
+    nothing = torch.zeros(1, encode.shape[1], 0)
+    sides = SidePlan(_plain(encode), _plain(key), tiers), SidePlan(nothing, _plain(value), tiers)
+    return SitePlan(site, "input", *sides)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.float().cpu().contiguous()
 
 
 def exact_plan(sites: Iterable[AttentionSite], *, sinks: int = 4, recent: int = 64, block: int = 64) -> LatentPlan:
@@ -128,199 +233,151 @@ def check_options(ratio: float, layout: str, bits: Sequence[int]) -> None:
     """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits."""
     if not 1 <= ratio < 1000:
         raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
-    if layout not in LAYOUTS:
-        raise FhoptError(f"layout {layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
-    if not bits or any(b not in STEP for b in bits):
-        raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, STEP))}.")
-
-
-# --------------------------------------------------------------------------------------------------- bases
-
-
-def _fit_site(statistics: SiteStatistics, layout: str) -> tuple[_Fitted, _Fitted]:
-    site = statistics.site
-    build = _transform_basis if layout == "freq" else _identity_basis
-    return build(statistics.key, site.kv_heads, site.key_dim), build(statistics.value, site.kv_heads, site.value_dim)
-
-
-def _transform_basis(side: SideStatistics, kv_heads: int, dim: int) -> _Fitted:
-    """The basis of the module docstring, families side by side."""
-    groups, heads = side.groups, kv_heads // side.groups
-    encoders, decoders, variances = [], [], []
-    for family, moment, metric in zip(side.families, side.moments, side.metrics, strict=True):
-        halves = 2 if family.is_complex else 1
-        root, inverse = _square_roots(_shrunk(metric / side.count / halves))
-        values, vectors = torch.linalg.eigh(root @ (moment / side.count) @ root)
-        encode, decode = vectors.mH @ root, inverse @ vectors  # [J, P, c, c]
-        rows, columns = _real_rows(encode, decode, family.channels, family.is_complex, heads, dim)
-        encoders.append(rows)
-        decoders.append(columns)
-        variances.append((values.clamp_min(0) / halves).flatten(1).repeat(1, halves))
-    encode, decode, variance = torch.cat(encoders, 1), torch.cat(decoders, 2), torch.cat(variances, 1)
-    return _sorted(encode, decode.unflatten(1, (heads, dim)).flatten(0, 1), variance, groups)
-
-
-def _real_rows(
-    encode: Tensor, decode: Tensor, channels: Sequence[Sequence[int]], is_complex: bool, heads: int, dim: int
-) -> tuple[Tensor, Tensor]:
-    """Dense real bases [J, P*r, n*D] and [J, n*D, P*r] of block bases [J, P, c, c]."""
-    groups, count, width, _ = encode.shape
-    index = torch.tensor(channels)  # [P, d]
-    places = (torch.arange(heads).view(1, -1, 1) * dim + index.unsqueeze(1)).to(encode.device)  # [P, n, d]
-    if not is_complex:
-        rows = encode.new_zeros(groups, count, width, heads * dim)
-        flat = places.flatten(1)  # [P, n*d]: the order in which calibrate.blocks lays channels out
-        rows.scatter_(3, flat.view(1, count, 1, -1).expand(groups, -1, width, -1), encode)
-        columns = decode.new_zeros(groups, count, heads * dim, width)
-        columns.scatter_(2, flat.view(1, count, -1, 1).expand(groups, -1, -1, width), decode)
-        return rows.flatten(1, 2), columns.permute(0, 2, 1, 3).flatten(2)
-    real, imaginary = places[..., 0], places[..., 1]  # [P, n]
-    rows = torch.zeros(groups, count, 2, width, heads * dim, dtype=torch.float64, device=encode.device)
-    columns = torch.zeros_like(rows)
-    for out, (on_real, on_imaginary) in enumerate(((encode.real, -encode.imag), (encode.imag, encode.real))):
-        _place(rows[:, :, out], real, on_real)
-        _place(rows[:, :, out], imaginary, on_imaginary)
-    turned = decode.mT  # [J, P, r, n]
-    for out, (on_real, on_imaginary) in enumerate(((turned.real, turned.imag), (-turned.imag, turned.real))):
-        _place(columns[:, :, out], real, on_real)
-        _place(columns[:, :, out], imaginary, on_imaginary)
-    order = (0, 2, 1, 3, 4)  # all real parts, then all imaginary parts, as the variances are repeated
-    return rows.permute(order).flatten(1, 3), columns.permute(order).flatten(1, 3).mT
-
-
-def _place(target: Tensor, columns: Tensor, values: Tensor) -> None:
-    """target [J, P, r, n*D], columns [P, n], values [J, P, r, n]: write values into those columns."""
-    target.scatter_(3, columns.view(1, columns.shape[0], 1, -1).expand_as(values), values)
-
-
-def _identity_basis(side: SideStatistics, kv_heads: int, dim: int) -> _Fitted:
-    """J = G latent heads; a latent channel is a channel, divided by its deviation."""
-    heads = kv_heads // side.groups
-    power, cost = torch.zeros(kv_heads, dim, dtype=torch.float64), torch.zeros(kv_heads, dim, dtype=torch.float64)
-    for family, moment, metric in zip(side.families, side.moments, side.metrics, strict=True):
-        for total, matrix in ((power, moment), (cost, _shrunk(metric))):
-            diagonal = matrix.diagonal(dim1=-2, dim2=-1).real.cpu() / side.count  # [J, P, c]
-            for block, channels in enumerate(family.channels):
-                per_head = diagonal[:, block].reshape(side.groups * heads, -1)  # [G, d] or [G, 1]
-                share = 2 if family.is_complex else 1
-                total[:, list(channels)] = per_head.expand(-1, len(channels)) / share
-    eye = torch.eye(dim, dtype=torch.float64).expand(kv_heads, dim, dim)
-    root = cost.clamp_min(1e-30).sqrt()
-    return _sorted(eye * root.unsqueeze(-1), (eye / root.unsqueeze(-1)).mT, power * cost, kv_heads)
-
-
-def _sorted(encode: Tensor, decode: Tensor, variance: Tensor, groups: int) -> _Fitted:
-    """Channels in falling order of variance within each latent head, scaled to unit variance."""
-    order = torch.argsort(variance, dim=1, descending=True, stable=True)  # [J, R]
-    variance = variance.gather(1, order)
-    deviation = variance.clamp_min(float(variance.max()) * 1e-12 + 1e-300).sqrt()
-    encode = encode.gather(1, order.unsqueeze(-1).expand_as(encode)) / deviation.unsqueeze(-1)
-    heads = decode.shape[0] // groups
-    per_head = order.repeat_interleave(heads, 0).unsqueeze(1).expand_as(decode)
-    decode = decode.gather(2, per_head) * deviation.repeat_interleave(heads, 0).unsqueeze(1)
-    return _Fitted(encode, decode, variance)
-
-
-def _shrunk(matrix: Tensor) -> Tensor:
-    """(1 - s) A + s tr(A)/c I per block, and a floor far below the largest block: never singular."""
-    size = matrix.shape[-1]
-    mean = matrix.diagonal(dim1=-2, dim2=-1).real.mean(-1)  # [J, P]
-    floor = mean.max() * 1e-9 + 1e-300
-    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    return (1 - SHRINKAGE) * matrix + (SHRINKAGE * mean + floor)[..., None, None] * eye
-
-
-def _square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A^{1/2} and A^{-1/2} of positive Hermitian blocks."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root = values.clamp_min(1e-300).sqrt().unsqueeze(-2)
-    return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
+    if layout not in (AUTO, *LAYOUTS):
+        raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
+    if not bits or any(b not in BITS for b in bits):
+        raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, BITS))}.")
 
 
 # --------------------------------------------------------------------------------------------------- bits
 
 
-def _code_budget(
-    statistics: Mapping[str, SiteStatistics], fitted: Mapping[str, tuple[_Fitted, _Fitted]],
-    ratio: float, sinks: int, recent: int, block: int, tokens: int,
-) -> int:  # fmt: skip
-    """Bits of codes per sealed token that make the whole cache `ratio` times smaller at `tokens` tokens."""
-    exact = 2 * sum(s.site.exact_numbers_per_token for s in statistics.values())
-    sealed = max(0, (tokens - sinks - recent) // block) * block
-    if sealed == 0:
-        raise FhoptError(f"{tokens} tokens are all exact (sinks {sinks}, recent {recent}); expected a longer context.")
-    scales = SCALE_BYTES * sum(len(side.variance) for sides in fitted.values() for side in sides)
-    return int(8 * ((tokens * exact / ratio - (tokens - sealed) * exact) / sealed - scales))
+@dataclass
+class _Allocation:
+    """Bits per chunk of TIER_QUANTUM channels of each (site, side), the nats left, and what a bit was worth last."""
+
+    bits: dict[tuple[str, int], list[int]]
+    nats: float
+    price: float  # nats per bit
 
 
-def _allocate(
-    fitted: Mapping[str, tuple[_Fitted, _Fitted]], budget: int, levels: tuple[int, ...]
-) -> tuple[dict[tuple[str, int], list[int]], float]:
-    """Bits per chunk of TIER_QUANTUM channels: always the largest fall of loss per bit. Returns (bits, nats left)."""
-    keys = [(name, side) for name in fitted for side in (0, 1)]
-    chunks = {(n, s): _chunk_costs(fitted[n][s]) for n, s in keys}
+@dataclass
+class _Side:
+    """What a side costs: nats per chunk and level, and the bits that one bit per channel takes over J latent heads."""
+
+    costs: dict[int, list[float]]
+    unit: int
+    fixed: int  # bits of scales per token
+
+
+def _choose(found: Candidates, budget: int, levels: tuple[int, ...]) -> tuple[dict[str, str], _Allocation]:
+    """(layout of each site, bits): allocate, let layouts compete at the price of the last bit, repeat while it helps.
+
+    The first layouts of each site must fit the budget; others are taken only where the whole plan costs less.
+    """
+    sides = {
+        (name, which, i): _side(basis, levels)
+        for name, table in found.items()
+        for which, pair in table.items()
+        for i, basis in enumerate(pair)
+    }
+
+    def allocate(layouts: Mapping[str, str]) -> _Allocation:
+        used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(found[n][w]))}
+        return _allocate(used, budget, levels)
+
+    def cheapest(name: str, price: float) -> str:
+        worth = {
+            which: sum(_least(sides[name, which, i], levels, price) for i in range(len(pair)))
+            for which, pair in found[name].items()
+        }
+        return min(worth, key=lambda w: worth[w])
+
+    chosen = {name: next(iter(table)) for name, table in found.items()}
+    allocation = allocate(chosen)
+    for _ in range(ROUNDS):
+        others = {name: cheapest(name, allocation.price) for name in found}
+        if others == chosen:
+            break
+        try:
+            other = allocate(others)
+        except FhoptError:  # layouts with more latent heads need more bytes at the least
+            break
+        if other.nats >= allocation.nats:
+            break
+        chosen, allocation = others, other
+    return chosen, allocation
+
+
+def _least(side: _Side, levels: Sequence[int], price: float) -> float:
+    """Least of nats plus what its bits are worth, for one side."""
+    chunks = range(len(side.costs[0]))
+    best = (min(side.costs[b][i] + price * b * side.unit for b in (0, *levels)) for i in chunks)
+    return sum(best) + price * side.fixed
+
+
+def _side(basis: Basis, levels: Sequence[int]) -> _Side:
+    costs, tokens = {}, int(basis.tokens)
+    for b in (0, *levels):
+        per_channel = basis.variance * DISTORTION[b]
+        if tokens and b in basis.costs:
+            per_channel = basis.costs[b] / tokens
+        costs[b] = _per_chunk(0.5 * per_channel)
+    return _Side(costs, TIER_QUANTUM * basis.groups, 8 * SCALE_BYTES * basis.groups)
+
+
+def _per_chunk(per_channel: Tensor) -> list[float]:
+    """[J, R] -> sums over latent heads and over each chunk of TIER_QUANTUM channels."""
+    total = per_channel.sum(0)
+    padded = torch.nn.functional.pad(total, (0, -len(total) % TIER_QUANTUM))
+    return [float(c) for c in padded.unflatten(0, (-1, TIER_QUANTUM)).sum(1)]
+
+
+def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, levels: tuple[int, ...]) -> _Allocation:
+    """Bits per chunk: always the largest fall of loss per bit."""
     lowest = min(levels)
-    bits = {key: [0] * len(costs) for key, costs in chunks.items()}
-    price = {(n, s): TIER_QUANTUM * len(fitted[n][s].variance) for n, s in keys}
-    used = 0
-    for key in keys:  # every side keeps at least one chunk: a latent of no channels is no latent
+    bits = {key: [0] * len(side.costs[0]) for key, side in sides.items()}
+    used = sum(side.fixed for side in sides.values())
+    for key, side in sides.items():  # every side keeps at least one chunk: a latent of no channels is no latent
         bits[key][0] = lowest
-        used += lowest * price[key]
+        used += lowest * side.unit
     if used > budget:
         raise FhoptError(
-            f"the ratio asks for {budget / 8:.0f} bytes a token, the least possible is {used / 8:.0f}. Lower the ratio."
+            f"the ratio asks for {budget / 8:.0f} bytes a sealed token, the least possible is {used / 8:.0f}. "
+            "Lower the ratio."
         )
     heap: list[tuple[float, tuple[str, int], int, int]] = []
 
     def push(key: tuple[str, int], chunk: int) -> None:
-        now = bits[key][chunk]
+        side, now = sides[key], bits[key][chunk]
         gains = [
-            (chunks[key][chunk] * (DISTORTION[now] - DISTORTION[b]) / ((b - now) * price[key]), b)
-            for b in levels
-            if b > now
+            ((side.costs[now][chunk] - side.costs[b][chunk]) / ((b - now) * side.unit), b) for b in levels if b > now
         ]
         if gains:
             gain, level = max(gains)
             heapq.heappush(heap, (-gain, key, chunk, level))
 
-    for key in keys:
-        for chunk in range(len(chunks[key])):
+    for key, side in sides.items():
+        for chunk in range(len(side.costs[0])):
             push(key, chunk)
+    price = 0.0
     while heap:
-        _, key, chunk, level = heapq.heappop(heap)
-        more = (level - bits[key][chunk]) * price[key]
-        if used + more <= budget:
+        gain, key, chunk, level = heapq.heappop(heap)
+        more = (level - bits[key][chunk]) * sides[key].unit
+        if gain < 0 and used + more <= budget:
             used += more
             bits[key][chunk] = level
+            price = -gain
             push(key, chunk)
-    ordered = {key: sorted(b, reverse=True) for key, b in bits.items()}
-    loss = sum(0.5 * c * DISTORTION[b] for key in keys for c, b in zip(chunks[key], ordered[key], strict=True))
-    return ordered, loss
+    nats = sum(side.costs[b][i] for key, side in sides.items() for i, b in enumerate(bits[key]))
+    return _Allocation(bits, nats, price)
 
 
-def _chunk_costs(side: _Fitted) -> list[float]:
-    """Sum of variances of each chunk of TIER_QUANTUM channels, over latent heads."""
-    total = side.variance.sum(0)
-    padded = torch.nn.functional.pad(total, (0, -len(total) % TIER_QUANTUM))
-    return [float(c) for c in padded.unflatten(0, (-1, TIER_QUANTUM)).sum(1)]
-
-
-def _coded(side: _Fitted, bits: Sequence[int]) -> SidePlan:
-    """The side with its channels cut to those that got bits, in tiers of falling bits."""
+def _coded(basis: Basis, bits: Sequence[int]) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
+    """(encode, decode, tiers) with the channels cut to those that got bits, in tiers of falling bits."""
+    order = sorted((i for i, b in enumerate(bits) if b), key=lambda i: (-bits[i], i))  # chunks
+    channels = [c for i in order for c in range(i * TIER_QUANTUM, (i + 1) * TIER_QUANTUM)]
+    spare = -basis.encode.shape[1] % TIER_QUANTUM  # the last chunk may reach past the last channel
+    encode = torch.nn.functional.pad(basis.encode, (0, 0, 0, spare))[:, channels]
+    decode = torch.nn.functional.pad(basis.decode, (0, spare))[:, :, channels]
     widths = {b: TIER_QUANTUM * list(bits).count(b) for b in sorted(set(bits) - {0}, reverse=True)}
-    width = sum(widths.values())
-    spare = max(0, width - side.encode.shape[1])  # the last chunk may reach past the last channel
-    encode = torch.nn.functional.pad(side.encode, (0, 0, 0, spare))[:, :width]
-    decode = torch.nn.functional.pad(side.decode, (0, spare))[:, :, :width]
-    tiers = tuple(Tier(b, w, STEP[b] * WIDER[b]) for b, w in widths.items())
-    return SidePlan(encode.float().cpu().contiguous(), decode.float().cpu().contiguous(), tiers)
+    tiers = tuple(Tier(b, w, STEPS.get(b, 1.0)) for b, w in widths.items())
+    return encode, decode, tiers
 
 
-def _uncoded(site: AttentionSite, layout: str, key: _Fitted, value: _Fitted) -> SitePlan:
-    sides = [
-        SidePlan(f.encode.float().cpu().contiguous(), f.decode.float().cpu().contiguous(), ()) for f in (key, value)
-    ]
-    return SitePlan(site, layout, *sides)
+def _by_head(decode: Tensor, kv_heads: int) -> Tensor:
+    """[J, n*D, R] -> [G, D, R]."""
+    return _plain(decode.reshape(kv_heads, -1, decode.shape[2]))
 
 
 def describe(plan: LatentPlan) -> list[dict[str, Any]]:

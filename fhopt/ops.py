@@ -156,6 +156,12 @@ def pack_reference(
     return torch.cat(rows, -1), scale
 
 
+def rounded(x: Tensor, bits: int, step: float) -> Tensor:
+    """Numbers as a mid-rise quantiser of `bits` bits and this step leaves them; the token scale is the caller's."""
+    half = 2 ** (bits - 1)
+    return (torch.floor(x / step).clamp(-half, half - 1) + 0.5) * step
+
+
 def _half_bytes(x: Tensor) -> Tensor:
     return x.clamp(-65504.0, 65504.0).to(torch.float16).contiguous().view(torch.uint8)
 
@@ -394,6 +400,23 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     weights, _ = _softmax(torch.stack([lse for _, lse in parts], -1))  # [B, H, S, parts]
     outputs = [o * weights[..., i : i + 1].to(o.dtype) for i, (o, _) in enumerate(parts)]
     return sum(outputs[1:], outputs[0])
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers as 8-bit codes. x [B,G,T,D] -> codes int8 [B,G,T,D], scale float16 [B,G,T].
+
+    Symmetric: a row's scale is its largest magnitude / 127, at least the least normal float16, so that a row of zeros
+    has one too. No number moves by more than half a scale.
+    """
+    x = x.to(torch.float32)
+    scale = (x.abs().amax(-1) / 127).clamp(2.0**-14, 65504.0).to(torch.float16)
+    codes = torch.round(x / scale.unsqueeze(-1)).clamp_(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def unround_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `round_rows` up to rounding: codes int8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
+    return (codes * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
 
 
 def straight_through(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fhopt import __version__, calibrate, data, passes
+from fhopt import __version__, calibrate, data, fitting, gathering, passes
+from fhopt.capture import Captured, capture
 from fhopt.errors import FhoptError
 from fhopt.fitting import check_options, fingerprint
-from fhopt.fitting import fit as fit_plan
 from fhopt.models import LoadedModel
 from fhopt.spec import LatentPlan, SiteStatistics
 
@@ -25,39 +28,64 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What `fit` needs beside a model. Context and sequences are calibration tokens; the rest as in `fitting.fit`."""
+    """What `fit` needs beside a model.
 
-    text: str = "topics"
+    texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
+    tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
+    which its size is counted. checkpoint: file that lets an interrupted calibration go on. The rest as in
+    `fitting.fit`.
+    """
+
+    texts: tuple[str, ...] = ("topics",)
     ratio: float = 4.0
-    layout: str = "freq"
-    bits: tuple[int, ...] = (2, 4, 8)
-    sequences: int = 16
-    context: int = 512
+    layout: str = fitting.AUTO
+    bits: tuple[int, ...] = fitting.BITS
+    sequences: int = 12
+    rate_sequences: int = 8
+    context: int = 1024
     sinks: int = 4
-    recent: int = 64
+    recent: int = 128
     block: int = 64
+    window_bits: int = 8
+    tokens: int = 8192
     seed: int = 0
+    checkpoint: Path | None = None
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
         check_options(self.ratio, self.layout, self.bits)
         far = self.sequences * max(0, self.context - self.sinks - self.recent)
-        if far < LEAST_FAR_TOKENS:
+        if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
             raise FhoptError(
-                f"{self.sequences} sequences of {self.context} tokens leave {far} beyond sinks and recent tokens to "
-                f"calibrate on; expected at least {LEAST_FAR_TOKENS}. Use more or longer sequences."
+                f"{self.sequences} + {self.rate_sequences} sequences of {self.context} tokens leave {far} beyond sinks "
+                f"and recent tokens to calibrate on; expected at least {LEAST_FAR_TOKENS}, and one more sequence to "
+                "choose bits by. Use more or longer sequences."
             )
+
+
+@dataclass
+class Measured:
+    """What calibration found out about a model: enough for plans of any size."""
+
+    statistics: dict[str, SiteStatistics]
+    found: fitting.Candidates
+    outcome: passes.Outcome
+    provenance: dict[str, Any]
+    weights: Mapping[str, Tensor]
+    context: int
 
 
 def find_sites(loaded: LoadedModel, tokens: int = 16) -> passes.Outcome:
     """Capture the model and find its attention. Raises FhoptError when there is none."""
     outcome = explain_sites(loaded, tokens)
     if not outcome.sites:
-        reasons = (
-            "; ".join(sorted({m.reason for m in outcome.missed})) or "there is no softmax between two contractions"
-        )
-        raise FhoptError(f"no attention was found in {loaded.name}: {reasons}. See fhopt explain.")
+        _nothing_found(loaded.name, outcome)
     return outcome
+
+
+def _nothing_found(name: str, outcome: passes.Outcome) -> None:
+    reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "there is no softmax between two contractions"
+    raise FhoptError(f"no attention was found in {name}: {reasons}. See fhopt explain.")
 
 
 def explain_sites(loaded: LoadedModel, tokens: int = 16) -> passes.Outcome:
@@ -70,53 +98,94 @@ def explain_sites(loaded: LoadedModel, tokens: int = 16) -> passes.Outcome:
 
 def fit(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> tuple[LatentPlan, passes.Outcome]:
     """Calibrate `loaded` (a causal language model) and fit a plan. Raises FhoptError."""
-    statistics, outcome, provenance = measure(loaded, options, progress)
-    return plan_for(loaded, statistics, options, provenance), outcome
+    measured = measure(loaded, options, progress)
+    return plan_for(measured, options), measured.outcome
 
 
-def plan_for(
-    loaded: LoadedModel, statistics: dict[str, SiteStatistics], options: FitOptions, provenance: dict[str, Any]
-) -> LatentPlan:
-    """A plan from statistics, with its provenance."""
-    plan = fit_plan(
-        statistics, ratio=options.ratio, layout=options.layout, bits=options.bits, sinks=options.sinks,
-        recent=options.recent, block=options.block,
+def plan_for(measured: Measured, options: FitOptions) -> LatentPlan:
+    """A plan from what was measured, with its provenance. Raises FhoptError."""
+    plan = fitting.fit(
+        measured.statistics, found=measured.found, ratio=options.ratio, layout=options.layout, bits=options.bits,
+        sinks=options.sinks, recent=options.recent, block=options.block, window_bits=options.window_bits,
+        tokens=options.tokens, context=measured.context,
     )  # fmt: skip
-    parameters = dict(loaded.language_model().named_parameters())
-    return plan.with_provenance(fingerprint=fingerprint(parameters, [s.site for s in plan.sites]), **provenance)
+    sites = [s.site for s in plan.sites]
+    return plan.with_provenance(fingerprint=fingerprint(measured.weights, sites), **measured.provenance)
 
 
-def measure(
-    loaded: LoadedModel, options: FitOptions, progress: Progress = silent
-) -> tuple[dict[str, SiteStatistics], passes.Outcome, dict[str, Any]]:
-    """(statistics, what was found, provenance) of `loaded` on the calibration half of the text."""
+def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> Measured:
+    """Calibrate a causal language model on the first halves of the texts. Raises FhoptError."""
     options.check()
-    loaded.language_model()
-    text, _ = data.halves(data.read_text(options.text))
-    ids = data.sequences(
-        loaded.tokenizer,
-        text,
-        count=options.sequences,
-        length=options.context,
-        what=f"the first half of {options.text!r}",
-    )
+    model = loaded.language_model()
+    count = options.sequences + options.rate_sequences
+    ids = data.calibration_ids(loaded.tokenizer, options.texts, count=count, length=options.context)
     captured = loaded.capture(options.context)
-    outcome = passes.find(captured.program)
-    if not outcome.sites:
-        find_sites(loaded)
-    total = len(ids)
-    statistics = calibrate.collect(
-        captured, outcome, [{"input_ids": row.unsqueeze(0)} for row in ids],
-        sinks=options.sinks, recent=options.recent, seed=options.seed,
-        progress=lambda done: progress("calibrate", done, total),
-    )  # fmt: skip
     provenance = {
         "model": loaded.name,
-        "text": options.text,
+        "texts": list(options.texts),
         "text_sha256": data.digest(ids),
         "tokens": int(ids.numel()),
         "context": options.context,
-        "seed": options.seed,
-        "versions": {"fhopt": __version__, "torch": torch.__version__},
     }
-    return statistics, outcome, provenance
+    batches = ({"input_ids": row.unsqueeze(0)} for row in ids)
+    measured = measure_batches(captured, batches, options, dict(model.named_parameters()), loaded.name, progress)
+    measured.provenance |= provenance
+    return measured
+
+
+def measure_module(
+    model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, progress: Progress = silent
+) -> Measured:
+    """Calibrate any module on batches of keyword arguments, all of the same shapes. Raises FhoptError.
+
+    The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
+    """
+    given = iter(batches)
+    first = next(given, None)
+    if first is None:
+        raise FhoptError("there are no batches; expected an iterable of dicts of keyword arguments.")
+    captured = capture(model, (), first)
+    chained = itertools.chain([first], given)
+    return measure_batches(captured, chained, options, dict(model.named_parameters()), type(model).__name__, progress)
+
+
+def measure_batches(
+    captured: Captured, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
+    name: str, progress: Progress = silent,
+) -> Measured:  # fmt: skip
+    """The two calibration passes over batches. Under torchrun, each process takes its share and all get the sum."""
+    outcome = passes.find(captured.program)
+    if not outcome.sites:
+        _nothing_found(name, outcome)
+    far = dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
+    given = iter(batches)
+    saved = gathering.Checkpoint(options.checkpoint, _key(options, name))
+    statistics = calibrate.empty_statistics(outcome.sites.values())
+    stage = gathering.Stage("moments", options.sequences, progress, saved)
+    calibrate.collect(
+        captured, outcome, stage.batches(given, gathering.moments(statistics)), into=statistics, done=stage.done, **far
+    )
+    gathering.share(gathering.moments(statistics))
+    if not any(int(s.key.count) for s in statistics.values()):
+        raise FhoptError("no calibration batch was given; expected at least one.")
+    found: fitting.Candidates = {}
+    if options.layout != "input" or options.ratio > 2:
+        context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, stage.sequences)
+        found = fitting.candidates(statistics, options.layout, context=context, tokens=options.tokens)
+        if options.ratio > 1:
+            stage = gathering.Stage("rates", options.rate_sequences, progress, saved)
+            rates = gathering.rates(found, (0, *fitting.STEPS))
+            calibrate.measure_rates(
+                captured, outcome, stage.batches(given, rates), found, fitting.STEPS, done=stage.done, **far
+            )
+            gathering.share(rates)
+    saved.remove()
+    versions = {"fhopt": __version__, "torch": torch.__version__}
+    provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
+    return Measured(statistics, found, outcome, provenance, weights, options.context)
+
+
+def _key(options: FitOptions, name: str) -> dict[str, Any]:
+    """What an interrupted calibration must have in common with the one that goes on."""
+    irrelevant = {"ratio", "bits", "block", "window_bits", "checkpoint"}
+    return {"model": name} | {k: str(v) for k, v in asdict(options).items() if k not in irrelevant}

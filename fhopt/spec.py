@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 PLAN_FILES = ("plan.json", "plan.safetensors")
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
-TIER_QUANTUM = 8  # a tier's width is a multiple of this: every tier starts on a whole byte for 2, 4, 8 and 16 bits
+TIER_QUANTUM = 8  # a tier's width is a multiple of this: every bit plane of every tier starts on a whole byte
 SCALE_BYTES = 2  # one float16 per token and side
+LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
 
 
 # --------------------------------------------------------------------------------------------------- sites
@@ -95,45 +96,42 @@ class AttentionSite:
 # --------------------------------------------------------------------------------------------------- statistics
 
 
-@dataclass(frozen=True)
-class ChannelFamily:
-    """Channels of one head that a basis may mix across heads.
-
-    `channels` is [P][d]: P blocks of d channels of the head. With `is_complex` d is 2 and a block is (real, imaginary),
-    i.e. one rotary frequency; only complex-linear maps across heads are allowed within it, since only these commute
-    with the rotation (DESIGN: "RoPE commutes"). Without it the block is free real space.
-    """
-
-    channels: tuple[tuple[int, ...], ...]
-    is_complex: bool
-
-
 @dataclass
 class SideStatistics:
-    """Streamed second moments of one side (keys or values) of one site, float64 or complex128.
+    """Streamed second moments of one side (keys or values) of one site, float64, summed over tokens.
 
-    Per family f: `moments[f]` and `metrics[f]` of shape [J, P, c, c] with c = n (complex) or n*d (real), n = G/J:
-    sums over tokens of x x^H and of g g^H, where g is the gradient of a sampled label's log-likelihood with respect
-    to x (so `metrics / count` is the Fisher information of the side: how much a unit of error costs, in nats).
+    `moment` [J, c, c], c = n*D: x x^T of the n = G/J kv heads of a latent head, side by side, as a cache would hold
+    them (keys with norm and rotation). `metric` [J, c, c]: g g^T, where g is the gradient of a sampled label's
+    log-likelihood with respect to x, so `metric / count` is the Fisher information: what a unit of error costs.
     """
 
-    families: tuple[ChannelFamily, ...]
     groups: int  # J
-    moments: list[Tensor] = field(default_factory=list)
-    metrics: list[Tensor] = field(default_factory=list)
-    count: int = 0
+    moment: Tensor
+    metric: Tensor
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
 @dataclass
 class SiteStatistics:
-    """Second moments of the keys and values of one site."""
+    """Second moments of the keys and values of one site.
+
+    `cross` and `cross_metric` [G*D, G*E] are the sums of k v^T and of their gradients' product, kept where keys and
+    values may be maps of one narrower input (no rotation), else None.
+    """
 
     site: AttentionSite
     key: SideStatistics
     value: SideStatistics
+    cross: Tensor | None = None
+    cross_metric: Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------------- plans
+
+
+def sealed_tokens(tokens: int, sinks: int, recent: int, block: int) -> int:
+    """How many of `tokens` cached tokens stand in sealed blocks."""
+    return max(0, (tokens - sinks - recent) // block) * block
 
 
 @dataclass(frozen=True)
@@ -185,21 +183,37 @@ class SidePlan:
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """The plan of one site. `layout` is "identity" or "freq" (DESIGN: Layouts)."""
+    """The plan of one site. `layout` is one of LAYOUTS.
+
+    In the layout "input" keys and values are read from one latent (J = 1): `key.encode` [1, R, G*(D+E)] takes each
+    head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
+    """
 
     site: AttentionSite
     layout: str
     key: SidePlan
     value: SidePlan
 
+    @property
+    def is_shared(self) -> bool:
+        """True when keys and values are decoded from the same rows."""
+        return self.layout == "input"
+
     def token_bytes(self, itemsize: int = 2) -> int:
         """Bytes of one sealed token at this site, keys and values."""
-        return self.key.token_bytes(itemsize) + self.value.token_bytes(itemsize)
+        return self.key.token_bytes(itemsize) + (0 if self.is_shared else self.value.token_bytes(itemsize))
+
+    def open_bytes(self, window_bits: int = 16, itemsize: int = 2) -> int:
+        """Bytes of one token in the open window: numbers as they are, or 8-bit codes and a scale per head and side."""
+        numbers = self.site.exact_numbers_per_token
+        return numbers * itemsize if window_bits == 16 else numbers + 2 * SCALE_BYTES * self.site.kv_heads
 
     @property
     def is_exact(self) -> bool:
         """True when nothing is dropped or rounded beyond float rounding."""
         uncoded = not self.key.tiers and not self.value.tiers
+        if self.is_shared:
+            return uncoded
         full = self.key.groups * self.key.width >= self.site.kv_heads * self.site.key_dim
         return uncoded and full and self.value.groups * self.value.width >= self.site.kv_heads * self.site.value_dim
 
@@ -208,7 +222,8 @@ class SitePlan:
 class LatentPlan:
     """What to do at every site of one model, and where that came from.
 
-    sinks: first tokens kept exact. recent: newest tokens that are always exact. block: tokens sealed at once.
+    sinks: first tokens kept exact. recent: newest tokens that are never in latents. block: tokens sealed at once.
+    window_bits: 16 keeps the open window as it came, 8 rounds it to 8 bits with a scale per token, head and side.
     provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
     """
 
@@ -217,6 +232,7 @@ class LatentPlan:
     recent: int
     block: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    window_bits: int = 16
 
     def __post_init__(self) -> None:
         _check_plan(self)
@@ -242,10 +258,11 @@ class LatentPlan:
 
     def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
         """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window."""
-        sealed = max(0, (tokens - self.sinks - self.recent) // self.block) * self.block
-        open_tokens = tokens - sealed
+        sealed = sealed_tokens(tokens, self.sinks, self.recent, self.block)
+        first = min(tokens, self.sinks)
         coded = sum(p.token_bytes(itemsize) for p in self.sites)
-        return sealed * coded + open_tokens * self.exact_token_bytes(itemsize)
+        window = sum(p.open_bytes(self.window_bits, itemsize) for p in self.sites)
+        return sealed * coded + first * self.exact_token_bytes(itemsize) + (tokens - first - sealed) * window
 
     def ratio(self, tokens: int = 8192) -> float:
         """How many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
@@ -343,11 +360,16 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _tensors(plan: LatentPlan) -> dict[str, Tensor]:
+    """Every basis by name, each in memory of its own: safetensors refuses tensors that share some."""
     out: dict[str, Tensor] = {}
+    held: set[int] = set()
     for site in plan.sites:
         for side_name, side in (("key", site.key), ("value", site.value)):
-            out[f"{site.site.name}.{side_name}.encode"] = side.encode.contiguous()
-            out[f"{site.site.name}.{side_name}.decode"] = side.decode.contiguous()
+            for name, basis in (("encode", side.encode), ("decode", side.decode)):
+                tensor = basis.contiguous()
+                tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in held else tensor
+                held.add(tensor.untyped_storage().data_ptr())
+                out[f"{site.site.name}.{side_name}.{name}"] = tensor
     return out
 
 
@@ -357,6 +379,7 @@ def _describe(plan: LatentPlan) -> dict[str, Any]:
         "sinks": plan.sinks,
         "recent": plan.recent,
         "block": plan.block,
+        "window_bits": plan.window_bits,
         "sites": [
             {
                 "site": asdict(s.site) | {"projections": {k: list(v) for k, v in s.site.projections.items()}},
@@ -394,6 +417,7 @@ def _load_plan(folder: Path) -> LatentPlan:
             recent=description["recent"],
             block=description["block"],
             provenance=description["provenance"],
+            window_bits=description["window_bits"],
         )
         intact = plan.digest() == description["digest"]
     except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
@@ -426,14 +450,22 @@ def _check_plan(plan: LatentPlan) -> None:
         raise FhoptError(
             f"sinks={plan.sinks}, recent={plan.recent}, block={plan.block}: expected sinks >= 0, others >= 1."
         )
+    if plan.window_bits not in (8, 16):
+        raise FhoptError(f"window_bits={plan.window_bits}: expected 8 or 16.")
     for site in plan.sites:
-        for which, side, dim in (("key", site.key, site.site.key_dim), ("value", site.value, site.site.value_dim)):
-            _check_side(f"{site.site.name}.{which}", side, site.site.kv_heads, dim)
+        if site.layout not in LAYOUTS:
+            raise FhoptError(f"{site.site.name} has the layout {site.layout!r}; expected one of {', '.join(LAYOUTS)}.")
+        key_dim, value_dim = site.site.key_dim, site.site.value_dim
+        read = (key_dim + value_dim, 0) if site.is_shared else (key_dim, value_dim)
+        _check_side(f"{site.site.name}.key", site.key, site.site.kv_heads, key_dim, read[0])
+        _check_side(f"{site.site.name}.value", site.value, site.site.kv_heads, value_dim, read[1])
+        if site.is_shared and (site.key.groups != 1 or site.key.tiers != site.value.tiers):
+            raise FhoptError(f"{site.site.name}: keys and values must share one latent head and its tiers. Fit again.")
 
 
-def _check_side(name: str, side: SidePlan, kv_heads: int, dim: int) -> None:
+def _check_side(name: str, side: SidePlan, kv_heads: int, dim: int, read: int) -> None:
     groups, width = side.groups, side.width
-    expected = (groups, width, kv_heads // groups * dim), (kv_heads, dim, width)
+    expected = (groups, width, kv_heads // groups * read), (kv_heads, dim, width)
     found = tuple(side.encode.shape), tuple(side.decode.shape)
     if found != expected:
         raise FhoptError(f"{name}: bases have shapes {found}, expected {expected}. Fit the plan again.")

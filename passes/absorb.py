@@ -7,7 +7,7 @@ o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k
 
 q . (D_K z) = (D_K^T q) . z, and a weighted sum commutes with D_V (DeepSeek-V2, section 2.1.2: weight absorption).
 Where z is `unpack(codes, scale)`, the codes themselves become the operands, and the scales fold into logits and
-weights.
+weights. Where keys and values are decoded from one z, it is both operands: latent_attention(q~, z, scale, z, scale).
 """
 
 from __future__ import annotations

@@ -10,6 +10,14 @@
                                             o = merge(latent_attention(q, decode(c_k, D_k), decode(c_v, D_v), far),
                                                       latent_attention(q, k, v, near))
 
+    one latent for both (layout "input")    z = encode(cat(k, v), E); keys decode(z, D_k), values decode(z, D_v)
+
+One latent is exact where its span holds all keys and values of these weights; gradients of the projections (and of the
+norm before them) are cut to that span, those of everything else are exact.
+
+Near tokens (sinks and recent ones) stay exact with any `plan.window_bits`: nothing is stored here, so there is nothing
+to round; a cache with a window of 8 bits gives slightly other numbers.
+
 Keys and values are still expanded here, which makes the pass readable and testable on its own; `absorb` removes that.
 Bases come in as extra placeholders: they are bound at call time and never baked into the graph.
 """
@@ -59,8 +67,7 @@ class Compress:
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
         mask = node.args[3] if len(node.args) > 3 else None
         with program.graph.inserting_before(node):
-            latent_k = self._through_latent(program, key, site.key, f"{node.name}_key")
-            latent_v = self._through_latent(program, value, site.value, f"{node.name}_value")
+            latent_k, latent_v = self._through_latents(program, key, value, site, node.name)
             shared = dict(scale=node.kwargs["scale"], softcap=node.kwargs.get("softcap", 0.0))
             causal = bool(node.kwargs.get("is_causal", False))
             if site.is_exact:
@@ -80,19 +87,34 @@ class Compress:
         program.graph.erase_node(node)
         return result
 
-    def _through_latent(self, program: Program, node: fx.Node, side: SidePlan, name: str) -> fx.Node:
-        """decode(encode(x)), with the rounding of the tiers between the two."""
+    def _through_latents(
+        self, program: Program, key: fx.Node, value: fx.Node, site: SitePlan, name: str
+    ) -> tuple[fx.Node, fx.Node]:
+        """decode(encode(x)) of keys and of values, from one latent where the plan has one for both."""
+        read = call(program, torch.cat, ([key, value], -1)) if site.is_shared else key
+        latent = self._latent(program, read, site.key, f"{name}_key")
+        decoded_k = _decoded(program, latent, site.key, f"{name}_key")
+        if not site.is_shared:
+            latent = self._latent(program, value, site.value, f"{name}_value")
+        return decoded_k, _decoded(program, latent, site.value, f"{name}_value")
+
+    def _latent(self, program: Program, node: fx.Node, side: SidePlan, name: str) -> fx.Node:
+        """encode(x), with the rounding of the tiers."""
         encoder = add_constant(program, f"{name}_encode", _on_device(side.encode, node))
-        decoder = add_constant(program, f"{name}_decode", _on_device(side.decode, node))
         latent = call(program, ops.encode, (node, encoder))
         tiers = ops.tier_arguments(side)
         if side.tiers and self.training:
-            latent = call(program, ops.straight_through, (latent, *tiers))
-        elif side.tiers:
-            packed = call(program, torch.ops.fhopt.pack.default, (latent, *tiers))
-            codes, scale = (call(program, pick, (packed,)) for pick in (ops.first, ops.second))
-            latent = call(program, torch.ops.fhopt.unpack.default, (codes, scale, *tiers))
-        return call(program, ops.decode, (latent, decoder))
+            return call(program, ops.straight_through, (latent, *tiers))
+        if not side.tiers:
+            return latent
+        packed = call(program, torch.ops.fhopt.pack.default, (latent, *tiers))
+        codes, scale = (call(program, pick, (packed,)) for pick in (ops.first, ops.second))
+        return call(program, torch.ops.fhopt.unpack.default, (codes, scale, *tiers))
+
+
+def _decoded(program: Program, latent: fx.Node, side: SidePlan, name: str) -> fx.Node:
+    decoder = add_constant(program, f"{name}_decode", _on_device(side.decode, latent))
+    return call(program, ops.decode, (latent, decoder))
 
 
 def _on_device(basis: Tensor, node: fx.Node) -> Tensor:

@@ -32,11 +32,17 @@ def clean_state() -> Iterator[None]:
     yield
 
 
-@pytest.fixture(scope="session", params=["llama", "gpt2"])
-def fitted(request: pytest.FixtureRequest) -> Fitted:
-    return Fitted(request.param)
-
-
 @pytest.fixture(scope="session")
 def llama() -> Fitted:
     return Fitted("llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Fitted:
+    return Fitted("gpt2")
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def fitted(request: pytest.FixtureRequest) -> Fitted:
+    model: Fitted = request.getfixturevalue(request.param)
+    return model

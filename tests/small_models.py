@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fhopt import calibrate, fitting, passes
 from fhopt.capture import Captured, capture
-from fhopt.spec import LatentPlan, SiteStatistics
+from fhopt.spec import LatentPlan
 
 VOCABULARY = 97
 
@@ -52,24 +52,39 @@ def found(model: Any, tokens: int = 16) -> tuple[Captured, passes.Outcome]:
     return captured, passes.find(captured.program)
 
 
-def run(captured: Captured) -> Tensor:
-    """Main output of the graph on its example inputs."""
-    result = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())
+def run(captured: Captured, batch: calibrate.Batch | None = None) -> Tensor:
+    """Main output of the graph on a batch, or on its example inputs."""
+    result = torch.fx.Interpreter(captured.program.module).run(*calibrate._arguments(captured, batch or {}))
     output: Tensor = result[captured.result]
     return output
 
 
+FAR: dict[str, Any] = dict(sinks=4, recent=8)
+TOKENS = 2048  # length of context that plans of `Fitted` are made for
+
+
 class Fitted:
-    """A model with statistics, from which plans are cheap."""
+    """A model with statistics and measured bases of every layout, from which plans are cheap."""
 
     def __init__(self, name: str) -> None:
         self.model = MAKERS[name]()
         self.captured, self.outcome = found(self.model, 96)
-        batches = [{"input_ids": token_ids(1, 96)} for _ in range(6)]
-        self.statistics: dict[str, SiteStatistics] = calibrate.collect(
-            self.captured, self.outcome, batches, sinks=4, recent=8
-        )
+        self.statistics = calibrate.collect(self.captured, self.outcome, numbered(6), **FAR)
+        self.found: fitting.Candidates = {name: {} for name in self.statistics}
+        for layout in (fitting.AUTO, "freq", "head"):
+            more = fitting.candidates(self.statistics, layout, context=96, tokens=TOKENS)
+            self.found = {name: table | more[name] for name, table in self.found.items()}
+        others = numbered(4, start=6)
+        calibrate.measure_rates(self.captured, self.outcome, others, self.found, fitting.STEPS, **FAR)
 
-    def plan(self, ratio: float, layout: str = "freq", **options: Any) -> LatentPlan:
-        chosen: dict[str, Any] = dict(recent=8, block=8, tokens=2048) | options
-        return fitting.fit(self.statistics, ratio=ratio, layout=layout, **chosen)
+    def plan(self, ratio: float, layout: str = "band", **options: Any) -> LatentPlan:
+        wanted = ("input", *fitting.COMPETING) if layout == fitting.AUTO else (layout,)
+        table = {name: {w: bases for w, bases in t.items() if w in wanted} for name, t in self.found.items()}
+        chosen: dict[str, Any] = dict(recent=8, block=8, tokens=TOKENS) | options
+        given = table if all(table.values()) else None  # no site of this model has the layout `input`
+        return fitting.fit(self.statistics, found=given, ratio=ratio, layout=layout, **chosen)
+
+
+def numbered(count: int, tokens: int = 96, start: int = 0) -> list[tuple[int, dict[str, Tensor]]]:
+    """Calibration batches of one random sequence each, with their numbers."""
+    return [(start + i, {"input_ids": token_ids(1, tokens)}) for i in range(count)]

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, tiny_llama, token_ids
+from hand_plans import CODED, shared_plan
+from small_models import Fitted, found, run, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
+from fhopt import ops, passes
 from fhopt.backend import last_outcome
 from fhopt.cache import LatentCache
+from fhopt.capture import Captured, capture
 
 
 @pytest.fixture
@@ -106,8 +109,6 @@ def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: F
 def test_weights_may_change_after_compilation() -> None:
     """Nothing of a weight is folded into the graph, so the new ones count at once."""
     model, ids = tiny_llama(), token_ids(1, 20)
-    from small_models import found
-
     from fhopt.fitting import exact_plan
 
     plan = exact_plan(found(model)[1].sites.values())
@@ -142,8 +143,6 @@ def test_a_plan_that_fits_nothing_warns_once_or_refuses_when_strict(llama: Fitte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with_backend(model, plan=llama.plan(1))(torch.randn(2, 4))  # no attention
-    from small_models import tiny_gpt2
-
     other = tiny_gpt2()
     with pytest.warns(RuntimeWarning, match="not in the plan"):
         forward(with_backend(other, plan=llama.plan(1)), token_ids(1, 10))
@@ -232,3 +231,101 @@ def test_checkpoints_keep_their_memory_saving_in_training_and_are_looked_into_ot
     outcome = last_outcome()
     assert outcome is not None and len(outcome.sites) == (0 if training else 2)
     assert any("while training" in m.reason for m in outcome.missed) is training
+
+
+# ---- one latent for keys and values
+
+
+def tiny_bert() -> Any:
+    """BERT: 2 layers, H=G=4, D=16, bidirectional, biases and norms that are not plain."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def with_biases(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) / 5)
+    return model
+
+
+def captured_sites(model: Any, tokens: int = 96) -> tuple[Captured, passes.Outcome]:
+    options = {"use_cache": False} if hasattr(model, "lm_head") else {}
+    captured = capture(model, (), {"input_ids": token_ids(1, tokens), **options})
+    return captured, passes.find(captured.program)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
+@pytest.mark.parametrize("tiers", [(), CODED * 4], ids=["uncoded", "coded"])
+def test_one_latent_becomes_both_operands_of_one_node(make: Any, tiers: Any) -> None:
+    model = with_biases(make())
+    captured, outcome = captured_sites(model)
+    plan = shared_plan(outcome, 64, tiers)
+    with torch.no_grad():
+        expected = run(captured)
+        passes.optimize(outcome, plan)
+        result = run(captured)
+    assert set(outcome.compressed.values()) == {"input"} and len(outcome.compressed) == 2
+    op = torch.ops.fhopt.latent_attention.default if tiers else ops.latent_attention_reference  # lowered
+    far = [n.args for n in outcome.program.graph.nodes if n.target is op and n.args[1] is n.args[3]]
+    assert len(far) == 2 and all(a[2] is a[4] and (a[2] is not None) == bool(tiers) for a in far)
+    error = float((result - expected).norm() / expected.norm())
+    assert error < 1e-5 if not tiers else 1e-5 < error < 0.3  # half of the channels have 4 bits
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
+def test_one_latent_for_keys_and_values_changes_nothing_compiled_and_trains(make: Any) -> None:
+    model, ids = with_biases(make()), token_ids(1, 40)
+    plan = shared_plan(captured_sites(model)[1], 64)
+    expected = model(input_ids=ids)[0]
+    result = with_backend(model, plan=plan)(input_ids=ids, **({"use_cache": False} if make is tiny_gpt2 else {}))[0]
+    outcome = last_outcome()
+    assert outcome is not None and set(outcome.compressed.values()) == {"input"}
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    gradients = [torch.autograd.grad(x.square().mean(), others(model)) for x in (result, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def others(model: Any) -> list[Any]:
+    """Parameters but those whose change would move keys and values out of the latent's span: their gradients are cut
+    to it."""
+    cut = ("ln_1", "c_attn", "LayerNorm", "key", "value")
+    return [p for name, p in model.named_parameters() if not any(part in name for part in cut)]
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_one_coded_latent_gives_the_same_with_and_without_gradients() -> None:
+    model, ids = with_biases(tiny_gpt2()), token_ids(1, 60)
+    plan = shared_plan(captured_sites(model)[1], 64, CODED * 4)
+    compiled = with_backend(model, plan=plan)
+    with torch.no_grad():
+        absorbed = forward(compiled, ids)
+    trained = forward(compiled, ids)
+    torch.testing.assert_close(trained.detach(), absorbed, rtol=1e-3, atol=1e-3)  # q D and D z round differently
+    gradient = torch.autograd.grad(trained.square().mean(), model.transformer.h[0].attn.c_attn.weight)[0]
+    assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_compiled_generation_with_one_latent_and_a_window_of_codes_gives_the_eager_tokens() -> None:
+    from torch._dynamo.utils import counters
+
+    model, ids = with_biases(tiny_gpt2()), token_ids(1, 40)
+    fhopt.apply(model, shared_plan(found(model, 96)[1], 64, window_bits=8))
+    options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    eager = model.generate(ids, **options)
+    model.compile(backend="flashhead")
+    counters.clear()
+    compiled = model.generate(ids, **options)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    assert torch.equal(compiled.sequences, eager.sequences)
+    for a, b in zip(compiled.logits, eager.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

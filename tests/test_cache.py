@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hand_plans import CODED, random_plan, shared_plan
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from small_models import Fitted, tiny_gpt2, tiny_llama, token_ids
+from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -18,7 +20,7 @@ from fhopt import fitting, ops
 from fhopt.cache import LatentCache, LatentLayer, layer_index
 from fhopt.errors import FhoptError
 from fhopt.evaluate import score
-from fhopt.spec import LatentPlan, SidePlan
+from fhopt.spec import LatentPlan, SidePlan, SitePlan
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -29,6 +31,9 @@ MODES: dict[str, dict[str, Any]] = {
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
     "chunked prefill": {"do_sample": False, "prefill_chunk_size": 13},
 }
+
+
+WINDOWS = (16, 8)
 
 
 def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any:
@@ -103,7 +108,7 @@ def logits(model: Any, cache: Any, ids: Tensor, cuts: list[int]) -> Tensor:
 
 def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> None:
     """In float64, so that both ways round every latent to the same code."""
-    plan, ids, model = fitted.plan(4), token_ids(1, 60), copy.deepcopy(fitted.model).double()
+    plan, ids, model = fitted.plan(4, window_bits=16), token_ids(1, 60), copy.deepcopy(fitted.model).double()
     fhopt.apply(model, plan)
     blocks = logits(model, LatentCache(plan, absorb=True), ids, list(range(20, 60, 8)))
     single = logits(model, LatentCache(plan, absorb=True), ids, list(range(20, 60)))
@@ -177,96 +182,282 @@ def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
 # ---- states
 
 
-class NaiveSide:
-    """Keys or values as a list of tokens, each coded on its own when its turn comes."""
+def naive_latent(x: Tensor, plan: SidePlan) -> Tensor:
+    """What coding leaves of the latent of one token x [B,G,1,D]."""
+    latent = ops.encode(x, plan.encode)
+    if not plan.tiers:
+        return latent
+    bits, widths, steps = ops.tier_arguments(plan)
+    codes, scale = ops.pack_reference(latent, bits, widths, steps)
+    return ops.unpack_reference(codes, scale, bits, widths, steps).to(x.dtype)
 
-    def __init__(self, plan: SidePlan) -> None:
-        self.plan = plan
-        self.tokens: list[Tensor] = []  # each [B, G, 1, D]
 
-    def code(self, index: int) -> None:
-        latent = ops.encode(self.tokens[index], self.plan.encode)
-        if self.plan.tiers:
-            bits, widths, steps = ops.tier_arguments(self.plan)
-            codes, scale = ops.pack_reference(latent, bits, widths, steps)
-            latent = ops.unpack_reference(codes, scale, bits, widths, steps)
-        self.tokens[index] = ops.decode(latent, self.plan.decode)
+def naive_code(key: Tensor, value: Tensor, plan: SitePlan) -> tuple[Tensor, Tensor]:
+    """One token's key and value as their latents keep them."""
+    if plan.is_shared:
+        z_k = z_v = naive_latent(torch.cat([key, value], -1), plan.key)
+    else:
+        z_k, z_v = naive_latent(key, plan.key), naive_latent(value, plan.value)
+    return ops.decode(z_k, plan.key.decode), ops.decode(z_v, plan.value.decode)
+
+
+def naive_round(x: Tensor) -> Tensor:
+    """Each head of one token x [B,G,1,D] on a grid of 255 values."""
+    step = (x.float().abs().amax(-1, keepdim=True) / 127).half().float()
+    return (torch.round(x.float() / step) * step).to(x.dtype)
 
 
 class CacheStates(RuleBasedStateMachine):
-    """Any sequence of operations leaves the state of the naive reference."""
+    """Any sequence of operations leaves the state of the naive reference: lists of tokens [B,G,1,D], each coded on its
+    own when its turn comes."""
 
     plan: LatentPlan
 
     @initialize(batch=st.integers(1, 2))
     def start(self, batch: int) -> None:
-        site = self.plan.sites[0]
-        self.layer = LatentLayer(site, self.plan.sinks, self.plan.recent, self.plan.block, absorb=False)
-        self.key, self.value, self.sealed, self.batch = NaiveSide(site.key), NaiveSide(site.value), 0, batch
+        plan = self.plan
+        self.layer = LatentLayer(
+            plan.sites[0], plan.sinks, plan.recent, plan.block, absorb=False, window_bits=plan.window_bits
+        )
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.rounded: list[bool] = []
+        self.sealed, self.batch = 0, batch
 
     @rule(count=st.integers(1, 40), seed=st.integers(0, 9999))
     def append(self, count: int, seed: int) -> None:
-        site = self.plan.sites[0].site
-        shape = (self.batch, site.kv_heads, count, site.key_dim)
-        new = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
-        k, v = self.layer.update(new[0], new[1])
-        for side, fresh, found in ((self.key, new[0], k), (self.value, new[1], v)):
-            side.tokens += list(fresh.split(1, 2))
-            torch.testing.assert_close(found, torch.cat(side.tokens, 2), rtol=1e-3, atol=1e-3)
-        while len(self.key.tokens) - self.plan.sinks - self.sealed >= self.plan.recent + self.plan.block:
-            for index in range(self.plan.sinks + self.sealed, self.plan.sinks + self.sealed + self.plan.block):
-                self.key.code(index)
-                self.value.code(index)
+        plan, generator = self.plan.sites[0], torch.Generator().manual_seed(seed)
+        for tokens, dim in ((self.keys, plan.site.key_dim), (self.values, plan.site.value_dim)):
+            shape = (self.batch, plan.site.kv_heads, count, dim)
+            tokens += torch.randn(shape, generator=generator).to(plan.key.encode.dtype).split(1, 2)
+        self.rounded += [False] * count
+        found = self.layer.update(*[torch.cat(tokens[-count:], 2) for tokens in (self.keys, self.values)])
+        for side, tokens in zip(found, (self.keys, self.values), strict=True):
+            torch.testing.assert_close(side, torch.cat(tokens, 2), rtol=1e-3, atol=1e-3)
+        while len(self.keys) - self.plan.sinks - self.sealed >= self.plan.recent + self.plan.block:
+            for i in range(self.plan.sinks + self.sealed, self.plan.sinks + self.sealed + self.plan.block):
+                self.keys[i], self.values[i] = naive_code(self.keys[i], self.values[i], plan)
+                self.rounded[i] = False
             self.sealed += self.plan.block
+        self.round_window()
         self.check()
 
-    @precondition(lambda self: self.key.tokens)
+    def round_window(self) -> None:
+        if self.plan.window_bits == 8:
+            for i in range(self.plan.sinks + self.sealed, len(self.keys)):
+                if not self.rounded[i]:
+                    self.keys[i], self.values[i] = naive_round(self.keys[i]), naive_round(self.values[i])
+                    self.rounded[i] = True
+
+    @precondition(lambda self: self.keys)
     @rule(share=st.floats(0, 1))
     def crop(self, share: float) -> None:
-        length = len(self.key.tokens)
+        length = len(self.keys)
         count = round(share * length)
         self.layer.crop(-count)
-        for side in (self.key, self.value):
-            side.tokens = side.tokens[: length - count]
+        for tokens in (self.keys, self.values, self.rounded):
+            del tokens[length - count :]
         keep = max(0, length - count - self.plan.sinks) // self.plan.block * self.plan.block
-        self.sealed = min(self.sealed, keep)
+        if count:
+            self.sealed = min(self.sealed, keep)
+        self.round_window()
         self.check()
 
-    @precondition(lambda self: self.key.tokens)
+    @precondition(lambda self: self.keys)
     @rule(indices=st.lists(st.integers(0, 1), min_size=1, max_size=3), how=st.sampled_from(["reorder", "select"]))
     def take(self, indices: list[int], how: str) -> None:
         index = torch.tensor([i % self.batch for i in indices])
         (self.layer.reorder_cache if how == "reorder" else self.layer.batch_select_indices)(index)
         self._take(index)
 
-    @precondition(lambda self: self.key.tokens and self.batch <= 2)
+    @precondition(lambda self: self.keys and self.batch <= 2)
     @rule()
     def repeat(self) -> None:
         self.layer.batch_repeat_interleave(2)
         self._take(torch.arange(self.batch).repeat_interleave(2))
 
     @rule()
+    def move(self) -> None:
+        self.layer.offload()
+        self.layer.prefetch()
+        self.check()
+
+    @rule()
     def reset(self) -> None:
         self.layer.reset()
+        assert self.layer.keys is None and self.layer.values is None and not self.layer.tensors
         self.start(self.batch)
 
     def _take(self, index: Tensor) -> None:
-        for side in (self.key, self.value):
-            side.tokens = [t[index] for t in side.tokens]
+        self.keys, self.values = ([t[index] for t in tokens] for tokens in (self.keys, self.values))
         self.batch = len(index)
         self.check()
 
     def check(self) -> None:
-        assert self.layer.get_seq_length() == len(self.key.tokens)
+        assert self.layer.get_seq_length() == len(self.keys)
         assert self.layer.sealed == self.sealed
-        assert self.layer.get_mask_sizes(3) == (len(self.key.tokens) + 3, 0)
+        assert self.layer.get_mask_sizes(3) == (len(self.keys) + 3, 0)
+        for held, tokens in ((self.layer.keys, self.keys), (self.layer.values, self.values)):
+            opened = tokens[: self.plan.sinks] + tokens[self.plan.sinks + self.sealed :]
+            if opened and held is not None:
+                torch.testing.assert_close(held, torch.cat(opened, 2), rtol=1e-3, atol=1e-3)
+        plan, itemsize = self.plan.sites[0], self.plan.sites[0].key.encode.itemsize
+        first = min(self.plan.sinks, len(self.keys))
+        window = (len(self.keys) - first - self.sealed) * plan.open_bytes(self.plan.window_bits, itemsize)
+        needed = window + first * plan.open_bytes(16, itemsize) + self.sealed * plan.token_bytes(itemsize)
+        assert self.layer.nbytes >= self.batch * needed
+
+
+def run_states(plan: LatentPlan) -> None:
+    machine: Any = type("Machine", (CacheStates,), {"plan": plan})
+    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+    machine.TestCase().runTest()
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama: Fitted, ratio: float) -> None:
-    machine: Any = type("Machine", (CacheStates,), {"plan": llama.plan(ratio)})
-    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
-    machine.TestCase().runTest()
+    run_states(replace(llama.plan(ratio), sites=llama.plan(ratio).sites[:1]))
+
+
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+@pytest.mark.parametrize("layout", ["head", "input"])
+@pytest.mark.parametrize("window_bits", WINDOWS)
+def test_so_do_windows_of_codes_and_shared_rows(window_bits: int, layout: str, tiers: Any) -> None:
+    run_states(random_plan(layout, tiers, window_bits=window_bits, sinks=3))
+
+
+# ---- a window of 8 bits
+
+
+@given(st.integers(0, 9999), st.sampled_from([1e-9, 1e-3, 1.0, 1e4]))
+def test_rounded_rows_are_within_half_a_scale_and_round_to_themselves(seed: int, size: float) -> None:
+    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(seed)) * size
+    codes, scale = ops.round_rows(x)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float16 and scale.shape == (2, 3, 5)
+    found = ops.unround_rows(codes, scale, x.dtype)
+    assert bool(((found - x).abs() <= 0.501 * scale.unsqueeze(-1)).all())  # .501: the division rounds too
+    again = ops.unround_rows(*ops.round_rows(found), x.dtype)
+    assert bool(((again - found).abs() <= 0.501 * scale.unsqueeze(-1)).all())
+
+
+def test_rows_of_zeros_and_no_rows_have_codes_too() -> None:
+    for tokens in (2, 0):
+        zeros = torch.zeros(1, 2, tokens, 8, dtype=torch.bfloat16)
+        found = ops.unround_rows(*ops.round_rows(zeros), zeros.dtype)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, zeros)
+
+
+def plans(model: Any, window_bits: int, **options: Any) -> LatentPlan:
+    """Uncoded latents for all sites of a model."""
+    return replace(
+        fitting.exact_plan(found(model)[1].sites.values(), recent=8, block=8), window_bits=window_bits, **options
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_window_of_codes_generates_in_every_mode(make: Any, mode: str) -> None:
+    model, batch = make(), 1 if mode in ("prompt lookup", "chunked prefill") else 2
+    fhopt.apply(model, plans(model, 8))
+    output = generate(model, MODES[mode], token_ids(batch, 40))
+    assert all(bool(step.isfinite().all()) for step in output.logits)
+    assert output.sequences.shape[1] == 64
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_logits_behind_a_window_of_codes_stay_close_and_a_prompt_is_exact_to_itself(make: Any) -> None:
+    model, ids = make(), token_ids(2, 60)
+    exact, rounded = plans(model, 16), plans(model, 8)
+    fhopt.apply(model, exact)
+    expected = logits(model, LatentCache(exact, absorb=True), ids, list(range(30, 60)))
+    absorbed = logits(model, LatentCache(rounded, absorb=True), ids, list(range(30, 60)))
+    fhopt.unapply(model)
+    rebuilt = logits(model, LatentCache(rounded), ids, list(range(30, 60)))
+    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-3, atol=1e-3)  # other order of sums, in float32
+    assert torch.equal(absorbed[:, :30], expected[:, :30])
+    error = float((absorbed - expected).norm() / expected.norm())
+    assert 1e-5 < error < 1e-2  # a number moves by at most 1/254 of the largest of its row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_window_of_codes_is_read_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    layer = LatentLayer(random_plan("head").sites[0], 4, 8, 8, absorb=False, window_bits=8)
+    for tokens in (3, 30, 1):
+        key, value = torch.randn(1, 2, tokens, 16, dtype=dtype), torch.randn(1, 2, tokens, 8, dtype=dtype)
+        k, v = layer.update(key, value)
+        assert k.dtype == v.dtype == dtype
+        assert torch.equal(k[:, :, -tokens:], key) and torch.equal(v[:, :, -tokens:], value)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("layout", ["head", "input"])
+@pytest.mark.parametrize("window_bits", WINDOWS)
+def test_without_spare_rows_the_bytes_are_those_of_the_formula(window_bits: int, layout: str, sinks: int) -> None:
+    for tiers in ((), CODED):
+        plan = random_plan(layout, tiers, window_bits=window_bits, sinks=sinks)
+        for steps in ([1], [3, 1, 1], [100], [100, 3], [20, 1, 1, 1, 1]):
+            cache = LatentCache(plan)
+            for count in steps:
+                cache.update(torch.randn(1, 2, count, 16), torch.randn(1, 2, count, 8), 0)
+            assert cache.nbytes == cache.report()[0]["bytes"] == plan.cache_bytes(sum(steps), itemsize=4)
+
+
+# ---- one latent for keys and values
+
+
+def gpt2_with_biases() -> Any:
+    """No bias is zero and no norm is plain, as in a trained model."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) / 5)
+    return model
+
+
+def shared(model: Any, **options: Any) -> LatentPlan:
+    """Keys and values are affine maps of the normed input: together they span as many directions as it has numbers."""
+    return shared_plan(found(model, 96)[1], width=64, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_keys_and_values_from_one_latent_generate_the_same_tokens(mode: str) -> None:
+    model, batch = gpt2_with_biases(), 1 if mode in ("prompt lookup", "chunked prefill") else 2
+    ids = token_ids(batch, 40)
+    expected = generate(model, MODES[mode], ids)
+    fhopt.apply(model, shared(model))
+    output = generate(model, MODES[mode], ids)
+    assert {layer.site.layout for layer in cache_of(output).layers} == {"input"}
+    assert torch.equal(output.sequences, expected.sequences)
+    for a, b in zip(output.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_keys_and_values_from_one_latent_survive_a_crop(absorb: bool) -> None:
+    model, ids = gpt2_with_biases(), token_ids(1, 60)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    plan = shared(model)
+    if absorb:
+        fhopt.apply(model, plan)
+    cache = LatentCache(plan, model.config, absorb=absorb)
+    logits(model, cache, torch.cat([ids[:, :33], token_ids(1, 20)], 1), [40])
+    assert cache.layers[0].sealed == 40
+    cache.crop(-20)  # behind token 33 and in a sealed block
+    assert cache.layers[0].sealed == 24 and cache.get_seq_length() == 33
+    behind = logits(model, cache, ids[:, 33:], [10])
+    torch.testing.assert_close(behind, expected[:, 33:], rtol=1e-4, atol=1e-4)
+
+
+def test_one_latent_of_d_model_numbers_halves_the_sealed_bytes() -> None:
+    model = gpt2_with_biases()
+    plan = shared(model)
+    assert plan.sites[0].is_exact and 2 * plan.sites[0].token_bytes() == plan.exact_token_bytes() // 2
+    cache = LatentCache(plan)
+    logits(model, cache, token_ids(1, 92), [])
+    assert cache.layers[0].sealed == 80
+    assert cache.nbytes == plan.cache_bytes(92, itemsize=4)
 
 
 # ---- wrong use
@@ -362,7 +553,6 @@ def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
 
 
 def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap() -> None:
-    from small_models import found
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -377,8 +567,8 @@ def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap()
     mask[0, :9] = 0
     expected = generate(model, MODES["greedy"], ids, attention_mask=mask)
     fhopt.apply(model, fitting.exact_plan(sites.values(), recent=8, block=8))
-    found_tokens = generate(model, MODES["greedy"], ids, attention_mask=mask)
-    kinds = [isinstance(layer, LatentLayer) for layer in cache_of(found_tokens).layers]
+    output = generate(model, MODES["greedy"], ids, attention_mask=mask)
+    kinds = [isinstance(layer, LatentLayer) for layer in cache_of(output).layers]
     assert kinds == [not s for s in LatentCache(model._fhopt_applied.plan, config).is_sliding]
     assert kinds.count(True) == 1
-    assert torch.equal(found_tokens.sequences, expected.sequences)
+    assert torch.equal(output.sequences, expected.sequences)

@@ -226,6 +226,26 @@ def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
     assert [s["heads"] for s in json.loads(result.stdout)["sites"]] == [4]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ratio", "4", "--max-loss", "1%"), "each choose the size"),
+        (("--ratio", "4", "--bytes-per-token", "100"), "each choose the size"),
+        (("--max-loss", "much"), "is no share"),
+        (("--max-loss", "0"), "is no limit"),
+        (("--layout", "mla"), "is unknown"),
+        (("--sequences", "1", "--context", "200"), "more or longer sequences"),
+        (("--rate-sequences", "0"), "one more sequence"),
+    ],
+)
+def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = call("fit", "demo", *options, "-o", str(tmp_path / "plan"))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_report_is_one_file_without_links(importable: str, tmp_path: Path) -> None:
     result = call("report", importable, "-o", str(tmp_path / "report.html"))
     assert result.exit_code == 0, result.output
@@ -245,10 +265,17 @@ def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "model")
     tiny_llama().save_pretrained(tmp_path / "model")
-    options = ["--sequences", "6", "--context", "256", "--ratio", "3", "-o", str(tmp_path / "plan"), "--json"]
-    result = call("fit", str(tmp_path / "model"), *options)
+    sample = ["--sequences", "6", "--rate-sequences", "2", "--context", "256", "--json"]
+    picture = str(tmp_path / "plan.png")
+    result = call(
+        "fit", str(tmp_path / "model"), *sample, "--bytes-per-token", "100", "--explain", picture, "-o",
+        str(tmp_path / "plan"),
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["ratio"] >= 3
+    exact = 2 * 2 * 2 * 2 * 16  # layers, sides, kv heads, head size, bytes
+    assert exact / 100 <= json.loads(result.stdout)["ratio"] < exact / 100 * 1.1
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["model", "plan", "plan.png"]  # no checkpoint is left
     options = ["--plan", str(tmp_path / "plan"), "--data", "license", "--context", "300", "--json"]
     result = call("eval", str(tmp_path / "model"), *options)
     assert result.exit_code == 0, result.output

@@ -28,14 +28,18 @@ SITE = AttentionSite(
 CODED = SidePlan(torch.zeros(2, 16, 16), torch.zeros(2, 16, 16), (Tier(4, 8, 1.0), Tier(2, 8, 1.0)))
 UNCODED = SidePlan(torch.zeros(1, 8, 16), torch.zeros(2, 8, 8), ())
 PLAN = LatentPlan((SitePlan(SITE, "freq", CODED, UNCODED),), sinks=4, recent=64, block=64)
+ROUNDED = replace(PLAN, window_bits=8)
+BOTH = SidePlan(torch.zeros(1, 16, 48), torch.zeros(2, 16, 16), (Tier(8, 16, 1.0),))
+SHARED = SitePlan(SITE, "input", BOTH, SidePlan(torch.zeros(1, 16, 0), torch.zeros(2, 8, 16), BOTH.tiers))
 EXACT, LATENT = model_cost([SITE], parameters=1000), model_cost([SITE], PLAN, parameters=1000)
+WINDOW_OF_CODES = model_cost([SITE], ROUNDED, parameters=1000)
 BASES = 2 * (512 + 512 + 128 + 128)  # bytes
 
 figures = settings(max_examples=60, deadline=None)
 devices = st.builds(
     Device, st.just("any"), st.just("gpu"), st.floats(1, 1e4), st.floats(0.01, 5000), st.floats(0.01, 500), st.just(80)
 )
-latents = st.sampled_from([LATENT, *(hypothetical_cost([SITE], ratio) for ratio in (1, 2, 8))])
+latents = st.sampled_from([LATENT, WINDOW_OF_CODES, *(hypothetical_cost([SITE], ratio) for ratio in (1, 2, 8))])
 
 
 def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None:
@@ -48,6 +52,37 @@ def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None
     products = 2 * 4 * 100 * (16 + 8) + 2 * 4 * 100 * (16 + 8)
     absorb, expand, encode, unpack = 2 * 4 * 16 * 16, 2 * 4 * 8 * 8, 2 * (512 + 128), 100 * 2 * 16
     assert latent.operations == products + absorb + expand + encode + unpack
+
+
+def test_a_window_of_codes_costs_a_byte_a_number_its_scales_and_an_operation_a_code() -> None:
+    exact, rounded = (c.on(DEVICES["h100"], 200) for c in (LATENT, WINDOW_OF_CODES))  # 4 sinks, 96 tokens, 100 sealed
+    assert exact.bytes - rounded.bytes == 96 * (96 - (48 + 2 * 2 * 2))
+    assert rounded.operations - exact.operations == 96 * 48
+    first = [c.on(DEVICES["h100"], 3) for c in (LATENT, WINDOW_OF_CODES)]
+    assert first[0] == first[1]  # three tokens are all sinks
+
+
+def test_a_window_of_codes_may_pay_before_anything_is_sealed() -> None:
+    wide = replace(SITE, heads=4, kv_heads=4, key_dim=64, value_dim=64)
+    small = SidePlan(torch.zeros(4, 8, 64), torch.zeros(4, 64, 8), (Tier(2, 8, 1.0),))
+    plan = LatentPlan((SitePlan(wide, "head", small, small),), 4, 64, 64, window_bits=8)
+    exact, latent = model_cost([wide]), model_cost([wide], plan)
+    found = break_even(exact, latent, DEVICES["h100"])
+    bases = 2 * 4 * (8 * 64 + 64 * 8) * 2  # bytes; memory bounds all parts
+    assert found.verdict == "from" and found.tokens is not None and found.tokens < 100
+    assert found.tokens == pytest.approx(4 + bases / (1024 - (512 + 2 * 2 * 4)), rel=1e-9)
+
+
+def test_shared_rows_count_once_in_bytes_and_codes_and_twice_in_products() -> None:
+    rows = cost.Rows.planned(SHARED, itemsize=2)
+    assert rows == cost.Rows(16, 16, token_bytes=18, codes=16, encode=768, decode=768)
+    for itemsize, bits in ((2, 8), (2, 16), (4, 8)):
+        plan = LatentPlan((SHARED,), 4, 64, 64, window_bits=bits)
+        latent = model_cost([SITE], plan, itemsize=itemsize)
+        counted = latent.number(latent.bytes, 4 + 96 + 640) - (768 + 768) * itemsize
+        assert counted == plan.cache_bytes(4 + 96 + 640, itemsize)
+    arguments = (DEVICES["cpu"], 4, 1, 256, 256, 512)
+    assert layout_time(*arguments, 1000, shared=True) < layout_time(*arguments, 1000)  # numbers, not codes to unpack
 
 
 def test_batch_and_queries_multiply_what_they_should() -> None:
@@ -68,12 +103,12 @@ def test_a_model_costs_the_sum_of_its_sites_and_its_weights() -> None:
 
 
 @figures
-@given(st.integers(1, 3000), st.sampled_from([2, 4]))
-def test_latent_bytes_are_those_of_the_plan_up_to_half_a_block(tokens: int, itemsize: int) -> None:
-    latent = model_cost([SITE], PLAN, itemsize=itemsize)
+@given(st.integers(1, 3000), st.sampled_from([2, 4]), st.sampled_from([PLAN, ROUNDED]))
+def test_latent_bytes_are_those_of_the_plan_up_to_half_a_block(tokens: int, itemsize: int, plan: LatentPlan) -> None:
+    latent = model_cost([SITE], plan, itemsize=itemsize)
     counted = latent.number(latent.bytes, tokens) - BASES * itemsize / 2
     saved = PLAN.exact_token_bytes(itemsize) - PLAN.sites[0].token_bytes(itemsize)
-    assert abs(counted - PLAN.cache_bytes(tokens, itemsize)) <= PLAN.block / 2 * saved
+    assert abs(counted - plan.cache_bytes(tokens, itemsize)) <= PLAN.block / 2 * saved
 
 
 def test_a_sliding_window_is_exact_and_no_longer_than_itself() -> None:

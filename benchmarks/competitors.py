@@ -1,0 +1,375 @@
+"""Other ways to keep a smaller cache, as transformers caches, and what each of them holds.
+
+    seal a block:  keys, values [B,G,N,D]  ->  the rival's quantiser or projection and back  ->  the cache
+
+Only quality is compared, so a sealed token is kept as its rebuilt value and bytes are counted, for T tokens of L layers
+with G heads of D channels each. With s sinks, r recent tokens and blocks of b, as in a plan,
+
+    sealed(T) = floor((T - s - r) / b) * b,    bytes = L G (sealed(T) c + (T - sealed(T)) 4 D)
+
+where 4 D are the 16-bit key and value of a token and c is what a sealed token takes, keys and values together:
+
+    kivi        2 D (n + 32 / g) / 8    n bits a number, a 16-bit scale and zero point for each group of g = 32
+    rtn         2 (D n / 8 + 2)         n bits a number, a 16-bit scale for each token
+    low-rank    2 (2 r)                 r coordinates of 16 bits; bases are weights and not counted, as a plan's are
+
+transformers' own cache (quanto, hqq) keeps no sinks. It codes the whole first step, then holds new tokens exact until
+they are 128:
+
+    exact(T) = (T - first step) mod 128,    c = 2 D (n + 32 / g) / 8    with a scale and zero point for each g = 64
+
+KIVI: arXiv 2402.02750. Low-rank caches: ASVD (2312.05821) and Palu (2407.21118); here the plain form, one rank for all
+heads, bases from second moments. quanto and hqq are run by `transformers.QuantizedCache`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import QuantizedCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from fhopt.applying import _cache_argument
+from fhopt.evaluate import new_cache
+
+NUMBER_BYTES = 2  # of an exact number
+SMALLEST_SCALE = 2.0**-24  # the least float16 above zero
+PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}  # hqq is no extra: it makes every import of transformers slower
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which tokens stay exact; the meaning is that of a plan's fields."""
+
+    sinks: int = 4
+    recent: int = 64
+    block: int = 64
+
+    def sealed(self, tokens: int) -> int:
+        """Tokens of `tokens` that are no longer exact."""
+        return max(0, tokens - self.sinks - self.recent) // self.block * self.block
+
+    @property
+    def first_step(self) -> int:
+        """Tokens up to the first block that is sealed."""
+        return self.sinks + self.recent + self.block
+
+
+@dataclass(frozen=True)
+class Shape:
+    """L layers of G kv heads of D channels."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def heads(self) -> int:
+        """Heads of all layers."""
+        return self.layers * self.kv_heads
+
+    @property
+    def exact_token_bytes(self) -> int:
+        """Bytes of one token's keys and values in 16 bits."""
+        return self.heads * 2 * self.head_dim * NUMBER_BYTES
+
+    @staticmethod
+    def of(model: Any) -> Shape:
+        """The shape of a transformers decoder's cache."""
+        config = model.config.get_text_config(decoder=True)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Shape(config.num_hidden_layers, config.num_key_value_heads, dim)
+
+
+class Competitor(Protocol):
+    """A way to keep a cache. `family` names the line in a plot, `name` the point on it."""
+
+    @property
+    def family(self) -> str:
+        """What all sizes of it have in common."""
+
+    @property
+    def name(self) -> str:
+        """Family and size."""
+
+    def new_cache(self, model: Any) -> Any:
+        """An empty cache for `model`."""
+
+    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+        """Bytes of one sequence of `tokens` tokens, everything counted, exact numbers in 16 bits."""
+
+
+# --------------------------------------------------------------------------------------------------- codecs
+
+
+class Codec(Protocol):
+    """What happens to a sealed token."""
+
+    @property
+    def family(self) -> str:
+        """Name of the method."""
+
+    @property
+    def name(self) -> str:
+        """Name of the method at this size."""
+
+    def token_bytes(self, head_dim: int) -> float:
+        """Bytes of one token's key and value in one head."""
+
+    def key(self, x: Tensor, layer: int) -> Tensor:
+        """Keys x [B,G,N,D] after they were coded and rebuilt."""
+
+    def value(self, x: Tensor, layer: int) -> Tensor:
+        """Values x [B,G,N,D] after they were coded and rebuilt."""
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """Keys by channel in groups of tokens, values by token in groups of channels, with a zero point (KIVI, 3.2)."""
+
+    bits: int
+    group: int = 32
+    family: str = "kivi"
+
+    @property
+    def name(self) -> str:
+        """Family and bits."""
+        return f"{self.family}-{self.bits}bit"
+
+    def token_bytes(self, head_dim: int) -> float:
+        """Codes, and a scale and a zero point of 16 bits for each group."""
+        return 2 * head_dim * (self.bits + 32 / self.group) / 8
+
+    def key(self, x: Tensor, layer: int) -> Tensor:
+        """Groups of tokens; N is a multiple of the group."""
+        grouped = x.unflatten(2, (-1, self.group))  # [B, G, N/g, g, D]
+        return asymmetric(grouped, self.bits, 3).flatten(2, 3)
+
+    def value(self, x: Tensor, layer: int) -> Tensor:
+        """Groups of channels, all of them where there are fewer than a group."""
+        grouped = x.unflatten(3, (-1, min(self.group, x.shape[3])))  # [B, G, N, D/g, g]
+        return asymmetric(grouped, self.bits, 4).flatten(3)
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """One scale for each token and head, from its largest number; codes symmetric about zero."""
+
+    bits: int
+    family: str = "rtn"
+
+    @property
+    def name(self) -> str:
+        """Family and bits."""
+        return f"{self.family}-{self.bits}bit"
+
+    def token_bytes(self, head_dim: int) -> float:
+        """Codes and a scale of 16 bits, twice."""
+        return 2 * (head_dim * self.bits / 8 + 2)
+
+    def key(self, x: Tensor, layer: int) -> Tensor:
+        """By token."""
+        most = 2 ** (self.bits - 1) - 1
+        scale = _to_16_bits(x.abs().amax(3, keepdim=True) / most).clamp_min(SMALLEST_SCALE)
+        return (x / scale).round().clamp(-most - 1, most) * scale
+
+    value = key
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The coordinates of keys and values in orthonormal bases [G, D, r], two for each layer."""
+
+    bases: Sequence[tuple[Tensor, Tensor]]
+    family: str = "low-rank"
+
+    @property
+    def rank(self) -> int:
+        """r, the same in all heads."""
+        return self.bases[0][0].shape[2]
+
+    @property
+    def name(self) -> str:
+        """Family and rank."""
+        return f"{self.family}-{self.rank}"
+
+    def token_bytes(self, head_dim: int) -> float:
+        """r numbers for the key and r for the value."""
+        return 2 * self.rank * NUMBER_BYTES
+
+    def key(self, x: Tensor, layer: int) -> Tensor:
+        """Projected on the span of the key basis."""
+        return _project(x, self.bases[layer][0])
+
+    def value(self, x: Tensor, layer: int) -> Tensor:
+        """Projected on the span of the value basis."""
+        return _project(x, self.bases[layer][1])
+
+
+def asymmetric(x: Tensor, bits: int, dim: int) -> Tensor:
+    """x with the numbers along `dim` rounded to 2^bits levels from their least to their greatest (KIVI, equation 1)."""
+    least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    scale = _to_16_bits((most - least) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
+    zero = _to_16_bits(least)
+    return ((x - zero) / scale).round().clamp(0, 2**bits - 1) * scale + zero
+
+
+def _to_16_bits(x: Tensor) -> Tensor:
+    return x.to(torch.float16).to(x.dtype)
+
+
+def _project(x: Tensor, basis: Tensor) -> Tensor:
+    basis = basis.to(x)
+    return x @ basis @ basis.mT
+
+
+# --------------------------------------------------------------------------------------------------- low rank
+
+
+@torch.inference_mode()
+def head_moments(
+    model: Any, ids: Tensor, sinks: int, progress: Callable[[int], None] = lambda done: None
+) -> list[tuple[Tensor, Tensor]]:
+    """Sums of x x^T over tokens of ids [N, T] behind the sinks: (keys, values) [G, D, D] for each layer, float64.
+
+    Keys are as a cache holds them, rotated.
+    """
+    totals: list[tuple[Tensor, Tensor]] = []
+    for done, sequence in enumerate(ids, 1):
+        cache = new_cache(model, None)
+        model(sequence[None].to(model.device), **{_cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
+        news = [(_moment(layer.keys, sinks), _moment(layer.values, sinks)) for layer in cache.layers]
+        totals = [(k + a, v + b) for (k, v), (a, b) in zip(totals, news, strict=True)] if totals else news
+        progress(done)
+    return totals
+
+
+def _moment(x: Tensor, sinks: int) -> Tensor:
+    rows = x[0, :, sinks:].double()  # [G, N, D]
+    return rows.mT @ rows
+
+
+def low_rank(moments: Sequence[tuple[Tensor, Tensor]], rank: int) -> LowRank:
+    """The bases that keep most of the energy: the leading eigenvectors of each head's second moment."""
+    return LowRank([(_leading(key, rank), _leading(value, rank)) for key, value in moments])
+
+
+def _leading(moment: Tensor, rank: int) -> Tensor:
+    return torch.linalg.eigh(moment)[1][..., -rank:].float()
+
+
+def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int:
+    """The least rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
+    sealed = schedule.sealed(tokens)
+    left = tokens / ratio - (tokens - sealed)  # in exact tokens
+    return min(shape.head_dim, max(1, math.ceil(shape.head_dim * left / sealed)))
+
+
+# --------------------------------------------------------------------------------------------------- caches
+
+
+class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that seals as a plan's does; a sealed token is kept as the codec rebuilds it."""
+
+    def __init__(self, codec: Codec, schedule: Schedule, index: int) -> None:
+        super().__init__()
+        self.codec, self.schedule, self.index = codec, schedule, index
+        self.sealed = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append k, v [B,G,S,D]; the tokens of the call are still exact to each other."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        until = self.schedule.sealed(keys.shape[2])
+        if until > self.sealed:
+            start, stop = self.schedule.sinks + self.sealed, self.schedule.sinks + until
+            self.keys = _replaced(keys, start, stop, self.codec.key(keys[:, :, start:stop], self.index))
+            self.values = _replaced(values, start, stop, self.codec.value(values[:, :, start:stop], self.index))
+            self.sealed = until
+        return keys, values
+
+
+def _replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
+    return torch.cat([x[:, :, :start], new, x[:, :, stop:]], 2)
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """A codec behind the sinks and before the window of a plan."""
+
+    codec: Codec
+    schedule: Schedule
+
+    @property
+    def family(self) -> str:
+        """That of the codec."""
+        return self.codec.family
+
+    @property
+    def name(self) -> str:
+        """That of the codec."""
+        return self.codec.name
+
+    def new_cache(self, model: Any) -> Any:
+        """An empty cache."""
+        layers = range(Shape.of(model).layers)
+        return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
+
+    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+        """Sealed tokens coded, all others exact."""
+        sealed = self.schedule.sealed(tokens)
+        coded = sealed * shape.heads * self.codec.token_bytes(shape.head_dim)
+        return math.ceil(coded) + (tokens - sealed) * shape.exact_token_bytes
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """`transformers.QuantizedCache`: keys and values by token in groups of channels, in the axis its documents advise.
+
+    `first_step` is the number of tokens that are read, and coded, at once.
+    """
+
+    backend: str
+    bits: int
+    first_step: int
+    group: int = 64
+    residual: int = 128
+
+    @property
+    def family(self) -> str:
+        """The backend."""
+        return self.backend
+
+    @property
+    def name(self) -> str:
+        """Backend and bits."""
+        return f"{self.backend}-{self.bits}bit"
+
+    @property
+    def missing(self) -> str | None:
+        """What to do when the backend is not installed; None when it is."""
+        package = PACKAGES[self.backend]
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return f"{self.name} is left out: {package} is not installed. Install it with: pip install {package}"
+        return None
+
+    def new_cache(self, model: Any) -> Any:
+        """An empty cache."""
+        axis = 1 if self.backend == "hqq" else 0
+        return QuantizedCache(
+            self.backend, model.config, nbits=self.bits, axis_key=axis, axis_value=axis, q_group_size=self.group,
+            residual_length=self.residual,
+        )  # fmt: skip
+
+    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+        """All tokens coded but those that came since the last full residual."""
+        exact = max(0, tokens - self.first_step) % self.residual
+        coded = 2 * shape.head_dim * (self.bits + 32 / self.group) / 8
+        return math.ceil((tokens - exact) * shape.heads * coded) + exact * shape.exact_token_bytes

@@ -1,0 +1,100 @@
+"""The search for the smallest plan that passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import VOCABULARY, Fitted
+
+from fhopt import gate
+from fhopt.errors import FhoptError
+from fhopt.evaluate import TokenCosts
+from fhopt.gate import Gate, parse_share, smallest_plan
+from fhopt.models import LoadedModel
+from fhopt.pipeline import FitOptions, Measured
+
+
+class Letters:
+    """A tokenizer: one token a character."""
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[1 + ord(c) % (VOCABULARY - 1) for c in text]]))
+
+
+OPTIONS = FitOptions(texts=("topics",), sinks=4, recent=8, block=8, tokens=2048, context=96)
+SMALL = Gate(0.01, sequences=2, context=200)
+
+
+@pytest.fixture(scope="module")
+def measured(llama: Fitted) -> Measured:
+    weights = dict(llama.model.named_parameters())
+    return Measured(llama.statistics, llama.found, llama.outcome, {"model": "tiny"}, weights, 96)
+
+
+@pytest.fixture(scope="module")
+def loaded(llama: Fitted) -> LoadedModel:
+    return LoadedModel("tiny", llama.model, Letters())
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02)])
+def test_a_share_is_read_in_percent_or_as_a_number(text: str, share: float) -> None:
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "one", "1%%", "%"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(FhoptError, match="is no share"):
+        parse_share(text)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.0, float("nan")])
+def test_a_limit_that_says_nothing_is_refused(share: float) -> None:
+    with pytest.raises(FhoptError, match="is no limit"):
+        Gate(share).check()
+
+
+@pytest.mark.parametrize("last", [0, 1, 7, 18])
+def test_bisection_finds_the_last_that_passes_in_few_trials(last: int) -> None:
+    tried: list[float] = []
+
+    def passes(value: float) -> bool:
+        tried.append(value)
+        return value <= gate.RATIOS[last]
+
+    assert gate._largest(gate.RATIOS, passes) == gate.RATIOS[last]
+    assert len(tried) <= 6
+    assert gate._largest(gate.RATIOS, lambda value: False) is None
+
+
+def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel, measured: Measured) -> None:
+    limit = replace(SMALL, max_loss=0.02)
+    plan, trials = smallest_plan(loaded, measured, OPTIONS, limit)
+    passed = {r for r, found in trials.items() if found.increase_percent_ci and found.increase_percent_ci[1] <= 2}
+    assert plan.provenance["ratio"] == max(passed)
+    assert all(r > max(passed) for r in trials if r not in passed)
+    assert plan.provenance["gate"]["max_loss"] == 0.02
+    assert plan.provenance["gate"]["increase_percent_ci"][1] <= 2
+
+
+def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
+    loaded: LoadedModel, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dear(model: Any, ids: torch.Tensor, plan: Any) -> TokenCosts:
+        exact = torch.rand(2, 199, dtype=torch.float64)
+        return TokenCosts(exact, exact + 0.5, torch.full_like(exact, 0.5))
+
+    monkeypatch.setattr(gate, "token_costs", dear)
+    with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity rises by \+64"):
+        smallest_plan(loaded, measured, OPTIONS, SMALL)
+
+
+def test_held_out_tokens_are_not_those_of_the_calibration(loaded: LoadedModel) -> None:
+    from fhopt import data
+
+    held = gate.held_out(loaded, OPTIONS, SMALL)
+    used = data.calibration_ids(loaded.tokenizer, OPTIONS.texts, count=2, length=200)
+    assert held.shape == (2, 200) and not torch.equal(held, used)
