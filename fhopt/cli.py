@@ -209,10 +209,11 @@ def fit(
     loaded = load_model(model)
     with _progress(as_json) as progress:
         measured = measure(loaded, chosen, progress)
+        rank = gathering.leave()
         if bytes_per_token is not None:
             chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
             chosen.check()
-        if gathering.processes()[0] > 0:  # the first process writes
+        if rank > 0:  # the first process writes
             return
         if limit is None:
             plan, trials = plan_for(measured, chosen), dict[float, Comparison]()

@@ -61,6 +61,15 @@ def processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave() -> int:
+    """This process's rank; the group is left, all at once: what follows is for each alone."""
+    rank, count = processes()
+    if count > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return rank
+
+
 def share(sums: Sums) -> None:
     """Add up over all processes; each then has the same. Nothing for one process."""
     if processes()[1] == 1:

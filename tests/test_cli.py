@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -254,8 +255,11 @@ def test_a_report_is_one_file_without_links(importable: str, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
-    """Saved with its tokenizer, loaded, fitted, evaluated: the way a user's own model takes."""
+SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--json")
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A Hugging Face folder with a tokenizer of letters."""
     from small_models import tiny_llama
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -263,12 +267,45 @@ def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
     vocabulary = {w: i for i, w in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz .,\n()'=:_"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "model")
-    tiny_llama().save_pretrained(tmp_path / "model")
-    sample = ["--sequences", "6", "--rate-sequences", "2", "--context", "256", "--json"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
+
+
+def test_the_same_data_and_seed_give_the_same_files(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    for name in "ab":
+        result = call("fit", str(tmp_path / "model"), *SAMPLE, "-o", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    for name in ("plan.json", "plan.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
+    """Sums over two processes are those of one up to the order of addition, so the bits are the same."""
+    from fhopt.spec import LatentPlan
+
+    save_tiny_model(tmp_path / "model")
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+        command = [sys.executable, *launch, "-m", "fhopt.cli", "fit", str(tmp_path / "model"), *SAMPLE]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "-o", str(tmp_path / str(count))], capture_output=True, text=True, timeout=300, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["sites"] == 2  # one process reports
+    one, two = (LatentPlan.load(tmp_path / str(count)) for count in (1, 2))
+    for left, right in zip(one.sites, two.sites, strict=True):
+        assert (left.layout, left.key.tiers, left.value.tiers) == (right.layout, right.key.tiers, right.value.tiers)
+        torch.testing.assert_close(left.key.encode, right.key.encode, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
+    """Saved with its tokenizer, loaded, fitted, evaluated: the way a user's own model takes."""
+    save_tiny_model(tmp_path / "model")
     picture = str(tmp_path / "plan.png")
     result = call(
-        "fit", str(tmp_path / "model"), *sample, "--bytes-per-token", "100", "--explain", picture, "-o",
+        "fit", str(tmp_path / "model"), *SAMPLE, "--bytes-per-token", "100", "--explain", picture, "-o",
         str(tmp_path / "plan"),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
