@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fhopt.bases import Basis, fit_basis, fit_joint, joint_basis
+from fhopt.cost import Device, find_device, layout_time
 from fhopt.errors import FhoptError
 from fhopt.spec import (
     LAYOUTS,
@@ -42,6 +43,8 @@ STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 AUTO = "auto"
 COMPETING = ("band", "identity")  # what "auto" chooses from
+SLOWER = 1.5  # for a device, layouts that take more than this many times the fastest one's time do not compete
+USED = 0.6  # share of the channels of a basis that get bits, at 4x to 8x
 ROUNDS = 4  # of choosing layouts at the price that the last choice led to
 # site -> layout -> bases of keys and values; "input" has one for both
 Candidates = dict[str, dict[str, tuple[Basis, ...]]]
@@ -82,13 +85,17 @@ def _blank(site: AttentionSite) -> SitePlan:
 
 
 def candidates(
-    statistics: Mapping[str, SiteStatistics], layout: str = AUTO, *, context: int, tokens: int = 8192
-) -> Candidates:
+    statistics: Mapping[str, SiteStatistics], layout: str = AUTO, *, context: int, tokens: int = 8192,
+    device: str | None = None,
+) -> Candidates:  # fmt: skip
     """Bases of every site in the layouts that may be chosen. context: tokens of a calibration sequence.
 
-    Raises FhoptError when the layout `input` is asked for and a site has none.
+    With a `device` (`cost.DEVICES`), "auto" has latents per head to choose from too, and leaves out what would be slow
+    there: one latent for many heads means more arithmetic, which a CPU feels and a GPU does not. Raises FhoptError when
+    the layout `input` is asked for and a site has none, or the device is unknown.
     """
     found: Candidates = {}
+    target = None if device is None else find_device(device)
     for name, s in statistics.items():
         joint = fit_joint(s) if layout in (AUTO, "input") else None
         if layout == "input" and joint is None:
@@ -98,7 +105,29 @@ def candidates(
         for which in pairs:
             sides = (fit_basis(s, side, which, tokens, context) for side in ("key", "value"))
             found[name][which] = tuple(sides)
+        if layout == AUTO and target is not None:
+            heads = (fit_basis(s, side, "head", tokens, context) for side in ("key", "value"))
+            found[name]["head"] = tuple(heads)
+            found[name] = _fast_enough(found[name], s.site, target, tokens)
     return found
+
+
+def _fast_enough(
+    table: Mapping[str, tuple[Basis, ...]], site: AttentionSite, device: Device, tokens: int
+) -> dict[str, tuple[Basis, ...]]:
+    """The layouts of a site that are not much slower than the fastest, at a quarter of the bytes; plain rounding stays."""
+    total = site.exact_numbers_per_token / 2  # bytes: 16-bit numbers, four times smaller
+
+    def seconds(layout: str) -> float:
+        share = 1.0 if layout == "identity" else USED
+        widths = [int(share * basis.encode.shape[1]) for basis in table[layout]]
+        groups = table[layout][0].groups
+        shared = len(widths) == 1
+        return layout_time(device, site.heads, groups, widths[0], widths[-1], total / groups, tokens, shared=shared)
+
+    times = {layout: seconds(layout) for layout in table}
+    limit = SLOWER * min(times.values())
+    return {layout: bases for layout, bases in table.items() if layout == "identity" or times[layout] <= limit}
 
 
 def fit(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fhopt import __version__, calibrate, data, fitting, gathering, passes
 from fhopt.capture import Captured, capture
+from fhopt.cost import find_device
 from fhopt.errors import FhoptError
 from fhopt.fitting import check_options, fingerprint
 from fhopt.models import LoadedModel
@@ -32,8 +33,8 @@ class FitOptions:
 
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
-    which its size is counted. checkpoint: file that lets an interrupted calibration go on. The rest as in
-    `fitting.fit`.
+    which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. checkpoint:
+    file that lets an interrupted calibration go on. The rest as in `fitting.fit`.
     """
 
     texts: tuple[str, ...] = ("topics",)
@@ -49,11 +50,14 @@ class FitOptions:
     window_bits: int = 8
     tokens: int = 8192
     seed: int = 0
+    device: str | None = None
     checkpoint: Path | None = None
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
         check_options(self.ratio, self.layout, self.bits)
+        if self.device is not None:
+            find_device(self.device)
         far = self.sequences * max(0, self.context - self.sinks - self.recent)
         if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
             raise FhoptError(
@@ -171,7 +175,9 @@ def measure_batches(
     found: fitting.Candidates = {}
     if options.layout != "input" or options.ratio > 2:
         context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, stage.sequences)
-        found = fitting.candidates(statistics, options.layout, context=context, tokens=options.tokens)
+        found = fitting.candidates(
+            statistics, options.layout, context=context, tokens=options.tokens, device=options.device
+        )
         if options.ratio > 1:
             stage = gathering.Stage("rates", options.rate_sequences, progress, saved)
             rates = gathering.rates(found, (0, *fitting.STEPS))

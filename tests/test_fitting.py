@@ -14,7 +14,7 @@ from hand_plans import SITE
 from small_models import TOKENS, Fitted, found, numbered, run, tiny_llama
 from torch import Tensor
 
-from fhopt import fitting, ops, passes
+from fhopt import calibrate, fitting, ops, passes
 from fhopt.bases import Basis, joint_basis
 from fhopt.errors import FhoptError
 from fhopt.spec import TIER_QUANTUM, AttentionSite, LatentPlan, SideStatistics, SitePlan, SiteStatistics, write_folder
@@ -291,6 +291,17 @@ def test_absorbed_queries_give_the_same_products(fitted: Fitted) -> None:
 def _products(q: Tensor, k: Tensor, plan: SitePlan) -> Tensor:
     latents = ops.encode(k, plan.key.encode).repeat_interleave(q.shape[1], 1)
     return ops.absorb(q, plan.key.decode) @ latents.mT
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("h100", {"band", "head", "identity"}), ("cpu", {"head", "identity"})]
+)
+def test_layouts_that_are_slow_on_a_device_do_not_compete(device: str, expected: set[str]) -> None:
+    """12 query heads on one latent of 4 kv heads: four times the arithmetic, which only a CPU feels."""
+    site = AttentionSite("a", {}, "self", 12, 4, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")
+    statistics = {"a": calibrate.empty_statistics([site])["a"]}
+    table = fitting.candidates(statistics, context=64, device=device)["a"]
+    assert set(table) == expected
 
 
 # ---- files
