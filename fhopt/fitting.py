@@ -115,7 +115,7 @@ def candidates(
 def _fast_enough(
     table: Mapping[str, tuple[Basis, ...]], site: AttentionSite, device: Device, tokens: int
 ) -> dict[str, tuple[Basis, ...]]:
-    """The layouts of a site that are not much slower than the fastest, at a quarter of the bytes; plain rounding stays."""
+    """The layouts of a site that are not much slower than the fastest, at a quarter of the bytes; `identity` stays."""
     total = site.exact_numbers_per_token / 2  # bytes: 16-bit numbers, four times smaller
 
     def seconds(layout: str) -> float:
