@@ -34,10 +34,11 @@ def test_all_sites_are_found_and_the_cache_is_four_times_smaller(demo: dict[str,
     assert per_token["exact"] / per_token["plan"] == pytest.approx(demo["ratio"])
 
 
-def test_perplexity_rises_by_at_most_one_and_a_half_percent_on_both_texts(demo: dict[str, Any]) -> None:
+def test_perplexity_rises_by_at_most_half_a_percent_on_both_texts(demo: dict[str, Any]) -> None:
+    """On one text of 2,048 tokens chance alone moves it by a tenth; docs/quality.md has intervals and more texts."""
     assert set(demo["perplexity"]) == {"topics", "source"}
     for text, values in demo["perplexity"].items():
-        assert values["plan"] / values["exact"] - 1 <= 0.015, text
+        assert values["plan"] / values["exact"] - 1 <= 0.005, text
 
 
 def test_the_answer_stays_sensible(demo: dict[str, Any]) -> None:
