@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fhopt.applying import _cache_argument
+from fhopt.applying import cache_argument
 from fhopt.evaluate import new_cache
 
 NUMBER_BYTES = 2  # of an exact number
@@ -243,7 +243,7 @@ def head_moments(
     totals: list[tuple[Tensor, Tensor]] = []
     for done, sequence in enumerate(ids, 1):
         cache = new_cache(model, None)
-        model(sequence[None].to(model.device), **{_cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
+        model(sequence[None].to(model.device), **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
         news = [(_moment(layer.keys, sinks), _moment(layer.values, sinks)) for layer in cache.layers]
         totals = [(k + a, v + b) for (k, v), (a, b) in zip(totals, news, strict=True)] if totals else news
         progress(done)

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from fhopt import data, pipeline
 from fhopt.errors import FhoptError
-from fhopt.evaluate import Comparison, TokenCosts, _paired, new_cache, read_steps, switched
+from fhopt.evaluate import Comparison, TokenCosts, new_cache, paired, read_steps, switched
 from fhopt.models import LoadedModel, load_model
 from fhopt.spec import LatentPlan
 
@@ -304,7 +304,7 @@ def costs(model: Any, ids: Tensor, impl: Implementation, log_p: Tensor, steps: L
     """What each token of ids [T] costs with the cache of `impl`, beside the exact log-probabilities."""
     with switched(model, impl.plan):
         parts = [
-            _paired(log_p[start : start + logits.shape[1]], logits[0], ids[start + 1 :])
+            paired(log_p[start : start + logits.shape[1]], logits[0], ids[start + 1 :])
             for start, (logits,) in read_steps(model, ids[None, :-1], [impl.new_cache(model)], steps)
         ]
     return TokenCosts(*torch.cat(parts, -1)[:, None])

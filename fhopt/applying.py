@@ -107,10 +107,10 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     wanted = named.get("use_cache")
     wanted = model.config.use_cache and not model.training if wanted is None else wanted  # type: ignore[union-attr]
     if wanted:
-        kwargs = {**kwargs, _cache_argument(model): LatentCache(applied.plan, model.config, absorb=True)}
+        kwargs = {**kwargs, cache_argument(model): LatentCache(applied.plan, model.config, absorb=True)}
     return args, kwargs
 
 
-def _cache_argument(model: torch.nn.Module) -> str:
+def cache_argument(model: torch.nn.Module) -> str:
     """What this version of transformers calls the cache."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fhopt.applying import _cache_argument, apply, unapply
+from fhopt.applying import apply, cache_argument, unapply
 from fhopt.errors import FhoptError
 from fhopt.spec import LatentPlan
 
-FIRST_STEP, STEP = 132, 64  # of an exact cache alone: those of a plan with the usual sinks and window
+FIRST_STEP, STEP = 196, 64  # of an exact cache alone: those of a plan with the usual sinks and window
 BOOTSTRAP_TOKENS = 64
 RESAMPLES = 2000
 SEED = 0  # of the resampling: the same figures give the same interval
@@ -167,7 +167,7 @@ def read_steps(
     Yields, for each step with tokens from position `first` on, the position of the first of its logits and the logits
     [B, S, V] with each cache.
     """
-    name = _cache_argument(model)
+    name = cache_argument(model)
     can_skip = "logits_to_keep" in inspect.signature(model.forward).parameters
     for start, stop in step_bounds(ids.shape[1], plan):
         at = min(max(start, first), stop - 1)
@@ -204,7 +204,7 @@ def token_costs(
         for sequence in ids:
             caches = [new_cache(model, None), new_cache(model, plan)]
             parts = [
-                _paired(exact[0], coded[0], sequence[start + 1 :])
+                paired(exact[0], coded[0], sequence[start + 1 :])
                 for start, (exact, coded) in read_steps(model, sequence[None, :-1], caches, plan)
             ]
             rows.append(torch.cat(parts, -1))  # [3, T-1]
@@ -212,7 +212,7 @@ def token_costs(
     return TokenCosts(*torch.stack(rows, 1))
 
 
-def _paired(exact: Tensor, coded: Tensor, following: Tensor) -> Tensor:
+def paired(exact: Tensor, coded: Tensor, following: Tensor) -> Tensor:
     """[3, S] from logits [S, V] of both and the tokens that follow: cost of the exact model, of the plan, KL.
 
     float64: the difference of two close distributions is small beside what float32 rounds off.
@@ -233,7 +233,7 @@ def cached_bytes(model: Any, ids: Tensor, plan: LatentPlan | None) -> tuple[Any,
     """(the cache after reading ids [T] and one more step, its bytes)."""
     from fhopt.cache import tensor_bytes
 
-    cache, name = new_cache(model, plan), _cache_argument(model)
+    cache, name = new_cache(model, plan), cache_argument(model)
     model(ids[None].to(model.device), **{name: cache}, use_cache=True, logits_to_keep=1)
     held = cache.nbytes if plan is not None else sum(tensor_bytes(layer) for layer in cache.layers)
     return cache, held
@@ -262,7 +262,7 @@ def decode_speed(model: Any, plan: LatentPlan, ids: Tensor, steps: int = 12, rou
 
 def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
     """Seconds of each of `steps` single-token steps; the tokens are taken off again."""
-    name, out = _cache_argument(model), []
+    name, out = cache_argument(model), []
     token = torch.tensor([[1]], device=model.device)
     for _ in range(steps):
         start = time.perf_counter()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.applying import _cache_argument, apply
+from fhopt.applying import apply, cache_argument
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, read_steps
 from fhopt.models import load_model
@@ -71,7 +71,7 @@ def harness_model() -> Any:
                 with torch.no_grad():
                     for _ in self._steps(alone[:, :-1], held, first=alone.shape[1] - 2):
                         pass
-                given = {_cache_argument(self.model): held}
+                given = {cache_argument(self.model): held}
                 out = super()._model_generate(alone, max_length - padding, stop, **given, **kwargs)
                 rows.append(torch.cat([row[:padding], out[0]]))
             value = self.tokenizer.pad_token_id or 0
