@@ -71,7 +71,7 @@ class TaskOptions:
     items: int = 5
     seed: int = 0
     sinks: int = 4
-    window: int = 128
+    window: int = 192
 
 
 def choose(names: str) -> list[str]:
