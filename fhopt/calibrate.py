@@ -351,7 +351,7 @@ def _arguments(captured: Captured, batch: Batch) -> list[Any]:
         value = batch[argument] if argument is not None and argument in batch else example
         if isinstance(value, Tensor) and value.shape != example.shape:
             raise FhoptError(f"a batch has {argument} of shape {tuple(value.shape)}, expected {tuple(example.shape)}.")
-        values.append(value.detach() if isinstance(value, Tensor) else value)
+        values.append(value.detach().to(example.device) if isinstance(value, Tensor) else value)
     return values
 
 

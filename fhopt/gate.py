@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fhopt import data
 from fhopt.errors import FhoptError
-from fhopt.evaluate import Comparison, check_length, token_costs
+from fhopt.evaluate import Comparison, token_costs
 from fhopt.models import LoadedModel
 from fhopt.pipeline import FitOptions, Measured, Progress, plan_for, silent
 from fhopt.spec import LatentPlan
@@ -54,18 +54,24 @@ def parse_share(text: str) -> float:
 
 
 def smallest_plan(
-    loaded: LoadedModel, measured: Measured, options: FitOptions, gate: Gate, progress: Progress = silent
+    loaded: LoadedModel, measured: Measured, options: FitOptions, gate: Gate, ids: Tensor, progress: Progress = silent
 ) -> tuple[LatentPlan, dict[float, Comparison]]:
-    """(plan of the largest ratio that passes, what was measured by ratio). Raises FhoptError when none passes."""
+    """(plan of the largest ratio that passes, what was measured by ratio) on ids [N, T] of `held_out`.
+
+    Raises FhoptError when none passes.
+    """
     gate.check()
     network = loaded.language_model()
-    check_length(network, gate.context - 1)
-    ids = held_out(loaded, options, gate)
     trials: dict[float, Comparison] = {}
-    rounds = len(RATIOS).bit_length()
+    rounds = (len(RATIOS) - 1).bit_length() + 1
 
     def passes(ratio: float) -> bool:
-        plan = plan_for(measured, replace(options, ratio=ratio))
+        try:
+            plan = plan_for(measured, replace(options, ratio=ratio))
+        except FhoptError:  # so small that sinks and window alone take more
+            if not trials:
+                raise
+            return False
         trials[ratio] = token_costs(network, ids, plan).compare()
         progress("gate", len(trials), rounds)
         low_high = trials[ratio].increase_percent_ci
@@ -89,8 +95,14 @@ def smallest_plan(
 
 
 def held_out(loaded: LoadedModel, options: FitOptions, gate: Gate) -> Tensor:
-    """Token ids [N, T] from the second halves of the texts, in turn. Raises FhoptError when they are too short."""
-    return data.held_out_ids(loaded.tokenizer, gate.texts or options.texts, count=gate.sequences, length=gate.context)
+    """Token ids [N, T] from the second halves of the texts, in turn, no longer than the model reads at once.
+
+    Raises FhoptError when the texts are too short.
+    """
+    config: Any = loaded.language_model().config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or gate.context
+    length = min(gate.context, positions)
+    return data.held_out_ids(loaded.tokenizer, gate.texts or options.texts, count=gate.sequences, length=length)
 
 
 def _range(found: Comparison) -> str:

@@ -57,7 +57,7 @@ def processes() -> tuple[int, int]:
     if not dist.is_available() or (not dist.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ):
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")  # sums are on the CPU; a group of the caller's may be another
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -66,6 +66,7 @@ def leave() -> int:
     rank, count = processes()
     if count > 1:
         dist.barrier()
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return rank
 
@@ -85,7 +86,7 @@ def share(sums: Sums) -> None:
 class Checkpoint:
     """The file of an interrupted calibration; without a path nothing is kept. Each process has its own."""
 
-    path: Path | None
+    path: str | os.PathLike[str] | None
     key: Mapping[str, Any]
 
     def load(self, stage: str, sums: Sums) -> int:
@@ -138,7 +139,7 @@ class Checkpoint:
     def _file(self, stage: str) -> Path | None:
         rank, count = processes()
         suffix = f".{stage}" if count == 1 else f".{stage}.{rank}-of-{count}"
-        return None if self.path is None else self.path.with_name(self.path.name + suffix)
+        return None if self.path is None else Path(f"{os.fspath(self.path)}{suffix}")
 
 
 class Stage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,9 +16,10 @@ from fhopt import __version__, calibrate, data, fitting, gathering, passes
 from fhopt.capture import Captured, capture
 from fhopt.cost import find_device
 from fhopt.errors import FhoptError
+from fhopt.evaluate import check_length
 from fhopt.fitting import check_options, fingerprint
 from fhopt.models import LoadedModel
-from fhopt.spec import LatentPlan, SiteStatistics
+from fhopt.spec import LatentPlan, SiteStatistics, sealed_tokens
 
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 Progress = Callable[[str, int, int], None]
@@ -55,9 +57,7 @@ class FitOptions:
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
-        check_options(self.ratio, self.layout, self.bits)
-        if self.device is not None:
-            find_device(self.device)
+        self.check_sizes()
         far = self.sequences * max(0, self.context - self.sinks - self.recent)
         if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
             raise FhoptError(
@@ -65,6 +65,27 @@ class FitOptions:
                 f"and recent tokens to calibrate on; expected at least {LEAST_FAR_TOKENS}, and one more sequence to "
                 "choose bits by. Use more or longer sequences."
             )
+
+    def check_sizes(self) -> None:
+        """The part of it that does not depend on the sample: sizes, layout, device."""
+        check_options(self.ratio, self.layout, self.bits)
+        if self.device is not None:
+            find_device(self.device)
+        if self.recent < 1 or self.block < 1 or self.sinks < 0 or self.window_bits not in (8, 16):
+            raise FhoptError(
+                f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.window_bits}: "
+                "expected sinks of at least 0, recent and block of at least 1, and a window of 8 or 16 bits."
+            )
+        if sealed_tokens(self.tokens, self.sinks, self.recent, self.block) == 0:
+            raise FhoptError(
+                f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "
+                f"{self.sinks + self.recent + self.block}. Make the plan for a longer context."
+            )
+
+    @property
+    def is_lossless(self) -> bool:
+        """True when no bits are to be chosen."""
+        return self.ratio == 1 or (self.layout == "input" and self.ratio <= 2)
 
 
 @dataclass
@@ -121,6 +142,7 @@ def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silen
     """Calibrate a causal language model on the first halves of the texts. Raises FhoptError."""
     options.check()
     model = loaded.language_model()
+    check_length(model, options.context)
     count = options.sequences + options.rate_sequences
     ids = data.calibration_ids(loaded.tokenizer, options.texts, count=count, length=options.context)
     captured = loaded.capture(options.context)
@@ -132,7 +154,8 @@ def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silen
         "context": options.context,
     }
     batches = ({"input_ids": row.unsqueeze(0)} for row in ids)
-    measured = measure_batches(captured, batches, options, dict(model.named_parameters()), loaded.name, progress)
+    weights, digest = dict(model.named_parameters()), provenance["text_sha256"]
+    measured = measure_batches(captured, batches, options, weights, loaded.name, progress, digest)
     measured.provenance |= provenance
     return measured
 
@@ -144,6 +167,7 @@ def measure_module(
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
     """
+    options.check_sizes()
     given = iter(batches)
     first = next(given, None)
     if first is None:
@@ -155,15 +179,23 @@ def measure_module(
 
 def measure_batches(
     captured: Captured, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
-    name: str, progress: Progress = silent,
+    name: str, progress: Progress = silent, data_digest: Any = "",
 ) -> Measured:  # fmt: skip
-    """The two calibration passes over batches. Under torchrun, each process takes its share and all get the sum."""
+    """The two calibration passes over batches. Under torchrun, each process takes its share and all get the sum.
+
+    data_digest tells the data of one calibration from another's, for checkpoints.
+    """
     outcome = passes.find(captured.program)
     if not outcome.sites:
         _nothing_found(name, outcome)
+    if not options.is_lossless:
+        budget = fitting.Budget(
+            options.ratio, options.sinks, options.recent, options.block, options.window_bits, options.tokens
+        )
+        fitting.check_reach(list(outcome.sites.values()), budget, options.bits)
     far = dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
     given = iter(batches)
-    saved = gathering.Checkpoint(options.checkpoint, _key(options, name))
+    saved = gathering.Checkpoint(options.checkpoint, _key(options, name, data_digest, weights, outcome))
     statistics = calibrate.empty_statistics(outcome.sites.values())
     stage = gathering.Stage("moments", options.sequences, progress, saved)
     calibrate.collect(
@@ -172,26 +204,36 @@ def measure_batches(
     gathering.share(gathering.moments(statistics))
     if not any(int(s.key.count) for s in statistics.values()):
         raise FhoptError("no calibration batch was given; expected at least one.")
-    found: fitting.Candidates = {}
-    if options.layout != "input" or options.ratio > 2:
-        context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, stage.sequences)
-        found = fitting.candidates(
-            statistics, options.layout, context=context, tokens=options.tokens, device=options.device
+    context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, stage.sequences)
+    found = fitting.candidates(
+        statistics, options.layout, context=context, tokens=options.tokens, device=options.device
+    )
+    if not options.is_lossless:
+        stage = gathering.Stage("rates", options.rate_sequences, progress, saved)
+        rates = gathering.rates(found, (0, *fitting.STEPS))
+        calibrate.measure_rates(
+            captured, outcome, stage.batches(given, rates), found, fitting.STEPS, done=stage.done, **far
         )
-        if options.ratio > 1:
-            stage = gathering.Stage("rates", options.rate_sequences, progress, saved)
-            rates = gathering.rates(found, (0, *fitting.STEPS))
-            calibrate.measure_rates(
-                captured, outcome, stage.batches(given, rates), found, fitting.STEPS, done=stage.done, **far
+        gathering.share(rates)
+        if not stage.sequences:
+            raise FhoptError(
+                f"the {options.sequences} batches for the bases took all there were, and bits are chosen by others; "
+                "give more batches, or a smaller number of sequences."
             )
-            gathering.share(rates)
     saved.remove()
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
     return Measured(statistics, found, outcome, provenance, weights, options.context)
 
 
-def _key(options: FitOptions, name: str) -> dict[str, Any]:
+def _key(
+    options: FitOptions, name: str, data_digest: Any, weights: Mapping[str, Tensor], outcome: passes.Outcome
+) -> dict[str, Any]:
     """What an interrupted calibration must have in common with the one that goes on."""
     irrelevant = {"ratio", "bits", "block", "window_bits", "checkpoint"}
-    return {"model": name} | {k: str(v) for k, v in asdict(options).items() if k not in irrelevant}
+    about = {"model": name, "data": str(data_digest), "version": __version__}
+    if options.checkpoint is not None:
+        names = sorted({n for site in outcome.sites.values() for role in site.projections.values() for n in role})
+        sums = [float(weights[n].double().square().sum()) for n in names if n in weights]
+        about["weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()
+    return about | {k: str(v) for k, v in asdict(options).items() if k not in irrelevant}

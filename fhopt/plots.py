@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fhopt.errors import FhoptError
+from fhopt.fitting import DISTORTION
 from fhopt.pipeline import Measured
-from fhopt.spec import TIER_QUANTUM, LatentPlan
+from fhopt.spec import TIER_QUANTUM, LatentPlan, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]
@@ -18,16 +21,23 @@ if TYPE_CHECKING:
 
 Matrix = NDArray[np.float64]
 SIDES = ("keys", "values")
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Raise FhoptError when nothing can be drawn to `path`, before anything slow starts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
+    if path.suffix.lower() not in FORMATS or path.is_dir():
+        raise FhoptError(f"{path} is no picture; expected a file that ends in {', '.join(FORMATS)}.")
+    check_writable(path.parent)
 
 
 def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
     """Draw spectrum, bits and sensitivity of each layer to `path` (.png, .svg or .pdf). Raises FhoptError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FhoptError(
-            "matplotlib is not installed; --explain needs it. Install it with: pip install 'fhopt[plot]'"
-        ) from error
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 11), layout="constrained")
     axes = figure.subplots(3, 2)
     for column, side in enumerate(SIDES):
@@ -43,11 +53,11 @@ def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
     )
     staging = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(staging, dpi=120)
         staging.replace(path)
-    except (OSError, ValueError) as error:
-        staging.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
         raise FhoptError(f"cannot draw {path}: {error}. Choose a .png, .svg or .pdf that you may write to.") from error
     return path
 
@@ -91,10 +101,8 @@ def _sensitivity(axes: Axes, measured: Measured, plan: LatentPlan) -> None:
         heights = []
         for site in plan.sites:
             basis = measured.found[site.site.name][site.layout][0 if site.is_shared else column]
-            cost = basis.costs.get(2)
-            heights.append(
-                float(0.5 * cost.sum() / max(1, int(basis.tokens))) if cost is not None else float(basis.variance.sum())
-            )
+            measured_cost = basis.costs[2] / int(basis.tokens) if int(basis.tokens) else DISTORTION[2] * basis.variance
+            heights.append(float(0.5 * measured_cost.sum()))
         axes.bar(position + (column - 0.5) * 0.4, heights, 0.4, label=side)
     axes.set(yscale="log", xlabel="site", ylabel="nats per token", title="sensitivity: 2 bits for every channel")
     axes.legend()

@@ -329,6 +329,16 @@ class KernelSpec:
 # --------------------------------------------------------------------------------------------------- files
 
 
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be, and raise FhoptError when nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FhoptError(f"cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+
+
 def check_folder(path: Path, names: Iterable[str]) -> None:
     """Raise FhoptError when `path` is there and holds anything but files of these names."""
     if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):

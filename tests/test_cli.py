@@ -237,6 +237,12 @@ def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
         (("--layout", "mla"), "is unknown"),
         (("--sequences", "1", "--context", "200"), "more or longer sequences"),
         (("--rate-sequences", "0"), "one more sequence"),
+        (("--recent", "0"), "recent and block of at least 1"),
+        (("--tokens", "100"), "none beyond sinks and window"),
+        (("--explain", "picture"), "is no picture"),
+        (("--explain", "."), "is no picture"),
+        (("--gate-data", "source"), "both or neither"),
+        (("--device", "abacus"), "abacus"),
     ],
 )
 def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
@@ -269,6 +275,13 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     tiny_llama().save_pretrained(folder)
+
+
+def test_a_size_below_the_least_is_refused_before_the_calibration(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    result = call("fit", str(tmp_path / "model"), *SAMPLE, "--ratio", "100", "-o", str(tmp_path / "plan"))
+    assert result.exit_code == 2 and "the least possible is" in result.stderr, result.output
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_the_same_data_and_seed_give_the_same_files(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_bisection_finds_the_last_that_passes_in_few_trials(last: int) -> None:
 
 def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel, measured: Measured) -> None:
     limit = replace(SMALL, max_loss=0.02)
-    plan, trials = smallest_plan(loaded, measured, OPTIONS, limit)
+    plan, trials = smallest_plan(loaded, measured, OPTIONS, limit, gate.held_out(loaded, OPTIONS, limit))
     passed = {r for r, found in trials.items() if found.increase_percent_ci and found.increase_percent_ci[1] <= 2}
     assert plan.provenance["ratio"] == max(passed)
     assert all(r > max(passed) for r in trials if r not in passed)
@@ -89,7 +89,18 @@ def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
 
     monkeypatch.setattr(gate, "token_costs", dear)
     with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity rises by \+64"):
-        smallest_plan(loaded, measured, OPTIONS, SMALL)
+        smallest_plan(loaded, measured, OPTIONS, SMALL, gate.held_out(loaded, OPTIONS, SMALL))
+
+
+def test_a_size_that_cannot_be_had_does_not_pass(loaded: LoadedModel, measured: Measured) -> None:
+    """At 400 tokens sinks and window alone are a twentieth of the cache; every size that exists passes a loose gate."""
+    options, limit = replace(OPTIONS, tokens=400, window_bits=16), replace(SMALL, max_loss=0.99)
+    plan, trials = smallest_plan(loaded, measured, options, limit, gate.held_out(loaded, options, limit))
+    assert plan.provenance["ratio"] == max(trials) < gate.RATIOS[-1]
+
+
+def test_a_model_with_few_positions_is_read_as_far_as_it_goes(loaded: LoadedModel) -> None:
+    assert gate.held_out(loaded, OPTIONS, replace(SMALL, context=2048)).shape == (2, 512)
 
 
 def test_held_out_tokens_are_not_those_of_the_calibration(loaded: LoadedModel) -> None:

@@ -98,6 +98,8 @@ def test_a_checkpoint_of_other_options_is_refused(llama: Fitted, tmp_path: Path)
             measure(llama.captured, other)
     with pytest.raises(FhoptError, match="another calibration"):
         pipeline.measure_batches(llama.captured, sequences(), options, {}, "another model")
+    with pytest.raises(FhoptError, match="another calibration"):  # the same options, other text
+        pipeline.measure_batches(llama.captured, sequences(), options, {}, "tiny", data_digest="other")
 
 
 def test_a_checkpoint_serves_another_size_of_plan(llama: Fitted, tmp_path: Path) -> None:
@@ -143,15 +145,9 @@ def test_no_batch_at_all_is_refused(llama: Fitted) -> None:
         measure(llama.captured, count=0)
 
 
-def test_where_no_batch_is_left_for_rates_costs_are_those_of_a_gaussian(llama: Fitted) -> None:
-    measured = measure(llama.captured, count=6)
-    plain = fitting.candidates(measured.statistics, context=96, tokens=TOKENS)
-    plans = [
-        fitting.fit(measured.statistics, found=table, ratio=4, recent=8, block=8, tokens=TOKENS)
-        for table in (measured.found, plain)
-    ]
-    assert plans[0].digest() == plans[1].digest()
-    assert plans[0].provenance["predicted_nats"] > 0
+def test_batches_that_leave_none_to_choose_bits_by_are_refused(llama: Fitted) -> None:
+    with pytest.raises(FhoptError, match="bits are chosen by others"):
+        measure(llama.captured, count=6)
 
 
 # ---- processes
