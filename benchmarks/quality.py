@@ -67,7 +67,6 @@ LEAST_TOKENS = 512  # of a text: with fewer, most of what is read is still exact
 COUNTED_AT = 8192
 COMPARABLE = 1.65  # a rival that holds more bytes than this many times the plan's is listed, but is no baseline
 QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
-CHARACTERS_PER_TOKEN = 20  # more than any text has
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _tokens(loaded: LoadedModel, name: str, context: int, whole: bool) -> Tensor
 
 
 def _tokenized(loaded: LoadedModel, text: str, context: int) -> Tensor:
-    start = text[: CHARACTERS_PER_TOKEN * context]
+    start = text[: data.CHARACTERS_PER_TOKEN * context]
     return torch.as_tensor(loaded.tokenizer(start, return_tensors="pt", verbose=False).input_ids[0][:context])
 
 

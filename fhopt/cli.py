@@ -298,7 +298,7 @@ def evaluate(
     from fhopt.models import load_model
     from fhopt.spec import LatentPlan
     from fhopt.tables import evaluation_tables
-    from fhopt.tasks import TaskOptions, choose, read_lengths, run_tasks, write_items
+    from fhopt.tasks import TaskOptions, check_items, choose, read_lengths, run_tasks, write_items
 
     chosen, cells = choose(tasks), read_lengths(lengths)
     plan = LatentPlan.load(plan_path) if plan_path else None
@@ -308,6 +308,7 @@ def evaluate(
     asked = [name for name in chosen if name != "perplexity"]
     written = write_items(loaded.tokenizer, asked, TaskOptions(cells, items, seed, **kept)) if asked else {}
     ids = _test_ids(loaded, texts, sequences, context) if "perplexity" in chosen else {}
+    check_items(network, written)
     if ids:
         check_length(network, context - 1)
     with _progress(as_json) as progress:

@@ -232,6 +232,12 @@ def write_items(tokenizer: Any, tasks: Sequence[str], options: TaskOptions) -> d
     return {task: {cell: writer.items(task, *cell) for cell in cells[task]} for task in tasks}
 
 
+def check_items(model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]]) -> None:
+    """Raise FhoptError when an item is longer than the model has positions."""
+    for item in (item for cells in tasks.values() for items in cells.values() for item in items):
+        check_length(model, len(item.context) + len(item.answer) - 1)
+
+
 def run_tasks(
     model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plan: LatentPlan | None, progress: Progress = silent
 ) -> dict[str, dict[Cell | None, TaskResult]]:
@@ -239,8 +245,7 @@ def run_tasks(
 
     Applies the plan, and leaves the model as it was. Raises FhoptError when the plan or a length is not for this model.
     """
-    for item in (item for cells in tasks.values() for items in cells.values() for item in items):
-        check_length(model, len(item.context) + len(item.answer) - 1)
+    check_items(model, tasks)
     with switched(model, plan):
         return {task: _run_task(model, task, cells, plan, progress) for task, cells in tasks.items()}
 
