@@ -96,18 +96,16 @@ def candidates(
     """
     found: Candidates = {}
     target = None if device is None else find_device(device)
+    competing = COMPETING if target is None else (*COMPETING, "head")
     for name, s in statistics.items():
         joint = fit_joint(s) if layout in (AUTO, "input") else None
         if layout == "input" and joint is None:
             raise _no_joint(s)
-        pairs = COMPETING if layout == AUTO else (layout,) if layout != "input" else ()
         found[name] = {"input": (joint,)} if joint is not None else {}
-        for which in pairs:
+        for which in competing if layout == AUTO else {layout} - {"input"}:
             sides = (fit_basis(s, side, which, tokens, context) for side in ("key", "value"))
             found[name][which] = tuple(sides)
         if layout == AUTO and target is not None:
-            heads = (fit_basis(s, side, "head", tokens, context) for side in ("key", "value"))
-            found[name]["head"] = tuple(heads)
             found[name] = _fast_enough(found[name], s.site, target, tokens)
     return found
 

@@ -97,7 +97,6 @@ class Measured:
     outcome: passes.Outcome
     provenance: dict[str, Any]
     weights: Mapping[str, Tensor]
-    context: int
 
 
 def find_sites(loaded: LoadedModel, tokens: int = 16) -> passes.Outcome:
@@ -132,7 +131,7 @@ def plan_for(measured: Measured, options: FitOptions) -> LatentPlan:
     plan = fitting.fit(
         measured.statistics, found=measured.found, ratio=options.ratio, layout=options.layout, bits=options.bits,
         sinks=options.sinks, recent=options.recent, block=options.block, window_bits=options.window_bits,
-        tokens=options.tokens, context=measured.context,
+        tokens=options.tokens,
     )  # fmt: skip
     sites = [s.site for s in plan.sites]
     return plan.with_provenance(fingerprint=fingerprint(measured.weights, sites), **measured.provenance)
@@ -223,7 +222,7 @@ def measure_batches(
     saved.remove()
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
-    return Measured(statistics, found, outcome, provenance, weights, options.context)
+    return Measured(statistics, found, outcome, provenance, weights)
 
 
 def _key(

@@ -32,7 +32,7 @@ SMALL = Gate(0.01, sequences=2, context=200)
 @pytest.fixture(scope="module")
 def measured(llama: Fitted) -> Measured:
     weights = dict(llama.model.named_parameters())
-    return Measured(llama.statistics, llama.found, llama.outcome, {"model": "tiny"}, weights, 96)
+    return Measured(llama.statistics, llama.found, llama.outcome, {"model": "tiny"}, weights)
 
 
 @pytest.fixture(scope="module")
