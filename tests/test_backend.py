@@ -89,12 +89,20 @@ def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -
 
 @pytest.mark.usefixtures("traced_only")
 def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: Fitted) -> None:
-    from torch._dynamo.utils import counters
-
-    model, ids = tiny_llama(), token_ids(1, 40)
+    model = tiny_llama()
     model.load_state_dict(llama.model.state_dict())
     fhopt.apply(model, llama.plan(4))
-    options: dict[str, Any] = dict(max_new_tokens=30, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    assert_compiled_generation_is_eager(model, new_tokens=30, atol=1e-4)
+
+
+def assert_compiled_generation_is_eager(model: Any, new_tokens: int, atol: float) -> None:
+    """Greedy tokens and logits behind 40 tokens, compiled without a graph break, against the eager model's."""
+    from torch._dynamo.utils import counters
+
+    ids = token_ids(1, 40)
+    options: dict[str, Any] = dict(
+        max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     eager = model.generate(ids, **options)
     model.compile(backend="flashhead")
     counters.clear()
@@ -102,7 +110,7 @@ def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: F
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     assert torch.equal(compiled.sequences, eager.sequences)
     for a, b in zip(compiled.logits, eager.logits, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.usefixtures("traced_only")
@@ -316,16 +324,6 @@ def test_one_coded_latent_gives_the_same_with_and_without_gradients() -> None:
 
 @pytest.mark.usefixtures("traced_only")
 def test_compiled_generation_with_one_latent_and_a_window_of_codes_gives_the_eager_tokens() -> None:
-    from torch._dynamo.utils import counters
-
-    model, ids = with_biases(tiny_gpt2()), token_ids(1, 40)
+    model = with_biases(tiny_gpt2())
     fhopt.apply(model, shared_plan(found(model, 96)[1], 64, window_bits=8))
-    options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    eager = model.generate(ids, **options)
-    model.compile(backend="flashhead")
-    counters.clear()
-    compiled = model.generate(ids, **options)
-    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
-    assert torch.equal(compiled.sequences, eager.sequences)
-    for a, b in zip(compiled.logits, eager.logits, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert_compiled_generation_is_eager(model, new_tokens=12, atol=1e-3)
