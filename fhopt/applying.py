@@ -1,12 +1,14 @@
 """`apply` makes a transformers model use latents by itself; `unapply` takes it back.
 
 Only transformers' own seams are used: the attention implementation registry, the cache class, and a forward hook that
-puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched.
+puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched: a
+model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention.py).
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,22 @@ class _Applied:
     plan: LatentPlan
     hook: Any
     before: str
+    layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
+    cache: str  # what the model's forward calls the cache
+    parameters: tuple[str, ...]  # of the model's forward
+    interface: bool  # attention is asked for by the interface, and nothing before it needs keys of full length
 
 
 def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
 
-    `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first.
-    Raises FhoptError when the model is of another kind, or not the one that the plan was fitted for.
+    `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
+    of an encoder are left alone: nothing of them is cached. Raises FhoptError when the model is of another kind, or not
+    the one that the plan was fitted for.
     """
     import fhopt.codegen
-    from fhopt.cache import latent_attention, layer_index
+    from fhopt.attention import latent_attention
+    from fhopt.cache import cached_sites, layer_indices
 
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         raise FhoptError(
@@ -41,21 +49,27 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
-    if network.config.is_encoder_decoder:
-        raise FhoptError(f"{type(model).__name__} is an encoder-decoder; its caches cannot hold latents yet.")
-    if len({layer_index(s.site.name) for s in plan.sites}) < len(plan.sites) or any(
-        "#" in s.site.name for s in plan.sites
-    ):
-        raise FhoptError("the plan names several sites of one layer; a cache keeps one for each layer.")
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
-    for site in plan.sites:
-        _check_site(model, site.site.name, layer_index(site.site.name))
+    encoder = _encoder_path(network)
+    sites = [p.site for p in plan.sites if encoder is None or not f"{p.site.name}.".startswith(f"{encoder}.")]
+    modules = {site.name: _module(model, site.name) for site in sites}
+    layers: dict[str, int] = {}
+    for kind in ("self", "cross"):
+        by_name = layer_indices([s for s in sites if s.kind == kind])
+        layers |= {name: int(getattr(modules[name], "layer_idx", index)) for name, index in by_name.items()}
+        cached_sites(plan, kind, layers)
     _register(latent_attention)
     unapply(model)
     before = network.config._attn_implementation
-    network.set_attn_implementation(IMPLEMENTATION)
+    interface = all(map(_uses_interface, modules.values()))
+    if interface:
+        network.set_attn_implementation(IMPLEMENTATION)
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
-    network._fhopt_applied = _Applied(plan, hook, before)
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    network._fhopt_applied = _Applied(
+        plan, hook, before, layers, cache_argument(model), parameters,
+        interface=interface and all(site.mask != "relative" for site in sites),
+    )  # fmt: skip
     fhopt.codegen.install()
     return model
 
@@ -65,20 +79,33 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     applied: _Applied | None = getattr(model, "_fhopt_applied", None)
     if applied is not None:
         applied.hook.remove()
-        model.set_attn_implementation(applied.before)  # type: ignore[operator]
-        del model._fhopt_applied
+        network: Any = model
+        if network.config._attn_implementation == IMPLEMENTATION:
+            network.set_attn_implementation(applied.before)
+        del network._fhopt_applied
     return model
 
 
-def _check_site(model: torch.nn.Module, name: str, layer: int) -> None:
+def _encoder_path(model: Any) -> str | None:
+    """Module path of the encoder of an encoder-decoder model, None for other models."""
+    if not model.config.is_encoder_decoder:
+        return None
+    encoder = model.get_encoder()
+    return next((name for name, module in model.named_modules() if module is encoder), None)
+
+
+def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
     try:
-        module = model.get_submodule(name)
+        return model.get_submodule(name.partition("#")[0])
     except AttributeError as error:
         raise FhoptError(
             f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for it."
         ) from error
-    if getattr(module, "layer_idx", layer) != layer:
-        raise FhoptError(f"{name} is cached as layer {module.layer_idx}, its name says {layer}; cannot apply the plan.")
+
+
+def _uses_interface(module: torch.nn.Module) -> bool:
+    """False for attention that is written out in the model's own code, whatever implementation is chosen."""
+    return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 def _register(attention: Any) -> None:
@@ -89,26 +116,73 @@ def _register(attention: Any) -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it padding would be ignored
 
 
+# --------------------------------------------------------------------------------------------------- caches
+
+
 def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook: a LatentCache in place of none; an ordinary cache that is still empty gets latent layers."""
-    from transformers import DynamicCache
+    """Forward pre-hook: a latent cache in place of none; an ordinary cache that is still empty gets latent layers.
 
-    from fhopt.cache import LatentCache
-
+    Raises FhoptError for a latent cache of another model.
+    """
     applied: _Applied = model._fhopt_applied  # type: ignore[assignment]
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    named = {**bound, **bound.get("kwargs", {})}
-    given = next((c for c in (named.get("cache"), named.get("past_key_values")) if c is not None), None)
+    named = {**dict(zip(applied.parameters, args, strict=False)), **kwargs}
+    given = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
     if given is not None:
-        if type(given) is DynamicCache and given.get_seq_length() == 0:
-            given.layers = LatentCache(applied.plan, model.config, absorb=True).layers  # the caller keeps its object
-            given.layer_class_to_replicate = None
+        _convert(given, applied)
         return args, kwargs
     wanted = named.get("use_cache")
     wanted = model.config.use_cache and not model.training if wanted is None else wanted  # type: ignore[union-attr]
     if wanted:
-        kwargs = {**kwargs, cache_argument(model): LatentCache(applied.plan, model.config, absorb=True)}
+        kwargs = {**kwargs, applied.cache: latent_cache(model)}
     return args, kwargs
+
+
+def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
+    """An empty cache for a model with a plan applied; options as of `LatentCache`. Raises FhoptError without a plan."""
+    from fhopt.cache import LatentCache, encoder_decoder_cache
+
+    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    if applied is None:
+        raise FhoptError(f"no plan is applied to {type(model).__name__}. Call fhopt.apply(model, plan) first.")
+    network: Any = model
+    make = encoder_decoder_cache if network.config.is_encoder_decoder else LatentCache
+    cache = make(applied.plan, network.config, layers=applied.layers, **options)
+    _convert(cache, applied)
+    return cache
+
+
+def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
+    """Give an ordinary cache that is still empty latent layers; the caller keeps its object."""
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+    from fhopt.cache import LATENT_LAYERS, LatentCache, latent_layers
+
+    if isinstance(cache, EncoderDecoderCache):
+        _convert(cache.self_attention_cache, applied)
+        return _convert(cache.cross_attention_cache, applied, "cross")
+    if isinstance(cache, LatentCache):
+        _check_plan(cache.plan, applied.plan)
+    elif not any(isinstance(layer, LATENT_LAYERS) for layer in cache.layers):
+        started = any(layer.is_initialized for layer in cache.layers) and int(cache.get_seq_length())
+        if type(cache) not in (DynamicCache, StaticCache) or started:
+            return None
+        cache.layers = latent_layers(applied.plan, cache.layers or None, kind=kind, layers=applied.layers)
+        cache.layer_class_to_replicate = None
+    for layer in cache.layers:
+        if isinstance(layer, LATENT_LAYERS):
+            layer.interface = applied.interface
+    return None
+
+
+def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
+    """Raise FhoptError when a cache was made by a plan for another model; another plan for this one is fine."""
+    prints = {plan.provenance.get("fingerprint") for plan in (held, applied)} - {None}
+    names, known = ({p.site.name for p in plan.sites} for plan in (held, applied))
+    if held is not applied and (len(prints) > 1 or not names & known):
+        raise FhoptError(
+            "the cache was made by a plan for another model. Make one for this model: "
+            "fhopt.LatentCache(plan, model.config), with a plan that was fitted for it."
+        )
 
 
 def cache_argument(model: torch.nn.Module) -> str:

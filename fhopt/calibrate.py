@@ -80,7 +80,7 @@ class _ProbedAttention(torch.autograd.Function):
         for rows, columns in _tiles(q, k, bias):
             masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
             p, _ = _weights(q[:, :, rows], k[:, :, columns], *masks, scale, softcap)
-            parts.append(ops._grouped_mix(p, v[:, :, columns]))
+            parts.append(ops.grouped_mix(p, v[:, :, columns]))
         ctx.save_for_backward(q, k, v, bias, sinks)
         ctx.far, ctx.options, ctx.found = far, (scale, softcap), found
         return torch.cat(parts, 2)
@@ -95,10 +95,10 @@ class _ProbedAttention(torch.autograd.Function):
             part, grad = q[:, :, rows], gradients[0][:, :, rows]
             masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
             p, slope = _weights(part, k[:, :, columns], *masks, scale, softcap)
-            d_p = ops._grouped_logits(grad, v[:, :, columns])
+            d_p = ops.grouped_scores(grad, v[:, :, columns])
             d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True))
             d_s = scale * (d_s if slope is None else d_s * slope)
-            d_q[:, :, rows] = ops._grouped_mix(d_s, k[:, :, columns])
+            d_q[:, :, rows] = ops.grouped_mix(d_s, k[:, :, columns])
             d_k[:, :, columns] += _to_keys(d_s, part, groups)
             d_v[:, :, columns] += _to_keys(p, grad, groups)
             far = _cut(ctx.far, rows, columns)
@@ -139,7 +139,7 @@ def _weights(
     q: Tensor, k: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor | None]:
     """(softmax weights [B,H,S,T], zero where a query sees nothing; slope of the softcap or None)."""
-    logits = ops._grouped_logits(q * scale, k)
+    logits = ops.grouped_scores(q * scale, k)
     slope = None
     if softcap:
         capped = torch.tanh(logits / softcap)

@@ -101,7 +101,7 @@ def attention_reference(
     if is_causal:
         triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         mask = triangle if mask is None else _both(mask, triangle)
-    logits = _grouped_logits(query * scale, key)
+    logits = grouped_scores(query * scale, key)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     bias = additive(mask, logits.dtype)
@@ -111,10 +111,10 @@ def attention_reference(
     exact = logits if logits.dtype == torch.float64 else logits.float()
     weights = _softmax(exact)[0][..., : key.shape[2]].to(query.dtype)
     weights = torch.dropout(weights, dropout, dropout > 0)
-    return _grouped_mix(weights, value)
+    return grouped_mix(weights, value)
 
 
-def _grouped_logits(query: Tensor, key: Tensor) -> Tensor:
+def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
     """q [B,H,S,D] . k [B,G,T,D] -> [B,H,S,T]: the H/G query heads of a kv head become extra queries."""
     b, h, s, d = query.shape
     g, t = key.shape[1], key.shape[2]
@@ -122,7 +122,7 @@ def _grouped_logits(query: Tensor, key: Tensor) -> Tensor:
     return torch.matmul(grouped, key.transpose(-1, -2)).reshape(b, h, s, t)
 
 
-def _grouped_mix(weights: Tensor, value: Tensor) -> Tensor:
+def grouped_mix(weights: Tensor, value: Tensor) -> Tensor:
     """p [B,H,S,T] . v [B,G,T,E] -> [B,H,S,E]."""
     b, h, s, t = weights.shape
     g, e = value.shape[1], value.shape[3]
@@ -277,7 +277,7 @@ def latent_attention_reference(
     """
     z_k, k_factor = _operand(key, key_scale, key_bits, key_widths, key_steps)
     z_v, v_factor = _operand(value, value_scale, value_bits, value_widths, value_steps)
-    logits = _grouped_logits((query * scale).to(z_k.dtype), z_k).to(torch.float32)
+    logits = grouped_scores((query * scale).to(z_k.dtype), z_k).to(torch.float32)
     if k_factor is not None:
         logits = logits * _per_head(k_factor, query.shape[1])
     if softcap:
@@ -288,7 +288,7 @@ def latent_attention_reference(
     weights, lse = _softmax(logits)
     if v_factor is not None:
         weights = weights * _per_head(v_factor, query.shape[1])
-    return _grouped_mix(weights.to(z_v.dtype), z_v).to(query.dtype), lse
+    return grouped_mix(weights.to(z_v.dtype), z_v).to(query.dtype), lse
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

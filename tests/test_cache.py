@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hand_plans import CODED, random_plan, shared_plan
+from hand_plans import CODED, SITE, random_plan, shared_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -17,9 +18,10 @@ from torch import Tensor
 
 import fhopt
 from fhopt import fitting, ops
-from fhopt.cache import LatentCache, LatentLayer, layer_index
+from fhopt.cache import LatentCache, layer_indices
 from fhopt.errors import FhoptError
 from fhopt.evaluate import score
+from fhopt.layers import LatentLayer
 from fhopt.spec import LatentPlan, SidePlan, SitePlan
 
 MODES: dict[str, dict[str, Any]] = {
@@ -91,7 +93,7 @@ def test_a_continued_chat_reuses_its_cache(llama: Fitted) -> None:
     ids = token_ids(1, 40)
     fhopt.apply(llama.model, llama.plan(1))
     try:
-        cache = LatentCache(llama.plan(1), llama.model.config, absorb=True)
+        cache = LatentCache(llama.plan(1), llama.model.config)
         first = generate(llama.model, MODES["greedy"], ids, cache=cache)
         second = generate(llama.model, MODES["greedy"], first.sequences, cache=cache)
     finally:
@@ -110,16 +112,16 @@ def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> 
     """In float64, so that both ways round every latent to the same code."""
     plan, ids, model = fitted.plan(4, window_bits=16), token_ids(1, 60), copy.deepcopy(fitted.model).double()
     fhopt.apply(model, plan)
-    blocks = logits(model, LatentCache(plan, absorb=True), ids, list(range(20, 60, 8)))
-    single = logits(model, LatentCache(plan, absorb=True), ids, list(range(20, 60)))
+    blocks = logits(model, LatentCache(plan), ids, list(range(20, 60, 8)))
+    single = logits(model, LatentCache(plan), ids, list(range(20, 60)))
     torch.testing.assert_close(blocks, single, rtol=1e-4, atol=1e-4)
 
 
 def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: Fitted) -> None:
     plan, ids = fitted.plan(4), token_ids(2, 60)
-    rebuilt = logits(fitted.model, LatentCache(plan), ids, list(range(20, 60)))
+    rebuilt = logits(fitted.model, LatentCache(plan, absorb=False), ids, list(range(20, 60)))
     fhopt.apply(fitted.model, plan)
-    absorbed = logits(fitted.model, LatentCache(plan, absorb=True), ids, list(range(20, 60)))
+    absorbed = logits(fitted.model, LatentCache(plan), ids, list(range(20, 60)))
     fhopt.unapply(fitted.model)
     torch.testing.assert_close(absorbed, rebuilt, rtol=1e-3, atol=1e-3)  # one rounds q D, the other D z, in float32
 
@@ -140,7 +142,7 @@ def test_no_tensor_of_full_length_and_width_is_made_in_decoding(llama: Fitted) -
 
     plan = llama.plan(4)
     fhopt.apply(llama.model, plan)
-    cache = LatentCache(plan, absorb=True)
+    cache = LatentCache(plan)
     logits(llama.model, cache, token_ids(1, 256), [])
     limit = cache.layers[0].sealed * llama.plan(4).sites[0].site.exact_numbers_per_token // 2
 
@@ -168,7 +170,7 @@ def test_no_tensor_of_full_length_and_width_is_made_in_decoding(llama: Fitted) -
 def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
     plan = fitted.plan(4)
     fhopt.apply(fitted.model, plan)
-    cache = LatentCache(plan, absorb=True)
+    cache = LatentCache(plan)
     logits(fitted.model, cache, token_ids(1, 400), [200])
     fhopt.unapply(fitted.model)
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for row in cache.layers for t in row.tensors}
@@ -216,9 +218,7 @@ class CacheStates(RuleBasedStateMachine):
     @initialize(batch=st.integers(1, 2))
     def start(self, batch: int) -> None:
         plan = self.plan
-        self.layer = LatentLayer(
-            plan.sites[0], plan.sinks, plan.recent, plan.block, absorb=False, window_bits=plan.window_bits
-        )
+        self.layer = LatentLayer(plan, plan.sites[0], absorb=False)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.rounded: list[bool] = []
@@ -298,9 +298,8 @@ class CacheStates(RuleBasedStateMachine):
         assert self.layer.sealed == self.sealed
         assert self.layer.get_mask_sizes(3) == (len(self.keys) + 3, 0)
         for held, tokens in ((self.layer.keys, self.keys), (self.layer.values, self.values)):
-            opened = tokens[: self.plan.sinks] + tokens[self.plan.sinks + self.sealed :]
-            if opened and held is not None:
-                torch.testing.assert_close(held, torch.cat(opened, 2), rtol=1e-3, atol=1e-3)
+            if tokens and held is not None:
+                torch.testing.assert_close(held, torch.cat(tokens, 2), rtol=1e-3, atol=1e-3)
         plan, itemsize = self.plan.sites[0], self.plan.sites[0].key.encode.itemsize
         first = min(self.plan.sinks, len(self.keys))
         window = (len(self.keys) - first - self.sealed) * plan.open_bytes(self.plan.window_bits, itemsize)
@@ -369,8 +368,8 @@ def test_logits_behind_a_window_of_codes_stay_close_and_a_prompt_is_exact_to_its
     model, ids = make(), token_ids(2, 60)
     exact, rounded = plans(model, 16), plans(model, 8)
     fhopt.apply(model, exact)
-    expected = logits(model, LatentCache(exact, absorb=True), ids, list(range(30, 60)))
-    absorbed = logits(model, LatentCache(rounded, absorb=True), ids, list(range(30, 60)))
+    expected = logits(model, LatentCache(exact), ids, list(range(30, 60)))
+    absorbed = logits(model, LatentCache(rounded), ids, list(range(30, 60)))
     fhopt.unapply(model)
     rebuilt = logits(model, LatentCache(rounded), ids, list(range(30, 60)))
     torch.testing.assert_close(absorbed, rebuilt, rtol=1e-3, atol=1e-3)  # other order of sums, in float32
@@ -381,7 +380,8 @@ def test_logits_behind_a_window_of_codes_stay_close_and_a_prompt_is_exact_to_its
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_window_of_codes_is_read_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
-    layer = LatentLayer(random_plan("head").sites[0], 4, 8, 8, absorb=False, window_bits=8)
+    plan = random_plan("head", window_bits=8)
+    layer = LatentLayer(plan, plan.sites[0], absorb=False)
     for tokens in (3, 30, 1):
         key, value = torch.randn(1, 2, tokens, 16, dtype=dtype), torch.randn(1, 2, tokens, 8, dtype=dtype)
         k, v = layer.update(key, value)
@@ -396,7 +396,7 @@ def test_without_spare_rows_the_bytes_are_those_of_the_formula(window_bits: int,
     for tiers in ((), CODED):
         plan = random_plan(layout, tiers, window_bits=window_bits, sinks=sinks)
         for steps in ([1], [3, 1, 1], [100], [100, 3], [20, 1, 1, 1, 1]):
-            cache = LatentCache(plan)
+            cache = LatentCache(plan, absorb=False)
             for count in steps:
                 cache.update(torch.randn(1, 2, count, 16), torch.randn(1, 2, count, 8), 0)
             assert cache.nbytes == cache.report()[0]["bytes"] == plan.cache_bytes(sum(steps), itemsize=4)
@@ -454,7 +454,7 @@ def test_one_latent_of_d_model_numbers_halves_the_sealed_bytes() -> None:
     model = gpt2_with_biases()
     plan = shared(model)
     assert plan.sites[0].is_exact and 2 * plan.sites[0].token_bytes() == plan.exact_token_bytes() // 2
-    cache = LatentCache(plan)
+    cache = LatentCache(plan, absorb=False)
     logits(model, cache, token_ids(1, 92), [])
     assert cache.layers[0].sealed == 80
     assert cache.nbytes == plan.cache_bytes(92, itemsize=4)
@@ -464,7 +464,7 @@ def test_one_latent_of_d_model_numbers_halves_the_sealed_bytes() -> None:
 
 
 def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -> None:
-    layer = LatentLayer(llama.plan(4).sites[0], 4, 8, 8, absorb=False)
+    layer = LatentLayer(llama.plan(4), llama.plan(4).sites[0], absorb=False)
     layer.update(torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16))
     state = [t.clone() for t in layer.tensors]
     wrong = {
@@ -480,12 +480,14 @@ def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -
     assert all(torch.equal(a, b) for a, b in zip(layer.tensors, state, strict=True))
 
 
-def test_a_model_whose_attention_ignores_the_latents_is_told(llama: Fitted) -> None:
-    cache = LatentCache(llama.plan(4), absorb=True)
-    with torch.no_grad():
-        llama.model(token_ids(1, 40), cache=cache)
-        with pytest.raises(FhoptError, match=r"fhopt\.apply"):
-            llama.model(token_ids(1, 1), cache=cache)
+def test_a_model_without_the_plan_applied_reads_the_latents_too(fitted: Fitted) -> None:
+    """Its own attention gets tensors of full length that hold latents: never a wrong number, applied or not."""
+    ids = token_ids(2, 60)
+    expected = logits(fitted.model, LatentCache(fitted.plan(4), absorb=False), ids, [30, 40, 41])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of grouped heads, sdpa repeats the keys
+        found = logits(fitted.model, LatentCache(fitted.plan(4)), ids, [30, 40, 41])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
@@ -497,11 +499,16 @@ def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
         LatentCache(llama.plan(4), tiny_llama(num_hidden_layers=1).config)
 
 
-def test_the_layer_is_the_last_number_of_the_path() -> None:
-    assert layer_index("model.layers.11.self_attn") == 11
-    assert layer_index("transformer.h.3.attn") == 3
+def test_the_layer_is_the_number_of_the_path_in_which_sites_differ() -> None:
+    def indices(*names: str) -> list[int]:
+        return list(layer_indices([replace(SITE, name=name) for name in names]).values())
+
+    assert indices("model.layers.11.self_attn") == [11]
+    assert indices("transformer.h.3.attn", "transformer.h.0.attn") == [3, 0]
+    assert indices("decoder.block.0.layer.1.EncDecAttention", "decoder.block.1.layer.1.EncDecAttention") == [0, 1]
+    assert indices("towers.1.layers.0.attn", "towers.1.layers.1.attn") == [0, 1]
     with pytest.raises(FhoptError, match="no layer number"):
-        layer_index("attention")
+        indices("attention")
 
 
 # ---- what a review found
@@ -518,20 +525,11 @@ def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> Non
         llama.model(ids[:, :40], cache=cache)
         assert cache.get_seq_length() == 40 and isinstance(cache.layers[0], LatentLayer)
         found = llama.model(ids[:, 40:], cache=cache).logits[:, -1]
-        old = LatentCache(llama.plan(1), llama.model.config, absorb=True)
+        old = LatentCache(llama.plan(1), llama.model.config)
         llama.model(ids, past_key_values=old)
     fhopt.unapply(llama.model)
     assert old.get_seq_length() == 41
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_guard_stays_on_after_a_reordering(llama: Fitted) -> None:
-    cache = LatentCache(llama.plan(4), absorb=True)
-    with torch.no_grad():
-        llama.model(token_ids(2, 40), cache=cache)
-        cache.reorder_cache(torch.tensor([1, 0]))
-        with pytest.raises(FhoptError, match=r"fhopt\.apply"):
-            llama.model(token_ids(2, 1), cache=cache)
 
 
 def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
@@ -539,7 +537,7 @@ def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
     import weakref
 
     fhopt.apply(llama.model, llama.plan(4))
-    cache = LatentCache(llama.plan(4), absorb=True)
+    cache = LatentCache(llama.plan(4))
     with torch.no_grad():
         llama.model(token_ids(1, 60), cache=cache)
     layer = weakref.ref(cache.layers[0])

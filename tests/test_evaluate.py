@@ -10,9 +10,9 @@ from transformers import DynamicCache
 
 import fhopt
 from fhopt import evaluate, fitting
-from fhopt.cache import LatentLayer
 from fhopt.errors import FhoptError
 from fhopt.evaluate import TokenCosts, bootstrap_interval, new_cache, read_steps, score, switched, token_costs
+from fhopt.layers import LatentLayer
 
 
 def correlated(tokens: int, generator: torch.Generator) -> Tensor:
@@ -98,7 +98,7 @@ def test_steps_end_where_the_plan_seals_a_block(llama: Fitted) -> None:
         cache = new_cache(llama.model, plan)
         for _ in read_steps(llama.model, token_ids(1, 44), [cache], plan):
             layer = cache.layers[0]
-            assert layer.keys.shape[2] == plan.sinks + plan.recent  # whatever may be sealed is sealed
+            assert layer.open_keys.count == plan.sinks + plan.recent  # whatever may be sealed is sealed
 
 
 @pytest.mark.parametrize("first", [0, 13, 20, 40, 44])

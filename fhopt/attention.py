@@ -1,0 +1,280 @@
+"""Attention on what a `LatentCache` gives: for transformers' `AttentionInterface`, and for models that attend by hand.
+
+A cache layer returns `LatentTensor`s in place of keys and values of full length. They have the shape, dtype and device
+of these and no memory; attention reads the open tokens and the latents behind them:
+
+    attention of the interface ("fhopt", what `fhopt.apply` sets)    latent_attention(module, q, k, v, mask)
+    F.scaled_dot_product_attention(q, k, v)                          the same, in a model that calls it itself
+    q @ k.transpose(-1, -2), bmm, baddbmm; p @ v                     scores and mix, in a model that writes it out
+
+Any other operation gets rebuilt keys or values, with a warning: right, but of full length. Under torch.compile the
+tensors are the open tokens themselves, with the latents as an attribute that Dynamo follows; only the attention of the
+interface reads it.
+
+Letters: B batch, H query heads, G kv heads, S queries, T all tokens, N open ones, D head size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fhopt import ops
+from fhopt.errors import FhoptError
+from fhopt.latents import AnyLatents, attend, mix, rebuilt, scores
+
+ATTRIBUTE = "fhopt_latents"  # of open keys, under torch.compile
+
+
+class LatentTensor(torch.Tensor):
+    """Keys or values [B,G,T,D] of which the sealed tokens are latents; see the module docstring.
+
+    `opened` [B,G,N,D] and `latents` say what is there, `is_key` which of both this is. `folded`: batch and heads are
+    one dimension, [B*G,T,D]. `swapped`: the last two dimensions are.
+    """
+
+    opened: Tensor
+    latents: AnyLatents
+    is_key: bool
+    folded: bool
+    swapped: bool
+
+    @staticmethod
+    def __new__(
+        cls, opened: Tensor, latents: AnyLatents, is_key: bool, folded: bool = False, swapped: bool = False
+    ) -> LatentTensor:
+        """As the class says."""
+        b, g, _, d = opened.shape
+        shape = [*([b * g] if folded else [b, g]), latents.length(opened), d]
+        if swapped:
+            shape[-2:] = shape[:-3:-1]
+        self: LatentTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=opened.dtype, device=opened.device)
+        self.opened, self.latents, self.is_key, self.folded, self.swapped = opened, latents, is_key, folded, swapped
+        return self
+
+    def __init__(self, *_args: object, **_options: object) -> None:
+        super().__init__()
+
+    def seen_as(self, *, folded: bool | None = None, swapped: bool | None = None) -> LatentTensor:
+        """The same with other dimensions."""
+        return LatentTensor(
+            self.opened, self.latents, self.is_key,
+            self.folded if folded is None else folded, self.swapped if swapped is None else swapped,
+        )  # fmt: skip
+
+    def rebuild(self) -> Tensor:
+        """An ordinary tensor of the same shape: what the latents kept."""
+        side = self.latents.key if self.is_key else self.latents.value
+        whole = rebuilt(self.opened, side, self.latents)
+        whole = whole.flatten(0, 1) if self.folded else whole
+        return whole.transpose(-1, -2) if self.swapped else whole
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        what = "key" if self.is_key else "value"
+        return f"LatentTensor({what}, shape={tuple(self.shape)}, open={self.opened.shape[2]}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Operations that need no rebuilt tensor; the others go on to `__torch_dispatch__`."""
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = handler(*args, **kwargs) if handler is not None else NotImplemented
+            return func(*args, **kwargs) if found is NotImplemented else found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Any other operation, on rebuilt tensors."""
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        _warn(str(func))
+        args, kwargs = tree_map(lambda x: x.rebuild() if isinstance(x, LatentTensor) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_warned: set[str] = set()
+
+
+def _warn(operation: str) -> None:
+    if operation not in _warned:
+        _warned.add(operation)
+        warnings.warn(
+            f"The model calls {operation} on cached keys or values, which fhopt cannot do on latents: they are rebuilt "
+            "at full length for it, in every call. Expected scaled_dot_product_attention, products with queries or "
+            "weights, or transformers' attention interface. fhopt.apply(model, plan) sets the last.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+# --------------------------------------------------------------------------------------------------- by hand
+
+# A handler takes the arguments of its function and returns NotImplemented where it does not know what to do.
+
+
+def _transpose(x: Tensor, dim0: int, dim1: int) -> Any:
+    if isinstance(x, LatentTensor) and {dim0 % x.dim(), dim1 % x.dim()} == {x.dim() - 2, x.dim() - 1}:
+        return x.seen_as(swapped=not x.swapped)
+    return NotImplemented
+
+
+def _permute(x: Tensor, *dims: Any) -> Any:
+    order = [d % x.dim() for d in (dims[0] if len(dims) == 1 else dims)]
+    return _transpose(x, -2, -1) if order == [*range(x.dim() - 2), x.dim() - 1, x.dim() - 2] else NotImplemented
+
+
+def _adjoint(x: Tensor) -> Any:
+    return _transpose(x, -2, -1)
+
+
+def _reshape(x: Tensor, *shape: Any) -> Any:
+    if not isinstance(x, LatentTensor) or x.swapped or x.folded:
+        return NotImplemented
+    wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    whole = list(x.shape)
+    folded = [whole[0] * whole[1], *whole[2:]]
+    for sizes, answer in ((whole, x), (folded, None)):
+        if len(sizes) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, sizes, strict=True)):
+            return answer if answer is not None else x.seen_as(folded=True)
+    return NotImplemented
+
+
+def _same(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return x if isinstance(x, LatentTensor) else NotImplemented
+
+
+def _to(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    given = [*args, *kwargs.values()]
+    is_same = all(
+        a in (x.dtype, x.device, False, None) for a in given if isinstance(a, (torch.dtype, torch.device, bool))
+    )
+    plain = all(isinstance(a, (torch.dtype, torch.device, bool)) for a in given)
+    return x if isinstance(x, LatentTensor) and plain and is_same else NotImplemented
+
+
+def _matmul(left: Tensor, right: Tensor) -> Any:
+    """q k^T or p v; a folded right side takes a folded left one."""
+    if not isinstance(right, LatentTensor) or isinstance(left, LatentTensor) or right.is_key != right.swapped:
+        return NotImplemented
+    groups, folded = right.opened.shape[1], right.folded
+    if left.dim() != right.dim() or (folded and left.shape[0] != right.shape[0]):
+        return NotImplemented
+    if not folded and (left.shape[0] != right.shape[0] or (groups not in (1, left.shape[1]))):
+        return NotImplemented
+    rows = left.unflatten(0, (-1, groups)) if folded else left
+    out = (scores if right.is_key else mix)(rows, right.opened, right.latents)
+    return out.flatten(0, 1) if folded else out
+
+
+def _baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _matmul(batch1, batch2)
+    return NotImplemented if product is NotImplemented else beta * x + alpha * product
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    if not isinstance(key, LatentTensor) or not isinstance(value, LatentTensor) or key.shape[:3] != value.shape[:3]:
+        return NotImplemented
+    if dropout_p or query.dim() != 4 or query.shape[0] != key.shape[0]:
+        return NotImplemented
+    groups = key.shape[1]
+    if query.shape[1] % groups or not (enable_gqa or groups in (1, query.shape[1])):
+        return NotImplemented
+    if is_causal:  # aligned with the first key
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    elif attn_mask is None:
+        attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend(query, key.opened, value.opened, _joined(key, value), attn_mask, scale=scale)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.scaled_dot_product_attention: _sdpa,
+    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.bmm: _matmul, Tensor.bmm: _matmul,
+    torch.baddbmm: _baddbmm, Tensor.baddbmm: _baddbmm,
+    torch.transpose: _transpose, Tensor.transpose: _transpose, torch.swapaxes: _transpose, Tensor.swapaxes: _transpose,
+    torch.permute: _permute, Tensor.permute: _permute, Tensor.mT.__get__: _adjoint,  # type: ignore[attr-defined]
+    torch.reshape: _reshape, Tensor.reshape: _reshape, Tensor.view: _reshape,
+    Tensor.contiguous: _same, Tensor.detach: _same, torch.detach: _same, Tensor.to: _to,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- the interface
+
+
+def latent_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    position_bias: Tensor | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The 'fhopt' attention of transformers' `AttentionInterface`.
+
+    query [B,H,S,D], key and value [B,G,T,D] as the cache returned them, mask [B,1,S,T] or None, position_bias
+    broadcastable to [B,H,S,T], s_aux [H] (attention sinks); returns [B,S,H,D] and no weights. Raises FhoptError for
+    what it does not know.
+    """
+    unknown = [name for name in ("head_mask", "output_attentions") if kwargs.get(name) not in (None, False)]
+    if unknown:
+        raise FhoptError(f"attention on latents has no {unknown[0]}. Call fhopt.unapply(model), or leave it out.")
+    opened, values, latents = _open(key, value)
+    queries, tokens = query.shape[2], opened.shape[2] if latents is None else latents.length(opened)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    mask = None if attention_mask is None else attention_mask[..., :tokens]
+    needs_mask = position_bias is not None or (latents is None and queries < tokens)
+    if mask is None and causal and queries > 1 and needs_mask:
+        mask = ops.causal_mask(queries, tokens, query.device)
+    if position_bias is not None:
+        bias = ops.additive(mask, position_bias.dtype)
+        mask = position_bias if bias is None else position_bias + bias
+    options: dict[str, Any] = dict(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.reshape(1, -1, 1),
+    )
+    if latents is None:
+        output = _exact(
+            query, opened, values, mask, is_causal=mask is None and causal and queries > 1, dropout=dropout, **options
+        )
+    else:
+        if mask is None and not causal:
+            mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+        output = attend(query, opened, values, latents, mask, **options)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None, **options: Any
+) -> Tensor:
+    return ops.attention_reference(query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options)
+
+
+def _open(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None]:
+    """(open keys, open values, latents)."""
+    if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
+        return key.opened, value.opened, _joined(key, value)
+    return key, value, getattr(key, ATTRIBUTE, None)
+
+
+def _joined(key: LatentTensor, value: LatentTensor) -> AnyLatents:
+    """The latents of a pair that may have been read one after the other."""
+    if key.latents is value.latents:
+        return key.latents
+    return replace(key.latents, value=value.latents.value)
+
+
+def offer(key: Tensor, value: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
+    """Open keys and values [B,G,N,D] with latents behind them, as a cache gives them to attention."""
+    if not torch.compiler.is_compiling():
+        return LatentTensor(key, latents, True), LatentTensor(value, latents, False)
+    offered = key.view_as(key)
+    setattr(offered, ATTRIBUTE, latents)
+    return offered, value

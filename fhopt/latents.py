@@ -1,0 +1,176 @@
+"""What attention may read of a cache: open keys and values, and latents of sealed tokens; and attention that reads it.
+
+    attend     softmax(q K^T) V    latents and open tokens apart, through the canonical op, merged by log-sum-exp
+    scores     q K^T               for attention that is written out, in order of position
+    mix        p V
+
+K and V are never rebuilt: queries are absorbed (q . D z = D^T q . z), outputs expanded. Both kinds of `Latents` say
+which places of [sinks | sealed | window] are open and which are latents: `split` cuts what has a number per token,
+`place` puts it together again.
+
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N open ones, V rows of latents,
+D head size, R latent width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fhopt import ops
+from fhopt.spec import SidePlan
+from fhopt.storage import rebuild
+
+TILE = 1024  # tokens that are unpacked at a time where attention is written out
+
+
+@dataclass(frozen=True, eq=False)
+class SideRows:
+    """Latent rows of keys or values, as the canonical op takes them, and their decoder [G, D, R]."""
+
+    plan: SidePlan
+    rows: Tensor
+    scale: Tensor | None
+    decode: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Rows for `visible` tokens that stand behind the first `sinks` open ones and before the others."""
+
+    key: SideRows
+    value: SideRows
+    sinks: int
+    visible: int
+
+    def length(self, opened: Tensor) -> int:
+        """T: all tokens, of which `opened` [B,G,N,D] are open."""
+        return self.visible + opened.shape[2]
+
+    def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """x [..., T], numbers of tokens in order of position -> [..., N] of the open ones, [..., V] of the latents."""
+        end = self.sinks + self.visible
+        return torch.cat([x[..., : self.sinks], x[..., end:]], -1), x[..., self.sinks : end]
+
+    def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
+        """The inverse of `split`, along `dim`."""
+        first, rest = opened.narrow(dim, 0, self.sinks), opened.narrow(dim, self.sinks, opened.shape[dim] - self.sinks)
+        return torch.cat([first, latent.to(opened.dtype), rest], dim)
+
+    def causal(self, queries: int, opened: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Masks (open, latents) of the newest `queries` tokens where none is given: none sees what follows it."""
+        return (ops.causal_mask(queries, opened.shape[2], opened.device) if queries > 1 else None), None
+
+
+@dataclass(frozen=True, eq=False)
+class StaticLatents:
+    """The same with fixed sizes: what stands where is told by tensors.
+
+    positions [N]: of the open places, -1 where there is no token. seen [V]: which rows stand for their token, which is
+    `sinks` + row. All T places have a score, those without a token 0.
+    """
+
+    key: SideRows
+    value: SideRows
+    sinks: int
+    positions: Tensor
+    seen: Tensor
+    tokens: int
+
+    def length(self, opened: Tensor) -> int:
+        """T: places."""
+        return self.tokens
+
+    def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """As above; `fill` where there is no token."""
+        opened = x.index_select(-1, self.positions.clamp(min=0)).masked_fill(self.positions < 0, fill)
+        rows = x[..., self.sinks : self.sinks + self.seen.shape[0]]
+        return opened, rows.masked_fill(~self.seen, fill)
+
+    def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
+        """As above."""
+        shape = list(opened.shape)
+        shape[dim] = self.tokens + 1  # the last for what is no token
+        whole, rows = opened.new_zeros(shape), self.seen.shape[0]
+        whole.narrow(dim, self.sinks, rows).copy_(latent)
+        whole.index_copy_(dim, torch.where(self.positions < 0, self.tokens, self.positions), opened)
+        return whole.narrow(dim, 0, self.tokens)
+
+    def causal(self, queries: int, opened: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As above."""
+        asking = self.positions[-queries:, None]
+        return (self.positions >= 0) & (self.positions <= asking), self.seen.expand(queries, -1)
+
+
+AnyLatents = Latents | StaticLatents
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, latents: AnyLatents, mask: Tensor | None, *, scale: float,
+    softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention over open keys and values [B,G,N,D] and over latents. query [B,H,S,D] -> [B,H,S,E].
+
+    mask, broadcastable to [B,H,S,T]: bool or additive, over all tokens in order of position; None: causal. sinks,
+    broadcastable to [B,H,S]: one further logit that takes weight and gives nothing.
+    """
+    near, far = _masks(query, key, latents, mask)
+    numbers, parts = dict(scale=scale, softcap=softcap), []
+    if latents.key.rows.shape[2]:
+        queries = ops.absorb(query, latents.key.decode)
+        options = ops.latent_options(latents.key.plan, latents.value.plan)
+        rows = latents.key.rows, latents.key.scale, latents.value.rows, latents.value.scale
+        output, lse = torch.ops.fhopt.latent_attention(queries, *rows, far, **options, **numbers)
+        parts.append((ops.expand(output, latents.value.decode), lse))
+    if key.shape[2]:
+        options = ops.latent_options(None, None)
+        parts.append(torch.ops.fhopt.latent_attention(query, key, None, value, None, near, **options, **numbers))
+    if sinks is not None:
+        output, lse = parts[0]
+        parts.append((torch.zeros_like(output), sinks.to(lse.dtype).expand(lse.shape)))
+    return ops.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def _masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(mask of the open tokens, mask of the latents)."""
+    if mask is None:
+        return latents.causal(query.shape[2], key)
+    if mask.shape[-1] == 1:  # one rule for all tokens
+        mask = mask.expand(*mask.shape[:-1], latents.length(key))
+    return latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
+
+
+def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
+    """q k^T for all tokens in order of position. query [B,H,S,D], open keys [B,G,N,D] -> [B,H,S,T]."""
+    near = ops.grouped_scores(query, key)
+    side = latents.key
+    queries = ops.absorb(query, side.decode)
+    far = [ops.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
+    return latents.place(near, torch.cat(far, -1), -1)
+
+
+def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
+    """p v over all tokens. weights [B,H,S,T], open values [B,G,N,E] -> [B,H,S,E]."""
+    near, far = latents.split(weights)
+    side = latents.value
+    total = sum(ops.grouped_mix(far[..., cut], tile.to(far.dtype)) for cut, tile in _tiles(side))
+    assert isinstance(total, Tensor)
+    return ops.grouped_mix(near, value) + ops.expand(total, side.decode)
+
+
+def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
+    """Latents as numbers [B,J,TILE,R], a tile at a time where they are codes: never all of them at once."""
+    tiers = ops.tier_arguments(side.plan)
+    for start in range(0, side.rows.shape[2], TILE):
+        cut = slice(start, start + TILE)
+        rows = side.rows[:, :, cut]
+        yield cut, rows if side.scale is None else torch.ops.fhopt.unpack(rows, side.scale[:, :, cut], *tiers)
+
+
+def rebuilt(opened: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
+    """All keys or values [B,G,T,D] from the open ones [B,G,N,D] and the latents: what the latents kept."""
+    return latents.place(opened, rebuild(side.rows, side.scale, side.plan, side.decode), 2)

@@ -1,0 +1,510 @@
+"""Layers of a `LatentCache`.
+
+    LatentLayer         [ sinks, exact | sealed blocks of latents | open window, exact or 8-bit ], growing
+    StaticLatentLayer   the same in places of fixed number, for torch.compile and CUDA graphs
+    CrossLatentLayer    latents of everything that a decoder reads of its encoder
+
+An `update` appends to the window; when the window holds `recent + block` tokens, its oldest block is encoded, packed
+and sealed. Tokens of the call itself are always exact to each other; with `window_bits` 8 they are rounded, once, when
+the call has read them, so later calls see them in 8 bits. Where a plan has one latent for keys and values (layout
+"input"), its rows are stored once.
+
+With `absorb=True` layers give `LatentTensor`s, on which attention runs without anything of full length
+(fhopt/attention.py); with `absorb=False` ordinary tensors of full length, rebuilt in every call.
+
+A static layer codes a token when it arrives and keeps it in the ring too; how many rows are read as latents, and which
+of the ring's places are read, is told by two numbers on the device. So an update is the same operations at any length.
+
+Letters: B batch, G kv heads, S new tokens, N open tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from fhopt.attention import offer
+from fhopt.errors import FhoptError
+from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, rebuilt
+from fhopt.spec import LatentPlan, SidePlan, SitePlan, sealed_tokens
+from fhopt.storage import OpenTokens, RoundedTokens, SealedRows, StaticRows, StaticTokens, Store, place_bases
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """What the layers share: the checks, the stores and everything that moves whole sequences."""
+
+    is_sliding = False
+    is_croppable = True
+    site: SitePlan
+    stores: dict[str, Store]  # by region and side
+
+    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool) -> None:
+        # Without the parent's `__init__`, which sets `keys` and `values`: here they are properties.
+        self.plan, self.site, self.absorb = plan, site, absorb
+        self.interface = False  # the model's attention is `latent_attention`, which reads latents when compiled too
+        self.is_initialized = False
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise FhoptError when the tokens do not fit the plan or the cache."""
+        site = self.site.site
+        found = (key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
+        wanted = (site.kv_heads, site.key_dim, site.kv_heads, site.value_dim)
+        if found != wanted:
+            raise FhoptError(
+                f"{site.name}: keys and values have (heads, size) {found[:2]} and {found[2:]}, the plan expects "
+                f"{wanted[:2]} and {wanted[2:]}. Is this the model that the plan was fitted for?"
+            )
+        if self.is_initialized and (key_states.dtype != self.dtype or key_states.shape[0] != self.batch_size):
+            raise FhoptError(
+                f"{site.name}: new tokens are {key_states.dtype} of batch {key_states.shape[0]}, the cache holds "
+                f"{self.dtype} of batch {self.batch_size}. Use one cache for each batch and dtype."
+            )
+
+    def _side(self, plan: SidePlan, rows: SealedRows, visible: int, like: Tensor) -> SideRows:
+        return SideRows(plan, *rows.read(0, visible), place_bases(plan, like).decode)
+
+    def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
+        """Open keys and values with latents behind them, as the attention that follows wants them."""
+        if self.absorb and (self.interface or not torch.compiler.is_compiling()):
+            return offer(keys, values, latents)
+        return rebuilt(keys, latents.key, latents), rebuilt(values, latents.value, latents)
+
+    # ---- what transformers asks of a layer
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first tokens."""
+        return next((int(s.parts[0].shape[0]) for s in self.stores.values() if s.parts), -1)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> None:
+        for store in self.stores.values():
+            store.each(function)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences `beam_idx` (beam search)."""
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times."""
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`."""
+        self._each(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        """Move all tokens to the CPU."""
+        self._each(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move all tokens back to the device of the model."""
+        self._each(lambda t: t.to(self.device, non_blocking=True))
+
+    # ---- bytes
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds tokens."""
+        return [part for store in self.stores.values() for part in store.parts]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage behind the tokens: codes, scales, sinks, window, spare room."""
+        return sum(self.regions().values())
+
+    def regions(self) -> dict[str, int]:
+        """Bytes of sinks, sealed rows, window, and of spare room."""
+        out = dict(sinks=0, sealed=0, window=0, spare=0)
+        sealed = self.sealed_rows
+        for store in self.stores.values():
+            if isinstance(store, SealedRows):
+                used = sum(part[:, :, :sealed].nbytes for part in store.parts)
+                out["sealed"] += used
+                out["spare"] += store.nbytes - used
+            elif isinstance(store, (OpenTokens, StaticTokens)):
+                out["sinks"] += store.sink_bytes
+                out["window"] += store.nbytes - store.sink_bytes
+        return out
+
+    @property
+    def sealed_rows(self) -> int:
+        """Tokens that are read as latents."""
+        raise NotImplementedError
+
+
+class LatentLayer(_Layer):
+    """A layer that grows. `sealed` tokens are latents, the others open."""
+
+    is_compileable = False
+
+    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool = True) -> None:
+        super().__init__(plan, site, absorb)
+        self.key_rows, self.value_rows = _rows(site, SealedRows)
+        kind = OpenTokens if plan.window_bits == 16 else RoundedTokens
+        self.open_keys, self.open_values = kind(plan.sinks), kind(plan.sinks)
+        self.stores = _stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
+        self.sealed = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty open parts with the shapes and dtype of the first tokens."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.open_keys.start(key_states)
+        self.open_values.start(value_states)
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys [B,G,T,D] as attention reads them, None before the first tokens."""
+        return self._read()[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values [B,G,T,E] as attention reads them, None before the first tokens."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.is_initialized:
+            return None, None
+        keys, values = self.open_keys.read(), self.open_values.read()
+        return self._give(keys, values, self._latents(keys, values)) if self.sealed else (keys, values)
+
+    def _latents(self, keys: Tensor, values: Tensor) -> Latents:
+        key = self._side(self.site.key, self.key_rows, self.sealed, keys)
+        value = self._side(self.site.value, self.value_rows, self.sealed, values)
+        return Latents(key, value, self.plan.sinks, self.sealed)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append k, v [B,G,S,D]; returns all keys and values for attention (see the module docstring).
+
+        Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.open_keys.read(key_states), self.open_values.read(value_states)
+        given = self._give(keys, values, self._latents(keys, values)) if self.sealed else (keys, values)
+        self._seal(keys, values)
+        return given
+
+    def _seal(self, keys: Tensor, values: Tensor) -> None:
+        """Keep open keys and values; move whole blocks that left the recent tokens into the sealed rows."""
+        plan = self.plan
+        ready = max(0, keys.shape[2] - plan.sinks - plan.recent) // plan.block * plan.block
+        if ready:
+            new = slice(plan.sinks, plan.sinks + ready)
+            _encode(self.site, keys[:, :, new], values[:, :, new], self._append)
+            self.sealed += ready
+        self.open_keys.keep(keys, ready)
+        self.open_values.keep(values, ready)
+
+    def _append(self, side: str, x: Tensor) -> None:
+        (self.key_rows if side == "key" else self.value_rows).seal(x, self.sealed, self.plan.block)
+
+    @property
+    def sealed_rows(self) -> int:
+        """Tokens that are read as latents."""
+        return self.sealed
+
+    def get_seq_length(self) -> int:
+        """Tokens held, open and sealed."""
+        return self.sealed + self.open_keys.count if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask: all tokens, in order of position."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: grows without a limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for store in self.stores.values():
+            store.parts = ()
+        self.sealed, self.is_initialized = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest -`tokens_to_remove` tokens; a block that is cut is rebuilt into the window.
+
+        Raises FhoptError for a positive number or for more tokens than are held.
+        """
+        length = self.get_seq_length()
+        _check_crop(tokens_to_remove, length)
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        target = length + tokens_to_remove
+        keep = min(self.sealed, max(0, target - self.plan.sinks) // self.plan.block * self.plan.block)
+        sides = ((self.open_keys, self.key_rows, self.site.key), (self.open_values, self.value_rows, self.site.value))
+        for opened, rows, plan in sides:
+            if self.sealed > keep:
+                opened.insert(rows.rebuild(plan, keep, self.sealed, opened.parts[0]))
+            opened.crop(target - keep)
+        self.sealed = keep
+        for _, rows, _ in sides:
+            rows.trim(keep, self.plan.block)
+
+
+class StaticLatentLayer(_Layer):
+    """A layer for `max_cache_len` tokens, with an update that is the same operations at any length."""
+
+    is_compileable = True
+
+    def __init__(self, plan: LatentPlan, site: SitePlan, max_cache_len: int, absorb: bool = True) -> None:
+        super().__init__(plan, site, absorb)
+        self.max_cache_len = max_cache_len
+        self.capacity = sealed_tokens(max_cache_len, plan.sinks, plan.recent, plan.block)
+        self.key_rows, self.value_rows = _rows(site, lambda side: StaticRows(side, self.capacity))
+        places = (plan.sinks, plan.window, plan.window_bits)
+        self.open_keys, self.open_values = StaticTokens(*places), StaticTokens(*places)
+        self.stores = _stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
+        self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self.sealed = torch.zeros((), dtype=torch.int64)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Reserve the memory, with the shapes and dtype of the first tokens."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.open_keys.start(key_states)
+        self.open_values.start(value_states)
+        _encode(self.site, key_states, value_states, lambda side, x: self._rows_of(side).start(x))
+        self.cumulative_length, self.sealed = self.cumulative_length.to(self.device), self.sealed.to(self.device)
+        if not torch.compiler.is_compiling():
+            for tensor in (*self.tensors, self.cumulative_length, self.sealed):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def _rows_of(self, side: str) -> StaticRows:
+        return self.key_rows if side == "key" else self.value_rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append k, v [B,G,S,D]; returns what attention reads: the new tokens alone in the first call.
+
+        Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache. In a compiled graph
+        too many tokens raise RuntimeError.
+        """
+        self._check(key_states, value_states)
+        self._check_room(key_states.shape[2])
+        is_first = not self.is_initialized
+        if is_first:
+            self.lazy_initialization(key_states, value_states)
+        given = (key_states, value_states) if is_first else self._give(*self._read(key_states, value_states))
+        self._write(key_states, value_states)
+        return given
+
+    def _check_room(self, new: int) -> None:
+        message = f"{self.site.site.name}: a static cache of {self.max_cache_len} tokens cannot take {new} more"
+        if torch.compiler.is_compiling():
+            torch._assert_async(self.cumulative_length + new <= self.max_cache_len, message)
+        elif self.checks_room and (held := int(self.cumulative_length)) + new > self.max_cache_len:
+            raise FhoptError(f"{message}, it holds {held}. Make it longer (max_cache_len), or crop or reset it.")
+
+    def _read(self, *new: Tensor) -> tuple[Tensor, Tensor, StaticLatents]:
+        """(open keys, open values, latents), the `new` tokens (keys, values) behind."""
+        key, value = new or (None, None)
+        keys = self.open_keys.read(*([] if key is None else [key]))
+        values = self.open_values.read(*([] if value is None else [value]))
+        positions = self._positions()
+        if key is not None:
+            arriving = torch.arange(key.shape[2], device=self.device) + self.cumulative_length
+            positions = torch.cat([positions, arriving])
+        seen = torch.arange(self.capacity, device=self.device) < self.sealed
+        sides = [
+            self._side(plan, rows, self.capacity, keys)
+            for plan, rows in ((self.site.key, self.key_rows), (self.site.value, self.value_rows))
+        ]
+        return keys, values, StaticLatents(sides[0], sides[1], self.plan.sinks, positions, seen, self.max_cache_len)
+
+    def _positions(self) -> Tensor:
+        """Of the token in each open place [sinks + window], -1 where there is none."""
+        sinks, window = self.plan.sinks, self.plan.window
+        first = torch.arange(sinks, device=self.device)
+        first = torch.where(first < self.cumulative_length, first, -1)
+        place, newest = torch.arange(window, device=self.device), self.cumulative_length - sinks - 1
+        rest = newest - (newest - place) % window  # the newest token whose place this is, counted behind the sinks
+        return torch.cat([first, torch.where(rest >= self.sealed, rest + sinks, -1)])
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Put new tokens into their places, and their codes into their rows."""
+        plan, count = self.plan, key_states.shape[2]
+        index = torch.arange(count, device=self.device)
+        behind = index + self.cumulative_length - plan.sinks  # the sinks
+        in_sinks = torch.where(behind < 0, behind + plan.sinks, plan.sinks)
+        is_kept = (behind >= 0) & (index >= count - plan.window)
+        in_ring = torch.where(is_kept, behind % plan.window, plan.window)
+        in_rows = torch.where((behind >= 0) & (behind < self.capacity), behind, self.capacity)
+        self.open_keys.write(key_states, in_sinks, in_ring)
+        self.open_values.write(value_states, in_sinks, in_ring)
+        _encode(self.site, key_states, value_states, lambda side, x: self._rows_of(side).write(x, in_rows))
+        self.cumulative_length.add_(count)
+        ready = (self.cumulative_length - plan.sinks - plan.recent).clamp(min=0) // plan.block * plan.block
+        self.sealed.copy_(torch.maximum(self.sealed, ready))
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys [B,G,max_cache_len,D] as attention reads them, None before the first tokens."""
+        return self._give(*self._read())[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values [B,G,max_cache_len,E] as attention reads them, None before the first tokens."""
+        return self._give(*self._read())[1] if self.is_initialized else None
+
+    @property
+    def sealed_rows(self) -> int:
+        """Tokens that are read as latents."""
+        return int(self.sealed)
+
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens held, as a number on the device that the next update changes; 0 before the first tokens."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask: all places."""
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        """Tokens that fit in."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays where it is."""
+        self._each(lambda t: t.zero_())
+        self.cumulative_length.zero_()
+        self.sealed.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest -`tokens_to_remove` tokens; what the ring no longer holds is read as latents.
+
+        Raises FhoptError for a positive number or for more tokens than are held.
+        """
+        _check_crop(tokens_to_remove, int(self.cumulative_length))
+        behind = self.cumulative_length - self.plan.sinks
+        oldest = torch.maximum(self.sealed, behind - self.plan.window)  # in the ring
+        self.sealed.copy_(torch.minimum(oldest, behind + tokens_to_remove).clamp(min=0))
+        self.cumulative_length.add_(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences `beam_idx` (beam search), in place where their number stays."""
+        for store in self.stores.values():
+            for part in store.parts:
+                if beam_idx.shape[0] != part.shape[0]:
+                    return super().reorder_cache(beam_idx)
+                part.copy_(part.index_select(0, beam_idx.to(part.device)))
+        return None
+
+
+class CrossLatentLayer(_Layer):
+    """Keys and values that a decoder reads of its encoder: all of them as latents, written once.
+
+    The first call attends to them exactly. Shapes do not change from step to step, so that it serves static caches too.
+    """
+
+    is_compileable = True
+
+    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool = True) -> None:
+        super().__init__(plan, site, absorb)
+        self.key_rows, self.value_rows = _rows(site, SealedRows)
+        self.stores = _stores(None, None, self.key_rows, self.value_rows)
+        self.count = 0
+        self.blank: tuple[Tensor, Tensor] | None = None  # no tokens, of the shapes and dtype of keys and values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember shapes and dtype."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.blank = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep k, v [B,G,T,D] as latents; returns them as they came.
+
+        Raises FhoptError, and changes nothing, when they do not fit the plan or the layer is full.
+        """
+        self._check(key_states, value_states)
+        if self.count:
+            raise FhoptError(
+                f"{self.site.site.name}: the cross attention cache holds {self.count} tokens and does not grow. "
+                "Call reset(), or use one cache for each input."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        _encode(self.site, key_states, value_states, self._append)
+        self.count = key_states.shape[2]
+        return key_states, value_states
+
+    def _append(self, side: str, x: Tensor) -> None:
+        (self.key_rows if side == "key" else self.value_rows).seal(x, 0, 1)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys [B,G,T,D] as attention reads them, None before they came."""
+        return self._read()[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values [B,G,T,E] as attention reads them, None before they came."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.blank is None or not self.count:
+            return None, None
+        keys, values = [x.expand(self.batch_size, -1, -1, -1) for x in (t[:1] for t in self.blank)]
+        key = self._side(self.site.key, self.key_rows, self.count, keys)
+        value = self._side(self.site.value, self.value_rows, self.count, values)
+        return self._give(keys, values, Latents(key, value, 0, self.count))
+
+    @property
+    def sealed_rows(self) -> int:
+        """Tokens that are read as latents."""
+        return self.count
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.count
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask."""
+        return self.count, 0
+
+    def get_max_length(self) -> int:
+        """-1: as many as the encoder gives."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for store in self.stores.values():
+            store.parts = ()
+        self.count, self.is_initialized, self.blank = 0, False, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: a decoder that goes back reads the same encoder."""
+
+
+def _rows(site: SitePlan, make: Callable[[SidePlan], Any]) -> tuple[Any, Any]:
+    """Rows of keys and of values, the same where one latent serves both."""
+    rows = make(site.key)
+    return rows, rows if site.is_shared else make(site.value)
+
+
+def _stores(keys: Store | None, values: Store | None, key_rows: Store, value_rows: Store) -> dict[str, Store]:
+    """Everything that holds tokens, each once."""
+    named = {"open_keys": keys, "open_values": values, "key_rows": key_rows, "value_rows": value_rows}
+    if value_rows is key_rows:
+        del named["value_rows"]
+    return {name: store for name, store in named.items() if store is not None}
+
+
+def _encode(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
+    """Hand what each encoder reads to `use(side, x)`: keys and values, or both side by side."""
+    if site.is_shared:
+        return use("key", torch.cat([keys, values], -1))
+    use("key", keys)
+    return use("value", values)
+
+
+def _check_crop(tokens_to_remove: int, length: int) -> None:
+    if tokens_to_remove > 0 or -tokens_to_remove > length:
+        raise FhoptError(f"crop({tokens_to_remove}) of {length} tokens; expected a number from -{length} to 0.")
