@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fhopt import ops
 from fhopt.spec import SidePlan
-from fhopt.storage import rebuild
 
 TILE = 1024  # tokens that are unpacked at a time where attention is written out
 
@@ -36,6 +35,12 @@ class SideRows:
     rows: Tensor
     scale: Tensor | None
     decode: Tensor
+
+    def rebuild(self) -> Tensor:
+        """Keys or values [B,G,V,D]: what the latents kept."""
+        tiers = ops.tier_arguments(self.plan)
+        latent = self.rows if self.scale is None else torch.ops.fhopt.unpack(self.rows, self.scale, *tiers)
+        return ops.decode(latent.to(self.decode.dtype), self.decode)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,4 +178,4 @@ def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
 
 def rebuilt(opened: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
     """All keys or values [B,G,T,D] from the open ones [B,G,N,D] and the latents: what the latents kept."""
-    return latents.place(opened, rebuild(side.rows, side.scale, side.plan, side.decode), 2)
+    return latents.place(opened, side.rebuild(), 2)

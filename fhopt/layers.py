@@ -40,6 +40,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
     site: SitePlan
+    key_rows: SealedRows
+    value_rows: SealedRows  # those of the keys, where one latent serves both
     stores: dict[str, Store]  # by region and side
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool) -> None:
@@ -64,8 +66,20 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
                 f"{self.dtype} of batch {self.batch_size}. Use one cache for each batch and dtype."
             )
 
-    def _side(self, plan: SidePlan, rows: SealedRows, visible: int, like: Tensor) -> SideRows:
-        return SideRows(plan, *rows.read(0, visible), place_bases(plan, like).decode)
+    def _place_bases(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Fetch the bases to where the tokens are."""
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.key_bases = self.key_rows.bases = place_bases(self.site.key, key_states)
+        self.value_bases = place_bases(self.site.value, value_states)
+        if not self.site.is_shared:
+            self.value_rows.bases = self.value_bases
+
+    def _sides(self, start: int, stop: int) -> tuple[SideRows, SideRows]:
+        """Rows of keys and of values, as attention reads them."""
+        return (
+            SideRows(self.site.key, *self.key_rows.read(start, stop), self.key_bases.decode),
+            SideRows(self.site.value, *self.value_rows.read(start, stop), self.value_bases.decode),
+        )
 
     def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
         """Open keys and values with latents behind them, as the attention that follows wants them."""
@@ -151,7 +165,7 @@ class LatentLayer(_Layer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty open parts with the shapes and dtype of the first tokens."""
-        self.device, self.dtype = key_states.device, key_states.dtype
+        self._place_bases(key_states, value_states)
         self.open_keys.start(key_states)
         self.open_values.start(value_states)
         self.is_initialized = True
@@ -170,12 +184,10 @@ class LatentLayer(_Layer):
         if not self.is_initialized:
             return None, None
         keys, values = self.open_keys.read(), self.open_values.read()
-        return self._give(keys, values, self._latents(keys, values)) if self.sealed else (keys, values)
+        return self._give(keys, values, self._latents()) if self.sealed else (keys, values)
 
-    def _latents(self, keys: Tensor, values: Tensor) -> Latents:
-        key = self._side(self.site.key, self.key_rows, self.sealed, keys)
-        value = self._side(self.site.value, self.value_rows, self.sealed, values)
-        return Latents(key, value, self.plan.sinks, self.sealed)
+    def _latents(self) -> Latents:
+        return Latents(*self._sides(0, self.sealed), self.plan.sinks, self.sealed)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; returns all keys and values for attention (see the module docstring).
@@ -186,7 +198,7 @@ class LatentLayer(_Layer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.open_keys.read(key_states), self.open_values.read(value_states)
-        given = self._give(keys, values, self._latents(keys, values)) if self.sealed else (keys, values)
+        given = self._give(keys, values, self._latents()) if self.sealed else (keys, values)
         self._seal(keys, values)
         return given
 
@@ -238,14 +250,13 @@ class LatentLayer(_Layer):
             return
         target = length + tokens_to_remove
         keep = min(self.sealed, max(0, target - self.plan.sinks) // self.plan.block * self.plan.block)
-        sides = ((self.open_keys, self.key_rows, self.site.key), (self.open_values, self.value_rows, self.site.value))
-        for opened, rows, plan in sides:
+        for opened, side in zip((self.open_keys, self.open_values), self._sides(keep, self.sealed), strict=True):
             if self.sealed > keep:
-                opened.insert(rows.rebuild(plan, keep, self.sealed, opened.parts[0]))
+                opened.insert(side.rebuild())
             opened.crop(target - keep)
         self.sealed = keep
-        for _, rows, _ in sides:
-            rows.trim(keep, self.plan.block)
+        self.key_rows.trim(keep, self.plan.block)
+        self.value_rows.trim(keep, self.plan.block)
 
 
 class StaticLatentLayer(_Layer):
@@ -267,7 +278,7 @@ class StaticLatentLayer(_Layer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the memory, with the shapes and dtype of the first tokens."""
-        self.device, self.dtype = key_states.device, key_states.dtype
+        self._place_bases(key_states, value_states)
         self.open_keys.start(key_states)
         self.open_values.start(value_states)
         _encode(self.site, key_states, value_states, lambda side, x: self._rows_of(side).start(x))
@@ -278,10 +289,12 @@ class StaticLatentLayer(_Layer):
         self.is_initialized = True
 
     def _rows_of(self, side: str) -> StaticRows:
-        return self.key_rows if side == "key" else self.value_rows
+        rows = self.key_rows if side == "key" else self.value_rows
+        assert isinstance(rows, StaticRows)
+        return rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D]; returns what attention reads: the new tokens alone in the first call.
+        """Append k, v [B,G,S,D]; returns what attention reads: where it can, the new tokens alone in the first call.
 
         Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache. In a compiled graph
         too many tokens raise RuntimeError.
@@ -291,7 +304,8 @@ class StaticLatentLayer(_Layer):
         is_first = not self.is_initialized
         if is_first:
             self.lazy_initialization(key_states, value_states)
-        given = (key_states, value_states) if is_first else self._give(*self._read(key_states, value_states))
+        is_alone = is_first and self.interface
+        given = (key_states, value_states) if is_alone else self._give(*self._read(key_states, value_states))
         self._write(key_states, value_states)
         return given
 
@@ -312,11 +326,8 @@ class StaticLatentLayer(_Layer):
             arriving = torch.arange(key.shape[2], device=self.device) + self.cumulative_length
             positions = torch.cat([positions, arriving])
         seen = torch.arange(self.capacity, device=self.device) < self.sealed
-        sides = [
-            self._side(plan, rows, self.capacity, keys)
-            for plan, rows in ((self.site.key, self.key_rows), (self.site.value, self.value_rows))
-        ]
-        return keys, values, StaticLatents(sides[0], sides[1], self.plan.sinks, positions, seen, self.max_cache_len)
+        sides = self._sides(0, self.capacity)
+        return keys, values, StaticLatents(*sides, self.plan.sinks, positions, seen, self.max_cache_len)
 
     def _positions(self) -> Tensor:
         """Of the token in each open place [sinks + window], -1 where there is none."""
@@ -389,12 +400,11 @@ class StaticLatentLayer(_Layer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences `beam_idx` (beam search), in place where their number stays."""
-        for store in self.stores.values():
-            for part in store.parts:
-                if beam_idx.shape[0] != part.shape[0]:
-                    return super().reorder_cache(beam_idx)
+        if beam_idx.shape[0] != self.batch_size:
+            super().reorder_cache(beam_idx)
+        else:
+            for part in self.tensors:
                 part.copy_(part.index_select(0, beam_idx.to(part.device)))
-        return None
 
 
 class CrossLatentLayer(_Layer):
@@ -414,7 +424,7 @@ class CrossLatentLayer(_Layer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember shapes and dtype."""
-        self.device, self.dtype = key_states.device, key_states.dtype
+        self._place_bases(key_states, value_states)
         self.blank = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.is_initialized = True
 
@@ -452,9 +462,7 @@ class CrossLatentLayer(_Layer):
         if self.blank is None or not self.count:
             return None, None
         keys, values = [x.expand(self.batch_size, -1, -1, -1) for x in (t[:1] for t in self.blank)]
-        key = self._side(self.site.key, self.key_rows, self.count, keys)
-        value = self._side(self.site.value, self.value_rows, self.count, values)
-        return self._give(keys, values, Latents(key, value, 0, self.count))
+        return self._give(keys, values, Latents(*self._sides(0, self.count), 0, self.count))
 
     @property
     def sealed_rows(self) -> int:

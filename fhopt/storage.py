@@ -163,10 +163,12 @@ class SealedRows(Store):
     def __init__(self, plan: SidePlan) -> None:
         self.plan = plan
         self.tiers = ops.tier_arguments(plan)
+        self.bases: Bases | None = None  # before the first tokens come
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Parts that stand for x [B,G,N,D]."""
-        basis = place_bases(self.plan, x).encode
+        assert self.bases is not None
+        basis = self.bases.encode
         latent = ops.encode(x.to(basis.dtype), basis)
         return torch.ops.fhopt.pack(latent, *self.tiers) if self.plan.tiers else (latent.to(x.dtype),)
 
@@ -181,20 +183,10 @@ class SealedRows(Store):
         rows, *scale = [part[:, :, start:stop] for part in self.parts]
         return rows, scale[0] if scale else None
 
-    def rebuild(self, plan: SidePlan, start: int, stop: int, like: Tensor) -> Tensor:
-        """Keys or values [B,G,stop-start,D], in the dtype of `like`, by the decoder of `plan`."""
-        return rebuild(*self.read(start, stop), plan, place_bases(plan, like).decode)
-
     def trim(self, count: int, block: int) -> None:
         """Give back what `count` rows leave spare, beyond what growing would have taken."""
         if self.parts and self.parts[0].shape[2] > _room(count, block):
             self.parts = tuple([part[:, :, :count].clone() for part in self.parts])
-
-
-def rebuild(rows: Tensor, scale: Tensor | None, plan: SidePlan, decode: Tensor) -> Tensor:
-    """Keys or values [B,G,N,D] from rows [B,J,N,...]: what the latents kept."""
-    latent = rows if scale is None else torch.ops.fhopt.unpack(rows, scale, *ops.tier_arguments(plan))
-    return ops.decode(latent.to(decode.dtype), decode)
 
 
 def _write(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
