@@ -3,7 +3,8 @@
 - `render(spec, "cpp")`: one C++ file for CPUs (cpp.py); `render(spec, "torch")`: plain torch operations (torch_ops.py).
 - `build(spec)`: the kernel, compiled, cached on disk, callable (build.py, call.py).
 - `latent_attention(...)`: the kernel that its arguments need, built at the first call (dispatch.py).
-- `install()`: `fhopt::latent_attention` on CPU runs through it.
+- `fhopt::pack` and `fhopt::unpack` need no spec: one C++ file (pack.py), two Triton kernels (triton_pack.py).
+- `install()`: the ops run through all of these.
 """
 
 from fhopt.codegen.build import build, render

@@ -58,23 +58,34 @@ def build(spec: KernelSpec) -> LatentKernel:
     try:
         return build_cpp(spec)
     except CompileError as error:
-        _warn_once(
-            "compiler",
-            f"{error} Attention on latents runs on plain torch operations, which is slower. "
-            "Install g++ (or clang++) and start again to get compiled kernels.",
-        )
+        warn_without_compiler(error)
     return build_torch(spec)
 
 
 def build_cpp(spec: KernelSpec) -> LatentKernel:
     """The compiled kernel of `spec`. Raises CompileError."""
-    compiler, text = find_compiler(), cpp.render(spec)
-    stem = f"{spec.name}-{_digest(text, _identity(compiler), *_FLAGS, _native(compiler))}"
-    library = cached_file(f"{stem}.so", lambda path: _compile(compiler, text, path))
+    return LibraryKernel(load(spec.name, cpp.render(spec)).latent_attention, spec)
+
+
+def load(name: str, text: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of the C++ file `text`, compiled with `flags` beside the usual ones. Raises CompileError."""
+    compiler = find_compiler()
+    flags = (*_FLAGS, *flags, _native(compiler))
+    stem = f"{name}-{_digest(text, _identity(compiler), *flags)}"
+    library = cached_file(f"{stem}.so", lambda path: _compile([compiler, *flags], text, path))
     try:
-        return LibraryKernel(ctypes.CDLL(str(library)).latent_attention, spec)
+        return ctypes.CDLL(str(library))
     except OSError as error:
         raise CompileError(f"The compiled kernel cannot be loaded ({error}).") from error
+
+
+def warn_without_compiler(error: CompileError) -> None:
+    """Say, once in a process, that kernels cannot be compiled and what follows from it."""
+    _warn_once(
+        "compiler",
+        f"{error} Attention on latents runs on plain torch operations, which is slower. "
+        "Install g++ (or clang++) and start again to get compiled kernels.",
+    )
 
 
 def build_torch(spec: KernelSpec) -> LatentKernel:
@@ -101,15 +112,15 @@ def find_compiler() -> str:
     raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
 
 
-def _compile(compiler: str, text: str, library: Path) -> None:
-    """Compile to `library`, and leave the text beside it. Raises CompileError."""
+def _compile(compiler: list[str], text: str, library: Path) -> None:
+    """Compile to `library` by the command `compiler`, and leave the text beside it. Raises CompileError."""
     source = library.with_suffix(".cpp")
     _write(source, text)
     with _appearing(library) as target:
-        command = [compiler, *_FLAGS, _native(compiler), str(source), "-o", str(target)]
+        command = [*compiler, str(source), "-o", str(target)]
         failed = _errors([*command, "-fopenmp"])
         if failed and _errors(command):  # without OpenMP the kernel runs on one thread
-            raise CompileError(f"{compiler} refused a generated file: {failed.strip().splitlines()[0]}.")
+            raise CompileError(f"{compiler[0]} refused a generated file: {failed.strip().splitlines()[0]}.")
 
 
 def _errors(command: list[str]) -> str:

@@ -5,14 +5,16 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import build
+from fhopt.codegen.build import build, build_torch
+from fhopt.codegen.pack import pack, unpack
 from fhopt.codegen.tiers import UNCODED_DTYPES
-from fhopt.ops import LatentKernel, latent_attention_reference, use_kernel
+from fhopt.ops import LatentKernel, latent_attention_reference, use_kernel, use_pack_kernels
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -20,8 +22,15 @@ _kernels: dict[tuple[object, ...], LatentKernel] = {}
 
 
 def install() -> None:
-    """Run `fhopt::latent_attention` on CPU through generated kernels."""
+    """Run `fhopt::latent_attention`, `fhopt::pack` and `fhopt::unpack` through kernels made for their device.
+
+    On GPUs attention runs on plain torch operations, tokens a tile at a time.
+    """
     use_kernel("cpu", latent_attention)
+    use_kernel("cuda", latent_attention)
+    use_pack_kernels("cpu", (pack, unpack))
+    if importlib.util.find_spec("triton") is not None:
+        use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
 
 
 def latent_attention(
@@ -43,7 +52,7 @@ def latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention on latents by the generated kernel of these tiers; `fhopt.ops.latent_attention_reference` says what.
 
-    Calls that no kernel serves (gradients, other devices, float64 latents) run the reference.
+    Calls that no kernel serves (gradients, float64 latents) run the reference.
     """
     tiers = (
         tuple(key_bits), tuple(key_widths), tuple(key_steps),
@@ -69,20 +78,29 @@ def _kernel(
     """The kernel for these options, or the reference where none can be built."""
     key_tiers, value_tiers = (tuple(zip(*tiers[i : i + 3], strict=True)) for i in (0, 3))
     uncoded = {x.dtype for x, coded in ((key, key_tiers), (value, value_tiers)) if not coded}
-    if not query.is_cpu or not uncoded <= _DTYPES.keys():
+    if not uncoded <= _DTYPES.keys():
         return latent_attention_reference
     dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # the text needs it for uncoded sides only
-    return build(
-        KernelSpec(
-            key_tiers,
-            value_tiers,
-            key_width=query.shape[-1],
-            value_width=int(sum(tiers[4])) or value.shape[-1],
-            dtype=dtype,
-            softcap=softcap,
-        )
-    )
+    width = int(sum(tiers[4])) or value.shape[-1]
+    spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
+    return build(spec) if query.is_cpu else build_torch(spec)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _pack_by_triton(
+    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    from fhopt.codegen import triton_pack  # late: importing Triton takes a second, and only GPUs need it
+
+    return triton_pack.pack(latent, bits, widths, steps)
+
+
+def _unpack_by_triton(
+    codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> Tensor:
+    from fhopt.codegen import triton_pack
+
+    return triton_pack.unpack(codes, scale, bits, widths, steps)

@@ -43,6 +43,7 @@ _LIB.define(
 )
 
 LatentKernel = Callable[..., tuple[Tensor, Tensor]]
+PackKernels = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]  # of `pack` and of `unpack`
 
 
 # --------------------------------------------------------------------------------------------------- masks
@@ -146,7 +147,7 @@ def pack_reference(
     scale = x.new_zeros(x.shape[:-1])
     if coded:
         energy = sum((parts[i] ** 2).sum(-1) for i in coded)
-        scale = torch.sqrt(energy / sum(widths[i] for i in coded))
+        scale = torch.sqrt((energy / sum(widths[i] for i in coded)).double()).float()  # correctly rounded
     scale = scale.clamp(2.0**-14, 65504.0).to(torch.float16)
     inverse = scale.to(torch.float32).reciprocal().unsqueeze(-1)
     rows = [
@@ -246,6 +247,31 @@ def _unpack_fake(
     codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], sum(widths)), dtype=torch.float32)
+
+
+def _pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
+    kernels = _PACK_KERNELS.get(latent.device.type, _PACK_REFERENCE)
+    return kernels[0](latent, bits, widths, steps)
+
+
+def _unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
+    kernels = _PACK_KERNELS.get(codes.device.type, _PACK_REFERENCE)
+    return kernels[1](codes, scale, bits, widths, steps)
+
+
+_PACK_REFERENCE: PackKernels = (pack_reference, unpack_reference)
+_PACK_KERNELS: dict[str, PackKernels] = {}
+
+
+def use_pack_kernels(device_type: str, kernels: PackKernels | None) -> PackKernels | None:
+    """Run these kernels (signatures of `pack_reference` and `unpack_reference`) for that device type; None: those two.
+
+    Returns what was used before, None for the reference.
+    """
+    before = _PACK_KERNELS.pop(device_type, None)
+    if kernels is not None:
+        _PACK_KERNELS[device_type] = kernels
+    return before
 
 
 # --------------------------------------------------------------------------------------------------- latent attention
@@ -355,8 +381,8 @@ def use_kernel(device_type: str, kernel: LatentKernel | None) -> LatentKernel | 
 
 
 _LIB.impl("attention", attention_reference, "CompositeImplicitAutograd")
-_LIB.impl("pack", pack_reference, "CompositeExplicitAutograd")
-_LIB.impl("unpack", unpack_reference, "CompositeExplicitAutograd")
+_LIB.impl("pack", _pack, "CompositeExplicitAutograd")
+_LIB.impl("unpack", _unpack, "CompositeExplicitAutograd")
 _LIB.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("fhopt::pack", _pack_fake, lib=_LIB)
 torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
