@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -61,6 +62,8 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append to layer `layer_idx`; see `LatentLayer.update`. Raises FhoptError, and leaves the cache as it was."""
+        if torch.compiler.is_compiling():  # a change of this object would be another graph
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._first_pass and layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized:
             self._first_pass = False
         try:

@@ -101,7 +101,8 @@ class StaticLatents:
         shape = list(opened.shape)
         shape[dim] = self.tokens + 1  # the last for what is no token
         whole, rows = opened.new_zeros(shape), self.seen.shape[0]
-        whole.narrow(dim, self.sinks, rows).copy_(latent)
+        if rows:
+            whole.narrow(dim, self.sinks, rows).copy_(latent)
         whole.index_copy_(dim, torch.where(self.positions < 0, self.tokens, self.positions), opened)
         return whole.narrow(dim, 0, self.tokens)
 

@@ -250,10 +250,11 @@ class LatentLayer(_Layer):
             return
         target = length + tokens_to_remove
         keep = min(self.sealed, max(0, target - self.plan.sinks) // self.plan.block * self.plan.block)
-        for opened, side in zip((self.open_keys, self.open_values), self._sides(keep, self.sealed), strict=True):
-            if self.sealed > keep:
+        if self.sealed > keep:
+            for opened, side in zip((self.open_keys, self.open_values), self._sides(keep, self.sealed), strict=True):
                 opened.insert(side.rebuild())
-            opened.crop(target - keep)
+        self.open_keys.crop(target - keep)
+        self.open_values.crop(target - keep)
         self.sealed = keep
         self.key_rows.trim(keep, self.plan.block)
         self.value_rows.trim(keep, self.plan.block)

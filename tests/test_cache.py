@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from generation import MODES, batch_of, cache_of, generate
 from hand_plans import CODED, SITE, random_plan, shared_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from naive import naive_code, naive_round
 from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
@@ -22,39 +24,15 @@ from fhopt.cache import LatentCache, layer_indices
 from fhopt.errors import FhoptError
 from fhopt.evaluate import score
 from fhopt.layers import LatentLayer
-from fhopt.spec import LatentPlan, SidePlan, SitePlan
-
-MODES: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "temperature": 1.5},
-    "beam search": {"do_sample": False, "num_beams": 3},
-    "beam sampling": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
-    "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 13},
-}
-
+from fhopt.spec import LatentPlan
 
 WINDOWS = (16, 8)
-
-
-def generate(model: Any, mode: dict[str, Any], ids: Tensor, **extra: Any) -> Any:
-    torch.manual_seed(3)
-    options = dict(
-        max_new_tokens=24, min_new_tokens=24, return_dict_in_generate=True, output_logits=True, pad_token_id=0
-    )
-    return model.generate(ids, **(options | mode | extra))
-
-
-def cache_of(output: Any) -> Any:
-    """The cache that `generate` returns, under either of its names."""
-    return output["cache"] if "cache" in output else output["past_key_values"]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["exact", "full width"])
 def test_latents_of_full_width_generate_the_same_tokens(fitted: Fitted, kind: str, mode: str) -> None:
-    model, batch = fitted.model, 1 if mode in ("prompt lookup", "chunked prefill") else 2
+    model, batch = fitted.model, batch_of(mode)
     ids = token_ids(batch, 40)
     expected = generate(model, MODES[mode], ids)
     sites = fitted.outcome.sites.values()
@@ -182,31 +160,6 @@ def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
 
 
 # ---- states
-
-
-def naive_latent(x: Tensor, plan: SidePlan) -> Tensor:
-    """What coding leaves of the latent of one token x [B,G,1,D]."""
-    latent = ops.encode(x, plan.encode)
-    if not plan.tiers:
-        return latent
-    bits, widths, steps = ops.tier_arguments(plan)
-    codes, scale = ops.pack_reference(latent, bits, widths, steps)
-    return ops.unpack_reference(codes, scale, bits, widths, steps).to(x.dtype)
-
-
-def naive_code(key: Tensor, value: Tensor, plan: SitePlan) -> tuple[Tensor, Tensor]:
-    """One token's key and value as their latents keep them."""
-    if plan.is_shared:
-        z_k = z_v = naive_latent(torch.cat([key, value], -1), plan.key)
-    else:
-        z_k, z_v = naive_latent(key, plan.key), naive_latent(value, plan.value)
-    return ops.decode(z_k, plan.key.decode), ops.decode(z_v, plan.value.decode)
-
-
-def naive_round(x: Tensor) -> Tensor:
-    """Each head of one token x [B,G,1,D] on a grid of 255 values."""
-    step = (x.float().abs().amax(-1, keepdim=True) / 127).half().float()
-    return (torch.round(x.float() / step) * step).to(x.dtype)
 
 
 class CacheStates(RuleBasedStateMachine):
@@ -356,7 +309,7 @@ def plans(model: Any, window_bits: int, **options: Any) -> LatentPlan:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_a_window_of_codes_generates_in_every_mode(make: Any, mode: str) -> None:
-    model, batch = make(), 1 if mode in ("prompt lookup", "chunked prefill") else 2
+    model, batch = make(), batch_of(mode)
     fhopt.apply(model, plans(model, 8))
     output = generate(model, MODES[mode], token_ids(batch, 40))
     assert all(bool(step.isfinite().all()) for step in output.logits)
@@ -422,7 +375,7 @@ def shared(model: Any, **options: Any) -> LatentPlan:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_keys_and_values_from_one_latent_generate_the_same_tokens(mode: str) -> None:
-    model, batch = gpt2_with_biases(), 1 if mode in ("prompt lookup", "chunked prefill") else 2
+    model, batch = gpt2_with_biases(), batch_of(mode)
     ids = token_ids(batch, 40)
     expected = generate(model, MODES[mode], ids)
     fhopt.apply(model, shared(model))
