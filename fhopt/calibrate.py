@@ -177,18 +177,18 @@ class _Instrumented(fx.Interpreter):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return self.observe(self.sites[n.name].name, *args, **kwargs)
+            return self.observe(self.sites[n.name], *args, **kwargs)
 
     def observe(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+        self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
         extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Show k and v; arrange that the backward pass shows their gradients."""
-        sinks, recent = self.far
+        sinks, recent = site.exact_tokens(*self.far)
         _, far = ops.split_mask(q, k, None, False, sinks, recent)
         bias, extra = _additive(ops.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
-        use = self.see(name, k.detach()[:, :, sinks:], v.detach()[:, :, sinks:])
+        use = self.see(site.name, k.detach()[:, :, sinks:], v.detach()[:, :, sinks:])
 
         def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
             use(key_gradient[:, :, sinks:], value_gradient[:, :, sinks:])

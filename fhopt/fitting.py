@@ -65,10 +65,17 @@ class Budget:
     tokens: int = 8192
 
     def code_bits(self, sites: Iterable[AttentionSite]) -> int:
-        """Bits of codes and scales per sealed token. Raises FhoptError when every token is exact."""
+        """Bits of codes and scales per sealed token. Raises FhoptError when every token is exact.
+
+        With cross attention, whose tokens are all sealed, that of the others is counted as if it were sealed as far.
+        """
         plans = [_blank(site) for site in sites]
-        exact = sum(p.open_bytes() for p in plans)
-        window = sum(p.open_bytes(self.window_bits) for p in plans)
+        own = [p for p in plans if p.site.kind == "self"]
+        exact = sum(p.open_bytes() for p in own)
+        window = sum(p.open_bytes(self.window_bits) for p in own)
+        total = self.tokens * sum(p.open_bytes() for p in plans) / self.ratio
+        if not own:
+            return int(8 * total / self.tokens)
         sealed = sealed_tokens(self.tokens, self.sinks, self.recent, self.block)
         if sealed == 0:
             raise FhoptError(
@@ -76,7 +83,7 @@ class Budget:
                 "context."
             )
         fixed = self.sinks * exact + (self.tokens - self.sinks - sealed) * window
-        return int(8 * (self.tokens * exact / self.ratio - fixed) / sealed)
+        return int(8 * (total - fixed) / (sealed if len(own) == len(plans) else self.tokens))
 
 
 def _blank(site: AttentionSite) -> SitePlan:

@@ -87,6 +87,10 @@ class AttentionSite:
     window: int = 0  # keys that a query sees with a "sliding" mask
     sinks: bool = False  # further logits take weight and give nothing
 
+    def exact_tokens(self, sinks: int, recent: int) -> tuple[int, int]:
+        """(first, newest) tokens that stay exact: none of those that a decoder reads of its encoder."""
+        return (sinks, recent) if self.kind == "self" else (0, 0)
+
     @property
     def exact_numbers_per_token(self) -> int:
         """Numbers that an ordinary cache keeps per token at this site: keys and values of all kv heads."""
@@ -256,13 +260,20 @@ class LatentPlan:
         """Bytes per token of an ordinary cache over all sites, `itemsize` bytes a number."""
         return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
 
-    def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
-        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window."""
+    def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
+        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window.
+
+        source: tokens of the encoder, for a decoder that reads one; as many as `tokens` unless it is given.
+        """
         sealed = sealed_tokens(tokens, self.sinks, self.recent, self.block)
         first = min(tokens, self.sinks)
-        coded = sum(p.token_bytes(itemsize) for p in self.sites)
-        window = sum(p.open_bytes(self.window_bits, itemsize) for p in self.sites)
-        return sealed * coded + first * self.exact_token_bytes(itemsize) + (tokens - first - sealed) * window
+        own = [p for p in self.sites if p.site.kind == "self"]
+        coded = sum(p.token_bytes(itemsize) for p in own)
+        exact = sum(p.open_bytes(16, itemsize) for p in own)
+        window = sum(p.open_bytes(self.window_bits, itemsize) for p in own)
+        read = sum(p.token_bytes(itemsize) for p in self.sites if p.site.kind != "self")
+        source = tokens if source is None else source
+        return sealed * coded + first * exact + (tokens - first - sealed) * window + source * read
 
     def ratio(self, tokens: int = 8192) -> float:
         """How many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""

@@ -4,7 +4,7 @@
     o = fhopt.attention(q, k, v, mask)      z_k = encode(k, E_k); z_v = encode(v, E_v)
                                             o, _ = fhopt.latent_attention(q, decode(z_k, D_k), decode(z_v, D_v), mask)
 
-    after, with tiers of fewer bits (sinks and recent tokens stay exact, as in the cache)
+    after, with tiers of fewer bits (sinks and recent tokens stay exact, as in the cache; none of a cross attention)
                                             c_k = unpack(pack(encode(k, E_k))); c_v likewise
                                             near, far = split_mask(mask)
                                             o = merge(latent_attention(q, decode(c_k, D_k), decode(c_v, D_v), far),
@@ -76,7 +76,8 @@ class Compress:
                 )
                 result = call(program, ops.first, (_attend(program, query, latent_k, latent_v, total, shared),))
             else:
-                masks = call(program, ops.split_mask, (query, key, mask, causal, self.plan.sinks, self.plan.recent))
+                exact = site.site.exact_tokens(self.plan.sinks, self.plan.recent)
+                masks = call(program, ops.split_mask, (query, key, mask, causal, *exact))
                 near, far = (call(program, pick, (masks,)) for pick in (ops.first, ops.second))
                 parts = [
                     _attend(program, query, latent_k, latent_v, far, shared),

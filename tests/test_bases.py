@@ -160,9 +160,9 @@ def test_the_joint_basis_holds_keys_and_values_of_gpt2_exactly() -> None:
     class Seen(calibrate._Instrumented):
         """Keeps keys and values beside each other."""
 
-        def observe(self, name: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
-            rows[name] = [torch.cat([k, v], -1)[0].permute(1, 0, 2).flatten(1)]  # [T, G*(D+E)]
-            return super().observe(name, q, k, v, *rest, **options)
+        def observe(self, site: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+            rows[site.name] = [torch.cat([k, v], -1)[0].permute(1, 0, 2).flatten(1)]  # [T, G*(D+E)]
+            return super().observe(site, q, k, v, *rest, **options)
 
     statistics = calibrate.collect(captured, outcome, numbered(4), **FAR)
     Seen(captured, outcome, (4, 8), lambda name, k, v: lambda a, b: None).run(*captured.program.values.values())

@@ -1,0 +1,104 @@
+"""`fhopt.apply` on every decoder of the zoo: the same tokens from latents of full width, growing and static."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import huggingface as zoo
+
+import fhopt
+from fhopt import applying, attention, fitting, passes
+from fhopt.attention import LatentTensor
+from fhopt.cache import LATENT_LAYERS
+from fhopt.capture import capture
+from fhopt.spec import LatentPlan
+
+MODELS = {m.name: m for m in (*zoo.DECODERS, *zoo.ENCODER_DECODERS) if m.reason is None}
+NOT_STATIC = ("falcon_alibi", "mpt")  # with transformers' own static cache too, these fail
+PROMPT, NEW = 20, 20
+
+
+@cache
+def prepared(name: str) -> tuple[Any, dict[str, torch.Tensor], LatentPlan]:
+    """A model, a prompt of which one sequence is padded, and a plan that seals often and changes nothing."""
+    torch.manual_seed(0)
+    row = MODELS[name]
+    model: Any = zoo._make(row, row.implementations[-1])
+    given = row.inputs()
+    sites = passes.find(capture(model, (), given | {"use_cache": False}).program).sites
+    plan = fitting.exact_plan(sites.values(), recent=4, block=4)
+    if "input_features" in given:
+        return model, {"input_features": given["input_features"]}, plan
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, slice(-5, None) if model.config.is_encoder_decoder else slice(5)] = 0
+    return model, {"input_ids": torch.randint(3, zoo.VOCABULARY, (2, PROMPT)), "attention_mask": mask}, plan
+
+
+def generate(model: Any, prompt: dict[str, torch.Tensor], **options: Any) -> Any:
+    torch.manual_seed(0)
+    fixed: dict[str, Any] = dict(
+        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return model.generate(**prompt, **(fixed | options))
+
+
+@contextmanager
+def nothing_rebuilt() -> Iterator[None]:
+    """Fails when the model does what can only be done on keys and values of full length."""
+    attention._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The model calls", category=RuntimeWarning)
+        yield
+
+
+def layers_of(cache: Any) -> list[Any]:
+    parts = (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "is_updated") else (cache,)
+    return [layer for part in parts for layer in part.layers]
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
+    if kind == "static" and name in NOT_STATIC:
+        pytest.skip("transformers' own static cache fails with this model")
+    model, prompt, plan = prepared(name)
+    options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
+    if name == "whisper":  # its `generate` cuts the caches that it returns into sequences, and has no logits
+        options |= {"return_dict_in_generate": False, "output_logits": False}
+    expected = generate(model, prompt, **options)
+    fhopt.apply(model, plan)
+    try:
+        with nothing_rebuilt():
+            found = generate(model, prompt, **options)
+    finally:
+        fhopt.unapply(model)
+    if name == "whisper":
+        assert torch.equal(found, expected)
+        return
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    layers = layers_of(found.get("cache", found.get("past_key_values")))
+    latent = [layer for layer in layers if isinstance(layer, LATENT_LAYERS)]
+    sliding = [layer for layer in layers if layer.is_sliding]
+    assert len(latent) + len(sliding) == len(layers) and (latent or name == "mistral")
+    assert all(int(layer.sealed_rows) > 0 for layer in latent)
+    assert not any(isinstance(x, LatentTensor) for layer in latent for x in layer.tensors)
+
+
+def test_the_zoo_has_models_with_each_way_to_attend() -> None:
+    own = {name for name in MODELS if not applying._uses_interface(_attention(prepared(name)))}
+    assert own == {"bloom", "falcon", "falcon_new", "falcon_alibi", "mpt"}
+
+
+def _attention(ready: tuple[Any, Any, LatentPlan]) -> torch.nn.Module:
+    model, _, plan = ready
+    module: torch.nn.Module = model.get_submodule(plan.sites[-1].site.name)
+    return module
