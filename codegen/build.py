@@ -21,13 +21,13 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from fhopt.codegen import cpp, torch_ops
 from fhopt.codegen.call import LibraryKernel
 from fhopt.errors import FhoptError
+from fhopt.files import appearing
 from fhopt.ops import LatentKernel
 from fhopt.spec import KernelSpec
 
@@ -116,7 +116,7 @@ def _compile(compiler: list[str], text: str, library: Path) -> None:
     """Compile to `library` by the command `compiler`, and leave the text beside it. Raises CompileError."""
     source = library.with_suffix(".cpp")
     _write(source, text)
-    with _appearing(library) as target:
+    with appearing(library) as target:
         command = [*compiler, str(source), "-o", str(target)]
         failed = _errors([*command, "-fopenmp"])
         if failed and _errors(command):  # without OpenMP the kernel runs on one thread
@@ -188,19 +188,8 @@ def _found_or_made(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, renamed to it if the block succeeds: readers see the whole file or none. Needs the lock."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(path: Path, text: str) -> None:
-    with _appearing(path) as target:
+    with appearing(path) as target:
         target.write_text(text)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fhopt.applying import apply as apply
     from fhopt.applying import unapply as unapply
     from fhopt.cache import LatentCache as LatentCache
+    from fhopt.cache_files import load_cache as load_cache
+    from fhopt.cache_files import save_cache as save_cache
     from fhopt.spec import LatentPlan as LatentPlan
 
 _WHERE = {
@@ -28,10 +30,22 @@ _WHERE = {
     "LatentPlan": "fhopt.spec",
     "apply": "fhopt.applying",
     "fit": "fhopt.api",
+    "load_cache": "fhopt.cache_files",
+    "save_cache": "fhopt.cache_files",
     "unapply": "fhopt.applying",
 }
 
-__all__ = ["FhoptError", "LatentCache", "LatentPlan", "__version__", "apply", "fit", "unapply"]
+__all__ = [
+    "FhoptError",
+    "LatentCache",
+    "LatentPlan",
+    "__version__",
+    "apply",
+    "fit",
+    "load_cache",
+    "save_cache",
+    "unapply",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -137,14 +137,23 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
+def applied_plan(model: torch.nn.Module) -> LatentPlan:
+    """The plan that is applied to `model`. Raises FhoptError when none is."""
+    return _applied(model).plan
+
+
+def _applied(model: torch.nn.Module) -> _Applied:
+    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    if applied is None:
+        raise FhoptError(f"no plan is applied to {type(model).__name__}. Call fhopt.apply(model, plan) first.")
+    return applied
+
+
 def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
     """An empty cache for a model with a plan applied; options as of `LatentCache`. Raises FhoptError without a plan."""
     from fhopt.cache import LatentCache, encoder_decoder_cache
 
-    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
-    if applied is None:
-        raise FhoptError(f"no plan is applied to {type(model).__name__}. Call fhopt.apply(model, plan) first.")
-    network: Any = model
+    applied, network = _applied(model), cast(Any, model)
     make = encoder_decoder_cache if network.config.is_encoder_decoder else LatentCache
     cache = make(applied.plan, network.config, layers=applied.layers, **options)
     _convert(cache, applied)

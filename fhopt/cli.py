@@ -192,10 +192,11 @@ def fit(
     """
     from fhopt import gate, gathering
     from fhopt.evaluate import Comparison
+    from fhopt.files import check_folder, check_writable
     from fhopt.models import load_model
     from fhopt.pipeline import FitOptions, measure, plan_for
     from fhopt.plots import check_picture, explain_plan
-    from fhopt.spec import PLAN_FILES, check_folder, check_writable
+    from fhopt.spec import PLAN_FILES
 
     out = Path(os.path.abspath(out))
     if gate_texts and max_loss is None:

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from fhopt import data, evaluate, pipeline
 from fhopt.applying import apply, unapply
+from fhopt.files import check_writable
 from fhopt.models import load_model
 from fhopt.reporting import write_report
-from fhopt.spec import check_writable
 from fhopt.tables import plan_table, sites_table, summary_table
 
 TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fhopt.bases import Basis
 from fhopt.errors import FhoptError
+from fhopt.files import appearing
 from fhopt.spec import SiteStatistics
 
 SAVE_EVERY = 4  # batches between two checkpoints
@@ -119,13 +120,10 @@ class Checkpoint:
         if file is None:
             return
         about = {"fhopt": json.dumps({"key": dict(self.key), "batches": batches})}
-        staging = file.with_name(f".{file.name}.part")
         try:
-            save_file({k: v.cpu().contiguous() for k, v in sums.items()}, staging, about)
-            staging.replace(file)
+            with appearing(file) as staging:
+                save_file({k: v.cpu().contiguous() for k, v in sums.items()}, staging, about)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                staging.unlink(missing_ok=True)
             raise FhoptError(f"cannot write {file}: {error}. Give another place for the checkpoint.") from error
 
     def remove(self) -> None:

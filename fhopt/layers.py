@@ -118,6 +118,64 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Move all tokens back to the device of the model."""
         self._each(lambda t: t.to(self.device, non_blocking=True))
 
+    # ---- files
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, without spare room. Expects a layer with tokens."""
+        used = self.sealed_rows
+        parts = {
+            name: [part[:, :, :used] for part in store.parts] if type(store) is SealedRows else list(store.parts)
+            for name, store in self.stores.items()
+        }
+        return {"parts": parts, "blank": list(self._blank()), **self._counters()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Hold what another layer's `state` said, on the device of its tensors.
+
+        Raises FhoptError or ValueError when it is not the state of such a layer, which is empty then.
+        """
+        self.reset()
+        try:
+            self._check(*state["blank"])
+            self.lazy_initialization(*state["blank"])
+            for name, store in self.stores.items():
+                self._fill(name, store, state["parts"][name])
+            self._count(state)
+        except Exception:
+            self.reset()
+            raise
+
+    def _fill(self, name: str, store: Store, parts: list[Tensor]) -> None:
+        """Put loaded parts into a store, in place where it has a fixed size. Raises ValueError."""
+        is_fixed = isinstance(store, (StaticRows, StaticTokens))
+        wanted = list(store.parts)
+        if type(store) is SealedRows and parts:
+            _encode(self.site, *self._blank(), lambda side, x: wanted.extend(self._encoded(side, name, x)))
+        for given, like in zip(parts, wanted, strict=True):
+            same = given.shape == like.shape if is_fixed else _but_tokens(given) == _but_tokens(like)
+            if not same or given.dtype != like.dtype:
+                raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, not {like.dtype} {tuple(like.shape)}")
+            if is_fixed:
+                like.copy_(given)
+        if not is_fixed:
+            store.parts = tuple(parts)
+
+    def _encoded(self, side: str, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        rows: SealedRows = getattr(self, f"{side}_rows")
+        return rows.encode(x) if name == f"{side}_rows" else ()
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        """Keys [B,G,0,D] and values [B,G,0,E] of no tokens."""
+        raise NotImplementedError
+
+    def _counters(self) -> dict[str, Any]:
+        """What tells how the parts are read."""
+        raise NotImplementedError
+
+    def _count(self, counters: dict[str, Any]) -> None:
+        """The inverse of `_counters`. Raises ValueError when the parts have other tokens."""
+        raise NotImplementedError
+
     # ---- bytes
 
     @property
@@ -215,6 +273,19 @@ class LatentLayer(_Layer):
 
     def _append(self, side: str, x: Tensor) -> None:
         (self.key_rows if side == "key" else self.value_rows).seal(x, self.sealed, self.plan.block)
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.open_keys.parts[0], self.open_values.parts[0]
+        return keys[:, :, :0], values[:, :, :0]
+
+    def _counters(self) -> dict[str, Any]:
+        return {"sealed": self.sealed}
+
+    def _count(self, counters: dict[str, Any]) -> None:
+        self.sealed = int(counters["sealed"])
+        held = {part.shape[2] for rows in (self.key_rows, self.value_rows) for part in rows.parts} or {0}
+        if held != {self.sealed} or self.open_keys.count != self.open_values.count:
+            raise ValueError(f"{self.sealed} sealed tokens, rows for {sorted(held)}")
 
     @property
     def sealed_rows(self) -> int:
@@ -365,6 +436,20 @@ class StaticLatentLayer(_Layer):
         """All values [B,G,max_cache_len,E] as attention reads them, None before the first tokens."""
         return self._give(*self._read())[1] if self.is_initialized else None
 
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.open_keys.parts[0], self.open_values.parts[0]
+        return keys[:, :, :0], values[:, :, :0]
+
+    def _counters(self) -> dict[str, Any]:
+        return {"cumulative_length": int(self.cumulative_length), "sealed": int(self.sealed)}
+
+    def _count(self, counters: dict[str, Any]) -> None:
+        length, sealed = int(counters["cumulative_length"]), int(counters["sealed"])
+        if not (0 <= length <= self.max_cache_len and 0 <= sealed <= self.capacity):
+            raise ValueError(f"{length} tokens, {sealed} of them sealed")
+        self.cumulative_length.fill_(length)
+        self.sealed.fill_(sealed)
+
     @property
     def sealed_rows(self) -> int:
         """Tokens that are read as latents."""
@@ -421,12 +506,12 @@ class CrossLatentLayer(_Layer):
         self.key_rows, self.value_rows = _rows(site, SealedRows)
         self.stores = _stores(None, None, self.key_rows, self.value_rows)
         self.count = 0
-        self.blank: tuple[Tensor, Tensor] | None = None  # no tokens, of the shapes and dtype of keys and values
+        self.shapes: tuple[Tensor, Tensor] | None = None  # no tokens, of the shapes and dtype of keys and values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember shapes and dtype."""
         self._place_bases(key_states, value_states)
-        self.blank = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.shapes = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -460,10 +545,23 @@ class CrossLatentLayer(_Layer):
         return self._read()[1]
 
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.blank is None or not self.count:
+        if not self.count:
             return None, None
-        keys, values = [x.expand(self.batch_size, -1, -1, -1) for x in (t[:1] for t in self.blank)]
+        keys, values = self._blank()
         return self._give(keys, values, Latents(*self._sides(0, self.count), 0, self.count))
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        assert self.shapes is not None
+        keys, values = [x[:1].expand(self.batch_size if self.count else x.shape[0], -1, -1, -1) for x in self.shapes]
+        return keys, values
+
+    def _counters(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def _count(self, counters: dict[str, Any]) -> None:
+        self.count = int(counters["count"])
+        if {part.shape[2] for store in self.stores.values() for part in store.parts} != {self.count}:
+            raise ValueError(f"rows for other than {self.count} tokens")
 
     @property
     def sealed_rows(self) -> int:
@@ -486,7 +584,7 @@ class CrossLatentLayer(_Layer):
         """Forget all tokens."""
         for store in self.stores.values():
             store.parts = ()
-        self.count, self.is_initialized, self.blank = 0, False, None
+        self.count, self.is_initialized, self.shapes = 0, False, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing: a decoder that goes back reads the same encoder."""
@@ -512,6 +610,11 @@ def _encode(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[str, Te
         return use("key", torch.cat([keys, values], -1))
     use("key", keys)
     return use("value", values)
+
+
+def _but_tokens(x: Tensor) -> tuple[int, ...]:
+    """The shape without the dimension of tokens."""
+    return (*x.shape[:2], *x.shape[3:])
 
 
 def _check_crop(tokens_to_remove: int, length: int) -> None:

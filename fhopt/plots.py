@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fhopt.errors import FhoptError
+from fhopt.files import appearing, check_writable
 from fhopt.fitting import DISTORTION
 from fhopt.pipeline import Measured
-from fhopt.spec import TIER_QUANTUM, LatentPlan, check_writable
+from fhopt.spec import TIER_QUANTUM, LatentPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]
@@ -51,13 +51,10 @@ def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
         f"{plan.provenance.get('model', 'plan')}: {plan.ratio():.2f}x, "
         f"predicted loss {plan.provenance.get('predicted_nats', 0.0):.2g} nats per token"
     )
-    staging = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        figure.savefig(staging, dpi=120)
-        staging.replace(path)
+        with appearing(path) as staging:
+            figure.savefig(staging, dpi=120)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
         raise FhoptError(f"cannot draw {path}: {error}. Choose a .png, .svg or .pdf that you may write to.") from error
     return path
 

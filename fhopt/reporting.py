@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.panel import Panel
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 
 from fhopt.errors import FhoptError
+from fhopt.files import appearing
 from fhopt.passes import Outcome
 from fhopt.spec import LatentPlan
 from fhopt.tables import missed_table, plan_table, sites_table, summary_table
@@ -46,13 +46,10 @@ def write_report(
     if outcome.missed:
         console.print(missed_table(outcome.missed))
     page = console.export_html(theme=DEFAULT_TERMINAL_THEME, code_format=_PAGE)
-    staging = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(page, encoding="utf-8")
-        staging.replace(path)
+        with appearing(path) as staging:
+            staging.write_text(page, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
         raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
     return path

@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
+from fhopt.files import write_folder
 
 PLAN_VERSION = 3
 PLAN_FILES = ("plan.json", "plan.safetensors")
@@ -284,7 +283,7 @@ class LatentPlan:
         h = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
         for name, tensor in sorted(_tensors(self).items()):
             h.update(name.encode())
-            h.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            h.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
 
     def with_provenance(self, **items: Any) -> LatentPlan:
@@ -338,46 +337,6 @@ class KernelSpec:
 
 
 # --------------------------------------------------------------------------------------------------- files
-
-
-def check_writable(folder: Path) -> None:
-    """Make `folder` if need be, and raise FhoptError when nothing can be written to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise FhoptError(f"cannot write to {folder}: {error.strerror}. Choose another folder.") from error
-
-
-def check_folder(path: Path, names: Iterable[str]) -> None:
-    """Raise FhoptError when `path` is there and holds anything but files of these names."""
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):
-        raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
-
-
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into the folder `path` so that a reader sees all of them or none. Raises FhoptError.
-
-    A folder that exists is replaced only if it holds nothing but files of these names.
-    """
-    check_folder(path, files)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a folder that you may write to.") from error
-    try:
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
-        staging.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(staging, path)
-    except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _tensors(plan: LatentPlan) -> dict[str, Tensor]:

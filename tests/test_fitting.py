@@ -17,7 +17,8 @@ from torch import Tensor
 from fhopt import calibrate, fitting, ops, passes
 from fhopt.bases import Basis, joint_basis
 from fhopt.errors import FhoptError
-from fhopt.spec import TIER_QUANTUM, AttentionSite, LatentPlan, SideStatistics, SitePlan, SiteStatistics, write_folder
+from fhopt.files import write_folder
+from fhopt.spec import TIER_QUANTUM, AttentionSite, LatentPlan, SideStatistics, SitePlan, SiteStatistics
 
 MIXING = ("band", "freq", "head", "identity")
 RATIOS = (1.5, 2.0, 3.0, 4.0, 6.0)

@@ -1,0 +1,68 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from fhopt.errors import FhoptError
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A path beside `path`, renamed to it if the block succeeds and removed if it does not.
+
+    A reader of `path` sees the old file, the new one or none. OSError passes through.
+    """
+    staging = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield staging
+        os.replace(staging, path)
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be, and raise FhoptError when nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FhoptError(f"cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+
+
+def check_folder(path: Path, names: Iterable[str]) -> None:
+    """Raise FhoptError when `path` is there and holds anything but files of these names."""
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):
+        raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into the folder `path` so that a reader sees all of them or none. Raises FhoptError.
+
+    A folder that exists is replaced only if it holds nothing but files of these names.
+    """
+    check_folder(path, files)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a folder that you may write to.") from error
+    try:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        staging.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(staging, path)
+    except OSError as error:
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
