@@ -214,7 +214,7 @@ def _report(index: int, layer: Any) -> dict[str, Any]:
         "layer": index,
         "kind": layer.site.layout if latent else "exact",
         "tokens": int(tokens),
-        "sealed": layer.sealed_rows if latent else 0,
+        "sealed_tokens": layer.sealed_rows if latent else 0,
         "bytes": sum(regions.values()),
         **regions,
     }

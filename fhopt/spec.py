@@ -162,6 +162,9 @@ class SidePlan:
     decode: Tensor
     tiers: tuple[Tier, ...]
 
+    def __deepcopy__(self, memo: Any) -> SidePlan:
+        return self  # what is frozen needs no copies: those of a model's cache share its plan
+
     @property
     def groups(self) -> int:
         """J, the number of latent heads."""
@@ -196,6 +199,9 @@ class SitePlan:
     layout: str
     key: SidePlan
     value: SidePlan
+
+    def __deepcopy__(self, memo: Any) -> SitePlan:
+        return self
 
     @property
     def is_shared(self) -> bool:
@@ -239,6 +245,9 @@ class LatentPlan:
 
     def __post_init__(self) -> None:
         _check_plan(self)
+
+    def __deepcopy__(self, memo: Any) -> LatentPlan:
+        return self
 
     @property
     def window(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +15,22 @@ from hand_plans import CODED, SITE, random_plan, shared_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from model_zoo import huggingface as zoo
 from naive import naive_code, naive_round
 from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
-from fhopt import fitting, ops
-from fhopt.cache import LatentCache, layer_indices
+from fhopt import fitting, latents, ops, passes
+from fhopt.applying import cache_argument, latent_cache
+from fhopt.cache import REGIONS, LatentCache, layer_indices
+from fhopt.capture import capture
+from fhopt.codegen import dispatch
+from fhopt.codegen.build import build_torch
 from fhopt.errors import FhoptError
 from fhopt.evaluate import score
 from fhopt.layers import LatentLayer
-from fhopt.spec import LatentPlan
+from fhopt.spec import LatentPlan, SidePlan, Tier
 
 WINDOWS = (16, 8)
 
@@ -114,32 +120,78 @@ def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) ->
         fhopt.unapply(llama.model)
 
 
-def test_no_tensor_of_full_length_and_width_is_made_in_decoding(llama: Fitted) -> None:
-    """Every op's outputs are watched: nothing of T tokens has as many numbers as keys or values of all heads."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def allocated(run: Callable[[], Any]) -> list[int]:
+    """Bytes of every block that torch's allocator hands out while `run` runs, in C++ too."""
+    from torch.profiler import ProfilerActivity, profile
 
-    plan = llama.plan(4)
-    fhopt.apply(llama.model, plan)
-    cache = LatentCache(plan)
-    logits(llama.model, cache, token_ids(1, 256), [])
-    limit = cache.layers[0].sealed * llama.plan(4).sites[0].site.exact_numbers_per_token // 2
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events: Any = trace.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
 
-    class Watch(TorchDispatchMode):
-        largest = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
-                is_cache = isinstance(t, Tensor) and t.dtype in (torch.uint8, torch.float16)
-                if isinstance(t, Tensor) and not is_cache:
-                    Watch.largest = max(Watch.largest, t.numel())
-            return out
+def decoding(model: Any, cache: Any, steps: int) -> Callable[[], None]:
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(steps):
+            model(token_ids(1, 1), **{cache_argument(model): cache})
 
-    watch: Any = Watch
-    with watch(), torch.no_grad():
-        llama.model(token_ids(1, 1), cache=cache)
-    fhopt.unapply(llama.model)
-    assert 0 < Watch.largest < limit
+    return run
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "torch"])
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
+    llama: Fitted, static: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3,000 tokens, steps over a block that is sealed, every allocation: none is as large as one layer's latents as
+    numbers, let alone its keys. What does grow are logits and masks, a few numbers a token."""
+    if kernel == "torch":
+        monkeypatch.setattr(dispatch, "build", build_torch)
+        monkeypatch.setattr(dispatch, "_kernels", {})
+        monkeypatch.setattr(latents, "TILE", 64)
+    model, plan, length = tiny_llama(max_position_embeddings=4096), llama.plan(4), 3000
+    fhopt.apply(model, plan)
+    cache = latent_cache(model, max_cache_len=3100 if static else None)
+    with torch.no_grad():
+        model(token_ids(1, length), cache=cache)
+    decoding(model, cache, 2)()
+    blocks = allocated(decoding(model, cache, plan.block))
+    fhopt.unapply(model)
+    sealed = int(cache.layers[0].sealed_rows)
+    site = plan.sites[0]
+    keys = sealed * site.site.kv_heads * site.site.key_dim * 4
+    rows = sealed * (site.key.row_bytes() + 2) * (site.key.groups + 1) * 1.1  # storage of codes, when it grows
+    assert blocks and sealed > 2900
+    assert max(blocks) < max(rows, keys / 3)
+    assert max(b for b in blocks if b < rows / 2) < keys / 3
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "mpt"])
+def test_nor_in_models_that_write_their_attention_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "TILE", 64)
+    row = next(m for m in zoo.DECODERS if m.name == name)
+    limit = {"max_seq_len": 4096} if name == "mpt" else {}
+    model: Any = zoo._make(replace(row, options={**row.options, **limit}), row.implementations[-1])
+    sites = passes.find(capture(model, (), {"input_ids": token_ids(1, 9), "use_cache": False}).program).sites
+    plan = coded(fitting.exact_plan(sites.values(), recent=8, block=8))
+    fhopt.apply(model, plan)
+    cache = latent_cache(model)
+    with torch.no_grad():
+        model(token_ids(1, 3000), **{cache_argument(model): cache}, use_cache=True)
+    decoding(model, cache, 2)()
+    blocks = allocated(decoding(model, cache, plan.block))
+    site = plan.sites[0].site
+    assert max(blocks) < cache.layers[0].sealed * site.kv_heads * site.key_dim * 4 / (1 if site.kv_heads == 1 else 3)
+
+
+def coded(plan: LatentPlan) -> LatentPlan:
+    """The same latents with 4 bits each."""
+
+    def side(old: SidePlan) -> SidePlan:
+        return replace(old, tiers=(Tier(4, old.width, 0.4),))
+
+    return replace(plan, sites=tuple(replace(s, key=side(s.key), value=side(s.value)) for s in plan.sites))
 
 
 # ---- bytes
@@ -157,6 +209,50 @@ def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
     spare = sum(p.token_bytes() for p in plan.sites) * (cache.layers[0].sealed / 8 + plan.block)
     assert needed <= cache.nbytes <= needed + spare
     assert cache.nbytes < 0.5 * 400 * plan.exact_token_bytes(itemsize=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("window_bits", WINDOWS)
+@pytest.mark.parametrize("layout", ["head", "input"])
+def test_the_report_is_what_the_allocator_handed_out(
+    layout: str, window_bits: int, static: bool, dtype: torch.dtype
+) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    plan = random_plan(layout, CODED, window_bits=window_bits, sinks=3)
+    batches = [
+        (torch.randn(2, 2, n, 16).to(dtype), torch.randn(2, 2, n, 8).to(dtype)) for n in (300, 1, 1, 5, 40, 1, 8, 1)
+    ]
+
+    def fill() -> LatentCache:
+        cache = LatentCache(plan, max_cache_len=400 if static else None)
+        for key, value in batches:
+            cache.update(key, value, 0)
+        cache.crop(-11)
+        cache.update(*batches[1], 0)
+        return cache
+
+    fill()  # bases, kernels
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        cache = fill()
+    events: Any = trace.profiler.kineto_results.events()
+    held = sum(e.nbytes() for e in events if e.name() == "[memory]")
+    counters = 16 if static else 0  # how many tokens, how many sealed
+    assert cache.nbytes + counters == held
+    (row,) = cache.report()
+    assert row["bytes"] == cache.nbytes == sum(row[region] for region in REGIONS)
+    tokens = 357 - 11 + 1
+    assert row["tokens"] == tokens and row["exact"] == 0
+    site, size = plan.sites[0], dtype.itemsize
+    assert row["sealed"] == 2 * row["sealed_tokens"] * site.token_bytes(size)
+    if static:
+        assert row["sinks"] == 2 * (3 + 1) * site.open_bytes(16, size)
+        assert row["window"] == 2 * (plan.window + 1) * site.open_bytes(window_bits, size)
+    else:
+        assert row["sinks"] == 2 * 3 * site.open_bytes(16, size)
+        assert row["window"] == 2 * (tokens - 3 - row["sealed_tokens"]) * site.open_bytes(window_bits, size)
+        assert row["spare"] <= 2 * (row["sealed_tokens"] // 64 + plan.block) * site.token_bytes(size)
 
 
 # ---- states
@@ -431,6 +527,54 @@ def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -
     with pytest.raises(FhoptError, match="crop"):
         layer.crop(-31)
     assert all(torch.equal(a, b) for a, b in zip(layer.tensors, state, strict=True))
+
+
+def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays_empty(llama: Fitted) -> None:
+    cache = LatentCache(replace(llama.plan(4), sites=llama.plan(4).sites[:1]))
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(FhoptError, match=r"caches a layer 1, .* know 1.*LatentCache\(plan, model.config\)"):
+                llama.model(token_ids(1, 40), cache=cache)
+            assert cache.get_seq_length() == 0 and cache.nbytes == 0
+        cache = LatentCache(cache.plan, llama.model.config)
+        llama.model(token_ids(1, 40), cache=cache)
+    assert [row["kind"] for row in cache.report()] == ["band", "exact"]
+
+
+def test_a_cache_by_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
+    fhopt.apply(llama.model, llama.plan(4))
+    cache = LatentCache(gpt2.plan(4))
+    with torch.no_grad(), pytest.raises(FhoptError, match="plan for another model"):
+        llama.model(token_ids(1, 40), cache=cache)
+    fhopt.unapply(llama.model)
+    with torch.no_grad(), pytest.raises(FhoptError, match="Is this the model"):
+        llama.model(token_ids(1, 40), cache=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_cache_goes_on_in_the_dtype_that_it_began_in(llama: Fitted) -> None:
+    cache = LatentCache(llama.plan(4))
+    with torch.no_grad():
+        llama.model(token_ids(1, 60), cache=cache)
+        state = [t.clone() for layer in cache.layers for t in layer.tensors]
+        with pytest.raises(FhoptError, match=r"torch.bfloat16 of batch 1, the cache holds torch.float32"):
+            copy.deepcopy(llama.model).to(torch.bfloat16)(token_ids(1, 1), cache=cache)
+        with pytest.raises(FhoptError, match="of batch 2"):
+            llama.model(token_ids(2, 1), cache=cache)
+    assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
+
+
+def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) -> None:
+    """How transformers' documentation reuses a prompt: by copy.deepcopy."""
+    cache, ids = LatentCache(llama.plan(4)), token_ids(1, 60)
+    with torch.no_grad():
+        llama.model(ids, cache=cache)
+        other = copy.deepcopy(cache)
+        expected = llama.model(ids[:, :5], cache=other).logits
+        assert cache.get_seq_length() == 60 and other.get_seq_length() == 65
+        assert torch.equal(llama.model(ids[:, :5], cache=cache).logits, expected)
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        assert a.key_bases is b.key_bases and a.plan is b.plan
 
 
 def test_a_model_without_the_plan_applied_reads_the_latents_too(fitted: Fitted) -> None:
