@@ -564,6 +564,20 @@ def test_a_cache_goes_on_in_the_dtype_that_it_began_in(llama: Fitted) -> None:
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
 
 
+@pytest.mark.parametrize("layout", ["head", "input"])
+def test_layers_of_a_model_that_is_spread_over_devices_stay_where_their_tokens_are(layout: str) -> None:
+    """`meta` stands for the second device: it has no numbers, but every tensor knows where it is."""
+    plan = random_plan(layout, CODED)
+    twin = replace(plan.sites[0], site=replace(plan.sites[0].site, name="layers.1"))
+    cache = LatentCache(replace(plan, sites=(plan.sites[0], twin)))
+    for count in (30, 1, 5):
+        for layer, device in enumerate(("cpu", "meta")):
+            key, value = (torch.zeros(1, 2, count, size, device=device) for size in (16, 8))
+            keys, values = cache.update(key, value, layer)
+            assert {keys.device.type, values.device.type} == {device}
+    assert [{t.device.type for t in layer.tensors} for layer in cache.layers] == [{"cpu"}, {"meta"}]
+
+
 def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) -> None:
     """How transformers' documentation reuses a prompt: by copy.deepcopy."""
     cache, ids = LatentCache(llama.plan(4)), token_ids(1, 60)

@@ -303,3 +303,18 @@ def test_sliding_layers_are_static_too_and_stay_exact() -> None:
     kinds = [type(layer).__name__ for layer in LatentCache(plan, config, max_cache_len=64).layers]
     assert kinds == ["StaticSlidingWindowLayer", "StaticLatentLayer"]
     assert not any(isinstance(layer, LatentLayer) for layer in LatentCache(plan, config, max_cache_len=64).layers)
+
+
+def test_memory_may_be_reserved_ahead_so_that_the_first_call_compiles_too(llama: Fitted) -> None:
+    model, ids = llama.model, token_ids(2, 40)
+    fhopt.apply(model, llama.plan(1))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = latent_cache(model, max_cache_len=64)
+        cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+        assert cache.is_initialized and cache.get_seq_length() == 0 and cache.nbytes > 0
+        torch._dynamo.reset()
+        step: Any = torch.compile(model.forward, backend="eager", fullgraph=True)
+        found = torch.cat([step(input_ids=part, cache=cache, use_cache=True).logits for part in ids.split(10, 1)], 1)
+    fhopt.unapply(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
