@@ -16,6 +16,7 @@ import torch
 
 from fhopt.errors import FhoptError
 from fhopt.fitting import check_model
+from fhopt.models import encoder_path, is_inside
 from fhopt.spec import LatentPlan
 
 IMPLEMENTATION = "fhopt"
@@ -50,8 +51,8 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         )
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
-    encoder = _encoder_path(network)
-    sites = [p.site for p in plan.sites if encoder is None or not f"{p.site.name}.".startswith(f"{encoder}.")]
+    encoder = encoder_path(model)
+    sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
     modules = {site.name: _module(model, site.name) for site in sites}
     layers: dict[str, int] = {}
     for kind in ("self", "cross"):
@@ -84,14 +85,6 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
             network.set_attn_implementation(applied.before)
         del network._fhopt_applied
     return model
-
-
-def _encoder_path(model: Any) -> str | None:
-    """Module path of the encoder of an encoder-decoder model, None for other models."""
-    if not model.config.is_encoder_decoder:
-        return None
-    encoder = model.get_encoder()
-    return next((name for name, module in model.named_modules() if module is encoder), None)
 
 
 def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:

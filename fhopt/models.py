@@ -159,6 +159,19 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
+def encoder_path(model: torch.nn.Module) -> str | None:
+    """Module path of the encoder of an encoder-decoder of transformers, None for any other module."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return next((name for name, module in model.named_modules() if module is encoder), None)
+
+
+def is_inside(name: str, path: str | None) -> bool:
+    """True when the module `name` is `path` or a part of it."""
+    return path is not None and f"{name}.".startswith(f"{path}.")
+
+
 def example_arguments(model: Any, tokens: int = 16) -> dict[str, Tensor]:
     """Arguments for one forward pass of a transformers model that is no causal language model.
 

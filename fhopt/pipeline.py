@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fhopt.cost import find_device
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length
 from fhopt.fitting import check_options, fingerprint
-from fhopt.models import LoadedModel
+from fhopt.models import LoadedModel, encoder_path, is_inside
 from fhopt.spec import LatentPlan, SiteStatistics, sealed_tokens
 
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
@@ -165,6 +165,7 @@ def measure_module(
     """Calibrate any module on batches of keyword arguments, all of the same shapes. Raises FhoptError.
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
+    Of an encoder-decoder of transformers, the decoder's sites are fitted: nothing of its encoder is cached.
     """
     options.check_sizes()
     given = iter(batches)
@@ -173,18 +174,22 @@ def measure_module(
         raise FhoptError("there are no batches; expected an iterable of dicts of keyword arguments.")
     captured = capture(model, (), first)
     chained = itertools.chain([first], given)
-    return measure_batches(captured, chained, options, dict(model.named_parameters()), type(model).__name__, progress)
+    weights, name = dict(model.named_parameters()), type(model).__name__
+    return measure_batches(captured, chained, options, weights, name, progress, encoder=encoder_path(model))
 
 
 def measure_batches(
     captured: Captured, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
-    name: str, progress: Progress = silent, data_digest: Any = "",
+    name: str, progress: Progress = silent, data_digest: Any = "", encoder: str | None = None,
 ) -> Measured:  # fmt: skip
     """The two calibration passes over batches. Under torchrun, each process takes its share and all get the sum.
 
-    data_digest tells the data of one calibration from another's, for checkpoints.
+    data_digest tells the data of one calibration from another's, for checkpoints. encoder: path of a module of which
+    nothing is cached, so that its sites get no bytes; a model that is nothing else keeps them.
     """
     outcome = passes.find(captured.program)
+    decoding = {node: site for node, site in outcome.sites.items() if not is_inside(site.name, encoder)}
+    outcome = replace(outcome, sites=decoding or outcome.sites)
     if not outcome.sites:
         _nothing_found(name, outcome)
     if not options.is_lossless:

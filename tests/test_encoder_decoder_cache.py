@@ -164,6 +164,7 @@ def test_a_fitted_plan_holds_the_encoder_in_as_few_bytes_as_it_says_and_stays_cl
 
 def test_a_plan_counts_cross_tokens_as_sealed() -> None:
     plan = fitted("bart", 4)
+    assert not [p.site.name for p in plan.sites if ".encoder." in p.site.name]  # nothing of it is cached
     assert plan.ratio(2048) == pytest.approx(4, rel=0.02)
     cross = sum(p.token_bytes() for p in plan.sites if p.site.kind == "cross")
     assert plan.cache_bytes(100, source=1500) - plan.cache_bytes(100, source=0) == 1500 * cross
