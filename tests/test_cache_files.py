@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,9 @@ def test_a_cache_is_loaded_only_for_its_plan_model_and_dtype(llama: Fitted, save
     fhopt.unapply(llama.model)
     with pytest.raises(FhoptError, match="no plan is applied"):
         fhopt.load_cache(llama.model, saved)
-    fhopt.apply(llama.model.to(torch.bfloat16), llama.plan(4))
+    half = fhopt.apply(copy.deepcopy(llama.model).to(torch.bfloat16), llama.plan(4))
     with pytest.raises(FhoptError, match="belongs to another dtype"):
-        fhopt.load_cache(llama.model, saved)
-    fhopt.apply(llama.model.to(torch.float32), llama.plan(4))
+        fhopt.load_cache(half, saved)
     torch.manual_seed(5)
     other = tiny_llama()
     with torch.no_grad():
