@@ -52,14 +52,14 @@ def latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention on latents by the generated kernel of these tiers; `fhopt.ops.latent_attention_reference` says what.
 
-    Calls that no kernel serves (gradients, float64 latents) run the reference.
+    Calls that no kernel serves (gradients, float64) run the reference.
     """
     tiers = (
         tuple(key_bits), tuple(key_widths), tuple(key_steps),
         tuple(value_bits), tuple(value_widths), tuple(value_steps),
     )  # fmt: skip
     options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap != 0.0, query.is_cpu, *tiers)
-    kernel = _kernels.get(options)
+    kernel: LatentKernel | None = _kernels.get(options) if query.dtype != torch.float64 else latent_attention_reference
     if kernel is None:
         kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap != 0.0)
     if kernel is latent_attention_reference or (torch.is_grad_enabled() and _needs_gradient(query, key, value, mask)):

@@ -298,17 +298,18 @@ def latent_attention_reference(
 
     query [B,H,S,R_K] (absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R_K] with no
     bits and no scale; value likewise with its own J; mask bool or additive, broadcastable to [B,H,S,T].
-    Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32: the log of the sum of exponentials, -inf
-    (and o~ = 0) where a query may attend to nothing.
+    Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, which are
+    reckoned in it): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
     """
-    z_k, k_factor = _operand(key, key_scale, key_bits, key_widths, key_steps)
-    z_v, v_factor = _operand(value, value_scale, value_bits, value_widths, value_steps)
-    logits = grouped_scores((query * scale).to(z_k.dtype), z_k).to(torch.float32)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    z_k, k_factor = _operand(key, key_scale, key_bits, key_widths, key_steps, query.dtype)
+    z_v, v_factor = _operand(value, value_scale, value_bits, value_widths, value_steps, query.dtype)
+    logits = grouped_scores((query * scale).to(z_k.dtype), z_k).to(exact)
     if k_factor is not None:
         logits = logits * _per_head(k_factor, query.shape[1])
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    bias = additive(mask, torch.float32)
+    bias = additive(mask, exact)
     if bias is not None:
         logits = logits + bias
     weights, lse = _softmax(logits)
@@ -330,14 +331,16 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _operand(
-    rows: Tensor, scale: Tensor | None, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
+    rows: Tensor, scale: Tensor | None, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Latents to multiply, and the factor per token that may be applied to the product instead of to them."""
     if not bits:
         return rows, None
-    if any(b == 16 for b in bits) or scale is None:
+    if any(b == 16 for b in bits) or scale is None or dtype == torch.float64:
         assert scale is not None, "coded latents need a scale"
-        return unpack_reference(rows, scale, bits, widths, steps), None
+        latents = unpack_reference(rows, scale, bits, widths, steps)
+        return (latents.double() if dtype == torch.float64 else latents), None
     return unscaled(rows, bits, widths, steps), scale.to(torch.float32)
 
 
@@ -358,7 +361,8 @@ def _latent_attention_fake(
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     width = sum(value_widths) if value_widths else value.shape[-1]
-    return query.new_empty((*query.shape[:3], width)), query.new_empty(query.shape[:3], dtype=torch.float32)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty((*query.shape[:3], width)), query.new_empty(query.shape[:3], dtype=exact)
 
 
 def _latent_attention(query: Tensor, *args: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
