@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast check zoo bench-find bench-quality format clean
+.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory soak format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ bench-find: $(READY)  ## what finding costs: against torch.compile, and as model
 
 bench-quality: $(READY)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
 	$(BIN)/python benchmarks/quality.py
+
+bench-memory: $(READY)  ## resident bytes of caches behind 8,192 tokens, from the process (QUICK=1: small)
+	$(BIN)/python benchmarks/memory.py
+
+soak: $(READY)  ## 200,000 tokens through everything a cache can be asked, beside a reference (QUICK=1: small)
+	$(BIN)/python benchmarks/soak.py
 
 format: $(READY)  ## put the code into its form
 	$(BIN)/ruff format .

@@ -8,18 +8,22 @@ The file says on what the figures were made: machine, versions, commit. A number
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -65,6 +69,22 @@ def record(
     if picture is None:
         console.print("No plot: matplotlib is not installed; pip install 'fhopt[bench]' brings it.", markup=False)
     return path
+
+
+def process_bytes(trim: bool = True) -> int:
+    """Anonymous memory of this process, swapped out or not: what it has allocated and touched, without the libraries.
+
+    trim: first give back what the C library keeps of freed blocks. On systems without /proc: all resident memory.
+    """
+    gc.collect()
+    if trim and sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    sizes = dict(line.split(":", 1) for line in lines if line.startswith(("RssAnon", "VmSwap")))
+    return 1024 * sum(int(size.split()[0]) for size in sizes.values())
 
 
 def screen() -> Console:

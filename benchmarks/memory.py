@@ -1,0 +1,189 @@
+"""Resident bytes of a cache of SmolLM2 behind 8,192 tokens: measured from the process, not computed.
+
+    python benchmarks/memory.py              writes benchmarks/results/memory.json and memory.png; about 15 minutes
+    python benchmarks/memory.py --quick      1,024 tokens, plain 4 bits in place of fitted plans (also QUICK=1)
+
+Every cache has a process of its own. There the model, in bfloat16, reads tokens in chunks of 512 and writes the last 64
+one by one, so that storage grows as in use; the figure is what the process's anonymous memory has gained when it has
+done so. It does the same once before, so that kernels and workspaces exist. Freed blocks that the C library keeps are
+given back before both readings (`malloc_trim`); `untrimmed_bytes` is the figure without that.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from recording import Row, is_quick, process_bytes, record
+from rich.table import Table
+
+import fhopt
+from fhopt import data, fitting
+from fhopt.applying import cache_argument
+from fhopt.cache import REGIONS, cache_bytes, cache_report
+from fhopt.evaluate import new_cache
+from fhopt.models import LoadedModel, load_model
+from fhopt.pipeline import FitOptions, find_sites, measure, plan_for
+from fhopt.spec import LatentPlan, SidePlan, SitePlan, Tier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+TOKENS, CHUNK, SINGLE = 8192, 512, 64
+RATIOS = (4.0, 5.3, 8.0)
+EXACT = "exact"
+MOST = 1.03  # times the share that a plan promises
+
+
+# --------------------------------------------------------------------------------------------------- in a process
+
+
+@torch.no_grad()
+def fill(model: Any, cache: Any, ids: torch.Tensor) -> None:
+    """Read `ids` [1, T] into the cache: chunks, then single tokens."""
+    many, few = ids[:, : ids.shape[1] - SINGLE], ids[:, ids.shape[1] - SINGLE :]
+    for part in (*many.split(CHUNK, 1), *few.split(1, 1)):
+        model(part, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
+
+
+def measured(plan_path: str, tokens: int) -> dict[str, Any]:
+    """What a cache of `tokens` tokens takes of this process, and what it says of itself."""
+    loaded = load_model("demo", torch.bfloat16)
+    model = loaded.language_model()
+    plan = None if plan_path == EXACT else LatentPlan.load(plan_path)
+    if plan is not None:
+        fhopt.apply(model, plan)
+    ids = data.calibration_ids(loaded.tokenizer, ("source",), count=1, length=tokens)[:1]
+    fill(model, new_cache(model, plan), ids)
+    before = process_bytes()
+    cache = new_cache(model, plan)
+    fill(model, cache, ids)
+    untrimmed = process_bytes(trim=False) - before
+    regions = {name: sum(row[name] for row in cache_report(cache)) for name in REGIONS}
+    return {
+        "resident_bytes": process_bytes() - before,
+        "untrimmed_bytes": untrimmed,
+        "held_bytes": cache_bytes(cache),
+        "formula_bytes": plan.cache_bytes(tokens) if plan is not None else cache_bytes(cache),
+        "ratio": plan.ratio(tokens) if plan is not None else 1.0,
+        "regions": regions,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- all processes
+
+
+def plain_plan(loaded: LoadedModel) -> LatentPlan:
+    """4 bits for every number: a plan without calibration."""
+
+    def coded(side: SidePlan) -> SidePlan:
+        return replace(side, tiers=(Tier(4, side.width, 0.4),))
+
+    sites = fitting.exact_plan(find_sites(loaded).sites.values(), recent=64).sites
+    plans = tuple(SitePlan(s.site, s.layout, coded(s.key), coded(s.value)) for s in sites)
+    return LatentPlan(plans, 4, 64, 64, window_bits=8)
+
+
+def plans(folder: Path, quick: bool) -> dict[str, Path]:
+    """Plans by name, fitted once and kept in `folder`."""
+    loaded = load_model("demo")
+    if quick:
+        return {"plain 4 bits": plain_plan(loaded).save(folder / "plain")}
+    options = FitOptions(ratio=RATIOS[0], tokens=TOKENS)
+    found = measure(loaded, options)
+    return {
+        f"{ratio:g}x": plan_for(found, replace(options, ratio=ratio)).save(folder / f"{ratio:g}x") for ratio in RATIOS
+    }
+
+
+def in_a_process(plan: str, tokens: int) -> dict[str, Any]:
+    """`measured` in a fresh process."""
+    command = [sys.executable, __file__, "--only", plan, "--tokens", str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"the process for {plan} failed: {done.stderr.strip().splitlines()[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
+    """Figures of all caches; a baseline is the exact cache's."""
+    rows, exact = [], results[EXACT]
+    for name, result in results.items():
+        for metric in ("resident_bytes", "untrimmed_bytes", "held_bytes", "formula_bytes"):
+            value, base = float(result[metric]), float(exact[metric])
+            rows.append(Row(name, "fhopt" if name != EXACT else EXACT, metric, value, "bytes", base, base / value))
+        rows += [
+            Row(name, "fhopt" if name != EXACT else EXACT, f"{region}_bytes", float(size), "bytes")
+            for region, size in result["regions"].items()
+        ]
+    return rows
+
+
+def verdicts(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Whether each plan keeps to its share of the exact cache's resident bytes, in words."""
+    told, exact = {}, results[EXACT]["resident_bytes"]
+    for name, result in results.items():
+        if name != EXACT:
+            share, most = result["resident_bytes"] / exact, MOST / result["ratio"]
+            told[name] = f"{share:.4f} of the exact cache, {'at most' if share <= most else 'MORE THAN'} {most:.4f}"
+    return told
+
+
+def summary(results: dict[str, dict[str, Any]]) -> Table:
+    """One line a cache."""
+    table = Table("cache", "process gained", "of exact", "held", "formula", title="MiB")
+    for name, result in results.items():
+        sizes = [f"{result[key] / 2**20:.1f}" for key in ("resident_bytes", "held_bytes", "formula_bytes")]
+        table.add_row(name, sizes[0], f"{result['resident_bytes'] / results[EXACT]['resident_bytes']:.4f}", *sizes[1:])
+    return table
+
+
+def draw(figure: Figure, results: dict[str, dict[str, Any]]) -> None:
+    """Regions of each cache as bars, and what the process gained."""
+    axes, bottom = figure.subplots(), [0.0] * len(results)
+    for region in REGIONS:
+        sizes = [r["regions"][region] / 2**20 for r in results.values()]
+        axes.bar(list(results), sizes, bottom=bottom, label=region, width=0.6)
+        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
+    resident = [r["resident_bytes"] / 2**20 for r in results.values()]
+    axes.plot(list(results), resident, "k_", markersize=40, label="gained by the process")
+    for x, height in enumerate(resident):
+        axes.annotate(f"{height:.1f}", (x, height), textcoords="offset points", xytext=(0, 4), ha="center")
+    axes.set(ylabel="MiB", title="caches of SmolLM2-135M, bfloat16: what they hold, what the process gained")
+    axes.legend()
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="1,024 tokens, a plan without calibration.")
+@click.option("--only", help="Measure this plan (a folder, or 'exact') in this process and print JSON.")
+@click.option(
+    "--plan", "given", multiple=True, type=click.Path(exists=True), help="Measure these plans of the demo's model."
+)
+@click.option("--tokens", type=int, help="Tokens to read.")
+def main(quick: bool, only: str | None, given: tuple[str, ...], tokens: int | None) -> None:
+    """Measure the exact cache and those of plans, each in a process of its own."""
+    quick = quick or is_quick()
+    tokens = tokens or (1024 if quick else TOKENS)
+    if only is not None:
+        click.echo(json.dumps(measured(only, tokens)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {Path(p).name: Path(p) for p in given} or plans(Path(folder), quick)
+        results = {name: in_a_process(str(path), tokens) for name, path in ({EXACT: EXACT} | paths).items()}
+    record("memory", rows_of(results), lambda figure: draw(figure, results), summary(results))
+    told = verdicts(results)
+    for name, words in told.items():
+        click.echo(f"{name}: resident bytes are {words}")
+    sys.exit(any("MORE" in words for words in told.values()))
+
+
+if __name__ == "__main__":
+    main()
