@@ -371,6 +371,7 @@ class StaticLatentLayer(_Layer):
         Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache. In a compiled graph
         too many tokens raise RuntimeError.
         """
+        self._fit_again(key_states)
         self._check(key_states, value_states)
         self._check_room(key_states.shape[2])
         is_first = not self.is_initialized
@@ -380,6 +381,14 @@ class StaticLatentLayer(_Layer):
         given = (key_states, value_states) if is_alone else self._give(*self._read(key_states, value_states))
         self._write(key_states, value_states)
         return given
+
+    def _fit_again(self, key_states: Tensor) -> None:
+        """An empty layer takes another batch, dtype or device: its memory is reserved anew."""
+        if not self.is_initialized or torch.compiler.is_compiling():
+            return
+        same = (self.batch_size, self.dtype, self.device) == (key_states.shape[0], key_states.dtype, key_states.device)
+        if not same and int(self.cumulative_length) == 0:
+            self.is_initialized = False
 
     def _check_room(self, new: int) -> None:
         message = f"{self.site.site.name}: a static cache of {self.max_cache_len} tokens cannot take {new} more"

@@ -318,3 +318,16 @@ def test_memory_may_be_reserved_ahead_so_that_the_first_call_compiles_too(llama:
         found = torch.cat([step(input_ids=part, cache=cache, use_cache=True).logits for part in ids.split(10, 1)], 1)
     fhopt.unapply(model)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_cache_takes_another_batch_and_a_filled_one_does_not(llama: Fitted) -> None:
+    cache = LatentCache(llama.plan(1), llama.model.config, max_cache_len=64)
+    with torch.no_grad():
+        for batch in (2, 3, 1):
+            ids = token_ids(batch, 40)
+            expected = llama.model(ids, use_cache=False).logits
+            found = torch.cat([llama.model(part, cache=cache).logits for part in ids.split(20, 1)], 1)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            with pytest.raises(FhoptError, match="Use one cache for each batch"):
+                llama.model(token_ids(batch + 1, 1), cache=cache)
+            cache.reset()
