@@ -7,10 +7,11 @@ A small model samples tokens one by one, in batches; in between come chunks of t
 into sealed blocks), reordered, repeated and selected sequences, and resets. At every step the logits behind the latent
 cache are compared with those behind `Reference`, which keeps all keys and values as ordinary tensors and replaces a
 token by what its code keeps when its turn comes. Models and latents are float64, so that no code is rounded to another
-one by chance; one run is in float32, through the compiled kernels, where a code in millions is.
+one by chance. One run is in float32, through the compiled kernels: there a rounded sum may tip a code, both caches go
+their own ways from then on, and what is promised is only the memory.
 
-Promises: logits within 1e-4 (in float32: 0.05); no drift (the last quarter of a run is as close as the first); bytes
-never above the formula and the spare room that growth may leave; the memory of the process stays.
+Promises: logits within 1e-4; no drift (the last quarter of a run is as close as the first); bytes never above the
+formula and the spare room that growth may leave; the memory of the process stays.
 """
 
 from __future__ import annotations
@@ -167,11 +168,6 @@ class Variant:
     places: int | None = None  # of a static cache
     dtype: torch.dtype = torch.float64
 
-    @property
-    def most_apart(self) -> float:
-        """How far logits may be apart."""
-        return MOST_APART if self.dtype == torch.float64 else 500 * MOST_APART
-
 
 def stablelm() -> Any:
     """Two layers, H=4, G=2, D=16, rotary positions; its norms, unlike Llama's, do not round to float32."""
@@ -324,9 +320,10 @@ def growth(course: Course) -> int:
 
 def broken(variant: Variant, course: Course) -> list[str]:
     """The promises that a run has broken, in words."""
+    exact = variant.dtype == torch.float64
     told = {
-        f"logits differ by {max(course.apart):.1e}": max(course.apart) > variant.most_apart,
-        f"the last quarter is {drift(course):.1f} times as far off as the first": drift(course) > MOST_DRIFT,
+        f"logits differ by {max(course.apart):.1e}": exact and max(course.apart) > MOST_APART,
+        f"the last quarter is {drift(course):.1f} times as far off as the first": exact and drift(course) > MOST_DRIFT,
         f"{max(course.over):.3f} times the bytes that the formula allows": max(course.over) > 1,
         f"the process grew by {growth(course) / 2**20:.1f} MB": growth(course) > MOST_GROWTH,
     }

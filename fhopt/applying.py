@@ -26,11 +26,13 @@ IMPLEMENTATION = "fhopt"
 class _Applied:
     plan: LatentPlan
     hook: Any
-    before: str
+    before: dict[str, str]  # attention implementation of each part of the configuration
     layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
     cache: str  # what the model's forward calls the cache
     parameters: tuple[str, ...]  # of the model's forward
     interface: bool  # attention is asked for by the interface, and nothing before it needs keys of full length
+    reader: Any  # of the caches of this model
+    config: Any  # of the model
 
 
 def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
@@ -41,7 +43,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     the one that the plan was fitted for.
     """
     import fhopt.codegen
-    from fhopt.attention import latent_attention
+    from fhopt.attention import Reader, latent_attention
     from fhopt.cache import cached_sites, layer_indices
 
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
@@ -61,15 +63,15 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         cached_sites(plan, kind, layers)
     _register(latent_attention)
     unapply(model)
-    before = network.config._attn_implementation
+    before = _implementations(network.config)
     interface = all(map(_uses_interface, modules.values()))
     if interface:
-        network.set_attn_implementation(IMPLEMENTATION)
+        network.set_attn_implementation(before | {_text_key(network.config): IMPLEMENTATION})
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
     parameters = tuple(inspect.signature(model.forward).parameters)
     network._fhopt_applied = _Applied(
         plan, hook, before, layers, cache_argument(model), parameters,
-        interface=interface and all(site.mask != "relative" for site in sites),
+        interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
     fhopt.codegen.install()
     return model
@@ -81,7 +83,8 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     if applied is not None:
         applied.hook.remove()
         network: Any = model
-        if network.config._attn_implementation == IMPLEMENTATION:
+        applied.reader.active = False
+        if _uses_latents(network.config):
             network.set_attn_implementation(applied.before)
         del network._fhopt_applied
     return model
@@ -94,6 +97,23 @@ def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
         raise FhoptError(
             f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for it."
         ) from error
+
+
+def _text_key(config: Any) -> str:
+    """Name of the part of a configuration that is the decoder's, "" where it is the whole."""
+    text = config.get_text_config(decoder=True)
+    return next((key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), "")
+
+
+def _implementations(config: Any) -> dict[str, str]:
+    """Attention implementation of a configuration ("") and of each of its parts."""
+    parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", {})}
+    found = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return found | {"": config._attn_implementation}
+
+
+def _uses_latents(config: Any) -> bool:
+    return bool(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
 
 
 def _uses_interface(module: torch.nn.Module) -> bool:
@@ -118,13 +138,15 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     Raises FhoptError for a latent cache of another model.
     """
     applied: _Applied = model._fhopt_applied  # type: ignore[assignment]
+    applied.reader.active = applied.interface and _uses_latents(applied.config)
     named = {**dict(zip(applied.parameters, args, strict=False)), **kwargs}
     given = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
     if given is not None:
         _convert(given, applied)
         return args, kwargs
     wanted = named.get("use_cache")
-    wanted = model.config.use_cache and not model.training if wanted is None else wanted  # type: ignore[union-attr]
+    if wanted is None:
+        wanted = getattr(applied.config.get_text_config(decoder=True), "use_cache", True) and not model.training
     if wanted:
         kwargs = {**kwargs, applied.cache: latent_cache(model)}
     return args, kwargs
@@ -157,7 +179,7 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
     """Give an ordinary cache that is still empty latent layers; the caller keeps its object."""
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-    from fhopt.cache import LATENT_LAYERS, LatentCache, latent_layers
+    from fhopt.cache import LATENT_LAYERS, LatentCache, latent_layers, plain_layers
 
     if isinstance(cache, EncoderDecoderCache):
         _convert(cache.self_attention_cache, applied)
@@ -165,14 +187,15 @@ def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
     if isinstance(cache, LatentCache):
         _check_plan(cache.plan, applied.plan)
     elif not any(isinstance(layer, LATENT_LAYERS) for layer in cache.layers):
-        started = any(layer.is_initialized for layer in cache.layers) and int(cache.get_seq_length())
+        started = any(getattr(x, "is_initialized", False) for x in cache.layers) and int(cache.get_seq_length())
         if type(cache) not in (DynamicCache, StaticCache) or started:
             return None
-        cache.layers = latent_layers(applied.plan, cache.layers or None, kind=kind, layers=applied.layers)
+        plain = cache.layers or plain_layers(applied.config)
+        cache.layers = latent_layers(applied.plan, plain, kind=kind, layers=applied.layers)
         cache.layer_class_to_replicate = None
     for layer in cache.layers:
         if isinstance(layer, LATENT_LAYERS):
-            layer.interface = applied.interface
+            layer.reader = applied.reader
     return None
 
 

@@ -32,6 +32,17 @@ from fhopt.latents import AnyLatents, attend, mix, rebuilt, scores
 ATTRIBUTE = "fhopt_latents"  # of open keys, under torch.compile
 
 
+class Reader:
+    """What the layers of a cache know of the attention that reads them.
+
+    active: it is `latent_attention`, which reads latents in compiled graphs too. pending: there, latents were offered
+    that have not been read yet.
+    """
+
+    def __init__(self, active: bool = False) -> None:
+        self.active, self.pending = active, False
+
+
 class LatentTensor(torch.Tensor):
     """Keys or values [B,G,T,D] of which the sealed tokens are latents; see the module docstring.
 
@@ -82,22 +93,37 @@ class LatentTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Operations that need no rebuilt tensor; the others go on to `__torch_dispatch__`."""
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
+        kwargs, handler = kwargs or {}, _HANDLERS.get(func)
         with torch._C.DisableTorchFunctionSubclass():
-            found = handler(*args, **kwargs) if handler is not None else NotImplemented
-            return func(*args, **kwargs) if found is NotImplemented else found
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            try:
+                found = handler(*args, **kwargs) if handler is not None else NotImplemented
+            except TypeError:  # spelled in another way than handlers know
+                found = NotImplemented
+            return _on_rebuilt(func, args, kwargs) if found is NotImplemented else found
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Any other operation, on rebuilt tensors."""
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        _warn(str(func))
-        args, kwargs = tree_map(lambda x: x.rebuild() if isinstance(x, LatentTensor) else x, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        """What comes around `__torch_function__`, on rebuilt tensors."""
+        return args[0] if func is torch.ops.aten.detach.default else _on_rebuilt(func, args, kwargs or {})
 
 
+def _on_rebuilt(func: Any, args: Any, kwargs: Any) -> Any:
+    """Any operation, on rebuilt tensors. Raises FhoptError for one that would change them: nobody would see it."""
+    name = getattr(func, "__name__", str(func))
+    changes = (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
+    if (changes and args and isinstance(args[0], LatentTensor)) or isinstance(kwargs.get("out"), LatentTensor):
+        raise FhoptError(
+            f"the model changes cached keys or values in place ({name}), which latents cannot be. Call "
+            "fhopt.unapply(model), or make the cache with absorb=False."
+        )
+    _warn(name)
+    args, kwargs = tree_map(lambda x: x.rebuild() if isinstance(x, LatentTensor) else x, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+_CHANGING = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__", "__setitem__")
 _warned: set[str] = set()
 
 
@@ -174,7 +200,9 @@ def _matmul(left: Tensor, right: Tensor) -> Any:
 
 def _baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     product = _matmul(batch1, batch2)
-    return NotImplemented if product is NotImplemented else beta * x + alpha * product
+    if product is NotImplemented:
+        return NotImplemented
+    return alpha * product if beta == 0 else beta * x + alpha * product  # with 0, x may be anything
 
 
 def _sdpa(
@@ -204,6 +232,29 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.permute: _permute, Tensor.permute: _permute, Tensor.mT.__get__: _adjoint,  # type: ignore[attr-defined]
     torch.reshape: _reshape, Tensor.reshape: _reshape, Tensor.view: _reshape,
     Tensor.contiguous: _same, Tensor.detach: _same, torch.detach: _same, Tensor.to: _to,
+}  # fmt: skip
+
+
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "ndim",
+        "requires_grad",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_leaf",
+    )
+}
+_METADATA |= {getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu")}
+_METADATA |= {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.ndimension, Tensor.element_size,
+    Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.numel, Tensor.get_device,
+    Tensor.__hash__, Tensor.__repr__, Tensor.__format__, torch.is_complex, Tensor.is_inference,
 }  # fmt: skip
 
 
@@ -261,7 +312,10 @@ def _open(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None
     """(open keys, open values, latents)."""
     if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
         return key.opened, value.opened, _joined(key, value)
-    return key, value, getattr(key, ATTRIBUTE, None)
+    latents, reader = getattr(key, ATTRIBUTE, (None, None))
+    if reader is not None:
+        reader.pending = False
+    return key, value, latents
 
 
 def _joined(key: LatentTensor, value: LatentTensor) -> AnyLatents:
@@ -271,10 +325,21 @@ def _joined(key: LatentTensor, value: LatentTensor) -> AnyLatents:
     return replace(key.latents, value=value.latents.value)
 
 
-def offer(key: Tensor, value: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
-    """Open keys and values [B,G,N,D] with latents behind them, as a cache gives them to attention."""
+def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: Reader) -> tuple[Tensor, Tensor]:
+    """Open keys and values [B,G,N,D] with latents behind them, as a cache gives them to attention.
+
+    Raises FhoptError in a compiled graph where those of the layer before have not been read: an operation on the keys
+    has lost them.
+    """
     if not torch.compiler.is_compiling():
         return LatentTensor(key, latents, True), LatentTensor(value, latents, False)
+    if reader.pending:
+        reader.pending = False
+        raise FhoptError(
+            "a compiled model changes cached keys before its attention reads them, and loses the latents. Make the "
+            "cache with absorb=False, or do not compile."
+        )
+    reader.pending = True
     offered = key.view_as(key)
-    setattr(offered, ATTRIBUTE, latents)
+    setattr(offered, ATTRIBUTE, (latents, reader))
     return offered, value

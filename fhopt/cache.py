@@ -52,7 +52,11 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         self, plan: LatentPlan, config: Any = None, *, absorb: bool = True, max_cache_len: int | None = None,
         kind: str = "self", layers: Mapping[str, int] | None = None, offloading: bool = False,
     ) -> None:  # fmt: skip
-        plain = None if config is None else _plain_layers(config, max_cache_len)
+        if kind not in ("self", "cross") or (max_cache_len is not None and max_cache_len < 1):
+            raise FhoptError(
+                f"kind={kind!r}, max_cache_len={max_cache_len}: expected 'self' or 'cross', and 1 token or more."
+            )
+        plain = None if config is None else plain_layers(config, max_cache_len)
         made = latent_layers(plan, plain, absorb=absorb, max_cache_len=max_cache_len, kind=kind, layers=layers)
         Cache.__init__(self, layers=made, offloading=offloading)
         self.plan = plan
@@ -149,7 +153,8 @@ def _latent_layer(plan: LatentPlan, site: SitePlan, plain: Any, kind: str, absor
     return LatentLayer(plan, site, absorb) if type(plain) is DynamicLayer else plain
 
 
-def _plain_layers(config: Any, max_cache_len: int | None) -> list[Any]:
+def plain_layers(config: Any, max_cache_len: int | None = None) -> list[Any]:
+    """The layers that transformers makes for a model, growing or of `max_cache_len` tokens."""
     decoder = config.get_text_config(decoder=True)
     made = DynamicCache(config=decoder) if max_cache_len is None else StaticCache(decoder, max_cache_len)
     return list(made.layers)

@@ -11,6 +11,7 @@ only for the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -24,7 +25,6 @@ from fhopt.applying import applied_plan, latent_cache
 from fhopt.cache import LATENT_LAYERS
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
-from fhopt.fitting import fingerprint
 from fhopt.spec import LatentPlan
 
 VERSION = 1
@@ -57,7 +57,7 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
     try:
         with appearing(file) as staging:
             save_file(tensors, staging, {KEY: json.dumps(about, sort_keys=True)})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise FhoptError(f"cannot write {file}: {error}. Choose a place that you may write to.") from error
     return file
 
@@ -73,14 +73,17 @@ def load_cache(
     file = Path(path)
     about, tensors = _read(file, device or next(model.parameters()).device)
     _check(file, about, _identity(model, applied_plan(model)))
-    cache = latent_cache(model, **({"max_cache_len": about["max_cache_len"]} | options))
-    layers = _layers(cache)
-    if layers.keys() != about["layers"].keys():
-        raise FhoptError(f"{file} has {len(about['layers'])} layers, the cache of this model has {len(layers)}.")
+    places = about.get("max_cache_len")
+    if options.get("max_cache_len", places) != places:
+        raise FhoptError(f"{file} has max_cache_len={places}, not {options['max_cache_len']}. Leave the option out.")
     try:
+        cache = latent_cache(model, **({"max_cache_len": places} | options))
+        layers = _layers(cache)
+        if layers.keys() != about["layers"].keys():
+            raise ValueError(f"{len(about['layers'])} layers, the cache of this model has {len(layers)}")
         for name, layer in layers.items():
             _restore(file, name, layer, about["layers"][name], tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FhoptError(f"{file} is damaged ({type(error).__name__}: {error}). Fill the cache again.") from error
     if hasattr(cache, "is_updated"):
         updated = cache.cross_attention_cache
@@ -93,15 +96,24 @@ def load_cache(
 
 def _identity(model: torch.nn.Module, plan: LatentPlan) -> dict[str, Any]:
     """What the file must have in common with the model that reads it."""
-    weights = fingerprint(dict(model.named_parameters()), [p.site for p in plan.sites])
-    return {"plan": plan.digest(), "model": weights, "dtype": str(next(model.parameters()).dtype)}
+    return {"plan": plan.digest(), "model": _weights(model), "dtype": str(next(model.parameters()).dtype)}
+
+
+def _weights(model: torch.nn.Module) -> str:
+    """Hash of the names and shapes of all parameters, and of up to 64 numbers of each, spread over it."""
+    h = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
+        h.update(f"{name}{tuple(weight.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
 
 
 def _check(file: Path, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     cures = {
         "plan": ("plan", "Apply the plan that it was made with."),
-        "model": ("model", "Load the model that filled it."),
         "dtype": ("dtype", "Load the model in the dtype that it had."),
+        "model": ("model", "Load the model that filled it."),
     }
     for key, (what, cure) in cures.items():
         if about.get(key) != wanted[key]:
@@ -119,7 +131,7 @@ def _read(file: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except OSError as error:
         raise FhoptError(f"cannot read {file}: {error.strerror or error}. Expected what save_cache wrote.") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: a device that is not there
         raise FhoptError(f"{file} is damaged ({error}). Fill the cache again.") from error
     if not isinstance(about, dict):
         raise FhoptError(f"{file} is no cache of fhopt; expected what save_cache wrote.")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def appearing(path: Path) -> Iterator[Path]:
 
     A reader of `path` sees the old file, the new one or none. OSError passes through.
     """
-    staging = path.with_name(f".{path.stem}.part{path.suffix}")
+    staging = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
     try:
         yield staging
         os.replace(staging, path)

@@ -156,16 +156,16 @@ def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
     side = latents.key
     queries = ops.absorb(query, side.decode)
     far = [ops.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
-    return latents.place(near, torch.cat(far, -1), -1)
+    return latents.place(near, torch.cat(far, -1) if far else near[..., :0], -1)
 
 
 def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
     """p v over all tokens. weights [B,H,S,T], open values [B,G,N,E] -> [B,H,S,E]."""
     near, far = latents.split(weights)
     side = latents.value
+    output = ops.grouped_mix(near, value)
     total = sum(ops.grouped_mix(far[..., cut], tile.to(far.dtype)) for cut, tile in _tiles(side))
-    assert isinstance(total, Tensor)
-    return ops.grouped_mix(near, value) + ops.expand(total, side.decode)
+    return output if isinstance(total, int) else output + ops.expand(total, side.decode)
 
 
 def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:

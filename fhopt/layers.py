@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from fhopt.attention import offer
+from fhopt.attention import Reader, offer
 from fhopt.errors import FhoptError
 from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, rebuilt
 from fhopt.spec import LatentPlan, SidePlan, SitePlan, sealed_tokens
@@ -47,11 +47,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool) -> None:
         # Without the parent's `__init__`, which sets `keys` and `values`: here they are properties.
         self.plan, self.site, self.absorb = plan, site, absorb
-        self.interface = False  # the model's attention is `latent_attention`, which reads latents when compiled too
+        self.reader = Reader()  # of the model that the cache is for, where a plan is applied
         self.is_initialized = False
 
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Raise FhoptError when the tokens do not fit the plan or the cache."""
+    def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise FhoptError when the tokens do not fit the plan."""
         site = self.site.site
         found = (key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
         wanted = (site.kv_heads, site.key_dim, site.kv_heads, site.value_dim)
@@ -60,6 +60,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
                 f"{site.name}: keys and values have (heads, size) {found[:2]} and {found[2:]}, the plan expects "
                 f"{wanted[:2]} and {wanted[2:]}. Is this the model that the plan was fitted for?"
             )
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise FhoptError when the tokens do not fit the plan or the cache."""
+        self._check_site(key_states, value_states)
+        site = self.site.site
         if self.is_initialized and (key_states.dtype != self.dtype or key_states.shape[0] != self.batch_size):
             raise FhoptError(
                 f"{site.name}: new tokens are {key_states.dtype} of batch {key_states.shape[0]}, the cache holds "
@@ -83,8 +88,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
         """Open keys and values with latents behind them, as the attention that follows wants them."""
-        if self.absorb and (self.interface or not torch.compiler.is_compiling()):
-            return offer(keys, values, latents)
+        if self.absorb and (self.reader.active or not torch.compiler.is_compiling()):
+            return offer(keys, values, latents, self.reader)
         return rebuilt(keys, latents.key, latents), rebuilt(values, latents.value, latents)
 
     # ---- what transformers asks of a layer
@@ -371,13 +376,14 @@ class StaticLatentLayer(_Layer):
         Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache. In a compiled graph
         too many tokens raise RuntimeError.
         """
+        self._check_site(key_states, value_states)
         self._fit_again(key_states)
         self._check(key_states, value_states)
         self._check_room(key_states.shape[2])
         is_first = not self.is_initialized
         if is_first:
             self.lazy_initialization(key_states, value_states)
-        is_alone = is_first and self.interface
+        is_alone = is_first and self.reader.active
         given = (key_states, value_states) if is_alone else self._give(*self._read(key_states, value_states))
         self._write(key_states, value_states)
         return given
@@ -551,7 +557,10 @@ class CrossLatentLayer(_Layer):
     @property
     def values(self) -> Tensor | None:
         """All values [B,G,T,E] as attention reads them, None before they came."""
-        return self._read()[1]
+        pending, self.reader.pending = self.reader.pending, False  # the keys were read before, and count
+        values = self._read()[1]
+        self.reader.pending = pending
+        return values
 
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.count:

@@ -47,10 +47,16 @@ _placed: weakref.WeakKeyDictionary[SidePlan, dict[tuple[torch.device, torch.dtyp
 
 def place_bases(plan: SidePlan, like: Tensor) -> Bases:
     """The bases of `plan` on the device of `like`, made once for each device and dtype."""
+    if torch.compiler.is_compiling():  # the table is not for Dynamo to guard
+        return Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
     table, key = _placed.setdefault(plan, {}), (like.device, like.dtype)
-    if key not in table:
-        table[key] = Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
-    return table[key]
+    if key in table:
+        return table[key]
+    with torch.inference_mode(False), torch.no_grad():  # others may train with them
+        made = Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
+    if type(made.decode) is Tensor and type(made.encode) is Tensor:  # not of a fake mode, which ends
+        table[key] = made
+    return made
 
 
 # --------------------------------------------------------------------------------------------------- stores

@@ -164,7 +164,6 @@ def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
     rows = sealed * (site.key.row_bytes() + 2) * (site.key.groups + 1) * 1.1  # storage of codes, when it grows
     assert blocks and sealed > 2900
     assert max(blocks) < max(rows, keys / 3)
-    assert max(b for b in blocks if b < rows / 2) < keys / 3
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "mpt"])
@@ -576,6 +575,98 @@ def test_layers_of_a_model_that_is_spread_over_devices_stay_where_their_tokens_a
             keys, values = cache.update(key, value, layer)
             assert {keys.device.type, values.device.type} == {device}
     assert [{t.device.type for t in layer.tensors} for layer in cache.layers] == [{"cpu"}, {"meta"}]
+
+
+def latent_pair(**options: Any) -> tuple[Any, Tensor]:
+    """Keys that hold latents, and the same as an ordinary tensor."""
+    layer = LatentLayer(random_plan("head", CODED, **options), random_plan("head", CODED).sites[0])
+    layer.update(torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 8))
+    keys = layer.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8))[0]
+    return keys, keys.rebuild()  # type: ignore[attr-defined]
+
+
+def test_products_of_latents_are_understood_in_every_spelling() -> None:
+    keys, plain = latent_pair()
+    query = torch.randn(1, 2, 3, 16)
+    folded = query.flatten(0, 1)
+    for spelling in (
+        lambda k: query @ k.mT,
+        lambda k: torch.matmul(input=query, other=k.transpose(2, 3)),
+        lambda k: torch.bmm(folded, mat2=k.reshape(2, 61, 16).swapaxes(1, 2)),
+        lambda k: torch.baddbmm(torch.full((2, 3, 61), torch.nan), folded, k.reshape(shape=(2, 61, 16)).mT, beta=0),
+        lambda k: torch.permute(k, dims=(0, 1, 3, 2)),
+        lambda k: k[:, :, 5:] * 2,
+    ):
+        torch.testing.assert_close(spelling(keys), spelling(plain), rtol=1e-4, atol=1e-4)
+    assert keys.shape == plain.shape and keys.dtype == plain.dtype and keys.size(2) == 61
+
+
+def test_a_change_of_latents_in_place_is_refused() -> None:
+    keys, _ = latent_pair()
+
+    def assign(x: Tensor) -> None:
+        x[:, :, 0] = 0
+
+    def scale(x: Tensor) -> None:
+        x *= 2
+
+    for change in (assign, scale, lambda x: x.mul_(2), lambda x: torch.add(x, 1, out=x)):
+        with pytest.raises(FhoptError, match=r"in place .*absorb=False"):
+            change(keys)
+
+
+def test_gradients_pass_through_keys_that_had_to_be_rebuilt() -> None:
+    model, gradients = tiny_llama(), []
+    ids = token_ids(1, 40)
+    plan = fitting.exact_plan(found_sites(model), recent=8, block=8)
+    for absorb in (True, False):
+        cache = LatentCache(plan, model.config, absorb=absorb)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            model(ids[:, :30], cache=cache)
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            model(ids[:, 30:], cache=cache).logits.square().sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def found_sites(model: Any) -> list[Any]:
+    return list(found(model, 24)[1].sites.values())
+
+
+def test_a_compiled_model_that_loses_the_latents_is_told() -> None:
+    """Keys that anything is done to, between cache and attention, are other tensors, without what hung on the first."""
+    model, ids = tiny_llama(), token_ids(1, 40)
+    fhopt.apply(model, fitting.exact_plan(found_sites(model), recent=8, block=8))
+    cache = latent_cache(model, max_cache_len=64)
+
+    def lossy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        key, value = LatentCache.update(self, *args, **kwargs)
+        return key * 1.0, value
+
+    with torch.no_grad():
+        model(ids, cache=cache)
+        torch._dynamo.reset()
+        step: Any = torch.compile(model.forward, backend="eager", fullgraph=True)
+        cache.__class__ = type("Lossy", (LatentCache,), {"update": lossy})
+        with pytest.raises(Exception, match="loses the latents"):
+            step(input_ids=ids[:, :1], cache=cache, use_cache=True)
+
+
+def test_what_apply_made_active_unapply_takes_back(llama: Fitted) -> None:
+    fhopt.apply(llama.model, llama.plan(1))
+    cache = latent_cache(llama.model, max_cache_len=64)
+    layer = cache.layers[0]
+    with torch.no_grad():
+        llama.model(token_ids(1, 40), cache=cache)
+        assert layer.reader.active
+        llama.model.set_attn_implementation("sdpa")
+        llama.model(token_ids(1, 1), cache=cache)
+        assert not layer.reader.active
+    fhopt.unapply(llama.model)
+    assert llama.model.config._attn_implementation == "sdpa" and not layer.reader.active
 
 
 def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) -> None:

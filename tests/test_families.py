@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -102,3 +103,67 @@ def _attention(ready: tuple[Any, Any, LatentPlan]) -> torch.nn.Module:
     model, _, plan = ready
     module: torch.nn.Module = model.get_submodule(plan.sites[-1].site.name)
     return module
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Lfm2": dict(layer_types=["conv", "full_attention"], num_key_value_heads=2, block_auto_adjust_ff_dim=False),
+    "Qwen3Next": dict(
+        layer_types=["linear_attention", "full_attention"], num_key_value_heads=2, head_dim=16, linear_key_head_dim=16,
+        linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_of_linear_attention_stay_as_they_are(name: str, kind: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**zoo.TEXT | HYBRIDS[name])
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    prompt = {"input_ids": torch.randint(3, zoo.VOCABULARY, (2, PROMPT))}
+    sites = passes.find(capture(model, (), prompt | {"use_cache": False}).program).sites
+    options: dict[str, Any] = {"cache_implementation": "static"} if kind == "static" else {}
+    expected = generate(model, prompt, **options)
+    kept = [s for s in sites.values() if s.name.endswith("self_attn")]
+    fhopt.apply(model, fitting.exact_plan(kept, recent=4, block=4))
+    found = generate(model, prompt, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    layers = layers_of(found.get("cache", found.get("past_key_values")))
+    assert [isinstance(layer, LATENT_LAYERS) for layer in layers] == [False, True]
+
+
+def test_parts_of_a_model_keep_their_attention_and_get_it_back() -> None:
+    row = next(m for m in zoo.ENCODERS if m.name == "llava")
+    torch.manual_seed(0)
+    model: Any = zoo._make(row, "eager")
+    given = row.inputs()
+    path, ids = "model.language_model", {"input_ids": given["input_ids"], "use_cache": False}
+    sites = passes.find(capture(model.get_submodule(path), (), ids).program).sites
+    kept = [replace(s, name=f"{path}.{s.name}") for s in sites.values()]
+    with torch.no_grad():
+        expected = model(**given, use_cache=False).logits
+        fhopt.apply(model, fitting.exact_plan(kept, recent=4, block=4))
+        text, vision = model.config.text_config, model.config.vision_config
+        assert (text._attn_implementation, vision._attn_implementation) == ("fhopt", "eager")
+        torch.testing.assert_close(model(**given).logits, expected, rtol=1e-4, atol=1e-4)
+        fhopt.unapply(model)
+        assert (text._attn_implementation, vision._attn_implementation) == ("eager", "eager")
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
+def test_static_caches_without_a_sealed_block_serve_attention_that_is_written_out(name: str) -> None:
+    from fhopt.applying import latent_cache
+
+    model, prompt, _ = prepared(name)
+    sites = passes.find(capture(model, (), prompt | {"use_cache": False}).program).sites
+    ids = prompt["input_ids"][:1]
+    fhopt.apply(model, fitting.exact_plan(sites.values()))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = latent_cache(model)
+        found = torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in ids.split(5, 1)], 1)
+    fhopt.unapply(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
