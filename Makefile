@@ -24,17 +24,17 @@ demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (abou
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
 test: $(READY)  ## every test, the demo's promises included
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	@echo "make test: all tests passed."
 
 test-fast: $(READY)  ## the tests without those marked slow
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 check: $(READY)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 zoo: $(READY)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
 	$(BIN)/python benchmarks/zoo.py

@@ -10,6 +10,12 @@ import torch
 from small_models import Fitted
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+LONGEST = ("test_demo.py", "test_encoder.py")  # files that take minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
