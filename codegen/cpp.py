@@ -105,9 +105,10 @@ $planes
 // whole sums, and the token's scale multiplies its logit and its weight.
 //
 // Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
-// its tokens in tiles that fit the first-level cache: unpack a tile of keys once, score it with all rows (query head x
-// query), update the running softmax, unpack the values of the same tokens, mix. Ranges of tokens are then merged by
-// their log-sum-exp. Logits are kept in base 2, since exp2 is cheaper than exp.
+// its tokens in tiles that fit the first-level cache, and passes over those that are masked whole: unpack a tile of
+// keys once, score it with all rows (query head x query), update the running softmax, unpack the values of the same
+// tokens, mix. Ranges of tokens are then merged by their log-sum-exp. Logits are kept in base 2: exp2 is cheaper than
+// exp.
 //
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
@@ -119,6 +120,10 @@ $planes
 #include <limits>
 #include <numeric>
 #include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
@@ -153,9 +158,7 @@ typedef float Floats8 __attribute__((vector_size(32)));  // 8 channels: every ti
 typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
 typedef int32_t Ints16 __attribute__((vector_size(64)));
-typedef uint64_t Words4 __attribute__((vector_size(32)));
 typedef uint64_t Words8 __attribute__((vector_size(64)));
-typedef uint8_t Bytes32 __attribute__((vector_size(32)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
@@ -204,17 +207,14 @@ INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
 
 // ------------------------------------------------------------------------------------------------ from rows to floats
 
-// 8 or 16 channels of a bit plane, in channel order: V is Ints8, or Ints16 for planes of 1, 2 and 4 bits.
+// 8 or 16 channels of a bit plane, in channel order: V is Ints8 or Ints16.
 template <class V, int BITS>
 INLINE V lanes_of(const uint8_t* plane) {
     if constexpr (BITS == 8) {
-        uint64_t word;
-        std::memcpy(&word, plane, 8);
-        const Bytes32 bytes = (Bytes32)(Words4{} + word);  // the word four times; then one byte to each 32-bit lane
-        const Bytes32 lanes = SHUFFLE(Bytes32, bytes, Bytes32{},  // 32 picks a zero
-                                      0, 32, 32, 32, 1, 32, 32, 32, 2, 32, 32, 32, 3, 32, 32, 32,
-                                      20, 32, 32, 32, 21, 32, 32, 32, 22, 32, 32, 32, 23, 32, 32, 32);
-        return (V)lanes;
+        typedef uint8_t Bytes __attribute__((vector_size(sizeof(V) / 4)));
+        Bytes bytes;
+        std::memcpy(&bytes, plane, sizeof bytes);
+        return __builtin_convertvector(bytes, V);
     } else if constexpr (sizeof(V) == sizeof(Ints8)) {
         constexpr V shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
         int32_t word = 0;
@@ -243,11 +243,11 @@ INLINE void copy_lanes(const uint8_t* high, const uint8_t* low, float* z) {
     store(z, __builtin_convertvector(codes, F));
 }
 
-// A tier: 16 channels at once where a vector holds them (8 bits gain little), then what is left, 8 at once.
+// A tier: 16 channels at once where a vector holds them, then what is left, 8 at once.
 template <int BITS, int WIDTH>
 INLINE void copy_codes(const uint8_t* row, float* z) {
     constexpr int HIGH = BITS >= 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, LOW = BITS - HIGH;
-    constexpr int WIDE = LANES == 16 && BITS < 8 ? WIDTH / 16 * 16 : 0;
+    constexpr int WIDE = LANES == 16 ? WIDTH / 16 * 16 : 0;
     const uint8_t* low = row + WIDTH / 8 * HIGH;
     if constexpr (WIDE > 0) {
         UNROLL(16) for (int i = 0; i < WIDE; i += 16) {
@@ -266,6 +266,9 @@ INLINE float from_bits(uint32_t bits) {
 }
 
 INLINE float from_float16(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#endif
     const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
     const float finite = from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent, also of subnormals
     const float x = magnitude < 0x7c00 ? finite : from_bits(magnitude << 13 | 0x7f800000);
@@ -275,7 +278,14 @@ INLINE float from_float16(uint16_t half) {
 // Float16 channels beside coded ones are divided by the scale with which the sum over all channels is multiplied.
 template <int WIDTH>
 INLINE void copy_float16(const uint8_t* row, float* z, float factor = 1.0f) {
-    for (int i = 0; i < WIDTH; i++) {
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= WIDTH; i += 8) {
+        const Floats8 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * i)));
+        store(z + i, x * factor);
+    }
+#endif
+    for (; i < WIDTH; i++) {
         uint16_t half;
         std::memcpy(&half, row + 2 * i, 2);
         z[i] = from_float16(half) * factor;
@@ -486,6 +496,22 @@ void add_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tok
     }
 }
 
+// Nothing may be attended to, as with tokens of a fixed cache that have not come yet. Rows of other heads are looked at
+// only where their masks differ.
+bool is_hidden(const Arguments& a, const Part& p, int64_t begin, int tokens) {
+    if (a.mask_kind == NO_MASK) return false;
+    const int rows = int(a.mask.head == 0 ? p.queries : p.rows());
+    bool seen = false;
+    for (int r = 0; r < rows && !seen; r++) {
+        if (a.mask_kind == BOOL_MASK) {
+            for_mask<uint8_t>(a, p, r, begin, tokens, [&seen](int, uint8_t m) { seen |= m != 0; });
+        } else {
+            for_mask<float>(a, p, r, begin, tokens, [&seen](int, float m) { seen |= m != -INF; });
+        }
+    }
+    return !seen;
+}
+
 void cap(float* x, int tokens, float softcap) {
     for (int t = 0; t < tokens; t += LANES) store(x + t, tanh(load(x + t)) * (softcap * float(LOG2E)));
 }
@@ -643,6 +669,7 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
     }
     for (int64_t begin = p.begin; begin < p.end; begin += TILE) {
         const int tokens = int(std::min<int64_t>(TILE, p.end - begin));
+        if (is_hidden(a, p, begin, tokens)) continue;
         score_tile(a, p, begin, tokens, s);
         update_softmax(a, p, begin, tokens, s);
         mix_tile(a, p, begin, tokens, s);
