@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fhopt.cache import LatentCache as LatentCache
     from fhopt.cache_files import load_cache as load_cache
     from fhopt.cache_files import save_cache as save_cache
+    from fhopt.journal import report as report
     from fhopt.spec import LatentPlan as LatentPlan
 
 _WHERE = {
@@ -31,6 +32,7 @@ _WHERE = {
     "apply": "fhopt.applying",
     "fit": "fhopt.api",
     "load_cache": "fhopt.cache_files",
+    "report": "fhopt.journal",
     "save_cache": "fhopt.cache_files",
     "unapply": "fhopt.applying",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "apply",
     "fit",
     "load_cache",
+    "report",
     "save_cache",
     "unapply",
 ]

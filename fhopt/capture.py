@@ -33,9 +33,14 @@ class Captured:
     is_logits: bool = False
 
 
-def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
-    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph."""
-    captured = capture_graphs(model, args, kwargs)
+def capture(
+    model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, reset: bool = True
+) -> Captured:
+    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph.
+
+    reset: forget what Dynamo has compiled in this process; False where it is in use.
+    """
+    captured = capture_graphs(model, args, kwargs, reset)
     if len(captured) != 1:
         raise FhoptError(
             f"{type(model).__name__} falls into {len(captured)} graphs; expected one. Look at the breaks with "
@@ -47,11 +52,12 @@ def capture(model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[
 
 
 def capture_graphs(
-    model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, reset: bool = True
 ) -> list[Captured]:
     """Run `model(*args, **kwargs)` once under Dynamo and keep every graph that it falls into, in the order of running.
 
-    `result` is -1 for a graph that does not compute the model's main output. Raises FhoptError when nothing runs.
+    reset as in `capture`. `result` is -1 for a graph that does not compute the model's main output. Raises FhoptError
+    when nothing runs.
     """
     given = dict(kwargs or {})
     seen: list[tuple[Program, list[Any]]] = []
@@ -69,8 +75,7 @@ def capture_graphs(
     was_training = model.training
     model.eval()
     try:
-        torch._dynamo.reset()
-        result = torch.compile(model, backend=keep, dynamic=False)(*args, **given)
+        result = _run(model, keep, args, given, reset)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise FhoptError(f"{type(model).__name__} could not be captured: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the model itself refused these inputs
@@ -79,7 +84,8 @@ def capture_graphs(
         ) from error
     finally:
         model.train(was_training)
-        torch._dynamo.reset()
+        if reset:
+            torch._dynamo.reset()
     for program, _ in seen:
         _name_parameters(program, model)
     return [
@@ -91,6 +97,14 @@ def capture_graphs(
         )
         for program, outputs in seen
     ]
+
+
+def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reset: bool) -> Any:
+    if reset:
+        torch._dynamo.reset()
+        return torch.compile(model, backend=keep, dynamic=False)(*args, **kwargs)
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):  # one graph more
+        return torch.compile(model.forward, backend=keep, dynamic=False)(*args, **kwargs)
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> Captured:

@@ -1,4 +1,4 @@
-"""The two ways in which fhopt says no: an error the user can cure, and a site that does not fit a pass."""
+"""How fhopt says no: an error the user can cure, a site that does not fit a pass, weights that are not the plan's."""
 
 from __future__ import annotations
 
@@ -30,3 +30,7 @@ class Miss(Exception):
 
 class PassError(RuntimeError):
     """A pass broke its contract: names the pass and the node; the cause is kept in `__cause__`."""
+
+
+class Stale(Exception):
+    """What was fitted does not belong to the weights that a compiled graph is called with: it must run exactly."""

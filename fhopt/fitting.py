@@ -31,6 +31,7 @@ from fhopt.spec import (
     SiteStatistics,
     Tier,
     sealed_tokens,
+    weight_print,
 )
 
 # Of a unit Gaussian under its best uniform quantiser (Max 1960): distortion, and the step in standard deviations.
@@ -251,6 +252,12 @@ def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[Attention
         sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
         h.update(f"{name}{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist()))
     return h.hexdigest()
+
+
+def weight_prints(parameters: Mapping[str, Tensor], sites: Iterable[AttentionSite]) -> dict[str, str]:
+    """Identity of the weights that the bases of each site belong to, of the sites whose weights are all known."""
+    known = {s.name: [parameters.get(n) for n in s.cached_weights] for s in sites}
+    return {n: weight_print([w for w in ws if w is not None]) for n, ws in known.items() if ws and None not in ws}
 
 
 def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) -> None:

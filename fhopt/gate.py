@@ -54,16 +54,22 @@ def parse_share(text: str) -> float:
 
 
 def smallest_plan(
-    loaded: LoadedModel, measured: Measured, options: FitOptions, gate: Gate, ids: Tensor, progress: Progress = silent
+    loaded: LoadedModel,
+    measured: Measured,
+    options: FitOptions,
+    gate: Gate,
+    ids: Tensor,
+    progress: Progress = silent,
+    ratios: tuple[float, ...] = RATIOS,
 ) -> tuple[LatentPlan, dict[float, Comparison]]:
-    """(plan of the largest ratio that passes, what was measured by ratio) on ids [N, T] of `held_out`.
+    """(plan of the largest of the rising `ratios` that passes, what was measured by ratio) on ids [N, T] of `held_out`.
 
     Raises FhoptError when none passes.
     """
     gate.check()
     network = loaded.language_model()
     trials: dict[float, Comparison] = {}
-    rounds = (len(RATIOS) - 1).bit_length() + 1
+    rounds = (len(ratios) - 1).bit_length() + 1
 
     def passes(ratio: float) -> bool:
         try:
@@ -77,7 +83,7 @@ def smallest_plan(
         low_high = trials[ratio].increase_percent_ci
         return low_high is not None and low_high[1] <= 100 * gate.max_loss
 
-    best = _largest(RATIOS, passes)
+    best = _largest(ratios, passes)
     if best is None:
         mildest = min(trials)
         raise FhoptError(

@@ -17,7 +17,7 @@ from fhopt.capture import Captured, capture
 from fhopt.cost import find_device
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length
-from fhopt.fitting import check_options, fingerprint
+from fhopt.fitting import check_options, fingerprint, weight_prints
 from fhopt.models import LoadedModel, encoder_path, is_inside
 from fhopt.spec import LatentPlan, SiteStatistics, sealed_tokens
 
@@ -134,7 +134,8 @@ def plan_for(measured: Measured, options: FitOptions) -> LatentPlan:
         tokens=options.tokens,
     )  # fmt: skip
     sites = [s.site for s in plan.sites]
-    return plan.with_provenance(fingerprint=fingerprint(measured.weights, sites), **measured.provenance)
+    prints = dict(fingerprint=fingerprint(measured.weights, sites), weights=weight_prints(measured.weights, sites))
+    return plan.with_provenance(**prints, **measured.provenance)
 
 
 def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> Measured:

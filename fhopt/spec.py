@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,11 @@ class AttentionSite:
     def exact_tokens(self, sinks: int, recent: int) -> tuple[int, int]:
         """(first, newest) tokens that stay exact: none of those that a decoder reads of its encoder."""
         return (sinks, recent) if self.kind == "self" else (0, 0)
+
+    @property
+    def cached_weights(self) -> tuple[str, ...]:
+        """Parameters that keys and values are projected by: what the bases of a plan belong to."""
+        return tuple(dict.fromkeys([*self.projections.get("k", ()), *self.projections.get("v", ())]))
 
     @property
     def exact_numbers_per_token(self) -> int:
@@ -287,6 +292,12 @@ class LatentPlan:
         """How many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
         return tokens * self.exact_token_bytes() / self.cache_bytes(tokens)
 
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """`weight_print` of what projects the keys and values of each site; empty where nobody took it down."""
+        found: Mapping[str, str] = self.provenance.get("weights", {})
+        return found
+
     def digest(self) -> str:
         """Hash of everything that changes numbers (not of the provenance)."""
         h = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
@@ -316,6 +327,16 @@ class LatentPlan:
     def load(folder: str | os.PathLike[str]) -> LatentPlan:
         """Read a plan written by `save`. Raises FhoptError when it is absent, cut short, altered or too new."""
         return _load_plan(Path(folder))
+
+
+def weight_print(weights: Iterable[Tensor]) -> str:
+    """Identity of some weights: shapes and sampled signs, which survive a change of dtype and small updates."""
+    h = hashlib.sha256()
+    for weight in weights:
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
+        h.update(f"{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist()))
+    return h.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@
     functionalize    in-place changes -> new values, written back at the end                  exact
     normalize        every spelling of attention -> fhopt::attention          exact, checked by execution
     find_attention   who projects, rotates, caches -> AttentionSite           reads only
+    absorb_projection  attention of models that keep latents reads these      exact, where it pays, inference only
     compress         keys, values -> decode(encode(.)) by the plan            approximate only where the plan says so
+    latent_buffers   K/V buffers of a module -> a cache of latents            likewise
     absorb           decode moves onto q and o -> fhopt::latent_attention     exact
     lower            canonical ops -> torch ops for inductor                  exact
 
@@ -18,26 +20,29 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import fx
 
 from fhopt.errors import Miss, PassError
 from fhopt.passes.absorb import Absorb
+from fhopt.passes.absorb_projection import AbsorbProjection
 from fhopt.passes.compress import Compress
 from fhopt.passes.decompose import Decompose
-from fhopt.passes.find_attention import FindAttention
+from fhopt.passes.find_attention import FindAttention, site_name
 from fhopt.passes.functionalize import Functionalize
-from fhopt.passes.graph import Evaluator, Program, print_graph, remove_dead_code, source_line
-from fhopt.passes.lower import Lower
+from fhopt.passes.graph import Evaluator, Program, is_ours, module_path, print_graph, remove_dead_code, source_line
+from fhopt.passes.latent_buffers import Keeper, LatentBuffers
+from fhopt.passes.lower import Lower, is_decoding, is_spelled_out
 from fhopt.passes.normalize import Normalize
 from fhopt.passes.roles import Roles
 from fhopt.passes.verify import verify
 from fhopt.spec import AttentionSite, LatentPlan
 
-__all__ = ["Explanation", "Outcome", "Program", "find", "merge", "optimize"]
+__all__ = ["Explanation", "Outcome", "Program", "absorb_projections", "find", "merge", "optimize"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Outcome:
     program: Program
     sites: dict[str, AttentionSite] = field(default_factory=dict)
     compressed: dict[str, str] = field(default_factory=dict)  # site name -> layout
+    lowered: dict[str, str] = field(default_factory=dict)  # name of a site that stays exact -> what runs it
+    reading: tuple[str, ...] = ()  # modules whose attention reads the latents of a cache
     missed: list[Explanation] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -67,7 +74,7 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
 
     inline_checkpoints: look into activation checkpoints and dissolve them (else they stay, and are reported).
     """
-    outcome = Outcome(program)
+    outcome = Outcome(program, reading=readers(program))
     _dump(outcome, "input")
     functional, parts, normalize, describe = (
         Functionalize(),
@@ -95,6 +102,13 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
     return outcome
 
 
+def readers(program: Program) -> tuple[str, ...]:
+    """Module paths of attention that reads the latents of a cache: nothing is left to be done there."""
+    op = torch.ops.fhopt.latent_attention.default
+    calls = [n for n in program.graph.nodes if n.target in (op, op.overloadpacket)]
+    return tuple(dict.fromkeys(module_path(n) for n in calls))
+
+
 @contextlib.contextmanager
 def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
     """A miss within leaves the candidate alone and is explained."""
@@ -102,14 +116,18 @@ def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
     try:
         yield
     except Miss as miss:
-        if miss.reason:  # none: nothing like an attention
+        if miss.reason and not (outcome.reading and is_ours(at)):  # none: nothing like an attention
             outcome.missed.append(_explain(stage, miss, node, at))
 
 
 def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
     """The site; a second one of the same module is numbered in graph order, `#2`, `#3`, ..."""
-    names = (site.name if n == 1 else f"{site.name}#{n}" for n in itertools.count(1))
-    return replace(site, name=next(n for n in names if n not in taken))
+    return replace(site, name=_own_name(site.name, taken))
+
+
+def _own_name(name: str, taken: Collection[str]) -> str:
+    names = (name if n == 1 else f"{name}#{n}" for n in itertools.count(1))
+    return next(n for n in names if n not in taken)
 
 
 def merge(outcomes: list[Outcome]) -> Outcome:
@@ -126,32 +144,86 @@ def merge(outcomes: list[Outcome]) -> Outcome:
     return merged
 
 
-def optimize(outcome: Outcome, plan: LatentPlan, training: bool = False) -> Outcome:
-    """compress, absorb and lower what `find` found, by the plan, in place; `training` keeps it differentiable."""
-    compress, absorb = Compress(plan, training), Absorb()
+def optimize(
+    outcome: Outcome, plan: LatentPlan, training: bool = False, trusting: bool = False, keeper: Keeper | None = None
+) -> Outcome:
+    """compress, absorb and lower what `find` found, by the plan, in place.
+
+    training: keep it differentiable. trusting: use the plan for weights that have changed since it was fitted. keeper:
+    holds latents in place of K/V buffers of modules; None: these stay as they are.
+    """
+    compress, absorb = Compress(plan, training, trusting), Absorb()
+    buffers = None if keeper is None else LatentBuffers(compress, keeper)
+    program, roles = outcome.program, Roles(outcome.program)
+    base = Evaluator(program)
     with _stage(outcome, compress.name):
         for name, site in outcome.sites.items():
-            node = next(n for n in outcome.program.graph.nodes if n.name == name)
-            try:
-                site_plan = compress.match(node, site)
-            except Miss as miss:
-                outcome.missed.append(_explain(compress.name, miss, node))
-                continue
-            compress.rewrite(outcome.program, node, site_plan)
-            outcome.compressed[site.name] = site_plan.layout
+            node = next(n for n in program.graph.nodes if n.name == name)
+            with _missing(outcome, compress.name, node):
+                if buffers is not None and buffers.is_for(node, site, program):
+                    found = buffers.match(node, site, program, roles, base)
+                    buffers.rewrite(program, found)
+                    fitted = found.fitted
+                else:
+                    fitted = compress.match(node, site, program.weights)
+                    compress.rewrite(program, node, fitted)
+                outcome.compressed[site.name] = fitted.site.layout
+    if buffers is not None:
+        buffers.check(program, sorted({m.reason for m in outcome.missed if m.stage == compress.name}))
     with _stage(outcome, absorb.name):
         for node in absorb.candidates(outcome.program):
             absorb.rewrite(outcome.program, absorb.match(node))
-    lower(outcome)
+    return lower(outcome, training)
+
+
+def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outcome:
+    """Run attention on the latents that a model keeps already, in place, where that pays. For inference.
+
+    Exact, with no plan; sites that `plan` has are left to it. What is absorbed is no site of a plan any more.
+    """
+    stage, program = AbsorbProjection(), outcome.program
+    planned = {site.site.name for site in plan.sites} if plan is not None else set()
+    with _stage(outcome, stage.name):
+        roles, base = Roles(program), Evaluator(program)
+        for node in stage.candidates(program):
+            site = outcome.sites.get(node.name)
+            if site is not None and site.name in planned:
+                continue
+            known = [m for m in outcome.missed if m.stage == FindAttention.name and m.node == node.name]
+            try:
+                found = stage.match(node, program, roles, base)
+            except Miss as miss:
+                outcome.missed += [_explain(stage.name, miss, node)] if known else []
+                continue
+            taken = {s.name for s in outcome.sites.values()} | outcome.compressed.keys()
+            name = site.name if site is not None else _own_name(site_name(node, roles), taken)
+            outcome.sites.pop(node.name, None)
+            outcome.missed = [m for m in outcome.missed if m not in known]
+            outcome.compressed[name] = "absorbed"
+            stage.rewrite(program, found)
     return outcome
 
 
-def lower(outcome: Outcome) -> Outcome:
-    """Hand the canonical ops back as torch ops, so that inductor sees nothing new."""
-    stage = Lower()
+def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
+    """Every attention by the best exact way, in place; False, and nothing done, where the `original` has it already."""
+    nodes = {n.name: n for n in outcome.program.graph.nodes}
+    sites = [nodes[name] for name in outcome.sites]
+    pays = bool(outcome.compressed) or (not training and any(map(is_decoding, sites))) or is_spelled_out(original)
+    if not pays:
+        return False
+    lower(outcome, training)
+    return True
+
+
+def lower(outcome: Outcome, training: bool = False) -> Outcome:
+    """Hand the canonical ops back as torch ops, so that inductor sees nothing new, or to kernels where they pay."""
+    stage = Lower(training)
     with _stage(outcome, stage.name):
         for node in stage.candidates(outcome.program):
-            stage.rewrite(outcome.program, node)
+            site = outcome.sites.get(node.name)
+            how = stage.rewrite(outcome.program, node)
+            if site is not None:
+                outcome.lowered[site.name] = how
     return outcome
 
 

@@ -52,10 +52,7 @@ class FindAttention:
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> AttentionSite:
         """The site at `node`. Raises Miss when no projection leads to it, or when it already reads a latent."""
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
-        cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
-        names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
-        if roles.kind(query) == Kind.WEIGHT and not names["q"]:
-            names["q"] = roles.weight_names(query)  # learned queries
+        cuts, names = _cuts(node, roles)
         _check_cuts(node, cuts, names)
         q, k, v = (shape(n) for n in (query, key, value))
         assert q is not None and k is not None and v is not None
@@ -119,6 +116,12 @@ class FindAttention:
         return affine, rotation(first - zero if affine else first, self.tolerance)
 
 
+def site_name(node: fx.Node, roles: Roles) -> str:
+    """Name of the site at an attention node, also of one that is no `AttentionSite`."""
+    names = _cuts(node, roles)[1]
+    return _site_name(names) if any(names.values()) else node.name
+
+
 def _tell_angle(side: fx.Node, roles: Roles) -> object:
     """What matters about a side of the way to the keys: of a norm's weights the shape, of angles which they are."""
     return roles.tell(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
@@ -133,6 +136,16 @@ def _row(projection: Projection, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 1)
     kept = [n if i in projection.features else 1 for i, n in enumerate(sizes)]
     return torch.randn(kept, generator=generator, dtype=torch.float64).to(fake(projection.node).device)
+
+
+def _cuts(node: fx.Node, roles: Roles) -> tuple[dict[str, Cut], dict[str, tuple[str, ...]]]:
+    """(where queries, keys and values are cut, names of the weights of each, and of the output's) of an attention."""
+    query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
+    cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
+    names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
+    if roles.kind(query) == Kind.WEIGHT and not names["q"]:
+        names["q"] = roles.weight_names(query)  # learned queries
+    return cuts, names
 
 
 def _check_cuts(node: fx.Node, cuts: dict[str, Cut], names: dict[str, tuple[str, ...]]) -> None:

@@ -36,6 +36,19 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """How the value of an extra input follows from other inputs: made at call time, never baked into a graph.
+
+    sources: placeholders that it is made of (weights, caches of the user). make: their values -> a tensor of the shape,
+    dtype and device of the example. It is asked again when one of the sources is another tensor or was changed; it
+    raises `errors.Stale` when nothing is right for these sources.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
 @dataclass
 class Program:
     """One captured graph.
@@ -43,17 +56,24 @@ class Program:
     module: the graph module, owned by this object (passes change it in place).
     values: real example value of each placeholder, by node name (parameters are the model's own, never changed).
     parameters: placeholder name -> qualified parameter name. buffers: likewise, for registered buffers.
+    bound: of extra inputs (`add_constant`) whose values depend on others, how.
     """
 
     module: fx.GraphModule
     values: dict[str, Any]
     parameters: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)
+    bound: dict[str, Bound] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
         """The graph."""
         return self.module.graph
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Values of the parameters, by their qualified names."""
+        return {name: self.values[node] for node, name in self.parameters.items()}
 
     def is_parameter(self, node: fx.Node) -> bool:
         """True for a placeholder that is a parameter of the model."""
@@ -93,6 +113,13 @@ def _source_text(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     text = "" if source is None else source.name
     return str(text() if callable(text) else text)
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the module in whose forward a node was traced, "" where tracing did not tell."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    text = stack[-1][0] if stack else ""
+    return re.sub(r"^[LG]\['[^']*'\](?:\[\d+\])?\.?", "", str(text))
 
 
 # --------------------------------------------------------------------------------------------------- reading nodes
@@ -162,6 +189,11 @@ def source_line(node: fx.Node) -> str:
         return ""
     path, line = frames[-1]
     return "/".join(path.split("/")[-2:]) + f":{line}"
+
+
+def is_ours(source: str) -> bool:
+    """True for a `source_line` in this package: what attention on latents consists of."""
+    return source.startswith("fhopt/")
 
 
 # --------------------------------------------------------------------------------------------------- running parts
@@ -422,8 +454,11 @@ def fake_mode(program: Program) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
-def add_constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
-    """A new placeholder behind the others, bound to `tensor`; inductor treats it like a parameter."""
+def add_constant(program: Program, name: str, tensor: Tensor, bound: Bound | None = None) -> fx.Node:
+    """A new placeholder behind the others; inductor treats it like a parameter.
+
+    Its value is `tensor`, or what `bound` makes of other inputs, of which `tensor` is an example.
+    """
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     with program.graph.inserting_after(placeholders[-1]):
         node = program.graph.placeholder(name)
@@ -433,6 +468,8 @@ def add_constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
     value = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
     node.meta["example_value"] = node.meta["val"] = value
     program.values[node.name] = tensor
+    if bound is not None:
+        program.bound[node.name] = bound
     return node
 
 

@@ -171,9 +171,9 @@ def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, mon
         forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))
     names = sorted(p.name for p in tmp_path.iterdir())
     finding = ["input", "decompose", "functionalize", "normalize", "find_attention"]
-    stages = [*finding, "compress", "absorb", "lower"]
+    stages = [*finding, "absorb_projection", "compress", "absorb", "lower"]
     assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]
-    compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("05-compress", "06-absorb"))
+    compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("06-compress", "07-absorb"))
     assert compressed.startswith("# compress: 2 sites, 2 compressed")
     assert " = decode(" in compressed and " = decode(" not in absorbed
     assert " = absorb(" in absorbed and "fhopt.latent_attention.default(" in absorbed

@@ -1,0 +1,90 @@
+"""`torch.compile(model, backend="flashhead").generate(...)` runs compiled code.
+
+`torch.compile(model)` gives a wrapper whose methods are those of the model inside: they call the model, which knows
+nothing of the wrapper, so `generate` silently runs uncompiled code. `install` makes methods that a wrapper of this
+backend hands out run with the model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.compile()`
+sets for good). Outside of such a method the model inside stays as it is. Other backends are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+
+BACKEND = "flashhead"
+_lock = threading.Lock()
+_entered: dict[int, int] = {}  # how many methods run with the calls of a module compiled, by its id
+
+
+def install() -> None:
+    """Let wrappers of this backend hand out methods that call compiled code; done once in a process."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    before = OptimizedModule.__getattr__
+    if getattr(before, "_is_fhopt_door", False):
+        return
+
+    @functools.wraps(before)
+    def hand_out(self: Any, name: str) -> Any:
+        found = before(self, name)
+        is_method = isinstance(found, MethodType) and not hasattr(torch.nn.Module, name)
+        if is_method and found.__self__ is self._modules.get("_orig_mod") and _is_ours(self):
+            return _compiling(found, self)
+        return found
+
+    hand_out._is_fhopt_door = True  # type: ignore[attr-defined]
+    OptimizedModule.__getattr__ = hand_out  # type: ignore[method-assign]
+
+
+def _is_ours(wrapper: Any) -> bool:
+    from torch._dynamo.eval_frame import innermost_backend
+
+    callback = getattr(wrapper.__dict__.get("dynamo_ctx"), "callback", None)
+    return callable(callback) and getattr(innermost_backend(callback), "compiler_name", None) == BACKEND
+
+
+def _compiling(method: MethodType, wrapper: Any) -> Callable[..., Any]:
+    """The method, with every call of its module compiled while it runs."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _compiled_calls(method.__self__, wrapper):
+            return method(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _compiled_calls(model: Any, wrapper: Any) -> Iterator[None]:
+    """Within, calls of `model` run as `model.compile()` would have them, with the wrapper's settings."""
+    with _lock:
+        mine = id(model) in _entered or model._compiled_call_impl is None
+        if mine:
+            _entered[id(model)] = _entered.get(id(model), 0) + 1
+            if model._compiled_call_impl is None:
+                model._compiled_call_impl = _compiled_call(model, wrapper)
+    try:
+        yield
+    finally:
+        with _lock:
+            if mine:
+                _entered[id(model)] -= 1
+                if not _entered[id(model)]:
+                    del _entered[id(model)]
+                    model._compiled_call_impl = None
+
+
+def _compiled_call(model: Any, wrapper: Any) -> Any:
+    held = wrapper.__dict__.get("_fhopt_call")
+    if held is None:
+        held = wrapper.__dict__["_fhopt_call"] = wrapper.dynamo_ctx(model._call_impl)
+    return held
+
+
+__all__ = ["install"]

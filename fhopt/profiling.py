@@ -1,0 +1,279 @@
+"""A plan without a calibration run: the first calls of a compiled model are watched, then a plan is fitted to them.
+
+    gathering     calls run exactly; the tokens that pass are noted (not their activations)
+    compressed    the plan fitted to them passed the gate: new sequences are cached as latents (`fhopt.apply`)
+    rejected      no plan passed, or the model is of another kind: it stays exact, and the journal says why
+
+The stream of tokens is cut in two: on the first three quarters a plan is calibrated, on the last quarter it is measured
+against the exact model, through the real cache (fhopt/gate.py). Sequences that have begun keep the cache they have.
+Fitting happens in the call that completes the stream, which takes minutes for it.
+
+This is for causal language models of transformers, since a plan saves what they cache: attention that caches nothing
+gains nothing from latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt import gate, journal, pipeline
+from fhopt.capture import capture
+from fhopt.errors import FhoptError
+from fhopt.gate import Gate
+from fhopt.journal import Journal
+from fhopt.models import LoadedModel
+from fhopt.passes.graph import VIEWS, op_name, source_name
+from fhopt.spec import LatentPlan
+
+MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
+LEAST_TOKENS = 2048
+CONTEXT = 1024  # tokens of a calibration sequence, fewer where the stream or the model is short
+logger = logging.getLogger("fhopt")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the plan shall be. ratio None: the smallest whose loss is at most `max_loss` (a share)."""
+
+    ratio: float | None = None
+    max_loss: float = MAX_LOSS
+    calibration_tokens: int = CALIBRATION_TOKENS
+
+    @staticmethod
+    def parse(options: Mapping[str, Any]) -> Wish:
+        """From the options of the backend. Raises FhoptError."""
+        try:
+            ratio = None if options.get("ratio") is None else float(options["ratio"])
+            limit = options.get("max_loss", MAX_LOSS)
+            limit = gate.parse_share(limit) if isinstance(limit, str) else float(limit)
+            tokens = int(options.get("calibration_tokens", CALIBRATION_TOKENS))
+        except (TypeError, ValueError) as error:
+            raise FhoptError(f"ratio, max_loss and calibration_tokens are numbers: {error}.") from error
+        if ratio is not None and not 1 < ratio < 1000:
+            raise FhoptError(f"option ratio is {ratio:g}; expected 1 (exact) or a number above it, such as 4.")
+        if tokens < LEAST_TOKENS:
+            raise FhoptError(f"option calibration_tokens is {tokens}; expected at least {LEAST_TOKENS:,}.")
+        Gate(limit).check()
+        return Wish(ratio, limit, tokens)
+
+
+# --------------------------------------------------------------------------------------------------- the stream
+
+
+@dataclass
+class Stream:
+    """Token ids of sequences, in the order in which they began."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    open: list[list[int]] = field(default_factory=list)  # those that grow, one a row of the batch
+    count: int = 0
+
+    def add(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Take ids [B, S]: one token goes behind the sequences that are open, several begin new ones.
+
+        mask [B, T], T >= S: 0 where a token is padding; the last S columns are those of ids.
+        """
+        if ids.shape[1] == 1 and len(self.open) == ids.shape[0]:
+            for row, token in zip(self.open, ids[:, 0].tolist(), strict=True):
+                row.append(token)
+            self.count += len(self.open)
+            return
+        kept = None if mask is None or mask.shape[0] != ids.shape[0] else mask[:, -ids.shape[1] :].bool().tolist()
+        self.open = [
+            [t for t, keep in zip(row, kept[i], strict=True) if keep] if kept else row
+            for i, row in enumerate(ids.tolist())
+        ]
+        self.rows += self.open
+        self.count += sum(map(len, self.open))
+
+    def cut(self, context: int, begin: float, end: float) -> Tensor:
+        """The share from `begin` to `end` of all tokens as sequences [N, context], one behind the other."""
+        flat = [token for row in self.rows for token in row]
+        part = torch.tensor(flat[int(begin * len(flat)) : int(end * len(flat))])
+        return part[: len(part) // context * context].unflatten(0, (-1, context))
+
+
+# --------------------------------------------------------------------------------------------------- a profile
+
+
+class Profile:
+    """The profile of one model. It holds the model weakly."""
+
+    def __init__(self, model: torch.nn.Module, wish: Wish, notes: Journal) -> None:
+        self.model, self.wish, self.notes = weakref.ref(model), wish, notes
+        self.stream, self.lock = Stream(), threading.Lock()
+        self.is_done = False
+        notes.state = journal.GATHERING
+
+    def see(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Note the tokens of a call; fit when there are enough."""
+        if self.is_done or not self.lock.acquire(blocking=False):  # another thread's call is noting, or fits
+            return
+        try:
+            self.stream.add(ids.detach().cpu(), None if mask is None else mask.detach().cpu())
+            if self.stream.count >= self.wish.calibration_tokens and not self.is_done:
+                self.is_done = True
+                self._finish()
+        finally:
+            self.lock.release()
+
+    def _finish(self) -> None:
+        model = self.model()
+        if model is None:
+            return
+        logger.info("fhopt: fitting a plan for %s to %d tokens", type(model).__name__, self.stream.count)
+        try:
+            with _as_it_was(model):
+                plan = fit(model, self.stream, self.wish)
+                from fhopt.applying import apply
+
+                apply(model, plan)
+        except FhoptError as error:
+            self._conclude(journal.REJECTED, f"stays exact: {error}")
+            return
+        gated = plan.provenance["gate"]
+        _make_room(len(self.notes.graphs) + 1)
+        self._conclude(
+            journal.COMPRESSED,
+            f"new sequences are cached as latents, {plan.ratio():.2f}x smaller, {len(plan.sites)} sites: perplexity "
+            f"{gated['increase_percent']:+.2f} % on {gated['tokens']} held-out tokens (limit "
+            f"{100 * self.wish.max_loss:g} %). fhopt.unapply(model) takes it back",
+        )
+
+    def _conclude(self, state: str, message: str) -> None:
+        self.notes.state = state
+        self.notes.say(message)
+        self.stream = Stream()
+        logger.warning("fhopt: %s %s", self.notes.model, message)
+
+
+def _make_room(graphs: int) -> None:
+    """Let Dynamo compile as many graphs more for a function: those from before, and the captured one, are of no use now.
+
+    Past its limit it silently runs uncompiled code.
+    """
+    torch._dynamo.config.recompile_limit += graphs
+
+
+@contextlib.contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Within, the model runs uncompiled, in evaluation mode, and gradients can be taken."""
+    compiled, training = model._compiled_call_impl, model.training
+    model._compiled_call_impl = None
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(training)
+        model._compiled_call_impl = compiled
+
+
+def fit(model: Any, stream: Stream, wish: Wish) -> LatentPlan:
+    """A plan for a causal language model from the tokens that it has seen. Raises FhoptError when none passes."""
+    context = min(CONTEXT, stream.count // 8, model.config.get_text_config().max_position_embeddings or CONTEXT)
+    known, held_out = stream.cut(context, 0, 0.75), stream.cut(context, 0.75, 1)
+    rate_sequences = max(1, len(known) // 3)
+    options = pipeline.FitOptions(
+        texts=(), ratio=wish.ratio or gate.RATIOS[0], context=context, sequences=len(known) - rate_sequences,
+        rate_sequences=rate_sequences,
+    )  # fmt: skip
+    options.check()
+    device = next(model.parameters()).device
+    arguments = {"input_ids": known[:1].to(device), "use_cache": False}
+    captured = capture(model, (), arguments, reset=False)
+    batches = ({"input_ids": row.unsqueeze(0)} for row in known)
+    weights, name = dict(model.named_parameters()), type(model).__name__
+    measured = pipeline.measure_batches(captured, batches, options, weights, name)
+    measured.provenance |= {"model": name, "texts": ["the calls of the model"], "tokens": int(known.numel())}
+    ratios = gate.RATIOS if wish.ratio is None else (wish.ratio,)
+    loaded = LoadedModel(name, model, tokenizer=model)  # nothing asks for a tokenizer: the gate reads token ids
+    chosen = Gate(wish.max_loss, sequences=len(held_out), context=context)
+    return gate.smallest_plan(loaded, measured, options, chosen, held_out.to(device), ratios=ratios)[0]
+
+
+# --------------------------------------------------------------------------------------------------- watching
+
+
+_profiles: weakref.WeakKeyDictionary[torch.nn.Module, Profile] = weakref.WeakKeyDictionary()
+
+
+def forget() -> None:
+    """Begin all profiles anew."""
+    _profiles.clear()
+
+
+def watched(
+    compiled: Callable[..., Any], module: fx.GraphModule, example_inputs: Sequence[Any], root: torch.nn.Module,
+    wish: Wish, notes: Journal,
+) -> Callable[..., Any]:  # fmt: skip
+    """The compiled graph, with its tokens noted while the profile of `root` gathers."""
+    if hasattr(root, "_fhopt_applied"):
+        return compiled
+    reason = unfit(root)
+    if reason:
+        notes.say(f"stays exact: {reason}. Fit a plan (fhopt fit, fhopt.fit) and give it: options={{'plan': plan}}")
+        return compiled
+    place = _tokens_of(module, example_inputs, root)
+    if place is None:
+        return compiled
+    profile = _profiles.get(root)
+    if profile is None:
+        profile = _profiles[root] = Profile(root, wish, notes)
+    if profile.is_done:
+        return compiled
+    ids, mask = place
+
+    def run(*inputs: Any) -> Any:
+        outputs = compiled(*inputs)
+        if not profile.is_done:
+            profile.see(inputs[ids], None if mask is None else inputs[mask])
+        return outputs
+
+    return run
+
+
+def unfit(model: Any) -> str:
+    """Why no plan can be fitted to the calls of a model; empty where one can."""
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "generate"):
+        return f"{type(model).__name__} is no language model of transformers, whose cache a plan could shrink"
+    if model.config.is_encoder_decoder:
+        return f"{type(model).__name__} also reads an encoder, whose calls are not profiled"
+    if not getattr(model, "can_generate", lambda: True)():
+        return f"{type(model).__name__} caches nothing that a plan could shrink"
+    return ""
+
+
+def _tokens_of(module: fx.GraphModule, example_inputs: Sequence[Any], root: Any) -> tuple[int, int | None] | None:
+    """Which inputs are the token ids that the input embedding looks up, and the padding mask; None without ids."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(placeholders, example_inputs, strict=True))
+    table = root.get_input_embeddings()
+    for node in module.graph.nodes:
+        if op_name(node) != "embedding":
+            continue
+        weights = [n for n in node.all_input_nodes if values.get(n) is getattr(table, "weight", node)]
+        ids = [_origin(n) for n in node.all_input_nodes if n not in weights]
+        if weights and len(ids) == 1 and isinstance(values.get(ids[0]), Tensor) and values[ids[0]].dim() == 2:
+            masks = [i for i, n in enumerate(placeholders) if source_name(n).endswith("attention_mask")]
+            is_flat = masks and isinstance(example_inputs[masks[0]], Tensor) and example_inputs[masks[0]].dim() == 2
+            return placeholders.index(ids[0]), masks[0] if is_flat else None
+    return None
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    while op_name(node) in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+__all__ = ["Profile", "Stream", "Wish", "fit", "forget", "unfit", "watched"]

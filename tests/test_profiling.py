@@ -1,0 +1,143 @@
+"""Without a plan: watch, fit, gate, swap; or stay exact and say why."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from small_models import tiny_gpt2, tiny_llama, token_ids
+
+import fhopt
+from fhopt import journal
+from fhopt.applying import applied_plan
+from fhopt.cache import cache_report
+from fhopt.profiling import Stream, Wish
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd as in inductor, without the minutes that generating C++ takes."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, config_patches=None: aot_eager(m, i))
+    torch._dynamo.reset()
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    found: torch.Tensor = model.generate(ids, max_new_tokens=4, do_sample=False, **options)
+    return found
+
+
+def gather(model: Any, calls: int) -> None:
+    for _ in range(calls):
+        generate(model, token_ids(2, 256))
+
+
+# --------------------------------------------------------------------------------------------------- the stream
+
+
+def test_tokens_go_behind_the_sequence_that_they_continue() -> None:
+    stream = Stream()
+    stream.add(torch.tensor([[1, 2, 3], [4, 5, 6]]), None)
+    stream.add(torch.tensor([[7], [8]]), None)
+    stream.add(torch.tensor([[9, 10]]), None)
+    assert stream.rows == [[1, 2, 3, 7], [4, 5, 6, 8], [9, 10]] and stream.count == 10
+    assert stream.cut(3, 0, 1).tolist() == [[1, 2, 3], [7, 4, 5], [6, 8, 9]]
+
+
+def test_padding_is_left_out() -> None:
+    stream = Stream()
+    stream.add(torch.tensor([[0, 0, 3], [4, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]]))
+    stream.add(torch.tensor([[7], [8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    assert stream.rows == [[3, 7], [4, 5, 6, 8]] and stream.count == 6
+
+
+# --------------------------------------------------------------------------------------------------- the whole
+
+
+def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_latent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = tiny_llama(), token_ids(1, 300)
+    exact = generate(model, ids)
+    compiled = torch.compile(model, backend="flashhead", options={"calibration_tokens": 4096, "max_loss": "50%"})
+    gather(compiled, 4)
+    assert fhopt.report(compiled).state == journal.GATHERING
+    assert torch.equal(generate(compiled, ids), exact)
+    with caplog.at_level(logging.WARNING, logger="fhopt"):
+        gather(compiled, 5)
+    told = [r.message for r in caplog.records if r.name == "fhopt"]
+    assert len(told) == 1 and "new sequences are cached as latents" in told[0] and "perplexity" in told[0]
+    found = fhopt.report(compiled)
+    assert found.state == journal.COMPRESSED and "held-out tokens" in found.events[-1]
+    plan = applied_plan(model)
+    assert plan.provenance["gate"]["max_loss"] == 0.5 and plan.provenance["tokens"] >= 0.7 * 4096
+    output = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+    assert any(row["kind"] != "exact" for row in cache_report(output.past_key_values))
+    generate(compiled, ids)
+    latent = [s for g in fhopt.report(compiled).graphs for s in g.sites if s.how == "latents of the cache"]
+    assert {s.name for s in latent} == {f"model.layers.{i}.self_attn" for i in (0, 1)}
+    fhopt.unapply(model)
+    assert torch.equal(generate(model, ids), exact)
+
+
+def test_a_ratio_is_kept_and_still_gated() -> None:
+    model = tiny_gpt2()
+    model.compile(backend="flashhead", options={"calibration_tokens": 4096, "ratio": 4, "max_loss": 0.9})
+    gather(model, 9)
+    assert abs(applied_plan(model).ratio() - 4) < 0.05
+
+
+def test_where_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = tiny_llama(), token_ids(1, 60)
+    exact = generate(model, ids)
+    model.compile(backend="flashhead", options={"calibration_tokens": 4096, "max_loss": 1e-9})
+    with caplog.at_level(logging.WARNING, logger="fhopt"):
+        gather(model, 9)
+    found = fhopt.report(model)
+    assert found.state == journal.REJECTED and "no plan passes" in found.events[-1]
+    assert [r.message for r in caplog.records if r.name == "fhopt"] == [f"fhopt: LlamaForCausalLM {found.events[-1]}"]
+    assert torch.equal(generate(model, ids), exact) and not hasattr(model, "_fhopt_applied")
+
+
+def test_a_model_whose_cache_no_plan_could_shrink_is_not_watched() -> None:
+    module = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    compiled = torch.compile(module, backend="flashhead")
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        compiled(x, x, x)
+    found = fhopt.report(compiled)
+    assert found.state == journal.EXACT and "no language model of transformers" in found.events[0]
+
+
+def test_training_is_not_watched() -> None:
+    model = tiny_llama()
+    compiled = torch.compile(model, backend="flashhead", options={"calibration_tokens": 2048})
+    for _ in range(10):
+        compiled(token_ids(2, 256)).logits.sum().backward()
+    assert not hasattr(model, "_fhopt_applied") and fhopt.report(compiled).state == journal.EXACT
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration_tokens": 10}, "at least 2,048"),
+        ({"max_loss": 2}, "expected a share"),
+        ({"max_loss": "much"}, "is no share"),
+        ({"ratio": 0.5}, "expected 1"),
+        ({"ratio": "four"}, "are numbers"),
+        ({"weights": "maybe"}, "'check' or 'trust'"),
+        ({"plan": 3}, "expected a LatentPlan"),
+        ({"plan": "/nowhere"}, "is not a plan"),
+    ],
+)
+def test_wrong_options_are_refused_with_the_cure(options: dict[str, Any], message: str) -> None:
+    compiled = torch.compile(tiny_llama(), backend="flashhead", options=options)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"FhoptError.*{message}"):
+        compiled(token_ids(1, 8))
+
+
+def test_defaults_are_those_that_the_documentation_names() -> None:
+    assert Wish.parse({}) == Wish(None, 0.01, 16384)
