@@ -1,0 +1,267 @@
+"""Decoding with SmolLM2 behind 8,192 cached tokens on a CPU: latents against every exact way that transformers has.
+
+    python benchmarks/decode.py --plan PLAN      writes benchmarks/results/decode.json and decode.png; about 15 minutes
+    python benchmarks/decode.py --quick          1,024 tokens, batch 1, float32, plain 4 bits (also QUICK=1)
+
+A case is a batch and a dtype. Contenders of a case live in one process and take turns: a round is a few steps of each,
+and what counts is the median over all steps of a contender. Their caches hold the same tokens: one prompt is read once,
+exactly, and its keys and values are given to every cache. Exact contenders share one cache of fixed size.
+
+`best_exact` is the fastest of those that a user of transformers gets by choosing: attention "sdpa" or "eager", compiled
+by inductor or not, inductor's pattern matcher on or off. `grouped`, compiled without the pattern matcher, is what a
+user could write by hand (queries that share a kv head become rows of one product); it stands beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from recording import Row, is_quick, record
+from rich.table import Table
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+import fhopt
+from fhopt import data, ops
+from fhopt.applying import cache_argument, latent_cache
+from fhopt.cache import cache_bytes
+from fhopt.models import LoadedModel, load_model
+from fhopt.spec import LatentPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+TOKENS = 8192
+SPARE = 512  # places of fixed caches behind the prompt
+WARM, STEPS, ROUNDS = 3, 2, 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALTERNATIVES = ("eager", "inductor", "inductor, no pattern matcher")
+PROMISED = {1: 1.3, 8: 3.0}
+
+
+def grouped_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The best plain torch: q [B,H,S,D] as [B,G,H/G*S,D] against k, v [B,G,T,D], nothing repeated."""
+    logits = ops.grouped_scores(query * kwargs["scaling"], key)
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask[..., : key.shape[2]], float("-inf"))
+    weights = torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype)
+    return ops.grouped_mix(weights, value).transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class Contender:
+    """One way to decode: `call` is the model, compiled or not, `cache` is held by several where `rewind` is set."""
+
+    name: str
+    call: Callable[..., Any]
+    cache: Any
+    token: Tensor  # [B, 1]
+    rewind: int = 0  # length to which the cache is set back before each step
+    seconds: list[float] = field(default_factory=list)
+
+    @torch.no_grad()
+    def step(self, argument: str) -> float:
+        """Seconds of one token of each sequence."""
+        if self.rewind:
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(self.rewind)
+        start = time.perf_counter()
+        self.call(self.token, **{argument: self.cache}, use_cache=True)
+        return time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------------------- caches
+
+
+@torch.no_grad()
+def prompt_cache(loaded: LoadedModel, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [1,G,T,D] of every layer, of a real text."""
+    model = loaded.language_model()
+    ids = data.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=tokens)
+    cache = DynamicCache(config=model.config)
+    for part in ids.split(1024, 1):
+        model(part, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@torch.no_grad()
+def fill(cache: Any, prompt: list[tuple[Tensor, Tensor]], batch: int, dtype: torch.dtype) -> Any:
+    """Give the prompt to a cache, once for each sequence."""
+    for index, pair in enumerate(prompt):
+        cache.update(*[x.to(dtype).repeat(batch, 1, 1, 1) for x in pair], index)
+    return cache
+
+
+# --------------------------------------------------------------------------------------------------- contenders
+
+
+def contenders(
+    loaded: LoadedModel, plan: LatentPlan, prompt: list[tuple[Tensor, Tensor]], batch: int, dtype: torch.dtype
+) -> list[Contender]:
+    """Every contender of a case, its cache filled."""
+    tokens = prompt[0][0].shape[2]
+    base = copy.deepcopy(loaded.language_model()).to(dtype).eval()
+    token = torch.full((batch, 1), 42)
+    exact = fill(StaticCache(base.config, tokens + SPARE), prompt, batch, dtype)
+    shared = dict(cache=exact, token=token, rewind=tokens)
+    made = []
+    for attention in ("sdpa", "eager", "grouped"):
+        model = _with_attention(base, attention)
+        plain, no_matcher = torch.compile(model), torch.compile(model, options={"pattern_matcher": False})
+        if attention == "grouped":
+            made.append(Contender("grouped by hand, inductor", no_matcher, **shared))
+            continue
+        made.append(Contender(f"eager, {attention}", model, **shared))
+        made.append(Contender(f"inductor, {attention}", plain, **shared))
+        made.append(Contender(f"inductor, no pattern matcher, {attention}", no_matcher, **shared))
+    made.append(Contender("fhopt exact", _flashhead(_with_attention(base, "sdpa"), {"ratio": 1}), **shared))
+    for fixed in (False, True):
+        model = fhopt.apply(copy.deepcopy(base), plan)
+        held = fill(latent_cache(model, max_cache_len=tokens + SPARE if fixed else None), prompt, batch, dtype)
+        name = f"fhopt {plan.provenance.get('ratio', 4):.3g}x, " + ("static" if fixed else "growing")
+        made.append(Contender(name, _flashhead(model, {}) if fixed else model, held, token))
+    return made
+
+
+def _with_attention(model: Any, attention: str) -> Any:
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the weights are shared
+    copied.set_attn_implementation(attention)
+    return copied
+
+
+def _flashhead(model: Any, options: dict[str, Any]) -> Any:
+    return torch.compile(model, backend="flashhead", options=options or {"ratio": 1})
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(found: list[Contender], argument: str, rounds: int) -> None:
+    """Time the steps of all, in turn."""
+    for one in found:
+        for _ in range(WARM):
+            one.step(argument)
+    for _ in range(rounds):
+        for one in found:
+            one.seconds += [one.step(argument) for _ in range(STEPS)]
+
+
+def rows_of(case: str, batch: int, found: list[Contender]) -> list[Row]:
+    """Milliseconds a step, against the fastest alternative; tokens a second and bytes of the cache."""
+    times = {one.name: 1e3 * statistics.median(one.seconds) for one in found}
+    best = min(t for name, t in times.items() if name.startswith(ALTERNATIVES))
+    rows = []
+    for one in found:
+        time_ms = times[one.name]
+        rows.append(Row(case, one.name, "step_ms", time_ms, "ms", baseline=best, ratio=best / time_ms))
+        rows.append(Row(case, one.name, "tokens_per_second", 1e3 * batch / time_ms, "1/s"))
+        rows.append(Row(case, one.name, "cache_bytes", cache_bytes(one.cache), "bytes"))
+    return rows
+
+
+def cases(quick: bool, batches: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(batch, dtype) of each case."""
+    if quick:
+        yield 1, "float32"
+        return
+    for dtype in dtypes:
+        for batch in batches:
+            yield batch, dtype
+
+
+# --------------------------------------------------------------------------------------------------- what is shown
+
+
+def summary(rows: list[Row]) -> Table:
+    """One line a contender, a column a case: milliseconds a step, and how many times faster than the best exact way."""
+    shown = [row for row in rows if row.metric == "step_ms"]
+    names, columns = (list(dict.fromkeys(getattr(row, key) for row in shown)) for key in ("impl", "case"))
+    out = Table(title="decode: ms a step (times the fastest way that transformers has)", title_justify="left")
+    out.add_column("", overflow="fold")
+    for case in columns:
+        out.add_column(case, justify="right")
+    for name in names:
+        found = {row.case: row for row in shown if row.impl == name}
+        out.add_row(name, *[f"{found[c].value:.1f} ({found[c].ratio:.2f}x)" if c in found else "" for c in columns])
+    return out
+
+
+def draw(figure: Figure, rows: list[Row]) -> None:
+    """Bars of milliseconds a step, a panel a case."""
+    shown = [row for row in rows if row.metric == "step_ms"]
+    columns = list(dict.fromkeys(row.case for row in shown))
+    panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    for panel, case in zip(panels, columns, strict=True):
+        bars = [row for row in shown if row.case == case]
+        colors = ["tab:orange" if row.impl.startswith("fhopt") else "tab:blue" for row in bars]
+        panel.barh([row.impl for row in bars], [row.value for row in bars], color=colors)
+        for index, row in enumerate(bars):
+            panel.text(row.value, index, f" {row.ratio:.2f}x", va="center", fontsize=7)
+        panel.invert_yaxis()
+        panel.set_title(case, fontsize=9)
+        panel.set_xlabel("ms a step")
+        panel.margins(x=0.25)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="A small version of under a minute; also QUICK=1.")
+@click.option(
+    "--plan", "plan_path", type=click.Path(path_type=Path), help="A fitted 4x plan; without it one is fitted."
+)
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True)
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=tuple(DTYPES))
+@click.option("--rounds", type=int, default=ROUNDS, show_default=True)
+@click.option("--tokens", type=int, default=TOKENS, show_default=True)
+def main(
+    quick: bool, plan_path: Path | None, batches: tuple[int, ...], dtypes: tuple[str, ...], rounds: int, tokens: int
+) -> None:
+    """Measure decoding behind a long context."""
+    quick = quick or is_quick()
+    tokens = 1024 if quick else tokens
+    torch._dynamo.config.recompile_limit = 64  # all contenders share the code of one class
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
+    loaded = load_model("demo")
+    plan = _plan(loaded, plan_path, quick)
+    prompt = prompt_cache(loaded, tokens)
+    rows: list[Row] = []
+    for batch, dtype in cases(quick, batches, dtypes):
+        found = contenders(loaded, plan, prompt, batch, DTYPES[dtype])
+        measure(found, cache_argument(loaded.language_model()), 2 if quick else rounds)
+        rows += rows_of(f"batch {batch}, {dtype}, {tokens:,} tokens", batch, found)
+        click.echo(summary_line(rows[-1].case, rows), err=True)
+        del found
+        gc.collect()
+        torch._dynamo.reset()
+    record("decode-quick" if quick else "decode", rows, lambda figure: draw(figure, rows), summary(rows))
+
+
+def summary_line(case: str, rows: list[Row]) -> str:
+    """What a case came to, in one line."""
+    here = {row.impl: row for row in rows if row.case == case and row.metric == "step_ms"}
+    return f"{case}: " + ", ".join(f"{name} {row.value:.1f} ms ({row.ratio:.2f}x)" for name, row in here.items())
+
+
+def _plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
+    if path is not None:
+        return LatentPlan.load(path)
+    from fhopt.pipeline import FitOptions, fit
+
+    options = FitOptions(ratio=4.0, sequences=2, rate_sequences=1) if quick else FitOptions(ratio=4.0)
+    return fit(loaded, options)[0]
+
+
+if __name__ == "__main__":
+    main()
