@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory soak format clean
+.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-decode bench-heal compiled-zoo soak format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,15 @@ bench-quality: $(READY)  ## loss against bytes beside other small caches, writes
 
 bench-memory: $(READY)  ## resident bytes of caches behind 8,192 tokens, from the process (QUICK=1: small)
 	$(BIN)/python benchmarks/memory.py
+
+bench-decode: $(READY)  ## decoding behind 8,192 tokens on a CPU, against every exact way (QUICK=1: small)
+	$(BIN)/python benchmarks/decode.py
+
+bench-heal: $(READY)  ## what healing gives back to the 8x plan (QUICK=1: small)
+	$(BIN)/python benchmarks/healing.py
+
+compiled-zoo: $(READY)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
+	$(BIN)/python benchmarks/compiled_zoo.py
 
 soak: $(READY)  ## 200,000 tokens through everything a cache can be asked, beside a reference (QUICK=1: small)
 	$(BIN)/python benchmarks/soak.py

@@ -224,6 +224,8 @@ class _Others:
 
     def _variant(self, inputs: Sequence[Any]) -> _Variant | None:
         assert self.settings.plan is not None
+        if not self.settings.plan.weights:  # it does not know whose its bases are: those of the first call
+            return None
         program = copy_program(self.pristine, inputs)
         outcome = _find(program, self.training, self.settings.plan)
         passes.optimize(outcome, self.settings.plan, self.training, keeper=buffers)

@@ -157,7 +157,7 @@ class Profile:
 
 
 def _make_room(graphs: int) -> None:
-    """Let Dynamo compile as many graphs more for a function: those from before, and the captured one, are of no use now.
+    """Let Dynamo compile so many graphs more for a function: those from before and the captured one are of no use now.
 
     Past its limit it silently runs uncompiled code.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fhopt import ops, passes
 from fhopt.backend import last_outcome
 from fhopt.cache import LatentCache
 from fhopt.capture import Captured, capture
+from fhopt.fitting import weight_prints
+from fhopt.spec import LatentPlan
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """AOTAutograd as in inductor, without the minutes that generating C++ takes."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    def compile_fx(module: Any, inputs: Any, config_patches: Any = None) -> Any:
+    def compile_fx(module: Any, inputs: Any, **options: Any) -> Any:
         return aot_eager(module, inputs)
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
@@ -327,3 +330,108 @@ def test_compiled_generation_with_one_latent_and_a_window_of_codes_gives_the_eag
     model = with_biases(tiny_gpt2())
     fhopt.apply(model, shared_plan(found(model, 96)[1], 64, window_bits=8))
     assert_compiled_generation_is_eager(model, new_tokens=12, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- whose weights
+
+
+def other_weights(model: Any) -> Any:
+    """The same model with other numbers."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (p for p in other.parameters() if p.dim() > 1):
+            parameter.copy_(torch.randn_like(parameter) * parameter.std())
+    return other
+
+
+def with_prints(fitted: Fitted, plan: LatentPlan) -> LatentPlan:
+    """The plan as `fhopt.fit` would give it: it knows the weights of each site."""
+    weights, sites = dict(fitted.model.named_parameters()), [s.site for s in plan.sites]
+    return plan.with_provenance(weights=weight_prints(weights, sites))
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_layers_that_share_a_graph_get_their_own_bases(llama: Fitted) -> None:
+    """Dynamo compiles one graph for all layers; their bases and tiers differ."""
+    model, plan, ids = copy.deepcopy(llama.model), with_prints(llama, llama.plan(4)), token_ids(1, 60)
+    with torch.no_grad():
+        expected = forward(with_backend(llama.model, plan=plan), ids)
+        for layer in model.model.layers:
+            layer.compile(backend="flashhead", options={"plan": plan})
+        torch.testing.assert_close(forward(model, ids), expected, rtol=1e-4, atol=1e-4)
+    found = fhopt.report(model)
+    assert [s.how[:6] for g in found.graphs for s in g.sites] == ["latent"] * 2
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("prints", [True, False], ids=["of the plan", "of the first call"])
+def test_weights_that_the_plan_was_not_fitted_for_run_exactly_and_say_so(llama: Fitted, prints: bool) -> None:
+    model, ids, plan = copy.deepcopy(llama.model), token_ids(1, 60), llama.plan(4)
+    compiled = with_backend(model, plan=with_prints(llama, plan) if prints else plan)
+    with torch.no_grad():
+        lossy = forward(compiled, ids)
+        model.load_state_dict(other_weights(model).state_dict())
+        with pytest.warns(RuntimeWarning, match="not those that the plan was fitted for.*'trust'"):
+            found = forward(compiled, ids)
+        torch.testing.assert_close(found, forward(model, ids), rtol=1e-4, atol=1e-5)
+        model.load_state_dict(llama.model.state_dict())
+        torch.testing.assert_close(forward(compiled, ids), lossy, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_trusted_weights_keep_the_plan(llama: Fitted) -> None:
+    model, ids = other_weights(llama.model), token_ids(1, 60)
+    compiled = with_backend(model, plan=with_prints(llama, llama.plan(4)), weights="trust")
+    with torch.no_grad():
+        assert float((forward(compiled, ids) - forward(model, ids)).abs().max()) > 1e-4
+    outcome = last_outcome()
+    assert outcome is not None and len(outcome.compressed) == 2
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_plan_stays_in_use_while_it_is_trained_with(llama: Fitted) -> None:
+    model, ids = copy.deepcopy(llama.model).train(), token_ids(1, 60)
+    compiled = with_backend(model, plan=llama.plan(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            loss = torch.nn.functional.cross_entropy(forward(compiled, ids)[0, :-1], ids[0, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+# --------------------------------------------------------------------------------------------------- caches of graphs
+
+
+@pytest.mark.slow
+def test_caches_of_compiled_graphs_know_the_plan(llama: Fitted) -> None:
+    """The same plan is found again by AOTAutograd's cache; another plan of the same shapes is another graph."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    ids = token_ids(1, 60)
+
+    def run(plan: LatentPlan) -> tuple[torch.Tensor, int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            found = forward(with_backend(llama.model, plan=plan), ids)
+        seen = counters["aot_autograd"]
+        assert not seen["autograd_cache_bypass"]
+        return found, seen["autograd_cache_hit"], seen["autograd_cache_miss"]
+
+    with fresh_cache():
+        first, second = llama.plan(4), llama.plan(8)
+        expected, hits, misses = run(first)
+        assert (hits, misses) == (0, 1)
+        again, hits, misses = run(first)
+        assert (hits, misses) == (1, 0)
+        other, hits, misses = run(second)
+        assert (hits, misses) == (0, 1)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+    assert float((other - expected).abs().max()) > 1e-4

@@ -33,7 +33,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     """AOTAutograd as in inductor, without the minutes that generating C++ takes, but for slow tests."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    def compile_fx(module: Any, inputs: Any, config_patches: Any = None) -> Any:
+    def compile_fx(module: Any, inputs: Any, **options: Any) -> Any:
         return aot_eager(module, inputs)
 
     if request.node.get_closest_marker("slow") is None:
