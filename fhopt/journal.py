@@ -95,7 +95,7 @@ def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
 
 
 def _table(journal: Journal) -> Table:
-    table = Table(title=f"{journal.model}: {journal.state}, {len(journal.graphs)} graphs", title_justify="left")
+    table = Table(title=f"{journal.model}: {journal.state}, graphs: {len(journal.graphs)}", title_justify="left")
     for heading in ("site", "graphs", "became", "because"):
         table.add_column(heading, overflow="fold")
     counted: dict[SiteRecord, int] = {}

@@ -135,7 +135,7 @@ def test_training_is_not_watched() -> None:
     ],
 )
 def test_wrong_options_are_refused_with_the_cure(options: dict[str, Any], message: str) -> None:
-    compiled = torch.compile(tiny_llama(), backend="flashhead", options=options)
+    compiled: Any = torch.compile(tiny_llama(), backend="flashhead", options=options)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"FhoptError.*{message}"):
         compiled(token_ids(1, 8))
 
