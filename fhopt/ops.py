@@ -85,17 +85,19 @@ def attention_reference(
     is_causal: bool = False,
     softcap: float = 0.0,
     dropout: float = 0.0,
+    fused: bool = True,
 ) -> Tensor:
     """softmax(cap(scale q k^T) + mask) v with grouped kv heads; differentiable. Shapes in the module docstring.
 
     `is_causal` aligns the first query with the first key, as `F.scaled_dot_product_attention` does. `sinks`,
     broadcastable to [B,H,S,n], are n further logits that take weight and give nothing (attention sinks, softmax plus
-    one). Raises ValueError when H is not a multiple of G.
+    one). fused: False, never by `F.scaled_dot_product_attention` (see `passes.lower`). Raises ValueError when H is
+    not a multiple of G.
     """
     heads, groups = query.shape[1], key.shape[1]
     if heads % groups:
         raise ValueError(f"{heads} query heads are not a multiple of {groups} kv heads")
-    if softcap == 0.0 and sinks is None:
+    if fused and softcap == 0.0 and sinks is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=heads != groups
         )

@@ -9,6 +9,8 @@ fhopt.latent_attention(q~, codes, ...)       latent_attention_reference(...)   -
 A CPU's scaled_dot_product_attention reads keys once for each query head: 3 to 11 times slower, with few queries, than
 reading them once for all heads that share them. The kernel of uncoded latents does that; inductor would turn plain
 products back into the slow call.
+
+In training, a mask of numbers that comes in with the call keeps its plain products (see `_may_hide_rows`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from fhopt.passes.graph import Program, call, example_shape, fake, op_name, shap
 FEW = 48  # rows (queries x query heads of a kv head) up to which reading keys once pays
 FEW_ABSORBED = 256  # the same where the other choice is two plain products
 MANY = 256  # keys from which on the kernel pays
+SIZED_NAMES = "blank_scores ones_like zeros_like full_like empty_like new_ones new_zeros new_full new_empty"
+ONLY_SIZED = frozenset(SIZED_NAMES.split())  # calls that look at no number of their tensor
 
 _PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.attention.default: ops.attention_reference,
@@ -51,6 +55,8 @@ class Lower:
             return _to_kernel(program, node)
         if not self.training and not is_exact and _is_small(node.args[0], node.args[1], FEW_ABSORBED):
             return "kernel"
+        if self.training and is_exact and _may_hide_rows(program, node):
+            node.kwargs = {**node.kwargs, "fused": False}
         node.target = _PLAIN[node.target]
         return "torch"
 
@@ -85,6 +91,27 @@ def _to_kernel(program: Program, node: fx.Node) -> str:
     node.replace_all_uses_with(result)
     program.graph.erase_node(node)
     return "kernel"
+
+
+def _may_hide_rows(program: Program, node: fx.Node) -> bool:
+    """True where a mask of numbers comes in with the call: on padded sequences it may hide all keys of a query.
+
+    The weights of such a row are even, but not in the backward pass of scaled_dot_product_attention: it keeps
+    max + log(sum), which rounds to the max, so that gradients become T times too large.
+    """
+    mask = node.args[3] if len(node.args) > 3 else None
+    if not isinstance(mask, fx.Node) or fake(mask).dtype == torch.bool:
+        return False
+    seen, stack = {mask}, [mask]
+    while stack:
+        at = stack.pop()
+        if at.op == "placeholder" and at.name not in program.parameters and at.name not in program.buffers:
+            return True
+        sources = [] if op_name(at) in ONLY_SIZED else at.all_input_nodes
+        found = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
+        seen.update(found)
+        stack.extend(found)
+    return False
 
 
 def _is_coded(node: fx.Node) -> bool:
