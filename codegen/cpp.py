@@ -2,7 +2,8 @@
 
 What varies with the spec stands in the first page of the file: widths, one unpacking line per tier, softcap. All that
 follows is the same text in every file, specialised by these constants. The file is compiled by GCC or Clang for
-whatever vector unit the host has (vector extensions, no intrinsics) and called through one struct (`ARGUMENTS`).
+whatever vector unit the host has and called through one struct (`ARGUMENTS`). Products of floats are written in vector
+extensions; products of bytes, for AVX-512 VNNI, in intrinsics (`cpp_integer`).
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from string import Template
 
+from fhopt.codegen.cpp_integer import LAYOUT, PRODUCTS
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
 
@@ -32,6 +34,8 @@ def render(spec: KernelSpec) -> str:
         key_side=_side("Keys", spec.key_tiers, spec.key_width, spec.dtype),
         value_side=_side("Values", spec.value_tiers, spec.value_width, spec.dtype),
         softcap=str(spec.softcap).lower(),
+        layout=LAYOUT,
+        products=PRODUCTS,
     )
 
 
@@ -102,7 +106,8 @@ _FILE = Template(r"""// $name
 $planes
 //
 // Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
-// whole sums, and the token's scale multiplies its logit and its weight.
+// whole sums, and the token's scale multiplies its logit and its weight. Products are
+// of floats or, with AVX-512 VNNI, of bytes.
 //
 // Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
 // its tokens in tiles that fit the first-level cache, and passes over those that are masked whole: unpack a tile of
@@ -319,6 +324,7 @@ $key_side
 
 $value_side
 
+$layout
 // Per channel: what a code is multiplied with, and the code that stands for 0.
 template <class Side>
 struct Channels {
@@ -336,12 +342,42 @@ struct Channels {
 };
 
 constexpr Channels<Keys> KEY_CHANNELS;
-constexpr Channels<Values> VALUE_CHANNELS;
 
-// Tokens of a tile: 24 KB of floats, so that it stays in the first-level cache beside the queries.
-constexpr int WIDEST = std::max(Keys::PAD, Values::PAD);
-constexpr int TILE = std::clamp(6144 / WIDEST / 16 * 16, 16, 64);
-constexpr int STRIDE = WIDEST + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
+// Sums of values, in channel order or, of codes as bytes, in the order of their vectors.
+constexpr int SUMS = INTEGER_VALUES ? 16 * VALUE_VECTORS : Values::PAD;
+
+struct ValueChannels {
+    float step[SUMS] = {}, middle[SUMS] = {};
+    int place[Values::WIDTH] = {};  // of a channel in the sums
+
+    constexpr ValueChannels() {
+        constexpr Channels<Values> channels;
+        int shift[Values::WIDTH] = {};
+        for (int c = 0; c < Values::WIDTH; c++) place[c] = c;
+        for (int q = 0; q < (INTEGER_VALUES ? VALUE_LAYOUT.count : 0); q++) {
+            const Quad& quad = VALUE_LAYOUT.quads[q];
+            for (int g = 0; g < quad.size; g++) {
+                for (int i = 0; i < 8; i++) {
+                    place[quad.groups[g].channel + i] = place_of(q, g, i);
+                    shift[quad.groups[g].channel + i] = quad.shift(quad.groups[g].bits);
+                }
+            }
+        }
+        for (int c = 0; c < Values::WIDTH; c++) {
+            step[place[c]] = channels.step[c] / float(1 << shift[c]);
+            middle[place[c]] = channels.middle[c] * float(1 << shift[c]);
+        }
+    }
+};
+
+constexpr ValueChannels VALUE_CHANNELS;
+
+// Tokens of a tile: 24 KB of floats or codes, so that it stays in the first-level cache beside the queries.
+constexpr int FLOATS = std::max(INTEGER_KEYS ? 0 : Keys::PAD, INTEGER_VALUES ? 0 : Values::PAD);  // of a token
+constexpr int CODES = std::max(INTEGER_KEYS ? 4 * KEY_VECTORS : 0, INTEGER_VALUES ? 16 * VALUE_VECTORS : 0);
+constexpr int HALVES = INTEGER_KEYS ? KEY_LAYOUT.halves : 0;
+constexpr int TILE = std::clamp(24576 / std::max(4 * FLOATS, CODES + 4 * HALVES) / 16 * 16, 16, FLOATS ? 64 : 128);
+constexpr int STRIDE = FLOATS + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
@@ -383,8 +419,8 @@ struct Part {
 
 // Running softmax of a row: o = sum / total, lse = log2(total) + top.
 struct State {
-    float top, total;
-    alignas(64) float sum[Values::PAD];  // of weight * (code - middle)
+    float top, total, mass;       // mass: the sum of weight * scale, kept where weights are split
+    alignas(64) float sum[SUMS];  // of weight * scale * (code - middle)
 };
 
 // ------------------------------------------------------------------------------------------------ two products
@@ -442,18 +478,18 @@ void mix(const float* weights, const float* totals, const float* z, int64_t stri
     if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, stride, tokens, states, (ALL - REST) * LANES);
 }
 
-// Calls f(first, count) with `count` a compile-time number of at most MOST_ROWS rows, sizes as even as they can be.
-template <class F>
+template <class F, int... I>
+INLINE void for_count(int count, int first, F f, std::integer_sequence<int, I...>) {
+    ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
+}
+
+// Calls f(first, count) with `count` a compile-time number of at most MOST rows, sizes as even as they can be.
+template <int MOST, class F>
 INLINE void for_blocks_of_rows(int rows, F f) {
     for (int first = 0; first < rows;) {
-        const int blocks = (rows - first + MOST_ROWS - 1) / MOST_ROWS;
+        const int blocks = (rows - first + MOST - 1) / MOST;
         const int count = (rows - first + blocks - 1) / blocks;
-        switch (count) {
-            case 1: f(first, std::integral_constant<int, 1>()); break;
-            case 2: f(first, std::integral_constant<int, 2>()); break;
-            case 3: f(first, std::integral_constant<int, 3>()); break;
-            case 4: f(first, std::integral_constant<int, 4>()); break;
-        }
+        for_count(count, first, f, std::make_integer_sequence<int, MOST>());
         first += count;
     }
 }
@@ -488,11 +524,16 @@ INLINE void for_mask(const Arguments& a, const Part& p, int row, int64_t begin, 
     for (int t = 0; t < tokens; t++) f(t, m[t * a.mask_token]);
 }
 
+// The lowest finite number of a mask stays finite: a row that it hides whole still attends, evenly.
+INLINE float in_base_2(float m) {
+    return m == -INF ? m : std::max(m * float(LOG2E), std::numeric_limits<float>::lowest() / 2);
+}
+
 void add_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, float* __restrict x) {
     if (a.mask_kind == BOOL_MASK) {
         for_mask<uint8_t>(a, p, row, begin, tokens, [x](int t, uint8_t m) { x[t] = m ? x[t] : -INF; });
     } else if (a.mask_kind == ADDITIVE_MASK) {
-        for_mask<float>(a, p, row, begin, tokens, [x](int t, float m) { x[t] += m * float(LOG2E); });
+        for_mask<float>(a, p, row, begin, tokens, [x](int t, float m) { x[t] += in_base_2(m); });
     }
 }
 
@@ -523,8 +564,9 @@ void to_weights(float* __restrict x, int tokens, State& state) {
     const float top = std::max(state.top, largest_of(tops));
     if (top > state.top) {
         const float factor = std::exp2(state.top - top);
-        for (int i = 0; i < Values::PAD; i++) state.sum[i] *= factor;
+        for (int i = 0; i < SUMS; i++) state.sum[i] *= factor;
         state.total *= factor;
+        state.mass *= factor;
         state.top = top;
     }
     const float base = top == -INF ? 0.0f : top;  // all masked so far: weights are 0, not NaN
@@ -547,18 +589,24 @@ T* allocate(int64_t count) {
 struct Scratch {
     float *tile, *query, *middle, *logits, *totals;  // [TILE, STRIDE], [rows, R_K], [rows], [rows, TILE], [rows]
     State* states;                                   // [rows]
+    uint8_t* codes;                                  // [TILE, CODES]
+    int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_VECTORS], of weights [9, 3, TILE]
+    float *unit, *halves;                            // [rows], [HALVES, TILE]
     alignas(64) float scale[TILE];
 
     explicit Scratch(int64_t rows)
-        : tile(allocate<float>(TILE * STRIDE)), query(allocate<float>(rows * Keys::PAD)), middle(allocate<float>(rows)),
-          logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)), states(allocate<State>(rows)), scale() {
-        std::fill(tile, tile + TILE * STRIDE, 0.0f);
+        : tile(allocate<float>(FLOATS ? TILE * STRIDE : 0)), query(allocate<float>(rows * Keys::PAD)),
+          middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)),
+          states(allocate<State>(rows)), codes(allocate<uint8_t>(TILE * CODES)),
+          parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_VECTORS : 0)),
+          weights(allocate<int8_t>(INTEGER_VALUES ? 27 * TILE : 0)), unit(allocate<float>(rows)),
+          halves(allocate<float>(TILE * HALVES)), scale() {
+        if (FLOATS) std::fill(tile, tile + TILE * STRIDE, 0.0f);
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
-        for (void* memory : {(void*)tile, (void*)query, (void*)middle, (void*)logits, (void*)totals, (void*)states}) {
-            std::free(memory);
-        }
+        for (float* memory : {tile, query, middle, logits, totals, unit, halves}) std::free(memory);
+        for (void* memory : {(void*)states, (void*)codes, (void*)parts, (void*)weights}) std::free(memory);
     }
 };
 
@@ -602,15 +650,20 @@ void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
     }
 }
 
+$products
 void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
     const int64_t shared = a.heads / a.key_heads;  // query heads that read one latent head
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
         int64_t stride;
         const int64_t j = (p.head + head) / shared;
-        const float* z = floats<Keys>(a.key, a.key_scale, p.b, j, begin, tokens, s, stride);
         const int64_t row = head * p.queries;
-        for_blocks_of_rows(rows, [&](int first, auto count) {
+        if (INTEGER_KEYS) {
+            score_codes(a, p.b, j, begin, tokens, row, rows, s);
+            continue;
+        }
+        const float* z = floats<Keys>(a.key, a.key_scale, p.b, j, begin, tokens, s, stride);
+        for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
             constexpr int ROWS = decltype(count)::value;
             const int64_t r = row + first;
             score<ROWS, ROWS == 1 ? 8 : 4>(s.query + r * Keys::PAD, z, stride, whole, s.logits + r * TILE);
@@ -636,10 +689,14 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
     for (int64_t head = 0; head < p.heads; head += shared) {
         int64_t stride;
         const int64_t j = (p.head + head) / shared;
-        const float* z = floats<Values>(a.value, a.value_scale, p.b, j, begin, tokens, s, stride);
         const int64_t row = head * p.queries;
+        if (INTEGER_VALUES) {
+            mix_codes(a, p.b, j, begin, tokens, row, rows, s);
+            continue;
+        }
+        const float* z = floats<Values>(a.value, a.value_scale, p.b, j, begin, tokens, s, stride);
         if (Values::SCALED) scale_weights(row, rows, whole, s);
-        for_blocks_of_rows(rows, [&](int first, auto count) {
+        for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
             const int64_t r = row + first;
             mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, stride, tokens, s.states + r);
         });
@@ -657,6 +714,7 @@ void load_queries(const Arguments& a, const Part& p, Scratch& s) {
         Floats middle = {};
         for (int i = 0; i < Keys::PAD; i += LANES) middle += load(out + i) * load(KEY_CHANNELS.middle + i);
         s.middle[r] = sum_of(middle);
+        if (INTEGER_KEYS) to_parts(out, s.parts + r * 12 * KEY_VECTORS, s.unit[r], s.middle[r]);
     }
 }
 
@@ -664,8 +722,8 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
     load_queries(a, p, s);
     for (int r = 0; r < p.rows(); r++) {
         s.states[r].top = -INF;
-        s.states[r].total = 0;
-        std::fill(s.states[r].sum, s.states[r].sum + Values::PAD, 0.0f);
+        s.states[r].total = s.states[r].mass = 0;
+        std::fill(s.states[r].sum, s.states[r].sum + SUMS, 0.0f);
     }
     for (int64_t begin = p.begin; begin < p.end; begin += TILE) {
         const int tokens = int(std::min<int64_t>(TILE, p.end - begin));
@@ -709,15 +767,18 @@ struct Cut {
 
 // Joins the ranges of tokens of one row: states [ranges] -> output [R_V], lse.
 void merge(const State* states, int64_t ranges, float* output, float& lse) {
-    float top = -INF, total = 0, sum[Values::PAD] = {};
+    float top = -INF, total = 0, sum[SUMS] = {};
     for (int64_t i = 0; i < ranges; i++) top = std::max(top, states[i].top);
     for (int64_t i = 0; i < ranges; i++) {
         const float factor = states[i].top == -INF ? 0.0f : std::exp2(states[i].top - top);
         total += states[i].total * factor;
-        for (int c = 0; c < Values::PAD; c++) sum[c] += states[i].sum[c] * factor;
+        for (int c = 0; c < SUMS; c++) sum[c] += states[i].sum[c] * factor;
     }
     const float inverse = total == 0 ? 0.0f : 1 / total;
-    for (int c = 0; c < Values::WIDTH; c++) output[c] = sum[c] * inverse * VALUE_CHANNELS.step[c];
+    for (int c = 0; c < Values::WIDTH; c++) {
+        const int i = VALUE_CHANNELS.place[c];
+        output[c] = sum[i] * inverse * VALUE_CHANNELS.step[i];
+    }
     lse = float((top + std::log2(total)) * LN2);
 }
 

@@ -279,9 +279,10 @@ def latent_attention(
     queries, tokens = query.shape[2], opened.shape[2] if latents is None else latents.length(opened)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    several = True if queries > 1 else False  # noqa: SIM210  # a symbol becomes a guard
     mask = None if attention_mask is None else attention_mask[..., :tokens]
     needs_mask = position_bias is not None or (latents is None and queries < tokens)
-    if mask is None and causal and queries > 1 and needs_mask:
+    if mask is None and causal and several and needs_mask:
         mask = ops.causal_mask(queries, tokens, query.device)
     if position_bias is not None:
         bias = ops.additive(mask, position_bias.dtype)
@@ -293,7 +294,7 @@ def latent_attention(
     )
     if latents is None:
         output = _exact(
-            query, opened, values, mask, is_causal=mask is None and causal and queries > 1, dropout=dropout, **options
+            query, opened, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **options
         )
     else:
         if mask is None and not causal:

@@ -37,7 +37,7 @@ from fhopt.errors import FhoptError, PassError, Stale
 from fhopt.fitting import check_model
 from fhopt.journal import Journal
 from fhopt.passes.graph import Program, copy_program
-from fhopt.spec import LatentPlan
+from fhopt.spec import PLAN_FILES, LatentPlan
 
 Compiled = Callable[..., Any]
 OPTIONS = frozenset({"plan", "ratio", "max_loss", "calibration_tokens", "weights", "strict"})
@@ -71,20 +71,30 @@ def _plan(given: Any) -> LatentPlan | None:
     if given is None or isinstance(given, LatentPlan):
         return given
     if isinstance(given, (str, os.PathLike)):
-        return _loaded(os.fspath(given), _stamp(os.fspath(given)))
+        return _loaded(os.path.realpath(given))
     raise FhoptError(f"option plan is a {type(given).__name__}; expected a LatentPlan or the path of one.")
 
 
-@functools.lru_cache(maxsize=8)
-def _loaded(path: str, stamp: float) -> LatentPlan:
-    return LatentPlan.load(path)
+_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first read: all graphs of a process have the same
 
 
-def _stamp(path: str) -> float:
-    try:
-        return (Path(path) / "plan.json").stat().st_mtime
-    except OSError:
-        return 0.0
+def _loaded(path: str) -> LatentPlan:
+    if path not in _plans:
+        plan = LatentPlan.load(path)
+        _plans[path] = plan, _stamps(path)
+    plan, stamps = _plans[path]
+    if _stamps(path) != stamps:
+        warnings.warn(
+            f"{path} has changed since it was read; graphs go on with the plan as it was. Call torch.compiler.reset() "
+            "to compile with the new one.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return plan
+
+
+def _stamps(path: str) -> list[int]:
+    return [file.stat().st_mtime_ns for name in PLAN_FILES if (file := Path(path) / name).exists()]
 
 
 def last_outcome() -> passes.Outcome | None:
@@ -103,7 +113,7 @@ def flashhead(
     settings, theirs = Settings.parse(options or {})
     compiler = Compiler(mode, theirs)
     program = copy_program(module, example_inputs)
-    training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    training = _takes_gradients(module.graph) and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     root = journal.owner(program.weights.values())
     notes = journal.journal_of(root)
     outcome = _find(program, training, settings.plan)
@@ -119,9 +129,16 @@ def flashhead(
     return compiled
 
 
+def _takes_gradients(graph: fx.Graph) -> bool:
+    """True where gradients are on, or are turned on somewhere in the graph."""
+    on = (n for n in graph.nodes if n.target is torch._C._set_grad_enabled and n.args[0])
+    return torch.is_grad_enabled() or any(True for _ in on)
+
+
 def reset() -> None:
     """What `torch.compiler.reset` does to this backend: journals and unfinished profiles are forgotten."""
     _outcomes.clear()
+    _plans.clear()
     journal.forget()
     profiling.forget()
 
@@ -207,6 +224,8 @@ class _Others:
 
     def __call__(self, inputs: Sequence[Any], stale: Stale) -> Any:
         """Run the graph that is right for these inputs."""
+        if stale.is_settled and self.exact is not None:
+            return self.exact(*inputs)
         for variant in self.known:
             try:
                 return variant(inputs)
@@ -217,6 +236,7 @@ class _Others:
         if made is not None:
             self.known.append(made)
             return made(inputs)
+        stale.is_settled = True
         if self.exact is None:
             self._tell(stale)
             self.exact = self.compiler.later(self.pristine)

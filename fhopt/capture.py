@@ -88,7 +88,7 @@ def capture_graphs(
             torch._dynamo.reset()
     for program, _ in seen:
         _name_parameters(program, model)
-    return [
+    captured = [
         Captured(
             program,
             _name_inputs(program, args, given),
@@ -97,6 +97,10 @@ def capture_graphs(
         )
         for program, outputs in seen
     ]
+    for _, outputs in seen:
+        outputs.clear()
+    seen.clear()  # without a reset, Dynamo keeps what was compiled, and this with it
+    return captured
 
 
 def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reset: bool) -> Any:

@@ -270,47 +270,46 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
     multiple=True,
     default=("topics",),
     show_default=True,
-    help="Text to train on, as in fit; repeatable. Its second half is measured on.",
+    help="Text to read, as in fit; repeatable. Its second half is measured on.",
 )
-@click.option("--tokens", type=int, default=50_000, show_default=True, help="Of training, each read once.")
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of a sequence; one a step.")
-@click.option("--lr", "learning_rate", type=float, help="How far a step moves a channel, in noise of its rounding.")
+@click.option("--tokens", type=int, default=50_000, show_default=True, help="To read, each once.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of a sequence.")
+@click.option("--ridge", type=float, help="How strongly decoders are drawn to those of the plan.")
 @click.option("--held-out", type=int, default=2, show_default=True, help="Sequences to measure on.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of their order.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="File that an interrupted training goes on from. [default: beside the plan that is written]",
+    help="File that an interrupted healing goes on from. [default: beside the plan that is written]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="float32",
     show_default=True,
-    help="Of the model; bases stay as they are.",
+    help="Of the model; the plan stays as it is.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
 @json_option
 def heal(
-    model: str, plan_path: Path, learning_rate: float | None, checkpoint: Path | None, dtype: str, out: Path,
+    model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Train the bases of a plan until MODEL predicts with it what it predicts without, and write a plan of its size.
+    """Solve for the decoders with which MODEL reads text as it does without a plan, and write a plan of the same size.
 
-    An interrupted training goes on where it was when the same command is given again. MODEL must be a causal language
+    An interrupted healing goes on where it was when the same command is given again. MODEL must be a causal language
     model with a tokenizer.
     """
     import torch
 
     from fhopt.files import check_folder, check_writable
     from fhopt.healing import HealOptions
-    from fhopt.healing import heal as train
+    from fhopt.healing import heal as improve
     from fhopt.models import load_model
     from fhopt.spec import PLAN_FILES, LatentPlan
 
     out = Path(os.path.abspath(out))
     chosen = HealOptions(checkpoint=checkpoint or out.with_name(f".{out.name}.healing"), **options)
-    chosen = chosen if learning_rate is None else replace(chosen, learning_rate=learning_rate)
+    chosen = chosen if ridge is None else replace(chosen, ridge=ridge)
     chosen.check()
     plan = LatentPlan.load(plan_path)
     chosen.check_plan(plan)
@@ -319,7 +318,7 @@ def heal(
     loaded.language_model()
     check_writable(out.parent)
     with _progress(as_json) as progress:
-        healed = train(loaded, plan, chosen, progress)
+        healed = improve(loaded, plan, chosen, progress)
     healed.save(out)
     _show_healed(healed, out, as_json)
 
@@ -333,7 +332,7 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
     before, after = told["before"], told["after"]
     console = _console(as_json)
     console.print(
-        f"{told['tokens']:,} tokens of training, measured on {after['tokens']:,} others:\n"
+        f"{told['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
         f"KL from the exact model {before['kl']:.4g} -> {after['kl']:.4g} nats per token\n"
         f"increase of perplexity  {before['increase_percent']:+.2f} -> {after['increase_percent']:+.2f} %",
         highlight=False,

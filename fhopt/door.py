@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from contextvars import ContextVar
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 
 BACKEND = "flashhead"
 _lock = threading.Lock()
-_entered: dict[int, int] = {}  # how many methods run with the calls of a module compiled, by its id
+_inside: ContextVar[Mapping[int, Any]] = ContextVar("inside", default=MappingProxyType({}))  # compiled calls, by model
 
 
 def install() -> None:
@@ -62,22 +63,45 @@ def _compiling(method: MethodType, wrapper: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _compiled_calls(model: Any, wrapper: Any) -> Iterator[None]:
-    """Within, calls of `model` run as `model.compile()` would have them, with the wrapper's settings."""
-    with _lock:
-        mine = id(model) in _entered or model._compiled_call_impl is None
-        if mine:
-            _entered[id(model)] = _entered.get(id(model), 0) + 1
-            if model._compiled_call_impl is None:
-                model._compiled_call_impl = _compiled_call(model, wrapper)
+    """Within, in this thread, calls of `model` run as `model.compile()` would have them, with the wrapper's settings.
+
+    A model that was compiled in place keeps that.
+    """
+    _open_door(model)
+    inside = _inside.get()
+    token = _inside.set({**inside, id(model): _compiled_call(model, wrapper)})
     try:
         yield
     finally:
-        with _lock:
-            if mine:
-                _entered[id(model)] -= 1
-                if not _entered[id(model)]:
-                    del _entered[id(model)]
-                    model._compiled_call_impl = None
+        _inside.reset(token)
+        _close_door(model)
+
+
+def _open_door(model: Any) -> None:
+    with _lock:
+        if model._compiled_call_impl is None:
+            model._compiled_call_impl = _Dispatch(model)
+        if isinstance(model._compiled_call_impl, _Dispatch):
+            model._compiled_call_impl.users += 1
+
+
+def _close_door(model: Any) -> None:
+    with _lock:
+        dispatch = model._compiled_call_impl
+        if isinstance(dispatch, _Dispatch):
+            dispatch.users -= 1
+            if not dispatch.users:
+                model._compiled_call_impl = None
+
+
+class _Dispatch:
+    """A model's call: compiled by the wrapper whose method runs in this thread, or as it is where none does."""
+
+    def __init__(self, model: Any) -> None:
+        self.plain, self.key, self.users = model._call_impl, id(model), 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _inside.get().get(self.key, self.plain)(*args, **kwargs)
 
 
 def _compiled_call(model: Any, wrapper: Any) -> Any:

@@ -33,4 +33,9 @@ class PassError(RuntimeError):
 
 
 class Stale(Exception):
-    """What was fitted does not belong to the weights that a compiled graph is called with: it must run exactly."""
+    """What was fitted does not belong to the weights that a compiled graph is called with: it must run exactly.
+
+    is_settled: it was looked for another graph that is right for them, and there is none.
+    """
+
+    is_settled = False

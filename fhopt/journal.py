@@ -165,12 +165,14 @@ def _merged(name: str, parts: list[Journal]) -> Journal:
 
 
 def owner(parameters: Iterable[Tensor]) -> torch.nn.Module | None:
-    """The module whose call Dynamo is tracing and that owns these parameters; None where there is no such module."""
+    """The module whose call Dynamo is tracing and that owns these parameters; None where there is no such module.
+
+    Of several, such as two models that share an embedding, the one with the fewest parameters.
+    """
     wanted = {id(p) for p in parameters}
-    for module in _modules_in(_traced_locals()):
-        if not wanted or not wanted.isdisjoint(id(p) for p in module.parameters()):
-            return module
-    return None
+    owned = [(m, {id(p) for p in m.parameters()}) for m in _modules_in(_traced_locals())]
+    fitting = [(len(own), i) for i, (_, own) in enumerate(owned) if wanted <= own]
+    return owned[min(fitting)[1]][0] if fitting else None
 
 
 def _traced_locals() -> dict[str, Any]:

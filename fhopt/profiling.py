@@ -14,11 +14,11 @@ gains nothing from latents.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,8 @@ from fhopt.passes.graph import VIEWS, op_name, source_name
 from fhopt.spec import LatentPlan
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
-LEAST_TOKENS = 2048
+LEAST_TOKENS = 4096
+SHORTEST = 16  # tokens of a sequence that says something of the model's text
 CONTEXT = 1024  # tokens of a calibration sequence, fewer where the stream or the model is short
 logger = logging.getLogger("fhopt")
 
@@ -73,6 +74,7 @@ class Wish:
 class Stream:
     """Token ids of sequences, in the order in which they began."""
 
+    padding: int | None = None  # the token that fills batches, where the model has one
     rows: list[list[int]] = field(default_factory=list)
     open: list[list[int]] = field(default_factory=list)  # those that grow, one a row of the batch
     count: int = 0
@@ -95,11 +97,22 @@ class Stream:
         self.rows += self.open
         self.count += sum(map(len, self.open))
 
-    def cut(self, context: int, begin: float, end: float) -> Tensor:
-        """The share from `begin` to `end` of all tokens as sequences [N, context], one behind the other."""
-        flat = [token for row in self.rows for token in row]
+    def cut(self, context: int, begin: float, end: float, shortest: int = SHORTEST) -> Tensor:
+        """The share from `begin` to `end` of all tokens as sequences [N, context], one behind the other.
+
+        Sequences of fewer than `shortest` tokens are left out.
+        """
+        rows = [trimmed(row, self.padding) for row in self.rows]
+        flat = [token for row in rows if len(row) >= shortest for token in row]
         part = torch.tensor(flat[int(begin * len(flat)) : int(end * len(flat))])
         return part[: len(part) // context * context].unflatten(0, (-1, context))
+
+
+def trimmed(row: list[int], padding: int | None) -> list[int]:
+    """A sequence without what fills it up in front and behind; one token stays, which may end a text."""
+    first = next((i for i, token in enumerate(row) if token != padding), len(row))
+    last = next((i for i, token in enumerate(reversed(row)) if token != padding), len(row))
+    return row[first : len(row) - max(0, last - 1)]
 
 
 # --------------------------------------------------------------------------------------------------- a profile
@@ -110,7 +123,8 @@ class Profile:
 
     def __init__(self, model: torch.nn.Module, wish: Wish, notes: Journal) -> None:
         self.model, self.wish, self.notes = weakref.ref(model), wish, notes
-        self.stream, self.lock = Stream(), threading.Lock()
+        self.stream = Stream(getattr(model.config.get_text_config(), "pad_token_id", None))  # type: ignore[operator, union-attr]
+        self.lock = threading.Lock()
         self.is_done = False
         notes.state = journal.GATHERING
 
@@ -131,14 +145,18 @@ class Profile:
         if model is None:
             return
         logger.info("fhopt: fitting a plan for %s to %d tokens", type(model).__name__, self.stream.count)
-        try:
-            with _as_it_was(model):
-                plan = fit(model, self.stream, self.wish)
-                from fhopt.applying import apply
+        from fhopt.applying import apply
 
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+                plan = fit(twin(model), self.stream, self.wish)
                 apply(model, plan)
         except FhoptError as error:
             self._conclude(journal.REJECTED, f"stays exact: {error}")
+            return
+        except Exception as error:  # the call that the user made must not fail for it
+            logger.debug("fhopt: fitting failed", exc_info=True)
+            self._conclude(journal.REJECTED, f"stays exact: fitting failed ({type(error).__name__}: {error})")
             return
         gated = plan.provenance["gate"]
         _make_room(len(self.notes.graphs) + 1)
@@ -162,25 +180,27 @@ def _make_room(graphs: int) -> None:
     Past its limit it silently runs uncompiled code.
     """
     torch._dynamo.config.recompile_limit += graphs
+    _room.append(graphs)
 
 
-@contextlib.contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """Within, the model runs uncompiled, in evaluation mode, and gradients can be taken."""
-    compiled, training = model._compiled_call_impl, model.training
-    model._compiled_call_impl = None
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        model.train(training)
-        model._compiled_call_impl = compiled
+_room: list[int] = []  # what was added
+
+
+def twin(model: Any) -> Any:
+    """A model on the same weights, uncompiled and in evaluation mode: candidates are tried on it, not in use."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(x): x for x in shared}).eval()
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def fit(model: Any, stream: Stream, wish: Wish) -> LatentPlan:
     """A plan for a causal language model from the tokens that it has seen. Raises FhoptError when none passes."""
-    context = min(CONTEXT, stream.count // 8, model.config.get_text_config().max_position_embeddings or CONTEXT)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    context = min(CONTEXT, stream.count // 8, positions)
     known, held_out = stream.cut(context, 0, 0.75), stream.cut(context, 0.75, 1)
     rate_sequences = max(1, len(known) // 3)
     options = pipeline.FitOptions(
@@ -188,7 +208,7 @@ def fit(model: Any, stream: Stream, wish: Wish) -> LatentPlan:
         rate_sequences=rate_sequences,
     )  # fmt: skip
     options.check()
-    device = next(model.parameters()).device
+    device = _device(model)
     arguments = {"input_ids": known[:1].to(device), "use_cache": False}
     captured = capture(model, (), arguments, reset=False)
     batches = ({"input_ids": row.unsqueeze(0)} for row in known)
@@ -208,8 +228,10 @@ _profiles: weakref.WeakKeyDictionary[torch.nn.Module, Profile] = weakref.WeakKey
 
 
 def forget() -> None:
-    """Begin all profiles anew."""
+    """Begin all profiles anew, and take back the room that was made for their graphs."""
     _profiles.clear()
+    while _room:
+        torch._dynamo.config.recompile_limit -= _room.pop()
 
 
 def watched(

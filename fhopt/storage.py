@@ -148,19 +148,26 @@ class RoundedTokens(OpenTokens):
         if sinks.shape[2] < self.sinks:
             sinks = tokens[:, :, : self.sinks].clone()
         codes = torch.cat([codes[:, :, sealed:], more_codes], 2)
-        self.parts = (sinks, codes, torch.cat([scale[:, :, sealed:], more_scale], 2))
+        self.parts = (sinks, codes, _joined([scale[:, :, sealed:], more_scale]))
 
     def insert(self, rebuilt: Tensor) -> None:
         """Put tokens between sinks and window, rounded."""
         sinks, *window = self.parts
         more = ops.round_rows(rebuilt)
-        self.parts = (sinks, *[torch.cat([new, old], 2) for new, old in zip(more, window, strict=True)])
+        self.parts = (sinks, *[_joined([new, old]) for new, old in zip(more, window, strict=True)])
 
     def crop(self, count: int) -> None:
         """Hold the first `count` tokens only."""
         sinks, *window = self.parts
         rest = max(0, count - self.sinks)
         self.parts = (sinks[:, :, :count].clone(), *[part[:, :, :rest].clone() for part in window])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Codes or scales, one behind the other; as integers, since autocast on a CPU cannot join float16."""
+    if parts[0].dtype != torch.float16:
+        return torch.cat(parts, 2)
+    return torch.cat([part.contiguous().view(torch.int16) for part in parts], 2).view(torch.float16)
 
 
 class SealedRows(Store):

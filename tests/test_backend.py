@@ -405,6 +405,48 @@ def test_a_plan_stays_in_use_while_it_is_trained_with(llama: Fitted) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.usefixtures("traced_only")
+def test_gradients_that_are_turned_on_within_a_graph_are_not_lost() -> None:
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            y: torch.Tensor = module(x[:, -1:], x, x)[0]
+        return y
+
+    x = torch.randn(1, 300, 32)
+    with torch.no_grad():
+        outputs = [f(x) for f in (run, torch.compile(run, backend="flashhead", options={"ratio": 1}))]
+    gradients = [torch.autograd.grad(y.square().sum(), list(module.parameters())) for y in outputs]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_one_before(llama: Fitted, tmp_path: Path) -> None:
+    path = llama.plan(1).save(tmp_path / "plan")
+    compiled = with_backend(llama.model, plan=str(path))
+    with torch.no_grad():
+        forward(compiled, token_ids(1, 40))
+        llama.plan(4).save(path)
+        ids = token_ids(1, 41)
+        with pytest.warns(RuntimeWarning, match="has changed since it was read"):
+            found = forward(compiled, ids)
+        torch.testing.assert_close(found, forward(llama.model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_prompts_of_several_lengths_on_an_applied_plan_are_whole_graphs(llama: Fitted) -> None:
+    model = copy.deepcopy(llama.model)
+    fhopt.apply(model, llama.plan(1))
+    compiled: Any = torch.compile(model, backend="flashhead", options={"ratio": 1}, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (30, 41, 57):
+            ids = token_ids(1, tokens)
+            found = compiled(input_ids=ids, use_cache=True).logits
+            torch.testing.assert_close(found, forward(llama.model, ids), rtol=1e-4, atol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------- caches of graphs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,36 @@ def test_stale_weights_reach_the_caller() -> None:
     weight = torch.ones(2)
     with pytest.raises(Stale, match="others"):
         Binder(program_of(make, weight), 1)([weight])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.data.mul_(3), lambda x: setattr(x, "data", x.data * 3)])
+def test_changes_through_data_are_seen_although_versions_do_not_tell(change: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(1000))
+    binder = Binder(program_of(lambda w: w.detach().clone()[:2], weight), 1)
+    assert binder([weight])[0].tolist() == [1, 1]
+    change(weight)
+    assert binder([weight])[0].tolist() == [3, 3]
+
+
+def test_inference_tensors_that_change_are_seen() -> None:
+    with torch.inference_mode():
+        weight = torch.ones(4)
+        binder = Binder(program_of(lambda w: w * 2, weight), 1)
+        binder([weight])
+        weight.mul_(2)
+        assert binder([weight])[0].tolist() == [4] * 4
+
+
+def test_what_is_stale_stays_so_without_being_made_again() -> None:
+    calls: list[int] = []
+
+    def make(w: Tensor) -> Tensor:
+        calls.append(1)
+        raise Stale("others")
+
+    weight = torch.ones(2)
+    binder = Binder(program_of(make, weight), 1)
+    for _ in range(3):
+        with pytest.raises(Stale):
+            binder([weight])
+    assert len(calls) == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
+import mmap
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fhopt import ops
 from fhopt.codegen import build, install, latent_attention, render
-from fhopt.codegen.build import build_cpp, build_torch, find_compiler
+from fhopt.codegen.build import build_cpp, build_torch, find_compiler, load
+from fhopt.codegen.call import LibraryKernel
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
 from fhopt.ops import LatentKernel, latent_attention_reference, pack_reference, planes, unpack_reference, use_kernel
@@ -206,6 +211,71 @@ def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -
     assert query is not None
     x: Inputs = (query, *rest)  # type: ignore[assignment]
     assert_same(make(case.spec())(*x, None, **case.options()), expected(case, x, None))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", SUPPORTED_BITS[::-1])
+def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> None:
+    for width, heads, (key_heads, value_heads), tokens in [(8, 6, (3, 1), 17), (256, 9, (1, 9), 130)]:
+        tiers: Tiers = ((bits, width, 2 / 2**bits),)
+        assert_bytes_and_floats_agree(Case(tiers, tiers, heads, key_heads, value_heads, 1, tokens))
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(8))
+def test_bytes_and_floats_of_random_tiers_agree_with_the_reference(seed: int) -> None:
+    draw = random.Random(seed)
+    halves: Tiers = ((16, 8 * draw.randint(1, 2), 0.0),) if seed % 3 == 0 else ()
+    key_heads, value_heads = draw.choice([(1, 1), (3, 3), (9, 9), (1, 3), (3, 1)])
+    case = Case(
+        (*halves, *random_tiers(draw)),
+        (*(halves if seed % 2 else ()), *random_tiers(draw)),
+        draw.choice([9, 18, 45]) if seed != 5 else 108,
+        key_heads,
+        value_heads,
+        draw.choice([1, 1, 5]),
+        draw.choice([1, 2, 15, 16, 63, 129, 200, 1000]),
+        softcap=4.0 if seed % 4 == 3 else 0.0,
+    )
+    assert_bytes_and_floats_agree(case)
+
+
+def random_tiers(draw: random.Random) -> Tiers:
+    kinds = sorted(draw.sample([b for b in SUPPORTED_BITS if b < 16], draw.randint(1, 7)), reverse=True)
+    return tuple((bits, 8 * draw.randint(1, 4), 3 / 2**bits) for bits in kinds)
+
+
+def assert_bytes_and_floats_agree(case: Case) -> None:
+    """The two ways to multiply codes in C++ (the same one on a CPU without AVX-512 VNNI) and the reference."""
+    x, spec = inputs(case), case.spec()
+    floats: LatentKernel = LibraryKernel(
+        load(spec.name, render(spec, "cpp"), ("-DFHOPT_FLOAT",)).latent_attention, spec
+    )
+    for mask in masks(case):
+        wanted = expected(case, x, mask)
+        assert_same(floats(*x, mask, **case.options()), wanted)
+        assert_same(build_cpp(spec)(*x, mask, **case.options()), wanted)
+
+
+@needs_compiler
+def test_nothing_is_read_outside_of_the_rows() -> None:
+    case = Case(ODD, PLANES, 9, 1, 1, 1, 19)
+    query, key, key_scale, value, value_scale = (None if x is None else x[:1] for x in inputs(case))
+    assert query is not None and key is not None and value is not None
+    found = build_cpp(case.spec())(
+        query, at_end_of_page(key), key_scale, at_end_of_page(value), value_scale, None, **case.options()
+    )
+    assert_same(found, expected(case, (query, key, key_scale, value, value_scale), None))
+
+
+def at_end_of_page(x: Tensor) -> Tensor:
+    """A copy of `x` that ends where memory ends: the next page may not be read."""
+    size = (x.numel() + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=x.numel(), offset=size - x.numel()).view(x.shape)
+    return copy.copy_(x)
 
 
 @needs_compiler
@@ -437,3 +507,16 @@ def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest
     build_cpp(spec)
     monkeypatch.setattr(BUILD, "_compile", lambda *_: pytest.fail("compiled again"))
     build_cpp(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (3, 300, 300))
+    mask = torch.zeros(1, 1, 3, 300, dtype=dtype)
+    mask[:, :, 1] = torch.finfo(dtype).min
+    options = dict(**ops.latent_options(None, None), scale=0.25)
+    expected, _ = ops.latent_attention_reference(query, key, None, value, None, mask, **options)
+    kernel = build_cpp(KernelSpec((), (), 16, 16, str(dtype).removeprefix("torch."), False))
+    found, _ = kernel(query, key, None, value, None, mask, scale=0.25)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # of a mean, rounded to bfloat16
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)

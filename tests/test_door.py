@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import tiny_llama, token_ids
 from torch._dynamo.utils import counters
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import fhopt
 from fhopt.errors import FhoptError
@@ -88,6 +89,25 @@ def test_methods_run_at_once_in_threads() -> None:
         thread.join()
     assert len(found) == 4 and all(torch.equal(x, expected) for x in found)
     assert model._compiled_call_impl is None
+
+
+def test_two_wrappers_at_once_run_each_its_own_code_and_the_model_inside_none() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    first: Any = torch.compile(model, **EXACT)
+    second: Any = torch.compile(model, backend="eager")
+    seen: list[str] = []
+
+    class Watch(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            before = graphs()
+            thread = threading.Thread(target=lambda: model(token_ids(3, 7)))  # the model inside, in another thread
+            thread.start()
+            thread.join()
+            seen.append("compiled" if graphs() > before else "as it is")
+            return scores
+
+    first.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=LogitsProcessorList([Watch()]))
+    assert seen == ["as it is"] * 2 and second.generate(ids, max_new_tokens=2).shape == (1, 22)
 
 
 def test_functions_layers_and_compile_in_place_are_compiled() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import fhopt
 from fhopt import journal
 from fhopt.applying import applied_plan
 from fhopt.cache import cache_report
-from fhopt.profiling import Stream, Wish
+from fhopt.profiling import Stream, Wish, trimmed
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def test_tokens_go_behind_the_sequence_that_they_continue() -> None:
     stream.add(torch.tensor([[7], [8]]), None)
     stream.add(torch.tensor([[9, 10]]), None)
     assert stream.rows == [[1, 2, 3, 7], [4, 5, 6, 8], [9, 10]] and stream.count == 10
-    assert stream.cut(3, 0, 1).tolist() == [[1, 2, 3], [7, 4, 5], [6, 8, 9]]
+    assert stream.cut(3, 0, 1, shortest=1).tolist() == [[1, 2, 3], [7, 4, 5], [6, 8, 9]]
 
 
 def test_padding_is_left_out() -> None:
@@ -52,6 +54,13 @@ def test_padding_is_left_out() -> None:
     stream.add(torch.tensor([[0, 0, 3], [4, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]]))
     stream.add(torch.tensor([[7], [8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
     assert stream.rows == [[3, 7], [4, 5, 6, 8]] and stream.count == 6
+
+
+def test_what_fills_a_batch_up_is_no_text() -> None:
+    assert trimmed([0, 0, 5, 6, 0, 0, 0], 0) == [5, 6, 0] and trimmed([5, 6], 0) == [5, 6] and trimmed([0, 0], 0) == []
+    stream = Stream(padding=0)
+    stream.add(torch.tensor([[0] * 8 + [7] * 40, [8] * 40 + [0] * 8, [0] * 40 + [9] * 8]), None)
+    assert stream.cut(81, 0, 1).tolist() == [[7] * 40 + [8] * 40 + [0]]
 
 
 # --------------------------------------------------------------------------------------------------- the whole
@@ -112,10 +121,46 @@ def test_a_model_whose_cache_no_plan_could_shrink_is_not_watched() -> None:
     assert found.state == journal.EXACT and "no language model of transformers" in found.events[0]
 
 
+def test_a_failing_fit_does_not_fail_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise KeyError("something unforeseen")
+
+    monkeypatch.setattr("fhopt.profiling.fit", fails)
+    model = tiny_llama()
+    model.compile(backend="flashhead", options={"calibration_tokens": 4096})
+    gather(model, 9)
+    found = fhopt.report(model)
+    assert found.state == journal.REJECTED and "fitting failed (KeyError" in found.events[-1]
+
+
+def test_a_profiled_model_is_freed_with_its_weights_and_keeps_the_modes_of_its_parts() -> None:
+    model = tiny_llama()
+    model.model.layers[0].train()
+    model.compile(backend="flashhead", options={"calibration_tokens": 4096, "max_loss": 0.9})
+    gather(model, 9)
+    assert fhopt.report(model).state == journal.COMPRESSED
+    assert model.model.layers[0].training and not model.model.layers[1].training
+    weight = weakref.ref(model.model.layers[0].self_attn.k_proj.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_two_models_that_share_an_embedding_are_told_apart() -> None:
+    teacher, student = tiny_llama(), tiny_llama()
+    student.set_input_embeddings(teacher.get_input_embeddings())
+    compiled = torch.compile(lambda teacher, student, ids: student(ids).logits, backend="flashhead")
+    with torch.no_grad():
+        compiled(teacher, student, token_ids(1, 20))
+    assert fhopt.report(student).state == journal.GATHERING
+    with pytest.raises(fhopt.FhoptError, match="nothing of LlamaForCausalLM"):
+        fhopt.report(teacher)
+
+
 def test_training_is_not_watched() -> None:
     model = tiny_llama()
-    compiled: Any = torch.compile(model, backend="flashhead", options={"calibration_tokens": 2048})
-    for _ in range(10):
+    compiled: Any = torch.compile(model, backend="flashhead", options={"calibration_tokens": 4096})
+    for _ in range(18):
         loss: torch.Tensor = compiled(token_ids(2, 256)).logits.sum()
         torch.autograd.grad(loss, list(model.parameters()))
     assert not hasattr(model, "_fhopt_applied") and fhopt.report(compiled).state == journal.EXACT
@@ -124,7 +169,7 @@ def test_training_is_not_watched() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration_tokens": 10}, "at least 2,048"),
+        ({"calibration_tokens": 10}, "at least 4,096"),
         ({"max_loss": 2}, "expected a share"),
         ({"max_loss": "much"}, "is no share"),
         ({"ratio": 0.5}, "expected 1"),
