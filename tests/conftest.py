@@ -10,7 +10,12 @@ import torch
 from small_models import Fitted
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-LONGEST = ("test_demo.py", "test_encoder.py")  # files that take minutes
+LONGEST = (
+    "test_demo.py",
+    "test_encoder.py",
+    "test_compiled_generation.py",
+    "test_latent_buffers.py",
+)  # files that take minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
