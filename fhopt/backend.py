@@ -131,8 +131,8 @@ def flashhead(
 
 def _takes_gradients(graph: fx.Graph) -> bool:
     """True where gradients are on, or are turned on somewhere in the graph."""
-    on = (n for n in graph.nodes if n.target is torch._C._set_grad_enabled and n.args[0])
-    return torch.is_grad_enabled() or any(True for _ in on)
+    turns_on = any(n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes)
+    return turns_on or torch.is_grad_enabled()
 
 
 def reset() -> None:
@@ -189,10 +189,9 @@ def _by_plan(
     codegen.install()
     pristine = copy_program(module, example_inputs).module
     passes.optimize(outcome, plan, training, settings.trusting, keeper=buffers)
-    if not outcome.compressed and outcome.reading:
-        return compiler.now(module, example_inputs)
     if not outcome.compressed:
-        _report_unused(outcome, settings, notes)
+        if not outcome.reading:
+            _report_unused(outcome, settings, notes)
         return compiler.now(module, example_inputs)
     notes.state = journal.PLANNED
     others = _Others(pristine, training, settings, compiler, notes)

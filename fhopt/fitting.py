@@ -31,6 +31,7 @@ from fhopt.spec import (
     SiteStatistics,
     Tier,
     sealed_tokens,
+    shape_and_signs,
     weight_print,
 )
 
@@ -248,9 +249,7 @@ def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[Attention
         if weight is None:
             h.update(f"{name} absent".encode())
             continue
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
-        h.update(f"{name}{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist()))
+        h.update(name.encode() + shape_and_signs(weight))
     return h.hexdigest()
 
 

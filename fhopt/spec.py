@@ -333,10 +333,15 @@ def weight_print(weights: Iterable[Tensor]) -> str:
     """Identity of some weights: shapes and sampled signs, which survive a change of dtype and small updates."""
     h = hashlib.sha256()
     for weight in weights:
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
-        h.update(f"{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist()))
+        h.update(shape_and_signs(weight))
     return h.hexdigest()[:16]
+
+
+def shape_and_signs(weight: Tensor) -> bytes:
+    """The shape of a weight and the signs of up to 256 of its numbers, evenly spread."""
+    flat = weight.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
+    return f"{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist())
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ def optimize(
     """
     compress, absorb = Compress(plan, training, trusting), Absorb()
     buffers = None if keeper is None else LatentBuffers(compress, keeper)
-    program, roles = outcome.program, Roles(outcome.program)
-    base = Evaluator(program)
+    program, weights = outcome.program, outcome.program.weights
+    roles, base = Roles(program), Evaluator(program)
     with _stage(outcome, compress.name):
         for name, site in outcome.sites.items():
             node = next(n for n in program.graph.nodes if n.name == name)
@@ -165,7 +165,7 @@ def optimize(
                     buffers.rewrite(program, found)
                     fitted = found.fitted
                 else:
-                    fitted = compress.match(node, site, program.weights)
+                    fitted = compress.match(node, site, weights)
                     compress.rewrite(program, node, fitted)
                 outcome.compressed[site.name] = fitted.site.layout
     if buffers is not None:
