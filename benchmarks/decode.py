@@ -19,7 +19,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +259,9 @@ def _plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
         return LatentPlan.load(path)
     from fhopt.pipeline import FitOptions, fit
 
-    options = FitOptions(ratio=4.0, sequences=2, rate_sequences=1) if quick else FitOptions(ratio=4.0)
+    options = FitOptions(ratio=4.0, device="cpu")
+    if quick:
+        options = replace(options, sequences=2, rate_sequences=1)
     return fit(loaded, options)[0]
 
 

@@ -23,9 +23,11 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from fhopt.codegen import cpp, torch_ops
+from fhopt.codegen import cpp, torch_ops, triton_attention
 from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.triton_call import TritonKernel
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.ops import LatentKernel
@@ -41,8 +43,12 @@ class CompileError(Exception):
 
 
 def render(spec: KernelSpec, target: str) -> str:
-    """The text of the kernel of `spec` for `target`, "cpp" or "torch". Raises FhoptError for another target."""
-    renderers: dict[str, Callable[[KernelSpec], str]] = {"cpp": cpp.render, "torch": torch_ops.render}
+    """The text of the kernel of `spec` for `target`, "cpp", "torch" or "triton". Raises FhoptError for another."""
+    renderers: dict[str, Callable[[KernelSpec], str]] = {
+        "cpp": cpp.render,
+        "torch": torch_ops.render,
+        "triton": triton_attention.render,
+    }
     if target not in renderers:
         raise FhoptError(f"there is no renderer for {target!r}; expected one of {', '.join(renderers)}.")
     return renderers[target](spec)
@@ -67,12 +73,12 @@ def build_cpp(spec: KernelSpec) -> LatentKernel:
     return LibraryKernel(load(spec.name, cpp.render(spec)).latent_attention, spec)
 
 
-def load(name: str, text: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library of the C++ file `text`, compiled with `flags` beside the usual ones. Raises CompileError."""
     compiler = find_compiler()
     flags = (*_FLAGS, *flags, _native(compiler))
     stem = f"{name}-{_digest(text, _identity(compiler), *flags)}"
-    library = cached_file(f"{stem}.so", lambda path: _compile([compiler, *flags], text, path))
+    library = cached_file(f"{stem}.so", lambda path: _compile([compiler, *flags], text, path, links))
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -90,15 +96,25 @@ def warn_without_compiler(error: CompileError) -> None:
 
 def build_torch(spec: KernelSpec) -> LatentKernel:
     """The kernel of `spec` in plain torch operations."""
-    text = torch_ops.render(spec)
-    stem = f"{spec.name}-{_digest(text)}"
+    kernel: LatentKernel = load_module(spec.name, torch_ops.render(spec)).latent_attention
+    return kernel
+
+
+@functools.cache
+def build_triton(spec: KernelSpec) -> TritonKernel:
+    """The kernel of `spec` for GPUs. Raises ImportError where there is no Triton."""
+    return TritonKernel(load_module(f"{spec.name}_triton", triton_attention.render(spec)), spec)
+
+
+def load_module(name: str, text: str) -> ModuleType:
+    """The module of the Python file `text`, which is kept in the file cache (Triton reads it again)."""
+    stem = f"{name}-{_digest(text)}"
     path = cached_file(f"{stem}.py", lambda path: _write(path, text))
     module_spec = importlib.util.spec_from_file_location(f"fhopt_kernel_{_digest(stem)}", path)
     assert module_spec is not None and module_spec.loader is not None, path
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    kernel: LatentKernel = module.latent_attention
-    return kernel
+    return module
 
 
 # --------------------------------------------------------------------------------------------------- compiler
@@ -112,12 +128,12 @@ def find_compiler() -> str:
     raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
 
 
-def _compile(compiler: list[str], text: str, library: Path) -> None:
+def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ...]) -> None:
     """Compile to `library` by the command `compiler`, and leave the text beside it. Raises CompileError."""
     source = library.with_suffix(".cpp")
     _write(source, text)
     with appearing(library) as target:
-        command = [*compiler, str(source), "-o", str(target)]
+        command = [*compiler, str(source), "-o", str(target), *links]
         failed = _errors([*command, "-fopenmp"])
         if failed and _errors(command):  # without OpenMP the kernel runs on one thread
             raise CompileError(f"{compiler[0]} refused a generated file: {failed.strip().splitlines()[0]}.")

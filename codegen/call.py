@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fhopt.codegen.cpp import ARGUMENTS
 from fhopt.codegen.tiers import Tiers, is_scaled
+from fhopt.ops import within
 from fhopt.spec import KernelSpec
 
 _pack = struct.Struct(ARGUMENTS).pack
@@ -69,6 +70,7 @@ class LibraryKernel:
     def __init__(self, function: Any, spec: KernelSpec) -> None:
         function.argtypes, function.restype = (ctypes.c_char_p,), None
         self._function = function
+        self.address = ctypes.cast(function, ctypes.c_void_p).value  # of the machine code
         self._spec = spec
         self._key = Side("key", spec.key_tiers, spec.key_width, spec.dtype)
         self._value = Side("value", spec.value_tiers, spec.value_width, spec.dtype)
@@ -84,6 +86,7 @@ class LibraryKernel:
         *,
         scale: float,
         softcap: float = 0.0,
+        lengths: Tensor | None = None,
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
         """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
@@ -94,7 +97,11 @@ class LibraryKernel:
         q, k, v = _queries(query), self._key.rows(key), self._value.rows(value)
         self._key.check(k, key_scale, shape, tokens)
         self._value.check(v, value_scale, shape, tokens)
+        if lengths is not None and lengths.numel() != 1:
+            mask, lengths = within(lengths, tokens, mask), None
         kind, masking = _mask(mask, (b, h, s, tokens))  # `masking` stays referenced until the kernel is done
+        if lengths is not None:
+            tokens = min(tokens, max(0, int(lengths)))
         output, lse = q.new_empty((b, h, s, self._spec.value_width)), q.new_empty((b, h, s))
         self._function(
             _pack(

@@ -395,6 +395,10 @@ void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
+// Rows between the one that is read and the one that is fetched: memory answers within the time of some 4 KB of rows.
+template <class Side>
+constexpr int AHEAD = std::max(16, 4096 / Side::BYTES);
+
 // Where 16 tokens of a tile are, from t on, the last one again behind the end; and their scales.
 template <class Side>
 INLINE void rows_of(const Rows& rows, const Rows& scales, int64_t b, int64_t j, int64_t begin, int t, int tokens,
@@ -403,7 +407,9 @@ INLINE void rows_of(const Rows& rows, const Rows& scales, int64_t b, int64_t j, 
     const int last = std::min(tokens - t, 16) - 1;
     UNROLL(16) for (int i = 0; i < 16; i++) {
         z[i] = row + i * rows.token;
-        UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) __builtin_prefetch(z[i] + 16 * rows.token + byte);
+        UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
+            __builtin_prefetch(z[i] + AHEAD<Side> * rows.token + byte);
+        }
     }
     for (int i = last + 1; i < 16; i++) z[i] = z[last];
     const uint16_t* scale = scales.at<uint16_t>(b, j, begin + t);
@@ -415,16 +421,18 @@ INLINE void rows_of(const Rows& rows, const Rows& scales, int64_t b, int64_t j, 
     }
 }
 
+// Logits without the lowest of the three digits of queries.
 template <int ROWS, int VECTORS>
-INLINE void score_bytes(int64_t row, int t, Scratch& s) {
-    __m512i sums[ROWS][VECTORS][3];
+INLINE void score_high(int64_t row, int t, Scratch& s) {
+    __m512i sums[ROWS][VECTORS][2];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_VECTORS;
-    multiply<ROWS, VECTORS, 3, 1, KEY_VECTORS, KEY_VECTORS>(codes, query, KEY_VECTORS, sums);
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * KEY_VECTORS;
+    multiply<ROWS, VECTORS, 2, 1, KEY_VECTORS, KEY_VECTORS>(codes, query, KEY_VECTORS, sums);
     Floats16 x[ROWS][VECTORS];
     UNROLL(9) for (int r = 0; r < ROWS; r++) {
+        const float unit = s.unit[row + r] * 256.0f;
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
-            x[r][v] = (joined(sums[r][v]) * s.unit[row + r] - s.middle[row + r]) * load(s.scale + t + 16 * v);
+            x[r][v] = (joined(sums[r][v]) * unit - s.middle[row + r]) * load(s.scale + t + 16 * v);
         }
     }
     UNROLL(1) for (int i = 0; i < KEY_LAYOUT.halves; i++) {
@@ -439,6 +447,44 @@ INLINE void score_bytes(int64_t row, int t, Scratch& s) {
     }
 }
 
+// What the lowest digit adds to them.
+template <int ROWS, int VECTORS>
+INLINE void score_low(int64_t row, int t, Scratch& s) {
+    __m512i sums[ROWS][VECTORS][1];
+    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_VECTORS;
+    multiply<ROWS, VECTORS, 1, 1, KEY_VECTORS, KEY_VECTORS>(codes, query, KEY_VECTORS, sums);
+    UNROLL(9) for (int r = 0; r < ROWS; r++) {
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) {
+            float* x = s.logits + (row + r) * TILE + t + 16 * v;
+            store(x, load(x) + joined(sums[r][v]) * s.unit[row + r] * load(s.scale + t + 16 * v));
+        }
+    }
+}
+
+template <int ROWS, int VECTORS, class F>
+INLINE void for_vectors(int whole, F f) {
+    int t = 0;
+    for (; t + 16 * VECTORS <= whole; t += 16 * VECTORS) f(t, std::integral_constant<int, VECTORS>());
+    for (; t < whole; t += 16) f(t, std::integral_constant<int, 1>());
+}
+
+// The lowest digit counts where a weight may be more than 1/MINOR of all so far: without it a logit is off by some
+// 2^-15 of what its largest products are, and the output by that times the root of the largest weight.
+constexpr float MINOR = 1024;
+
+bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratch& s) {
+    if (SOFTCAP || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
+    for (int64_t r = row; r < row + rows; r++) {
+        const float* x = s.logits + r * TILE;
+        Floats top = load(x);
+        for (int t = 16; t < whole; t += 16) top = load(x + t) > top ? load(x + t) : top;
+        const State& state = s.states[r];
+        if (!(std::exp2(largest_of(top) - state.top) * MINOR <= state.total)) return false;
+    }
+    return true;
+}
+
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
 void score_codes(const Arguments& a, int64_t b, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
@@ -450,10 +496,14 @@ void score_codes(const Arguments& a, int64_t b, int64_t j, int64_t begin, int to
         unpack_keys(z, codes + t / 16 * KEY_VECTORS, s.halves + t, TILE);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
-        constexpr int ROWS = decltype(count)::value, VECTORS = vectors_for(ROWS, 3);
-        int t = 0;
-        for (; t + 16 * VECTORS <= whole; t += 16 * VECTORS) score_bytes<ROWS, VECTORS>(row + first, t, s);
-        for (; t < whole; t += 16) score_bytes<ROWS, 1>(row + first, t, s);
+        constexpr int ROWS = decltype(count)::value;
+        for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
+            score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
+        });
+        if (is_minor(a, row + first, ROWS, whole, s)) return;
+        for_vectors<ROWS, vectors_for(ROWS, 1)>(whole, [&](int t, auto vectors) {
+            score_low<ROWS, decltype(vectors)::value>(row + first, t, s);
+        });
     });
 }
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import build, build_torch
+from fhopt.codegen.build import build, build_torch, build_triton
+from fhopt.codegen.call import LibraryKernel
 from fhopt.codegen.pack import pack, unpack
 from fhopt.codegen.tiers import UNCODED_DTYPES
-from fhopt.ops import LatentKernel, latent_attention_reference, use_kernel, use_pack_kernels
+from fhopt.codegen.triton_call import TritonKernel
+from fhopt.ops import LatentKernel, latent_attention_reference, use_kernel, use_pack_kernels, within
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -24,7 +27,7 @@ _kernels: dict[tuple[object, ...], LatentKernel] = {}
 def install() -> None:
     """Run `fhopt::latent_attention`, `fhopt::pack` and `fhopt::unpack` through kernels made for their device.
 
-    On GPUs attention runs on plain torch operations, tokens a tile at a time.
+    On GPUs without Triton attention runs on plain torch operations, tokens a tile at a time.
     """
     use_kernel("cpu", latent_attention)
     use_kernel("cuda", latent_attention)
@@ -49,6 +52,7 @@ def latent_attention(
     value_steps: Sequence[float],
     scale: float,
     softcap: float = 0.0,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on latents by the generated kernel of these tiers; `fhopt.ops.latent_attention_reference` says what.
 
@@ -58,7 +62,8 @@ def latent_attention(
         tuple(key_bits), tuple(key_widths), tuple(key_steps),
         tuple(value_bits), tuple(value_widths), tuple(value_steps),
     )  # fmt: skip
-    options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap != 0.0, query.is_cpu, *tiers)
+    place = query.is_cpu or query.dtype  # kernels for GPUs multiply in the type of the query
+    options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap != 0.0, place, *tiers)
     kernel: LatentKernel | None = _kernels.get(options) if query.dtype != torch.float64 else latent_attention_reference
     if kernel is None:
         kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap != 0.0)
@@ -67,9 +72,11 @@ def latent_attention(
             query, key, key_scale, value, value_scale, mask,
             key_bits=key_bits, key_widths=key_widths, key_steps=key_steps,
             value_bits=value_bits, value_widths=value_widths, value_steps=value_steps,
-            scale=scale, softcap=softcap,
+            scale=scale, softcap=softcap, lengths=lengths,
         )  # fmt: skip
-    return kernel(query, key, key_scale, value, value_scale, mask, scale=scale, softcap=softcap)
+    if not isinstance(kernel, (LibraryKernel, TritonKernel)):
+        mask, lengths = within(lengths, key.shape[2], mask), None
+    return kernel(query, key, key_scale, value, value_scale, mask, scale=scale, softcap=softcap, lengths=lengths)
 
 
 def _kernel(
@@ -83,7 +90,11 @@ def _kernel(
     dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # the text needs it for uncoded sides only
     width = int(sum(tiers[4])) or value.shape[-1]
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
-    return build(spec) if query.is_cpu else build_torch(spec)
+    if query.is_cpu:
+        return build(spec)
+    if importlib.util.find_spec("triton") is None:
+        return build_torch(spec)
+    return build_triton(replace(spec, dtype=_DTYPES[query.dtype]))
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -318,6 +318,7 @@ class Compiler:
         """Compile what Dynamo is tracing."""
         from torch._inductor.compile_fx import compile_fx
 
+        module = module if _takes_gradients(module.graph) else codegen.call_kernels(module)
         compiled: Any = compile_fx(module, example_inputs, config_patches=self._patches(module) or None)
         return compiled
 

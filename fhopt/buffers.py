@@ -32,10 +32,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fhopt import ops
 from fhopt.errors import FhoptError, Stale
-from fhopt.latents import SideRows, StaticLatents, attend
+from fhopt.latents import SideRows, StaticLatents, attend, rebuilt
 from fhopt.passes.latent_buffers import Held, Places
 from fhopt.spec import SidePlan, SitePlan, Tier
-from fhopt.storage import Bases, StaticRows, StaticTokens, Store, place_bases
+from fhopt.storage import Bases, StaticRows, StaticTokens, Store, Window, place_bases
 
 CHUNK = 1024  # slots that are coded at a time
 
@@ -130,19 +130,21 @@ class Slots:
         held = torch.where(written[: places.sinks], -1, first), torch.where(is_open, self.ring, -1)
         positions = torch.cat([*held, slots])
         seen = ~self._marked(positions)[places.sinks : -1]
-        latents = StaticLatents(*self._sides(), places.sinks, positions, seen, places.tokens)
-        return self.open_keys.read(key), self.open_values.read(value), latents
+        keys, key_window = self.open_keys.give(key)
+        values, value_window = self.open_values.give(value)
+        sides = self._sides(key_window, value_window)
+        return keys, values, StaticLatents(*sides, places.sinks, positions, seen, places.tokens)
 
     def _marked(self, slots: Tensor) -> Tensor:
         """Bool [T + 1]: which slots are among these; of -1, the last is."""
         marks = torch.zeros(self.places.tokens + 1, dtype=torch.bool, device=slots.device)
         return marks.index_fill(0, torch.where(slots < 0, self.places.tokens, slots), True)
 
-    def _sides(self) -> tuple[SideRows, SideRows]:
+    def _sides(self, key: Window, value: Window) -> tuple[SideRows, SideRows]:
         rows = self.places.rows
         return (
-            SideRows(self.key, *self.key_rows.read(0, rows), self.key_bases.decode),
-            SideRows(self.value, *self.value_rows.read(0, rows), self.value_bases.decode),
+            SideRows(self.key_rows.tiers, *self.key_rows.read(0, rows), self.key_bases.decode, key),
+            SideRows(self.value_rows.tiers, *self.value_rows.read(0, rows), self.value_bases.decode, value),
         )
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -164,7 +166,7 @@ class Slots:
         """Keys and values [B,G,T,D] of all slots: what is left of them."""
         key, value = (opened.parts[0][:, :, :0] for opened in (self.open_keys, self.open_values))
         keys, values, latents = self.read(key, value, self.ring[:0], self.ring.new_zeros(()))
-        return latents.place(keys, latents.key.rebuild(), 2), latents.place(values, latents.value.rebuild(), 2)
+        return rebuilt(keys, latents.key, latents), rebuilt(values, latents.value, latents)
 
 
 # --------------------------------------------------------------------------------------------------- in the graph

@@ -27,7 +27,7 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.spec import LatentPlan
 
-VERSION = 1
+VERSION = 2
 KEY = "fhopt_cache"  # of the description in the file's metadata
 
 

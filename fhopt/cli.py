@@ -541,6 +541,49 @@ def cost(
         )
 
 
+@main.command()
+@click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("--device", required=True, help="What it will run on, as in cost; for a CPU, C++.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens of each.")
+@click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Cached tokens.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of queries and of uncoded latents.",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Configurations to compile where a kernel's default does not fit, some seconds each; 0: all, of all kernels.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
+@json_option
+def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write the generated kernels of PLAN, and a table of what they read and what they need of a device.
+
+    Kernels for GPUs are compiled to see what they need; there need not be a GPU.
+    """
+    from fhopt.kernels import Options, rejected_table, table, write_kernels
+    from fhopt.spec import LatentPlan
+
+    plan = LatentPlan.load(plan_path)
+    with _progress(as_json) as progress:
+        made = write_kernels(plan, Path(os.path.abspath(out)), Options(**options), progress)
+    if as_json:
+        _print_json({"folder": str(out)} | made.as_json())
+        return
+    console = _console(as_json)
+    console.print(table(made))
+    if any(row.rejected for row in made.rows):
+        console.print(rejected_table(made))
+    console.print(f"{len(made.files)} files and kernels.md written to {out}", soft_wrap=True, highlight=False)
+
+
 def _weights(loaded: LoadedModel) -> dict[str, Tensor]:
     """Parameters of the module, or of the exported program, by name."""
     owner = loaded.module if loaded.module is not None else loaded.program

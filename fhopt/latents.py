@@ -8,8 +8,11 @@ K and V are never rebuilt: queries are absorbed (q . D z = D^T q . z), outputs e
 which places of [sinks | sealed | window] are open and which are latents: `split` cuts what has a number per token,
 `place` puts it together again.
 
-Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N open ones, V rows of latents,
-D head size, R latent width.
+Where the window is rounded to 8 bits, its tokens are rows too, and those of the open tokens that are given as numbers
+are the others: the sinks and what is new. `SideRows.open` gives all of them as numbers.
+
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N open ones, M of these in the
+window, V rows of latents, D head size, R latent width.
 """
 
 from __future__ import annotations
@@ -22,24 +25,38 @@ import torch
 from torch import Tensor
 
 from fhopt import ops
-from fhopt.spec import SidePlan
 
 TILE = 1024  # tokens that are unpacked at a time where attention is written out
 
 
 @dataclass(frozen=True, eq=False)
 class SideRows:
-    """Latent rows of keys or values, as the canonical op takes them, and their decoder [G, D, R]."""
+    """Latent rows of keys or values, as the canonical op takes them, and their decoder [G, D, R].
 
-    plan: SidePlan
+    window: codes [B,G,M,D] and scales [B,G,M] of open tokens in the window, as `ops.round_rows` gives them.
+    """
+
+    tiers: ops.TierArguments
     rows: Tensor
     scale: Tensor | None
     decode: Tensor
+    window: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rounded(self) -> int:
+        """M."""
+        return 0 if self.window is None else self.window[0].shape[2]
+
+    def open(self, opened: Tensor, sinks: int) -> Tensor:
+        """All open tokens [B,G,N,D], from those that are given as numbers."""
+        if self.window is None:
+            return opened
+        window = ops.unround_rows(*self.window, opened.dtype)
+        return torch.cat([opened[:, :, :sinks], window, opened[:, :, sinks:]], 2)
 
     def rebuild(self) -> Tensor:
         """Keys or values [B,G,V,D]: what the latents kept."""
-        tiers = ops.tier_arguments(self.plan)
-        latent = self.rows if self.scale is None else torch.ops.fhopt.unpack(self.rows, self.scale, *tiers)
+        latent = self.rows if self.scale is None else torch.ops.fhopt.unpack(self.rows, self.scale, *self.tiers)
         return ops.decode(latent.to(self.decode.dtype), self.decode)
 
 
@@ -52,9 +69,14 @@ class Latents:
     sinks: int
     visible: int
 
+    @property
+    def lengths(self) -> None:
+        """All rows stand for tokens."""
+        return None
+
     def length(self, opened: Tensor) -> int:
-        """T: all tokens, of which `opened` [B,G,N,D] are open."""
-        return self.visible + opened.shape[2]
+        """T: all tokens. opened: those that are given as numbers."""
+        return self.visible + self.key.rounded + opened.shape[2]
 
     def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """x [..., T], numbers of tokens in order of position -> [..., N] of the open ones, [..., V] of the latents."""
@@ -68,15 +90,16 @@ class Latents:
 
     def causal(self, queries: int, opened: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Masks (open, latents) of the newest `queries` tokens where none is given: none sees what follows it."""
-        return (ops.causal_mask(queries, opened.shape[2], opened.device) if queries > 1 else None), None
+        count = self.key.rounded + opened.shape[2]
+        return (ops.causal_mask(queries, count, opened.device) if queries > 1 else None), None
 
 
 @dataclass(frozen=True, eq=False)
 class StaticLatents:
     """The same with fixed sizes: what stands where is told by tensors.
 
-    positions [N]: of the open places, -1 where there is no token. seen [V]: which rows stand for their token, which is
-    `sinks` + row. All T places have a score, those without a token 0.
+    positions [N]: of the open places, -1 where there is no token. seen: which rows stand for their token, which is
+    `sinks` + row; bool [V], or int64 [], how many first ones. All T places have a score, those without a token 0.
     """
 
     key: SideRows
@@ -86,6 +109,16 @@ class StaticLatents:
     seen: Tensor
     tokens: int
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """How many first rows stand for tokens, where that is all there is to say."""
+        return None if self.seen.dtype == torch.bool else self.seen
+
+    def seen_rows(self) -> Tensor:
+        """Bool [V]."""
+        rows = self.key.rows.shape[2]
+        return self.seen if self.lengths is None else torch.arange(rows, device=self.seen.device) < self.seen
+
     def length(self, opened: Tensor) -> int:
         """T: places."""
         return self.tokens
@@ -93,14 +126,14 @@ class StaticLatents:
     def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """As above; `fill` where there is no token."""
         opened = x.index_select(-1, self.positions.clamp(min=0)).masked_fill(self.positions < 0, fill)
-        rows = x[..., self.sinks : self.sinks + self.seen.shape[0]]
-        return opened, rows.masked_fill(~self.seen, fill)
+        rows = x[..., self.sinks : self.sinks + self.key.rows.shape[2]]
+        return opened, rows.masked_fill(~self.seen_rows(), fill)
 
     def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
         """As above."""
         shape = list(opened.shape)
         shape[dim] = self.tokens + 1  # the last for what is no token
-        whole, rows = opened.new_zeros(shape), self.seen.shape[0]
+        whole, rows = opened.new_zeros(shape), self.key.rows.shape[2]
         if rows:
             whole.narrow(dim, self.sinks, rows).copy_(latent)
         whole.index_copy_(dim, torch.where(self.positions < 0, self.tokens, self.positions), opened)
@@ -109,7 +142,8 @@ class StaticLatents:
     def causal(self, queries: int, opened: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """As above."""
         asking = self.positions[-queries:, None]
-        return (self.positions >= 0) & (self.positions <= asking), self.seen.expand(queries, -1)
+        far = self.seen.expand(queries, -1) if self.lengths is None else None
+        return (self.positions >= 0) & (self.positions <= asking), far
 
 
 AnyLatents = Latents | StaticLatents
@@ -128,10 +162,16 @@ def attend(
     numbers, parts = dict(scale=scale, softcap=softcap), []
     if latents.key.rows.shape[2]:
         queries = ops.absorb(query, latents.key.decode)
-        options = ops.latent_options(latents.key.plan, latents.value.plan)
+        options = ops.tier_options(latents.key.tiers, latents.value.tiers)
         rows = latents.key.rows, latents.key.scale, latents.value.rows, latents.value.scale
-        output, lse = torch.ops.fhopt.latent_attention(queries, *rows, far, **options, **numbers)
+        output, lse = torch.ops.fhopt.latent_attention(
+            queries, *rows, far, **options, **numbers, lengths=latents.lengths
+        )
         parts.append((ops.expand(output, latents.value.decode), lse))
+    if latents.key.window is not None and latents.value.window is not None:
+        options, rows = _window_options(query, value), (*latents.key.window, *latents.value.window)
+        near, inside = _without(near, latents.sinks, latents.key.rounded)
+        parts.append(torch.ops.fhopt.latent_attention(query, *rows, inside, **options, **numbers))
     if key.shape[2]:
         options = ops.latent_options(None, None)
         parts.append(torch.ops.fhopt.latent_attention(query, key, None, value, None, near, **options, **numbers))
@@ -141,19 +181,37 @@ def attend(
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
 
 
+def _without(mask: Tensor | None, start: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """A mask over keys without `count` of them from `start` on, and that over these."""
+    if mask is None:
+        return None, None
+    end = start + count
+    return torch.cat([mask[..., :start], mask[..., end:]], -1), mask[..., start:end]
+
+
+def _window_options(query: Tensor, value: Tensor) -> dict[str, object]:
+    """Keyword arguments of `fhopt::latent_attention` for a window of 8 bits (`ops.round_rows`)."""
+    widths, steps = [query.shape[-1]], [1.0]
+    key = dict(key_bits=[8], key_widths=widths, key_steps=steps)
+    return key | dict(value_bits=[8], value_widths=[value.shape[-1]], value_steps=steps)
+
+
 def _masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(mask of the open tokens, mask of the latents)."""
     if mask is None:
         return latents.causal(query.shape[2], key)
     if mask.shape[-1] == 1:  # one rule for all tokens
         mask = mask.expand(*mask.shape[:-1], latents.length(key))
-    return latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
+    near, far = latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
+    if latents.lengths is not None:  # says the rest
+        far = mask[..., latents.sinks : latents.sinks + latents.key.rows.shape[2]]
+    return near, far
 
 
 def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
     """q k^T for all tokens in order of position. query [B,H,S,D], open keys [B,G,N,D] -> [B,H,S,T]."""
-    near = ops.grouped_scores(query, key)
     side = latents.key
+    near = ops.grouped_scores(query, side.open(key, latents.sinks))
     queries = ops.absorb(query, side.decode)
     far = [ops.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
     return latents.place(near, torch.cat(far, -1) if far else near[..., :0], -1)
@@ -163,20 +221,19 @@ def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
     """p v over all tokens. weights [B,H,S,T], open values [B,G,N,E] -> [B,H,S,E]."""
     near, far = latents.split(weights)
     side = latents.value
-    output = ops.grouped_mix(near, value)
+    output = ops.grouped_mix(near, side.open(value, latents.sinks))
     total = sum(ops.grouped_mix(far[..., cut], tile.to(far.dtype)) for cut, tile in _tiles(side))
     return output if isinstance(total, int) else output + ops.expand(total, side.decode)
 
 
 def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
     """Latents as numbers [B,J,TILE,R], a tile at a time where they are codes: never all of them at once."""
-    tiers = ops.tier_arguments(side.plan)
     for start in range(0, side.rows.shape[2], TILE):
         cut = slice(start, start + TILE)
         rows = side.rows[:, :, cut]
-        yield cut, rows if side.scale is None else torch.ops.fhopt.unpack(rows, side.scale[:, :, cut], *tiers)
+        yield cut, rows if side.scale is None else torch.ops.fhopt.unpack(rows, side.scale[:, :, cut], *side.tiers)
 
 
 def rebuilt(opened: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
-    """All keys or values [B,G,T,D] from the open ones [B,G,N,D] and the latents: what the latents kept."""
-    return latents.place(opened, side.rebuild(), 2)
+    """All keys or values [B,G,T,D] from the open ones and the latents: what the latents kept."""
+    return latents.place(side.open(opened, latents.sinks), side.rebuild(), 2)

@@ -31,7 +31,16 @@ from fhopt.attention import Reader, offer
 from fhopt.errors import FhoptError
 from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, rebuilt
 from fhopt.spec import LatentPlan, SidePlan, SitePlan, sealed_tokens
-from fhopt.storage import OpenTokens, RoundedTokens, SealedRows, StaticRows, StaticTokens, Store, place_bases
+from fhopt.storage import (
+    OpenTokens,
+    RoundedTokens,
+    SealedRows,
+    StaticRows,
+    StaticTokens,
+    Store,
+    Window,
+    place_bases,
+)
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -79,11 +88,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         if not self.site.is_shared:
             self.value_rows.bases = self.value_bases
 
-    def _sides(self, start: int, stop: int) -> tuple[SideRows, SideRows]:
-        """Rows of keys and of values, as attention reads them."""
+    def _sides(self, start: int, stop: int, *windows: Window) -> tuple[SideRows, SideRows]:
+        """Rows of keys and of values, as attention reads them, with the windows of both where they are rounded."""
+        key, value = windows or (None, None)
         return (
-            SideRows(self.site.key, *self.key_rows.read(start, stop), self.key_bases.decode),
-            SideRows(self.site.value, *self.value_rows.read(start, stop), self.value_bases.decode),
+            SideRows(self.key_rows.tiers, *self.key_rows.read(start, stop), self.key_bases.decode, key),
+            SideRows(self.value_rows.tiers, *self.value_rows.read(start, stop), self.value_bases.decode, value),
         )
 
     def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
@@ -246,11 +256,16 @@ class LatentLayer(_Layer):
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.is_initialized:
             return None, None
-        keys, values = self.open_keys.read(), self.open_values.read()
-        return self._give(keys, values, self._latents()) if self.sealed else (keys, values)
+        return self._given((), ())
 
-    def _latents(self) -> Latents:
-        return Latents(*self._sides(0, self.sealed), self.plan.sinks, self.sealed)
+    def _given(self, new_keys: tuple[Tensor, ...], new_values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """What attention reads of the tokens and of new ones."""
+        if not self.sealed:
+            return self.open_keys.read(*new_keys), self.open_values.read(*new_values)
+        keys, key_window = self.open_keys.give(*new_keys)
+        values, value_window = self.open_values.give(*new_values)
+        sides = self._sides(0, self.sealed, key_window, value_window)
+        return self._give(keys, values, Latents(*sides, self.plan.sinks, self.sealed))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; returns all keys and values for attention (see the module docstring).
@@ -260,21 +275,21 @@ class LatentLayer(_Layer):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.open_keys.read(key_states), self.open_values.read(value_states)
-        given = self._give(keys, values, self._latents()) if self.sealed else (keys, values)
-        self._seal(keys, values)
+        given = self._given((key_states,), (value_states,))
+        self._keep(key_states, value_states)
         return given
 
-    def _seal(self, keys: Tensor, values: Tensor) -> None:
-        """Keep open keys and values; move whole blocks that left the recent tokens into the sealed rows."""
-        plan = self.plan
-        ready = max(0, keys.shape[2] - plan.sinks - plan.recent) // plan.block * plan.block
+    def _keep(self, new_keys: Tensor, new_values: Tensor) -> None:
+        """Keep new tokens; move whole blocks that left the recent tokens into the sealed rows."""
+        plan, opened = self.plan, self.open_keys.count + new_keys.shape[2]
+        ready = max(0, opened - plan.sinks - plan.recent) // plan.block * plan.block
         if ready:
-            new = slice(plan.sinks, plan.sinks + ready)
-            _encode(self.site, keys[:, :, new], values[:, :, new], self._append)
+            out = slice(plan.sinks, plan.sinks + ready)
+            keys, values = self.open_keys.read(new_keys), self.open_values.read(new_values)
+            _encode(self.site, keys[:, :, out], values[:, :, out], self._append)
             self.sealed += ready
-        self.open_keys.keep(keys, ready)
-        self.open_values.keep(values, ready)
+        self.open_keys.keep(new_keys, ready)
+        self.open_values.keep(new_values, ready)
 
     def _append(self, side: str, x: Tensor) -> None:
         (self.key_rows if side == "key" else self.value_rows).seal(x, self.sealed, self.plan.block)
@@ -406,15 +421,15 @@ class StaticLatentLayer(_Layer):
     def _read(self, *new: Tensor) -> tuple[Tensor, Tensor, StaticLatents]:
         """(open keys, open values, latents), the `new` tokens (keys, values) behind."""
         key, value = new or (None, None)
-        keys = self.open_keys.read(*([] if key is None else [key]))
-        values = self.open_values.read(*([] if value is None else [value]))
+        keys, key_window = self.open_keys.give(*([] if key is None else [key]))
+        values, value_window = self.open_values.give(*([] if value is None else [value]))
         positions = self._positions()
         if key is not None:
             arriving = torch.arange(key.shape[2], device=self.device) + self.cumulative_length
             positions = torch.cat([positions, arriving])
-        seen = torch.arange(self.capacity, device=self.device) < self.sealed
-        sides = self._sides(0, self.capacity)
-        return keys, values, StaticLatents(*sides, self.plan.sinks, positions, seen, self.max_cache_len)
+        sides = self._sides(0, self.capacity, key_window, value_window)
+        sealed = self.sealed.clone()  # what `_write` changes later
+        return keys, values, StaticLatents(*sides, self.plan.sinks, positions, sealed, self.max_cache_len)
 
     def _positions(self) -> Tensor:
         """Of the token in each open place [sinks + window], -1 where there is none."""

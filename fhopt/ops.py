@@ -39,9 +39,10 @@ _LIB.define("unpack(Tensor codes, Tensor scale, int[] bits, int[] widths, float[
 _LIB.define(
     "latent_attention(Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, Tensor? mask, *, "
     "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
-    "float scale, float softcap=0.0) -> (Tensor, Tensor)"
+    "float scale, float softcap=0.0, Tensor? lengths=None) -> (Tensor, Tensor)"
 )
 
+TierArguments = tuple[list[int], list[int], list[float]]  # bits, widths, steps of a side; empty: uncoded
 LatentKernel = Callable[..., tuple[Tensor, Tensor]]
 PackKernels = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]  # of `pack` and of `unpack`
 
@@ -60,6 +61,14 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """Bool [S, T]: query i may see key j where j <= i + T - S (the last query sees everything)."""
     ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones.tril(keys - queries)
+
+
+def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor | None:
+    """`mask` [B,H,S,T] restricted to the first `lengths` (int64, [B] or one number) of T = `tokens` tokens."""
+    if lengths is None:
+        return mask
+    seen = torch.arange(tokens, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
+    return seen if mask is None else _both(mask, seen)
 
 
 def blank_scores(
@@ -295,15 +304,18 @@ def latent_attention_reference(
     value_steps: Sequence[float],
     scale: float,
     softcap: float = 0.0,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on latents; keys and values are never rebuilt.
 
     query [B,H,S,R_K] (absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R_K] with no
-    bits and no scale; value likewise with its own J; mask bool or additive, broadcastable to [B,H,S,T].
+    bits and no scale; value likewise with its own J; mask bool or additive, broadcastable to [B,H,S,T]; lengths int64,
+    [B] or one number: only so many first tokens may be attended to.
     Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, which are
     reckoned in it): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
+    mask = within(lengths, key.shape[2], mask)
     z_k, k_factor = _operand(key, key_scale, key_bits, key_widths, key_steps, query.dtype)
     z_v, v_factor = _operand(value, value_scale, value_bits, value_widths, value_steps, query.dtype)
     logits = grouped_scores((query * scale).to(z_k.dtype), z_k).to(exact)
@@ -435,20 +447,20 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers as 8-bit codes. x [B,G,T,D] -> codes int8 [B,G,T,D], scale float16 [B,G,T].
+    """Numbers as rows of one tier of 8 bits and step 1. x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
 
-    Symmetric: a row's scale is its largest magnitude / 127, at least the least normal float16, so that a row of zeros
-    has one too. No number moves by more than half a scale.
+    A row's scale is its largest magnitude / 127.5, at least the least float16, so that a row of zeros has one too. No
+    number moves by more than half a scale. Attention reads such rows as they are.
     """
     x = x.to(torch.float32)
-    scale = (x.abs().amax(-1) / 127).clamp(2.0**-14, 65504.0).to(torch.float16)
-    codes = torch.round(x / scale.unsqueeze(-1)).clamp_(-127, 127)
-    return codes.to(torch.int8), scale
+    scale = (x.abs().amax(-1) / 127.5).clamp(2.0**-24, 65504.0).to(torch.float16)
+    codes = torch.floor(x / scale.unsqueeze(-1) + 128).clamp_(0, 255)
+    return codes.to(torch.uint8), scale
 
 
 def unround_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `round_rows` up to rounding: codes int8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
-    return (codes * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
+    """Inverse of `round_rows` up to rounding: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
+    return ((codes.to(torch.float32) - 127.5) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
 
 
 def straight_through(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
@@ -502,7 +514,7 @@ def _both(mask: Tensor, allowed: Tensor) -> Tensor:
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
 
 
-def tier_arguments(side: SidePlan | None) -> tuple[list[int], list[int], list[float]]:
+def tier_arguments(side: SidePlan | None) -> TierArguments:
     """The op arguments (bits, widths, steps) of a side; three empty lists for uncoded latents."""
     tiers = side.tiers if side is not None else ()
     return [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
@@ -510,5 +522,10 @@ def tier_arguments(side: SidePlan | None) -> tuple[list[int], list[int], list[fl
 
 def latent_options(key: SidePlan | None, value: SidePlan | None) -> dict[str, object]:
     """Keyword arguments of `fhopt::latent_attention` for the tiers of a site; None: exact keys and values."""
-    (kb, kw, ks), (vb, vw, vs) = tier_arguments(key), tier_arguments(value)
+    return tier_options(tier_arguments(key), tier_arguments(value))
+
+
+def tier_options(key: TierArguments, value: TierArguments) -> dict[str, object]:
+    """The same from what `tier_arguments` gave."""
+    (kb, kw, ks), (vb, vw, vs) = key, value
     return dict(key_bits=kb, key_widths=kw, key_steps=ks, value_bits=vb, value_widths=vw, value_steps=vs)

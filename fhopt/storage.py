@@ -62,6 +62,9 @@ def place_bases(plan: SidePlan, like: Tensor) -> Bases:
 # --------------------------------------------------------------------------------------------------- stores
 
 
+Window = tuple[Tensor, Tensor] | None  # codes uint8 [B,G,M,D] and scales [B,G,M], None where tokens are as they came
+
+
 class Store:
     """Tensors of some tokens: batch in dimension 0, tokens in dimension 2. No parts: not started yet."""
 
@@ -103,11 +106,16 @@ class OpenTokens(Store):
         return self.parts[0][:, :, : self.sinks].nbytes if self.parts else 0
 
     def read(self, *new: Tensor) -> Tensor:
-        """The tokens, and `new` ones behind them, as attention reads them."""
+        """The tokens, and `new` ones behind them."""
         return torch.cat([*self.parts, *new], 2) if new else self.parts[0]
 
-    def keep(self, tokens: Tensor, sealed: int) -> None:
-        """Hold `tokens`, what `read` gave with new ones, without the `sealed` oldest of the window."""
+    def give(self, *new: Tensor) -> tuple[Tensor, Window]:
+        """The same as attention reads them: tokens as they came, and codes of those in the window."""
+        return self.read(*new), None
+
+    def keep(self, new: Tensor, sealed: int) -> None:
+        """Hold new tokens too, without the `sealed` oldest of the window."""
+        tokens = torch.cat([*self.parts, new], 2)
         if sealed:
             tokens = torch.cat([tokens[:, :, : self.sinks], tokens[:, :, self.sinks + sealed :]], 2)
         self.parts = (tokens,)
@@ -123,7 +131,7 @@ class OpenTokens(Store):
 
 
 class RoundedTokens(OpenTokens):
-    """The same with a window of 8 bits: parts are sinks [B,G,N,D], codes int8 [B,G,M,D] and their scales [B,G,M]."""
+    """The same with a window of 8 bits: parts are sinks [B,G,N,D], codes uint8 [B,G,M,D] and their scales [B,G,M]."""
 
     def start(self, like: Tensor) -> None:
         """Hold no tokens, of the shape and dtype of `like`."""
@@ -140,13 +148,17 @@ class RoundedTokens(OpenTokens):
         sinks, codes, scale = self.parts
         return torch.cat([sinks, ops.unround_rows(codes, scale, sinks.dtype), *new], 2)
 
-    def keep(self, tokens: Tensor, sealed: int) -> None:
-        """As above; only tokens that have no codes yet are rounded."""
+    def give(self, *new: Tensor) -> tuple[Tensor, Window]:
+        """As above."""
         sinks, codes, scale = self.parts
-        fresh = max(self.count, self.sinks + sealed)
-        more_codes, more_scale = ops.round_rows(tokens[:, :, fresh:])
-        if sinks.shape[2] < self.sinks:
-            sinks = tokens[:, :, : self.sinks].clone()
+        return (torch.cat([sinks, *new], 2) if new else sinks), (codes, scale)
+
+    def keep(self, new: Tensor, sealed: int) -> None:
+        """As above; only tokens that stay are rounded."""
+        sinks, codes, scale = self.parts
+        more_codes, more_scale = ops.round_rows(new[:, :, max(0, self.sinks + sealed - self.count) :])
+        if sinks.shape[2] < self.sinks:  # and the window is empty
+            sinks = torch.cat([sinks, new], 2)[:, :, : self.sinks].clone()
         codes = torch.cat([codes[:, :, sealed:], more_codes], 2)
         self.parts = (sinks, codes, _joined([scale[:, :, sealed:], more_scale]))
 
@@ -175,15 +187,25 @@ class SealedRows(Store):
 
     def __init__(self, plan: SidePlan) -> None:
         self.plan = plan
-        self.tiers = ops.tier_arguments(plan)
+        self._tiers = ops.tier_arguments(plan)
+        self._text = "|".join(",".join(map(repr, numbers)) for numbers in self._tiers)
         self.bases: Bases | None = None  # before the first tokens come
+
+    @property
+    def tiers(self) -> ops.TierArguments:
+        """Bits, widths and steps; in a compiled graph from one text, which costs one guard and not one a number."""
+        if not torch.compiler.is_compiling():
+            return self._tiers
+        bits, widths, steps = [part.split(",") if part else [] for part in self._text.split("|")]
+        return [int(b) for b in bits], [int(w) for w in widths], [float(s) for s in steps]
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Parts that stand for x [B,G,N,D]."""
         assert self.bases is not None
         basis = self.bases.encode
         latent = ops.encode(x.to(basis.dtype), basis)
-        return torch.ops.fhopt.pack(latent, *self.tiers) if self.plan.tiers else (latent.to(x.dtype),)
+        tiers = self.tiers
+        return torch.ops.fhopt.pack(latent, *tiers) if tiers[0] else (latent.to(x.dtype),)
 
     def seal(self, x: Tensor, at: int, block: int) -> None:
         """Encode x [B,G,N,D] and store it at rows `at` to `at + N`."""
@@ -244,11 +266,12 @@ class StaticTokens(Store):
         """Bytes of the sinks among `nbytes`."""
         return self.parts[0].nbytes if self.parts else 0
 
-    def read(self, *new: Tensor) -> Tensor:
-        """What stands in the places, sinks then ring, and `new` tokens behind."""
+    def give(self, *new: Tensor) -> tuple[Tensor, Window]:
+        """What stands in the places, sinks then ring, and `new` tokens behind, as attention reads them (see above)."""
         sinks, *ring = [part[:, :, :-1] for part in self.parts]
-        window = ring[0] if self.bits == 16 else ops.unround_rows(ring[0], ring[1], sinks.dtype)
-        return torch.cat([sinks, window, *new], 2)
+        if self.bits == 16:
+            return torch.cat([sinks, *ring, *new], 2), None
+        return torch.cat([sinks, *new], 2), (ring[0], ring[1])
 
     def write(self, tokens: Tensor, sink_places: Tensor, ring_places: Tensor) -> None:
         """Put tokens [B,G,S,D] into their places [S], the last place for those that have none."""

@@ -29,6 +29,6 @@ def naive_code(key: Tensor, value: Tensor, plan: SitePlan) -> tuple[Tensor, Tens
 
 
 def naive_round(x: Tensor) -> Tensor:
-    """Each head of one token x [B,G,1,D] on a grid of 255 values."""
-    step = (x.float().abs().amax(-1, keepdim=True) / 127).half().float()
-    return (torch.round(x.float() / step) * step).to(x.dtype)
+    """Each head of one token x [B,G,1,D] on a grid of 256 values around zero."""
+    step = (x.float().abs().amax(-1, keepdim=True) / 127.5).half().float()
+    return (((x.float() / step).floor() + 0.5).clamp(-127.5, 127.5) * step).to(x.dtype)

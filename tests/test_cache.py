@@ -380,7 +380,7 @@ def test_so_do_windows_of_codes_and_shared_rows(window_bits: int, layout: str, t
 def test_rounded_rows_are_within_half_a_scale_and_round_to_themselves(seed: int, size: float) -> None:
     x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(seed)) * size
     codes, scale = ops.round_rows(x)
-    assert codes.dtype == torch.int8 and scale.dtype == torch.float16 and scale.shape == (2, 3, 5)
+    assert codes.dtype == torch.uint8 and scale.dtype == torch.float16 and scale.shape == (2, 3, 5)
     found = ops.unround_rows(codes, scale, x.dtype)
     assert bool(((found - x).abs() <= 0.501 * scale.unsqueeze(-1)).all())  # .501: the division rounds too
     again = ops.unround_rows(*ops.round_rows(found), x.dtype)
@@ -391,7 +391,7 @@ def test_rows_of_zeros_and_no_rows_have_codes_too() -> None:
     for tokens in (2, 0):
         zeros = torch.zeros(1, 2, tokens, 8, dtype=torch.bfloat16)
         found = ops.unround_rows(*ops.round_rows(zeros), zeros.dtype)
-        assert found.dtype == torch.bfloat16 and torch.equal(found, zeros)
+        assert found.dtype == torch.bfloat16 and bool((found.abs() <= 2.0**-25).all())  # half the least float16
 
 
 def plans(model: Any, window_bits: int, **options: Any) -> LatentPlan:

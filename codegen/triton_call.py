@@ -1,0 +1,243 @@
+"""Launch a generated Triton kernel: check the tensors, cut the work, and merge what the parts give.
+
+Nothing here reads what lies on the device, so that a call may be recorded in a CUDA graph.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, P pages, R latent width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.call import Side
+from fhopt.codegen.triton_attention import MERGED, SMALLEST_PIECE, Config, default_config, places
+from fhopt.spec import KernelSpec
+
+WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
+SHORTEST = 256  # tokens that a range has at least
+MOST_SPLITS = 128
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as it is
+
+
+Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, what those of rows divide by
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Tensors that a call may do without, in the shapes that the kernel reads."""
+
+    mask: Tensor | None  # [B, H, S, T]
+    slopes: Tensor | None  # [H]
+    sinks: Tensor | None  # [H]
+    lengths: Tensor | None  # [B]
+    positions: Tensor | None  # [B]
+    table: Tensor | None  # [B, P]
+    pages: Tensor | None  # [B, units, n]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the kernel's arguments."""
+        return (self.mask, self.slopes, self.sinks, self.lengths, self.positions, self.table, self.pages)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the dimensions that are not dense, in the order of the kernel's arguments."""
+        pairs = ((self.mask, 4), (self.lengths, 1), (self.positions, 1), (self.table, 1), (self.pages, 2))
+        return tuple(n for x, count in pairs for n in ((0,) * count if x is None else x.stride()[:count]))
+
+
+class TritonKernel:
+    """The kernels of a rendered file, with the signature of `fhopt.ops.latent_attention_reference` and more.
+
+    It ignores the tier arguments. Raises ValueError when a shape or type does not fit the spec.
+    """
+
+    def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
+        self._attention, self._merge = module.attention_kernel, module.merge_kernel
+        self._spec = spec
+        self._places = places(spec)
+        self._sides = (
+            Side("key", spec.key_tiers, spec.key_width, spec.dtype),
+            Side("value", spec.value_tiers, spec.value_width, spec.dtype),
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_scale: Tensor | None,
+        value: Tensor,
+        value_scale: Tensor | None,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        causal: bool = False,
+        window: int = 0,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        table: Tensor | None = None,
+        pages: Tensor | None = None,
+        page: int = 0,
+        splits: int | None = None,
+        config: Config | None = None,
+        **_tiers: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32.
+
+        lengths, integers [B] or one: how many tokens a sequence has. positions, likewise: the token at which its first
+        query stands, needed by causal (token <= position), window (position - token < window) and slopes [H] (ALiBi:
+        slope * (token - position) is added). sinks [H]: a further logit that takes weight and gives nothing; it counts
+        in lse. table [B,P]: keys and values are pools [pages,J,page,...], and page i of a sequence lies at table[b, i].
+        pages [B,J,n]: only these pages, of `page` tokens, are read; -1: none. splits, config: how the work is cut.
+        """
+        b, h, s, width = query.shape
+        if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
+            raise ValueError(
+                f"{self._spec.name} takes no queries {tuple(query.shape)} with softcap {softcap}; build their kernel."
+            )
+        if positions is None and (causal or window or slopes is not None):
+            raise ValueError("causal, window and slopes need positions [B], where the first queries stand; give them.")
+        query = query if query.stride(3) == 1 else query.contiguous()
+        tokens, page = _tokens(key, table, page)
+        sides = [
+            _rows(side, x, factors, (b, h, s), tokens, table is not None)
+            for side, x, factors in zip(self._sides, (key, value), (key_scale, value_scale), strict=True)
+        ]
+        shared = gcd(h // key.shape[1], h // value.shape[1])  # query heads of a unit
+        features = Features(
+            mask=None if mask is None else _mask(mask, (b, h, s, tokens)),
+            slopes=_per_head("slopes", slopes, h),
+            sinks=_per_head("sinks", sinks, h),
+            lengths=None if lengths is None else lengths.reshape(-1).expand(b),
+            positions=None if positions is None else positions.reshape(-1).expand(b),
+            table=table,
+            pages=None if pages is None else pages.expand(b, h // shared, -1),
+        )
+        backend = "hip" if torch.version.hip else "cuda"
+        config = _within(config or default_config(self._spec, shared * s, backend), page, pages is not None)
+        slots = tokens if features.pages is None else features.pages.shape[2] * page
+        programs = b * (h // shared) * -(-shared * s // config.block_m)
+        splits = splits or choose_splits(programs, slots, processors(query.device) * max(1, WARPS // config.num_warps))
+        sizes = (h, h // shared, s, tokens, slots, splits, h // shared // key.shape[1], h // shared // value.shape[1])
+        constants: dict[str, object] = {
+            "CAUSAL": causal, "WINDOW": window, "PAGE": page, "PACKED": query.is_cuda and backend == "cuda",
+            "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
+            "num_warps": config.num_warps, "num_stages": config.num_stages,
+        }  # fmt: skip
+        return self._launch((programs, splits), query, sides, features, (*sizes, scale, softcap), constants)
+
+    def _launch(
+        self,
+        grid: tuple[int, int],
+        query: Tensor,
+        sides: Sequence[Rows],
+        features: Features,
+        numbers: tuple[float, ...],
+        constants: dict[str, object],
+    ) -> tuple[Tensor, Tensor]:
+        """Run the kernels for programs and splits `grid`."""
+        (key, key_scale, key_strides, key_align), (value, value_scale, value_strides, value_align) = sides
+        splits = grid[1]
+        whole = splits == 1 and self._places == self._spec.value_width
+        output = query.new_empty((*query.shape[:3], self._spec.value_width))
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        if not output.numel():
+            return output, lse
+        parts = (output, lse, None) if whole else _parts(query, splits, self._places)
+        with torch.cuda.device_of(query):
+            self._attention[grid](
+                query, key, key_scale, value, value_scale, *features.tensors, *parts,
+                *query.stride()[:3], *key_strides, *value_strides, *features.strides, *numbers,
+                WHOLE=whole, KEY_ALIGN=key_align, VALUE_ALIGN=value_align, **constants,
+            )  # fmt: skip
+            if not whole:
+                rows = (lse.numel(), -(-self._spec.value_width // MERGED))
+                self._merge[rows](*parts, output, lse, splits, BLOCK_S=_power(splits), BLOCK_R=MERGED)
+        return output, lse
+
+
+def choose_splits(programs: int, tokens: int, places: int) -> int:
+    """Ranges of tokens, so that whole rounds of programs fill a device that holds `places`, and no range is short."""
+    return _splits(programs, max(1, min(tokens // SHORTEST, MOST_SPLITS)), places)
+
+
+@functools.lru_cache(4096)
+def _splits(programs: int, most: int, places: int) -> int:
+    """The ranges for which a token costs the fewest rounds; of those within 5 %, the fewest."""
+    rounds = [-(-programs * n // places) / n for n in range(1, most + 1)]
+    return next(n for n, cost in enumerate(rounds, 1) if cost <= 1.05 * min(rounds))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one for anything else, which runs Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _tokens(key: Tensor, table: Tensor | None, page: int) -> tuple[int, int]:
+    """Tokens that a sequence has at most, and those of a page."""
+    if table is None:
+        return key.shape[2], page
+    return table.shape[1] * key.shape[2], key.shape[2]
+
+
+def _per_head(name: str, x: Tensor | None, heads: int) -> Tensor | None:
+    """A number for every query head. Raises ValueError."""
+    if x is not None and x.numel() != heads:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({heads},), a number for every query head.")
+    return x if x is None else x.reshape(-1).contiguous()
+
+
+def _within(config: Config, page: int, listed: bool) -> Config:
+    """The configuration with tiles that do not cross a page."""
+    if page % SMALLEST_PIECE or (listed and not page):
+        raise ValueError(f"pages have {page} tokens; expected a multiple of {SMALLEST_PIECE}. Seal larger blocks.")
+    return replace(config, block_t=gcd(page, config.block_t)) if page else config
+
+
+def _rows(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool) -> Rows:
+    """What the kernel takes for one side. Raises ValueError."""
+    x = side.rows(x) if side.coded or x.dtype not in FLOATS else x if x.stride(3) == 1 else x.contiguous()
+    if paged:  # any number of pages; they are not those of a sequence
+        query, tokens = (x.shape[0], *query[1:]), x.shape[2]
+    side.check(x, scale, query, tokens)
+    strides = tuple(n if size > 1 else 0 for n, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+    align = gcd(16, *strides)
+    if side.coded and side.row % 2 == 0 and (align % 2 or x.data_ptr() % 2):  # read in words of 16 bits
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = x.stride()[:3]
+        align = gcd(16, *strides)
+    factors = scale if side.scaled else None
+    found = (0, 0, 1) if factors is None else factors.stride()
+    return x, factors, (*(n // align for n in strides), *found), align
+
+
+def _mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask as the kernel reads it, [B,H,S,T]: bytes or floats."""
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    elif not mask.is_floating_point() or mask.dtype == torch.float64:
+        mask = mask.to(torch.float32)
+    return mask.expand(shape)
+
+
+def _parts(query: Tensor, splits: int, places: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what the programs leave: sums, their bases, totals."""
+    shape = (*query.shape[:3], splits)
+    exact = functools.partial(query.new_empty, dtype=torch.float32)
+    return exact((*shape, places)), exact(shape), exact(shape)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,281 @@
+"""Encode new keys or values and write their rows straight into the storage of a cache, in one Triton kernel.
+
+    z    = E x                                         per latent head, from the n = G/J kv heads that it stands for
+    s    = sqrt(mean z[c]^2), over the channels with fewer than 16 bits; a float16 in [2^-14, 65504]
+    u[c] = clamp(floor(z[c] / s / step) + 2^(b-1), 0, 2^b - 1)                     a channel of b < 16 bits
+
+    x [B,G,T,D]   E [J,R,n*D]   ->   codes [B,J,rows,bytes]   scale [B,J,rows], or pages of both
+
+No latent is stored: a program goes twice through the channels of its tokens, for the scale and for the codes, and
+reckons them both times. Products are float32 ("ieee"), since a code is the floor of one: a latent is as exact as that
+of `fhopt.ops.encode`, and a code differs from the one it gives only where z stands at the edge of a step.
+
+Tiers are a table in memory, as in triton_pack.py, whose pieces do the packing: one compilation serves all layers.
+
+Letters: B batch, G kv heads, T new tokens, D head size, J latent heads, n = G/J, R latent width, C channels at a time,
+P tokens of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fhopt import ops
+from fhopt.codegen.pack import tier_table
+from fhopt.codegen.triton_pack import device_table, limited, store_halves, store_plane, tier
+
+BLOCK_T, BLOCK_G, BLOCK_D = 16, 8, 32  # tokens of a program, groups of 8 channels at a time, numbers of a head
+OPTIONS = {"num_warps": 4, "num_stages": 1}
+CUDA_OPTIONS = OPTIONS | {"maxnreg": 255}  # left alone, ptxas takes fewer registers for more blocks, and spills
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_jit: Callable[..., Any] = triton.jit
+_jit_entry: Callable[..., Any] = triton.jit(  # whether strides of x and of the basis are aligned is worth knowing
+    do_not_specialize=(
+        *("tokens", "tier_count", "coded", "at", "heads", "table_b"),
+        *("codes_b", "codes_j", "codes_t", "scale_b", "scale_j", "scale_t"),
+    )
+)
+
+
+# --------------------------------------------------------------------------------------------------- called from torch
+
+
+def encode(
+    x: Tensor,
+    basis: Tensor,
+    bits: Sequence[int],
+    widths: Sequence[int],
+    steps: Sequence[float],
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    at: int = 0,
+    places: Tensor | None = None,
+    table: Tensor | None = None,
+) -> None:
+    """Encode x [B,G,T,D] by basis [J,R,n*D] into rows `at` to `at + T` of codes [B,J,rows,bytes] and scale [B,J,rows].
+
+    places: int64 [T], the rows instead; tokens with a negative one are left out. table: int32 [B, pages]: row r of a
+    sequence is row r % P of page table[b, r // P] of codes [pool,J,P,bytes] and scale [pool,J,P]; rows of pages that
+    are negative are left out. Calls that the kernel does not serve (float64, tiers that no plan has) run the reference.
+    """
+    tiers = (tuple(bits), tuple(widths), tuple(steps))
+    _check(x, basis, codes, scale, places, table)
+    known = tier_table(*tiers)
+    if known is None or x.dtype not in _TYPES or basis.dtype == torch.float64 or codes.stride(-1) != 1:
+        return encode_reference(x, basis, bits, widths, steps, codes, scale, at=at, places=places, table=table)
+    if codes.shape[-1] != known.row_bytes or basis.shape[1] != known.width:
+        raise ValueError(
+            f"codes have rows of {codes.shape[-1]} bytes and basis {basis.shape[1]} channels; these tiers have "
+            f"{known.row_bytes} and {known.width}. Give the storage and the basis of one plan."
+        )
+    batch, groups, tokens, size = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    basis = basis.to(torch.float32)
+    basis = basis if basis.stride(2) == 1 else basis.contiguous()
+    coded = max(1, sum(w for b, w in zip(bits, widths, strict=True) if b < 16))
+    grid = (triton.cdiv(tokens, BLOCK_T), basis.shape[0], batch)
+    if 0 in grid:
+        return None
+    with torch.cuda.device_of(x):
+        encode_kernel[grid](
+            x, basis, codes, scale, device_table(*tiers, x.device), places, table,
+            tokens, known.tier_count, coded, at, groups // basis.shape[0], size,
+            *x.stride()[:3], *basis.stride()[:2], *codes.stride()[:3], *scale.stride(),
+            0 if table is None else table.stride(0),
+            PAGE=0 if table is None else codes.shape[2], BLOCK_T=BLOCK_T, BLOCK_G=BLOCK_G, BLOCK_D=BLOCK_D,
+            **(OPTIONS if torch.version.hip else CUDA_OPTIONS),
+        )  # fmt: skip
+    return None
+
+
+def encode_reference(
+    x: Tensor,
+    basis: Tensor,
+    bits: Sequence[int],
+    widths: Sequence[int],
+    steps: Sequence[float],
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    at: int = 0,
+    places: Tensor | None = None,
+    table: Tensor | None = None,
+) -> None:
+    """The same in torch operations, one after the other."""
+    new = ops.pack_reference(ops.encode(x.to(basis.dtype), basis), bits, widths, steps)  # [B,J,T,bytes], [B,J,T]
+    rows = torch.arange(at, at + x.shape[2], device=x.device) if places is None else places
+    kept = rows >= 0
+    for storage, part in zip((codes, scale), new, strict=True):
+        if table is None:
+            storage[:, :, rows[kept]] = part[:, :, kept]
+            continue
+        for b in range(x.shape[0]):
+            pages, within = table[b, (rows // storage.shape[2]).clamp(min=0)].long(), rows % storage.shape[2]
+            here = kept & (pages >= 0)
+            storage[pages[here], :, within[here]] = part[b].transpose(0, 1)[here]
+
+
+def _check(x: Tensor, basis: Tensor, codes: Tensor, scale: Tensor, places: Tensor | None, table: Tensor | None) -> None:
+    """Raise ValueError when shapes or types do not belong together: the kernel trusts its pointers."""
+    batch, groups, tokens, size = x.shape
+    heads = basis.shape[0]
+    if groups % heads or basis.shape[2] != groups // heads * size:
+        raise ValueError(
+            f"basis has shape {tuple(basis.shape)}; for x {tuple(x.shape)} it is [J, R, {groups}/J * {size}], J a "
+            f"divisor of {groups}. Give the encoder of this site."
+        )
+    if codes.dtype != torch.uint8 or scale.dtype != torch.float16 or codes.shape[:3] != scale.shape:
+        raise ValueError(
+            f"codes are {codes.dtype} {tuple(codes.shape)} and scale {scale.dtype} {tuple(scale.shape)}; expected "
+            "torch.uint8 [..., rows, bytes] and torch.float16 [..., rows]. Give the storage of one cache."
+        )
+    if codes.shape[1] != heads or (table is None and codes.shape[0] != batch):
+        raise ValueError(
+            f"codes have shape {tuple(codes.shape)}; for {batch} sequences and {heads} latent heads they are "
+            f"[{'pool' if table is not None else batch}, {heads}, rows, bytes]. Give the storage of this site."
+        )
+    if places is not None and (places.dtype != torch.int64 or places.shape != (tokens,) or not places.is_contiguous()):
+        raise ValueError(f"places are {places.dtype} {tuple(places.shape)}; expected torch.int64 {(tokens,)}, dense.")
+    if table is not None and (table.dtype != torch.int32 or table.shape[:1] != (batch,) or table.stride(1) != 1):
+        raise ValueError(
+            f"table is {table.dtype} {tuple(table.shape)}; expected torch.int32 {(batch, 'pages')}, dense."
+        )
+
+
+# --------------------------------------------------------------------------------------------------- kernel
+
+
+@_jit_entry
+def encode_kernel(
+    x: tl.tensor,  # float32, bfloat16 or float16 [B, G, T, D]
+    basis: tl.tensor,  # float32 [J, R, n*D]
+    codes: tl.tensor,  # uint8 [B, J, rows, bytes], or [pool, J, P, bytes] with `table`
+    scale: tl.tensor,  # float16, like the rows
+    tiers: tl.tensor,  # int32 [tiers, 5]
+    places: tl.tensor,  # int64 [T]: rows of the tokens; None: `at` and those that follow
+    table: tl.tensor,  # int32 [B, pages]; None: no pages
+    tokens: tl.tensor,  # T
+    tier_count: tl.tensor,
+    coded: tl.tensor,  # channels with fewer than 16 bits, at least 1
+    at: tl.tensor,
+    heads: tl.tensor,  # n
+    size: tl.tensor,  # D
+    x_b: tl.tensor,  # strides
+    x_h: tl.tensor,
+    x_t: tl.tensor,
+    basis_j: tl.tensor,
+    basis_r: tl.tensor,
+    codes_b: tl.tensor,
+    codes_j: tl.tensor,
+    codes_t: tl.tensor,
+    scale_b: tl.tensor,
+    scale_j: tl.tensor,
+    scale_t: tl.tensor,
+    table_b: tl.tensor,
+    PAGE: tl.constexpr,  # P; 0: no pages
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Rows of BLOCK_T tokens in one latent head: once over the channels for the scale, once for the codes."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
+    j, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    live = t < tokens
+    rows = x + b * x_b + (j * heads).to(tl.int64) * x_h + t.to(tl.int64) * x_t
+    bases = basis + j.to(tl.int64) * basis_j
+
+    place = at + t.to(tl.int64)
+    if places is not None:
+        place = tl.load(places + t, mask=live, other=-1)
+    here = live & (place >= 0)
+    entry = tl.zeros([BLOCK_T], tl.int64) + b
+    if PAGE:
+        entry = tl.load(table + b * table_b + place // PAGE, mask=here, other=-1).to(tl.int64)
+        here, place = here & (entry >= 0), place % PAGE
+    row = codes + entry * codes_b + j.to(tl.int64) * codes_j + place * codes_t  # [T]
+
+    energy = tl.zeros([BLOCK_T], tl.float32)
+    for i in range(tier_count):
+        bits, width, channel, byte, step = tier(tiers, i)
+        if bits < 16:
+            for first in range(0, width // 8, BLOCK_G):
+                g = first + tl.arange(0, BLOCK_G)  # [G]
+                z = project(
+                    rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D
+                )  # [T, G, 8]
+                energy += tl.sum(tl.sum(z * z, 2), 1)
+    mean = tl.div_rn(energy, tl.zeros([BLOCK_T], tl.float32) + coded)
+    half = limited(tl.sqrt_rn(mean), 2.0**-14, 65504.0).to(tl.float16)
+    tl.store(scale + entry * scale_b + j.to(tl.int64) * scale_j + place * scale_t, half, mask=here)
+    inverse = tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), half.to(tl.float32))
+
+    for i in range(tier_count):
+        bits, width, channel, byte, step = tier(tiers, i)
+        for first in range(0, width // 8, BLOCK_G):
+            g = first + tl.arange(0, BLOCK_G)
+            z = project(rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D)
+            store_tier(row + byte, z, inverse, bits, width, step, g, here)
+
+
+@_jit
+def project(
+    rows: tl.tensor,
+    bases: tl.tensor,
+    channel: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    live: tl.tensor,
+    heads: tl.tensor,
+    size: tl.tensor,
+    x_h: tl.tensor,
+    basis_r: tl.tensor,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
+    """Latents of BLOCK_G groups of 8 channels of a tier, from `rows` [T] of n heads -> float32 [T, G, 8]; 0 outside."""
+    C: tl.constexpr = 8 * BLOCK_G
+    c = 8 * first + tl.arange(0, C)  # [C], of the tier
+    column = bases + (channel + c).to(tl.int64) * basis_r  # [C]
+    z = tl.zeros([rows.shape[0], C], tl.float32)
+    for _ in range(heads):
+        for start in range(0, size, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)  # [D]
+            real = d < size
+            x = tl.load(rows[:, None] + d[None, :], mask=live[:, None] & real[None, :], other=0.0)
+            e = tl.load(column[None, :] + d[:, None], mask=(c < width)[None, :] & real[:, None], other=0.0)
+            z = tl.dot(x.to(tl.float32), e, z, input_precision="ieee")
+        rows += x_h
+        column += size
+    return tl.reshape(z, [rows.shape[0], BLOCK_G, 8])
+
+
+@_jit
+def store_tier(
+    row: tl.tensor,
+    z: tl.tensor,
+    inverse: tl.tensor,
+    bits: tl.tensor,
+    width: tl.tensor,
+    step: tl.tensor,
+    g: tl.tensor,
+    here: tl.tensor,
+) -> None:
+    """Round latents z [T, G, 8] of a tier and store what they become; `row` [T] is where the tier begins."""
+    inside = here[:, None] & (g < width // 8)[None, :]  # [T, G]
+    if bits == 16:
+        store_halves(row, z, g, inside)
+    else:
+        middle = ((1 << bits) >> 1).to(tl.float32)
+        u = tl.floor(tl.div_rn(z * inverse[:, None, None], tl.zeros_like(z) + step)) + middle
+        u = tl.where(u > 0, tl.where(u < 2 * middle, u, 2 * middle - 1), 0).to(tl.int32)  # NaN: 0
+        store_plane(row, u, bits, width, g, inside, 8)
+        store_plane(row, u, bits, width, g, inside, 4)
+        store_plane(row, u, bits, width, g, inside, 2)
+        store_plane(row, u, bits, width, g, inside, 1)

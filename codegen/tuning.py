@@ -1,0 +1,312 @@
+"""Which configuration a kernel is launched with: the best by its resources, or on a real GPU by the clock.
+
+    choose         compile the candidates, leave out what does not fit, rank the others      needs no GPU
+    tune           time the candidates that fit                                              needs one
+    tuned_config   what either of them has found, from the file cache; a tuned one first
+
+Without a GPU there is no time to go by. Decoding is bound by memory, and a memory is kept busy by bytes on their way
+(Little's law): a configuration is better the more bytes of rows a multiprocessor has under way, up to ENOUGH_BYTES;
+then the fewer instructions its loops take for a token; then the more warps there are to hide them.
+
+    bytes under way = blocks resident * tokens of a tile * tiles under way * bytes of a row
+
+of which there is one of what is loaded when it is used, and a stage less than there are of what is copied ahead.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a latent
+head).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen import triton_attention
+from fhopt.codegen.build import build_triton, cache_folder
+from fhopt.codegen.gpu import (
+    GPUS,
+    Gpu,
+    Occupancy,
+    Request,
+    Resources,
+    compile_kernels,
+    objection,
+    occupancy,
+    triton_version,
+)  # fmt: skip
+from fhopt.codegen.tiers import Tiers, is_scaled
+from fhopt.codegen.triton_attention import Config, candidates, default_config, example
+from fhopt.errors import FhoptError
+from fhopt.files import appearing
+from fhopt.spec import SCALE_BYTES, KernelSpec
+
+ENOUGH_BYTES = 32 * 1024  # under way for each multiprocessor; a choice, to be overruled by `tune`
+KERNEL = "attention_kernel"
+
+
+# --------------------------------------------------------------------------------------------------- without a GPU
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one configuration. reason: why it is rejected; empty where it is not.
+
+    bytes_ahead: of rows, under way for each multiprocessor. token_instructions: of warps, in the loops, for a token in
+    one latent head.
+    """
+
+    config: Config
+    resources: Resources
+    occupancy: Occupancy | None = None  # None where it is rejected
+    bytes_ahead: int = 0
+    token_instructions: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Configurations of a kernel on a GPU; `best` is None where all are rejected."""
+
+    best: Verdict | None
+    verdicts: tuple[Verdict, ...]  # of all that were tried, the default first
+
+
+def choose(spec: KernelSpec, rows: int, gpu: Gpu, most: int = 0) -> Choice:
+    """The best configuration for `rows` = M on `gpu`, by compiling; kept for `tuned_config`.
+
+    most: how many candidates to compile, the default and others evenly; 0: all. Raises FhoptError without Triton.
+    """
+    return choose_each([(spec, rows)], gpu, most)[0]
+
+
+def choose_each(
+    kernels: Sequence[tuple[KernelSpec, int]], gpu: Gpu, most: int = 0,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Choice]:  # fmt: skip
+    """The same for kernels (spec, M), all compiled in one process. progress: told what is done, and of how much."""
+    tried = []
+    for spec, rows in kernels:
+        first = default_config(spec, rows, gpu.backend)
+        tried.append(_some(tuple(dict.fromkeys((first, *candidates(spec, rows)))), most))
+    requests = [
+        request(triton_attention.render(spec), spec, config, gpu)
+        for (spec, _), configs in zip(kernels, tried, strict=True)
+        for config in configs
+    ]
+    found = iter(compile_kernels(requests, gpu, progress))
+    return [
+        _best(spec, rows, gpu, tuple(_judge(spec, rows, config, next(found), gpu) for config in configs))
+        for (spec, rows), configs in zip(kernels, tried, strict=True)
+    ]
+
+
+def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) -> Choice:
+    left = [v for v in verdicts if not v.reason]
+    if not left:
+        return Choice(None, verdicts)
+    best = max(left, key=_rank)  # of equals the first
+    with contextlib.suppress(FhoptError):  # a cache that cannot be written was complained of by `compile_kernels`
+        _write("chosen", spec, rows, gpu.name, best.config, {})
+    return Choice(best, verdicts)
+
+
+def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu, texts: tuple[str, ...] = ()) -> Request:
+    """The attention kernel of a rendered file, as the launcher calls it for one query, to be compiled."""
+    types, constants, attrs = example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Request(text, KERNEL, types, constants, attrs, options, texts)
+
+
+def row_bytes(spec: KernelSpec) -> int:
+    """Bytes of one token in one latent head, keys and values: codes and scales, or numbers."""
+    itemsize = getattr(torch, spec.dtype).itemsize
+
+    def side(tiers: Tiers, width: int) -> int:
+        codes = sum(bits * w for bits, w, _ in tiers) // 8 if tiers else width * itemsize
+        return int(codes + (SCALE_BYTES if is_scaled(tiers) else 0))
+
+    return side(spec.key_tiers, spec.key_width) + side(spec.value_tiers, spec.value_width)
+
+
+def _some(configs: tuple[Config, ...], most: int) -> tuple[Config, ...]:
+    """`most` of the candidates, the first and others evenly."""
+    if not most or most >= len(configs):
+        return configs
+    return tuple(configs[i * len(configs) // most] for i in range(most))
+
+
+def _judge(spec: KernelSpec, rows: int, config: Config, resources: Resources, gpu: Gpu) -> Verdict:
+    reason = objection(resources, gpu)
+    if not reason and not resources.tensor_cores and spec.dtype != "float32":
+        reason = "uses no tensor core"
+    if reason:
+        return Verdict(config, resources, reason=reason)
+    held = occupancy(resources, gpu)
+    tiles = 1 + resources.copied_share * max(0, config.num_stages - 2)
+    ahead = round(held.blocks * config.block_t * tiles * row_bytes(spec))
+    passes = -(-rows // config.block_m)  # over the tokens
+    return Verdict(
+        config, resources, held, ahead, passes * resources.loop_instructions * resources.num_warps / config.block_t
+    )
+
+
+def _rank(verdict: Verdict) -> tuple[float, ...]:
+    assert verdict.occupancy is not None
+    return min(verdict.bytes_ahead, ENOUGH_BYTES), -verdict.token_instructions, verdict.occupancy.warps
+
+
+# --------------------------------------------------------------------------------------------------- on a GPU
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of the call to time."""
+
+    batch: int = 8
+    heads: int = 32
+    key_heads: int = 8  # J of keys
+    value_heads: int = 8
+    queries: int = 1
+    tokens: int = 32_768
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return gcd(self.heads // self.key_heads, self.heads // self.value_heads) * self.queries
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The fastest configuration, milliseconds of each that ran, and why others did not."""
+
+    best: Config
+    times_ms: Mapping[Config, float]
+    rejected: Mapping[Config, str]
+
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+def tune(
+    spec: KernelSpec, workload: Workload, *, device: torch.device | str = "cuda", device_name: str = "",
+    kernel: Callable[..., object] | None = None, timer: Timer | None = None,
+) -> Tuning:  # fmt: skip
+    """Time the candidates for `spec` on random rows of `workload`, and keep the fastest for `tuned_config`.
+
+    kernel: what is timed, called as `TritonKernel` is, by default that. timer: milliseconds of a call, by default the
+    median by CUDA's events with an empty L2 cache. Raises FhoptError where there is no GPU, or where nothing runs.
+    """
+    if timer is None or not device_name:
+        if not torch.cuda.is_available():
+            raise FhoptError("there is no GPU to tune on; tune on a machine with one, or take what the filter chooses.")
+        device_name = device_name or torch.cuda.get_device_name(device)
+        timer = timer or _by_events
+    kernel = kernel or build_triton(spec)
+    tried, rejected = candidates(spec, workload.rows), dict[Config, str]()
+    gpu = gpu_named(device_name)
+    if gpu is not None:
+        rejected = {v.config: v.reason for v in choose(spec, workload.rows, gpu).verdicts if v.reason}
+    arguments, options = random_call(spec, workload, device)
+    times: dict[Config, float] = {}
+    for config in tried:
+        if config in rejected:
+            continue
+        try:
+            times[config] = timer(lambda config=config: kernel(*arguments, **options, config=config))  # type: ignore[misc]
+        except Exception as error:  # Triton's errors have no base in common with torch's
+            rejected[config] = f"does not run: {' '.join(str(error).split()) or type(error).__name__}"
+    if not times:
+        raise FhoptError(f"no configuration of {spec.name} runs on {device_name}: {next(iter(rejected.values()))}.")
+    best = min(times, key=lambda config: times[config])
+    _write("tuned", spec, workload.rows, device_name, best, times)
+    return Tuning(best, times, rejected)
+
+
+def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None:
+    """What was tuned for this device, else what `choose` has found for it, else None; by name as torch tells it."""
+    gpu = gpu_named(device_name)
+    found = _read("tuned", spec, rows, device_name)
+    return found if found or gpu is None else _read("chosen", spec, rows, gpu.name)
+
+
+def gpu_named(device_name: str) -> Gpu | None:
+    """The GPU of the table that a device of this name is, as in "NVIDIA H100 80GB HBM3"; None if there is none."""
+    words = device_name.lower().replace("-", " ").split()
+    short = {"a100-80": "a100", "edge": "orin"}
+    for gpu in GPUS.values():
+        if device_name == gpu.name or short.get(gpu.name, gpu.name) in words:
+            return gpu
+    return None
+
+
+def random_call(
+    spec: KernelSpec, workload: Workload, device: torch.device | str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors (query, key, key_scale, value, value_scale, no mask) and options of a call of the kernel of `spec`."""
+    dtype = getattr(torch, spec.dtype)
+    shape = workload.batch, workload.heads, workload.queries, spec.key_width
+    arguments: list[Tensor | None] = [torch.randn(shape, dtype=dtype, device=device)]
+    for tiers, width, heads in (
+        (spec.key_tiers, spec.key_width, workload.key_heads),
+        (spec.value_tiers, spec.value_width, workload.value_heads),
+    ):
+        rows = workload.batch, heads, workload.tokens
+        if tiers:
+            size = sum(bits * w for bits, w, _ in tiers) // 8
+            arguments.append(torch.randint(0, 256, (*rows, size), dtype=torch.uint8, device=device))
+            arguments.append(torch.rand(rows, device=device).to(torch.float16))
+        else:
+            arguments += [torch.randn((*rows, width), dtype=dtype, device=device), None]
+    options = {"scale": spec.key_width**-0.5, "softcap": 30.0 if spec.softcap else 0.0}
+    return (*arguments, None), options
+
+
+def _by_events(call: Callable[[], object]) -> float:
+    """Median milliseconds of a call."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def _path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Any:
+    """Where a configuration is kept: by the kernel's text, the device, Triton, and M up to the next power of two."""
+    parts = (triton_attention.render(spec), device_name, triton_version())
+    known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache_folder() / f"{kind}-{spec.name}-m{1 << (rows - 1).bit_length()}-{known}.json"
+
+
+def _write(
+    kind: str, spec: KernelSpec, rows: int, device_name: str, best: Config, times: Mapping[Config, float]
+) -> None:
+    path = _path(kind, spec, rows, device_name)
+    told = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
+    text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": told}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as target:
+            target.write_text(text)
+    except OSError as error:
+        raise FhoptError(
+            f"the configuration cannot be kept: {error.strerror} ({path}). Set FHOPT_CACHE_DIR to a folder that you "
+            "may write to."
+        ) from error
+
+
+def _read(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
+    path = _path(kind, spec, rows, device_name)
+    try:
+        return Config(**json.loads(path.read_text())["best"])
+    except (OSError, TypeError):  # there is none, or one of other fields, written by another version
+        return None

@@ -1,0 +1,200 @@
+"""Kernels of compiled graphs, called from C++ (codegen/native.py), against the ops that they stand for."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import Fitted, token_ids
+from torch import Tensor, fx
+
+import fhopt
+from fhopt import codegen, ops
+from fhopt.applying import latent_cache
+from fhopt.codegen import native
+from fhopt.spec import KernelSpec
+
+B, H, J, T, S = 2, 6, 3, 37, 2
+STEPS = {16: 1.0, 8: 0.06, 6: 0.14, 5: 0.24, 4: 0.4, 3: 0.7, 2: 1.05, 1: 1.6}
+TIERS = [(), ((8, 16),), ((16, 8), (4, 8), (3, 16)), ((5, 8), (2, 16), (1, 8))]
+SPECS = [
+    (TIERS[0], TIERS[0], False),
+    (TIERS[1], TIERS[0], False),
+    (TIERS[2], TIERS[3], False),
+    (TIERS[2], TIERS[3], True),
+]
+
+pytestmark = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="no C++ compiler on PATH"
+)
+codegen.install()
+
+
+def side(tiers: Any, dtype: torch.dtype) -> tuple[ops.TierArguments, tuple[Tensor, Tensor | None], int]:
+    """(tiers, rows, width) of random latents."""
+    arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
+    width = sum(arguments[1]) or 24
+    latent = torch.randn(B, J, T, width, dtype=dtype)
+    return arguments, torch.ops.fhopt.pack(latent, *arguments) if tiers else (latent, None), width
+
+
+def masks(kind: str) -> Tensor | None:
+    if kind == "none":
+        return None
+    return torch.rand(T) > 0.4 if kind == "bool" else torch.randn(B, 1, S, T)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(SPECS), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_kernel_gives_what_its_op_gives(
+    tiers: Any, dtype: torch.dtype, kind: str, length: int | None, seed: int
+) -> None:
+    (key_tiers, value_tiers), softcap = [TIERS[i] for i in tiers[:2]], tiers[2]
+    torch.manual_seed(seed)
+    (kt, key, width), (vt, value, value_width) = side(key_tiers, dtype), side(value_tiers, dtype)
+    query = torch.randn(B, S, H, width, dtype=dtype).transpose(1, 2)
+    mask, lengths = masks(kind), None if length is None else torch.tensor(length)
+    cap = 3.0 if softcap else 0.0
+    expected = torch.ops.fhopt.latent_attention(
+        query, *key, *value, mask, **ops.tier_options(kt, vt), scale=0.2, softcap=cap, lengths=lengths
+    )
+    name = str(dtype).removeprefix("torch.") if not (key_tiers and value_tiers) else "float32"
+    table = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
+    spec = KernelSpec(*table, width, value_width, name, softcap)
+    assert native.serve(spec)
+    found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, 0.2, cap, value_width)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
+def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(seed)
+    arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
+    wide = torch.randn(*shape, 2 * sum(arguments[1]))
+    for latent in (wide[..., : sum(arguments[1])], wide[..., ::2], wide[..., : sum(arguments[1])].bfloat16()):
+        for a, b in zip(
+            torch.ops.fhopt.pack_kernel(latent, *arguments), torch.ops.fhopt.pack(latent, *arguments), strict=True
+        ):
+            assert a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("length", [0, 5, T, T + 3, -1])
+@pytest.mark.parametrize("several", [False, True])
+def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> None:
+    torch.manual_seed(0)
+    (tiers, rows, _), query = side(TIERS[2], torch.float32), torch.randn(B, H, S, 32)
+    lengths = torch.tensor([length, 7] if several else length)
+    mask = torch.rand(B, 1, S, T) > 0.3
+    options: Any = {**ops.tier_options(tiers, tiers), "scale": 0.3}
+    found = torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, lengths=lengths)
+    seen = mask & (torch.arange(T) < lengths.reshape(-1, 1, 1, 1))
+    expected = ops.latent_attention_reference(query.double(), *rows, *rows, seen, **options)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+class Latent(torch.nn.Module):
+    """Codes a latent and attends to it, as a compiled cache layer does."""
+
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
+        tiers: ops.TierArguments = [8, 4], [8, 16], [0.06, 0.4]
+        rows = torch.ops.fhopt.pack(latent, *tiers)
+        options: Any = ops.tier_options(tiers, tiers)
+        return torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, scale=0.2)[0]
+
+
+def called(module: fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in module.graph.nodes if "fhopt" in str(n.target)]
+
+
+def graphs_of(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(graph before, graph after)."""
+    found: list[tuple[fx.GraphModule, fx.GraphModule]] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append((module, codegen.call_kernels(module)))
+        return found[0][1]
+
+    torch._dynamo.reset()
+    model, inputs = Latent(), (torch.randn(B, H, 1, 24, dtype=dtype), torch.randn(B, J, T, 24, dtype=dtype), mask)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(*inputs), model(*inputs))
+    return found[0]
+
+
+def test_a_graph_calls_its_kernels_from_c() -> None:
+    before, after = graphs_of(torch.rand(T) > 0.4)
+    assert called(after) == ["fhopt.pack_kernel.default", "fhopt.latent_kernel.default"]
+    assert called(before) != called(after), "the graph that Dynamo keeps is not touched"
+
+
+def test_a_graph_keeps_what_no_kernel_takes_as_it_is() -> None:
+    before, after = graphs_of(torch.randn(T, dtype=torch.float64))  # a mask that would have to be converted
+    assert called(after) == ["fhopt.pack_kernel.default", "fhopt.latent_attention"]
+    before, after = graphs_of(None, torch.float64)
+    assert after is before
+
+
+def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    native._served.clear()
+    before, after = graphs_of(None)
+    assert after is before
+    native._served.clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(query=torch.randn(B, H, 1, 16)), "queries of another width"),
+        (dict(key=torch.zeros(B, J, T + 1, 24)), "keys or values that do not fit"),
+        (dict(value=torch.zeros(B, 4, T, 24)), "keys or values that do not fit"),
+        (dict(mask=torch.zeros(T + 1)), "a mask that does not fit"),
+        (dict(kernel="nothing"), "a name that nothing was built for"),
+    ],
+)
+def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any], what: str) -> None:
+    spec = KernelSpec((), (), 24, 24, "float32", False)
+    assert native.serve(spec)
+    rows = torch.randn(B, J, T, 24)
+    given: dict[str, Any] = dict(
+        kernel=spec.name, query=torch.randn(B, H, 1, 24), key=rows, key_scale=None, value=rows, value_scale=None,
+        mask=None, lengths=None, scale=0.1, softcap=0.0, value_width=24,
+    )  # fmt: skip
+    torch.ops.fhopt.latent_kernel(**given)
+    with pytest.raises(RuntimeError):
+        torch.ops.fhopt.latent_kernel(**{**given, **change})
+
+
+def test_a_compiled_cache_step_calls_its_kernels_from_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer: latents, window of codes, sinks with the new token; and what it codes, keys and values."""
+    seen: list[str] = []
+
+    def compile_fx(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        seen.extend(called(module))
+        return module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    fitted = Fitted("llama")
+    model, ids = fitted.model, token_ids(2, 60)
+    fhopt.apply(model, fitted.plan(4, window_bits=8))
+    torch._dynamo.reset()
+    step: Any = torch.compile(model.forward, backend="flashhead", fullgraph=True)
+    with torch.no_grad():
+        eager, compiled = (latent_cache(model, max_cache_len=80) for _ in range(2))
+        model(ids[:, :50], cache=eager)
+        model(ids[:, :50], cache=compiled)
+        for i in range(50, 60):
+            expected = model(ids[:, i : i + 1], cache=eager).logits
+            found = step(input_ids=ids[:, i : i + 1], cache=compiled, use_cache=True).logits
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    fhopt.unapply(model)
+    assert sorted(seen) == 2 * 3 * ["fhopt.latent_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]
