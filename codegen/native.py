@@ -1,13 +1,15 @@
-"""Kernels of a compiled graph, called from C++: `fhopt::latent_kernel` and `fhopt::pack_kernel`.
+"""Kernels of a compiled graph, called from C++.
 
 before                                                        after, in an inference graph for CPUs
 fhopt.latent_attention(q, k, s_k, v, s_v, mask, tiers...)     fhopt.latent_kernel(NAME, q, k, s_k, v, s_v, mask, ...)
 fhopt.pack(z, tiers...)                                       fhopt.pack_kernel(z, tiers...)
+fhopt.attend_latents(q, k, v, latents, window, masks...)      fhopt.attend_kernel(NAME, NAME, NAME, q, k, v, ...)
 
-The two ops on the right are implemented in one C++ library, which is compiled against the stable part of torch's
+The ops on the right are implemented in one C++ library, which is compiled against the stable part of torch's
 C++ interface (torch/csrc/stable) and knows kernels by the name of their `KernelSpec`. A call costs 3 to 5 microseconds
-in place of the 30 to 40 of a Python implementation: a step of decoding makes five such calls a layer. They do what the
-ops on the left do, for tensors that a graph has checked, and know no gradients.
+in place of the 20 to 40 of a Python implementation. They do what the ops on the left do, for tensors that a graph has
+checked, and know no gradients. The last one is a decoding layer's attention on a cache as a whole: it absorbs the
+queries, runs the kernels of latents, window and open tokens, expands and merges, where eight operations did.
 
 Without a compiler graphs keep the ops on the left.
 
@@ -40,6 +42,12 @@ _LIB.define(
     "latent_kernel(str kernel, Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, "
     "Tensor? mask, Tensor? lengths, float scale, float softcap, int value_width) -> (Tensor, Tensor)"
 )
+_LIB.define(
+    "attend_kernel(str latents, str window, str opened, Tensor query, Tensor key, Tensor value, Tensor key_rows, "
+    "Tensor? key_scale, Tensor key_decode, Tensor value_rows, Tensor? value_scale, Tensor value_decode, "
+    "Tensor? window_keys, Tensor? window_key_scale, Tensor? window_values, Tensor? window_value_scale, Tensor? near, "
+    "Tensor? inside, Tensor? far, Tensor? lengths, float scale, float softcap) -> Tensor"
+)
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
 
@@ -60,6 +68,15 @@ def _pack_kernel_fake(
 
 
 torch.library.register_fake("fhopt::latent_kernel", _latent_kernel_fake, lib=_LIB)
+
+
+def _attend_kernel_fake(
+    latents: str, window: str, opened: str, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+torch.library.register_fake("fhopt::attend_kernel", _attend_kernel_fake, lib=_LIB)
 torch.library.register_fake("fhopt::pack_kernel", _pack_kernel_fake, lib=_LIB)
 
 
@@ -89,6 +106,8 @@ def _native_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     name = getattr(node.target, "_qualified_op_name", None) or str(getattr(node.target, "_name", ""))
     if name == "fhopt::latent_attention":
         return _attention_call(node)
+    if name == "fhopt::attend_latents":
+        return _attend_call(node)
     if name == "fhopt::pack":
         return _pack_call(node)
     return None
@@ -108,6 +127,30 @@ def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]
     numbers = (node.kwargs["scale"], node.kwargs.get("softcap", 0.0), spec.value_width)
     operands = (query, key, key_scale, value, value_scale, mask, lengths)
     return torch.ops.fhopt.latent_kernel.default, (spec.name, *operands, *numbers), {}
+
+
+def _attend_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    values = [_value(x) for x in node.args]
+    given = [x for x in values if isinstance(x, Tensor)]
+    query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = values
+    if any(x.device.type != "cpu" for x in given) or query.dtype not in _DTYPES:
+        return None
+    if any(x.dtype != query.dtype for x in (key, value, key_decode, value_decode)):
+        return None
+    if not all(_masks(x) for x in values[13:16]) or not _counts(values[16]):
+        return None
+    cap: Any = node.kwargs.get("softcap", 0.0)
+    latent = _spec({"query": key_decode, "key": key_rows, "value": value_rows}, node.kwargs)
+    opened = KernelSpec((), (), key.shape[3], value.shape[3], _DTYPES[query.dtype], bool(cap))
+    rounded = KernelSpec(
+        ((8, key.shape[3], 1.0),), ((8, value.shape[3], 1.0),), key.shape[3], value.shape[3], "float32", bool(cap)
+    )
+    specs = [latent, rounded, opened] if window is not None else [latent, opened]
+    if any(spec is None or not serve(spec) for spec in specs):
+        return None
+    assert latent is not None
+    names = (latent.name, rounded.name if window is not None else "", opened.name)
+    return torch.ops.fhopt.attend_kernel.default, (*names, *node.args, node.kwargs["scale"], cap), {}
 
 
 def _spec(values: dict[str, Any], options: dict[str, Any]) -> KernelSpec | None:
@@ -193,11 +236,14 @@ def library() -> ctypes.CDLL | None:
 
 TEXT = r"""// ops
 //
-// What stands between torch's dispatcher and the kernels: `fhopt::latent_kernel` and `fhopt::pack_kernel` take tensors,
-// check what machine code trusts, and hand addresses and strides on in one struct.
+// What stands between torch's dispatcher and the kernels: these ops take tensors, check what machine code trusts, and
+// hand addresses and strides on in one struct.
 //
 //     query [B,H,S,R_K]   key, value [B,J,T,...]   scales [B,J,T]   mask, broadcast to [B,H,S,T]   lengths []
 //     ->  output [B,H,S,R_V] in the type of query, lse [B,H,S]
+//
+// `attend_kernel` does so for a cache: latents (queries absorbed by a basis [G,D,R_K], outputs expanded by one
+// [G,E,R_V]), a window of codes, open tokens; the parts are merged by log-sum-exp.
 //
 // Kernels compute in float32: queries and outputs of 16 bits are converted here.
 //
@@ -210,7 +256,7 @@ TEXT = r"""// ops
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <optional>
@@ -336,9 +382,69 @@ std::vector<float> floats_of(const Tensor& x) {  // [B,H,S,R], dense
 }
 
 template <class T>
+void load_as(const Tensor& dense, std::vector<float>& to) {
+    const T* data = static_cast<const T*>(dense.data_ptr());
+    for (size_t i = 0; i < to.size(); i++) to[i] = float(data[i]);
+}
+
+template <class T>
 void store_as(const std::vector<float>& from, const Tensor& to) {
     T* out = static_cast<T*>(to.data_ptr());
     for (size_t i = 0; i < from.size(); i++) out[i] = T(from[i]);
+}
+
+// Queries of 32 bits, dense in the last dimension: those of the tensor, or converted.
+struct Queries {
+    std::vector<float> memory;
+    Rows rows;
+
+    Queries(const Tensor& x) {
+        const ScalarType type = x.scalar_type();
+        if (type == ScalarType::Float && x.stride(3) == 1) {
+            rows = rows_of(x);
+            return;
+        }
+        memory = type == ScalarType::BFloat16 ? floats_of<c10::BFloat16>(x)
+                 : type == ScalarType::Half   ? floats_of<c10::Half>(x)
+                                              : floats_of<float>(x);
+        rows = dense(memory.data(), x.size(1), x.size(2), x.size(3));
+    }
+
+    static Rows dense(const float* data, int64_t h, int64_t s, int64_t width) {
+        return {data, {h * s * width, s * width, width}};
+    }
+};
+
+void store(const std::vector<float>& from, const Tensor& to) {
+    if (to.scalar_type() == ScalarType::BFloat16) store_as<c10::BFloat16>(from, to);
+    else if (to.scalar_type() == ScalarType::Half) store_as<c10::Half>(from, to);
+    else store_as<float>(from, to);
+}
+
+// What a kernel is called with, but for the queries and the output.
+struct Call {
+    std::string name;
+    const Tensor &key, &value;
+    const std::optional<Tensor>&key_scale, &value_scale, &mask, &lengths;
+    double scale, softcap;
+};
+
+// The kernel of `c` on queries [B,H,S,R_K], to output [B,H,S,R_V] and lse [B,H,S].
+void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& rows, float* output, float* lse) {
+    const int64_t b = query.size(0), h = query.size(1), s = query.size(2), tokens = c.key.size(2);
+    Attention a{b, h, s, tokens, c.key.size(1), c.value.size(1), int64_t(torch::stable::get_num_threads()), 0};
+    a.query = rows;
+    a.key = side(c.name, c.key, query, tokens);
+    a.value = side(c.name, c.value, query, tokens);
+    a.key_scale = scales(c.name, c.key_scale, c.key, kernel.scaled(0));
+    a.value_scale = scales(c.name, c.value_scale, c.value, kernel.scaled(1));
+    if (c.mask) set_mask(c.name, *c.mask, {b, h, s, tokens}, a);
+    if (c.lengths) a.tokens = std::clamp<int64_t>(*static_cast<const int64_t*>(c.lengths->data_ptr()), 0, tokens);
+    a.output = output;
+    a.lse = lse;
+    a.scale = c.scale;
+    a.softcap = c.softcap;
+    kernel.run(&a);
 }
 
 // ------------------------------------------------------------------------------------------------ ops
@@ -350,38 +456,124 @@ std::tuple<Tensor, Tensor> latent_kernel(
     const Kernel kernel = find(name);
     expect(query.dim() == 4 && query.size(3) == kernel.key_width, name, "queries of another width");
     expect(value_width == kernel.value_width, name, "another width of values");
-    const int64_t b = query.size(0), h = query.size(1), s = query.size(2), tokens = key.size(2);
-    Attention a{b, h, s, tokens, key.size(1), value.size(1), int64_t(torch::stable::get_num_threads()), 0};
-    a.key = side(name, key, query, tokens);
-    a.value = side(name, value, query, tokens);
-    a.key_scale = scales(name, key_scale, key, kernel.scaled(0));
-    a.value_scale = scales(name, value_scale, value, kernel.scaled(1));
-    if (mask) set_mask(name, *mask, {b, h, s, tokens}, a);
-    if (lengths) a.tokens = std::clamp<int64_t>(*static_cast<const int64_t*>(lengths->data_ptr()), 0, tokens);
-    a.scale = scale;
-    a.softcap = softcap;
-
-    const ScalarType type = query.scalar_type();
-    const bool is_float = type == ScalarType::Float;
-    std::vector<float> queries, sums;
-    Tensor output = empty({b, h, s, value_width}, type), lse = empty({b, h, s}, ScalarType::Float);
-    if (is_float && query.stride(3) == 1) {
-        a.query = rows_of(query);
-        a.output = output.data_ptr();
-    } else {
-        queries = type == ScalarType::BFloat16 ? floats_of<c10::BFloat16>(query)
-                  : type == ScalarType::Half   ? floats_of<c10::Half>(query)
-                                               : floats_of<float>(query);
-        sums.resize(is_float ? 0 : b * h * s * value_width);
-        const int64_t width = kernel.key_width;
-        a.query = {queries.data(), {h * s * width, s * width, width}};
-        a.output = is_float ? output.data_ptr() : sums.data();
-    }
-    a.lse = lse.data_ptr();
-    kernel.run(&a);
-    if (type == ScalarType::BFloat16) store_as<c10::BFloat16>(sums, output);
-    if (type == ScalarType::Half) store_as<c10::Half>(sums, output);
+    const int64_t b = query.size(0), h = query.size(1), s = query.size(2);
+    const bool is_float = query.scalar_type() == ScalarType::Float;
+    const Queries queries(query);
+    Tensor output = empty({b, h, s, value_width}, query.scalar_type()), lse = empty({b, h, s}, ScalarType::Float);
+    std::vector<float> sums(is_float ? 0 : b * h * s * value_width);
+    float* to = is_float ? static_cast<float*>(output.data_ptr()) : sums.data();
+    const Call call{name, key, value, key_scale, value_scale, mask, lengths, scale, softcap};
+    run(kernel, call, query, queries.rows, to, static_cast<float*>(lse.data_ptr()));
+    if (!is_float) store(sums, output);
     return {output, lse};
+}
+
+// A basis [G, n, m] as floats.
+struct Basis {
+    std::vector<float> memory;
+    const float* data;
+    int64_t groups, n, m;
+
+    Basis(const std::string& name, const Tensor& x, int64_t heads) : groups(x.size(0)), n(x.size(1)), m(x.size(2)) {
+        expect(x.dim() == 3 && heads % groups == 0, name, "a basis that does not fit");
+        const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
+        if (x.scalar_type() == ScalarType::Float && x.is_contiguous()) {
+            data = static_cast<const float*>(x.data_ptr());
+            return;
+        }
+        memory.resize(groups * n * m);
+        if (x.scalar_type() == ScalarType::BFloat16) load_as<c10::BFloat16>(dense, memory);
+        else if (x.scalar_type() == ScalarType::Half) load_as<c10::Half>(dense, memory);
+        else load_as<float>(dense, memory);
+        data = memory.data();
+    }
+
+    const float* of(int64_t head, int64_t heads) const { return data + head / (heads / groups) * n * m; }
+};
+
+// y[m] = x[n] B[n, m]
+void times(const float* x, const float* basis, int64_t n, int64_t m, float* y) {
+    std::fill(y, y + m, 0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const float factor = x[i];
+        const float* row = basis + i * m;
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) y[j] += factor * row[j];
+    }
+}
+
+// y[n] += factor B[n, m] x[m]
+void add_times(const float* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
+    for (int64_t i = 0; i < n; i++) {
+        const float* row = basis + i * m;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < m; j++) sum += row[j] * x[j];
+        y[i] += factor * sum;
+    }
+}
+
+constexpr int64_t SMALL = 1 << 20;  // products that one thread does
+
+Tensor attend_kernel(
+    std::string latents, std::string window, std::string opened, Tensor query, Tensor key, Tensor value,
+    Tensor key_rows, std::optional<Tensor> key_scale, Tensor key_decode,
+    Tensor value_rows, std::optional<Tensor> value_scale, Tensor value_decode,
+    std::optional<Tensor> window_keys, std::optional<Tensor> window_key_scale,
+    std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
+    std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far,
+    std::optional<Tensor> lengths, double scale, double softcap) {
+    const Kernel of_latents = find(latents), of_opened = find(opened);
+    const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);
+    const int64_t rows = b * h * s, width = of_latents.key_width, value_width = of_latents.value_width;
+    const Basis encode(latents, key_decode, h), decode(latents, value_decode, h);
+    expect(query.dim() == 4 && d == of_opened.key_width && e == of_opened.value_width, opened, "other widths");
+    const bool fits = encode.n == d && encode.m == width && decode.n == e && decode.m == value_width;
+    expect(fits, latents, "bases that do not fit");
+    const Queries queries(query);
+    const auto at = [&](int64_t i) {
+        return static_cast<const float*>(queries.rows.data) + i / (h * s) * queries.rows.strides[0] +
+               i / s % h * queries.rows.strides[1] + i % s * queries.rows.strides[2];
+    };
+
+    std::vector<float> absorbed(rows * width), sums(rows * value_width), outputs(2 * rows * e);
+    std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
+#pragma omp parallel for if (rows * d * width > SMALL)
+    for (int64_t i = 0; i < rows; i++) times(at(i), encode.of(i / s % h, h), d, width, &absorbed[i * width]);
+    const std::optional<Tensor> none;
+    const Rows absorbed_rows = Queries::dense(absorbed.data(), h, s, width);
+    run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap}, query,
+        absorbed_rows, sums.data(), &lse[0]);
+    if (window_keys && window_values) {
+        const Call call{window,             *window_keys, *window_values, window_key_scale,
+                        window_value_scale, inside,       none,           scale,
+                        softcap};
+        run(find(window), call, query, queries.rows, &outputs[0], &lse[rows]);
+    }
+    run(of_opened, {opened, key, value, none, none, near, none, scale, softcap}, query, queries.rows,
+        &outputs[rows * e], &lse[2 * rows]);
+
+    const bool is_float = query.scalar_type() == ScalarType::Float;
+    Tensor output = empty({b, h, s, e}, query.scalar_type());
+    std::vector<float> memory(is_float ? 0 : rows * e);
+    float* out = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
+#pragma omp parallel for if (rows * e * value_width > SMALL)
+    for (int64_t i = 0; i < rows; i++) {
+        const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
+        float weights[3], total = 0;
+        for (int part = 0; part < 3; part++) {
+            weights[part] = top == -INFINITY ? 0.0f : std::exp(lse[part * rows + i] - top);
+            total += weights[part];
+        }
+        const float inverse = total == 0 ? 0.0f : 1 / total;
+        const float *first = &outputs[i * e], *second = &outputs[(rows + i) * e];
+        for (int64_t c = 0; c < e; c++) {
+            out[i * e + c] = inverse * ((window_keys ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
+        }
+        add_times(decode.of(i / s % h, h), &sums[i * value_width], e, value_width, inverse * weights[0], out + i * e);
+    }
+    if (!is_float) store(memory, output);
+    return output;
 }
 
 std::tuple<Tensor, Tensor> pack_kernel(
@@ -432,5 +624,6 @@ extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));
     m.impl("pack_kernel", TORCH_BOX(&pack_kernel));
+    m.impl("attend_kernel", TORCH_BOX(&attend_kernel));
 }
 """

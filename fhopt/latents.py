@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,18 +160,44 @@ def attend(
     broadcastable to [B,H,S]: one further logit that takes weight and gives nothing.
     """
     near, far = _masks(query, key, latents, mask)
+    near, inside = _without(near, latents.sinks, latents.key.rounded)
+    sides = latents.key, latents.value
+    operands: Any = (
+        query, key, value,
+        *[x for side in sides for x in (side.rows, side.scale, side.decode)],
+        *[x for side in sides for x in (side.window or (None, None))],
+        near, inside, far, latents.lengths,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(**ops.tier_options(*[side.tiers for side in sides]), scale=scale, softcap=softcap)
+    if sinks is None and _is_step(query, key, latents):
+        output: Tensor = torch.ops.fhopt.attend_latents(*operands, **options)
+        return output
+    return attend_parts(*operands, **options, sinks=sinks)
+
+
+def attend_parts(
+    query: Tensor, key: Tensor, value: Tensor,
+    key_rows: Tensor, key_scale: Tensor | None, key_decode: Tensor,
+    value_rows: Tensor, value_scale: Tensor | None, value_decode: Tensor,
+    window_keys: Tensor | None, window_key_scale: Tensor | None,
+    window_values: Tensor | None, window_value_scale: Tensor | None,
+    near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
+    *, sinks: Tensor | None = None, scale: float, softcap: float = 0.0, **tiers: Any,
+) -> Tensor:  # fmt: skip
+    """Attention over latents, a window of codes and open tokens, merged. Masks: near of the open tokens, inside of the
+    window, far of the latents, of which the first `lengths` count."""
     numbers, parts = dict(scale=scale, softcap=softcap), []
-    if latents.key.rows.shape[2]:
-        queries = ops.absorb(query, latents.key.decode)
-        options = ops.tier_options(latents.key.tiers, latents.value.tiers)
-        rows = latents.key.rows, latents.key.scale, latents.value.rows, latents.value.scale
+    if key_rows.shape[2]:
         output, lse = torch.ops.fhopt.latent_attention(
-            queries, *rows, far, **options, **numbers, lengths=latents.lengths
+            ops.absorb(query, key_decode), key_rows, key_scale, value_rows, value_scale, far,
+            **tiers, **numbers, lengths=lengths,
+        )  # fmt: skip
+        parts.append((ops.expand(output, value_decode), lse))
+    if window_keys is not None and window_values is not None:
+        rows, options = (
+            (window_keys, window_key_scale, window_values, window_value_scale),
+            _window_options(query, value),
         )
-        parts.append((ops.expand(output, latents.value.decode), lse))
-    if latents.key.window is not None and latents.value.window is not None:
-        options, rows = _window_options(query, value), (*latents.key.window, *latents.value.window)
-        near, inside = _without(near, latents.sinks, latents.key.rounded)
         parts.append(torch.ops.fhopt.latent_attention(query, *rows, inside, **options, **numbers))
     if key.shape[2]:
         options = ops.latent_options(None, None)
@@ -181,10 +208,36 @@ def attend(
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
 
 
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define(
+    "attend_latents(Tensor query, Tensor key, Tensor value, Tensor key_rows, Tensor? key_scale, Tensor key_decode, "
+    "Tensor value_rows, Tensor? value_scale, Tensor value_decode, Tensor? window_keys, Tensor? window_key_scale, "
+    "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, *, "
+    "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
+    "float scale, float softcap=0.0) -> Tensor"
+)
+
+
+def _attend_latents_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+_LIB.impl("attend_latents", attend_parts, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
+
+
+def _is_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
+    """True in compiled graphs where all of it is one op (`codegen.native`): decoding on a CPU."""
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or query.device.type != "cpu":
+        return False
+    typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return typed and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
+
+
 def _without(mask: Tensor | None, start: int, count: int) -> tuple[Tensor | None, Tensor | None]:
     """A mask over keys without `count` of them from `start` on, and that over these."""
-    if mask is None:
-        return None, None
+    if mask is None or count == 0:
+        return mask, None
     end = start + count
     return torch.cat([mask[..., :start], mask[..., end:]], -1), mask[..., start:end]
 

@@ -16,6 +16,7 @@ import fhopt
 from fhopt import codegen, ops
 from fhopt.applying import latent_cache
 from fhopt.codegen import native
+from fhopt.latents import attend_parts
 from fhopt.spec import KernelSpec
 
 B, H, J, T, S = 2, 6, 3, 37, 2
@@ -56,7 +57,7 @@ def masks(kind: str) -> Tensor | None:
 def test_a_kernel_gives_what_its_op_gives(
     tiers: Any, dtype: torch.dtype, kind: str, length: int | None, seed: int
 ) -> None:
-    (key_tiers, value_tiers), softcap = [TIERS[i] for i in tiers[:2]], tiers[2]
+    key_tiers, value_tiers, softcap = tiers
     torch.manual_seed(seed)
     (kt, key, width), (vt, value, value_width) = side(key_tiers, dtype), side(value_tiers, dtype)
     query = torch.randn(B, S, H, width, dtype=dtype).transpose(1, 2)
@@ -66,8 +67,8 @@ def test_a_kernel_gives_what_its_op_gives(
         query, *key, *value, mask, **ops.tier_options(kt, vt), scale=0.2, softcap=cap, lengths=lengths
     )
     name = str(dtype).removeprefix("torch.") if not (key_tiers and value_tiers) else "float32"
-    table = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
-    spec = KernelSpec(*table, width, value_width, name, softcap)
+    table: Any = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
+    spec = KernelSpec(table[0], table[1], width, value_width, name, softcap)
     assert native.serve(spec)
     found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, 0.2, cap, value_width)
     for a, b in zip(found, expected, strict=True):
@@ -76,6 +77,7 @@ def test_a_kernel_gives_what_its_op_gives(
 
 @given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
 def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
+    assert native.library() is not None
     torch.manual_seed(seed)
     arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
     wide = torch.randn(*shape, 2 * sum(arguments[1]))
@@ -99,6 +101,48 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
     expected = ops.latent_attention_reference(query.double(), *rows, *rows, seen, **options)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(), st.booleans(),
+    st.sampled_from([0, 1, 20, T]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_attention_on_a_cache_is_the_attention_on_its_parts(
+    dtype: torch.dtype, window: bool, masked: bool, length: int, shared: bool, seed: int
+) -> None:
+    """Every part may be hidden whole; then the others count alone."""
+    torch.manual_seed(seed)
+    d, e, heads = 24, 16, 1 if shared else J
+    key_tiers: ops.TierArguments = [16, 8, 3], [8, 8, 16], [1.0, 0.06, 0.7]
+    value_tiers: ops.TierArguments = [4, 2], [8, 16], [0.4, 1.05]
+    rows = [
+        torch.ops.fhopt.pack(torch.randn(B, heads, T, sum(t[1]), dtype=dtype), *t) for t in (key_tiers, value_tiers)
+    ]
+    bases = [torch.randn(J, n, sum(t[1])).to(dtype) / 4 for n, t in ((d, key_tiers), (e, value_tiers))]
+    rounded = [ops.round_rows(torch.randn(B, J, 9, n)) for n in (d, e)]
+    query, key, value = (
+        torch.randn(B, n, count, width, dtype=dtype) for n, count, width in ((H, 1, d), (J, 3, d), (J, 3, e))
+    )
+    masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, T)]
+    operands: Any = (
+        query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
+        *(x for pair in rounded for x in (pair if window else (None, None))),
+        *masks, torch.tensor(length),
+    )  # fmt: skip
+    options: Any = ops.tier_options(key_tiers, value_tiers)
+    expected = attend_parts(*operands, **options, scale=0.3)
+    table: Any = [tuple(zip(*t, strict=True)) for t in (key_tiers, value_tiers)]
+    specs = (
+        KernelSpec(table[0], table[1], 32, 24, "float32", False),
+        KernelSpec(((8, d, 1.0),), ((8, e, 1.0),), d, e, "float32", False),
+        KernelSpec((), (), d, e, str(dtype).removeprefix("torch."), False),
+    )
+    assert all(native.serve(spec) for spec in specs)
+    found = torch.ops.fhopt.attend_kernel(*(spec.name for spec in specs), *operands, 0.3, 0.0)
+    assert found.dtype == dtype
+    close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]  # the parts are rounded in between
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)
 
 
 class Latent(torch.nn.Module):
@@ -175,7 +219,7 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
 
 
 def test_a_compiled_cache_step_calls_its_kernels_from_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer: latents, window of codes, sinks with the new token; and what it codes, keys and values."""
+    """Every layer: its attention, and what it codes, keys and values."""
     seen: list[str] = []
 
     def compile_fx(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
@@ -197,4 +241,4 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(monkeypatch: pytest.Monk
             found = step(input_ids=ids[:, i : i + 1], cache=compiled, use_cache=True).logits
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     fhopt.unapply(model)
-    assert sorted(seen) == 2 * 3 * ["fhopt.latent_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]
+    assert sorted(seen) == 2 * ["fhopt.attend_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]
