@@ -199,20 +199,21 @@ def summary(rows: list[Row]) -> Table:
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
-    """Bars of milliseconds a step, a panel a case."""
+    """Bars of how many times the best exact way each is, a panel a case, with milliseconds a step beside them."""
     shown = [row for row in rows if row.metric == "step_ms"]
     columns = list(dict.fromkeys(row.case for row in shown))
-    panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(columns), squeeze=False, sharey=True, sharex=True)[0]
     for panel, case in zip(panels, columns, strict=True):
         bars = [row for row in shown if row.case == case]
         colors = ["tab:orange" if row.impl.startswith("fhopt") else "tab:blue" for row in bars]
-        panel.barh([row.impl for row in bars], [row.value for row in bars], color=colors)
+        panel.barh([row.impl for row in bars], [row.ratio or 0.0 for row in bars], color=colors)
         for index, row in enumerate(bars):
-            panel.text(row.value, index, f" {row.ratio:.2f}x", va="center", fontsize=7)
-        panel.invert_yaxis()
-        panel.set_title(case, fontsize=9)
-        panel.set_xlabel("ms a step")
-        panel.margins(x=0.25)
+            panel.text(row.ratio or 0.0, index, f" {row.value:.0f} ms", va="center", fontsize=7)
+        panel.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
+        panel.set_title(case.rpartition(", ")[0], fontsize=9)
+        panel.margins(x=0.3)
+    panels[0].invert_yaxis()
+    figure.supxlabel("times as fast as the best exact way", fontsize=9)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -35,6 +35,7 @@ from fhopt.passes.graph import VIEWS, op_name, source_name
 from fhopt.spec import LatentPlan
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
+MADE_FOR = {"cpu": "cpu", "cuda": "h100"}  # what plans are fitted for, by type of device: GPUs choose alike
 LEAST_TOKENS = 4096
 SHORTEST = 16  # tokens of a sequence that says something of the model's text
 CONTEXT = 1024  # tokens of a calibration sequence, fewer where the stream or the model is short
@@ -203,12 +204,12 @@ def fit(model: Any, stream: Stream, wish: Wish) -> LatentPlan:
     context = min(CONTEXT, stream.count // 8, positions)
     known, held_out = stream.cut(context, 0, 0.75), stream.cut(context, 0.75, 1)
     rate_sequences = max(1, len(known) // 3)
+    device = _device(model)
     options = pipeline.FitOptions(
         texts=(), ratio=wish.ratio or gate.RATIOS[0], context=context, sequences=len(known) - rate_sequences,
-        rate_sequences=rate_sequences,
+        rate_sequences=rate_sequences, device=MADE_FOR.get(device.type),
     )  # fmt: skip
     options.check()
-    device = _device(model)
     arguments = {"input_ids": known[:1].to(device), "use_cache": False}
     captured = capture(model, (), arguments, reset=False)
     batches = ({"input_ids": row.unsqueeze(0)} for row in known)

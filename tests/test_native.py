@@ -75,6 +75,7 @@ def test_a_kernel_gives_what_its_op_gives(
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
 def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
     assert native.library() is not None

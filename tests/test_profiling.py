@@ -102,7 +102,7 @@ def test_a_ratio_is_kept_and_still_gated() -> None:
 def test_where_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, ids = tiny_llama(), token_ids(1, 60)
     exact = generate(model, ids)
-    model.compile(backend="flashhead", options={"calibration_tokens": 4096, "max_loss": 1e-9})
+    model.compile(backend="flashhead", options={"calibration_tokens": 4096, "max_loss": 1e-9, "ratio": 12})
     with caplog.at_level(logging.WARNING, logger="fhopt"):
         gather(model, 9)
     found = fhopt.report(model)
