@@ -14,8 +14,9 @@ transposed for values, before they are taken apart. What a code stands for, (u -
                                        values with sum p
     scale[token]                       multiplies the logit, and the weight p before it meets the codes
 
-Runs of words (`Piece`) are powers of two from 16 to 128, as products and `tl.arange` want them; the last of a plane may
-be padded, which costs no bytes: loads are masked. Features (mask, window, pages, ...) are arguments that may be None
+Runs of words (`Piece`) are powers of two from 16 to 128, as products and `tl.arange` want them. What is left of a plane
+is read byte by byte where that pads less; the last run may be padded, which costs no bytes: loads are masked. A plane
+of a multiple of 16 bytes needs no padding. Features (mask, window, pages, ...) are arguments that may be None
 and constants (`tl.constexpr`) of the kernel, so the text does not depend on them.
 
 Tokens, and channels of the output, are the rows of the products (scores [T, M], output [R, M]); queries are columns:
@@ -38,10 +39,10 @@ from fhopt.spec import KernelSpec
 KERNELS = ("attention_kernel", "merge_kernel")
 LARGEST_PIECE = 128  # channels of one product
 MERGED = 64  # channels of a program of `merge_kernel`
-WORDS = 32  # bytes from which a plane is read in words of 16 bits: shorter ones would be mostly padding
 MANTISSA = {"float32": 23, "bfloat16": 7, "float16": 10}  # bits
 ONES = {"float32": 0x3F800000, "bfloat16": 0x3F80, "float16": 0x3C00}  # the bits of 1.0
 LARGEST_STATE = 12288  # numbers of queries and outputs that the registers of two warps hold
+FULL_STATE = 10240  # from which they hold no more than a tile of 16 tokens beside it
 SMALLEST_PIECE = 16  # what a product sums over is at least this long
 
 
@@ -115,26 +116,37 @@ def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
         for plane, w in enumerate((16,) if bits == 16 else planes(bits)):
             rest -= w
             size = count * w // 8
-            word = 16 if even and byte % 2 == 0 and size % 2 == 0 and (size >= WORDS or w == 16) else 8
-            lanes = max(1, word // w)
             place = second if plane else channel
             second += count if plane else 0
-            found += [
-                Piece(
-                    w,
-                    word,
-                    byte * 8 // word + i * max(1, w // word),
-                    used,
-                    padded,
-                    channel + lanes * i,
-                    place + lanes * i,
-                    step * 2.0**rest,
-                )
-                for i, used, padded in _runs(count // lanes)
-            ]
+            done = 0  # bytes
+            for word, part in _words(size, w, even and byte % 2 == 0):
+                lanes, first = max(1, word // w), done * 8 // w
+                found += [
+                    Piece(
+                        w,
+                        word,
+                        (byte + done) * 8 // word + i * max(1, w // word),
+                        used,
+                        padded,
+                        channel + first + lanes * i,
+                        place + first + lanes * i,
+                        step * 2.0**rest,
+                    )
+                    for i, used, padded in _runs(part * 8 // (w * lanes))
+                ]
+                done += part
             byte += size
         channel += count
     return tuple(found)
+
+
+def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
+    """A plane of `size` bytes as (bits of a word, bytes): words of 16 bits where they lie `even`, then single bytes."""
+    if not even or size % 2:
+        return [(8, size)]
+    rest = size % (2 * SMALLEST_PIECE)
+    rest = rest if rest <= SMALLEST_PIECE and bits < 16 else 0
+    return [(word, part) for word, part in ((16, size - rest), (8, rest)) if part]
 
 
 def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
@@ -167,6 +179,16 @@ def places(spec: KernelSpec) -> int:
     return spec.value_width + second
 
 
+def is_crowded(spec: KernelSpec) -> bool:
+    """True when rows need padding or channels have two planes: more operands than registers hold, where tiers are many.
+
+    Rows that are fitted for a GPU never do.
+    """
+    sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
+    planed = any(len(planes(bits)) > 1 for bits, _, _ in (*spec.key_tiers, *spec.value_tiers) if bits < 16)
+    return planed or any(piece.used < piece.size for side in sides for piece in side)
+
+
 # --------------------------------------------------------------------------------------------------- configurations
 
 
@@ -174,7 +196,7 @@ def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
     """Configurations worth trying for `rows` = S * H/J query rows of a latent head, first the defaults."""
     found = [default_config(spec, rows), default_config(spec, rows, "hip")]
     sizes = dict.fromkeys(config.block_m for config in found)
-    shapes = ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))  # block_t, num_warps
+    shapes = ((16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))  # block_t, num_warps
     found += [Config(t, m, warps, stages) for m in sizes for t, warps in shapes for stages in (3, 2, 4)]
     return tuple(dict.fromkeys(found))
 
@@ -196,13 +218,21 @@ def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config
         return Config(32, m, 4, 2)
     if not (spec.key_tiers and spec.value_tiers):
         return Config(32, m, 4, 3)
-    return Config(64 if 3 * columns * m <= LARGEST_STATE else 32, m, 2, 3)
+    state = _columns(spec, widened=2) * m
+    return Config(64 if 3 * state <= LARGEST_STATE else 32 if state < FULL_STATE else 16, m, 2, 3)
 
 
-def _columns(spec: KernelSpec) -> int:
-    """Numbers of queries and outputs that a program keeps for one row, padding among them."""
+def _columns(spec: KernelSpec, widened: int = 1) -> int:
+    """Numbers of queries and outputs that a program keeps for one row, padding among them.
+
+    Those of codes that are read byte by byte count `widened` times: the bytes are made words in registers.
+    """
     sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
-    return sum(piece.size * len(fields(piece, spec.dtype)) for side in sides for piece in side)
+    return sum(
+        piece.size * len(fields(piece, spec.dtype)) * (widened if piece.is_coded and piece.word == 8 else 1)
+        for side in sides
+        for piece in side
+    )
 
 
 # --------------------------------------------------------------------------------------------------- an example launch

@@ -8,16 +8,18 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, P pages, R
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fhopt.codegen.call import Side
-from fhopt.codegen.triton_attention import MERGED, SMALLEST_PIECE, Config, default_config, places
+from fhopt.codegen.triton_attention import MERGED, SMALLEST_PIECE, Config, default_config, is_crowded, places
 from fhopt.spec import KernelSpec
 
 WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
@@ -56,13 +58,16 @@ class Features:
 class TritonKernel:
     """The kernels of a rendered file, with the signature of `fhopt.ops.latent_attention_reference` and more.
 
-    It ignores the tier arguments. Raises ValueError when a shape or type does not fit the spec.
+    It ignores the tier arguments. Calls run with the configuration that was tuned or chosen for the GPU (tuning.py),
+    else with the default. Raises ValueError when a shape or type does not fit the spec.
     """
 
     def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
         self._attention, self._merge = module.attention_kernel, module.merge_kernel
         self._spec = spec
         self._places = places(spec)
+        self._crowded = is_crowded(spec)
+        self._configs: dict[tuple[int, torch.device], Config] = {}
         self._sides = (
             Side("key", spec.key_tiers, spec.key_width, spec.dtype),
             Side("value", spec.value_tiers, spec.value_width, spec.dtype),
@@ -123,18 +128,24 @@ class TritonKernel:
             table=table,
             pages=None if pages is None else pages.expand(b, h // shared, -1),
         )
-        backend = "hip" if torch.version.hip else "cuda"
-        config = _within(config or default_config(self._spec, shared * s, backend), page, pages is not None)
+        config = _within(config or self._config(shared * s, query.device), page, pages is not None)
         slots = tokens if features.pages is None else features.pages.shape[2] * page
         programs = b * (h // shared) * -(-shared * s // config.block_m)
         splits = splits or choose_splits(programs, slots, processors(query.device) * max(1, WARPS // config.num_warps))
         sizes = (h, h // shared, s, tokens, slots, splits, h // shared // key.shape[1], h // shared // value.shape[1])
         constants: dict[str, object] = {
-            "CAUSAL": causal, "WINDOW": window, "PAGE": page, "PACKED": query.is_cuda and backend == "cuda",
+            "CAUSAL": causal, "WINDOW": window, "PAGE": page, "PACKED": query.is_cuda and _backend() == "cuda",
             "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
             "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
         return self._launch((programs, splits), query, sides, features, (*sizes, scale, softcap), constants)
+
+    def _config(self, rows: int, device: torch.device) -> Config:
+        """The configuration for M = `rows`, or as many up to the next power of two; looked for once."""
+        at = _power(max(1, rows)), device
+        if at not in self._configs:
+            self._configs[at] = find_config(self._spec, at[0], device)
+        return self._configs[at]
 
     def _launch(
         self,
@@ -155,15 +166,46 @@ class TritonKernel:
             return output, lse
         parts = (output, lse, None) if whole else _parts(query, splits, self._places)
         with torch.cuda.device_of(query):
-            self._attention[grid](
+            compiled = self._attention[grid](
                 query, key, key_scale, value, value_scale, *features.tensors, *parts,
                 *query.stride()[:3], *key_strides, *value_strides, *features.strides, *numbers,
                 WHOLE=whole, KEY_ALIGN=key_align, VALUE_ALIGN=value_align, **constants,
             )  # fmt: skip
+            if self._crowded:
+                warn_of_spills(self._spec, compiled)
             if not whole:
                 rows = (lse.numel(), -(-self._spec.value_width // MERGED))
                 self._merge[rows](*parts, output, lse, splits, BLOCK_S=_power(splits), BLOCK_R=MERGED)
         return output, lse
+
+
+def find_config(spec: KernelSpec, rows: int, device: torch.device) -> Config:
+    """What was tuned or chosen for this GPU, else the default; the default too for what runs Triton's interpreter."""
+    from fhopt.codegen.tuning import tuned_config  # late: it imports this file
+
+    found = tuned_config(spec, rows, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return found or default_config(spec, rows, _backend())
+
+
+def _backend() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+_warned: set[str] = set()
+
+
+def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
+    """Say, once in a process, that a kernel has more tiers than registers. compiled: None under the interpreter."""
+    words = getattr(compiled, "n_spills", 0)
+    if words and "spills" not in _warned:
+        _warned.add("spills")
+        warnings.warn(
+            f"{spec.name} keeps {4 * words} bytes a thread in memory, for want of registers: its plan, of many or odd "
+            "tiers, was not fitted for a GPU. It gives the same numbers, slower. Fit one for it: fhopt fit MODEL "
+            "--device h100.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def choose_splits(programs: int, tokens: int, places: int) -> int:

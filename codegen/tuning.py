@@ -305,8 +305,7 @@ def _write(
 
 
 def _read(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    path = _path(kind, spec, rows, device_name)
     try:
-        return Config(**json.loads(path.read_text())["best"])
-    except (OSError, TypeError):  # there is none, or one of other fields, written by another version
+        return Config(**json.loads(_path(kind, spec, rows, device_name).read_text())["best"])
+    except (OSError, RuntimeError, TypeError):  # there is none, no home folder, or one of another version's fields
         return None

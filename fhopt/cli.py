@@ -170,7 +170,9 @@ def explain(model: str, as_json: bool) -> None:
     "--gate-data", "gate_texts", multiple=True, help="Text to measure --max-loss on; its second half is read."
 )
 @click.option("--layout", default="auto", show_default=True, help="auto, band, freq, head, identity or input.")
-@click.option("--device", help="What it will run on (as in cost): leaves out layouts that are slow there.")
+@click.option(
+    "--device", help="What it will run on (as in cost): leaves out layouts, and for GPUs mixes of bits, that are slow there."
+)
 @click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
 @click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
 @click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")

@@ -4,15 +4,20 @@ Every chunk of channels gets the bits that lower the loss most per byte, until t
 water-filling, Cover & Thomas, 10.3.3, on measured rate-distortion points). All costs are in nats, so layer
 sensitivities need no weights. Layouts compete: each site takes the one with the least loss at the price of a bit that
 the whole model pays, plain rounding (`identity`) among them, so no site is worse off than with plain rounding.
+
+What gets bits at once is a chunk of channels, whatever its neighbours have, but for a GPU: its kernels are slow, or do
+not fit, where tiers are many and narrow. There a side as a whole gets another 16 bytes of a plane (`PLANE`): of all
+ways to fill so many bytes with tiers of 8, 4 and 2 bits the one with the least loss.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +48,8 @@ STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.03
 WIDER = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.2, 5: 1.3, 6: 1.4, 8: 2.0}
 STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
+GPU_BITS = (2, 4, 8)  # of one plane: nothing is read twice
+PLANE = 16  # bytes: for a GPU every tier of a row is a multiple of it, which is what a thread reads at once
 AUTO = "auto"
 COMPETING = ("band", "identity")  # what "auto" chooses from
 SLOWER = 1.5  # for a device, layouts that take more than this many times the fastest one's time do not compete
@@ -150,20 +157,23 @@ def fit(
     window_bits: int = 8,
     tokens: int = 8192,
     bits: Sequence[int] = BITS,
+    device: str | None = None,
 ) -> LatentPlan:
     """A plan whose whole cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
     ratio 1 gives uncoded latents of full width; so does the layout `input` up to a ratio of 2, as small as the rank of
     keys and values allows (about 2). `found`: bases of these statistics, with measured costs; without them
-    bases are fitted here, and costs are those of a Gaussian. Raises FhoptError when the ratio cannot be reached, when
-    options are not possible, or when the layout `input` is asked for where it does not exist.
+    bases are fitted here, and costs are those of a Gaussian. device: what the plan will run on (`cost.DEVICES`); where
+    it is a GPU, rows are tiers of `GPU_BITS`, each a multiple of `PLANE` bytes. Raises FhoptError when the ratio cannot
+    be reached, when options are not possible, or when the layout `input` is asked for where it does not exist.
     """
-    check_options(ratio, layout, bits)
+    check_options(ratio, layout, bits, device)
     sites = {name: s.site for name, s in statistics.items()}
     lossless = _lossless(statistics, ratio, layout)
     if lossless is not None:
         return LatentPlan(lossless, sinks, recent, block, _provenance("input", ratio, 0.0), 16)
-    found = candidates(statistics, layout, context=context, tokens=tokens) if found is None else found
+    if found is None:
+        found = candidates(statistics, layout, context=context, tokens=tokens, device=device)
     if ratio == 1:
         plans = []
         for name, table in found.items():
@@ -171,7 +181,8 @@ def fit(
             plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in table[which]]))
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
     budget = Budget(ratio, sinks, recent, block, window_bits, tokens)
-    chosen, allocation = _choose(found, budget.code_bits(sites.values()), tuple(bits))
+    grain = _grain(bits, device)
+    chosen, allocation = _choose(found, budget.code_bits(sites.values()), grain)
     plans = []
     for name, which in chosen.items():
         sides = [_coded(basis, allocation.bits[name, i]) for i, basis in enumerate(found[name][which])]
@@ -269,10 +280,10 @@ def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) 
         )
 
 
-def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int]) -> None:
-    """Raise FhoptError when the budget is below one chunk of the fewest bits for each side of each site."""
+def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int], device: str | None = None) -> None:
+    """Raise FhoptError when the budget is below the least that each side of each site must get."""
     asked, sides = budget.code_bits(sites), 2 * len(sites)
-    _check_reached(sides * (TIER_QUANTUM * min(bits) + 8 * SCALE_BYTES), asked)
+    _check_reached(sides * (_grain(bits, device).least + 8 * SCALE_BYTES), asked)
 
 
 def _check_reached(least: int, asked: int) -> None:
@@ -283,17 +294,42 @@ def _check_reached(least: int, asked: int) -> None:
         )
 
 
-def check_options(ratio: float, layout: str, bits: Sequence[int]) -> None:
-    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits."""
+def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | None = None) -> None:
+    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits, on a device if one is given."""
     if not 1 <= ratio < 1000:
         raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
     if layout not in (AUTO, *LAYOUTS):
         raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
     if not bits or any(b not in BITS for b in bits):
         raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, BITS))}.")
+    if not _grain(bits, device).levels:
+        raise FhoptError(
+            f"bits {list(bits)} make no kernel for {device}; expected some of {', '.join(map(str, GPU_BITS))}, or no "
+            "device."
+        )
 
 
 # --------------------------------------------------------------------------------------------------- bits
+
+
+@dataclass(frozen=True)
+class _Grain:
+    """How finely bits are given: numbers of bits in rising order, and the bytes of a plane, 0 where none are fixed."""
+
+    levels: tuple[int, ...]
+    plane: int
+
+    @property
+    def least(self) -> int:
+        """Bits of one latent head of a side that has the fewest."""
+        return 8 * self.plane or TIER_QUANTUM * min(self.levels)
+
+
+def _grain(bits: Sequence[int], device: str | None) -> _Grain:
+    """Chunks of any bits, or for a GPU whole planes of those that its kernels read well."""
+    if device is None or find_device(device).kind != "gpu":
+        return _Grain(tuple(sorted(set(bits))), 0)
+    return _Grain(tuple(b for b in GPU_BITS if b in bits), PLANE)
 
 
 @dataclass
@@ -305,22 +341,88 @@ class _Allocation:
     price: float  # nats per bit
 
 
+class _Part(Protocol):
+    """What gets bits at once: amounts of them, rising from 0, over J latent heads, and the loss that each leaves."""
+
+    bits: list[int]
+    nats: list[float]
+
+    def chunks(self, n: int) -> list[int]:
+        """Bits of each chunk with `bits[n]` in all."""
+
+
+class _Chunk:
+    """One chunk, on any of the levels. unit: what one bit per channel takes."""
+
+    def __init__(self, costs: Mapping[int, float], unit: int) -> None:
+        self.levels = list(costs)
+        self.bits = [b * unit for b in self.levels]
+        self.nats = list(costs.values())
+
+    def chunks(self, n: int) -> list[int]:
+        """As above."""
+        return [self.levels[n]]
+
+
+class _Planes:
+    """A side whose tiers are whole planes: the least loss for every number of planes that are filled.
+
+    Chunks go into tiers in order of what dropping them costs. With the levels b that were gone through, the highest
+    first, least[p, u] is the loss of the first p chunks in u planes:
+    least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p), c chunks to a plane.
+    """
+
+    def __init__(self, costs: Mapping[int, Sequence[float]], groups: int, plane: int) -> None:
+        self.levels = sorted(set(costs) - {0}, reverse=True)
+        self.steps = [8 * plane // (TIER_QUANTUM * b) for b in self.levels]
+        count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last tier may reach past the last chunk
+        self.order = sorted(range(count), key=lambda i: -costs[0][i] if i < len(costs[0]) else 0.0)
+        sums = {b: self._sums(c, count) for b, c in costs.items()}
+        planes = count // self.steps[0]
+        least = torch.full((count + 1, planes + 1), torch.inf, dtype=torch.float64)
+        least[0, 0] = 0.0
+        self.least = [least]
+        for level, step in zip(self.levels, self.steps, strict=True):
+            least, total = least.clone(), sums[level]
+            for p in range(step, count + 1):
+                longer = least[p - step, :-1] + (total[p] - total[p - step])
+                least[p, 1:] = torch.minimum(least[p, 1:], longer)
+            self.least.append(least)
+        nats, self.ends = (least + (sums[0][-1] - sums[0]).unsqueeze(1)).min(0)
+        self.bits = [u * 8 * plane * groups for u in range(planes + 1)]
+        self.nats = nats.tolist()
+
+    def _sums(self, costs: Sequence[float], count: int) -> Tensor:
+        """Costs of the first p chunks in order, p from 0."""
+        ordered = [costs[i] if i < len(costs) else 0.0 for i in self.order]
+        return torch.tensor([0.0, *ordered], dtype=torch.float64).cumsum(0)
+
+    def chunks(self, n: int) -> list[int]:
+        """As above."""
+        bits, p, u = [0] * len(self.order), int(self.ends[n]), n
+        for at in reversed(range(len(self.levels))):
+            while self.least[at + 1][p, u] < self.least[at][p, u]:
+                for i in self.order[p - self.steps[at] : p]:
+                    bits[i] = self.levels[at]
+                p, u = p - self.steps[at], u - 1
+        return bits
+
+
 @dataclass
 class _Side:
-    """What a side costs: nats per chunk and level, and the bits that one bit per channel takes over J latent heads."""
+    """What a side costs, in the parts that get bits, and the bits of its scales per token."""
 
-    costs: dict[int, list[float]]
-    unit: int
-    fixed: int  # bits of scales per token
+    parts: Sequence[_Part]
+    fixed: int
 
 
-def _choose(found: Candidates, budget: int, levels: tuple[int, ...]) -> tuple[dict[str, str], _Allocation]:
+def _choose(found: Candidates, budget: int, grain: _Grain) -> tuple[dict[str, str], _Allocation]:
     """(layout of each site, bits): allocate, let layouts compete at the price of the last bit, repeat while it helps.
 
     The first layouts of each site must fit the budget; others are taken only where the whole plan costs less.
     """
     sides = {
-        (name, which, i): _side(basis, levels)
+        (name, which, i): _side(basis, grain)
         for name, table in found.items()
         for which, pair in table.items()
         for i, basis in enumerate(pair)
@@ -328,11 +430,11 @@ def _choose(found: Candidates, budget: int, levels: tuple[int, ...]) -> tuple[di
 
     def allocate(layouts: Mapping[str, str]) -> _Allocation:
         used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(found[n][w]))}
-        return _allocate(used, budget, levels)
+        return _allocate(used, budget, fill=grain.plane > 0)
 
     def cheapest(name: str, price: float) -> str:
         worth = {
-            which: sum(_least(sides[name, which, i], levels, price) for i in range(len(pair)))
+            which: sum(_least(sides[name, which, i], price) for i in range(len(pair)))
             for which, pair in found[name].items()
         }
         return min(worth, key=lambda w: worth[w])
@@ -353,21 +455,23 @@ def _choose(found: Candidates, budget: int, levels: tuple[int, ...]) -> tuple[di
     return chosen, allocation
 
 
-def _least(side: _Side, levels: Sequence[int], price: float) -> float:
+def _least(side: _Side, price: float) -> float:
     """Least of nats plus what its bits are worth, for one side."""
-    chunks = range(len(side.costs[0]))
-    best = (min(side.costs[b][i] + price * b * side.unit for b in (0, *levels)) for i in chunks)
+    best = (min(nats + price * b for nats, b in zip(p.nats, p.bits, strict=True)) for p in side.parts)
     return sum(best) + price * side.fixed
 
 
-def _side(basis: Basis, levels: Sequence[int]) -> _Side:
+def _side(basis: Basis, grain: _Grain) -> _Side:
     costs, tokens = {}, int(basis.tokens)
-    for b in (0, *levels):
+    for b in (0, *grain.levels):
         per_channel = basis.variance * DISTORTION[b]
         if tokens and b in basis.costs:
             per_channel = basis.costs[b] / tokens
         costs[b] = _per_chunk(0.5 * per_channel)
-    return _Side(costs, TIER_QUANTUM * basis.groups, 8 * SCALE_BYTES * basis.groups)
+    fixed, unit = 8 * SCALE_BYTES * basis.groups, TIER_QUANTUM * basis.groups
+    if grain.plane:
+        return _Side([_Planes(costs, basis.groups, grain.plane)], fixed)
+    return _Side([_Chunk({b: c[i] for b, c in costs.items()}, unit) for i in range(len(costs[0]))], fixed)
 
 
 def _per_chunk(per_channel: Tensor) -> list[float]:
@@ -377,47 +481,67 @@ def _per_chunk(per_channel: Tensor) -> list[float]:
     return [float(c) for c in padded.unflatten(0, (-1, TIER_QUANTUM)).sum(1)]
 
 
-def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, levels: tuple[int, ...]) -> _Allocation:
-    """Bits per chunk: always the largest fall of loss per bit."""
-    lowest = min(levels)
-    bits = {key: [0] * len(side.costs[0]) for key, side in sides.items()}
-    used = sum(side.fixed for side in sides.values())
-    for key, side in sides.items():  # every side keeps at least one chunk: a latent of no channels is no latent
-        bits[key][0] = lowest
-        used += lowest * side.unit
+_At = tuple[tuple[str, int], int]  # (site, side), part
+
+
+def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, fill: bool) -> _Allocation:
+    """Bits per chunk: always the largest fall of loss per bit. fill: use up what is left of the budget then."""
+    parts: dict[_At, _Part] = {(key, i): part for key, side in sides.items() for i, part in enumerate(side.parts)}
+    now = {at: int(at[1] == 0) for at in parts}  # every side keeps the least: a latent of no channels is no latent
+    used = sum(side.fixed for side in sides.values()) + sum(parts[at].bits[n] for at, n in now.items())
     _check_reached(used, budget)
-    heap: list[tuple[float, tuple[str, int], int, int]] = []
+    heap: list[tuple[float, _At, int]] = []
 
-    def push(key: tuple[str, int], chunk: int) -> None:
-        side, now = sides[key], bits[key][chunk]
-        gains = [
-            ((side.costs[now][chunk] - side.costs[b][chunk]) / ((b - now) * side.unit), b) for b in levels if b > now
-        ]
-        if gains:
-            gain, level = max(gains)
-            heapq.heappush(heap, (-gain, key, chunk, level))
+    def push(at: _At) -> None:
+        if gains := _gains(parts[at], now[at]):
+            gain, n = max(gains)
+            heapq.heappush(heap, (-gain, at, n))
 
-    for key, side in sides.items():
-        for chunk in range(len(side.costs[0])):
-            push(key, chunk)
+    for at in parts:
+        push(at)
     price = 0.0
     while heap:
-        gain, key, chunk, level = heapq.heappop(heap)
-        more = (level - bits[key][chunk]) * sides[key].unit
+        gain, at, n = heapq.heappop(heap)
+        more = parts[at].bits[n] - parts[at].bits[now[at]]
         if gain < 0 and used + more <= budget:
             used += more
-            bits[key][chunk] = level
+            now[at] = n
             price = -gain
-            push(key, chunk)
-    nats = sum(side.costs[b][i] for key, side in sides.items() for i, b in enumerate(bits[key]))
+            push(at)
+    if fill:
+        _fill(parts, now, budget - used)
+    nats = sum(part.nats[now[at]] for at, part in parts.items())
+    bits: dict[tuple[str, int], list[int]] = {key: [] for key in sides}
+    for (key, i), part in parts.items():
+        bits[key] += part.chunks(now[key, i])
     return _Allocation(bits, nats, price)
+
+
+def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, int]]:
+    """(fall of loss per bit, which) of all larger amounts for which there is room."""
+    nats, bits = part.nats[now], part.bits[now]
+    return [
+        ((nats - part.nats[n]) / (part.bits[n] - bits), n)
+        for n in range(now + 1, len(part.bits))
+        if part.bits[n] - bits <= room
+    ]
+
+
+def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: int) -> None:
+    """Give what is left, less than the next step of any part that is worth it, to where it helps most."""
+    while gains := [(*max(found), at) for at in parts if (found := _gains(parts[at], now[at], room))]:
+        gain, n, at = max(gains)
+        if gain <= 0:
+            return
+        room -= parts[at].bits[n] - parts[at].bits[now[at]]
+        now[at] = n
 
 
 def _coded(basis: Basis, bits: Sequence[int]) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
     """(encode, decode, tiers) with the channels cut to those that got bits, in tiers of falling bits."""
     order = sorted((i for i, b in enumerate(bits) if b), key=lambda i: (-bits[i], i))  # chunks
     channels = [c for i in order for c in range(i * TIER_QUANTUM, (i + 1) * TIER_QUANTUM)]
-    spare = -basis.encode.shape[1] % TIER_QUANTUM  # the last chunk may reach past the last channel
+    spare = TIER_QUANTUM * len(bits) - basis.encode.shape[1]  # the last chunks may reach past the last channel
     encode = torch.nn.functional.pad(basis.encode, (0, 0, 0, spare))[:, channels]
     decode = torch.nn.functional.pad(basis.decode, (0, spare))[:, :, channels]
     widths = {b: TIER_QUANTUM * list(bits).count(b) for b in sorted(set(bits) - {0}, reverse=True)}

@@ -68,9 +68,9 @@ class FitOptions:
 
     def check_sizes(self) -> None:
         """The part of it that does not depend on the sample: sizes, layout, device."""
-        check_options(self.ratio, self.layout, self.bits)
         if self.device is not None:
             find_device(self.device)
+        check_options(self.ratio, self.layout, self.bits, self.device)
         if self.recent < 1 or self.block < 1 or self.sinks < 0 or self.window_bits not in (8, 16):
             raise FhoptError(
                 f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.window_bits}: "
@@ -131,7 +131,7 @@ def plan_for(measured: Measured, options: FitOptions) -> LatentPlan:
     plan = fitting.fit(
         measured.statistics, found=measured.found, ratio=options.ratio, layout=options.layout, bits=options.bits,
         sinks=options.sinks, recent=options.recent, block=options.block, window_bits=options.window_bits,
-        tokens=options.tokens,
+        tokens=options.tokens, device=options.device,
     )  # fmt: skip
     sites = [s.site for s in plan.sites]
     prints = dict(fingerprint=fingerprint(measured.weights, sites), weights=weight_prints(measured.weights, sites))
@@ -197,7 +197,7 @@ def measure_batches(
         budget = fitting.Budget(
             options.ratio, options.sinks, options.recent, options.block, options.window_bits, options.tokens
         )
-        fitting.check_reach(list(outcome.sites.values()), budget, options.bits)
+        fitting.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
     far = dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
     given = iter(batches)
     saved = gathering.Checkpoint(options.checkpoint, _key(options, name, data_digest, weights, outcome))

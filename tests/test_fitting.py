@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -220,6 +221,112 @@ def test_only_bits_that_were_allowed_are_given(llama: Fitted) -> None:
         assert {t.bits for side in (fitted_site.key, fitted_site.value) for t in side.tiers} <= {2, 8}
 
 
+# ---- for a GPU
+
+
+def spectrum(channels: int, groups: int, fall: float, seed: int) -> Basis:
+    """Costs that fall by `fall` over the channels, not quite in order."""
+    torch.manual_seed(seed)
+    variance = fall ** (-torch.arange(channels, dtype=torch.float64) / channels) * (0.5 + torch.rand(channels))
+    eye = torch.eye(channels, dtype=torch.float64).expand(groups, channels, channels)
+    return Basis(eye, eye, variance.expand(groups, channels))
+
+
+def wide(groups: int, channels: int, ratio: float, device: str | None = "h100", **options: Any) -> LatentPlan:
+    """Two sites of 4 kv heads, with so many channels in each latent head."""
+    names, dim = ("steep", "flat"), groups * channels // 4
+    kept: dict[str, SiteStatistics] = {
+        n: replace(s, site=replace(site(n), heads=4, kv_heads=4, key_dim=dim, value_dim=dim))
+        for n, s in statistics(*names).items()
+    }
+    table: fitting.Candidates = {
+        n: {"band": (spectrum(channels, groups, fall, 0), spectrum(channels, groups, fall / 2, 1))}
+        for n, fall in zip(names, (1000.0, 10.0), strict=True)
+    }
+    chosen: dict[str, Any] = dict(sinks=0, recent=1, block=1, tokens=100_000, layout="band") | options
+    return fitting.fit(kept, found=table, ratio=ratio, device=device, **chosen)
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 256), (2, 128), (4, 64), (4, 60), (1, 200)])
+@pytest.mark.parametrize("ratio", [2.5, 4.0, 6.0])
+def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int, ratio: float) -> None:
+    for fitted_site in wide(groups, channels, ratio).sites:
+        for side in (fitted_site.key, fitted_site.value):
+            bits = [t.bits for t in side.tiers]
+            assert 0 < len(bits) <= 3 and bits == sorted(set(bits) & set(fitting.GPU_BITS), reverse=True)
+            assert all(t.width * t.bits % (8 * fitting.PLANE) == 0 for t in side.tiers)
+            assert side.row_bytes() % 16 == 0
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 256), (2, 128), (4, 64)])
+@pytest.mark.parametrize("ratio", [2.5, 4.0, 6.0])
+def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ratio: float) -> None:
+    plan = wide(groups, channels, ratio)
+    budget = fitting.Budget(ratio, sinks=0, recent=1, block=1, tokens=100_000)
+    asked = budget.code_bits([s.site for s in plan.sites])
+    given = sum(8 * s.token_bytes() for s in plan.sites)
+    assert 0 <= asked - given < 8 * fitting.PLANE * groups
+
+
+@pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])
+def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
+    """Against all numbers of planes of each tier, channels in order of what they cost."""
+    side = spectrum(88, 1, 300.0, 2)
+    part = fitting._side(side, fitting._Grain(levels, fitting.PLANE)).parts[0]
+    dropped = side.variance[0].unflatten(0, (-1, TIER_QUANTUM)).sum(1) / 2
+    costs = torch.cat([dropped.sort(descending=True).values, torch.zeros(5)])
+    best = dict.fromkeys(range(len(part.bits)), float("inf"))
+    for counts in itertools.product(range(9), repeat=len(levels)):
+        ends = list(itertools.accumulate(n * 16 // b for n, b in zip(counts, sorted(levels)[::-1], strict=True)))
+        if ends[-1] > 16 // min(levels) * -(-11 * min(levels) // 16) or sum(counts) not in best:
+            continue
+        tiers = zip([0, *ends], [*ends, 16], [*sorted(levels)[::-1], 0], strict=True)
+        nats = sum(float(costs[begin:end].sum()) * fitting.DISTORTION[b] for begin, end, b in tiers)
+        best[sum(counts)] = min(best[sum(counts)], nats)
+    assert part.bits == [8 * fitting.PLANE * n for n in best]
+    assert part.nats == pytest.approx(list(best.values()))
+    for n, nats in best.items():  # and the chunks are those that the loss was counted for
+        given = part.chunks(n)
+        assert sum(given) * TIER_QUANTUM == part.bits[n]
+        padded = torch.cat([dropped, torch.zeros(len(given) - 11)])
+        assert sum(float(c) * fitting.DISTORTION[b] for c, b in zip(padded, given, strict=True)) == pytest.approx(nats)
+
+
+def test_a_cpu_and_no_device_get_the_same_bits() -> None:
+    plans = [wide(1, 256, 4.0, device) for device in (None, "cpu", "cpu:4")]
+    assert len({plan.digest() for plan in plans}) == 1
+    assert any(t.bits not in fitting.GPU_BITS for s in plans[0].sites for t in s.key.tiers)
+
+
+def test_whole_planes_cost_less_than_a_tenth_of_the_bytes() -> None:
+    """Against chunks of the same bits, which a plan for a GPU would have without them."""
+    for ratio in (3.0, 4.0):
+        same = [nats(wide(1, 256, r, None, bits=fitting.GPU_BITS)) for r in (ratio, 1.1 * ratio)]
+        assert same[0] <= nats(wide(1, 256, ratio)) < same[1]
+
+
+def test_channels_of_planes_that_reach_past_the_last_one_hold_nothing() -> None:
+    side = wide(4, 60, 1.5).sites[0].key
+    assert [(t.bits, t.width) for t in side.tiers] == [(8, 64)]  # more bytes than it can use
+    x = torch.randn(1, 4, 5, 60)
+    latent = ops.encode(x, side.encode)
+    assert latent.shape[-1] == side.width and int((latent == 0).all(2).sum()) == 4 * (side.width - 60)
+
+
+def test_bits_that_make_no_kernel_for_a_gpu_are_refused() -> None:
+    with pytest.raises(FhoptError, match=r"bits \[3, 5\] make no kernel for h100; expected some of 2, 4, 8"):
+        wide(1, 256, 4.0, bits=(3, 5))
+    with pytest.raises(FhoptError, match="device 'v100' is unknown"):
+        wide(1, 256, 4.0, device="v100")
+
+
+def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
+    sites, budget = [site("a")], fitting.Budget(6.0, sinks=0, recent=1, block=1, tokens=100_000)
+    fitting.check_reach(sites, budget, fitting.BITS)  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
+    with pytest.raises(FhoptError, match="21 bytes for a sealed token, the least possible is 36"):
+        fitting.check_reach(sites, budget, fitting.BITS, "h100")
+
+
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])
 def test_a_larger_budget_never_costs_more(fitted: Fitted, layout: str) -> None:
     losses = [nats(fitted.plan(ratio, layout)) for ratio in RATIOS]
@@ -274,10 +381,11 @@ def test_measured_costs_count_per_token() -> None:
     side = basis(1, 1.0, 1.0)
     side.costs[0] = torch.full((1, 16), 0.5, dtype=torch.float64)
     side.tokens += 10
-    costs = fitting._side(side, (2, 16)).costs
-    assert costs[0] == pytest.approx([0.2, 0.2])
-    assert costs[2] == pytest.approx([4 * fitting.DISTORTION[2]] * 2)
-    assert costs[16] == [0.0, 0.0]
+    parts = fitting._side(side, fitting._Grain((2, 16), 0)).parts
+    for part in parts:
+        assert part.bits == [0, 2 * 8, 16 * 8]
+        assert part.nats == pytest.approx([0.2, 4 * fitting.DISTORTION[2], 0.0])
+    assert len(parts) == 2
 
 
 def test_absorbed_queries_give_the_same_products(fitted: Fitted) -> None:

@@ -23,10 +23,11 @@ from fhopt.codegen.gpu import (
     objection,
     occupancy,
 )
-from fhopt.codegen.triton_attention import Config
-from fhopt.codegen.tuning import Workload, choose, gpu_named, row_bytes, tune, tuned_config
+from fhopt.codegen.triton_attention import Config, default_config
+from fhopt.codegen.tuning import Workload, choose, choose_each, gpu_named, row_bytes, tune, tuned_config
 from fhopt.cost import DEVICES
 from fhopt.errors import FhoptError
+from fhopt.fitting import STEPS
 from fhopt.spec import KernelSpec
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -219,6 +220,30 @@ def test_the_chosen_configuration_fits_and_uses_tensor_cores(spec: KernelSpec, n
     assert best.resources.spilled == 0 and sum(best.resources.tensor_cores.values()) > 0
     assert best.resources.loop_copies  # rows are copied ahead of their use
     assert tuned_config(spec, 4, name) == best.config
+
+
+def fitted_rows(key: dict[int, int], value: dict[int, int], dtype: str = "bfloat16") -> KernelSpec:
+    """Tiers (bits: width) as fitting makes them for a GPU."""
+    sides = [tuple((bits, width, STEPS[bits]) for bits, width in tiers.items()) for tiers in (key, value)]
+    return KernelSpec(sides[0], sides[1], sum(key.values()), sum(value.values()), dtype, False)
+
+
+FITTED = (  # and M
+    (fitted_rows({8: 16, 4: 32}, {4: 64}), 4),
+    (fitted_rows({8: 48, 4: 96, 2: 64}, {8: 16, 4: 160}), 9),
+    (fitted_rows({8: 32, 4: 128, 2: 192}, {8: 48, 4: 96, 2: 256}), 8),
+    (fitted_rows({8: 64, 4: 256, 2: 256}, {8: 32, 4: 288, 2: 256}), 32),
+)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
+def test_rows_that_are_fitted_for_a_gpu_fit_it_with_the_default(name: str) -> None:
+    for (spec, rows), choice in zip(FITTED, choose_each(FITTED, GPUS[name], 1), strict=True):
+        (verdict,) = choice.verdicts
+        assert not verdict.reason, (spec.name, rows, verdict.reason)
+        assert verdict.config == default_config(spec, rows)
 
 
 # --------------------------------------------------------------------------------------------------- choosing

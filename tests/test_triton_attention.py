@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,11 +39,12 @@ from fhopt.codegen.triton_attention import (
     default_config,
     example,
     fields,
+    is_crowded,
     pieces,
     places,
     row_size,
 )
-from fhopt.codegen.triton_call import choose_splits
+from fhopt.codegen.triton_call import TritonKernel, choose_splits
 from fhopt.errors import FhoptError
 from fhopt.ops import LatentKernel
 from fhopt.spec import SUPPORTED_BITS, KernelSpec
@@ -530,6 +532,27 @@ def test_the_pieces_of_a_row_cover_every_byte_and_every_channel_once() -> None:
             assert all(16 <= p.size <= 128 and p.size & (p.size - 1) == 0 and p.used > 0 for p in found)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_planes_of_whole_16_bytes_need_no_padding(bits: int) -> None:
+    for count in range(1, 40):
+        tiers: Tiers = ((8, 16, 0.1), (bits, 128 * count // bits, 0.1))
+        spec = KernelSpec(tiers, tiers, row_width(tiers), row_width(tiers), "bfloat16", False)
+        found = pieces(tiers, row_width(tiers))
+        assert all(piece.used == piece.size for piece in found) and not is_crowded(spec)
+        assert sum(piece.word == 8 for piece in found) <= 2  # the first tier, and what is left of the second
+
+
+def row_width(tiers: Tiers) -> int:
+    return sum(width for _, width, _ in tiers)
+
+
+def test_rows_with_padding_or_two_planes_are_crowded() -> None:
+    assert is_crowded(PLANED)
+    assert is_crowded(replace(INT4, value_tiers=((4, 120, 0.3), (2, 8, 0.5))))
+    assert is_crowded(MIXED)  # 32 channels of 2 bits are 8 bytes
+    assert not is_crowded(INT4)
+
+
 def test_other_tiers_are_refused() -> None:
     with pytest.raises(FhoptError, match="cannot become a kernel"):
         render(KernelSpec(((7, 16, 0.1),), (), 16, 16, "float32", False), "triton")
@@ -555,6 +578,54 @@ def test_splits_fill_the_device_in_whole_rounds_and_are_never_short() -> None:
     assert choose_splits(1, 300, places) == choose_splits(1, 0, places) == 1
 
 
+def test_the_tuned_configuration_is_used_and_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    asked, tuned = [], Config(128, 16, 8, 4)
+
+    def tuned_config(spec: KernelSpec, rows: int, name: str) -> Config | None:
+        asked.append((rows, name))
+        return tuned if rows <= 4 else None
+
+    monkeypatch.setattr("fhopt.codegen.tuning.tuned_config", tuned_config)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    kernel = TritonKernel(Stub("stub"), INT4)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert kernel._config(3, first) == kernel._config(4, first) == kernel._config(4, second) == tuned
+    assert kernel._config(5, first) == default_config(INT4, 5)
+    assert asked == [(4, "card 0"), (4, "card 1"), (8, "card 0")]
+    assert kernel._config(3, torch.device("cpu")) == default_config(INT4, 3)
+    assert len(asked) == 3
+
+
+class Launched:
+    """A kernel that does nothing, and spilled when it was compiled."""
+
+    n_spills = 8
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Launched]:
+        return lambda *_, **__: self
+
+
+def test_a_kernel_that_spills_is_told_of_once_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhopt.codegen.triton_call._warned", set())
+    module = Stub("stub")
+    module.attention_kernel = module.merge_kernel = Launched()  # type: ignore[assignment]
+    odd, even = Case(ODD, FOUR, 4, 1, 1, 1, 20), Case(((8, 16, 0.1),), ((4, 32, 0.3),), 4, 1, 1, 1, 20)
+
+    def call(case: Case) -> None:
+        kernel: LatentKernel = TritonKernel(module, case.spec())
+        kernel(*inputs(case), None, **case.options())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(even)  # rows as they are fitted for a GPU: another plan would not help
+    with pytest.warns(RuntimeWarning, match=r"keeps 32 bytes a thread in memory.* fhopt fit MODEL --device"):
+        call(odd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(odd)
+
+
 class Stub(ModuleType):
     """A module with kernels that are never launched."""
 
@@ -578,8 +649,6 @@ class Stub(ModuleType):
 def test_what_does_not_fit_is_refused(
     change: dict[str, Callable[[Tensor], Tensor | None]], features: dict[str, Any], message: str
 ) -> None:
-    from fhopt.codegen.triton_call import TritonKernel
-
     pytest.importorskip("triton")
     case = Case(FOUR, FOUR, 4, 1, 1, 1, 20)
     names = ("query", "key", "key_scale", "value", "value_scale")
