@@ -171,7 +171,8 @@ def explain(model: str, as_json: bool) -> None:
 )
 @click.option("--layout", default="auto", show_default=True, help="auto, band, freq, head, identity or input.")
 @click.option(
-    "--device", help="What it will run on (as in cost): leaves out layouts, and for GPUs mixes of bits, that are slow there."
+    "--device",
+    help="What it will run on (as in cost): leaves out layouts, and for GPUs mixes of bits, that are slow there.",
 )
 @click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
 @click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
