@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-decode bench-heal bench-gpu compiled-zoo soak format clean
+.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal sanitize bench-gpu compiled-zoo soak format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,15 @@ compiled-zoo: $(READY)  ## the zoo through torch.compile, against eager and indu
 
 soak: $(READY)  ## 200,000 tokens through everything a cache can be asked, beside a reference (QUICK=1: small)
 	$(BIN)/python benchmarks/soak.py
+
+sanitize: $(READY)  ## the tests of C++ kernels under AddressSanitizer and UBSan (needs g++)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
+	$(BIN)/python -m pytest -q -x --sanitize -p no:xdist -p no:cacheprovider \
+		tests/test_codegen.py tests/test_pack_kernels.py tests/test_native.py
+
+bench-attention: $(READY)  ## attention of one token on this CPU, against every way of torch (QUICK=1: small)
+	$(BIN)/python benchmarks/attention.py
 
 format: $(READY)  ## put the code into its form
 	$(BIN)/ruff format .

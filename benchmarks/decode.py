@@ -8,8 +8,9 @@ and what counts is the median over all steps of a contender. Their caches hold t
 exactly, and its keys and values are given to every cache. Exact contenders share one cache of fixed size.
 
 `best_exact` is the fastest of those that a user of transformers gets by choosing: attention "sdpa" or "eager", compiled
-by inductor or not, inductor's pattern matcher on or off. `grouped`, compiled without the pattern matcher, is what a
-user could write by hand (queries that share a kv head become rows of one product); it stands beside them.
+by inductor or not, inductor's pattern matcher on or off, weights frozen (and brought into the order that products
+like) or not. `grouped`, compiled without the pattern matcher, is what a user could write by hand (queries that share a
+kv head become rows of one product); it stands beside them, frozen too.
 """
 
 from __future__ import annotations
@@ -120,12 +121,16 @@ def contenders(
     for attention in ("sdpa", "eager", "grouped"):
         model = _with_attention(base, attention)
         plain, no_matcher = torch.compile(model), torch.compile(model, options={"pattern_matcher": False})
+        frozen = torch.compile(model, options={"pattern_matcher": False, "freezing": True})
         if attention == "grouped":
             made.append(Contender("grouped by hand, inductor", no_matcher, **shared))
+            made.append(Contender("grouped by hand, inductor, frozen", frozen, **shared))
             continue
         made.append(Contender(f"eager, {attention}", model, **shared))
         made.append(Contender(f"inductor, {attention}", plain, **shared))
         made.append(Contender(f"inductor, no pattern matcher, {attention}", no_matcher, **shared))
+        if attention == "eager":
+            made.append(Contender("inductor, frozen, eager", frozen, **shared))
     made.append(Contender("fhopt exact", _flashhead(_with_attention(base, "sdpa"), {"ratio": 1}), **shared))
     for fixed in (False, True):
         model = fhopt.apply(copy.deepcopy(base), plan)

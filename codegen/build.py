@@ -128,6 +128,30 @@ def find_compiler() -> str:
     raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
 
 
+def vector_unit() -> str:
+    """What generated kernels compute with on this CPU, in words; it is settled when they are compiled."""
+    try:
+        compiler = find_compiler()
+    except CompileError:
+        return "plain torch operations, no C++ compiler was found"
+    defined = _run([compiler, _native(compiler), "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    macros = {line.split()[1] for line in defined.splitlines() if line.startswith("#define ")}
+    name = Path(compiler).name
+    for needed, words in _UNITS:
+        if needed <= macros:
+            return f"{words}, compiled by {name}"
+    return f"vectors of 4 floats, compiled by {name}"
+
+
+# Macros of a compiler, and what the text of `cpp` does where they are defined.
+_UNITS = (
+    ({"__AVX512VNNI__", "__AVX512BW__", "__AVX512VBMI__"}, "AVX-512 VNNI: products of bytes, and of 16 floats"),
+    ({"__AVX512F__"}, "AVX-512: products of 16 floats"),
+    ({"__AVX2__"}, "AVX2: products of 8 floats"),
+    ({"__ARM_NEON"}, "NEON: products of 4 floats"),
+)
+
+
 def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ...]) -> None:
     """Compile to `library` by the command `compiler`, and leave the text beside it. Raises CompileError."""
     source = library.with_suffix(".cpp")

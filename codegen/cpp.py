@@ -13,12 +13,14 @@ from __future__ import annotations
 from string import Template
 
 from fhopt.codegen.cpp_integer import LAYOUT, PRODUCTS
+from fhopt.codegen.cpp_vectors import VECTORS
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
 ARGUMENTS = "@8q4q4q4q4q4q5q2q2d"
 
+_STORED = {"float32": "Float32", "bfloat16": "BFloat16", "float16": "Float16"}
 _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}
 
 
@@ -36,6 +38,7 @@ def render(spec: KernelSpec) -> str:
         softcap=str(spec.softcap).lower(),
         layout=LAYOUT,
         products=PRODUCTS,
+        vectors=VECTORS,
     )
 
 
@@ -43,7 +46,6 @@ def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
     """The struct that tells how wide a row of one side is and how it becomes floats."""
     copy, size = _UNCODED[dtype]
     scaled = is_scaled(tiers)
-    in_place = not tiers and dtype == "float32"
     table = tiers or ((8 * size, width, 1.0),)
     fields = (
         (f"int WIDTH = {width};", "R, channels of a row"),
@@ -51,7 +53,7 @@ def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
         (f"int BYTES = {sum(b * w for b, w, _ in table) // 8};", "of a stored row"),
         (f"int ELEMENT = {1 if tiers else size};", "bytes of what strides count"),
         (f"bool SCALED = {str(scaled).lower()};", "a token has a scale"),
-        (f"bool IN_PLACE = {'WIDTH % LANES == 0' if in_place else 'false'};", "rows can be read as they are"),
+        (f"bool IN_PLACE = {'false' if tiers else 'WIDTH % LANES == 0'};", "rows can be read as they are"),
         ("Tier TIERS[] = {", "bits, width, step"),
     )
     return _SIDE.substitute(
@@ -59,6 +61,7 @@ def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
         fields="\n".join(f"    static constexpr {field:<32}  // {comment}" for field, comment in fields),
         tiers="\n".join(f"        {{{b}, {w}, {step!r}f}}," for b, w, step in table),
         scale="scale" if scaled and any(bits == 16 for bits, _, _ in tiers) else "/*scale*/",
+        stored="Float32" if tiers else _STORED[dtype],
         lines="\n".join(_copy_lines(tiers, scaled) or [f"        {copy}<{width}>(row, z);"]),
     )
 
@@ -77,6 +80,7 @@ def _copy_lines(tiers: Tiers, scaled: bool) -> list[str]:
 
 _SIDE = Template("""\
 struct $name {
+    typedef $stored Stored;  // numbers of a row that is read as it is
 $fields
 $tiers
     };
@@ -126,90 +130,7 @@ $planes
 #include <numeric>
 #include <type_traits>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
-#define PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define UNROLL(times) PRAGMA(unroll times)
-#else
-#define UNROLL(times) PRAGMA(GCC unroll times)
-#endif
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
-#endif
-
-namespace {
-
-// ------------------------------------------------------------------------------------------------ vectors
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, MOST_ROWS = 4;
-#elif defined(__AVX__)
-constexpr int LANES = 8, MOST_ROWS = 2;
-#else
-constexpr int LANES = 4, MOST_ROWS = 2;
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef float Floats4 __attribute__((vector_size(16)));
-typedef int32_t Ints4 __attribute__((vector_size(16)));
-typedef float Floats8 __attribute__((vector_size(32)));  // 8 channels: every tier is a multiple of them
-typedef int32_t Ints8 __attribute__((vector_size(32)));
-typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
-typedef int32_t Ints16 __attribute__((vector_size(64)));
-typedef uint64_t Words8 __attribute__((vector_size(64)));
-
-constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-
-constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
-
-INLINE Floats load(const float* p) {
-    Floats v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-template <class V>
-INLINE void store(float* p, V v) {
-    std::memcpy(p, &v, sizeof v);
-}
-
-template <class F>
-INLINE Floats4 fold(Floats v, F f) {
-    Floats4 parts[LANES / 4];
-    std::memcpy(parts, &v, sizeof v);
-    for (int i = 1; i < LANES / 4; i++) parts[0] = f(parts[0], parts[i]);
-    return parts[0];
-}
-
-INLINE Floats4 fold_sum(Floats v) {
-    return fold(v, [](Floats4 a, Floats4 b) { return a + b; });
-}
-
-INLINE float sum_of(Floats v) {
-    const Floats4 s = fold_sum(v);
-    return (s[0] + s[2]) + (s[1] + s[3]);
-}
-
-INLINE float largest_of(Floats v) {
-    const Floats4 s = fold(v, [](Floats4 a, Floats4 b) { return a > b ? a : b; });
-    return std::max(std::max(s[0], s[1]), std::max(s[2], s[3]));
-}
-
-INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
-    const Floats4 p = fold_sum(a), q = fold_sum(b), r = fold_sum(c), s = fold_sum(d);
-    const Floats4 pq = SHUFFLE(Ints4, p, q, 0, 4, 1, 5) + SHUFFLE(Ints4, p, q, 2, 6, 3, 7);
-    const Floats4 rs = SHUFFLE(Ints4, r, s, 0, 4, 1, 5) + SHUFFLE(Ints4, r, s, 2, 6, 3, 7);
-    return SHUFFLE(Ints4, pq, rs, 0, 1, 4, 5) + SHUFFLE(Ints4, pq, rs, 2, 3, 6, 7);
-}
-
+$vectors
 // ------------------------------------------------------------------------------------------------ from rows to floats
 
 // 8 or 16 channels of a bit plane, in channel order: V is Ints8 or Ints16.
@@ -264,22 +185,6 @@ INLINE void copy_codes(const uint8_t* row, float* z) {
     }
 }
 
-INLINE float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-INLINE float from_float16(uint16_t half) {
-#if defined(__F16C__)
-    return _cvtsh_ss(half);
-#endif
-    const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
-    const float finite = from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent, also of subnormals
-    const float x = magnitude < 0x7c00 ? finite : from_bits(magnitude << 13 | 0x7f800000);
-    return sign ? -x : x;
-}
-
 // Float16 channels beside coded ones are divided by the scale with which the sum over all channels is multiplied.
 template <int WIDTH>
 INLINE void copy_float16(const uint8_t* row, float* z, float factor = 1.0f) {
@@ -310,6 +215,41 @@ template <int WIDTH>
 INLINE void copy_float32(const uint8_t* row, float* z) {
     std::memcpy(z, row, 4 * WIDTH);
 }
+
+// LANES numbers of a row as floats.
+struct Float32 {
+    typedef float Number;
+    static INLINE Floats load(const Number* p) { return ::load(p); }
+};
+
+struct BFloat16 {
+    typedef uint16_t Number;
+    static INLINE Floats load(const Number* p) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+        Halves halves;
+        std::memcpy(&halves, p, sizeof halves);
+        return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Number;
+    static INLINE Floats load(const Number* p) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = from_float16(p[i]);
+        return ::load(x);
+#endif
+    }
+};
+
+// Rows are fetched so many bytes before they are read, into the second-level cache: more lines can be under way to it
+// than to the first, and memory answers within the time of some KB of rows.
+constexpr int FETCHED = 16384;
 
 // ------------------------------------------------------------------------------------------------ the spec
 
@@ -425,14 +365,30 @@ struct State {
 
 // ------------------------------------------------------------------------------------------------ two products
 
+// Rows of a tile, `stride` numbers apart: as they are stored, or unpacked to floats.
+template <class Stored>
+struct Tile {
+    const typename Stored::Number* rows;
+    int64_t stride;
+    bool is_stored;
+
+    INLINE Floats at(int64_t t, int i) const { return Stored::load(rows + t * stride + i); }
+    INLINE void fetch(int64_t t, int i, int row_bytes) const {  // what will be read after FETCHED bytes
+        if (is_stored && i * sizeof *rows % 64 == 0) {
+            __builtin_prefetch(rows + (t + FETCHED / row_bytes) * stride + i, 0, 2);
+        }
+    }
+};
+
 // logits[r][t] = q[r] . z[t] for ROWS rows and a multiple of TOKENS tokens.
-template <int ROWS, int TOKENS>
-void score(const float* __restrict q, const float* __restrict z, int64_t stride, int tokens, float* __restrict logits) {
+template <int ROWS, int TOKENS, class Stored>
+void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* __restrict logits) {
     for (int t = 0; t < tokens; t += TOKENS) {
         Floats sums[ROWS][TOKENS] = {};
         UNROLL(4) for (int i = 0; i < Keys::PAD; i += LANES) {
             UNROLL(8) for (int k = 0; k < TOKENS; k++) {
-                const Floats zk = load(z + (t + k) * stride + i);
+                const Floats zk = z.at(t + k, i);
+                z.fetch(t + k, i, Keys::BYTES);
                 UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * Keys::PAD + i) * zk;
             }
         }
@@ -446,9 +402,9 @@ void score(const float* __restrict q, const float* __restrict z, int64_t stride,
 
 // states[r].sum[c] += sum_t weights[r][t] (z[t][c] - middle[c]) for ROWS rows and VECTORS vectors of channels, given
 // totals[r] = sum_t weights[r][t].
-template <int ROWS, int VECTORS>
-INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const float* __restrict z,
-                         int64_t stride, int tokens, State* __restrict states, int channel) {
+template <int ROWS, int VECTORS, class Stored>
+INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const Tile<Stored> z,
+                         int tokens, State* __restrict states, int channel) {
     Floats sums[ROWS][VECTORS];
     UNROLL(4) for (int r = 0; r < ROWS; r++) {
         UNROLL(8) for (int v = 0; v < VECTORS; v++) {
@@ -459,7 +415,10 @@ INLINE void mix_channels(const float* __restrict weights, const float* __restric
     }
     UNROLL(4) for (int t = 0; t < tokens; t++) {
         Floats zt[VECTORS];
-        UNROLL(8) for (int v = 0; v < VECTORS; v++) zt[v] = load(z + t * stride + channel + v * LANES);
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
+            zt[v] = z.at(t, channel + v * LANES);
+            z.fetch(t, channel + v * LANES, Values::BYTES);
+        }
         UNROLL(4) for (int r = 0; r < ROWS; r++) {
             UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[r * TILE + t] * zt[v];
         }
@@ -469,13 +428,13 @@ INLINE void mix_channels(const float* __restrict weights, const float* __restric
     }
 }
 
-template <int ROWS>
-void mix(const float* weights, const float* totals, const float* z, int64_t stride, int tokens, State* states) {
+template <int ROWS, class Stored>
+void mix(const float* weights, const float* totals, const Tile<Stored> z, int tokens, State* states) {
     constexpr int VECTORS = ROWS == 1 ? 8 : 4, ALL = Values::PAD / LANES, REST = ALL % VECTORS;
     for (int v = 0; v + VECTORS <= ALL; v += VECTORS) {
-        mix_channels<ROWS, VECTORS>(weights, totals, z, stride, tokens, states, v * LANES);
+        mix_channels<ROWS, VECTORS>(weights, totals, z, tokens, states, v * LANES);
     }
-    if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, stride, tokens, states, (ALL - REST) * LANES);
+    if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, tokens, states, (ALL - REST) * LANES);
 }
 
 template <class F, int... I>
@@ -621,24 +580,24 @@ struct Scratch {
     }
 };
 
-// Rows of a tile as floats, with `stride` floats from one to the next: where they are, or unpacked into the scratch.
-template <class Side>
-INLINE const float* floats(const Rows& rows, const Rows& scales, int64_t b, int64_t j, int64_t begin, int tokens,
-                           Scratch& s, int64_t& stride) {
+// Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
+template <class Side, class F>
+INLINE void with_tile(const Rows& rows, const Rows& scales, int64_t b, int64_t j, int64_t begin, int tokens, Scratch& s,
+                      F f) {
     const uint8_t* row = rows.data + (b * rows.batch + j * rows.head + begin * rows.token) * Side::ELEMENT;
-    if (Side::IN_PLACE && tokens == TILE) {
-        stride = rows.token;
-        return reinterpret_cast<const float*>(row);
+    if constexpr (Side::IN_PLACE) {
+        typedef typename Side::Stored Stored;
+        const auto* stored = reinterpret_cast<const typename Stored::Number*>(row);
+        if (tokens == TILE) return f(Tile<Stored>{stored, rows.token, true});
     }
-    stride = STRIDE;
     for (int t = 0; t < tokens; t++) {
-        for (int i = 0; i < Side::BYTES; i += 64) {  // rows are read in bursts, which hardware does not foresee
-            __builtin_prefetch(row + (t + 16) * rows.token * Side::ELEMENT + i);
+        for (int i = 0; i < Side::BYTES; i += 64) {
+            __builtin_prefetch(row + (t + FETCHED / Side::BYTES) * rows.token * Side::ELEMENT + i, 0, 2);
         }
         if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(b, j, begin + t));
         Side::unpack(row + t * rows.token * Side::ELEMENT, s.scale[t], s.tile + t * STRIDE);
     }
-    return s.tile;
+    f(Tile<Float32>{s.tile, STRIDE, false});
 }
 
 void scale_logits(int64_t row, int rows, int tokens, Scratch& s) {
@@ -666,18 +625,18 @@ void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Sc
     const int64_t shared = a.heads / a.key_heads;  // query heads that read one latent head
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
-        int64_t stride;
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
         if (INTEGER_KEYS) {
             score_codes(a, p.b, j, begin, tokens, row, rows, s);
             continue;
         }
-        const float* z = floats<Keys>(a.key, a.key_scale, p.b, j, begin, tokens, s, stride);
-        for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
-            constexpr int ROWS = decltype(count)::value;
-            const int64_t r = row + first;
-            score<ROWS, ROWS == 1 ? 8 : 4>(s.query + r * Keys::PAD, z, stride, whole, s.logits + r * TILE);
+        with_tile<Keys>(a.key, a.key_scale, p.b, j, begin, tokens, s, [&](const auto& z) {
+            for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
+                constexpr int ROWS = decltype(count)::value;
+                const int64_t r = row + first;
+                score<ROWS, ROWS == 1 ? 8 : 4>(s.query + r * Keys::PAD, z, whole, s.logits + r * TILE);
+            });
         });
         if (Keys::SCALED) scale_logits(row, rows, whole, s);
     }
@@ -698,18 +657,18 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
     const int64_t shared = a.heads / a.value_heads;
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
-        int64_t stride;
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
         if (INTEGER_VALUES) {
             mix_codes(a, p.b, j, begin, tokens, row, rows, s);
             continue;
         }
-        const float* z = floats<Values>(a.value, a.value_scale, p.b, j, begin, tokens, s, stride);
-        if (Values::SCALED) scale_weights(row, rows, whole, s);
-        for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
-            const int64_t r = row + first;
-            mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, stride, tokens, s.states + r);
+        with_tile<Values>(a.value, a.value_scale, p.b, j, begin, tokens, s, [&](const auto& z) {
+            if (Values::SCALED) scale_weights(row, rows, whole, s);
+            for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
+                const int64_t r = row + first;
+                mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, tokens, s.states + r);
+            });
         });
     }
 }

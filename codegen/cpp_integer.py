@@ -395,9 +395,9 @@ void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
-// Rows between the one that is read and the one that is fetched: memory answers within the time of some 4 KB of rows.
+// Rows between the one that is read and the one that is fetched.
 template <class Side>
-constexpr int AHEAD = std::max(16, 4096 / Side::BYTES);
+constexpr int AHEAD = std::max(16, FETCHED / Side::BYTES);
 
 // Where 16 tokens of a tile are, from t on, the last one again behind the end; and their scales.
 template <class Side>
@@ -408,7 +408,7 @@ INLINE void rows_of(const Rows& rows, const Rows& scales, int64_t b, int64_t j, 
     UNROLL(16) for (int i = 0; i < 16; i++) {
         z[i] = row + i * rows.token;
         UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
-            __builtin_prefetch(z[i] + AHEAD<Side> * rows.token + byte);
+            __builtin_prefetch(z[i] + AHEAD<Side> * rows.token + byte, 0, 2);
         }
     }
     for (int i = last + 1; i < 16; i++) z[i] = z[last];

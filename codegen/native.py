@@ -4,11 +4,12 @@ before                                                        after, in an infer
 fhopt.latent_attention(q, k, s_k, v, s_v, mask, tiers...)     fhopt.latent_kernel(NAME, q, k, s_k, v, s_v, mask, ...)
 fhopt.pack(z, tiers...)                                       fhopt.pack_kernel(z, tiers...)
 fhopt.attend_latents(q, k, v, latents, window, masks...)      fhopt.attend_kernel(NAME, NAME, NAME, q, k, v, ...)
+F.linear(x, w, b) of at most 16 rows                          fhopt.skinny_linear(x, w, b)
 
 The ops on the right are implemented in one C++ library, which is compiled against the stable part of torch's
 C++ interface (torch/csrc/stable) and knows kernels by the name of their `KernelSpec`. A call costs 3 to 5 microseconds
 in place of the 20 to 40 of a Python implementation. They do what the ops on the left do, for tensors that a graph has
-checked, and know no gradients. The last one is a decoding layer's attention on a cache as a whole: it absorbs the
+checked, and know no gradients. `attend_kernel` is a decoding layer's attention on a cache as a whole: it absorbs the
 queries, runs the kernels of latents, window and open tokens, expands and merges, where eight operations did.
 
 Without a compiler graphs keep the ops on the left.
@@ -22,14 +23,17 @@ import copy
 import ctypes
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fhopt.codegen import pack as packing
+from fhopt.codegen import skinny
 from fhopt.codegen.build import CompileError, build, load
 from fhopt.codegen.call import LibraryKernel
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
@@ -48,6 +52,7 @@ _LIB.define(
     "Tensor? window_keys, Tensor? window_key_scale, Tensor? window_values, Tensor? window_value_scale, Tensor? near, "
     "Tensor? inside, Tensor? far, Tensor? lengths, float scale, float softcap) -> Tensor"
 )
+_LIB.define("skinny_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
 
@@ -80,29 +85,40 @@ torch.library.register_fake("fhopt::attend_kernel", _attend_kernel_fake, lib=_LI
 torch.library.register_fake("fhopt::pack_kernel", _pack_kernel_fake, lib=_LIB)
 
 
+def _skinny_linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+torch.library.register_fake("fhopt::skinny_linear", _skinny_linear_fake, lib=_LIB)
+
+
 # --------------------------------------------------------------------------------------------------- graphs
 
 
-def call_kernels(module: fx.GraphModule) -> fx.GraphModule:
+def call_kernels(module: fx.GraphModule, products: bool = True) -> fx.GraphModule:
     """The graph with the ops on the right wherever they serve; the same module where they do not.
 
-    For graphs without gradients, whose nodes have `meta["example_value"]`, as Dynamo's have.
+    For graphs without gradients, whose nodes have `meta["example_value"]`, as Dynamo's have. products: of few rows,
+    too.
     """
-    wanted = [n for n in module.graph.nodes if n.op == "call_function" and _native_call(n) is not None]
+    products = products and not _casts(module.graph)
+    wanted = [n for n in module.graph.nodes if n.op == "call_function" and _native_call(n, products) is not None]
     if not wanted or library() is None:
         return module
     changed = fx.GraphModule(module, copy.deepcopy(module.graph))
     changed.meta.update(module.meta)
     for node in changed.graph.nodes:
-        found = _native_call(node) if node.op == "call_function" else None
+        found = _native_call(node, products) if node.op == "call_function" else None
         if found is not None:
             node.target, node.args, node.kwargs = found
     changed.recompile()
     return changed
 
 
-def _native_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+def _native_call(node: fx.Node, products: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """(target, args, kwargs) that do in C++ what the node says, None where nothing does."""
+    if node.target in _LINEAR:
+        return _linear_call(node) if products else None
     name = getattr(node.target, "_qualified_op_name", None) or str(getattr(node.target, "_name", ""))
     if name == "fhopt::latent_attention":
         return _attention_call(node)
@@ -111,6 +127,39 @@ def _native_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     if name == "fhopt::pack":
         return _pack_call(node)
     return None
+
+
+_LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
+
+
+def _casts(graph: fx.Graph) -> bool:
+    """True under autocast: what a product computes in is then not what its operands say."""
+    entered = any("autocast" in str(getattr(n.target, "__name__", "")) for n in graph.nodes)
+    return entered or torch.is_autocast_enabled("cpu")
+
+
+def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Where few rows meet a weight that no cache holds."""
+    names = ("input", "weight", "bias")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    x, weight, bias = (_value(given.get(name)) for name in names)
+    if not all(_is_plain(v) for v in (x, weight, bias) if v is not None) or weight.dim() != 2 or x.dim() < 1:
+        return None
+    if x.dtype not in _DTYPES or any(v.dtype != x.dtype for v in (weight, bias) if v is not None):
+        return None
+    rows = math.prod(x.shape[:-1])
+    sizes = (rows, x.shape[-1], *weight.shape)
+    if not all(isinstance(n, int) for n in sizes) or not 1 <= rows <= skinny.MOST_ROWS or weight.stride(1) != 1:
+        return None
+    if weight.numel() * weight.element_size() < skinny.LEAST_BYTES or not _serve_skinny():
+        return None
+    return torch.ops.fhopt.skinny_linear.default, tuple(given.get(name) for name in names), {}
+
+
+def _is_plain(x: Any) -> bool:
+    """A dense tensor on the CPU that is no subclass with a meaning of its own."""
+    plain = type(x) in (Tensor, torch.nn.Parameter, FakeTensor)
+    return plain and x.device.type == "cpu" and x.layout == torch.strided
 
 
 def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -212,6 +261,17 @@ def serve(spec: KernelSpec) -> bool:
 
 
 @functools.cache
+def _serve_skinny() -> bool:
+    """Make products of few rows known to the library; False where that cannot be done."""
+    loaded, address = library(), skinny.address()
+    if loaded is None or address is None:
+        return False
+    loaded.fhopt_serve_skinny.argtypes, loaded.fhopt_serve_skinny.restype = (ctypes.c_void_p,), None
+    loaded.fhopt_serve_skinny(address)
+    return True
+
+
+@functools.cache
 def library() -> ctypes.CDLL | None:
     """The C++ library, loaded; None where it cannot be built."""
     functions = packing.library()
@@ -299,6 +359,16 @@ struct Pack {
     Rows latent, codes, scale;
 };
 
+struct Skinny {
+    int64_t rows, width, columns, threads, type;
+    const void* input;
+    int64_t input_row;
+    const void* weight;
+    int64_t weight_row;
+    const void* bias;
+    void* output;
+};
+
 struct Kernel {
     void (*run)(const Attention*);
     int64_t key_width, value_width, flags;
@@ -309,6 +379,7 @@ struct Kernel {
 std::unordered_map<std::string, Kernel> kernels;
 std::shared_mutex guard;
 void (*run_pack)(const Pack*) = nullptr;
+void (*run_skinny)(const Skinny*) = nullptr;
 
 // ------------------------------------------------------------------------------------------------ checks
 
@@ -611,6 +682,32 @@ std::tuple<Tensor, Tensor> pack_kernel(
     return {codes, scale};
 }
 
+Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+    const std::string name = "skinny";
+    expect(run_skinny != nullptr, name, "no code to run; compile the graph again");
+    const int dims = int(input.dim());
+    const ScalarType type = input.scalar_type();
+    expect(dims >= 1 && weight.dim() == 2 && input.size(dims - 1) == weight.size(1), name, "a weight of another width");
+    expect(weight.scalar_type() == type && (weight.stride(1) == 1 || weight.size(1) <= 1), name, "another weight");
+    if (bias) {
+        expect(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == type, name,
+               "another bias");
+        if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
+    }
+    if (!input.is_contiguous()) input = torch::stable::contiguous(input);
+    std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+    sizes.back() = weight.size(0);
+    Tensor output = empty(sizes, type);
+    int64_t rows = 1;
+    for (int i = 0; i < dims - 1; i++) rows *= input.size(i);
+    const Skinny a{rows, weight.size(1), weight.size(0), int64_t(torch::stable::get_num_threads()),
+                   type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2,
+                   input.data_ptr(), weight.size(1), weight.data_ptr(), weight.stride(0),
+                   bias ? bias->data_ptr() : nullptr, output.data_ptr()};
+    run_skinny(&a);
+    return output;
+}
+
 }  // namespace
 
 extern "C" void fhopt_serve(
@@ -621,9 +718,12 @@ extern "C" void fhopt_serve(
 
 extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 
+extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
+
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));
     m.impl("pack_kernel", TORCH_BOX(&pack_kernel));
     m.impl("attend_kernel", TORCH_BOX(&attend_kernel));
+    m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
 }
 """

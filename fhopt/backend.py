@@ -8,6 +8,8 @@ Registered through the entry point group `torch_dynamo_backends`, so no import i
     max_loss             without plan and ratio: profile, and fit the smallest plan that passes (default 0.01, 1 %)
     calibration_tokens   that are watched before a plan is fitted (default 16,384)
     weights              "check" (default): a plan is used for the weights that it was fitted for; "trust": for any
+    skinny_products      on CPUs, products of up to 16 rows with a weight go to a kernel that reads the weight once
+                         (default: True; False: to inductor)
     strict               raise FhoptError when a plan is given and no site of the graph is in it (default: warn)
 
 Every other option goes to inductor. `fhopt.report(compiled)` tells what became of each attention, and why.
@@ -40,7 +42,7 @@ from fhopt.passes.graph import Program, copy_program
 from fhopt.spec import PLAN_FILES, LatentPlan
 
 Compiled = Callable[..., Any]
-OPTIONS = frozenset({"plan", "ratio", "max_loss", "calibration_tokens", "weights", "strict"})
+OPTIONS = frozenset({"plan", "ratio", "max_loss", "calibration_tokens", "weights", "skinny_products", "strict"})
 _outcomes: list[passes.Outcome] = []
 
 
@@ -51,6 +53,7 @@ class Settings:
     plan: LatentPlan | None = None
     profile: profiling.Wish | None = None  # None: nothing is approximated but by a plan
     trusting: bool = False
+    products: bool = True
     strict: bool = False
 
     @staticmethod
@@ -64,7 +67,8 @@ class Settings:
         if plan is not None and (clash := [k for k in ("ratio", "max_loss", "calibration_tokens") if k in ours]):
             raise FhoptError(f"option {clash[0]} is for fitting a plan, and one is given. Drop one of both.")
         wish = None if plan is not None or ours.get("ratio") == 1 else profiling.Wish.parse(ours)
-        return Settings(plan, wish, ours.get("weights") == "trust", bool(ours.get("strict"))), theirs
+        trusting, products = ours.get("weights") == "trust", bool(ours.get("skinny_products", True))
+        return Settings(plan, wish, trusting, products, bool(ours.get("strict"))), theirs
 
 
 def _plan(given: Any) -> LatentPlan | None:
@@ -111,7 +115,7 @@ def flashhead(
 ) -> Compiled:
     """Compile one Dynamo graph. Raises FhoptError for options that are wrong."""
     settings, theirs = Settings.parse(options or {})
-    compiler = Compiler(mode, theirs)
+    compiler = Compiler(mode, theirs, settings.products)
     program = copy_program(module, example_inputs)
     training = _takes_gradients(module.graph) and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     root = journal.owner(program.weights.values())
@@ -313,18 +317,27 @@ class Compiler:
 
     mode: str | None
     options: Mapping[str, Any]
+    products: bool = True
 
     def now(self, module: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
         """Compile what Dynamo is tracing."""
         from torch._inductor.compile_fx import compile_fx
 
-        module = module if _takes_gradients(module.graph) else codegen.call_kernels(module)
+        if not _takes_gradients(module.graph):
+            module = codegen.call_kernels(module, self._products())
         compiled: Any = compile_fx(module, example_inputs, config_patches=self._patches(module) or None)
         return compiled
 
     def later(self, module: fx.GraphModule) -> Compiled:
         """Compile a graph outside of Dynamo's tracing, at its first call."""
         return torch.compile(module, backend="inductor", options=self._patches(module) or None)
+
+    def _products(self) -> bool:
+        """Where inductor is asked to make products itself, they are left to it."""
+        from torch._inductor import list_mode_options
+
+        wanted = {**(list_mode_options(self.mode) if self.mode else {}), **self.options}
+        return self.products and not any(wanted.get(k) for k in ("max_autotune", "max_autotune_gemm", "freezing"))
 
     def _patches(self, module: fx.GraphModule) -> dict[str, Any]:
         from torch._inductor import list_mode_options

@@ -483,7 +483,7 @@ def report(model: str, plan_path: Path | None, out: Path, as_json: bool) -> None
     multiple=True,
     default=("h100", "cpu"),
     show_default=True,
-    help="Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS; repeatable.",
+    help="Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
 )
 @click.option(
     "--tokens",
@@ -507,8 +507,9 @@ def cost(
     as_json: bool,
 ) -> None:  # fmt: skip
     """What a decode step of MODEL costs on devices by their peak figures, and from which context on latents pay."""
-    from fhopt.cost import ITEMSIZES, RATIOS, compare, find_device, hypothetical_cost, model_cost, pretty
+    from fhopt.cost import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
     from fhopt.fitting import check_model
+    from fhopt.machine import find_device
     from fhopt.models import load_model
     from fhopt.pipeline import find_sites
     from fhopt.spec import LatentPlan
@@ -542,6 +543,29 @@ def cost(
             "fhopt fit MODEL -o PLAN, then --plan PLAN.",
             highlight=False,
         )
+
+
+@main.command()
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Default: 1, and all cores; repeatable.")
+@click.option("--again", is_flag=True, help="Measure anew.")
+@json_option
+def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
+    """What this machine's CPU can do: `--device here` in other commands. Measured once, in some seconds."""
+    from fhopt import machine
+    from fhopt.codegen.build import vector_unit
+    from fhopt.tables import machine_table
+
+    counts = threads or tuple(dict.fromkeys((1, machine.cores())))
+    if max(counts) > machine.cores():
+        raise FhoptError(f"{max(counts)} threads were asked for; expected at most {machine.cores()}, the cores here.")
+    found = [machine.measure(n) if again else machine.measured(n) for n in counts]
+    kernels = vector_unit()
+    if as_json:
+        _print_json({"kernels": kernels, "measured": [asdict(one) for one in found]})
+        return
+    console = _console(as_json)
+    console.print(machine_table(found))
+    console.print(f"Kernels: {kernels}.", highlight=False)
 
 
 @main.command()

@@ -85,7 +85,10 @@ def find_device(name: str) -> Device:
     base, _, threads = name.partition(":")
     device = DEVICES.get(base)
     if device is None or (threads and (device.kind != "cpu" or not threads.isdecimal() or int(threads) < 1)):
-        raise FhoptError(f"device {name!r} is unknown; expected one of {', '.join(DEVICES)}, or cpu:THREADS.")
+        raise FhoptError(
+            f"device {name!r} is unknown; expected one of {', '.join(DEVICES)}, cpu:THREADS, or "
+            "here (this machine's CPU, measured; here:THREADS)."
+        )
     if not threads:
         return device
     count = int(threads)

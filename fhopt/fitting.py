@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fhopt.bases import Basis, fit_basis, fit_joint, joint_basis
-from fhopt.cost import Device, find_device, layout_time
+from fhopt.cost import Device, layout_time
 from fhopt.errors import FhoptError
+from fhopt.machine import find_device
 from fhopt.spec import (
     LAYOUTS,
     SCALE_BYTES,

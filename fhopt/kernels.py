@@ -26,9 +26,10 @@ from fhopt.codegen import render
 from fhopt.codegen.gpu import Occupancy, find_gpu, triton_version
 from fhopt.codegen.triton_attention import Config
 from fhopt.codegen.tuning import Choice, choose_each
-from fhopt.cost import BATCH, ITEMSIZES, QUERIES, SEALED, Cost, Device, Work, find_device, site_cost
+from fhopt.cost import BATCH, ITEMSIZES, QUERIES, SEALED, Cost, Device, Work, site_cost
 from fhopt.errors import FhoptError
 from fhopt.files import check_folder, check_writable, write_folder
+from fhopt.machine import find_device
 from fhopt.spec import KernelSpec, LatentPlan, SidePlan, SitePlan
 
 TABLE_FILES = ("kernels.md", "kernels.json")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fhopt import __version__, calibrate, data, fitting, gathering, passes
 from fhopt.capture import Captured, capture
-from fhopt.cost import find_device
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length
 from fhopt.fitting import check_options, fingerprint, weight_prints
+from fhopt.machine import find_device
 from fhopt.models import LoadedModel, encoder_path, is_inside
 from fhopt.spec import LatentPlan, SiteStatistics, sealed_tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fhopt.cost import Comparison, Cost, pretty
 from fhopt.fitting import describe
+from fhopt.machine import Measured
 from fhopt.passes import Explanation
 from fhopt.spec import AttentionSite, LatentPlan
 
@@ -162,6 +163,18 @@ def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -
     """The formulas of a decode step, its figures on devices, and what a whole step can gain at most."""
     bound = "At most so much faster can a whole step become where memory is the bound: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
+
+
+def machine_table(found: Sequence[Measured]) -> Table:
+    """One row a number of threads: what was measured of this machine's CPU."""
+    table = Table(title=f"{found[0].cpu}, {found[0].memory_gb:.0f} GB", title_justify="left")
+    columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for one in found:
+        rates = (one.read_gb_s, one.copy_gb_s, one.float32_tflops, one.bfloat16_tflops)
+        table.add_row(str(one.threads), *[f"{rate:.3g}" for rate in rates])
+    return table
 
 
 def _formulas(costs: Mapping[str, Cost]) -> Table:

@@ -104,8 +104,8 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
 
 def readers(program: Program) -> tuple[str, ...]:
     """Module paths of attention that reads the latents of a cache: nothing is left to be done there."""
-    op = torch.ops.fhopt.latent_attention.default
-    calls = [n for n in program.graph.nodes if n.target in (op, op.overloadpacket)]
+    ops = [getattr(torch.ops.fhopt, name, None) for name in ("latent_attention", "attend_latents")]
+    calls = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", n.target) in ops]
     return tuple(dict.fromkeys(module_path(n) for n in calls))
 
 

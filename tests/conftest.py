@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,19 @@ LONGEST = (
     "test_compiled_generation.py",
     "test_latent_buffers.py",
 )  # files that take minutes
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make sanitize` runs the tests of C++ kernels with this."""
+    parser.addoption("--sanitize", action="store_true", help="Compile kernels with AddressSanitizer and UBSan.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels that read or write where they must not, or overflow, end the run."""
+    if config.getoption("--sanitize"):
+        build: Any = importlib.import_module("fhopt.codegen.build")
+        build._FLAGS += SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,106 @@
+"""What generated C++ files share: vectors of floats by compiler extensions, and numbers of 16 bits.
+
+The text needs <algorithm>, <cstdint>, <cstring> and <limits>, opens the file's anonymous namespace and leaves it open.
+"""
+
+VECTORS = r"""#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define UNROLL(times) PRAGMA(unroll times)
+#else
+#define UNROLL(times) PRAGMA(GCC unroll times)
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ vectors
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST_ROWS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, MOST_ROWS = 2;
+#else
+constexpr int LANES = 4, MOST_ROWS = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));  // 8 channels: every tier is a multiple of them
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint64_t Words8 __attribute__((vector_size(64)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+
+INLINE Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+INLINE void store(float* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+template <class F>
+INLINE Floats4 fold(Floats v, F f) {
+    Floats4 parts[LANES / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) parts[0] = f(parts[0], parts[i]);
+    return parts[0];
+}
+
+INLINE Floats4 fold_sum(Floats v) {
+    return fold(v, [](Floats4 a, Floats4 b) { return a + b; });
+}
+
+INLINE float sum_of(Floats v) {
+    const Floats4 s = fold_sum(v);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+INLINE float largest_of(Floats v) {
+    const Floats4 s = fold(v, [](Floats4 a, Floats4 b) { return a > b ? a : b; });
+    return std::max(std::max(s[0], s[1]), std::max(s[2], s[3]));
+}
+
+INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
+    const Floats4 p = fold_sum(a), q = fold_sum(b), r = fold_sum(c), s = fold_sum(d);
+    const Floats4 pq = SHUFFLE(Ints4, p, q, 0, 4, 1, 5) + SHUFFLE(Ints4, p, q, 2, 6, 3, 7);
+    const Floats4 rs = SHUFFLE(Ints4, r, s, 0, 4, 1, 5) + SHUFFLE(Ints4, r, s, 2, 6, 3, 7);
+    return SHUFFLE(Ints4, pq, rs, 0, 1, 4, 5) + SHUFFLE(Ints4, pq, rs, 2, 3, 6, 7);
+}
+
+// A float of these bits; a float16 as a float.
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float from_float16(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#endif
+    const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
+    const float finite = from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent, also of subnormals
+    const float x = magnitude < 0x7c00 ? finite : from_bits(magnitude << 13 | 0x7f800000);
+    return sign ? -x : x;
+}
+"""

@@ -1,0 +1,288 @@
+"""Products of a few rows with a weight: what a decoding step does beside attention, as one C++ file for CPUs.
+
+    y[m][n] = sum_k x[m][k] w[n][k] + bias[n]        x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
+
+With few rows such a product is bound by reading the weight once. Libraries of matrix products bring a weight into an
+order of their own at each call, which costs more than the product: on two cores of a Zen 4 that read 32 GB/s, torch's
+float32 products of 8 rows read SmolLM2's weights at 6 to 11 GB/s, these at 18 to 23. Rows of the weight stream through
+registers once, all rows of the input with them. Sums are of float32; products of 16-bit numbers are exact, those of
+float32 rounded as in any other order.
+
+Letters: M rows (new tokens of all sequences), K width of the input, N width of the output.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from string import Template
+
+from fhopt.codegen.build import CompileError, load
+from fhopt.codegen.cpp_vectors import VECTORS
+
+MOST_ROWS = 16  # more rows are worth bringing the weight into order
+LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
+log = logging.getLogger(__name__)
+
+
+def render() -> str:
+    """The text of the C++ file: always the same."""
+    return _FILE.substitute(vectors=VECTORS)
+
+
+@functools.cache
+def address() -> int | None:
+    """Of the machine code of `skinny`; None where it cannot be compiled."""
+    import ctypes
+
+    try:
+        return ctypes.cast(load("skinny", render()).skinny, ctypes.c_void_p).value
+    except CompileError as error:
+        log.info("%s Products of few rows are left to torch.", error)
+        return None
+
+
+_FILE = Template(r"""// skinny
+//
+// Products of a few rows with a weight, bound by reading the weight once:
+//
+//     y[m][n] = sum_k x[m][k] w[n][k] + bias[n]        x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
+//
+//     M rows, K width of the input, N width of the output
+//
+// A thread walks over its rows of the weight, COLUMNS at a time, and fetches the next ones meanwhile: into the second-
+// level cache, where more lines can be under way than into the first. Each vector of the weight is read once and
+// multiplied with all rows of the input, which stay in the caches; sums are of float32. With AVX-512 BF16, pairs of
+// bfloat16 are multiplied as they are; other numbers of 16 bits become floats in registers.
+//
+// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+$vectors
+// ------------------------------------------------------------------------------------------------ arguments
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+struct Arguments {
+    int64_t rows, width, columns, threads;
+    Type type;                      // of everything
+    const void* input;              // [M,K], `input_row` numbers from one row to the next
+    int64_t input_row;
+    const void* weight;             // [N,K]
+    int64_t weight_row;
+    const void* bias;               // [N], or null
+    void* output;                   // [M,N], dense
+};
+
+// ------------------------------------------------------------------------------------------------ numbers
+
+INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x != x) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE uint16_t to_float16(float x) {
+#if defined(__F16C__)
+    return uint16_t(_cvtss_sh(x, 0));
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    const float magnitude = std::abs(x);
+    if (x != x) return uint16_t(sign | 0x7e00);
+    if (magnitude >= 65520.0f) return uint16_t(sign | 0x7c00);
+    const float step = magnitude < 0x1p-14f ? 0x1p-24f : std::ldexp(1.0f, std::ilogb(magnitude) - 10);
+    const float whole = std::nearbyint(magnitude / step) * step;  // on the grid of float16
+    uint32_t there;
+    std::memcpy(&there, &whole, sizeof there);
+    if (whole < 0x1p-14f) return uint16_t(sign | uint16_t(whole * 0x1p24f));
+    return uint16_t(sign | (((there >> 23) - 112) << 10 | (there >> 13 & 0x3ff)));
+#endif
+}
+
+// What differs between types: how STEP numbers of the weight and of the input are read, and multiplied.
+struct Float32 {
+    typedef float Element;
+    typedef float Input;
+    typedef Floats Vector;
+    static constexpr int STEP = LANES;
+
+    static INLINE Vector weight(const Element* p) { return load(p); }
+    static INLINE Vector input(const Input* p) { return load(p); }
+    static INLINE Floats add(Floats sum, Vector x, Vector w) { return sum + x * w; }
+    static INLINE float number(Element x) { return x; }
+    static INLINE Element rounded(float x) { return x; }
+    static INLINE Input prepared(Element x) { return x; }
+};
+
+struct BFloat16 : Float32 {
+    typedef uint16_t Element;
+
+    static INLINE Vector weight(const Element* p) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+        Halves halves;
+        std::memcpy(&halves, p, sizeof halves);
+        return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+    }
+    static INLINE float number(Element x) { return from_bits(uint32_t(x) << 16); }
+    static INLINE Element rounded(float x) { return to_bfloat16(x); }
+    static INLINE Input prepared(Element x) { return number(x); }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pairs : BFloat16 {
+    typedef uint16_t Input;
+    typedef __m512i Vector;
+    static constexpr int STEP = 32;
+
+    static INLINE Vector weight(const Element* p) { return _mm512_loadu_si512(p); }
+    static INLINE Vector input(const Input* p) { return _mm512_loadu_si512(p); }
+    static INLINE Floats add(Floats sum, Vector x, Vector w) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+    }
+    static INLINE Input prepared(Element x) { return x; }
+};
+#else
+typedef BFloat16 BFloat16Pairs;
+#endif
+
+struct Float16 : BFloat16 {
+    static INLINE Vector weight(const Element* p) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = from_float16(p[i]);
+        return load(x);
+#endif
+    }
+    static INLINE float number(Element x) { return from_float16(x); }
+    static INLINE Element rounded(float x) { return to_float16(x); }
+    static INLINE Input prepared(Element x) { return number(x); }
+};
+
+// ------------------------------------------------------------------------------------------------ a block
+
+constexpr int BLOCK_ROWS = 8;  // rows of the input that are multiplied at once
+
+constexpr int columns_for(int rows) {  // as many sums as registers hold beside what is read
+    return std::clamp((LANES == 16 ? 24 : 10) / rows, 1, 8);
+}
+
+template <class T, int ROWS, int COLUMNS>
+INLINE void multiply(const typename T::Input* input, int64_t stride, const typename T::Element* weight,
+                     int64_t weight_row, int64_t width, float* sums) {
+    Floats sum[ROWS][COLUMNS] = {};
+    const auto add = [&](int64_t i, const typename T::Vector (&w)[COLUMNS]) {
+        UNROLL(8) for (int r = 0; r < ROWS; r++) {
+            const auto x = T::input(input + r * stride + i);
+            UNROLL(8) for (int c = 0; c < COLUMNS; c++) sum[r][c] = T::add(sum[r][c], x, w[c]);
+        }
+    };
+    const int64_t whole = width / T::STEP * T::STEP;
+    UNROLL(1) for (int64_t i = 0; i < whole; i += T::STEP) {
+        typename T::Vector w[COLUMNS];
+        UNROLL(8) for (int c = 0; c < COLUMNS; c++) {
+            w[c] = T::weight(weight + c * weight_row + i);
+            __builtin_prefetch(weight + (c + COLUMNS) * weight_row + i, 0, 2);  // into the second-level cache
+        }
+        add(i, w);
+    }
+    if (whole < width) {
+        typename T::Vector w[COLUMNS];
+        UNROLL(8) for (int c = 0; c < COLUMNS; c++) {
+            typename T::Element rest[T::STEP] = {};
+            std::memcpy(rest, weight + c * weight_row + whole, (width - whole) * sizeof *rest);
+            w[c] = T::weight(rest);
+        }
+        add(whole, w);
+    }
+    constexpr int ALL = ROWS * COLUMNS;
+    const Floats* all = &sum[0][0];
+    UNROLL(8) for (int i = 0; i + 4 <= ALL; i += 4) {
+        store(sums + i, sums_of(all[i], all[i + 1], all[i + 2], all[i + 3]));
+    }
+    UNROLL(4) for (int i = ALL / 4 * 4; i < ALL; i++) sums[i] = sum_of(all[i]);
+}
+
+template <class T, int ROWS, int COLUMNS>
+void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column) {
+    float sums[ROWS * COLUMNS];
+    const auto* weight = static_cast<const typename T::Element*>(a.weight) + column * a.weight_row;
+    multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, a.weight_row, a.width, sums);
+    const auto* bias = static_cast<const typename T::Element*>(a.bias);
+    auto* output = static_cast<typename T::Element*>(a.output) + row * a.columns + column;
+    for (int r = 0; r < ROWS; r++) {
+        for (int c = 0; c < COLUMNS; c++) {
+            const float added = bias ? T::number(bias[column + c]) : 0.0f;
+            output[r * a.columns + c] = T::rounded(sums[r * COLUMNS + c] + added);
+        }
+    }
+}
+
+// Columns [begin, end) for ROWS rows of the input.
+template <class T, int ROWS>
+void block_of_columns(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t begin,
+                      int64_t end) {
+    constexpr int COLUMNS = columns_for(ROWS);
+    int64_t column = begin;
+    for (; column + COLUMNS <= end; column += COLUMNS) block<T, ROWS, COLUMNS>(a, input, stride, row, column);
+    for (; column < end; column++) block<T, ROWS, 1>(a, input, stride, row, column);
+}
+
+template <class T, int... I>
+void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, const typename T::Input* input,
+             int64_t stride, int64_t row, int64_t begin, int64_t end) {
+    ((count == I + 1 ? block_of_columns<T, I + 1>(a, input, stride, row, begin, end) : void()), ...);
+}
+
+// ------------------------------------------------------------------------------------------------ all of it
+
+constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
+
+template <class T>
+void product(const Arguments& a) {
+    const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP + 64 / int64_t(sizeof(typename T::Input));
+    const int64_t bytes = (std::max<int64_t>(a.rows, 1) * stride * int64_t(sizeof(typename T::Input)) + 63) / 64 * 64;
+    auto* input = static_cast<typename T::Input*>(std::aligned_alloc(64, bytes));
+    for (int64_t r = 0; r < a.rows; r++) {
+        const auto* x = static_cast<const typename T::Element*>(a.input) + r * a.input_row;
+        for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(x[k]);
+        std::fill(input + r * stride + a.width, input + (r + 1) * stride, typename T::Input());
+    }
+    const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t step = blocks > 1 ? CACHED : 16 * CACHED;
+    const int64_t steps = (a.columns + step - 1) / step;
+    const int64_t size = a.columns * a.width * int64_t(sizeof(typename T::Element));
+    const int threads = int(std::clamp<int64_t>(std::min(steps, size / 100000), 1, a.threads));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < steps; i++) {
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t row = a.rows * b / blocks, last = a.rows * (b + 1) / blocks;
+            rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(last - row), a, input, stride, row, i * step,
+                       std::min((i + 1) * step, a.columns));
+        }
+    }
+    std::free(input);
+}
+
+}  // namespace
+
+extern "C" void skinny(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    if (a.type == FLOAT32) product<Float32>(a);
+    else if (a.type == BFLOAT16) product<BFloat16Pairs>(a);
+    else product<Float16>(a);
+}
+""")
