@@ -238,7 +238,7 @@ def _columns(spec: KernelSpec, widened: int = 1) -> int:
 # --------------------------------------------------------------------------------------------------- an example launch
 
 Example = tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]
-_POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _OPTIONAL = {
     "slopes": "*fp32", "sinks": "*fp32", "lengths": "*i32", "positions": "*i32", "table": "*i32", "pages": "*i32",
 }  # fmt: skip
@@ -259,15 +259,15 @@ def example(spec: KernelSpec, config: Config, **features: object) -> dict[str, E
     As the launcher calls it for contiguous tensors. Features by name: mask ("bool" or a dtype), slopes, sinks, lengths,
     positions, table, pages (True), causal, whole (bool), window, page (int), packed (False for AMD).
     """
-    types: dict[str, str] = {"query": _POINTER[spec.dtype]}
+    types: dict[str, str] = {"query": POINTERS[spec.dtype]}
     for side, tiers in _sides(spec):
-        types[side] = "*u8" if tiers else _POINTER[spec.dtype]
+        types[side] = "*u8" if tiers else POINTERS[spec.dtype]
         types[f"{side}_scale"] = "*fp16" if is_scaled(tiers) else "constexpr"
     mask = features.get("mask")
-    types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else _POINTER[str(mask)]
+    types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else POINTERS[str(mask)]
     types |= {name: pointer if features.get(name) else "constexpr" for name, pointer in _OPTIONAL.items()}
     whole = bool(features.get("whole"))
-    types |= {"output": _POINTER[spec.dtype] if whole else "*fp32", "lse": "*fp32"}
+    types |= {"output": POINTERS[spec.dtype] if whole else "*fp32", "lse": "*fp32"}
     types["total"] = "constexpr" if whole else "*fp32"
     types |= dict.fromkeys((*STRIDES, *SIZES), "i32") | {"scale": "fp32", "softcap": "fp32"}
     constants: dict[str, object] = {name: None for name, kind in types.items() if kind == "constexpr"}
@@ -280,15 +280,16 @@ def example(spec: KernelSpec, config: Config, **features: object) -> dict[str, E
         "VALUE_ALIGN": gcd(16, row_size(spec.value_tiers, spec.value_width)),
         "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
     }  # fmt: skip
-    merging = dict.fromkeys(("partial", "tops", "totals"), "*fp32") | {"output": _POINTER[spec.dtype], "lse": "*fp32"}
+    merging = dict.fromkeys(("partial", "tops", "totals"), "*fp32") | {"output": POINTERS[spec.dtype], "lse": "*fp32"}
     merging["splits"] = "i32"
     return {
-        "attention_kernel": _example(types, constants),
-        "merge_kernel": _example(merging, {"BLOCK_S": 32, "BLOCK_R": MERGED}),
+        "attention_kernel": example_of(types, constants),
+        "merge_kernel": example_of(merging, {"BLOCK_S": 32, "BLOCK_R": MERGED}),
     }
 
 
-def _example(types: dict[str, str], constants: dict[str, object]) -> Example:
+def example_of(types: dict[str, str], constants: dict[str, object]) -> Example:
+    """The same for one kernel, from the types of all arguments that are no constants; addresses are aligned."""
     types = types | dict.fromkeys(constants, "constexpr")
     aligned: dict[tuple[int, ...], list[list[object]]] = {
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")
@@ -315,7 +316,7 @@ def render(spec: KernelSpec) -> str:
         value_legend=legend(spec.value_tiers, spec.value_width),
         dtype=spec.dtype,
         mantissa=MANTISSA[spec.dtype],
-        packed=_PACKED.substitute(dtype=spec.dtype, ones=ONES[spec.dtype] * 65537) if spec.dtype != "float32" else "",
+        reading=reading(spec.dtype),
         integer="int32" if spec.dtype == "float32" else "int16",
         one=f"0x{ONES[spec.dtype]:X}",
         softcap=spec.softcap,
@@ -331,6 +332,12 @@ def render(spec: KernelSpec) -> str:
         store=_indented(4, _store(spec, values)),
         second="".join(line + "\n" for line in _second(spec.value_tiers, spec.value_width)),
     )
+
+
+def reading(dtype: str) -> str:
+    """The functions of a generated file that read rows: `load`, `load_as`, `load_odd_halves` and `codes`."""
+    packed = _PACKED.substitute(dtype=dtype, ones=ONES[dtype] * 65537) if dtype != "float32" else ""
+    return _READING.substitute(packed=packed)
 
 
 def _indented(by: int, lines: list[str]) -> str:
@@ -479,6 +486,60 @@ _PACKED = Template("""\
             f"{{ .reg .b32 t; {SHIFTED} {MASKED} }}", "=r,r", [x], dtype=tl.$dtype, is_pure=True, pack=2
         )
 """)
+
+_READING = Template('''\
+@triton.jit
+def load(rows, stride, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
+    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none."""
+    i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
+    if TURNED:
+        at = rows + (t * stride)[None, :] + (START + i)[:, None]
+        inside = here[None, :] if USED == SIZE else here[None, :] & (i < USED)[:, None]
+    else:
+        at = rows + (t * stride)[:, None] + (START + i)[None, :]
+        inside = here[:, None] if USED == SIZE else here[:, None] & (i < USED)[None, :]
+    return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
+def load_as(
+    TYPE: tl.constexpr,
+    rows,
+    stride,
+    here,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    USED: tl.constexpr,
+    TURNED: tl.constexpr,
+):
+    """The same for rows of bytes that hold numbers of 16 bits."""
+    return load(rows.to(tl.pointer_type(TYPE)), stride // 2, here, START, SIZE, USED, TURNED)
+
+
+@triton.jit
+def load_odd_halves(
+    rows, stride, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr
+):
+    """The same for float16 from byte START on, which may be odd: byte by byte."""
+    i, t = 2 * tl.arange(0, SIZE), tl.arange(0, here.shape[0])
+    at = rows + (t * stride)[:, None] + (START + i)[None, :]
+    inside = here[:, None] & (i < 2 * USED)[None, :]
+    low = tl.load(at, mask=inside, other=0).to(tl.int16)
+    high = tl.load(at + 1, mask=inside, other=0).to(tl.int16)
+    x = (low | (high << 8)).to(tl.float16, bitcast=True)
+    if TURNED:
+        x = tl.trans(x)
+    return x
+
+
+@triton.jit
+def codes(x, SHIFT: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr):
+    """Fields of words as 1 + u / 2^bits: the bits u of a field become the first ones of a mantissa."""
+$packed\
+    x = x.to(INTEGER)
+    x = (x << -SHIFT if SHIFT < 0 else x >> SHIFT) & MASK
+    return (x | ONE).to(DTYPE, bitcast=True)
+''')
 
 _FILE = Template('''\
 """$name
@@ -721,58 +782,7 @@ def added(sums):
     return tl.sum(sums, 0) if len(sums.shape) == 2 else sums
 
 
-@triton.jit
-def load(rows, stride, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
-    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none."""
-    i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
-    if TURNED:
-        at = rows + (t * stride)[None, :] + (START + i)[:, None]
-        inside = here[None, :] if USED == SIZE else here[None, :] & (i < USED)[:, None]
-    else:
-        at = rows + (t * stride)[:, None] + (START + i)[None, :]
-        inside = here[:, None] if USED == SIZE else here[:, None] & (i < USED)[None, :]
-    return tl.load(at, mask=inside, other=0)
-
-
-@triton.jit
-def load_as(
-    TYPE: tl.constexpr,
-    rows,
-    stride,
-    here,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    USED: tl.constexpr,
-    TURNED: tl.constexpr,
-):
-    """The same for rows of bytes that hold numbers of 16 bits."""
-    return load(rows.to(tl.pointer_type(TYPE)), stride // 2, here, START, SIZE, USED, TURNED)
-
-
-@triton.jit
-def load_odd_halves(
-    rows, stride, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr
-):
-    """The same for float16 from byte START on, which may be odd: byte by byte."""
-    i, t = 2 * tl.arange(0, SIZE), tl.arange(0, here.shape[0])
-    at = rows + (t * stride)[:, None] + (START + i)[None, :]
-    inside = here[:, None] & (i < 2 * USED)[None, :]
-    low = tl.load(at, mask=inside, other=0).to(tl.int16)
-    high = tl.load(at + 1, mask=inside, other=0).to(tl.int16)
-    x = (low | (high << 8)).to(tl.float16, bitcast=True)
-    if TURNED:
-        x = tl.trans(x)
-    return x
-
-
-@triton.jit
-def codes(x, SHIFT: tl.constexpr, MASK: tl.constexpr, PACKED: tl.constexpr):
-    """Fields of words as 1 + u / 2^bits: the bits u of a field become the first ones of a mantissa."""
-$packed\
-    x = x.to(INTEGER)
-    x = (x << -SHIFT if SHIFT < 0 else x >> SHIFT) & MASK
-    return (x | ONE).to(DTYPE, bitcast=True)
-
+$reading
 
 @triton.jit
 def load_query(rows, inside, factor, FIRST: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr):

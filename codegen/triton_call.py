@@ -115,12 +115,12 @@ class TritonKernel:
         query = query if query.stride(3) == 1 else query.contiguous()
         tokens, page = _tokens(key, table, page)
         sides = [
-            _rows(side, x, factors, (b, h, s), tokens, table is not None)
+            rows_as_read(side, x, factors, (b, h, s), tokens, table is not None)
             for side, x, factors in zip(self._sides, (key, value), (key_scale, value_scale), strict=True)
         ]
         shared = gcd(h // key.shape[1], h // value.shape[1])  # query heads of a unit
         features = Features(
-            mask=None if mask is None else _mask(mask, (b, h, s, tokens)),
+            mask=None if mask is None else mask_as_read(mask, (b, h, s, tokens)),
             slopes=_per_head("slopes", slopes, h),
             sinks=_per_head("sinks", sinks, h),
             lengths=None if lengths is None else lengths.reshape(-1).expand(b),
@@ -247,7 +247,7 @@ def _within(config: Config, page: int, listed: bool) -> Config:
     return replace(config, block_t=gcd(page, config.block_t)) if page else config
 
 
-def _rows(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool) -> Rows:
+def rows_as_read(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool) -> Rows:
     """What the kernel takes for one side. Raises ValueError."""
     x = side.rows(x) if side.coded or x.dtype not in FLOATS else x if x.stride(3) == 1 else x.contiguous()
     if paged:  # any number of pages; they are not those of a sequence
@@ -264,7 +264,7 @@ def _rows(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], t
     return x, factors, (*(n // align for n in strides), *found), align
 
 
-def _mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+def mask_as_read(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask as the kernel reads it, [B,H,S,T]: bytes or floats."""
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)

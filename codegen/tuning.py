@@ -45,12 +45,13 @@ from fhopt.codegen.gpu import (
 )  # fmt: skip
 from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.codegen.triton_attention import Config, candidates, default_config, example
+from fhopt.codegen.triton_call import MOST_SPLITS
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.spec import SCALE_BYTES, KernelSpec
 
 ENOUGH_BYTES = 32 * 1024  # under way for each multiprocessor; a choice, to be overruled by `tune`
-KERNEL = "attention_kernel"
+KERNEL, MERGING = "attention_kernel", "merge_kernel"
 
 
 # --------------------------------------------------------------------------------------------------- without a GPU
@@ -124,6 +125,12 @@ def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu, texts: tuple[
     types, constants, attrs = example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Request(text, KERNEL, types, constants, attrs, options, texts)
+
+
+def merge_request(text: str, spec: KernelSpec) -> Request:
+    """The kernel that joins ranges of tokens, for as many as there may be. It has no configuration to choose."""
+    types, constants, attrs = example(spec, default_config(spec, 1))[MERGING]
+    return Request(text, MERGING, types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
 
 
 def row_bytes(spec: KernelSpec) -> int:

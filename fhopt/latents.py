@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt import ops
+from fhopt import chunks, ops
 
 TILE = 1024  # tokens that are unpacked at a time where attention is written out
 
@@ -172,7 +172,8 @@ def attend(
     if sinks is None and _is_step(query, key, latents):
         output: Tensor = torch.ops.fhopt.attend_latents(*operands, **options)
         return output
-    return attend_parts(*operands, **options, sinks=sinks)
+    causal = mask is None and isinstance(latents, Latents)
+    return attend_parts(*operands, **options, sinks=sinks, causal=causal)
 
 
 def attend_parts(
@@ -182,12 +183,15 @@ def attend_parts(
     window_keys: Tensor | None, window_key_scale: Tensor | None,
     window_values: Tensor | None, window_value_scale: Tensor | None,
     near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
-    *, sinks: Tensor | None = None, scale: float, softcap: float = 0.0, **tiers: Any,
+    *, sinks: Tensor | None = None, causal: bool = False, scale: float, softcap: float = 0.0, **tiers: Any,
 ) -> Tensor:  # fmt: skip
     """Attention over latents, a window of codes and open tokens, merged. Masks: near of the open tokens, inside of the
-    window, far of the latents, of which the first `lengths` count."""
-    numbers, parts = dict(scale=scale, softcap=softcap), []
-    if key_rows.shape[2]:
+    window, far of the latents, of which the first `lengths` count. causal: near and inside say nothing more."""
+    numbers, parts, coded = dict(scale=scale, softcap=softcap), [], bool(tiers["key_bits"] or tiers["value_bits"])
+    if key_rows.shape[2] and chunks.rebuilds(query, key_rows, key_decode, value_rows, value_decode, coded):
+        sides = key_rows, key_scale, key_decode, value_rows, value_scale, value_decode
+        parts.append(torch.ops.fhopt.rebuilt_attention(query, *sides, far, lengths, **tiers, **numbers))
+    elif key_rows.shape[2]:
         output, lse = torch.ops.fhopt.latent_attention(
             ops.absorb(query, key_decode), key_rows, key_scale, value_rows, value_scale, far,
             **tiers, **numbers, lengths=lengths,
@@ -199,7 +203,9 @@ def attend_parts(
             _window_options(query, value),
         )
         parts.append(torch.ops.fhopt.latent_attention(query, *rows, inside, **options, **numbers))
-    if key.shape[2]:
+    if key.shape[2] and chunks.serves(query, key, value):
+        parts.append(torch.ops.fhopt.open_attention(query, key, value, near, causal=causal, **numbers))
+    elif key.shape[2]:
         options = ops.latent_options(None, None)
         parts.append(torch.ops.fhopt.latent_attention(query, key, None, value, None, near, **options, **numbers))
     if sinks is not None:

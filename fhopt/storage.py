@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt import ops
+from fhopt import encoding, ops
 from fhopt.spec import SidePlan
 
 GROWTH = 64  # sealed rows grow by 1/GROWTH of their number, at least one block: at most that share is spare
@@ -203,8 +203,10 @@ class SealedRows(Store):
         """Parts that stand for x [B,G,N,D]."""
         assert self.bases is not None
         basis = self.bases.encode
-        latent = ops.encode(x.to(basis.dtype), basis)
         tiers = self.tiers
+        if tiers[0] and encoding.encodes_at_once(x, basis):
+            return torch.ops.fhopt.encode_rows(x, basis, *tiers)
+        latent = ops.encode(x.to(basis.dtype), basis)
         return torch.ops.fhopt.pack(latent, *tiers) if tiers[0] else (latent.to(x.dtype),)
 
     def seal(self, x: Tensor, at: int, block: int) -> None:

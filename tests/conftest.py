@@ -18,7 +18,7 @@ LONGEST = (
     "test_compiled_generation.py",
     "test_latent_buffers.py",
 )  # files that take minutes
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fhopt.codegen import gpu, tuning
+from fhopt.codegen import gpu, render, tuning
 from fhopt.codegen.gpu import (
     GPUS,
     Request,
@@ -24,7 +24,16 @@ from fhopt.codegen.gpu import (
     occupancy,
 )
 from fhopt.codegen.triton_attention import Config, default_config
-from fhopt.codegen.tuning import Workload, choose, choose_each, gpu_named, row_bytes, tune, tuned_config
+from fhopt.codegen.tuning import (
+    Workload,
+    choose,
+    choose_each,
+    gpu_named,
+    merge_request,
+    row_bytes,
+    tune,
+    tuned_config,
+)
 from fhopt.cost import DEVICES
 from fhopt.errors import FhoptError
 from fhopt.fitting import STEPS
@@ -244,6 +253,21 @@ def test_rows_that_are_fitted_for_a_gpu_fit_it_with_the_default(name: str) -> No
         (verdict,) = choice.verdicts
         assert not verdict.reason, (spec.name, rows, verdict.reason)
         assert verdict.config == default_config(spec, rows)
+
+
+PLANED = KernelSpec(((6, 64, 0.08), (3, 64, 0.5)), ((5, 64, 0.15), (16, 64, 0.0)), 128, 128, "float16", True)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
+def test_ranges_of_tokens_can_be_merged_whatever_the_rows_are(name: str) -> None:
+    specs = (*SPECS, *(spec for spec, _ in FITTED), PLANED)
+    requests = [merge_request(render(spec, "triton"), spec) for spec in specs]
+    for spec, found in zip(specs, compile_kernels(requests, GPUS[name]), strict=True):
+        assert not objection(found, GPUS[name]), (spec.name, found)
+        assert not found.tensor_cores and found.shared < 4096, (spec.name, found)
+        assert occupancy(found, GPUS[name]).share >= 0.25, (spec.name, found)
 
 
 # --------------------------------------------------------------------------------------------------- choosing

@@ -122,6 +122,61 @@ for dtype in (torch.float32, torch.bfloat16):
 assert different < 20
 """
 
+STORED = """
+from fhopt import encoding
+from fhopt.spec import SidePlan, Tier
+from fhopt.storage import SealedRows, StaticRows, place_bases
+
+calls = []
+
+def kernel(*arguments):
+    calls.append(arguments[0].shape)
+    return encoding.encode_rows_by_triton(*arguments)
+
+def parts(make, write, tokens):
+    rows = make()
+    rows.bases = place_bases(plan, tokens[0])
+    for x in tokens:
+        write(rows, x)
+    return rows.parts
+
+def grow(rows, x):
+    held = rows.parts[0].shape[2] if rows.parts else 0
+    rows.seal(x, 0 if not held else first, 16)
+
+def place(rows, x):
+    if not rows.parts:
+        rows.start(x)
+    rows.write(x, torch.tensor([3, 9, 0, 12, 7, 12, 12, 1, 5])[: x.shape[2]])  # the last row is for no token
+
+for dtype in (torch.float32, torch.bfloat16):
+    for encoder in (powers(2, 120, 32), powers(1, 120, 64)):
+        plan = SidePlan(encoder, powers(4, 16, 120), tuple(Tier(*t) for t in zip(*LARGE)))
+        first, tokens = 16, [whole(2, 4, 16, 16).to(dtype), whole(2, 4, 9, 16).to(dtype)]
+        for make, write, written in (
+            (lambda: SealedRows(plan), grow, tokens), (lambda: StaticRows(plan, 12), place, tokens[1:])
+        ):
+            expected = parts(make, write, written)
+            assert not calls
+            assert encoding.use_encode_kernel("cpu", kernel) is None
+            found = parts(make, write, written)
+            assert calls and encoding.use_encode_kernel("cpu", None) is kernel
+            calls.clear()
+            for a, b in zip(found, expected, strict=True):
+                a, b = (part[:, :, :25] if make().__class__ is SealedRows else part[:, :, :12] for part in (a, b))
+                assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) and a.any()
+
+encoding.use_encode_kernel("cpu", kernel)
+x, basis = whole(1, 1, 4096, 16), powers(1, 120, 16)
+assert encoding.encodes_at_once(x[:, :, :64], basis) and encoding.encodes_at_once(x, basis)
+encoding.LARGEST = 2 * 4096 * 120 * 16 - 1
+assert encoding.encodes_at_once(x[:, :, :64], basis) and not encoding.encodes_at_once(x, basis)  # a whole prompt
+checks = torch.library.opcheck(
+    torch.ops.fhopt.encode_rows.default, (x[:, :, :5], basis, *LARGE), test_utils=("test_schema", "test_faketensor")
+)
+assert set(checks.values()) == {"SUCCESS"} and calls
+"""
+
 
 def run(program: str, folder: Path) -> None:
     """Run a program under Triton's interpreter, in a process of its own."""
@@ -150,6 +205,10 @@ def test_rows_go_to_their_places_and_pages_and_nowhere_else(tmp_path: Path) -> N
 
 def test_a_code_differs_only_at_the_edge_of_a_step(tmp_path: Path) -> None:
     run(NEAR, tmp_path)
+
+
+def test_a_cache_holds_the_same_bytes_whether_one_kernel_made_them_or_two_ops(tmp_path: Path) -> None:
+    run(STORED, tmp_path)
 
 
 def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

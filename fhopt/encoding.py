@@ -1,0 +1,93 @@
+"""`fhopt::encode_rows`: new keys or values become rows of a cache in one kernel, where there is one.
+
+    x [B,G,T,D]   basis [J,R,n*D]   ->   codes [B,J,T,bytes]   scale [B,J,T]          pack(E x), see fhopt/ops.py
+
+On GPUs that is the Triton kernel of codegen/triton_encode.py, which reads keys and writes rows, and stores no latents
+in between. It reckons each latent twice, for the scale and for the codes, and by vector units, since a code is the
+floor of a product; many tokens at once (LARGEST) go through `encode` and `pack` instead.
+
+Letters: B batch, G kv heads, T new tokens, D head size, J latent heads, n = G/J, R latent width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fhopt import ops
+
+LARGEST = 2**29  # operations reckoned twice at most: 8 us at the 67 TFLOP/s of an H100. A choice, not measured
+
+EncodeKernel = Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Sequence[float]], tuple[Tensor, Tensor]]
+_KERNELS: dict[str, EncodeKernel] = {}
+
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define("encode_rows(Tensor x, Tensor basis, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
+
+
+def encodes_at_once(x: Tensor, basis: Tensor) -> bool:
+    """True where `fhopt::encode_rows` shall make the rows of x [B,G,T,D]: there is a kernel, and tokens are few."""
+    if not x.is_cuda and (torch.compiler.is_compiling() or x.device.type not in _KERNELS):  # no guard on a table
+        return False
+    return 2 * x.shape[0] * x.shape[2] * basis.numel() <= LARGEST
+
+
+def encode_rows_reference(
+    x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """x [B,G,T,D], basis [J,R,n*D] -> codes uint8 [B,J,T,bytes], scale float16 [B,J,T]: `encode`, then `pack`."""
+    codes, scale = torch.ops.fhopt.pack(ops.encode(x.to(basis.dtype), basis), list(bits), list(widths), list(steps))
+    return codes, scale
+
+
+def use_encode_kernel(device_type: str, kernel: EncodeKernel | None) -> EncodeKernel | None:
+    """Run `kernel` (signature of `encode_rows_reference`) for that device type; None: what there is without this call.
+
+    Returns what was used before, None likewise.
+    """
+    before = _KERNELS.pop(device_type, None)
+    if kernel is not None:
+        _KERNELS[device_type] = kernel
+    return before
+
+
+def _encode_rows(
+    x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    kernel = _KERNELS.get(x.device.type)
+    if kernel is None:
+        kernel = encode_rows_by_triton if x.is_cuda and _has_triton() else encode_rows_reference
+    return kernel(x, basis, bits, widths, steps)
+
+
+def encode_rows_by_triton(
+    x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The same by one Triton kernel: on a GPU, or under Triton's interpreter."""
+    from fhopt.codegen import triton_encode  # late: importing Triton takes a second
+
+    rows = _encode_rows_fake(x, basis, bits, widths, steps)
+    triton_encode.encode(x, basis, bits, widths, steps, *rows)
+    return rows
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _encode_rows_fake(
+    x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Rows of the right shape, with nothing in them."""
+    shape = (x.shape[0], basis.shape[0], x.shape[2])
+    size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
+    return x.new_empty((*shape, size), dtype=torch.uint8), x.new_empty(shape, dtype=torch.float16)
+
+
+_LIB.impl("encode_rows", _encode_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::encode_rows", _encode_rows_fake, lib=_LIB)
