@@ -31,4 +31,5 @@ def naive_code(key: Tensor, value: Tensor, plan: SitePlan) -> tuple[Tensor, Tens
 def naive_round(x: Tensor) -> Tensor:
     """Each head of one token x [B,G,1,D] on a grid of 256 values around zero."""
     step = (x.float().abs().amax(-1, keepdim=True) / 127.5).half().float()
-    return (((x.float() / step).floor() + 0.5).clamp(-127.5, 127.5) * step).to(x.dtype)
+    codes = (x.float() / step + 128).floor().clamp(0, 255)  # the sum rounds: at an edge it decides
+    return ((codes - 127.5) * step).to(x.dtype)
