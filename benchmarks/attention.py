@@ -53,7 +53,7 @@ SHAPES = {"MHA 32x128": (32, 32, 128), "GQA 32/8x128": (32, 8, 128), "GQA 9/3x64
 TOKENS = (4096, 16384, 32768)
 BATCHES = (1, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-RATIOS = (2, 4, 8)
+RATIOS = {"float32": (4, 8, 16), "bfloat16": (2, 4, 8)}  # codes have 8 bits at most
 SECONDS, LEAST, MOST = 1.0, 5, 30  # of all calls of a contender, and how many there are
 SHARE = 0.7  # of the free memory that a case may take
 FALL = 9.0  # bits between the loudest and the faintest channel of a spectrum
@@ -235,7 +235,7 @@ def contenders(case: Case) -> Iterator[tuple[Contender, Callable[[], Tensor]]]:
     yield uncoded("fhopt half width", *half)
     if dtype == torch.float32:
         yield uncoded("fhopt half width, float16", half[0], *[x.half() for x in half[1:]])
-    for ratio in RATIOS:
+    for ratio in RATIOS[case.dtype]:
         yield coded(case, ratio, query)
 
 
