@@ -216,37 +216,6 @@ INLINE void copy_float32(const uint8_t* row, float* z) {
     std::memcpy(z, row, 4 * WIDTH);
 }
 
-// LANES numbers of a row as floats.
-struct Float32 {
-    typedef float Number;
-    static INLINE Floats load(const Number* p) { return ::load(p); }
-};
-
-struct BFloat16 {
-    typedef uint16_t Number;
-    static INLINE Floats load(const Number* p) {
-        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-        Halves halves;
-        std::memcpy(&halves, p, sizeof halves);
-        return (Floats)(__builtin_convertvector(halves, Ints) << 16);
-    }
-};
-
-struct Float16 {
-    typedef uint16_t Number;
-    static INLINE Floats load(const Number* p) {
-#if defined(__AVX512F__)
-        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-        float x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = from_float16(p[i]);
-        return ::load(x);
-#endif
-    }
-};
-
 // Rows are fetched so many bytes before they are read, into the second-level cache: more lines can be under way to it
 // than to the first, and memory answers within the time of some KB of rows.
 constexpr int FETCHED = 16384;

@@ -103,4 +103,35 @@ INLINE float from_float16(uint16_t half) {
     const float x = magnitude < 0x7c00 ? finite : from_bits(magnitude << 13 | 0x7f800000);
     return sign ? -x : x;
 }
+
+// LANES numbers of memory as floats.
+struct Float32 {
+    typedef float Number;
+    static INLINE Floats load(const Number* p) { return ::load(p); }
+};
+
+struct BFloat16 {
+    typedef uint16_t Number;
+    static INLINE Floats load(const Number* p) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+        Halves halves;
+        std::memcpy(&halves, p, sizeof halves);
+        return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Number;
+    static INLINE Floats load(const Number* p) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = from_float16(p[i]);
+        return ::load(x);
+#endif
+    }
+};
 """

@@ -13,6 +13,7 @@ Letters: M rows (new tokens of all sequences), K width of the input, N width of 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 from string import Template
@@ -33,8 +34,6 @@ def render() -> str:
 @functools.cache
 def address() -> int | None:
     """Of the machine code of `skinny`; None where it cannot be compiled."""
-    import ctypes
-
     try:
         return ctypes.cast(load("skinny", render()).skinny, ctypes.c_void_p).value
     except CompileError as error:
@@ -110,36 +109,32 @@ INLINE uint16_t to_float16(float x) {
 }
 
 // What differs between types: how STEP numbers of the weight and of the input are read, and multiplied.
-struct Float32 {
-    typedef float Element;
+template <class Stored>
+struct Floating {
+    typedef typename Stored::Number Element;
     typedef float Input;
     typedef Floats Vector;
     static constexpr int STEP = LANES;
 
-    static INLINE Vector weight(const Element* p) { return load(p); }
+    static INLINE Vector weight(const Element* p) { return Stored::load(p); }
     static INLINE Vector input(const Input* p) { return load(p); }
     static INLINE Floats add(Floats sum, Vector x, Vector w) { return sum + x * w; }
+};
+
+struct OfFloat32 : Floating<Float32> {
     static INLINE float number(Element x) { return x; }
     static INLINE Element rounded(float x) { return x; }
     static INLINE Input prepared(Element x) { return x; }
 };
 
-struct BFloat16 : Float32 {
-    typedef uint16_t Element;
-
-    static INLINE Vector weight(const Element* p) {
-        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-        Halves halves;
-        std::memcpy(&halves, p, sizeof halves);
-        return (Floats)(__builtin_convertvector(halves, Ints) << 16);
-    }
+struct OfBFloat16 : Floating<BFloat16> {
     static INLINE float number(Element x) { return from_bits(uint32_t(x) << 16); }
     static INLINE Element rounded(float x) { return to_bfloat16(x); }
     static INLINE Input prepared(Element x) { return number(x); }
 };
 
 #if defined(__AVX512BF16__)
-struct BFloat16Pairs : BFloat16 {
+struct OfBFloat16Pairs : OfBFloat16 {
     typedef uint16_t Input;
     typedef __m512i Vector;
     static constexpr int STEP = 32;
@@ -152,21 +147,10 @@ struct BFloat16Pairs : BFloat16 {
     static INLINE Input prepared(Element x) { return x; }
 };
 #else
-typedef BFloat16 BFloat16Pairs;
+typedef OfBFloat16 OfBFloat16Pairs;
 #endif
 
-struct Float16 : BFloat16 {
-    static INLINE Vector weight(const Element* p) {
-#if defined(__AVX512F__)
-        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-        float x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = from_float16(p[i]);
-        return load(x);
-#endif
-    }
+struct OfFloat16 : Floating<Float16> {
     static INLINE float number(Element x) { return from_float16(x); }
     static INLINE Element rounded(float x) { return to_float16(x); }
     static INLINE Input prepared(Element x) { return number(x); }
@@ -281,8 +265,8 @@ void product(const Arguments& a) {
 
 extern "C" void skinny(const Arguments* arguments) {
     const Arguments& a = *arguments;
-    if (a.type == FLOAT32) product<Float32>(a);
-    else if (a.type == BFLOAT16) product<BFloat16Pairs>(a);
-    else product<Float16>(a);
+    if (a.type == FLOAT32) product<OfFloat32>(a);
+    else if (a.type == BFLOAT16) product<OfBFloat16Pairs>(a);
+    else product<OfFloat16>(a);
 }
 """)
