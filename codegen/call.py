@@ -8,6 +8,7 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from typing import Any
 
@@ -21,6 +22,8 @@ from fhopt.spec import KernelSpec
 
 _pack = struct.Struct(ARGUMENTS).pack
 _NO_TENSOR = (0, 0, 0, 0)  # address and three strides
+_NO_PAGES = (*_NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
+PAGE_QUANTUM = 16  # a page has a multiple of so many tokens
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
 
@@ -87,6 +90,8 @@ class LibraryKernel:
         scale: float,
         softcap: float = 0.0,
         lengths: Tensor | None = None,
+        pages: Tensor | None = None,
+        page_tokens: int = 0,
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
         """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
@@ -100,6 +105,8 @@ class LibraryKernel:
         if lengths is not None and lengths.numel() != 1:
             mask, lengths = within(lengths, tokens, mask), None
         kind, masking = _mask(mask, (b, h, s, tokens))  # `masking` stays referenced until the kernel is done
+        heads = math.gcd(k.shape[1], v.shape[1])
+        listing = _NO_PAGES if pages is None else _pages(pages, page_tokens, (b, heads, tokens))
         if lengths is not None:
             tokens = min(tokens, max(0, int(lengths)))
         output, lse = q.new_empty((b, h, s, self._spec.value_width)), q.new_empty((b, h, s))
@@ -110,6 +117,7 @@ class LibraryKernel:
                 *self._key.addresses(k, key_scale),
                 *self._value.addresses(v, value_scale),
                 *((0, 0, 0, 0, 0) if masking is None else (masking.data_ptr(), *masking.stride())),
+                *listing,
                 *(output.data_ptr(), lse.data_ptr(), scale, softcap),
             )
         )
@@ -119,6 +127,20 @@ class LibraryKernel:
 def _queries(query: Tensor) -> Tensor:
     query = query if query.dtype == torch.float32 else query.to(torch.float32)
     return query if query.stride(3) == 1 else query.contiguous()
+
+
+def _pages(pages: Tensor, page_tokens: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Address, strides and sizes of lists [B,U,N]. Raises ValueError for what the kernel cannot read."""
+    batch, heads, tokens = shape
+    fits = pages.dim() == 3 and pages.shape[0] == batch and pages.shape[1] > 0 and heads % pages.shape[1] == 0
+    if not fits or pages.dtype != torch.int32 or pages.stride(2) != 1 or page_tokens <= 0 or page_tokens % PAGE_QUANTUM:
+        raise ValueError(
+            f"pages are {pages.dtype} {tuple(pages.shape)} of {page_tokens} tokens; expected torch.int32, dense, "
+            f"[{batch}, a divisor of {heads}, N], pages of a multiple of {PAGE_QUANTUM} tokens."
+        )
+    if pages.numel() and int(pages.max()) * page_tokens >= max(tokens, 1):
+        raise ValueError(f"page {int(pages.max())} of {page_tokens} tokens is listed, but there are {tokens} tokens.")
+    return (pages.data_ptr(), *pages.stride(), pages.shape[1], pages.shape[2], page_tokens)
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:

@@ -18,7 +18,7 @@ from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
-ARGUMENTS = "@8q4q4q4q4q4q5q2q2d"
+ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2d"
 
 _STORED = {"float32": "Float32", "bfloat16": "BFloat16", "float16": "Float16"}
 _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}
@@ -220,6 +220,10 @@ INLINE void copy_float32(const uint8_t* row, float* z) {
 // than to the first, and memory answers within the time of some KB of rows.
 constexpr int FETCHED = 16384;
 
+// Rows between the one that is read and the one that is fetched.
+template <class Side>
+constexpr int AHEAD = std::max(FETCHED / Side::BYTES / 16 * 16, 16);
+
 // ------------------------------------------------------------------------------------------------ the spec
 
 constexpr bool SOFTCAP = $softcap;
@@ -312,13 +316,38 @@ struct Arguments {
     Rows key, key_scale, value, value_scale;  // [B,J,T,...] and float16 [B,J,T]
     Rows mask;                                // bool or float32 [B,H,S,T], the stride of S in `token`
     int64_t mask_token;                       // the stride of T in it
+    Rows pages;                               // int32 [B,U,pages], none: all tokens; a list for each U-th of the heads
+    int64_t page_heads, page_count, page_tokens;
     float *output, *lse;                      // float32 [B,H,S,R_V] and [B,H,S], dense
     double scale, softcap;
+};
+
+// The tokens that are attended to, in order: all, or those of listed pages. Runs of 16 from a multiple of 16 on are
+// side by side, since pages have a multiple of 16 tokens.
+struct Listed {
+    const int32_t* pages;  // ascending; what is not, such as -1 behind the last, ends the list
+    int64_t page_tokens, count;
+
+    Listed(const Arguments& a, int64_t b, int64_t head) : pages(nullptr), page_tokens(a.page_tokens), count(a.tokens) {
+        if (a.pages.data == nullptr) return;
+        pages = a.pages.at<int32_t>(b, head * a.page_heads / a.heads, 0);
+        count = 0;
+        for (int64_t i = 0; i < a.page_count && pages[i] > (i ? pages[i - 1] : -1); i++) {
+            count += std::clamp<int64_t>(a.tokens - pages[i] * page_tokens, 0, page_tokens);
+        }
+    }
+    INLINE int64_t at(int64_t i) const { return pages ? pages[i / page_tokens] * page_tokens + i % page_tokens : i; }
+    bool is_run(int64_t begin, int tokens) const { return !pages || begin % page_tokens + tokens <= page_tokens; }
+    // The token whose row is fetched when that of number i is read; the distance is a multiple of 16.
+    INLINE int64_t ahead(int64_t i, int64_t distance) const {
+        return pages ? at(std::min(i + distance, (count - 1) / 16 * 16)) : i + distance;
+    }
 };
 
 // A range of tokens for some queries of the query heads that share latents. Row r: query r % queries, head r / queries.
 struct Part {
     int64_t b, head, heads, query, queries, begin, end;
+    Listed listed;
 
     int rows() const { return int(heads * queries); }
     int64_t row(const Arguments& a, int r) const {  // in the output
@@ -334,18 +363,17 @@ struct State {
 
 // ------------------------------------------------------------------------------------------------ two products
 
-// Rows of a tile, `stride` numbers apart: as they are stored, or unpacked to floats.
+// Rows of a tile, `stride` numbers apart: as they are stored, or unpacked to floats. While one is read, the one of
+// `next` is fetched, where there is any.
 template <class Stored>
 struct Tile {
     const typename Stored::Number* rows;
     int64_t stride;
-    bool is_stored;
+    const typename Stored::Number* next;
 
     INLINE Floats at(int64_t t, int i) const { return Stored::load(rows + t * stride + i); }
-    INLINE void fetch(int64_t t, int i, int row_bytes) const {  // what will be read after FETCHED bytes
-        if (is_stored && i * sizeof *rows % 64 == 0) {
-            __builtin_prefetch(rows + (t + FETCHED / row_bytes) * stride + i, 0, 2);
-        }
+    INLINE void fetch(int64_t t, int i) const {
+        if (next && i * sizeof *rows % 64 == 0) __builtin_prefetch(next + t * stride + i, 0, 2);
     }
 };
 
@@ -357,7 +385,7 @@ void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* _
         UNROLL(4) for (int i = 0; i < Keys::PAD; i += LANES) {
             UNROLL(8) for (int k = 0; k < TOKENS; k++) {
                 const Floats zk = z.at(t + k, i);
-                z.fetch(t + k, i, Keys::BYTES);
+                z.fetch(t + k, i);
                 UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * Keys::PAD + i) * zk;
             }
         }
@@ -386,7 +414,7 @@ INLINE void mix_channels(const float* __restrict weights, const float* __restric
         Floats zt[VECTORS];
         UNROLL(8) for (int v = 0; v < VECTORS; v++) {
             zt[v] = z.at(t, channel + v * LANES);
-            z.fetch(t, channel + v * LANES, Values::BYTES);
+            z.fetch(t, channel + v * LANES);
         }
         UNROLL(4) for (int r = 0; r < ROWS; r++) {
             UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[r * TILE + t] * zt[v];
@@ -459,8 +487,11 @@ INLINE Floats tanh(Floats x) {
 
 template <class T, class F>
 INLINE void for_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, F f) {
-    const T* m = a.mask.at<T>(p.b, p.head + row / p.queries, p.query + row % p.queries) + begin * a.mask_token;
-    for (int t = 0; t < tokens; t++) f(t, m[t * a.mask_token]);
+    const T* m = a.mask.at<T>(p.b, p.head + row / p.queries, p.query + row % p.queries);
+    for (int t = 0; t < tokens; t += 16) {
+        const T* run = m + p.listed.at(begin + t) * a.mask_token;
+        for (int i = 0; i < std::min(tokens - t, 16); i++) f(t + i, run[i * a.mask_token]);
+    }
 }
 
 // The lowest finite number of a mask stays finite: a row that it hides whole still attends, evenly.
@@ -551,22 +582,27 @@ struct Scratch {
 
 // Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
 template <class Side, class F>
-INLINE void with_tile(const Rows& rows, const Rows& scales, int64_t b, int64_t j, int64_t begin, int tokens, Scratch& s,
-                      F f) {
-    const uint8_t* row = rows.data + (b * rows.batch + j * rows.head + begin * rows.token) * Side::ELEMENT;
+INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
+                      Scratch& s, F f) {
+    const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * Side::ELEMENT;
+    const int64_t stride = rows.token * Side::ELEMENT;
     if constexpr (Side::IN_PLACE) {
         typedef typename Side::Stored Stored;
-        const auto* stored = reinterpret_cast<const typename Stored::Number*>(row);
-        if (tokens == TILE) return f(Tile<Stored>{stored, rows.token, true});
+        typedef typename Stored::Number Number;
+        if (tokens == TILE && p.listed.is_run(begin, tokens)) {
+            const int distance = p.listed.pages ? (AHEAD<Side> + TILE - 1) / TILE * TILE : AHEAD<Side>;
+            const uint8_t* row = head + p.listed.at(begin) * stride;
+            const uint8_t* next = head + p.listed.ahead(begin, distance) * stride;
+            return f(Tile<Stored>{reinterpret_cast<const Number*>(row), rows.token, reinterpret_cast<const Number*>(next)});
+        }
     }
     for (int t = 0; t < tokens; t++) {
-        for (int i = 0; i < Side::BYTES; i += 64) {
-            __builtin_prefetch(row + (t + FETCHED / Side::BYTES) * rows.token * Side::ELEMENT + i, 0, 2);
-        }
-        if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(b, j, begin + t));
-        Side::unpack(row + t * rows.token * Side::ELEMENT, s.scale[t], s.tile + t * STRIDE);
+        const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, AHEAD<Side>);
+        for (int i = 0; i < Side::BYTES; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
+        if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
+        Side::unpack(head + token * stride, s.scale[t], s.tile + t * STRIDE);
     }
-    f(Tile<Float32>{s.tile, STRIDE, false});
+    f(Tile<Float32>{s.tile, STRIDE, nullptr});
 }
 
 void scale_logits(int64_t row, int rows, int tokens, Scratch& s) {
@@ -597,10 +633,10 @@ void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Sc
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
         if (INTEGER_KEYS) {
-            score_codes(a, p.b, j, begin, tokens, row, rows, s);
+            score_codes(a, p, j, begin, tokens, row, rows, s);
             continue;
         }
-        with_tile<Keys>(a.key, a.key_scale, p.b, j, begin, tokens, s, [&](const auto& z) {
+        with_tile<Keys>(a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 constexpr int ROWS = decltype(count)::value;
                 const int64_t r = row + first;
@@ -629,10 +665,10 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
         if (INTEGER_VALUES) {
-            mix_codes(a, p.b, j, begin, tokens, row, rows, s);
+            mix_codes(a, p, j, begin, tokens, row, rows, s);
             continue;
         }
-        with_tile<Values>(a.value, a.value_scale, p.b, j, begin, tokens, s, [&](const auto& z) {
+        with_tile<Values>(a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
             if (Values::SCALED) scale_weights(row, rows, whole, s);
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 const int64_t r = row + first;
@@ -684,13 +720,14 @@ struct Cut {
         units = a.heads / heads;
         queries = std::clamp<int64_t>(ROWS_OF_A_PART / heads, 1, std::max<int64_t>(a.queries, 1));
         blocks = (a.queries + queries - 1) / queries;
-        const int64_t products = a.batch * a.heads * a.queries * a.tokens * (Keys::WIDTH + Values::WIDTH);
+        const int64_t listed = a.pages.data ? std::min(a.tokens, a.page_count * a.page_tokens) : a.tokens;
+        const int64_t products = a.batch * a.heads * a.queries * listed * (Keys::WIDTH + Values::WIDTH);
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
         const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
-        const int64_t tiles = std::max<int64_t>((a.tokens + TILE - 1) / TILE, 1);
+        const int64_t tiles = std::max<int64_t>((listed + TILE - 1) / TILE, 1);
         tokens = (tiles + wanted - 1) / wanted * TILE;
-        ranges = std::max<int64_t>((a.tokens + tokens - 1) / tokens, 1);
+        ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
     }
 
     int64_t parts(const Arguments& a) const { return a.batch * units * blocks * ranges; }
@@ -699,8 +736,9 @@ struct Cut {
         const int64_t range = index % ranges, block = index / ranges % blocks;
         const int64_t unit = index / (ranges * blocks) % units, b = index / (ranges * blocks * units);
         const int64_t query = block * queries;
+        const Listed listed(a, b, unit * heads);
         return {b, unit * heads, heads, query, std::min(queries, a.queries - query),
-                range * tokens, std::min(a.tokens, (range + 1) * tokens)};
+                range * tokens, std::min(listed.count, (range + 1) * tokens), listed};
     }
 };
 

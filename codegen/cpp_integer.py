@@ -395,24 +395,22 @@ void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
-// Rows between the one that is read and the one that is fetched.
-template <class Side>
-constexpr int AHEAD = std::max(16, FETCHED / Side::BYTES);
-
 // Where 16 tokens of a tile are, from t on, the last one again behind the end; and their scales.
 template <class Side>
-INLINE void rows_of(const Rows& rows, const Rows& scales, int64_t b, int64_t j, int64_t begin, int t, int tokens,
+INLINE void rows_of(const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin, int t, int tokens,
                     const uint8_t** z, Scratch& s) {
-    const uint8_t* row = rows.at<uint8_t>(b, j, begin + t);
+    const int64_t token = p.listed.at(begin + t);
+    const uint8_t* row = rows.at<uint8_t>(p.b, j, token);
+    const uint8_t* ahead = rows.at<uint8_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>));
     const int last = std::min(tokens - t, 16) - 1;
     UNROLL(16) for (int i = 0; i < 16; i++) {
         z[i] = row + i * rows.token;
         UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
-            __builtin_prefetch(z[i] + AHEAD<Side> * rows.token + byte, 0, 2);
+            __builtin_prefetch(ahead + i * rows.token + byte, 0, 2);
         }
     }
     for (int i = last + 1; i < 16; i++) z[i] = z[last];
-    const uint16_t* scale = scales.at<uint16_t>(b, j, begin + t);
+    const uint16_t* scale = scales.at<uint16_t>(p.b, j, token);
     if (scales.token == 1) {
         const __m512i dense = _mm512_maskz_loadu_epi16((2u << last) - 1, scale);
         _mm512_store_ps(s.scale + t, _mm512_cvtph_ps(_mm512_castsi512_si256(dense)));
@@ -486,13 +484,13 @@ bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratc
 }
 
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
-void score_codes(const Arguments& a, int64_t b, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
+void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
     const int whole = whole_vectors(tokens);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const uint8_t* z[16];
-        rows_of<Keys>(a.key, a.key_scale, b, j, begin, t, tokens, z, s);
+        rows_of<Keys>(a.key, a.key_scale, p, j, begin, t, tokens, z, s);
         unpack_keys(z, codes + t / 16 * KEY_VECTORS, s.halves + t, TILE);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
@@ -565,13 +563,13 @@ void mix_block(int count, const float* unit, const float* total, State* states, 
 }
 
 // Adds a tile of values to the states of `rows` rows from `row` on, all of them of latent head j.
-void mix_codes(const Arguments& a, int64_t b, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
+void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                Scratch& s) {
     const int whole = whole_vectors(tokens);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const uint8_t* z[16];
-        rows_of<Values>(a.value, a.value_scale, b, j, begin, t, tokens, z, s);
+        rows_of<Values>(a.value, a.value_scale, p, j, begin, t, tokens, z, s);
         for (int i = 0; i < 16; i += 4) unpack_values(z + i, codes + (t + i) / 4 * VALUE_VECTORS);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {

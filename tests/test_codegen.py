@@ -289,6 +289,84 @@ def test_threads_over_ranges_of_tokens_give_the_same_numbers() -> None:
         torch.set_num_threads(before)
 
 
+PAGED = {
+    "codes": Case(MIXED, PLANES, 6, 1, 3, 1, 1000),
+    "float16 channels beside codes": Case(HALVES, HALVES, 6, 3, 3, 1, 777, softcap=4.0),
+    "uncoded, several queries": Case(UNCODED, UNCODED, 8, 2, 2, 5, 300, width=16),
+    "uncoded, 16 bits": Case(UNCODED, UNCODED, 8, 4, 4, 1, 999, width=32, dtype=torch.bfloat16),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("page_tokens", [16, 48, 64, 256])
+@pytest.mark.parametrize("name", PAGED)
+def test_only_tokens_of_listed_pages_are_attended_to(name: str, page_tokens: int) -> None:
+    case = PAGED[name]
+    x, kernel = inputs(case), build_cpp(case.spec())
+    pages = page_lists(math.gcd(case.key_heads, case.value_heads), case.tokens, page_tokens)
+    tolerance = 1e-5 if case.dtype == torch.float32 else 2**-6  # the output is rounded
+    for length in (None, case.tokens // 2):
+        lengths = None if length is None else torch.tensor(length)
+        listed = page_mask(pages, page_tokens, case) & (torch.arange(case.tokens) < (length or case.tokens))
+        for mask in masks(case):
+            options = case.options() | dict(lengths=lengths, pages=pages, page_tokens=page_tokens)
+            if mask is None or mask.dtype == torch.bool:
+                wanted = listed if mask is None else listed & mask
+            else:
+                wanted = mask.masked_fill(~listed, -math.inf)
+            assert_same(kernel(*x, mask, **options), expected(case, x, wanted), tolerance)
+
+
+def page_lists(heads: int, tokens: int, page_tokens: int) -> Tensor:
+    """Lists [2, heads, N] of a third of the pages: of different lengths, the last one without a page, short pages in."""
+    count = -(-tokens // page_tokens)
+    lists = torch.full((2, heads, count // 3 + 2), -1, dtype=torch.int32)
+    for index, row in enumerate(lists.flatten(0, 1)):
+        chosen = torch.randperm(count)[: max(1, count // 3 - index % 2)]
+        row[: len(chosen)] = chosen.sort().values
+    lists[0, 0, :2] = torch.tensor([0, count - 1])
+    lists[0, 0, 2:] = -1
+    lists[1, -1] = -1
+    return lists
+
+
+def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
+    """[B, H, 1, T]: is the token in a listed page?"""
+    page_of = torch.arange(case.tokens) // page_tokens
+    listed = (pages.unsqueeze(-1) == page_of).any(2)  # [B, U, T]
+    return listed.repeat_interleave(case.heads // pages.shape[1], 1).unsqueeze(2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", PAGED)
+def test_all_pages_are_the_same_bits_as_no_list(name: str) -> None:
+    case = PAGED[name]
+    x, kernel = inputs(case), build_cpp(case.spec())
+    heads = math.gcd(case.key_heads, case.value_heads)
+    for page_tokens in (64, 128):
+        count = -(-case.tokens // page_tokens)
+        pages = torch.arange(count, dtype=torch.int32).expand(2, heads, count).contiguous()
+        found = kernel(*x, None, **case.options(), pages=pages, page_tokens=page_tokens)
+        for one, other in zip(found, kernel(*x, None, **case.options()), strict=True):
+            assert torch.equal(one, other)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("pages", "page_tokens", "message"),
+    [
+        (torch.zeros(2, 1, 1, dtype=torch.int64), 16, "torch.int64"),
+        (torch.zeros(2, 2, 1, dtype=torch.int32), 16, r"\[2, a divisor of 1, N\]"),
+        (torch.zeros(2, 1, 1, dtype=torch.int32), 20, "multiple of 16"),
+        (torch.full((2, 1, 1), 13, dtype=torch.int32), 16, "page 13 of 16 tokens is listed, but there are 203 tokens"),
+    ],
+)
+def test_page_lists_that_the_kernel_cannot_read_are_refused(pages: Tensor, page_tokens: int, message: str) -> None:
+    case = CASES["9 heads read one latent"]
+    with pytest.raises(ValueError, match=message):
+        build_cpp(case.spec())(*inputs(case), None, **case.options(), pages=pages, page_tokens=page_tokens)
+
+
 @pytest.mark.parametrize("make", TARGETS)
 def test_views_into_larger_tensors_are_read_in_place(make: Make) -> None:
     case = CASES["9 heads read one latent"]
