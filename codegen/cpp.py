@@ -256,29 +256,14 @@ struct Channels {
 
 constexpr Channels<Keys> KEY_CHANNELS;
 
-// Sums of values, in channel order or, of codes as bytes, in the order of their vectors.
-constexpr int SUMS = INTEGER_VALUES ? 16 * VALUE_VECTORS : Values::PAD;
+constexpr int SUMS = Values::PAD;  // of values
 
-struct ValueChannels {
-    float step[SUMS] = {}, middle[SUMS] = {};
-    int place[Values::WIDTH] = {};  // of a channel in the sums
-
-    constexpr ValueChannels() {
-        constexpr Channels<Values> channels;
-        int shift[Values::WIDTH] = {};
-        for (int c = 0; c < Values::WIDTH; c++) place[c] = c;
-        for (int q = 0; q < (INTEGER_VALUES ? VALUE_LAYOUT.count : 0); q++) {
-            const Quad& quad = VALUE_LAYOUT.quads[q];
-            for (int g = 0; g < quad.size; g++) {
-                for (int i = 0; i < 8; i++) {
-                    place[quad.groups[g].channel + i] = place_of(q, g, i);
-                    shift[quad.groups[g].channel + i] = quad.shift(quad.groups[g].bits);
-                }
-            }
-        }
-        for (int c = 0; c < Values::WIDTH; c++) {
-            step[place[c]] = channels.step[c] / float(1 << shift[c]);
-            middle[place[c]] = channels.middle[c] * float(1 << shift[c]);
+struct ValueChannels : Channels<Values> {
+    constexpr ValueChannels() {  // codes as bytes are shifted
+        for (int i = 0; i < (INTEGER_VALUES ? VALUE_LAYOUT.count : 0); i++) {
+            const Code& code = VALUE_LAYOUT.codes[i];
+            step[code.channel] /= float(1 << code.shift());
+            middle[code.channel] *= float(1 << code.shift());
         }
     }
 };
@@ -289,7 +274,7 @@ constexpr ValueChannels VALUE_CHANNELS;
 constexpr int FLOATS = std::max(INTEGER_KEYS ? 0 : Keys::PAD, INTEGER_VALUES ? 0 : Values::PAD);  // of a token
 constexpr int CODES = std::max(INTEGER_KEYS ? 4 * KEY_VECTORS : 0, INTEGER_VALUES ? 16 * VALUE_VECTORS : 0);
 constexpr int HALVES = INTEGER_KEYS ? KEY_LAYOUT.halves : 0;
-constexpr int TILE = std::clamp(24576 / std::max(4 * FLOATS, CODES + 4 * HALVES) / 16 * 16, 16, FLOATS ? 64 : 128);
+constexpr int TILE = std::clamp(24576 / std::max(4 * FLOATS, CODES + 4 * HALVES) / 16 * 16, 16, FLOATS ? 64 : 256);
 constexpr int STRIDE = FLOATS + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
@@ -560,7 +545,7 @@ struct Scratch {
     float *tile, *query, *middle, *logits, *totals;  // [TILE, STRIDE], [rows, R_K], [rows], [rows, TILE], [rows]
     State* states;                                   // [rows]
     uint8_t* codes;                                  // [TILE, CODES]
-    int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_VECTORS], of weights [9, 3, TILE]
+    int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_DWORDS], of weights [9, 3, TILE]
     float *unit, *halves;                            // [rows], [HALVES, TILE]
     alignas(64) float scale[TILE];
 
@@ -568,7 +553,7 @@ struct Scratch {
         : tile(allocate<float>(FLOATS ? TILE * STRIDE : 0)), query(allocate<float>(rows * Keys::PAD)),
           middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)),
           states(allocate<State>(rows)), codes(allocate<uint8_t>(TILE * CODES)),
-          parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_VECTORS : 0)),
+          parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_DWORDS : 0)),
           weights(allocate<int8_t>(INTEGER_VALUES ? 27 * TILE : 0)), unit(allocate<float>(rows)),
           halves(allocate<float>(TILE * HALVES)), scale() {
         if (FLOATS) std::fill(tile, tile + TILE * STRIDE, 0.0f);
@@ -591,9 +576,9 @@ INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64
         typedef typename Stored::Number Number;
         if (tokens == TILE && p.listed.is_run(begin, tokens)) {
             const int distance = p.listed.pages ? (AHEAD<Side> + TILE - 1) / TILE * TILE : AHEAD<Side>;
-            const uint8_t* row = head + p.listed.at(begin) * stride;
-            const uint8_t* next = head + p.listed.ahead(begin, distance) * stride;
-            return f(Tile<Stored>{reinterpret_cast<const Number*>(row), rows.token, reinterpret_cast<const Number*>(next)});
+            const auto* row = reinterpret_cast<const Number*>(head + p.listed.at(begin) * stride);
+            const auto* next = reinterpret_cast<const Number*>(head + p.listed.ahead(begin, distance) * stride);
+            return f(Tile<Stored>{row, rows.token, next});
         }
     }
     for (int t = 0; t < tokens; t++) {
@@ -689,7 +674,7 @@ void load_queries(const Arguments& a, const Part& p, Scratch& s) {
         Floats middle = {};
         for (int i = 0; i < Keys::PAD; i += LANES) middle += load(out + i) * load(KEY_CHANNELS.middle + i);
         s.middle[r] = sum_of(middle);
-        if (INTEGER_KEYS) to_parts(out, s.parts + r * 12 * KEY_VECTORS, s.unit[r], s.middle[r]);
+        if (INTEGER_KEYS) to_parts(out, s.parts + r * 12 * KEY_DWORDS, s.unit[r], s.middle[r]);
     }
 }
 
@@ -752,10 +737,7 @@ void merge(const State* states, int64_t ranges, float* output, float& lse) {
         for (int c = 0; c < SUMS; c++) sum[c] += states[i].sum[c] * factor;
     }
     const float inverse = total == 0 ? 0.0f : 1 / total;
-    for (int c = 0; c < Values::WIDTH; c++) {
-        const int i = VALUE_CHANNELS.place[c];
-        output[c] = sum[i] * inverse * VALUE_CHANNELS.step[i];
-    }
+    for (int c = 0; c < Values::WIDTH; c++) output[c] = sum[c] * inverse * VALUE_CHANNELS.step[c];
     lse = float((top + std::log2(total)) * LN2);
 }
 

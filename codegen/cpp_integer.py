@@ -13,10 +13,9 @@ LAYOUT = """\
 //     keys      a vector of codes:  4 channels of 16 tokens   times a part of q[r]:  4 channels, the same for all lanes
 //     values    a vector of codes:  16 channels of 4 tokens   times a part of w[r]:  4 tokens, the same for all lanes
 //
-// Rows are brought to that shape while they are packed, by bytes; only then bits are taken apart, always by the same
-// rule. The unit is 8 channels: they fill one byte of a plane of 1 bit, 2 of a plane of 2 bits, and so on. Four such
-// groups, of one tier or of several, make a quad. A code stands at the upper end of its byte as far as the codes beside
-// it allow; that it is 2^shift times itself is folded into the query or the output.
+// A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
+// have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
+// a code b is then 2^(8-b) times itself is folded into the query or the output.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && !defined(FHOPT_FLOAT)
 #define INTEGER true
@@ -24,73 +23,44 @@ LAYOUT = """\
 #define INTEGER false
 #endif
 
-struct Group {
-    int bits, channel, high, low;  // its first channel, and the bytes of a row where its two planes begin
-};
+// A code of a row: in its first plane it has `high` bits from bit `high_bit` of the row on, `low` in its second.
+struct Code {
+    int channel, high, high_bit, low, low_bit;
 
-struct Quad {
-    Group groups[4];
-    int size, kinds, planes;  // bit b of `kinds`: there is a group of b bits; of `planes`, as a sum: a plane of b bits
-
-    constexpr bool has(int bits) const { return kinds >> bits & 1; }
-    constexpr bool takes(int bits) const {  // 6, 5 and 3 bits have no common places
-        const int all = kinds | 1 << bits, clash = 1 << 6 | 1 << 5 | 1 << 3;
-        return size < 4 && (all & clash) != clash;
-    }
-    constexpr int place(int plane) const {  // the bit of a byte where a plane's part of a code begins
-        if (plane == 8) return 0;
-        if (plane == 4) return 4;
-        if (plane == 2) return has(6) ? 2 : has(5) && has(3) ? 4 : 6;
-        return has(5) ? 3 : has(3) ? place(2) - 1 : 7;
-    }
-    constexpr int shift(int bits) const { return place(bits & -bits); }  // of a whole code: where its last plane begins
-    constexpr int byte(int g, int plane, int i) const {  // where byte i of a group's plane is in a row; -1: nowhere
-        if (g >= size || !(groups[g].bits & plane)) return -1;
-        return (groups[g].bits < 2 * plane ? groups[g].high : groups[g].low) + i;
-    }
+    constexpr int shift() const { return 8 - high - low; }  // of the code in its byte
 };
 
 template <class Side>
 struct Layout {
-    Quad quads[Side::WIDTH / 8 + 1] = {};
-    int count = 0, halves = 0;  // quads, float16 channels
+    Code codes[Side::WIDTH + 1] = {};
+    int count = 0, halves = 0;  // codes, float16 channels
     int half_channel[Side::WIDTH + 1] = {}, half_byte[Side::WIDTH + 1] = {};
 
     constexpr Layout() {
-        int byte = 0, channel = 0;
+        int bit = 0, channel = 0;
         for (Tier tier : Side::TIERS) {
             const int high = tier.bits >= 8 ? 8 : tier.bits >= 4 ? 4 : tier.bits >= 2 ? 2 : 1, low = tier.bits - high;
             for (int i = 0; i < tier.width; i++) {
-                if (tier.bits == 16) add_half(channel + i, byte + 2 * i);
-                if (tier.bits < 16 && i % 8 == 0) {
-                    add({tier.bits, channel + i, byte + i / 8 * high, byte + tier.width / 8 * high + i / 8 * low});
-                }
+                if (tier.bits < 16) add({channel + i, high, bit + i * high, low, bit + tier.width * high + i * low});
+                if (tier.bits == 16) add_half(channel + i, bit / 8 + 2 * i);
             }
-            byte += tier.bits * tier.width / 8;
+            bit += tier.bits * tier.width;
             channel += tier.width;
         }
     }
+    constexpr void add(Code code) { codes[count++] = code; }
     constexpr void add_half(int channel, int byte) {
         half_channel[halves] = channel;
         half_byte[halves++] = byte;
-    }
-    constexpr void add(Group group) {
-        if (count == 0 || !quads[count - 1].takes(group.bits)) count++;
-        Quad& quad = quads[count - 1];
-        quad.groups[quad.size++] = group;
-        quad.kinds |= 1 << group.bits;
-        quad.planes |= group.bits;
     }
 };
 
 constexpr Layout<Keys> KEY_LAYOUT;
 constexpr Layout<Values> VALUE_LAYOUT;
-constexpr int KEY_VECTORS = 8 * KEY_LAYOUT.count, VALUE_VECTORS = 2 * VALUE_LAYOUT.count;
+constexpr int KEY_VECTORS = KEY_LAYOUT.count / 4, VALUE_VECTORS = (VALUE_LAYOUT.count + 15) / 16;
+constexpr int KEY_DWORDS = (KEY_VECTORS + 3) / 4 * 4;  // of a part of a query, in whole vectors
 constexpr bool INTEGER_KEYS = INTEGER && Keys::SCALED;
 constexpr bool INTEGER_VALUES = INTEGER && Values::SCALED && VALUE_LAYOUT.halves == 0;
-
-// Where the sum of channel i of a group is: vector i % 2 of its quad, lanes of four groups for each of i / 2.
-constexpr int place_of(int quad, int group, int i) { return quad * 32 + i % 2 * 16 + i / 2 * 4 + group; }
 """
 
 PRODUCTS = """\
@@ -109,95 +79,133 @@ INLINE void each(F f) {
     each(std::make_integer_sequence<int, N>(), f);
 }
 
-template <class F>
-INLINE void each_plane(F f) {
-    each(std::integer_sequence<int, 8, 4, 2, 1>(), f);
-}
+// How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
+// these eight bytes each code then takes the bits from `from` on that `keep` keeps, of its first and second plane.
+struct Slice {
+    int source[64];
+    alignas(64) uint8_t from[2][64], keep[2][64];
 
-// Vectors that a quad's planes fill, of 16 tokens or of 4.
-constexpr int key_vectors(int planes) { return planes; }
-constexpr int value_vectors(int planes) {
-    return (planes & 8) / 4 + (planes & 4) / 4 + (planes & 2) / 2 + (planes & 1);
-}
-
-template <class Side, class F>
-constexpr int vectors_before(const Layout<Side>& layout, int quad, F vectors) {
-    int sum = 0;
-    for (int i = 0; i < quad; i++) sum += vectors(layout.quads[i].planes);
-    return sum;
-}
-
-constexpr int KEY_PLANES = vectors_before(KEY_LAYOUT, KEY_LAYOUT.count, key_vectors);
-constexpr int VALUE_PLANES = vectors_before(VALUE_LAYOUT, VALUE_LAYOUT.count, value_vectors);
-constexpr int KEY_STAGES = (KEY_PLANES + KEY_LAYOUT.halves / 2 + 15) / 16, VALUE_STAGES = (VALUE_PLANES + 3) / 4;
-
-// Which bytes of a row go where in STAGES vectors of 64 bytes; the others are 0. A row is read as pairs of vectors.
-template <class Side, int STAGES>
-struct Stages {
-    static constexpr int PAIRS = (Side::BYTES + 127) / 128;
-    alignas(64) uint8_t index[STAGES + 1][PAIRS][64] = {};
-    uint64_t mask[STAGES + 1][PAIRS] = {};
-
-    constexpr void put(int to, int from) {
-        if (from < 0) return;
-        index[to / 64][from / 128][to % 64] = uint8_t(from % 128);
-        mask[to / 64][from / 128] |= uint64_t(1) << to % 64;
+    constexpr Slice() : source(), from(), keep() {
+        for (int& byte : source) byte = -1;
+    }
+    constexpr int slot(int to, int byte) {  // of a byte of the row among the eight around `to`
+        int i = to / 8 * 8;
+        while (source[i] >= 0 && source[i] != byte) i++;
+        source[i] = byte;
+        return i % 8;
+    }
+    constexpr void put(int to, int plane, int bits, int bit, int shift) {
+        if (bits == 0) return;
+        from[plane][to] = uint8_t((8 * slot(to, bit / 8) + bit % 8 - shift) & 63);
+        keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
+    }
+    constexpr void put(int to, Code code) {
+        put(to, 0, code.high, code.high_bit, code.shift() + code.low);
+        put(to, 1, code.low, code.low_bit, code.shift());
+    }
+    constexpr bool has_low() const {
+        for (int mask : keep[1]) if (mask) return true;
+        return false;
+    }
+    constexpr bool is_whole() const {  // bytes are codes
+        for (int i = 0; i < 64; i++) if (keep[0][i] && (keep[0][i] != 255 || from[0][i] != 8 * (i % 8))) return false;
+        return true;
     }
 };
 
-// Keys: a dword is a byte of each group of a quad, or two float16 channels.
-constexpr auto key_stages() {
-    Stages<Keys, KEY_STAGES> stages;
-    int to = 0;
-    for (int q = 0; q < KEY_LAYOUT.count; q++) {
-        for (int plane = 8; plane > 0; plane /= 2) {
-            for (int i = 0; i < (KEY_LAYOUT.quads[q].planes & plane); i++) {
-                for (int g = 0; g < 4; g++) stages.put(to++, KEY_LAYOUT.quads[q].byte(g, plane, i));
+constexpr int slices_for(int bytes) { return (bytes + 63) / 64; }
+
+template <class Side, int SLICES>
+struct Apart {
+    static constexpr int BYTES = Side::BYTES, BLOCKS = slices_for(BYTES);
+    Slice slices[SLICES + 1];
+    alignas(64) uint8_t index[SLICES + 1][BLOCKS][64] = {};  // which byte of a block of the row goes where
+    uint64_t mask[SLICES + 1][BLOCKS] = {};
+
+    constexpr void settle() {
+        for (int s = 0; s < SLICES; s++) {
+            for (int to = 0; to < 64; to++) {
+                const int byte = slices[s].source[to];
+                if (byte < 0) continue;
+                index[s][byte / 64][to] = uint8_t(byte % 64);
+                mask[s][byte / 64] |= uint64_t(1) << to;
             }
         }
     }
-    for (int i = 0; i < 2 * KEY_LAYOUT.halves; i++) stages.put(to++, KEY_LAYOUT.half_byte[i / 2] + i % 2);
-    return stages;
-}
-
-// Values: 16 bytes, for each of 4 pairs of channels a byte of each group; `interleave` says how they lie.
-constexpr auto value_stages() {
-    Stages<Values, VALUE_STAGES> stages;
-    int vector = 0;
-    for (int q = 0; q < VALUE_LAYOUT.count; q++) {
-        for (int plane = 8; plane > 0; plane /= 2) {
-            const int vectors = value_vectors(VALUE_LAYOUT.quads[q].planes & plane);
-            for (int i = 0; i < vectors; i++, vector++) {
-                for (int to = 0; to < 16; to++) {
-                    const int channel = to / 4 * 2 + i, g = to % 4;
-                    const int byte = VALUE_LAYOUT.quads[q].byte(g, plane, channel * plane / 8);
-                    stages.put(vector / 4 * 64 + to / 4 * 16 + vector % 4 * 4 + g, byte);
-                }
-            }
-        }
+    constexpr int blocks(int slice) const {  // that a slice needs
+        int count = 0;
+        for (uint64_t m : mask[slice]) count += m != 0;
+        return count;
     }
-    return stages;
+    constexpr bool stays(int slice, int block) const {  // bytes are where they should be
+        for (int to = 0; to < 64; to++) if (mask[slice][block] >> to & 1 && index[slice][block][to] != to) return false;
+        return true;
+    }
+};
+
+// Keys: byte i of a slice is its channel i, so that a dword has four channels.
+constexpr auto keys_apart() {
+    Apart<Keys, slices_for(KEY_LAYOUT.count)> apart;
+    for (int i = 0; i < KEY_LAYOUT.count; i++) apart.slices[i / 64].put(i % 64, KEY_LAYOUT.codes[i]);
+    apart.settle();
+    return apart;
 }
 
-constexpr auto KEYS_STAGED = key_stages();
-constexpr auto VALUES_STAGED = value_stages();
+// Values: where `interleave` makes vectors of 16 channels of them.
+constexpr auto values_apart() {
+    Apart<Values, slices_for(VALUE_LAYOUT.count)> apart;
+    for (int i = 0; i < VALUE_LAYOUT.count; i++) {
+        apart.slices[i / 64].put(i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4, VALUE_LAYOUT.codes[i]);
+    }
+    apart.settle();
+    return apart;
+}
 
-// Vector S of a staged row; nothing is read behind the end of the row.
-template <int S, class Side, int STAGES>
-INLINE __m512i stage(const Stages<Side, STAGES>& stages, const uint8_t* row) {
+// Float16 channels of keys, 32 to a slice.
+constexpr auto halves_apart() {
+    Apart<Keys, slices_for(2 * KEY_LAYOUT.halves)> apart;
+    for (int i = 0; i < 2 * KEY_LAYOUT.halves; i++) {
+        apart.slices[i / 64].source[i % 64] = KEY_LAYOUT.half_byte[i / 2] + i % 2;
+    }
+    apart.settle();
+    return apart;
+}
+
+constexpr auto KEYS_APART = keys_apart();
+constexpr auto VALUES_APART = values_apart();
+constexpr auto HALVES_APART = halves_apart();
+
+// The bytes of slice S of a row; nothing is read behind the end of the row, and what no code needs is arbitrary.
+template <const auto& APART, int S>
+INLINE __m512i bytes_of(const uint8_t* row) {
     __m512i out = {};
-    UNROLL(8) for (int pair = 0; pair < Stages<Side, STAGES>::PAIRS; pair++) {
-        if (stages.mask[S][pair] == 0) continue;
-        __m512i bytes[2];
-        UNROLL(2) for (int i = 0; i < 2; i++) {
-            const int from = 128 * pair + 64 * i, left = std::clamp(Side::BYTES - from, 0, 64);
-            if (left == 64) bytes[i] = _mm512_loadu_si512(row + from);
-            else bytes[i] = left ? _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - left), row + from) : __m512i{};
+    each<APART.BLOCKS>([&](auto b) {
+        constexpr int B = decltype(b)::value, LEFT = std::min(APART.BYTES - 64 * B, 64);
+        if constexpr (APART.mask[S][B] != 0) {
+            constexpr bool ALONE = APART.blocks(S) == 1;
+            __m512i bytes = LEFT == 64 ? _mm512_loadu_si512(row + 64 * B)
+                                       : _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - LEFT), row + 64 * B);
+            const __m512i index = _mm512_load_si512(APART.index[S][B]);
+            if constexpr (ALONE && !APART.stays(S, B)) bytes = _mm512_permutexvar_epi8(index, bytes);
+            if constexpr (!ALONE) bytes = _mm512_maskz_permutexvar_epi8(APART.mask[S][B], index, bytes);
+            out |= bytes;
         }
-        const __m512i index = _mm512_load_si512(stages.index[S][pair]);
-        out |= _mm512_maskz_permutex2var_epi8(stages.mask[S][pair], bytes[0], index, bytes[1]);
-    }
+    });
     return out;
+}
+
+// The codes of slice S of a row.
+template <const auto& APART, int S>
+INLINE __m512i codes_of(const uint8_t* row) {
+    constexpr const Slice& slice = APART.slices[S];
+    constexpr bool IS_WHOLE = slice.is_whole(), HAS_LOW = slice.has_low();
+    const __m512i bytes = bytes_of<APART, S>(row);
+    if constexpr (IS_WHOLE) return bytes;
+    const __m512i high = _mm512_multishift_epi64_epi8(_mm512_load_si512(slice.from[0]), bytes);
+    const __m512i kept = high & _mm512_load_si512(slice.keep[0]);
+    if constexpr (!HAS_LOW) return kept;
+    const __m512i low = _mm512_multishift_epi64_epi8(_mm512_load_si512(slice.from[1]), bytes);
+    return kept | (low & _mm512_load_si512(slice.keep[1]));
 }
 
 // x[i] = dwords of token i  ->  x[i] = dword i of 16 tokens
@@ -226,85 +234,36 @@ INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out)
     out[2] = _mm512_unpacklo_epi16(high_ab, high_cd), out[3] = _mm512_unpackhi_epi16(high_ab, high_cd);
 }
 
-constexpr int byte_mask(int plane, int to) { return int(0x01010101u * (((1u << plane) - 1) << to)); }
-
-// The part of a plane of codes which begins at bit FROM of each byte, moved to bit TO.
-template <int PLANE, int TO, int FROM>
-INLINE __m512i plane_bits(__m512i x) {
-    if constexpr (PLANE == 8) return x;
-    if constexpr (TO != FROM) x = _mm512_rol_epi32(x, (TO - FROM) & 31);
-    return (__m512i)((Ints16)x & byte_mask(PLANE, TO));
-}
-
-// The same where it begins at another bit in each lane.
-template <int PLANE, int TO, class From>
-INLINE __m512i plane_bits(__m512i x, From from) {
-    if constexpr (PLANE == 8) return x;
-    const __m512i turned = _mm512_rolv_epi32(x, (__m512i)((TO - (Ints16{} + from)) & 31));
-    return (__m512i)((Ints16)turned & byte_mask(PLANE, TO));
-}
-
-// 16 tokens of keys: their staged rows -> codes [vectors of 4 channels], and float16 channels as floats.
+// 16 tokens of keys -> codes [vectors of 4 channels], and float16 channels as floats.
 INLINE void unpack_keys(const uint8_t* const* rows, __m512i* codes, float* halves, int64_t halves_stride) {
-    __m512i x[KEY_STAGES + 1][16];
-    each<KEY_STAGES>([&](auto s) {
-        __m512i dwords[16];
-        UNROLL(16) for (int t = 0; t < 16; t++) dwords[t] = stage<decltype(s)::value>(KEYS_STAGED, rows[t]);
-        transpose(dwords);
-        UNROLL(16) for (int i = 0; i < 16; i++) x[s][i] = dwords[i];
+    each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
+        constexpr int S = decltype(s)::value, COUNT = std::min(KEY_VECTORS - 16 * S, 16);
+        __m512i x[16];
+        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = codes_of<KEYS_APART, S>(rows[t]);
+        transpose(x);
+        UNROLL(16) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 16 * S + i, x[i]);
     });
-    const __m512i* planes = x[0];
-    each<KEY_LAYOUT.count>([&](auto q) {
-        constexpr Quad quad = KEY_LAYOUT.quads[decltype(q)::value];
-        each<8>([&](auto channel) {
-            constexpr int k = decltype(channel)::value;
-            __m512i code = {};
-            const __m512i* from = planes;
-            each_plane([&](auto p) {
-                constexpr int plane = decltype(p)::value;
-                if constexpr ((quad.planes & plane) != 0) {
-                    code |= plane_bits<plane, quad.place(plane), k * plane % 8>(from[k * plane / 8]);
-                    from += plane;
-                }
-            });
-            _mm512_store_si512(codes + q * 8 + k, code);
-        });
-        planes += quad.planes;
+    each<slices_for(2 * KEY_LAYOUT.halves)>([&](auto s) {
+        constexpr int S = decltype(s)::value, COUNT = std::min(KEY_LAYOUT.halves / 2 - 16 * S, 16);
+        __m512i x[16];
+        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = bytes_of<HALVES_APART, S>(rows[t]);
+        transpose(x);
+        UNROLL(16) for (int i = 0; i < COUNT; i++) {
+            float* out = halves + (32 * S + 2 * i) * halves_stride;
+            _mm512_store_ps(out, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x[i])));
+            _mm512_store_ps(out + halves_stride, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x[i], 16))));
+        }
     });
-    for (int i = 0; i < KEY_LAYOUT.halves; i += 2, planes++) {
-        const __m512i odd = _mm512_srli_epi32(*planes, 16);
-        _mm512_store_ps(halves + i * halves_stride, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(*planes)));
-        _mm512_store_ps(halves + (i + 1) * halves_stride, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd)));
-    }
 }
 
 // 4 tokens of values -> codes [vectors of 16 channels].
 INLINE void unpack_values(const uint8_t* const* rows, __m512i* codes) {
-    __m512i mixed[4 * VALUE_STAGES + 1];
-    each<VALUE_STAGES>([&](auto s) {
-        __m512i x[4];
-        UNROLL(4) for (int t = 0; t < 4; t++) x[t] = stage<decltype(s)::value>(VALUES_STAGED, rows[t]);
-        interleave(x[0], x[1], x[2], x[3], mixed + 4 * s);
-    });
-    const __m512i* planes = mixed;
-    each<VALUE_LAYOUT.count>([&](auto q) {
-        constexpr Quad quad = VALUE_LAYOUT.quads[decltype(q)::value];
-        each<2>([&](auto odd) {
-            constexpr int k = decltype(odd)::value;
-            constexpr Ints16 channels = {k,     k,     k,     k,     k + 2, k + 2, k + 2, k + 2,
-                                         k + 4, k + 4, k + 4, k + 4, k + 6, k + 6, k + 6, k + 6};
-            __m512i code = {};
-            const __m512i* from = planes;
-            each_plane([&](auto p) {
-                constexpr int plane = decltype(p)::value;
-                if constexpr ((quad.planes & plane) != 0) {
-                    code |= plane_bits<plane, quad.place(plane)>(from[plane == 8 ? k : 0], channels * plane & 7);
-                    from += value_vectors(plane);
-                }
-            });
-            _mm512_store_si512(codes + q * 2 + k, code);
-        });
-        planes += value_vectors(quad.planes);
+    each<slices_for(VALUE_LAYOUT.count)>([&](auto s) {
+        constexpr int S = decltype(s)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
+        __m512i x[4], mixed[4];
+        UNROLL(4) for (int t = 0; t < 4; t++) x[t] = codes_of<VALUES_APART, S>(rows[t]);
+        interleave(x[0], x[1], x[2], x[3], mixed);
+        UNROLL(4) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 4 * S + i, mixed[i]);
     });
 }
 
@@ -362,29 +321,24 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
-// A query of floats in the order of channels -> its parts, [3, KEY_VECTORS, 4], and what one stands for. `middle` is
+// A query of floats in the order of channels -> its parts, [3, KEY_DWORDS, 4], and what one stands for. `middle` is
 // what the middle of all codes adds to a logit.
 void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
-    alignas(64) float q[4 * KEY_VECTORS + 1] = {}, middles[4 * KEY_VECTORS + 1] = {};
+    alignas(64) float q[4 * KEY_DWORDS + 1] = {}, middles[4 * KEY_DWORDS + 1] = {};
     float largest = 0, none = 0;
     for (int i = 0; i < KEY_LAYOUT.count; i++) {
-        const Quad& quad = KEY_LAYOUT.quads[i];
-        for (int g = 0; g < quad.size; g++) {
-            const float factor = 1.0f / float(1 << quad.shift(quad.groups[g].bits));
-            for (int k = 0; k < 8; k++) {
-                const int channel = quad.groups[g].channel + k, to = (8 * i + k) * 4 + g;
-                q[to] = query[channel] * factor;
-                middles[to] = KEY_CHANNELS.middle[channel] / factor;
-                largest = std::max(largest, std::abs(q[to]));
-                none += q[to] * 0.0f;  // NaN stays NaN
-            }
-        }
+        const Code& code = KEY_LAYOUT.codes[i];
+        const float factor = float(1 << code.shift());
+        q[i] = query[code.channel] / factor;
+        middles[i] = KEY_CHANNELS.middle[code.channel] * factor;
+        largest = std::max(largest, std::abs(q[i]));
+        none += q[i] * 0.0f;  // NaN stays NaN
     }
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
     Floats sum = {};
-    for (int i = 0; i < 4 * KEY_VECTORS; i += 16) {
+    for (int i = 0; i < 4 * KEY_DWORDS; i += 16) {
         const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q + i) * inverse));
-        store_parts<3>(x, parts + i, 4 * KEY_VECTORS);
+        store_parts<3>(x, parts + i, 4 * KEY_DWORDS);
         sum += __builtin_convertvector(x, Floats16) * load(middles + i);
     }
     unit = largest / largest_integer(3) + none;
@@ -424,8 +378,8 @@ template <int ROWS, int VECTORS>
 INLINE void score_high(int64_t row, int t, Scratch& s) {
     __m512i sums[ROWS][VECTORS][2];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * KEY_VECTORS;
-    multiply<ROWS, VECTORS, 2, 1, KEY_VECTORS, KEY_VECTORS>(codes, query, KEY_VECTORS, sums);
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * KEY_DWORDS;
+    multiply<ROWS, VECTORS, 2, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
     Floats16 x[ROWS][VECTORS];
     UNROLL(9) for (int r = 0; r < ROWS; r++) {
         const float unit = s.unit[row + r] * 256.0f;
@@ -450,8 +404,8 @@ template <int ROWS, int VECTORS>
 INLINE void score_low(int64_t row, int t, Scratch& s) {
     __m512i sums[ROWS][VECTORS][1];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_VECTORS;
-    multiply<ROWS, VECTORS, 1, 1, KEY_VECTORS, KEY_VECTORS>(codes, query, KEY_VECTORS, sums);
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_DWORDS;
+    multiply<ROWS, VECTORS, 1, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
     UNROLL(9) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             float* x = s.logits + (row + r) * TILE + t + 16 * v;

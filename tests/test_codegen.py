@@ -318,7 +318,7 @@ def test_only_tokens_of_listed_pages_are_attended_to(name: str, page_tokens: int
 
 
 def page_lists(heads: int, tokens: int, page_tokens: int) -> Tensor:
-    """Lists [2, heads, N] of a third of the pages: of different lengths, the last one without a page, short pages in."""
+    """Lists [2, heads, N] of a third of the pages, of different lengths; the last is empty, one has a short page."""
     count = -(-tokens // page_tokens)
     lists = torch.full((2, heads, count // 3 + 2), -1, dtype=torch.int32)
     for index, row in enumerate(lists.flatten(0, 1)):
