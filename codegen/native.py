@@ -151,7 +151,7 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     sizes = (rows, x.shape[-1], *weight.shape)
     if not all(isinstance(n, int) for n in sizes) or not 1 <= rows <= skinny.MOST_ROWS or weight.stride(1) != 1:
         return None
-    if weight.numel() * weight.element_size() < skinny.LEAST_BYTES or not _serve_skinny():
+    if weight.numel() * weight.element_size() < skinny.LEAST_BYTES or not serve_skinny():
         return None
     return torch.ops.fhopt.skinny_linear.default, tuple(given.get(name) for name in names), {}
 
@@ -163,6 +163,8 @@ def _is_plain(x: Any) -> bool:
 
 
 def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    if node.kwargs.get("pages") is not None:
+        return None
     query, key, key_scale, value, value_scale, mask = node.args
     values = {k: _value(x) for k, x in (("query", query), ("key", key), ("value", value))}
     if any(not isinstance(v, Tensor) or v.device.type != "cpu" for v in values.values()):
@@ -261,13 +263,13 @@ def serve(spec: KernelSpec) -> bool:
 
 
 @functools.cache
-def _serve_skinny() -> bool:
+def serve_skinny() -> bool:
     """Make products of few rows known to the library; False where that cannot be done."""
     loaded, address = library(), skinny.address()
     if loaded is None or address is None:
         return False
-    loaded.fhopt_serve_skinny.argtypes, loaded.fhopt_serve_skinny.restype = (ctypes.c_void_p,), None
-    loaded.fhopt_serve_skinny(address)
+    loaded.fhoptserve_skinny.argtypes, loaded.fhoptserve_skinny.restype = (ctypes.c_void_p,), None
+    loaded.fhoptserve_skinny(address)
     return True
 
 
@@ -720,7 +722,7 @@ extern "C" void fhopt_serve(
 
 extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 
-extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
+extern "C" void fhoptserve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
 
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));

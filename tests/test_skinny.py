@@ -31,7 +31,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**
 def test_products_are_those_of_float64(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, is_strided: bool, seed: int
 ) -> None:
-    assert native._serve_skinny()
+    assert native.serve_skinny()
     torch.manual_seed(seed)
     x = torch.randn(rows, 1, 2 * width)[..., ::2] if is_strided else torch.randn(rows, 1, width)
     weight = torch.randn(columns, width + 3)[:, :width] if is_strided else torch.randn(columns, width)
@@ -45,7 +45,7 @@ def test_products_are_those_of_float64(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
-    assert native._serve_skinny()
+    assert native.serve_skinny()
     x, weight = torch.randn(3, 300).to(dtype), torch.randn(2000, 300).to(dtype)
     one = torch.ops.fhopt.skinny_linear(x, weight, None)
     torch.set_num_threads(2)
@@ -54,7 +54,7 @@ def test_several_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
-    assert native._serve_skinny()
+    assert native.serve_skinny()
     weight = torch.ones(40, 64, dtype=dtype)
     x = torch.ones(2, 64, dtype=dtype)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
@@ -65,7 +65,7 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    assert native._serve_skinny()
+    assert native.serve_skinny()
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     for operands in (
         (x[:, :7], weight, None),
