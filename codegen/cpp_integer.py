@@ -11,6 +11,7 @@ LAYOUT = """\
 // q = unit * (q0 + 256 q1 + 65536 q2), a weight likewise.
 //
 //     keys      a vector of codes:  4 channels of 16 tokens   times a part of q[r]:  4 channels, the same for all lanes
+//       one r   a vector of codes:  64 channels of a token    times a part of q:     64 channels
 //     values    a vector of codes:  16 channels of 4 tokens   times a part of w[r]:  4 tokens, the same for all lanes
 //
 // A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
@@ -58,7 +59,7 @@ struct Layout {
 constexpr Layout<Keys> KEY_LAYOUT;
 constexpr Layout<Values> VALUE_LAYOUT;
 constexpr int KEY_VECTORS = KEY_LAYOUT.count / 4, VALUE_VECTORS = (VALUE_LAYOUT.count + 15) / 16;
-constexpr int KEY_DWORDS = (KEY_VECTORS + 3) / 4 * 4;  // of a part of a query, in whole vectors
+constexpr int KEY_DWORDS = (KEY_VECTORS + 15) / 16 * 16;  // of a part of a query, in whole vectors
 constexpr bool INTEGER_KEYS = INTEGER && Keys::SCALED;
 constexpr bool INTEGER_VALUES = INTEGER && Values::SCALED && VALUE_LAYOUT.halves == 0;
 """
@@ -234,8 +235,8 @@ INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out)
     out[2] = _mm512_unpacklo_epi16(high_ab, high_cd), out[3] = _mm512_unpackhi_epi16(high_ab, high_cd);
 }
 
-// 16 tokens of keys -> codes [vectors of 4 channels], and float16 channels as floats.
-INLINE void unpack_keys(const uint8_t* const* rows, __m512i* codes, float* halves, int64_t halves_stride) {
+// 16 tokens of keys -> codes [vectors of 4 channels].
+INLINE void unpack_keys(const uint8_t* const* rows, __m512i* codes) {
     each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
         constexpr int S = decltype(s)::value, COUNT = std::min(KEY_VECTORS - 16 * S, 16);
         __m512i x[16];
@@ -243,26 +244,37 @@ INLINE void unpack_keys(const uint8_t* const* rows, __m512i* codes, float* halve
         transpose(x);
         UNROLL(16) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 16 * S + i, x[i]);
     });
+}
+
+// Their float16 channels as floats [channels, TILE].
+INLINE void unpack_halves(const uint8_t* const* rows, float* halves) {
     each<slices_for(2 * KEY_LAYOUT.halves)>([&](auto s) {
         constexpr int S = decltype(s)::value, COUNT = std::min(KEY_LAYOUT.halves / 2 - 16 * S, 16);
         __m512i x[16];
         UNROLL(16) for (int t = 0; t < 16; t++) x[t] = bytes_of<HALVES_APART, S>(rows[t]);
         transpose(x);
         UNROLL(16) for (int i = 0; i < COUNT; i++) {
-            float* out = halves + (32 * S + 2 * i) * halves_stride;
+            float* out = halves + (32 * S + 2 * i) * TILE;
             _mm512_store_ps(out, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x[i])));
-            _mm512_store_ps(out + halves_stride, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x[i], 16))));
+            _mm512_store_ps(out + TILE, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x[i], 16))));
         }
     });
+}
+
+// 4 tokens of values -> codes of slice S, [4 vectors of 16 channels].
+template <int S>
+INLINE void unpack_slice(const uint8_t* const* rows, __m512i* codes) {
+    __m512i x[4];
+    UNROLL(4) for (int t = 0; t < 4; t++) x[t] = codes_of<VALUES_APART, S>(rows[t]);
+    interleave(x[0], x[1], x[2], x[3], codes);
 }
 
 // 4 tokens of values -> codes [vectors of 16 channels].
 INLINE void unpack_values(const uint8_t* const* rows, __m512i* codes) {
     each<slices_for(VALUE_LAYOUT.count)>([&](auto s) {
         constexpr int S = decltype(s)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
-        __m512i x[4], mixed[4];
-        UNROLL(4) for (int t = 0; t < 4; t++) x[t] = codes_of<VALUES_APART, S>(rows[t]);
-        interleave(x[0], x[1], x[2], x[3], mixed);
+        __m512i mixed[4];
+        unpack_slice<S>(rows, mixed);
         UNROLL(4) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 4 * S + i, mixed[i]);
     });
 }
@@ -276,6 +288,11 @@ constexpr int vectors_for(int rows, int parts) { return std::clamp(24 / (rows * 
 // own: given the intrinsic, GCC copies each sum back and forth.
 INLINE __m512i add_products(__m512i sum, __m512i codes, const int32_t& factor) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(factor));
+    return sum;
+}
+
+INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i factors) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(factors));
     return sum;
 }
 
@@ -349,12 +366,10 @@ void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
-// Where 16 tokens of a tile are, from t on, the last one again behind the end; and their scales.
+// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched.
 template <class Side>
-INLINE void rows_of(const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin, int t, int tokens,
-                    const uint8_t** z, Scratch& s) {
-    const int64_t token = p.listed.at(begin + t);
-    const uint8_t* row = rows.at<uint8_t>(p.b, j, token);
+INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, int t, int tokens, const uint8_t** z) {
+    const uint8_t* row = rows.at<uint8_t>(p.b, j, p.listed.at(begin + t));
     const uint8_t* ahead = rows.at<uint8_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>));
     const int last = std::min(tokens - t, 16) - 1;
     UNROLL(16) for (int i = 0; i < 16; i++) {
@@ -364,12 +379,19 @@ INLINE void rows_of(const Rows& rows, const Rows& scales, const Part& p, int64_t
         }
     }
     for (int i = last + 1; i < 16; i++) z[i] = z[last];
-    const uint16_t* scale = scales.at<uint16_t>(p.b, j, token);
-    if (scales.token == 1) {
-        const __m512i dense = _mm512_maskz_loadu_epi16((2u << last) - 1, scale);
-        _mm512_store_ps(s.scale + t, _mm512_cvtph_ps(_mm512_castsi512_si256(dense)));
-    } else {
-        for (int i = 0; i <= last; i++) s.scale[t + i] = from_float16(scale[i * scales.token]);
+}
+
+// The scales of a tile as floats.
+INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens, Scratch& s) {
+    for (int t = 0; t < tokens; t += 16) {
+        const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
+        const int last = std::min(tokens - t, 16) - 1;
+        if (scales.token == 1) {
+            const __m512i dense = _mm512_maskz_loadu_epi16((2u << last) - 1, scale);
+            _mm512_store_ps(s.scale + t, _mm512_cvtph_ps(_mm512_castsi512_si256(dense)));
+        } else {
+            for (int i = 0; i <= last; i++) s.scale[t + i] = from_float16(scale[i * scales.token]);
+        }
     }
 }
 
@@ -437,15 +459,78 @@ bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratc
     return true;
 }
 
+// Sums of 16 vectors: those of four and four, then of the quarters that are left.
+INLINE Floats16 sums_of_4(const Floats16 (&x)[4]) {
+    const __m512 ab = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+    const __m512 cd = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+    const __m512d left = _mm512_castps_pd(ab), right = _mm512_castps_pd(cd);
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(left, right)) + _mm512_castpd_ps(_mm512_unpackhi_pd(left, right));
+}
+
+INLINE Floats16 sums_of_quarters(Floats16 x, Floats16 y) {
+    return _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xdd);
+}
+
+// PARTS digits of the query of one row, from `parts` on, times the codes of 16 tokens as they lie in their rows.
+template <int PARTS>
+INLINE Floats16 products_of_row(const uint8_t* const* rows, const int8_t* parts) {
+    Floats16 fours[4];
+    UNROLL(4) for (int i = 0; i < 4; i++) {
+        Floats16 x[4];
+        UNROLL(4) for (int t = 0; t < 4; t++) {
+            __m512i sums[PARTS] = {};
+            each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
+                constexpr int S = decltype(s)::value;
+                const __m512i codes = codes_of<KEYS_APART, S>(rows[4 * i + t]);
+                UNROLL(2) for (int part = 0; part < PARTS; part++) {
+                    const __m512i query = _mm512_loadu_si512(parts + part * 4 * KEY_DWORDS + 64 * S);
+                    sums[part] = add_products(sums[part], codes, query);
+                }
+            });
+            x[t] = joined(sums);
+        }
+        fours[i] = sums_of_4(x);
+    }
+    return sums_of_quarters(sums_of_quarters(fours[0], fours[1]), sums_of_quarters(fours[2], fours[3]));
+}
+
+// Logits of a tile of keys for one row.
+void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, Scratch& s) {
+    const int whole = whole_vectors(tokens);
+    const int8_t* parts = s.parts + row * 12 * KEY_DWORDS;
+    float* logits = s.logits + row * TILE;
+    const float unit = s.unit[row];
+    for (int t = 0; t < whole; t += 16) {
+        const uint8_t* z[16];
+        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
+        const Floats16 high = products_of_row<2>(z, parts + 4 * KEY_DWORDS);
+        Floats16 x = (high * (unit * 256.0f) - s.middle[row]) * load(s.scale + t);
+        unpack_halves(z, s.halves + t);
+        for (int i = 0; i < KEY_LAYOUT.halves; i++) {
+            x += s.query[row * Keys::PAD + KEY_LAYOUT.half_channel[i]] * load(s.halves + i * TILE + t);
+        }
+        store(logits + t, x);
+    }
+    if (is_minor(a, row, 1, whole, s)) return;
+    for (int t = 0; t < whole; t += 16) {
+        const uint8_t* z[16];
+        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
+        store(logits + t, load(logits + t) + products_of_row<1>(z, parts) * unit * load(s.scale + t));
+    }
+}
+
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
 void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
+    load_scales(a.key_scale, p, j, begin, tokens, s);
+    if (rows == 1) return score_row(a, p, j, begin, tokens, row, s);
     const int whole = whole_vectors(tokens);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const uint8_t* z[16];
-        rows_of<Keys>(a.key, a.key_scale, p, j, begin, t, tokens, z, s);
-        unpack_keys(z, codes + t / 16 * KEY_VECTORS, s.halves + t, TILE);
+        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
+        unpack_keys(z, codes + t / 16 * KEY_VECTORS);
+        unpack_halves(z, s.halves + t);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
@@ -494,19 +579,24 @@ INLINE int scale_and_split(int64_t row, int whole, float* unit, float* total, Sc
     return small ? 2 : 3;
 }
 
+// Sums of products from vector `vector` on, without the middle of the codes, are added to a state.
+template <int VECTORS, int PARTS>
+INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], int vector, int count, float unit, float total, State& to) {
+    UNROLL(4) for (int v = 0; v < VECTORS; v++) {
+        if (v >= count) continue;
+        float* sum = to.sum + 16 * (vector + v);
+        const Floats16 x = joined(sums[v]) - total * load(VALUE_CHANNELS.middle + 16 * (vector + v));
+        store(sum, load(sum) + unit * x);
+    }
+}
+
 template <int ROWS, int VECTORS, int PARTS>
 INLINE void mix_bytes(int vector, int count, const float* unit, const float* total, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
     multiply<ROWS, VECTORS, PARTS, VALUE_VECTORS, 1, TILE / 4>(
         codes, reinterpret_cast<const int32_t*>(s.weights), count, sums);
-    UNROLL(9) for (int r = 0; r < ROWS; r++) {
-        UNROLL(4) for (int v = 0; v < VECTORS; v++) {
-            const int c = 16 * (vector + v);
-            const Floats16 x = joined(sums[r][v]) - total[r] * load(VALUE_CHANNELS.middle + c);
-            store(states[r].sum + c, load(states[r].sum + c) + unit[r] * x);
-        }
-    }
+    UNROLL(9) for (int r = 0; r < ROWS; r++) add_sums(sums[r], vector, VECTORS, unit[r], total[r], states[r]);
 }
 
 template <int ROWS, int PARTS>
@@ -516,14 +606,47 @@ void mix_block(int count, const float* unit, const float* total, State* states, 
     if constexpr (REST > 0) mix_bytes<ROWS, REST, PARTS>(WHOLE, count, unit, total, states, s);
 }
 
+// One row: codes are multiplied as soon as they are there.
+template <int PARTS>
+void mix_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, float unit, float total,
+             State& state, Scratch& s) {
+    each<slices_for(VALUE_LAYOUT.count)>([&](auto slice) {
+        constexpr int S = decltype(slice)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
+        __m512i sums[4][PARTS] = {};
+        for (int t = 0; t < tokens; t += 16) {
+            const uint8_t* z[16];
+            rows_of<Values>(a.value, p, j, begin, t, tokens, z);
+            UNROLL(4) for (int i = 0; i < 16; i += 4) {
+                __m512i codes[4];
+                unpack_slice<S>(z + i, codes);
+                UNROLL(3) for (int part = 0; part < PARTS; part++) {
+                    const int32_t& weight = *reinterpret_cast<const int32_t*>(s.weights + part * TILE + t + i);
+                    UNROLL(4) for (int v = 0; v < COUNT; v++) {
+                        sums[v][part] = add_products(sums[v][part], codes[v], weight);
+                    }
+                }
+            }
+        }
+        add_sums(sums, 4 * S, COUNT, unit, total, state);
+    });
+}
+
 // Adds a tile of values to the states of `rows` rows from `row` on, all of them of latent head j.
 void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                Scratch& s) {
     const int whole = whole_vectors(tokens);
+    load_scales(a.value_scale, p, j, begin, tokens, s);
+    if (rows == 1) {
+        float unit, total;
+        const int parts = scale_and_split<1>(row, whole, &unit, &total, s);
+        if (parts == 2) mix_row<2>(a, p, j, begin, tokens, unit, total, s.states[row], s);
+        else mix_row<3>(a, p, j, begin, tokens, unit, total, s.states[row], s);
+        return;
+    }
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const uint8_t* z[16];
-        rows_of<Values>(a.value, a.value_scale, p, j, begin, t, tokens, z, s);
+        rows_of<Values>(a.value, p, j, begin, t, tokens, z);
         for (int i = 0; i < 16; i += 4) unpack_values(z + i, codes + (t + i) / 4 * VALUE_VECTORS);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
