@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fhopt import data, evaluate, pipeline
 from fhopt.applying import apply, unapply
 from fhopt.files import check_writable
 from fhopt.models import load_model
-from fhopt.reporting import write_report
+from fhopt.seeing import report
 from fhopt.tables import plan_table, sites_table, summary_table
 
 TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind
@@ -29,6 +30,7 @@ def run_demo(
     start = time.perf_counter()
     options = pipeline.FitOptions(ratio=ratio)
     options.check()
+    report.check_installed()
     check_writable(out)
     loaded = load_model("demo")
     model = loaded.language_model()
@@ -39,12 +41,13 @@ def run_demo(
     console.print(plan_table(plan))
     plan_path = plan.save(out / "plan")
     console.print(f"3. A {plan.ratio(COUNTED_AT):.2f}x plan is fitted and saved.")
+    page = report.build(loaded, plan)
     result = _measure(loaded, plan, progress)
     result |= {"model": loaded.name, "sites_found": len(outcome.sites), "ratio": plan.ratio(COUNTED_AT)}
     result["plan_path"] = str(plan_path)
     result["report_path"] = str(out / "report.html")
     result["seconds"] = time.perf_counter() - start
-    write_report(out / "report.html", outcome, plan, result)
+    report.write(replace(page, measured=result), out / "report.html")
     console.print(summary_table(result))
     for name in ("exact", "plan"):
         console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)

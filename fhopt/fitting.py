@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from fhopt.bases import Basis, fit_basis, fit_joint, joint_basis
 from fhopt.cost import Device, layout_time
 from fhopt.errors import FhoptError
+from fhopt.evidence import CURVE_RATIOS, KEY, SHARED, SIDES, Evidence, SideEvidence, Size, short, side_evidence
 from fhopt.machine import find_device
 from fhopt.spec import (
     LAYOUTS,
@@ -183,12 +184,44 @@ def fit(
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
     budget = Budget(ratio, sinks, recent, block, window_bits, tokens)
     grain = _grain(bits, device)
-    chosen, allocation = _choose(found, budget.code_bits(sites.values()), grain)
+    sides_of = _sides(found, grain)
+    chosen, allocation = _choose(found, sides_of, budget.code_bits(sites.values()), grain)
     plans = []
     for name, which in chosen.items():
         sides = [_coded(basis, allocation.bits[name, i]) for i, basis in enumerate(found[name][which])]
         plans.append(_site_plan(sites[name], which, sides))
-    return LatentPlan(tuple(plans), sinks, recent, block, _provenance(layout, ratio, allocation.nats), window_bits)
+    seen = Evidence(_seen(found, chosen, allocation, grain), _curve(found, sides_of, budget, sites.values(), grain))
+    provenance = _provenance(layout, ratio, allocation.nats) | {KEY: seen.as_json()}
+    return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits)
+
+
+def _seen(
+    found: Candidates, chosen: Mapping[str, str], allocation: _Allocation, grain: _Grain
+) -> dict[str, tuple[SideEvidence, ...]]:
+    """What is worth showing of each site."""
+    seen = {}
+    for name, which in chosen.items():
+        bases = found[name][which]
+        names = SIDES if len(bases) == 2 else (SHARED,)
+        seen[name] = tuple(
+            side_evidence(side, basis.variance, _costs(basis, grain.levels), allocation.bits[name, i])
+            for i, (side, basis) in enumerate(zip(names, bases, strict=True))
+        )
+    return seen
+
+
+def _curve(
+    found: Candidates, sides: _Sides, budget: Budget, sites: Collection[AttentionSite], grain: _Grain
+) -> tuple[Size, ...]:
+    """Expected losses of plans of other sizes, as far as they can be reached."""
+    exact, sizes = 2 * sum(s.exact_numbers_per_token for s in sites), []
+    for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
+        try:
+            _, allocation = _choose(found, sides, replace(budget, ratio=ratio).code_bits(sites), grain)
+        except FhoptError:  # smaller than the least that each side must get
+            break
+        sizes.append(Size(ratio, short(exact / ratio), short(allocation.nats)))
+    return tuple(sizes)
 
 
 def _provenance(layout: str, ratio: float, nats: float) -> dict[str, Any]:
@@ -417,17 +450,23 @@ class _Side:
     fixed: int
 
 
-def _choose(found: Candidates, budget: int, grain: _Grain) -> tuple[dict[str, str], _Allocation]:
-    """(layout of each site, bits): allocate, let layouts compete at the price of the last bit, repeat while it helps.
+_Sides = Mapping[tuple[str, str, int], _Side]  # by site, layout, and which of the layout's sides
 
-    The first layouts of each site must fit the budget; others are taken only where the whole plan costs less.
-    """
-    sides = {
+
+def _sides(found: Candidates, grain: _Grain) -> _Sides:
+    return {
         (name, which, i): _side(basis, grain)
         for name, table in found.items()
         for which, pair in table.items()
         for i, basis in enumerate(pair)
     }
+
+
+def _choose(found: Candidates, sides: _Sides, budget: int, grain: _Grain) -> tuple[dict[str, str], _Allocation]:
+    """(layout of each site, bits): allocate, let layouts compete at the price of the last bit, repeat while it helps.
+
+    The first layouts of each site must fit the budget; others are taken only where the whole plan costs less.
+    """
 
     def allocate(layouts: Mapping[str, str]) -> _Allocation:
         used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(found[n][w]))}
@@ -462,13 +501,19 @@ def _least(side: _Side, price: float) -> float:
     return sum(best) + price * side.fixed
 
 
-def _side(basis: Basis, grain: _Grain) -> _Side:
+def _costs(basis: Basis, levels: Sequence[int]) -> dict[int, list[float]]:
+    """Nats per token of each chunk with 0 bits and with each of `levels`: measured, or of a Gaussian."""
     costs, tokens = {}, int(basis.tokens)
-    for b in (0, *grain.levels):
+    for b in (0, *levels):
         per_channel = basis.variance * DISTORTION[b]
         if tokens and b in basis.costs:
             per_channel = basis.costs[b] / tokens
         costs[b] = _per_chunk(0.5 * per_channel)
+    return costs
+
+
+def _side(basis: Basis, grain: _Grain) -> _Side:
+    costs = _costs(basis, grain.levels)
     fixed, unit = 8 * SCALE_BYTES * basis.groups, TIER_QUANTUM * basis.groups
     if grain.plane:
         return _Side([_Planes(costs, basis.groups, grain.plane)], fixed)

@@ -70,6 +70,11 @@ class Journal:
         """For programs: model, state, graphs (training, sites, seconds), events."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        from fhopt.seeing.notebook import journal_html
+
+        return journal_html(self)
+
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140)
         console.print(_table(self))

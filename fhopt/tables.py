@@ -16,6 +16,16 @@ from fhopt.cost import Comparison, Cost, pretty
 from fhopt.fitting import describe
 from fhopt.machine import Measured
 from fhopt.passes import Explanation
+from fhopt.seeing.inspection import (
+    InspectedSite,
+    Inspection,
+    Missed,
+    PlannedSite,
+    common_form,
+    mask_words,
+    rope_words,
+    short_name,
+)
 from fhopt.spec import AttentionSite, LatentPlan
 
 
@@ -29,23 +39,124 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for site in sites:
         table.add_row(
-            site.name, site.kind, str(site.heads), str(site.kv_heads), str(site.key_dim), _rope(site), _mask(site),
-            "yes" if site.key_norm else "no", f"{2 * site.exact_numbers_per_token:,}",
+            site.name, site.kind, str(site.heads), str(site.kv_heads), str(site.key_dim), rope_words(site),
+            mask_words(site), "yes" if site.key_norm else "no", f"{2 * site.exact_numbers_per_token:,}",
         )  # fmt: skip
     return table
 
 
-def _rope(site: AttentionSite) -> str:
-    if site.rope is None:
-        return "none"
-    grid = ", grid" if site.rope.positions == "grid" else ""
-    return f"{site.rope.pairing} {site.rope.rotary_dim}{grid}"
+def inspection_tables(found: Inspection, site: str | None = None) -> Group:
+    """What `fhopt inspect` shows: every site in a row, totals, what was left alone; or all about one site."""
+    if site is not None:
+        return Group(_one_site(found.site(site)))
+    parts: list[Any] = [_sites_in_rows(found), _totals(found)]
+    return Group(*parts, *([missed_table(found.missed)] if found.missed else []))
 
 
-def _mask(site: AttentionSite) -> str:
-    parts = [f"{site.mask} {site.window}" if site.window else site.mask]
-    parts += [f"cap {site.softcap:g}"] if site.softcap else []
-    return ", ".join([*parts, "sinks"] if site.sinks else parts)
+def _sites_in_rows(found: Inspection) -> Table:
+    """One row a site. With a plan, which needs the room, columns that say the same in every row become one line."""
+    form = common_form(tuple(s.site.name for s in found.sites))
+    pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
+    rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in found.sites]
+    alike = [n for n in _SITE_COLUMNS if found.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
+    table = Table(title=Text(f"Attention of {found.model}{pattern}"), title_justify="left", caption_justify="left")
+    table.add_column("site", overflow="fold")
+    for name in _SITE_COLUMNS:
+        if name not in alike:
+            table.add_column(name, justify="right" if name == "exact B/token" else "left")
+    if found.plan is not None:
+        _add_plan_columns(table, found)
+    for site, row in zip(found.sites, rows, strict=True):
+        cells = [row[name] for name in _SITE_COLUMNS if name not in alike]
+        planned = _plan_cells(site.plan, len(found.rooflines)) if found.plan else []
+        table.add_row(*map(Text, (short_name(site.site.name, form), *cells, *planned)))
+    if alike:
+        table.caption = Text("every site: " + ", ".join(f"{name} {rows[0][name]}" for name in alike))
+    return table
+
+
+_SITE_COLUMNS = ("kind", "H/G/D", "rope", "mask", "key norm", "exact B/token")
+
+
+def _add_plan_columns(table: Table, found: Inspection) -> None:
+    for name in ("layout", "keys", "values"):
+        table.add_column(name)
+    for name in ("B/token", "ratio", "nats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for roofline in found.rooflines:
+        table.add_column(f"pays on {roofline.device}", justify="right")
+
+
+def _site_cells(found: InspectedSite) -> list[str]:
+    site = found.site
+    dims = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}|{site.value_dim}"
+    heads = f"{site.heads}/{site.kv_heads}/{dims}"
+    return [site.kind, heads, found.rope, found.mask, "yes" if site.key_norm else "no", f"{found.exact_bytes:,}"]
+
+
+def _plan_cells(plan: PlannedSite | None, devices: int) -> list[str]:
+    if plan is None:
+        return ["exact", *[""] * (5 + devices)]
+    words = [side.words for side in plan.sides]
+    sides = [words[0], words[1] if len(words) > 1 else "shared"]
+    pays = [paying.words for paying in plan.pays]
+    return [plan.layout, *sides, f"{plan.bytes:,}", f"{plan.ratio:.2f}x", _nats(plan.expected_nats), *pays]
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _totals(found: Inspection) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("sites", str(len(found.sites)))
+    table.add_row("exact cache", f"{found.exact_bytes:,} bytes per token in 16 bits")
+    table.add_row("exact step, bytes", Text(_grouped(found.formulas.bytes)))
+    table.add_row("exact step, operations", Text(_grouped(found.formulas.operations)))
+    if found.plan is not None:
+        plan = found.plan
+        size = f"{plan.bytes_per_token:,.1f} bytes per token, all counted, at {plan.tokens:,} tokens"
+        table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
+        table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
+        table.add_row("kept exact", f"first {plan.sinks} tokens; newest {plan.recent} in {plan.window_bits} bits")
+        table.add_row("B batch, S queries, T tokens", "T_sealed of them sealed. Formulas of a site: --site NAME")
+    return table
+
+
+def _one_site(site: InspectedSite) -> Table:
+    """All about one site, one fact a line."""
+    table = Table(title=Text(site.site.name), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, cell in zip(_SITE_COLUMNS, _site_cells(site), strict=True):
+        table.add_row(name, Text(cell))
+    for role, parameters in site.site.projections.items():
+        table.add_row(f"projection {role}", Text(" + ".join(parameters)))
+    table.add_row("cache", site.site.cache)
+    table.add_row("source", Text(site.site.source or "unknown"))
+    table.add_row("exact step, bytes", Text(_grouped(site.formulas.bytes)))
+    table.add_row("exact step, operations", Text(_grouped(site.formulas.operations)))
+    if site.plan is not None:
+        _add_plan(table, site.plan)
+    return table
+
+
+def _add_plan(table: Table, plan: PlannedSite) -> None:
+    table.add_section()
+    table.add_row("layout", plan.layout)
+    for side in plan.sides:
+        lost = f", expected loss {_nats(side.evidence.nats)} nats" if side.evidence else ""
+        table.add_row(
+            side.side, f"{side.latent_heads} latent heads of {side.width}: {side.words}, {side.bytes:,} bytes{lost}"
+        )
+    table.add_row("bytes per sealed token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
+    table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
+    if plan.page_share < 1:
+        table.add_row("pages that are read", f"at most {plan.page_share:.0%}; formulas count all")
+    table.add_row("plan's step, bytes", Text(_grouped(plan.formulas.bytes)))
+    table.add_row("plan's step, operations", Text(_grouped(plan.formulas.operations)))
+    for pays in plan.pays:
+        table.add_row(f"faster on {pays.device}", pays.words)
 
 
 def plan_table(plan: LatentPlan) -> Table:
@@ -69,13 +180,13 @@ def plan_table(plan: LatentPlan) -> Table:
     return table
 
 
-def missed_table(missed: Iterable[Explanation]) -> Table:
+def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
     """Candidates that were left alone: how far they came, why, and where they stand in the user's code."""
     table = Table(title="Left alone", title_justify="left")
     for name in ("pass", "recognised", "reason", "source"):
         table.add_column(name, overflow="fold")
     for miss in missed:
-        table.add_row(miss.stage, miss.reached or "-", miss.reason, miss.source or miss.node)
+        table.add_row(*map(Text, (miss.stage, miss.reached or "-", miss.reason, miss.source or miss.node)))
     return table
 
 

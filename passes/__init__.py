@@ -20,7 +20,8 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from fhopt.passes.roles import Roles
 from fhopt.passes.verify import verify
 from fhopt.spec import AttentionSite, LatentPlan
 
-__all__ = ["Explanation", "Outcome", "Program", "absorb_projections", "find", "merge", "optimize"]
+__all__ = ["Explanation", "Outcome", "Program", "absorb_projections", "find", "merge", "optimize", "watched"]
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,19 @@ class _stage:
         _dump(self.outcome, self.name)
 
 
+_watcher: ContextVar[Callable[[Outcome, str], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(by: Callable[[Outcome, str], None]) -> Iterator[None]:
+    """Within, `by(outcome, pass)` is called after every pass, and once with "input" before the first of a graph."""
+    token = _watcher.set(by)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def _explain(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Explanation:
     at = miss.node if isinstance(miss.node, fx.Node) else node
     return Explanation(stage, at.name, miss.reason, source_line(at) or line, miss.reached)
@@ -254,6 +268,9 @@ def _explain(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Explanati
 
 def _dump(outcome: Outcome, name: str) -> None:
     """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, the first line says what happened."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(outcome, name)
     folder = os.environ.get("FHOPT_DUMP")
     if not folder:
         return

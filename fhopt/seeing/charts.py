@@ -1,0 +1,187 @@
+"""The charts of a report as Vega-Lite specifications.
+
+Each names the data that it draws (`{"name": ROWS}`); the page fills them in from the report's own JSON, so a chart
+shows no number that the JSON lacks. The page gives colours, fonts and width; `standalone` gives them elsewhere.
+
+Vega-Lite: Satyanarayan et al. 2017, A Grammar of Interactive Graphics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Spec = dict[str, Any]
+HEIGHT = 220
+_FIT = {"type": "fit-x", "contains": "padding"}
+_SIDES = {"domain": ["keys", "values", "keys and values"], "range": ["#6366f1", "#14b8a6", "#f59e0b"]}
+_CACHES = {"domain": ["exact", "plan"], "range": ["#ef4444", "#14b8a6"]}
+
+
+def _spec(rows: str, **parts: Any) -> Spec:
+    return {"data": {"name": rows}, "width": "container", "height": HEIGHT, "autosize": _FIT, **parts}
+
+
+def _quantity(field: str, title: str, **more: Any) -> Spec:
+    return {"field": field, "type": "quantitative", "title": title, **more}
+
+
+def _site_axis() -> Spec:
+    axis = {"labelOverlap": True, "labelAngle": 0}
+    return {"field": "index", "type": "ordinal", "title": "site", "sort": None, "axis": axis}
+
+
+def _side_colour() -> Spec:
+    return {"field": "side", "type": "nominal", "title": None, "scale": _SIDES, "legend": {"orient": "top"}}
+
+
+def _ticks(form: str) -> Spec:
+    """Of a logarithmic axis, which has too many for a grid."""
+    return {"format": form, "grid": False, "tickCount": 5}
+
+
+def _log() -> Spec:
+    return {"type": "log", "nice": False}
+
+
+def size() -> Spec:
+    """Bytes per sealed token of each site, keys above values. Rows: site, index, side, bytes, exact."""
+    return _spec(
+        "size",
+        mark={"type": "bar"},
+        encoding={
+            "x": _site_axis(),
+            "y": _quantity("bytes", "bytes per sealed token", stack=True),
+            "color": _side_colour(),
+            "tooltip": _tips(site="site", side="side", bytes="bytes", exact="exact, both sides"),
+        },
+    )
+
+
+def sensitivity() -> Spec:
+    """What 2 bits in every channel would lose, and what the plan loses. Rows: site, index, side, kind, nats."""
+    return _spec(
+        "sensitivity",
+        mark={"type": "point", "filled": True, "size": 45},
+        encoding={
+            "x": _site_axis(),
+            "y": _quantity("nats", "nats per token", scale=_log(), axis=_ticks(".0e")),
+            "color": _side_colour(),
+            "shape": {"field": "kind", "type": "nominal", "title": None, "legend": {"orient": "top"}},
+            "tooltip": _tips(site="site", side="side", kind="with", nats="nats per token"),
+        },
+    )
+
+
+def curve() -> Spec:
+    """Expected loss against size, the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
+    encoding = {
+        "x": _quantity("bytes_per_token", "bytes per token, all counted", scale=_log(), axis=_ticks("~s")),
+        "y": _quantity("nats", "expected loss, nats per token", scale=_log(), axis=_ticks(".0e")),
+        "tooltip": _tips(ratio="ratio", bytes_per_token="bytes per token", nats="nats per token"),
+    }
+    text = {"field": "label", "type": "nominal"}
+    return _spec(
+        "curve",
+        encoding=encoding,
+        layer=[
+            {"mark": {"type": "line", "color": "#6366f1"}},
+            {"mark": {"type": "point", "filled": True, "size": 50, "color": "#6366f1"}},
+            {"mark": {"type": "text", "dy": -10, "dx": 12}, "encoding": {"text": text}},
+            {
+                "transform": [{"filter": "datum.chosen"}],
+                "mark": {"type": "point", "filled": True, "size": 180, "color": "#f59e0b"},
+            },
+        ],
+    )
+
+
+def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
+    """A value for each chunk of channels of each site. Rows: site, index, side, chunk, value."""
+    scale = _log() | {"scheme": "viridis"} if is_logarithmic else {"scheme": "viridis", "domain": [0, 8], "clamp": True}
+    shown = {"format": ".0e"} if is_logarithmic else {}
+    return _spec(
+        rows,
+        mark={"type": "rect"},
+        encoding={
+            "x": {
+                "field": "chunk",
+                "type": "ordinal",
+                "title": "chunk of 8 channels, dearest first",
+                "axis": {"labelOverlap": True, "labelAngle": 0},
+            },
+            "y": _site_axis(),
+            "color": _quantity("value", title, scale=scale, legend={"orient": "top", "gradientLength": 160, **shown}),
+            "tooltip": _tips(site="site", side="side", chunk="chunk", value=title),
+        },
+    ) | {"height": {"step": 9}}
+
+
+def spectrum() -> Spec:
+    """One side of one site: what dropping a channel costs, coloured by the bits it got. Rows: channel, nats, bits."""
+    return _spec(
+        "spectrum",
+        mark={"type": "bar", "tooltip": True},
+        encoding={
+            "x": {
+                "field": "channel",
+                "type": "ordinal",
+                "title": "channel, dearest first",
+                "axis": {"labelOverlap": True, "labelAngle": 0},
+            },
+            "y": _quantity("exponent", "nats per token, 10^", axis={"tickCount": 5}, scale={"zero": False}),
+            "y2": {"field": "floor"},
+            "color": {
+                "field": "bits",
+                "type": "ordinal",
+                "title": "bits",
+                "scale": {"domain": [0, 1, 2, 3, 4, 5, 6, 8, 16], "scheme": "viridis"},
+                "legend": {"orient": "top", "columns": 5, "symbolSize": 60},
+            },
+            "tooltip": _tips(channel="channel", nats="nats per token", bits="bits"),
+        },
+    ) | {"height": 150}
+
+
+def roofline() -> Spec:
+    """A device's roof and where attention stands under it. Rows: `roof` (intensity, tflops); `points` (and cache)."""
+    x = _quantity("intensity", "operations per byte", scale=_log(), axis=_ticks("~g"))
+    y = _quantity("tflops", "TFLOP/s that can be reached", scale=_log(), axis=_ticks("~g"))
+    tips = _tips(cache="cache", intensity="operations per byte", tflops="TFLOP/s", seconds="seconds", bound="bound by")
+    colour = {"field": "cache", "type": "nominal", "title": None, "scale": _CACHES, "legend": {"orient": "top"}}
+    return {
+        "width": "container",
+        "height": 190,
+        "autosize": _FIT,
+        "layer": [
+            {"data": {"name": "roof"}, "mark": {"type": "line", "color": "#a1a1aa"}, "encoding": {"x": x, "y": y}},
+            {
+                "data": {"name": "points"},
+                "mark": {"type": "point", "filled": True, "size": 120},
+                "encoding": {"x": x, "y": y, "color": colour, "tooltip": tips},
+            },
+        ],
+    }
+
+
+def _tips(**fields: str) -> list[Spec]:
+    return [{"field": field, "title": title} for field, title in fields.items()]
+
+
+def all_charts() -> dict[str, Spec]:
+    """Every chart by its name in a page."""
+    return {
+        "size": size(),
+        "sensitivity": sensitivity(),
+        "curve": curve(),
+        "roofline": roofline(),
+        "spectrum": spectrum(),
+        "spectra": heat("spectra", "nats per token", True),
+        "bits": heat("bits", "bits", False),
+    }
+
+
+def standalone(spec: Spec, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int = 560) -> Spec:
+    """A chart that needs no page: with its data, a width, and a white ground."""
+    form = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "background": "white"}
+    return form | spec | {"width": width, "datasets": {name: list(rows) for name, rows in data.items()}}

@@ -1,0 +1,18 @@
+"""Packages of the extra `view`, imported where they are needed, with the cure where they are not installed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fhopt.errors import FhoptError
+
+
+def need(module: str, what: str, extra: str = "view") -> Any:
+    """The module called `module`. Raises FhoptError that says what needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise FhoptError(
+            f"{module} is not installed ({error}); {what} needs it. Install it with: pip install 'fhopt[{extra}]'"
+        ) from error

@@ -1,0 +1,134 @@
+"""How far a long run is, in a file that another process may read: `fhopt view` shows a `fhopt fit` by it.
+
+    with ProgressFile(beside(plan)).kept() as tell:
+        tell("moments", 3, 12)
+
+The file stands beside the plan that is being made, `.NAME.progress.json`. It is written whole or not at all, is gone
+when the run is done, and stays to say why where it failed. Under torchrun the first process writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fhopt.files import appearing
+
+RUNNING, FAILED, STOPPED = "running", "failed", "stopped"
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass
+class Stage:
+    """One part of a run: so many of `total` done after `seconds`; its first step ended after `first_seconds`."""
+
+    name: str
+    total: int
+    done: int = 0
+    seconds: float = 0.0
+    first_done: int = 0
+    first_seconds: float = 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace since the first step; None before there is one."""
+        steps = self.done - self.first_done
+        return (self.seconds - self.first_seconds) / steps * (self.total - self.done) if steps > 0 else None
+
+
+@dataclass
+class Progress:
+    """What the file says. state: RUNNING, FAILED, or STOPPED where the process is gone."""
+
+    state: str
+    process: int
+    started: float  # seconds since 1970
+    message: str = ""
+    stages: list[Stage] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the page."""
+        stages = [asdict(stage) | {"seconds_left": stage.seconds_left} for stage in self.stages]
+        return asdict(self) | {"stages": stages, "seconds": time.time() - self.started}
+
+
+def beside(plan: Path) -> Path:
+    """Where the progress of making `plan` stands."""
+    return plan.with_name(f".{plan.name}.progress.json")
+
+
+class ProgressFile:
+    """Writes the file. What cannot be written is let go: a run does not fail for want of an onlooker."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.now = Progress(RUNNING, os.getpid(), time.time())
+        self.since = time.monotonic()
+
+    @contextmanager
+    def kept(self, also: Tell | None = None) -> Iterator[Tell]:
+        """A function that takes progress down, and tells it to `also`. What fails at once leaves nothing."""
+
+        def tell(stage: str, done: int, total: int) -> None:
+            self.tell(stage, done, total)
+            if also is not None:
+                also(stage, done, total)
+
+        try:
+            yield tell
+        except BaseException as error:
+            self.now.state, self.now.message = FAILED, " ".join(str(error).split()) or type(error).__name__
+            if self.now.stages:
+                self._write()
+            raise
+        if self._is_first():
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of a stage are done."""
+        now, stages = time.monotonic(), self.now.stages
+        if not stages or stages[-1].name != stage:
+            stages.append(Stage(stage, total, first_done=done))
+            stages[-1].first_seconds = now - self.since
+        stages[-1].done, stages[-1].total, stages[-1].seconds = done, total, now - self.since
+        self._write()
+
+    @staticmethod
+    def _is_first() -> bool:
+        return int(os.environ.get("RANK", "0")) == 0
+
+    def _write(self) -> None:
+        if not self._is_first():
+            return
+        with suppress(OSError), appearing(self.path) as staging:
+            staging.write_text(json.dumps(asdict(self.now)), encoding="utf-8")
+
+
+def read_progress(path: Path) -> Progress | None:
+    """What a file says; None where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        stages = [Stage(**stage) for stage in found.pop("stages")]
+        progress = Progress(**found, stages=stages)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if progress.state == RUNNING and not _is_alive(progress.process):
+        progress.state = STOPPED
+    return progress
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user, and there
+        return True
+    return True
