@@ -471,7 +471,7 @@ def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
     pages[:, :, -1] = -1
     seen = (torch.arange(count * page, device=query.device).view(-1, 1) // page == pages.unsqueeze(2)).any(-1)
     mask = seen.repeat_interleave(query.shape[1] // units, 1).unsqueeze(2)
-    return Question(x, {"pages": pages, "page": page}, mask)
+    return Question(x, {"pages": pages, "page_tokens": page}, mask)
 
 
 Feature = Callable[[tuple[Any, ...], Sizes], Question]

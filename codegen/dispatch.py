@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.build import build, build_torch, build_triton
-from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
+from fhopt.codegen.cpp_pages import page_logits
 from fhopt.codegen.pack import pack, unpack
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.codegen.triton_call import TritonKernel
-from fhopt.ops import LatentKernel, latent_attention_reference, use_kernel, use_pack_kernels, within
+from fhopt.ops import (
+    LatentKernel,
+    latent_attention_reference,
+    listed,
+    use_kernel,
+    use_pack_kernels,
+    use_page_kernel,
+    within,
+)
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -32,6 +41,7 @@ def install() -> None:
     use_kernel("cpu", latent_attention)
     use_kernel("cuda", latent_attention)
     use_pack_kernels("cpu", (pack, unpack))
+    use_page_kernel("cpu", page_logits)
     if importlib.util.find_spec("triton") is not None:
         use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
 
@@ -53,6 +63,8 @@ def latent_attention(
     scale: float,
     softcap: float = 0.0,
     lengths: Tensor | None = None,
+    pages: Tensor | None = None,
+    page_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention on latents by the generated kernel of these tiers; `fhopt.ops.latent_attention_reference` says what.
 
@@ -72,11 +84,17 @@ def latent_attention(
             query, key, key_scale, value, value_scale, mask,
             key_bits=key_bits, key_widths=key_widths, key_steps=key_steps,
             value_bits=value_bits, value_widths=value_widths, value_steps=value_steps,
-            scale=scale, softcap=softcap, lengths=lengths,
+            scale=scale, softcap=softcap, lengths=lengths, pages=pages, page_tokens=page_tokens,
         )  # fmt: skip
-    if not isinstance(kernel, (LibraryKernel, TritonKernel)):
+    generated = isinstance(kernel, (LibraryKernel, TritonKernel))
+    if pages is not None and (not generated or page_tokens % PAGE_QUANTUM):
+        mask, pages = listed(pages, page_tokens, query.shape[1], key.shape[2], mask), None
+    if not generated:
         mask, lengths = within(lengths, key.shape[2], mask), None
-    return kernel(query, key, key_scale, value, value_scale, mask, scale=scale, softcap=softcap, lengths=lengths)
+    paged = {} if pages is None else dict(pages=pages, page_tokens=page_tokens)
+    return kernel(
+        query, key, key_scale, value, value_scale, mask, scale=scale, softcap=softcap, lengths=lengths, **paged
+    )
 
 
 def _kernel(

@@ -92,7 +92,7 @@ class TritonKernel:
         sinks: Tensor | None = None,
         table: Tensor | None = None,
         pages: Tensor | None = None,
-        page: int = 0,
+        page_tokens: int = 0,
         splits: int | None = None,
         config: Config | None = None,
         **_tiers: object,
@@ -103,7 +103,8 @@ class TritonKernel:
         query stands, needed by causal (token <= position), window (position - token < window) and slopes [H] (ALiBi:
         slope * (token - position) is added). sinks [H]: a further logit that takes weight and gives nothing; it counts
         in lse. table [B,P]: keys and values are pools [pages,J,page,...], and page i of a sequence lies at table[b, i].
-        pages [B,J,n]: only these pages, of `page` tokens, are read; -1: none. splits, config: how the work is cut.
+        pages [B,U,n]: only these pages, of `page_tokens` tokens, are read, by query head h those of list h*U//H; -1:
+        none. splits, config: how the work is cut.
         """
         b, h, s, width = query.shape
         if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
@@ -113,7 +114,7 @@ class TritonKernel:
         if positions is None and (causal or window or slopes is not None):
             raise ValueError("causal, window and slopes need positions [B], where the first queries stand; give them.")
         query = query if query.stride(3) == 1 else query.contiguous()
-        tokens, page = _tokens(key, table, page)
+        tokens, page = _tokens(key, table, page_tokens)
         sides = [
             rows_as_read(side, x, factors, (b, h, s), tokens, table is not None)
             for side, x, factors in zip(self._sides, (key, value), (key_scale, value_scale), strict=True)
@@ -126,7 +127,7 @@ class TritonKernel:
             lengths=None if lengths is None else lengths.reshape(-1).expand(b),
             positions=None if positions is None else positions.reshape(-1).expand(b),
             table=table,
-            pages=None if pages is None else pages.expand(b, h // shared, -1),
+            pages=None if pages is None else _per_unit(pages, b, h // shared),
         )
         config = _within(config or self._config(shared * s, query.device), page, pages is not None)
         slots = tokens if features.pages is None else features.pages.shape[2] * page
@@ -238,6 +239,18 @@ def _per_head(name: str, x: Tensor | None, heads: int) -> Tensor | None:
     if x is not None and x.numel() != heads:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({heads},), a number for every query head.")
     return x if x is None else x.reshape(-1).contiguous()
+
+
+def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
+    """Lists [B,U,n] as the kernel reads them, one for each unit. Raises ValueError."""
+    if units % pages.shape[1]:
+        raise ValueError(
+            f"pages have shape {tuple(pages.shape)}; expected [{batch}, U, n], U a divisor of {units}: the runs of "
+            "query heads that share latent heads."
+        )
+    if pages.shape[1] in (1, units):
+        return pages.expand(batch, units, -1)
+    return pages.expand(batch, -1, -1).repeat_interleave(units // pages.shape[1], 1)
 
 
 def _within(config: Config, page: int, listed: bool) -> Config:

@@ -28,7 +28,7 @@ from fhopt.layers import CrossLatentLayer, LatentLayer, StaticLatentLayer
 from fhopt.spec import AttentionSite, LatentPlan, SitePlan
 
 LATENT_LAYERS = (LatentLayer, StaticLatentLayer, CrossLatentLayer)
-REGIONS = ("sinks", "sealed", "window", "exact", "spare")
+REGIONS = ("sinks", "sealed", "index", "window", "exact", "spare")
 
 
 class LatentCache(DynamicCache):  # type: ignore[misc]
@@ -44,6 +44,8 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         kind: "self", or "cross" for what a decoder reads of its encoder.
         layers: index of the layer that each site (by its name) belongs to; None: read from the names.
         offloading: keep the layers in CPU memory between their turns.
+        each_query: where the plan has pages, let each query of a call of several choose its own, as it would in a call
+            of its own; False: such calls, as of a prompt, read all pages.
 
     Raises FhoptError when the plan does not fit the model.
     """
@@ -51,6 +53,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
     def __init__(
         self, plan: LatentPlan, config: Any = None, *, absorb: bool = True, max_cache_len: int | None = None,
         kind: str = "self", layers: Mapping[str, int] | None = None, offloading: bool = False,
+        each_query: bool = False,
     ) -> None:  # fmt: skip
         if kind not in ("self", "cross") or (max_cache_len is not None and max_cache_len < 1):
             raise FhoptError(
@@ -58,6 +61,9 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
             )
         plain = None if config is None else plain_layers(config, max_cache_len)
         made = latent_layers(plan, plain, absorb=absorb, max_cache_len=max_cache_len, kind=kind, layers=layers)
+        for layer in made:
+            if isinstance(layer, LATENT_LAYERS):
+                layer.each_query = each_query
         Cache.__init__(self, layers=made, offloading=offloading)
         self.plan = plan
         self._first_pass = True
@@ -94,7 +100,11 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         return cache_bytes(self)
 
     def report(self) -> list[dict[str, Any]]:
-        """One row a layer: kind, tokens, how many of them are sealed, bytes in all and by region (REGIONS)."""
+        """One row a layer: kind, tokens, how many of them are sealed, bytes in all and by region (REGIONS).
+
+        step_bytes: of these, what attention of the next token reads; dense_step_bytes: what it would, if it read all
+        pages; completed: share of its lists of pages that the plan's limit made complete.
+        """
         return cache_report(self)
 
 
@@ -222,7 +232,16 @@ def _report(index: int, layer: Any) -> dict[str, Any]:
         "sealed_tokens": layer.sealed_rows if latent else 0,
         "bytes": sum(regions.values()),
         **regions,
+        **_read_in_a_step(layer if latent else None, sum(regions.values())),
     }
+
+
+def _read_in_a_step(layer: Any, held: int) -> dict[str, float]:
+    """layer None: an exact one."""
+    if layer is None:
+        return {"dense_step_bytes": held, "step_bytes": held, "completed": 0.0}
+    dense, chosen = layer.step_bytes()
+    return {"dense_step_bytes": dense, "step_bytes": chosen, "completed": layer.completed}
 
 
 def tensor_bytes(layer: Any) -> int:

@@ -1,8 +1,9 @@
 """What a plan costs and gives, measured on the model itself with its real cache.
 
 Tokens are read in steps of the plan's block, aligned so that every query sees exactly what it would see when decoding
-token by token: `recent` to `recent + block` exact tokens, the sinks, and latents of all others. The exact model is read
-in the same steps, its cache beside the plan's; only one step's logits of each are held.
+token by token: `recent` to `recent + block` exact tokens, the sinks, and latents of all others, or of the pages that it
+chooses. The exact model is read in the same steps, its cache beside the plan's; only one step's logits of each are
+held.
 
 Intervals are percentiles of a bootstrap over blocks of 64 tokens, because tokens close to each other go wrong together
 (blocks that do not overlap: Carlstein 1986, "The use of subseries values for estimating the variance of a general
@@ -114,10 +115,11 @@ def bootstrap_interval(sums: list[float], counts: list[int]) -> Interval | None:
     return float(low), float(high)
 
 
-def new_cache(model: Any, plan: LatentPlan | None) -> Any:
+def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -> Any:
     """An empty cache: of latents by `plan` (which must be applied to the model), or an exact one for any model.
 
-    The exact one is no `DynamicCache`, although it has its layers: a model with a plan would put latents into that.
+    each_query: of the plan's pages each query reads those that it would choose alone (see `LatentCache`). The exact one
+    is no `DynamicCache`, although it has its layers: a model with a plan would put latents into that.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import Cache
@@ -127,7 +129,7 @@ def new_cache(model: Any, plan: LatentPlan | None) -> Any:
     return (
         Cache(layers=DynamicCache(config=model.config).layers)
         if plan is None
-        else LatentCache(plan, model.config, absorb=True)
+        else LatentCache(plan, model.config, absorb=True, each_query=each_query)
     )
 
 

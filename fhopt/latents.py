@@ -8,6 +8,8 @@ K and V are never rebuilt: queries are absorbed (q . D z = D^T q . z), outputs e
 which places of [sinks | sealed | window] are open and which are latents: `split` cuts what has a number per token,
 `place` puts it together again.
 
+Where there is an index of pages, a query alone reads the latents of those that it chooses (fhopt/pages.py).
+
 Where the window is rounded to 8 bits, its tokens are rows too, and those of the open tokens that are given as numbers
 are the others: the sinks and what is new. `SideRows.open` gives all of them as numbers.
 
@@ -18,14 +20,15 @@ window, V rows of latents, D head size, R latent width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt import chunks, ops
+from fhopt import chunks, ops, pages
+from fhopt.pages import PageIndex
 
 TILE = 1024  # tokens that are unpacked at a time where attention is written out
 
@@ -63,12 +66,18 @@ class SideRows:
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Rows for `visible` tokens that stand behind the first `sinks` open ones and before the others."""
+    """Rows for `visible` tokens that stand behind the first `sinks` open ones and before the others.
+
+    index: what pages of them are chosen by; None: all are read. observer: called before attention, which then reads all
+    pages (fhopt/paging.py).
+    """
 
     key: SideRows
     value: SideRows
     sinks: int
     visible: int
+    index: PageIndex | None = None
+    observer: Callable[..., None] | None = None
 
     @property
     def lengths(self) -> None:
@@ -109,6 +118,7 @@ class StaticLatents:
     positions: Tensor
     seen: Tensor
     tokens: int
+    index: PageIndex | None = None
 
     @property
     def lengths(self) -> Tensor | None:
@@ -169,10 +179,16 @@ def attend(
         near, inside, far, latents.lengths,
     )  # fmt: skip
     options: dict[str, Any] = dict(**ops.tier_options(*[side.tiers for side in sides]), scale=scale, softcap=softcap)
+    causal = mask is None and isinstance(latents, Latents)
+    index = latents.index
+    observer = latents.observer if isinstance(latents, Latents) else None
+    if observer is not None:
+        observer(query, key, value, latents, scale, softcap)
+    elif index is not None and _chooses(query, index):
+        return _attend_chosen(*operands, index=index, sinks=sinks, causal=causal, **options)
     if sinks is None and _is_step(query, key, latents):
         output: Tensor = torch.ops.fhopt.attend_latents(*operands, **options)
         return output
-    causal = mask is None and isinstance(latents, Latents)
     return attend_parts(*operands, **options, sinks=sinks, causal=causal)
 
 
@@ -197,21 +213,88 @@ def attend_parts(
             **tiers, **numbers, lengths=lengths,
         )  # fmt: skip
         parts.append((ops.expand(output, value_decode), lse))
+    window = window_keys, window_key_scale, window_values, window_value_scale
+    parts += _open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
+    return ops.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def _open_parts(
+    query: Tensor, key: Tensor, value: Tensor, window: tuple[Tensor | None, ...], masks: tuple[Tensor | None, ...],
+    sinks: Tensor | None, causal: bool, numbers: dict[str, float],
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """(output, lse) of the window, of the open tokens and of further logits, each where there are any."""
+    near, inside = masks
+    parts: list[tuple[Tensor, Tensor]] = []
+    window_keys, _, window_values, _ = window
     if window_keys is not None and window_values is not None:
-        rows, options = (
-            (window_keys, window_key_scale, window_values, window_value_scale),
-            _window_options(query, value),
-        )
-        parts.append(torch.ops.fhopt.latent_attention(query, *rows, inside, **options, **numbers))
+        options = _window_options(query, value)
+        parts.append(torch.ops.fhopt.latent_attention(query, *window, inside, **options, **numbers))
     if key.shape[2] and chunks.serves(query, key, value):
         parts.append(torch.ops.fhopt.open_attention(query, key, value, near, causal=causal, **numbers))
     elif key.shape[2]:
         options = ops.latent_options(None, None)
         parts.append(torch.ops.fhopt.latent_attention(query, key, None, value, None, near, **options, **numbers))
     if sinks is not None:
-        output, lse = parts[0]
-        parts.append((torch.zeros_like(output), sinks.to(lse.dtype).expand(lse.shape)))
+        blank = query.new_zeros((*query.shape[:3], value.shape[3]))
+        lse = sinks.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[:3])
+        parts.append((blank, lse))
+    return parts
+
+
+def _chooses(query: Tensor, index: PageIndex) -> bool:
+    """True for a query that is alone, or counts as such, and has more pages than it may read."""
+    return (index.each_query or query.shape[2] == 1) and index.most < index.count
+
+
+def _attend_chosen(
+    query: Tensor, key: Tensor, value: Tensor,
+    key_rows: Tensor, key_scale: Tensor | None, key_decode: Tensor,
+    value_rows: Tensor, value_scale: Tensor | None, value_decode: Tensor,
+    window_keys: Tensor | None, window_key_scale: Tensor | None,
+    window_values: Tensor | None, window_value_scale: Tensor | None,
+    near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
+    *, index: PageIndex, sinks: Tensor | None, causal: bool, scale: float, softcap: float = 0.0, **tiers: Any,
+) -> Tensor:  # fmt: skip
+    """`attend_parts` with latents of chosen pages alone; with those of the others too, for the units of which these
+    might weigh more than the index allows."""
+    numbers = dict(scale=scale, softcap=softcap)
+    absorbed = ops.absorb(query, key_decode)
+
+    def read(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        mask, listed = _listed(chosen, index, most, query, far, key_rows.shape[2])
+        rows = key_rows, key_scale, value_rows, value_scale
+        options = dict(**tiers, **numbers, **listed)
+        output, lse = torch.ops.fhopt.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
+        return ops.expand(output, value_decode), lse
+
+    available = index.count if lengths is None else -(-lengths.reshape(-1, 1, 1, 1) // index.tokens)
+    estimates = pages.page_estimates(absorbed, index, far, lengths, **numbers)
+    chosen = pages.keep_best(pages.expected_weights(estimates, index.units), index, available)
+    window = window_keys, window_key_scale, window_values, window_value_scale
+    parts = [
+        read(chosen, index.most), *_open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
+    ]  # fmt: skip
+    if index.limit < 1:
+        lse = torch.stack([part for _, part in parts], -1).logsumexp(-1)
+        most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
+        share = pages.left_out(most, chosen, lse)
+        parts.append(read(~chosen & pages.to_complete(share, index).unsqueeze(-1), index.count))
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def _listed(
+    chosen: Tensor, index: PageIndex, most: int, query: Tensor, far: Tensor | None, tokens: int
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """(mask, options) with which `fhopt::latent_attention` reads the latents of chosen pages, bool [B,U,S,P]."""
+    if query.shape[2] == 1 and not _is_compiled_for_cpu(query):
+        return far, {"pages": pages.page_lists(chosen.squeeze(2), most), "page_tokens": index.tokens}
+    mask = pages.page_mask(chosen, index.tokens, query.shape[1], tokens)
+    return (mask if far is None else ops.restricted(far, mask)), {}
+
+
+def _is_compiled_for_cpu(query: Tensor) -> bool:
+    """True where kernels of compiled graphs (`codegen.native`) take a mask and no list."""
+    return torch.compiler.is_compiling() and query.device.type == "cpu"
 
 
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
@@ -265,6 +348,26 @@ def _masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | None)
     if latents.lengths is not None:  # says the rest
         far = mask[..., latents.sinks : latents.sinks + latents.key.rows.shape[2]]
     return near, far
+
+
+def far_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0) -> Tensor:
+    """Logits of all latent rows: query [B,H,S,D] -> [B,H,S,V], float32 or more exact."""
+    queries = ops.absorb(query, latents.key.decode)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    tiles = [ops.grouped_scores(queries.to(exact) * scale, tile.to(exact)) for _, tile in _tiles(latents.key)]
+    logits = torch.cat(tiles, -1)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def open_lse(
+    query: Tensor, key: Tensor, value: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """Log of the sum of exponentials over open tokens, of which the newest S queries see those before them, [B,H,S]."""
+    near = latents.key.open(key, latents.sinks), latents.value.open(value, latents.sinks)
+    mask = ops.causal_mask(query.shape[2], near[0].shape[2], query.device)
+    options: Any = dict(**ops.latent_options(None, None), scale=scale, softcap=softcap)
+    lse: Tensor = torch.ops.fhopt.latent_attention(query, near[0], None, near[1], None, mask, **options)[1]
+    return lse
 
 
 def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:

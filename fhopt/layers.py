@@ -12,6 +12,9 @@ the call has read them, so later calls see them in 8 bits. Where a plan has one 
 With `absorb=True` layers give `LatentTensor`s, on which attention runs without anything of full length
 (fhopt/attention.py); with `absorb=False` ordinary tensors of full length, rebuilt in every call.
 
+Where the plan lets a site choose pages, a sketch of each row lies beside it, and what a layer gives says how attention
+is to choose (fhopt/pages.py).
+
 A static layer codes a token when it arrives and keeps it in the ring too; how many rows are read as latents, and which
 of the ring's places are read, is told by two numbers on the device. So an update is the same operations at any length.
 
@@ -20,6 +23,7 @@ Letters: B batch, G kv heads, S new tokens, N open tokens, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +34,15 @@ from transformers.cache_utils import CacheLayerMixin
 from fhopt.attention import Reader, offer
 from fhopt.errors import FhoptError
 from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, rebuilt
+from fhopt.pages import PageIndex, Sketcher
 from fhopt.spec import LatentPlan, SidePlan, SitePlan, sealed_tokens
 from fhopt.storage import (
     OpenTokens,
     RoundedTokens,
     SealedRows,
+    Sketches,
     StaticRows,
+    StaticSketches,
     StaticTokens,
     Store,
     Window,
@@ -51,6 +58,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     site: SitePlan
     key_rows: SealedRows
     value_rows: SealedRows  # those of the keys, where one latent serves both
+    sketches: Sketches | None = None  # where the plan lets the site choose pages
+    lists: Tensor  # see `PageIndex.counters`, where it does
     stores: dict[str, Store]  # by region and side
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool) -> None:
@@ -58,6 +67,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.plan, self.site, self.absorb = plan, site, absorb
         self.reader = Reader()  # of the model that the cache is for, where a plan is applied
         self.is_initialized = False
+        self.each_query = False  # of a call of several chooses pages, as it would alone
+        self.observer: Callable[..., None] | None = None  # see `Latents`
+        self.share, self.mass = plan.page_share(site), plan.page_mass(site)
 
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise FhoptError when the tokens do not fit the plan."""
@@ -83,6 +95,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def _place_bases(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fetch the bases to where the tokens are."""
         self.device, self.dtype = key_states.device, key_states.dtype
+        if self.sketches is not None and self.site.sketch is not None:
+            self.sketches.sketcher = Sketcher.on(self.site.sketch, self.device)
+            self.lists = self.lists.to(self.device)
         self.key_bases = self.key_rows.bases = place_bases(self.site.key, key_states)
         self.value_bases = place_bases(self.site.value, value_states)
         if not self.site.is_shared:
@@ -95,6 +110,21 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             SideRows(self.key_rows.tiers, *self.key_rows.read(start, stop), self.key_bases.decode, key),
             SideRows(self.value_rows.tiers, *self.value_rows.read(start, stop), self.value_bases.decode, value),
         )
+
+    def _use_pages(self, make: Callable[[bool], Sketches]) -> None:
+        """Keep sketches where the plan lets the site choose pages; `make` is told whether there is a limit."""
+        if self.plan.pages is not None and self.share < 1:
+            self.sketches = self.stores["sketches"] = make(self.plan.pages.limit < 1)
+            self.lists = torch.zeros(2, dtype=torch.int64)
+
+    def _index(self, rows: int) -> PageIndex | None:
+        """What pages of the first `rows` rows are chosen by; None where all are read."""
+        pages, sketches = self.plan.pages, self.sketches
+        if sketches is None or pages is None:
+            return None
+        units = math.gcd(self.site.key.groups, self.site.value.groups)
+        numbers = (pages.tokens, self.share, self.mass, -(-pages.least // pages.tokens), pages.limit, units)
+        return PageIndex(sketches.sketcher, sketches.read(rows), *numbers, self.each_query, self.lists)
 
     def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
         """Open keys and values with latents behind them, as the attention that follows wants them."""
@@ -139,8 +169,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Everything that `restore` needs, without spare room. Expects a layer with tokens."""
         used = self.sealed_rows
         parts = {
-            name: [part[:, :, :used] for part in store.parts] if type(store) is SealedRows else list(store.parts)
-            for name, store in self.stores.items()
+            name: [part[:, :, : _used(store, used)] for part in store.parts] for name, store in self.stores.items()
         }
         return {"parts": parts, "blank": list(self._blank()), **self._counters()}
 
@@ -162,8 +191,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def _fill(self, name: str, store: Store, parts: list[Tensor]) -> None:
         """Put loaded parts into a store, in place where it has a fixed size. Raises ValueError."""
-        is_fixed = isinstance(store, (StaticRows, StaticTokens))
+        is_fixed = isinstance(store, (StaticRows, StaticTokens, StaticSketches))
         wanted = list(store.parts)
+        if type(store) is Sketches and parts:
+            blank, key = self._blank()[0], self.site.key
+            wanted = list(store.make(blank.new_zeros(blank.shape[0], key.groups, 0, key.width)))
         if type(store) is SealedRows and parts:
             _encode(self.site, *self._blank(), lambda side, x: wanted.extend(self._encoded(side, name, x)))
         for given, like in zip(parts, wanted, strict=True):
@@ -204,18 +236,32 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return sum(self.regions().values())
 
     def regions(self) -> dict[str, int]:
-        """Bytes of sinks, sealed rows, window, and of spare room."""
-        out = dict(sinks=0, sealed=0, window=0, spare=0)
+        """Bytes of sinks, sealed rows, their sketches, window, and of spare room."""
+        out = dict(sinks=0, sealed=0, index=0, window=0, spare=0)
         sealed = self.sealed_rows
         for store in self.stores.values():
-            if isinstance(store, SealedRows):
+            if isinstance(store, (SealedRows, Sketches)):
                 used = sum(part[:, :, :sealed].nbytes for part in store.parts)
-                out["sealed"] += used
+                out["sealed" if isinstance(store, SealedRows) else "index"] += used
                 out["spare"] += store.nbytes - used
             elif isinstance(store, (OpenTokens, StaticTokens)):
                 out["sinks"] += store.sink_bytes
                 out["window"] += store.nbytes - store.sink_bytes
         return out
+
+    @property
+    def completed(self) -> float:
+        """Share of the lists of pages that the plan's limit made complete."""
+        lists, complete = (0, 0) if self.sketches is None else self.lists.tolist()
+        return float(complete / max(1, lists))
+
+    def step_bytes(self) -> tuple[int, int]:
+        """Bytes that attention of the next token reads of the cache: (with all pages, with those it may choose)."""
+        held, index = self.regions(), self._index(self.sealed_rows) if self.sealed_rows else None
+        every = held["sinks"] + held["sealed"] + held["window"]
+        if index is None or index.most == index.count:
+            return every, every
+        return every, every - held["sealed"] + held["sealed"] * index.most // index.count + held["index"]
 
     @property
     def sealed_rows(self) -> int:
@@ -234,6 +280,7 @@ class LatentLayer(_Layer):
         kind = OpenTokens if plan.window_bits == 16 else RoundedTokens
         self.open_keys, self.open_values = kind(plan.sinks), kind(plan.sinks)
         self.stores = _stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
+        self._use_pages(Sketches)
         self.sealed = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -265,7 +312,9 @@ class LatentLayer(_Layer):
         keys, key_window = self.open_keys.give(*new_keys)
         values, value_window = self.open_values.give(*new_values)
         sides = self._sides(0, self.sealed, key_window, value_window)
-        return self._give(keys, values, Latents(*sides, self.plan.sinks, self.sealed))
+        return self._give(
+            keys, values, Latents(*sides, self.plan.sinks, self.sealed, self._index(self.sealed), self.observer)
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; returns all keys and values for attention (see the module docstring).
@@ -287,6 +336,9 @@ class LatentLayer(_Layer):
             out = slice(plan.sinks, plan.sinks + ready)
             keys, values = self.open_keys.read(new_keys), self.open_values.read(new_values)
             _encode(self.site, keys[:, :, out], values[:, :, out], self._append)
+            if self.sketches is not None:
+                latents = self.key_rows.latents(self.sealed, self.sealed + ready)
+                self.sketches.seal(latents, self.sealed, plan.block)
             self.sealed += ready
         self.open_keys.keep(new_keys, ready)
         self.open_values.keep(new_values, ready)
@@ -303,7 +355,8 @@ class LatentLayer(_Layer):
 
     def _count(self, counters: dict[str, Any]) -> None:
         self.sealed = int(counters["sealed"])
-        held = {part.shape[2] for rows in (self.key_rows, self.value_rows) for part in rows.parts} or {0}
+        stores = [s for s in self.stores.values() if isinstance(s, (SealedRows, Sketches))]
+        held = {part.shape[2] for rows in stores for part in rows.parts} or {0}
         if held != {self.sealed} or self.open_keys.count != self.open_values.count:
             raise ValueError(f"{self.sealed} sealed tokens, rows for {sorted(held)}")
 
@@ -349,6 +402,8 @@ class LatentLayer(_Layer):
         self.sealed = keep
         self.key_rows.trim(keep, self.plan.block)
         self.value_rows.trim(keep, self.plan.block)
+        if self.sketches is not None:
+            self.sketches.trim(keep, self.plan.block)
 
 
 class StaticLatentLayer(_Layer):
@@ -364,6 +419,7 @@ class StaticLatentLayer(_Layer):
         places = (plan.sinks, plan.window, plan.window_bits)
         self.open_keys, self.open_values = StaticTokens(*places), StaticTokens(*places)
         self.stores = _stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
+        self._use_pages(lambda limited: StaticSketches(limited, self.capacity))
         self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.sealed = torch.zeros((), dtype=torch.int64)
@@ -374,9 +430,12 @@ class StaticLatentLayer(_Layer):
         self.open_keys.start(key_states)
         self.open_values.start(value_states)
         _encode(self.site, key_states, value_states, lambda side, x: self._rows_of(side).start(x))
+        if isinstance(self.sketches, StaticSketches):
+            self.sketches.start(self.key_rows.latents(0, 0))
         self.cumulative_length, self.sealed = self.cumulative_length.to(self.device), self.sealed.to(self.device)
         if not torch.compiler.is_compiling():
-            for tensor in (*self.tensors, self.cumulative_length, self.sealed):
+            counters = (self.cumulative_length, self.sealed, *([] if self.sketches is None else [self.lists]))
+            for tensor in (*self.tensors, *counters):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -429,7 +488,8 @@ class StaticLatentLayer(_Layer):
             positions = torch.cat([positions, arriving])
         sides = self._sides(0, self.capacity, key_window, value_window)
         sealed = self.sealed.clone()  # what `_write` changes later
-        return keys, values, StaticLatents(*sides, self.plan.sinks, positions, sealed, self.max_cache_len)
+        index = self._index(self.capacity)
+        return keys, values, StaticLatents(*sides, self.plan.sinks, positions, sealed, self.max_cache_len, index)
 
     def _positions(self) -> Tensor:
         """Of the token in each open place [sinks + window], -1 where there is none."""
@@ -452,6 +512,8 @@ class StaticLatentLayer(_Layer):
         self.open_keys.write(key_states, in_sinks, in_ring)
         self.open_values.write(value_states, in_sinks, in_ring)
         _encode(self.site, key_states, value_states, lambda side, x: self._rows_of(side).write(x, in_rows))
+        if isinstance(self.sketches, StaticSketches):
+            self.sketches.write(self._rows_of("key").gather(in_rows), in_rows)
         self.cumulative_length.add_(count)
         ready = (self.cumulative_length - plan.sinks - plan.recent).clamp(min=0) // plan.block * plan.block
         self.sealed.copy_(torch.maximum(self.sealed, ready))
@@ -643,6 +705,11 @@ def _encode(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[str, Te
         return use("key", torch.cat([keys, values], -1))
     use("key", keys)
     return use("value", values)
+
+
+def _used(store: Store, sealed: int) -> int | None:
+    """How much of a store that grows stands for `sealed` tokens; None: all of any other."""
+    return sealed if type(store) in (SealedRows, Sketches) else None
 
 
 def _but_tokens(x: Tensor) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ _LIB.define("unpack(Tensor codes, Tensor scale, int[] bits, int[] widths, float[
 _LIB.define(
     "latent_attention(Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, Tensor? mask, *, "
     "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
-    "float scale, float softcap=0.0, Tensor? lengths=None) -> (Tensor, Tensor)"
+    "float scale, float softcap=0.0, Tensor? lengths=None, Tensor? pages=None, int page_tokens=0) -> (Tensor, Tensor)"
 )
 
 TierArguments = tuple[list[int], list[int], list[float]]  # bits, widths, steps of a side; empty: uncoded
@@ -68,7 +68,28 @@ def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor |
     if lengths is None:
         return mask
     seen = torch.arange(tokens, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
-    return seen if mask is None else _both(mask, seen)
+    return seen if mask is None else restricted(mask, seen)
+
+
+def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask: Tensor | None) -> Tensor | None:
+    """`mask` [B,H,S,T] restricted to the tokens of listed pages.
+
+    pages, integers [B,U,N]: page p is the tokens from p * page_tokens on, -1 is none; query head h reads list h*U//H.
+    Raises ValueError for pages without tokens, or of units that query heads cannot be shared out to.
+    """
+    if pages is None:
+        return mask
+    if page_tokens < 1 or heads % pages.shape[1]:
+        raise ValueError(
+            f"pages {tuple(pages.shape)} of {page_tokens} tokens for {heads} query heads; expected [B, U, N], U a "
+            "divisor of the heads, and pages of at least one token."
+        )
+    count = -(-tokens // page_tokens)
+    places = torch.where(pages < 0, count, pages).long()  # the last for what is no page
+    chosen = torch.zeros((*pages.shape[:2], count + 1), dtype=torch.bool, device=pages.device).scatter_(2, places, True)
+    seen = chosen[..., :count].repeat_interleave(page_tokens, 2)[..., :tokens]
+    seen = seen.repeat_interleave(heads // pages.shape[1], 1).unsqueeze(2)  # [B, H, 1, T]
+    return seen if mask is None else restricted(mask, seen)
 
 
 def blank_scores(
@@ -112,7 +133,7 @@ def attention_reference(
         )
     if is_causal:
         triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-        mask = triangle if mask is None else _both(mask, triangle)
+        mask = triangle if mask is None else restricted(mask, triangle)
     logits = grouped_scores(query * scale, key)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -162,7 +183,7 @@ def pack_reference(
     scale = scale.clamp(2.0**-14, 65504.0).to(torch.float16)
     inverse = scale.to(torch.float32).reciprocal().unsqueeze(-1)
     rows = [
-        _half_bytes(part) if b == 16 else _integer_bytes(part * inverse, b, step)
+        _half_bytes(part) if b == 16 else integer_bytes(part * inverse, b, step)
         for part, b, step in zip(parts, bits, steps, strict=True)
     ]
     return torch.cat(rows, -1), scale
@@ -183,7 +204,7 @@ def planes(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
-def _integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
+def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
     """Uniform mid-rise quantiser, then bit planes. x [..., W] -> uint8 [..., W*bits/8]."""
     levels = 2**bits
     codes = (torch.floor(x / step) + levels // 2).clamp(0, levels - 1).to(torch.uint8)
@@ -305,17 +326,21 @@ def latent_attention_reference(
     scale: float,
     softcap: float = 0.0,
     lengths: Tensor | None = None,
+    pages: Tensor | None = None,
+    page_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention on latents; keys and values are never rebuilt.
 
     query [B,H,S,R_K] (absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R_K] with no
     bits and no scale; value likewise with its own J; mask bool or additive, broadcastable to [B,H,S,T]; lengths int64,
-    [B] or one number: only so many first tokens may be attended to.
+    [B] or one number: only so many first tokens may be attended to. pages int32 [B,U,N], U a divisor of both J: only
+    tokens of listed pages may be, page p being the `page_tokens` tokens from p * page_tokens on. Query head h goes by
+    list h*U//H; numbers ascend, each once, and -1 at the end of a list is no page.
     Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, which are
     reckoned in it): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
-    mask = within(lengths, key.shape[2], mask)
+    mask = within(lengths, key.shape[2], listed(pages, page_tokens, query.shape[1], key.shape[2], mask))
     z_k, k_factor = _operand(key, key_scale, key_bits, key_widths, key_steps, query.dtype)
     z_v, v_factor = _operand(value, value_scale, value_bits, value_widths, value_steps, query.dtype)
     logits = grouped_scores((query * scale).to(z_k.dtype), z_k).to(exact)
@@ -379,8 +404,12 @@ def _latent_attention_fake(
     return query.new_empty((*query.shape[:3], width)), query.new_empty(query.shape[:3], dtype=exact)
 
 
-def _latent_attention(query: Tensor, *args: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
+def _latent_attention(
+    query: Tensor, *args: Tensor | None, pages: Tensor | None = None, page_tokens: int = 0, **options: object
+) -> tuple[Tensor, Tensor]:
     kernel = _KERNELS.get(query.device.type, latent_attention_reference)
+    if pages is not None:
+        options |= dict(pages=pages, page_tokens=page_tokens)
     return kernel(query, *args, **options)
 
 
@@ -390,12 +419,87 @@ _KERNELS: dict[str, LatentKernel] = {}
 def use_kernel(device_type: str, kernel: LatentKernel | None) -> LatentKernel | None:
     """Run `kernel` (signature of `latent_attention_reference`) for that device type; None: the reference.
 
-    Returns what was used before, None for the reference.
+    It is given `pages` and `page_tokens` only where there is a list. Returns what was used before, None for the
+    reference.
     """
     before = _KERNELS.pop(device_type, None)
     if kernel is not None:
         _KERNELS[device_type] = kernel
     return before
+
+
+# --------------------------------------------------------------------------------------------------- pages
+
+
+def page_weights_reference(
+    weights: Tensor, constant: Tensor, codes: Tensor, bits: int, width: int, step: float, page_tokens: int,
+    lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Log of the sum over the tokens of a page of exp(constant + weights . value of the codes), float32 [B,J,M,P].
+
+    weights float32 [B,J,M,r], constant [B,J,M], codes uint8 [B,J,T,bytes]; lengths, one integer: so many first tokens
+    count.
+    """
+    units = (unscaled(tile, [bits], [width], [step]).to(weights.dtype) for tile in codes.split(PAGE_TILE, 2))
+    tiles = [weights @ unit.mT for unit in units]
+    logits = torch.cat(tiles, -1) + constant.unsqueeze(-1)
+    bias = additive(within(lengths, codes.shape[2], None), logits.dtype)
+    return page_logits(logits if bias is None else logits + bias, page_tokens)
+
+
+PageKernel = Callable[[Tensor, Tensor, Tensor, int, int, int], "Tensor | None"]
+_PAGE_KERNELS: dict[str, PageKernel] = {}
+PAGE_TILE = 4096  # tokens whose sketches are made numbers at a time
+
+_LIB.define(
+    "page_weights(Tensor weights, Tensor constant, Tensor codes, int bits, int width, float step, int page_tokens, "
+    "Tensor? lengths) -> Tensor"
+)
+
+
+def use_page_kernel(device_type: str, kernel: PageKernel | None) -> PageKernel | None:
+    """Weigh pages by `kernel` on that device type; None: by torch operations.
+
+    A kernel takes weights and constants for the codes as they are, codes, bits, tokens of a page, and how many tokens
+    count (`codegen.cpp_pages.page_logits`), and may return None. Returns what was used before, None likewise.
+    """
+    before = _PAGE_KERNELS.pop(device_type, None)
+    if kernel is not None:
+        _PAGE_KERNELS[device_type] = kernel
+    return before
+
+
+def _page_weights(
+    weights: Tensor, constant: Tensor, codes: Tensor, bits: int, width: int, step: float, page_tokens: int,
+    lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    kernel = _PAGE_KERNELS.get(weights.device.type)
+    if kernel is not None:
+        scaled = weights * step
+        lowest = constant - (2**bits - 1) / 2 * scaled.sum(-1)
+        length = codes.shape[2] if lengths is None else int(lengths)
+        found = kernel(scaled, lowest, codes, bits, page_tokens, length)
+        if found is not None:
+            return found
+    return page_weights_reference(weights, constant, codes, bits, width, step, page_tokens, lengths)
+
+
+def _page_weights_fake(
+    weights: Tensor, constant: Tensor, codes: Tensor, bits: int, width: int, step: float, page_tokens: int,
+    lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return weights.new_empty((*weights.shape[:3], -(-codes.shape[2] // page_tokens)))
+
+
+_LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)
+
+
+def page_logits(logits: Tensor, tokens: int) -> Tensor:
+    """Log of the weight of each page: [B,H,S,T] -> [B,H,S,P]; the last page may be short."""
+    short = -logits.shape[-1] % tokens
+    padded = torch.nn.functional.pad(logits, (0, short), value=-math.inf) if short else logits
+    return padded.unflatten(-1, (-1, tokens)).logsumexp(-1)
 
 
 _LIB.impl("attention", attention_reference, "CompositeImplicitAutograd")
@@ -491,7 +595,7 @@ def total_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool)
     if not is_causal:
         return mask
     triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    return triangle if mask is None else _both(mask, triangle)
+    return triangle if mask is None else restricted(mask, triangle)
 
 
 def split_mask(
@@ -506,10 +610,10 @@ def split_mask(
     column = torch.arange(keys, device=query.device).unsqueeze(0)
     near = (column < sinks) | ((position - column).abs() < recent)  # [S, T]
     allowed = total_mask(query, key, mask, is_causal)
-    return (near, ~near) if allowed is None else (_both(allowed, near), _both(allowed, ~near))
+    return (near, ~near) if allowed is None else (restricted(allowed, near), restricted(allowed, ~near))
 
 
-def _both(mask: Tensor, allowed: Tensor) -> Tensor:
+def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
     """A bool or additive mask restricted to `allowed` (bool)."""
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
 

@@ -23,11 +23,13 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 from fhopt.files import write_folder
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4  # of plans with pages; those without are written as they always were
+PLAN_VERSIONS = (3, PLAN_VERSION)  # that can be read
 PLAN_FILES = ("plan.json", "plan.safetensors")
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # a tier's width is a multiple of this: every bit plane of every tier starts on a whole byte
 SCALE_BYTES = 2  # one float16 per token and side
+SKETCH_BITS = (2, 3, 4)  # of a channel in the sketch of a token
 LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
 
 
@@ -85,6 +87,11 @@ class AttentionSite:
     source: str  # file:line of the core
     window: int = 0  # keys that a query sees with a "sliding" mask
     sinks: bool = False  # further logits take weight and give nothing
+
+    def _repr_html_(self) -> str:
+        from fhopt.seeing.notebook import site_html
+
+        return site_html(self)
 
     def exact_tokens(self, sinks: int, recent: int) -> tuple[int, int]:
         """(first, newest) tokens that stay exact: none of those that a decoder reads of its encoder."""
@@ -193,20 +200,49 @@ class SidePlan:
 
 
 @dataclass(frozen=True, eq=False)
+class SketchPlan:
+    """How a token's key latent is sketched, to tell which pages matter to a query (fhopt/pages.py).
+
+    channels, int64 [J, r]: those that are kept. mean, deviation, float32 [J, R]: of all channels, over tokens; a
+    channel is coded in deviations from its mean, in the bits and steps of `tier`, of width r, and has no other scale.
+    """
+
+    channels: Tensor
+    mean: Tensor
+    deviation: Tensor
+    tier: Tier
+
+    def __deepcopy__(self, memo: Any) -> SketchPlan:
+        return self
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's codes in one latent head."""
+        return self.tier.bits * self.tier.width // 8
+
+
+@dataclass(frozen=True, eq=False)
 class SitePlan:
     """The plan of one site. `layout` is one of LAYOUTS.
 
     In the layout "input" keys and values are read from one latent (J = 1): `key.encode` [1, R, G*(D+E)] takes each
     head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
+    sketch: by which decoding chooses pages; None: it reads all of them.
     """
 
     site: AttentionSite
     layout: str
     key: SidePlan
     value: SidePlan
+    sketch: SketchPlan | None = field(default=None, kw_only=True)
 
     def __deepcopy__(self, memo: Any) -> SitePlan:
         return self
+
+    def _repr_html_(self) -> str:
+        from fhopt.seeing.notebook import site_plan_html
+
+        return site_plan_html(self)
 
     @property
     def is_shared(self) -> bool:
@@ -232,6 +268,30 @@ class SitePlan:
         return uncoded and full and self.value.groups * self.value.width >= self.site.kv_heads * self.site.value_dim
 
 
+@dataclass(frozen=True)
+class PagePlan:
+    """Which part of the sealed tokens a decoding step reads (fhopt/pages.py).
+
+    tokens: of a page, a divisor of the plan's block. shares: of the pages that each site may read, in the order of the
+    plan's sites; 1 reads all. masses: a site reads the fewest pages of which it expects that they have so much of the
+    weight that attention gives to sealed tokens; 1: as many as the share says. least: tokens that are read of any
+    sequence that has them. limit: of the weight of a query that pages left out may have, by a bound; beyond it they are
+    read after all; 1: no limit.
+    """
+
+    tokens: int
+    shares: tuple[float, ...]
+    masses: tuple[float, ...]
+    least: int = 512
+    limit: float = 1.0
+
+    def sketch_bytes(self, site: SitePlan) -> int:
+        """Bytes of one token's sketch at a site, over all latent heads; with a limit, of what the sketch lost too."""
+        if site.sketch is None:
+            return 0
+        return site.key.groups * (site.sketch.row_bytes + (SCALE_BYTES if self.limit < 1 else 0))
+
+
 @dataclass(frozen=True, eq=False)
 class LatentPlan:
     """What to do at every site of one model, and where that came from.
@@ -239,6 +299,7 @@ class LatentPlan:
     sinks: first tokens kept exact. recent: newest tokens that are never in latents. block: tokens sealed at once.
     window_bits: 16 keeps the open window as it came, 8 rounds it to 8 bits with a scale per token, head and side.
     provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
+    pages: what decoding reads of the sealed tokens; None: all of them.
     """
 
     sites: tuple[SitePlan, ...]
@@ -247,12 +308,18 @@ class LatentPlan:
     block: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     window_bits: int = 16
+    pages: PagePlan | None = None
 
     def __post_init__(self) -> None:
         _check_plan(self)
 
     def __deepcopy__(self, memo: Any) -> LatentPlan:
         return self
+
+    def _repr_html_(self) -> str:
+        from fhopt.seeing.notebook import plan_html
+
+        return plan_html(self)
 
     @property
     def window(self) -> int:
@@ -269,19 +336,34 @@ class LatentPlan:
             f"{self.sites[0].site.name!r}. Fit a plan for this model: fhopt fit MODEL."
         )
 
+    def page_share(self, site: SitePlan) -> float:
+        """Share of its sealed pages that a site of this plan reads; 1 where it reads all."""
+        return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
+
+    def page_mass(self, site: SitePlan) -> float:
+        """Share of the weight of its sealed tokens with which a site of this plan has read enough; 1: never."""
+        return 1.0 if self.pages is None else self.pages.masses[self.sites.index(site)]
+
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketches of one sealed token, over all sites that choose pages."""
+        if self.pages is None:
+            return 0
+        shares = zip(self.sites, self.pages.shares, strict=True)
+        return sum(self.pages.sketch_bytes(site) for site, share in shares if share < 1)
+
     def exact_token_bytes(self, itemsize: int = 2) -> int:
         """Bytes per token of an ordinary cache over all sites, `itemsize` bytes a number."""
         return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
 
     def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
-        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window.
+        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window, sketches.
 
         source: tokens of the encoder, for a decoder that reads one; as many as `tokens` unless it is given.
         """
         sealed = sealed_tokens(tokens, self.sinks, self.recent, self.block)
         first = min(tokens, self.sinks)
         own = [p for p in self.sites if p.site.kind == "self"]
-        coded = sum(p.token_bytes(itemsize) for p in own)
+        coded = sum(p.token_bytes(itemsize) for p in own) + self.sketch_bytes()
         exact = sum(p.open_bytes(16, itemsize) for p in own)
         window = sum(p.open_bytes(self.window_bits, itemsize) for p in own)
         read = sum(p.token_bytes(itemsize) for p in self.sites if p.site.kind != "self")
@@ -379,18 +461,24 @@ def _tensors(plan: LatentPlan) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     held: set[int] = set()
     for site in plan.sites:
-        for side_name, side in (("key", site.key), ("value", site.value)):
-            for name, basis in (("encode", side.encode), ("decode", side.decode)):
-                tensor = basis.contiguous()
-                tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in held else tensor
-                held.add(tensor.untyped_storage().data_ptr())
-                out[f"{site.site.name}.{side_name}.{name}"] = tensor
+        named = {f"{n}.{part}": getattr(getattr(site, n), part) for n in ("key", "value") for part in _BASES}
+        if site.sketch is not None:
+            named |= {f"sketch.{part}": getattr(site.sketch, part) for part in _SKETCH}
+        for name, given in named.items():
+            tensor = given.contiguous()
+            tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in held else tensor
+            held.add(tensor.untyped_storage().data_ptr())
+            out[f"{site.site.name}.{name}"] = tensor
     return out
 
 
+_BASES, _SKETCH = ("encode", "decode"), ("channels", "mean", "deviation")
+
+
 def _describe(plan: LatentPlan) -> dict[str, Any]:
-    return {
-        "version": PLAN_VERSION,
+    paged: dict[str, Any] = {} if plan.pages is None else {"pages": asdict(plan.pages)}
+    return paged | {
+        "version": PLAN_VERSION if paged or any(s.sketch for s in plan.sites) else PLAN_VERSIONS[0],
         "sinks": plan.sinks,
         "recent": plan.recent,
         "block": plan.block,
@@ -402,6 +490,7 @@ def _describe(plan: LatentPlan) -> dict[str, Any]:
                 "key": [[t.bits, t.width, t.step] for t in s.key.tiers],
                 "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
             }
+            | ({} if s.sketch is None else {"sketch": [s.sketch.tier.bits, s.sketch.tier.width, s.sketch.tier.step]})
             for s in plan.sites
         ],
     }
@@ -421,10 +510,10 @@ def _load_plan(folder: Path) -> LatentPlan:
         ) from error
     try:
         description, tensors = json.loads(text), load(blob)
-        if description["version"] != PLAN_VERSION:
+        if description["version"] not in PLAN_VERSIONS:
             raise FhoptError(
-                f"{folder} has plan version {description['version']}; this fhopt reads version {PLAN_VERSION}. "
-                "Fit the plan again with this version."
+                f"{folder} has plan version {description['version']}; this fhopt reads versions "
+                f"{' and '.join(map(str, PLAN_VERSIONS))}. Fit the plan again with this version."
             )
         plan = LatentPlan(
             sites=tuple(_site_plan(item, tensors) for item in description["sites"]),
@@ -433,6 +522,7 @@ def _load_plan(folder: Path) -> LatentPlan:
             block=description["block"],
             provenance=description["provenance"],
             window_bits=description["window_bits"],
+            pages=_page_plan(description.get("pages")),
         )
         intact = plan.digest() == description["digest"]
     except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
@@ -453,7 +543,18 @@ def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
         tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item[which])
         return SidePlan(tensors[f"{prefix}.encode"], tensors[f"{prefix}.decode"], tiers)
 
-    return SitePlan(site, item["layout"], side("key"), side("value"))
+    sketch = None
+    if "sketch" in item:
+        bits, width, step = item["sketch"]
+        parts = {part: tensors[f"{site.name}.sketch.{part}"] for part in _SKETCH}
+        sketch = SketchPlan(**parts, tier=Tier(int(bits), int(width), float(step)))
+    return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch)
+
+
+def _page_plan(item: dict[str, Any] | None) -> PagePlan | None:
+    if item is None:
+        return None
+    return PagePlan(**(item | {name: tuple(map(float, item[name])) for name in ("shares", "masses")}))
 
 
 def _check_plan(plan: LatentPlan) -> None:
@@ -476,6 +577,41 @@ def _check_plan(plan: LatentPlan) -> None:
         _check_side(f"{site.site.name}.value", site.value, site.site.kv_heads, value_dim, read[1])
         if site.is_shared and (site.key.groups != 1 or site.key.tiers != site.value.tiers):
             raise FhoptError(f"{site.site.name}: keys and values must share one latent head and its tiers. Fit again.")
+        if site.sketch is not None:
+            _check_sketch(site.site.name, site.key, site.sketch)
+    if plan.pages is not None:
+        _check_pages(plan, plan.pages)
+
+
+def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:
+    if pages.tokens < 1 or plan.block % pages.tokens:
+        raise FhoptError(f"pages of {pages.tokens} tokens: expected a divisor of the plan's block, {plan.block}.")
+    if not len(pages.shares) == len(pages.masses) == len(plan.sites):
+        raise FhoptError(
+            f"pages for {len(pages.shares)} and {len(pages.masses)} sites, the plan has {len(plan.sites)}. Calibrate "
+            "them again."
+        )
+    if not all(0 < x <= 1 for x in (*pages.shares, *pages.masses, pages.limit)) or pages.least < 0:
+        raise FhoptError(f"{pages}: expected shares, masses and the limit above 0 and at most 1, and least from 0 on.")
+    for site, share in zip(plan.sites, pages.shares, strict=True):
+        if share < 1 and site.site.kind != "self":
+            raise FhoptError(f"{site.site.name} reads an encoder, all of it; expected a share of 1. Leave it out.")
+        if share < 1 and site.sketch is None:
+            raise FhoptError(f"{site.site.name} has no sketches to choose pages by. Calibrate pages for this plan.")
+
+
+def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
+    groups, width, tier = key.groups, key.width, sketch.tier
+    found = tuple(sketch.channels.shape), tuple(sketch.mean.shape), tuple(sketch.deviation.shape)
+    expected = (groups, tier.width), (groups, width), (groups, width)
+    if found != expected or sketch.channels.dtype != torch.int64:
+        raise FhoptError(f"{name}: sketches have shapes {found}, expected {expected}. Calibrate pages again.")
+    if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not tier.step > 0:
+        raise FhoptError(f"{name}: sketches of {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}.")
+    if not bool(((sketch.channels >= 0) & (sketch.channels < width)).all()):
+        raise FhoptError(f"{name}: sketches name channels beyond the {width} that there are. Calibrate pages again.")
+    if not (sketch.mean.isfinite().all() and sketch.deviation.isfinite().all() and (sketch.deviation > 0).all()):
+        raise FhoptError(f"{name}: sketches have deviations that are no positive numbers. Calibrate pages again.")
 
 
 def _check_side(name: str, side: SidePlan, kv_heads: int, dim: int, read: int) -> None:

@@ -3,6 +3,8 @@
     dynamic   [ sinks | window ]  as long as it has tokens;   rows  grow in place, by 1/GROWTH of their number
     static    [ sinks | ring ]    of fixed size;              rows  of fixed size
 
+Where a plan has pages, sketches of the sealed tokens (fhopt/pages.py) are a store of their own, of the same length.
+
 Every store is a tuple of tensors `parts` with sequences in dimension 0 and tokens in dimension 2, so that beams, batch
 selection and offloading are one line each. The static stores are written by index, without a look at how many tokens
 there are; each part of theirs has one place more than it needs, the last, for tokens that are not to be kept.
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fhopt import encoding, ops
+from fhopt.pages import Sketcher, SketchRows
 from fhopt.spec import SidePlan
 
 GROWTH = 64  # sealed rows grow by 1/GROWTH of their number, at least one block: at most that share is spare
@@ -220,10 +223,51 @@ class SealedRows(Store):
         rows, *scale = [part[:, :, start:stop] for part in self.parts]
         return rows, scale[0] if scale else None
 
+    def latents(self, start: int, stop: int) -> Tensor:
+        """The latents [B,J,stop-start,R] that rows stand for."""
+        return self._unpacked(*self.read(start, stop))
+
+    def _unpacked(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
+        return rows if scale is None else torch.ops.fhopt.unpack(rows, scale, *self.tiers)
+
     def trim(self, count: int, block: int) -> None:
         """Give back what `count` rows leave spare, beyond what growing would have taken."""
-        if self.parts and self.parts[0].shape[2] > _room(count, block):
-            self.parts = tuple([part[:, :, :count].clone() for part in self.parts])
+        self.parts = _trimmed(self.parts, count, block)
+
+
+class Sketches(Store):
+    """Sketches of sealed rows, grown in place: codes [B,J,capacity,bytes]; with a limit, what they lost [B,J,...]."""
+
+    sketcher: Sketcher  # before the first tokens come, there is none
+
+    def __init__(self, limited: bool) -> None:
+        self.limited = limited
+
+    def make(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """Parts that stand for latents [B,J,N,R]."""
+        codes = self.sketcher.codes(latents)
+        return (codes, self.sketcher.lost(latents, codes)) if self.limited else (codes,)
+
+    def seal(self, latents: Tensor, at: int, block: int) -> None:
+        """Sketch the latents [B,J,N,R] of rows `at` to `at + N`."""
+        new = self.make(latents)
+        old = self.parts or [None] * len(new)
+        self.parts = tuple([_write(o, n, at, block) for o, n in zip(old, new, strict=True)])
+
+    def read(self, stop: int) -> SketchRows:
+        """Of the first `stop` rows, as views."""
+        codes, *lost = [part[:, :, :stop] for part in self.parts]
+        return codes, lost[0] if lost else None
+
+    def trim(self, count: int, block: int) -> None:
+        """As of rows."""
+        self.parts = _trimmed(self.parts, count, block)
+
+
+def _trimmed(parts: tuple[Tensor, ...], count: int, block: int) -> tuple[Tensor, ...]:
+    if not parts or parts[0].shape[2] <= _room(count, block):
+        return parts
+    return tuple([part[:, :, :count].clone() for part in parts])
 
 
 def _write(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
@@ -298,4 +342,26 @@ class StaticRows(SealedRows):
     def write(self, x: Tensor, places: Tensor) -> None:
         """Encode x [B,G,S,D] into rows `places` [S]."""
         for part, new in zip(self.parts, self.encode(x), strict=True):
+            part.index_copy_(2, places, new)
+
+    def gather(self, places: Tensor) -> Tensor:
+        """The latents [B,J,N,R] that the rows `places` [N] stand for."""
+        return self._unpacked(*[part.index_select(2, places) for part in self.parts])
+
+
+class StaticSketches(Sketches):
+    """Sketches in fixed places: the same parts, with `capacity` + 1 rows."""
+
+    def __init__(self, limited: bool, capacity: int) -> None:
+        super().__init__(limited)
+        self.capacity = capacity
+
+    def start(self, like: Tensor) -> None:
+        """Reserve the places for sketches of latents like `like` [B,J,N,R]."""
+        parts = self.make(like[:, :, :0])
+        self.parts = tuple([p.new_zeros((*p.shape[:2], self.capacity + 1, *p.shape[3:])) for p in parts])
+
+    def write(self, latents: Tensor, places: Tensor) -> None:
+        """Sketch the latents [B,J,S,R] of the rows `places` [S]."""
+        for part, new in zip(self.parts, self.make(latents), strict=True):
             part.index_copy_(2, places, new)

@@ -205,7 +205,10 @@ def a_head_reads_the_pages_it_chose() -> None:
     chosen = (torch.arange(90).view(90, 1) // 16 == pages.unsqueeze(2)).any(-1)  # [B, J, T]
     seen = chosen.repeat_interleave(2, 1).unsqueeze(2)
     for splits in (1, 2):
-        assert_close(attend(case, x, pages=pages, page=16, splits=splits), expected(case, x, seen))
+        assert_close(attend(case, x, pages=pages, page_tokens=16, splits=splits), expected(case, x, seen))
+    shared = pages[:, 1:]  # one list for all heads
+    of_all = chosen[:, 1:].expand(2, 4, 90).unsqueeze(2)
+    assert_close(attend(case, x, pages=shared, page_tokens=16), expected(case, x, of_all))
     table = torch.randperm(9)[:6].to(torch.int32).expand(2, 6)
     padded = [t if t is None or i == 0 else torch.cat((t, t[:, :, :6]), 2) for i, t in enumerate(x)]
     same = [t if i == 0 or t is None else t[:1].expand_as(t) for i, t in enumerate(padded)]
@@ -405,12 +408,14 @@ def compile_features() -> None:
         },
         {"mask": "float32", "table": True, "pages": True, "page": 64, "sinks": True, "lengths": True},
         {"table": True, "page": 64, "positions": True, "window": 100, "lengths": True, "causal": True},
+        {"pages": True, "page": 32, "lengths": True},
     ]
     spec = replace(INT4, softcap=True)
     module = load_module(spec.name, render(spec, "triton"))
     for features in every:
         for block_m in (8, 32):
             config = replace(default_config(spec, 8), block_m=block_m)
+            config = replace(config, block_t=math.gcd(config.block_t, features.get("page", 64)))
             source = ASTSource(module.attention_kernel, *example(spec, config, **features)["attention_kernel"])
             triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps})
     print(json.dumps(len(every)))
@@ -632,6 +637,9 @@ class Stub(ModuleType):
     attention_kernel = merge_kernel = None
 
 
+FIRST_PAGE = torch.zeros(2, 1, 1, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "features", "message"),
     [
@@ -643,7 +651,9 @@ class Stub(ModuleType):
         pytest.param({}, {"causal": True}, "need positions", id="positions"),
         pytest.param({}, {"sinks": torch.zeros(3)}, "every query head", id="sinks"),
         pytest.param({}, {"pages": torch.zeros(2, 1, 1, dtype=torch.int32)}, "multiple of 16", id="no page"),
-        pytest.param({}, {"pages": torch.zeros(2, 1, 1, dtype=torch.int32), "page": 24}, "multiple of 16", id="page"),
+        pytest.param(
+            {}, {"pages": torch.zeros(2, 1, 1, dtype=torch.int32), "page_tokens": 24}, "multiple of 16", id="page"
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

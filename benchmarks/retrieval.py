@@ -1,0 +1,237 @@
+"""Reading one page in eight: what it costs, and what it saves, against the same plan with all pages.
+
+    python benchmarks/retrieval.py                   benchmarks/results/retrieval.json and retrieval.png
+    python benchmarks/retrieval.py --quick           a short context, one text, few items (also QUICK=1)
+    python benchmarks/retrieval.py --plan FOLDER     a fitted plan, with or without pages, in place of fitting one
+
+Perplexity is taken on texts that calibrated nothing, each query choosing its pages as it would when decoding token by
+token. Tasks ask for strings that stand far back. Bytes are what attention of one more token reads of the cache. The
+operator is timed by itself, on random codes: reading the listed pages, and choosing them by sketches too.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import click
+import torch
+from attention import SHAPES, spectrum_tiers
+from recording import Row, is_quick, record
+from torch import Tensor
+
+from fhopt import codegen, data, ops, pages, paging
+from fhopt.errors import FhoptError
+from fhopt.evaluate import new_cache, paired, read_steps, switched
+from fhopt.fitting import STEPS
+from fhopt.models import LoadedModel, load_model
+from fhopt.pages import PageIndex, Sketcher
+from fhopt.pipeline import FitOptions, fit
+from fhopt.spec import LatentPlan, SketchPlan, Tier
+from fhopt.tasks import TaskOptions, run_tasks, write_items
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+
+TEXTS = ("source", "docstrings", "scripture")
+CALIBRATION = ("topics", "source")  # first halves; what is measured on is from second halves
+SHARE = 1 / 8
+DENSE, PAGED = "all pages", "one page in eight"
+SHAPE, RATIO, PAGE_TOKENS, ROUNDS = "GQA 32/8x128", 4, 16, 15
+
+
+# --------------------------------------------------------------------------------------------------- quality
+
+
+@torch.inference_mode()
+def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int) -> list[Row]:
+    """Perplexity of a text with all pages and with those that are chosen, in one pass, and bytes of a step."""
+    model, case = loaded.language_model(), f"{text}, {context:,} tokens"
+    what = f"the second half of {text!r}"
+    ids = data.sequences(loaded.tokenizer, data.halves(data.read_text(text))[1], count=1, length=context, what=what)
+    dense = replace(plan, pages=None)
+    parts = []
+    with switched(model, dense):
+        caches = [new_cache(model, dense), new_cache(model, plan)]
+        for start, (every, chosen) in read_steps(model, ids[:, :-1], caches, plan):
+            parts.append(paired(every[0], chosen[0], ids[0, start + 1 :]))
+    costs = torch.cat(parts, -1).mean(-1).exp()
+    rows = []
+    baseline = float(costs[0])
+    held = sum(row["dense_step_bytes"] for row in caches[0].report())
+    for impl, cost, cache in zip((DENSE, PAGED), costs[:2].tolist(), caches, strict=True):
+        read = sum(row["step_bytes"] for row in cache.report())
+        rows.append(Row(case, impl, "perplexity", cost, "", baseline=baseline, ratio=cost / baseline))
+        rows.append(Row(case, impl, "step_bytes", read, "bytes", baseline=held, ratio=held / read))
+    return rows
+
+
+def left_out(plan: LatentPlan) -> list[Row]:
+    """Weight that is left out in each layer, as calibration found it."""
+    told = plan.provenance["pages"]["left_out"]
+    mean = sum(told.values()) / max(1, len(told))
+    return [Row("calibration, mean of layers", PAGED, "weight_left_out", mean, "")]
+
+
+def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], length: int, items: int) -> list[Row]:
+    """Share of items that are right, with the exact cache, with all pages and with those that are chosen."""
+    options = TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
+    written = write_items(loaded.tokenizer, list(tasks), options)
+    rows = []
+    for impl, used in ((DENSE, replace(plan, pages=None)), (PAGED, plan)):
+        for task, cells in run_tasks(loaded.language_model(), written, used).items():
+            found = cells[None]
+            assert found.plan is not None
+            case = f"{task}, {length:,} tokens, {found.plan.items} items"
+            exact = found.exact.rate
+            rows.append(Row(case, impl, "right", found.plan.rate, "", baseline=exact, ratio=None))
+            rows.append(Row(case, impl, "log_prob", found.plan.log_prob, "nats", baseline=found.exact.log_prob))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------- the operator
+
+
+def operator(tokens: int) -> list[Row]:
+    """Milliseconds of attention of one token on `tokens` coded ones: all pages, listed ones, listed and chosen ones."""
+    codegen.install()
+    heads, groups, dim = SHAPES[SHAPE]
+    query, calls, sizes = torch.randn(1, heads, 1, dim), {}, {}
+    tiers = spectrum_tiers(dim, dim * 4 // RATIO - 2)
+    row, width = sum(b * w for b, w, _ in tiers) // 8, sum(w for _, w, _ in tiers)
+    codes = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
+    scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
+    table: Any = tuple(map(list, zip(*tiers, strict=True)))
+    options: dict[str, Any] = ops.tier_options(table, table) | dict(scale=dim**-0.5)
+    operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
+    index = _index(groups, width, tokens)
+    drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
+    chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
+    lists = pages.page_lists(chosen.squeeze(2), index.most)
+
+    def read(which: Tensor | None) -> Tensor:
+        listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)
+        return torch.ops.fhopt.latent_attention(*operands, **options, **listed)[0]
+
+    def choose() -> Tensor:
+        weights = pages.expected_weights(pages.page_estimates(operands[0], index, None, None, scale=dim**-0.5), groups)
+        return read(pages.page_lists(pages.keep_best(weights, index, index.count).squeeze(2), index.most))
+
+    calls = {DENSE: lambda: read(None), "one page in eight, listed": lambda: read(lists), PAGED: choose}
+    every = sum(x.numel() * x.element_size() for x in (*codes, *scales))
+    sizes = {DENSE: every, "one page in eight, listed": every * index.most // index.count}
+    sizes[PAGED] = sizes["one page in eight, listed"] + index.rows[0].numel()
+    times = timed(calls)
+    rows = []
+    for impl, time_ms in times.items():
+        case = f"{SHAPE}, T={tokens}, B=1, {RATIO}x codes, {torch.get_num_threads()} threads"
+        rows.append(Row(case, impl, "time_ms", time_ms, "ms", baseline=times[DENSE], ratio=times[DENSE] / time_ms))
+        rows.append(Row(case, impl, "step_bytes", sizes[impl], "bytes", baseline=every, ratio=every / sizes[impl]))
+    return rows
+
+
+def _index(groups: int, width: int, tokens: int) -> PageIndex:
+    """Sketches of random latents."""
+    kept = min(paging.PagingOptions.channels, width // 8 * 8)
+    channels = torch.arange(kept).expand(groups, kept).contiguous()
+    bits = paging.PagingOptions.bits
+    plan = SketchPlan(channels, torch.zeros(groups, width), torch.ones(groups, width), Tier(bits, kept, STEPS[bits]))
+    sketcher = Sketcher.on(plan, torch.device("cpu"))
+    rows = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8), None
+    counters = torch.zeros(2, dtype=torch.int64)
+    return PageIndex(sketcher, rows, PAGE_TOKENS, SHARE, 1.0, 0, 1.0, groups, False, counters)
+
+
+def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Median milliseconds of each call, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(ROUNDS + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(x) for name, x in seconds.items()}
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
+    """The plan with pages: calibrated now where it has none."""
+    small: dict[str, Any] = dict(sequences=2, rate_sequences=1) if quick else {}
+    plan = LatentPlan.load(path) if path else fit(loaded, FitOptions(ratio=4.0, device="cpu", **small))[0]
+    if plan.pages is not None:
+        return plan
+    sized: dict[str, Any] = dict(sequences=1, context=2048) if quick else {}
+    return paging.calibrate(loaded, plan, paging.PagingOptions(share=SHARE, texts=CALIBRATION, **sized))
+
+
+def draw(figure: Figure, rows: list[Row]) -> None:
+    """A panel each: perplexity over that with all pages, items right, milliseconds."""
+    panels = figure.subplots(1, 3)
+    shown = {m: [r for r in rows if r.metric == m and (m != "perplexity" or r.impl == PAGED)] for m in METRICS}
+    for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        here = shown[metric]
+        values = [100 * (r.ratio or 1.0) - 100 if metric == "perplexity" else r.value for r in here]
+        labels = [r.case if metric == "perplexity" else f"{r.case.split(', ')[0]}, {r.impl}" for r in here]
+        panel.barh(labels, values)
+        panel.set_title(title, fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.invert_yaxis()
+
+
+METRICS = {"perplexity": "perplexity, % over all pages", "right": "share of items right", "time_ms": "attention, ms"}
+
+
+def measured(
+    loaded: LoadedModel, plan: LatentPlan, texts: tuple[str, ...], contexts: tuple[int, ...], items: int, length: int,
+    tokens: int,
+) -> Iterator[Row]:  # fmt: skip
+    """Everything, in the order in which it is shown."""
+    yield from left_out(plan)
+    for context in contexts:
+        for text in texts:
+            yield from perplexities(loaded, plan, text, context)
+    if items:
+        yield from task_rates(loaded, plan, ("passkey", "copy", "digits"), length, items)
+    yield from operator(tokens)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="A small version; also QUICK=1.")
+@click.option("--plan", "path", type=click.Path(path_type=Path), help="A fitted plan, with or without pages.")
+@click.option("--text", "texts", multiple=True, default=TEXTS, show_default=True, help="Repeatable.")
+@click.option("--context", "contexts", type=int, multiple=True, default=(2048, 8192), show_default=True)
+@click.option("--items", type=click.IntRange(min=0), default=5, show_default=True, help="Per task and depth; 0: none.")
+@click.option("--length", type=int, default=8064, show_default=True, help="Tokens of the tasks' contexts.")
+@click.option("--tokens", type=int, default=32_768, show_default=True, help="That the operator attends to.")
+def main(
+    quick: bool, path: Path | None, texts: tuple[str, ...], contexts: tuple[int, ...], items: int, length: int,
+    tokens: int,
+) -> None:  # fmt: skip
+    """Measure retrieval attention."""
+    quick = quick or is_quick()
+    if quick:
+        texts, contexts, items, length, tokens = texts[:1], (1536,), 1, 1024, 8192
+    loaded = load_model("demo")
+    try:
+        plan = paged_plan(loaded, path, quick)
+        rows = []
+        for row in measured(loaded, plan, texts, contexts, items, length, tokens):
+            rows.append(row)
+            click.echo(f"{row.case}: {row.impl}, {row.metric} {row.value:.5g}", err=True)
+    except FhoptError as error:
+        raise click.ClickException(str(error)) from error
+    record("retrieval-quick" if quick else "retrieval", rows, lambda figure: draw(figure, rows))
+
+
+if __name__ == "__main__":
+    main()

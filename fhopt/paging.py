@@ -1,0 +1,372 @@
+"""How many pages each attention may read: measured on probe queries, then shared out (fhopt/pages.py reads them).
+
+    sketches   what key latents are like (mean, deviation) and what queries ask of each channel tell which to keep
+    curves     every PIECE tokens of a calibration sequence some queries compare, at each site and for each number of
+               pages, what the best-ranked ones really weigh with what all tokens weigh, open ones included
+    costs      each site alone reads the share that was asked for, in the last tokens of a sequence: what that does to
+               the model's predictions (KL), for the weight that it left out
+    budgets    sites get pages where the cost falls most for a byte, until the share is used up
+    mass       where the weight is to be kept rather than the number: the smallest expected weight with which a site
+               really kept as much as was asked for
+
+Costs differ between sites by two orders of magnitude for the same weight left out: heads that copy from afar read one
+token, and if its page is missing, everything. Costs of several sites are taken to add up.
+
+Letters: B batch, H query heads, U units, S queries, P pages, T sealed tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt import data, ops, pages
+from fhopt.applying import cache_argument
+from fhopt.errors import FhoptError
+from fhopt.evaluate import check_length, new_cache, switched
+from fhopt.fitting import STEPS
+from fhopt.latents import Latents, far_logits, open_lse
+from fhopt.layers import LatentLayer
+from fhopt.models import LoadedModel
+from fhopt.pipeline import Progress, silent
+from fhopt.spec import SKETCH_BITS, TIER_QUANTUM, LatentPlan, PagePlan, SitePlan, SketchPlan, Tier
+
+SHARES = (1 / 64, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # that sites may get
+MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # likewise
+MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is asked for
+SKETCHED = 2048  # tokens that sketches are made from
+PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
+LEAST_KL = 1e-9  # nats, of rounding
+LAST = 256  # tokens of a sequence in which sites read less, one after the other
+LEAST_PAGES = 16  # behind which a probe says something
+
+
+@dataclass(frozen=True)
+class PagingOptions:
+    """What `calibrate` needs beside a model and a plan.
+
+    share: of the bytes of sealed tokens that a step may read. mass: of attention's weight that is to be kept, with at
+    most that share; None: the share is used up. tokens: of a page. channels, bits: of a token's sketch in each latent
+    head. least, limit: see `PagePlan`. texts: calibration texts, of which `sequences` sequences of `context` tokens are
+    read.
+    """
+
+    share: float = 1 / 8
+    mass: float | None = None
+    tokens: int = 16
+    channels: int = 32
+    bits: int = 3
+    least: int = 512
+    limit: float = 1.0
+    texts: tuple[str, ...] = ("topics",)
+    sequences: int = 2
+    context: int = 4096
+
+    def check(self, block: int, exact: int) -> None:
+        """Raise FhoptError for values that cannot work, before anything slow starts.
+
+        block: of the plan. exact: tokens that it keeps outside of latents, sinks and window.
+        """
+        if not 0 < self.share <= 1 or not 0 < self.limit <= 1 or not 0 < (self.mass or 1.0) <= 1:
+            raise FhoptError(
+                f"pages {self.share:g}, mass {self.mass}, limit {self.limit:g}: expected shares above 0 and at most 1, "
+                "such as --pages 1/8 or --mass 0.99."
+            )
+        if self.tokens < 1 or block % self.tokens:
+            raise FhoptError(f"pages of {self.tokens} tokens: expected a divisor of the plan's block, {block}.")
+        if self.bits not in SKETCH_BITS or self.channels < TIER_QUANTUM or self.channels % TIER_QUANTUM:
+            raise FhoptError(
+                f"sketches of {self.channels} channels in {self.bits} bits: expected a multiple of {TIER_QUANTUM} "
+                f"channels, and bits among {SKETCH_BITS}."
+            )
+        needed = exact + LEAST_PAGES * self.tokens + PIECE + LAST
+        if self.context < needed or self.sequences < 1:
+            raise FhoptError(
+                f"{self.sequences} sequences of {self.context} tokens: expected one or more, of at least {needed} "
+                "tokens, so that there are pages to choose from. Use longer sequences."
+            )
+
+
+def read_options(pages: str | None, mass: str | None, texts: tuple[str, ...]) -> PagingOptions | None:
+    """From shares as a user writes them; None where neither is given. With a mass alone, half of the pages may be read.
+
+    Raises FhoptError.
+    """
+    if pages is None and mass is None:
+        return None
+    share = MASS_SHARE if pages is None else parse_share(pages)
+    return PagingOptions(share=share, mass=None if mass is None else parse_share(mass), texts=texts)
+
+
+def parse_share(text: str) -> float:
+    """A share from "1/8", "0.125" or "12.5%". Raises FhoptError."""
+    try:
+        number = text.strip()
+        share = float(Fraction(number[:-1]) / 100 if number.endswith("%") else Fraction(number))
+    except (ValueError, ZeroDivisionError):
+        share = math.nan
+    if not 0 < share <= 1:
+        raise FhoptError(f"{text!r} is no share; expected one such as 1/8, 0.125 or 12.5%, above 0 and at most 1.")
+    return share
+
+
+# --------------------------------------------------------------------------------------------------- sketches
+
+
+class _Energy:
+    """Sums what queries ask of each channel of one site's key latents, [J, R]."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
+    ) -> None:
+        """See a call."""
+        absorbed = ops.absorb(query, latents.key.decode).double()
+        found = absorbed.unflatten(1, (latents.key.rows.shape[1], -1)).square().sum((0, 2, 3))
+        self.total = found if self.total is None else self.total + found
+
+
+@torch.inference_mode()
+def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, channels: int, bits: int) -> LatentPlan:
+    """The plan with sketches of `channels` channels in `bits` bits for all that decoders write, from token ids [T].
+
+    Raises FhoptError when the plan is not for this model, or its attention cannot choose pages.
+    """
+    plan, seen = replace(plan, pages=None), dict[str, _Energy]()
+    with switched(model, plan):
+        cache = new_cache(model, plan)
+        layers = [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
+        for layer in layers:
+            layer.observer = seen[layer.site.site.name] = _Energy()
+        for start in range(0, len(ids), PIECE):
+            model(ids[None, start : start + PIECE].to(model.device), **{cache_argument(model): cache}, use_cache=True)
+    if all(energy.total is None for energy in seen.values()):
+        raise FhoptError(
+            f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "
+            "pages are not chosen. Use the plan without pages."
+        )
+    made = {
+        name: _sketch(layer, seen[name].total, channels, bits) for layer in layers if (name := layer.site.site.name)
+    }
+    return replace(plan, sites=tuple(replace(s, sketch=made.get(s.site.name)) for s in plan.sites))
+
+
+def _sketch(layer: LatentLayer, energy: Tensor | None, channels: int, bits: int) -> SketchPlan | None:
+    """By what a layer holds; channels by what an error in them would do to logits. None: there are too few."""
+    latents = layer.key_rows.latents(0, layer.sealed).double()  # [1, J, T, R]
+    width = min(channels, latents.shape[-1] // TIER_QUANTUM * TIER_QUANTUM)
+    if energy is None or width < TIER_QUANTUM:
+        return None
+    mean, deviation = latents.mean((0, 2)), latents.std((0, 2)).clamp(min=1e-6)  # [J, R]
+    kept = (energy * deviation.square()).topk(width, -1).indices.sort(-1).values
+    return SketchPlan(kept.cpu(), mean.float().cpu(), deviation.float().cpu(), Tier(bits, width, STEPS[bits]))
+
+
+# --------------------------------------------------------------------------------------------------- probes
+
+
+@dataclass
+class Curves:
+    """What one site leaves out, as shares of all weight, summed over queries, sequences and units.
+
+    by_share: with each of SHARES. by_mass: with each of MASSES as expected weight; used: the share of pages that took.
+    cost: nats per token and left-out weight of a query; 1 where it was not measured.
+    """
+
+    by_share: Tensor = field(default_factory=lambda: torch.zeros(len(SHARES), dtype=torch.float64))
+    by_mass: Tensor = field(default_factory=lambda: torch.zeros(len(MASSES), dtype=torch.float64))
+    used: Tensor = field(default_factory=lambda: torch.zeros(len(MASSES), dtype=torch.float64))
+    count: int = 0
+    cost: float = 1.0
+
+    def add(self, expected: Tensor, weights: Tensor) -> None:
+        """Probes: expected and true weights [B,U,S,P] of pages; the former sum to 1, the latter to at most 1."""
+        count = expected.shape[-1]
+        best, order = expected.double().sort(-1, descending=True)
+        kept = torch.nn.functional.pad(weights.double().gather(-1, order).cumsum(-1), (1, 0))  # [..., P+1]
+        whole = kept[..., -1:]
+        taken = torch.tensor([max(1, int(count * share)) for share in SHARES])
+        self.by_share += (whole - kept[..., taken]).flatten(0, -2).sum(0)
+        before = best.cumsum(-1) - best
+        for i, mass in enumerate(MASSES):
+            needed = (before < mass).sum(-1, keepdim=True)  # [..., 1]
+            self.by_mass[i] += (whole - kept.gather(-1, needed)).sum()
+            self.used[i] += needed.double().sum() / count
+        self.count += expected.numel() // count
+
+    def left_out(self, share: float) -> float:
+        """Mean weight that is left out with one of SHARES."""
+        return float(self.by_share[SHARES.index(share)]) / self.count
+
+    def mass_for(self, left_out: float) -> int:
+        """Which of MASSES is the least that leaves out at most so much; the last leaves out nothing."""
+        means = (self.by_mass / self.count).tolist()
+        return next(i for i, mean in enumerate(means) if mean <= left_out or i == len(MASSES) - 1)
+
+
+def page_weights(
+    query: Tensor, key: Tensor, value: Tensor, latents: Latents, tokens: int, *, scale: float, softcap: float
+) -> Tensor:
+    """Weight of each page in attention to everything: query [B,H,S,D], open keys and values -> [B,H,S,P].
+
+    Every query is taken to see all sealed tokens and all open ones before it.
+    """
+    logits = far_logits(query, latents, scale=scale, softcap=softcap)  # [B, H, S, T]
+    near = open_lse(query, key, value, latents, scale=scale, softcap=softcap)  # [B, H, S]
+    sums = logits.unflatten(-1, (-1, tokens)).logsumexp(-1)  # [B, H, S, P]
+    total = torch.logaddexp(sums.logsumexp(-1), near)
+    return (sums - total.unsqueeze(-1)).exp()
+
+
+class _Probe:
+    """Watches the attention of one site."""
+
+    def __init__(self, curves: Curves) -> None:
+        self.curves = curves
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
+    ) -> None:
+        """See the last QUERIES queries of a call."""
+        index, query = latents.index, query[:, :, -QUERIES:]
+        if index is None or index.count < LEAST_PAGES:
+            return
+        absorbed = ops.absorb(query, latents.key.decode)
+        logits = pages.token_logits(absorbed, index, None, None, scale=scale, softcap=softcap)
+        expected = pages.expected_weights(ops.page_logits(logits, index.tokens), index.units)
+        weights = page_weights(query, key, value, latents, index.tokens, scale=scale, softcap=softcap)
+        self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2))
+
+
+@torch.inference_mode()
+def measure(
+    model: Any, plan: LatentPlan, ids: Tensor, options: PagingOptions, progress: Callable[[int], None] = lambda n: None
+) -> dict[str, Curves]:
+    """What each site of `plan` that has sketches leaves out, and what that costs, on token ids [N, T].
+
+    progress counts sequences and, in the first one, sites. Raises FhoptError when the plan is not for this model.
+    """
+    found = {site.site.name: Curves() for site in plan.sites if site.sketch is not None}
+    everywhere = tuple(0.5 if site.sketch is not None else 1.0 for site in plan.sites)
+    plan = replace(plan, pages=PagePlan(options.tokens, everywhere, (1.0,) * len(everywhere), least=0))
+    name, end = cache_argument(model), ids.shape[1] - LAST
+    with switched(model, plan):
+        for number, row in enumerate(ids):
+            cache = new_cache(model, plan, each_query=False)
+            for layer in cache.layers:
+                if isinstance(layer, LatentLayer) and layer.sketches is not None:
+                    layer.observer = _Probe(found[layer.site.site.name])
+            for start in range(0, end, PIECE):
+                chunk = row[None, start : min(end, start + PIECE)].to(model.device)
+                model(chunk, **{name: cache}, use_cache=True)
+            progress(1)
+            if number == 0:
+                _measure_costs(model, cache, row[end:], found, options.share, progress)
+    return found
+
+
+def _measure_costs(
+    model: Any, cache: Any, ids: Tensor, found: Mapping[str, Curves], share: float, progress: Callable[[int], None]
+) -> None:
+    """KL of the predictions on token ids [LAST] behind a cache, when one site after the other reads `share`."""
+    choosing = [(i, x) for i, x in enumerate(cache.layers) if isinstance(x, LatentLayer) and x.sketches is not None]
+    for _, layer in choosing:
+        layer.observer, layer.share = None, 1.0
+    nearest = min(SHARES[:-1], key=lambda x: abs(x - share))
+    expected = _predictions(model, copy.deepcopy(cache), ids)
+    for at, layer in choosing:
+        trial, curves = copy.deepcopy(cache), found[layer.site.site.name]
+        trial.layers[at].share, trial.layers[at].each_query = nearest, True
+        changed = _predictions(model, trial, ids)
+        kl = float((expected.exp() * (expected - changed)).sum(-1).mean())
+        if curves.count:
+            curves.cost = max(kl, LEAST_KL) / max(curves.left_out(nearest), LEAST_KL)
+        progress(1)
+
+
+def _predictions(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Log-probabilities [LAST, V] behind a cache, in steps of what a block seals, float64."""
+    name, step = cache_argument(model), cache.plan.block
+    cuts = range(0, len(ids), step)
+    parts = [model(ids[None, i : i + step].to(model.device), **{name: cache}, use_cache=True).logits[0] for i in cuts]
+    return torch.cat(parts).double().log_softmax(-1)
+
+
+# --------------------------------------------------------------------------------------------------- budgets
+
+
+def share_out(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, float]:
+    """The share of pages of each site, so that `share` of the bytes of all sealed tokens is read at most.
+
+    Always the largest fall of cost per byte next, from half the share on: fewer pages would say little about longer
+    contexts. Sites that were not measured read all their pages, and count. Raises FhoptError where the least that sites
+    can read is more.
+    """
+    size = {site.site.name: site.token_bytes() for site in sites}
+    first = next(i for i, x in enumerate(SHARES) if x >= min(share / 2, SHARES[-1]))
+    now = {name: first for name, found in curves.items() if found.count}
+    budget = share * sum(size.values())
+    used = sum(size[n] * (SHARES[first] if n in now else 1.0) for n in size)
+    if used > budget:
+        raise FhoptError(
+            f"pages {share:g}: sites read at least {used / sum(size.values()):.3g} of their bytes. Ask for more."
+        )
+    while gains := [gain for name in now for gain in _gains(curves[name], now[name], size[name], budget - used, name)]:
+        _, name, n = max(gains)
+        used += size[name] * (SHARES[n] - SHARES[now[name]])
+        now[name] = n
+    return {name: SHARES[now[name]] if name in now else 1.0 for name in size}
+
+
+def _gains(curves: Curves, now: int, size: int, room: float, name: str) -> list[tuple[float, str, int]]:
+    """(fall of cost per byte, name, which of SHARES) for all larger shares of a site that there is room for."""
+    steps = [(n, size * (SHARES[n] - SHARES[now])) for n in range(now + 1, len(SHARES))]
+    at = curves.left_out(SHARES[now])
+    fits = [(n, more) for n, more in steps if more <= room * (1 + 1e-9)]
+    return [(curves.cost * (at - curves.left_out(SHARES[n])) / more, name, n) for n, more in fits]
+
+
+def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOptions) -> LatentPlan:
+    """The plan with pages by what was measured; provenance says what they leave out. Raises FhoptError."""
+    given = share_out(curves, plan.sites, options.share)
+    names = [site.site.name for site in plan.sites]
+    masses = dict.fromkeys(names, 1.0)
+    left = {name: curves[name].left_out(given[name]) for name in names if name in curves and curves[name].count}
+    if options.mass is not None:
+        masses |= {name: MASSES[curves[name].mass_for(1 - options.mass)] for name in left}
+    shares = tuple(given[name] for name in names)
+    paged = PagePlan(options.tokens, shares, tuple(masses[n] for n in names), options.least, options.limit)
+    told = {
+        "share": options.share,
+        "mass": options.mass,
+        "left_out": left,
+        "costs": {name: curves[name].cost for name in left},
+    }
+    return replace(plan, pages=paged).with_provenance(pages=told)
+
+
+def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent) -> LatentPlan:
+    """`plan` with pages, calibrated on the first halves of the texts. Raises FhoptError."""
+    options.check(plan.block, plan.sinks + plan.window)
+    model = loaded.language_model()
+    check_length(model, options.context)
+    ids = data.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
+    done, total = 0, 1 + len(ids) + sum(site.site.kind == "self" for site in plan.sites)
+
+    def count(parts: int) -> None:
+        nonlocal done
+        done += parts
+        progress("pages", done, total)
+
+    sketched = with_sketches(model, plan, ids[-1, :SKETCHED], options.channels, options.bits)
+    count(1)
+    return with_pages(sketched, measure(model, sketched, ids, options, count), options)

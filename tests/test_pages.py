@@ -1,0 +1,582 @@
+"""Pages: sketches against plain ones, choices against plain loops, lists against masks, caches that agree."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import CODED, SITE, random_plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import Fitted, tiny_gpt2, token_ids
+from torch import Tensor
+
+import fhopt
+from fhopt import ops, pages
+from fhopt.applying import latent_cache
+from fhopt.cache import LatentCache
+from fhopt.codegen import dispatch
+from fhopt.codegen.cpp_pages import page_logits
+from fhopt.errors import FhoptError
+from fhopt.evaluate import new_cache, read_steps, score, switched
+from fhopt.fitting import STEPS
+from fhopt.layers import LatentLayer, StaticLatentLayer
+from fhopt.pages import PageIndex, Sketcher
+from fhopt.spec import LatentPlan, PagePlan, SidePlan, SketchPlan, Tier
+
+TOKENS = 4  # of a page
+LONG = 150  # tokens of a sequence with enough pages
+
+
+def sketch(key: SidePlan, seed: int = 0, bits: int = 3) -> SketchPlan:
+    """Of half of the channels, in no order, of latents of about unit deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(8, key.width // 16 * 8)
+    channels = torch.rand(key.groups, key.width, generator=generator).argsort(-1)[:, :width]
+    mean = torch.randn(key.groups, key.width, generator=generator) / 4
+    deviation = torch.rand(key.groups, key.width, generator=generator) + 0.5
+    return SketchPlan(channels, mean, deviation, Tier(bits, width, STEPS[bits]))
+
+
+def paged(plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16) -> LatentPlan:
+    """The plan with the same pages at every site."""
+    count = len(plan.sites)
+    sites = tuple(replace(site, sketch=sketch(site.key)) for site in plan.sites)
+    return replace(plan, sites=sites, pages=PagePlan(TOKENS, (share,) * count, (mass,) * count, least, limit))
+
+
+def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes: Any) -> PageIndex:
+    """An index over latents [B,J,T,R], as many units as latent heads."""
+    key = SidePlan(torch.zeros(latents.shape[1], latents.shape[3], 1), torch.zeros(1, 1, 1), ())
+    sketcher = Sketcher.on(sketch(key), latents.device)
+    codes = sketcher.codes(latents)
+    options: dict[str, Any] = dict(tokens=TOKENS, mass=1.0, least=4, units=latents.shape[1], each_query=False)
+    rows = codes, sketcher.lost(latents, codes) if limit < 1 else None
+    counters = torch.zeros(2, dtype=torch.int64)
+    return PageIndex(sketcher, rows, share=share, limit=limit, counters=counters, **(options | changes))
+
+
+# --------------------------------------------------------------------------------------------------- sketches
+
+
+def naive_sketch(latent: Tensor, plan: SketchPlan, head: int) -> Tensor:
+    """What the sketch of one token's latent [R] in one latent head stands for."""
+    tier, out = plan.tier, plan.mean[head].clone()
+    for channel in plan.channels[head].tolist():
+        unit = (latent[channel] - plan.mean[head, channel]) / plan.deviation[head, channel]
+        code = min(max(math.floor(float(unit / tier.step)) + 2 ** (tier.bits - 1), 0), 2**tier.bits - 1)
+        out[channel] += (code - (2**tier.bits - 1) / 2) * tier.step * plan.deviation[head, channel]
+    return out
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_of_sketches_are_those_of_the_latents_they_stand_for(dtype: torch.dtype, bits: int) -> None:
+    latents, query = torch.randn(2, 3, 5, 16), torch.randn(2, 6, 2, 16, dtype=dtype)
+    plan = sketch(SidePlan(torch.zeros(3, 16, 1), torch.zeros(3, 1, 16), ()), bits=bits)
+    sketcher = Sketcher.on(plan, latents.device)
+    found = sketcher.logits(query, sketcher.codes(latents))
+    for b in range(2):
+        for h in range(6):
+            stands = torch.stack([naive_sketch(latents[b, h // 2, t], plan, h // 2) for t in range(5)])
+            wanted = query[b, h].double() @ stands.double().mT
+            torch.testing.assert_close(found[b, h].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    size=st.sampled_from([0.0, 0.1, 1.0, 100.0]),
+    scale=st.sampled_from([-0.3, 1.0]),
+    softcap=st.sampled_from([0.0, 5.0]),
+)
+def test_no_logit_is_larger_than_what_its_sketch_allows(seed: int, size: float, scale: float, softcap: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    latents = size * torch.randn(2, 2, 12, 16, generator=generator)
+    query, index = torch.randn(2, 4, 3, 16, generator=generator), index_of(latents, limit=0.5)
+    logits = ops.grouped_scores(query, latents) * scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    most = pages.token_logits(query, index, None, None, scale=scale, softcap=softcap, at_most=True)
+    assert bool((logits <= most + 1e-4 * (1 + size)).all())  # float32
+
+
+def test_the_weight_of_a_page_is_that_of_its_tokens() -> None:
+    logits = torch.randn(2, 3, 1, 10)
+    found = ops.page_logits(logits, 4)
+    for p, tokens in enumerate((slice(0, 4), slice(4, 8), slice(8, 10))):
+        torch.testing.assert_close(found[..., p], logits[..., tokens].exp().sum(-1).log())
+
+
+# --------------------------------------------------------------------------------------------------- the choice
+
+
+def naive_choice(weights: list[float], share: float, mass: float, available: int) -> set[int]:
+    """Pages of one query of one unit, best first."""
+    most = min(available, max(4, math.floor(available * share)))
+    chosen: set[int] = set()
+    for page in sorted(range(len(weights)), key=lambda p: -weights[p])[:most]:
+        if weights[page] > 0 and (mass == 1 or sum(weights[p] for p in chosen) < mass):
+            chosen.add(page)
+    return chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    count=st.integers(1, 40),
+    hidden=st.floats(0, 1),
+    share=st.sampled_from([1 / 64, 1 / 8, 0.3, 1.0]),
+    mass=st.sampled_from([0.5, 0.9, 1.0]),
+)
+def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
+    seed: int, count: int, hidden: float, share: float, mass: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 6, 1, count, generator=generator)
+    logits[0, :, :, torch.rand(count, generator=generator) < hidden] = -math.inf
+    index = index_of(torch.zeros(2, 3, count * TOKENS, 8), share=share, mass=mass)
+    weights = pages.expected_weights(logits, 3)
+    kept = pages.keep_best(weights, index, count)
+    lists = pages.page_lists(kept.squeeze(2), index.most)
+    for b in range(2):
+        for u in range(3):
+            wanted = sorted(naive_choice(weights[b, u, 0].tolist(), share, mass, count))
+            assert kept[b, u, 0].nonzero().flatten().tolist() == wanted
+            assert lists[b, u].tolist() == wanted + [-1] * (index.most - len(wanted))
+
+
+def test_units_choose_by_the_weight_that_all_their_heads_expect() -> None:
+    logits = torch.tensor([[8.0, 0.0, 0.0], [0.0, 0.0, 9.0], [0.0, 8.0, 0.0], [0.0, 8.0, 0.0]]).view(1, 4, 1, 3)
+    weights = pages.expected_weights(logits, 2)
+    assert weights.shape == (1, 2, 1, 3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1))
+    torch.testing.assert_close(weights[0, 0, 0], (logits[0, 0, 0].softmax(-1) + logits[0, 1, 0].softmax(-1)) / 2)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_masked_tokens_and_those_beyond_the_length_have_no_weight(additive: bool) -> None:
+    index, query = index_of(torch.randn(2, 2, 12 * TOKENS, 8)), torch.randn(2, 4, 1, 8)
+    far = torch.ones(2, 1, 1, 12 * TOKENS, dtype=torch.bool)
+    far[0, ..., : 6 * TOKENS - 1] = False
+    given = ops.additive(far, torch.float32) if additive else far
+    logits = pages.token_logits(query, index, given, torch.tensor(11 * TOKENS + 1), scale=0.3)
+    seen = far & (torch.arange(12 * TOKENS) <= 11 * TOKENS)
+    assert torch.equal(logits > -math.inf, seen.expand_as(logits))
+    free = pages.token_logits(query, index, None, None, scale=0.3)
+    assert torch.equal(logits.masked_fill(~seen, 0), free.masked_fill(~seen, 0))
+    kept = pages.keep_best(pages.expected_weights(ops.page_logits(logits, TOKENS), 2), index, 12)
+    assert not kept[0, ..., :5].any() and kept[0, ..., 5:].any()
+
+
+# --------------------------------------------------------------------------------------------------- the operation
+
+
+def operands(tiers: tuple[Tier, ...], tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `fhopt::latent_attention`: B=2, H=8, J=4 for keys and 2 for values, R=16."""
+    query, keys, values = torch.randn(2, 8, 1, 16), torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16)
+    shape = [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
+    options = ops.tier_options(shape, shape) | {"scale": 0.3}
+    if not tiers:
+        return (query, keys, None, values, None), options
+    return (query, *ops.pack_reference(keys, *shape), *ops.pack_reference(values, *shape)), options
+
+
+def naive_mask(lists: Tensor, page_tokens: int, heads: int, tokens: int) -> Tensor:
+    seen = torch.zeros(lists.shape[0], heads, 1, tokens, dtype=torch.bool)
+    for b in range(lists.shape[0]):
+        for h in range(heads):
+            for page in lists[b, h * lists.shape[1] // heads].tolist():
+                if page >= 0:
+                    seen[b, h, 0, page * page_tokens : (page + 1) * page_tokens] = True
+    return seen
+
+
+@contextmanager
+def kernels(generated: bool) -> Iterator[None]:
+    before = ops.use_kernel("cpu", dispatch.latent_attention if generated else None)
+    try:
+        yield
+    finally:
+        ops.use_kernel("cpu", before)
+
+
+@pytest.mark.parametrize("generated", [False, True], ids=["reference", "kernel"])
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+@pytest.mark.parametrize("units", [1, 2])
+def test_a_list_of_pages_is_a_mask_of_their_tokens(units: int, tiers: tuple[Tier, ...], generated: bool) -> None:
+    x, options = operands(tiers, 58)  # the last page is short
+    lists = torch.tensor([[[0, 2, 3], [1, -1, -1]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)[:, :units]
+    given = torch.rand(2, 1, 1, 58) > 0.3
+    for mask, lengths in ((None, None), (given, None), (None, torch.tensor(50)), (given, torch.tensor([58, 20]))):
+        seen = naive_mask(lists, 16, 8, 58)
+        allowed = seen if mask is None else seen & mask
+        with kernels(False):
+            expected = torch.ops.fhopt.latent_attention(*x, allowed, **options, lengths=lengths)
+        with kernels(generated):
+            found = torch.ops.fhopt.latent_attention(*x, mask, **options, lengths=lengths, pages=lists, page_tokens=16)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if units == 2:
+        assert bool((found[1][1, 4:] == -math.inf).all() and (found[0][1, 4:] == 0).all())  # an empty list
+
+
+@pytest.mark.parametrize("generated", [False, True], ids=["reference", "kernel"])
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+def test_a_list_of_all_pages_changes_no_bit(tiers: tuple[Tier, ...], generated: bool) -> None:
+    x, options = operands(tiers, 160)
+    lists = torch.arange(10, dtype=torch.int32).expand(2, 2, 10)
+    with kernels(generated):
+        dense = torch.ops.fhopt.latent_attention(*x, None, **options)
+        found = torch.ops.fhopt.latent_attention(*x, None, **options, pages=lists, page_tokens=16)
+    assert torch.equal(found[0], dense[0]) and torch.equal(found[1], dense[1])
+
+
+def test_lists_that_heads_cannot_share_out_are_refused() -> None:
+    x, options = operands((), 58)
+    for lists, tokens in ((torch.zeros(2, 3, 1, dtype=torch.int32), 16), (torch.zeros(2, 2, 1, dtype=torch.int32), 0)):
+        with kernels(False), pytest.raises(ValueError, match="U a divisor of the heads, and pages of at least one"):
+            torch.ops.fhopt.latent_attention(*x, None, **options, pages=lists, page_tokens=tokens)
+
+
+# --------------------------------------------------------------------------------------------------- caches
+
+
+def decoded(model: Any, plan: LatentPlan, ids: Tensor, start: int, **options: Any) -> Tensor:
+    """Logits of tokens from `start` on, fed one by one behind a prompt."""
+    with torch.no_grad(), switched(model, plan):
+        cache = latent_cache(model, **options)
+        model(ids[:, :start], past_key_values=cache)
+        parts = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(start, ids.shape[1])]
+    return torch.cat(parts, 1)
+
+
+@pytest.fixture(scope="module")
+def double(llama: Fitted) -> Any:
+    """In float64, so that every way rounds every latent to the same code."""
+    return copy.deepcopy(llama.model).double()
+
+
+def test_a_step_reads_what_the_reference_reads_through_a_mask(llama: Fitted, double: Any) -> None:
+    """Slowly: dense attention of every layer, with a mask made from the pages of a plain loop."""
+    plan, ids = paged(llama.plan(4)), token_ids(2, LONG)
+    found = decoded(double, plan, ids, 120)
+    before, seen = pages.page_lists, []
+
+    def watch(chosen: Tensor, length: int) -> Tensor:
+        lists = before(chosen, length)
+        seen.append(lists)
+        return lists
+
+    pages.page_lists = watch
+    try:
+        again = decoded(double, plan, ids, 120)
+    finally:
+        pages.page_lists = before
+    assert torch.equal(found, again) and len(seen) == 2 * (LONG - 120)
+    assert all(0 < int((lists >= 0).sum(-1).max()) < 32 for lists in seen)
+    dense = decoded(double, llama.plan(4), ids, 120)
+    assert float((found - dense).abs().max()) > 1e-6
+
+
+def test_evaluation_in_steps_sees_what_single_tokens_see(llama: Fitted, double: Any) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=16)), token_ids(1, LONG)
+    with torch.no_grad(), switched(double, plan):
+        steps = torch.cat([x for _, (x,) in read_steps(double, ids, [new_cache(double, plan)], plan, 20)], 1)
+    torch.testing.assert_close(steps, decoded(double, plan, ids, 20), rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), switched(double, plan):
+        other = new_cache(double, plan, each_query=False)
+        dense = torch.cat([x for _, (x,) in read_steps(double, ids, [other], plan, 20)], 1)
+    assert float((dense - steps).abs().max()) > 1e-4
+
+
+def test_a_static_cache_chooses_what_a_growing_one_chooses(llama: Fitted, double: Any) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=16)), token_ids(2, LONG)
+    growing = decoded(double, plan, ids, 120)
+    static = decoded(double, plan, ids, 120, max_cache_len=LONG + 40)
+    torch.testing.assert_close(static, growing, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5])
+def test_sketches_do_not_depend_on_how_tokens_came(llama: Fitted, limit: float) -> None:
+    plan = paged(llama.plan(4, window_bits=16), limit=limit)
+    site, tokens = plan.sites[0], (torch.randn(2, 2, 90, 16), torch.randn(2, 2, 90, 16))
+    growing, whole, single = (
+        LatentLayer(plan, site),
+        StaticLatentLayer(plan, site, 100),
+        StaticLatentLayer(plan, site, 100),
+    )
+    growing.update(*tokens)
+    whole.update(*tokens)
+    for cut in range(0, 90, 3):
+        single.update(*[x[:, :, cut : cut + 3] for x in tokens])
+    assert growing.sketches is not None and whole.sketches is not None and single.sketches is not None
+    assert growing.sealed == int(whole.sealed) > 40
+    held = [store.read(growing.sealed) for store in (growing.sketches, whole.sketches, single.sketches)]
+    assert all((x is None) == (limit == 1) for _, x in held)
+    for other in held[1:]:
+        for a, b in zip(held[0], other, strict=True):
+            assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, kind: str) -> None:
+    plan = paged(llama.plan(4, window_bits=16))
+    site = plan.sites[0]
+    layer = LatentLayer(plan, site) if kind == "growing" else StaticLatentLayer(plan, site, 120)
+
+    def check() -> None:
+        assert layer.sketches is not None
+        sealed = layer.sealed_rows
+        wanted = layer.sketches.sketcher.codes(layer.key_rows.latents(0, sealed))
+        assert torch.equal(layer.sketches.read(sealed)[0], wanted)
+
+    def grow(count: int) -> None:
+        batch = layer.batch_size if layer.is_initialized else 2
+        layer.update(torch.randn(batch, 2, count, 16), torch.randn(batch, 2, count, 16))
+        check()
+
+    grow(100)
+    layer.crop(-45)
+    check()
+    grow(30)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    check()
+    layer.batch_repeat_interleave(2)
+    check()
+    layer.batch_select_indices(torch.tensor([3, 0]))
+    check()
+    grow(20)
+    layer.reset()
+    grow(60)
+
+
+def test_padding_on_the_left_is_never_read(llama: Fitted, double: Any) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=16)), token_ids(2, LONG)
+    mask = torch.ones_like(ids)
+    mask[0, :70] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run(first: Tensor) -> Tensor:
+        with torch.no_grad(), switched(double, plan):
+            cache = latent_cache(double)
+            double(first[:, :140], attention_mask=mask[:, :140], position_ids=positions[:, :140], past_key_values=cache)
+            options = dict(attention_mask=mask, position_ids=positions[:, 140:141], past_key_values=cache)
+            logits: Tensor = double(first[:, 140:141], **(options | {"attention_mask": mask[:, :141]})).logits
+        return logits
+
+    other = ids.clone()
+    other[0, :70] = token_ids(1, 70)
+    torch.testing.assert_close(run(other), run(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 200])
+def test_a_saved_cache_goes_on_where_it_was(llama: Fitted, max_cache_len: int | None, tmp_path: Path) -> None:
+    plan, ids = paged(llama.plan(4)), token_ids(1, LONG)
+    options = {} if max_cache_len is None else {"max_cache_len": max_cache_len}
+    with torch.no_grad(), switched(llama.model, plan):
+        cache = latent_cache(llama.model, **options)
+        llama.model(ids[:, :140], past_key_values=cache)
+        fhopt.save_cache(llama.model, cache, tmp_path / "cache")
+        loaded = fhopt.load_cache(llama.model, tmp_path / "cache")
+        a, b = (llama.model(ids[:, 140:141], past_key_values=c).logits for c in (cache, loaded))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["head", "input"])
+def test_pages_of_either_layout_are_counted_to_the_byte(layout: str) -> None:
+    plan = paged(random_plan(layout, CODED, window_bits=16))
+    cache = LatentCache(plan)
+    cache.update(torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 8), 0)
+    row = cache.report()[0]
+    assert row["bytes"] - row["spare"] == plan.cache_bytes(100, itemsize=4)
+    assert row["index"] == plan.sketch_bytes() * row["sealed_tokens"] > 0
+    count = row["sealed_tokens"] // TOKENS
+    read = row["sealed"] * pages.pages_read(count, 0.25, 4) // count
+    assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"]
+
+
+def test_one_latent_for_keys_and_values_is_paged_too(gpt2: Fitted) -> None:
+    plan = gpt2.plan(2, "input")
+    assert all(site.is_shared for site in plan.sites)
+    ids, model = token_ids(1, LONG), copy.deepcopy(tiny_gpt2()).double()
+    model.load_state_dict(gpt2.model.state_dict())
+    found, dense = (decoded(model, p, ids, 130) for p in (paged(plan), plan))
+    assert bool(found.isfinite().all()) and float((found - dense).abs().max()) > 1e-6
+
+
+def test_all_pages_are_dense_attention_to_the_bit(llama: Fitted) -> None:
+    plan, ids = llama.plan(4), token_ids(1, LONG)
+    whole = paged(plan, share=1.0)
+    with kernels(True):
+        assert torch.equal(decoded(llama.model, whole, ids, 140), decoded(llama.model, plan, ids, 140))
+    few = ids[:, :36]  # no more pages than are read at least
+    with kernels(True):
+        assert torch.equal(decoded(llama.model, paged(plan), few, 30), decoded(llama.model, plan, few, 30))
+    cache = LatentCache(whole)
+    assert all(layer.sketches is None for layer in cache.layers)
+
+
+# --------------------------------------------------------------------------------------------------- the guarantee
+
+
+def test_the_bound_is_never_below_what_is_left_out() -> None:
+    latents, query = torch.randn(1, 2, 40 * TOKENS, 8), 2 * torch.randn(1, 4, 1, 8)
+    index = index_of(latents, limit=0.5)
+    logits = ops.grouped_scores(query, latents).flatten(0, 2)  # [H, T]
+    expected, most = (
+        ops.page_logits(pages.token_logits(query, index, None, None, scale=1.0, at_most=which), TOKENS)
+        for which in (False, True)
+    )
+    kept = pages.keep_best(pages.expected_weights(expected, 2), index, 40)
+    seen = pages.page_mask(kept, TOKENS, 4, 40 * TOKENS).flatten(0, 2)
+    lse = logits.masked_fill(~seen, -math.inf).logsumexp(-1).view(1, 4, 1)
+    true = (logits.softmax(-1) * ~seen).sum(-1)
+    assert bool((pages.left_out(most, kept, lse).flatten() >= true).all()) and bool((true > 0).all())
+    assert pages.left_out(most, torch.ones_like(kept), lse).eq(0).all()
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["lists", "masks"])
+def test_a_limit_that_nothing_meets_gives_dense_attention(llama: Fitted, double: Any, each: bool) -> None:
+    plan, ids = llama.plan(4, window_bits=16), token_ids(2, LONG)
+    dense = decoded(double, plan, ids, 120)
+    for max_cache_len in (None, 200):
+        limited = paged(plan, limit=1e-9)
+        with torch.no_grad(), switched(double, limited):
+            cache = LatentCache(limited, double.config, each_query=each, max_cache_len=max_cache_len)
+            parts = [double(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 120), (120, 121), (121, LONG))]
+        torch.testing.assert_close(torch.cat(parts[1:], 1)[:, :1], dense[:, :1], rtol=1e-6, atol=1e-6)
+        assert [row["completed"] for row in cache.report()] == [1.0, 1.0]
+
+
+def test_only_units_beyond_the_limit_read_the_other_pages_and_are_counted() -> None:
+    index = index_of(torch.randn(2, 2, 8 * TOKENS, 8), limit=0.25)
+    share = torch.tensor([[0.1, 0.2, 0.25, 0.3], [0.0, 0.0, 0.9, 0.9]]).view(2, 4, 1)
+    assert pages.to_complete(share, index).flatten().tolist() == [False, True, False, True]
+    assert pages.to_complete(torch.zeros(2, 4, 1), index).any().item() is False
+    assert index.counters.tolist() == [8, 2]
+
+
+# --------------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_with_pages_is_saved_and_loaded(tmp_path: Path) -> None:
+    plan = paged(random_plan("head", CODED), share=0.125, mass=0.9, limit=0.25)
+    loaded = LatentPlan.load(plan.save(tmp_path / "plan"))
+    assert loaded.pages == plan.pages and loaded.digest() == plan.digest()
+    a, b = loaded.sites[0].sketch, plan.sites[0].sketch
+    assert a is not None and b is not None and a.tier == b.tier
+    assert torch.equal(a.channels, b.channels) and torch.equal(a.mean, b.mean)
+    assert len({p.digest() for p in (plan, replace(plan, pages=None), random_plan("head", CODED))}) == 3
+
+
+def test_a_plan_without_pages_is_written_as_before(tmp_path: Path) -> None:
+    text = (random_plan("head", CODED).save(tmp_path / "plan") / "plan.json").read_text()
+    assert '"version": 3' in text and "pages" not in text and "sketch" not in text
+
+
+@pytest.mark.parametrize(
+    ("pages_of_plan", "reason"),
+    [
+        (PagePlan(3, (0.5,), (1.0,)), "expected a divisor of the plan's block, 8"),
+        (PagePlan(0, (0.5,), (1.0,)), "expected a divisor of the plan's block, 8"),
+        (PagePlan(4, (0.5, 0.5), (1.0,)), "pages for 2 and 1 sites, the plan has 1"),
+        (PagePlan(4, (0.0,), (1.0,)), "above 0 and at most 1"),
+        (PagePlan(4, (0.5,), (1.5,)), "above 0 and at most 1"),
+        (PagePlan(4, (0.5,), (1.0,), limit=math.nan), "above 0 and at most 1"),
+        (PagePlan(4, (0.5,), (1.0,), least=-1), "least from 0 on"),
+        (PagePlan(4, (0.5,), (1.0,)), "no sketches to choose pages by"),
+    ],
+)
+def test_pages_that_cannot_be_are_refused(pages_of_plan: PagePlan, reason: str) -> None:
+    with pytest.raises(FhoptError, match=reason):
+        replace(random_plan("head"), pages=pages_of_plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"channels": torch.zeros(1, 8, dtype=torch.int64)}, "sketches have shapes"),
+        ({"channels": torch.zeros(2, 8)}, "sketches have shapes"),
+        ({"channels": torch.full((2, 8), 16)}, "beyond the 16 that there are"),
+        ({"mean": torch.full((2, 16), math.inf)}, "no positive numbers"),
+        ({"deviation": torch.zeros(2, 16)}, "no positive numbers"),
+        ({"tier": Tier(1, 8, 1.0)}, "bits of"),
+        ({"tier": Tier(2, 8, 0.0)}, "bits of"),
+    ],
+)
+def test_sketches_that_cannot_be_are_refused(change: dict[str, Any], reason: str) -> None:
+    site = random_plan("head").sites[0]
+    with pytest.raises(FhoptError, match=reason):
+        replace(random_plan("head"), sites=(replace(site, sketch=replace(sketch(site.key), **change)),))
+
+
+def test_what_reads_an_encoder_cannot_choose() -> None:
+    plan = random_plan("head")
+    site = replace(plan.sites[0], site=replace(SITE, kind="cross"))
+    with pytest.raises(FhoptError, match="expected a share of 1"):
+        replace(plan, sites=(site,), pages=PagePlan(4, (0.5,), (1.0,)))
+    assert replace(plan, sites=(site,), pages=PagePlan(4, (1.0,), (1.0,))).sketch_bytes() == 0
+
+
+def test_perplexity_with_pages_is_measured_and_worse_than_with_all(llama: Fitted) -> None:
+    ids, found = token_ids(2, 200), {}
+    for name, plan in (("all", llama.plan(2)), ("some", paged(llama.plan(2), share=0.05))):
+        with switched(llama.model, plan):
+            found[name] = score(llama.model, ids, plan).nats
+    assert found["some"] != found["all"] and abs(found["some"] - found["all"]) < 0.2
+
+
+# --------------------------------------------------------------------------------------------------- the kernel
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("tokens", "length"), [(100, 100), (96, 70), (33, 33), (16, 5)])
+def test_the_kernel_weighs_pages_as_the_reference_does(bits: int, tokens: int, length: int) -> None:
+    batch, heads, rows, width, step = 2, 3, 5, 24, STEPS[bits]
+    stored = ops.integer_bytes(torch.randn(batch, heads, tokens + 7, width), bits, step)
+    codes = stored[:, :, :tokens]  # a view, as of a cache with spare room
+    weights, constant = torch.randn(batch, heads, rows, width), torch.randn(batch, heads, rows)
+    options: Any = (bits, width, step, 32, torch.tensor(length))
+    expected = ops.page_weights_reference(weights.double(), constant.double(), codes, *options)
+    before = ops.use_page_kernel("cpu", page_logits)
+    try:
+        found = torch.ops.fhopt.page_weights(weights, constant, codes, *options)
+    finally:
+        ops.use_page_kernel("cpu", before)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
+    weights, constant = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 1)
+    codes = torch.zeros(1, 1, 20, 3, dtype=torch.uint8)
+    assert page_logits(weights, constant, codes, 3, 4, 20) is None  # pages of 4 tokens
+    assert page_logits(weights, constant, codes, 2, 16, 20) is None  # another width
+    assert page_logits(weights, constant, codes, 3, 16, 20) is not None
+
+
+def test_a_compiled_step_with_a_static_cache_chooses_as_an_eager_one(llama: Fitted) -> None:
+    """One graph for all steps, in float32: where two pages weigh the same, another one may be read."""
+    plan, ids = paged(llama.plan(4, window_bits=16), share=0.5), token_ids(1, LONG)
+    eager = decoded(llama.model, plan, ids, 140, max_cache_len=200)
+    graphs = 0
+
+    def count(module: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    with torch.no_grad(), switched(llama.model, plan):
+        cache = latent_cache(llama.model, max_cache_len=200)
+        llama.model(ids[:, :140], past_key_values=cache)
+        step: Any = torch.compile(llama.model, backend=count, dynamic=False)
+        parts = [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(140, LONG)]
+    torch.testing.assert_close(torch.cat(parts, 1), eager, rtol=1e-3, atol=1e-3)
+    assert graphs == 1

@@ -1,0 +1,216 @@
+"""Calibrating pages: sketches, what is left out, what that costs, budgets, and the options of the command."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import Fitted, found, tiny_llama, token_ids
+from torch import Tensor
+
+from fhopt import ops, paging
+from fhopt.errors import FhoptError
+from fhopt.evaluate import new_cache, switched
+from fhopt.fitting import exact_plan
+from fhopt.layers import LatentLayer
+from fhopt.paging import MASSES, SHARES, Curves, PagingOptions, page_weights, parse_share, share_out, with_pages
+from fhopt.spec import LatentPlan
+
+SMALL: dict[str, Any] = dict(tokens=4, channels=8, context=480, sequences=1, least=0)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few hundred tokens are a context."""
+    monkeypatch.setattr(paging, "PIECE", 64)
+    monkeypatch.setattr(paging, "LAST", 16)
+    monkeypatch.setattr(paging, "SKETCHED", 200)
+
+
+# --------------------------------------------------------------------------------------------------- curves
+
+
+def naive_left_out(expected: Tensor, weights: Tensor, count: int) -> float:
+    """The weight of all but the `count` pages that are expected to have most, of one query."""
+    best = sorted(range(len(expected)), key=lambda p: -float(expected[p]))[:count]
+    return float(weights.sum()) - sum(float(weights[p]) for p in best)
+
+
+def test_curves_are_sums_over_queries_of_what_a_plain_loop_leaves_out() -> None:
+    expected, weights = torch.rand(2, 3, 4, 40).softmax(-1), torch.rand(2, 3, 4, 40).softmax(-1) * 0.7
+    curves = Curves()
+    curves.add(expected, weights)
+    queries = list(zip(expected.flatten(0, 2), weights.flatten(0, 2), strict=True))
+    for share in SHARES:
+        wanted = sum(naive_left_out(e, w, max(1, int(40 * share))) for e, w in queries) / len(queries)
+        assert curves.left_out(share) == pytest.approx(wanted, abs=1e-6)  # float32
+    for at, mass in enumerate(MASSES):
+        needed = [sum(1 for c in e.double().sort(descending=True).values.cumsum(0) if c < mass) + 1 for e, _ in queries]
+        needed = [min(n, 40) for n in needed]
+        wanted = sum(naive_left_out(e, w, n) for (e, w), n in zip(queries, needed, strict=True))
+        assert float(curves.by_mass[at]) == pytest.approx(wanted, abs=1e-4)
+        assert float(curves.used[at]) == pytest.approx(sum(needed) / 40)
+
+
+def test_the_least_mass_that_keeps_enough_is_taken() -> None:
+    curves = Curves(by_mass=torch.linspace(1.2, 0, len(MASSES), dtype=torch.float64), count=2)
+    for at in range(len(MASSES)):
+        assert curves.mass_for(float(curves.by_mass[at]) / 2 + 1e-9) == at
+    assert curves.mass_for(0.0) == len(MASSES) - 1
+
+
+def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> None:
+    """Against one softmax over rebuilt keys."""
+    plan, seen = llama.plan(4, window_bits=16), []
+    model = llama.model
+    with torch.no_grad(), switched(model, plan):
+        cache = new_cache(model, plan)
+        model(token_ids(1, 100), past_key_values=cache)
+        layer = cache.layers[0]
+        assert isinstance(layer, LatentLayer)
+        layer.observer = lambda *arguments: seen.append(arguments)
+        model(token_ids(1, 3), past_key_values=cache)
+    (query, key, value, latents, scale, softcap) = seen[0]
+    found = page_weights(query, key, value, latents, 4, scale=scale, softcap=softcap)
+    keys = torch.cat([latents.key.rebuild(), latents.key.open(key, latents.sinks)], 2)
+    logits = ops.grouped_scores(query, keys) * scale
+    mask = torch.ones(3, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - 3)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)[..., : latents.visible]
+    torch.testing.assert_close(found, weights.unflatten(-1, (-1, 4)).sum(-1), rtol=1e-3, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- budgets
+
+
+def falling(cost: float, half: float, generator: torch.Generator) -> Curves:
+    """A site that leaves out less with more pages, in steps of random size."""
+    steps = torch.rand(len(SHARES) - 1, generator=generator, dtype=torch.float64) * half
+    left = torch.cat([steps.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    return Curves(by_share=left, count=1, cost=cost)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 9999), share=st.sampled_from([1 / 16, 1 / 8, 1 / 3, 1.0]))
+def test_budgets_stay_within_the_share_and_above_half_of_it(seed: int, share: float) -> None:
+    plan = _plan()
+    generator = torch.Generator().manual_seed(seed)
+    costs = [1.0, 5.0]
+    curves = {s.site.name: falling(c, 0.1, generator) for s, c in zip(plan.sites, costs, strict=True)}
+    given_ = share_out(curves, plan.sites, share)
+    size = {s.site.name: s.token_bytes() for s in plan.sites}
+    used = sum(size[n] * x for n, x in given_.items())
+    assert used <= share * sum(size.values()) * (1 + 1e-6)
+    assert used > (share - 1 / 8) * sum(size.values())  # half of the largest step of one of two sites
+    assert all(x in SHARES and x >= share / 2 for x in given_.values())
+
+
+@functools.cache
+def _plan() -> LatentPlan:
+    return exact_plan(found(tiny_llama())[1].sites.values(), recent=8, block=8)
+
+
+def test_a_site_that_costs_more_gets_more() -> None:
+    plan = _plan()
+    a, b = [s.site.name for s in plan.sites]
+    generator = torch.Generator().manual_seed(0)
+    same = falling(1.0, 0.1, generator)
+    given_ = share_out({a: same, b: replace(same, cost=20.0)}, plan.sites, 1 / 4)
+    assert given_[b] > given_[a]
+
+
+def test_sites_that_were_not_measured_read_everything_and_leave_less_to_others() -> None:
+    plan = _plan()
+    a, b = [s.site.name for s in plan.sites]
+    curves = {a: falling(1.0, 0.1, torch.Generator().manual_seed(0)), b: Curves()}
+    assert share_out(curves, plan.sites, 0.9)[b] == 1.0
+    with pytest.raises(FhoptError, match="sites read at least"):
+        share_out(curves, plan.sites, 0.25)
+
+
+# --------------------------------------------------------------------------------------------------- the whole
+
+
+def test_a_sketch_keeps_the_channels_in_which_errors_would_matter_most() -> None:
+    plan = _plan()
+    layer = LatentLayer(plan, plan.sites[0])
+    size = torch.arange(1.0, 17).roll(5)
+    layer.update(torch.randn(1, 2, 200, 16) * size + 3, torch.randn(1, 2, 200, 16))
+    energy = torch.ones(2, 16, dtype=torch.float64)
+    energy[1, :8] = 1e6
+    made = paging._sketch(layer, energy, 8, 3)
+    assert made is not None and made.tier.width == 8
+    assert made.channels[0].tolist() == sorted(size.argsort(descending=True)[:8].tolist())
+    assert made.channels[1].tolist() == list(range(8))
+    torch.testing.assert_close(made.deviation, size.expand(2, 16), rtol=0.3, atol=0)  # 180 tokens
+    assert paging._sketch(layer, None, 8, 3) is None and paging._sketch(layer, energy, 4, 3) is None
+
+
+def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
+    plan, ids = llama.plan(4), token_ids(1, 480)
+    options = PagingOptions(share=0.5, **SMALL)
+    sketched = paging.with_sketches(llama.model, plan, ids[0, :200], options.channels, options.bits)
+    for site in sketched.sites:
+        assert site.sketch is not None and site.sketch.tier.bits == options.bits
+    curves = paging.measure(llama.model, sketched, ids, options)
+    assert all(c.count > 50 and c.cost > 0 for c in curves.values())
+    assert all(0 < c.left_out(1 / 8) < c.left_out(1 / 64) < 1 and abs(c.left_out(1.0)) < 1e-6 for c in curves.values())
+    made = with_pages(sketched, curves, options)
+    assert made.pages is not None and made.pages.tokens == 4 and max(made.pages.shares) <= 1
+    told = made.provenance["pages"]
+    assert set(told["left_out"]) == {s.site.name for s in plan.sites}
+    kept = with_pages(sketched, curves, replace(options, mass=0.95))
+    assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
+
+
+def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
+    """More pages leave out less, and less than pages taken by lot would."""
+    ids, options = token_ids(1, 480), PagingOptions(share=0.5, **SMALL)
+    sketched = paging.with_sketches(llama.model, llama.plan(2), ids[0, :200], 8, 4)
+    for curves in paging.measure(llama.model, sketched, ids, options).values():
+        left = [curves.left_out(share) for share in SHARES]
+        assert left == sorted(left, reverse=True)
+        assert curves.left_out(0.5) < curves.left_out(SHARES[0]) * (1 - 0.5) / (1 - SHARES[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.0}, "expected shares above 0"),
+        ({"mass": 1.5}, "expected shares above 0"),
+        ({"tokens": 3}, "expected a divisor of the plan's block"),
+        ({"bits": 5}, "bits among"),
+        ({"channels": 12}, "a multiple of 8 channels"),
+        ({"context": 64}, "Use longer sequences"),
+        ({"sequences": 0}, "Use longer sequences"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FhoptError, match=message):
+        PagingOptions(**(SMALL | options)).check(8, 20)
+
+
+@pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("0.125", 0.125), ("12.5%", 0.125), ("1", 1.0)])
+def test_shares_are_read_in_three_ways(text: str, share: float) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["0", "1/0", "9/8", "-1", "all", "nan", ""])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(FhoptError, match="is no share"):
+        parse_share(text)
+
+
+def test_the_command_refuses_a_mass_that_is_none(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from fhopt.cli import main
+
+    result = CliRunner().invoke(main, ["fit", "demo", "--mass", "2", "-o", str(tmp_path / "plan")])
+    assert result.exit_code == 2 and "is no share" in result.stderr
+    assert not (tmp_path / "plan").exists()
