@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal sanitize bench-gpu compiled-zoo soak format clean
+.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,10 @@ bench-decode: $(READY)  ## decoding behind 8,192 tokens on a CPU, against every 
 
 bench-heal: $(READY)  ## what healing gives back to the 8x plan (QUICK=1: small)
 	$(BIN)/python benchmarks/healing.py
+
+bench-retrieval: $(READY)  ## one page in eight against all, the LM head by retrieval against dense (QUICK=1: small)
+	$(BIN)/python benchmarks/retrieval.py
+	$(BIN)/python benchmarks/retrieval_head.py
 
 bench-gpu: $(READY)  ## check the kernels on a GPU, then measure attention and decode steps (QUICK=1: few cases)
 	$(BIN)/python benchmarks/gpu.py

@@ -1,6 +1,6 @@
 """Attention of one new token on a CPU: latents against every way that torch has.
 
-    python benchmarks/attention.py               benchmarks/results/attention.json, .png and .md; about 40 minutes
+    python benchmarks/attention.py               benchmarks/results/attention.json, .png and .md; about 25 minutes
     python benchmarks/attention.py --quick       one shape, 4,096 tokens (also QUICK=1): attention-quick.*
     python benchmarks/attention.py --threads 1   and --shape, --tokens, --batch, --dtype: a part of the cases
 
@@ -54,8 +54,8 @@ TOKENS = (4096, 16384, 32768)
 BATCHES = (1, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RATIOS = {"float32": (4, 8, 16), "bfloat16": (2, 4, 8)}  # codes have 8 bits at most
-SECONDS, LEAST, MOST = 1.0, 5, 30  # of all calls of a contender, and how many there are
-SHARE = 0.7  # of the free memory that a case may take
+SECONDS, LEAST, MOST = 0.5, 5, 30  # of all calls of a contender, and how many there are
+SHARE = 0.5  # of the free memory that a case may take
 FALL = 9.0  # bits between the loudest and the faintest channel of a spectrum
 # Numbers have a deviation of about 1, and an output is an average of them. Ways of torch round weights to bfloat16.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3}

@@ -17,6 +17,7 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.fitting import check_model
 from fhopt.models import encoder_path, is_inside
+from fhopt.offloaded import named_weights
 from fhopt.spec import LatentPlan
 
 IMPLEMENTATION = "fhopt"
@@ -52,7 +53,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
-    check_model(plan, dict(model.named_parameters()), type(model).__name__)
+    check_model(plan, dict(named_weights(model)), type(model).__name__)
     encoder = encoder_path(model)
     sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
     modules = {site.name: _module(model, site.name) for site in sites}

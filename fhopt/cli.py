@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fhopt.models import LoadedModel
+    from fhopt.plans import Entry
     from fhopt.spec import LatentPlan
 
 PIPED_WIDTH = 120  # columns where there is no terminal to ask
@@ -108,30 +109,61 @@ def demo(ratio: float, out: Path, as_json: bool) -> None:
         console.print(f"done in {result['seconds']:.0f} s.")
 
 
+device_option = click.option(
+    "--device", "devices", multiple=True, default=("h100", "cpu"), show_default=True,
+    help="For break-even contexts and rooflines, as in cost; repeatable.",
+)  # fmt: skip
+
+
 @main.command()
 @click.argument("model")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Show this plan beside the sites.")
+@click.option("--site", help="All about one site, formulas too.")
+@click.option("--graph", type=click.Path(path_type=Path), help="Write the graph: .dot, .svg, .graphml, .json; .fhopt.")
+@click.option(
+    "--stage", help="Graph after this pass, input, or all: a file for each. [default: normalize; with a plan: absorb]"
+)
+@device_option
 @json_option
-def inspect(model: str, plan_path: Path | None, as_json: bool) -> None:
-    """List the attention sites of MODEL: one row each, and what was left alone."""
-    from fhopt.fitting import describe
+def inspect(
+    model: str, plan_path: Path | None, site: str | None, graph: Path | None, stage: str | None,
+    devices: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """List the attention sites of MODEL: one row each, what a plan does to them, and what was left alone.
+
+    A .fhopt file holds the graphs after all passes, for Model Explorer.
+    nats: what the fit expects to lose per token. pays from: cached tokens from which on a plan is faster, by roofline.
+    """
+    from fhopt import passes, seeing
     from fhopt.models import load_model
     from fhopt.pipeline import find_sites
+    from fhopt.seeing.snapshots import Snapshots, check_graph, write_graphs
     from fhopt.spec import LatentPlan
-    from fhopt.tables import missed_table, plan_table, sites_table
+    from fhopt.tables import inspection_tables
 
-    plan = LatentPlan.load(plan_path) if plan_path else None
-    outcome = find_sites(load_model(model))
+    if stage is not None and graph is None:
+        raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")
+    if graph is not None:
+        check_graph(graph)
+    plan, seen = LatentPlan.load(plan_path) if plan_path else None, Snapshots(keep_networks=True)
+    loaded = load_model(model)
+    with seen.taking() if graph is not None else nullcontext():
+        outcome = find_sites(loaded)
+        found = seeing.inspect(loaded, outcome, plan, devices)
+        if site is not None:
+            found.site(site)
+        if graph is not None and plan is not None:
+            passes.optimize(outcome, plan)
+    written = []
+    if graph is not None:
+        written = write_graphs(seen, graph, found, stage or ("absorb" if plan else "normalize"), site)
     if as_json:
-        rows = {"sites": [asdict(s) for s in outcome.sites.values()], "missed": [asdict(m) for m in outcome.missed]}
-        _print_json(rows | ({"plan": describe(plan)} if plan else {}))
+        _print_json(found.as_json() | ({"graphs": [str(path) for path in written]} if written else {}))
         return
     console = _console(as_json)
-    console.print(sites_table(outcome.sites.values()))
-    if plan:
-        console.print(plan_table(plan))
-    if outcome.missed:
-        console.print(missed_table(outcome.missed))
+    console.print(inspection_tables(found, site))
+    for path in written:
+        console.print(f"graph written to {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 @main.command()
@@ -181,24 +213,28 @@ def explain(model: str, as_json: bool) -> None:
 @click.option("--recent", type=int, default=128, show_default=True, help="Newest tokens that are never in latents.")
 @click.option("--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Of those.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--pages", help="Share of the sealed tokens that a decoding step may read, such as 1/8. [default: all]")
+@click.option("--mass", help="Read less where that keeps this share of attention's weight, such as 99%, on average.")
 @click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
 @json_option
 def fit(
     model: str, ratio: float | None, bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
-    window_bits: str, explain: Path | None, out: Path, as_json: bool, **options: Any,
+    window_bits: str, pages: str | None, mass: str | None, explain: Path | None, out: Path, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Calibrate MODEL on text and write a plan.
 
     An interrupted calibration goes on where it was when the same command is given again. Under torchrun the processes
     share the calibration.
     """
-    from fhopt import gate, gathering
+    from fhopt import gate, gathering, paging
     from fhopt.evaluate import Comparison
     from fhopt.files import check_folder, check_writable
     from fhopt.models import load_model
     from fhopt.pipeline import FitOptions, measure, plan_for
     from fhopt.plots import check_picture, explain_plan
+    from fhopt.seeing.progress import ProgressFile, beside
     from fhopt.spec import PLAN_FILES
 
     out = Path(os.path.abspath(out))
@@ -214,13 +250,16 @@ def fit(
         ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), checkpoint=checkpoint, **options
     )
     chosen.check()
+    paged = paging.read_options(pages, mass, chosen.texts)
+    if paged is not None:
+        paged.check(chosen.block, chosen.sinks + chosen.recent + chosen.block)
     check_folder(out, PLAN_FILES)
     check_writable(out.parent)
     if explain is not None:
         check_picture(explain)
     loaded = load_model(model)
     held_out = gate.held_out(loaded, chosen, limit) if limit is not None else None
-    with _progress(as_json) as progress:
+    with _progress(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         measured = measure(loaded, chosen, progress)
         rank = gathering.leave()
         if bytes_per_token is not None:
@@ -232,6 +271,7 @@ def fit(
             plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
         else:
             plan, trials = gate.smallest_plan(loaded, measured, chosen, limit, held_out, progress)
+        plan = plan if paged is None else paging.calibrate(loaded, plan, paged, progress)
     plan.save(out)
     if explain is not None:
         explain_plan(measured, plan, explain)
@@ -341,6 +381,144 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
         highlight=False,
     )
     console.print(f"{plan.ratio():.2f}x plan written to {out}", soft_wrap=True, highlight=False)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Text to read, as in fit; repeatable. Its second half is measured on.",
+)
+@click.option("--sequences", type=int, default=8, show_default=True, help="To see hidden states in.")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens of each.")
+@click.option("--clusters", type=int, help="Of rows. [default: one for 64 rows]")
+@click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads least.")
+@click.option("--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens to measure on.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="float32",
+    show_default=True,
+    help="Of the model; the head serves the model in this one.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the head.")
+@json_option
+def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Code the language-model head of MODEL, so that finding the largest logits reads few of its bytes.
+
+    The largest logits are certain, whatever the hidden state is. In Python: fhopt.head.apply(model, Head.load(FOLDER)).
+    """
+    import torch
+
+    from fhopt.files import check_folder, check_writable
+    from fhopt.head import FILES, fit
+    from fhopt.head_fitting import HeadOptions
+    from fhopt.head_measuring import measure
+    from fhopt.models import load_model
+
+    out = Path(os.path.abspath(out))
+    chosen = HeadOptions(**options)
+    chosen.check()
+    check_folder(out, FILES)
+    check_writable(out.parent)
+    loaded = load_model(model, getattr(torch, dtype))
+    with _progress(as_json) as progress:
+        made = fit(loaded, chosen, progress)
+        found = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
+    made.save(out)
+    if as_json:
+        about = {"head_path": str(out), "site": asdict(made.site), "fitted": made.about, "clusters": made.clusters}
+        _print_json(about | {"probes": made.probes, "measured": asdict(found)})
+        return
+    console = _console(as_json)
+    console.print(
+        f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, {dtype}\n"
+        f"{found.certified_percent:.2f} % of {found.positions:,} held-out tokens decided with certainty, "
+        f"{found.agreement_percent:.2f} % as the dense head\n"
+        f"bytes read for a token {found.dense_bytes_per_row:,} -> {found.bytes_per_row:,.0f}, "
+        f"time {found.dense_time_ms:.2f} -> {found.time_ms:.2f} ms on {found.threads} threads\n"
+        f"without certainty, {made.probes} of {made.clusters} clusters: {found.probed_agreement_percent:.2f} %",
+        highlight=False,
+    )
+    console.print(f"head written to {out}", soft_wrap=True, highlight=False)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="What to cache.")
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics", "source"),
+    show_default=True,
+    help="Text to measure the loss on, for the model card, as in eval; repeatable.",
+)
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the loss, which takes a while.")
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="To measure on, per text.")
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of the weights. [default: as they are; float32 where MODEL is no Hugging Face folder]",
+)
+@click.option("--shard-size", default="5GB", show_default=True, help="Of files of weights that are not copied.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["folder", "pt2"]),
+    default="folder",
+    show_default=True,
+    help="A model folder, or programs of a decode step with latents as state, which run without fhopt.",
+)
+@click.option("--aot/--no-aot", default=True, show_default=True, help="pt2: also compile them, which takes minutes.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@json_option
+def rewrite(
+    model: str, plan_path: Path, texts: tuple[str, ...], measure: bool, sequences: int, context: int,
+    dtype: str | None, shard_size: str, kind: str, aot: bool, out: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Write MODEL and its plan as one folder, to be opened by fhopt.load, by transformers, and as the exact original.
+
+    Weights stay as they are: those of a Hugging Face folder are copied. MODEL must generate text.
+    """
+    import torch
+
+    from fhopt import exporting, rewriting
+    from fhopt.models import load_model
+    from fhopt.spec import LatentPlan
+
+    out, source = Path(os.path.abspath(out)), Path(model).expanduser() if Path(model).expanduser().is_dir() else None
+    plan = LatentPlan.load(plan_path)
+    own = rewriting.stored_dtype(source) if source else None
+    if kind == "pt2":
+        exporting.check_out(out)
+    loaded = load_model(model, getattr(torch, dtype) if dtype else own or torch.float32)
+    if kind == "pt2":
+        exporting.write_programs(loaded, plan, out, compiled=aot)
+        _print_json({"path": str(out)}) if as_json else click.echo(f"programs written to {out}")
+        return
+    rewriting.check(loaded, plan, out, source)
+    with _progress(as_json) as progress:
+        losses = rewriting.losses(loaded, plan, texts if measure else (), sequences, context, progress)
+    written = rewriting.rewrite(loaded, plan, out, source, shard_size, losses)
+    if as_json:
+        _print_json(asdict(written) | {"path": str(out), "digest": plan.digest(), "ratio": plan.ratio()})
+        return
+    console = _console(as_json)
+    for text, found in losses.items():
+        console.print(f"{text}: perplexity {found.exact:.4f} -> {found.plan:.4f} ({found.increase_percent:+.2f} %)")
+    console.print(
+        f"{written.total_bytes:,} bytes written to {out}: {written.weight_bytes:,} of weights, {written.plan_bytes:,} "
+        "of the plan.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @main.command("eval")
@@ -455,21 +633,61 @@ def _perplexities(
 @main.command()
 @click.argument("model")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path))
+@device_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
 @json_option
-def report(model: str, plan_path: Path | None, out: Path, as_json: bool) -> None:
-    """Write what was found in MODEL, and its plan, as one HTML file."""
+def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Write what was found in MODEL, and its plan, as one HTML file that opens without a network.
+
+    Each site is drawn before and after; spectra, bits, sensitivity, loss against bytes, rooflines, the generated
+    kernels, what each pass changed, and what was left alone. Every number in it is in --json.
+    """
+    from fhopt.files import check_writable
     from fhopt.models import load_model
-    from fhopt.pipeline import find_sites
-    from fhopt.reporting import write_report
+    from fhopt.seeing import report as pages
     from fhopt.spec import LatentPlan
 
+    pages.check_installed()
     plan = LatentPlan.load(plan_path) if plan_path else None
-    write_report(out, find_sites(load_model(model)), plan)
+    check_writable(Path(os.path.abspath(out)).parent)
+    made = pages.build(load_model(model), plan, devices=devices)
+    pages.write(made, out)
     if as_json:
-        _print_json({"report_path": str(out)})
+        _print_json({"report_path": str(out)} | made.as_json())
     else:
         click.echo(f"report written to {out}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan, also one that is being fitted.")
+@device_option
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="[default: any that is free]")
+@click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open a browser.")
+def view(model: str, plan_path: Path | None, devices: tuple[str, ...], port: int, opens: bool) -> None:
+    """Show the report of MODEL in a browser, on this machine alone, and how far a running `fhopt fit` of PLAN is.
+
+    When the plan is there, or another than before, the report is made anew.
+    """
+    import webbrowser
+
+    from fhopt.models import load_model
+    from fhopt.seeing import report as pages
+    from fhopt.seeing import server
+    from fhopt.spec import LatentPlan
+
+    def make(has_plan: bool) -> str:
+        plan = LatentPlan.load(plan_path) if plan_path is not None and has_plan else None
+        return pages.page(pages.build(load_model(model), plan, devices=devices))
+
+    pages.check_installed()
+    server.check_installed()
+    listening = server.listen(port)
+    address = f"http://{server.HOST}:{listening.getsockname()[1]}/"
+    click.echo(f"{address} shows {model}; end with Ctrl-C")
+    if opens:
+        webbrowser.open(address)
+    server.serve(server.Viewer(make, Path(os.path.abspath(plan_path)) if plan_path else None), listening)
 
 
 @main.command()
@@ -609,6 +827,178 @@ def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
     if any(row.rejected for row in made.rows):
         console.print(rejected_table(made))
     console.print(f"{len(made.files)} files and kernels.md written to {out}", soft_wrap=True, highlight=False)
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+@json_option
+def plans(context: click.Context, as_json: bool) -> None:
+    """Plans that are kept on this machine: list them, or fit, add, find, verify and prune them.
+
+    In other commands: --plan "$(fhopt plans path NAME)".
+    """
+    if context.invoked_subcommand is None:
+        from fhopt.plans import entries
+
+        _show_plans(entries(), as_json)
+
+
+def _show_plans(found: list[Entry], as_json: bool) -> None:
+    from fhopt.plans import table
+
+    if as_json:
+        _print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in found]})
+    else:
+        _console(as_json).print(table(found))
+
+
+@plans.command("fit")
+@click.argument("model")
+@click.option("--ratio", "ratios", type=float, multiple=True, default=(4.0, 8.0), show_default=True, help="Repeatable.")
+@click.option("--data", "texts", multiple=True, default=("topics",), show_default=True, help="As in fit; repeatable.")
+@click.option("--device", help="What it will run on, as in fit.")
+@click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
+@click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plans are made for.")
+@json_option
+def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
+    """Fit plans of several ratios for MODEL from one calibration, and keep them.
+
+    What was fitted before is not fitted again, and a calibration that was interrupted goes on.
+    """
+    from fhopt.models import load_model
+    from fhopt.pipeline import FitOptions
+    from fhopt.plans import fit_ratios
+
+    chosen = FitOptions(**options)
+    with _progress(as_json) as progress:
+        found = fit_ratios(load_model(model), chosen, ratios, progress)
+    _show_plans(found, as_json)
+
+
+@plans.command("add")
+@click.argument("paths", metavar="PLAN...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@json_option
+def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
+    """Keep copies of plans that `fhopt fit` wrote."""
+    from fhopt.plans import add
+    from fhopt.spec import LatentPlan
+
+    _show_plans([add(LatentPlan.load(path)) for path in paths], as_json)
+
+
+@plans.command("path")
+@click.argument("name")
+@json_option
+def plan_path(name: str, as_json: bool) -> None:
+    """The folder of the plan whose name or digest begins with NAME."""
+    from fhopt.plans import find
+
+    found = find(name)
+    if as_json:
+        _print_json(asdict(found) | {"path": str(found.path)})
+    else:
+        click.echo(found.path)
+
+
+@plans.command("verify")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--model", help="Also say which plans were fitted to another model.")
+@json_option
+def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    """Read all bytes of plans and say which cannot be used; exit code 1 where there are such."""
+    from fhopt.models import load_model
+    from fhopt.plans import entries, find, verify
+
+    loaded = load_model(model) if model else None
+    checked = [verify(e, loaded) for e in ([find(n) for n in names] if names else entries())]
+    _show_plans(checked, as_json)
+    if any(e.fault for e in checked):
+        raise SystemExit(1)
+
+
+@plans.command("prune")
+@click.option("--keep", type=click.IntRange(min=0), help="Keep only the newest so many plans of each model.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing, only tell.")
+@json_option
+def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
+    """Remove damaged plans and what interrupted commands left behind more than a day ago."""
+    from fhopt.plans import prune
+
+    done = prune(keep, dry_run)
+    if as_json:
+        _print_json(asdict(done) | {"dry_run": dry_run})
+        return
+    for name in done.names:
+        click.echo(name)
+    told = "would be removed" if dry_run else "removed"
+    click.echo(f"{len(done.names)} {told}, {done.nbytes / 1e6:.1f} MB.")
+
+
+@main.command("export")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    required=True,
+    help="mlir, or a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal.",
+)
+@click.option("--arch", default="", help="As IREE names it: aarch64:cortex-a76, sm_90, gfx942... [default: usual ones]")
+@click.option("--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True)
+@click.option("--bytecode", is_flag=True, help="MLIR as bytecode, not text.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for it. [default: FOLDER-TARGET]")
+@json_option
+def export_step(
+    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, out: Path | None, as_json: bool
+) -> None:
+    """A decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, weights beside it.
+
+    The latents are state that the caller keeps. Needs the extra mlir.
+    """
+    from fhopt.exporting_mlir import Target, export
+    from fhopt.models import load_model
+    from fhopt.rewritten import read_folder
+
+    chosen = Target(target, arch, dialect, bytecode)
+    chosen.check()
+    plan = read_folder(folder).plan
+    out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
+    export(load_model(str(folder)), plan, chosen, out)
+    files = {p.name: p.stat().st_size for p in sorted(out.iterdir()) if p.is_file()}
+    if as_json:
+        _print_json({"path": str(out), "files": files})
+        return
+    for name, size in files.items():
+        click.echo(f"{size:>14,}  {name}")
+    click.echo(f"written to {out}")
+
+
+@main.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def verify_step(folder: Path, as_json: bool) -> None:
+    """Prove from its code that the step in FOLDER never makes keys or values of its latents, and what a token takes.
+
+    FOLDER was written by `fhopt export`, or by `fhopt rewrite`: then its step is lowered here. Exit code 1 where
+    something does not hold. Needs the extra mlir.
+    """
+    from fhopt.verifying import verify_folder
+
+    found = verify_folder(folder)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        click.echo(
+            f"multiplications: {found.macs}, T sealed tokens\n"
+            f"a token takes {found.bytes_per_token:,} bytes (exact {found.exact_bytes_per_token:,}), "
+            f"{found.macs_per_token:,} multiplications\n"
+            f"largest float tensor: {found.largest_per_token:,} numbers per token"
+        )
+        for fault in found.faults:
+            click.echo(f"FAULT: {fault}")
+        click.echo(f"{len(found.faults)} faults." if found.faults else "No key or value is ever rebuilt.")
+    if found.faults:
+        raise SystemExit(1)
 
 
 def _weights(loaded: LoadedModel) -> dict[str, Tensor]:

@@ -51,14 +51,24 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     A folder that exists is replaced only if it holds nothing but files of these names.
     """
     check_folder(path, files)
+    with appearing_folder(path) as staging:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+
+
+@contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place if the block succeeds, and is removed if it does not.
+
+    Raises FhoptError when something cannot be written, in the block too. What stood at `path` is gone afterwards.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
         raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a folder that you may write to.") from error
     try:
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
+        yield staging
         staging.chmod(0o755)
         if path.exists():
             shutil.rmtree(path)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fhopt.capture import Captured, capture, capture_graphs, from_exported
 from fhopt.errors import FhoptError
+from fhopt.rewritten import is_rewritten
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +66,12 @@ class LoadedModel:
         """Keyword arguments for a forward pass over token ids [B, T] without a cache."""
         is_decoder = hasattr(self.module, "generate")
         return {"input_ids": ids, "use_cache": False} if is_decoder else {"input_ids": ids}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters of the module, or of the exported program, by name."""
+        owner = self.module if self.module is not None else self.program
+        assert owner is not None
+        return dict(owner.named_parameters())
 
     def language_model(self) -> torch.nn.Module:
         """The module, when it is a causal language model with a tokenizer. Raises FhoptError."""
@@ -126,7 +133,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
                 f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
             )
     try:
-        with _QuietProgress():
+        with QuietProgress():
             tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             read = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -144,8 +151,10 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
     if not (path / "config.json").is_file():
         raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {_FORMS}.")
     hf = transformers()
+    if is_rewritten(path):
+        return _load_rewritten(path, dtype)
     try:
-        with _QuietProgress():
+        with QuietProgress():
             config = hf.AutoConfig.from_pretrained(path)
             names = config.architectures or []
             causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
@@ -156,6 +165,21 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
     except Exception as error:  # a damaged folder makes loaders raise many kinds
         raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
     model = model.eval().requires_grad_(False)
+    return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
+
+
+def _load_rewritten(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """The exact model of a folder that `fhopt rewrite` wrote: commands take its plan by --plan FOLDER/plan."""
+    from fhopt.loading import load_exact
+    from fhopt.rewritten import read_folder
+
+    model: Any = load_exact(read_folder(path), dtype=dtype)
+    model = model.eval().requires_grad_(False)
+    is_text = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True) if is_text else None
+    except Exception as error:  # a damaged folder makes loaders raise many kinds
+        raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
@@ -246,7 +270,7 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class _QuietProgress:
+class QuietProgress:
     """Loaders print their own progress bars; the command line has one of its own."""
 
     def __enter__(self) -> None:

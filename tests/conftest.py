@@ -72,3 +72,15 @@ def gpt2() -> Fitted:
 def fitted(request: pytest.FixtureRequest) -> Fitted:
     model: Fitted = request.getfixturevalue(request.param)
     return model
+
+
+@pytest.fixture(scope="session")
+def lettered() -> Any:
+    """A tokenizer of letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(["[UNK]", "a", "b", "c"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")

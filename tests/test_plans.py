@@ -1,0 +1,157 @@
+"""Plans on disk: found by their names, checked, thrown away when they are no use, fitted once."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hand_plans import random_plan
+from small_models import Fitted
+from test_cli import save_tiny_model
+
+from fhopt import pipeline, plans
+from fhopt.cli import main
+from fhopt.errors import FhoptError
+from fhopt.models import LoadedModel, load_model
+from fhopt.pipeline import FitOptions
+from fhopt.spec import LatentPlan
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "plans"
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["plans", *arguments])
+
+
+def plan(number: int = 0, model: str = "a/model", fingerprint: str | None = None) -> LatentPlan:
+    return random_plan("head", sinks=number).with_provenance(model=model, fingerprint=fingerprint)
+
+
+def test_a_plan_is_kept_and_found_by_the_beginning_of_its_name_or_digest() -> None:
+    first, second = (plans.add(plan(n)) for n in (1, 2))
+    assert [e.name for e in plans.entries()] == sorted([first.name, second.name])
+    assert plans.find(first.name[:-2]) == first and plans.find(second.digest[:12]) == second
+    assert LatentPlan.load(first.path).digest() == plan(1).digest()
+    assert first.name.startswith("a-model-") and plans.add(plan(1)) == first
+    for wrong in ("a-model", "nothing", ""):
+        with pytest.raises(FhoptError, match="names no plan"):
+            plans.find(wrong)
+
+
+def test_a_damaged_plan_is_told_and_written_anew_when_it_is_added_again() -> None:
+    kept = plans.add(plan())
+    content = (kept.path / "plan.safetensors").read_bytes()
+    (kept.path / "plan.safetensors").write_bytes(content[:-1] + b"x")
+    assert "altered" in plans.verify(kept).fault
+    assert not plans.verify(plans.add(plan())).fault
+
+
+def test_plans_of_another_model_are_told(llama: Fitted, gpt2: Fitted) -> None:
+    from fhopt.fitting import fingerprint
+
+    fitted = llama.plan(4)
+    print_ = fingerprint(dict(llama.model.named_parameters()), [s.site for s in fitted.sites])
+    kept = plans.add(fitted.with_provenance(fingerprint=print_))
+    assert not plans.verify(kept, LoadedModel("llama", llama.model)).fault
+    assert "another model than gpt2" in plans.verify(kept, LoadedModel("gpt2", gpt2.model)).fault
+
+
+def test_pruning_removes_the_damaged_the_old_and_what_was_left_behind(own_folder: Path) -> None:
+    kept = [plans.add(plan(n, fingerprint="x" if n < 3 else "y")) for n in range(4)]
+    for age, entry in enumerate(reversed(kept)):
+        os.utime(entry.path / "plan.json", (time.time() - age, time.time() - age))
+    broken = plans.add(plan(9))
+    (broken.path / "plan.json").write_text("{")
+    old, new = own_folder / ".old.calibration", own_folder / ".new.calibration"
+    for file in (old, new):
+        file.write_bytes(b"1234")
+    os.utime(old, (0, 0))
+    told = plans.prune(keep=1, dry=True)
+    assert len(plans.entries()) == 5 and old.exists()
+    assert plans.prune(keep=1) == told and told.nbytes > 4
+    assert set(told.names) == {broken.name, old.name, kept[0].name, kept[1].name}
+    assert {e.name for e in plans.entries()} == {kept[2].name, kept[3].name} and new.exists()
+
+
+def test_pruning_never_removes_what_is_not_a_plan(own_folder: Path, tmp_path: Path) -> None:
+    other = own_folder / "letters"
+    other.mkdir(parents=True)
+    (other / "dear.txt").write_text("dear")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (own_folder / "link").symlink_to(elsewhere)
+    assert plans.prune().names == () and (other / "dear.txt").exists() and elsewhere.exists()
+
+
+def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
+    tmp_path: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "model")
+    calibrations: list[float] = []
+    measure = pipeline.measure
+
+    def counted(*arguments: Any) -> Any:
+        calibrations.append(1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(pipeline, "measure", counted)
+    loaded, options = load_model(str(tmp_path / "model")), FitOptions(sequences=6, rate_sequences=2, context=256)
+    two = plans.fit_ratios(loaded, options, (2, 4))
+    assert [round(e.ratio) for e in two] == [2, 4] and len(calibrations) == 1
+    assert plans.fit_ratios(loaded, options, (4, 2)) == two[::-1] and len(calibrations) == 1
+    assert plans.fit_ratios(loaded, options, (4, 3))[0] == two[1] and len(calibrations) == 2
+    assert not list(own_folder.glob(".*"))
+
+
+def test_an_interrupted_fit_goes_on(tmp_path: Path, own_folder: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    loaded, options = load_model(str(tmp_path / "model")), FitOptions(sequences=6, rate_sequences=2, context=256)
+    seen: list[tuple[str, int]] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        seen.append((stage, done))
+        if (stage, done) == ("moments", 5):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plans.fit_ratios(loaded, options, (4,), stop)
+    assert list(own_folder.glob(".*.calibration.moments")) and not plans.entries()
+    resumed: list[tuple[str, int]] = []
+    again = plans.fit_ratios(loaded, options, (4,), lambda stage, done, total: resumed.append((stage, done)))
+    assert min(done for stage, done in resumed if stage == "moments") == 5
+    assert not list(own_folder.glob(".*"))
+    whole = pipeline.fit(loaded, options)[0]
+    assert again[0].digest == whole.digest()
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    plan().save(tmp_path / "plan")
+    added = json.loads(call("add", str(tmp_path / "plan"), "--json").stdout)["plans"][0]
+    assert json.loads(call("--json").stdout)["plans"] == [added]
+    assert added["name"] in call().stdout.replace("\n", "")
+    assert call("path", added["digest"][:10]).stdout.strip() == added["path"]
+    assert call("verify").exit_code == 0
+    Path(added["path"], "plan.safetensors").write_bytes(b"")
+    assert call("verify", "--json").exit_code == 1
+    assert json.loads(call("prune", "--dry-run", "--json").stdout)["names"] == [added["name"]]
+    assert "1 removed" in call("prune").stdout and json.loads(call("--json").stdout)["plans"] == []
+    missing = call("path", "x")
+    assert missing.exit_code == 2 and "names no plan" in missing.stderr
+
+
+def test_the_folder_is_the_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plans.plans_folder().name == "plans"
+    monkeypatch.delenv("FHOPT_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    for found in (True, False):
+        monkeypatch.setattr(plans, "_has_platformdirs", lambda found=found: found)
+        assert plans.plans_folder() == Path("/somewhere/fhopt/plans")
