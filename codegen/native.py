@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fhopt.codegen import pack as packing
 from fhopt.codegen import skinny
 from fhopt.codegen.build import CompileError, build, load
-from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.spec import KernelSpec
 
@@ -44,7 +44,8 @@ _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(
     "latent_kernel(str kernel, Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, "
-    "Tensor? mask, Tensor? lengths, float scale, float softcap, int value_width) -> (Tensor, Tensor)"
+    "Tensor? mask, Tensor? lengths, Tensor? pages, int page_tokens, float scale, float softcap, int value_width) "
+    "-> (Tensor, Tensor)"
 )
 _LIB.define(
     "attend_kernel(str latents, str window, str opened, Tensor query, Tensor key, Tensor value, Tensor key_rows, "
@@ -58,7 +59,8 @@ _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps)
 
 def _latent_kernel_fake(
     kernel: str, query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
-    mask: Tensor | None, lengths: Tensor | None, scale: float, softcap: float, value_width: int,
+    mask: Tensor | None, lengths: Tensor | None, pages: Tensor | None, page_tokens: int, scale: float, softcap: float,
+    value_width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = query.shape[:3]
     return query.new_empty((*shape, value_width)), query.new_empty(shape, dtype=torch.float32)
@@ -163,20 +165,21 @@ def _is_plain(x: Any) -> bool:
 
 
 def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    if node.kwargs.get("pages") is not None:
-        return None
     query, key, key_scale, value, value_scale, mask = node.args
     values = {k: _value(x) for k, x in (("query", query), ("key", key), ("value", value))}
     if any(not isinstance(v, Tensor) or v.device.type != "cpu" for v in values.values()):
         return None
-    lengths = node.kwargs.get("lengths")
+    lengths, pages = node.kwargs.get("lengths"), node.kwargs.get("pages")
+    page_tokens = node.kwargs.get("page_tokens", 0)
+    if not _lists(_value(pages), page_tokens):
+        return None
     if values["query"].dtype not in _DTYPES or not _masks(_value(mask)) or not _counts(_value(lengths)):
         return None
     spec = _spec(values, node.kwargs)
     if spec is None or not serve(spec):
         return None
     numbers = (node.kwargs["scale"], node.kwargs.get("softcap", 0.0), spec.value_width)
-    operands = (query, key, key_scale, value, value_scale, mask, lengths)
+    operands = (query, key, key_scale, value, value_scale, mask, lengths, pages, page_tokens)
     return torch.ops.fhopt.latent_kernel.default, (spec.name, *operands, *numbers), {}
 
 
@@ -237,6 +240,14 @@ def _value(x: Any) -> Any:
 def _masks(mask: Any) -> bool:
     """True for masks that kernels read as they are."""
     return mask is None or (isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.float32) and mask.dim() <= 4)
+
+
+def _lists(pages: Any, page_tokens: Any) -> bool:
+    """True for lists of pages that kernels read as they are, or none."""
+    if pages is None:
+        return True
+    fits = isinstance(pages, Tensor) and pages.dtype == torch.int32 and pages.dim() == 3
+    return fits and isinstance(page_tokens, int) and page_tokens > 0 and page_tokens % PAGE_QUANTUM == 0
 
 
 def _counts(lengths: Any) -> bool:
@@ -321,6 +332,7 @@ TEXT = r"""// ops
 #include <cmath>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <shared_mutex>
 #include <stdexcept>
@@ -438,6 +450,17 @@ void set_mask(const std::string& name, const Tensor& mask, const int64_t (&sizes
     a.mask_token = strides[3];
 }
 
+void set_pages(const std::string& name, const Tensor& pages, int64_t page_tokens, Attention& a) {
+    const bool fits = pages.dim() == 3 && pages.scalar_type() == ScalarType::Int && pages.size(0) == a.batch &&
+                      pages.size(1) > 0 && std::gcd(a.key_heads, a.value_heads) % pages.size(1) == 0 &&
+                      (pages.stride(2) == 1 || pages.size(2) <= 1) && page_tokens > 0 && page_tokens % 16 == 0;
+    expect(fits, name, "lists of pages that do not fit");
+    a.pages = rows_of(pages);
+    a.page_heads = pages.size(1);
+    a.page_count = pages.size(2);
+    a.page_tokens = page_tokens;
+}
+
 // ------------------------------------------------------------------------------------------------ 16 bits and 32
 
 template <class T>
@@ -502,6 +525,8 @@ struct Call {
     const Tensor &key, &value;
     const std::optional<Tensor>&key_scale, &value_scale, &mask, &lengths;
     double scale, softcap;
+    const std::optional<Tensor>& pages;
+    int64_t page_tokens = 0;
 };
 
 // The kernel of `c` on queries [B,H,S,R_K], to output [B,H,S,R_V] and lse [B,H,S].
@@ -514,6 +539,7 @@ void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& r
     a.key_scale = scales(c.name, c.key_scale, c.key, kernel.scaled(0));
     a.value_scale = scales(c.name, c.value_scale, c.value, kernel.scaled(1));
     if (c.mask) set_mask(c.name, *c.mask, {b, h, s, tokens}, a);
+    if (c.pages) set_pages(c.name, *c.pages, c.page_tokens, a);
     if (c.lengths) a.tokens = std::clamp<int64_t>(*static_cast<const int64_t*>(c.lengths->data_ptr()), 0, tokens);
     a.output = output;
     a.lse = lse;
@@ -526,8 +552,8 @@ void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& r
 
 std::tuple<Tensor, Tensor> latent_kernel(
     std::string name, Tensor query, Tensor key, std::optional<Tensor> key_scale, Tensor value,
-    std::optional<Tensor> value_scale, std::optional<Tensor> mask, std::optional<Tensor> lengths, double scale,
-    double softcap, int64_t value_width) {
+    std::optional<Tensor> value_scale, std::optional<Tensor> mask, std::optional<Tensor> lengths,
+    std::optional<Tensor> pages, int64_t page_tokens, double scale, double softcap, int64_t value_width) {
     const Kernel kernel = find(name);
     expect(query.dim() == 4 && query.size(3) == kernel.key_width, name, "queries of another width");
     expect(value_width == kernel.value_width, name, "another width of values");
@@ -537,7 +563,7 @@ std::tuple<Tensor, Tensor> latent_kernel(
     Tensor output = empty({b, h, s, value_width}, query.scalar_type()), lse = empty({b, h, s}, ScalarType::Float);
     std::vector<float> sums(is_float ? 0 : b * h * s * value_width);
     float* to = is_float ? static_cast<float*>(output.data_ptr()) : sums.data();
-    const Call call{name, key, value, key_scale, value_scale, mask, lengths, scale, softcap};
+    const Call call{name, key, value, key_scale, value_scale, mask, lengths, scale, softcap, pages, page_tokens};
     run(kernel, call, query, queries.rows, to, static_cast<float*>(lse.data_ptr()));
     if (!is_float) store(sums, output);
     return {output, lse};
@@ -617,15 +643,15 @@ Tensor attend_kernel(
     for (int64_t i = 0; i < rows; i++) times(at(i), encode.of(i / s % h, h), d, width, &absorbed[i * width]);
     const std::optional<Tensor> none;
     const Rows absorbed_rows = Queries::dense(absorbed.data(), h, s, width);
-    run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap}, query,
+    run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none}, query,
         absorbed_rows, sums.data(), &lse[0]);
     if (window_keys && window_values) {
         const Call call{window,             *window_keys, *window_values, window_key_scale,
                         window_value_scale, inside,       none,           scale,
-                        softcap};
+                        softcap,            none};
         run(find(window), call, query, queries.rows, &outputs[0], &lse[rows]);
     }
-    run(of_opened, {opened, key, value, none, none, near, none, scale, softcap}, query, queries.rows,
+    run(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query, queries.rows,
         &outputs[rows * e], &lse[2 * rows]);
 
     const bool is_float = query.scalar_type() == ScalarType::Float;

@@ -286,15 +286,10 @@ def _listed(
     chosen: Tensor, index: PageIndex, most: int, query: Tensor, far: Tensor | None, tokens: int
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """(mask, options) with which `fhopt::latent_attention` reads the latents of chosen pages, bool [B,U,S,P]."""
-    if query.shape[2] == 1 and not _is_compiled_for_cpu(query):
+    if query.shape[2] == 1:
         return far, {"pages": pages.page_lists(chosen.squeeze(2), most), "page_tokens": index.tokens}
     mask = pages.page_mask(chosen, index.tokens, query.shape[1], tokens)
     return (mask if far is None else ops.restricted(far, mask)), {}
-
-
-def _is_compiled_for_cpu(query: Tensor) -> bool:
-    """True where kernels of compiled graphs (`codegen.native`) take a mask and no list."""
-    return torch.compiler.is_compiling() and query.device.type == "cpu"
 
 
 _LIB = torch.library.Library("fhopt", "FRAGMENT")

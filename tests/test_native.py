@@ -20,6 +20,7 @@ from fhopt.latents import attend_parts
 from fhopt.spec import KernelSpec
 
 B, H, J, T, S = 2, 6, 3, 37, 2
+PAGE = 32  # tokens
 STEPS = {16: 1.0, 8: 0.06, 6: 0.14, 5: 0.24, 4: 0.4, 3: 0.7, 2: 1.05, 1: 1.6}
 TIERS = [(), ((8, 16),), ((16, 8), (4, 8), (3, 16)), ((5, 8), (2, 16), (1, 8))]
 SPECS = [
@@ -43,6 +44,11 @@ def side(tiers: Any, dtype: torch.dtype) -> tuple[ops.TierArguments, tuple[Tenso
     return arguments, torch.ops.fhopt.pack(latent, *arguments) if tiers else (latent, None), width
 
 
+def lists(pages: tuple[int, ...] | None) -> Tensor | None:
+    """The same pages for every latent head."""
+    return None if pages is None else torch.tensor(pages, dtype=torch.int32).expand(B, J, -1).contiguous()
+
+
 def masks(kind: str) -> Tensor | None:
     if kind == "none":
         return None
@@ -52,25 +58,28 @@ def masks(kind: str) -> Tensor | None:
 @settings(deadline=None)
 @given(
     st.sampled_from(SPECS), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]), st.integers(0, 99),
+    st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]),
+    st.sampled_from([None, (0,), (1,), (0, 1, -1)]), st.integers(0, 99),
 )  # fmt: skip
 def test_a_kernel_gives_what_its_op_gives(
-    tiers: Any, dtype: torch.dtype, kind: str, length: int | None, seed: int
+    tiers: Any, dtype: torch.dtype, kind: str, length: int | None, listed: tuple[int, ...] | None, seed: int
 ) -> None:
     key_tiers, value_tiers, softcap = tiers
     torch.manual_seed(seed)
     (kt, key, width), (vt, value, value_width) = side(key_tiers, dtype), side(value_tiers, dtype)
     query = torch.randn(B, S, H, width, dtype=dtype).transpose(1, 2)
     mask, lengths = masks(kind), None if length is None else torch.tensor(length)
-    cap = 3.0 if softcap else 0.0
+    cap, paging = 3.0 if softcap else 0.0, lists(listed)
+    options: Any = ops.tier_options(kt, vt)
     expected = torch.ops.fhopt.latent_attention(
-        query, *key, *value, mask, **ops.tier_options(kt, vt), scale=0.2, softcap=cap, lengths=lengths
+        query, *key, *value, mask, **options, scale=0.2, softcap=cap, lengths=lengths, pages=paging, page_tokens=PAGE
     )
     name = str(dtype).removeprefix("torch.") if not (key_tiers and value_tiers) else "float32"
     table: Any = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
     spec = KernelSpec(table[0], table[1], width, value_width, name, softcap)
     assert native.serve(spec)
-    found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, 0.2, cap, value_width)
+    numbers = (0.2, cap, value_width)
+    found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, paging, PAGE, *numbers)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -204,6 +213,9 @@ def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> Non
         (dict(value=torch.zeros(B, 4, T, 24)), "keys or values that do not fit"),
         (dict(mask=torch.zeros(T + 1)), "a mask that does not fit"),
         (dict(kernel="nothing"), "a name that nothing was built for"),
+        (dict(pages=torch.zeros(B, 1, 1)), "lists of pages that do not fit"),
+        (dict(pages=torch.zeros(B, J + 1, 1, dtype=torch.int32)), "lists of pages that do not fit"),
+        (dict(pages=torch.zeros(B, 1, 1, dtype=torch.int32), page_tokens=20), "lists of pages that do not fit"),
     ],
 )
 def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any], what: str) -> None:
@@ -212,7 +224,7 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
     rows = torch.randn(B, J, T, 24)
     given: dict[str, Any] = dict(
         kernel=spec.name, query=torch.randn(B, H, 1, 24), key=rows, key_scale=None, value=rows, value_scale=None,
-        mask=None, lengths=None, scale=0.1, softcap=0.0, value_width=24,
+        mask=None, lengths=None, pages=None, page_tokens=PAGE, scale=0.1, softcap=0.0, value_width=24,
     )  # fmt: skip
     torch.ops.fhopt.latent_kernel(**given)
     with pytest.raises(RuntimeError):
