@@ -446,7 +446,7 @@ def test_defaults_compile_for_gpus_that_are_not_here(compiled: list[dict[str, An
 @pytest.mark.slow
 def test_every_feature_compiles(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    assert run("compile_features()", tmp_path) == 3
+    assert run("compile_features()", tmp_path) == 4
 
 
 @pytest.mark.slow
