@@ -279,8 +279,8 @@ def serve_skinny() -> bool:
     loaded, address = library(), skinny.address()
     if loaded is None or address is None:
         return False
-    loaded.fhoptserve_skinny.argtypes, loaded.fhoptserve_skinny.restype = (ctypes.c_void_p,), None
-    loaded.fhoptserve_skinny(address)
+    loaded.fhopt_serve_skinny.argtypes, loaded.fhopt_serve_skinny.restype = (ctypes.c_void_p,), None
+    loaded.fhopt_serve_skinny(address)
     return True
 
 
@@ -748,7 +748,7 @@ extern "C" void fhopt_serve(
 
 extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 
-extern "C" void fhoptserve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
+extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
 
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 FILES = ("head.json", "head.safetensors")
-_TENSORS = ("codes", "transform", "centre", "centroids", "radii")
+TENSORS = ("codes", "transform", "centre", "centroids", "radii")  # of `Codes`
 _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
 
 
@@ -89,7 +89,7 @@ class Head:
         """Write the folder `path`, whole or not at all. Raises FhoptError."""
         from safetensors.torch import save
 
-        tensors = {name: getattr(self.codes, name) for name in _TENSORS if getattr(self.codes, name) is not None}
+        tensors = {name: getattr(self.codes, name) for name in TENSORS if getattr(self.codes, name) is not None}
         content = {
             "version": VERSION,
             "site": asdict(self.site),
@@ -130,7 +130,7 @@ class Head:
 
 
 def _made(content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
-    parts: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
+    parts: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
     return Head(
         HeadSite(**content["site"]),
         Codes(**parts, **content["codes"]),

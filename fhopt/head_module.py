@@ -29,10 +29,9 @@ from fhopt.codegen.cpp_head import Candidates, Codes, Search
 from fhopt.codegen.native import serve_skinny
 from fhopt.codegen.skinny import MOST_ROWS
 from fhopt.errors import FhoptError
-from fhopt.head import Head, fingerprint
+from fhopt.head import TENSORS, Head, fingerprint
 
 KEPT = "_fhopt_head"  # attribute of a model with a head applied
-_TENSORS = ("codes", "transform", "centre", "centroids", "radii")  # of `Codes`
 log = logging.getLogger(__name__)
 
 
@@ -159,7 +158,7 @@ class RetrievalHead(nn.Module):
         self.estimates = int(estimates)
         self.weight, self.bias = weight, bias
         self.stamp = stamp_of(weight)
-        for name in _TENSORS:
+        for name in TENSORS:
             self.register_buffer(name, getattr(head.codes, name), persistent=False)
         self.counts: Tensor
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64), persistent=False)
@@ -192,7 +191,7 @@ class RetrievalHead(nn.Module):
         """Move the module; codes keep their types. A weight that becomes one of another type is read densely."""
         dtype = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in _TENSORS:
+        for name in TENSORS:
             tensor = getattr(self.head.codes, name)
             setattr(self, name, tensor if tensor is None else tensor.to(self.weight.device))
         self.stamp = stamp_of(self.weight) if self.weight.dtype == dtype else [-2, 0]
@@ -205,7 +204,7 @@ class RetrievalHead(nn.Module):
     @property
     def coded(self) -> Codes:
         """The codes where the module is."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in TENSORS}
         return replace(self.head.codes, **tensors)
 
     def wanted(self, **options: Any) -> Search:

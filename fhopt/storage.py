@@ -214,9 +214,7 @@ class SealedRows(Store):
 
     def seal(self, x: Tensor, at: int, block: int) -> None:
         """Encode x [B,G,N,D] and store it at rows `at` to `at + N`."""
-        new = self.encode(x)
-        old = self.parts or [None] * len(new)
-        self.parts = tuple([_write(o, n, at, block) for o, n in zip(old, new, strict=True)])
+        self.parts = _written(self.parts, self.encode(x), at, block)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Rows and their scales (None for uncoded latents), as views."""
@@ -250,9 +248,7 @@ class Sketches(Store):
 
     def seal(self, latents: Tensor, at: int, block: int) -> None:
         """Sketch the latents [B,J,N,R] of rows `at` to `at + N`."""
-        new = self.make(latents)
-        old = self.parts or [None] * len(new)
-        self.parts = tuple([_write(o, n, at, block) for o, n in zip(old, new, strict=True)])
+        self.parts = _written(self.parts, self.make(latents), at, block)
 
     def read(self, stop: int) -> SketchRows:
         """Of the first `stop` rows, as views."""
@@ -268,6 +264,11 @@ def _trimmed(parts: tuple[Tensor, ...], count: int, block: int) -> tuple[Tensor,
     if not parts or parts[0].shape[2] <= _room(count, block):
         return parts
     return tuple([part[:, :, :count].clone() for part in parts])
+
+
+def _written(parts: tuple[Tensor, ...], new: tuple[Tensor, ...], at: int, block: int) -> tuple[Tensor, ...]:
+    """Every part with its new rows from row `at` on."""
+    return tuple([_write(o, n, at, block) for o, n in zip(parts or [None] * len(new), new, strict=True)])
 
 
 def _write(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
