@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,10 @@ from torch import Tensor
 from fhopt import codegen, data, ops, pages, paging
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, paired, read_steps, switched
-from fhopt.fitting import STEPS
 from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
-from fhopt.spec import LatentPlan, SketchPlan, Tier
+from fhopt.spec import LatentPlan, SketchPlan
 from fhopt.tasks import TaskOptions, run_tasks, write_items
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def operator(tokens: int) -> list[Row]:
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
     options: dict[str, Any] = ops.tier_options(table, table) | dict(scale=dim**-0.5)
     operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
-    index = _index(groups, width, tokens)
+    index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
     lists = pages.page_lists(chosen.squeeze(2), index.most)
@@ -121,13 +120,12 @@ def operator(tokens: int) -> list[Row]:
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)[0]
 
     def choose() -> Tensor:
-        weights = pages.expected_weights(pages.page_estimates(operands[0], index, None, None, scale=dim**-0.5), groups)
-        return read(pages.page_lists(pages.keep_best(weights, index, index.count).squeeze(2), index.most))
+        return read(pages.best_pages(operands[0], index, None, None, scale=dim**-0.5))
 
     calls = {DENSE: lambda: read(None), "one page in eight, listed": lambda: read(lists), PAGED: choose}
     every = sum(x.numel() * x.element_size() for x in (*codes, *scales))
     sizes = {DENSE: every, "one page in eight, listed": every * index.most // index.count}
-    sizes[PAGED] = sizes["one page in eight, listed"] + index.rows[0].numel()
+    sizes[PAGED] = sizes["one page in eight, listed"] + sum(x.nbytes for x in index.rows if x is not None)
     times = timed(calls)
     rows = []
     for impl, time_ms in times.items():
@@ -137,16 +135,17 @@ def operator(tokens: int) -> list[Row]:
     return rows
 
 
-def _index(groups: int, width: int, tokens: int) -> PageIndex:
-    """Sketches of random latents."""
-    kept = min(paging.PagingOptions.channels, width // 8 * 8)
+def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int) -> PageIndex:
+    """Random sketches, in the tiers for latents of the variances that such bits are right for: four times each bit."""
+    variances = torch.cat([torch.full((w,), 4.0**b) for b, w in zip(bits, widths, strict=True)])
+    tiers, width = paging.sketch_tiers(variances, paging.PagingOptions.sketch), len(variances)
+    kept = sum(tier.width for tier in tiers)
     channels = torch.arange(kept).expand(groups, kept).contiguous()
-    bits = paging.PagingOptions.bits
-    plan = SketchPlan(channels, torch.zeros(groups, width), torch.ones(groups, width), Tier(bits, kept, STEPS[bits]))
+    plan = SketchPlan(channels, torch.zeros(groups, width), torch.ones(groups, width), tiers)
     sketcher = Sketcher.on(plan, torch.device("cpu"))
-    rows = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8), None
-    counters = torch.zeros(2, dtype=torch.int64)
-    return PageIndex(sketcher, rows, PAGE_TOKENS, SHARE, 1.0, 0, 1.0, groups, False, counters)
+    codes = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8)
+    rows = codes, torch.rand(1, groups, tokens).add(0.5).to(torch.float16), None
+    return PageIndex(sketcher, rows, PAGE_TOKENS, SHARE, 1.0, 0, 1.0, groups, False, torch.zeros(2, dtype=torch.int64))
 
 
 def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fhopt.codegen.build import build, build_torch, build_triton
 from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
-from fhopt.codegen.cpp_pages import page_logits
+from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.codegen.pack import pack, unpack
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.codegen.triton_call import TritonKernel
@@ -24,9 +24,9 @@ from fhopt.ops import (
     listed,
     use_kernel,
     use_pack_kernels,
-    use_page_kernel,
     within,
 )
+from fhopt.pages import use_page_kernel
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -41,7 +41,7 @@ def install() -> None:
     use_kernel("cpu", latent_attention)
     use_kernel("cuda", latent_attention)
     use_pack_kernels("cpu", (pack, unpack))
-    use_page_kernel("cpu", page_logits)
+    use_page_kernel("cpu", weigh_pages)
     if importlib.util.find_spec("triton") is not None:
         use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
 

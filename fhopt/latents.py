@@ -260,25 +260,28 @@ def _attend_chosen(
     numbers = dict(scale=scale, softcap=softcap)
     absorbed = ops.absorb(query, key_decode)
 
-    def read(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        mask, listed = _listed(chosen, index, most, query, far, key_rows.shape[2])
+    def read(mask: Tensor | None, listed: dict[str, Any]) -> tuple[Tensor, Tensor]:
         rows = key_rows, key_scale, value_rows, value_scale
         options = dict(**tiers, **numbers, **listed)
         output, lse = torch.ops.fhopt.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
         return ops.expand(output, value_decode), lse
 
-    available = index.count if lengths is None else -(-lengths.reshape(-1, 1, 1, 1) // index.tokens)
-    estimates = pages.page_estimates(absorbed, index, far, lengths, **numbers)
-    chosen = pages.keep_best(pages.expected_weights(estimates, index.units), index, available)
     window = window_keys, window_key_scale, window_values, window_value_scale
-    parts = [
-        read(chosen, index.most), *_open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
-    ]  # fmt: skip
+    others = _open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
+    if query.shape[2] == 1 and index.limit == 1:
+        lists = pages.best_pages(absorbed, index, far, lengths, **numbers)
+        parts = [read(far, {"pages": lists, "page_tokens": index.tokens}), *others]
+        return ops.merge(parts) if len(parts) > 1 else parts[0][0]
+    estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
+    weights = pages.expected_weights(estimates, index.units)
+    chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
+    parts = [read(*_listed(chosen, index, index.most, query, far, count)), *others]
     if index.limit < 1:
         lse = torch.stack([part for _, part in parts], -1).logsumexp(-1)
         most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
         share = pages.left_out(most, chosen, lse)
-        parts.append(read(~chosen & pages.to_complete(share, index).unsqueeze(-1), index.count))
+        rest = ~chosen & pages.to_complete(share, index).unsqueeze(-1)
+        parts.append(read(*_listed(rest, index, index.count, query, far, count)))
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
 
 

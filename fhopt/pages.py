@@ -1,26 +1,34 @@
 """Retrieval attention: a decoding step reads the pages of sealed tokens that matter to it, and no others.
 
-    sketch     of a token's key latent z: (z_c - mean_c) / deviation_c in 2 to 4 bits, for the channels c that tell most
-    logit      q~ . mean + sum over c of q~_c deviation_c code_c            of a token, to within what the sketch lost
-    weight     sum over a page's tokens of exp(logit)                       which pages are ranked by
+    sketch     of a token's key latent z: (z_c - mean_c) / deviation_c = scale u_c, u_c in 2 or 4 bits, for the channels
+               c that tell most, and one scale for the token, so large that nothing is cut off
+    logit      q~ . mean + scale sum over c of q~_c deviation_c u_c     of a token, to within what the sketch lost
+    weight     sum over a page's tokens of exp(logit)                   which pages are ranked by
 
 A page is `PagePlan.tokens` sealed tokens in a row. The sketches of its tokens lie beside the latents (fhopt/layers.py)
 and are all that a step reads of pages that it does not choose. Query heads that share latent heads (a unit) choose
 together, by the mean over heads of the share of weight that each expects of a page. Sinks, window and new tokens are
 read always, and so are all pages of short sequences.
 
-Chosen by measurement. SmolLM2-135M, 4x plan, code at 4,096 to 8,192 tokens, one page of 32 tokens in eight; squared
-error of what the six most sensitive layers read, relative, against bytes of the index per token and latent head:
+Chosen by measurement: SmolLM2-135M, 4x plan, code at 7,168 to 8,192 tokens, one page of 16 tokens in eight at every
+site; perplexity over that with all pages (95 %: +-0.8 to 1.8 %), bytes of the index per token and latent head:
 
-    true weights, which nobody knows without reading all keys          0.007
-    32 of 64 channels in 3 bits, 12 bytes; 24 in 3, 9; 32 in 2, 8      0.010; 0.014; 0.016
-    16 channels in 4 bits, 8 bytes                                     0.033
-    principal directions in place of channels, 32 in 3 bits            0.018
+    true weights, which nobody knows without reading all keys                    +0.7 %
+    16 channels in 4 bits and 16 in 2, scale of the token, 14 bytes              +1.0 %
+    16 and 32 channels, 18 bytes                                                 +1.0 %
+    32 channels in 3 bits, scale of the token, 14 bytes                          +1.7 %
+    32 channels in 3 or 4 bits without a scale, 12, 16 bytes                     +3.2, +3.8 %
+    64 channels in 6 bits without a scale, 48 bytes                              +3.3 %
 
-Four of these layers, minima and maxima per page and channel (Quest, Tang et al. 2024, arXiv 2406.10774, section 3.3) at
-their best weighting: 0.061 for pages of 32 tokens, 3 bytes a token, where sketches have 0.010; 0.030 with boxes of 16
-tokens, 6 bytes; 0.027 of 8, 12 bytes. Means and variances are worse. A page is read for one token in it, which what
-pages have in common does not show.
+What a quantiser cuts off is what counts: tokens that queries look for have latents far from the mean, and steps that
+are right for most tokens are wrong for these. Pages of 8 or 4 tokens, with as many tokens in all, gain 0.1 to 0.2 %.
+To stand in for the pages that are not read by their weight and the mean of their values loses more than it gains.
+
+Squared error of what the six most sensitive layers read, relative, of other summaries, pages of 32 tokens: minima and
+maxima per page and channel (Quest, Tang et al. 2024, arXiv 2406.10774, section 3.3) at their best weighting 0.061 with
+3 bytes a token, where 32 channels of each token in 3 bits have 0.010; 0.030 with boxes of 16 tokens, 6 bytes; 0.027 of
+8, 12 bytes. Means and variances are worse. A page is read for one token in it, which what pages have in common does not
+show.
 
 The guarantee: a token's logit differs from its sketch's by at most |q~ w| |(z - sketch) / w| for any weights w (Cauchy
 and Schwarz), and with a limit the second factor of every token is kept. The bound is honest and loose: a plan with a
@@ -33,18 +41,22 @@ tokens, P pages, N pages of a list, R latent width, r channels of a sketch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from fhopt import ops
-from fhopt.spec import SketchPlan
+from fhopt.spec import SketchPlan, Tier
 
-LOST = {2: 0.35, 3: 0.19, 4: 0.1}  # deviation of what rounding takes from a unit normal channel, about, by bits
+LOST = {2: 0.35, 4: 0.11}  # deviation of what rounding takes from a unit normal channel, about, by bits
 
-SketchRows = tuple[Tensor, Tensor | None]  # codes uint8 [B,J,T,bytes]; |(z - sketch) / w| float16 [B,J,T] or None
+TILE = 4096  # tokens whose sketches are made numbers at a time
+
+SketchRows = tuple[Tensor, Tensor, Tensor | None]
+"""Codes uint8 [B,J,T,bytes], scales float16 [B,J,T], and |(z - sketch) / w| float16 [B,J,T] where there is a limit."""
 
 
 # --------------------------------------------------------------------------------------------------- sketches
@@ -67,37 +79,51 @@ class Sketcher:
     def __deepcopy__(self, memo: object) -> Sketcher:
         return self
 
-    def codes(self, latents: Tensor) -> Tensor:
-        """Sketches of latents [B,J,T,R], uint8 [B,J,T,bytes]."""
-        unit = (latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1)
-        return ops.integer_bytes(self.kept(unit), self.plan.tier.bits, self.plan.tier.step)
+    @property
+    def tiers(self) -> tuple[list[int], list[int], list[float]]:
+        """Bits, widths and steps."""
+        tiers = self.plan.tiers
+        return [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
+
+    def codes(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Sketches of latents [B,J,T,R]: codes uint8 [B,J,T,bytes], scales float16 [B,J,T]."""
+        unit = self.kept((latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1))
+        parts = unit.split([tier.width for tier in self.plan.tiers], -1)
+        farthest = [x.abs().amax(-1) / (tier.step * 2 ** (tier.bits - 1)) for x, tier in self._each(parts)]
+        scale = (torch.stack(farthest).amax(0) * (1 + 2.0**-11)).clamp(2.0**-14, 65504.0).to(torch.float16)
+        rows = [
+            ops.integer_bytes(x / scale.to(torch.float32).unsqueeze(-1), tier.bits, tier.step)
+            for x, tier in self._each(parts)
+        ]
+        return torch.cat(rows, -1), scale
+
+    def _each(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tier]]:
+        return zip(parts, self.plan.tiers, strict=True)
 
     def kept(self, x: Tensor) -> Tensor:
         """The channels that are kept: [..., J, n, R] -> [..., J, n, r]."""
         index = self.channels.unsqueeze(1)
         return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
-    def lost(self, latents: Tensor, codes: Tensor) -> Tensor:
+    def lost(self, latents: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         """|(z - sketch) / w| [B,J,T], float16 and never below."""
         unit = (latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1)
         index = self.channels.unsqueeze(1).expand(*unit.shape[:-1], -1)
-        error = unit.scatter_add(-1, index, -self._units(codes)) / self._weights().unsqueeze(1)
+        units = ops.unscaled(codes, *self.tiers) * scale.to(torch.float32).unsqueeze(-1)
+        error = unit.scatter_add(-1, index, -units) / self._weights().unsqueeze(1)
         return (error.norm(dim=-1) * (1 + 2.0**-9)).clamp(2.0**-14, 65504.0).to(torch.float16)
 
     def _weights(self) -> Tensor:
         """w, in deviations, [J, R]: what a channel is wrong by, about."""
+        lost = [LOST[tier.bits] for tier in self.plan.tiers for _ in range(tier.width)]
         ones = torch.ones_like(self.mean)
-        return ones.scatter(-1, self.channels, LOST[self.plan.tier.bits])
+        return ones.scatter(-1, self.channels, ones.new_tensor(lost).expand(ones.shape[0], -1))
 
-    def _units(self, codes: Tensor) -> Tensor:
-        tier = self.plan.tier
-        return ops.unscaled(codes, [tier.bits], [tier.width], [tier.step])
-
-    def logits(self, query: Tensor, codes: Tensor) -> Tensor:
-        """q~ . sketch: query [B,H,S,R] (absorbed), codes [B,J,T,bytes] -> [B,H,S,T], float32 or more exact."""
+    def logits(self, query: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """q~ . sketch: query [B,H,S,R] (absorbed), codes and scales of T tokens -> [B,H,S,T], float32 or more exact."""
         weights, constant = self.factors(query)
-        tiles = [weights @ self._units(tile).to(weights.dtype).mT for tile in codes.split(ops.PAGE_TILE, 2)]
-        return (torch.cat(tiles, -1) + constant.unsqueeze(-1)).reshape(*query.shape[:3], -1)
+        found = sketch_logits(weights, constant, codes, scale, *self.tiers)
+        return found.reshape(*query.shape[:3], -1)
 
     def factors(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """What channels of a sketch and 1 are multiplied by: [B,H,S,R] -> [B,J,H/J*S,r], [B,J,H/J*S]."""
@@ -115,6 +141,18 @@ class Sketcher:
         b, h, s, width = query.shape
         j = self.mean.shape[0]
         return query.to(torch.promote_types(query.dtype, torch.float32)).reshape(b, j, h // j * s, width)
+
+
+def sketch_logits(
+    weights: Tensor, constant: Tensor, codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """constant + scale (weights . value of the codes): [B,J,M,r], [B,J,M] and sketches of T tokens -> [B,J,M,T]."""
+    tiles = []
+    for tile, factor in zip(codes.split(TILE, 2), scale.split(TILE, 2), strict=True):
+        units = ops.unscaled(tile, bits, widths, steps).to(weights.dtype)
+        tiles.append(weights @ units.mT * factor.to(weights.dtype).unsqueeze(2))
+    return torch.cat(tiles, -1) + constant.unsqueeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------- the choice
@@ -175,8 +213,8 @@ def token_logits(
     query [B,H,S,R] is absorbed. far: mask of the tokens, bool or additive, broadcastable to [B,H,S,T]; lengths: so many
     first ones count.
     """
-    codes, lost = index.rows
-    logits = index.sketcher.logits(query, codes) * scale
+    codes, scales, lost = index.rows
+    logits = index.sketcher.logits(query, codes, scales) * scale
     if at_most:
         assert lost is not None, "there is a limit"
         logits = logits + index.sketcher.uncertain(query, lost) * abs(scale)
@@ -190,14 +228,43 @@ def page_estimates(
     query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, *, scale: float, softcap: float = 0.0
 ) -> Tensor:
     """Log of the weight of each page, as its sketches have it: `ops.page_logits` of `token_logits`, [B,H,S,P]."""
-    codes, tier = index.rows[0], index.sketcher.plan.tier
-    single = lengths is None or lengths.numel() == 1
-    if far is not None or softcap or not single or query.dtype == torch.float64:
+    if not _in_kernel(query, far, lengths, softcap):
         return ops.page_logits(token_logits(query, index, far, lengths, scale=scale, softcap=softcap), index.tokens)
-    weights, constant = index.sketcher.factors(query)
-    options = (tier.bits, tier.width, tier.step, index.tokens)
-    found: Tensor = torch.ops.fhopt.page_weights(weights * scale, constant * scale, codes, *options, lengths)
+    found: Tensor = torch.ops.fhopt.page_weights(*_operands(query, index, far, lengths, scale))
     return found.reshape(*query.shape[:3], -1)
+
+
+def best_pages(
+    query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, *, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """Lists of the pages that one query of each sequence is to read: [B,H,1,R] -> int32 [B,U,N] as of `page_lists`."""
+    if _in_kernel(query, far, lengths, softcap):
+        numbers = index.units, index.most, index.share, index.least, index.mass
+        found: Tensor = torch.ops.fhopt.choose_pages(*_operands(query, index, far, lengths, scale), *numbers)
+        return found
+    estimates = page_estimates(query, index, far, lengths, scale=scale, softcap=softcap)
+    chosen = keep_best(expected_weights(estimates, index.units), index, available_pages(index, lengths))
+    return page_lists(chosen.squeeze(2), index.most)
+
+
+def available_pages(index: PageIndex, lengths: Tensor | None) -> Tensor | int:
+    """How many pages there are to choose from."""
+    return index.count if lengths is None else -(-lengths.reshape(-1, 1, 1, 1) // index.tokens)
+
+
+def _in_kernel(query: Tensor, far: Tensor | None, lengths: Tensor | None, softcap: float) -> bool:
+    """True where the ops below can say it: a mask of tokens of each sequence, one length."""
+    plain = far is None or (far.dtype == torch.bool and far.dim() == 4 and far.shape[1:3] == (1, 1))
+    one = lengths is None or lengths.numel() == 1
+    return plain and one and not softcap and query.dtype != torch.float64
+
+
+def _operands(
+    query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, scale: float
+) -> tuple[Tensor | int | list[int] | list[float] | None, ...]:
+    weights, constant = index.sketcher.factors(query)
+    codes, scales, _ = index.rows
+    return weights * scale, constant * scale, codes, scales, *index.sketcher.tiers, index.tokens, far, lengths
 
 
 def expected_weights(logits: Tensor, units: int) -> Tensor:
@@ -212,11 +279,15 @@ def keep_best(weights: Tensor, index: PageIndex, available: Tensor | int) -> Ten
     available: how many pages there are to choose from, a number or integers broadcastable to [B,U,S,1]. Pages without
     any weight, such as those that may not be read, are never among them.
     """
-    best, order = weights.topk(index.most, -1)
-    place = torch.arange(index.most, device=weights.device)
-    kept = (place < pages_read(available, index.share, index.least)) & (best > 0)
-    if index.mass < 1:
-        kept &= best.cumsum(-1) - best < index.mass  # what comes before does not suffice
+    return best_of(weights, index.most, pages_read(available, index.share, index.least), index.mass)
+
+
+def best_of(weights: Tensor, most: int, read: Tensor | int, mass: float) -> Tensor:
+    """The same, of at most `most` places the first `read`."""
+    best, order = weights.topk(most, -1)
+    kept = (torch.arange(most, device=weights.device) < read) & (best > 0)
+    if mass < 1:
+        kept &= best.cumsum(-1) - best < mass  # what comes before does not suffice
     return torch.zeros(weights.shape, dtype=torch.bool, device=weights.device).scatter(-1, order, kept)
 
 
@@ -232,6 +303,128 @@ def page_mask(chosen: Tensor, page_tokens: int, heads: int, tokens: int) -> Tens
     """The same as a mask of tokens: bool [B,U,S,P] -> bool [B,H,S,T], T = `tokens`."""
     seen = chosen.repeat_interleave(page_tokens, -1)[..., :tokens]
     return seen.repeat_interleave(heads // chosen.shape[1], 1)
+
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+class PageKernel(Protocol):
+    """Weighs pages, or chooses among them: `codegen.cpp_pages.weigh_pages` says what the arguments are."""
+
+    def __call__(  # noqa: D102  # see above
+        self, weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int],
+        widths: Sequence[int], steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int,
+        choice: Choice | None = None,
+    ) -> Tensor | None: ...  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pages each of `units` lists: `read`, of `most` places, and no more than have `mass` of the weight."""
+
+    units: int
+    most: int
+    read: int
+    mass: float
+
+
+_KERNELS: dict[str, PageKernel] = {}
+
+
+def use_page_kernel(device_type: str, kernel: PageKernel | None) -> PageKernel | None:
+    """Weigh pages by `kernel` on that device type; None: by torch operations.
+
+    A kernel returns None for what it does not serve. Returns what was used before, None likewise.
+    """
+    before = _KERNELS.pop(device_type, None)
+    if kernel is not None:
+        _KERNELS[device_type] = kernel
+    return before
+
+
+def _by_kernel(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, *, choice: Choice | None,
+) -> Tensor | None:  # fmt: skip
+    kernel = _KERNELS.get(weights.device.type)
+    if kernel is None:
+        return None
+    length = codes.shape[2] if lengths is None else int(lengths)
+    return kernel(weights, constant, codes, scales, bits, widths, steps, page_tokens, far, length, choice)
+
+
+def page_weights_reference(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Log of the sum over the tokens of a page of exp(constant + scale (weights . value of the codes)), [B,J,M,P].
+
+    weights [B,J,M,r], constant [B,J,M], codes uint8 [B,J,T,bytes], scales float16 [B,J,T]. far, bool [1 or B,1,1,T]:
+    tokens that count; lengths, one integer: so many first ones do.
+    """
+    logits = sketch_logits(weights, constant, codes, scales, bits, widths, steps)
+    bias = ops.additive(ops.within(lengths, codes.shape[2], far), logits.dtype)
+    return ops.page_logits(logits if bias is None else logits + bias, page_tokens)
+
+
+def _page_weights(*operands: Any) -> Tensor:
+    found = _by_kernel(*operands, choice=None)
+    return page_weights_reference(*operands) if found is None else found
+
+
+def _page_weights_fake(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return weights.new_empty((*weights.shape[:3], -(-codes.shape[2] // page_tokens)))
+
+
+def choose_pages_reference(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
+    share: float, least: int, mass: float,
+) -> Tensor:  # fmt: skip
+    """Lists of the pages that weigh most, int32 [B,U,N], ascending, -1 behind them: `page_weights_reference`, and of
+    `most` places as many as `pages_read` of the pages that there are; units, mass as of a `PageIndex`."""
+    operands = (weights, constant, codes, scales, bits, widths, steps, page_tokens, far, lengths)
+    found = page_weights_reference(*operands)
+    logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
+    count = _pages_of(codes, page_tokens, lengths)
+    chosen = best_of(expected_weights(logits, units), most, pages_read(count, share, least), mass)
+    return page_lists(chosen.squeeze(2), most)
+
+
+def _pages_of(codes: Tensor, page_tokens: int, lengths: Tensor | None) -> int:
+    return -(-(codes.shape[2] if lengths is None else int(lengths)) // page_tokens)
+
+
+def _choose_pages(*operands: Any) -> Tensor:
+    *of_pages, units, most, share, least, mass = operands
+    codes, page_tokens, lengths = of_pages[2], of_pages[7], of_pages[9]
+    read = pages_read(_pages_of(codes, page_tokens, lengths), share, least)
+    found = _by_kernel(*of_pages, choice=Choice(units, most, read, mass))
+    return choose_pages_reference(*operands) if found is None else found
+
+
+def _choose_pages_fake(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
+    share: float, least: int, mass: float,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((codes.shape[0], units, most), dtype=torch.int32)
+
+
+_OPERANDS = (
+    "Tensor weights, Tensor constant, Tensor codes, Tensor scales, int[] bits, int[] widths, float[] steps, "
+    "int page_tokens, Tensor? far, Tensor? lengths"
+)
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define(f"page_weights({_OPERANDS}) -> Tensor")
+_LIB.define(f"choose_pages({_OPERANDS}, int units, int most, float share, int least, float mass) -> Tensor")
+_LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
+_LIB.impl("choose_pages", _choose_pages, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)
+torch.library.register_fake("fhopt::choose_pages", _choose_pages_fake, lib=_LIB)
 
 
 # --------------------------------------------------------------------------------------------------- the guarantee

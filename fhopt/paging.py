@@ -18,6 +18,7 @@ Letters: B batch, H query heads, U units, S queries, P pages, T sealed tokens.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ SKETCHED = 2048  # tokens that sketches are made from
 PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
 LEAST_KL = 1e-9  # nats, of rounding
 LAST = 256  # tokens of a sequence in which sites read less, one after the other
+WORD = 4  # bytes of a row of a sketch that are read at once
 LEAST_PAGES = 16  # behind which a probe says something
 
 
@@ -53,7 +55,7 @@ class PagingOptions:
     """What `calibrate` needs beside a model and a plan.
 
     share: of the bytes of sealed tokens that a step may read. mass: of attention's weight that is to be kept, with at
-    most that share; None: the share is used up. tokens: of a page. channels, bits: of a token's sketch in each latent
+    most that share; None: the share is used up. tokens: of a page. sketch: bytes of codes of a token in each latent
     head. least, limit: see `PagePlan`. texts: calibration texts, of which `sequences` sequences of `context` tokens are
     read.
     """
@@ -61,8 +63,7 @@ class PagingOptions:
     share: float = 1 / 8
     mass: float | None = None
     tokens: int = 16
-    channels: int = 32
-    bits: int = 3
+    sketch: int = 12
     least: int = 512
     limit: float = 1.0
     texts: tuple[str, ...] = ("topics",)
@@ -81,11 +82,8 @@ class PagingOptions:
             )
         if self.tokens < 1 or block % self.tokens:
             raise FhoptError(f"pages of {self.tokens} tokens: expected a divisor of the plan's block, {block}.")
-        if self.bits not in SKETCH_BITS or self.channels < TIER_QUANTUM or self.channels % TIER_QUANTUM:
-            raise FhoptError(
-                f"sketches of {self.channels} channels in {self.bits} bits: expected a multiple of {TIER_QUANTUM} "
-                f"channels, and bits among {SKETCH_BITS}."
-            )
+        if self.sketch < WORD or self.sketch % WORD:
+            raise FhoptError(f"sketches of {self.sketch} bytes: expected a multiple of {WORD}.")
         needed = exact + LEAST_PAGES * self.tokens + PIECE + LAST
         if self.context < needed or self.sequences < 1:
             raise FhoptError(
@@ -136,8 +134,8 @@ class _Energy:
 
 
 @torch.inference_mode()
-def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, channels: int, bits: int) -> LatentPlan:
-    """The plan with sketches of `channels` channels in `bits` bits for all that decoders write, from token ids [T].
+def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> LatentPlan:
+    """The plan with sketches of at most `size` bytes of codes for all that decoders write, from token ids [T].
 
     Raises FhoptError when the plan is not for this model, or its attention cannot choose pages.
     """
@@ -154,21 +152,41 @@ def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, channels: int, bits
             f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "
             "pages are not chosen. Use the plan without pages."
         )
-    made = {
-        name: _sketch(layer, seen[name].total, channels, bits) for layer in layers if (name := layer.site.site.name)
-    }
+    made = {name: _sketch(layer, seen[name].total, size) for layer in layers if (name := layer.site.site.name)}
     return replace(plan, sites=tuple(replace(s, sketch=made.get(s.site.name)) for s in plan.sites))
 
 
-def _sketch(layer: LatentLayer, energy: Tensor | None, channels: int, bits: int) -> SketchPlan | None:
+def _sketch(layer: LatentLayer, energy: Tensor | None, size: int) -> SketchPlan | None:
     """By what a layer holds; channels by what an error in them would do to logits. None: there are too few."""
     latents = layer.key_rows.latents(0, layer.sealed).double()  # [1, J, T, R]
-    width = min(channels, latents.shape[-1] // TIER_QUANTUM * TIER_QUANTUM)
-    if energy is None or width < TIER_QUANTUM:
+    if energy is None:
         return None
     mean, deviation = latents.mean((0, 2)), latents.std((0, 2)).clamp(min=1e-6)  # [J, R]
-    kept = (energy * deviation.square()).topk(width, -1).indices.sort(-1).values
-    return SketchPlan(kept.cpu(), mean.float().cpu(), deviation.float().cpu(), Tier(bits, width, STEPS[bits]))
+    wrong, order = (energy * deviation.square()).sort(-1, descending=True)
+    tiers = sketch_tiers(wrong.sum(0), size)
+    if not tiers:
+        return None
+    kept = order[:, : sum(tier.width for tier in tiers)]
+    return SketchPlan(kept.contiguous().cpu(), mean.float().cpu(), deviation.float().cpu(), tiers)
+
+
+def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
+    """Bits of channels by what each does to the square of a logit's error, falling, [R]: least error in `size` bytes.
+
+    Every tier is whole words of four bytes, which is how rows are read. Empty where no tier fits.
+    """
+    steps = [TIER_QUANTUM if bits > 2 else 2 * TIER_QUANTUM for bits in SKETCH_BITS]
+    ranges = [range(0, min(len(wrong), 8 * size // b) + 1, n) for b, n in zip(SKETCH_BITS, steps, strict=True)]
+    best: tuple[float, tuple[Tier, ...]] = (math.inf, ())
+    for widths in itertools.product(*ranges):
+        given = list(zip(SKETCH_BITS, widths, strict=True))[::-1]
+        if sum(widths) > len(wrong) or sum(b * w for b, w in given) > 8 * size or not any(widths):
+            continue
+        left = torch.tensor([pages.LOST[b] ** 2 for b, w in given for _ in range(w)], dtype=wrong.dtype)
+        error = float((wrong[: len(left)].cpu() * left).sum() + wrong[len(left) :].sum())
+        if error < best[0]:
+            best = error, tuple(Tier(b, w, STEPS[b]) for b, w in given if w)
+    return best[1]
 
 
 # --------------------------------------------------------------------------------------------------- probes
@@ -367,6 +385,6 @@ def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, pro
         done += parts
         progress("pages", done, total)
 
-    sketched = with_sketches(model, plan, ids[-1, :SKETCHED], options.channels, options.bits)
+    sketched = with_sketches(model, plan, ids[-1, :SKETCHED], options.sketch)
     count(1)
     return with_pages(sketched, measure(model, sketched, ids, options, count), options)

@@ -29,7 +29,7 @@ PLAN_FILES = ("plan.json", "plan.safetensors")
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # a tier's width is a multiple of this: every bit plane of every tier starts on a whole byte
 SCALE_BYTES = 2  # one float16 per token and side
-SKETCH_BITS = (2, 3, 4)  # of a channel in the sketch of a token
+SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
 LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
 
 
@@ -203,14 +203,14 @@ class SidePlan:
 class SketchPlan:
     """How a token's key latent is sketched, to tell which pages matter to a query (fhopt/pages.py).
 
-    channels, int64 [J, r]: those that are kept. mean, deviation, float32 [J, R]: of all channels, over tokens; a
-    channel is coded in deviations from its mean, in the bits and steps of `tier`, of width r, and has no other scale.
+    channels, int64 [J, r]: those that are kept, in the order of `tiers`, of r channels in all. mean, deviation, float32
+    [J, R]: of all channels, over tokens; a channel is coded in deviations from its mean, times a scale of the token.
     """
 
     channels: Tensor
     mean: Tensor
     deviation: Tensor
-    tier: Tier
+    tiers: tuple[Tier, ...]
 
     def __deepcopy__(self, memo: Any) -> SketchPlan:
         return self
@@ -218,7 +218,12 @@ class SketchPlan:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's codes in one latent head."""
-        return self.tier.bits * self.tier.width // 8
+        return sum(tier.bits * tier.width for tier in self.tiers) // 8
+
+    @property
+    def width(self) -> int:
+        """r."""
+        return sum(tier.width for tier in self.tiers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,10 +291,10 @@ class PagePlan:
     limit: float = 1.0
 
     def sketch_bytes(self, site: SitePlan) -> int:
-        """Bytes of one token's sketch at a site, over all latent heads; with a limit, of what the sketch lost too."""
+        """Bytes of one token's sketch at a site, over all latent heads: codes, scale, with a limit what that lost."""
         if site.sketch is None:
             return 0
-        return site.key.groups * (site.sketch.row_bytes + (SCALE_BYTES if self.limit < 1 else 0))
+        return site.key.groups * (site.sketch.row_bytes + SCALE_BYTES * (1 + (self.limit < 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -490,7 +495,7 @@ def _describe(plan: LatentPlan) -> dict[str, Any]:
                 "key": [[t.bits, t.width, t.step] for t in s.key.tiers],
                 "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
             }
-            | ({} if s.sketch is None else {"sketch": [s.sketch.tier.bits, s.sketch.tier.width, s.sketch.tier.step]})
+            | ({} if s.sketch is None else {"sketch": [[t.bits, t.width, t.step] for t in s.sketch.tiers]})
             for s in plan.sites
         ],
     }
@@ -545,9 +550,9 @@ def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
 
     sketch = None
     if "sketch" in item:
-        bits, width, step = item["sketch"]
+        tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item["sketch"])
         parts = {part: tensors[f"{site.name}.sketch.{part}"] for part in _SKETCH}
-        sketch = SketchPlan(**parts, tier=Tier(int(bits), int(width), float(step)))
+        sketch = SketchPlan(**parts, tiers=tiers)
     return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch)
 
 
@@ -601,13 +606,14 @@ def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:
 
 
 def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
-    groups, width, tier = key.groups, key.width, sketch.tier
+    groups, width = key.groups, key.width
     found = tuple(sketch.channels.shape), tuple(sketch.mean.shape), tuple(sketch.deviation.shape)
-    expected = (groups, tier.width), (groups, width), (groups, width)
+    expected = (groups, sketch.width), (groups, width), (groups, width)
     if found != expected or sketch.channels.dtype != torch.int64:
         raise FhoptError(f"{name}: sketches have shapes {found}, expected {expected}. Calibrate pages again.")
-    if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not tier.step > 0:
-        raise FhoptError(f"{name}: sketches of {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}.")
+    for tier in sketch.tiers:
+        if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not tier.step > 0:
+            raise FhoptError(f"{name}: sketches of {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}.")
     if not bool(((sketch.channels >= 0) & (sketch.channels < width)).all()):
         raise FhoptError(f"{name}: sketches name channels beyond the {width} that there are. Calibrate pages again.")
     if not (sketch.mean.isfinite().all() and sketch.deviation.isfinite().all() and (sketch.deviation > 0).all()):

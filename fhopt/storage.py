@@ -234,7 +234,7 @@ class SealedRows(Store):
 
 
 class Sketches(Store):
-    """Sketches of sealed rows, grown in place: codes [B,J,capacity,bytes]; with a limit, what they lost [B,J,...]."""
+    """Sketches of sealed rows, grown in place: codes [B,J,capacity,bytes], scales, with a limit what they lost."""
 
     sketcher: Sketcher  # before the first tokens come, there is none
 
@@ -243,8 +243,8 @@ class Sketches(Store):
 
     def make(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Parts that stand for latents [B,J,N,R]."""
-        codes = self.sketcher.codes(latents)
-        return (codes, self.sketcher.lost(latents, codes)) if self.limited else (codes,)
+        codes, scale = self.sketcher.codes(latents)
+        return (codes, scale, self.sketcher.lost(latents, codes, scale)) if self.limited else (codes, scale)
 
     def seal(self, latents: Tensor, at: int, block: int) -> None:
         """Sketch the latents [B,J,N,R] of rows `at` to `at + N`."""
@@ -252,8 +252,8 @@ class Sketches(Store):
 
     def read(self, stop: int) -> SketchRows:
         """Of the first `stop` rows, as views."""
-        codes, *lost = [part[:, :, :stop] for part in self.parts]
-        return codes, lost[0] if lost else None
+        codes, scale, *lost = [part[:, :, :stop] for part in self.parts]
+        return codes, scale, lost[0] if lost else None
 
     def trim(self, count: int, block: int) -> None:
         """As of rows."""

@@ -23,7 +23,7 @@ from fhopt import ops, pages
 from fhopt.applying import latent_cache
 from fhopt.cache import LatentCache
 from fhopt.codegen import dispatch
-from fhopt.codegen.cpp_pages import page_logits
+from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, read_steps, score, switched
 from fhopt.fitting import STEPS
@@ -35,14 +35,14 @@ TOKENS = 4  # of a page
 LONG = 150  # tokens of a sequence with enough pages
 
 
-def sketch(key: SidePlan, seed: int = 0, bits: int = 3) -> SketchPlan:
-    """Of half of the channels, in no order, of latents of about unit deviation."""
+def sketch(key: SidePlan, seed: int = 0, bits: tuple[int, ...] = (4,)) -> SketchPlan:
+    """Of half of the channels, in no order, of latents of about unit deviation; 8 in each tier."""
     generator = torch.Generator().manual_seed(seed)
-    width = max(8, key.width // 16 * 8)
+    width = 8 * len(bits)
     channels = torch.rand(key.groups, key.width, generator=generator).argsort(-1)[:, :width]
     mean = torch.randn(key.groups, key.width, generator=generator) / 4
     deviation = torch.rand(key.groups, key.width, generator=generator) + 0.5
-    return SketchPlan(channels, mean, deviation, Tier(bits, width, STEPS[bits]))
+    return SketchPlan(channels, mean, deviation, tuple(Tier(b, 8, STEPS[b]) for b in bits))
 
 
 def paged(plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16) -> LatentPlan:
@@ -56,9 +56,9 @@ def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes
     """An index over latents [B,J,T,R], as many units as latent heads."""
     key = SidePlan(torch.zeros(latents.shape[1], latents.shape[3], 1), torch.zeros(1, 1, 1), ())
     sketcher = Sketcher.on(sketch(key), latents.device)
-    codes = sketcher.codes(latents)
+    coded = sketcher.codes(latents)
     options: dict[str, Any] = dict(tokens=TOKENS, mass=1.0, least=4, units=latents.shape[1], each_query=False)
-    rows = codes, sketcher.lost(latents, codes) if limit < 1 else None
+    rows = *coded, sketcher.lost(latents, *coded) if limit < 1 else None
     counters = torch.zeros(2, dtype=torch.int64)
     return PageIndex(sketcher, rows, share=share, limit=limit, counters=counters, **(options | changes))
 
@@ -68,21 +68,27 @@ def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes
 
 def naive_sketch(latent: Tensor, plan: SketchPlan, head: int) -> Tensor:
     """What the sketch of one token's latent [R] in one latent head stands for."""
-    tier, out = plan.tier, plan.mean[head].clone()
-    for channel in plan.channels[head].tolist():
-        unit = (latent[channel] - plan.mean[head, channel]) / plan.deviation[head, channel]
-        code = min(max(math.floor(float(unit / tier.step)) + 2 ** (tier.bits - 1), 0), 2**tier.bits - 1)
-        out[channel] += (code - (2**tier.bits - 1) / 2) * tier.step * plan.deviation[head, channel]
+    out = plan.mean[head].clone()
+    tiers = [tier for tier in plan.tiers for _ in range(tier.width)]
+    units = {}
+    for channel, tier in zip(plan.channels[head].tolist(), tiers, strict=True):
+        units[channel] = (latent[channel] - plan.mean[head, channel]) / plan.deviation[head, channel], tier
+    scale = max(abs(float(unit)) / tier.step / 2 ** (tier.bits - 1) for unit, tier in units.values())
+    scale = float(torch.tensor(scale * (1 + 2.0**-11)).half())
+    for channel, (unit, tier) in units.items():
+        code = math.floor(float(unit / scale / tier.step)) + 2 ** (tier.bits - 1)
+        assert 0 <= code < 2**tier.bits  # nothing is cut off
+        out[channel] += (code - (2**tier.bits - 1) / 2) * tier.step * scale * plan.deviation[head, channel]
     return out
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [(2,), (4,), (4, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_of_sketches_are_those_of_the_latents_they_stand_for(dtype: torch.dtype, bits: int) -> None:
+def test_logits_of_sketches_are_those_of_the_latents_they_stand_for(dtype: torch.dtype, bits: tuple[int, ...]) -> None:
     latents, query = torch.randn(2, 3, 5, 16), torch.randn(2, 6, 2, 16, dtype=dtype)
     plan = sketch(SidePlan(torch.zeros(3, 16, 1), torch.zeros(3, 1, 16), ()), bits=bits)
     sketcher = Sketcher.on(plan, latents.device)
-    found = sketcher.logits(query, sketcher.codes(latents))
+    found = sketcher.logits(query, *sketcher.codes(latents))
     for b in range(2):
         for h in range(6):
             stands = torch.stack([naive_sketch(latents[b, h // 2, t], plan, h // 2) for t in range(5)])
@@ -319,7 +325,7 @@ def test_sketches_do_not_depend_on_how_tokens_came(llama: Fitted, limit: float) 
     assert growing.sketches is not None and whole.sketches is not None and single.sketches is not None
     assert growing.sealed == int(whole.sealed) > 40
     held = [store.read(growing.sealed) for store in (growing.sketches, whole.sketches, single.sketches)]
-    assert all((x is None) == (limit == 1) for _, x in held)
+    assert all((x[2] is None) == (limit == 1) for x in held)
     for other in held[1:]:
         for a, b in zip(held[0], other, strict=True):
             assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
@@ -335,7 +341,8 @@ def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, ki
         assert layer.sketches is not None
         sealed = layer.sealed_rows
         wanted = layer.sketches.sketcher.codes(layer.key_rows.latents(0, sealed))
-        assert torch.equal(layer.sketches.read(sealed)[0], wanted)
+        codes, scales, _ = layer.sketches.read(sealed)
+        assert torch.equal(codes, wanted[0]) and torch.equal(scales, wanted[1])
 
     def grow(count: int) -> None:
         batch = layer.batch_size if layer.is_initialized else 2
@@ -471,7 +478,7 @@ def test_a_plan_with_pages_is_saved_and_loaded(tmp_path: Path) -> None:
     loaded = LatentPlan.load(plan.save(tmp_path / "plan"))
     assert loaded.pages == plan.pages and loaded.digest() == plan.digest()
     a, b = loaded.sites[0].sketch, plan.sites[0].sketch
-    assert a is not None and b is not None and a.tier == b.tier
+    assert a is not None and b is not None and a.tiers == b.tiers
     assert torch.equal(a.channels, b.channels) and torch.equal(a.mean, b.mean)
     assert len({p.digest() for p in (plan, replace(plan, pages=None), random_plan("head", CODED))}) == 3
 
@@ -507,8 +514,9 @@ def test_pages_that_cannot_be_are_refused(pages_of_plan: PagePlan, reason: str) 
         ({"channels": torch.full((2, 8), 16)}, "beyond the 16 that there are"),
         ({"mean": torch.full((2, 16), math.inf)}, "no positive numbers"),
         ({"deviation": torch.zeros(2, 16)}, "no positive numbers"),
-        ({"tier": Tier(1, 8, 1.0)}, "bits of"),
-        ({"tier": Tier(2, 8, 0.0)}, "bits of"),
+        ({"tiers": (Tier(3, 8, 1.0),)}, "bits of"),
+        ({"tiers": (Tier(2, 8, 0.0),)}, "bits of"),
+        ({"tiers": (Tier(2, 8, 1.0), Tier(2, 8, 1.0))}, "sketches have shapes"),
     ],
 )
 def test_sketches_that_cannot_be_are_refused(change: dict[str, Any], reason: str) -> None:
@@ -536,30 +544,92 @@ def test_perplexity_with_pages_is_measured_and_worse_than_with_all(llama: Fitted
 # --------------------------------------------------------------------------------------------------- the kernel
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("tokens", "length"), [(100, 100), (96, 70), (33, 33), (16, 5)])
-def test_the_kernel_weighs_pages_as_the_reference_does(bits: int, tokens: int, length: int) -> None:
-    batch, heads, rows, width, step = 2, 3, 5, 24, STEPS[bits]
-    stored = ops.integer_bytes(torch.randn(batch, heads, tokens + 7, width), bits, step)
-    codes = stored[:, :, :tokens]  # a view, as of a cache with spare room
-    weights, constant = torch.randn(batch, heads, rows, width), torch.randn(batch, heads, rows)
-    options: Any = (bits, width, step, 32, torch.tensor(length))
-    expected = ops.page_weights_reference(weights.double(), constant.double(), codes, *options)
-    before = ops.use_page_kernel("cpu", page_logits)
+def page_operands(
+    tiers: dict[int, int], rows: int, tokens: int, masked: bool, length: int | None
+) -> tuple[tuple[Tensor, Tensor], Any]:
+    """(weights, constant) and what follows them in `fhopt::page_weights`: B=2, J=4, pages of 32 tokens."""
+    bits, widths, steps = list(tiers), list(tiers.values()), [STEPS[b] for b in tiers]
+    planes = [ops.integer_bytes(torch.randn(2, 4, tokens + 7, w), b, STEPS[b]) for b, w in tiers.items()]
+    codes = torch.cat(planes, -1)[:, :, :tokens]  # a view, as of a cache with spare room
+    scales = torch.rand(2, 4, tokens + 7).add(0.5).to(torch.float16)[:, :, :tokens]
+    far = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
+    factors = torch.randn(2, 4, rows, sum(widths)), torch.randn(2, 4, rows)
+    return factors, (codes, scales, bits, widths, steps, 32, far, None if length is None else torch.tensor(length))
+
+
+def rounded(weights: Tensor, options: Any) -> Tensor:
+    """Weights as the kernel multiplies them: products with the steps of channels in 8 bits."""
+    _, _, _, widths, steps, *_ = options
+    stretch = torch.cat([torch.full((w,), s) for w, s in zip(widths, steps, strict=True)])
+    products = weights * stretch
+    unit = products.abs().amax(-1, keepdim=True) / 127
+    return (products / unit).round() * unit / stretch
+
+
+@contextmanager
+def page_kernel() -> Iterator[None]:
+    before = pages.use_page_kernel("cpu", weigh_pages)
     try:
-        found = torch.ops.fhopt.page_weights(weights, constant, codes, *options)
+        yield
     finally:
-        ops.use_page_kernel("cpu", before)
+        pages.use_page_kernel("cpu", before)
+
+
+@pytest.mark.parametrize("tiers", [{4: 16, 2: 16}, {4: 8}, {2: 48}, {4: 24, 2: 32}, {4: 72}], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "length", "masked"),
+    [(100, None, False), (96, 70, True), (33, 33, False), (16, 5, True), (2100, 2051, True)],
+)
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_the_kernel_weighs_pages_as_the_reference_does(
+    rows: int, tokens: int, length: int | None, masked: bool, tiers: dict[int, int]
+) -> None:
+    (weights, constant), options = page_operands(tiers, rows, tokens, masked, length)
+    expected = pages.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
+    with page_kernel():
+        found = torch.ops.fhopt.page_weights(weights, constant, *options)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.5])
+@pytest.mark.parametrize("units", [1, 4])
+@pytest.mark.parametrize(("tokens", "length", "masked"), [(2100, 1500, True), (1024, None, False), (90, 40, True)])
+def test_the_kernel_chooses_the_pages_that_the_reference_chooses(
+    tokens: int, length: int | None, masked: bool, units: int, mass: float
+) -> None:
+    (weights, constant), options = page_operands({4: 16, 2: 16}, 3, tokens, masked, length)
+    weights = rounded(weights, options) / 4
+    count = -(-tokens // 32)
+    numbers: Any = (units, max(2, count // 4), 0.2, 2, mass)
+    expected = pages.choose_pages_reference(weights.double(), constant.double(), *options, *numbers)
+    with page_kernel():
+        found = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
+    assert torch.equal(found, expected) and bool((found >= 0).any())
+    if mass == 1 and not masked:
+        assert int((found >= 0).sum()) == 2 * units * pages.pages_read(count, 0.2, 2)
+
+
+def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
+    (weights, constant), options = page_operands({4: 16}, 2, 200, True, None)
+    options[6][1] = False
+    with page_kernel():
+        found = torch.ops.fhopt.choose_pages(weights, constant, *options, 2, 3, 0.5, 1, 1.0)
+    assert bool((found[0] >= 0).all()) and bool((found[1] == -1).all())
 
 
 def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
     weights, constant = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 1)
-    codes = torch.zeros(1, 1, 20, 3, dtype=torch.uint8)
-    assert page_logits(weights, constant, codes, 3, 4, 20) is None  # pages of 4 tokens
-    assert page_logits(weights, constant, codes, 2, 16, 20) is None  # another width
-    assert page_logits(weights, constant, codes, 3, 16, 20) is not None
+    codes, scales = torch.zeros(1, 1, 20, 4, dtype=torch.uint8), torch.ones(1, 1, 20, dtype=torch.float16)
+
+    def found(bits: int, page_tokens: int, mask: Tensor | None = None) -> Tensor | None:
+        return weigh_pages(weights, constant, codes, scales, (bits,), (8,), (1.0,), page_tokens, mask, 20)
+
+    assert found(4, 4) is None  # pages of 4 tokens
+    assert found(4, 2048) is None
+    assert found(2, 16) is None  # rows of 2 bytes
+    assert found(4, 16, torch.zeros(1, 1, 1, 20)) is None  # an additive mask
+    assert found(4, 16) is not None and found(4, 16, torch.ones(1, 1, 1, 20, dtype=torch.bool)) is not None
 
 
 def test_a_compiled_step_with_a_static_cache_chooses_as_an_eager_one(llama: Fitted) -> None:

@@ -19,10 +19,11 @@ from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, switched
 from fhopt.fitting import exact_plan
 from fhopt.layers import LatentLayer
+from fhopt.pages import LOST
 from fhopt.paging import MASSES, SHARES, Curves, PagingOptions, page_weights, parse_share, share_out, with_pages
 from fhopt.spec import LatentPlan
 
-SMALL: dict[str, Any] = dict(tokens=4, channels=8, context=480, sequences=1, least=0)
+SMALL: dict[str, Any] = dict(tokens=4, sketch=4, context=480, sequences=1, least=0)
 
 
 @pytest.fixture(autouse=True)
@@ -143,20 +144,43 @@ def test_a_sketch_keeps_the_channels_in_which_errors_would_matter_most() -> None
     layer.update(torch.randn(1, 2, 200, 16) * size + 3, torch.randn(1, 2, 200, 16))
     energy = torch.ones(2, 16, dtype=torch.float64)
     energy[1, :8] = 1e6
-    made = paging._sketch(layer, energy, 8, 3)
-    assert made is not None and made.tier.width == 8
-    assert made.channels[0].tolist() == sorted(size.argsort(descending=True)[:8].tolist())
-    assert made.channels[1].tolist() == list(range(8))
+    made = paging._sketch(layer, energy, 4)
+    assert made is not None and [(t.bits, t.width) for t in made.tiers] == [(4, 8)]
+    deviation = layer.key_rows.latents(0, layer.sealed).std((0, 2))
+    assert made.channels[0].tolist() == deviation[0].argsort(descending=True)[:8].tolist()
+    assert sorted(made.channels[1].tolist()) == list(range(8))
     torch.testing.assert_close(made.deviation, size.expand(2, 16), rtol=0.3, atol=0)  # 180 tokens
-    assert paging._sketch(layer, None, 8, 3) is None and paging._sketch(layer, energy, 4, 3) is None
+    assert paging._sketch(layer, None, 4) is None
+
+
+@pytest.mark.parametrize("size", [4, 8, 12, 16])
+@pytest.mark.parametrize("falls", [0.0, 0.5, 1.0, 3.0])
+def test_bits_of_sketches_are_those_that_lose_least(falls: float, size: int) -> None:
+    """Against all ways to give channels bits in steps of 8 (16 of 2 bits), by a plain loop."""
+    wrong = torch.logspace(0, -falls, 40, dtype=torch.float64)
+    best = None
+    for four in range(0, 41, 8):
+        for two in range(0, 41 - four, 16):
+            if 0 < 4 * four + 2 * two <= 8 * size:
+                lost = [LOST[4] ** 2] * four + [LOST[2] ** 2] * two
+                lost += [1.0] * (40 - len(lost))
+                error = sum(x * float(w) for x, w in zip(lost, wrong, strict=True))
+                best = min(best or (error, four, two), (error, four, two))
+    found = {t.bits: t.width for t in paging.sketch_tiers(wrong, size)}
+    assert best is not None and (found.get(4, 0), found.get(2, 0)) == best[1:]
+
+
+def test_too_few_channels_have_no_sketch() -> None:
+    assert paging.sketch_tiers(torch.ones(7), 12) == ()
+    assert [(t.bits, t.width) for t in paging.sketch_tiers(torch.ones(15), 12)] == [(4, 8)]
 
 
 def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
     plan, ids = llama.plan(4), token_ids(1, 480)
     options = PagingOptions(share=0.5, **SMALL)
-    sketched = paging.with_sketches(llama.model, plan, ids[0, :200], options.channels, options.bits)
+    sketched = paging.with_sketches(llama.model, plan, ids[0, :200], options.sketch)
     for site in sketched.sites:
-        assert site.sketch is not None and site.sketch.tier.bits == options.bits
+        assert site.sketch is not None and site.sketch.row_bytes == options.sketch
     curves = paging.measure(llama.model, sketched, ids, options)
     assert all(c.count > 50 and c.cost > 0 for c in curves.values())
     assert all(0 < c.left_out(1 / 8) < c.left_out(1 / 64) < 1 and abs(c.left_out(1.0)) < 1e-6 for c in curves.values())
@@ -171,7 +195,7 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
 def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
     """More pages leave out less, and less than pages taken by lot would."""
     ids, options = token_ids(1, 480), PagingOptions(share=0.5, **SMALL)
-    sketched = paging.with_sketches(llama.model, llama.plan(2), ids[0, :200], 8, 4)
+    sketched = paging.with_sketches(llama.model, llama.plan(2), ids[0, :200], 8)
     for curves in paging.measure(llama.model, sketched, ids, options).values():
         left = [curves.left_out(share) for share in SHARES]
         assert left == sorted(left, reverse=True)
@@ -184,8 +208,8 @@ def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
         ({"share": 0.0}, "expected shares above 0"),
         ({"mass": 1.5}, "expected shares above 0"),
         ({"tokens": 3}, "expected a divisor of the plan's block"),
-        ({"bits": 5}, "bits among"),
-        ({"channels": 12}, "a multiple of 8 channels"),
+        ({"sketch": 6}, "a multiple of 4"),
+        ({"sketch": 0}, "a multiple of 4"),
         ({"context": 64}, "Use longer sequences"),
         ({"sequences": 0}, "Use longer sequences"),
     ],
