@@ -43,6 +43,13 @@ class Bases:
         return self
 
 
+def keep_static(*tensors: Tensor) -> None:
+    """Never let Dynamo take sizes of these for numbers that change, as it does where another plan has other ones."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static(tensor)
+
+
 _placed: weakref.WeakKeyDictionary[SidePlan, dict[tuple[torch.device, torch.dtype], Bases]] = (
     weakref.WeakKeyDictionary()
 )
@@ -58,6 +65,7 @@ def place_bases(plan: SidePlan, like: Tensor) -> Bases:
     with torch.inference_mode(False), torch.no_grad():  # others may train with them
         made = Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
     if type(made.decode) is Tensor and type(made.encode) is Tensor:  # not of a fake mode, which ends
+        keep_static(made.encode, made.decode)
         table[key] = made
     return made
 
@@ -190,6 +198,7 @@ class SealedRows(Store):
 
     def __init__(self, plan: SidePlan) -> None:
         self.plan = plan
+        keep_static(plan.encode, plan.decode)
         self._tiers = ops.tier_arguments(plan)
         self._text = "|".join(",".join(map(repr, numbers)) for numbers in self._tiers)
         self.bases: Bases | None = None  # before the first tokens come

@@ -206,6 +206,29 @@ def test_every_step_of_a_compiled_model_runs_one_graph(fitted: Fitted, ratio: fl
     assert [t.data_ptr() for layer in compiled.layers for t in layer.tensors] == addresses
 
 
+def test_the_sizes_of_another_plan_are_compiled_as_fixed_as_those_of_the_first(llama: Fitted) -> None:
+    """Dynamo takes sizes that differ from those before for variable ones, and no kernel is made for such."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    plans = [llama.plan(2), llama.plan(8)]
+    assert plans[0].sites[1].key.width != plans[1].sites[1].key.width
+    for plan in plans:
+        model = copy.deepcopy(llama.model)
+        fhopt.apply(model, plan)
+        with torch.no_grad():
+            cache = latent_cache(model, max_cache_len=80)
+            model(token_ids(1, 60), past_key_values=cache)
+            torch.compile(model.forward, backend=keep, fullgraph=True)(token_ids(1, 1), past_key_values=cache)
+    assert len(graphs) == 2
+    for node in graphs[1].graph.find_nodes(op="placeholder"):
+        value = node.meta["example_value"]
+        assert not isinstance(value, Tensor) or all(str(size).isdecimal() for size in value.shape), node.name
+
+
 def test_generate_compiles_its_steps_by_itself(llama: Fitted) -> None:
     from transformers import CompileConfig
 
