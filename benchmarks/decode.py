@@ -1,6 +1,7 @@
 """Decoding with SmolLM2 behind 8,192 cached tokens on a CPU: latents against every exact way that transformers has.
 
     python benchmarks/decode.py --plan 4x --plan 8x   benchmarks/results/decode.json, decode.png; about 25 minutes
+    python benchmarks/decode.py --tokens 640 --tokens 2048    other contexts; decode-contexts.json and .png
     python benchmarks/decode.py --quick               1,024 tokens, batch 1, float32, plain 4 bits (also QUICK=1)
 
 A case is a batch and a dtype. Contenders of a case live in one process and take turns: a round is a few steps of each,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import statistics
 import time
 import types
@@ -250,22 +252,23 @@ def draw(figure: Figure, rows: list[Row]) -> None:
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True)
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=tuple(DTYPES))
 @click.option("--rounds", type=int, default=ROUNDS, show_default=True)
-@click.option("--tokens", type=int, default=TOKENS, show_default=True)
+@click.option("--tokens", "contexts", type=int, multiple=True, default=(TOKENS,), show_default=True)
 def main(
     quick: bool, plan_paths: tuple[Path, ...], batches: tuple[int, ...], dtypes: tuple[str, ...], rounds: int,
-    tokens: int,
+    contexts: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Measure decoding behind a long context."""
     quick = quick or is_quick()
-    tokens = 1024 if quick else tokens
+    contexts = (1024,) if quick else contexts
     torch._dynamo.config.recompile_limit = 64  # all contenders share the code of one class
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
     loaded = load_model("demo")
     plans = [LatentPlan.load(path) for path in plan_paths] or _fitted(loaded, quick)
-    prompt = prompt_cache(loaded, tokens)
+    whole = prompt_cache(loaded, max(contexts))
     rows: list[Row] = []
-    for batch, dtype in cases(quick, batches, dtypes):
+    for tokens, (batch, dtype) in itertools.product(contexts, cases(quick, batches, dtypes)):
+        prompt = [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in whole]
         found = contenders(loaded, plans, prompt, batch, DTYPES[dtype])
         measure(found, cache_argument(loaded.language_model()), 2 if quick else rounds)
         rows += rows_of(f"batch {batch}, {dtype}, {tokens:,} tokens", batch, found)
@@ -273,7 +276,8 @@ def main(
         del found
         gc.collect()
         torch._dynamo.reset()
-    record("decode-quick" if quick else "decode", rows, lambda figure: draw(figure, rows), summary(rows))
+    name = "decode-quick" if quick else "decode" if contexts == (TOKENS,) else "decode-contexts"
+    record(name, rows, lambda figure: draw(figure, rows), summary(rows))
 
 
 def summary_line(case: str, rows: list[Row]) -> str:

@@ -42,7 +42,7 @@ from fhopt.spec import SKETCH_BITS, TIER_QUANTUM, LatentPlan, PagePlan, SitePlan
 SHARES = (1 / 64, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # that sites may get
 MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # likewise
 MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is asked for
-SKETCHED = 2048  # tokens that sketches are made from
+SKETCHED = 2048  # tokens of each sequence that sketches are made from
 PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
 LEAST_KL = 1e-9  # nats, of rounding
 LAST = 256  # tokens of a sequence in which sites read less, one after the other
@@ -118,11 +118,12 @@ def parse_share(text: str) -> float:
 # --------------------------------------------------------------------------------------------------- sketches
 
 
-class _Energy:
-    """Sums what queries ask of each channel of one site's key latents, [J, R]."""
+class _Moments:
+    """Sums over what one site's queries ask of each channel of its key latents, and over these, [J, R] each."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.energy: Tensor | None = None
+        self.count, self.sums, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
@@ -130,39 +131,53 @@ class _Energy:
         """See a call."""
         absorbed = ops.absorb(query, latents.key.decode).double()
         found = absorbed.unflatten(1, (latents.key.rows.shape[1], -1)).square().sum((0, 2, 3))
-        self.total = found if self.total is None else self.total + found
+        self.energy = found if self.energy is None else self.energy + found
+
+    def see(self, latents: Tensor) -> None:
+        """Count latents [1,J,T,R]."""
+        x = latents.double()
+        self.count += x.shape[2]
+        self.sums, self.squares = self.sums + x.sum((0, 2)), self.squares + x.square().sum((0, 2))
+
+    def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
+        """Of the latents that were seen."""
+        mean = self.sums / self.count
+        variance = (self.squares - self.count * mean.square()) / max(1, self.count - 1)
+        return mean, variance.clamp(min=1e-12).sqrt()
 
 
 @torch.inference_mode()
 def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> LatentPlan:
-    """The plan with sketches of at most `size` bytes of codes for all that decoders write, from token ids [T].
+    """The plan with sketches of at most `size` bytes of codes for all that decoders write, from token ids [N, T].
 
     Raises FhoptError when the plan is not for this model, or its attention cannot choose pages.
     """
-    plan, seen = replace(plan, pages=None), dict[str, _Energy]()
+    plan, seen = replace(plan, pages=None), dict[str, _Moments]()
     with switched(model, plan):
-        cache = new_cache(model, plan)
-        layers = [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
-        for layer in layers:
-            layer.observer = seen[layer.site.site.name] = _Energy()
-        for start in range(0, len(ids), PIECE):
-            model(ids[None, start : start + PIECE].to(model.device), **{cache_argument(model): cache}, use_cache=True)
-    if all(energy.total is None for energy in seen.values()):
+        for row in ids:
+            cache = new_cache(model, plan)
+            layers = [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
+            for layer in layers:
+                layer.observer = seen.setdefault(layer.site.site.name, _Moments())
+            for piece in row.split(PIECE):
+                model(piece[None].to(model.device), **{cache_argument(model): cache}, use_cache=True)
+            for layer in layers:
+                seen[layer.site.site.name].see(layer.key_rows.latents(0, layer.sealed))
+    if all(moments.energy is None for moments in seen.values()):
         raise FhoptError(
             f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "
             "pages are not chosen. Use the plan without pages."
         )
-    made = {name: _sketch(layer, seen[name].total, size) for layer in layers if (name := layer.site.site.name)}
+    made = {name: _sketch(moments, size) for name, moments in seen.items()}
     return replace(plan, sites=tuple(replace(s, sketch=made.get(s.site.name)) for s in plan.sites))
 
 
-def _sketch(layer: LatentLayer, energy: Tensor | None, size: int) -> SketchPlan | None:
-    """By what a layer holds; channels by what an error in them would do to logits. None: there are too few."""
-    latents = layer.key_rows.latents(0, layer.sealed).double()  # [1, J, T, R]
-    if energy is None:
+def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
+    """By what a site's latents are like; channels by what an error would do to logits. None: there are too few."""
+    if moments.energy is None:
         return None
-    mean, deviation = latents.mean((0, 2)), latents.std((0, 2)).clamp(min=1e-6)  # [J, R]
-    wrong, order = (energy * deviation.square()).sort(-1, descending=True)
+    mean, deviation = moments.mean_and_deviation()
+    wrong, order = (moments.energy * deviation.square()).sort(-1, descending=True)
     tiers = sketch_tiers(wrong.sum(0), size)
     if not tiers:
         return None
@@ -385,6 +400,6 @@ def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, pro
         done += parts
         progress("pages", done, total)
 
-    sketched = with_sketches(model, plan, ids[-1, :SKETCHED], options.sketch)
+    sketched = with_sketches(model, plan, ids[:, :SKETCHED], options.sketch)
     count(1)
     return with_pages(sketched, measure(model, sketched, ids, options, count), options)

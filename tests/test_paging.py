@@ -144,13 +144,19 @@ def test_a_sketch_keeps_the_channels_in_which_errors_would_matter_most() -> None
     layer.update(torch.randn(1, 2, 200, 16) * size + 3, torch.randn(1, 2, 200, 16))
     energy = torch.ones(2, 16, dtype=torch.float64)
     energy[1, :8] = 1e6
-    made = paging._sketch(layer, energy, 4)
+    moments, latents = paging._Moments(), layer.key_rows.latents(0, layer.sealed)
+    assert paging._sketch(moments, 4) is None
+    moments.energy = energy
+    for part in latents.split(50, 2):
+        moments.see(part)
+    mean, deviation = moments.mean_and_deviation()
+    torch.testing.assert_close(mean.float(), latents.mean((0, 2)))
+    torch.testing.assert_close(deviation.float(), latents.std((0, 2)))
+    made = paging._sketch(moments, 4)
     assert made is not None and [(t.bits, t.width) for t in made.tiers] == [(4, 8)]
-    deviation = layer.key_rows.latents(0, layer.sealed).std((0, 2))
     assert made.channels[0].tolist() == deviation[0].argsort(descending=True)[:8].tolist()
     assert sorted(made.channels[1].tolist()) == list(range(8))
     torch.testing.assert_close(made.deviation, size.expand(2, 16), rtol=0.3, atol=0)  # 180 tokens
-    assert paging._sketch(layer, None, 4) is None
 
 
 @pytest.mark.parametrize("size", [4, 8, 12, 16])
@@ -178,7 +184,7 @@ def test_too_few_channels_have_no_sketch() -> None:
 def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
     plan, ids = llama.plan(4), token_ids(1, 480)
     options = PagingOptions(share=0.5, **SMALL)
-    sketched = paging.with_sketches(llama.model, plan, ids[0, :200], options.sketch)
+    sketched = paging.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
     for site in sketched.sites:
         assert site.sketch is not None and site.sketch.row_bytes == options.sketch
     curves = paging.measure(llama.model, sketched, ids, options)
@@ -195,7 +201,7 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
 def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
     """More pages leave out less, and less than pages taken by lot would."""
     ids, options = token_ids(1, 480), PagingOptions(share=0.5, **SMALL)
-    sketched = paging.with_sketches(llama.model, llama.plan(2), ids[0, :200], 8)
+    sketched = paging.with_sketches(llama.model, llama.plan(2), ids[:, :200], 8)
     for curves in paging.measure(llama.model, sketched, ids, options).values():
         left = [curves.left_out(share) for share in SHARES]
         assert left == sorted(left, reverse=True)

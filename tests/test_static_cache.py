@@ -182,11 +182,16 @@ def test_static_and_growing_caches_give_the_same_logits(fitted: Fitted, ratio: f
 # ---- compiled
 
 
-@pytest.mark.parametrize("ratio", [1, 4])
-@pytest.mark.parametrize("absorbs", [True, False])
-def test_every_step_of_a_compiled_model_runs_one_graph(fitted: Fitted, ratio: float, absorbs: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "ratio", "absorbs"),  # every two of them meet
+    [("llama", 1, True), ("llama", 4, False), ("gpt2", 1, False), ("gpt2", 4, True)],
+)
+def test_every_step_of_a_compiled_model_runs_one_graph(
+    name: str, ratio: float, absorbs: bool, request: pytest.FixtureRequest
+) -> None:
     from torch._dynamo.testing import CompileCounter
 
+    fitted: Fitted = request.getfixturevalue(name)
     model, ids = fitted.model, token_ids(2, 70)
     fhopt.apply(model, fitted.plan(ratio, window_bits=16))
     torch._dynamo.reset()
@@ -222,7 +227,8 @@ def test_the_sizes_of_another_plan_are_compiled_as_fixed_as_those_of_the_first(l
         with torch.no_grad():
             cache = latent_cache(model, max_cache_len=80)
             model(token_ids(1, 60), past_key_values=cache)
-            torch.compile(model.forward, backend=keep, fullgraph=True)(token_ids(1, 1), past_key_values=cache)
+            step: Any = torch.compile(model.forward, backend=keep, fullgraph=True)
+            step(token_ids(1, 1), past_key_values=cache)
     assert len(graphs) == 2
     for node in graphs[1].graph.find_nodes(op="placeholder"):
         value = node.meta["example_value"]
