@@ -27,7 +27,7 @@ from attention import SHAPES, spectrum_tiers
 from recording import Row, is_quick, record
 from torch import Tensor
 
-from fhopt import codegen, data, ops, pages, paging
+from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, paired, read_steps, switched
 from fhopt.models import LoadedModel, load_model
@@ -113,7 +113,7 @@ def operator(tokens: int) -> list[Row]:
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
-    lists = pages.page_lists(chosen.squeeze(2), index.most)
+    lists = page_ops.page_lists(chosen.squeeze(2), index.most)
 
     def read(which: Tensor | None) -> Tensor:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fhopt.codegen.build import CompileError, load
 from fhopt.codegen.cpp_vectors import BYTES, EXPONENTIAL, VECTORS
-from fhopt.pages import Choice
+from fhopt.page_ops import Choice
 
 TILE = 16  # tokens; pages are a multiple of it
 MOST_TOKENS = 1024  # of a page

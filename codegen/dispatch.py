@@ -26,7 +26,7 @@ from fhopt.ops import (
     use_pack_kernels,
     within,
 )
-from fhopt.pages import use_page_kernel
+from fhopt.page_ops import use_page_kernel
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}

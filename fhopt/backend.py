@@ -364,7 +364,7 @@ def cacheable(graph: fx.Graph) -> dict[str, str]:
 @functools.cache
 def _source_digest(name: str) -> str:
     """Of a module and of what all such functions may call."""
-    names = (name, *(f"fhopt.{n}" for n in ("ops", "latents", "storage", "chunks", "encoding", "pages")))
+    names = (name, *(f"fhopt.{n}" for n in ("ops", "latents", "storage", "chunks", "encoding", "pages", "page_ops")))
     sources = [importlib.import_module(n).__file__ for n in names]
     return hashlib.sha256(b"".join(Path(str(s)).read_bytes() for s in sources)).hexdigest()[:16]
 

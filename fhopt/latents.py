@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt import chunks, ops, pages
+from fhopt import chunks, ops, page_ops, pages
 from fhopt.pages import PageIndex
 
 TILE = 1024  # tokens that are unpacked at a time where attention is written out
@@ -273,7 +273,7 @@ def _attend_chosen(
         parts = [read(far, {"pages": lists, "page_tokens": index.tokens}), *others]
         return ops.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
-    weights = pages.expected_weights(estimates, index.units)
+    weights = page_ops.expected_weights(estimates, index.units)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
     parts = [read(*_listed(chosen, index, index.most, query, far, count)), *others]
     if index.limit < 1:
@@ -290,7 +290,7 @@ def _listed(
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """(mask, options) with which `fhopt::latent_attention` reads the latents of chosen pages, bool [B,U,S,P]."""
     if query.shape[2] == 1:
-        return far, {"pages": pages.page_lists(chosen.squeeze(2), most), "page_tokens": index.tokens}
+        return far, {"pages": page_ops.page_lists(chosen.squeeze(2), most), "page_tokens": index.tokens}
     mask = pages.page_mask(chosen, index.tokens, query.shape[1], tokens)
     return (mask if far is None else ops.restricted(far, mask)), {}
 

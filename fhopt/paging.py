@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt import data, ops, pages
+from fhopt import data, ops, page_ops, pages
 from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length, new_cache, switched
@@ -275,7 +275,7 @@ class _Probe:
             return
         absorbed = ops.absorb(query, latents.key.decode)
         logits = pages.token_logits(absorbed, index, None, None, scale=scale, softcap=softcap)
-        expected = pages.expected_weights(ops.page_logits(logits, index.tokens), index.units)
+        expected = page_ops.expected_weights(ops.page_logits(logits, index.tokens), index.units)
         weights = page_weights(query, key, value, latents, index.tokens, scale=scale, softcap=softcap)
         self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2))
 

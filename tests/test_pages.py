@@ -19,7 +19,7 @@ from small_models import Fitted, tiny_gpt2, token_ids
 from torch import Tensor
 
 import fhopt
-from fhopt import ops, pages
+from fhopt import ops, page_ops, pages
 from fhopt.applying import latent_cache
 from fhopt.cache import LatentCache
 from fhopt.codegen import dispatch
@@ -148,9 +148,9 @@ def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
     logits = 3 * torch.randn(2, 6, 1, count, generator=generator)
     logits[0, :, :, torch.rand(count, generator=generator) < hidden] = -math.inf
     index = index_of(torch.zeros(2, 3, count * TOKENS, 8), share=share, mass=mass)
-    weights = pages.expected_weights(logits, 3)
+    weights = page_ops.expected_weights(logits, 3)
     kept = pages.keep_best(weights, index, count)
-    lists = pages.page_lists(kept.squeeze(2), index.most)
+    lists = page_ops.page_lists(kept.squeeze(2), index.most)
     for b in range(2):
         for u in range(3):
             wanted = sorted(naive_choice(weights[b, u, 0].tolist(), share, mass, count))
@@ -160,7 +160,7 @@ def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
 
 def test_units_choose_by_the_weight_that_all_their_heads_expect() -> None:
     logits = torch.tensor([[8.0, 0.0, 0.0], [0.0, 0.0, 9.0], [0.0, 8.0, 0.0], [0.0, 8.0, 0.0]]).view(1, 4, 1, 3)
-    weights = pages.expected_weights(logits, 2)
+    weights = page_ops.expected_weights(logits, 2)
     assert weights.shape == (1, 2, 1, 3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1))
     torch.testing.assert_close(weights[0, 0, 0], (logits[0, 0, 0].softmax(-1) + logits[0, 1, 0].softmax(-1)) / 2)
@@ -177,7 +177,7 @@ def test_masked_tokens_and_those_beyond_the_length_have_no_weight(additive: bool
     assert torch.equal(logits > -math.inf, seen.expand_as(logits))
     free = pages.token_logits(query, index, None, None, scale=0.3)
     assert torch.equal(logits.masked_fill(~seen, 0), free.masked_fill(~seen, 0))
-    kept = pages.keep_best(pages.expected_weights(ops.page_logits(logits, TOKENS), 2), index, 12)
+    kept = pages.keep_best(page_ops.expected_weights(ops.page_logits(logits, TOKENS), 2), index, 12)
     assert not kept[0, ..., :5].any() and kept[0, ..., 5:].any()
 
 
@@ -269,22 +269,21 @@ def double(llama: Fitted) -> Any:
     return copy.deepcopy(llama.model).double()
 
 
-def test_a_step_reads_what_the_reference_reads_through_a_mask(llama: Fitted, double: Any) -> None:
-    """Slowly: dense attention of every layer, with a mask made from the pages of a plain loop."""
-    plan, ids = paged(llama.plan(4)), token_ids(2, LONG)
+def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
+    llama: Fitted, double: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens decoded again choose the same pages, some of all, and what they read is another than all."""
+    plan, ids, seen = paged(llama.plan(4)), token_ids(2, LONG), []
     found = decoded(double, plan, ids, 120)
-    before, seen = pages.page_lists, []
 
     def watch(chosen: Tensor, length: int) -> Tensor:
-        lists = before(chosen, length)
+        lists = page_ops.page_lists(chosen, length)
         seen.append(lists)
         return lists
 
-    pages.page_lists = watch
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "page_lists", watch)
         again = decoded(double, plan, ids, 120)
-    finally:
-        pages.page_lists = before
     assert torch.equal(found, again) and len(seen) == 2 * (LONG - 120)
     assert all(0 < int((lists >= 0).sum(-1).max()) < 32 for lists in seen)
     dense = decoded(double, llama.plan(4), ids, 120)
@@ -405,7 +404,7 @@ def test_pages_of_either_layout_are_counted_to_the_byte(layout: str) -> None:
     assert row["bytes"] - row["spare"] == plan.cache_bytes(100, itemsize=4)
     assert row["index"] == plan.sketch_bytes() * row["sealed_tokens"] > 0
     count = row["sealed_tokens"] // TOKENS
-    read = row["sealed"] * pages.pages_read(count, 0.25, 4) // count
+    read = row["sealed"] * page_ops.pages_read(count, 0.25, 4) // count
     assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"]
 
 
@@ -441,7 +440,7 @@ def test_the_bound_is_never_below_what_is_left_out() -> None:
         ops.page_logits(pages.token_logits(query, index, None, None, scale=1.0, at_most=which), TOKENS)
         for which in (False, True)
     )
-    kept = pages.keep_best(pages.expected_weights(expected, 2), index, 40)
+    kept = pages.keep_best(page_ops.expected_weights(expected, 2), index, 40)
     seen = pages.page_mask(kept, TOKENS, 4, 40 * TOKENS).flatten(0, 2)
     lse = logits.masked_fill(~seen, -math.inf).logsumexp(-1).view(1, 4, 1)
     true = (logits.softmax(-1) * ~seen).sum(-1)
@@ -568,11 +567,11 @@ def rounded(weights: Tensor, options: Any) -> Tensor:
 
 @contextmanager
 def page_kernel() -> Iterator[None]:
-    before = pages.use_page_kernel("cpu", weigh_pages)
+    before = page_ops.use_page_kernel("cpu", weigh_pages)
     try:
         yield
     finally:
-        pages.use_page_kernel("cpu", before)
+        page_ops.use_page_kernel("cpu", before)
 
 
 @pytest.mark.parametrize("tiers", [{4: 16, 2: 16}, {4: 8}, {2: 48}, {4: 24, 2: 32}, {4: 72}], ids=str)
@@ -585,7 +584,7 @@ def test_the_kernel_weighs_pages_as_the_reference_does(
     rows: int, tokens: int, length: int | None, masked: bool, tiers: dict[int, int]
 ) -> None:
     (weights, constant), options = page_operands(tiers, rows, tokens, masked, length)
-    expected = pages.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
+    expected = page_ops.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
     with page_kernel():
         found = torch.ops.fhopt.page_weights(weights, constant, *options)
     assert found.dtype == torch.float32
@@ -602,12 +601,12 @@ def test_the_kernel_chooses_the_pages_that_the_reference_chooses(
     weights = rounded(weights, options) / 4
     count = -(-tokens // 32)
     numbers: Any = (units, max(2, count // 4), 0.2, 2, mass)
-    expected = pages.choose_pages_reference(weights.double(), constant.double(), *options, *numbers)
+    expected = page_ops.choose_pages_reference(weights.double(), constant.double(), *options, *numbers)
     with page_kernel():
         found = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
     assert torch.equal(found, expected) and bool((found >= 0).any())
     if mass == 1 and not masked:
-        assert int((found >= 0).sum()) == 2 * units * pages.pages_read(count, 0.2, 2)
+        assert int((found >= 0).sum()) == 2 * units * page_ops.pages_read(count, 0.2, 2)
 
 
 def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:

@@ -1,0 +1,201 @@
+"""Weighing pages by the sketches of their tokens, and choosing among them: the operations, and plain torch for them.
+
+    fhopt::page_weights(weights, constant, codes, scales, tiers..., page_tokens, far, lengths)    log weights [B,J,M,P]
+    fhopt::choose_pages(the same, units, most, share, least, mass)                                lists int32 [B,U,N]
+
+`fhopt.pages` says what the numbers mean. Generated kernels come in by `use_page_kernel`.
+
+Letters: B batch, H query heads, J latent heads, M query rows of a latent head, U units, S queries, T sealed tokens, P
+pages, N pages of a list, r channels of a sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from fhopt import ops
+
+TILE = 4096  # tokens whose sketches are made numbers at a time
+
+
+# --------------------------------------------------------------------------------------------------- plain torch
+
+
+def sketch_logits(
+    weights: Tensor, constant: Tensor, codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """constant + scale (weights . value of the codes): [B,J,M,r], [B,J,M] and sketches of T tokens -> [B,J,M,T]."""
+    tiles = []
+    for tile, factor in zip(codes.split(TILE, 2), scale.split(TILE, 2), strict=True):
+        units = ops.unscaled(tile, bits, widths, steps).to(weights.dtype)
+        tiles.append(weights @ units.mT * factor.to(weights.dtype).unsqueeze(2))
+    return torch.cat(tiles, -1) + constant.unsqueeze(-1)
+
+
+@overload
+def pages_read(count: int, share: float, least: int) -> int: ...
+
+
+@overload
+def pages_read(count: Tensor, share: float, least: int) -> Tensor: ...
+
+
+def pages_read(count: Tensor | int, share: float, least: int) -> Tensor | int:
+    """How many of `count` pages are read at most."""
+    if isinstance(count, Tensor):
+        return torch.minimum(count, (count.double() * share).long().clamp(min=least))
+    return min(count, max(least, int(count * share)))
+
+
+def expected_weights(logits: Tensor, units: int) -> Tensor:
+    """The share that each unit expects of each page in the weight of all: [B,H,S,P] -> [B,U,S,P], sums of 1 or 0."""
+    weights, _ = ops._softmax(logits)
+    return weights.unflatten(1, (units, -1)).mean(2)
+
+
+def best_of(weights: Tensor, most: int, read: Tensor | int, mass: float) -> Tensor:
+    """The pages that weigh most: weights [B,U,S,P] -> bool [B,U,S,P].
+
+    The first `read` of `most` places, and no more than have `mass` of the weight.
+    """
+    best, order = weights.topk(most, -1)
+    kept = (torch.arange(most, device=weights.device) < read) & (best > 0)
+    if mass < 1:
+        kept &= best.cumsum(-1) - best < mass  # what comes before does not suffice
+    return torch.zeros(weights.shape, dtype=torch.bool, device=weights.device).scatter(-1, order, kept)
+
+
+def page_lists(chosen: Tensor, length: int) -> Tensor:
+    """Lists of chosen pages, ascending, -1 behind them. bool [B,U,P] -> int32 [B,U,N], N = `length`."""
+    count = chosen.shape[-1]
+    numbers = torch.where(chosen, torch.arange(count, device=chosen.device), count)
+    lists = numbers.topk(length, -1, largest=False, sorted=True).values if length < count else numbers.sort(-1).values
+    return torch.where(lists < count, lists, -1).to(torch.int32)
+
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+class PageKernel(Protocol):
+    """Weighs pages, or chooses among them: `codegen.cpp_pages.weigh_pages` says what the arguments are."""
+
+    def __call__(  # noqa: D102  # see above
+        self, weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int],
+        widths: Sequence[int], steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int,
+        choice: Choice | None = None,
+    ) -> Tensor | None: ...  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pages each of `units` lists: `read`, of `most` places, and no more than have `mass` of the weight."""
+
+    units: int
+    most: int
+    read: int
+    mass: float
+
+
+_KERNELS: dict[str, PageKernel] = {}
+
+
+def use_page_kernel(device_type: str, kernel: PageKernel | None) -> PageKernel | None:
+    """Weigh pages by `kernel` on that device type; None: by torch operations.
+
+    A kernel returns None for what it does not serve. Returns what was used before, None likewise.
+    """
+    before = _KERNELS.pop(device_type, None)
+    if kernel is not None:
+        _KERNELS[device_type] = kernel
+    return before
+
+
+def _by_kernel(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, *, choice: Choice | None,
+) -> Tensor | None:  # fmt: skip
+    kernel = _KERNELS.get(weights.device.type)
+    if kernel is None:
+        return None
+    length = codes.shape[2] if lengths is None else int(lengths)
+    return kernel(weights, constant, codes, scales, bits, widths, steps, page_tokens, far, length, choice)
+
+
+def page_weights_reference(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Log of the sum over the tokens of a page of exp(constant + scale (weights . value of the codes)), [B,J,M,P].
+
+    weights [B,J,M,r], constant [B,J,M], codes uint8 [B,J,T,bytes], scales float16 [B,J,T]. far, bool [1 or B,1,1,T]:
+    tokens that count; lengths, one integer: so many first ones do.
+    """
+    logits = sketch_logits(weights, constant, codes, scales, bits, widths, steps)
+    bias = ops.additive(ops.within(lengths, codes.shape[2], far), logits.dtype)
+    return ops.page_logits(logits if bias is None else logits + bias, page_tokens)
+
+
+def _page_weights(*operands: Any) -> Tensor:
+    found = _by_kernel(*operands, choice=None)
+    return page_weights_reference(*operands) if found is None else found
+
+
+def _page_weights_fake(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return weights.new_empty((*weights.shape[:3], -(-codes.shape[2] // page_tokens)))
+
+
+def choose_pages_reference(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
+    share: float, least: int, mass: float,
+) -> Tensor:  # fmt: skip
+    """Lists of the pages that weigh most, int32 [B,U,N], ascending, -1 behind them: `page_weights_reference`, and of
+    `most` places as many as `pages_read` of the pages that there are; units, mass as of a `PageIndex`."""
+    operands = (weights, constant, codes, scales, bits, widths, steps, page_tokens, far, lengths)
+    found = page_weights_reference(*operands)
+    logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
+    count = _pages_of(codes, page_tokens, lengths)
+    chosen = best_of(expected_weights(logits, units), most, pages_read(count, share, least), mass)
+    return page_lists(chosen.squeeze(2), most)
+
+
+def _pages_of(codes: Tensor, page_tokens: int, lengths: Tensor | None) -> int:
+    return -(-(codes.shape[2] if lengths is None else int(lengths)) // page_tokens)
+
+
+def _choose_pages(*operands: Any) -> Tensor:
+    *of_pages, units, most, share, least, mass = operands
+    codes, page_tokens, lengths = of_pages[2], of_pages[7], of_pages[9]
+    read = pages_read(_pages_of(codes, page_tokens, lengths), share, least)
+    found = _by_kernel(*of_pages, choice=Choice(units, most, read, mass))
+    return choose_pages_reference(*operands) if found is None else found
+
+
+def _choose_pages_fake(
+    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
+    share: float, least: int, mass: float,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((codes.shape[0], units, most), dtype=torch.int32)
+
+
+_OPERANDS = (
+    "Tensor weights, Tensor constant, Tensor codes, Tensor scales, int[] bits, int[] widths, float[] steps, "
+    "int page_tokens, Tensor? far, Tensor? lengths"
+)
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define(f"page_weights({_OPERANDS}) -> Tensor")
+_LIB.define(f"choose_pages({_OPERANDS}, int units, int most, float share, int least, float mass) -> Tensor")
+_LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
+_LIB.impl("choose_pages", _choose_pages, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)
+torch.library.register_fake("fhopt::choose_pages", _choose_pages_fake, lib=_LIB)
