@@ -17,7 +17,8 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.fitting import check_model
 from fhopt.models import encoder_path, is_inside
-from fhopt.offloaded import named_weights
+from fhopt.offloaded import Weights
+from fhopt.sharding import local_plan
 from fhopt.spec import LatentPlan
 
 IMPLEMENTATION = "fhopt"
@@ -25,7 +26,8 @@ IMPLEMENTATION = "fhopt"
 
 @dataclass
 class _Applied:
-    plan: LatentPlan
+    given: LatentPlan
+    plan: LatentPlan  # this process's part of it, where the model is spread over several
     hook: Any
     before: dict[str, str]  # attention implementation of each part of the configuration
     layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
@@ -40,11 +42,12 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
 
     `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
-    of an encoder are left alone: nothing of them is cached. Raises FhoptError when the model is of another kind, or not
-    the one that the plan was fitted for.
+    of an encoder are left alone: nothing of them is cached. Where the model's heads are spread over processes
+    (fhopt/sharding.py), all of them must call this with the same plan. Raises FhoptError when the model is of another
+    kind, not the one that the plan was fitted for, or spread in a way that the plan cannot follow.
     """
     import fhopt.codegen
-    from fhopt.attention import Reader, latent_attention
+    from fhopt.attention import Reader
     from fhopt.cache import cached_sites, layer_indices
 
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
@@ -53,7 +56,14 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
-    check_model(plan, dict(named_weights(model)), type(model).__name__)
+    given, weights = plan, Weights(model)
+    if weights.absent:
+        raise FhoptError(
+            f"{weights.absent[0]} of {type(model).__name__} is on the meta device: it has no numbers. Load the weights "
+            "first, with device_map where they are more than one device holds."
+        )
+    check_model(plan, weights, type(model).__name__)
+    plan = local_plan(model, plan)
     encoder = encoder_path(model)
     sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
     modules = {site.name: _module(model, site.name) for site in sites}
@@ -62,16 +72,16 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         by_name = layer_indices([s for s in sites if s.kind == kind])
         layers |= {name: int(getattr(modules[name], "layer_idx", index)) for name, index in by_name.items()}
         cached_sites(plan, kind, layers)
-    _register(latent_attention)
+    register()
     unapply(model)
-    before = _implementations(network.config)
-    interface = all(map(_uses_interface, modules.values()))
+    before = implementations(network.config)
+    interface = all(map(uses_interface, modules.values()))
     if interface:
-        network.set_attn_implementation(before | {_text_key(network.config): IMPLEMENTATION})
+        network.set_attn_implementation(before | {text_key(network.config): IMPLEMENTATION})
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
     parameters = tuple(inspect.signature(model.forward).parameters)
     network._fhopt_applied = _Applied(
-        plan, hook, before, layers, cache_argument(model), parameters,
+        given, plan, hook, before, layers, cache_argument(model), parameters,
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
     fhopt.codegen.install()
@@ -100,13 +110,13 @@ def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
         ) from error
 
 
-def _text_key(config: Any) -> str:
+def text_key(config: Any) -> str:
     """Name of the part of a configuration that is the decoder's, "" where it is the whole."""
     text = config.get_text_config(decoder=True)
     return next((key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), "")
 
 
-def _implementations(config: Any) -> dict[str, str]:
+def implementations(config: Any) -> dict[str, str]:
     """Attention implementation of a configuration ("") and of each of its parts."""
     parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", {})}
     found = {key: part._attn_implementation for key, part in parts.items() if part is not None}
@@ -117,16 +127,19 @@ def _uses_latents(config: Any) -> bool:
     return bool(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
 
 
-def _uses_interface(module: torch.nn.Module) -> bool:
+def uses_interface(module: torch.nn.Module) -> bool:
     """False for attention that is written out in the model's own code, whatever implementation is chosen."""
     return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
-def _register(attention: Any) -> None:
+def register() -> None:
+    """Make `fhopt.attention.latent_attention` known to transformers as IMPLEMENTATION."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(IMPLEMENTATION, attention)
+    from fhopt.attention import latent_attention
+
+    AttentionInterface.register(IMPLEMENTATION, latent_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it padding would be ignored
 
 
@@ -153,8 +166,22 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
+def site_layers(model: torch.nn.Module) -> dict[str, int]:
+    """Index of the layer of each site that a cache of `model` has. Raises FhoptError when no plan is applied."""
+    return dict(_applied(model).layers)
+
+
+def held_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
+    """What a cache of `model` keeps by `plan`: this process's part of it where the model is spread over several."""
+    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    return applied.plan if applied is not None and applied.given is plan else local_plan(model, plan)
+
+
 def applied_plan(model: torch.nn.Module) -> LatentPlan:
-    """The plan that is applied to `model`. Raises FhoptError when none is."""
+    """The plan that is applied to `model`; of a model that is spread over processes, this process's part of it.
+
+    Raises FhoptError when none is.
+    """
     return _applied(model).plan
 
 
@@ -208,6 +235,11 @@ def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
         raise FhoptError(
             "the cache was made by a plan for another model. Make one for this model: "
             "fhopt.LatentCache(plan, model.config), with a plan that was fitted for it."
+        )
+    if held is not applied and len({p.sites[0].site.kv_heads for p in (held, applied)}) > 1:
+        raise FhoptError(
+            f"the cache keeps {held.sites[0].site.kv_heads} kv heads, the model has {applied.sites[0].site.kv_heads} "
+            "of them in this process. Make the cache by fhopt.applying.latent_cache(model)."
         )
 
 

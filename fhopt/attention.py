@@ -30,6 +30,7 @@ from fhopt.errors import FhoptError
 from fhopt.latents import AnyLatents, attend, mix, rebuilt, scores
 
 ATTRIBUTE = "fhopt_latents"  # of open keys, under torch.compile
+WATCH = "fhopt_watch"  # of a module: what its attention is run by where there are no latents (fhopt/dispatched.py)
 
 
 class Reader:
@@ -293,7 +294,7 @@ def latent_attention(
         sinks=None if s_aux is None else s_aux.reshape(1, -1, 1),
     )
     if latents is None:
-        output = _exact(
+        output = getattr(module, WATCH, _exact)(
             query, opened, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **options
         )
     else:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.applying import applied_plan, latent_cache
+from fhopt.applying import applied_plan, latent_cache, site_layers
 from fhopt.cache import LATENT_LAYERS
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
+from fhopt.offloaded import execution_device, named_weights
 from fhopt.spec import LatentPlan
 
 VERSION = 2
@@ -67,11 +68,13 @@ def load_cache(
 ) -> Any:
     """The cache in the file `path`, for `model` with the same plan applied; options as of `LatentCache`.
 
-    device: where its tensors go; None: where the model is. Raises FhoptError when the file is no cache, is damaged, or
-    belongs to another plan, model or version.
+    device: where its tensors go; None: where the model is, of each layer for itself. Raises FhoptError when the file is
+    no cache, is damaged, or belongs to another plan, model or version.
     """
     file = Path(path)
-    about, tensors = _read(file, device or next(model.parameters()).device)
+    devices = _devices(model)
+    first = next(iter(devices.values()), next(model.parameters()).device)
+    about, tensors = _read(file, device or first)
     _check(file, about, _identity(model, applied_plan(model)))
     places = about.get("max_cache_len")
     if options.get("max_cache_len", places) != places:
@@ -82,7 +85,9 @@ def load_cache(
         if layers.keys() != about["layers"].keys():
             raise ValueError(f"{len(about['layers'])} layers, the cache of this model has {len(layers)}")
         for name, layer in layers.items():
-            _restore(file, name, layer, about["layers"][name], tensors)
+            place = torch.device(device or devices.get(name, first))
+            own = {n: t.to(place) for n, t in tensors.items() if n.startswith(f"{name}.")}
+            _restore(file, name, layer, about["layers"][name], own)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FhoptError(f"{file} is damaged ({type(error).__name__}: {error}). Fill the cache again.") from error
     if hasattr(cache, "is_updated"):
@@ -102,8 +107,9 @@ def _identity(model: torch.nn.Module, plan: LatentPlan) -> dict[str, Any]:
 def _weights(model: torch.nn.Module) -> str:
     """Hash of the names and shapes of all parameters, and of up to 64 numbers of each, spread over it."""
     h = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
+    for name, weight in named_weights(model):
+        own: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor: a file a process
+        flat = own.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
         h.update(f"{name}{tuple(weight.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
@@ -120,6 +126,17 @@ def _check(file: Path, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
             raise FhoptError(
                 f"{file} belongs to another {what} ({str(about.get(key))[:14]}, expected {wanted[key][:14]}). {cure}"
             )
+
+
+def _devices(model: torch.nn.Module) -> dict[str, torch.device]:
+    """Where the layers of a cache are read that have latents, by their names in the file."""
+    found = {}
+    for site in applied_plan(model).sites:
+        index = site_layers(model).get(site.site.name)
+        if index is not None:
+            module = model.get_submodule(site.site.name.partition("#")[0])
+            found[f"{site.site.kind}.{index}"] = execution_device(module)
+    return found
 
 
 def _read(file: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:

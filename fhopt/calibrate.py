@@ -1,7 +1,7 @@
 """Calibration: second moments of keys and values, what an error in them costs, and what coding them costs.
 
-The captured graph is run on calibration batches with every `fhopt::attention` node instrumented. Nothing per token is
-kept; two passes stream sums in float64:
+The captured graph is run on calibration batches with every `fhopt::attention` node instrumented; a model that is spread
+over several devices runs as it is (fhopt/dispatched.py). Nothing per token is kept; two passes stream sums in float64:
 
     collect         moment  sum over tokens of x x^T         what is there
                     metric  sum over tokens of g g^T         what an error costs: g = d log p(y) / d x, y drawn from p
@@ -24,9 +24,11 @@ Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighte
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -74,7 +76,7 @@ class _ProbedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, far: Tensor, scale: float,
-        softcap: float, found: Found,
+        softcap: float, found: Callable[..., None],
     ) -> Tensor:  # fmt: skip
         parts = []
         for rows, columns in _tiles(q, k, bias):
@@ -104,7 +106,7 @@ class _ProbedAttention(torch.autograd.Function):
             far = _cut(ctx.far, rows, columns)
             far_k[:, :, columns] += _to_keys(d_s * far, part, groups)
             far_v[:, :, columns] += _to_keys(p * far, grad, groups)
-        ctx.found(far_k, far_v)
+        ctx.found(k.detach(), v.detach(), far_k, far_v)
         return d_q, d_k, d_v, None, None, None, None, None, None
 
 
@@ -157,57 +159,93 @@ def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
     return grouped.mT @ rows.reshape(b, groups, h // groups * s, rows.shape[-1])
 
 
-class _Instrumented(fx.Interpreter):
-    """Runs the graph with the attention nodes of known sites replaced by `_ProbedAttention`.
+class Watch:
+    """What attention of known sites is run by: it gives the same numbers, and shows keys, values and their gradients.
 
-    `see(site name, k, v)` is called in the forward pass and gives what is called with the gradients of far keys and
-    values, all [B,G,T,D] without the sinks.
+    `see(site name, k, v)` gives what is called with the gradients of far keys and values, all [B,G,T,D] without the
+    sinks; both happen in the backward pass, once. far: sinks, and newest tokens that stay exact. leaf: what the
+    gradient of the output is to be taken of.
     """
 
-    def __init__(
-        self, captured: Captured, outcome: Outcome, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], Found]
-    ):
-        super().__init__(captured.program.module)
-        self.sites, self.far, self.see = outcome.sites, far, see
+    def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], Found]) -> None:
+        self.far, self.see = far, see
         self.leaf = torch.zeros((), requires_grad=True)
 
-    def run_node(self, n: fx.Node) -> Any:
-        """An attention node of a site is observed, everything else runs as it is."""
-        if n.name not in self.sites:
-            return super().run_node(n)
-        with self._set_current_node(n):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return self.observe(self.sites[n.name], *args, **kwargs)
-
-    def observe(
+    def attend(
         self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
         extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """Show k and v; arrange that the backward pass shows their gradients."""
+        """As `ops.attention_reference`."""
         sinks, recent = site.exact_tokens(*self.far)
         _, far = ops.split_mask(q, k, None, False, sinks, recent)
         bias, extra = _additive(ops.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
-        use = self.see(site.name, k.detach()[:, :, sinks:], v.detach()[:, :, sinks:])
 
-        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
-            use(key_gradient[:, :, sinks:], value_gradient[:, :, sinks:])
+        def found(*tensors: Tensor) -> None:
+            key, value, key_gradient, value_gradient = [x[:, :, sinks:] for x in tensors]
+            self.see(site.name, key, value)(key_gradient, value_gradient)
 
         result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, extra, far, scale, softcap, found)  # type: ignore[no-untyped-call]
         return result
 
 
+class Probed(Protocol):
+    """A model whose attention can be run by a `Watch`."""
+
+    @property
+    def is_logits(self) -> bool:
+        """The main output are logits."""
+
+    def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
+        """Forward on a batch, and backward from `likelihood` of the main output to the watch."""
+
+
+class _Instrumented(fx.Interpreter):
+    """Runs a graph with the attention nodes of known sites replaced."""
+
+    def __init__(self, captured: Captured, outcome: Outcome, watch: Watch) -> None:
+        super().__init__(captured.program.module)
+        self.sites, self.watch = outcome.sites, watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        """An attention node of a site is watched, everything else runs as it is."""
+        if n.name not in self.sites:
+            return super().run_node(n)
+        with self._set_current_node(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return self.watch.attend(self.sites[n.name], *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ProbedGraph:
+    """A captured graph whose attention is watched at the sites of `outcome`."""
+
+    captured: Captured
+    outcome: Outcome
+
+    @property
+    def is_logits(self) -> bool:
+        """The main output are logits."""
+        return self.captured.is_logits
+
+    def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
+        """As `Probed.probe`. Raises FhoptError when the batch does not fit the graph."""
+        runner = _Instrumented(self.captured, self.outcome, watch)
+        with torch.enable_grad():
+            output = runner.run(*_arguments(self.captured, batch))[self.captured.result]
+            torch.autograd.grad(likelihood(output), watch.leaf)
+
+
 def _run(
-    captured: Captured, outcome: Outcome, batches: Iterable[tuple[int, Batch]], far: tuple[int, int], seed: int,
-    see: Callable[[str, Tensor, Tensor], Found], done: Callable[[int], None],
+    captured: Captured | Probed, outcome: Outcome, batches: Iterable[tuple[int, Batch]], far: tuple[int, int],
+    seed: int, see: Callable[[str, Tensor, Tensor], Found], done: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Forward and backward over numbered batches. The labels of a batch depend on its number and the seed alone."""
+    model = ProbedGraph(captured, outcome) if isinstance(captured, Captured) else captured
     for number, batch in batches:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        runner = _Instrumented(captured, outcome, far, see)
-        with torch.enable_grad():
-            output = runner.run(*_arguments(captured, batch))[captured.result]
-            torch.autograd.grad(_sampled_likelihood(output, captured.is_logits, generator), runner.leaf)
+        sampled = functools.partial(_sampled_likelihood, is_logits=model.is_logits, generator=generator)
+        model.probe(batch, Watch(far, see), sampled)
         done(number)
 
 
@@ -232,7 +270,7 @@ def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics
 
 
 def collect(
-    captured: Captured,
+    captured: Captured | Probed,
     outcome: Outcome,
     batches: Iterable[tuple[int, Batch]],
     *,
@@ -292,7 +330,7 @@ Candidates = Mapping[str, Mapping[str, tuple[Basis, ...]]]
 
 
 def measure_rates(
-    captured: Captured,
+    captured: Captured | Probed,
     outcome: Outcome,
     batches: Iterable[tuple[int, Batch]],
     candidates: Candidates,

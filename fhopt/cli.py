@@ -5,6 +5,7 @@ A mistake of the user's ends with one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from fhopt.errors import FhoptError, PassError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fhopt.gate import Gate
     from fhopt.models import LoadedModel
     from fhopt.plans import Entry
     from fhopt.spec import LatentPlan
@@ -56,6 +58,31 @@ def main() -> None:
     """
 
 
+def _is_first() -> bool:
+    """True for the process that speaks, of those that torchrun has started; for any other process too."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _together(command: Callable[..., None]) -> Callable[..., None]:
+    """Under torchrun, what fails in one process ends all of them with its error, which the first one prints."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return command(*args, **kwargs)
+        from fhopt.gathering import OtherFailed, together
+
+        try:
+            with together():
+                return command(*args, **kwargs)
+        except OtherFailed:
+            if _is_first():
+                raise
+            raise SystemExit(2) from None
+
+    return run
+
+
 def _console(as_json: bool) -> Console:
     """People read standard output; with --json it belongs to the program that reads it."""
     console = Console(stderr=as_json, quiet=as_json)
@@ -68,7 +95,8 @@ def _console(as_json: bool) -> Console:
 def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar per stage on standard error."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=as_json or not sys.stderr.isatty()) as bar:
+    is_seen = sys.stderr.isatty() and _is_first() and not as_json
+    with Progress(*columns, console=Console(stderr=True), disable=not is_seen) as bar:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -106,7 +134,23 @@ def demo(ratio: float, out: Path, as_json: bool) -> None:
         console.print(
             f"plan:   {result['plan_path']}\nreport: {result['report_path']}", soft_wrap=True, highlight=False
         )
-        console.print(f"done in {result['seconds']:.0f} s.")
+        console.print(f"done in {result['seconds']:.0f} s, of which the report took {result['report_seconds']:.1f}.")
+
+
+def _placed(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where a model's weights go, and in what dtype."""
+    spread = click.option(
+        "--device-map",
+        help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",
+    )
+    dtype = click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        default="float32",
+        show_default=True,
+        help="Of the model while it is read.",
+    )
+    return spread(dtype(command))
 
 
 device_option = click.option(
@@ -217,34 +261,33 @@ def explain(model: str, as_json: bool) -> None:
 @click.option("--mass", help="Read less where that keeps this share of attention's weight, such as 99%, on average.")
 @click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
+@_placed
 @json_option
+@_together
 def fit(
     model: str, ratio: float | None, bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
-    window_bits: str, pages: str | None, mass: str | None, explain: Path | None, out: Path, as_json: bool,
-    **options: Any,
+    window_bits: str, pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None,
+    dtype: str, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Calibrate MODEL on text and write a plan.
 
     An interrupted calibration goes on where it was when the same command is given again. Under torchrun the processes
-    share the calibration.
+    share the calibration; models larger than one device: --device-map.
     """
+    import torch
+
     from fhopt import gate, gathering, paging
     from fhopt.evaluate import Comparison
-    from fhopt.files import check_folder, check_writable
     from fhopt.models import load_model
     from fhopt.pipeline import FitOptions, measure, plan_for
-    from fhopt.plots import check_picture, explain_plan
+    from fhopt.placing import placement
+    from fhopt.plots import explain_plan
     from fhopt.seeing.progress import ProgressFile, beside
-    from fhopt.spec import PLAN_FILES
 
     out = Path(os.path.abspath(out))
-    if gate_texts and max_loss is None:
-        raise FhoptError("--gate-data is what --max-loss is measured on; expected both or neither.")
     if sum(given is not None for given in (ratio, bytes_per_token, max_loss)) > 1:
         raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
-    limit = gate.Gate(gate.parse_share(max_loss), gate_texts) if max_loss is not None else None
-    if limit is not None:
-        limit.check()
+    limit = _read_gate(max_loss, gate_texts)
     checkpoint = out.with_name(f".{out.name}.calibration")
     chosen = FitOptions(
         ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), checkpoint=checkpoint, **options
@@ -253,20 +296,16 @@ def fit(
     paged = paging.read_options(pages, mass, chosen.texts)
     if paged is not None:
         paged.check(chosen.block, chosen.sinks + chosen.recent + chosen.block)
-    check_folder(out, PLAN_FILES)
-    check_writable(out.parent)
-    if explain is not None:
-        check_picture(explain)
-    loaded = load_model(model)
+    _check_places(out, explain)
+    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
     held_out = gate.held_out(loaded, chosen, limit) if limit is not None else None
     with _progress(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         measured = measure(loaded, chosen, progress)
-        rank = gathering.leave()
+        if gathering.leave() > 0:  # the first process writes
+            return
         if bytes_per_token is not None:
             chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
             chosen.check()
-        if rank > 0:  # the first process writes
-            return
         if limit is None or held_out is None:
             plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
         else:
@@ -276,6 +315,31 @@ def fit(
     if explain is not None:
         explain_plan(measured, plan, explain)
     _show_plan(plan, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
+
+
+def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
+    """What --max-loss and --gate-data ask for. Raises FhoptError."""
+    from fhopt.gate import Gate, parse_share
+
+    if max_loss is None:
+        if texts:
+            raise FhoptError("--gate-data is what --max-loss is measured on; expected both or neither.")
+        return None
+    limit = Gate(parse_share(max_loss), texts)
+    limit.check()
+    return limit
+
+
+def _check_places(out: Path, picture: Path | None) -> None:
+    """Raise FhoptError where a plan, or the picture of one, cannot be written."""
+    from fhopt.files import check_folder, check_writable
+    from fhopt.plots import check_picture
+    from fhopt.spec import PLAN_FILES
+
+    check_folder(out, PLAN_FILES)
+    check_writable(out.parent)
+    if picture is not None:
+        check_picture(picture)
 
 
 def _ratio_of(measured: Any, bytes_per_token: float) -> float:
@@ -474,7 +538,7 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
     type=click.Choice(["folder", "pt2"]),
     default="folder",
     show_default=True,
-    help="A model folder, or programs of a decode step with latents as state, which run without fhopt.",
+    help="A model folder, or programs with latents as state that run without fhopt: a decode step, or any module.",
 )
 @click.option("--aot/--no-aot", default=True, show_default=True, help="pt2: also compile them, which takes minutes.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
@@ -485,11 +549,11 @@ def rewrite(
 ) -> None:  # fmt: skip
     """Write MODEL and its plan as one folder, to be opened by fhopt.load, by transformers, and as the exact original.
 
-    Weights stay as they are: those of a Hugging Face folder are copied. MODEL must generate text.
+    Weights stay as they are: those of a Hugging Face folder are copied. MODEL must generate text, but for --format pt2.
     """
     import torch
 
-    from fhopt import exporting, rewriting
+    from fhopt import exporting, exporting_modules, rewriting
     from fhopt.models import load_model
     from fhopt.spec import LatentPlan
 
@@ -497,10 +561,12 @@ def rewrite(
     plan = LatentPlan.load(plan_path)
     own = rewriting.stored_dtype(source) if source else None
     if kind == "pt2":
-        exporting.check_out(out)
+        exporting.check_out(out, exporting.DESCRIPTION, exporting_modules.DESCRIPTION)
     loaded = load_model(model, getattr(torch, dtype) if dtype else own or torch.float32)
     if kind == "pt2":
-        exporting.write_programs(loaded, plan, out, compiled=aot)
+        is_decoder = loaded.tokenizer is not None and hasattr(loaded.module, "generate")
+        write = exporting.write_programs if is_decoder else exporting_modules.write_module
+        write(loaded, plan, out, compiled=aot)
         _print_json({"path": str(out)}) if as_json else click.echo(f"programs written to {out}")
         return
     rewriting.check(loaded, plan, out, source)
@@ -545,18 +611,25 @@ def rewrite(
 @click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="For perplexity.")
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks.")
+@_placed
 @json_option
+@_together
 def evaluate(
     model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
-    context: int, seed: int, as_json: bool,
+    context: int, seed: int, device_map: str | None, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity and tasks of MODEL with its exact cache and with the plan's, with 95 % intervals.
 
     Perplexity is taken on the test half of each text. The tasks ask for what compressed attention loses first: strings
-    and numbers that stand far back. MODEL must be a causal language model with a tokenizer.
+    and numbers that stand far back. MODEL must be a causal language model with a tokenizer. Under torchrun the
+    processes share the sequences and items; models larger than one device: --device-map.
     """
+    import torch
+
+    from fhopt import gathering
     from fhopt.evaluate import check_length
     from fhopt.models import load_model
+    from fhopt.placing import placement
     from fhopt.spec import LatentPlan
     from fhopt.tables import evaluation_tables
     from fhopt.tasks import TaskOptions, check_items, choose, read_lengths, run_tasks, write_items
@@ -564,7 +637,7 @@ def evaluate(
     chosen, cells = choose(tasks), read_lengths(lengths)
     plan = LatentPlan.load(plan_path) if plan_path else None
     kept = {"sinks": plan.sinks, "window": plan.window} if plan else {}
-    loaded = load_model(model)
+    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
     network = loaded.language_model()
     asked = [name for name in chosen if name != "perplexity"]
     written = write_items(loaded.tokenizer, asked, TaskOptions(cells, items, seed, **kept)) if asked else {}
@@ -574,7 +647,9 @@ def evaluate(
         check_length(network, context - 1)
     with _progress(as_json) as progress:
         perplexity = _perplexities(network, ids, plan, progress)
-        results = run_tasks(network, written, plan, progress) if asked else {}
+        results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
+    if gathering.leave() > 0:  # the first process tells what all have found
+        return
     result = {
         "model": loaded.name,
         "ratio": plan.ratio() if plan else None,
@@ -618,14 +693,14 @@ def _perplexities(
 
     def count(sequences: int) -> None:
         nonlocal done
-        done += sequences
+        done = min(total, done + sequences)
         progress("perplexity", done, total)
 
     for text, rows in ids.items():
         if plan:
-            found[text] = asdict(token_costs(network, rows, plan, count).compare())
+            found[text] = asdict(token_costs(network, rows, plan, count, shared=True).compare())
         else:
-            exact = score(network, rows, None, count)
+            exact = score(network, rows, None, count, shared=True)
             found[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
     return found
 
@@ -941,28 +1016,46 @@ def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
 @click.option(
     "--target",
     required=True,
-    help="mlir, or a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal.",
+    help="mlir; a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal; or vllm, sglang.",
 )
 @click.option("--arch", default="", help="As IREE names it: aarch64:cortex-a76, sm_90, gfx942... [default: usual ones]")
 @click.option("--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True)
 @click.option("--bytecode", is_flag=True, help="MLIR as bytecode, not text.")
+@click.option(
+    "--kv-lora-rank",
+    "rank",
+    type=click.IntRange(min=1),
+    help="vllm, sglang: cut the plan to a latent of so many numbers and one rotated key. [default: as it is]",
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for it. [default: FOLDER-TARGET]")
 @json_option
 def export_step(
-    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, out: Path | None, as_json: bool
-) -> None:
+    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, rank: int | None, out: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """A decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, weights beside it.
 
     The latents are state that the caller keeps. Needs the extra mlir.
+
+    For vllm and sglang: a checkpoint of DeepSeek's kind with the plan in its projections; or, of a plan that changes
+    nothing but bits, what to serve the original with.
     """
+    from fhopt.exporting_deepseek import ENGINES
     from fhopt.exporting_mlir import Target, export
     from fhopt.models import load_model
     from fhopt.rewritten import read_folder
 
+    out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
+    if target in ENGINES:
+        if arch or bytecode or dialect != "linalg":
+            raise FhoptError("--arch, --dialect and --bytecode are of MLIR; expected none of them with this target.")
+        _export_checkpoint(folder, target, rank, out, as_json)
+        return
+    if rank is not None:
+        raise FhoptError(f"--kv-lora-rank is of {' and '.join(ENGINES)}; expected it with one of these targets.")
     chosen = Target(target, arch, dialect, bytecode)
     chosen.check()
     plan = read_folder(folder).plan
-    out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
     export(load_model(str(folder)), plan, chosen, out)
     files = {p.name: p.stat().st_size for p in sorted(out.iterdir()) if p.is_file()}
     if as_json:
@@ -971,6 +1064,33 @@ def export_step(
     for name, size in files.items():
         click.echo(f"{size:>14,}  {name}")
     click.echo(f"written to {out}")
+
+
+def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, as_json: bool) -> None:
+    """For a serving engine: a checkpoint, or what to serve the original with."""
+    from fhopt import mla, rewriting
+    from fhopt.exporting_deepseek import ENGINES, export
+    from fhopt.models import load_model
+    from fhopt.rewritten import read_folder
+
+    plan, engine, made = read_folder(folder).plan, ENGINES[target], None
+    plan = plan if rank is None else mla.cut(plan, rank)
+    if not mla.is_coded_at_full_width(plan):
+        made = export(load_model(str(folder)), plan, out, engine, folder, rewriting.stored_dtype(folder))
+    dtype = engine.cache_dtypes["auto" if made else mla.cache_dtype(plan)]
+    command = engine.serve.format(path=out if made else "ORIGINAL", dtype=dtype)
+    if as_json:
+        written = asdict(made) | {"path": str(out)} if made else None
+        _print_json({"checkpoint": written, "kv_cache_dtype": dtype, "command": command})
+        return
+    if made:
+        click.echo(
+            f"{made.token_bytes:,} bytes a token in 16 bits (exact {made.exact_token_bytes:,}); logits are the plan's "
+            f"to {made.error:.1e} of the largest\nwritten to {out}"
+        )
+    else:
+        click.echo("Nothing is written: the plan changes bits alone, and engines do that to the original.")
+    click.echo(command)
 
 
 @main.command("verify")

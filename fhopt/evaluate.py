@@ -3,7 +3,7 @@
 Tokens are read in steps of the plan's block, aligned so that every query sees exactly what it would see when decoding
 token by token: `recent` to `recent + block` exact tokens, the sinks, and latents of all others, or of the pages that it
 chooses. The exact model is read in the same steps, its cache beside the plan's; only one step's logits of each are
-held.
+held. Several processes may share the sequences (fhopt/gathering.py).
 
 Intervals are percentiles of a bootstrap over blocks of 64 tokens, because tokens close to each other go wrong together
 (blocks that do not overlap: Carlstein 1986, "The use of subseries values for estimating the variance of a general
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fhopt.applying import apply, cache_argument, unapply
+from fhopt.applying import apply, cache_argument, held_plan, unapply
 from fhopt.errors import FhoptError
+from fhopt.gathering import by_process, processes
 from fhopt.spec import LatentPlan
 
 FIRST_STEP, STEP = 196, 64  # of an exact cache alone: those of a plan with the usual sinks and window
@@ -126,11 +127,9 @@ def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -
 
     from fhopt.cache import LatentCache
 
-    return (
-        Cache(layers=DynamicCache(config=model.config).layers)
-        if plan is None
-        else LatentCache(plan, model.config, absorb=True, each_query=each_query)
-    )
+    if plan is None:
+        return Cache(layers=DynamicCache(config=model.config).layers)
+    return LatentCache(held_plan(model, plan), model.config, absorb=True, each_query=each_query)
 
 
 @contextmanager
@@ -141,7 +140,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
         (unapply(model) if plan is None else apply(model, plan))
         yield
     finally:
-        (unapply(model) if before is None else apply(model, before.plan))
+        (unapply(model) if before is None else apply(model, before.given))
 
 
 def check_length(model: Any, tokens: int) -> None:
@@ -181,37 +180,49 @@ def read_steps(
 
 
 @torch.inference_mode()
-def score(model: Any, ids: Tensor, plan: LatentPlan | None, progress: Callable[[int], None] = lambda n: None) -> Score:
-    """Likelihood of token ids [N, T] under the model with the cache of `plan` (None: an exact cache)."""
-    total, count = 0.0, 0
-    for sequence in ids:
-        for start, (logits,) in read_steps(model, sequence[None, :-1], [new_cache(model, plan)], plan):
-            costs = _costs(logits[0].double().log_softmax(-1), sequence[start + 1 :])
-            total += float(costs.sum())
-            count += costs.numel()
-        progress(1)
-    return Score(total / count, count)
+def score(
+    model: Any, ids: Tensor, plan: LatentPlan | None, progress: Callable[[int], None] = lambda n: None,
+    *, shared: bool = False,
+) -> Score:  # fmt: skip
+    """Likelihood of token ids [N, T] under the model with the cache of `plan` (None: an exact cache).
+
+    shared: each process reads its share, and all know the result; all must call it, with a whole model each.
+    """
+
+    def measure(sequence: Tensor) -> Tensor:
+        steps = read_steps(model, sequence[None, :-1], [new_cache(model, plan)], plan)
+        parts = [_costs(logits[0].double().log_softmax(-1), sequence[at + 1 :]) for at, (logits,) in steps]
+        progress(processes()[1] if shared else 1)
+        return torch.stack([part.sum() for part in parts]).sum()
+
+    count = ids[:, 1:].numel()
+    return Score(float(torch.stack(_each(ids, measure, shared)).sum()) / count, count)
+
+
+def _each(ids: Tensor, measure: Callable[[Tensor], Tensor], shared: bool) -> list[Tensor]:
+    return by_process(list(ids), measure) if shared else [measure(sequence) for sequence in ids]
 
 
 @torch.inference_mode()
 def token_costs(
-    model: Any, ids: Tensor, plan: LatentPlan, progress: Callable[[int], None] = lambda n: None
-) -> TokenCosts:
+    model: Any, ids: Tensor, plan: LatentPlan, progress: Callable[[int], None] = lambda n: None,
+    *, shared: bool = False,
+) -> TokenCosts:  # fmt: skip
     """What each of token ids [N, T] costs with the exact cache and with the plan's, in one pass.
 
-    Applies the plan, and leaves the model as it was. Raises FhoptError when the plan is not for this model.
+    Applies the plan, and leaves the model as it was. shared as in `score`. Raises FhoptError when the plan is not for
+    this model.
     """
-    rows = []
+
+    def measure(sequence: Tensor) -> Tensor:
+        caches = [new_cache(model, None), new_cache(model, plan)]
+        steps = read_steps(model, sequence[None, :-1], caches, plan)
+        parts = [paired(exact[0], coded[0], sequence[at + 1 :]) for at, (exact, coded) in steps]
+        progress(processes()[1] if shared else 1)
+        return torch.cat(parts, -1)  # [3, T-1]
+
     with switched(model, plan):
-        for sequence in ids:
-            caches = [new_cache(model, None), new_cache(model, plan)]
-            parts = [
-                paired(exact[0], coded[0], sequence[start + 1 :])
-                for start, (exact, coded) in read_steps(model, sequence[None, :-1], caches, plan)
-            ]
-            rows.append(torch.cat(parts, -1))  # [3, T-1]
-            progress(1)
-    return TokenCosts(*torch.stack(rows, 1))
+        return TokenCosts(*torch.stack(_each(ids, measure, shared), 1))
 
 
 def paired(exact: Tensor, coded: Tensor, following: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Ex
             )
         except Exception as error:  # the model's own code may do what export cannot follow
             raise FhoptError(
-                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {_short(error)}. Expected a model "
+                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {short(error)}. Expected a model "
                 "that torch.export takes."
             ) from error
         seal = torch.export.export(Seal(step), blocks, strict=False)
@@ -115,7 +115,8 @@ def dynamic_rows(step: Step) -> tuple[dict[int, Any] | None, ...]:
     return tuple({2: rows} if None in t.shape else None for t in step.tensors)
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """The first line of what an error says."""
     return (str(error).strip() or "no message").splitlines()[0][:200]
 
 
@@ -124,7 +125,7 @@ def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: b
 
     compiled: by AOTInductor, too, which takes minutes. An older folder of this kind is replaced. Raises FhoptError.
     """
-    check_out(out)
+    check_out(out, DESCRIPTION)
     model = loaded.language_model()
     with appearing_folder(out) as staging:
         plain = export_step(model, plan)
@@ -137,19 +138,24 @@ def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: b
     return out
 
 
-def check_out(out: Path) -> None:
-    """Raise FhoptError when `out` holds anything but an older folder of programs."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / DESCRIPTION).is_file())):
+def check_out(out: Path, *descriptions: str) -> None:
+    """Raise FhoptError when `out` holds anything but an older export, which has one of the files `descriptions`."""
+    is_older = any((out / name).is_file() for name in descriptions)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_older)):
         raise FhoptError(f"{out} exists and holds other things; expected a new folder or an older export.")
 
 
 def _write_compiled(model: nn.Module, plan: LatentPlan, staging: Path) -> None:
-    exported = export_step(model, plan, kernels=True)
-    try:
-        torch._inductor.aoti_compile_and_package(exported.step, package_path=str(staging / "step-aot.pt2"))
-    except Exception as error:  # inductor and the compiler raise many kinds
-        raise FhoptError(f"AOTInductor could not compile the step: {_short(error)}. Leave it out: --no-aot.") from error
+    compile_program(export_step(model, plan, kernels=True).step, staging / "step-aot.pt2")
     compile_library([kernel_spec(site) for site in plan.sites], staging / "fhopt_kernels.so")
+
+
+def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile a program by AOTInductor to a package. Raises FhoptError."""
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # inductor and the compiler raise many kinds
+        raise FhoptError(f"AOTInductor could not compile it: {short(error)}. Leave it out: --no-aot.") from error
 
 
 def _describe(

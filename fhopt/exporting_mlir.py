@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fhopt import __version__
 from fhopt.errors import FhoptError
 from fhopt.exporting import DESCRIPTION, VERSION, check_out, dynamic_rows, example_inputs, read_description
+from fhopt.exporting_deepseek import ENGINES
 from fhopt.files import appearing_folder
 from fhopt.models import LoadedModel
 from fhopt.rewritten import PLAN, describe_files
@@ -137,7 +138,7 @@ class Target:
     def check(self) -> None:
         """Raise FhoptError for what there is not."""
         if self.name != "mlir" and self.name not in TARGETS:
-            raise FhoptError(f"{self.name!r} is no target; expected mlir, {', '.join(TARGETS)}.")
+            raise FhoptError(f"{self.name!r} is no target; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
         if self.name == "mlir" and self.arch:
             raise FhoptError("--arch is of a device; expected it with an iree target.")
         if self.name != "mlir" and self.dialect != "linalg":
@@ -149,7 +150,7 @@ def export(loaded: LoadedModel, plan: LatentPlan, target: Target, out: Path) -> 
     from safetensors.torch import save_file
 
     target.check()
-    check_out(out)
+    check_out(out, DESCRIPTION)
     lowered = lower(loaded.language_model(), plan, target.dialect)
     with appearing_folder(out) as staging:
         for name in ("step", "seal"):

@@ -701,6 +701,8 @@ def _stores(keys: Store | None, values: Store | None, key_rows: Store, value_row
 
 def _encode(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
     """Hand what each encoder reads to `use(side, x)`: keys and values, or both side by side."""
+    if site.gather is not None:
+        keys, values = site.gather(keys, values)
     if site.is_shared:
         return use("key", torch.cat([keys, values], -1))
     use("key", keys)

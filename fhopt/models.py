@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -82,8 +83,15 @@ class LoadedModel:
         return self.module
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load MODEL. Raises FhoptError with the cure when it is absent or of no known form."""
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, placement: Mapping[str, Any] | None = None
+) -> LoadedModel:
+    """Load MODEL. Raises FhoptError with the cure when it is absent or of no known form.
+
+    placement: options of `from_pretrained` that say where weights go (`fhopt.placing`), for Hugging Face folders.
+    """
+    if placement:
+        return _load_placed(name, dtype, placement)
     if name == "demo":
         return _load_demo(dtype)
     path = Path(name).expanduser()
@@ -147,19 +155,29 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(path.stem, model.eval().requires_grad_(False), tokenizer)
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
+def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise FhoptError(
+            f"{name!r} is no folder; --device-map spreads models of Hugging Face folders. Save it as one, or leave "
+            "--device-map out."
+        )
+    return _load_folder(path, dtype, placement)
+
+
+def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = MappingProxyType({})) -> LoadedModel:
     if not (path / "config.json").is_file():
         raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {_FORMS}.")
     hf = transformers()
     if is_rewritten(path):
-        return _load_rewritten(path, dtype)
+        return _load_rewritten(path, dtype, placement)
     try:
         with QuietProgress():
             config = hf.AutoConfig.from_pretrained(path)
             names = config.architectures or []
             causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
             kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
-            model = kind.from_pretrained(path, dtype=dtype, local_files_only=True)
+            model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, **placement)
             is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
             tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True) if causal and is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
@@ -168,12 +186,12 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
-def _load_rewritten(path: Path, dtype: torch.dtype) -> LoadedModel:
+def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
     """The exact model of a folder that `fhopt rewrite` wrote: commands take its plan by --plan FOLDER/plan."""
     from fhopt.loading import load_exact
     from fhopt.rewritten import read_folder
 
-    model: Any = load_exact(read_folder(path), dtype=dtype)
+    model: Any = load_exact(read_folder(path), dtype=dtype, **placement)
     model = model.eval().requires_grad_(False)
     is_text = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
     try:

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by name; what accelerate has put to the CPU or to disk is read from there."""
-    offloaded = {f"{name}.{key}": hook for name, module in model.named_modules() for key, hook in _offloaded(module)}
-    for name, weight in model.named_parameters():
-        hook = offloaded.get(name)
-        yield name, weight if hook is None else hook.weights_map[name.rpartition(".")[2]]
+class Weights(Mapping[str, Tensor]):
+    """Every parameter of a model by name, in the order of names; what accelerate has put elsewhere is read when asked
+    for, and not kept."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._held = dict(sorted(model.named_parameters()))
+        self._hooks = {f"{name}.{key}": hook for name, module in model.named_modules() for key, hook in _away(module)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, hook = self._held[name], self._hooks.get(name)
+        return weight if hook is None else hook.weights_map[name.rpartition(".")[2]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of weights that are nowhere: on the meta device, with no hook that knows of them."""
+        return [name for name, weight in self._held.items() if weight.is_meta and name not in self._hooks]
 
 
-def _offloaded(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def named_weights(model: torch.nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Every parameter by name, in the order of names, each read when its turn comes."""
+    return Weights(model).items()
+
+
+def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every buffer by name; what accelerate has put elsewhere is read from there."""
+    for path, module in model.named_modules():
+        maps = [hook.weights_map for hook in hooks(module) if getattr(hook, "weights_map", None) is not None]
+        for key, buffer in module.named_buffers(recurse=False):
+            yield f"{path}.{key}" if path else key, maps[0][key] if buffer.is_meta and maps else buffer
+
+
+def _away(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, hook of accelerate) of each parameter of a module that is not in memory."""
+    for hook in hooks(module):
+        if getattr(hook, "weights_map", None) is not None:
+            yield from ((key, hook) for key, p in module.named_parameters(recurse=False) if p.is_meta)
+
+
+def execution_device(module: torch.nn.Module) -> torch.device:
+    """The device that a module runs on, wherever its weights are in between. Expects a module with weights."""
+    for part in module.modules():
+        for hook in hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+def hooks(module: torch.nn.Module) -> list[Any]:
+    """Hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "weights_map", None) is not None:
-            yield from ((key, one) for key, p in module.named_parameters(recurse=False) if p.is_meta)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from fhopt import __version__, calibrate, data, fitting, gathering, passes
 from fhopt.capture import Captured, capture
+from fhopt.dispatched import Dispatched, find_dispatched, is_dispatched
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length
 from fhopt.fitting import check_options, fingerprint, weight_prints
 from fhopt.machine import find_device
 from fhopt.models import LoadedModel, encoder_path, is_inside
+from fhopt.offloaded import Weights
+from fhopt.sharding import check_whole
 from fhopt.spec import LatentPlan, SiteStatistics, sealed_tokens
 
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 Progress = Callable[[str, int, int], None]
+Source = Captured | Dispatched  # what calibration runs
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -142,10 +146,12 @@ def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silen
     """Calibrate a causal language model on the first halves of the texts. Raises FhoptError."""
     options.check()
     model = loaded.language_model()
+    check_whole(model)
     check_length(model, options.context)
     count = options.sequences + options.rate_sequences
     ids = data.calibration_ids(loaded.tokenizer, options.texts, count=count, length=options.context)
-    captured = loaded.capture(options.context)
+    batches = [{"input_ids": row.unsqueeze(0)} for row in ids]
+    captured: Source = find_dispatched(model, batches[0]) if is_dispatched(model) else loaded.capture(options.context)
     provenance = {
         "model": loaded.name,
         "texts": list(options.texts),
@@ -153,8 +159,7 @@ def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silen
         "tokens": int(ids.numel()),
         "context": options.context,
     }
-    batches = ({"input_ids": row.unsqueeze(0)} for row in ids)
-    weights, digest = dict(model.named_parameters()), provenance["text_sha256"]
+    weights, digest = Weights(model), provenance["text_sha256"]
     measured = measure_batches(captured, batches, options, weights, loaded.name, progress, digest)
     measured.provenance |= provenance
     return measured
@@ -169,26 +174,36 @@ def measure_module(
     Of an encoder-decoder of transformers, the decoder's sites are fitted: nothing of its encoder is cached.
     """
     options.check_sizes()
+    check_whole(model)
     given = iter(batches)
     first = next(given, None)
     if first is None:
         raise FhoptError("there are no batches; expected an iterable of dicts of keyword arguments.")
-    captured = capture(model, (), first)
+    captured: Source = find_dispatched(model, first) if is_dispatched(model) else capture(model, (), first)
     chained = itertools.chain([first], given)
-    weights, name = dict(model.named_parameters()), type(model).__name__
+    weights, name = Weights(model), type(model).__name__
     return measure_batches(captured, chained, options, weights, name, progress, encoder=encoder_path(model))
 
 
 def measure_batches(
-    captured: Captured, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
+    captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
     name: str, progress: Progress = silent, data_digest: Any = "", encoder: str | None = None,
 ) -> Measured:  # fmt: skip
     """The two calibration passes over batches. Under torchrun, each process takes its share and all get the sum.
 
-    data_digest tells the data of one calibration from another's, for checkpoints. encoder: path of a module of which
-    nothing is cached, so that its sites get no bytes; a model that is nothing else keeps them.
+    What fails in one process fails in all (`gathering.together`). data_digest tells the data of one calibration from
+    another's, for checkpoints. encoder: path of a module of which nothing is cached, so that its sites get no bytes; a
+    model that is nothing else keeps them.
     """
-    outcome = passes.find(captured.program)
+    with gathering.together():
+        return _measure_batches(captured, batches, options, weights, name, progress, data_digest, encoder)
+
+
+def _measure_batches(
+    captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
+    name: str, progress: Progress, data_digest: Any, encoder: str | None,
+) -> Measured:  # fmt: skip
+    outcome = captured.outcome if isinstance(captured, Dispatched) else passes.find(captured.program)
     decoding = {node: site for node, site in outcome.sites.items() if not is_inside(site.name, encoder)}
     outcome = replace(outcome, sites=decoding or outcome.sites)
     if not outcome.sites:

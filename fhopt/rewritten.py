@@ -286,7 +286,7 @@ def _is_rope(rope: Rope | None) -> bool:
 def weights_print(model: torch.nn.Module) -> str:
     """Identity of all parameters of a model: names, shapes and sampled signs, which a change of dtype leaves."""
     digest = hashlib.sha256()
-    for name, weight in sorted(named_weights(model)):
+    for name, weight in named_weights(model):
         digest.update(name.encode() + shape_and_signs(weight))
     return digest.hexdigest()
 

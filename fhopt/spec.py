@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -226,13 +226,32 @@ class SketchPlan:
         return sum(tier.width for tier in self.tiers)
 
 
+class HeadGather(Protocol):
+    """Brings kv heads of several processes together, where a latent head reads more of them than one process has.
+
+    key_heads, value_heads: those that this process's encoders read.
+    """
+
+    @property
+    def key_heads(self) -> slice:
+        """Of all kv heads."""
+
+    @property
+    def value_heads(self) -> slice:
+        """Of all kv heads."""
+
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B,G,T,D] of this process -> those of these heads. All processes must call it."""
+
+
 @dataclass(frozen=True, eq=False)
 class SitePlan:
     """The plan of one site. `layout` is one of LAYOUTS.
 
     In the layout "input" keys and values are read from one latent (J = 1): `key.encode` [1, R, G*(D+E)] takes each
     head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
-    sketch: by which decoding chooses pages; None: it reads all of them.
+    sketch: by which decoding chooses pages; None: it reads all of them. gather: of one process's part of a plan, where
+    its encoders read heads of others (fhopt/sharding.py).
     """
 
     site: AttentionSite
@@ -240,6 +259,7 @@ class SitePlan:
     key: SidePlan
     value: SidePlan
     sketch: SketchPlan | None = field(default=None, kw_only=True)
+    gather: HeadGather | None = field(default=None, kw_only=True)
 
     def __deepcopy__(self, memo: Any) -> SitePlan:
         return self
@@ -425,8 +445,12 @@ def weight_print(weights: Iterable[Tensor]) -> str:
 
 
 def shape_and_signs(weight: Tensor) -> bytes:
-    """The shape of a weight and the signs of up to 256 of its numbers, evenly spread."""
-    flat = weight.detach().reshape(-1)
+    """The shape of a weight and the signs of up to 256 of its numbers, evenly spread.
+
+    Of a weight that is spread over processes, those of the whole: all of them must call it.
+    """
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a DTensor
+    flat = whole.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
     return f"{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist())
 
@@ -576,10 +600,7 @@ def _check_plan(plan: LatentPlan) -> None:
     for site in plan.sites:
         if site.layout not in LAYOUTS:
             raise FhoptError(f"{site.site.name} has the layout {site.layout!r}; expected one of {', '.join(LAYOUTS)}.")
-        key_dim, value_dim = site.site.key_dim, site.site.value_dim
-        read = (key_dim + value_dim, 0) if site.is_shared else (key_dim, value_dim)
-        _check_side(f"{site.site.name}.key", site.key, site.site.kv_heads, key_dim, read[0])
-        _check_side(f"{site.site.name}.value", site.value, site.site.kv_heads, value_dim, read[1])
+        _check_sides(site)
         if site.is_shared and (site.key.groups != 1 or site.key.tiers != site.value.tiers):
             raise FhoptError(f"{site.site.name}: keys and values must share one latent head and its tiers. Fit again.")
         if site.sketch is not None:
@@ -620,9 +641,20 @@ def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
         raise FhoptError(f"{name}: sketches have deviations that are no positive numbers. Calibrate pages again.")
 
 
-def _check_side(name: str, side: SidePlan, kv_heads: int, dim: int, read: int) -> None:
+def _check_sides(plan: SitePlan) -> None:
+    name, heads, dims = plan.site.name, plan.site.kv_heads, (plan.site.key_dim, plan.site.value_dim)
+    read = (sum(dims), 0) if plan.is_shared else dims
+    encoded = [heads, heads]
+    if plan.gather is not None:
+        encoded = [part.stop - part.start for part in (plan.gather.key_heads, plan.gather.value_heads)]
+    _check_side(f"{name}.key", plan.key, (encoded[0], read[0]), (heads, dims[0]))
+    _check_side(f"{name}.value", plan.value, (encoded[1], read[1]), (heads, dims[1]))
+
+
+def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tuple[int, int]) -> None:
+    """encoded, decoded: (heads, numbers of each) that the encoders read, and that the decoders give."""
     groups, width = side.groups, side.width
-    expected = (groups, width, kv_heads // groups * read), (kv_heads, dim, width)
+    expected = (groups, width, encoded[0] // groups * encoded[1]), (*decoded, width)
     found = tuple(side.encode.shape), tuple(side.decode.shape)
     if found != expected:
         raise FhoptError(f"{name}: bases have shapes {found}, expected {expected}. Fit the plan again.")

@@ -174,7 +174,7 @@ class SiteAttention(nn.Module):
         """The same with the sealed part in C++."""
         absorbed = ops.absorb(query, keys.decode)
         latent, lse = torch.ops.fhopt.latent_kernel(
-            self.kernel, absorbed, keys.rows, keys.scale, mixed.rows, mixed.scale, None, count, 1.0,
+            self.kernel, absorbed, keys.rows, keys.scale, mixed.rows, mixed.scale, None, count, None, 0, 1.0,
             self.site.site.softcap, mixed.plan.width,
         )  # fmt: skip
         near_lse = torch.logsumexp(opened, -1)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import random
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from fhopt import data
 from fhopt.errors import FhoptError
 from fhopt.evaluate import Interval, bootstrap_interval, check_length, new_cache, read_steps, switched
+from fhopt.gathering import by_process, processes
 from fhopt.pipeline import Progress, silent
 from fhopt.spec import LatentPlan
 
@@ -239,52 +240,62 @@ def check_items(model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]]) -> N
 
 
 def run_tasks(
-    model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plan: LatentPlan | None, progress: Progress = silent
-) -> dict[str, dict[Cell | None, TaskResult]]:
+    model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plan: LatentPlan | None, progress: Progress = silent,
+    *, shared: bool = False,
+) -> dict[str, dict[Cell | None, TaskResult]]:  # fmt: skip
     """Each task by cell, and under None all its cells together.
 
-    Applies the plan, and leaves the model as it was. Raises FhoptError when the plan or a length is not for this model.
+    Applies the plan, and leaves the model as it was. shared as in `evaluate.score`. Raises FhoptError when the plan or
+    a length is not for this model.
     """
     check_items(model, tasks)
     with switched(model, plan):
-        return {task: _run_task(model, task, cells, plan, progress) for task, cells in tasks.items()}
+        return {task: _run_task(model, task, cells, plan, progress, shared) for task, cells in tasks.items()}
 
 
 def _run_task(
-    model: Any, task: str, cells: Mapping[Cell, list[Item]], plan: LatentPlan | None, progress: Progress
+    model: Any, task: str, cells: Mapping[Cell, list[Item]], plan: LatentPlan | None, progress: Progress, shared: bool
 ) -> dict[Cell | None, TaskResult]:
-    known: dict[Cell, list[_Pair]] = {cell: [] for cell in cells}
+    batches = [(cell, items[i : i + BATCH]) for cell, items in cells.items() for i in range(0, len(items), BATCH)]
     done, total = 0, sum(len(items) for items in cells.values())
-    for cell, items in cells.items():
-        for pair in _answer(model, items, plan):
-            known[cell].append(pair)
-            done += 1
-            progress(task, done, total)
+
+    def measure(batch: tuple[Cell, list[Item]]) -> Tensor:
+        nonlocal done
+        done = min(total, done + len(batch[1]) * (processes()[1] if shared else 1))
+        answered = _answer(model, batch[1], plan)
+        progress(task, done, total)
+        return torch.nn.functional.pad(answered, (0, 0, 0, 0, 0, BATCH - len(batch[1])))  # all alike
+
+    found = by_process(batches, measure) if shared else [measure(batch) for batch in batches]
+    known: dict[Cell, list[_Pair]] = {cell: [] for cell in cells}
+    for (cell, some), answered in zip(batches, found, strict=True):
+        known[cell] += [tuple(_Known(bool(hit), float(nats)) for hit, nats in row) for row in answered[: len(some)]]
     together = [pair for pairs in known.values() for pair in pairs]
     return {None: _summary(together)} | {cell: _summary(pairs) for cell, pairs in known.items()}
 
 
 @torch.inference_mode()
-def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Iterator[_Pair]:
-    """Read items of one length, BATCH at once, into an exact cache and into that of the plan."""
+def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
+    """Read items of one length at once, into an exact cache and into that of the plan.
+
+    Of each item and cache whether the answer was exact, and its log-probability: float64 [B, caches, 2].
+    """
     used = [None] if plan is None else [None, plan]
-    for some in (items[i : i + BATCH] for i in range(0, len(items), BATCH)):
-        longest = max(len(item.answer) for item in some)
-        rows = [[*item.context, *item.answer, *[0] * (longest - len(item.answer))] for item in some]
-        ids, first = torch.tensor(rows), len(some[0].context) - 1
-        steps = read_steps(model, ids[:, :-1], [new_cache(model, p) for p in used], plan, first)
-        read = list(zip(*(logits for _, logits in steps), strict=True))
-        caches = [torch.cat(parts, 1).double().log_softmax(-1).cpu() for parts in read]  # [B, longest, V] each
-        for row, item in enumerate(some):
-            yield tuple(_known(log_p[row], item.answer) for log_p in caches)
+    longest = max(len(item.answer) for item in items)
+    rows = [[*item.context, *item.answer, *[0] * (longest - len(item.answer))] for item in items]
+    ids, first = torch.tensor(rows), len(items[0].context) - 1
+    steps = read_steps(model, ids[:, :-1], [new_cache(model, p) for p in used], plan, first)
+    read = list(zip(*(logits for _, logits in steps), strict=True))
+    caches = [torch.cat(parts, 1).double().log_softmax(-1).cpu() for parts in read]  # [B, longest, V] each
+    return torch.stack([torch.stack([_known(p[i], item.answer) for p in caches]) for i, item in enumerate(items)])
 
 
-def _known(log_p: Tensor, answer: tuple[int, ...]) -> _Known:
-    """From log-probabilities [A or more, V] of the tokens of an answer of A tokens."""
+def _known(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
+    """[2] as above, from log-probabilities [A or more, V] of the tokens of an answer of A tokens."""
     target = torch.tensor(answer)
     log_p = log_p[: len(answer)]
     values = log_p.gather(-1, target[:, None])
-    return _Known(bool((log_p.argmax(-1) == target).all()), float(values.mean()))
+    return torch.stack([(log_p.argmax(-1) == target).all().double(), values.mean()])
 
 
 def _summary(pairs: list[_Pair]) -> TaskResult:

@@ -157,15 +157,16 @@ def test_the_joint_basis_holds_keys_and_values_of_gpt2_exactly() -> None:
     captured, outcome = found(tiny_gpt2(), 96)
     rows: dict[str, list[Tensor]] = {}
 
-    class Seen(calibrate._Instrumented):
+    class Seen(calibrate.Watch):
         """Keeps keys and values beside each other."""
 
-        def observe(self, site: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        def attend(self, site: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
             rows[site.name] = [torch.cat([k, v], -1)[0].permute(1, 0, 2).flatten(1)]  # [T, G*(D+E)]
-            return super().observe(site, q, k, v, *rest, **options)
+            return super().attend(site, q, k, v, *rest, **options)
 
     statistics = calibrate.collect(captured, outcome, numbered(4), **FAR)
-    Seen(captured, outcome, (4, 8), lambda name, k, v: lambda a, b: None).run(*captured.program.values.values())
+    watch = Seen((4, 8), lambda name, k, v: lambda a, b: None)
+    calibrate._Instrumented(captured, outcome, watch).run(*captured.program.values.values())
     for name, s in statistics.items():
         basis = joint_basis(s)
         assert basis is not None and basis.shape[0] <= basis.shape[1] // 2  # the input has 64 of 128 numbers

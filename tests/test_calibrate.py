@@ -158,7 +158,7 @@ def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
     _, far = ops.split_mask(q, k, None, False, 2, 5)
     seen: list[Tensor] = []
     probe: Any = calibrate._ProbedAttention
-    out = probe.apply(q, k, v, bias, sinks, far, 0.3, softcap, lambda a, b: seen.extend((a, b)))
+    out = probe.apply(q, k, v, bias, sinks, far, 0.3, softcap, lambda *given: seen.extend(given))
     weight = torch.randn_like(out)
     own = torch.autograd.grad((out * weight).sum(), (q, k, v))
 
@@ -166,6 +166,7 @@ def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
     expected = _attention(q, (k, dk), (v, dv), bias, sinks, far, softcap)
     gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v, dk, dv))
     torch.testing.assert_close(out, expected)
+    assert torch.equal(seen.pop(0), k) and torch.equal(seen.pop(0), v)
     for found_gradient, gradient in zip((*own, *seen), gradients, strict=True):
         torch.testing.assert_close(found_gradient, gradient)
 

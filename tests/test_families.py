@@ -95,7 +95,7 @@ def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
 
 
 def test_the_zoo_has_models_with_each_way_to_attend() -> None:
-    own = {name for name in MODELS if not applying._uses_interface(_attention(prepared(name)))}
+    own = {name for name in MODELS if not applying.uses_interface(_attention(prepared(name)))}
     assert own == {"bloom", "falcon", "falcon_new", "falcon_alibi", "mpt"}
 
 

@@ -1,0 +1,84 @@
+"""Where the weights of a model go that one device cannot hold: `--device-map` of the command line.
+
+    auto, balanced, sequential    over this process's devices by accelerate: GPUs first, then CPU memory, then disk
+    cpu, cuda, cuda:1, ...        whole on one device; cuda alone is the GPU of the process's number
+    FILE.json                     {"module": device number, "cpu" or "disk", ...}, as transformers' `device_map`
+
+Several processes of one machine (torchrun) share its GPUs out evenly, and its free CPU memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fhopt.errors import FhoptError
+
+BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
+Memory = Mapping[int | str, int]  # bytes by device, as accelerate tells them
+
+
+def placement(text: str | None) -> dict[str, Any]:
+    """Options of `from_pretrained` for a device map in words; none for None. Raises FhoptError."""
+    if text is None:
+        return {}
+    if importlib.util.find_spec("accelerate") is None:
+        raise FhoptError("--device-map needs accelerate. Install it with: pip install 'fhopt[hf]'")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of weights that are where they were sent
+    if text.endswith(".json"):
+        return {"device_map": _read(Path(text))}
+    rank, count = _local()
+    if text in BY_ACCELERATE:
+        from accelerate.utils import get_max_memory
+
+        return {"device_map": text, "max_memory": share_memory(get_max_memory(), rank, count)}
+    return {"device_map": {"": str(_device(text, rank))}}
+
+
+def share_memory(memory: Memory, rank: int, count: int) -> dict[int | str, int]:
+    """The part of a machine's memory that process `rank` of `count` may use. Raises FhoptError for too few GPUs."""
+    numbers = sorted(d for d in memory if isinstance(d, int))
+    if numbers and len(numbers) < count:
+        raise FhoptError(
+            f"{count} processes for {len(numbers)} GPUs; expected at most one process for each. Start fewer: "
+            "--nproc-per-node."
+        )
+    own = numbers[rank * len(numbers) // count : (rank + 1) * len(numbers) // count]
+    rest = {device: size // count for device, size in memory.items() if not isinstance(device, int)}
+    return {device: memory[device] for device in own} | rest
+
+
+def _local() -> tuple[int, int]:
+    """(number of this process on its machine, how many there are)."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _device(text: str, rank: int) -> torch.device:
+    try:
+        device = torch.device(text)
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FhoptError(
+            f"{text!r} is no device of this machine ({str(error).splitlines()[0]}); expected {', '.join(BY_ACCELERATE)}"
+            ", cpu, cuda, or a JSON file that maps modules to devices."
+        ) from error
+    return device
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FhoptError(f"{path} is no JSON file ({error}); expected one object of modules and devices.") from error
+    if not isinstance(found, dict) or not all(isinstance(v, (int, str)) for v in found.values()):
+        raise FhoptError(f'{path} holds no device map; expected {{"model.layers.0": 0, "lm_head": "cpu", ...}}.')
+    return found
