@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak format clean
+.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -71,10 +71,16 @@ sanitize: $(READY)  ## the tests of C++ kernels under AddressSanitizer and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
 	$(BIN)/python -m pytest -q -x --sanitize -p no:xdist -p no:cacheprovider \
-		tests/test_codegen.py tests/test_pack_kernels.py tests/test_native.py
+		tests/test_codegen.py tests/test_pack_kernels.py tests/test_native.py tests/test_pages.py tests/test_head.py
 
 bench-attention: $(READY)  ## attention of one token on this CPU, against every way of torch (QUICK=1: small)
 	$(BIN)/python benchmarks/attention.py
+
+docs: $(READY)  ## the documentation, into build/docs: warnings and broken links are errors
+	$(BIN)/python docs/error_catalogue.py
+	$(BIN)/python docs/results_page.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "make docs: open build/docs/index.html"
 
 format: $(READY)  ## put the code into its form
 	$(BIN)/ruff format .

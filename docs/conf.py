@@ -1,0 +1,71 @@
+"""How Sphinx builds these pages: `make docs`. Warnings are errors there, and no network is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import fhopt
+
+project, author, release = "fhopt", "the fhopt authors", fhopt.__version__
+copyright = "Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click"]
+default_role = "code"  # docstrings say `name`, not ``name``
+html_theme = "furo"
+html_title = "fhopt"
+html_static_path = ["_static"]
+html_css_files = ["fhopt.css"]
+html_show_sphinx = False
+html_show_copyright = False
+html_copy_source = False
+html_theme_options: dict[str, list[str]] = {"top_of_page_buttons": []}
+smartquotes = False
+templates_path: list[str] = []
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True}
+python_maximum_signature_line_length = 88
+
+_MARKUP = re.compile(r"(\*|\||(?<=\w)_(?=\W|$))")
+
+
+def as_restructured_text(lines: list[str]) -> list[str]:
+    """A docstring as Sphinx reads it: indented parts are shown as they stand, signs of markup are only signs."""
+    out: list[str] = []
+    for block in _blocks(lines):
+        if block[0].startswith("    "):
+            out += ["::", "", *block, ""]
+        else:
+            out += [_escaped(line) for line in block] + [""]
+    return out
+
+
+def _blocks(lines: list[str]) -> Iterator[list[str]]:
+    """Runs of lines between blank ones, cut where indentation by four begins or ends; blank lines within code stay."""
+    block: list[str] = []
+    for line in [*lines, ""]:
+        is_code, was_code = line.startswith("    "), bool(block) and block[0].startswith("    ")
+        if block and (not line.strip() or is_code != was_code):
+            yield block
+            block = []
+        if line.strip():
+            block.append(line)
+
+
+def _escaped(line: str) -> str:
+    """Signs outside of backticks lose their meaning."""
+    parts = re.split(r"(`[^`]*`)", line)
+    return "".join(part if part.startswith("`") else _MARKUP.sub(r"\\\1", part) for part in parts)
+
+
+def _on_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    if not name.startswith("click"):
+        lines[:] = as_restructured_text(lines)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _on_docstring)

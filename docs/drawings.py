@@ -1,0 +1,176 @@
+"""The drawings of the explanations, made with what fhopt draws reports with: Graphviz, and matplotlib.
+
+    python docs/drawings.py            writes docs/pictures/*.svg
+
+The two sites are drawn from a small model and a plan made by hand; the others from the text below. Numbers in them are
+shapes, not measurements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fhopt
+from fhopt import passes
+from fhopt.capture import capture
+from fhopt.seeing.drawing import COLOURS, Diagram
+from fhopt.spec import LatentPlan, SidePlan, SitePlan, Tier
+
+FOLDER = Path(__file__).resolve().parent / "pictures"
+
+
+def small_plan() -> LatentPlan:
+    """A plan made by hand for a small model: 8 query heads read 4 kv heads of 16, by one latent for all of them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=128, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.ones(1, 16, dtype=torch.int64)
+    (site,) = passes.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites.values()
+    tiers = (Tier(8, 8, 1 / 32), Tier(4, 24, 0.3))
+    side = SidePlan(torch.zeros(1, 32, 4 * 16), torch.zeros(4, 16, 32), tiers)
+    return LatentPlan((SitePlan(site, "freq", side, side),), 4, 128, 64)
+
+
+def site_drawings() -> dict[str, str]:
+    """One site, as it is and by a plan."""
+    drawing = fhopt.draw(small_plan().sites[0])
+    return {"site-before.svg": drawing.before, "site-after.svg": drawing.svg}
+
+
+def rotation() -> str:
+    """Why a latent across heads within one frequency may be taken of rotated keys."""
+    diagram = Diagram()
+    diagram.node("keys", "io", "keys of G heads, frequency f", "G complex numbers")
+    for name, texts in {"above": ("rotate", "encode"), "below": ("encode", "rotate")}.items():
+        first, second = (
+            ("times e^(i theta_f t)", "one number for all heads") if text == "rotate" else ("z = E_f k", "across heads")
+            for text in texts
+        )
+        diagram.node(f"{name}1", "rotation" if texts[0] == "rotate" else "latent", texts[0], *first)
+        diagram.node(f"{name}2", "rotation" if texts[1] == "rotate" else "latent", texts[1], *second)
+        diagram.edge("keys", f"{name}1", "k_f")
+        diagram.edge(f"{name}1", f"{name}2", "G numbers" if texts[0] == "rotate" else "R numbers")
+        diagram.edge(f"{name}2", "latent", "R numbers")
+    diagram.node("latent", "cache", "the same latent,", "already rotated")
+    return diagram.svg
+
+
+def stages() -> str:
+    """The compiler: who may change a number."""
+    diagram = Diagram()
+    names = (
+        ("capture", "io", "Dynamo or torch.export"),
+        ("normalize", "attention", "every spelling becomes one node", "exact, checked by running both"),
+        ("find", "attention", "projections, rotation, mask, cache", "reads only"),
+        ("fit", "latent", "moments, bases, bits: a plan", "the one place that approximates"),
+        ("compress, absorb", "latent", "keys and values become latents,", "decoders move to queries and outputs"),
+        ("lower", "cache", "kernels for attention,", "inductor for the rest"),
+    )
+    for name, role, *lines in names:
+        diagram.node(name, role, name, *lines)
+    for (source, *_), (target, *_) in itertools.pairwise(names):
+        diagram.edge(source, target)
+    return diagram.svg
+
+
+def cache() -> str:
+    """The parts of a latent cache, and what a token's row is."""
+    figure = _figure(8.4, 3.3)
+    panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    panel.set_axis_off()
+    panel.set_xlim(0, 100)
+    panel.set_ylim(0, 40)
+    parts = (
+        (2, 10, "attention", "first 4", "exact"),
+        (13, 60, "cache", "sealed blocks of 64", "codes of latents"),
+        (74, 24, "rotation", "newest 128 to 192", "8 bits, or exact"),
+    )
+    for left, width, role, title, text in parts:
+        _box(panel, left, 25, width, 9, role)
+        panel.text(left + width / 2, 31, title, ha="center", va="center", weight="bold")
+        panel.text(left + width / 2, 27.7, text, ha="center", va="center")
+    panel.text(2, 37, "time", color="#52525b")
+    panel.annotate("", (98, 37.6), (9, 37.6), arrowprops={"arrowstyle": "->", "color": "#71717a"})
+    for top, bottom in ((38, 13), (42, 98)):  # one sealed token, enlarged
+        panel.plot([top, bottom], [25, 14], color="#71717a", linewidth=0.8)
+    left = 13
+    for width, text in ((9, "scale"), (22, "8 bits"), (30, "4 bits"), (14, "2 bits"), (10, "0 bits")):
+        role = "io" if text in ("scale", "0 bits") else "latent"
+        _box(panel, left, 6, width, 8, role, dashed=text == "0 bits")
+        panel.text(left + width / 2, 10, text, ha="center", va="center")
+        left += width
+    panel.text(
+        13, 2.5, "one token, keys (values likewise): tiers of channels, the most important first", color="#52525b"
+    )
+    return _svg(figure)
+
+
+def _box(panel: Any, left: float, bottom: float, width: float, height: float, role: str, dashed: bool = False) -> None:
+    from matplotlib.patches import Rectangle
+
+    fill, line = COLOURS[role]
+    style = "--" if dashed else "-"
+    panel.add_patch(Rectangle((left, bottom), width, height, facecolor=fill, edgecolor=line, linestyle=style))
+
+
+def filling() -> str:
+    """Reverse water-filling: what each channel is worth, and where bits go."""
+    figure = _figure(7.0, 3.2)
+    panel = figure.subplots()
+    power = torch.logspace(0, -4, 32)  # of channels in a basis that orders them
+    level = 0.002
+    bits = (0.5 * torch.log2(power / level)).clamp_min(0).round()
+    colours = [COLOURS["latent"][1] if b > 0 else COLOURS["io"][1] for b in bits]
+    panel.bar(range(len(power)), power.tolist(), color=colours)
+    panel.axhline(level, color=COLOURS["cache"][1])
+    words = "the level: an error that every kept channel is left with, and more than the others are worth"
+    panel.set_title(words, fontsize=9, color=COLOURS["cache"][1])
+    for at, count in enumerate(bits.int().tolist()):
+        panel.text(at, float(power[at]) * 1.15, str(count), ha="center", fontsize=7)
+    panel.set_yscale("log")
+    panel.set_xlabel("channel of the latent; above it: bits")
+    panel.set_ylabel("cost of dropping it")
+    panel.set_yticks([])
+    panel.set_yticks([], minor=True)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"svg.hashsalt": "fhopt", "svg.fonttype": "none", "font.family": "sans-serif"})
+    return Figure(figsize=(width, height))
+
+
+def _svg(figure: Any) -> str:
+    from io import StringIO
+
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
+    return text.getvalue()
+
+
+def drawings() -> dict[str, str]:
+    """All of them by file name."""
+    others = {"rotation.svg": rotation(), "stages.svg": stages(), "cache.svg": cache(), "filling.svg": filling()}
+    return site_drawings() | others
+
+
+def main(folder: Path) -> None:
+    """Write the drawings into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in drawings().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

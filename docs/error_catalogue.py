@@ -1,0 +1,331 @@
+"""The pages of errors and of reasons, made from the code: every message that fhopt has for a user, with its cure.
+
+    python docs/error_catalogue.py        writes docs/reference/errors.md and docs/reference/left_alone.md
+
+Messages are read from the source text (`ast`), not collected at run time: one that is raised is on the page. A message
+says its cure itself in its last sentences; where it does not, `CURES` below does, and a test refuses one without.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "reference"
+SOURCES = ("fhopt/*.py", "fhopt/seeing/*.py", "passes/*.py", "codegen/*.py")
+ERROR, REASON = "FhoptError", "Miss"
+
+
+@dataclass(frozen=True, order=True)
+class Message:
+    """One place that raises. module: its file without the ending, `fhopt/models`. text: with ⟨names⟩ for values."""
+
+    module: str
+    line: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Messages that a user meets at one occasion. modules: in the order of the page."""
+
+    title: str
+    about: str
+    modules: tuple[str, ...]
+
+
+FAMILIES = (
+    Family(
+        "Opening a model",
+        "`MODEL` of a command, and `fhopt.models.load_model`, take `demo`, a folder of Hugging Face, a GGUF file, a "
+        "`.pt2` program, or `python.module:function`. Nothing is downloaded.",
+        ("fhopt/models", "fhopt/capture", "fhopt/loading"),
+    ),
+    Family(
+        "Texts and batches",
+        "What `--data`, `text=` and `batches=` are given. Sizes are counted before anything slow starts.",
+        ("fhopt/data", "fhopt/api", "fhopt/pipeline", "fhopt/calibrate", "fhopt/gathering"),
+    ),
+    Family(
+        "Choosing a plan",
+        "Sizes, bits, layouts, devices and limits that cannot be had together.",
+        ("fhopt/fitting", "fhopt/gate", "fhopt/cost", "fhopt/machine", "fhopt/clustering", "fhopt/cli"),
+    ),
+    Family(
+        "Healing, pages and the language-model head",
+        "Options of `fhopt heal`, `--pages`, `--mass` and `fhopt head`.",
+        ("fhopt/healing", "fhopt/paging", "fhopt/pages", "fhopt/head", "fhopt/head_fitting", "fhopt/head_measuring",
+         "fhopt/head_module", "fhopt/head_sampling"),
+    ),
+    Family(
+        "Files of plans, caches and rewritten models",
+        "A file is read whole and checked before any of it is used. One that is damaged, altered, or of another model "
+        "is refused; nothing is half loaded.",
+        ("fhopt/spec", "fhopt/files", "fhopt/plans", "fhopt/cache_files", "fhopt/rewriting", "fhopt/rewritten",
+         "fhopt/quantizer"),
+    ),
+    Family(
+        "Running with a plan",
+        "`fhopt.apply`, caches, and what a compiled model does with them.",
+        ("fhopt/applying", "fhopt/cache", "fhopt/layers", "fhopt/attention", "fhopt/buffers", "passes/latent_buffers",
+         "fhopt/journal"),
+    ),
+    Family(
+        "The compiler backend",
+        'Options of `torch.compile(model, backend="flashhead", options={...})`.',
+        ("fhopt/backend", "fhopt/profiling"),
+    ),
+    Family("Measuring", "`fhopt eval` and the harness.", ("fhopt/evaluate", "fhopt/tasks", "fhopt/harness")),
+    Family(
+        "Looking into it",
+        "Pictures, graphs, reports.",
+        ("fhopt/plots", "fhopt/seeing/*"),
+    ),
+    Family(
+        "Exporting and verifying",
+        "`fhopt rewrite --format pt2`, `fhopt export`, `fhopt verify`.",
+        ("fhopt/exporting*", "fhopt/stepping", "fhopt/verifying"),
+    ),
+    Family("Kernels", "Rendering, compiling, tuning.", ("codegen/*", "fhopt/kernels")),
+    Family(
+        "Spread over devices",
+        "`--device-map`, and plans and caches in processes that share a model.",
+        ("fhopt/sharding", "fhopt/placing", "fhopt/dispatched"),
+    ),
+    Family(
+        "Engines with latent attention",
+        "Writing a model as DeepSeek's attention, for engines that have it.",
+        ("fhopt/mla",),
+    ),
+    Family("Others", "", ("*",)),
+)  # fmt: skip
+
+REASONS = (
+    Family(
+        "The spelling is not followed",
+        "Stages `decompose`, `functionalize` and `normalize`. The graph stays as it is, and runs as it would without "
+        "fhopt.",
+        ("passes/composites", "passes/decompose", "passes/flex", "passes/functionalize", "passes/memory",
+         "passes/trace", "passes/graph", "passes/normalize", "passes/softmax", "passes/scores", "passes/contraction",
+         "passes/layout", "passes/axes", "passes/heads", "passes/masks", "passes/core"),
+    ),
+    Family(
+        "It has nothing to keep latents of",
+        "Stage `find_attention`: an attention was found, and it has no projections or caches that a plan could serve.",
+        ("passes/find_attention", "passes/roles", "passes/absorb_projection"),
+    ),
+    Family("The plan does not fit it", "Stage `compress`.", ("passes/compress", "passes/absorb", "passes/lower")),
+    Family(
+        "Its buffers stay buffers",
+        "Stage `latent_buffers`: keys and values that a module writes by index.",
+        ("passes/latent_buffers", "passes/updates", "fhopt/buffers"),
+    ),
+    Family("No language-model head", "`fhopt head` says so and stops.", ("passes/find_head",)),
+    Family("Others", "", ("*",)),
+)  # fmt: skip
+
+# Cures of messages that do not say one: by a part of the message.
+CURES = {
+    "fit needs a tokenizer": "Give the tokenizer of a language model, or `batches=` for any other module.",
+    "of type ⟨value⟩ cannot be saved": "Save a cache that `generate()` or `fhopt.applying.latent_cache` made.",
+    "could not be captured": "The cause follows the colon. Rewrite what it names, or capture a part of the model.",
+    "could not be run": "The cause follows the colon. Call the model with the same arguments in plain PyTorch first.",
+    "the text `source` is not available": "Give a file instead, or `topics`.",
+    "the text `license` is not available": "Give a file instead, or `topics`.",
+    "IREE could not compile for": "The cause follows the colon. Give `--arch` as IREE names it, or another target.",
+    "no head was found": "Models whose logits are one product of hidden states with a parameter have one.",
+    "keeps latents; there is no kernel to write": "Fit a plan with a ratio above 1.",
+    "could not be read as a GGUF model": "Fetch the file again, or convert it with llama.cpp's own script.",
+    "could not be loaded": "The cause follows the colon: a missing or damaged file, or an unknown model.",
+    "could not be read as an exported program": "Save it again with torch.export.save, by the same version of torch.",
+    "() failed": "The function raised this. Call it in Python to see where.",
+    "max_loss and calibration_tokens are numbers": 'Give numbers; `max_loss` may be a share such as `"1%"`.',
+    "could not be saved": "The cause follows. Give `rewrite` the folder that the model came from.",
+    "a decode step can be exported of causal self-attention alone": "Use `fhopt.apply` for this model.",
+    "are not widths of": "The plan is damaged: fit it again.",
+    "channels of ⟨width⟩": "The plan is damaged: fit it again.",
+    "its layers rotate in different ways": "Serve the original.",
+    "there is no GPU to tune on": "Tune on a machine with one, or leave it out.",
+    "no configuration of": "The first rejection follows the colon. Fit with fewer or narrower tiers for this device.",
+    "with one latent head can be cut": "Fit one: `fhopt fit MODEL --layout freq --ratio 1 -o PLAN`.",
+    "normalises its keys": "Leave the export out for this model.",
+}
+
+
+def messages(name: str = ERROR) -> list[Message]:
+    """Every message of a class, in the order of files and lines; the same words of one file once."""
+    found: dict[tuple[str, str], Message] = {}
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            module = path.relative_to(ROOT).with_suffix("").as_posix()
+            for line, text in sorted(_raised(path, name)):
+                found.setdefault((module, text), Message(module, line, text))
+    return sorted(found.values())
+
+
+def _raised(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and _name(node.func) == name and node.args:
+            yield node.lineno, " ".join("".join(_words(node.args[0])).split())
+
+
+def _words(node: ast.expr) -> Iterator[str]:
+    """The text of an argument; values stand as ⟨name⟩."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        for part in node.values:
+            yield from _words(part.value if isinstance(part, ast.FormattedValue) else part)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and _is_text(node):
+        yield from _words(node.left)
+        yield from _words(node.right)
+    else:
+        name = _name(node).strip("_").lower() or "value"
+        yield f"⟨{_PLAIN.get(name, name)}⟩"
+
+
+_PLAIN = {"strerror": "reason", "hf": "version", "numel": "number"}
+
+
+def _is_text(node: ast.expr) -> bool:
+    """A sum in which a string stands."""
+    return any(isinstance(n, ast.JoinedStr) or isinstance(getattr(n, "value", None), str) for n in ast.walk(node))
+
+
+def _name(node: ast.AST | None) -> str:
+    """What a reader would call an expression: mostly its last name."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=ast.Call(func=ast.Name(id="type"), args=[inner])):  # type(x).__name__
+            return f"kind of {_name(inner)}" if _name(inner) == "error" else _name(inner)
+        case ast.Attribute(value=inner, attr=name):
+            return _name(inner) if name.startswith("__") else name
+        case ast.Call():
+            return _called(node)
+        case ast.Subscript(value=inner, slice=ast.Constant(value=str(key))):
+            return key or _name(inner)
+        case ast.Subscript(value=inner) | ast.Starred(value=inner) | ast.UnaryOp(operand=inner):
+            return _name(inner)
+        case ast.GeneratorExp(generators=[first, *_]) | ast.ListComp(generators=[first, *_]):
+            return _name(first.iter)
+        case ast.BoolOp(values=values):
+            return next(filter(None, map(_name, values)), "")
+        case ast.BinOp(left=left, right=right) | ast.IfExp(body=left, orelse=right):
+            return _name(left) or _name(right)
+        case ast.Constant(value=str(text)) if text.isidentifier():
+            return text
+    return ""
+
+
+def _called(call: ast.Call) -> str:
+    """The name of what a call is given, or of the object that it belongs to."""
+    name = _name(call.func)
+    named = [a for a in call.args if not isinstance(a, ast.Constant) or isinstance(a.value, str)]
+    given = next(filter(None, map(_name, reversed(named))), "")
+    if not given and isinstance(call.func, ast.Attribute):
+        given = _name(call.func.value)
+    return f"number of {given}" if name in ("len", "numel") else given or name
+
+
+# --------------------------------------------------------------------------------------------------- the pages
+
+_CUT = re.compile(r"[;,:.] (?=[eE]xpected )|; (?=give )|\. (?=[A-Z⟨`'-]|fhopt )|(?<=⟩) (?=(?:Fit|Install) )")
+
+
+def split(text: str) -> tuple[str, str]:
+    """What was found, and what was expected with the cure; the second is empty where a message says neither."""
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0 and (cut := _CUT.match(text, at)):
+            return text[:at], _sentence(text[cut.end() :])
+    written = [cure for part, cure in CURES.items() if part in text]
+    return text.rstrip("."), written[0] if written else ""
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def grouped(found: list[Message], families: tuple[Family, ...]) -> dict[Family, list[Message]]:
+    """Messages by family, each in the first that names its module."""
+    groups: dict[Family, list[Message]] = {}
+    for message in found:
+        family = next(f for f in families if any(fnmatch(message.module, m) for m in f.modules))
+        groups.setdefault(family, []).append(message)
+    return {f: groups[f] for f in families if f in groups}
+
+
+ERRORS_HEAD = """# Errors and their cures
+
+A mistake that a user can cure is an `fhopt.FhoptError`. It says what was found, what was expected, and the cure; the
+command line prints it as one line, `fhopt: ...`, and ends with exit code 2. This page has every such message. Values
+that differ from case to case stand in ⟨angle brackets⟩.
+
+Another exception is a fault of fhopt: a `PassError` names the pass that broke its contract and the node, and
+`FHOPT_DUMP=FOLDER` keeps the graph after each pass for a report. What a pass does not understand is no error; it
+is left alone for [a reason](left_alone.md).
+"""
+REASONS_HEAD = """# Why an attention was left alone
+
+What fhopt does not understand stays as it is, exactly, and is reported with a reason: by `fhopt explain MODEL`, by
+`fhopt.report(compiled)`, and in a report. The reason stands beside the source line of the model's code. These are all
+reasons; values that differ from case to case stand in ⟨angle brackets⟩.
+"""
+
+
+def errors_page() -> str:
+    """docs/reference/errors.md."""
+    parts = [_GENERATED, ERRORS_HEAD]
+    for family, found in grouped(messages(ERROR), FAMILIES).items():
+        rows = [f"| {_cell(said)} | {_cell(cure)} |" for said, cure in map(split, _texts(found))]
+        parts += [
+            f"## {family.title}\n",
+            f"{family.about}\n",
+            "| fhopt says | expected, and the cure |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def reasons_page() -> str:
+    """docs/reference/left_alone.md."""
+    parts = [_GENERATED, REASONS_HEAD]
+    for family, found in grouped(messages(REASON), REASONS).items():
+        rows = [
+            f"- {_cell(_sentence(text))}" for text in _texts(found) if re.search("[a-z]{3}", re.sub("⟨.*?⟩", "", text))
+        ]
+        parts += [f"## {family.title}\n", f"{family.about}\n", *rows, ""]
+    return "\n".join(parts)
+
+
+_GENERATED = "<!-- Made by docs/error_catalogue.py from the code. Do not edit. -->\n"
+PAGES = {"errors.md": errors_page, "left_alone.md": reasons_page}
+
+
+def _texts(found: list[Message]) -> list[str]:
+    return list(dict.fromkeys(message.text for message in found))
+
+
+def _cell(text: str) -> str:
+    """Text of a message as Markdown that shows it as it is; what stands in backticks stays."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([\\*_|<>\[\]`~#$^{}])", r"\\\1", p) for p in parts)
+
+
+def main() -> None:
+    """Write the pages."""
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A decode step as two exported programs that need torch alone; the latents are state that the caller keeps.
+
+python examples/export_a_step.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fhopt
+from fhopt import exporting, fitting, passes, stepping
+from fhopt.applying import latent_cache
+from fhopt.capture import capture
+
+
+def small_model() -> Any:
+    """A language model of random weights that knows 64 tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def main() -> None:
+    model, ids = small_model(), torch.randint(0, 64, (1, 40))
+    sites = passes.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites
+    plan = fitting.exact_plan(sites.values(), recent=8, block=8)  # or one of fhopt.fit
+    exported = exporting.export_step(model, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        programs = []
+        for name in ("step", "seal"):
+            path = Path(folder) / f"{name}.pt2"
+            torch.export.save(getattr(exported, name), path)
+            programs.append(torch.export.load(path).module())
+            print(f"{path.name}: {path.stat().st_size:,} bytes")
+    state = stepping.State(plan, exported.state, *programs)  # what a caller does between two steps
+    fhopt.apply(model, plan)
+    cache, difference = latent_cache(model), 0.0
+    for token in ids.split(1, 1):
+        wanted = model(token, cache=cache).logits
+        difference = max(difference, float((state.step(token) - wanted).abs().max()))
+    print(f"{state.tokens} tokens, {state.sealed} of them sealed; largest difference of a logit {difference:.1e}")
+    for tensor in exported.state:
+        print(f"  {tensor.name} {tensor.shape} {tensor.dtype}")
+
+
+if __name__ == "__main__":
+    main()
