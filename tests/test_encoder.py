@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 import fhopt
 from fhopt import data
@@ -17,7 +18,7 @@ from fhopt.spec import LatentPlan
 pytestmark = pytest.mark.slow
 TOKENS, BATCH = 128, 4
 OPTIONS: dict[str, Any] = dict(
-    sequences=20, rate_sequences=20, context=TOKENS, tokens=TOKENS, sinks=0, recent=1, block=1, window_bits=16
+    sequences=12, rate_sequences=8, context=TOKENS, tokens=TOKENS, sinks=0, recent=1, block=1, window_bits=16
 )
 
 
@@ -54,30 +55,35 @@ def embeddings(model: Any, ids: Tensor) -> Tensor:
     return torch.nn.functional.normalize(hidden.mean(1), dim=-1)
 
 
-def cosines(model: Any, plan: LatentPlan, ids: Tensor) -> Tensor:
-    torch._dynamo.reset()
-    exact = embeddings(model, ids)
+def compiled_with(model: Any, plan: LatentPlan) -> Any:
     options: dict[str, Any] = {"plan": plan, "strict": True}
-    compiled = torch.compile(model, backend="flashhead", options=options)
-    return (embeddings(compiled, ids) * exact).sum(-1)
+    return torch.compile(model, backend="flashhead", options=options)
+
+
+def cosines(model: Any, compiled: Any, ids: Tensor) -> Tensor:
+    return (embeddings(compiled, ids) * embeddings(model, ids)).sum(-1)
 
 
 def test_embeddings_keep_their_direction_at_an_eighth_of_the_bytes(
     encoder: tuple[Any, Any], batches: list[dict[str, Tensor]]
 ) -> None:
-    """On two kinds of text, neither that of the calibration; 0.9976 and 0.9966 were found."""
+    """On two kinds of text, neither that of the calibration; 0.9976 and 0.9960 were found."""
     model, tokenizer = encoder
     plan = fhopt.fit(model, batches=batches, ratio=8, **OPTIONS)
     assert len(plan.sites) == 6 and plan.ratio(TOKENS) >= 8
+    compiled = compiled_with(model, plan)
     for text in ("source", "license"):
-        assert float(cosines(model, plan, rows(tokenizer, data.read_text(text), 16)).mean()) >= 0.995
+        assert float(cosines(model, compiled, rows(tokenizer, data.read_text(text), 16)).mean()) >= 0.995
 
 
 def test_one_latent_of_the_input_changes_no_embedding(
-    encoder: tuple[Any, Any], batches: list[dict[str, Tensor]]
+    encoder: tuple[Any, Any], batches: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The graph as AOTAutograd has it: inductor compiles the one above."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, **options: aot_eager(m, i))
     model, tokenizer = encoder
-    plan = fhopt.fit(model, batches=batches, ratio=2, layout="input", **OPTIONS)
+    few = OPTIONS | dict(sequences=2, rate_sequences=1)  # any basis of all directions will do
+    plan = fhopt.fit(model, batches=batches[:3], ratio=2, layout="input", **few)
     assert all(s.token_bytes() <= s.site.exact_numbers_per_token for s in plan.sites)
     ids = rows(tokenizer, data.read_text("source"), 16)
-    assert float(cosines(model, plan, ids).min()) > 1 - 1e-5
+    assert float(cosines(model, compiled_with(model, plan), ids).min()) > 1 - 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from typing import Any
 
@@ -231,7 +232,7 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
         torch.ops.fhopt.latent_kernel(**{**given, **change})
 
 
-def test_a_compiled_cache_step_calls_its_kernels_from_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_cache_step_calls_its_kernels_from_c(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer: its attention, and what it codes, keys and values."""
     seen: list[str] = []
 
@@ -240,9 +241,8 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(monkeypatch: pytest.Monk
         return module.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    fitted = Fitted("llama")
-    model, ids = fitted.model, token_ids(2, 60)
-    fhopt.apply(model, fitted.plan(4, window_bits=8))
+    model, ids = copy.deepcopy(llama.model), token_ids(2, 60)
+    fhopt.apply(model, llama.plan(4, window_bits=8))
     torch._dynamo.reset()
     step: Any = torch.compile(model.forward, backend="flashhead", fullgraph=True)
     with torch.no_grad():
@@ -253,5 +253,4 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(monkeypatch: pytest.Monk
             expected = model(ids[:, i : i + 1], cache=eager).logits
             found = step(input_ids=ids[:, i : i + 1], cache=compiled, use_cache=True).logits
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    fhopt.unapply(model)
     assert sorted(seen) == 2 * ["fhopt.attend_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]

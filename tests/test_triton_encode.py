@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -178,37 +179,45 @@ assert set(checks.values()) == {"SUCCESS"} and calls
 """
 
 
-def run(program: str, folder: Path) -> None:
-    """Run a program under Triton's interpreter, in a process of its own."""
+PROGRAMS = {
+    "where sums are exact the bytes are those of the reference": EXACT,
+    "the same latent gives the same bytes": ROUNDED,
+    "rows go to their places and pages and nowhere else": PLACES,
+    "a code differs only at the edge of a step": NEAR,
+    "a cache holds the same bytes whether one kernel made them or two ops": STORED,  # last: it installs the kernel
+}
+RUN_EACH = """
+import json, sys, traceback
+failed = {}
+for name, program in json.load(sys.stdin).items():
+    try:
+        exec(program, {})
+    except Exception:
+        failed[name] = traceback.format_exc()
+print(json.dumps(failed))
+"""
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each program that failed said: all run under Triton's interpreter, in one process of their own."""
     environment = dict(os.environ) | {
         "TRITON_INTERPRET": "1",
-        "TRITON_CACHE_DIR": str(folder),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
         "TRITON_DEFAULT_FP_FUSION": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", COMMON + program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    programs = json.dumps({name: COMMON + program for name, program in PROGRAMS.items()})
+    command = [sys.executable, "-c", RUN_EACH]
+    done = subprocess.run(command, input=programs, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
-def test_where_sums_are_exact_the_bytes_are_those_of_the_reference(tmp_path: Path) -> None:
-    run(EXACT, tmp_path)
-
-
-def test_the_same_latent_gives_the_same_bytes(tmp_path: Path) -> None:
-    run(ROUNDED, tmp_path)
-
-
-def test_rows_go_to_their_places_and_pages_and_nowhere_else(tmp_path: Path) -> None:
-    run(PLACES, tmp_path)
-
-
-def test_a_code_differs_only_at_the_edge_of_a_step(tmp_path: Path) -> None:
-    run(NEAR, tmp_path)
-
-
-def test_a_cache_holds_the_same_bytes_whether_one_kernel_made_them_or_two_ops(tmp_path: Path) -> None:
-    run(STORED, tmp_path)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_under_the_interpreter(name: str, failed: dict[str, str]) -> None:
+    assert name not in failed, failed[name]
 
 
 def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
