@@ -383,6 +383,37 @@ void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* _
     }
 }
 
+// The same for keys and queries in bfloat16, 32 products at a time: these are exact, and sums are of float32.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = Keys::IN_PLACE && std::is_same_v<Keys::Stored, BFloat16> && Keys::PAD % 32 == 0;
+
+template <int ROWS, int TOKENS>
+void score_pairs(const uint16_t* __restrict q, const Tile<BFloat16> z, int tokens, float factor,
+                 float* __restrict logits) {
+    for (int t = 0; t < tokens; t += TOKENS) {
+        Floats sums[ROWS][TOKENS] = {};
+        UNROLL(4) for (int i = 0; i < Keys::PAD; i += 32) {
+            UNROLL(8) for (int k = 0; k < TOKENS; k++) {
+                const __m512i zk = _mm512_loadu_si512(z.rows + (t + k) * z.stride + i);
+                z.fetch(t + k, i);
+                UNROLL(4) for (int r = 0; r < ROWS; r++) {
+                    const __m512i qr = _mm512_loadu_si512(q + r * Keys::PAD + i);
+                    sums[r][k] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][k], (__m512bh)qr, (__m512bh)zk);
+                }
+            }
+        }
+        UNROLL(4) for (int r = 0; r < ROWS; r++) {
+            UNROLL(2) for (int k = 0; k < TOKENS; k += 4) {
+                const Floats4 four = sums_of(sums[r][k], sums[r][k + 1], sums[r][k + 2], sums[r][k + 3]);
+                store(logits + r * TILE + t + k, four * factor);
+            }
+        }
+    }
+}
+#else
+constexpr bool PAIRS = false;
+#endif
+
 // states[r].sum[c] += sum_t weights[r][t] (z[t][c] - middle[c]) for ROWS rows and VECTORS vectors of channels, given
 // totals[r] = sum_t weights[r][t].
 template <int ROWS, int VECTORS, class Stored>
@@ -522,6 +553,9 @@ struct Scratch {
     uint8_t* codes;                                  // [TILE, CODES]
     int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_DWORDS], of weights [9, 3, TILE]
     float *unit, *halves;                            // [rows], [HALVES, TILE]
+    uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where PAIRS
+    bool are_pairs;                                  // and they are such numbers
+    float factor;                                    // that these are to be multiplied by
     alignas(64) float scale[TILE];
 
     explicit Scratch(int64_t rows)
@@ -530,13 +564,15 @@ struct Scratch {
           states(allocate<State>(rows)), codes(allocate<uint8_t>(TILE * CODES)),
           parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_DWORDS : 0)),
           weights(allocate<int8_t>(INTEGER_VALUES ? 27 * TILE : 0)), unit(allocate<float>(rows)),
-          halves(allocate<float>(TILE * HALVES)), scale() {
+          halves(allocate<float>(TILE * HALVES)), pairs(allocate<uint16_t>(PAIRS ? rows * Keys::PAD : 0)),
+          are_pairs(PAIRS), factor(1), scale() {
         if (FLOATS) std::fill(tile, tile + TILE * STRIDE, 0.0f);
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
         for (float* memory : {tile, query, middle, logits, totals, unit, halves}) std::free(memory);
         for (void* memory : {(void*)states, (void*)codes, (void*)parts, (void*)weights}) std::free(memory);
+        std::free(pairs);
     }
 };
 
@@ -600,7 +636,16 @@ void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Sc
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 constexpr int ROWS = decltype(count)::value;
                 const int64_t r = row + first;
-                score<ROWS, ROWS == 1 ? 8 : 4>(s.query + r * Keys::PAD, z, whole, s.logits + r * TILE);
+                constexpr int TOKENS = ROWS == 1 ? 8 : 4;
+                float* logits = s.logits + r * TILE;
+#if defined(__AVX512BF16__)
+                if constexpr (PAIRS && std::is_same_v<std::decay_t<decltype(z)>, Tile<BFloat16>>) {
+                    if (s.are_pairs) {
+                        return score_pairs<ROWS, TOKENS>(s.pairs + r * Keys::PAD, z, whole, s.factor, logits);
+                    }
+                }
+#endif
+                score<ROWS, TOKENS>(s.query + r * Keys::PAD, z, whole, logits);
             });
         });
         if (Keys::SCALED) scale_logits(row, rows, whole, s);
@@ -641,8 +686,16 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
 // Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
 void load_queries(const Arguments& a, const Part& p, Scratch& s) {
     const float factor = float(SOFTCAP ? a.scale / a.softcap : a.scale * LOG2E);
+    s.factor = factor;
+    s.are_pairs = PAIRS;
     for (int r = 0; r < p.rows(); r++) {
         const float* q = a.query.at<float>(p.b, p.head + r / p.queries, p.query + r % p.queries);
+        for (int i = 0; PAIRS && i < Keys::WIDTH; i++) {
+            uint32_t bits;
+            std::memcpy(&bits, q + i, sizeof bits);
+            s.are_pairs &= (bits & 0xffff) == 0;
+            s.pairs[r * Keys::PAD + i] = uint16_t(bits >> 16);
+        }
         float* out = s.query + r * Keys::PAD;
         for (int i = 0; i < Keys::WIDTH; i++) out[i] = q[i] * (factor * KEY_CHANNELS.step[i]);
         std::fill(out + Keys::WIDTH, out + Keys::PAD, 0.0f);

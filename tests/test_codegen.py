@@ -600,3 +600,19 @@ def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype)
     found, _ = kernel(query, key, None, value, None, mask, scale=0.25)
     bound = 1e-5 if dtype == torch.float32 else 2e-2  # of a mean, rounded to bfloat16
     torch.testing.assert_close(found, expected.to(dtype), rtol=bound, atol=bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("is_bfloat16", [True, False], ids=["queries in bfloat16", "others"])
+def test_keys_in_bfloat16_are_multiplied_without_further_rounding(is_bfloat16: bool, rows: int) -> None:
+    """With AVX512-BF16 32 at a time, where queries are such numbers; sums are of float32 in any case."""
+    query = torch.randn(2, 2 * rows, 1, 64)
+    query = query.to(torch.bfloat16).float() if is_bfloat16 else query
+    keys, values = (torch.randn(2, 2, 200, 64).to(torch.bfloat16) for _ in range(2))
+    kernel = build_cpp(KernelSpec((), (), 64, 64, "bfloat16", False))
+    found, lse = kernel(query, keys, None, values, None, None, scale=0.3)
+    logits = query.view(2, 2, rows, 64).double() @ keys.double().mT * 0.3
+    wanted = (logits.softmax(-1) @ values.double()).view(2, 2 * rows, 1, 64)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1).view(2, 2 * rows, 1), rtol=1e-6, atol=1e-5)
