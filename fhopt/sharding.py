@@ -164,7 +164,7 @@ def find_share(model: torch.nn.Module, site: AttentionSite) -> Share | None:
 
 def _share_of(model: torch.nn.Module, site: AttentionSite, role: str) -> Share | None:
     names = [n for n in site.projections.get(role, ()) if n.endswith("weight")]
-    spread = [n for n in names if isinstance(w := model.get_parameter(n), DTensor) and any(map(_splits, w.placements))]
+    spread = [n for n in names if _is_spread(model, n)]
     if not spread:
         return None
     weight, module = model.get_parameter(spread[0]), model.get_submodule(spread[0].rpartition(".")[0])
@@ -176,6 +176,15 @@ def _share_of(model: torch.nn.Module, site: AttentionSite, role: str) -> Share |
         given = given.to_local()
     width = int(given.shape[-1])
     return None if width == outputs else _share_by(weight, outputs, width, site, spread[0])
+
+
+def _is_spread(model: torch.nn.Module, name: str) -> bool:
+    """True for a weight of which other processes have parts; False also where the model has none of that name."""
+    try:
+        weight = model.get_parameter(name)
+    except AttributeError:  # the plan is for a part of this model, or for another one: others check that
+        return False
+    return isinstance(weight, DTensor) and any(map(_splits, weight.placements))
 
 
 def _sizes(module: torch.nn.Module, weight: DTensor) -> tuple[int, int]:
