@@ -355,8 +355,8 @@ def test_a_compiled_stateful_program_calls_the_kernels_in_a_process_without_fhop
     plan = plan_of(loaded, CODES)
     folder = exporting_modules.write_module(loaded, plan, tmp_path / "out")
     got = alone(folder, ids, tmp_path / "aot.pt", STATEFUL)
-    difference = (got - by_the_compiled_module(loaded.module, plan, ids, monkeypatch)).abs()
     coded = (got - by_the_module(loaded.module, ids)).abs()
+    difference = (got - by_the_compiled_module(loaded.module, plan, ids, monkeypatch)).abs()
     assert float(difference.median()) < 1e-4  # but of a number between two codes of 4 bits, rounding decides
     assert float(difference.max()) < float(coded.max()) / 4
 
