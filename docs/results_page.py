@@ -194,6 +194,10 @@ SECTIONS = {
         "A decode step behind 8,192 tokens", "make bench-decode",
         "SmolLM2 on a CPU, in turns. In brackets: times the best that transformers has.", decode,
     ),
+    "decode-contexts": Section(
+        "A decode step behind fewer tokens", "python benchmarks/decode.py --tokens 640 --tokens 2048",
+        "The same at other contexts.", decode,
+    ),
     "attention": Section(
         "Attention of one token", "make bench-attention",
         "One token on 32,768, in turns. In brackets: times the fastest way that torch has. With GB/s: "
