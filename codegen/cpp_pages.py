@@ -265,8 +265,8 @@ INLINE void products(const Arguments& a, const Query& q, const Ints16 (*words)[W
             }
         };
         if (a.word_bits[k] == 4) {
-            add(0, low_halves);
-            add(1, high_halves);
+            add(0, [](Ints16 x) { return low_halves(x); });
+            add(1, [](Ints16 x) { return high_halves(x); });
         } else {
             add(0, [](Ints16 x) { return x & 0x03030303; });
             add(1, [](Ints16 x) { return x >> 2 & 0x03030303; });
