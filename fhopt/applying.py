@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -99,6 +101,23 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
             network.set_attn_implementation(applied.before)
         del network._fhopt_applied
     return model
+
+
+@contextmanager
+def attended_by(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the model attends by `attention`, known to transformers as `name`; no mask is made, no plan applied."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    unapply(model)
+    before = model.config._attn_implementation
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -15,7 +15,7 @@ has imported fhopt has the op already.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,23 +158,32 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
         raise FhoptError(f"AOTInductor could not compile it: {short(error)}. Leave it out: --no-aot.") from error
 
 
+def describe_state(tensors: Sequence[StateTensor]) -> list[dict[str, Any]]:
+    """Tensors of a program's state or input, as a description has them."""
+    return [asdict(t) | {"dtype": str(t.dtype).removeprefix("torch.")} for t in tensors]
+
+
+def write_description(
+    staging: Path, name: str, version: int, loaded: LoadedModel, plan: LatentPlan, about: Mapping[str, Any]
+) -> None:
+    """Write the JSON file `name` of an export: what was exported by what, `about`, and the files that are there."""
+    names = [str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()]
+    common = {"version": version, "fhopt": __version__, "model": loaded.name, "plan": plan.digest()}
+    told = {**common, **about, "files": describe_files(staging, names)}
+    (staging / name).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+
+
 def _describe(
     loaded: LoadedModel, plan: LatentPlan, state: Sequence[StateTensor], staging: Path, compiled: bool
 ) -> None:
-    names = [str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()]
     about = {
-        "version": VERSION,
-        "fhopt": __version__,
         "torch": torch.__version__,
-        "model": loaded.name,
-        "plan": plan.digest(),
         "sinks": plan.sinks,
         "recent": plan.recent,
         "block": plan.block,
-        "state": [asdict(t) | {"dtype": str(t.dtype).removeprefix("torch.")} for t in state],
-        "files": describe_files(staging, names),
+        "state": describe_state(state),
     }
-    (staging / DESCRIPTION).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_description(staging, DESCRIPTION, VERSION, loaded, plan, about)
     text = _README.format(
         name=loaded.name, compiled=_COMPILED if compiled else "", sinks=plan.sinks, recent=plan.recent,
         block=plan.block, last=plan.sinks + plan.block, ratio=plan.ratio(), exact=plan.exact_token_bytes(),

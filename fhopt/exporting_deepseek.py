@@ -33,16 +33,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt import __version__, mla, ops
-from fhopt.applying import unapply
+from fhopt import mla, ops
+from fhopt.applying import attended_by
 from fhopt.cache import layer_indices
 from fhopt.errors import FhoptError
-from fhopt.exporting import check_out
+from fhopt.exporting import check_out, write_description
 from fhopt.files import appearing_folder
 from fhopt.fitting import check_model
 from fhopt.models import LoadedModel, QuietProgress, transformers
 from fhopt.rewriting import SHARD_SIZE, copy_settings
-from fhopt.rewritten import describe_files
 from fhopt.spec import AttentionSite, LatentPlan, SitePlan
 
 DESCRIPTION = "export.json"
@@ -372,9 +371,6 @@ def every_token_in_latents(model: Any, plan: LatentPlan) -> Iterator[None]:
 
     No token is exact, not the newest either: an engine's cache has no other place for it. Whole sequences only.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     sites = dict(enumerate(_by_layer(plan, int(model.config.num_hidden_layers))))
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
@@ -383,15 +379,8 @@ def every_token_in_latents(model: Any, plan: LatentPlan) -> Iterator[None]:
         out = ops.attention_reference(query, key, value, scale=site.site.scale, is_causal=True)
         return out.transpose(1, 2), None
 
-    unapply(model)
-    before = model.config._attn_implementation
-    AttentionInterface.register(IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
+    with attended_by(model, IMPLEMENTATION, attention):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _through_latents(site: SitePlan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -457,14 +446,9 @@ def _describe(loaded: LoadedModel, plan: LatentPlan, written: ExportedCheckpoint
         change=change, exact=written.exact_token_bytes, commands="\n    ".join(commands), digest=plan.digest(),
     ))  # fmt: skip
     about = {
-        "version": VERSION,
-        "fhopt": __version__,
-        "model": loaded.name,
-        "plan": plan.digest(),
         "sizes": asdict(sizes),
         "token_bytes": written.token_bytes,
         "exact_token_bytes": written.exact_token_bytes,
         "error": written.error,
-        "files": describe_files(staging, [p.name for p in staging.iterdir() if p.is_file()]),
     }
-    (staging / DESCRIPTION).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_description(staging, DESCRIPTION, VERSION, loaded, plan, about)

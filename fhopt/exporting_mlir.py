@@ -15,7 +15,6 @@ torch-mlir imports the exported program, IREE compiles it: `pip install 'fhopt[m
 from __future__ import annotations
 
 import importlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,13 +25,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fhopt import __version__
 from fhopt.errors import FhoptError
-from fhopt.exporting import DESCRIPTION, VERSION, check_out, dynamic_rows, example_inputs, read_description
+from fhopt.exporting import (
+    DESCRIPTION,
+    VERSION,
+    check_out,
+    describe_state,
+    dynamic_rows,
+    example_inputs,
+    read_description,
+    write_description,
+)
 from fhopt.exporting_deepseek import ENGINES
 from fhopt.files import appearing_folder
 from fhopt.models import LoadedModel
-from fhopt.rewritten import PLAN, describe_files
+from fhopt.rewritten import PLAN
 from fhopt.spec import LatentPlan
 from fhopt.stepping import Seal, State, StateTensor, Step, unrounded
 
@@ -196,22 +203,16 @@ def _cpu_options(arch: str) -> list[str]:
 
 
 def _describe(loaded: LoadedModel, plan: LatentPlan, lowered: Lowered, target: Target, staging: Path) -> None:
-    names = [str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()]
     about = {
-        "version": VERSION,
-        "fhopt": __version__,
-        "model": loaded.name,
-        "plan": plan.digest(),
         "target": asdict(target),
         "sinks": plan.sinks,
         "recent": plan.recent,
         "block": plan.block,
         "weights": list(lowered.weights),
         "bases": list(lowered.bases),
-        "state": [asdict(t) | {"dtype": str(t.dtype).removeprefix("torch.")} for t in lowered.state],
-        "files": describe_files(staging, names),
+        "state": describe_state(lowered.state),
     }
-    (staging / DESCRIPTION).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_description(staging, DESCRIPTION, VERSION, loaded, plan, about)
 
 
 # --------------------------------------------------------------------------------------------------- running

@@ -18,27 +18,26 @@ example of one token. Nothing that is given is changed. Outputs are the tensors 
 
 from __future__ import annotations
 
-import json
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from fhopt import __version__, buffers, chunks, encoding, latents, ops, passes
+from fhopt import buffers, chunks, encoding, latents, ops, passes
 from fhopt.capture import from_exported
 from fhopt.codegen import native
 from fhopt.errors import FhoptError
-from fhopt.exporting import check_out, compile_program, short
+from fhopt.exporting import check_out, compile_program, describe_state, short, write_description
 from fhopt.exporting_kernels import compile_library
 from fhopt.files import appearing_folder
 from fhopt.fitting import check_model
 from fhopt.models import LoadedModel
 from fhopt.passes.graph import Program
-from fhopt.rewritten import PLAN, describe_files
+from fhopt.rewritten import PLAN
 from fhopt.spec import KernelSpec, LatentPlan
 from fhopt.stepping import StateTensor
 
@@ -320,22 +319,13 @@ def write_module(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: boo
 
 
 def _describe(loaded: LoadedModel, plan: LatentPlan, made: ExportedModule, staging: Path, compiled: str) -> None:
-    def told(tensors: Sequence[StateTensor]) -> list[dict[str, Any]]:
-        return [asdict(t) | {"dtype": str(t.dtype).removeprefix("torch.")} for t in tensors]
-
-    names = [str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()]
     about = {
-        "version": VERSION,
-        "fhopt": __version__,
         "torch": torch.__version__,
-        "model": loaded.name,
-        "plan": plan.digest(),
-        "inputs": told(made.inputs),
-        "state": told(made.state),
+        "inputs": describe_state(made.inputs),
+        "state": describe_state(made.state),
         "outputs": made.outputs,
-        "files": describe_files(staging, names),
     }
-    (staging / DESCRIPTION).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_description(staging, DESCRIPTION, VERSION, loaded, plan, about)
     counts = dict(outputs=made.outputs, states=len(made.state))
     text = _README.format(
         name=loaded.name, compiled=compiled, ratio=plan.ratio(),

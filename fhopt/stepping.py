@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fhopt import ops
-from fhopt.applying import cache_argument, unapply
+from fhopt.applying import attended_by, cache_argument
 from fhopt.cache import layer_indices
 from fhopt.errors import FhoptError
 from fhopt.fitting import check_model
@@ -381,23 +381,14 @@ def _new_tokens(count: int, layers: Sequence[int]) -> Any:
 @contextmanager
 def attending(model: Any, parts: dict[int, Any], counts: Tensor) -> Iterator[None]:
     """The model's attention reads the state inside."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         site, state = parts[module.layer_idx]
         out = site(query, key, value, counts, state, float(options.get("scaling") or query.shape[-1] ** -0.5))
         return out.transpose(1, 2).to(query.dtype), None
 
-    unapply(model)
-    before = model.config._attn_implementation
-    AttentionInterface.register(IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
+    with attended_by(model, IMPLEMENTATION, attention):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 # --------------------------------------------------------------------------------------------------- state
