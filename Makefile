@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+ROUNDS ?= 5
 
-.PHONY: help demo test test-fast check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak docs format clean
+.PHONY: help demo test test-fast fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +30,11 @@ test: $(READY)  ## every test, the demo's promises included
 
 test-fast: $(READY)  ## the tests without those marked slow
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+fuzz: $(READY)  ## the tests that draw their inputs, on other ones each time (ROUNDS=5)
+	for round in $$(seq $(ROUNDS)); do \
+		$(BIN)/python -m pytest -q -n $(WORKERS) -m hypothesis --hypothesis-profile=default || exit 1; \
+	done
 
 check: $(READY)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -550,10 +550,11 @@ struct Candidate {
 // The least logit that may become equal to `top` when it is rounded, capped and rounded again.
 float lowest_tie(const Arguments& a, float top) {
     const float unit = a.type == FLOAT32 ? 0x1p-22f : a.type == BFLOAT16 ? 0x1p-6f : 0x1p-9f;
-    if (a.softcap <= 0) return top - unit * std::abs(top);
-    const double capped = std::tanh(top / a.softcap);
-    return std::min<float>(a.softcap * std::atanh(std::max(capped - 2 * unit * std::abs(capped), -1.0)),
-                           top - unit * std::abs(top));
+    const float faint = a.type == FLOAT16 ? 0x1p-24f : 0x1p-100f;  // numbers below it may become zero
+    const float lowest = top - unit * std::abs(top) - faint;
+    if (a.softcap <= 0) return lowest;
+    const double capped = std::tanh(top / a.softcap), below = 2 * (unit * std::abs(capped) + faint / a.softcap);
+    return std::min<float>(a.softcap * std::atanh(std::max(capped - below, -1.0)), lowest);
 }
 
 // The rows of hidden state m whose bounds reach `least`, at most `most` of them; false when there are more.

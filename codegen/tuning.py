@@ -214,7 +214,7 @@ def tune(
     """
     if timer is None or not device_name:
         if not torch.cuda.is_available():
-            raise FhoptError("there is no GPU to tune on; tune on a machine with one, or take what the filter chooses.")
+            raise FhoptError("there is no GPU to tune on. Tune on a machine with one, or take what the filter chooses.")
         device_name = device_name or torch.cuda.get_device_name(device)
         timer = timer or _by_events
     kernel = kernel or build_triton(spec)
@@ -232,7 +232,10 @@ def tune(
         except Exception as error:  # Triton's errors have no base in common with torch's
             rejected[config] = f"does not run: {' '.join(str(error).split()) or type(error).__name__}"
     if not times:
-        raise FhoptError(f"no configuration of {spec.name} runs on {device_name}: {next(iter(rejected.values()))}.")
+        raise FhoptError(
+            f"no configuration of {spec.name} runs on {device_name} ({next(iter(rejected.values()))}). Fit with fewer "
+            "or narrower tiers for this device."
+        )
     best = min(times, key=lambda config: times[config])
     _write("tuned", spec, workload.rows, device_name, best, times)
     return Tuning(best, times, rejected)

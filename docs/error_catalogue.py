@@ -3,7 +3,7 @@
     python docs/error_catalogue.py        writes docs/reference/errors.md and docs/reference/left_alone.md
 
 Messages are read from the source text (`ast`), not collected at run time: one that is raised is on the page. A message
-says its cure itself in its last sentences; where it does not, `CURES` below does, and a test refuses one without.
+says its cure itself in its last sentences; a test refuses one that does not.
 """
 
 from __future__ import annotations
@@ -129,33 +129,6 @@ REASONS = (
     Family("Others", "", ("*",)),
 )  # fmt: skip
 
-# Cures of messages that do not say one: by a part of the message.
-CURES = {
-    "fit needs a tokenizer": "Give the tokenizer of a language model, or `batches=` for any other module.",
-    "of type ⟨value⟩ cannot be saved": "Save a cache that `generate()` or `fhopt.applying.latent_cache` made.",
-    "could not be captured": "The cause follows the colon. Rewrite what it names, or capture a part of the model.",
-    "could not be run": "The cause follows the colon. Call the model with the same arguments in plain PyTorch first.",
-    "the text `source` is not available": "Give a file instead, or `topics`.",
-    "the text `license` is not available": "Give a file instead, or `topics`.",
-    "IREE could not compile for": "The cause follows the colon. Give `--arch` as IREE names it, or another target.",
-    "no head was found": "Models whose logits are one product of hidden states with a parameter have one.",
-    "keeps latents; there is no kernel to write": "Fit a plan with a ratio above 1.",
-    "could not be read as a GGUF model": "Fetch the file again, or convert it with llama.cpp's own script.",
-    "could not be loaded": "The cause follows the colon: a missing or damaged file, or an unknown model.",
-    "could not be read as an exported program": "Save it again with torch.export.save, by the same version of torch.",
-    "() failed": "The function raised this. Call it in Python to see where.",
-    "max_loss and calibration_tokens are numbers": 'Give numbers; `max_loss` may be a share such as `"1%"`.',
-    "could not be saved": "The cause follows. Give `rewrite` the folder that the model came from.",
-    "a decode step can be exported of causal self-attention alone": "Use `fhopt.apply` for this model.",
-    "are not widths of": "The plan is damaged: fit it again.",
-    "channels of ⟨width⟩": "The plan is damaged: fit it again.",
-    "its layers rotate in different ways": "Serve the original.",
-    "there is no GPU to tune on": "Tune on a machine with one, or leave it out.",
-    "no configuration of": "The first rejection follows the colon. Fit with fewer or narrower tiers for this device.",
-    "with one latent head can be cut": "Fit one: `fhopt fit MODEL --layout freq --ratio 1 -o PLAN`.",
-    "normalises its keys": "Leave the export out for this model.",
-}
-
 
 def messages(name: str = ERROR) -> list[Message]:
     """Every message of a class, in the order of files and lines; the same words of one file once."""
@@ -245,8 +218,7 @@ def split(text: str) -> tuple[str, str]:
         depth += {"(": 1, ")": -1}.get(letter, 0)
         if depth == 0 and (cut := _CUT.match(text, at)):
             return text[:at], _sentence(text[cut.end() :])
-    written = [cure for part, cure in CURES.items() if part in text]
-    return text.rstrip("."), written[0] if written else ""
+    return text.rstrip("."), ""
 
 
 def _sentence(text: str) -> str:

@@ -35,5 +35,8 @@ def fit(
     if batches is not None:
         return pipeline.plan_for(pipeline.measure_module(model, batches, chosen), chosen)
     if tokenizer is None:
-        raise FhoptError("fit needs a tokenizer, or batches of keyword arguments; found neither.")
+        raise FhoptError(
+            "found neither a tokenizer nor batches; expected the tokenizer of a language model, or `batches=`, keyword "
+            "arguments for any other module."
+        )
     return pipeline.fit(LoadedModel(type(model).__name__, model, tokenizer), chosen)[0]

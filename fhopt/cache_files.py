@@ -202,7 +202,10 @@ def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
         return [type(value).__name__, str(value).removeprefix("torch.")]
     if value is None or isinstance(value, (bool, int, float, str)):
         return ["plain", value]
-    raise FhoptError(f"a cache with {name} of type {type(value).__name__} cannot be saved.")
+    raise FhoptError(
+        f"a cache with {name} of type {type(value).__name__} cannot be saved. Save one that `generate()` or "
+        "`fhopt.applying.latent_cache` made."
+    )
 
 
 def _unpack(item: Any, tensors: Mapping[str, Tensor]) -> Any:

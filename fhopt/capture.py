@@ -77,10 +77,14 @@ def capture_graphs(
     try:
         result = _run(model, keep, args, given, reset)
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise FhoptError(f"{type(model).__name__} could not be captured: {str(error).splitlines()[0]}") from error
+        raise FhoptError(
+            f"{type(model).__name__} could not be captured ({str(error).splitlines()[0]}). Rewrite what is named "
+            "there, or capture a part of the model."
+        ) from error
     except Exception as error:  # the model itself refused these inputs
         raise FhoptError(
-            f"{type(model).__name__} could not be run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            f"{type(model).__name__} could not be run ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}). Call it with the same arguments in plain PyTorch first."
         ) from error
     finally:
         model.train(was_training)

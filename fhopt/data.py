@@ -252,7 +252,10 @@ def _source_of(module: str) -> str:
     spec = importlib.util.find_spec(module)
     text = spec.loader.get_source(module) if spec is not None and isinstance(spec.loader, InspectLoader) else None
     if text is None:
-        raise FhoptError(f"this interpreter has no source of the module {module}; the text `source` is not available.")
+        raise FhoptError(
+            f"this interpreter has no source of the module {module}; the text `source` is not available. Give a file "
+            "instead, or `topics`."
+        )
     return text
 
 
@@ -261,7 +264,10 @@ def _license() -> str:
 
     printer: Any = getattr(builtins, "license", None)
     if printer is None:
-        raise FhoptError("this interpreter was started without the site module; the text `license` is not available.")
+        raise FhoptError(
+            "this interpreter was started without the site module; the text `license` is not available. Give a file "
+            "instead, or `topics`."
+        )
     printer._Printer__setup()
     return "\n".join(printer._Printer__lines)
 

@@ -215,7 +215,10 @@ def _theta(model: Any, sites: Sequence[AttentionSite]) -> float:
         return 10_000.0
     rope = turning[0]
     if theta is None or any(other.pairs != rope.pairs for other in turning):
-        raise FhoptError("its layers rotate in different ways; DeepSeek's attention has one table. Serve the original.")
+        raise FhoptError(
+            "its layers rotate in different ways; expected the same angles in all, as DeepSeek's attention has one "
+            "table. Serve the original."
+        )
     plain = [float(theta) ** (-2 * i / rope.rotary_dim) for i in range(len(rope.angles))]
     found = [pair for other in turning for pair in zip(other.angles, plain, strict=True)]
     if any(abs(angle - wanted) > FREQUENCY_ERROR * wanted for angle, wanted in found):

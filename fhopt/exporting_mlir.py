@@ -189,7 +189,10 @@ def compile_module(text: str, target: Target) -> bytes:
         made: bytes = compiler.compile_str(text, target_backends=[backend], input_type="auto", extra_args=extra)
     except Exception as error:  # the compiler is another program
         told = [line for line in str(error).splitlines() if "error" in line.lower()]
-        raise FhoptError(f"IREE could not compile for {backend} {arch}: {(told or [str(error)])[0][:300]}.") from error
+        raise FhoptError(
+            f"IREE could not compile for {backend} {arch}: {(told or [str(error)])[0][:300]}. Give `--arch` as IREE "
+            "names it, or another target."
+        ) from error
     return made
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fhopt.errors import FhoptError
 
 
@@ -60,20 +62,43 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 def appearing_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its place if the block succeeds, and is removed if it does not.
 
-    Raises FhoptError when something cannot be written, in the block too. What stood at `path` is gone afterwards.
+    Raises FhoptError when something cannot be written, in the block too. What stood at `path` is gone afterwards; when
+    the block or the change of places fails, it stands there as before.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
         raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a folder that you may write to.") from error
+    former = staging.with_name(f"{staging.name}-former")
     try:
         yield staging
         staging.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(staging, path)
-    except OSError as error:
-        raise FhoptError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
+        _take_place(staging, path, former)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise FhoptError(f"cannot write {path}: {reason}. Free some space or choose another folder.") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
+        _remove(former)
+
+
+def _take_place(staging: Path, path: Path, former: Path) -> None:
+    """Two renames, so that a process that is killed leaves the old folder, the new one, or none for a moment."""
+    if path.exists():
+        os.replace(path, former)
+    try:
+        os.replace(staging, path)
+    except BaseException:
+        if former.exists():
+            os.replace(former, path)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # Ctrl-C may have come in between

@@ -72,16 +72,24 @@ def find(captured: Captured) -> HeadSite:
     """The head behind the main output of a captured graph. Raises FhoptError with the reason where there is none."""
     program, stage = captured.program, FindHead()
     if captured.result < 0:
-        raise FhoptError("no head was found: this graph does not compute the main output of the model.")
+        raise FhoptError(
+            "no head was found: this graph does not compute the main output of the model. Expected logits that are one "
+            "product of hidden states with a parameter."
+        )
     Functionalize().run(program)
     output = next(n for n in program.graph.nodes if n.op == "output")
     node = output.args[0][captured.result]
     if node not in stage.candidates(program):
-        raise FhoptError("no head was found: the main output of the model is no matrix of logits.")
+        raise FhoptError(
+            "no head was found: the main output of the model is no matrix of logits. Expected one product of hidden "
+            "states with a parameter."
+        )
     try:
         return stage.match(node, program, Roles(program), Evaluator(program))
     except Miss as miss:
-        raise FhoptError(f"no head was found: {miss.reason}.") from miss
+        raise FhoptError(
+            f"no head was found: {miss.reason}. Expected logits that are one product of hidden states with a parameter."
+        ) from miss
 
 
 def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = None) -> Head:

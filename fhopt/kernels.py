@@ -147,7 +147,10 @@ def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
         kernel = spec_of(site, dtype), site.site.heads, site.key.groups, site.value.groups
         found.setdefault(kernel, []).append(site)
     if not found:
-        raise FhoptError(f"none of the plan's {len(plan.sites)} sites keeps latents; there is no kernel to write.")
+        raise FhoptError(
+            f"none of the plan's {len(plan.sites)} sites keeps latents; there is no kernel to write. Fit a plan with a "
+            "ratio above 1."
+        )
     return found
 
 

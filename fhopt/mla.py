@@ -88,7 +88,8 @@ def _check(plan: SitePlan) -> None:
         )
     if site.key_norm:
         raise FhoptError(
-            f"{name} normalises its keys, which are then no linear map of its input. Engines cannot hold it."
+            f"{name} normalises its keys, which are then no linear map of its input. Leave the export out for this "
+            "model."
         )
     if site.rope is not None and (site.rope.positions != "sequence" or site.rope.blocks != 1):
         raise FhoptError(f"{name} rotates by more than one axis; expected RoPE over the sequence.")
@@ -205,8 +206,8 @@ def _cut(plan: SitePlan, width: int) -> SitePlan:
         return replace(plan, key=_kept(plan.key, first), value=_kept(plan.value, first))
     if plan.layout != "freq" or plan.key.groups != 1 or plan.value.groups != 1 or plan.key.tiers or plan.value.tiers:
         raise FhoptError(
-            f"{plan.site.name} has the layout {plan.layout!r}, {plan.key.groups} latent heads; only uncoded plans of "
-            "the layout freq with one latent head can be cut: `fhopt fit MODEL --layout freq --ratio 1 -o PLAN`."
+            f"{plan.site.name} has the layout {plan.layout!r}, {plan.key.groups} latent heads; expected an uncoded "
+            "plan of the layout freq with one latent head: `fhopt fit MODEL --layout freq --ratio 1 -o PLAN`."
         )
     turning, still = _by_frequency(plan)
     room = -(-width * len(still) // (len(still) + plan.value.width))

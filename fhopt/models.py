@@ -5,12 +5,14 @@ Nothing is downloaded: every form names something that is already on this machin
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -141,11 +143,14 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
                 f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
             )
     try:
-        with QuietProgress():
+        with QuietProgress(), _parsed_once():
             tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             read = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FhoptError(f"{path} could not be read as a GGUF model: {_one_line(error)}") from error
+        raise FhoptError(
+            f"{path} could not be read as a GGUF model ({_one_line(error)}). Fetch the file again, or convert it with "
+            "llama.cpp's own script."
+        ) from error
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -153,6 +158,20 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     return LoadedModel(path.stem, model.eval().requires_grad_(False), tokenizer)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file anew for tokenizer, configuration and weights, and its names for each module."""
+    gguf: Any = importlib.import_module("gguf")
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in before.items():
+        setattr(gguf, name, functools.cache(make))
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            setattr(gguf, name, make)
 
 
 def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
@@ -181,7 +200,10 @@ def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = 
             is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
             tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True) if causal and is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
-        raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
+        raise FhoptError(
+            f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers "
+            "knows."
+        ) from error
     model = model.eval().requires_grad_(False)
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
@@ -197,7 +219,10 @@ def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True) if is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
-        raise FhoptError(f"{path} could not be loaded: {_one_line(error)}") from error
+        raise FhoptError(
+            f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers "
+            "knows."
+        ) from error
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
@@ -254,7 +279,10 @@ def _load_exported(path: Path) -> LoadedModel:
     try:
         program = torch.export.load(path)
     except Exception as error:  # the loader raises many kinds for a damaged archive
-        raise FhoptError(f"{path} could not be read as an exported program: {_one_line(error)}") from error
+        raise FhoptError(
+            f"{path} could not be read as an exported program ({_one_line(error)}). Save it again with "
+            "torch.export.save, by this version of torch."
+        ) from error
     return LoadedModel(path.stem, None, program=program)
 
 
@@ -274,7 +302,9 @@ def _load_function(name: str) -> LoadedModel:
     try:
         found = function()
     except Exception as error:  # the user's own code may raise anything
-        raise FhoptError(f"{name}() failed: {type(error).__name__}: {_one_line(error)}") from error
+        raise FhoptError(
+            f"{name}() failed ({type(error).__name__}: {_one_line(error)}). Call it in Python to see where."
+        ) from error
     if isinstance(found, tuple) and len(found) > 1 and not isinstance(found[1], (tuple, list)):
         raise FhoptError(f"{name} returned args of type {type(found[1]).__name__}; expected (module, (tensor, ...)).")
     if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], torch.nn.Module):

@@ -59,7 +59,10 @@ class Wish:
             limit = gate.parse_share(limit) if isinstance(limit, str) else float(limit)
             tokens = int(options.get("calibration_tokens", CALIBRATION_TOKENS))
         except (TypeError, ValueError) as error:
-            raise FhoptError(f"ratio, max_loss and calibration_tokens are numbers: {error}.") from error
+            raise FhoptError(
+                f"ratio, max_loss and calibration_tokens: {error}; expected numbers, or a share such as '1%' for "
+                "max_loss."
+            ) from error
         if ratio is not None and not 1 < ratio < 1000:
             raise FhoptError(f"option ratio is {ratio:g}; expected 1 (exact) or a number above it, such as 4.")
         if tokens < LEAST_TOKENS:

@@ -173,7 +173,10 @@ def _save_weights(model: Any, staging: Path, shard_size: str) -> None:
     try:
         model.save_pretrained(staging, max_shard_size=shard_size)
     except (ValueError, RuntimeError) as error:
-        raise FhoptError(f"{type(model).__name__} could not be saved ({str(error).splitlines()[0]}).") from error
+        raise FhoptError(
+            f"{type(model).__name__} could not be saved ({str(error).splitlines()[0]}). Give the folder that the model "
+            "came from."
+        ) from error
 
 
 def _write_config(model: Any, source: Path | None, staging: Path) -> None:

@@ -332,7 +332,7 @@ def _check(model: Any, plan: LatentPlan) -> None:
         if site.kind != "self" or site.mask != "causal" or site.sinks or site.window:
             raise FhoptError(
                 f"{site.name} has a mask of kind {site.mask!r} or reads an encoder; a decode step can be exported of "
-                "causal self-attention alone."
+                "causal self-attention alone. Use `fhopt.apply` for this model."
             )
     if len(plan.sites) != layers:
         raise FhoptError(f"the plan has {len(plan.sites)} sites for {layers} layers; expected one for each layer.")

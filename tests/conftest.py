@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from small_models import Fitted
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +28,9 @@ LONGEST = (
     "test_compiled_generation.py",
     "test_encoder.py",
 )  # files that take minutes
+# A suite that fails does so again: the same inputs every time. `make fuzz` takes other ones.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -75,6 +79,14 @@ def clean_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
+
+
+@pytest.fixture
+def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention on latents runs on torch operations, for tests in which no generated C++ is the point."""
+    dispatch = importlib.import_module("fhopt.codegen.dispatch")
+    monkeypatch.setattr(dispatch, "build", importlib.import_module("fhopt.codegen.build").build_torch)
+    monkeypatch.setattr(dispatch, "_kernels", {})
 
 
 @pytest.fixture(scope="session")

@@ -73,14 +73,8 @@ def test_the_page_of_messages_is_that_of_the_code(name: str) -> None:
 def test_every_message_says_what_to_do() -> None:
     catalogue = script("error_catalogue")
     found = [m.text for m in catalogue.messages()]
+    assert [text for text in found if not catalogue.split(text)[1]] == []
     assert len(found) > 200
-    assert [text for text in found if not catalogue.split(text)[1]] == [], "say the cure in the message, or in CURES"
-
-
-def test_every_written_cure_is_used() -> None:
-    catalogue = script("error_catalogue")
-    texts = [m.text for m in catalogue.messages()]
-    assert [part for part in catalogue.CURES if not any(part in text for text in texts)] == []
 
 
 @pytest.mark.parametrize("what", ["ERROR", "REASON"])

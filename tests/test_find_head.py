@@ -65,7 +65,7 @@ def site_of(finish: Finish) -> HeadSite:
 def reason(finish: Finish) -> str:
     with pytest.raises(FhoptError, match="no head was found: ") as error:
         site_of(finish)
-    return str(error.value).removeprefix("no head was found: ")
+    return str(error.value).removeprefix("no head was found: ").partition(" Expected ")[0]
 
 
 def capped(x: Tensor) -> Tensor:

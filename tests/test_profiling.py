@@ -173,7 +173,7 @@ def test_training_is_not_watched() -> None:
         ({"max_loss": 2}, "expected a share"),
         ({"max_loss": "much"}, "is no share"),
         ({"ratio": 0.5}, "expected 1"),
-        ({"ratio": "four"}, "are numbers"),
+        ({"ratio": "four"}, "expected numbers"),
         ({"weights": "maybe"}, "'check' or 'trust'"),
         ({"plan": 3}, "expected a LatentPlan"),
         ({"plan": "/nowhere"}, "is not a plan"),
