@@ -6,7 +6,8 @@
 
 Perplexity is taken on texts that calibrated nothing, each query choosing its pages as it would when decoding token by
 token. Tasks ask for strings that stand far back. Bytes are what attention of one more token reads of the cache. The
-operator is timed by itself, on random codes: reading the listed pages, and choosing them by sketches too.
+operator is timed by itself, on random codes: reading the listed pages; and choosing them by sketches, reading them, and
+letting the mean of values stand for the others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, paired, read_steps, switched
+from fhopt.latents import SideRows, stand_in
 from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
@@ -115,14 +117,18 @@ def operator(tokens: int) -> list[Row]:
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
     lists = page_ops.page_lists(chosen.squeeze(2), index.most)
 
-    def read(which: Tensor | None) -> Tensor:
+    values = SideRows(table, codes[1], scales[1], torch.eye(width).expand(groups, width, width))
+
+    def read(which: Tensor | None) -> tuple[Tensor, Tensor]:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)
-        return torch.ops.fhopt.latent_attention(*operands, **options, **listed)[0]
+        return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def choose() -> Tensor:
-        return read(pages.best_pages(operands[0], index, None, None, scale=dim**-0.5))
+        chosen, rest = pages.best_pages(operands[0], index, None, None, scale=dim**-0.5)
+        assert index.fill is not None
+        return ops.merge([read(chosen), stand_in(rest, index.fill, values, None, None, torch.float32)])
 
-    calls = {DENSE: lambda: read(None), "one page in eight, listed": lambda: read(lists), PAGED: choose}
+    calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: choose}
     every = sum(x.numel() * x.element_size() for x in (*codes, *scales))
     sizes = {DENSE: every, "one page in eight, listed": every * index.most // index.count}
     sizes[PAGED] = sizes["one page in eight, listed"] + sum(x.nbytes for x in index.rows if x is not None)
@@ -145,7 +151,8 @@ def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int)
     sketcher = Sketcher.on(plan, torch.device("cpu"))
     codes = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8)
     rows = codes, torch.rand(1, groups, tokens).add(0.5).to(torch.float16), None
-    return PageIndex(sketcher, rows, PAGE_TOKENS, SHARE, 1.0, 0, 1.0, groups, False, torch.zeros(2, dtype=torch.int64))
+    numbers = PAGE_TOKENS, SHARE, 1.0, 0, 1.0, groups, False, torch.zeros(2, dtype=torch.int64)
+    return PageIndex(sketcher, rows, *numbers, fill=torch.zeros(SHAPES[SHAPE][0]))
 
 
 def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:

@@ -279,7 +279,7 @@ INLINE void unpack_values(const uint8_t* const* rows, __m512i* codes) {
     });
 }
 
-constexpr int MOST_BYTE_ROWS = 9;  // 27 sums of 3 parts: as many as registers hold beside codes
+constexpr int MOST_BYTE_ROWS = 5;  // 15 sums of 3 parts; with more rows at once only the compiler has more to do
 
 // Vectors at once: enough sums to keep the multipliers busy, no more than registers hold.
 constexpr int vectors_for(int rows, int parts) { return std::clamp(24 / (rows * parts), 1, 4); }
@@ -299,13 +299,13 @@ INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i factors) {
 // sums[r][v][part] = sum_i codes[v][i] . factors[r][part][i], STEP and NEXT vectors from one i or v to the next.
 template <int ROWS, int VECTORS, int PARTS, int STEP, int NEXT, int COUNT>
 INLINE void multiply(const __m512i* codes, const int32_t* factors, int count, __m512i (&sums)[ROWS][VECTORS][PARTS]) {
-    UNROLL(9) for (int r = 0; r < ROWS; r++) {
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) UNROLL(3) for (int i = 0; i < PARTS; i++) sums[r][v][i] = __m512i{};
     }
     UNROLL(1) for (int i = 0; i < count; i++) {
         __m512i z[VECTORS];
         UNROLL(4) for (int v = 0; v < VECTORS; v++) z[v] = _mm512_load_si512(codes + i * STEP + v * NEXT);
-        UNROLL(9) for (int r = 0; r < ROWS; r++) {
+        UNROLL(5) for (int r = 0; r < ROWS; r++) {
             UNROLL(3) for (int part = 0; part < PARTS; part++) {
                 const int32_t& factor = factors[(3 * r + part) * COUNT + i];
                 UNROLL(4) for (int v = 0; v < VECTORS; v++) {
@@ -403,7 +403,7 @@ INLINE void score_high(int64_t row, int t, Scratch& s) {
     const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * KEY_DWORDS;
     multiply<ROWS, VECTORS, 2, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
     Floats16 x[ROWS][VECTORS];
-    UNROLL(9) for (int r = 0; r < ROWS; r++) {
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float unit = s.unit[row + r] * 256.0f;
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             x[r][v] = (joined(sums[r][v]) * unit - s.middle[row + r]) * load(s.scale + t + 16 * v);
@@ -413,10 +413,10 @@ INLINE void score_high(int64_t row, int t, Scratch& s) {
         const float* q = s.query + row * Keys::PAD + KEY_LAYOUT.half_channel[i];
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             const Floats16 half = load(s.halves + i * TILE + t + 16 * v);
-            UNROLL(9) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * Keys::PAD] * half;
+            UNROLL(5) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * Keys::PAD] * half;
         }
     }
-    UNROLL(9) for (int r = 0; r < ROWS; r++) {
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) store(s.logits + (row + r) * TILE + t + 16 * v, x[r][v]);
     }
 }
@@ -428,7 +428,7 @@ INLINE void score_low(int64_t row, int t, Scratch& s) {
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
     const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_DWORDS;
     multiply<ROWS, VECTORS, 1, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
-    UNROLL(9) for (int r = 0; r < ROWS; r++) {
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             float* x = s.logits + (row + r) * TILE + t + 16 * v;
             store(x, load(x) + joined(sums[r][v]) * s.unit[row + r] * load(s.scale + t + 16 * v));
@@ -596,7 +596,7 @@ INLINE void mix_bytes(int vector, int count, const float* unit, const float* tot
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
     multiply<ROWS, VECTORS, PARTS, VALUE_VECTORS, 1, TILE / 4>(
         codes, reinterpret_cast<const int32_t*>(s.weights), count, sums);
-    UNROLL(9) for (int r = 0; r < ROWS; r++) add_sums(sums[r], vector, VECTORS, unit[r], total[r], states[r]);
+    UNROLL(5) for (int r = 0; r < ROWS; r++) add_sums(sums[r], vector, VECTORS, unit[r], total[r], states[r]);
 }
 
 template <int ROWS, int PARTS>

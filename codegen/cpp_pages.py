@@ -40,7 +40,7 @@ class _Arguments(ctypes.Structure):
         ("mass", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in (
             "weights", "constant", "codes", "scales", "mask", "word_bits", "word_channels", "word_steps", "estimates",
-            "lists",
+            "lists", "odds",
         )],
     )  # fmt: skip
 
@@ -60,9 +60,9 @@ def _compiled() -> ctypes._NamedFuncPointer | None:
 def weigh_pages(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int, choice: Choice | None = None,
-) -> Tensor | None:  # fmt: skip
+) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Log of the weight of each page, float32 [B,J,M,P], -inf where it has no token; or, with a choice, lists of the
-    pages that weigh most, int32 [B,U,N].
+    pages that weigh most, int32 [B,U,N], and the log odds of what they leave out, float32 [B,J,M].
 
     weights float32 [B,J,M,r], constant float32 [B,J,M]; codes uint8 [B,J,T,bytes] in tiers of `bits`, `widths` and
     `steps`; scales float16 [B,J,T]. mask bool, [1 or B, 1, 1, T]: tokens that count, of the first `length`. The query
@@ -81,15 +81,16 @@ def weigh_pages(
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     scales = scales if scales.stride(2) == 1 else scales.contiguous()
     out = (
-        weights.new_empty((b, j, m, -(-tokens // page_tokens)))
+        (weights.new_empty((b, j, m, -(-tokens // page_tokens))),)
         if choice is None
-        else codes.new_empty((b, choice.units, choice.most), dtype=torch.int32)
+        else (codes.new_empty((b, choice.units, choice.most), dtype=torch.int32), weights.new_empty((b, j, m)))
     )
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
     kept = weights.contiguous(), constant.contiguous(), codes, scales, mask, *words
     given = choice or Choice(1, 0, 0, 1.0)
     pointers = [None if x is None else x.data_ptr() for x in kept]
-    results = (out.data_ptr(), None) if choice is None else (None, out.data_ptr())
+    places = [x.data_ptr() for x in out]
+    results = (*places, None, None) if choice is None else (None, *places)
     arguments = _Arguments(
         b, j, m, r, len(words[0]), tokens, min(tokens, length), page_tokens, torch.get_num_threads(),
         *codes.stride()[:3], *scales.stride()[:2], *mask_strides, given.units, given.most, given.read, given.mass,
@@ -123,7 +124,8 @@ TEXT = (
 //     x[t] = constant + scale[t] sum_c w[c] u[c][t]        weight[p] = sum over t in p of exp(x[t])
 //
 //     weights [B,J,M,r]   constant [B,J,M]   codes [B,J,T,bytes]   scale [B,J,T]
-//     ->  log weight [B,J,M,P]   or   lists of pages [B,U,N], ascending, -1 behind them
+//     ->  log weight [B,J,M,P]   or   lists of pages [B,U,N], ascending, -1 behind them, and
+//                                     log of the weight of the pages that are not listed over that of those that are
 //
 //     B batch, J latent heads, M query rows of a latent head, T tokens, P pages, r channels of a sketch, U units
 //
@@ -159,6 +161,7 @@ struct Arguments {
     const float* word_steps;
     float* estimates;            // or null
     int32_t* lists;              // or null
+    float* odds;                 // [B,J,M], where there are lists
 };
 
 constexpr int TILE = 16;         // tokens, one a lane
@@ -402,6 +405,26 @@ void weigh(const Arguments& a, Weights& out) {
 
 // ------------------------------------------------------------------------------------------------ the choice
 
+// Log of the weight that a row expects of pages that are not listed over that of those that are.
+float odds_left_out(const Weights& w, int64_t m, const int32_t* list, int64_t listed) {
+    const float *tops = &w.tops[m * w.runs], *pages = &w.pages[m * w.count];
+    const float top = *std::max_element(tops, tops + w.runs);
+    double left = 0, read = 0;
+    for (int64_t r = 0, i = 0; r < w.runs; r++) {
+        const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
+        float of_list = 0, others = 0;
+        for (int64_t p = from; p < to; p++) {
+            const int64_t next = i < listed ? std::min<int64_t>(list[i], to) : to;
+            for (; p < next; p++) others += pages[p];
+            if (p < to) of_list += pages[p], i++;
+        }
+        const double factor = tops[r] == -INF ? 0 : std::exp2(double(tops[r]) - top);
+        left += factor * others;
+        read += factor * of_list;
+    }
+    return left > 0 && read > 0 ? float(LN2 * std::log2(left / read)) : -INF;
+}
+
 // The pages of one list: the mean over rows of the share that each expects of a page, the largest of these.
 void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
     const int64_t rows = a.heads / a.units * a.rows, first = unit * rows;
@@ -445,6 +468,7 @@ void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
         list[found++] = int32_t(p);
     }
     std::fill(list + found, list + a.most, -1);
+    for (int64_t m = first; m < first + rows; m++) a.odds[m] = odds_left_out(w, m, list, found);
 }
 
 }  // namespace

@@ -268,14 +268,21 @@ def _attend_chosen(
 
     window = window_keys, window_key_scale, window_values, window_value_scale
     others = _open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
+    value_tiers = tiers["value_bits"], tiers["value_widths"], tiers["value_steps"]
+    sealed = SideRows(value_tiers, value_rows, value_scale, value_decode)
     if query.shape[2] == 1 and index.limit == 1:
-        lists = pages.best_pages(absorbed, index, far, lengths, **numbers)
+        lists, odds = pages.best_pages(absorbed, index, far, lengths, **numbers)
         parts = [read(far, {"pages": lists, "page_tokens": index.tokens}), *others]
+        if index.fill is not None:
+            parts.append(stand_in(parts[0][1] + odds, index.fill, sealed, far, lengths, query.dtype))
         return ops.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
     weights = page_ops.expected_weights(estimates, index.units)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
     parts = [read(*_listed(chosen, index, index.most, query, far, count)), *others]
+    if index.fill is not None:
+        odds = page_ops.odds_left_out(estimates, chosen)
+        parts.append(stand_in(parts[0][1] + odds, index.fill, sealed, far, lengths, query.dtype))
     if index.limit < 1:
         lse = torch.stack([part for _, part in parts], -1).logsumexp(-1)
         most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
@@ -283,6 +290,26 @@ def _attend_chosen(
         rest = ~chosen & pages.to_complete(share, index).unsqueeze(-1)
         parts.append(read(*_listed(rest, index, index.count, query, far, count)))
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def stand_in(
+    rest: Tensor, fill: Tensor, values: SideRows, far: Tensor | None, lengths: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(output, lse) of what stands for pages that are not read: the mean of some values, with a part of their weight.
+
+    rest [B,H,S]: log of that weight: of what was read, times the odds that sketches give. By itself, what sketches give
+    may be wrong by a common factor, where keys of this text have another mean than those of the calibration. fill [H]:
+    log of the part. far, lengths: of the latents, as of `attend_parts`.
+    """
+    count = values.rows.shape[2] if lengths is None else lengths.clamp(min=1).reshape(())
+    places = pages.sampled(count, rest.device)
+    latents = values.rows.index_select(2, places)
+    if values.scale is not None:
+        latents = torch.ops.fhopt.unpack(latents, values.scale.index_select(2, places), *values.tiers)
+    seen = far if far is None or far.shape[-1] == 1 else far.index_select(-1, places)
+    mean = pages.mean_latents(latents.to(rest.dtype), seen, rest.shape[1])
+    output = ops.expand(mean, values.decode).to(dtype)
+    return output.expand(*rest.shape, -1), rest + fill.unsqueeze(-1)
 
 
 def _listed(
@@ -357,15 +384,17 @@ def far_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: flo
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def open_lse(
+def open_part(
     query: Tensor, key: Tensor, value: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0
-) -> Tensor:
-    """Log of the sum of exponentials over open tokens, of which the newest S queries see those before them, [B,H,S]."""
+) -> tuple[Tensor, Tensor]:
+    """(output [B,H,S,E], lse [B,H,S]) of the open tokens, of which the newest S queries see those before them."""
     near = latents.key.open(key, latents.sinks), latents.value.open(value, latents.sinks)
     mask = ops.causal_mask(query.shape[2], near[0].shape[2], query.device)
     options: Any = dict(**ops.latent_options(None, None), scale=scale, softcap=softcap)
-    lse: Tensor = torch.ops.fhopt.latent_attention(query, near[0], None, near[1], None, mask, **options)[1]
-    return lse
+    found: tuple[Tensor, Tensor] = torch.ops.fhopt.latent_attention(
+        query, near[0], None, near[1], None, mask, **options
+    )
+    return found
 
 
 def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:

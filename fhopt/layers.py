@@ -34,7 +34,7 @@ from transformers.cache_utils import CacheLayerMixin
 from fhopt.attention import Reader, offer
 from fhopt.errors import FhoptError
 from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, rebuilt
-from fhopt.pages import PageIndex, Sketcher
+from fhopt.pages import SAMPLE, PageIndex, Sketcher, log_fill
 from fhopt.spec import LatentPlan, SidePlan, SitePlan, sealed_tokens
 from fhopt.storage import (
     OpenTokens,
@@ -70,6 +70,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.each_query = False  # of a call of several chooses pages, as it would alone
         self.observer: Callable[..., None] | None = None  # see `Latents`
         self.share, self.mass = plan.page_share(site), plan.page_mass(site)
+        self.fill: Tensor | None = None  # see `PageIndex`
 
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise FhoptError when the tokens do not fit the plan."""
@@ -98,6 +99,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         if self.sketches is not None and self.site.sketch is not None:
             self.sketches.sketcher = Sketcher.on(self.site.sketch, self.device)
             self.lists = self.lists.to(self.device)
+            self.fill = log_fill(self.plan.page_fill(self.site), self.device)
         self.key_bases = self.key_rows.bases = place_bases(self.site.key, key_states)
         self.value_bases = place_bases(self.site.value, value_states)
         if not self.site.is_shared:
@@ -124,7 +126,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             return None
         units = math.gcd(self.site.key.groups, self.site.value.groups)
         numbers = (pages.tokens, self.share, self.mass, -(-pages.least // pages.tokens), pages.limit, units)
-        return PageIndex(sketches.sketcher, sketches.read(rows), *numbers, self.each_query, self.lists)
+        return PageIndex(sketches.sketcher, sketches.read(rows), *numbers, self.each_query, self.lists, self.fill)
 
     def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
         """Open keys and values with latents behind them, as the attention that follows wants them."""
@@ -261,7 +263,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         every = held["sinks"] + held["sealed"] + held["window"]
         if index is None or index.most == index.count:
             return every, every
-        return every, every - held["sealed"] + held["sealed"] * index.most // index.count + held["index"]
+        sampled = (
+            0 if index.fill is None else self.batch_size * SAMPLE * self.site.value.token_bytes(self.dtype.itemsize)
+        )
+        read = held["sealed"] * index.most // index.count
+        return every, every - held["sealed"] + read + held["index"] + min(sampled, held["sealed"] - read)
 
     @property
     def sealed_rows(self) -> int:

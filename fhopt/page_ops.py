@@ -1,7 +1,8 @@
 """Weighing pages by the sketches of their tokens, and choosing among them: the operations, and plain torch for them.
 
     fhopt::page_weights(weights, constant, codes, scales, tiers..., page_tokens, far, lengths)    log weights [B,J,M,P]
-    fhopt::choose_pages(the same, units, most, share, least, mass)                                lists int32 [B,U,N]
+    fhopt::choose_pages(the same, units, most, share, least, mass)                                lists int32 [B,U,N],
+                                                                      and the log odds of what they leave out [B,J,M]
 
 `fhopt.pages` says what the numbers mean. Generated kernels come in by `use_page_kernel`.
 
@@ -11,6 +12,7 @@ pages, N pages of a list, r channels of a sketch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
@@ -89,7 +91,7 @@ class PageKernel(Protocol):
         self, weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int],
         widths: Sequence[int], steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int,
         choice: Choice | None = None,
-    ) -> Tensor | None: ...  # fmt: skip
+    ) -> tuple[Tensor, ...] | None: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def use_page_kernel(device_type: str, kernel: PageKernel | None) -> PageKernel |
 def _by_kernel(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, *, choice: Choice | None,
-) -> Tensor | None:  # fmt: skip
+) -> tuple[Tensor, ...] | None:  # fmt: skip
     kernel = _KERNELS.get(weights.device.type)
     if kernel is None:
         return None
@@ -143,7 +145,7 @@ def page_weights_reference(
 
 def _page_weights(*operands: Any) -> Tensor:
     found = _by_kernel(*operands, choice=None)
-    return page_weights_reference(*operands) if found is None else found
+    return page_weights_reference(*operands) if found is None else found[0]
 
 
 def _page_weights_fake(
@@ -157,22 +159,31 @@ def choose_pages_reference(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
     share: float, least: int, mass: float,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Lists of the pages that weigh most, int32 [B,U,N], ascending, -1 behind them: `page_weights_reference`, and of
-    `most` places as many as `pages_read` of the pages that there are; units, mass as of a `PageIndex`."""
+    `most` places as many as `pages_read` of the pages that there are; units, mass as of a `PageIndex`. And the
+    `odds_left_out` of each row, [B,J,M]."""
     operands = (weights, constant, codes, scales, bits, widths, steps, page_tokens, far, lengths)
     found = page_weights_reference(*operands)
     logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
     count = _pages_of(codes, page_tokens, lengths)
     chosen = best_of(expected_weights(logits, units), most, pages_read(count, share, least), mass)
-    return page_lists(chosen.squeeze(2), most)
+    return page_lists(chosen.squeeze(2), most), odds_left_out(logits, chosen).reshape(found.shape[:3])
+
+
+def odds_left_out(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Log of the weight of pages that are not chosen over that of those that are: [B,H,S,P], bool [B,U,S,P] -> [B,H,S];
+    -inf where there are none of either."""
+    taken = chosen.repeat_interleave(logits.shape[1] // chosen.shape[1], 1)
+    left, read = (logits.masked_fill(mask, -math.inf).logsumexp(-1) for mask in (taken, ~taken))
+    return torch.where(read > -math.inf, left - read, -math.inf)
 
 
 def _pages_of(codes: Tensor, page_tokens: int, lengths: Tensor | None) -> int:
     return -(-(codes.shape[2] if lengths is None else int(lengths)) // page_tokens)
 
 
-def _choose_pages(*operands: Any) -> Tensor:
+def _choose_pages(*operands: Any) -> tuple[Tensor, ...]:
     *of_pages, units, most, share, least, mass = operands
     codes, page_tokens, lengths = of_pages[2], of_pages[7], of_pages[9]
     read = pages_read(_pages_of(codes, page_tokens, lengths), share, least)
@@ -184,8 +195,8 @@ def _choose_pages_fake(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
     share: float, least: int, mass: float,
-) -> Tensor:  # fmt: skip
-    return codes.new_empty((codes.shape[0], units, most), dtype=torch.int32)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return codes.new_empty((codes.shape[0], units, most), dtype=torch.int32), torch.empty_like(constant)
 
 
 _OPERANDS = (
@@ -194,7 +205,7 @@ _OPERANDS = (
 )
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(f"page_weights({_OPERANDS}) -> Tensor")
-_LIB.define(f"choose_pages({_OPERANDS}, int units, int most, float share, int least, float mass) -> Tensor")
+_LIB.define(f"choose_pages({_OPERANDS}, int units, int most, float share, int least, float mass) -> (Tensor, Tensor)")
 _LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
 _LIB.impl("choose_pages", _choose_pages, "CompositeExplicitAutograd")
 torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)

@@ -3,8 +3,10 @@
     sketches   what key latents are like (mean, deviation) and what queries ask of each channel tell which to keep
     curves     every PIECE tokens of a calibration sequence some queries compare, at each site and for each number of
                pages, what the best-ranked ones really weigh with what all tokens weigh, open ones included
-    costs      each site alone reads the share that was asked for, in the last tokens of a sequence: what that does to
-               the model's predictions (KL), for the weight that it left out
+    fill       for each head, the part of the weight left out with which the mean of values brings the probes' outputs
+               closest to those of all pages: where heads park weight on tokens of small values, all of it is too much
+    costs      each site alone reads the share that was asked for, filled so, in the last tokens of a sequence: what
+               that does to the model's predictions (KL), for the weight that it left out
     budgets    sites get pages where the cost falls most for a byte, until the share is used up
     mass       where the weight is to be kept rather than the number: the smallest expected weight with which a site
                really kept as much as was asked for
@@ -33,9 +35,10 @@ from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length, new_cache, switched
 from fhopt.fitting import STEPS
-from fhopt.latents import Latents, far_logits, open_lse
+from fhopt.latents import Latents, far_logits, open_part, stand_in
 from fhopt.layers import LatentLayer
 from fhopt.models import LoadedModel
+from fhopt.pages import PageIndex
 from fhopt.pipeline import Progress, silent
 from fhopt.spec import SKETCH_BITS, TIER_QUANTUM, LatentPlan, PagePlan, SitePlan, SketchPlan, Tier
 
@@ -47,6 +50,7 @@ PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them
 LEAST_KL = 1e-9  # nats, of rounding
 LAST = 256  # tokens of a sequence in which sites read less, one after the other
 WORD = 4  # bytes of a row of a sketch that are read at once
+FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # that heads may have, see `PagePlan.fill`
 LEAST_PAGES = 16  # behind which a probe says something
 
 
@@ -212,7 +216,8 @@ class Curves:
     """What one site leaves out, as shares of all weight, summed over queries, sequences and units.
 
     by_share: with each of SHARES. by_mass: with each of MASSES as expected weight; used: the share of pages that took.
-    cost: nats per token and left-out weight of a query; 1 where it was not measured.
+    cost: nats per token and left-out weight of a query; 1 where it was not measured. errors [FILLS, H]: squared, of
+    what heads give.
     """
 
     by_share: Tensor = field(default_factory=lambda: torch.zeros(len(SHARES), dtype=torch.float64))
@@ -220,6 +225,12 @@ class Curves:
     used: Tensor = field(default_factory=lambda: torch.zeros(len(MASSES), dtype=torch.float64))
     count: int = 0
     cost: float = 1.0
+    errors: Tensor | float = 0.0
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """Of each head, the one of FILLS with the least error."""
+        return tuple(FILLS[i] for i in self.errors.argmin(0).tolist()) if isinstance(self.errors, Tensor) else ()
 
     def add(self, expected: Tensor, weights: Tensor) -> None:
         """Probes: expected and true weights [B,U,S,P] of pages; the former sum to 1, the latter to at most 1."""
@@ -254,17 +265,44 @@ def page_weights(
     Every query is taken to see all sealed tokens and all open ones before it.
     """
     logits = far_logits(query, latents, scale=scale, softcap=softcap)  # [B, H, S, T]
-    near = open_lse(query, key, value, latents, scale=scale, softcap=softcap)  # [B, H, S]
+    near = open_part(query, key, value, latents, scale=scale, softcap=softcap)[1]  # [B, H, S]
     sums = logits.unflatten(-1, (-1, tokens)).logsumexp(-1)  # [B, H, S, P]
     total = torch.logaddexp(sums.logsumexp(-1), near)
     return (sums - total.unsqueeze(-1)).exp()
 
 
-class _Probe:
-    """Watches the attention of one site."""
+def fill_errors(
+    query: Tensor, key: Tensor, value: Tensor, latents: Latents, estimates: Tensor, index: PageIndex, *, scale: float,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """Squared errors of what each head gives with each of FILLS, where it reads the pages that `index` lets it choose.
 
-    def __init__(self, curves: Curves) -> None:
-        self.curves = curves
+    query [B,H,S,D], open keys and values; estimates [B,H,S,P] of `index` -> [FILLS, H]. Sees what `page_weights` does.
+    """
+    logits, values = far_logits(query, latents, scale=scale, softcap=softcap), latents.value.rebuild()
+    chosen = pages.keep_best(page_ops.expected_weights(estimates, index.units), index, index.count)
+    seen = pages.page_mask(chosen, index.tokens, query.shape[1], logits.shape[-1])
+    odds = page_ops.odds_left_out(estimates, chosen)
+
+    def part(x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, lse = ops._softmax(x)
+        return ops.grouped_mix(weights, values.to(weights.dtype)), lse
+
+    near = open_part(query, key, value, latents, scale=scale, softcap=softcap)
+    read, every = part(logits.masked_fill(~seen, -math.inf)), ops.merge([near, part(logits)])
+    errors = []
+    for fill in FILLS:
+        parts = torch.full((query.shape[1],), fill, device=query.device).log()
+        mean = stand_in(read[1] + odds, parts, latents.value, None, None, query.dtype)
+        errors.append((ops.merge([near, read, mean]) - every).double().square().sum((0, 2, 3)))
+    return torch.stack(errors)
+
+
+class _Probe:
+    """Watches the attention of one site, which is to read `share` of its pages, about."""
+
+    def __init__(self, curves: Curves, share: float) -> None:
+        self.curves, self.share = curves, share
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
@@ -274,10 +312,14 @@ class _Probe:
         if index is None or index.count < LEAST_PAGES:
             return
         absorbed = ops.absorb(query, latents.key.decode)
-        logits = pages.token_logits(absorbed, index, None, None, scale=scale, softcap=softcap)
-        expected = page_ops.expected_weights(ops.page_logits(logits, index.tokens), index.units)
-        weights = page_weights(query, key, value, latents, index.tokens, scale=scale, softcap=softcap)
+        numbers: Any = dict(scale=scale, softcap=softcap)
+        logits = pages.token_logits(absorbed, index, None, None, **numbers)
+        estimates = ops.page_logits(logits, index.tokens)
+        weights = page_weights(query, key, value, latents, index.tokens, **numbers)
+        expected = page_ops.expected_weights(estimates, index.units)
         self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2))
+        asked = replace(index, share=self.share)
+        self.curves.errors += fill_errors(query, key, value, latents, estimates, asked, **numbers)
 
 
 @torch.inference_mode()
@@ -297,28 +339,31 @@ def measure(
             cache = new_cache(model, plan, each_query=False)
             for layer in cache.layers:
                 if isinstance(layer, LatentLayer) and layer.sketches is not None:
-                    layer.observer = _Probe(found[layer.site.site.name])
+                    layer.observer = _Probe(found[layer.site.site.name], options.share)
             for start in range(0, end, PIECE):
                 chunk = row[None, start : min(end, start + PIECE)].to(model.device)
                 model(chunk, **{name: cache}, use_cache=True)
             progress(1)
             if number == 0:
-                _measure_costs(model, cache, row[end:], found, options.share, progress)
+                _measure_costs(model, cache, row[end:], found, options, progress)
     return found
 
 
 def _measure_costs(
-    model: Any, cache: Any, ids: Tensor, found: Mapping[str, Curves], share: float, progress: Callable[[int], None]
-) -> None:
-    """KL of the predictions on token ids [LAST] behind a cache, when one site after the other reads `share`."""
+    model: Any, cache: Any, ids: Tensor, found: Mapping[str, Curves], options: PagingOptions,
+    progress: Callable[[int], None],
+) -> None:  # fmt: skip
+    """KL of the predictions on token ids [LAST] behind a cache, when one site after the other reads its share."""
     choosing = [(i, x) for i, x in enumerate(cache.layers) if isinstance(x, LatentLayer) and x.sketches is not None]
     for _, layer in choosing:
         layer.observer, layer.share = None, 1.0
-    nearest = min(SHARES[:-1], key=lambda x: abs(x - share))
+    nearest = min(SHARES[:-1], key=lambda x: abs(x - options.share))
     expected = _predictions(model, copy.deepcopy(cache), ids)
     for at, layer in choosing:
         trial, curves = copy.deepcopy(cache), found[layer.site.site.name]
         trial.layers[at].share, trial.layers[at].each_query = nearest, True
+        if options.limit == 1:
+            trial.layers[at].fill = pages.log_fill(curves.fill, layer.device)
         changed = _predictions(model, trial, ids)
         kl = float((expected.exp() * (expected - changed)).sum(-1).mean())
         if curves.count:
@@ -377,7 +422,9 @@ def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOp
     if options.mass is not None:
         masses |= {name: MASSES[curves[name].mass_for(1 - options.mass)] for name in left}
     shares = tuple(given[name] for name in names)
-    paged = PagePlan(options.tokens, shares, tuple(masses[n] for n in names), options.least, options.limit)
+    fill = tuple(curves[s.site.name].fill if s.site.name in left else (0.0,) * s.site.heads for s in plan.sites)
+    kept = tuple(masses[n] for n in names)
+    paged = PagePlan(options.tokens, shares, kept, options.least, options.limit, fill if options.limit == 1 else ())
     told = {
         "share": options.share,
         "mass": options.mass,

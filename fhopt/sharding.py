@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fhopt.errors import FhoptError
-from fhopt.spec import AttentionSite, LatentPlan, SidePlan, SitePlan, SketchPlan
+from fhopt.spec import AttentionSite, LatentPlan, PagePlan, SidePlan, SitePlan, SketchPlan
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,15 @@ def local_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
     if not any(shares):
         return plan
     sites = [s if share is None else shard_site(s, share) for s, share in zip(plan.sites, shares, strict=True)]
-    return replace(plan, sites=tuple(sites))
+    return replace(plan, sites=tuple(sites), pages=_local_pages(plan.pages, shares))
+
+
+def _local_pages(pages: PagePlan | None, shares: Sequence[Share | None]) -> PagePlan | None:
+    """The same with the numbers of this process's query heads alone."""
+    if pages is None or not pages.fill:
+        return pages
+    parts = [h if share is None else h[share.part(len(h))] for h, share in zip(pages.fill, shares, strict=True)]
+    return replace(pages, fill=tuple(parts))
 
 
 def shard_site(plan: SitePlan, share: Share) -> SitePlan:

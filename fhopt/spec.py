@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -301,7 +302,8 @@ class PagePlan:
     plan's sites; 1 reads all. masses: a site reads the fewest pages of which it expects that they have so much of the
     weight that attention gives to sealed tokens; 1: as many as the share says. least: tokens that are read of any
     sequence that has them. limit: of the weight of a query that pages left out may have, by a bound; beyond it they are
-    read after all; 1: no limit.
+    read after all; 1: no limit. fill: of each site and query head, by what the weight of pages left out, as
+    sketches have it, is multiplied where the mean of the values takes their place; empty: nothing does.
     """
 
     tokens: int
@@ -309,6 +311,7 @@ class PagePlan:
     masses: tuple[float, ...]
     least: int = 512
     limit: float = 1.0
+    fill: tuple[tuple[float, ...], ...] = ()
 
     def sketch_bytes(self, site: SitePlan) -> int:
         """Bytes of one token's sketch at a site, over all latent heads: codes, scale, with a limit what that lost."""
@@ -364,6 +367,10 @@ class LatentPlan:
     def page_share(self, site: SitePlan) -> float:
         """Share of its sealed pages that a site of this plan reads; 1 where it reads all."""
         return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
+
+    def page_fill(self, site: SitePlan) -> tuple[float, ...]:
+        """See `PagePlan.fill`: of the query heads of a site of this plan; empty where nothing takes their place."""
+        return self.pages.fill[self.sites.index(site)] if self.pages is not None and self.pages.fill else ()
 
     def page_mass(self, site: SitePlan) -> float:
         """Share of the weight of its sealed tokens with which a site of this plan has read enough; 1: never."""
@@ -506,6 +513,8 @@ _BASES, _SKETCH = ("encode", "decode"), ("channels", "mean", "deviation")
 
 def _describe(plan: LatentPlan) -> dict[str, Any]:
     paged: dict[str, Any] = {} if plan.pages is None else {"pages": asdict(plan.pages)}
+    if plan.pages is not None and not plan.pages.fill:
+        del paged["pages"]["fill"]
     return paged | {
         "version": PLAN_VERSION if paged or any(s.sketch for s in plan.sites) else PLAN_VERSIONS[0],
         "sinks": plan.sinks,
@@ -583,7 +592,8 @@ def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
 def _page_plan(item: dict[str, Any] | None) -> PagePlan | None:
     if item is None:
         return None
-    return PagePlan(**(item | {name: tuple(map(float, item[name])) for name in ("shares", "masses")}))
+    numbers = {name: tuple(map(float, item[name])) for name in ("shares", "masses")}
+    return PagePlan(**(item | numbers | {"fill": tuple(tuple(map(float, heads)) for heads in item.get("fill", ()))}))
 
 
 def _check_plan(plan: LatentPlan) -> None:
@@ -619,11 +629,24 @@ def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:
         )
     if not all(0 < x <= 1 for x in (*pages.shares, *pages.masses, pages.limit)) or pages.least < 0:
         raise FhoptError(f"{pages}: expected shares, masses and the limit above 0 and at most 1, and least from 0 on.")
+    _check_fill(plan, pages)
     for site, share in zip(plan.sites, pages.shares, strict=True):
         if share < 1 and site.site.kind != "self":
             raise FhoptError(f"{site.site.name} reads an encoder, all of it; expected a share of 1. Leave it out.")
         if share < 1 and site.sketch is None:
             raise FhoptError(f"{site.site.name} has no sketches to choose pages by. Calibrate pages for this plan.")
+
+
+def _check_fill(plan: LatentPlan, pages: PagePlan) -> None:
+    if not pages.fill:
+        return
+    found, wanted = [len(heads) for heads in pages.fill], [site.site.heads for site in plan.sites]
+    if found != wanted or not all(0 <= x < math.inf for heads in pages.fill for x in heads):
+        raise FhoptError(
+            f"pages are filled for {found} heads; expected numbers from 0 on for {wanted}. Calibrate pages again."
+        )
+    if pages.limit < 1:
+        raise FhoptError("pages with a limit are read or bounded, not filled; expected one of both. Leave fill out.")
 
 
 def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
@@ -661,6 +684,11 @@ def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tu
     if not (side.encode.isfinite().all() and side.decode.isfinite().all()):
         raise FhoptError(f"{name}: bases hold non-finite numbers. Fit the plan again.")
     if any(t.bits not in SUPPORTED_BITS or t.width < 1 or t.width % TIER_QUANTUM for t in side.tiers):
-        raise FhoptError(f"{name}: tiers {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}.")
+        raise FhoptError(
+            f"{name}: tiers {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}. Fit the plan "
+            "again."
+        )
     if side.tiers and sum(t.width for t in side.tiers) != width:
-        raise FhoptError(f"{name}: tiers cover {sum(t.width for t in side.tiers)} channels of {width}.")
+        raise FhoptError(
+            f"{name}: tiers cover {sum(t.width for t in side.tiers)} channels of {width}. Fit the plan again."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, read_steps, score, switched
 from fhopt.fitting import STEPS
+from fhopt.latents import Latents, SideRows, attend, stand_in
 from fhopt.layers import LatentLayer, StaticLatentLayer
-from fhopt.pages import PageIndex, Sketcher
+from fhopt.pages import SAMPLE, PageIndex, Sketcher
+from fhopt.sharding import Share, _local_pages
 from fhopt.spec import LatentPlan, PagePlan, SidePlan, SketchPlan, Tier
 
 TOKENS = 4  # of a page
@@ -45,11 +48,14 @@ def sketch(key: SidePlan, seed: int = 0, bits: tuple[int, ...] = (4,)) -> Sketch
     return SketchPlan(channels, mean, deviation, tuple(Tier(b, 8, STEPS[b]) for b in bits))
 
 
-def paged(plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16) -> LatentPlan:
-    """The plan with the same pages at every site."""
-    count = len(plan.sites)
+def paged(
+    plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16, fill: bool = False
+) -> LatentPlan:
+    """The plan with the same pages at every site; fill: a quarter of their weight for the first head, to all of it."""
+    count, heads = len(plan.sites), plan.sites[0].site.heads
     sites = tuple(replace(site, sketch=sketch(site.key)) for site in plan.sites)
-    return replace(plan, sites=sites, pages=PagePlan(TOKENS, (share,) * count, (mass,) * count, least, limit))
+    parts = (tuple(torch.linspace(0.25, 1, heads).tolist()),) * count if fill else ()
+    return replace(plan, sites=sites, pages=PagePlan(TOKENS, (share,) * count, (mass,) * count, least, limit, parts))
 
 
 def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes: Any) -> PageIndex:
@@ -290,8 +296,9 @@ def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
     assert float((found - dense).abs().max()) > 1e-6
 
 
-def test_evaluation_in_steps_sees_what_single_tokens_see(llama: Fitted, double: Any) -> None:
-    plan, ids = paged(llama.plan(4, window_bits=16)), token_ids(1, LONG)
+@pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
+def test_evaluation_in_steps_sees_what_single_tokens_see(llama: Fitted, double: Any, fill: bool) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(1, LONG)
     with torch.no_grad(), switched(double, plan):
         steps = torch.cat([x for _, (x,) in read_steps(double, ids, [new_cache(double, plan)], plan, 20)], 1)
     torch.testing.assert_close(steps, decoded(double, plan, ids, 20), rtol=1e-4, atol=1e-4)
@@ -301,8 +308,9 @@ def test_evaluation_in_steps_sees_what_single_tokens_see(llama: Fitted, double: 
     assert float((dense - steps).abs().max()) > 1e-4
 
 
-def test_a_static_cache_chooses_what_a_growing_one_chooses(llama: Fitted, double: Any) -> None:
-    plan, ids = paged(llama.plan(4, window_bits=16)), token_ids(2, LONG)
+@pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
+def test_a_static_cache_chooses_what_a_growing_one_chooses(llama: Fitted, double: Any, fill: bool) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(2, LONG)
     growing = decoded(double, plan, ids, 120)
     static = decoded(double, plan, ids, 120, max_cache_len=LONG + 40)
     torch.testing.assert_close(static, growing, rtol=1e-4, atol=1e-4)
@@ -363,8 +371,9 @@ def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, ki
     grow(60)
 
 
-def test_padding_on_the_left_is_never_read(llama: Fitted, double: Any) -> None:
-    plan, ids = paged(llama.plan(4, window_bits=16)), token_ids(2, LONG)
+@pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
+def test_padding_on_the_left_is_never_read(llama: Fitted, double: Any, fill: bool) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=16), fill=fill), token_ids(2, LONG)
     mask = torch.ones_like(ids)
     mask[0, :70] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -384,7 +393,7 @@ def test_padding_on_the_left_is_never_read(llama: Fitted, double: Any) -> None:
 
 @pytest.mark.parametrize("max_cache_len", [None, 200])
 def test_a_saved_cache_goes_on_where_it_was(llama: Fitted, max_cache_len: int | None, tmp_path: Path) -> None:
-    plan, ids = paged(llama.plan(4)), token_ids(1, LONG)
+    plan, ids = paged(llama.plan(4), fill=True), token_ids(1, LONG)
     options = {} if max_cache_len is None else {"max_cache_len": max_cache_len}
     with torch.no_grad(), switched(llama.model, plan):
         cache = latent_cache(llama.model, **options)
@@ -395,9 +404,13 @@ def test_a_saved_cache_goes_on_where_it_was(llama: Fitted, max_cache_len: int | 
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
 @pytest.mark.parametrize("layout", ["head", "input"])
-def test_pages_of_either_layout_are_counted_to_the_byte(layout: str) -> None:
-    plan = paged(random_plan(layout, CODED, window_bits=16))
+def test_pages_of_either_layout_are_counted_to_the_byte(
+    layout: str, fill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fhopt.layers.SAMPLE", 3)
+    plan = paged(random_plan(layout, CODED, window_bits=16), fill=fill)
     cache = LatentCache(plan)
     cache.update(torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 8), 0)
     row = cache.report()[0]
@@ -405,7 +418,8 @@ def test_pages_of_either_layout_are_counted_to_the_byte(layout: str) -> None:
     assert row["index"] == plan.sketch_bytes() * row["sealed_tokens"] > 0
     count = row["sealed_tokens"] // TOKENS
     read = row["sealed"] * page_ops.pages_read(count, 0.25, 4) // count
-    assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"]
+    means = 3 * plan.sites[0].value.token_bytes(4) if fill else 0
+    assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"] - means
 
 
 def test_one_latent_for_keys_and_values_is_paged_too(gpt2: Fitted) -> None:
@@ -427,6 +441,65 @@ def test_all_pages_are_dense_attention_to_the_bit(llama: Fitted) -> None:
         assert torch.equal(decoded(llama.model, paged(plan), few, 30), decoded(llama.model, plan, few, 30))
     cache = LatentCache(whole)
     assert all(layer.sketches is None for layer in cache.layers)
+
+
+# --------------------------------------------------------------------------------------------------- the others
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "additive"])
+@pytest.mark.parametrize("length", [None, 300])
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+def test_the_mean_of_values_stands_for_pages_that_are_not_read(
+    tiers: tuple[Tier, ...], length: int | None, masked: str | None
+) -> None:
+    """Against a plain loop: B=2, H=4, two latent heads of values [R=16], 3 queries."""
+    shape = [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
+    latents, decode = torch.randn(2, 2, 500, 16) + 1, torch.randn(2, 5, 16)
+    rows, scale = ops.pack_reference(latents, *shape) if tiers else (latents, None)
+    held = ops.unpack_reference(rows, scale, *shape) if scale is not None else latents
+    rest, fill = torch.randn(2, 4, 3), torch.tensor([0.25, 0.5, 1.0, 0.0])
+    seen = torch.rand(2, 1, 3, 500) > 0.5
+    far = None if masked is None else seen if masked == "bool" else ops.additive(seen, torch.float32)
+    lengths = None if length is None else torch.tensor(length)
+    sides = SideRows(shape, rows, scale, decode)
+    output, lse = stand_in(rest, fill.log(), sides, far, lengths, torch.float32)
+    places = [i * (length or 500) // SAMPLE for i in range(SAMPLE)]
+    assert len(set(places)) == SAMPLE and max(places) < (length or 500)
+    for b, h, s in itertools.product(range(2), range(4), range(3)):
+        used = [t for t in places if masked is None or seen[b, 0, s, t]]
+        mean = decode[h // 2] @ torch.stack([held[b, h // 2, t] for t in used]).mean(0)
+        torch.testing.assert_close(output[b, h, s], mean, rtol=1e-4, atol=1e-4)
+        assert float(lse[b, h, s]) == pytest.approx(float(rest[b, h, s]) + math.log(fill[h]) if fill[h] else -math.inf)
+
+
+def test_nothing_stands_for_a_sequence_of_which_nothing_is_seen() -> None:
+    sides = SideRows(([], [], []), torch.randn(1, 1, 40, 8), None, torch.randn(1, 4, 8))
+    hidden = torch.zeros(1, 1, 1, 40, dtype=torch.bool)
+    output, lse = stand_in(torch.full((1, 2, 1), -math.inf), torch.zeros(2), sides, hidden, None, torch.float32)
+    assert bool((output == 0).all()) and bool((lse == -math.inf).all())
+
+
+def test_each_process_fills_pages_for_its_own_heads() -> None:
+    given = PagePlan(4, (0.5, 0.5), (1.0, 1.0), fill=((0.1, 0.2, 0.3, 0.4), (0.5, 0.6)))
+    found = _local_pages(given, (Share(1, 2), None))
+    assert found is not None and found.fill == ((0.3, 0.4), (0.5, 0.6)) and replace(found, fill=given.fill) == given
+    assert _local_pages(None, ()) is None
+
+
+def test_attention_to_values_that_are_all_the_same_gives_that_value() -> None:
+    """Whatever was read, weights add up to one: of pages, of what stands for the others, of open tokens."""
+    plan = paged(random_plan("head", window_bits=16), fill=True)
+    layer = LatentLayer(plan, plan.sites[0])
+    value = layer.site.value.decode.float() @ torch.randn(2, 16, 1)  # [G, E, 1], one that latents can hold
+    layer.update(torch.randn(1, 2, 200, 16), value.mT.expand(1, 2, 200, 8))
+    side = SideRows(([], [], []), torch.randn(1, 2, 160, 16), None, layer.site.key.decode.float())
+    same = replace(side, rows=torch.randn(1, 2, 1, 16).expand(1, 2, 160, 16), decode=layer.site.value.decode.float())
+    index = layer._index(160)
+    assert index is not None and index.fill is not None and index.most < index.count
+    value = same.rebuild()[:, :, :10]
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 10, 16)
+    found = attend(query, key, value, Latents(side, same, 2, 160, index), None, scale=0.3)
+    torch.testing.assert_close(found, value[:, :, :1].repeat_interleave(2, 1), rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- the guarantee
@@ -474,8 +547,11 @@ def test_only_units_beyond_the_limit_read_the_other_pages_and_are_counted() -> N
 
 def test_a_plan_with_pages_is_saved_and_loaded(tmp_path: Path) -> None:
     plan = paged(random_plan("head", CODED), share=0.125, mass=0.9, limit=0.25)
+    filled = paged(random_plan("head", CODED), fill=True)
+    for each in (plan, filled):
+        loaded = LatentPlan.load(each.save(tmp_path / "plan"))
+        assert loaded.pages == each.pages and loaded.digest() == each.digest()
     loaded = LatentPlan.load(plan.save(tmp_path / "plan"))
-    assert loaded.pages == plan.pages and loaded.digest() == plan.digest()
     a, b = loaded.sites[0].sketch, plan.sites[0].sketch
     assert a is not None and b is not None and a.tiers == b.tiers
     assert torch.equal(a.channels, b.channels) and torch.equal(a.mean, b.mean)
@@ -497,6 +573,10 @@ def test_a_plan_without_pages_is_written_as_before(tmp_path: Path) -> None:
         (PagePlan(4, (0.5,), (1.5,)), "above 0 and at most 1"),
         (PagePlan(4, (0.5,), (1.0,), limit=math.nan), "above 0 and at most 1"),
         (PagePlan(4, (0.5,), (1.0,), least=-1), "least from 0 on"),
+        (PagePlan(4, (0.5,), (1.0,), fill=((0.5,),)), r"filled for \[1\] heads"),
+        (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, -0.5, 0.0),)), "expected numbers from 0 on"),
+        (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, math.nan, 0.0),)), "expected numbers from 0 on"),
+        (PagePlan(4, (0.5,), (1.0,), limit=0.5, fill=((0.5,) * 4,)), "expected one of both"),
         (PagePlan(4, (0.5,), (1.0,)), "no sketches to choose pages by"),
     ],
 )
@@ -603,8 +683,9 @@ def test_the_kernel_chooses_the_pages_that_the_reference_chooses(
     numbers: Any = (units, max(2, count // 4), 0.2, 2, mass)
     expected = page_ops.choose_pages_reference(weights.double(), constant.double(), *options, *numbers)
     with page_kernel():
-        found = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
-    assert torch.equal(found, expected) and bool((found >= 0).any())
+        found, odds = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
+    assert torch.equal(found, expected[0]) and bool((found >= 0).any())
+    torch.testing.assert_close(odds.double(), expected[1], rtol=1e-4, atol=1e-3)
     if mass == 1 and not masked:
         assert int((found >= 0).sum()) == 2 * units * page_ops.pages_read(count, 0.2, 2)
 
@@ -613,15 +694,16 @@ def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
     (weights, constant), options = page_operands({4: 16}, 2, 200, True, None)
     options[6][1] = False
     with page_kernel():
-        found = torch.ops.fhopt.choose_pages(weights, constant, *options, 2, 3, 0.5, 1, 1.0)
+        found, odds = torch.ops.fhopt.choose_pages(weights, constant, *options, 2, 3, 0.5, 1, 1.0)
     assert bool((found[0] >= 0).all()) and bool((found[1] == -1).all())
+    assert bool(odds[0].isfinite().all()) and bool((odds[1] == -math.inf).all())
 
 
 def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
     weights, constant = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 1)
     codes, scales = torch.zeros(1, 1, 20, 4, dtype=torch.uint8), torch.ones(1, 1, 20, dtype=torch.float16)
 
-    def found(bits: int, page_tokens: int, mask: Tensor | None = None) -> Tensor | None:
+    def found(bits: int, page_tokens: int, mask: Tensor | None = None) -> Any:
         return weigh_pages(weights, constant, codes, scales, (bits,), (8,), (1.0,), page_tokens, mask, 20)
 
     assert found(4, 4) is None  # pages of 4 tokens
@@ -631,9 +713,10 @@ def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
     assert found(4, 16) is not None and found(4, 16, torch.ones(1, 1, 1, 20, dtype=torch.bool)) is not None
 
 
-def test_a_compiled_step_with_a_static_cache_chooses_as_an_eager_one(llama: Fitted) -> None:
+@pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
+def test_a_compiled_step_with_a_static_cache_chooses_as_an_eager_one(llama: Fitted, fill: bool) -> None:
     """One graph for all steps, in float32: where two pages weigh the same, another one may be read."""
-    plan, ids = paged(llama.plan(4, window_bits=16), share=0.5), token_ids(1, LONG)
+    plan, ids = paged(llama.plan(4, window_bits=16), share=0.5, fill=fill), token_ids(1, LONG)
     eager = decoded(llama.model, plan, ids, 140, max_cache_len=200)
     graphs = 0
 

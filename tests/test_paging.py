@@ -18,9 +18,10 @@ from fhopt import ops, paging
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, switched
 from fhopt.fitting import exact_plan
+from fhopt.latents import attend
 from fhopt.layers import LatentLayer
 from fhopt.pages import LOST
-from fhopt.paging import MASSES, SHARES, Curves, PagingOptions, page_weights, parse_share, share_out, with_pages
+from fhopt.paging import FILLS, MASSES, SHARES, Curves, PagingOptions, page_weights, parse_share, share_out, with_pages
 from fhopt.spec import LatentPlan
 
 SMALL: dict[str, Any] = dict(tokens=4, sketch=4, context=480, sequences=1, least=0)
@@ -196,6 +197,41 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
     assert set(told["left_out"]) == {s.site.name for s in plan.sites}
     kept = with_pages(sketched, curves, replace(options, mass=0.95))
     assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
+
+
+def test_the_mean_of_values_takes_the_part_that_brings_each_head_closest(llama: Fitted) -> None:
+    """Errors of probes are those of attention itself; the chosen part has the least, and some heads want some of it."""
+    plan, ids = llama.plan(4, window_bits=16), token_ids(1, 480)
+    options, seen = PagingOptions(share=0.25, **SMALL), []
+    sketched = paging.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
+    found = paging.fill_errors
+
+    def watch(*given: Any, **numbers: Any) -> Tensor:
+        query, key, value, latents, _, index = given
+        errors = found(*given, **numbers)
+        for fill, row in zip(FILLS, errors, strict=True):
+            chooses = replace(index, each_query=True, fill=torch.full((4,), fill).log())
+            a, b = (
+                attend(query, key, value, replace(latents, index=i, observer=None), None, **numbers)
+                for i in (chooses, None)
+            )
+            torch.testing.assert_close((a - b).double().square().sum((0, 2, 3)), row, rtol=1e-3, atol=1e-6)
+        seen.append(errors)
+        return errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paging, "fill_errors", watch)
+        curves = paging.measure(llama.model, sketched, ids, options)
+    assert len(seen) == 2 * 6  # probes of 64 tokens each, from the first with pages enough
+    made = with_pages(sketched, curves, options).pages
+    assert made is not None and max(max(heads) for heads in made.fill) > 0
+    for site, heads in zip(sketched.sites, made.fill, strict=True):
+        errors = curves[site.site.name].errors
+        assert isinstance(errors, Tensor)
+        for h, part in enumerate(heads):
+            assert float(errors[FILLS.index(part), h]) == float(errors[:, h].min())
+    bounded = with_pages(sketched, curves, replace(options, limit=0.5)).pages
+    assert bounded is not None and bounded.fill == ()
 
 
 def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
