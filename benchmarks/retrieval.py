@@ -4,10 +4,10 @@
     python benchmarks/retrieval.py --quick           a short context, one text, few items (also QUICK=1)
     python benchmarks/retrieval.py --plan FOLDER     a fitted plan, with or without pages, in place of fitting one
 
-Perplexity is taken on texts that calibrated nothing, each query choosing its pages as it would when decoding token by
-token. Tasks ask for strings that stand far back. Bytes are what attention of one more token reads of the cache. The
-operator is timed by itself, on random codes: reading the listed pages; and choosing them by sketches, reading them, and
-letting the mean of values stand for the others.
+Perplexity is taken on the last tokens of texts that calibrated nothing: what is before is a prompt, read whole; each
+query behind it chooses its pages as it would when decoding token by token. Tasks ask for strings that stand far back.
+Bytes are what attention of one more token reads of the cache. The operator is timed by itself, on random codes: reading
+the listed pages; and choosing them by sketches, reading them, and letting the mean of values stand for the others.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from recording import Row, is_quick, record
 from torch import Tensor
 
 from fhopt import codegen, data, ops, page_ops, pages, paging
+from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
-from fhopt.evaluate import new_cache, paired, read_steps, switched
+from fhopt.evaluate import new_cache, paired, step_bounds, switched
 from fhopt.latents import SideRows, stand_in
 from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 TEXTS = ("source", "docstrings", "scripture")
 CALIBRATION = ("topics", "source")  # first halves; what is measured on is from second halves
 SHARE = 1 / 8
+PROMPT = 512  # tokens of a prompt that are read at once
 DENSE, PAGED = "all pages", "one page in eight"
 SHAPE, RATIO, PAGE_TOKENS, ROUNDS = "GQA 32/8x128", 4, 16, 15
 
@@ -52,22 +54,38 @@ SHAPE, RATIO, PAGE_TOKENS, ROUNDS = "GQA 32/8x128", 4, 16, 15
 
 
 @torch.inference_mode()
-def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int) -> list[Row]:
-    """Perplexity of a text with all pages and with those that are chosen, in one pass, and bytes of a step."""
-    model, case = loaded.language_model(), f"{text}, {context:,} tokens"
-    what = f"the second half of {text!r}"
-    ids = data.sequences(loaded.tokenizer, data.halves(data.read_text(text))[1], count=1, length=context, what=what)
-    dense = replace(plan, pages=None)
+def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int, tail: int) -> list[Row]:
+    """Perplexity of the last `tail` tokens with all pages and with those that are chosen, KL, and bytes of a step."""
+    model, what = loaded.language_model(), f"the second half of {text!r}"
+    ids = data.sequences(loaded.tokenizer, data.halves(data.read_text(text))[1], count=1, length=context + 1, what=what)
+    dense, name = replace(plan, pages=None), cache_argument(model)
+    steps = [(start, stop) for start, stop in step_bounds(context, plan) if start >= context - tail]
     parts = []
     with switched(model, dense):
-        caches = [new_cache(model, dense), new_cache(model, plan)]
-        for start, (every, chosen) in read_steps(model, ids[:, :-1], caches, plan):
-            parts.append(paired(every[0], chosen[0], ids[0, start + 1 :]))
-    costs = torch.cat(parts, -1).mean(-1).exp()
-    rows = []
-    baseline = float(costs[0])
+        caches = [new_cache(model, dense), new_cache(model, plan, each_query=False)]
+        for cache in caches:
+            for chunk in ids[:, : steps[0][0]].split(PROMPT, 1):
+                model(chunk, **{name: cache}, use_cache=True, logits_to_keep=1)
+            for layer in cache.layers:
+                layer.each_query = True
+        for start, stop in steps:
+            every, chosen = (model(ids[:, start:stop], **{name: c}, use_cache=True).logits[0] for c in caches)
+            parts.append(paired(every, chosen, ids[0, start + 1 :]))
+    return _rows_of(torch.cat(parts, -1), caches, f"{text}, {context:,} tokens, last {tail:,}")
+
+
+def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
+    """From costs with all pages, with chosen ones, and KL, [3, tokens]."""
+    baseline = float(costs[0].mean().exp())
+    difference = costs[1] - costs[0]
+    error = 100 * float(difference.std()) / len(difference) ** 0.5
+    rows = [
+        Row(case, PAGED, "loss_rise", 100 * float(difference.mean().expm1()), "%"),
+        Row(case, PAGED, "standard_error", error, "%"),
+        Row(case, PAGED, "kl", float(costs[2].mean()), "nats"),
+    ]
     held = sum(row["dense_step_bytes"] for row in caches[0].report())
-    for impl, cost, cache in zip((DENSE, PAGED), costs[:2].tolist(), caches, strict=True):
+    for impl, cost, cache in zip((DENSE, PAGED), costs[:2].mean(-1).exp().tolist(), caches, strict=True):
         read = sum(row["step_bytes"] for row in cache.report())
         rows.append(Row(case, impl, "perplexity", cost, "", baseline=baseline, ratio=cost / baseline))
         rows.append(Row(case, impl, "step_bytes", read, "bytes", baseline=held, ratio=held / read))
@@ -198,14 +216,14 @@ METRICS = {"perplexity": "perplexity, % over all pages", "right": "share of item
 
 
 def measured(
-    loaded: LoadedModel, plan: LatentPlan, texts: tuple[str, ...], contexts: tuple[int, ...], items: int, length: int,
-    tokens: int,
+    loaded: LoadedModel, plan: LatentPlan, texts: tuple[str, ...], contexts: tuple[int, ...], tail: int, items: int,
+    length: int, tokens: int,
 ) -> Iterator[Row]:  # fmt: skip
     """Everything, in the order in which it is shown."""
     yield from left_out(plan)
     for context in contexts:
         for text in texts:
-            yield from perplexities(loaded, plan, text, context)
+            yield from perplexities(loaded, plan, text, context, tail)
     if items:
         yield from task_rates(loaded, plan, ("passkey", "copy", "digits"), length, items)
     yield from operator(tokens)
@@ -216,22 +234,23 @@ def measured(
 @click.option("--plan", "path", type=click.Path(path_type=Path), help="A fitted plan, with or without pages.")
 @click.option("--text", "texts", multiple=True, default=TEXTS, show_default=True, help="Repeatable.")
 @click.option("--context", "contexts", type=int, multiple=True, default=(2048, 8192), show_default=True)
+@click.option("--tail", type=click.IntRange(min=256), default=1024, show_default=True, help="Tokens that count.")
 @click.option("--items", type=click.IntRange(min=0), default=5, show_default=True, help="Per task and depth; 0: none.")
 @click.option("--length", type=int, default=8064, show_default=True, help="Tokens of the tasks' contexts.")
 @click.option("--tokens", type=int, default=32_768, show_default=True, help="That the operator attends to.")
 def main(
-    quick: bool, path: Path | None, texts: tuple[str, ...], contexts: tuple[int, ...], items: int, length: int,
-    tokens: int,
+    quick: bool, path: Path | None, texts: tuple[str, ...], contexts: tuple[int, ...], tail: int, items: int,
+    length: int, tokens: int,
 ) -> None:  # fmt: skip
     """Measure retrieval attention."""
     quick = quick or is_quick()
     if quick:
-        texts, contexts, items, length, tokens = texts[:1], (1536,), 1, 1024, 8192
+        texts, contexts, tail, items, length, tokens = texts[:1], (1536,), 512, 1, 1024, 8192
     loaded = load_model("demo")
     try:
         plan = paged_plan(loaded, path, quick)
         rows = []
-        for row in measured(loaded, plan, texts, contexts, items, length, tokens):
+        for row in measured(loaded, plan, texts, contexts, tail, items, length, tokens):
             rows.append(row)
             click.echo(f"{row.case}: {row.impl}, {row.metric} {row.value:.5g}", err=True)
     except FhoptError as error:

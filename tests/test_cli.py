@@ -15,9 +15,10 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from fhopt import data
+from fhopt import data, passes
 from fhopt.cli import main
 from fhopt.errors import FhoptError
+from fhopt.models import load_model
 
 
 def call(*arguments: str) -> Result:
@@ -228,6 +229,51 @@ def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
     assert [s["heads"] for s in json.loads(result.stdout)["sites"]] == [4]
 
 
+def save_tiny_gguf(path: Path) -> None:
+    """A Llama of one layer with a tokenizer of six words."""
+    gguf: Any = pytest.importorskip("gguf")
+    words, width, kv_width, inner = ["<s>", *"abcd", "ab"], 32, 16, 48
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = dict(
+        context_length=64, embedding_length=width, block_count=1, feed_forward_length=inner, head_count=4,
+        head_count_kv=2, layer_norm_rms_eps=1e-5, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    for name, number in numbers.items():
+        getattr(writer, f"add_{name}")(number)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_merges(["a b"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(words), width), "output_norm": (width,), "blk.0.attn_norm": (width,),
+        "blk.0.ffn_norm": (width,), "blk.0.attn_q": (width, width), "blk.0.attn_k": (kv_width, width),
+        "blk.0.attn_v": (kv_width, width), "blk.0.attn_output": (width, width), "blk.0.ffn_gate": (inner, width),
+        "blk.0.ffn_up": (inner, width), "blk.0.ffn_down": (width, inner),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def test_a_gguf_file_is_a_model_and_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    parsed: list[Any] = []
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            parsed.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    loaded = load_model(str(tmp_path / "tiny.gguf"))
+    assert len(parsed) == 1 and gguf.GGUFReader is Reader
+    assert loaded.tokenizer("abcd").input_ids == [5, 3, 4]
+    assert len(passes.find(loaded.capture().program).sites) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,21 +346,22 @@ def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
     from fhopt.spec import LatentPlan
 
     save_tiny_model(tmp_path / "model")
-    for count in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        command = [sys.executable, *launch, "-m", "fhopt.cli", "fit", str(tmp_path / "model"), *SAMPLE]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "-o", str(tmp_path / str(count))], capture_output=True, text=True, timeout=300, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["sites"] == 2  # one process reports
+    fit = ["fit", str(tmp_path / "model"), *SAMPLE]
+    alone = call(*fit, "-o", str(tmp_path / "1"))
+    assert alone.exit_code == 0, alone.output
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fhopt.cli"]
+    command = [sys.executable, *launch, *fit, "-o", str(tmp_path / "2")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sites"] == 2  # one process reports
     one, two = (LatentPlan.load(tmp_path / str(count)) for count in (1, 2))
     for left, right in zip(one.sites, two.sites, strict=True):
         assert (left.layout, left.key.tiers, left.value.tiers) == (right.layout, right.key.tiers, right.value.tiers)
         torch.testing.assert_close(left.key.encode, right.key.encode, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("without_compiling")
 def test_a_hugging_face_folder_is_a_model(tmp_path: Path) -> None:
     """Saved with its tokenizer, loaded, fitted, evaluated: the way a user's own model takes."""
     save_tiny_model(tmp_path / "model")

@@ -216,13 +216,18 @@ def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -
 @needs_compiler
 @pytest.mark.parametrize("bits", SUPPORTED_BITS[::-1])
 def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> None:
-    for width, heads, (key_heads, value_heads), tokens in [(8, 6, (3, 1), 17), (256, 9, (1, 9), 130)]:
-        tiers: Tiers = ((bits, width, 2 / 2**bits),)
-        assert_bytes_and_floats_agree(Case(tiers, tiers, heads, key_heads, value_heads, 1, tokens))
+    """Keys of one width, values of another; in every second tier the wide ones are the values."""
+    step = 2 / 2**bits
+    narrow, wide = ((bits, 8, step),), ((bits, 256, step),)
+    if SUPPORTED_BITS.index(bits) % 2:
+        case = Case(narrow, wide, 6, 3, 1, 1, 17)
+    else:
+        case = Case(wide, narrow, 9, 1, 9, 1, 130)
+    assert_bytes_and_floats_agree(case)
 
 
 @needs_compiler
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_bytes_and_floats_of_random_tiers_agree_with_the_reference(seed: int) -> None:
     draw = random.Random(seed)
     halves: Tiers = ((16, 8 * draw.randint(1, 2), 0.0),) if seed % 3 == 0 else ()

@@ -56,16 +56,26 @@ def with_tiers(plan: LatentPlan, tiers: tuple[Tier, ...]) -> LatentPlan:
     return LatentPlan(sites, plan.sinks, plan.recent, plan.block)
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "C++"])
-@pytest.mark.parametrize("ratio", [1, 4, 8])
-def test_a_step_on_explicit_state_has_the_logits_of_the_model(ratio: float, kernels: bool, llama: Fitted) -> None:
-    plan, ids = llama.plan(ratio), token_ids(1, STEPS)
-    step = stepping.Step(llama.model, stepping.unrounded(plan), kernels)
+def check_step(model: Any, plan: LatentPlan, kernels: bool) -> None:
+    ids = token_ids(1, STEPS)
+    step = stepping.Step(model, stepping.unrounded(plan), kernels)
     state = stepping.State(plan, step.tensors, step, stepping.Seal(step))
-    assert difference(state, ids, by_the_model(llama.model, plan, ids)) < ROUNDING
+    assert difference(state, ids, by_the_model(model, plan, ids)) < ROUNDING
     assert (state.tokens, state.sealed) == (60, 48)
 
 
+@pytest.mark.usefixtures("without_compiling")
+@pytest.mark.parametrize("ratio", [1, 4, 8])
+def test_a_step_on_explicit_state_has_the_logits_of_the_model(ratio: float, llama: Fitted) -> None:
+    check_step(llama.model, llama.plan(ratio), kernels=False)
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_so_has_a_step_that_calls_the_kernels(ratio: float, llama: Fitted) -> None:
+    check_step(llama.model, llama.plan(ratio), kernels=True)
+
+
+@pytest.mark.usefixtures("without_compiling")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8, 16])
 def test_every_number_of_bits_is_read_right(bits: int, llama: Fitted) -> None:
     plan = fitting.exact_plan(llama.outcome.sites.values(), recent=8, block=8)

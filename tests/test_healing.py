@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from fhopt.models import LoadedModel, load_model
 from fhopt.pipeline import Progress
 from fhopt.spec import LatentPlan, SitePlan, Tier
 
+pytestmark = pytest.mark.usefixtures("without_compiling")
 CONTEXT, COUNT = 64, 12
 OPTIONS = HealOptions(texts=("license",), tokens=COUNT * CONTEXT, context=CONTEXT, held_out=4)
 CODED = (Tier(4, 8, 0.3352), Tier(2, 8, 0.9957))
@@ -67,6 +69,7 @@ def stop_at(number: int) -> Progress:
 # ---- the equations
 
 
+@functools.cache
 def site_plan(make: Callable[[], Any] = tiny_llama) -> SitePlan:
     """Two heads of queries to a kv head in the llama; one latent for keys and values in the gpt2."""
     _, outcome = found(make(), CONTEXT)

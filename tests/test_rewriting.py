@@ -35,21 +35,29 @@ GENERATE = """
 import sys, torch
 {first}
 from transformers import AutoModelForCausalLM
-{then}
-ids = torch.load({ids!r})
-out = model.generate(ids, max_new_tokens={tokens}, do_sample=False, return_dict_in_generate=True, output_logits=True)
-kinds = sorted({{type(layer).__name__ for layer in out.past_key_values.layers}})
-torch.save((out.sequences, torch.stack(out.logits), kinds, "fhopt" in sys.modules), {result!r})
+ids, found = torch.load({ids!r}), {{}}
+def generate(route, model):
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    kinds = sorted({{type(layer).__name__ for layer in out.past_key_values.layers}})
+    found[route] = (out.sequences, torch.stack(out.logits), kinds, "fhopt" in sys.modules)
+{routes}
+torch.save(found, {result!r})
 """
 BY_TRANSFORMERS = "model = AutoModelForCausalLM.from_pretrained({folder!r})"
-ROUTES = {
-    "fhopt.load": ("import fhopt", "model = fhopt.load({folder!r})"),
-    "transformers, fhopt imported first": ("import fhopt", BY_TRANSFORMERS),
-    "transformers, fhopt imported last": ("", "import fhopt\n" + BY_TRANSFORMERS),
-    "transformers without fhopt": ("", BY_TRANSFORMERS),
+# Fresh processes: what is imported before transformers, and the ways in which the folder is then opened, in turn.
+PROCESSES = {
+    "fhopt imported first": (
+        "import fhopt",
+        {"transformers, fhopt imported first": BY_TRANSFORMERS, "fhopt.load": "model = fhopt.load({folder!r})"},
+    ),
+    "fhopt imported last": (
+        "",
+        {
+            "transformers without fhopt": BY_TRANSFORMERS,
+            "transformers, fhopt imported last": "import fhopt\n" + BY_TRANSFORMERS,
+        },
+    ),
 }
-
-
 ROUNDING = 1e-5  # of the largest logit: weights at other addresses are summed in another order
 
 
@@ -69,26 +77,37 @@ def generated(model: Any, ids: Tensor, tokens: int = 12) -> tuple[Tensor, Tensor
     return out.sequences, torch.stack(out.logits)
 
 
-def in_a_fresh_process(route: str, folder: Path, ids: Tensor, tmp_path: Path, tokens: int = 12) -> Any:
-    first, then = (part.format(folder=str(folder)) for part in ROUTES[route])
+def in_a_fresh_process(process: str, folder: Path, ids: Tensor, tmp_path: Path) -> dict[str, Any]:
+    """By route: tokens, logits, classes of cache layers, and whether fhopt was imported by then."""
+    first, routes = PROCESSES[process]
     given_, result = tmp_path / "ids.pt", tmp_path / "result.pt"
     torch.save(ids, given_)
-    code = GENERATE.format(first=first, then=then, ids=str(given_), result=str(result), tokens=tokens)
+    opened = "\n".join(f"{then}\ngenerate({route!r}, model)" for route, then in routes.items())
+    opened = opened.format(folder=str(folder))
+    code = GENERATE.format(first=first, routes=opened, ids=str(given_), result=str(result))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment, cwd=tmp_path)
-    return torch.load(result)
+    found: dict[str, Any] = torch.load(result)
+    assert found.keys() == routes.keys()
+    return found
 
 
-def check_route(route: str, folder: Path, model: Any, plan: LatentPlan, tmp_path: Path, ids: Tensor) -> None:
-    """The route in a fresh process against the model in memory."""
-    exact = "without" in route
-    (fhopt.unapply(model) if exact else fhopt.apply(model, plan))
-    expected = generated(model, ids)
+def in_memory(model: Any, plan: LatentPlan, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens and logits of the model by the class of its cache layers."""
+    exact, latent = generated(model, ids), generated(fhopt.apply(model, plan), ids)
     fhopt.unapply(model)
-    sequences, logits, kinds, is_imported = in_a_fresh_process(route, folder, ids, tmp_path)
-    assert torch.equal(sequences, expected[0])
-    assert difference(logits, expected[1]) < ROUNDING
-    assert kinds == (["DynamicLayer"] if exact else ["LatentLayer"]) and is_imported is not exact
+    return {"DynamicLayer": exact, "LatentLayer": latent}
+
+
+def check_process(
+    process: str, folder: Path, expected: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, ids: Tensor
+) -> None:
+    """Every route of a fresh process against the model in memory."""
+    for route, (sequences, logits, kinds, is_imported) in in_a_fresh_process(process, folder, ids, tmp_path).items():
+        kind = "DynamicLayer" if "without" in route else "LatentLayer"
+        assert kinds == [kind] and is_imported is (kind == "LatentLayer"), route
+        assert torch.equal(sequences, expected[kind][0]), route
+        assert difference(logits, expected[kind][1]) < ROUNDING, route
 
 
 @pytest.fixture(scope="session")
@@ -108,11 +127,12 @@ def forged(folder: Path, tmp_path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------- three ways
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("process", PROCESSES)
 def test_a_folder_opens_in_a_fresh_process_with_the_tokens_of_the_model_in_memory(
-    route: str, folder: Path, llama: Fitted, tmp_path: Path
+    process: str, folder: Path, llama: Fitted, tmp_path: Path
 ) -> None:
-    check_route(route, folder, llama.model, llama.plan(4), tmp_path, token_ids(2, 60))
+    ids = token_ids(2, 60)
+    check_process(process, folder, in_memory(llama.model, llama.plan(4), ids), tmp_path, ids)
 
 
 def test_the_plan_changes_logits_so_that_the_routes_can_be_told_apart(folder: Path, llama: Fitted) -> None:
@@ -610,10 +630,10 @@ def test_smollm2_opens_by_every_route_with_the_tokens_of_the_model_in_memory(tmp
     assert set(told["losses"]) == {"topics", "source"} and abs(told["losses"]["topics"]["increase_percent"]) < 5
     text = "The first amendment of the constitution says that Congress shall make no law. " * 12
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids
-    exact = generated(model, ids)
-    assert difference(generated(fhopt.apply(model, plan), ids)[1], exact[1]) > 10 * ROUNDING
-    for route in ROUTES:
-        check_route(route, out, model, plan, tmp_path, ids)
+    expected = in_memory(model, plan, ids)
+    assert difference(expected["LatentLayer"][1], expected["DynamicLayer"][1]) > 10 * ROUNDING
+    for process in PROCESSES:
+        check_process(process, out, expected, tmp_path, ids)
     again = load_model(str(out))
     assert again.tokenizer(text).input_ids == ids[0].tolist()
     module: Any = again.module

@@ -96,7 +96,7 @@ def a_case(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=a_case(), kind=st.integers(0, 4), splits=st.integers(1, 4), seed=st.integers(0, 99))
 def any_spec_agrees_with_the_reference(case: Case, kind: int, splits: int, seed: int) -> None:
     torch.manual_seed(seed)

@@ -157,7 +157,7 @@ def a_chunk(draw: st.DrawFn) -> Chunk:
     )  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     chunk=a_chunk(), kind=st.integers(0, 4), splits=st.integers(1, 3), seed=st.integers(0, 99),
     lengths=st.sampled_from([None, (7, 50), (0, 33)]), way=st.sampled_from(["within", "apart"]),
@@ -350,7 +350,7 @@ def planned(size: int, *bits: int) -> KernelSpec:
     return KernelSpec(tiers, tiers, size, size, "bfloat16", False)
 
 
-SHAPES = [planned(size, *bits) for size in (128, 64) for bits in ((8,), (4,), (2,), (8, 4))]
+SHAPES = [planned(128, *bits) for bits in ((8,), (4,), (2,), (8, 4))] + [planned(64, 8, 4)]
 
 
 WIDE = [planned(256, 8, 4), *(planned(512, *bits) for bits in ((4,), (8, 4), (8, 4, 4, 2)))]
@@ -397,10 +397,11 @@ def test_defaults_fit_gpus_that_are_not_here_and_use_tensor_cores(name: str) -> 
 @pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
 def test_attention_on_rebuilt_keys_fits_with_every_feature(name: str) -> None:
     every: list[dict[str, Any]] = [{}, {"mask": "bool", "lengths": True, "exact": True}, {"mask": "bfloat16"}]
+    calls = [(512, every[0]), (512, every[1]), (512, every[2]), (40, every[1])]
     asked = [
         request
         for size in of_each_kind(name, [64, 128, 256], [128])
-        for rows, features in ((512, every[0]), (512, every[1]), (512, every[2]), (40, every[1]))
+        for rows, features in (calls[::3] if size == 64 else calls)
         for request in requests(KernelSpec((), (), size, size, "bfloat16", True), name, rows, False, **features)
     ]
     for request, found in zip(asked, compile_kernels(asked, GPUS[name]), strict=True):
