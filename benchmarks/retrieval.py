@@ -32,7 +32,7 @@ from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, paired, step_bounds, switched
-from fhopt.latents import SideRows, stand_in
+from fhopt.latents import SideRows, mean_values
 from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
@@ -142,9 +142,10 @@ def operator(tokens: int) -> list[Row]:
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def choose() -> Tensor:
-        chosen, rest = pages.best_pages(operands[0], index, None, None, scale=dim**-0.5)
+        chosen, odds = pages.best_pages(operands[0], index, None, None, scale=dim**-0.5)
         assert index.fill is not None
-        return ops.merge([read(chosen), stand_in(rest, index.fill, values, None, None, torch.float32)])
+        mean = mean_values(values, None, None, heads, torch.float32)
+        return pages.stand_in(*read(chosen), mean, odds, index.fill)[0]
 
     calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: choose}
     every = sum(x.numel() * x.element_size() for x in (*codes, *scales))

@@ -259,30 +259,30 @@ def _attend_chosen(
     might weigh more than the index allows."""
     numbers = dict(scale=scale, softcap=softcap)
     absorbed = ops.absorb(query, key_decode)
+    values = SideRows(
+        (tiers["value_bits"], tiers["value_widths"], tiers["value_steps"]), value_rows, value_scale, value_decode
+    )
 
-    def read(mask: Tensor | None, listed: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def read(mask: Tensor | None, listed: dict[str, Any], odds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows = key_rows, key_scale, value_rows, value_scale
         options = dict(**tiers, **numbers, **listed)
         output, lse = torch.ops.fhopt.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
+        if odds is not None and index.fill is not None:
+            mean = mean_values(values, far, lengths, query.shape[1], output.dtype)
+            output, lse = pages.stand_in(output, lse, mean, odds, index.fill)
         return ops.expand(output, value_decode), lse
 
     window = window_keys, window_key_scale, window_values, window_value_scale
     others = _open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
-    value_tiers = tiers["value_bits"], tiers["value_widths"], tiers["value_steps"]
-    sealed = SideRows(value_tiers, value_rows, value_scale, value_decode)
     if query.shape[2] == 1 and index.limit == 1:
         lists, odds = pages.best_pages(absorbed, index, far, lengths, **numbers)
-        parts = [read(far, {"pages": lists, "page_tokens": index.tokens}), *others]
-        if index.fill is not None:
-            parts.append(stand_in(parts[0][1] + odds, index.fill, sealed, far, lengths, query.dtype))
+        parts = [read(far, {"pages": lists, "page_tokens": index.tokens}, odds), *others]
         return ops.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
     weights = page_ops.expected_weights(estimates, index.units)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
-    parts = [read(*_listed(chosen, index, index.most, query, far, count)), *others]
-    if index.fill is not None:
-        odds = page_ops.odds_left_out(estimates, chosen)
-        parts.append(stand_in(parts[0][1] + odds, index.fill, sealed, far, lengths, query.dtype))
+    odds = page_ops.odds_left_out(estimates, chosen)
+    parts = [read(*_listed(chosen, index, index.most, query, far, count), odds), *others]
     if index.limit < 1:
         lse = torch.stack([part for _, part in parts], -1).logsumexp(-1)
         most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
@@ -292,24 +292,16 @@ def _attend_chosen(
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
 
 
-def stand_in(
-    rest: Tensor, fill: Tensor, values: SideRows, far: Tensor | None, lengths: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(output, lse) of what stands for pages that are not read: the mean of some values, with a part of their weight.
-
-    rest [B,H,S]: log of that weight: of what was read, times the odds that sketches give. By itself, what sketches give
-    may be wrong by a common factor, where keys of this text have another mean than those of the calibration. fill [H]:
-    log of the part. far, lengths: of the latents, as of `attend_parts`.
-    """
+def mean_values(values: SideRows, far: Tensor | None, lengths: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
+    """Mean of some value latents that each query may see, [B,H,S,R], S that of the mask `far` or 1; far and lengths as
+    of `attend_parts`, H = `heads`."""
     count = values.rows.shape[2] if lengths is None else lengths.clamp(min=1).reshape(())
-    places = pages.sampled(count, rest.device)
+    places = pages.sampled(count, values.rows.device)
     latents = values.rows.index_select(2, places)
     if values.scale is not None:
         latents = torch.ops.fhopt.unpack(latents, values.scale.index_select(2, places), *values.tiers)
     seen = far if far is None or far.shape[-1] == 1 else far.index_select(-1, places)
-    mean = pages.mean_latents(latents.to(rest.dtype), seen, rest.shape[1])
-    output = ops.expand(mean, values.decode).to(dtype)
-    return output.expand(*rest.shape, -1), rest + fill.unsqueeze(-1)
+    return pages.mean_latents(latents.to(torch.promote_types(dtype, torch.float32)), seen, heads).to(dtype)
 
 
 def _listed(

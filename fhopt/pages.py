@@ -57,7 +57,7 @@ from fhopt import ops
 from fhopt.page_ops import best_of, expected_weights, odds_left_out, page_lists, pages_read, sketch_logits
 from fhopt.spec import SketchPlan, Tier
 
-SAMPLE = 128  # tokens whose values are averaged, to stand for those that are not read
+SAMPLE = 64  # tokens whose values are averaged, to stand for those that are not read
 LOST = {2: 0.35, 4: 0.11}  # deviation of what rounding takes from a unit normal channel, about, by bits
 
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
@@ -289,6 +289,18 @@ def mean_latents(latents: Tensor, far: Tensor | None, heads: int) -> Tensor:
         rows = heads if weights.shape[1] > 1 else groups
         mean = ops.grouped_mix(weights.expand(b, rows, weights.shape[2], n), latents)
     return mean.repeat_interleave(heads // mean.shape[1], 1)
+
+
+def stand_in(output: Tensor, lse: Tensor, mean: Tensor, odds: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
+    """What was read, (output [B,H,S,R], lse [B,H,S]), with the mean of values [B,H,S or 1,R] for what was not.
+
+    odds [B,H,S]: log of the weight that was left out over that which was read, as sketches have it. By itself, what
+    sketches give may be wrong by a common factor, where keys of a text have another mean than those of the calibration.
+    fill [H]: log of the part of it that the mean takes.
+    """
+    share = odds + fill.unsqueeze(-1)
+    part = torch.sigmoid(share).unsqueeze(-1).to(output.dtype)
+    return torch.lerp(output, mean.expand_as(output), part), lse + torch.nn.functional.softplus(share)
 
 
 # --------------------------------------------------------------------------------------------------- the guarantee

@@ -36,7 +36,7 @@ from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length, new_cache, switched
 from fhopt.fitting import STEPS
-from fhopt.latents import Latents, far_logits, open_part, stand_in
+from fhopt.latents import Latents, far_logits, mean_values, open_part
 from fhopt.layers import LatentLayer
 from fhopt.models import LoadedModel
 from fhopt.pages import PageIndex
@@ -291,11 +291,12 @@ def fill_errors(
 
     near = open_part(query, key, value, latents, scale=scale, softcap=softcap)
     read, every = part(logits.masked_fill(~seen, -math.inf)), ops.merge([near, part(logits)])
+    mean = ops.expand(mean_values(latents.value, None, None, query.shape[1], read[0].dtype), latents.value.decode)
     errors = []
     for fill in FILLS:
         parts = torch.full((query.shape[1],), fill, device=query.device).log()
-        mean = stand_in(read[1] + odds, parts, latents.value, None, None, query.dtype)
-        errors.append((ops.merge([near, read, mean]) - every).double().square().sum((0, 2, 3)))
+        found = ops.merge([near, pages.stand_in(*read, mean, odds, parts)])
+        errors.append((found - every).double().square().sum((0, 2, 3)))
     return torch.stack(errors)
 
 

@@ -28,7 +28,7 @@ from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, read_steps, score, switched
 from fhopt.fitting import STEPS
-from fhopt.latents import Latents, SideRows, attend, stand_in
+from fhopt.latents import Latents, SideRows, attend, mean_values
 from fhopt.layers import LatentLayer, StaticLatentLayer
 from fhopt.pages import SAMPLE, PageIndex, Sketcher
 from fhopt.sharding import Share, _local_pages
@@ -449,34 +449,38 @@ def test_all_pages_are_dense_attention_to_the_bit(llama: Fitted) -> None:
 @pytest.mark.parametrize("masked", [None, "bool", "additive"])
 @pytest.mark.parametrize("length", [None, 300])
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
-def test_the_mean_of_values_stands_for_pages_that_are_not_read(
+def test_the_mean_is_that_of_values_which_a_query_may_see(
     tiers: tuple[Tier, ...], length: int | None, masked: str | None
 ) -> None:
     """Against a plain loop: B=2, H=4, two latent heads of values [R=16], 3 queries."""
     shape = [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
-    latents, decode = torch.randn(2, 2, 500, 16) + 1, torch.randn(2, 5, 16)
+    latents = torch.randn(2, 2, 500, 16) + 1
     rows, scale = ops.pack_reference(latents, *shape) if tiers else (latents, None)
     held = ops.unpack_reference(rows, scale, *shape) if scale is not None else latents
-    rest, fill = torch.randn(2, 4, 3), torch.tensor([0.25, 0.5, 1.0, 0.0])
     seen = torch.rand(2, 1, 3, 500) > 0.5
     far = None if masked is None else seen if masked == "bool" else ops.additive(seen, torch.float32)
     lengths = None if length is None else torch.tensor(length)
-    sides = SideRows(shape, rows, scale, decode)
-    output, lse = stand_in(rest, fill.log(), sides, far, lengths, torch.float32)
+    mean = mean_values(SideRows(shape, rows, scale, torch.zeros(2, 5, 16)), far, lengths, 4, torch.float32)
     places = [i * (length or 500) // SAMPLE for i in range(SAMPLE)]
     assert len(set(places)) == SAMPLE and max(places) < (length or 500)
-    for b, h, s in itertools.product(range(2), range(4), range(3)):
+    for b, h, s in itertools.product(range(2), range(4), range(mean.shape[2])):
         used = [t for t in places if masked is None or seen[b, 0, s, t]]
-        mean = decode[h // 2] @ torch.stack([held[b, h // 2, t] for t in used]).mean(0)
-        torch.testing.assert_close(output[b, h, s], mean, rtol=1e-4, atol=1e-4)
-        assert float(lse[b, h, s]) == pytest.approx(float(rest[b, h, s]) + math.log(fill[h]) if fill[h] else -math.inf)
+        wanted = torch.stack([held[b, h // 2, t] for t in used]).mean(0)
+        torch.testing.assert_close(mean[b, h, s], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_stands_for_a_sequence_of_which_nothing_is_seen() -> None:
-    sides = SideRows(([], [], []), torch.randn(1, 1, 40, 8), None, torch.randn(1, 4, 8))
-    hidden = torch.zeros(1, 1, 1, 40, dtype=torch.bool)
-    output, lse = stand_in(torch.full((1, 2, 1), -math.inf), torch.zeros(2), sides, hidden, None, torch.float32)
-    assert bool((output == 0).all()) and bool((lse == -math.inf).all())
+def test_a_mean_takes_its_part_of_the_odds_as_a_part_of_attention_would() -> None:
+    """The same as merging what was read with the mean, by the log of its weight; nothing read: nothing changes."""
+    output, lse, mean = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 1, 8)
+    odds, fill = 3 * torch.randn(2, 4, 3), torch.tensor([0.25, 0.5, 1.0, 0.0])
+    lse[0, 0, 0] = odds[0, 0, 0] = -math.inf
+    found = pages.stand_in(output, lse, mean, odds, fill.log())
+    weight = odds.exp() * fill[:, None]
+    wanted = (output + weight[..., None] * mean) / (1 + weight[..., None])
+    torch.testing.assert_close(found[0], wanted)
+    torch.testing.assert_close(found[1], lse + torch.log1p(weight))
+    assert torch.equal(found[0][:, 3], output[:, 3]) and torch.equal(found[1][:, 3], lse[:, 3])
+    assert float(found[1][0, 0, 0]) == -math.inf and torch.equal(found[0][0, 0, 0], output[0, 0, 0])
 
 
 def test_each_process_fills_pages_for_its_own_heads() -> None:
