@@ -200,15 +200,15 @@ def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPla
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
-    """A panel each: perplexity over that with all pages, items right, milliseconds."""
-    panels = figure.subplots(1, 3)
+    """A panel each: perplexity over that with all pages, items right, milliseconds; those that were measured."""
     shown = {m: [r for r in rows if r.metric == m and (m != "perplexity" or r.impl == PAGED)] for m in METRICS}
-    for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
-        here = shown[metric]
+    shown = {metric: here for metric, here in shown.items() if here}
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, (metric, here) in zip(panels, shown.items(), strict=True):
         values = [100 * (r.ratio or 1.0) - 100 if metric == "perplexity" else r.value for r in here]
         labels = [r.case if metric == "perplexity" else f"{r.case.split(', ')[0]}, {r.impl}" for r in here]
         panel.barh(labels, values)
-        panel.set_title(title, fontsize=9)
+        panel.set_title(METRICS[metric], fontsize=9)
         panel.tick_params(labelsize=7)
         panel.invert_yaxis()
 
