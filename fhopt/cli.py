@@ -294,10 +294,12 @@ def fit(
     )
     chosen.check()
     paged = paging.read_options(pages, mass, chosen.texts)
+    exact = chosen.sinks + chosen.recent + chosen.block
     if paged is not None:
-        paged.check(chosen.block, chosen.sinks + chosen.recent + chosen.block)
+        paged.check(chosen.block, exact)
     _check_places(out, explain)
     loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+    paged = None if paged is None else paging.for_model(loaded, paged, chosen.block, exact)
     held_out = gate.held_out(loaded, chosen, limit) if limit is not None else None
     with _progress(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         measured = measure(loaded, chosen, progress)

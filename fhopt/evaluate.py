@@ -143,9 +143,15 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
         (unapply(model) if before is None else apply(model, before.given))
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model can read; None where its configuration does not say."""
+    found: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
 def check_length(model: Any, tokens: int) -> None:
     """Raise FhoptError when `tokens` are more than the model has positions."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions is not None and tokens > positions:
         raise FhoptError(
             f"{tokens} tokens are to be read at once; the model has {positions} positions. Read fewer: --context or "

@@ -34,7 +34,7 @@ from torch import Tensor
 from fhopt import data, ops, page_ops, pages
 from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
-from fhopt.evaluate import check_length, new_cache, switched
+from fhopt.evaluate import check_length, new_cache, positions_of, switched
 from fhopt.fitting import STEPS
 from fhopt.latents import Latents, far_logits, mean_values, open_part
 from fhopt.layers import LatentLayer
@@ -89,12 +89,15 @@ class PagingOptions:
             raise FhoptError(f"pages of {self.tokens} tokens: expected a divisor of the plan's block, {block}.")
         if self.sketch < WORD or self.sketch % WORD:
             raise FhoptError(f"sketches of {self.sketch} bytes: expected a multiple of {WORD}.")
-        needed = exact + LEAST_PAGES * self.tokens + PIECE + LAST
-        if self.context < needed or self.sequences < 1:
+        if self.context < self.needed(exact) or self.sequences < 1:
             raise FhoptError(
-                f"{self.sequences} sequences of {self.context} tokens: expected one or more, of at least {needed} "
-                "tokens, so that there are pages to choose from. Use longer sequences."
+                f"{self.sequences} sequences of {self.context} tokens: expected one or more, of at least "
+                f"{self.needed(exact)} tokens, so that there are pages to choose from. Use longer sequences."
             )
+
+    def needed(self, exact: int) -> int:
+        """Tokens of a sequence that has pages to choose from."""
+        return exact + LEAST_PAGES * self.tokens + PIECE + LAST
 
 
 def read_options(pages: str | None, mass: str | None, texts: tuple[str, ...]) -> PagingOptions | None:
@@ -106,6 +109,23 @@ def read_options(pages: str | None, mass: str | None, texts: tuple[str, ...]) ->
         return None
     share = MASS_SHARE if pages is None else parse_share(pages)
     return PagingOptions(share=share, mass=None if mass is None else parse_share(mass), texts=texts)
+
+
+def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: int) -> PagingOptions:
+    """`options` with no longer sequences than the model has positions for; block, exact: as of `PagingOptions.check`.
+
+    Raises FhoptError, before anything slow starts, where positions or texts do not suffice.
+    """
+    positions = positions_of(loaded.language_model())
+    if positions is not None and positions < options.needed(exact):
+        raise FhoptError(
+            f"{loaded.name} has {positions} positions; expected {options.needed(exact)} or more to calibrate pages on. "
+            "Leave --pages and --mass out."
+        )
+    found = options if positions is None else replace(options, context=min(options.context, positions))
+    found.check(block, exact)
+    data.calibration_ids(loaded.tokenizer, found.texts, count=found.sequences, length=found.context)
+    return found
 
 
 def parse_share(text: str) -> float:

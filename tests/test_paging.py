@@ -20,8 +20,20 @@ from fhopt.evaluate import new_cache, switched
 from fhopt.fitting import exact_plan
 from fhopt.latents import attend
 from fhopt.layers import LatentLayer
+from fhopt.models import LoadedModel
 from fhopt.pages import LOST
-from fhopt.paging import FILLS, MASSES, SHARES, Curves, PagingOptions, page_weights, parse_share, share_out, with_pages
+from fhopt.paging import (
+    FILLS,
+    MASSES,
+    SHARES,
+    Curves,
+    PagingOptions,
+    for_model,
+    page_weights,
+    parse_share,
+    share_out,
+    with_pages,
+)
 from fhopt.spec import LatentPlan
 
 SMALL: dict[str, Any] = dict(tokens=4, sketch=4, context=480, sequences=1, least=0)
@@ -270,6 +282,20 @@ def test_shares_are_read_in_three_ways(text: str, share: float) -> None:
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(FhoptError, match="is no share"):
         parse_share(text)
+
+
+def test_sequences_are_as_long_as_the_model_and_the_texts_allow(lettered: Any) -> None:
+    """The options' 4,096 tokens where there are so many positions, fewer where there are not; too few are refused."""
+    exact = 20
+    needed = PagingOptions().needed(exact)
+    for positions, context in ((8192, 4096), (needed, needed)):
+        loaded = LoadedModel("tiny", tiny_llama(max_position_embeddings=positions), lettered)
+        assert for_model(loaded, PagingOptions(), 16, exact).context == context
+        with pytest.raises(FhoptError, match="tokens"):
+            for_model(loaded, PagingOptions(sequences=10_000), 16, exact)
+    short = LoadedModel("short", tiny_llama(max_position_embeddings=needed - 1), lettered)
+    with pytest.raises(FhoptError, match=f"short has {needed - 1} positions; expected {needed} or more"):
+        for_model(short, PagingOptions(), 16, exact)
 
 
 def test_the_command_refuses_a_mass_that_is_none(tmp_path: Path) -> None:
