@@ -281,8 +281,8 @@ def _attend_chosen(
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
     weights = page_ops.expected_weights(estimates, index.units)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
-    odds = page_ops.odds_left_out(estimates, chosen)
-    parts = [read(*_listed(chosen, index, index.most, query, far, count), odds), *others]
+    left = None if index.fill is None else page_ops.odds_left_out(estimates, chosen)
+    parts = [read(*_listed(chosen, index, index.most, query, far, count), left), *others]
     if index.limit < 1:
         lse = torch.stack([part for _, part in parts], -1).logsumexp(-1)
         most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
