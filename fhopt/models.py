@@ -200,10 +200,7 @@ def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = 
             is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
             tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True) if causal and is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
-        raise FhoptError(
-            f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers "
-            "knows."
-        ) from error
+        raise _not_loaded(path, error) from error
     model = model.eval().requires_grad_(False)
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
@@ -219,10 +216,7 @@ def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True) if is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
-        raise FhoptError(
-            f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers "
-            "knows."
-        ) from error
+        raise _not_loaded(path, error) from error
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
@@ -311,6 +305,12 @@ def _load_function(name: str) -> LoadedModel:
         raise FhoptError(f"{name} returned {type(found).__name__}; expected (module, args) or (module, args, kwargs).")
     return LoadedModel(
         function_name, found[0].eval(), inputs=(tuple(found[1]), dict(found[2] if len(found) == 3 else {}))
+    )
+
+
+def _not_loaded(path: Path, error: Exception) -> FhoptError:
+    return FhoptError(
+        f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers knows."
     )
 
 
