@@ -32,7 +32,7 @@ from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.applying import cache_argument
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, paired, step_bounds, switched
-from fhopt.latents import SideRows, mean_values
+from fhopt.latents import mean_values
 from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
@@ -128,24 +128,26 @@ def operator(tokens: int) -> list[Row]:
     codes = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    options: dict[str, Any] = ops.tier_options(table, table) | dict(scale=dim**-0.5)
+    tiers_of_both: Any = ops.tier_options(table, table)
+    options: dict[str, Any] = tiers_of_both | dict(scale=dim**-0.5)
     operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
+    near = torch.zeros(1, heads, 1)
+    sampled: Any = (*operands, None, PAGE_TOKENS)
+    mean = mean_values(*sampled, **tiers_of_both)  # a cache has it, and makes it anew when it seals a block
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
     lists = page_ops.page_lists(chosen.squeeze(2), index.most)
-
-    values = SideRows(table, codes[1], scales[1], torch.eye(width).expand(groups, width, width))
 
     def read(which: Tensor | None) -> tuple[Tensor, Tensor]:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def choose() -> Tensor:
-        chosen, odds = pages.best_pages(operands[0], index, None, None, scale=dim**-0.5)
+        chosen, odds = pages.best_pages(operands[0], index, None, None, near, scale=dim**-0.5)
         assert index.fill is not None
-        mean = mean_values(values, None, None, heads, torch.float32)
-        return pages.stand_in(*read(chosen), mean, odds, index.fill)[0]
+        every = mean.repeat_interleave(heads // groups, 1)
+        return pages.stand_in(*read(chosen), every, odds, index.fill)[0]
 
     calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: choose}
     every = sum(x.numel() * x.element_size() for x in (*codes, *scales))
@@ -170,7 +172,7 @@ def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int)
     sketcher = Sketcher.on(plan, torch.device("cpu"))
     codes = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8)
     rows = codes, torch.rand(1, groups, tokens).add(0.5).to(torch.float16), None
-    numbers = PAGE_TOKENS, SHARE, 1.0, 0, 1.0, groups, False, torch.zeros(2, dtype=torch.int64)
+    numbers = PAGE_TOKENS, SHARE, 1.0, 0.0, 0, 1.0, groups, False, torch.zeros(4, dtype=torch.int64)
     return PageIndex(sketcher, rows, *numbers, fill=torch.zeros(SHAPES[SHAPE][0]))
 
 

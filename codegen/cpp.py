@@ -595,7 +595,10 @@ INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64
     for (int t = 0; t < tokens; t++) {
         const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, AHEAD<Side>);
         for (int i = 0; i < Side::BYTES; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
-        if (Side::SCALED) s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
+        if (Side::SCALED) {
+            s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
+            if (t % 16 == 0) __builtin_prefetch(scales.at<uint16_t>(p.b, j, ahead), 0, 2);
+        }
         Side::unpack(head + token * stride, s.scale[t], s.tile + t * STRIDE);
     }
     f(Tile<Float32>{s.tile, STRIDE, nullptr});
@@ -733,14 +736,24 @@ struct Cut {
         units = a.heads / heads;
         queries = std::clamp<int64_t>(ROWS_OF_A_PART / heads, 1, std::max<int64_t>(a.queries, 1));
         blocks = (a.queries + queries - 1) / queries;
-        const int64_t listed = a.pages.data ? std::min(a.tokens, a.page_count * a.page_tokens) : a.tokens;
-        const int64_t products = a.batch * a.heads * a.queries * listed * (Keys::WIDTH + Values::WIDTH);
+        const int64_t most = a.pages.data ? std::min(a.tokens, a.page_count * a.page_tokens) : a.tokens;
+        const int64_t products = a.batch * a.heads * a.queries * most * (Keys::WIDTH + Values::WIDTH);
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
         const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
+        const int64_t listed = a.pages.data && wanted > 1 ? longest(a) : most;
         const int64_t tiles = std::max<int64_t>((listed + TILE - 1) / TILE, 1);
         tokens = (tiles + wanted - 1) / wanted * TILE;
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
+    }
+
+    // Tokens of the longest list: lists have room for more than most queries read.
+    int64_t longest(const Arguments& a) const {
+        int64_t count = 0;
+        for (int64_t i = 0; i < a.batch * units; i++) {
+            count = std::max(count, Listed(a, i / units, i % units * heads).count);
+        }
+        return count;
     }
 
     int64_t parts(const Arguments& a) const { return a.batch * units * blocks * ranges; }

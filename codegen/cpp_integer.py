@@ -381,10 +381,12 @@ INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, i
     for (int i = last + 1; i < 16; i++) z[i] = z[last];
 }
 
-// The scales of a tile as floats.
+// The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
+template <class Side>
 INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens, Scratch& s) {
     for (int t = 0; t < tokens; t += 16) {
         const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
+        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>)), 0, 2);
         const int last = std::min(tokens - t, 16) - 1;
         if (scales.token == 1) {
             const __m512i dense = _mm512_maskz_loadu_epi16((2u << last) - 1, scale);
@@ -522,7 +524,7 @@ void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
 void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
-    load_scales(a.key_scale, p, j, begin, tokens, s);
+    load_scales<Keys>(a.key_scale, p, j, begin, tokens, s);
     if (rows == 1) return score_row(a, p, j, begin, tokens, row, s);
     const int whole = whole_vectors(tokens);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
@@ -635,7 +637,7 @@ void mix_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int to
 void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                Scratch& s) {
     const int whole = whole_vectors(tokens);
-    load_scales(a.value_scale, p, j, begin, tokens, s);
+    load_scales<Values>(a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         float unit, total;
         const int parts = scale_and_split<1>(row, whole, &unit, &total, s);

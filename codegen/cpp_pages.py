@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fhopt.codegen.build import CompileError, load
 from fhopt.codegen.cpp_vectors import BYTES, EXPONENTIAL, VECTORS
-from fhopt.page_ops import Choice
+from fhopt.page_ops import FEWEST, Choice, Threshold
 
 TILE = 16  # tokens; pages are a multiple of it
 MOST_TOKENS = 1024  # of a page
@@ -35,12 +35,13 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_int64) for name in (
             "batch", "heads", "rows", "channels", "words", "tokens", "length", "page_tokens", "threads", "code_b",
-            "code_j", "code_t", "scale_b", "scale_j", "mask_b", "mask_t", "units", "most", "read",
+            "code_j", "code_t", "scale_b", "scale_j", "mask_b", "mask_t", "units", "most", "read", "pages", "fewest",
         )],
         ("mass", ctypes.c_double),
+        ("lift", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in (
-            "weights", "constant", "codes", "scales", "mask", "word_bits", "word_channels", "word_steps", "estimates",
-            "lists", "odds",
+            "weights", "constant", "codes", "scales", "mask", "word_bits", "word_channels", "word_steps", "near",
+            "estimates", "lists", "odds", "counts",
         )],
     )  # fmt: skip
 
@@ -62,7 +63,7 @@ def weigh_pages(
     steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int, choice: Choice | None = None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Log of the weight of each page, float32 [B,J,M,P], -inf where it has no token; or, with a choice, lists of the
-    pages that weigh most, int32 [B,U,N], and the log odds of what they leave out, float32 [B,J,M].
+    pages that weigh most, int32 [B,U,N], the log odds of what they leave out, float32 [B,J,M], and their counts.
 
     weights float32 [B,J,M,r], constant float32 [B,J,M]; codes uint8 [B,J,T,bytes] in tiers of `bits`, `widths` and
     `steps`; scales float16 [B,J,T]. mask bool, [1 or B, 1, 1, T]: tokens that count, of the first `length`. The query
@@ -83,18 +84,23 @@ def weigh_pages(
     out = (
         (weights.new_empty((b, j, m, -(-tokens // page_tokens))),)
         if choice is None
-        else (codes.new_empty((b, choice.units, choice.most), dtype=torch.int32), weights.new_empty((b, j, m)))
+        else (
+            codes.new_empty((b, choice.units, choice.most), dtype=torch.int32),
+            weights.new_empty((b, j, m)),
+            codes.new_empty(4, dtype=torch.int64),
+        )
     )
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
-    kept = weights.contiguous(), constant.contiguous(), codes, scales, mask, *words
-    given = choice or Choice(1, 0, 0, 1.0)
+    given = choice or Choice(1, 0, 0, Threshold(1.0, 0.0, 0), None)
+    near = None if given.near is None else given.near.to(torch.float32).contiguous()
+    kept = weights.contiguous(), constant.contiguous(), codes, scales, mask, *words, near
     pointers = [None if x is None else x.data_ptr() for x in kept]
     places = [x.data_ptr() for x in out]
-    results = (*places, None, None) if choice is None else (None, *places)
+    results = (*places, None, None, None) if choice is None else (None, *places)
     arguments = _Arguments(
         b, j, m, r, len(words[0]), tokens, min(tokens, length), page_tokens, torch.get_num_threads(),
-        *codes.stride()[:3], *scales.stride()[:2], *mask_strides, given.units, given.most, given.read, given.mass,
-        *pointers, *results,
+        *codes.stride()[:3], *scales.stride()[:2], *mask_strides, given.units, given.most, given.read,
+        int(given.threshold.pages), FEWEST, given.threshold.mass, given.threshold.lift, *pointers, *results,
     )  # fmt: skip
     function(ctypes.byref(arguments))
     return out
@@ -139,6 +145,7 @@ TEXT = (
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 """
@@ -152,16 +159,19 @@ struct Arguments {
     int64_t batch, heads, rows, channels, words, tokens, length, page_tokens, threads;
     int64_t code_b, code_j, code_t, scale_b, scale_j, mask_b, mask_t;
     int64_t units, most, read;
-    double mass;
+    int64_t pages, fewest;       // that there are to choose from; that are listed however little they weigh
+    double mass, lift;
     const float *weights, *constant;
     const uint8_t* codes;
     const uint16_t* scales;
     const uint8_t* mask;         // or null
     const int32_t *word_bits, *word_channels;
     const float* word_steps;
+    const float* near;           // [B,J,M]: log of the weight of what is read in any case; or null
     float* estimates;            // or null
     int32_t* lists;              // or null
     float* odds;                 // [B,J,M], where there are lists
+    int64_t* counts;             // likewise, [4]: lists, 0, pages in them, pages that they were chosen from
 };
 
 constexpr int TILE = 16;         // tokens, one a lane
@@ -425,16 +435,17 @@ float odds_left_out(const Weights& w, int64_t m, const int32_t* list, int64_t li
     return left > 0 && read > 0 ? float(LN2 * std::log2(left / read)) : -INF;
 }
 
-// The pages of one list: the mean over rows of the share that each expects of a page, the largest of these.
-void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
-    const int64_t rows = a.heads / a.units * a.rows, first = unit * rows;
-    std::vector<float> share(w.count, 0.0f), best;
+// What a unit expects of each page: the mean over its rows of the page's share in all weight, near included.
+std::vector<float> expected(const Arguments& a, const Weights& w, int64_t first, int64_t rows) {
+    std::vector<float> share(w.count, 0.0f);
     for (int64_t m = first; m < first + rows; m++) {
         const float *tops = &w.tops[m * w.runs], *pages = &w.pages[m * w.count];
-        const float top = *std::max_element(tops, tops + w.runs);
-        if (top == -INF) continue;
+        const double highest = *std::max_element(tops, tops + w.runs);
+        if (highest == -INF) continue;
+        const double near = a.near ? (double(a.near[m]) - a.constant[m]) / LN2 : -INF;  // in base 2, as tops are
+        const double top = std::max(highest, near);
         std::vector<double> factors(w.runs);
-        double total = 0;
+        double total = std::exp2(near - top);
         for (int64_t r = 0; r < w.runs; r++) {
             const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
             factors[r] = tops[r] == -INF ? 0 : std::exp2(double(tops[r]) - top);
@@ -448,18 +459,36 @@ void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
             for (int64_t p = from; p < to; p++) share[p] += factor * pages[p];
         }
     }
+    return share;
+}
+
+// How many of the first `room` pages by weight are needed, so that the others have at most 1 - mass of it.
+int64_t needed_for(double mass, std::vector<float> share, int64_t room) {
+    const double all = std::accumulate(share.begin(), share.end(), 0.0);
+    std::partial_sort(share.begin(), share.begin() + room, share.end(), std::greater<float>());
+    double before = 0;
+    int64_t needed = 0;
+    while (needed < room && all - before > 1 - mass) before += share[needed++];
+    return needed;
+}
+
+// The pages of one list: those of the largest share, as many as there is room for and as weigh enough.
+void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
+    const int64_t rows = a.heads / a.units * a.rows, first = unit * rows;
+    const std::vector<float> share = expected(a, w, first, rows);
     int64_t kept = std::min({a.read, a.most, w.count}), found = 0;
-    best = share;
-    if (a.mass < 1) {
-        std::partial_sort(best.begin(), best.begin() + kept, best.end(), std::greater<float>());
-        double before = 0;
-        int64_t needed = 0;
-        while (needed < kept && before < a.mass) before += best[needed++];
-        kept = needed;
-    } else if (kept < w.count) {
+    const float enough = a.lift > 0 ? float(a.lift / a.pages) : 0;
+    const int64_t weighty = std::count_if(share.begin(), share.end(), [=](float x) { return x >= enough; });
+    if (a.lift > 0) kept = std::min(kept, std::max(weighty, a.fewest));
+    if (a.mass < 1) kept = needed_for(a.mass, share, kept);
+    float least = kept == 0 ? INF : 0;
+    if (kept > 0 && kept == weighty) {
+        least = enough;
+    } else if (kept > 0 && kept < w.count) {
+        std::vector<float> best = share;
         std::nth_element(best.begin(), best.begin() + kept - 1, best.end(), std::greater<float>());
+        least = best[kept - 1];
     }
-    const float least = kept == 0 ? INF : kept < w.count ? best[kept - 1] : 0;
     const int64_t more = std::count_if(share.begin(), share.end(), [=](float x) { return x > least; });
     int64_t ties = kept - more;  // places that are left for pages of the least weight
     for (int64_t p = 0; p < w.count && found < kept; p++) {
@@ -492,6 +521,11 @@ extern "C" void choose_pages(const Arguments* given) {
     const int64_t units = a.lists ? a.batch * a.units : 0;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
     for (int64_t u = 0; u < units; u++) choose(a, w, u, a.lists + u * a.most);
+    if (!a.lists) return;
+    int32_t* end = a.lists + units * a.most;
+    const int64_t listed = std::count_if(a.lists, end, [](int32_t p) { return p >= 0; });
+    const int64_t counts[4] = {units, 0, listed, units * a.pages};
+    std::copy(counts, counts + 4, a.counts);
 }
 """
 )

@@ -259,32 +259,33 @@ def _attend_chosen(
     might weigh more than the index allows."""
     numbers = dict(scale=scale, softcap=softcap)
     absorbed = ops.absorb(query, key_decode)
-    values = SideRows(
-        (tiers["value_bits"], tiers["value_widths"], tiers["value_steps"]), value_rows, value_scale, value_decode
-    )
+    rows = key_rows, key_scale, value_rows, value_scale
 
     def read(mask: Tensor | None, listed: dict[str, Any], odds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows = key_rows, key_scale, value_rows, value_scale
         options = dict(**tiers, **numbers, **listed)
         output, lse = torch.ops.fhopt.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
         if odds is not None and index.fill is not None:
-            mean = mean_values(values, far, lengths, query.shape[1], output.dtype)
-            output, lse = pages.stand_in(output, lse, mean, odds, index.fill)
+            known = index.mean if far is None and lengths is None else None
+            mean = mean_values(absorbed, *rows, far, lengths, index.tokens, **tiers) if known is None else known
+            every = mean.repeat_interleave(query.shape[1] // mean.shape[1], 1)
+            output, lse = pages.stand_in(output, lse, every, odds, index.fill)
         return ops.expand(output, value_decode), lse
 
     window = window_keys, window_key_scale, window_values, window_value_scale
     others = _open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
+    others_lse = _lse_of(others)
     if query.shape[2] == 1 and index.limit == 1:
-        lists, odds = pages.best_pages(absorbed, index, far, lengths, **numbers)
+        lists, odds = pages.best_pages(absorbed, index, far, lengths, others_lse, **numbers)
         parts = [read(far, {"pages": lists, "page_tokens": index.tokens}, odds), *others]
         return ops.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
-    weights = page_ops.expected_weights(estimates, index.units)
+    weights = page_ops.expected_weights(estimates, index.units, others_lse)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
     left = None if index.fill is None else page_ops.odds_left_out(estimates, chosen)
     parts = [read(*_listed(chosen, index, index.most, query, far, count), left), *others]
     if index.limit < 1:
-        lse = torch.stack([part for _, part in parts], -1).logsumexp(-1)
+        lse = _lse_of(parts)
+        assert lse is not None, "pages were read"
         most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
         share = pages.left_out(most, chosen, lse)
         rest = ~chosen & pages.to_complete(share, index).unsqueeze(-1)
@@ -292,16 +293,32 @@ def _attend_chosen(
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]
 
 
-def mean_values(values: SideRows, far: Tensor | None, lengths: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
-    """Mean of some value latents that each query may see, [B,H,S,R], S that of the mask `far` or 1; far and lengths as
-    of `attend_parts`, H = `heads`."""
-    count = values.rows.shape[2] if lengths is None else lengths.clamp(min=1).reshape(())
-    places = pages.sampled(count, values.rows.device)
-    latents = values.rows.index_select(2, places)
-    if values.scale is not None:
-        latents = torch.ops.fhopt.unpack(latents, values.scale.index_select(2, places), *values.tiers)
-    seen = far if far is None or far.shape[-1] == 1 else far.index_select(-1, places)
-    return pages.mean_latents(latents.to(torch.promote_types(dtype, torch.float32)), seen, heads).to(dtype)
+def _lse_of(parts: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Log of the weight of all parts [B,H,S]; None where there is none."""
+    if len(parts) < 2:
+        return parts[0][1] if parts else None
+    return torch.stack([lse for _, lse in parts], -1).logsumexp(-1)
+
+
+def mean_values(
+    query: Tensor, key_rows: Tensor, key_scale: Tensor | None, value_rows: Tensor, value_scale: Tensor | None,
+    far: Tensor | None, lengths: Tensor | None, page_tokens: int, **tiers: Any,
+) -> Tensor:  # fmt: skip
+    """Mean of the value latents of some pages that each query may see: what a query of zeros reads.
+
+    query [B,H,S,R] is absorbed; the others as of `attend_parts` -> [B,n,S,R], S that of the mask `far` or 1, n a
+    divisor of H.
+    """
+    (b, heads), rows = query.shape[:2], math.lcm(key_rows.shape[1], value_rows.shape[1])
+    shape = (1, 1) if far is None or far.dim() < 3 else far.shape[-3:-1]
+    asking = query.new_zeros((b, heads if shape[0] > 1 else rows, shape[1], query.shape[3]))
+    count = -(-(key_rows.shape[2] if lengths is None else lengths.reshape(-1)) // page_tokens)
+    lists = pages.sampled(count, query.device).reshape(-1, 1, pages.SAMPLE).expand(b, 1, -1)
+    mean, _ = torch.ops.fhopt.latent_attention(
+        asking, key_rows, key_scale, value_rows, value_scale, far, **tiers, scale=1.0, lengths=lengths, pages=lists,
+        page_tokens=page_tokens,
+    )  # fmt: skip
+    return mean
 
 
 def _listed(

@@ -25,15 +25,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from fhopt import ops
 from fhopt.attention import Reader, offer
 from fhopt.errors import FhoptError
-from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, rebuilt
+from fhopt.latents import AnyLatents, Latents, SideRows, StaticLatents, mean_values, rebuilt
 from fhopt.pages import SAMPLE, PageIndex, Sketcher, log_fill
 from fhopt.spec import LatentPlan, SidePlan, SitePlan, sealed_tokens
 from fhopt.storage import (
@@ -69,7 +71,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = False
         self.each_query = False  # of a call of several chooses pages, as it would alone
         self.observer: Callable[..., None] | None = None  # see `Latents`
-        self.share, self.mass = plan.page_share(site), plan.page_mass(site)
+        self.share, self.mass, self.lift = plan.page_share(site), plan.page_mass(site), plan.page_lift(site)
         self.fill: Tensor | None = None  # see `PageIndex`
 
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -117,7 +119,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Keep sketches where the plan lets the site choose pages; `make` is told whether there is a limit."""
         if self.plan.pages is not None and self.share < 1:
             self.sketches = self.stores["sketches"] = make(self.plan.pages.limit < 1)
-            self.lists = torch.zeros(2, dtype=torch.int64)
+            self.lists = torch.zeros(4, dtype=torch.int64)
 
     def _index(self, rows: int) -> PageIndex | None:
         """What pages of the first `rows` rows are chosen by; None where all are read."""
@@ -125,7 +127,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         if sketches is None or pages is None:
             return None
         units = math.gcd(self.site.key.groups, self.site.value.groups)
-        numbers = (pages.tokens, self.share, self.mass, -(-pages.least // pages.tokens), pages.limit, units)
+        least = -(-pages.least // pages.tokens)
+        numbers = (pages.tokens, self.share, self.mass, self.lift, least, pages.limit, units)
         return PageIndex(sketches.sketcher, sketches.read(rows), *numbers, self.each_query, self.lists, self.fill)
 
     def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
@@ -254,20 +257,20 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def completed(self) -> float:
         """Share of the lists of pages that the plan's limit made complete."""
-        lists, complete = (0, 0) if self.sketches is None else self.lists.tolist()
+        lists, complete, *_ = (0, 0) if self.sketches is None else self.lists.tolist()
         return float(complete / max(1, lists))
 
     def step_bytes(self) -> tuple[int, int]:
-        """Bytes that attention of the next token reads of the cache: (with all pages, with those it may choose)."""
+        """Bytes that attention of the next token reads of the cache: (with all pages, with as large a part of them as
+        it read so far on average, or the most that it may read where it has not chosen yet)."""
         held, index = self.regions(), self._index(self.sealed_rows) if self.sealed_rows else None
         every = held["sinks"] + held["sealed"] + held["window"]
         if index is None or index.most == index.count:
             return every, every
-        sampled = (
-            0 if index.fill is None else self.batch_size * SAMPLE * self.site.value.token_bytes(self.dtype.itemsize)
-        )
-        read = held["sealed"] * index.most // index.count
-        return every, every - held["sealed"] + read + held["index"] + min(sampled, held["sealed"] - read)
+        _, _, listed, available = self.lists.tolist()
+        part = listed / available if available else index.most / index.count
+        sampled = 0.0 if index.fill is None else min(1.0, SAMPLE / index.count)
+        return every, every - held["sealed"] + held["index"] + int(held["sealed"] * min(1.0, part + sampled))
 
     @property
     def sealed_rows(self) -> int:
@@ -288,6 +291,7 @@ class LatentLayer(_Layer):
         self.stores = _stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
         self._use_pages(Sketches)
         self.sealed = 0
+        self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # of values, and what it is the mean of
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty open parts with the shapes and dtype of the first tokens."""
@@ -318,9 +322,20 @@ class LatentLayer(_Layer):
         keys, key_window = self.open_keys.give(*new_keys)
         values, value_window = self.open_values.give(*new_values)
         sides = self._sides(0, self.sealed, key_window, value_window)
-        return self._give(
-            keys, values, Latents(*sides, self.plan.sinks, self.sealed, self._index(self.sealed), self.observer)
-        )
+        index = self._with_mean(self._index(self.sealed), *sides)
+        return self._give(keys, values, Latents(*sides, self.plan.sinks, self.sealed, index, self.observer))
+
+    def _with_mean(self, index: PageIndex | None, key: SideRows, value: SideRows) -> PageIndex | None:
+        """The same with the mean of values, which is made anew when rows were sealed, moved or dropped."""
+        if index is None or index.fill is None or index.most == index.count or torch.compiler.is_compiling():
+            return index
+        held = self.value_rows.parts, self.sealed
+        if self._mean is None or self._mean[0] is not held[0] or self._mean[1] != held[1]:
+            query = self.open_keys.parts[0].new_zeros((self.batch_size, self.site.site.heads, 1, key.decode.shape[2]))
+            rows = key.rows, key.scale, value.rows, value.scale
+            tiers: Any = ops.tier_options(key.tiers, value.tiers)
+            self._mean = *held, mean_values(query, *rows, None, None, index.tokens, **tiers)
+        return replace(index, mean=self._mean[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; returns all keys and values for attention (see the module docstring).

@@ -1,8 +1,8 @@
 """Weighing pages by the sketches of their tokens, and choosing among them: the operations, and plain torch for them.
 
     fhopt::page_weights(weights, constant, codes, scales, tiers..., page_tokens, far, lengths)    log weights [B,J,M,P]
-    fhopt::choose_pages(the same, units, most, share, least, mass)                                lists int32 [B,U,N],
-                                                                      and the log odds of what they leave out [B,J,M]
+    fhopt::choose_pages(the same, near, units, most, share, least, mass, lift)                    lists int32 [B,U,N],
+                                            the log odds of what they leave out [B,J,M], and `list_counts` int64 [4]
 
 `fhopt.pages` says what the numbers mean. Generated kernels come in by `use_page_kernel`.
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from fhopt import ops
 
 TILE = 4096  # tokens whose sketches are made numbers at a time
+FEWEST = 4  # pages that are listed where no page weighs enough
 
 
 # --------------------------------------------------------------------------------------------------- plain torch
@@ -55,21 +56,40 @@ def pages_read(count: Tensor | int, share: float, least: int) -> Tensor | int:
     return min(count, max(least, int(count * share)))
 
 
-def expected_weights(logits: Tensor, units: int) -> Tensor:
-    """The share that each unit expects of each page in the weight of all: [B,H,S,P] -> [B,U,S,P], sums of 1 or 0."""
-    weights, _ = ops._softmax(logits)
+def expected_weights(logits: Tensor, units: int, near: Tensor | None = None) -> Tensor:
+    """The share that each unit expects of each page in the weight of all: [B,H,S,P] -> [B,U,S,P].
+
+    near [B,H,S]: log of the weight of what is read in any case; None: nothing is. Zeros where nothing has weight.
+    """
+    all_pages = logits.logsumexp(-1)
+    total = all_pages if near is None else torch.logaddexp(all_pages, near.to(logits.dtype))
+    weights = (logits - total.masked_fill(total == -math.inf, 0.0).unsqueeze(-1)).exp()
     return weights.unflatten(1, (units, -1)).mean(2)
 
 
-def best_of(weights: Tensor, most: int, read: Tensor | int, mass: float) -> Tensor:
+@dataclass(frozen=True)
+class Threshold:
+    """Which pages weigh enough to be read: enough that those that are not have at most 1 - `mass` of the weight, and
+    `lift` times the mean share, 1 / `pages`, or more; FEWEST of them in any case. pages: a number, or integers
+    broadcastable to [B,U,S,1]."""
+
+    mass: float
+    lift: float
+    pages: Tensor | int
+
+
+def best_of(weights: Tensor, most: int, read: Tensor | int, threshold: Threshold) -> Tensor:
     """The pages that weigh most: weights [B,U,S,P] -> bool [B,U,S,P].
 
-    The first `read` of `most` places, and no more than have `mass` of the weight.
+    The first `read` of `most` places, and no more than weigh enough. Never those without any weight.
     """
     best, order = weights.topk(most, -1)
-    kept = (torch.arange(most, device=weights.device) < read) & (best > 0)
-    if mass < 1:
-        kept &= best.cumsum(-1) - best < mass  # what comes before does not suffice
+    place = torch.arange(most, device=weights.device)
+    kept = (place < read) & (best > 0)
+    if threshold.mass < 1:  # what comes before does not suffice
+        kept &= weights.sum(-1, keepdim=True) - (best.cumsum(-1) - best) > 1 - threshold.mass
+    if threshold.lift > 0:
+        kept &= (best * threshold.pages >= threshold.lift) | (place < FEWEST)
     return torch.zeros(weights.shape, dtype=torch.bool, device=weights.device).scatter(-1, order, kept)
 
 
@@ -96,12 +116,16 @@ class PageKernel(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which pages each of `units` lists: `read`, of `most` places, and no more than have `mass` of the weight."""
+    """Which pages each of `units` lists: `read`, of `most` places, and no more than weigh enough by the threshold.
+
+    near [B,J,M]: as of `expected_weights`.
+    """
 
     units: int
     most: int
     read: int
-    mass: float
+    threshold: Threshold
+    near: Tensor | None
 
 
 _KERNELS: dict[str, PageKernel] = {}
@@ -157,18 +181,30 @@ def _page_weights_fake(
 
 def choose_pages_reference(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
-    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
-    share: float, least: int, mass: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, near: Tensor | None,
+    units: int, most: int, share: float, least: int, mass: float, lift: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Lists of the pages that weigh most, int32 [B,U,N], ascending, -1 behind them: `page_weights_reference`, and of
-    `most` places as many as `pages_read` of the pages that there are; units, mass as of a `PageIndex`. And the
-    `odds_left_out` of each row, [B,J,M]."""
+    `most` places as many as `pages_read` of the pages that there are and as weigh enough. near [B,J,M]: as of
+    `expected_weights`; units, mass, lift: as of a `PageIndex`. The `odds_left_out` of each row, [B,J,M]; and the
+    `list_counts`."""
     operands = (weights, constant, codes, scales, bits, widths, steps, page_tokens, far, lengths)
     found = page_weights_reference(*operands)
     logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
     count = _pages_of(codes, page_tokens, lengths)
-    chosen = best_of(expected_weights(logits, units), most, pages_read(count, share, least), mass)
-    return page_lists(chosen.squeeze(2), most), odds_left_out(logits, chosen).reshape(found.shape[:3])
+    expected = expected_weights(logits, units, None if near is None else near.reshape(logits.shape[:3]))
+    chosen = best_of(expected, most, pages_read(count, share, least), Threshold(mass, lift, count))
+    odds = odds_left_out(logits, chosen).reshape(found.shape[:3])
+    return page_lists(chosen.squeeze(2), most), odds, list_counts(chosen, count)
+
+
+def list_counts(chosen: Tensor, available: Tensor | int) -> Tensor:
+    """What is added to the counters of a `PageIndex` for chosen pages, bool [B,U,S,P], of so many, a number or one for
+    each sequence: int64 [4]."""
+    lists = chosen.shape[0] * chosen.shape[1] * chosen.shape[2]
+    there = torch.as_tensor(available, device=chosen.device).expand(chosen.shape[0], 1, 1, 1).sum()
+    made = there.new_tensor(lists)
+    return torch.stack([made, made * 0, chosen.sum(), there * (lists // max(1, chosen.shape[0]))]).to(torch.int64)
 
 
 def odds_left_out(logits: Tensor, chosen: Tensor) -> Tensor:
@@ -184,19 +220,21 @@ def _pages_of(codes: Tensor, page_tokens: int, lengths: Tensor | None) -> int:
 
 
 def _choose_pages(*operands: Any) -> tuple[Tensor, ...]:
-    *of_pages, units, most, share, least, mass = operands
+    *of_pages, near, units, most, share, least, mass, lift = operands
     codes, page_tokens, lengths = of_pages[2], of_pages[7], of_pages[9]
-    read = pages_read(_pages_of(codes, page_tokens, lengths), share, least)
-    found = _by_kernel(*of_pages, choice=Choice(units, most, read, mass))
+    count = _pages_of(codes, page_tokens, lengths)
+    choice = Choice(units, most, pages_read(count, share, least), Threshold(mass, lift, count), near)
+    found = _by_kernel(*of_pages, choice=choice)
     return choose_pages_reference(*operands) if found is None else found
 
 
 def _choose_pages_fake(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
-    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, units: int, most: int,
-    share: float, least: int, mass: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return codes.new_empty((codes.shape[0], units, most), dtype=torch.int32), torch.empty_like(constant)
+    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, near: Tensor | None,
+    units: int, most: int, share: float, least: int, mass: float, lift: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lists = codes.new_empty((codes.shape[0], units, most), dtype=torch.int32)
+    return lists, torch.empty_like(constant), codes.new_empty(4, dtype=torch.int64)
 
 
 _OPERANDS = (
@@ -205,7 +243,10 @@ _OPERANDS = (
 )
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(f"page_weights({_OPERANDS}) -> Tensor")
-_LIB.define(f"choose_pages({_OPERANDS}, int units, int most, float share, int least, float mass) -> (Tensor, Tensor)")
+_LIB.define(
+    f"choose_pages({_OPERANDS}, Tensor? near, int units, int most, float share, int least, float mass, float lift) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 _LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
 _LIB.impl("choose_pages", _choose_pages, "CompositeExplicitAutograd")
 torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)

@@ -54,10 +54,19 @@ import torch
 from torch import Tensor
 
 from fhopt import ops
-from fhopt.page_ops import best_of, expected_weights, odds_left_out, page_lists, pages_read, sketch_logits
+from fhopt.page_ops import (
+    Threshold,
+    best_of,
+    expected_weights,
+    list_counts,
+    odds_left_out,
+    page_lists,
+    pages_read,
+    sketch_logits,
+)
 from fhopt.spec import SketchPlan, Tier
 
-SAMPLE = 64  # tokens whose values are averaged, to stand for those that are not read
+SAMPLE = 8  # pages whose values are averaged, to stand for those that are not read
 LOST = {2: 0.35, 4: 0.11}  # deviation of what rounding takes from a unit normal channel, about, by bits
 
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
@@ -156,9 +165,11 @@ class PageIndex:
     """What a layer gives attention to choose pages by.
 
     rows: sketches of T tokens. fill: log of `PagePlan.fill` of this site, float32 [H]; None: nothing takes the place of
-    pages that are not read. tokens: of a page. share, mass, limit: as in `PagePlan`, of this site; least: pages that
-    are read in any case. units: U. each_query: every query of a call reads what it would choose alone; False: calls of
-    several queries read all pages. counters: int64 [2], lists made, and those that the limit made complete; added to.
+    pages that are not read. tokens: of a page. share, mass, lift, limit: as in `PagePlan`, of this site; least: pages
+    that a list has room for in any case. units: U. each_query: every query of a call reads what it would choose alone;
+    False: calls of several queries read all pages. counters: int64 [4], added to: lists made, those that the limit made
+    complete, pages in lists, and pages that there were to choose from. mean: of values, as of `latents.mean_values`,
+    for calls in which all queries see all rows; None: it is not known yet.
     """
 
     sketcher: Sketcher
@@ -166,12 +177,14 @@ class PageIndex:
     tokens: int
     share: float
     mass: float
+    lift: float
     least: int
     limit: float
     units: int
     each_query: bool
     counters: Tensor
     fill: Tensor | None = None
+    mean: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -180,7 +193,7 @@ class PageIndex:
 
     @property
     def most(self) -> int:
-        """N: pages of a list."""
+        """N: pages that a list has room for."""
         return pages_read(self.count, self.share, self.least)
 
 
@@ -215,16 +228,19 @@ def page_estimates(
 
 
 def best_pages(
-    query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, *, scale: float, softcap: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, near: Tensor | None, *, scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Lists of the pages that one query of each sequence is to read: [B,H,1,R] -> int32 [B,U,N] as of `page_lists`; and
-    the `odds_left_out` by each head, as sketches have them, [B,H,1]."""
+    the `odds_left_out` by each head, as sketches have them, [B,H,1]. near [B,H,1]: as of `expected_weights`."""
     if _in_kernel(query, far, lengths, softcap):
-        numbers = index.units, index.most, index.share, index.least, index.mass
-        lists, odds = torch.ops.fhopt.choose_pages(*_operands(query, index, far, lengths, scale), *numbers)
+        rows = None if near is None else near.reshape(near.shape[0], index.sketcher.mean.shape[0], -1)
+        numbers = rows, index.units, index.most, index.share, index.least, index.mass, index.lift
+        lists, odds, counts = torch.ops.fhopt.choose_pages(*_operands(query, index, far, lengths, scale), *numbers)
+        index.counters.add_(counts)
         return lists, odds.reshape(query.shape[:3])
     estimates = page_estimates(query, index, far, lengths, scale=scale, softcap=softcap)
-    chosen = keep_best(expected_weights(estimates, index.units), index, available_pages(index, lengths))
+    chosen = keep_best(expected_weights(estimates, index.units, near), index, available_pages(index, lengths))
     return page_lists(chosen.squeeze(2), index.most), odds_left_out(estimates, chosen)
 
 
@@ -249,12 +265,15 @@ def _operands(
 
 
 def keep_best(weights: Tensor, index: PageIndex, available: Tensor | int) -> Tensor:
-    """The pages to read: weights [B,U,S,P] -> bool [B,U,S,P].
+    """The pages to read, which are counted: weights [B,U,S,P] -> bool [B,U,S,P].
 
     available: how many pages there are to choose from, a number or integers broadcastable to [B,U,S,1]. Pages without
     any weight, such as those that may not be read, are never among them.
     """
-    return best_of(weights, index.most, pages_read(available, index.share, index.least), index.mass)
+    read = pages_read(available, index.share, index.least)
+    kept = best_of(weights, index.most, read, Threshold(index.mass, index.lift, available))
+    index.counters.add_(list_counts(kept, available))
+    return kept
 
 
 def page_mask(chosen: Tensor, page_tokens: int, heads: int, tokens: int) -> Tensor:
@@ -272,23 +291,16 @@ def log_fill(parts: Sequence[float], device: torch.device) -> Tensor | None:
 
 
 def sampled(count: Tensor | int, device: torch.device) -> Tensor:
-    """Places of SAMPLE tokens of `count`, evenly spread, int64; some of them more than once where there are fewer."""
-    return torch.arange(SAMPLE, device=device) * count // SAMPLE
+    """SAMPLE of `count` pages, evenly spread, as a list of `page_lists`; all of them where there are fewer.
 
-
-def mean_latents(latents: Tensor, far: Tensor | None, heads: int) -> Tensor:
-    """Mean of value latents [B,J,n,R] over those that a query may see: -> [B,H,S,R], H = `heads`, S that of the mask or
-    1. far: mask of them, bool or additive, broadcastable to [B,H,S,n]; None: all are seen."""
-    b, groups, n, _ = latents.shape
-    if far is None:
-        mean = latents.mean(2, keepdim=True)
-    else:
-        bias = ops.additive(far.reshape((1,) * (4 - far.dim()) + far.shape), latents.dtype)
-        assert bias is not None
-        weights, _ = ops._softmax(bias)
-        rows = heads if weights.shape[1] > 1 else groups
-        mean = ops.grouped_mix(weights.expand(b, rows, weights.shape[2], n), latents)
-    return mean.repeat_interleave(heads // mean.shape[1], 1)
+    A number -> int32 [SAMPLE]; integers [B] -> [B, SAMPLE].
+    """
+    if not isinstance(count, Tensor):
+        spread = [i * max(count, SAMPLE) // SAMPLE for i in range(SAMPLE)]
+        return torch.tensor([p if p < count else -1 for p in spread], dtype=torch.int32, device=device)
+    many = count.unsqueeze(-1)
+    places = torch.arange(SAMPLE, device=device) * many.clamp(min=SAMPLE) // SAMPLE
+    return torch.where(places < many, places, -1).to(torch.int32)
 
 
 def stand_in(output: Tensor, lse: Tensor, mean: Tensor, odds: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,5 +331,5 @@ def left_out(bounds: Tensor, chosen: Tensor, lse: Tensor) -> Tensor:
 def to_complete(share: Tensor, index: PageIndex) -> Tensor:
     """Units that read the other pages too: share [B,H,S] as from `left_out` -> bool [B,U,S]. Counts them."""
     failed = (share > index.limit).unflatten(1, (index.units, -1)).any(2)
-    index.counters.add_(torch.stack([failed.new_ones(failed.shape, dtype=torch.int64).sum(), failed.sum()]))
+    index.counters[1] += failed.sum()
     return failed

@@ -1,16 +1,22 @@
 """How many pages each attention may read: measured on probe queries, then shared out (fhopt/pages.py reads them).
 
     sketches   what key latents are like (mean, deviation) and what queries ask of each channel tell which to keep
-    curves     every PIECE tokens of a calibration sequence some queries compare, at each site and for each number of
-               pages, what the best-ranked ones really weigh with what all tokens weigh, open ones included
+    curves     every PIECE tokens of a calibration sequence some queries compare, at each site and for each lift, what
+               the pages that are expected to weigh so much really weigh, and what all tokens do, open ones included
     fill       for each head, the part of the weight left out with which the mean of values brings the probes' outputs
                closest to those of all pages: where heads park weight on tokens of small values, all of it is too much
     costs      each site alone reads the share that was asked for, filled so, in the last tokens of a sequence: what
                that does to the model's predictions (KL), for the square of the weight that it left out: twice the share
                of SmolLM2's pages leaves out 0.43 of the weight, and costs 0.17 of the KL
-    budgets    sites get pages where the cost falls most for a byte, until the share is used up
+    budgets    sites get lower lifts where the cost falls most for a byte, until the share is used up
     mass       where the weight is to be kept rather than the number: the smallest expected weight with which a site
                really kept as much as was asked for
+
+The share is a mean. What queries read differs: by a lift, one that looks for a token reads little, and one that looks
+at everything reads as much as a list has room for. SmolLM2, 4x plan, source at 8,192 tokens, one page in eight; costs
+times squares of the weight left out, summed over sites: as many pages for every query 0.0130, at sites by budgets
+0.0073; ranked by shares in the weight of all tokens rather than of sealed ones 0.0067; pages above a lift 0.0038;
+sketches from 4,096 instead of 2,048 tokens of a sequence 0.0025. Knowing true weights, the last two would be 0.0015.
 
 Costs differ between sites by two orders of magnitude for the same weight left out: heads that copy from afar read one
 token, and if its page is missing, everything. Costs of several sites are taken to add up.
@@ -23,7 +29,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -43,12 +49,12 @@ from fhopt.pages import PageIndex
 from fhopt.pipeline import Progress, silent
 from fhopt.spec import SKETCH_BITS, TIER_QUANTUM, LatentPlan, PagePlan, SitePlan, SketchPlan, Tier
 
-SHARES = (1 / 64, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # that sites may get
+LIFTS = (*(2.0 ** (n / 2) for n in range(12, -13, -1)), 0.0)  # that sites may get
+ALL = len(LIFTS)  # and beyond these: a site reads all its pages
 MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # likewise
 MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is asked for
-SKETCHED = 2048  # tokens of each sequence that sketches are made from
 PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
-LEAST_KL, LEAST_LEFT = 1e-9, 1e-6  # nats, and weight left out, of rounding
+LEAST_KL, LEAST_LEFT = 1e-9, 1e-12  # nats, and the square of weight left out, of rounding
 LAST = 256  # tokens of a sequence in which sites read less, one after the other
 WORD = 4  # bytes of a row of a sketch that are read at once
 FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # that heads may have, see `PagePlan.fill`
@@ -59,10 +65,10 @@ LEAST_PAGES = 16  # behind which a probe says something
 class PagingOptions:
     """What `calibrate` needs beside a model and a plan.
 
-    share: of the bytes of sealed tokens that a step may read. mass: of attention's weight that is to be kept, with at
-    most that share; None: the share is used up. tokens: of a page. sketch: bytes of codes of a token in each latent
-    head. least, limit: see `PagePlan`. texts: calibration texts, of which `sequences` sequences of `context` tokens are
-    read.
+    share: of the bytes of sealed tokens that a step reads on average. mass: of attention's weight that is to be kept,
+    with at most that share; None: the share is used up. tokens: of a page. sketch: bytes of codes of a token in each
+    latent head. least, limit: see `PagePlan`. texts: calibration texts, of which `sequences` sequences of `context`
+    tokens are read.
     """
 
     share: float = 1 / 8
@@ -74,6 +80,11 @@ class PagingOptions:
     texts: tuple[str, ...] = ("topics",)
     sequences: int = 2
     context: int = 4096
+
+    @property
+    def room(self) -> float:
+        """Share of the pages that a query may read: more than the mean, less than all."""
+        return min(4 * self.share, (1 + self.share) / 2)
 
     def check(self, block: int, exact: int) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts.
@@ -234,14 +245,16 @@ def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
 
 @dataclass
 class Curves:
-    """What one site leaves out, as shares of all weight, summed over queries, sequences and units.
+    """What one site leaves out with each of LIFTS, as shares of all weight, summed over queries, sequences and units.
 
-    by_share: with each of SHARES. by_mass: with each of MASSES as expected weight; used: the share of pages that took.
-    cost: nats per token and square of the weight left out of a query; 1 where it was not measured. errors [FILLS, H]:
-    squared, of what heads give.
+    left: with each of LIFTS; squares: its squares; read: the share of pages that were read. by_mass, used: the first
+    and the last with each of MASSES. cost: nats per token and square of the weight left out; 1 where it was not
+    measured. errors [FILLS, H]: squared, of what heads give.
     """
 
-    by_share: Tensor = field(default_factory=lambda: torch.zeros(len(SHARES), dtype=torch.float64))
+    left: Tensor = field(default_factory=lambda: torch.zeros(len(LIFTS), dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(len(LIFTS), dtype=torch.float64))
+    read: Tensor = field(default_factory=lambda: torch.zeros(len(LIFTS), dtype=torch.float64))
     by_mass: Tensor = field(default_factory=lambda: torch.zeros(len(MASSES), dtype=torch.float64))
     used: Tensor = field(default_factory=lambda: torch.zeros(len(MASSES), dtype=torch.float64))
     count: int = 0
@@ -253,24 +266,43 @@ class Curves:
         """Of each head, the one of FILLS with the least error."""
         return tuple(FILLS[i] for i in self.errors.argmin(0).tolist()) if isinstance(self.errors, Tensor) else ()
 
-    def add(self, expected: Tensor, weights: Tensor) -> None:
-        """Probes: expected and true weights [B,U,S,P] of pages; the former sum to 1, the latter to at most 1."""
+    def add(self, expected: Tensor, weights: Tensor, room: float) -> None:
+        """Probes: expected and true weights [B,U,S,P] of pages, shares of all weight. room: share of pages at most."""
         count = expected.shape[-1]
         best, order = expected.double().sort(-1, descending=True)
         kept = torch.nn.functional.pad(weights.double().gather(-1, order).cumsum(-1), (1, 0))  # [..., P+1]
-        whole = kept[..., -1:]
-        taken = torch.tensor([max(1, int(count * share)) for share in SHARES])
-        self.by_share += (whole - kept[..., taken]).flatten(0, -2).sum(0)
-        before = best.cumsum(-1) - best
+        most = page_ops.pages_read(count, room, page_ops.FEWEST)
+
+        def without(needed: Tensor) -> tuple[Tensor, Tensor]:
+            left = kept[..., -1:] - kept.gather(-1, needed)
+            return left, needed.double().sum() / count
+
+        for i, needed in enumerate(_needed_by_lift(best, most)):
+            left, read = without(needed)
+            self.left[i] += left.sum()
+            self.squares[i] += left.square().sum()
+            self.read[i] += read
         for i, mass in enumerate(MASSES):
-            needed = (before < mass).sum(-1, keepdim=True)  # [..., 1]
-            self.by_mass[i] += (whole - kept.gather(-1, needed)).sum()
-            self.used[i] += needed.double().sum() / count
+            left, read = without(_needed_by_mass(best, mass))
+            self.by_mass[i] += left.sum()
+            self.used[i] += read
         self.count += expected.numel() // count
 
-    def left_out(self, share: float) -> float:
-        """Mean weight that is left out with one of SHARES."""
-        return float(self.by_share[SHARES.index(share)]) / self.count
+    def share(self, at: int) -> float:
+        """Mean share of pages that is read with one of LIFTS, or ALL."""
+        return 1.0 if at == ALL else float(self.read[at]) / self.count
+
+    def left_out(self, at: int) -> float:
+        """Mean weight that is left out with one of LIFTS, or ALL."""
+        return 0.0 if at == ALL else float(self.left[at]) / self.count
+
+    def loss(self, at: int) -> float:
+        """What that costs, in nats per token."""
+        return 0.0 if at == ALL else self.cost * float(self.squares[at]) / self.count
+
+    def lift_for(self, share: float) -> int:
+        """Which of LIFTS reads a share of the pages that is nearest to this one."""
+        return int((self.read / max(1, self.count) - share).abs().argmin())
 
     def mass_for(self, left_out: float) -> int:
         """Which of MASSES is the least that leaves out at most so much; the last leaves out nothing."""
@@ -278,53 +310,81 @@ class Curves:
         return next(i for i, mean in enumerate(means) if mean <= left_out or i == len(MASSES) - 1)
 
 
-def page_weights(
-    query: Tensor, key: Tensor, value: Tensor, latents: Latents, tokens: int, *, scale: float, softcap: float
-) -> Tensor:
-    """Weight of each page in attention to everything: query [B,H,S,D], open keys and values -> [B,H,S,P].
+def _needed_by_lift(best: Tensor, most: int) -> Iterator[Tensor]:
+    """How many pages each query reads, of expected weights in falling order [..., P], with each of LIFTS: [..., 1]."""
+    count = best.shape[-1]
+    fewest = torch.arange(count) < page_ops.FEWEST
+    for lift in LIFTS:
+        yield ((best * count >= lift) | fewest).sum(-1, keepdim=True).clamp(max=most)
 
-    Every query is taken to see all sealed tokens and all open ones before it.
+
+def _needed_by_mass(best: Tensor, mass: float) -> Tensor:
+    """The same with a mass: the others have at most the rest of the weight."""
+    if mass == 1:
+        return torch.full_like(best[..., :1], best.shape[-1], dtype=torch.int64)
+    before = best.cumsum(-1) - best
+    return (best.sum(-1, keepdim=True) - before > 1 - mass).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Everything:
+    """Attention of probes to all tokens: every query is taken to see all sealed tokens and all open ones before it.
+
+    logits [B,H,S,T] of the sealed ones; near: (output [B,H,S,E], lse [B,H,S]) of the open ones.
     """
-    logits = far_logits(query, latents, scale=scale, softcap=softcap)  # [B, H, S, T]
-    near = open_part(query, key, value, latents, scale=scale, softcap=softcap)[1]  # [B, H, S]
-    sums = logits.unflatten(-1, (-1, tokens)).logsumexp(-1)  # [B, H, S, P]
-    total = torch.logaddexp(sums.logsumexp(-1), near)
-    return (sums - total.unsqueeze(-1)).exp()
+
+    logits: Tensor
+    near: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _Everything:
+        """query [B,H,S,D], open keys and values; numbers: scale and softcap."""
+        far = far_logits(query, latents, **numbers)
+        return _Everything(far, open_part(query, key, value, latents, **numbers))
+
+    def page_weights(self, tokens: int) -> Tensor:
+        """Share of each page in all weight: [B,H,S,P]."""
+        sums = ops.page_logits(self.logits, tokens)
+        total = torch.logaddexp(sums.logsumexp(-1), self.near[1])
+        return (sums - total.unsqueeze(-1)).exp()
 
 
 def fill_errors(
-    query: Tensor, key: Tensor, value: Tensor, latents: Latents, estimates: Tensor, index: PageIndex, *, scale: float,
-    softcap: float,
-) -> Tensor:  # fmt: skip
+    everything: _Everything, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex
+) -> Tensor:
     """Squared errors of what each head gives with each of FILLS, where it reads the pages that `index` lets it choose.
 
-    query [B,H,S,D], open keys and values; estimates [B,H,S,P] of `index` -> [FILLS, H]. Sees what `page_weights` does.
+    absorbed [B,H,S,R]: queries; estimates [B,H,S,P] of `index` -> [FILLS, H].
     """
-    logits, values = far_logits(query, latents, scale=scale, softcap=softcap), latents.value.rebuild()
-    chosen = pages.keep_best(page_ops.expected_weights(estimates, index.units), index, index.count)
-    seen = pages.page_mask(chosen, index.tokens, query.shape[1], logits.shape[-1])
+    logits, near, key, value = everything.logits, everything.near, latents.key, latents.value
+    heads, values = absorbed.shape[1], value.rebuild()
+    expected = page_ops.expected_weights(estimates, index.units, near[1])
+    chosen = pages.keep_best(expected, index, index.count)
+    seen = pages.page_mask(chosen, index.tokens, heads, logits.shape[-1])
     odds = page_ops.odds_left_out(estimates, chosen)
 
     def part(x: Tensor) -> tuple[Tensor, Tensor]:
         weights, lse = ops._softmax(x)
         return ops.grouped_mix(weights, values.to(weights.dtype)), lse
 
-    near = open_part(query, key, value, latents, scale=scale, softcap=softcap)
     read, every = part(logits.masked_fill(~seen, -math.inf)), ops.merge([near, part(logits)])
-    mean = ops.expand(mean_values(latents.value, None, None, query.shape[1], read[0].dtype), latents.value.decode)
+    rows: Any = (key.rows, key.scale, value.rows, value.scale, None, None, index.tokens)
+    tiers: Any = ops.tier_options(key.tiers, value.tiers)
+    mean = mean_values(absorbed, *rows, **tiers).to(read[0].dtype)
+    mean = mean.repeat_interleave(heads // mean.shape[1], 1)
     errors = []
     for fill in FILLS:
-        parts = torch.full((query.shape[1],), fill, device=query.device).log()
-        found = ops.merge([near, pages.stand_in(*read, mean, odds, parts)])
+        parts = torch.full((heads,), fill, device=absorbed.device).log()
+        found = ops.merge([near, pages.stand_in(*read, ops.expand(mean, value.decode), odds, parts)])
         errors.append((found - every).double().square().sum((0, 2, 3)))
     return torch.stack(errors)
 
 
 class _Probe:
-    """Watches the attention of one site, which is to read `share` of its pages, about."""
+    """Watches the attention of one site."""
 
-    def __init__(self, curves: Curves, share: float) -> None:
-        self.curves, self.share = curves, share
+    def __init__(self, curves: Curves, options: PagingOptions) -> None:
+        self.curves, self.options = curves, options
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
@@ -335,13 +395,14 @@ class _Probe:
             return
         absorbed = ops.absorb(query, latents.key.decode)
         numbers: Any = dict(scale=scale, softcap=softcap)
-        logits = pages.token_logits(absorbed, index, None, None, **numbers)
-        estimates = ops.page_logits(logits, index.tokens)
-        weights = page_weights(query, key, value, latents, index.tokens, **numbers)
-        expected = page_ops.expected_weights(estimates, index.units)
-        self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2))
-        asked = replace(index, share=self.share)
-        self.curves.errors += fill_errors(query, key, value, latents, estimates, asked, **numbers)
+        estimates = ops.page_logits(pages.token_logits(absorbed, index, None, None, **numbers), index.tokens)
+        everything = _Everything.of(query, key, value, latents, **numbers)
+        weights = everything.page_weights(index.tokens)
+        expected = page_ops.expected_weights(estimates, index.units, everything.near[1])
+        self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2), self.options.room)
+        lift = LIFTS[self.curves.lift_for(self.options.share)]
+        asked = replace(index, share=self.options.room, lift=lift)
+        self.curves.errors += fill_errors(everything, absorbed, latents, estimates, asked)
 
 
 @torch.inference_mode()
@@ -361,7 +422,7 @@ def measure(
             cache = new_cache(model, plan, each_query=False)
             for layer in cache.layers:
                 if isinstance(layer, LatentLayer) and layer.sketches is not None:
-                    layer.observer = _Probe(found[layer.site.site.name], options.share)
+                    layer.observer = _Probe(found[layer.site.site.name], options)
             for start in range(0, end, PIECE):
                 chunk = row[None, start : min(end, start + PIECE)].to(model.device)
                 model(chunk, **{name: cache}, use_cache=True)
@@ -379,17 +440,19 @@ def _measure_costs(
     choosing = [(i, x) for i, x in enumerate(cache.layers) if isinstance(x, LatentLayer) and x.sketches is not None]
     for _, layer in choosing:
         layer.observer, layer.share = None, 1.0
-    nearest = min(SHARES[:-1], key=lambda x: abs(x - options.share))
     expected = _predictions(model, copy.deepcopy(cache), ids)
     for at, layer in choosing:
-        trial, curves = copy.deepcopy(cache), found[layer.site.site.name]
-        trial.layers[at].share, trial.layers[at].each_query = nearest, True
+        curves = found[layer.site.site.name]
+        nearest = curves.lift_for(options.share)
+        trial = copy.deepcopy(cache)
+        chooses = trial.layers[at]
+        chooses.share, chooses.lift, chooses.each_query = options.room, LIFTS[nearest], True
         if options.limit == 1:
-            trial.layers[at].fill = pages.log_fill(curves.fill, layer.device)
+            chooses.fill = pages.log_fill(curves.fill, layer.device)
         changed = _predictions(model, trial, ids)
         kl = float((expected.exp() * (expected - changed)).sum(-1).mean())
         if curves.count:
-            curves.cost = max(kl, LEAST_KL) / max(curves.left_out(nearest), LEAST_LEFT) ** 2
+            curves.cost = max(kl, LEAST_KL) / max(float(curves.squares[nearest]) / curves.count, LEAST_LEFT)
         progress(1)
 
 
@@ -404,35 +467,44 @@ def _predictions(model: Any, cache: Any, ids: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------- budgets
 
 
-def share_out(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, float]:
-    """The share of pages of each site, so that `share` of the bytes of all sealed tokens is read at most.
+def share_out(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, int]:
+    """Which of LIFTS, or ALL, each site gets, so that `share` of the bytes of all sealed tokens is read on average.
 
     Always the largest fall of cost per byte next, from half the share on: fewer pages would say little about longer
     contexts. Sites that were not measured read all their pages, and count. Raises FhoptError where the least that sites
     can read is more.
     """
     size = {site.site.name: site.token_bytes() for site in sites}
-    first = next(i for i, x in enumerate(SHARES) if x >= min(share / 2, SHARES[-1]))
-    now = {name: first for name, found in curves.items() if found.count}
-    budget = share * sum(size.values())
-    used = sum(size[n] * (SHARES[first] if n in now else 1.0) for n in size)
-    if used > budget:
+    now = {name: _first(found, share / 2) if found.count else ALL for name, found in curves.items()}
+    now |= {name: ALL for name in size if name not in now}
+    budget, used = share * sum(size.values()), sum(size[n] * _share(curves.get(n), now[n]) for n in size)
+    if used > budget * (1 + 1e-9):
         raise FhoptError(
             f"pages {share:g}: sites read at least {used / sum(size.values()):.3g} of their bytes. Ask for more."
         )
-    while gains := [gain for name in now for gain in _gains(curves[name], now[name], size[name], budget - used, name)]:
-        _, name, n = max(gains)
-        used += size[name] * (SHARES[n] - SHARES[now[name]])
-        now[name] = n
-    return {name: SHARES[now[name]] if name in now else 1.0 for name in size}
+    while gains := [
+        gain for n in size if now[n] < ALL for gain in _gains(curves[n], now[n], size[n], budget - used, n)
+    ]:
+        _, name, at = max(gains)
+        used += size[name] * (curves[name].share(at) - curves[name].share(now[name]))
+        now[name] = at
+    return now
+
+
+def _share(curves: Curves | None, at: int) -> float:
+    return 1.0 if curves is None else curves.share(at)
+
+
+def _first(curves: Curves, share: float) -> int:
+    """The least of LIFTS that reads at most that share; the largest, where each reads more."""
+    return max([i for i in range(len(LIFTS)) if curves.share(i) <= share], default=0)
 
 
 def _gains(curves: Curves, now: int, size: int, room: float, name: str) -> list[tuple[float, str, int]]:
-    """(fall of cost per byte, name, which of SHARES) for all larger shares of a site that there is room for."""
-    steps = [(n, size * (SHARES[n] - SHARES[now])) for n in range(now + 1, len(SHARES))]
-    at = curves.left_out(SHARES[now])
-    fits = [(n, more) for n, more in steps if more <= room * (1 + 1e-9)]
-    return [(curves.cost * (at**2 - curves.left_out(SHARES[n]) ** 2) / more, name, n) for n, more in fits]
+    """(fall of cost per byte, name, which) for all lower LIFTS of a site, and ALL, that there is room for."""
+    steps = [(n, size * (curves.share(n) - curves.share(now))) for n in range(now + 1, ALL + 1)]
+    fits = [(n, more) for n, more in steps if 0 < more <= room * (1 + 1e-9)]
+    return [((curves.loss(now) - curves.loss(n)) / more, name, n) for n, more in fits]
 
 
 def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOptions) -> LatentPlan:
@@ -440,18 +512,22 @@ def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOp
     given = share_out(curves, plan.sites, options.share)
     names = [site.site.name for site in plan.sites]
     masses = dict.fromkeys(names, 1.0)
-    left = {name: curves[name].left_out(given[name]) for name in names if name in curves and curves[name].count}
+    measured = {name: curves[name] for name in names if name in curves and curves[name].count}
     if options.mass is not None:
-        masses |= {name: MASSES[curves[name].mass_for(1 - options.mass)] for name in left}
-    shares = tuple(given[name] for name in names)
-    fill = tuple(curves[s.site.name].fill if s.site.name in left else (0.0,) * s.site.heads for s in plan.sites)
+        masses |= {name: MASSES[found.mass_for(1 - options.mass)] for name, found in measured.items()}
+    shares = tuple(1.0 if given[name] == ALL else options.room for name in names)
+    lifts = tuple(0.0 if given[name] == ALL else LIFTS[given[name]] for name in names)
+    fill = tuple(curves[s.site.name].fill if s.site.name in measured else (0.0,) * s.site.heads for s in plan.sites)
     kept = tuple(masses[n] for n in names)
-    paged = PagePlan(options.tokens, shares, kept, options.least, options.limit, fill if options.limit == 1 else ())
+    paged = PagePlan(
+        options.tokens, shares, kept, options.least, options.limit, fill if options.limit == 1 else (), lifts
+    )
     told = {
         "share": options.share,
         "mass": options.mass,
-        "left_out": left,
-        "costs": {name: curves[name].cost for name in left},
+        "read": {name: found.share(given[name]) for name, found in measured.items()},
+        "left_out": {name: found.left_out(given[name]) for name, found in measured.items()},
+        "costs": {name: found.cost for name, found in measured.items()},
     }
     return replace(plan, pages=paged).with_provenance(pages=told)
 
@@ -469,6 +545,6 @@ def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, pro
         done += parts
         progress("pages", done, total)
 
-    sketched = with_sketches(model, plan, ids[:, :SKETCHED], options.sketch)
+    sketched = with_sketches(model, plan, ids, options.sketch)
     count(1)
     return with_pages(sketched, measure(model, sketched, ids, options, count), options)

@@ -298,12 +298,14 @@ class SitePlan:
 class PagePlan:
     """Which part of the sealed tokens a decoding step reads (fhopt/pages.py).
 
-    tokens: of a page, a divisor of the plan's block. shares: of the pages that each site may read, in the order of the
-    plan's sites; 1 reads all. masses: a site reads the fewest pages of which it expects that they have so much of the
-    weight that attention gives to sealed tokens; 1: as many as the share says. least: tokens that are read of any
-    sequence that has them. limit: of the weight of a query that pages left out may have, by a bound; beyond it they are
-    read after all; 1: no limit. fill: of each site and query head, by what the weight of pages left out, as
-    sketches have it, is multiplied where the mean of the values takes their place; empty: nothing does.
+    tokens: of a page, a divisor of the plan's block. shares: of the pages that each query may read at most, of each
+    site in the order of the plan's sites; 1 reads all. masses: a site reads the fewest pages, so that it expects of the
+    others that they have no more than the rest of attention's weight; 1: as many as the share says. lifts: it reads no
+    pages of which it expects less than so many times the mean of a page, the weight of open tokens counted in; empty or
+    0: likewise. least: sequences of no more sealed tokens are read whole. limit: of the weight of a query that pages
+    left out may have, by a bound; beyond it they are read after all; 1: no limit. fill: of each site and query head, by
+    what the weight of pages left out, as sketches have it, is multiplied where the mean of the values takes their
+    place; empty: nothing does.
     """
 
     tokens: int
@@ -312,6 +314,7 @@ class PagePlan:
     least: int = 512
     limit: float = 1.0
     fill: tuple[tuple[float, ...], ...] = ()
+    lifts: tuple[float, ...] = ()
 
     def sketch_bytes(self, site: SitePlan) -> int:
         """Bytes of one token's sketch at a site, over all latent heads: codes, scale, with a limit what that lost."""
@@ -365,7 +368,7 @@ class LatentPlan:
         )
 
     def page_share(self, site: SitePlan) -> float:
-        """Share of its sealed pages that a site of this plan reads; 1 where it reads all."""
+        """Share of its sealed pages that a site of this plan reads at most; 1 where it reads all."""
         return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
 
     def page_fill(self, site: SitePlan) -> tuple[float, ...]:
@@ -373,8 +376,12 @@ class LatentPlan:
         return self.pages.fill[self.sites.index(site)] if self.pages is not None and self.pages.fill else ()
 
     def page_mass(self, site: SitePlan) -> float:
-        """Share of the weight of its sealed tokens with which a site of this plan has read enough; 1: never."""
+        """Share of attention's weight with which a site of this plan has read enough; 1: never."""
         return 1.0 if self.pages is None else self.pages.masses[self.sites.index(site)]
+
+    def page_lift(self, site: SitePlan) -> float:
+        """See `PagePlan.lifts`: of a site of this plan; 0 where pages need not weigh anything."""
+        return self.pages.lifts[self.sites.index(site)] if self.pages is not None and self.pages.lifts else 0.0
 
     def sketch_bytes(self) -> int:
         """Bytes of the sketches of one sealed token, over all sites that choose pages."""
@@ -513,8 +520,9 @@ _BASES, _SKETCH = ("encode", "decode"), ("channels", "mean", "deviation")
 
 def _describe(plan: LatentPlan) -> dict[str, Any]:
     paged: dict[str, Any] = {} if plan.pages is None else {"pages": asdict(plan.pages)}
-    if plan.pages is not None and not plan.pages.fill:
-        del paged["pages"]["fill"]
+    for name in ("fill", "lifts"):
+        if plan.pages is not None and not getattr(plan.pages, name):
+            del paged["pages"][name]
     return paged | {
         "version": PLAN_VERSION if paged or any(s.sketch for s in plan.sites) else PLAN_VERSIONS[0],
         "sinks": plan.sinks,
@@ -539,7 +547,7 @@ def _load_plan(folder: Path) -> LatentPlan:
     from safetensors.torch import load
 
     try:
-        text = (folder / "plan.json").read_text()
+        text = (folder / "plan.json").read_bytes()
         blob = (folder / "plan.safetensors").read_bytes()
     except OSError as error:
         raise FhoptError(
@@ -563,7 +571,7 @@ def _load_plan(folder: Path) -> LatentPlan:
             pages=_page_plan(description.get("pages")),
         )
         intact = plan.digest() == description["digest"]
-    except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise FhoptError(f"{folder} is damaged ({type(error).__name__}: {error}). Fit the plan again.") from error
     if not intact:
         raise FhoptError(f"{folder} was altered after it was written (digest mismatch). Fit the plan again.")
@@ -592,7 +600,7 @@ def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
 def _page_plan(item: dict[str, Any] | None) -> PagePlan | None:
     if item is None:
         return None
-    numbers = {name: tuple(map(float, item[name])) for name in ("shares", "masses")}
+    numbers = {name: tuple(map(float, item.get(name, ()))) for name in ("shares", "masses", "lifts")}
     return PagePlan(**(item | numbers | {"fill": tuple(tuple(map(float, heads)) for heads in item.get("fill", ()))}))
 
 
@@ -629,6 +637,11 @@ def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:
         )
     if not all(0 < x <= 1 for x in (*pages.shares, *pages.masses, pages.limit)) or pages.least < 0:
         raise FhoptError(f"{pages}: expected shares, masses and the limit above 0 and at most 1, and least from 0 on.")
+    if len(pages.lifts) not in (0, len(plan.sites)) or not all(0 <= x < math.inf for x in pages.lifts):
+        raise FhoptError(
+            f"pages have lifts {pages.lifts}; expected numbers from 0 on for {len(plan.sites)} sites, or none. "
+            "Calibrate pages again."
+        )
     _check_fill(plan, pages)
     for site, share in zip(plan.sites, pages.shares, strict=True):
         if share < 1 and site.site.kind != "self":

@@ -30,6 +30,7 @@ from fhopt.evaluate import new_cache, read_steps, score, switched
 from fhopt.fitting import STEPS
 from fhopt.latents import Latents, SideRows, attend, mean_values
 from fhopt.layers import LatentLayer, StaticLatentLayer
+from fhopt.page_ops import FEWEST
 from fhopt.pages import SAMPLE, PageIndex, Sketcher
 from fhopt.sharding import Share, _local_pages
 from fhopt.spec import LatentPlan, PagePlan, SidePlan, SketchPlan, Tier
@@ -49,13 +50,17 @@ def sketch(key: SidePlan, seed: int = 0, bits: tuple[int, ...] = (4,)) -> Sketch
 
 
 def paged(
-    plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16, fill: bool = False
-) -> LatentPlan:
+    plan: LatentPlan, share: float = 0.25, mass: float = 1.0, limit: float = 1.0, least: int = 16, fill: bool = False,
+    lift: float = 0.0,
+) -> LatentPlan:  # fmt: skip
     """The plan with the same pages at every site; fill: a quarter of their weight for the first head, to all of it."""
     count, heads = len(plan.sites), plan.sites[0].site.heads
     sites = tuple(replace(site, sketch=sketch(site.key)) for site in plan.sites)
     parts = (tuple(torch.linspace(0.25, 1, heads).tolist()),) * count if fill else ()
-    return replace(plan, sites=sites, pages=PagePlan(TOKENS, (share,) * count, (mass,) * count, least, limit, parts))
+    lifts = (lift,) * count if lift else ()
+    return replace(
+        plan, sites=sites, pages=PagePlan(TOKENS, (share,) * count, (mass,) * count, least, limit, parts, lifts)
+    )
 
 
 def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes: Any) -> PageIndex:
@@ -63,9 +68,9 @@ def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes
     key = SidePlan(torch.zeros(latents.shape[1], latents.shape[3], 1), torch.zeros(1, 1, 1), ())
     sketcher = Sketcher.on(sketch(key), latents.device)
     coded = sketcher.codes(latents)
-    options: dict[str, Any] = dict(tokens=TOKENS, mass=1.0, least=4, units=latents.shape[1], each_query=False)
+    options: dict[str, Any] = dict(tokens=TOKENS, mass=1.0, lift=0.0, least=4, units=latents.shape[1], each_query=False)
     rows = *coded, sketcher.lost(latents, *coded) if limit < 1 else None
-    counters = torch.zeros(2, dtype=torch.int64)
+    counters = torch.zeros(4, dtype=torch.int64)
     return PageIndex(sketcher, rows, share=share, limit=limit, counters=counters, **(options | changes))
 
 
@@ -129,12 +134,14 @@ def test_the_weight_of_a_page_is_that_of_its_tokens() -> None:
 # --------------------------------------------------------------------------------------------------- the choice
 
 
-def naive_choice(weights: list[float], share: float, mass: float, available: int) -> set[int]:
-    """Pages of one query of one unit, best first."""
+def naive_choice(weights: list[float], share: float, mass: float, lift: float, available: int) -> set[int]:
+    """Pages of one query of one unit, best first. What is read in any case has the rest of the weight, to 1."""
     most = min(available, max(4, math.floor(available * share)))
     chosen: set[int] = set()
     for page in sorted(range(len(weights)), key=lambda p: -weights[p])[:most]:
-        if weights[page] > 0 and (mass == 1 or sum(weights[p] for p in chosen) < mass):
+        others = sum(w for p, w in enumerate(weights) if p not in chosen)
+        enough = weights[page] * available >= lift or len(chosen) < FEWEST
+        if weights[page] > 0 and (mass == 1 or others > 1 - mass) and enough:
             chosen.add(page)
     return chosen
 
@@ -146,22 +153,36 @@ def naive_choice(weights: list[float], share: float, mass: float, available: int
     hidden=st.floats(0, 1),
     share=st.sampled_from([1 / 64, 1 / 8, 0.3, 1.0]),
     mass=st.sampled_from([0.5, 0.9, 1.0]),
+    lift=st.sampled_from([0.0, 0.5, 3.0]),
+    near=st.booleans(),
 )
 def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
-    seed: int, count: int, hidden: float, share: float, mass: float
+    seed: int, count: int, hidden: float, share: float, mass: float, lift: float, near: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(2, 6, 1, count, generator=generator)
     logits[0, :, :, torch.rand(count, generator=generator) < hidden] = -math.inf
-    index = index_of(torch.zeros(2, 3, count * TOKENS, 8), share=share, mass=mass)
-    weights = page_ops.expected_weights(logits, 3)
+    index = index_of(torch.zeros(2, 3, count * TOKENS, 8), share=share, mass=mass, lift=lift)
+    others = torch.randn(2, 6, 1, generator=generator) + 3 if near else None
+    weights = page_ops.expected_weights(logits, 3, others)
     kept = pages.keep_best(weights, index, count)
+    assert index.counters.tolist() == [6, 0, int(kept.sum()), 6 * count]
     lists = page_ops.page_lists(kept.squeeze(2), index.most)
     for b in range(2):
         for u in range(3):
-            wanted = sorted(naive_choice(weights[b, u, 0].tolist(), share, mass, count))
+            wanted = sorted(naive_choice(weights[b, u, 0].tolist(), share, mass, lift, count))
             assert kept[b, u, 0].nonzero().flatten().tolist() == wanted
             assert lists[b, u].tolist() == wanted + [-1] * (index.most - len(wanted))
+
+
+def test_shares_are_of_all_weight_that_of_open_tokens_included() -> None:
+    logits, near = torch.randn(2, 4, 3, 9), torch.randn(2, 4, 3)
+    both = torch.cat([logits, near.unsqueeze(-1)], -1).softmax(-1)
+    torch.testing.assert_close(page_ops.expected_weights(logits, 4, near), both[..., :-1])
+    torch.testing.assert_close(page_ops.expected_weights(logits, 4), logits.softmax(-1))
+    nothing = torch.full_like(logits, -math.inf)
+    assert page_ops.expected_weights(nothing, 2).eq(0).all()
+    assert page_ops.expected_weights(nothing, 2, near).eq(0).all()
 
 
 def test_units_choose_by_the_weight_that_all_their_heads_expect() -> None:
@@ -417,9 +438,69 @@ def test_pages_of_either_layout_are_counted_to_the_byte(
     assert row["bytes"] - row["spare"] == plan.cache_bytes(100, itemsize=4)
     assert row["index"] == plan.sketch_bytes() * row["sealed_tokens"] > 0
     count = row["sealed_tokens"] // TOKENS
-    read = row["sealed"] * page_ops.pages_read(count, 0.25, 4) // count
-    means = 3 * plan.sites[0].value.token_bytes(4) if fill else 0
-    assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"] - means
+    read = row["sealed"] * (page_ops.pages_read(count, 0.25, 4) + (3 if fill else 0)) // count
+    assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"]
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 200])
+def test_bytes_of_a_step_are_those_of_the_pages_that_queries_chose(llama: Fitted, max_cache_len: int | None) -> None:
+    """With a lift that most pages do not reach."""
+    plan, ids = paged(llama.plan(4), share=0.5, lift=2.0), token_ids(2, LONG)
+    listed = []
+    best = pages.best_pages
+
+    def watch(*given: Any, **numbers: Any) -> Any:
+        found = best(*given, **numbers)
+        listed.append(found[0])
+        return found
+
+    with torch.no_grad(), switched(llama.model, plan), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "best_pages", watch)
+        cache = LatentCache(plan, llama.model.config, max_cache_len=max_cache_len)
+        llama.model(ids[:, :140], past_key_values=cache)
+        assert not listed
+        held = cache.report()
+        for i in range(140, LONG):
+            llama.model(ids[:, i : i + 1], past_key_values=cache)
+    count = [layer.lists.tolist() for layer in cache.layers if isinstance(layer, (LatentLayer, StaticLatentLayer))]
+    assert len(listed) == 2 * (LONG - 140)
+    assert sum(c[2] for c in count) == sum(int((lists >= 0).sum()) for lists in listed)
+    assert sum(c[0] for c in count) == sum(lists.shape[:2].numel() for lists in listed)
+    assert all(FEWEST * c[0] <= c[2] < 0.5 * c[3] for c in count)
+    for before, row, (_, _, read, there) in zip(held, cache.report(), count, strict=True):
+        assert (
+            row["dense_step_bytes"] - row["step_bytes"]
+            == row["sealed"] - int(row["sealed"] * read / there) - row["index"]
+        )
+        assert before["step_bytes"] < before["dense_step_bytes"]
+
+
+def test_the_mean_of_values_follows_what_happens_to_a_cache(llama: Fitted) -> None:
+    """Sealed blocks, other sequences, fewer tokens, a copy: the same steps as with a mean that is never kept."""
+    plan, ids = paged(llama.plan(4), share=0.25, fill=True), token_ids(3, 180)
+
+    def steps(cache: Any) -> list[Tensor]:
+        def step(a: int, b: int) -> Tensor:
+            return llama.model(ids[:, a:b], past_key_values=cache).logits
+
+        out = [step(0, 120), *[step(i, i + 1) for i in range(120, 150)]]
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        out += [step(150, 151), step(151, 152)]
+        copied = copy.deepcopy(cache)
+        cache.crop(-40)
+        out += [step(i, i + 1) for i in range(112, 140)]
+        return [*out, llama.model(ids[:, 152:153], past_key_values=copied).logits]
+
+    def never_kept(self: Any, index: Any, key: Any, value: Any) -> Any:
+        return index
+
+    with torch.no_grad(), switched(llama.model, plan):
+        found = steps(LatentCache(plan, llama.model.config))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LatentLayer, "_with_mean", never_kept)
+            expected = steps(LatentCache(plan, llama.model.config))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_one_latent_for_keys_and_values_is_paged_too(gpt2: Fitted) -> None:
@@ -460,13 +541,26 @@ def test_the_mean_is_that_of_values_which_a_query_may_see(
     seen = torch.rand(2, 1, 3, 500) > 0.5
     far = None if masked is None else seen if masked == "bool" else ops.additive(seen, torch.float32)
     lengths = None if length is None else torch.tensor(length)
-    mean = mean_values(SideRows(shape, rows, scale, torch.zeros(2, 5, 16)), far, lengths, 4, torch.float32)
-    places = [i * (length or 500) // SAMPLE for i in range(SAMPLE)]
-    assert len(set(places)) == SAMPLE and max(places) < (length or 500)
+    options: Any = ops.tier_options(shape, shape)
+    mean = mean_values(torch.randn(2, 4, 3, 16), rows, scale, rows, scale, far, lengths, TOKENS, **options)
+    count = -(-(length or 500) // TOKENS)
+    listed = [i * count // SAMPLE for i in range(SAMPLE)]
+    assert len(set(listed)) == SAMPLE and max(listed) < count
+    places = [t for p in listed for t in range(TOKENS * p, TOKENS * p + TOKENS) if t < (length or 500)]
+    mean = mean.repeat_interleave(4 // mean.shape[1], 1)
     for b, h, s in itertools.product(range(2), range(4), range(mean.shape[2])):
         used = [t for t in places if masked is None or seen[b, 0, s, t]]
         wanted = torch.stack([held[b, h // 2, t] for t in used]).mean(0)
         torch.testing.assert_close(mean[b, h, s], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, SAMPLE - 1, SAMPLE, 50])
+def test_sampled_pages_differ_and_are_all_where_there_are_few(count: int) -> None:
+    lists = pages.sampled(count, torch.device("cpu"))
+    assert lists.dtype == torch.int32 and len(lists) == SAMPLE
+    chosen = [p for p in lists.tolist() if p >= 0]
+    assert chosen == sorted(set(chosen)) and len(chosen) == min(count, SAMPLE) and max(chosen) < count
+    assert torch.equal(pages.sampled(torch.tensor([3, count]), lists.device)[1], lists)
 
 
 def test_a_mean_takes_its_part_of_the_odds_as_a_part_of_attention_would() -> None:
@@ -543,7 +637,7 @@ def test_only_units_beyond_the_limit_read_the_other_pages_and_are_counted() -> N
     share = torch.tensor([[0.1, 0.2, 0.25, 0.3], [0.0, 0.0, 0.9, 0.9]]).view(2, 4, 1)
     assert pages.to_complete(share, index).flatten().tolist() == [False, True, False, True]
     assert pages.to_complete(torch.zeros(2, 4, 1), index).any().item() is False
-    assert index.counters.tolist() == [8, 2]
+    assert index.counters.tolist() == [0, 2, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------- plans
@@ -551,7 +645,7 @@ def test_only_units_beyond_the_limit_read_the_other_pages_and_are_counted() -> N
 
 def test_a_plan_with_pages_is_saved_and_loaded(tmp_path: Path) -> None:
     plan = paged(random_plan("head", CODED), share=0.125, mass=0.9, limit=0.25)
-    filled = paged(random_plan("head", CODED), fill=True)
+    filled = paged(random_plan("head", CODED), fill=True, lift=1.5)
     for each in (plan, filled):
         loaded = LatentPlan.load(each.save(tmp_path / "plan"))
         assert loaded.pages == each.pages and loaded.digest() == each.digest()
@@ -581,6 +675,9 @@ def test_a_plan_without_pages_is_written_as_before(tmp_path: Path) -> None:
         (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, -0.5, 0.0),)), "expected numbers from 0 on"),
         (PagePlan(4, (0.5,), (1.0,), fill=((0.5, 0.5, math.nan, 0.0),)), "expected numbers from 0 on"),
         (PagePlan(4, (0.5,), (1.0,), limit=0.5, fill=((0.5,) * 4,)), "expected one of both"),
+        (PagePlan(4, (0.5,), (1.0,), lifts=(1.0, 1.0)), "expected numbers from 0 on for 1 sites"),
+        (PagePlan(4, (0.5,), (1.0,), lifts=(-1.0,)), "expected numbers from 0 on for 1 sites"),
+        (PagePlan(4, (0.5,), (1.0,), lifts=(math.inf,)), "expected numbers from 0 on for 1 sites"),
         (PagePlan(4, (0.5,), (1.0,)), "no sketches to choose pages by"),
     ],
 )
@@ -675,22 +772,27 @@ def test_the_kernel_weighs_pages_as_the_reference_does(
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("mass", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("mass", "lift", "near"), [(1.0, 0.0, False), (0.5, 0.0, True), (1.0, 1.5, True), (0.9, 0.7, False)]
+)
 @pytest.mark.parametrize("units", [1, 4])
 @pytest.mark.parametrize(("tokens", "length", "masked"), [(2100, 1500, True), (1024, None, False), (90, 40, True)])
 def test_the_kernel_chooses_the_pages_that_the_reference_chooses(
-    tokens: int, length: int | None, masked: bool, units: int, mass: float
+    tokens: int, length: int | None, masked: bool, units: int, mass: float, lift: float, near: bool
 ) -> None:
     (weights, constant), options = page_operands({4: 16, 2: 16}, 3, tokens, masked, length)
     weights = rounded(weights, options) / 4
     count = -(-tokens // 32)
-    numbers: Any = (units, max(2, count // 4), 0.2, 2, mass)
+    others = constant + 5 + torch.randn_like(constant) if near else None
+    numbers: Any = (others, units, max(2, count // 4), 0.2, 2, mass, lift)
     expected = page_ops.choose_pages_reference(weights.double(), constant.double(), *options, *numbers)
     with page_kernel():
-        found, odds = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
-    assert torch.equal(found, expected[0]) and bool((found >= 0).any())
+        found, odds, counts = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
+    assert torch.equal(found, expected[0])
+    assert bool((found >= 0).any()) or mass == 0.5  # what is read in any case may suffice
     torch.testing.assert_close(odds.double(), expected[1], rtol=1e-4, atol=1e-3)
-    if mass == 1 and not masked:
+    assert counts.tolist() == expected[2].tolist()
+    if mass == 1 and not masked and not lift:
         assert int((found >= 0).sum()) == 2 * units * page_ops.pages_read(count, 0.2, 2)
 
 
@@ -698,7 +800,7 @@ def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
     (weights, constant), options = page_operands({4: 16}, 2, 200, True, None)
     options[6][1] = False
     with page_kernel():
-        found, odds = torch.ops.fhopt.choose_pages(weights, constant, *options, 2, 3, 0.5, 1, 1.0)
+        found, odds, _ = torch.ops.fhopt.choose_pages(weights, constant, *options, None, 2, 3, 0.5, 1, 1.0, 0.0)
     assert bool((found[0] >= 0).all()) and bool((found[1] == -1).all())
     assert bool(odds[0].isfinite().all()) and bool((odds[1] == -math.inf).all())
 

@@ -14,22 +14,23 @@ from hypothesis import strategies as st
 from small_models import Fitted, found, tiny_llama, token_ids
 from torch import Tensor
 
-from fhopt import ops, paging
+from fhopt import ops, page_ops, paging
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, switched
 from fhopt.fitting import exact_plan
-from fhopt.latents import attend
+from fhopt.latents import Latents, attend
 from fhopt.layers import LatentLayer
 from fhopt.models import LoadedModel
-from fhopt.pages import LOST
+from fhopt.page_ops import FEWEST
+from fhopt.pages import LOST, PageIndex
 from fhopt.paging import (
+    ALL,
     FILLS,
+    LIFTS,
     MASSES,
-    SHARES,
     Curves,
     PagingOptions,
     for_model,
-    page_weights,
     parse_share,
     share_out,
     with_pages,
@@ -44,7 +45,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few hundred tokens are a context."""
     monkeypatch.setattr(paging, "PIECE", 64)
     monkeypatch.setattr(paging, "LAST", 16)
-    monkeypatch.setattr(paging, "SKETCHED", 200)
 
 
 # --------------------------------------------------------------------------------------------------- curves
@@ -57,19 +57,41 @@ def naive_left_out(expected: Tensor, weights: Tensor, count: int) -> float:
 
 
 def test_curves_are_sums_over_queries_of_what_a_plain_loop_leaves_out() -> None:
-    expected, weights = torch.rand(2, 3, 4, 40).softmax(-1), torch.rand(2, 3, 4, 40).softmax(-1) * 0.7
+    """Of all weight pages have seven tenths; a list has room for half of them."""
+    expected, weights = (torch.randn(2, 2, 3, 4, 40).softmax(-1) * 0.7).unbind(0)
     curves = Curves()
-    curves.add(expected, weights)
+    curves.add(expected, weights, 0.5)
     queries = list(zip(expected.flatten(0, 2), weights.flatten(0, 2), strict=True))
-    for share in SHARES:
-        wanted = sum(naive_left_out(e, w, max(1, int(40 * share))) for e, w in queries) / len(queries)
-        assert curves.left_out(share) == pytest.approx(wanted, abs=1e-6)  # float32
+
+    def left(needed: list[int]) -> list[float]:
+        return [naive_left_out(e, w, n) for (e, w), n in zip(queries, needed, strict=True)]
+
+    for at, lift in enumerate(LIFTS):
+        needed = [min(20, max(FEWEST, sum(1 for x in e.tolist() if x * 40 >= lift))) for e, _ in queries]
+        assert float(curves.left[at]) == pytest.approx(sum(left(needed)), abs=1e-4)  # float32
+        assert float(curves.squares[at]) == pytest.approx(sum(x * x for x in left(needed)), abs=1e-4)
+        assert float(curves.read[at]) == pytest.approx(sum(needed) / 40)
+        assert curves.share(at) == pytest.approx(sum(needed) / 40 / len(queries))
     for at, mass in enumerate(MASSES):
-        needed = [sum(1 for c in e.double().sort(descending=True).values.cumsum(0) if c < mass) + 1 for e, _ in queries]
-        needed = [min(n, 40) for n in needed]
-        wanted = sum(naive_left_out(e, w, n) for (e, w), n in zip(queries, needed, strict=True))
-        assert float(curves.by_mass[at]) == pytest.approx(wanted, abs=1e-4)
+        needed = []
+        for e, _ in queries:
+            falling = e.double().sort(descending=True).values
+            needed.append(next((n for n in range(40) if mass < 1 and float(falling[n:].sum()) <= 1 - mass), 40))
+        assert float(curves.by_mass[at]) == pytest.approx(sum(left(needed)), abs=1e-4)
         assert float(curves.used[at]) == pytest.approx(sum(needed) / 40)
+    assert (curves.share(ALL), curves.left_out(ALL), curves.loss(ALL)) == (1.0, 0.0, 0.0)
+
+
+def test_curves_count_what_a_choice_reads() -> None:
+    """Pages that `keep_best` lists, with the lift and the room of a plan."""
+    expected = torch.randn(2, 2, 4, 40).softmax(-1) * 0.8
+    curves = Curves()
+    curves.add(expected, expected, 0.3)
+    for at, lift in enumerate(LIFTS):
+        threshold = page_ops.Threshold(1.0, lift, 40)
+        kept = page_ops.best_of(expected, 12, 12, threshold)
+        assert curves.share(at) == pytest.approx(float(kept.double().mean()))
+        assert curves.left_out(at) == pytest.approx(float((expected * ~kept).sum(-1).mean()), abs=1e-6)
 
 
 def test_the_least_mass_that_keeps_enough_is_taken() -> None:
@@ -91,7 +113,7 @@ def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> Non
         layer.observer = lambda *arguments: seen.append(arguments)
         model(token_ids(1, 3), past_key_values=cache)
     (query, key, value, latents, scale, softcap) = seen[0]
-    found = page_weights(query, key, value, latents, 4, scale=scale, softcap=softcap)
+    found = paging._Everything.of(query, key, value, latents, scale=scale, softcap=softcap).page_weights(4)
     keys = torch.cat([latents.key.rebuild(), latents.key.open(key, latents.sinks)], 2)
     logits = ops.grouped_scores(query, keys) * scale
     mask = torch.ones(3, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - 3)
@@ -103,10 +125,10 @@ def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> Non
 
 
 def falling(cost: float, half: float, generator: torch.Generator) -> Curves:
-    """A site that leaves out less with more pages, in steps of random size."""
-    steps = torch.rand(len(SHARES) - 1, generator=generator, dtype=torch.float64) * half
-    left = torch.cat([steps.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-    return Curves(by_share=left, count=1, cost=cost)
+    """A site that leaves out less with lower lifts, in steps of random size, and reads more, up to seven tenths."""
+    steps = torch.rand(2, len(LIFTS), generator=generator, dtype=torch.float64)
+    left, read = steps[0].flip(0).cumsum(0).flip(0) * half, steps[1].cumsum(0)
+    return Curves(left=left, squares=left.square(), read=0.7 * read / read[-1], count=1, cost=cost)
 
 
 @settings(max_examples=30, deadline=None)
@@ -118,10 +140,14 @@ def test_budgets_stay_within_the_share_and_above_half_of_it(seed: int, share: fl
     curves = {s.site.name: falling(c, 0.1, generator) for s, c in zip(plan.sites, costs, strict=True)}
     given_ = share_out(curves, plan.sites, share)
     size = {s.site.name: s.token_bytes() for s in plan.sites}
-    used = sum(size[n] * x for n, x in given_.items())
+    used = sum(size[n] * curves[n].share(at) for n, at in given_.items())
     assert used <= share * sum(size.values()) * (1 + 1e-6)
-    assert used > (share - 1 / 8) * sum(size.values())  # half of the largest step of one of two sites
-    assert all(x in SHARES and x >= share / 2 for x in given_.values())
+    larger = [curves[n].share(at + 1) - curves[n].share(at) for n, at in given_.items() if at < ALL]
+    assert used + min((size[n] * x for n, x in zip(size, larger, strict=False)), default=0) > share * sum(
+        size.values()
+    ) * (1 - 1e-6)  # nothing more fits
+    for name, at in given_.items():
+        assert at == ALL or curves[name].share(at + 1) > share / 2
 
 
 @functools.cache
@@ -142,7 +168,7 @@ def test_sites_that_were_not_measured_read_everything_and_leave_less_to_others()
     plan = _plan()
     a, b = [s.site.name for s in plan.sites]
     curves = {a: falling(1.0, 0.1, torch.Generator().manual_seed(0)), b: Curves()}
-    assert share_out(curves, plan.sites, 0.9)[b] == 1.0
+    assert share_out(curves, plan.sites, 0.9)[b] == ALL
     with pytest.raises(FhoptError, match="sites read at least"):
         share_out(curves, plan.sites, 0.25)
 
@@ -202,11 +228,12 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
         assert site.sketch is not None and site.sketch.row_bytes == options.sketch
     curves = paging.measure(llama.model, sketched, ids, options)
     assert all(c.count > 50 and c.cost > 0 for c in curves.values())
-    assert all(0 < c.left_out(1 / 8) < c.left_out(1 / 64) < 1 and abs(c.left_out(1.0)) < 1e-6 for c in curves.values())
+    assert all(0 < c.left_out(ALL - 1) < c.left_out(0) < 1 for c in curves.values())
     made = with_pages(sketched, curves, options)
     assert made.pages is not None and made.pages.tokens == 4 and max(made.pages.shares) <= 1
     told = made.provenance["pages"]
     assert set(told["left_out"]) == {s.site.name for s in plan.sites}
+    assert 0.25 < sum(told["read"].values()) / len(plan.sites) <= 0.5 and len(made.pages.lifts) == len(plan.sites)
     kept = with_pages(sketched, curves, replace(options, mass=0.95))
     assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
 
@@ -216,11 +243,18 @@ def test_the_mean_of_values_takes_the_part_that_brings_each_head_closest(llama: 
     plan, ids = llama.plan(4, window_bits=16), token_ids(1, 480)
     options, seen = PagingOptions(share=0.25, **SMALL), []
     sketched = paging.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
-    found = paging.fill_errors
+    found, probe = paging.fill_errors, paging._Probe.__call__
+    asked: Any = None
 
-    def watch(*given: Any, **numbers: Any) -> Tensor:
-        query, key, value, latents, _, index = given
-        errors = found(*given, **numbers)
+    def remember(self: Any, *given: Any) -> None:
+        nonlocal asked
+        query, key, value, _, scale, softcap = given
+        asked = (query[:, :, -paging.QUERIES :], key, value), dict(scale=scale, softcap=softcap)
+        probe(self, *given)
+
+    def watch(everything: Any, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex) -> Tensor:
+        (query, key, value), numbers = asked
+        errors = found(everything, absorbed, latents, estimates, index)
         for fill, row in zip(FILLS, errors, strict=True):
             chooses = replace(index, each_query=True, fill=torch.full((4,), fill).log())
             a, b = (
@@ -233,6 +267,7 @@ def test_the_mean_of_values_takes_the_part_that_brings_each_head_closest(llama: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paging, "fill_errors", watch)
+        patch.setattr(paging._Probe, "__call__", remember)
         curves = paging.measure(llama.model, sketched, ids, options)
     assert len(seen) == 2 * 6  # probes of 64 tokens each, from the first with pages enough
     made = with_pages(sketched, curves, options).pages
@@ -251,9 +286,12 @@ def test_probes_see_what_a_choice_would_leave_out(llama: Fitted) -> None:
     ids, options = token_ids(1, 480), PagingOptions(share=0.5, **SMALL)
     sketched = paging.with_sketches(llama.model, llama.plan(2), ids[:, :200], 8)
     for curves in paging.measure(llama.model, sketched, ids, options).values():
-        left = [curves.left_out(share) for share in SHARES]
+        left = [curves.left_out(at) for at in range(ALL + 1)]
         assert left == sorted(left, reverse=True)
-        assert curves.left_out(0.5) < curves.left_out(SHARES[0]) * (1 - 0.5) / (1 - SHARES[0])
+        shares = [curves.share(at) for at in range(ALL + 1)]
+        assert shares == sorted(shares)
+        half = curves.lift_for(0.5)
+        assert curves.left_out(half) < curves.left_out(0) * (1 - shares[half]) / (1 - shares[0])
 
 
 @pytest.mark.parametrize(
