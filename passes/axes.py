@@ -163,9 +163,9 @@ def _origin(features: Tensor, rows: Tensor) -> Origin:
     return Origin()
 
 
-def weights_layout(product: Contraction, mix: Contraction, axes: Axes, base: Evaluator) -> Layout:
-    """Atoms of the weights as the second product takes them. Raises Miss when they cannot be followed."""
-    region = Region(base, [product.node], mix.left)
+def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -> Layout:
+    """Atoms of what becomes of the scores of `product` at `end`. Raises Miss when they cannot be followed."""
+    region = Region(base, [product.node], end)
     sizes, sources = example_shape(product.node), axes.layout(product.axes)
     if all(example_shape(n) == sizes for n in region.nodes if isinstance(fake(n), Tensor)) and not any(
         op_name(n) in MOVEMENT - {"contiguous"} for n in region.nodes
@@ -173,11 +173,11 @@ def weights_layout(product: Contraction, mix: Contraction, axes: Axes, base: Eva
         return sources
     probes: dict[str, Tensor] = {}
     for atom, position, split in _places(product.axes, axes):
-        placed = moved(base, {product.node: coordinates(sizes, position, split)}, region.nodes, mix.left)
+        placed = moved(base, {product.node: coordinates(sizes, position, split)}, region.nodes, end)
         if placed is None:
-            raise Miss("the weights are not followed to the second product", mix.node)
+            raise Miss("the weights are not followed to the second product", end)
         probes[atom] = placed
-    return _with_single(read_layout(probes), [*probes], example_shape(mix.left), mix.node)
+    return _with_single(read_layout(probes), probes, example_shape(end), end)
 
 
 def _places(labels: tuple[str, ...], axes: Axes) -> Iterator[tuple[str, int, tuple[int, int] | None]]:
@@ -191,15 +191,24 @@ def _places(labels: tuple[str, ...], axes: Axes) -> Iterator[tuple[str, int, tup
             yield label, position, None
 
 
-def _with_single(layout: Layout, atoms: list[str], sizes: tuple[int, ...], node: fx.Node) -> Layout:
-    """Give axes of size one the atoms of size one that no coordinate can show. Raises Miss on an atom in two axes."""
+def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int, ...], node: fx.Node) -> Layout:
+    """Give axes of size one the atoms of size one that no coordinate can show; what is left over goes to a neighbour.
+
+    Raises Miss on an atom in two axes.
+    """
     placed = [a for axis in layout for a in axis]
     if len(set(placed)) != len(placed):
         raise Miss("one axis of the scores is cut in two before the second product", node)
-    left = [a for a in atoms if a not in placed]
-    return tuple(
-        (left.pop(0),) if not axis and size == 1 and left else axis for axis, size in zip(layout, sizes, strict=True)
-    )
+    left = [a for a in probes if a not in placed and not bool(probes[a].any())]
+    axes = [[left.pop(0)] if not a and size == 1 and left else [*a] for a, size in zip(layout, sizes, strict=True)]
+    order = [*probes]
+    for atom in left:  # in a batch of one, an axis of batch and heads shows its heads alone
+        before, behind = order[: order.index(atom)][::-1], order[order.index(atom) :]
+        near = next((a for a in (*before, *behind) if any(a in axis for axis in axes)), None)
+        for axis in axes:
+            if near in axis:
+                axis.insert(axis.index(near) + (near in before), atom)
+    return tuple(map(tuple, axes))
 
 
 def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, Steps]:

@@ -17,8 +17,10 @@ from torch import Tensor, fx
 
 from fhopt.passes.graph import Evaluator, Region, example_shape, fake, op_name, random_like
 from fhopt.passes.layout import JOINS, MOVEMENT, Steps, arrange
+from fhopt.passes.scores import DIVISION, MULTIPLICATION
 
 TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
+EQUAL = 1e-12  # relative; a factor that is made of several rounds in float64
 DEPTH = 10  # nodes looked at on the way back from a repeated key
 
 
@@ -37,10 +39,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Repeated:
-    """An operand before its repetition, and for each query head the kv head that it reads."""
+    """An operand before its repetition, and for each query head the kv head that it reads.
+
+    factor: what it is multiplied by after the repetition.
+    """
 
     operand: Operand
     heads: tuple[int, ...]
+    factor: float = 1.0
 
     @property
     def order(self) -> tuple[int, ...] | None:
@@ -50,21 +56,36 @@ class Repeated:
 
 
 def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated | None:
-    """The nearest ancestor with fewer heads from which the operand only takes heads; None where there is none."""
+    """The nearest ancestor with fewer heads from which the operand only takes heads, and which a number may scale.
+
+    None where there is none.
+    """
     final = operand.sizes
     if final[1] != heads or heads == 1:
         return None
-    current = operand.node
+    current, factor = operand.node, 1.0
     for _ in range(DEPTH):
         inputs = [n for n in current.all_input_nodes if isinstance(fake(n), Tensor)]
-        if op_name(current) not in TAKES or not inputs:
+        number = _scale(current)
+        if not inputs or (number is None and op_name(current) not in TAKES):
             return None
-        current = inputs[0]
+        current, factor = inputs[0], factor * (number or 1.0)
         for steps in _ways_to(example_shape(current), final):
-            taken = _heads_taken(current, steps, operand, base)
+            taken = _heads_taken(current, steps, operand, factor, base)
             if taken is not None:
-                return Repeated(Operand(current, steps), taken)
+                return Repeated(Operand(current, steps), taken, factor)
     return None
+
+
+def _scale(node: fx.Node) -> float | None:
+    """The number, not 0, by which the node multiplies its one tensor; None where it does anything else."""
+    divides = op_name(node) in DIVISION
+    if not (divides or op_name(node) in MULTIPLICATION) or len(node.args) != 2 or node.kwargs:
+        return None
+    numbers = [a for a in node.args if isinstance(a, (int, float)) and a]
+    if len(numbers) != 1 or (divides and numbers[0] is not node.args[1]):
+        return None
+    return 1 / numbers[0] if divides else float(numbers[0])
 
 
 def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
@@ -81,17 +102,19 @@ def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
     return fitting
 
 
-def _heads_taken(source: fx.Node, steps: Steps, operand: Operand, base: Evaluator) -> tuple[int, ...] | None:
-    """For each head of the operand the head of `source` that it is a copy of; None when it is anything else."""
+def _heads_taken(
+    source: fx.Node, steps: Steps, operand: Operand, factor: float, base: Evaluator
+) -> tuple[int, ...] | None:
+    """For each head of the operand the head of `source` that it is `factor` times; None when it is anything else."""
     probe = random_like(source)
     try:
         result = arrange(Region(base, [source], operand.node).run({source: probe}), operand.steps)
     except Exception:  # any failure of the region means that it is not a plain repetition
         return None
-    few = arrange(probe, steps)
+    few = arrange(probe, steps) * factor
     taken = []
     for head in range(result.shape[1]):
-        equal = [g for g in range(few.shape[1]) if torch.equal(result[:, head], few[:, g])]
+        equal = [g for g in range(few.shape[1]) if torch.allclose(result[:, head], few[:, g], rtol=EQUAL, atol=0)]
         if not equal:
             return None
         taken.append(equal[0])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.axes import Axes, key_label, read_axes, value_steps, weights_layout
+from fhopt.passes.axes import Axes, key_label, layout_at, read_axes, value_steps
 from fhopt.passes.contraction import Contraction
 from fhopt.passes.core import Core, check_canonical, insert_canonical
 from fhopt.passes.graph import (
@@ -261,13 +261,13 @@ def _assemble(softmax: Softmax, product: Contraction, mix: Contraction, roles: R
     axes = read_axes(product, keys, roles, base)
     key_axis = product.axes.index(keys)
     scores = read_scores(product.node, softmax.scores, softmax.axis, key_axis, roles, base)
-    value, result = value_steps(mix, weights_layout(product, mix, axes, base), axes)
+    value, result = value_steps(mix, layout_at(mix.left, product, axes, base), axes)
     core = Core(
         softmax.divider or mix.node, *_query_and_key(product, axes), Operand(mix.right, value),
         scores.scale * softmax.gain, scores, product, extra=softmax.extra, factors=scores.factors,
         softcap=scores.softcap * softmax.gain, output_steps=result, dropout=_dropout(softmax.weights, mix),
     )  # fmt: skip
-    _place_mask(core, softmax, axes)
+    _place_mask(core, softmax, axes, base)
     return core
 
 
@@ -288,7 +288,7 @@ def _dropout(weights: fx.Node, mix: Contraction) -> float:
     return rate
 
 
-def _place_mask(core: Core, softmax: Softmax, axes: Axes) -> None:
+def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> None:
     """How the mask, or a computed bias, comes to [B, H, S, T]. Raises Miss."""
     scores, product = core.scores, core.product
     assert scores is not None and product is not None
@@ -303,9 +303,12 @@ def _place_mask(core: Core, softmax: Softmax, axes: Axes) -> None:
         scores.form = "computed" if scores.form else ""
         size, end = example_shape(product.node), example_shape(softmax.scores)
         same = end[: softmax.axis] + end[softmax.axis + 1 :] == size[: softmax.axis] + size[softmax.axis + 1 :]
-        if same and len(end) == len(size):
+        if len(end) == len(size) and not scores.sinks:
             pointwise = all(op_name(n) in POINTWISE for n in scores.region.nodes)
-            core.bias_is_small, core.bias_steps = plain and pointwise and not scores.sinks, steps + gain
+            core.bias_is_small = plain and pointwise
+            core.bias_steps = axes.steps(layout_at(softmax.scores, product, axes, base), target) + gain
+        elif same and len(end) == len(size):
+            core.bias_steps = steps + gain
         elif scores.sinks or math.prod(size) != math.prod(end):
             raise Miss("the axes of the scores change before the softmax in a way that is not followed", core.output)
         else:
@@ -323,8 +326,9 @@ def _undo_repetition(core: Core, base: Evaluator) -> None:
     """Move keys and values back to before a repetition of kv heads, where execution shows that there is one."""
     heads = core.query.sizes[1]
     key, value = (before_repetition(o, heads, base) for o in (core.key, core.value))
-    if key and value and key.heads == value.heads:
+    if key and value and key.heads == value.heads and value.factor == 1:
         core.key, core.value, core.order = key.operand, value.operand, key.order
+        core.scale *= key.factor
     groups = [o.sizes[1] for o in (core.key, core.value)]
     if groups[0] != groups[1]:
         raise Miss(f"keys have {groups[0]} heads and values {groups[1]}", core.output)

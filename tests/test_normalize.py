@@ -97,11 +97,26 @@ def enable_gqa(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+def keys_first(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = (2.0 ** -torch.arange(1.0, H + 1)).view(H, 1, 1)
+    return ((k @ q.mT).mT * 0.25 + slopes * torch.arange(-T + 1.0, 1.0)).softmax(-1) @ v
+
+
 PLAIN = [
+    keys_first,
     sdpa, sdpa_with_positional_mask, scale_after, scale_by_division, scale_on_both_operands, added_mask,
     mask_as_first_addend, masked_fill, where, softmax_in_float32_with_dropout, softcap,
 ]  # fmt: skip
-GROUPED = [repeat_interleave, expand_and_reshape, enable_gqa]
+
+
+def scaled_after_repetition(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+    k = (0.5 * k).flatten(0, 1) / 3
+    scores = torch.bmm(q.flatten(0, 1), k.mT).unflatten(0, q.shape[:2])
+    return torch.tanh(scores).softmax(-1) @ v
+
+
+GROUPED = [scaled_after_repetition, repeat_interleave, expand_and_reshape, enable_gqa]
 
 
 def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes.Outcome]:
@@ -122,6 +137,25 @@ def test_every_spelling_becomes_one_canonical_node_with_the_same_numbers(core: C
     assert not any("softmax" in t or "scaled_dot" in t for t in targets)
     output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
     torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)  # another order of float32 sums
+
+
+def folded_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * 0.25).softmax(-1).flatten(0, 1)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
+@pytest.mark.parametrize("heads", [1, H])
+def test_in_a_batch_of_one_an_axis_of_batch_and_heads_is_still_both(heads: int) -> None:
+    def core(m: Any, *heads_of: Tensor) -> Tensor:
+        return folded_weights(m, *(t[:, :heads] for t in heads_of)).repeat(1, H // heads, 1, 1)
+
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert [m.reason for m in result.missed] == []
+    (site,) = result.sites.values()
+    assert site.heads == heads
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("core", [sdpa, masked_fill, where, softcap, added_mask], ids=lambda f: f.__name__)
