@@ -277,8 +277,10 @@ def _file_name(request: Request, gpu: Gpu, version: str) -> str:
 
 
 def _kept(name: str) -> Resources | None:
-    path = cache_folder() / name
-    return Resources(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return Resources(**json.loads((cache_folder() / name).read_bytes()))
+    except (OSError, ValueError, TypeError, RuntimeError):  # not there, or damaged; no home folder is a RuntimeError
+        return None
 
 
 def _keep(resources: Resources, path: Path) -> None:

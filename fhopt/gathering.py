@@ -210,11 +210,12 @@ class Checkpoint:
                         f"{file} is of another calibration (model or options differ). Remove it, or give the options "
                         "that it was made with."
                     )
+                batches = int(about["batches"])
                 for name, total in sums.items():
                     total.copy_(opened.get_tensor(name))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise FhoptError(f"{file} is damaged ({error}). Remove it to calibrate from the start.") from error
-        return int(about["batches"])
+        return batches
 
     def save(self, stage: str, sums: Sums, batches: int) -> None:
         """Keep the sums, whole or not at all. Raises FhoptError."""

@@ -118,7 +118,7 @@ class Head:
             raise FhoptError(
                 f"cannot read {folder}: {error.strerror or error}. Expected a folder of `fhopt head`."
             ) from error
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise FhoptError(f"{folder} is damaged ({error}). Make the head again with: fhopt head") from error
         if not isinstance(content, dict) or content.get("version") != VERSION:
             found = content.get("version") if isinstance(content, dict) else None

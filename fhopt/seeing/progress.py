@@ -117,7 +117,7 @@ def read_progress(path: Path) -> Progress | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         stages = [Stage(**stage) for stage in found.pop("stages")]
         progress = Progress(**found, stages=stages)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     if progress.state == RUNNING and not _is_alive(progress.process):
         progress.state = STOPPED

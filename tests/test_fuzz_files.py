@@ -1,0 +1,191 @@
+"""Damaged files of every kind that fhopt reads: an error in a sentence, or what was written; no traceback, no surprise.
+
+What is written is that of tests/test_faults.py. A file of it is cut short, has bits turned, bytes put in, taken out or
+said twice, or is emptied, at places that are drawn. Where a digest is kept of what decides numbers (plans, rewritten
+models), what loads is what was written; elsewhere (heads, caches, checkpoints) it is at least of the right form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_models import Fitted
+from test_faults import WRITES, Write
+
+from fhopt import machine
+from fhopt.codegen import gpu, tuning
+from fhopt.errors import FhoptError
+from fhopt.head import Head
+from fhopt.models import load_model
+from fhopt.rewritten import PLAN
+from fhopt.seeing import progress
+from fhopt.spec import KernelSpec, LatentPlan
+
+FUZZ = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+READABLE = (
+    "README.md",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "generation_config.json",
+)  # decide no number of ours
+
+
+# --------------------------------------------------------------------------------------------------- damage
+
+
+def cut(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def turned(content: bytes, rng: random.Random) -> bytes:
+    """One bit, near one of the ends more often than not: headers and last numbers."""
+    size = len(content)
+    at = min(
+        size - 1,
+        rng.choice([rng.randrange(size), rng.randrange(min(200, size)), size - 1 - rng.randrange(min(9, size))]),
+    )
+    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+
+
+def put_in(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content) + 1)
+    return content[:at] + rng.randbytes(rng.choice([1, 8, 4096])) + content[at:]
+
+
+def taken_out(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return content[:at] + content[at + rng.randint(1, 64) :]
+
+
+def oversized(content: bytes, rng: random.Random) -> bytes:
+    """The length that a file of safetensors says of its own head, or a number in a text, is made enormous."""
+    return (2 ** rng.choice([24, 40, 62])).to_bytes(8, "little") + content[8:]
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "cut": cut,
+    "a bit turned": turned,
+    "bytes put in": put_in,
+    "bytes taken out": taken_out,
+    "said twice": lambda content, rng: content + content,
+    "emptied": lambda content, rng: b"",
+    "zeros": lambda content, rng: bytes(len(content)),
+    "oversized": oversized,
+    "deep": lambda content, rng: b"[" * 100_000,
+    "not text": lambda content, rng: b"\xff\xfe" + content,
+}
+
+
+# --------------------------------------------------------------------------------------------------- what is read
+
+
+def numbers_of(folder: Path) -> tuple[str, str]:
+    """Of a rewritten model: its plan, and all of its weights."""
+    model = load_model(str(folder)).module
+    assert model is not None
+    h = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        h.update(name.encode() + weight.numpy().tobytes())
+    return LatentPlan.load(folder / PLAN).digest(), h.hexdigest()
+
+
+# What decides numbers, where a digest of it is kept.
+PROTECTED: dict[str, Callable[[Path], Any]] = {
+    "plan": lambda folder: LatentPlan.load(folder).digest(),
+    "rewritten model": numbers_of,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that was written, and a copy of it that stays whole."""
+
+    kind: str
+    write: Write
+    whole: Path
+
+    def read(self) -> Any:
+        """What is there, as far as it is protected. Raises FhoptError."""
+        if self.kind == "head":
+            return Head.load(self.write.place)
+        return PROTECTED[self.kind](self.write.place) if self.kind in PROTECTED else self.write.read()
+
+    def lay(self) -> list[Path]:
+        """Put a whole copy in place; returns its files."""
+        place = self.write.place
+        if place.is_dir():
+            shutil.rmtree(place)
+        (shutil.copytree if self.whole.is_dir() else shutil.copyfile)(self.whole, place)
+        return [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module", params=WRITES)
+def kept(request: pytest.FixtureRequest, llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    folder = tmp_path_factory.mktemp("damaged") / "out"
+    folder.mkdir()
+    write = WRITES[request.param](folder, llama)
+    write.write(0)
+    whole = folder.with_name("whole")
+    (shutil.copytree if write.place.is_dir() else shutil.copyfile)(write.place, whole)
+    return Kept(request.param, write, whole)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_an_error_in_a_sentence_or_what_was_written(kept: Kept, data: st.DataObject) -> None:
+    kept.lay()
+    expected = kept.read()
+    files = kept.lay()
+    file = files[data.draw(st.integers(0, len(files) - 1), label="file")]
+    how = data.draw(st.sampled_from([*DAMAGES]), label="damage")
+    file.write_bytes(DAMAGES[how](file.read_bytes(), random.Random(data.draw(st.integers(0, 2**32)))))
+    try:
+        found = kept.read()
+    except FhoptError as error:
+        assert "\n" not in str(error) and ("xpected" in str(error) or ". " in str(error)), error
+    else:
+        assert kept.kind not in PROTECTED or found == expected, f"{how}: {file.name} was accepted"
+
+
+# --------------------------------------------------------------------------------------------------- the cache folder
+
+
+NOT_OURS = [
+    b"",
+    b"{",
+    b"[" * 100_000,
+    b"[1]",
+    b"\xff\xfe",
+    b'{"best": 3}',
+    b'{"stages": 1}',
+    b'{"stages": [{"x": 1}]}',
+    b"null",
+]
+
+
+@pytest.mark.parametrize("content", NOT_OURS, ids=lambda content: repr(content[:12]))
+def test_a_damaged_file_of_the_cache_folder_counts_as_none(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
+    anew: Any = object()
+    monkeypatch.setattr(machine, "measure", lambda threads: anew)
+    machine.measured.cache_clear()
+    place = tmp_path / "any.json"
+    monkeypatch.setattr(tuning, "_path", lambda *which: place)
+    place.write_bytes(content)
+    (tmp_path / f"machine-{machine._digest(1)}.json").write_bytes(content)
+    assert gpu._kept("any.json") is None
+    assert tuning._read("decode", KernelSpec((), (), 8, 8, "float32", False), 1, "a GPU") is None
+    assert machine.measured(1) is anew
+    assert progress.read_progress(place) is None
+    machine.measured.cache_clear()
