@@ -12,6 +12,7 @@ the listed pages; and choosing them by sketches, reading them, and letting the m
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import time
@@ -37,7 +38,7 @@ from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
 from fhopt.spec import LatentPlan, SketchPlan
-from fhopt.tasks import TaskOptions, run_tasks, write_items
+from fhopt.tasks import Item, TaskOptions, check_items, write_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -99,20 +100,41 @@ def left_out(plan: LatentPlan) -> list[Row]:
     return [Row("calibration, mean of layers", PAGED, "weight_left_out", mean, "")]
 
 
-def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], length: int, items: int) -> list[Row]:
-    """Share of items that are right, with the exact cache, with all pages and with those that are chosen."""
-    options = TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
+def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], length: int, items: int) -> Iterator[Row]:
+    """Share of items that are right, and the likelihood of answers, with all pages and with those that are chosen."""
+    model, options = loaded.language_model(), TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
     written = write_items(loaded.tokenizer, list(tasks), options)
-    rows = []
-    for impl, used in ((DENSE, replace(plan, pages=None)), (PAGED, plan)):
-        for task, cells in run_tasks(loaded.language_model(), written, used).items():
-            found = cells[None]
-            assert found.plan is not None
-            case = f"{task}, {length:,} tokens, {found.plan.items} items"
-            exact = found.exact.rate
-            rows.append(Row(case, impl, "right", found.plan.rate, "", baseline=exact, ratio=None))
-            rows.append(Row(case, impl, "log_prob", found.plan.log_prob, "nats", baseline=found.exact.log_prob))
-    return rows
+    check_items(model, written)
+    for task, cells in written.items():
+        with switched(model, plan):
+            found = [answers(model, plan, item) for some in cells.values() for item in some]
+        case = f"{task}, {length:,} tokens, {len(found)} items"
+        rates = {impl: sum(item[impl][0] for item in found) / len(found) for impl in (DENSE, PAGED)}
+        for impl, rate in rates.items():
+            log_prob = statistics.fmean(item[impl][1] for item in found)
+            yield Row(case, impl, "right", rate, "", baseline=rates[DENSE], ratio=None)
+            yield Row(case, impl, "log_prob", log_prob, "nats")
+
+
+@torch.inference_mode()
+def answers(model: Any, plan: LatentPlan, item: Item) -> dict[str, tuple[bool, float]]:
+    """Whether the answer is the most likely one, and its log-probability a token; the question and the answer choose
+    pages, what is before is a prompt, read whole."""
+    name, cache = cache_argument(model), new_cache(model, plan, each_query=False)
+    ids = torch.tensor([[*item.context, *item.answer]])
+    for piece in ids[:, : item.question].split(PROMPT, 1):
+        model(piece, **{name: cache}, use_cache=True, logits_to_keep=1)
+    out, target = {}, ids[0, -len(item.answer) :]
+    for impl in (DENSE, PAGED):
+        own = copy.deepcopy(cache)
+        for layer in own.layers:
+            layer.each_query = True
+            layer.share = 1.0 if impl == DENSE else layer.share
+        logits = model(ids[:, item.question : -1], **{name: own}, use_cache=True).logits[0, -len(target) :]
+        log_p = logits.double().log_softmax(-1)
+        right = bool((log_p.argmax(-1) == target).all())
+        out[impl] = right, float(log_p.gather(-1, target[:, None]).mean())
+    return out
 
 
 # --------------------------------------------------------------------------------------------------- the operator
@@ -156,7 +178,7 @@ def operator(tokens: int) -> list[Row]:
     times = timed(calls)
     rows = []
     for impl, time_ms in times.items():
-        case = f"{SHAPE}, T={tokens}, B=1, {RATIO}x codes, {torch.get_num_threads()} threads"
+        case = f"{SHAPE}, T={tokens}, B=1, {RATIO}x codes, threads: {torch.get_num_threads()}"
         rows.append(Row(case, impl, "time_ms", time_ms, "ms", baseline=times[DENSE], ratio=times[DENSE] / time_ms))
         rows.append(Row(case, impl, "step_bytes", sizes[impl], "bytes", baseline=every, ratio=every / sizes[impl]))
     return rows
@@ -208,11 +230,17 @@ def draw(figure: Figure, rows: list[Row]) -> None:
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, (metric, here) in zip(panels, shown.items(), strict=True):
         values = [100 * (r.ratio or 1.0) - 100 if metric == "perplexity" else r.value for r in here]
-        labels = [r.case if metric == "perplexity" else f"{r.case.split(', ')[0]}, {r.impl}" for r in here]
+        labels = [r.case if metric == "perplexity" else f"{_short(r.case)}, {r.impl}" for r in here]
         panel.barh(labels, values)
         panel.set_title(METRICS[metric], fontsize=9)
         panel.tick_params(labelsize=7)
         panel.invert_yaxis()
+
+
+def _short(case: str) -> str:
+    """The first words of a case, and its threads."""
+    first, *_, last = case.split(", ")
+    return f"{first}, {last}" if "threads" in last else first
 
 
 METRICS = {"perplexity": "perplexity, % over all pages", "right": "share of items right", "time_ms": "attention, ms"}
@@ -229,7 +257,11 @@ def measured(
             yield from perplexities(loaded, plan, text, context, tail)
     if items:
         yield from task_rates(loaded, plan, ("passkey", "copy", "digits"), length, items)
-    yield from operator(tokens)
+    before = torch.get_num_threads()
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+        torch.set_num_threads(threads)
+        yield from operator(tokens)
+    torch.set_num_threads(before)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,9 +1,9 @@
 """From a `KernelSpec` to something that can be called: render, keep in the file cache, compile, load.
 
-Files go to the folder named by FHOPT_CACHE_DIR, or ~/.cache/fhopt. A file's name is the name of the spec and a hash of
-its text (for C++ also of compiler, flags and host CPU, since the code is made for that CPU), so a file that exists is
-right and is never written again. Files appear whole (written aside, then renamed) and are made under a lock, so that
-processes that need the same kernel at once build it once.
+Files go to the folder named by FHOPT_CACHE_DIR, or ~/.cache/fhopt, where nobody else may write: what is in it is run. A
+file's name is the name of the spec and a hash of its text (for C++ also of compiler, flags and host CPU, since the code
+is made for that CPU), so a file that exists is right and is never written again. Files appear whole (written aside,
+then renamed) and are made under a lock, so that processes that need the same kernel at once build it once.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -11,6 +11,7 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -160,7 +162,9 @@ def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ..
         command = [*compiler, str(source), "-o", str(target), *links]
         failed = _errors([*command, "-fopenmp"])
         if failed and _errors(command):  # without OpenMP the kernel runs on one thread
-            raise CompileError(f"{compiler[0]} refused a generated file: {failed.strip().splitlines()[0]}.")
+            lines = failed.strip().splitlines()
+            said = next((line for line in lines if "error" in line), lines[0])
+            raise CompileError(f"{compiler[0]} refused a generated file: {said}.")
 
 
 def _errors(command: list[str]) -> str:
@@ -206,8 +210,8 @@ def cached_file(name: str, make: Callable[[Path], None]) -> Path:
         other = _temporary_folder()
         _warn_once(
             "cache",
-            f"The kernel cache cannot be written ({error}); the kernels of this process go to {other} and are built "
-            f"again next time. Set {CACHE_VARIABLE} to a folder that you may write to.",
+            f"The kernel cache cannot be used ({error}); the kernels of this process go to {other} and are built "
+            f"again next time. Set {CACHE_VARIABLE} to a folder that you, and nobody else, may write to.",
         )
     return _found_or_made(other / name, make)
 
@@ -217,10 +221,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fhopt")
 
 
+def make_private(folder: Path) -> None:
+    """Make `folder`, where it is not there, for this user alone. Raises PermissionError when others may write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid not in (os.geteuid(), 0) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EPERM, "others may write to it", str(folder))
+
+
 def _found_or_made(path: Path, make: Callable[[Path], None]) -> Path:
+    make_private(path.parent)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():  # another process may have made it while this one waited

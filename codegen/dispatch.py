@@ -6,7 +6,10 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -31,6 +34,8 @@ from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
+_expected: set[KernelSpec] = set()
+log = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -44,6 +49,27 @@ def install() -> None:
     use_page_kernel("cpu", weigh_pages)
     if importlib.util.find_spec("triton") is not None:
         use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
+
+
+def expect(specs: Iterable[KernelSpec]) -> None:
+    """Kernels for a CPU that will be needed together: the first of them that is called for brings the others with it.
+
+    Compilers run side by side, one a core, where kernels would else be compiled one after the other. Whatever was
+    expected before is so no longer.
+    """
+    _expected.clear()
+    _expected.update(specs)
+
+
+def _build_with_others(spec: KernelSpec) -> LatentKernel:
+    """The kernel of `spec`; all that are expected are built with it where it is one of them."""
+    if spec in _expected:
+        specs = sorted(_expected, key=lambda each: each.name)
+        _expected.clear()
+        log.info("building %d kernels", len(specs))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(build, specs))
+    return build(spec)
 
 
 def latent_attention(
@@ -109,7 +135,7 @@ def _kernel(
     width = int(sum(tiers[4])) or value.shape[-1]
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
     if query.is_cpu:
-        return build(spec)
+        return _build_with_others(spec)
     if importlib.util.find_spec("triton") is None:
         return build_torch(spec)
     return build_triton(replace(spec, dtype=_DTYPES[query.dtype]))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen import triton_attention
-from fhopt.codegen.build import build_triton, cache_folder
+from fhopt.codegen.build import build_triton, cache_folder, make_private
 from fhopt.codegen.gpu import (
     GPUS,
     Gpu,
@@ -304,7 +304,7 @@ def _write(
     told = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
     text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": told}, indent=1)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         with appearing(path) as target:
             target.write_text(text)
     except OSError as error:
@@ -316,6 +316,6 @@ def _write(
 
 def _read(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
     try:
-        return Config(**json.loads(_path(kind, spec, rows, device_name).read_text())["best"])
-    except (OSError, RuntimeError, TypeError):  # there is none, no home folder, or one of another version's fields
+        return Config(**json.loads(_path(kind, spec, rows, device_name).read_bytes())["best"])
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # none, no home folder, damaged, other fields
         return None

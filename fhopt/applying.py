@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +21,7 @@ from fhopt.fitting import check_model
 from fhopt.models import encoder_path, is_inside
 from fhopt.offloaded import Weights
 from fhopt.sharding import local_plan
-from fhopt.spec import LatentPlan
+from fhopt.spec import KernelSpec, LatentPlan, SitePlan
 
 IMPLEMENTATION = "fhopt"
 
@@ -87,7 +87,17 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
     fhopt.codegen.install()
+    fhopt.codegen.expect(_kernels(network, [p for p in plan.sites if p.site in sites and not p.is_exact]))
     return model
+
+
+def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:
+    """What the latents of sites are read by on a CPU; none where the model is elsewhere."""
+    weight = next(model.parameters(), None)
+    if weight is None or weight.device.type != "cpu":
+        return set()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {KernelSpec.of(s, "float32" if s.key.tiers and s.value.tiers else dtype) for s in sites}
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:
@@ -224,7 +234,7 @@ def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
 
 def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
     """Give an ordinary cache that is still empty latent layers; the caller keeps its object."""
-    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
     from fhopt.cache import LATENT_LAYERS, LatentCache, latent_layers, plain_layers
 
@@ -262,6 +272,6 @@ def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
         )
 
 
-def cache_argument(model: torch.nn.Module) -> str:
+def cache_argument(model: torch.nn.Module | type[torch.nn.Module]) -> str:
     """What this version of transformers calls the cache."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -30,7 +30,7 @@ from fhopt.cost import BATCH, ITEMSIZES, QUERIES, SEALED, Cost, Device, Work, si
 from fhopt.errors import FhoptError
 from fhopt.files import check_folder, check_writable, write_folder
 from fhopt.machine import find_device
-from fhopt.spec import KernelSpec, LatentPlan, SidePlan, SitePlan
+from fhopt.spec import KernelSpec, LatentPlan, SitePlan
 
 TABLE_FILES = ("kernels.md", "kernels.json")
 MOST_NAMES = 3  # of sites in a cell
@@ -144,7 +144,7 @@ def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
     for site in plan.sites:
         if _latents(site, dtype) is None:
             continue
-        kernel = spec_of(site, dtype), site.site.heads, site.key.groups, site.value.groups
+        kernel = KernelSpec.of(site, dtype), site.site.heads, site.key.groups, site.value.groups
         found.setdefault(kernel, []).append(site)
     if not found:
         raise FhoptError(
@@ -152,16 +152,6 @@ def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
             "ratio above 1."
         )
     return found
-
-
-def spec_of(site: SitePlan, dtype: str) -> KernelSpec:
-    """What the kernel of a site depends on, for queries of `dtype`."""
-
-    def tiers(side: SidePlan) -> tuple[tuple[int, int, float], ...]:
-        return tuple((t.bits, t.width, t.step) for t in side.tiers)
-
-    sides = tiers(site.key), tiers(site.value)
-    return KernelSpec(*sides, site.key.width, site.value.width, dtype, site.site.softcap != 0.0)
 
 
 def _latents(site: SitePlan, dtype: str) -> Work | None:

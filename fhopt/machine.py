@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from fhopt import cost
-from fhopt.codegen.build import cache_folder
+from fhopt.codegen.build import cache_folder, make_private
 from fhopt.cost import Device
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
@@ -73,7 +73,7 @@ def measured(threads: int) -> Measured:
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
         return Measured(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or of another version
+    except (OSError, ValueError, TypeError, RecursionError):  # not there, damaged, or of another version
         return measure(threads)
 
 
@@ -90,7 +90,7 @@ def measure(threads: int) -> Measured:
     )
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         with appearing(path) as target:
             target.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
     except OSError:

@@ -109,6 +109,7 @@ def add(plan: LatentPlan) -> Entry:
     """Keep a plan; one that is there already stays as it is. Raises FhoptError when it cannot be written."""
     path = plans_folder() / _name(plan)
     if not (path.is_dir() and not verify(_entry(path)).fault):
+        plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may come to lie there, too
         plan.save(path)
     return _entry(path)
 

@@ -483,6 +483,16 @@ class KernelSpec:
     dtype: str
     softcap: bool
 
+    @staticmethod
+    def of(site: SitePlan, dtype: str) -> KernelSpec:
+        """Of the kernel that reads the latents of a site, for queries of `dtype`."""
+
+        def tiers(side: SidePlan) -> tuple[tuple[int, int, float], ...]:
+            return tuple((t.bits, t.width, t.step) for t in side.tiers)
+
+        sides = tiers(site.key), tiers(site.value)
+        return KernelSpec(*sides, site.key.width, site.value.width, dtype, site.site.softcap != 0.0)
+
     @property
     def name(self) -> str:
         """Readable parameters and a short hash: the name of the generated file."""

@@ -11,20 +11,25 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small_models import Fitted, token_ids
 from torch import Tensor
 
 from fhopt import ops
+from fhopt.cache import LatentCache
 from fhopt.codegen import build, install, latent_attention, render
 from fhopt.codegen.build import build_cpp, build_torch, find_compiler, load
 from fhopt.codegen.call import LibraryKernel
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
+from fhopt.evaluate import switched
 from fhopt.ops import LatentKernel, latent_attention_reference, pack_reference, planes, unpack_reference, use_kernel
 from fhopt.spec import SUPPORTED_BITS, KernelSpec
 
@@ -395,6 +400,57 @@ def test_torch_kernels_merge_tiles_of_tokens() -> None:
 # --------------------------------------------------------------------------------------------------- dispatch
 
 
+def test_kernels_that_are_expected_are_built_with_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, each once; others bring nothing with them, and what was expected before is forgotten."""
+    forgotten, *awaited, other = [KernelSpec((), (), width, width, "float32", False) for width in (8, 9, 10, 11)]
+    built: list[str] = []
+    together = threading.Barrier(2, timeout=30)
+
+    def watched(spec: KernelSpec) -> LatentKernel:
+        built.append(spec.name)
+        if built.count(spec.name) == 1 and spec in awaited:
+            together.wait()
+        return build_torch(spec)
+
+    def read(width: int) -> None:
+        rows = torch.randn(1, 1, 3, width)
+        options: Any = ops.latent_options(None, None)
+        latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)
+
+    monkeypatch.setattr(DISPATCH, "build", watched)
+    monkeypatch.setattr(DISPATCH, "_kernels", {})
+    monkeypatch.setattr(DISPATCH.os, "sched_getaffinity", lambda process: {0, 1})
+    DISPATCH.expect([forgotten])
+    DISPATCH.expect(awaited)
+    read(11)
+    assert built == [other.name]
+    read(9)
+    assert set(built) == {other.name, *(spec.name for spec in awaited)}
+    read(10)
+    assert sorted(built[1:]) == sorted([spec.name for spec in awaited] * 2)  # built, and asked for again
+    assert DISPATCH._expected == set()
+
+
+def test_a_plan_expects_the_kernels_that_its_cache_will_call(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[KernelSpec] = set()
+    expected: list[set[KernelSpec]] = []
+
+    def watched(spec: KernelSpec) -> LatentKernel:
+        asked.add(spec)
+        return build_torch(spec)
+
+    monkeypatch.setattr(DISPATCH, "_kernels", {})
+    monkeypatch.setattr(DISPATCH, "build", watched)
+    monkeypatch.setattr("fhopt.codegen.expect", lambda specs: expected.append(set(specs)))
+    plan = llama.plan(4, window_bits=16)
+    with torch.no_grad(), switched(llama.model, plan):
+        cache = LatentCache(plan, llama.model.config)
+        llama.model(token_ids(1, 60), past_key_values=cache)
+        llama.model(token_ids(1, 1), past_key_values=cache)
+    assert len(expected) == 1 and expected[0] and expected[0] <= asked
+    assert {spec for spec in asked if spec.key_tiers} == expected[0]
+
+
 def test_the_op_runs_through_the_kernel_of_its_arguments_once_installed() -> None:
     case = CASES["keys shared by 9 heads, values by 3"]
     x, before = inputs(case), use_kernel("cpu", None)
@@ -552,9 +608,34 @@ def test_a_cache_folder_that_cannot_be_written_gives_way_to_a_temporary_one(
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(blocked))
     case = CASES["one token"]
     x = inputs(case)
-    with pytest.warns(RuntimeWarning, match=r"cannot be written.*Set FHOPT_CACHE_DIR"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be used.*Set FHOPT_CACHE_DIR"):
         kernel = build_torch(case.spec())
     assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
+
+
+def test_what_is_run_from_the_cache_folder_cannot_be_changed_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o002)  # by which folders are open to the group
+    try:
+        monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "new"))
+        BUILD.load_module("made", "x = 1")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_nothing_is_run_from_a_folder_that_others_may_write_to(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(BUILD, "_warned", set())
+    left = BUILD.load_module("left", "x = 1").__file__
+    Path(left).write_text("x = 'of somebody else'")
+    tmp_path.chmod(mode)
+    with pytest.warns(RuntimeWarning, match="others may write to it"):
+        assert BUILD.load_module("left", "x = 1").x == 1
 
 
 def test_the_working_directory_stays_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from fhopt.cli import main
 from fhopt.codegen import gpu, render, tuning
 from fhopt.codegen.gpu import GPUS, Request, Resources
 from fhopt.cost import DEVICES
-from fhopt.kernels import Options, cells, kernels_of, spec_of, write_kernels
-from fhopt.spec import LatentPlan
+from fhopt.kernels import Options, cells, kernels_of, write_kernels
+from fhopt.spec import KernelSpec, LatentPlan
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -130,7 +130,7 @@ def test_there_is_a_file_for_each_kernel(plan: LatentPlan, tmp_path: Path) -> No
     found = kernels_of(plan, "float16")
     assert [[s.site.name for s in sites] for sites in found.values()] == [["layers.0", "layers.1"], ["layers.2"]]
     for row, ((spec, *_), sites) in zip(made.rows, found.items(), strict=True):
-        assert spec == spec_of(sites[0], "float16") and spec.dtype == "float16"
+        assert spec == KernelSpec.of(sites[0], "float16") and spec.dtype == "float16"
         text = (tmp_path / "out" / row.file).read_text()
         assert text == render(spec, "triton") == made.files[row.file]
         ast.parse(text)
