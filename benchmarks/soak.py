@@ -1,7 +1,8 @@
 """200,000 generated tokens: a latent cache and a plain reference, side by side through everything a cache can be asked.
 
-    python benchmarks/soak.py              writes benchmarks/results/soak.json and soak.png; fails if a promise breaks
-    python benchmarks/soak.py --quick      a twentieth of the tokens (also QUICK=1)
+    python benchmarks/soak.py                writes benchmarks/results/soak.json and soak.png; fails if a promise breaks
+    python benchmarks/soak.py --quick        a twentieth of the tokens (also QUICK=1)
+    python benchmarks/soak.py --minutes 60   the same mixed with generate(), over and over: endurance.json and .png
 
 A small model samples tokens one by one, in batches; in between come chunks of tokens, crops (short ones and ones deep
 into sealed blocks), reordered, repeated and selected sequences, and resets. At every step the logits behind the latent
@@ -11,11 +12,14 @@ one by chance. One run is in float32, through the compiled kernels: there a roun
 their own ways from then on, and what is promised is only the memory.
 
 Promises: logits within 1e-4; no drift (the last quarter of a run is as close as the first); bytes never above the
-formula and the spare room that growth may leave; the memory of the process stays.
+formula and the spare room that growth may leave; the memory of the process stays. With --minutes it is read after each
+lap through all variants, models kept from lap to lap: it grows, and the run fails, when the slope of a straight line
+through the laps behind the warm-up is above 1 MB an hour by more than two of its standard errors.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import sys
@@ -44,6 +48,12 @@ if TYPE_CHECKING:
 VOCABULARY, LONGEST = 97, 2048
 TOKENS: dict[str, Any] = dict(bos_token_id=0, eos_token_id=None, pad_token_id=0)
 MOST_APART, MOST_DRIFT, MOST_GROWTH = 1e-4, 2.0, 4 << 20  # logits; times the first quarter; bytes of the process
+LAP, LEAST_LAPS, WARM = 1200, 8, 0.25  # tokens of a variant in a lap; laps at least; share of them that warms up
+MOST_SLOPE = 1e6  # bytes an hour
+GENERATED: tuple[dict[str, Any], ...] = (
+    {"do_sample": False}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "do_sample": False},
+    {"do_sample": False, "prompt_lookup_num_tokens": 3}, {"do_sample": False, "cache_implementation": "static"},
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- the reference
@@ -237,9 +247,9 @@ def operations(rng: random.Random) -> Iterator[str]:
         yield rng.choices(list(odds), list(odds.values()))[0]
 
 
-def run(variant: Variant, tokens: int, seed: int = 0) -> Course:
-    """Generate `tokens` tokens and compare at every step."""
-    model, plan = prepared(variant)
+def run(variant: Variant, tokens: int, seed: int = 0, made: tuple[Any, LatentPlan] | None = None) -> Course:
+    """Generate `tokens` tokens and compare at every step. made: what `prepared` gave for the variant before."""
+    model, plan = made or prepared(variant)
     rng, course, name = random.Random(seed), Course(), cache_argument(model)
     torch.manual_seed(seed)
     batch, done, length, start = 2, 0, 0, time.perf_counter()
@@ -318,16 +328,102 @@ def growth(course: Course) -> int:
     return course.resident[-1] - course.resident[0]
 
 
-def broken(variant: Variant, course: Course) -> list[str]:
-    """The promises that a run has broken, in words."""
-    exact = variant.dtype == torch.float64
+def broken(variant: Variant, course: Course, is_long: bool = True) -> list[str]:
+    """The promises that a run has broken, in words. is_long: long enough for its quarters to be alike."""
+    exact, drifted = variant.dtype == torch.float64, drift(course)
     told = {
         f"logits differ by {max(course.apart):.1e}": exact and max(course.apart) > MOST_APART,
-        f"the last quarter is {drift(course):.1f} times as far off as the first": exact and drift(course) > MOST_DRIFT,
+        f"the last quarter is {drifted:.1f} times as far off as the first": exact and is_long and drifted > MOST_DRIFT,
         f"{max(course.over):.3f} times the bytes that the formula allows": max(course.over) > 1,
         f"the process grew by {growth(course) / 2**20:.1f} MB": growth(course) > MOST_GROWTH,
     }
     return [words for words, is_so in told.items() if is_so]
+
+
+# --------------------------------------------------------------------------------------------------- over and over
+
+
+@dataclass(frozen=True)
+class Lap:
+    """After one lap: minutes and tokens since the beginning, bytes of the process, promises that were broken."""
+
+    minutes: float
+    tokens: int
+    resident: int
+    broken: tuple[str, ...]
+
+
+def laps(minutes: float) -> Iterator[Lap]:
+    """Laps through all variants, until the time is over and there are enough to tell a slope."""
+    made = {variant.name: prepared(variant) for variant in VARIANTS}
+    start, tokens, count = time.perf_counter(), 0, 0
+    while count < LEAST_LAPS or time.perf_counter() - start < 60 * minutes:
+        told: list[str] = []
+        for variant in VARIANTS:
+            course = run(variant, LAP, seed=count, made=made[variant.name])
+            told += [f"{variant.name}: {words}" for words in broken(variant, course, is_long=False)]
+            tokens += course.tokens[-1] + generate(made[variant.name][0], seed=count)
+        count += 1
+        yield Lap((time.perf_counter() - start) / 60, tokens, process_bytes(), tuple(told))
+
+
+def generate(model: Any, seed: int) -> int:
+    """Some tokens by every way of `generate`; how many."""
+    torch.manual_seed(seed)
+    tokens = 0
+    for way in GENERATED:
+        batch = 1 if "prompt_lookup_num_tokens" in way else 2
+        ids = torch.randint(VOCABULARY, (batch, 60))
+        tokens += model.generate(ids, max_new_tokens=40, min_new_tokens=40, **way).numel() - ids.numel()
+    return tokens
+
+
+def slope(course: list[Lap]) -> tuple[float, float]:
+    """Bytes an hour that the process gains, and the standard error: least squares over the laps behind the warm-up."""
+    kept = course[int(WARM * len(course)) :]
+    hours, sizes = [lap.minutes / 60 for lap in kept], [float(lap.resident) for lap in kept]
+    spread = sum((x - statistics.fmean(hours)) ** 2 for x in hours)
+    line = statistics.linear_regression(hours, sizes)
+    rest = sum((y - line.intercept - line.slope * x) ** 2 for x, y in zip(hours, sizes, strict=True))
+    return line.slope, math.sqrt(rest / (len(kept) - 2) / spread)
+
+
+def endured(course: list[Lap]) -> list[str]:
+    """The promises that were broken in some lap, and the one about memory, in words."""
+    gained, error = slope(course)
+    told = [f"lap {number}: {words}" for number, lap in enumerate(course) for words in lap.broken]
+    if gained - 2 * error > MOST_SLOPE:
+        told.append(f"the process grows by {gained / 1e6:.2f} MB an hour (standard error {error / 1e6:.2f})")
+    return told
+
+
+def endure(minutes: float) -> list[str]:
+    """Run laps, print the memory after each, write the figures down; what was broken."""
+    course: list[Lap] = []
+    for lap in laps(minutes):
+        course.append(lap)
+        click.echo(f"{lap.minutes:6.1f} min {lap.tokens:9,} tokens {lap.resident / 1e6:8.2f} MB")
+    gained, error = slope(course)
+    click.echo(f"slope: {gained / 1e6:+.3f} MB an hour, standard error {error / 1e6:.3f}")
+    figures = (
+        ("minutes", course[-1].minutes, "min"),
+        ("tokens", course[-1].tokens, ""),
+        ("resident_first", course[0].resident, "bytes"),
+        ("resident_last", course[-1].resident, "bytes"),
+        ("slope", gained, "bytes/h"),
+        ("slope_error", error, "bytes/h"),
+    )
+    rows = [Row("mixed generation", "fhopt", metric, float(value), unit) for metric, value, unit in figures]
+    record("endurance", rows, lambda figure: draw_memory(figure, course))
+    return endured(course)
+
+
+def draw_memory(figure: Figure, course: list[Lap]) -> None:
+    """Bytes of the process over time."""
+    panel = figure.subplots()
+    panel.plot([lap.minutes for lap in course], [lap.resident / 1e6 for lap in course], marker=".", linewidth=0.8)
+    panel.set(xlabel="minutes", ylabel="MB of the process", title="mixed generation, over and over")
+    panel.set_ylim(0, 1.2 * max(lap.resident for lap in course) / 1e6)
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -364,9 +460,14 @@ def draw(figure: Figure, courses: dict[str, Course]) -> None:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A twentieth of the tokens.")
-def main(quick: bool) -> None:
+@click.option("--minutes", type=float, help="Go on for so long, and watch the memory of the process.")
+def main(quick: bool, minutes: float | None) -> None:
     """Run every variant; exit status 1 when a promise is broken."""
     torch.set_num_threads(1)
+    if minutes is not None:
+        told = endure(minutes)
+        click.echo("; ".join(told) or "every promise holds")
+        sys.exit(bool(told))
     share = 20 if quick or is_quick() else 1
     courses: dict[str, Course] = {}
     failed = False

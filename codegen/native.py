@@ -341,6 +341,10 @@ TEXT = r"""// ops
 #include <unordered_map>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // what torch 2.11 calls it
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;

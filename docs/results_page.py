@@ -215,6 +215,11 @@ SECTIONS = {
     "soak": Section(
         "Long runs", "make soak", "Small models beside a reference that keeps every token, in float64.", by_case
     ),
+    "endurance": Section(
+        "Memory over time", "make soak MINUTES=60",
+        "The same variants, mixed with every way of `generate()`, over and over: bytes of the process after each lap.",
+        by_case,
+    ),
     "zoo": Section(
         "Finding attention", "make zoo", "Tiny random models; pass by pass: [the zoo](zoo.md).", zoo
     ),
@@ -222,6 +227,11 @@ SECTIONS = {
         "The zoo through torch.compile", "make compiled-zoo",
         "Tasks that eager and inductor can do, with `ratio: 1`. Differences are relative, from eager; in 16 bits eager "
         "rounds, too, in other places.", compiled_zoo,
+    ),
+    "matrix": Section(
+        "Versions", "make test-matrix",
+        "Tests that depend on versions, in each environment: [which, and why](versions.md). Skipped are tests of what "
+        "is not there.", by_case,
     ),
     "finding": Section("What finding costs", "make bench-find", "Seconds and nodes.", by_case),
 }  # fmt: skip

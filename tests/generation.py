@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from model_zoo import has_transformers
 from small_models import tiny_llama
 from torch import Tensor
 
@@ -96,6 +97,8 @@ MODES: dict[str, dict[str, Any]] = {
     "static chunked prefill": {"do_sample": False, "cache_implementation": "static", "prefill_chunk_size": 13},
     "static assisted": {"do_sample": False, "cache_implementation": "static", "assistant_model": _assistant},
 }
+if not has_transformers(5, 24):  # it refused that
+    del MODES["static assisted"]
 ONE_SEQUENCE = (
     "prompt lookup",
     "assisted",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fhopt import calibrate, fitting, passes
+from fhopt.applying import cache_argument
 from fhopt.capture import Captured, capture
 from fhopt.spec import LatentPlan
 
@@ -41,6 +42,13 @@ def tiny_gpt2(attention: str = "sdpa") -> Any:
 
 
 MAKERS: dict[str, Callable[..., Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """`cache` as an argument of a model, by the name that this version of transformers has for it."""
+    from transformers import LlamaForCausalLM
+
+    return {cache_argument(LlamaForCausalLM): cache}
 
 
 def token_ids(batch: int = 1, tokens: int = 16) -> Tensor:

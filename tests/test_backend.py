@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hand_plans import CODED, shared_plan
-from small_models import Fitted, found, run, tiny_gpt2, tiny_llama, token_ids
+from small_models import Fitted, cached, found, run, tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt import ops, passes
@@ -90,6 +90,7 @@ def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: Fitted) -> None:
     model = tiny_llama()
@@ -140,6 +141,7 @@ def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
             torch.testing.assert_close(forward(compiled, ids), forward(llama.model, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_options_of_inductor_pass_through_and_a_plan_may_be_a_path(llama: Fitted, tmp_path: Path) -> None:
     path = str(llama.plan(1).save(tmp_path / "plan"))
     compiled = with_backend(llama.model, plan=path, max_autotune=False)
@@ -153,6 +155,7 @@ def test_a_plan_that_fits_nothing_warns_once_or_refuses_when_strict(llama: Fitte
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
         with_backend(model, plan=llama.plan(1))(torch.randn(2, 4))  # no attention
     other = tiny_gpt2()
     with pytest.warns(RuntimeWarning, match="not in the plan"):
@@ -191,8 +194,8 @@ def test_a_cache_works_compiled_by_inductor_alone(llama: Fitted) -> None:
             results = []
             for function in (llama.model, torch.compile(llama.model, backend="aot_eager")):
                 cache = LatentCache(plan, absorb=True)
-                function(ids[:, :30], cache=cache)
-                results.append(function(ids[:, 30:31], cache=cache).logits)
+                function(ids[:, :30], **cached(cache))
+                results.append(function(ids[:, 30:31], **cached(cache)).logits)
     finally:
         fhopt.unapply(llama.model)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
@@ -396,6 +399,7 @@ def test_a_plan_stays_in_use_while_it_is_trained_with(llama: Fitted) -> None:
     losses = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
         for _ in range(3):
             loss = torch.nn.functional.cross_entropy(forward(compiled, ids)[0, :-1], ids[0, 1:])
             loss.backward()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from model_zoo import huggingface as zoo
 from naive import naive_code, naive_round
-from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import Fitted, cached, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -83,8 +83,8 @@ def test_a_continued_chat_reuses_its_cache(llama: Fitted) -> None:
     fhopt.apply(llama.model, llama.plan(1))
     try:
         cache = LatentCache(llama.plan(1), llama.model.config)
-        first = generate(llama.model, MODES["greedy"], ids, cache=cache)
-        second = generate(llama.model, MODES["greedy"], first.sequences, cache=cache)
+        first = generate(llama.model, MODES["greedy"], ids, **cached(cache))
+        second = generate(llama.model, MODES["greedy"], first.sequences, **cached(cache))
     finally:
         fhopt.unapply(llama.model)
     expected = generate(llama.model, {"do_sample": False, "max_new_tokens": 48, "min_new_tokens": 48}, ids)
@@ -93,7 +93,9 @@ def test_a_continued_chat_reuses_its_cache(llama: Fitted) -> None:
 
 def logits(model: Any, cache: Any, ids: Tensor, cuts: list[int]) -> Tensor:
     with torch.no_grad():
-        parts = [model(ids[:, a:b], cache=cache).logits for a, b in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True)]
+        parts = [
+            model(ids[:, a:b], **cached(cache)).logits for a, b in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True)
+        ]
     return torch.cat(parts, 1)
 
 
@@ -159,7 +161,7 @@ def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
     fhopt.apply(model, plan)
     cache = latent_cache(model, max_cache_len=3100 if static else None)
     with torch.no_grad():
-        model(token_ids(1, length), cache=cache)
+        model(token_ids(1, length), **cached(cache))
     decoding(model, cache, 2)()
     blocks = allocated(decoding(model, cache, plan.block))
     fhopt.unapply(model)
@@ -541,10 +543,10 @@ def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays
     with torch.no_grad():
         for _ in range(2):
             with pytest.raises(FhoptError, match=r"caches a layer 1, .* know 1.*LatentCache\(plan, model.config\)"):
-                llama.model(token_ids(1, 40), cache=cache)
+                llama.model(token_ids(1, 40), **cached(cache))
             assert cache.get_seq_length() == 0 and cache.nbytes == 0
         cache = LatentCache(cache.plan, llama.model.config)
-        llama.model(token_ids(1, 40), cache=cache)
+        llama.model(token_ids(1, 40), **cached(cache))
     assert [row["kind"] for row in cache.report()] == ["band", "exact"]
 
 
@@ -552,22 +554,22 @@ def test_a_cache_by_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fi
     fhopt.apply(llama.model, llama.plan(4))
     cache = LatentCache(gpt2.plan(4))
     with torch.no_grad(), pytest.raises(FhoptError, match="plan for another model"):
-        llama.model(token_ids(1, 40), cache=cache)
+        llama.model(token_ids(1, 40), **cached(cache))
     fhopt.unapply(llama.model)
     with torch.no_grad(), pytest.raises(FhoptError, match="Is this the model"):
-        llama.model(token_ids(1, 40), cache=cache)
+        llama.model(token_ids(1, 40), **cached(cache))
     assert cache.get_seq_length() == 0
 
 
 def test_a_cache_goes_on_in_the_dtype_that_it_began_in(llama: Fitted) -> None:
     cache = LatentCache(llama.plan(4))
     with torch.no_grad():
-        llama.model(token_ids(1, 60), cache=cache)
+        llama.model(token_ids(1, 60), **cached(cache))
         state = [t.clone() for layer in cache.layers for t in layer.tensors]
         with pytest.raises(FhoptError, match=r"torch.bfloat16 of batch 1, the cache holds torch.float32"):
-            copy.deepcopy(llama.model).to(torch.bfloat16)(token_ids(1, 1), cache=cache)
+            copy.deepcopy(llama.model).to(torch.bfloat16)(token_ids(1, 1), **cached(cache))
         with pytest.raises(FhoptError, match="of batch 2"):
-            llama.model(token_ids(2, 1), cache=cache)
+            llama.model(token_ids(2, 1), **cached(cache))
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
 
 
@@ -631,11 +633,11 @@ def test_gradients_pass_through_keys_that_had_to_be_rebuilt() -> None:
         cache = LatentCache(plan, model.config, absorb=absorb)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            model(ids[:, :30], cache=cache)
+            model(ids[:, :30], **cached(cache))
         model.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            model(ids[:, 30:], cache=cache).logits.square().sum().backward()
+            model(ids[:, 30:], **cached(cache)).logits.square().sum().backward()
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
@@ -655,12 +657,12 @@ def test_a_compiled_model_that_loses_the_latents_is_told() -> None:
         return key * 1.0, value
 
     with torch.no_grad():
-        model(ids, cache=cache)
+        model(ids, **cached(cache))
         torch._dynamo.reset()
         step: Any = torch.compile(model.forward, backend="eager", fullgraph=True)
         cache.__class__ = type("Lossy", (LatentCache,), {"update": lossy})
         with pytest.raises(Exception, match="loses the latents"):
-            step(input_ids=ids[:, :1], cache=cache, use_cache=True)
+            step(input_ids=ids[:, :1], **cached(cache), use_cache=True)
 
 
 def test_what_apply_made_active_unapply_takes_back(llama: Fitted) -> None:
@@ -668,10 +670,10 @@ def test_what_apply_made_active_unapply_takes_back(llama: Fitted) -> None:
     cache = latent_cache(llama.model, max_cache_len=64)
     layer = cache.layers[0]
     with torch.no_grad():
-        llama.model(token_ids(1, 40), cache=cache)
+        llama.model(token_ids(1, 40), **cached(cache))
         assert layer.reader.active
         llama.model.set_attn_implementation("sdpa")
-        llama.model(token_ids(1, 1), cache=cache)
+        llama.model(token_ids(1, 1), **cached(cache))
         assert not layer.reader.active
     fhopt.unapply(llama.model)
     assert llama.model.config._attn_implementation == "sdpa" and not layer.reader.active
@@ -681,11 +683,11 @@ def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) 
     """How transformers' documentation reuses a prompt: by copy.deepcopy."""
     cache, ids = LatentCache(llama.plan(4)), token_ids(1, 60)
     with torch.no_grad():
-        llama.model(ids, cache=cache)
+        llama.model(ids, **cached(cache))
         other = copy.deepcopy(cache)
-        expected = llama.model(ids[:, :5], cache=other).logits
+        expected = llama.model(ids[:, :5], **cached(other)).logits
         assert cache.get_seq_length() == 60 and other.get_seq_length() == 65
-        assert torch.equal(llama.model(ids[:, :5], cache=cache).logits, expected)
+        assert torch.equal(llama.model(ids[:, :5], **cached(cache)).logits, expected)
     for a, b in zip(cache.layers, other.layers, strict=True):
         assert a.key_bases is b.key_bases and a.plan is b.plan
 
@@ -732,9 +734,9 @@ def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> Non
         expected = llama.model(ids, use_cache=False).logits[:, -1]
         fhopt.apply(llama.model, llama.plan(1))
         cache = DynamicCache(config=llama.model.config)
-        llama.model(ids[:, :40], cache=cache)
+        llama.model(ids[:, :40], **cached(cache))
         assert cache.get_seq_length() == 40 and isinstance(cache.layers[0], LatentLayer)
-        found = llama.model(ids[:, 40:], cache=cache).logits[:, -1]
+        found = llama.model(ids[:, 40:], **cached(cache)).logits[:, -1]
         old = LatentCache(llama.plan(1), llama.model.config)
         llama.model(ids, past_key_values=old)
     fhopt.unapply(llama.model)
@@ -749,7 +751,7 @@ def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
     fhopt.apply(llama.model, llama.plan(4))
     cache = LatentCache(llama.plan(4))
     with torch.no_grad():
-        llama.model(token_ids(1, 60), cache=cache)
+        llama.model(token_ids(1, 60), **cached(cache))
     layer = weakref.ref(cache.layers[0])
     fhopt.unapply(llama.model)
     gc.disable()

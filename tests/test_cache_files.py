@@ -11,7 +11,7 @@ import pytest
 import torch
 from generation import MODES, generate
 from hand_plans import shared_plan
-from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import Fitted, cached, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -26,7 +26,7 @@ def filled(model: Any, ids: Tensor, **options: Any) -> Any:
     cache = latent_cache(model, **options)
     with torch.no_grad():
         for part in ids.split(21, 1):
-            model(part, cache=cache)
+            model(part, **cached(cache))
     return cache
 
 
@@ -67,8 +67,8 @@ def test_a_saved_prefix_goes_on_as_if_it_had_stayed(
     assert same(states(loaded), states(stayed)) and type(loaded) is type(stayed)
     assert loaded.nbytes <= stayed.nbytes
     longer = torch.cat([ids, token_ids(2, 9)], 1)
-    expected = generate(model, MODES["greedy"], longer, cache=stayed)
-    output = generate(model, MODES["greedy"], longer, cache=loaded)
+    expected = generate(model, MODES["greedy"], longer, **cached(stayed))
+    output = generate(model, MODES["greedy"], longer, **cached(loaded))
     fhopt.unapply(model)
     assert torch.equal(output.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
@@ -98,7 +98,7 @@ def test_layers_that_stayed_exact_are_saved_too(tmp_path: Path) -> None:
         stayed = filled(model, ids, **options)
         loaded = fhopt.load_cache(model, fhopt.save_cache(model, stayed, tmp_path / "prefix.safetensors"))
         longer = torch.cat([ids, token_ids(2, 5)], 1)
-        expected, output = (generate(model, MODES["greedy"], longer, cache=c) for c in (stayed, loaded))
+        expected, output = (generate(model, MODES["greedy"], longer, **cached(c)) for c in (stayed, loaded))
         assert torch.equal(output.sequences, expected.sequences)
         for a, b in zip(output.logits, expected.logits, strict=True):  # a view and a copy are summed in another order
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -116,9 +116,9 @@ def test_a_cache_of_an_encoder_decoder_keeps_both_parts(tmp_path: Path) -> None:
         read = model.get_encoder()(ids)
         expected = model(encoder_outputs=read, decoder_input_ids=decoded, use_cache=False).logits[:, 20:]
         cache = latent_cache(model)
-        model(encoder_outputs=read, decoder_input_ids=decoded[:, :20], cache=cache)
+        model(encoder_outputs=read, decoder_input_ids=decoded[:, :20], **cached(cache))
         loaded = fhopt.load_cache(model, fhopt.save_cache(model, cache, tmp_path / "both.safetensors"))
-        output = model(encoder_outputs=read, decoder_input_ids=decoded[:, 20:], cache=loaded).logits
+        output = model(encoder_outputs=read, decoder_input_ids=decoded[:, 20:], **cached(loaded)).logits
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 

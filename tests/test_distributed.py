@@ -15,7 +15,7 @@ import processes
 import pytest
 import torch
 from click.testing import CliRunner
-from small_models import Fitted, found, numbered, tiny_gpt2, tiny_llama, token_ids
+from small_models import Fitted, cached, found, numbered, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -153,10 +153,10 @@ def test_a_plan_serves_a_model_that_accelerate_has_dispatched_and_its_caches_com
     assert torch.equal(generated(away, ids), generated(whole, ids))
     cache = latent_cache(away)
     with torch.no_grad():
-        away(ids, cache=cache)
+        away(ids, **cached(cache))
         fhopt.save_cache(away, cache, tmp_path / "cache.safetensors")
         again = fhopt.load_cache(away, tmp_path / "cache.safetensors")
-        logits = [away(ids[:, -1:], cache=c).logits for c in (cache, again)]
+        logits = [away(ids[:, -1:], **cached(c)).logits for c in (cache, again)]
     assert torch.equal(logits[0], logits[1]) and {t.device.type for t in again.layers[0].tensors} == {"cpu"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import Fitted, token_ids
+from small_models import Fitted, cached, token_ids
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -39,7 +39,7 @@ def test_an_ordinary_cache_would_not_stay_exact(fitted: Fitted) -> None:
     """Why `new_cache` makes another one."""
     cache = DynamicCache(config=fitted.model.config)
     with torch.no_grad(), switched(fitted.model, fitted.plan(4)):
-        fitted.model(token_ids(1, 70), cache=cache, use_cache=True)
+        fitted.model(token_ids(1, 70), **cached(cache), use_cache=True)
     assert all(isinstance(layer, LatentLayer) for layer in cache.layers)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hand_plans import shared_plan
-from small_models import Fitted, found, tiny_gpt2, tiny_llama, token_ids
+from small_models import Fitted, cached, found, tiny_gpt2, tiny_llama, token_ids
 from test_cli import save_tiny_model
 from test_latent_buffers import SLOTS, V, decoder
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def by_the_model(model: Any, plan: LatentPlan, ids: Tensor) -> list[Tensor]:
     fhopt.apply(model, stepping.unrounded(plan))
     cache = latent_cache(model)
     with torch.no_grad():
-        found = [model(ids[:, i : i + 1], cache=cache).logits for i in range(ids.shape[1])]
+        found = [model(ids[:, i : i + 1], **cached(cache)).logits for i in range(ids.shape[1])]
     fhopt.unapply(model)
     return found
 
@@ -162,6 +162,7 @@ def alone(folder: Path, ids: Tensor, path: Path, code: str = ALONE) -> Tensor:
     return found.detach()
 
 
+@pytest.mark.slow
 def test_exported_programs_run_in_a_process_without_fhopt(llama: Fitted, lettered: Any, tmp_path: Path) -> None:
     plan, ids = llama.plan(4), token_ids(1, STEPS)
     folder = exporting.write_programs(
@@ -343,6 +344,7 @@ def test_buffers_of_a_module_become_state_and_stay_as_they_were() -> None:
     assert float((by_the_program(made, ids) - by_the_module(module, ids)).abs().max()) < ROUNDING
 
 
+@pytest.mark.slow
 def test_a_stateful_program_runs_in_a_process_without_fhopt(tmp_path: Path) -> None:
     loaded, ids = as_loaded(decoding()), torch.randint(0, V, (1, 40))
     plan = plan_of(loaded, CODES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import MAKERS, found, run, token_ids
+from small_models import MAKERS, cached, found, run, token_ids
 
 from fhopt import passes
 from fhopt.capture import capture, from_exported
@@ -97,8 +97,8 @@ def test_prefill_and_cached_decode_agree_on_names_and_the_cache_is_seen() -> Non
     names = [s.name for s in found(model)[1].sites.values()]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(token_ids(1, 5), cache=cache)
-        captured = capture(model, (), {"input_ids": token_ids(1, 1), "cache": cache})
+        model(token_ids(1, 5), **cached(cache))
+        captured = capture(model, (), {"input_ids": token_ids(1, 1), **cached(cache)})
     outcome = passes.find(captured.program)
     assert [s.name for s in outcome.sites.values()] == names
     assert {s.cache for s in outcome.sites.values()} == {"cat"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import Fitted, token_ids
+from small_models import Fitted, cached, token_ids
 from torch import Tensor, fx
 
 import fhopt
@@ -247,10 +247,10 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(llama: Fitted, monkeypat
     step: Any = torch.compile(model.forward, backend="flashhead", fullgraph=True)
     with torch.no_grad():
         eager, compiled = (latent_cache(model, max_cache_len=80) for _ in range(2))
-        model(ids[:, :50], cache=eager)
-        model(ids[:, :50], cache=compiled)
+        model(ids[:, :50], **cached(eager))
+        model(ids[:, :50], **cached(compiled))
         for i in range(50, 60):
-            expected = model(ids[:, i : i + 1], cache=eager).logits
-            found = step(input_ids=ids[:, i : i + 1], cache=compiled, use_cache=True).logits
+            expected = model(ids[:, i : i + 1], **cached(eager)).logits
+            found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert sorted(seen) == 2 * ["fhopt.attend_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]

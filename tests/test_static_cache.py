@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from naive import naive_code, naive_round
-from small_models import Fitted, tiny_llama, token_ids
+from small_models import Fitted, cached, tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
@@ -175,7 +175,7 @@ def test_static_and_growing_caches_give_the_same_logits(fitted: Fitted, ratio: f
     for cache in (latent_cache(model), latent_cache(model, max_cache_len=80)):
         with torch.no_grad():
             steps = [(0, 20), (20, 33), *[(i, i + 1) for i in range(33, 70)]]
-            found.append(torch.cat([model(ids[:, a:b], cache=cache).logits for a, b in steps], 1))
+            found.append(torch.cat([model(ids[:, a:b], **cached(cache)).logits for a, b in steps], 1))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # the kernel of attention reckons in float32
 
 
@@ -199,18 +199,19 @@ def test_every_step_of_a_compiled_model_runs_one_graph(
     step: Any = torch.compile(model.forward, backend=counter, fullgraph=True)
     with torch.no_grad():
         eager, compiled = (latent_cache(model, max_cache_len=80, absorb=absorbs) for _ in range(2))
-        model(ids[:, :20], cache=eager)
-        model(ids[:, :20], cache=compiled)
+        model(ids[:, :20], **cached(eager))
+        model(ids[:, :20], **cached(compiled))
         addresses = [t.data_ptr() for layer in compiled.layers for t in layer.tensors]
         for i in range(20, 70):
-            expected = model(ids[:, i : i + 1], cache=eager).logits
-            found = step(input_ids=ids[:, i : i + 1], cache=compiled, use_cache=True).logits
+            expected = model(ids[:, i : i + 1], **cached(eager)).logits
+            found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     fhopt.unapply(model)
     assert counter.frame_count == 1
     assert [t.data_ptr() for layer in compiled.layers for t in layer.tensors] == addresses
 
 
+@pytest.mark.slow
 def test_the_sizes_of_another_plan_are_compiled_as_fixed_as_those_of_the_first(llama: Fitted) -> None:
     """Dynamo takes sizes that differ from those before for variable ones, and no kernel is made for such."""
     graphs: list[torch.fx.GraphModule] = []
@@ -257,12 +258,12 @@ def test_a_compiled_graph_refuses_more_tokens_than_fit_and_changes_nothing(llama
     step: Any = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     cache = latent_cache(model, max_cache_len=30)
     with torch.no_grad():
-        model(ids[:, :28], cache=cache)
+        model(ids[:, :28], **cached(cache))
         for i in (28, 29):
-            step(input_ids=ids[:, i : i + 1], cache=cache, use_cache=True)
+            step(input_ids=ids[:, i : i + 1], **cached(cache), use_cache=True)
         state = [t.clone() for layer in cache.layers for t in layer.tensors]
         with pytest.raises(RuntimeError, match="a static cache of 30 tokens cannot take 1 more"):
-            step(input_ids=ids[:, 30:], cache=cache, use_cache=True)
+            step(input_ids=ids[:, 30:], **cached(cache), use_cache=True)
     fhopt.unapply(model)
     assert int(cache.get_seq_length()) == 30
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
@@ -275,9 +276,9 @@ def test_a_static_cache_takes_the_bytes_of_its_places_at_once(llama: Fitted) -> 
     plan = llama.plan(4, window_bits=16)
     cache = LatentCache(plan, llama.model.config, max_cache_len=400)
     with torch.no_grad():
-        llama.model(token_ids(2, 20), cache=cache)
+        llama.model(token_ids(2, 20), **cached(cache))
         before = cache.nbytes
-        llama.model(token_ids(2, 300), cache=cache)
+        llama.model(token_ids(2, 300), **cached(cache))
     assert cache.nbytes == before and cache.get_max_length() == 400 and cache.is_compileable
     window = plan.sinks + plan.window + 2  # and a place in each that is never read
     exact, coded = plan.exact_token_bytes(itemsize=4), sum(p.token_bytes(4) for p in plan.sites)
@@ -288,10 +289,10 @@ def test_a_static_cache_takes_the_bytes_of_its_places_at_once(llama: Fitted) -> 
 def test_more_tokens_than_fit_are_refused_by_the_first_layer_before_any_has_taken_them(llama: Fitted) -> None:
     cache = LatentCache(llama.plan(4), llama.model.config, max_cache_len=50)
     with torch.no_grad():
-        llama.model(token_ids(1, 45), cache=cache)
+        llama.model(token_ids(1, 45), **cached(cache))
         state = [t.clone() for layer in cache.layers for t in layer.tensors]
         with pytest.raises(FhoptError, match=r"50 tokens cannot take 6 more, it holds 45.*max_cache_len"):
-            llama.model(token_ids(1, 6), cache=cache)
+            llama.model(token_ids(1, 6), **cached(cache))
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [45, 45]
     assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
 
@@ -302,8 +303,8 @@ def test_static_caches_of_generate_get_static_latent_layers_and_stay_the_callers
     model, ids = llama.model, token_ids(1, 40)
     fhopt.apply(model, llama.plan(1))
     cache = StaticCache(config=model.config, max_cache_len=128)
-    first = generate(model, MODES["greedy"], ids, cache=cache)
-    second = generate(model, MODES["greedy"], first.sequences, cache=cache)
+    first = generate(model, MODES["greedy"], ids, **cached(cache))
+    second = generate(model, MODES["greedy"], first.sequences, **cached(cache))
     fhopt.unapply(model)
     expected = generate(model, {"do_sample": False, "max_new_tokens": 48, "min_new_tokens": 48}, ids)
     assert torch.equal(second.sequences, expected.sequences)
@@ -315,7 +316,7 @@ def test_without_a_plan_applied_a_static_cache_serves_a_model_all_the_same(llama
     cache = LatentCache(llama.plan(1), llama.model.config, max_cache_len=64, absorb=False)
     with torch.no_grad():
         expected = llama.model(ids, use_cache=False).logits
-        found = torch.cat([llama.model(x, cache=cache).logits for x in ids.split(20, 1)], 1)
+        found = torch.cat([llama.model(x, **cached(cache)).logits for x in ids.split(20, 1)], 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -344,7 +345,9 @@ def test_memory_may_be_reserved_ahead_so_that_the_first_call_compiles_too(llama:
         assert cache.is_initialized and cache.get_seq_length() == 0 and cache.nbytes > 0
         torch._dynamo.reset()
         step: Any = torch.compile(model.forward, backend="eager", fullgraph=True)
-        found = torch.cat([step(input_ids=part, cache=cache, use_cache=True).logits for part in ids.split(10, 1)], 1)
+        found = torch.cat(
+            [step(input_ids=part, **cached(cache), use_cache=True).logits for part in ids.split(10, 1)], 1
+        )
     fhopt.unapply(model)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -355,8 +358,8 @@ def test_an_empty_cache_takes_another_batch_and_a_filled_one_does_not(llama: Fit
         for batch in (2, 3, 1):
             ids = token_ids(batch, 40)
             expected = llama.model(ids, use_cache=False).logits
-            found = torch.cat([llama.model(part, cache=cache).logits for part in ids.split(20, 1)], 1)
+            found = torch.cat([llama.model(part, **cached(cache)).logits for part in ids.split(20, 1)], 1)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             with pytest.raises(FhoptError, match="Use one cache for each batch"):
-                llama.model(token_ids(batch + 1, 1), cache=cache)
+                llama.model(token_ids(batch + 1, 1), **cached(cache))
             cache.reset()

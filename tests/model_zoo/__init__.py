@@ -10,9 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 from torch import nn
+
+
+def has_transformers(*least: int) -> bool:
+    """Whether transformers is of this version (major, minor) or a newer one."""
+    return tuple(map(int, metadata.version("transformers").split(".")[: len(least)])) >= least
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Case, Entry
+from . import Case, Entry, has_transformers
 
 VOCABULARY = 97
 BATCH, TOKENS, CACHED, STATIC_PLACES = 2, 9, 5, 12
@@ -301,7 +301,7 @@ DECODERS = [
         rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5))),
     _decoder("gpt2", "GPT2", GPT, cls="GPT2LMHeadModel"),
     _decoder("gpt_neox", "GPTNeoX", TEXT),
-    _decoder("gptj", "GPTJ", GPT | dict(rotary_dim=8)),
+    _decoder("gptj", "GPTJ", GPT | dict(rotary_dim=8), implementations=BOTH if has_transformers(5, 24) else EAGER),
     _decoder("opt", "OPT", TEXT | dict(ffn_dim=96, word_embed_proj_dim=HIDDEN), steps=("prefill", "decode")),
     _decoder("bloom", "Bloom", SPECIAL | dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS),
              implementations=EAGER),

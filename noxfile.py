@@ -1,0 +1,94 @@
+"""The versions that fhopt is tested with, an environment each. `make test-matrix` runs all and makes a table of it.
+
+    nox --list                            what there is
+    nox --session "matrix(oldest)"        one of them
+
+Not every version with every other: each version that matters is in one environment at least, the oldest with the
+oldest and the newest with the newest. A release of PyTorch for CUDA brings its own release of Triton. An interpreter
+that is not installed, or a version that the index does not have, is a skip with its reason. An environment that passes
+is removed (with CUDA's libraries it takes 6 GB); one that fails stays in .nox, to be looked into and used again.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2026.2"
+nox.options.sessions = ["matrix"]
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_existing_virtualenvs = True
+
+REPORTS = Path("build", "matrix")  # <environment>.json: versions; <environment>.xml: what became of each test
+INSTALLED = (
+    "import json, platform; from importlib.metadata import version as v;"
+    "packages = ('torch', 'transformers', 'triton', 'numpy');"
+    "print(json.dumps({'python': platform.python_version()} | {name: v(name) for name in packages}))"
+)
+TESTED = (
+    "backend", "binding", "cache", "cache_files", "cli", "codegen", "contraction", "decompose", "door",
+    "encoder_decoder_cache", "families", "find_attention", "find_head", "functionalize", "fuzz_capture", "masks",
+    "memory", "native", "normalize", "ops", "skinny", "spec", "static_cache", "threads",
+    "triton_encode",
+)  # fmt: skip
+# Those that depend on versions: graphs as Dynamo makes them, passes, caches, generated kernels, models, the commands.
+
+
+def lowest() -> tuple[str, ...]:
+    """The lower bound of each package that fhopt needs, and of those that models of transformers need."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    ranges = [*project["dependencies"], *project["optional-dependencies"]["hf"]]
+    return tuple(f"{name}=={bound}" for name, bound in re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(ranges), re.M))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An interpreter, and what is asked of pip beside fhopt itself; what is not named is the newest that fits."""
+
+    python: str
+    wanted: tuple[str, ...]
+
+
+ENVIRONMENTS = {
+    "oldest": Environment("3.10", lowest()),
+    "torch-2.12": Environment("3.11", ("torch==2.12.*", "transformers==5.21.*", "triton==3.7.*")),
+    "torch-2.13": Environment("3.12", ("torch==2.13.*", "transformers==5.22.*", "triton==3.7.*")),
+    "torch-2.14": Environment("3.12", ("torch==2.14.*", "transformers==5.23.*", "triton==3.8.*")),
+    "newest": Environment("3.13", ("torch", "transformers", "triton")),
+}
+
+
+@nox.session
+@nox.parametrize(["python", "name"], [(e.python, name) for name, e in ENVIRONMENTS.items()], ids=list(ENVIRONMENTS))
+def matrix(session: nox.Session, name: str) -> None:
+    """The tests that depend on versions, in one environment."""
+    reports = REPORTS.resolve()
+    reports.mkdir(parents=True, exist_ok=True)
+    install(session, ENVIRONMENTS[name].wanted)
+    versions = session.run("python", "-c", INSTALLED, silent=True)
+    if versions is None:  # --install-only
+        return
+    (reports / f"{name}.json").write_text(str(versions))
+    files = [f"tests/test_{file}.py" for file in TESTED]
+    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = ["python", "-m", "pytest", *options, f"--junitxml={reports / name}.xml", *files]
+    session.run(*command, env=environment)
+    shutil.rmtree(session.virtualenv.location)
+
+
+def install(session: nox.Session, wanted: tuple[str, ...]) -> None:
+    """Everything in one go, so that pip sees all bounds; skips the session where the index lacks a version."""
+    command = ["python", "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-compile"]
+    told = session.run_install(
+        *command, "-c", "constraints.txt", *wanted, "-e", ".[test]", silent=True, success_codes=[0, 1]
+    )
+    errors = re.findall(r"^ERROR: (.*)$", str(told), re.M)
+    if any(error.startswith("No matching distribution found") for error in errors):
+        session.skip("; ".join(errors))
+    if errors:
+        session.error("; ".join(errors))
