@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROUNDS ?= 5
 
-.PHONY: help demo test test-fast fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak docs format clean
+.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,12 +24,13 @@ demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (abou
 	$(BIN)/fhopt demo
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
-test: $(READY)  ## every test, the demo's promises included
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-	@echo "make test: all tests passed."
-
-test-fast: $(READY)  ## the tests without those marked slow
+test: $(READY)  ## the tests; what takes longest comes with `make test-slow`
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+	@echo "make test: all tests passed. What takes longest comes with: make test-slow"
+
+test-slow: $(READY)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+	@echo "make test-slow: all tests passed."
 
 fuzz: $(READY)  ## the tests that draw their inputs, on other ones each time (ROUNDS=5)
 	for round in $$(seq $(ROUNDS)); do \
@@ -41,6 +42,13 @@ check: $(READY)  ## format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-matrix: $(READY)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
+	$(BIN)/python benchmarks/matrix.py
+
+audit: $(READY)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
+	$(BIN)/pip-audit --progress-spinner off --skip-editable
+	$(BIN)/pip-audit --progress-spinner off --strict --no-deps --disable-pip -r constraints.txt
 
 zoo: $(READY)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
 	$(BIN)/python benchmarks/zoo.py
@@ -70,8 +78,8 @@ bench-gpu: $(READY)  ## check the kernels on a GPU, then measure attention and d
 compiled-zoo: $(READY)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
 	$(BIN)/python benchmarks/compiled_zoo.py
 
-soak: $(READY)  ## 200,000 tokens through everything a cache can be asked, beside a reference (QUICK=1: small)
-	$(BIN)/python benchmarks/soak.py
+soak: $(READY)  ## 230,000 tokens through all that a cache can be asked (QUICK=1: small; MINUTES=60: is memory flat?)
+	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES))
 
 # Frames that the detection of uses after return moves to the heap are aligned to 32 bytes, too little for AVX-512 (GCC).
 sanitize: $(READY)  ## the tests of C++ kernels under AddressSanitizer and UBSan (needs g++)

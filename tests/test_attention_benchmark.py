@@ -25,6 +25,7 @@ def test_tiers_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
     assert [bits for bits, _, _ in tiers] == sorted({bits for bits, _, _ in tiers}, reverse=True)
 
 
+@pytest.mark.slow
 def test_each_contender_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LEAST", 2)
     real = attention.torch_ways

@@ -135,6 +135,7 @@ def fitted(name: str, ratio: float) -> LatentPlan:
     return plan_for(measure_module(model_of(name), batches, options), options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_a_fitted_plan_holds_the_encoder_in_as_few_bytes_as_it_says_and_stays_close(name: str) -> None:
     model, plan, name_of_cache = model_of(name), fitted(name, 4), cache_argument(model_of(name))

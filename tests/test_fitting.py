@@ -357,7 +357,7 @@ def nats(plan: LatentPlan) -> float:
     return float(plan.provenance["predicted_nats"])
 
 
-@pytest.mark.parametrize("layout", ["auto", "band", "identity"])
+@pytest.mark.parametrize("layout", ["auto", *[pytest.param(x, marks=pytest.mark.slow) for x in ("band", "identity")]])
 @pytest.mark.parametrize("ratio", [2.5, 4.0])
 def test_the_predicted_loss_is_what_rounding_costs(fitted: Fitted, ratio: float, layout: str) -> None:
     """KL of the compressed graph against the exact one, on tokens that were not calibrated with."""

@@ -70,6 +70,7 @@ def test_bisection_finds_the_last_that_passes_in_few_trials(last: int) -> None:
     assert gate._largest(gate.RATIOS, lambda value: False) is None
 
 
+@pytest.mark.slow
 def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel, measured: Measured) -> None:
     limit = replace(SMALL, max_loss=0.02)
     plan, trials = smallest_plan(loaded, measured, OPTIONS, limit, gate.held_out(loaded, OPTIONS, limit))

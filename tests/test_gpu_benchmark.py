@@ -46,6 +46,7 @@ def results() -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_dry_run_takes_every_step_and_leaves_the_results_alone(tmp_path: Path) -> None:
     before, out = results(), tmp_path / "out"

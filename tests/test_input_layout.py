@@ -113,6 +113,7 @@ def test_one_latent_of_the_input_halves_keys_and_values_without_loss(name: str) 
     assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4  # the promise; about 1e-6 is found
 
 
+@pytest.mark.slow
 def test_a_shared_latent_beats_separate_ones_at_the_same_bytes() -> None:
     """Each number of the input is held once instead of twice, so it gets twice the bits."""
     torch.manual_seed(0)

@@ -63,6 +63,7 @@ def measure(kind: str) -> dict[str, int]:
     return {"gained": process_bytes() - before, "held": cache_bytes(cache), "formula": used.cache_bytes(TOKENS)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_plan_of_4x_takes_a_quarter_of_the_memory_of_the_process() -> None:
     latent, exact = (

@@ -92,6 +92,7 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
     assert torch.equal(generate(model, ids), exact)
 
 
+@pytest.mark.slow
 def test_a_ratio_is_kept_and_still_gated() -> None:
     model = tiny_gpt2()
     model.compile(backend="flashhead", options={"calibration_tokens": 4096, "ratio": 4, "max_loss": 0.9})
@@ -99,6 +100,7 @@ def test_a_ratio_is_kept_and_still_gated() -> None:
     assert abs(applied_plan(model).ratio() - 4) < 0.05
 
 
+@pytest.mark.slow
 def test_where_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, ids = tiny_llama(), token_ids(1, 60)
     exact = generate(model, ids)
@@ -133,6 +135,7 @@ def test_a_failing_fit_does_not_fail_the_call(monkeypatch: pytest.MonkeyPatch) -
     assert found.state == journal.REJECTED and "fitting failed (KeyError" in found.events[-1]
 
 
+@pytest.mark.slow
 def test_a_profiled_model_is_freed_with_its_weights_and_keeps_the_modes_of_its_parts() -> None:
     model = tiny_llama()
     model.model.layers[0].train()

@@ -58,6 +58,7 @@ def readme_programs() -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(readme_programs()) if (ROOT / "README.md").exists() else 0))
 def test_programs_in_the_readme_run(number: int, tmp_path: Path) -> None:
     done = subprocess.run(

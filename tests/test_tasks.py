@@ -217,6 +217,7 @@ def test_wrong_input_gets_one_line_with_the_cure(case: str, folder: Path) -> Non
     assert message in result.stderr and result.stdout == "" and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, tmp_path: Path) -> None:
     llama.plan(4).save(tmp_path / "plan")
     options = ["--plan", tmp_path / "plan", "--data", "license", "--context", 200, "--sequences", 2]

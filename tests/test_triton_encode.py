@@ -220,6 +220,7 @@ def test_under_the_interpreter(name: str, failed: dict[str, str]) -> None:
     assert name not in failed, failed[name]
 
 
+@pytest.mark.slow
 def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.codegen import triton_encode
     from fhopt.codegen.gpu import GPUS, Request, compile_kernels, objection

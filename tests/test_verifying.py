@@ -30,6 +30,7 @@ def text_of(model: Any, plan: LatentPlan) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_a_step_is_proved_to_read_latents_alone(ratio: float, llama: Fitted) -> None:
     plan = llama.plan(ratio)
@@ -99,6 +100,7 @@ def folder(llama: Fitted, lettered: Any, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+@pytest.mark.slow
 def test_a_rewritten_folder_is_verified_and_exported_as_mlir(folder: Path, llama: Fitted, tmp_path: Path) -> None:
     verified = call("verify", str(folder), "--json")
     assert verified.exit_code == 0, verified.output
