@@ -371,6 +371,12 @@ class LatentPlan:
         """Share of its sealed pages that a site of this plan reads at most; 1 where it reads all."""
         return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
 
+    def page_read(self, site: SitePlan) -> float:
+        """Share of its sealed pages that a site of this plan read on average where its pages were calibrated; the most
+        that it reads where that is not known."""
+        told = self.provenance.get("pages") or {}
+        return float(told.get("read", {}).get(site.site.name, self.page_share(site)))
+
     def page_fill(self, site: SitePlan) -> tuple[float, ...]:
         """See `PagePlan.fill`: of the query heads of a site of this plan; empty where nothing takes their place."""
         return self.pages.fill[self.sites.index(site)] if self.pages is not None and self.pages.fill else ()

@@ -152,7 +152,7 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
     table.add_row("bytes per sealed token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
     table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
     if plan.page_share < 1:
-        table.add_row("pages that are read", f"at most {plan.page_share:.0%}; formulas count all")
+        table.add_row("pages that are read", f"{plan.page_read:.0%}, at most {plan.page_share:.0%}; formulas count all")
     table.add_row("plan's step, bytes", Text(_grouped(plan.formulas.bytes)))
     table.add_row("plan's step, operations", Text(_grouped(plan.formulas.operations)))
     for pays in plan.pays:

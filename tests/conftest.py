@@ -68,6 +68,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 50, 50)
 
 
+def pytest_unconfigure() -> None:
+    """Libraries that count what is left of them at the end find it again."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Generated kernels go to a folder of the test session, which its workers share."""

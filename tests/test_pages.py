@@ -32,6 +32,7 @@ from fhopt.latents import Latents, SideRows, attend, mean_values
 from fhopt.layers import LatentLayer, StaticLatentLayer
 from fhopt.page_ops import FEWEST
 from fhopt.pages import SAMPLE, PageIndex, Sketcher
+from fhopt.seeing import drawing
 from fhopt.sharding import Share, _local_pages
 from fhopt.spec import LatentPlan, PagePlan, SidePlan, SketchPlan, Tier
 
@@ -654,6 +655,17 @@ def test_a_plan_with_pages_is_saved_and_loaded(tmp_path: Path) -> None:
     assert a is not None and b is not None and a.tiers == b.tiers
     assert torch.equal(a.channels, b.channels) and torch.equal(a.mean, b.mean)
     assert len({p.digest() for p in (plan, replace(plan, pages=None), random_plan("head", CODED))}) == 3
+
+
+def test_what_a_site_reads_on_average_is_told_where_calibration_knows() -> None:
+    plan = paged(random_plan("head", CODED), share=0.5)
+    (site,) = plan.sites
+    assert plan.page_read(site) == plan.page_share(site) == 0.5
+    told = plan.with_provenance(pages={"read": {site.site.name: 0.125}})
+    assert told.page_read(told.sites[0]) == 0.125
+    assert "12% of the pages are read, at most 50%" in drawing._window(told.sites[0], told)
+    whole = replace(plan, pages=None)
+    assert whole.page_read(site) == 1.0 and not any("pages" in line for line in drawing._window(site, whole))
 
 
 def test_a_plan_without_pages_is_written_as_before(tmp_path: Path) -> None:

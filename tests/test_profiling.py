@@ -66,6 +66,7 @@ def test_what_fills_a_batch_up_is_no_text() -> None:
 # --------------------------------------------------------------------------------------------------- the whole
 
 
+@pytest.mark.slow
 def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_latent(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -209,7 +209,8 @@ def _window(site: SitePlan, plan: LatentPlan | None) -> list[str]:
     sinks, recent = site.site.exact_tokens(plan.sinks, plan.recent)
     kept = [f"first {sinks} exact, newest {recent} in {plan.window_bits} bits"] if recent else []
     share = plan.page_share(site)
-    return kept + ([f"at most {share:.0%} of the pages are read"] if share < 1 else [])
+    read = f"{plan.page_read(site):.0%} of the pages are read, at most {share:.0%}"
+    return kept + ([read] if share < 1 else [])
 
 
 def tiers(side: SidePlan) -> str:

@@ -74,7 +74,8 @@ class PlannedSide:
 class PlannedSite:
     """What a plan does to a site. bytes: of a sealed token. expected_nats: per token; None where nobody measured.
 
-    page_share: of its pages that a decode step may read; 1: all. Formulas and break-even contexts count all pages.
+    page_read: share of its pages that decode steps read on average, as far as calibration knows; page_share: at most;
+    1: all. Formulas and break-even contexts count all pages.
     """
 
     layout: str
@@ -82,6 +83,7 @@ class PlannedSite:
     bytes: int
     ratio: float
     expected_nats: float | None
+    page_read: float
     page_share: float
     formulas: Formulas
     pays: tuple[PaysFrom, ...]
@@ -263,8 +265,8 @@ class _Inspector:
         size = plan.token_bytes()
         nats = sum(side.nats for side in seen) if seen else None
         ratio = 2 * plan.site.exact_numbers_per_token / size
-        share = self.plan.page_share(plan) if self.plan else 1.0
-        return PlannedSite(plan.layout, _planned_sides(plan, seen), size, ratio, nats, share, formulas, pays)
+        pages = (self.plan.page_read(plan), self.plan.page_share(plan)) if self.plan else (1.0, 1.0)
+        return PlannedSite(plan.layout, _planned_sides(plan, seen), size, ratio, nats, *pages, formulas, pays)
 
     def _costs(self, site: AttentionSite, plan: SitePlan | None) -> tuple[Formulas, tuple[PaysFrom, ...]]:
         rows = cost.Rows.planned(plan, self.itemsize) if plan else None

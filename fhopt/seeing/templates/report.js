@@ -132,7 +132,7 @@
       table.append(
         pair("plan: bytes of a step", make("code", "", site.plan.formulas.bytes)),
         pair("plan: operations", make("code", "", site.plan.formulas.operations)));
-      if (site.plan.page_share < 1) table.append(pair("share of pages that is read", show(`${path}.plan.page_share`, "small"), ", at most; formulas count all"));
+      if (site.plan.page_share < 1) table.append(pair("share of pages that is read", show(`${path}.plan.page_read`, "small"), ", on average; formulas count all"));
       site.plan.pays.forEach((pays, i) => {
         const when = pays.tokens === null ? [pays.verdict] : ["from ", show(`${path}.plan.pays.${i}.tokens`, "count"), " cached tokens on"];
         table.append(pair(`faster on ${pays.device}`, ...when));
