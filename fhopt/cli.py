@@ -257,7 +257,7 @@ def explain(model: str, as_json: bool) -> None:
 @click.option("--recent", type=int, default=128, show_default=True, help="Newest tokens that are never in latents.")
 @click.option("--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Of those.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--pages", help="Share of the sealed tokens that a decoding step may read, such as 1/8. [default: all]")
+@click.option("--pages", help="Share of the sealed tokens that a step reads on average, such as 1/8. [default: all]")
 @click.option("--mass", help="Read less where that keeps this share of attention's weight, such as 99%, on average.")
 @click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
