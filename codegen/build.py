@@ -216,6 +216,11 @@ def cached_file(name: str, make: Callable[[Path], None]) -> Path:
     return _found_or_made(other / name, make)
 
 
+def cores() -> int:
+    """Logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_folder() -> Path:
     """Where generated files are kept: FHOPT_CACHE_DIR, or ~/.cache/fhopt."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fhopt")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import build, build_torch, build_triton
+from fhopt.codegen.build import build, build_torch, build_triton, cores
 from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
 from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.codegen.pack import pack, unpack
@@ -67,7 +66,7 @@ def _build_with_others(spec: KernelSpec) -> LatentKernel:
         specs = sorted(_expected, key=lambda each: each.name)
         _expected.clear()
         log.info("building %d kernels", len(specs))
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(build, specs))
     return build(spec)
 

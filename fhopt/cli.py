@@ -847,12 +847,12 @@ def cost(
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     """What this machine's CPU can do: `--device here` in other commands. Measured once, in some seconds."""
     from fhopt import machine
-    from fhopt.codegen.build import vector_unit
+    from fhopt.codegen.build import cores, vector_unit
     from fhopt.tables import machine_table
 
-    counts = threads or tuple(dict.fromkeys((1, machine.cores())))
-    if max(counts) > machine.cores():
-        raise FhoptError(f"{max(counts)} threads were asked for; expected at most {machine.cores()}, the cores here.")
+    counts = threads or tuple(dict.fromkeys((1, cores())))
+    if max(counts) > cores():
+        raise FhoptError(f"{max(counts)} threads were asked for; expected at most {cores()}, the cores here.")
     found = [machine.measure(n) if again else machine.measured(n) for n in counts]
     kernels = vector_unit()
     if as_json:

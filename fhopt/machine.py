@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import psutil
 import torch
 
 from fhopt import cost
-from fhopt.codegen.build import cache_folder, make_private
+from fhopt.codegen.build import cache_folder, cores, make_private
 from fhopt.cost import Device
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
@@ -97,11 +96,6 @@ def measure(threads: int) -> Measured:
         pass  # measured again next time
     measured.cache_clear()
     return found
-
-
-def cores() -> int:
-    """Logical CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------------------- measurements

@@ -419,7 +419,7 @@ def test_kernels_that_are_expected_are_built_with_the_first_of_them(monkeypatch:
 
     monkeypatch.setattr(DISPATCH, "build", watched)
     monkeypatch.setattr(DISPATCH, "_kernels", {})
-    monkeypatch.setattr(DISPATCH.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(DISPATCH, "cores", lambda: 2)
     DISPATCH.expect([forgotten])
     DISPATCH.expect(awaited)
     read(11)
