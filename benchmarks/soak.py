@@ -131,6 +131,8 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         self.sealed, self.rounded = kept, min(self.rounded, self.keys.shape[2])
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.keys is None:  # before the first tokens
+            return
         self.keys, self.values = function(self.keys), function(self.values)
         if self.codes is not None:
             self.codes = (function(self.codes[0]), function(self.codes[1]))

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -270,6 +271,8 @@ _PAIRED = frozenset({"pixel_values", "input_ids"})  # models of text and images 
 def _load_exported(path: Path) -> LoadedModel:
     if not path.is_file():
         raise FhoptError(f"{path} does not exist; expected a program saved by torch.export.save.")
+    log = logging.getLogger("torch.export")  # says more than once what is said below
+    before, log.disabled = log.disabled, True
     try:
         program = torch.export.load(path)
     except Exception as error:  # the loader raises many kinds for a damaged archive
@@ -277,6 +280,8 @@ def _load_exported(path: Path) -> LoadedModel:
             f"{path} could not be read as an exported program ({_one_line(error)}). Save it again with "
             "torch.export.save, by this version of torch."
         ) from error
+    finally:
+        log.disabled = before
     return LoadedModel(path.stem, None, program=program)
 
 
