@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.applying import cache_argument
+from fhopt.codegen.build import cores
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, paired, step_bounds, switched
 from fhopt.latents import mean_values
@@ -258,7 +259,7 @@ def measured(
     if items:
         yield from task_rates(loaded, plan, ("passkey", "copy", "digits"), length, items)
     before = torch.get_num_threads()
-    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+    for threads in sorted({1, cores()}):
         torch.set_num_threads(threads)
         yield from operator(tokens)
     torch.set_num_threads(before)

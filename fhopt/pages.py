@@ -295,10 +295,7 @@ def sampled(count: Tensor | int, device: torch.device) -> Tensor:
 
     A number -> int32 [SAMPLE]; integers [B] -> [B, SAMPLE].
     """
-    if not isinstance(count, Tensor):
-        spread = [i * max(count, SAMPLE) // SAMPLE for i in range(SAMPLE)]
-        return torch.tensor([p if p < count else -1 for p in spread], dtype=torch.int32, device=device)
-    many = count.unsqueeze(-1)
+    many = count.unsqueeze(-1) if isinstance(count, Tensor) else torch.full((), count, device=device)
     places = torch.arange(SAMPLE, device=device) * many.clamp(min=SAMPLE) // SAMPLE
     return torch.where(places < many, places, -1).to(torch.int32)
 
