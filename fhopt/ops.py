@@ -359,6 +359,8 @@ def latent_attention_reference(
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(weights, lse) over the last axis; a row of -inf gives zeros and -inf, and no NaN in the backward pass."""
+    if not logits.shape[-1]:
+        return logits, logits.new_full(logits.shape[:-1], -math.inf)
     top = logits.detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
     powers = torch.exp(logits - top)

@@ -196,6 +196,15 @@ def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dt
 
 
 @pytest.mark.parametrize("make", TARGETS)
+def test_kernels_give_zero_and_minus_infinity_where_there_is_no_token(make: Make) -> None:
+    case = Case(ODD, ODD, 4, 2, 2, 1, 5)
+    query, *rest = inputs(case)
+    empty = [None if x is None else x[:, :, :0] for x in rest]
+    output, lse = make(case.spec())(query, *empty, None, **case.options())
+    assert not output.any() and bool((lse == -math.inf).all())
+
+
+@pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize("tokens", [1, 15, 17])
 def test_codes_of_every_width_are_read_right(make: Make, tokens: int) -> None:
     case = Case(ODD, EVERY, tokens, tokens, tokens, 1, tokens)

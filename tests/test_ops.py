@@ -64,6 +64,20 @@ def test_a_query_that_may_see_nothing_gives_zero_and_minus_infinity() -> None:
     assert bool(out.isfinite().all()) and bool(lse[:, :, 0].isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_there_is_no_token_the_result_is_zero_and_minus_infinity(dtype: torch.dtype) -> None:
+    """As of a window that a crop has emptied."""
+    q, nothing = torch.randn(1, 2, 3, 8, dtype=dtype), torch.randn(1, 2, 0, 8, dtype=dtype)
+    codes = ops.round_rows(nothing)
+    byte = [8], [8], [1.0]
+    for operands, options in (
+        ((nothing, None, nothing, None), NO_TIERS),
+        ((*codes, *codes), ops.tier_options(byte, byte)),
+    ):
+        out, lse = ops.latent_attention_reference(q, *operands, None, **options, scale=1.0)
+        assert out.shape == q.shape and not out.any() and bool((lse == -math.inf).all()) and lse.dtype == dtype
+
+
 def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:
     q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
 
