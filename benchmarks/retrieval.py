@@ -167,10 +167,9 @@ def operator(tokens: int) -> list[Row]:
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def choose() -> Tensor:
-        chosen, odds = pages.best_pages(operands[0], index, None, None, near, scale=dim**-0.5)
-        assert index.fill is not None
-        every = mean.repeat_interleave(heads // groups, 1)
-        return pages.stand_in(*read(chosen), every, odds, index.fill)[0]
+        return pages.attend(
+            operands[0], operands[1:5], index, None, None, near, mean, scale=dim**-0.5, **tiers_of_both
+        )[0]
 
     calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: choose}
     every = sum(x.numel() * x.element_size() for x in (*codes, *scales))

@@ -24,6 +24,8 @@ _pack = struct.Struct(ARGUMENTS).pack
 _NO_TENSOR = (0, 0, 0, 0)  # address and three strides
 _NO_PAGES = (*_NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
 PAGE_QUANTUM = 16  # a page has a multiple of so many tokens
+Prepared = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Query, rows of keys and of values, and mask, as a kernel reads them."""
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
 
@@ -95,6 +97,18 @@ class LibraryKernel:
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
         """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
+        arguments, output, lse, _kept = self.prepared(
+            query, key, key_scale, value, value_scale, mask, lengths, pages, page_tokens, scale, softcap
+        )
+        self._function(arguments)
+        return (output if query.dtype == torch.float32 else output.to(query.dtype)), lse
+
+    def prepared(
+        self, query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
+        mask: Tensor | None, lengths: Tensor | None, pages: Tensor | None, page_tokens: int, scale: float,
+        softcap: float,
+    ) -> tuple[bytes, Tensor, Tensor, Prepared]:  # fmt: skip
+        """A call that has not been made: its struct, output and lse, both float32, and what must live until it is."""
         b, h, s, width = shape = tuple(query.shape)
         tokens = key.shape[2]
         if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
@@ -104,24 +118,22 @@ class LibraryKernel:
         self._value.check(v, value_scale, shape, tokens)
         if lengths is not None and lengths.numel() != 1:
             mask, lengths = within(lengths, tokens, mask), None
-        kind, masking = _mask(mask, (b, h, s, tokens))  # `masking` stays referenced until the kernel is done
+        kind, masking = _mask(mask, (b, h, s, tokens))
         heads = math.gcd(k.shape[1], v.shape[1])
         listing = _NO_PAGES if pages is None else _pages(pages, page_tokens, (b, heads, tokens))
         if lengths is not None:
             tokens = min(tokens, max(0, int(lengths)))
         output, lse = q.new_empty((b, h, s, self._spec.value_width)), q.new_empty((b, h, s))
-        self._function(
-            _pack(
-                *(b, h, s, tokens, k.shape[1], v.shape[1], torch.get_num_threads(), kind),
-                *(q.data_ptr(), *q.stride()[:3]),
-                *self._key.addresses(k, key_scale),
-                *self._value.addresses(v, value_scale),
-                *((0, 0, 0, 0, 0) if masking is None else (masking.data_ptr(), *masking.stride())),
-                *listing,
-                *(output.data_ptr(), lse.data_ptr(), scale, softcap),
-            )
+        arguments = _pack(
+            *(b, h, s, tokens, k.shape[1], v.shape[1], torch.get_num_threads(), kind),
+            *(q.data_ptr(), *q.stride()[:3]),
+            *self._key.addresses(k, key_scale),
+            *self._value.addresses(v, value_scale),
+            *((0, 0, 0, 0, 0) if masking is None else (masking.data_ptr(), *masking.stride())),
+            *listing,
+            *(output.data_ptr(), lse.data_ptr(), scale, softcap),
         )
-        return (output if query.dtype == torch.float32 else output.to(query.dtype)), lse
+        return arguments, output, lse, (q, k, v, masking)
 
 
 def _queries(query: Tensor) -> Tensor:

@@ -19,6 +19,22 @@ from fhopt.spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
 ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2d"
+# The same struct as other C++ files know it, that call kernels.
+CALL = """struct Rows {
+    const void* data = nullptr;
+    int64_t strides[3] = {};
+};
+
+struct Attention {
+    int64_t batch, heads, queries, tokens, key_heads, value_heads, threads, mask_kind;
+    Rows query, key, key_scale, value, value_scale, mask;
+    int64_t mask_token;
+    Rows pages;
+    int64_t page_heads, page_count, page_tokens;
+    void *output, *lse;
+    double scale, softcap;
+};
+"""
 
 _STORED = {"float32": "Float32", "bfloat16": "BFloat16", "float16": "Float16"}
 _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}

@@ -1,14 +1,16 @@
-"""Which pages of a cache a query reads: the weight of each by the sketches of its tokens, as one C++ file for CPUs.
+"""Which pages of a cache a query reads, and reading them: one C++ file for CPUs.
 
     x[t] = constant + scale[t] sum_c w_c u_c[t]        weight[p] = sum over t in p of exp(x[t])
 
-The codes u and their scales are all that is read. Sixteen tokens are reckoned at a time, a token in each lane: their
-rows are turned into words of four codes a lane, and multiplied with the query in 8 bits, for all query heads that share
-the latent head. Then either the logs of the weights are the result, or the pages of each unit that weigh most.
-`fhopt.pages` says what the numbers mean, and has the reference.
+The codes u and their scales are all that is read of pages that are not chosen. Sixteen tokens are reckoned at a time, a
+token in each lane: their rows are turned into words of four codes a lane, and multiplied with the query in 8 bits, for
+all query heads that share the latent head. Either the logs of the weights are the result, or the pages of each unit
+that weigh most are handed to the kernel of the latents, and the mean of values stands for the others: choosing and
+reading are one call, since what lies between two calls of Python costs as much as half of the choice.
+`fhopt.pages` says what the numbers mean, `fhopt.page_ops` has the reference.
 
 Letters: B batch, J latent heads, M query rows of a latent head, T tokens, P pages, r channels of a sketch, U units, N
-pages of a list.
+pages of a list, R latent width.
 """
 
 from __future__ import annotations
@@ -16,94 +18,127 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fhopt.codegen.build import CompileError, load
+from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.cpp import CALL
 from fhopt.codegen.cpp_vectors import BYTES, EXPONENTIAL, VECTORS
-from fhopt.page_ops import FEWEST, Choice, Threshold
+from fhopt.page_ops import FEWEST, PageStep, pages_read
 
 TILE = 16  # tokens; pages are a multiple of it
 MOST_TOKENS = 1024  # of a page
 MOST_WORDS = 64  # of four bytes of codes, of a token
 log = logging.getLogger(__name__)
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = (
-        *[(name, ctypes.c_int64) for name in (
-            "batch", "heads", "rows", "channels", "words", "tokens", "length", "page_tokens", "threads", "code_b",
-            "code_j", "code_t", "scale_b", "scale_j", "mask_b", "mask_t", "units", "most", "read", "pages", "fewest",
-        )],
-        ("mass", ctypes.c_double),
-        ("lift", ctypes.c_double),
-        *[(name, ctypes.c_void_p) for name in (
-            "weights", "constant", "codes", "scales", "mask", "word_bits", "word_channels", "word_steps", "near",
-            "estimates", "lists", "odds", "counts",
-        )],
-    )  # fmt: skip
+# The C++ structs `Sketches`, `Choice` and `Step` as formats of the module `struct`: 8 bytes a field, in that order.
+_pack_sketches = struct.Struct("@16q8P").pack
+_pack_choice = struct.Struct("@5q2dP").pack
+_pack_step = struct.Struct("@3qd7P").pack
 
 
 @functools.cache
-def _compiled() -> ctypes._NamedFuncPointer | None:
-    """The compiled function; None where it cannot be compiled."""
+def _compiled() -> ctypes.CDLL | None:
+    """The compiled functions; None where they cannot be compiled."""
     try:
-        function = load("choose_pages", TEXT).choose_pages
+        library = load("pages", TEXT)
     except CompileError as error:
         log.info("%s Pages are weighed by torch.", error)
         return None
-    function.argtypes, function.restype = (ctypes.POINTER(_Arguments),), None
-    return function
+    library.weigh_pages.argtypes, library.weigh_pages.restype = (ctypes.c_char_p, ctypes.c_void_p), None
+    library.attend_pages.argtypes, library.attend_pages.restype = (ctypes.c_char_p,) * 4, None
+    return library
 
 
 def weigh_pages(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
-    steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int, choice: Choice | None = None,
-) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """Log of the weight of each page, float32 [B,J,M,P], -inf where it has no token; or, with a choice, lists of the
-    pages that weigh most, int32 [B,U,N], the log odds of what they leave out, float32 [B,J,M], and their counts.
+    steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int,
+) -> Tensor | None:  # fmt: skip
+    """Log of the weight of each page, float32 [B,J,M,P], -inf where it has no token.
 
     weights float32 [B,J,M,r], constant float32 [B,J,M]; codes uint8 [B,J,T,bytes] in tiers of `bits`, `widths` and
     `steps`; scales float16 [B,J,T]. mask bool, [1 or B, 1, 1, T]: tokens that count, of the first `length`. The query
     is rounded to 8 bits, which moves the logit of a token by up to 1/254 of the largest weight, times the sum of its
     codes. None where the kernel does not serve.
     """
-    function = _compiled()
+    library = _compiled()
     words = _words(tuple(bits), tuple(widths), tuple(steps))
-    if function is None or words is None or page_tokens % TILE or page_tokens > MOST_TOKENS:
+    if library is None or words is None or not _serves(codes, words, page_tokens, mask):
         return None
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1)):
+    if weights.dtype != torch.float32:
         return None
-    (b, j, m, r), tokens = weights.shape, codes.shape[2]
-    if codes.shape[3] != 4 * len(words[0]) or r != sum(widths):
+    weights, constant = weights.contiguous(), constant.contiguous()
+    sizes = *weights.shape[:3], weights.shape[3], page_tokens, length
+    arguments, _kept = _sketches(sizes, codes, scales, words, mask, weights, constant)
+    out = weights.new_empty((*weights.shape[:3], -(-codes.shape[2] // page_tokens)))
+    library.weigh_pages(arguments, out.data_ptr())
+    return out
+
+
+def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`page_ops.attend_pages_reference` with that kernel of the latents; None where this one does not serve."""
+    library = _compiled()
+    words = _words(tuple(step.bits), tuple(step.widths), tuple(step.steps))
+    if library is None or words is None or not _serves(step.codes, words, step.page_tokens, step.far):
         return None
+    call, output, lse, _of_call = kernel.prepared(
+        step.query, *step.latents, step.lengths, None, 0, step.scale, softcap=0.0
+    )
+    j, pages = step.mean.shape[0], step.pages
+    sizes = step.query.shape[0], j, step.query.shape[1] // j, step.channels.shape[1], step.page_tokens
+    length = step.codes.shape[2] if step.lengths is None else int(step.lengths)
+    arguments, _of_sketches = _sketches((*sizes, length), step.codes, step.scales, words, step.far, None, None)
+    counts = torch.empty(4, dtype=torch.int64)
+    near = None if step.near is None else _floats(step.near)
+    read = pages_read(pages, step.share, step.least)
+    choice = _pack_choice(step.units, step.most, read, pages, FEWEST, step.mass, step.lift, _address(near))
+    fill = None if step.values is None else step.fill
+    values = None if fill is None or step.values is None else _floats(step.values)
+    kept = step.channels.contiguous(), _floats(step.mean), _floats(step.deviation)
+    library.attend_pages(
+        arguments, choice, call, _pack_step(
+            step.query.shape[3], output.shape[3], 0 if values is None else values.shape[1], step.scale, kernel.address,
+            *[x.data_ptr() for x in kept], _address(fill), _address(values), counts.data_ptr(),
+        ),
+    )  # fmt: skip
+    return (output if step.query.dtype == torch.float32 else output.to(step.query.dtype)), lse, counts
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _floats(x: Tensor) -> Tensor:
+    """Dense and float32."""
+    return x.to(torch.float32).contiguous()
+
+
+def _serves(codes: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
+    """True for rows, pages and masks that the C++ file knows."""
+    if page_tokens % TILE or page_tokens > MOST_TOKENS or codes.shape[3] != 4 * len(words[0]):
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1))
+
+
+def _sketches(
+    sizes: tuple[int, int, int, int, int, int], codes: Tensor, scales: Tensor, words: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None, weights: Tensor | None, constant: Tensor | None,
+) -> tuple[bytes, tuple[Tensor, Tensor]]:  # fmt: skip
+    """The C++ struct, and what must live until it was read. sizes: B, J, M, r, tokens of a page, tokens that count."""
+    *rows, page_tokens, length = sizes
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     scales = scales if scales.stride(2) == 1 else scales.contiguous()
-    out = (
-        (weights.new_empty((b, j, m, -(-tokens // page_tokens))),)
-        if choice is None
-        else (
-            codes.new_empty((b, choice.units, choice.most), dtype=torch.int32),
-            weights.new_empty((b, j, m)),
-            codes.new_empty(4, dtype=torch.int64),
-        )
-    )
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
-    given = choice or Choice(1, 0, 0, Threshold(1.0, 0.0, 0), None)
-    near = None if given.near is None else given.near.to(torch.float32).contiguous()
-    kept = weights.contiguous(), constant.contiguous(), codes, scales, mask, *words, near
-    pointers = [None if x is None else x.data_ptr() for x in kept]
-    places = [x.data_ptr() for x in out]
-    results = (*places, None, None, None) if choice is None else (None, *places)
-    arguments = _Arguments(
-        b, j, m, r, len(words[0]), tokens, min(tokens, length), page_tokens, torch.get_num_threads(),
-        *codes.stride()[:3], *scales.stride()[:2], *mask_strides, given.units, given.most, given.read,
-        int(given.threshold.pages), FEWEST, given.threshold.mass, given.threshold.lift, *pointers, *results,
+    tokens = codes.shape[2]
+    arguments = _pack_sketches(
+        *rows, len(words[0]), tokens, min(tokens, length), page_tokens, torch.get_num_threads(),
+        *codes.stride()[:3], *scales.stride()[:2], *mask_strides, codes.data_ptr(), scales.data_ptr(), _address(mask),
+        *[x.data_ptr() for x in words], _address(weights), _address(constant),
     )  # fmt: skip
-    function(ctypes.byref(arguments))
-    return out
+    return arguments, (codes, scales)
 
 
 @functools.cache
@@ -123,17 +158,20 @@ def _words(
 
 
 TEXT = (
-    r"""// choose_pages
+    r"""// pages
 //
-// The weight of each page of a cache by the sketches of its tokens, and the pages that weigh most:
+// The weight of each page of a cache by the sketches of its tokens, the pages that weigh most, and attention to them:
 //
 //     x[t] = constant + scale[t] sum_c w[c] u[c][t]        weight[p] = sum over t in p of exp(x[t])
 //
-//     weights [B,J,M,r]   constant [B,J,M]   codes [B,J,T,bytes]   scale [B,J,T]
-//     ->  log weight [B,J,M,P]   or   lists of pages [B,U,N], ascending, -1 behind them, and
-//                                     log of the weight of the pages that are not listed over that of those that are
+//     weigh_pages     weights [B,J,M,r]   constant [B,J,M]   codes [B,J,T,bytes]   scale [B,J,T]
+//                     ->  log weight [B,J,M,P]
+//     attend_pages    query [B,H,1,R], the sketches, and a call of the kernel of the latents
+//                     ->  lists of pages [B,U,N], ascending, -1 behind them; output and lse of that call on them, the
+//                         mean of values in place of pages that are not listed
 //
-//     B batch, J latent heads, M query rows of a latent head, T tokens, P pages, r channels of a sketch, U units
+//     B batch, H = J M query heads, J latent heads, M query rows of a latent head, T tokens, P pages, U units, N pages
+//     of a list, r channels of a sketch, R latent width
 //
 // A lane is a token: words of four bytes of 16 rows, a row each, are cut into codes, each kind four to a lane, and
 // multiplied with the query's weights in 8 bits. Weights are kept in base 2, relative to the largest logit of a run of
@@ -152,26 +190,36 @@ TEXT = (
     + VECTORS
     + BYTES
     + EXPONENTIAL
+    + CALL
     + r"""
 // ------------------------------------------------------------------------------------------------ arguments
 
-struct Arguments {
+struct Sketches {
     int64_t batch, heads, rows, channels, words, tokens, length, page_tokens, threads;
     int64_t code_b, code_j, code_t, scale_b, scale_j, mask_b, mask_t;
-    int64_t units, most, read;
-    int64_t pages, fewest;       // that there are to choose from; that are listed however little they weigh
-    double mass, lift;
-    const float *weights, *constant;
     const uint8_t* codes;
     const uint16_t* scales;
     const uint8_t* mask;         // or null
     const int32_t *word_bits, *word_channels;
     const float* word_steps;
+    const float *weights, *constant;
+};
+
+struct Choice {
+    int64_t units, most, read;
+    int64_t pages, fewest;       // that there are to choose from; that are listed however little they weigh
+    double mass, lift;
     const float* near;           // [B,J,M]: log of the weight of what is read in any case; or null
-    float* estimates;            // or null
-    int32_t* lists;              // or null
-    float* odds;                 // [B,J,M], where there are lists
-    int64_t* counts;             // likewise, [4]: lists, 0, pages in them, pages that they were chosen from
+};
+
+struct Step {
+    int64_t width, value_width, value_heads;  // R, R_V
+    double scale;
+    void (*attend)(const Attention*);
+    const int64_t* channels;        // [J,r]
+    const float *mean, *deviation;  // [J,R]
+    const float *fill, *values;     // [H] and [B,value_heads,value_width]; or null
+    int64_t* counts;                // [4]: lists, 0, pages in them, pages that they were chosen from
 };
 
 constexpr int TILE = 16;         // tokens, one a lane
@@ -186,7 +234,7 @@ struct Query {
     float step[HEADS], offset[HEADS];
 };
 
-void prepare(const Arguments& a, const float* weights, int rows, Query& q) {
+void prepare(const Sketches& a, const float* weights, int rows, Query& q) {
     std::memset(q.codes, 0, sizeof q.codes);
     for (int h = 0; h < rows; h++) {
         const float* w = weights + h * a.channels;
@@ -218,7 +266,7 @@ void prepare(const Arguments& a, const float* weights, int rows, Query& q) {
 // Words of `count` rows, each in a lane; zeros for the others.
 struct AnyRows {
     static constexpr int W = 0;  // words of a row, where that is known
-    const Arguments& a;
+    const Sketches& a;
 
     INLINE void operator()(const uint8_t* rows, int64_t, int count, Ints16* words) const {
         int32_t lanes[WORDS][TILE];
@@ -238,7 +286,7 @@ struct WholeRows {
     AnyRows any;
     __m512i index[W][W];
 
-    explicit WholeRows(const Arguments& a) : any{a} {
+    explicit WholeRows(const Sketches& a) : any{a} {
         for (int k = 0; k < W; k++) {
             for (int s = 1; s < W; s++) {
                 int32_t lanes[16];
@@ -265,7 +313,7 @@ struct WholeRows {
 #endif
 
 template <int ROWS, int TILES, int W>
-INLINE void products(const Arguments& a, const Query& q, const Ints16 (*words)[WORDS], Ints16 (*sums)[ROWS]) {
+INLINE void products(const Sketches& a, const Query& q, const Ints16 (*words)[WORDS], Ints16 (*sums)[ROWS]) {
     Ints16 sum[TILES][ROWS] = {};
     const int count = W ? W : int(a.words);
     UNROLL(8) for (int k = 0; k < count; k++) {
@@ -312,7 +360,7 @@ INLINE Floats16 scales_at(const uint16_t* p, int count) {
 
 // Logits of TILES tiles for ROWS rows, -inf for tokens that do not count, into x[h * RUN].
 template <int ROWS, int TILES, class Fetch>
-INLINE void tiles(const Arguments& a, const Query& q, int64_t b, int64_t j, int64_t first, float* x,
+INLINE void tiles(const Sketches& a, const Query& q, int64_t b, int64_t j, int64_t first, float* x,
                   const Fetch& fetched) {
     Ints16 words[TILES][WORDS], sums[TILES][ROWS];
     const int count = int(std::min<int64_t>(TILE * TILES, a.length - first));  // several tiles are whole
@@ -341,7 +389,7 @@ INLINE void tiles(const Arguments& a, const Query& q, int64_t b, int64_t j, int6
 
 // Pages of one run, for ROWS rows from `row` on.
 template <int ROWS, class Fetch>
-void run(const Arguments& a, const Query& q, int64_t b, int64_t j, int64_t row, int64_t r, Weights& out,
+void run(const Sketches& a, const Query& q, int64_t b, int64_t j, int64_t row, int64_t r, Weights& out,
          const Fetch& fetched) {
     alignas(64) float x[ROWS * RUN];
     const int64_t begin = r * out.pages_of_run * a.page_tokens;
@@ -376,7 +424,7 @@ void run(const Arguments& a, const Query& q, int64_t b, int64_t j, int64_t row, 
 }
 
 template <class Fetch>
-void weigh(const Arguments& a, Weights& out, const Fetch& fetched) {
+void weigh(const Sketches& a, Weights& out, const Fetch& fetched) {
     const int64_t groups = (a.rows + HEADS - 1) / HEADS, all = a.batch * a.heads * groups;
     std::vector<Query> queries(all);
     for (int64_t i = 0; i < all; i++) {
@@ -399,7 +447,7 @@ void weigh(const Arguments& a, Weights& out, const Fetch& fetched) {
     }
 }
 
-void weigh(const Arguments& a, Weights& out) {
+void weigh(const Sketches& a, Weights& out) {
 #if defined(__AVX512F__)
     switch (a.code_t == 4 * a.words ? a.words : 0) {
         case 2: return weigh(a, out, WholeRows<2>(a));
@@ -436,13 +484,13 @@ float odds_left_out(const Weights& w, int64_t m, const int32_t* list, int64_t li
 }
 
 // What a unit expects of each page: the mean over its rows of the page's share in all weight, near included.
-std::vector<float> expected(const Arguments& a, const Weights& w, int64_t first, int64_t rows) {
+std::vector<float> expected(const Sketches& a, const Choice& c, const Weights& w, int64_t first, int64_t rows) {
     std::vector<float> share(w.count, 0.0f);
     for (int64_t m = first; m < first + rows; m++) {
         const float *tops = &w.tops[m * w.runs], *pages = &w.pages[m * w.count];
         const double highest = *std::max_element(tops, tops + w.runs);
         if (highest == -INF) continue;
-        const double near = a.near ? (double(a.near[m]) - a.constant[m]) / LN2 : -INF;  // in base 2, as tops are
+        const double near = c.near ? (double(c.near[m]) - a.constant[m]) / LN2 : -INF;  // in base 2, as tops are
         const double top = std::max(highest, near);
         std::vector<double> factors(w.runs);
         double total = std::exp2(near - top);
@@ -473,14 +521,14 @@ int64_t needed_for(double mass, std::vector<float> share, int64_t room) {
 }
 
 // The pages of one list: those of the largest share, as many as there is room for and as weigh enough.
-void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
-    const int64_t rows = a.heads / a.units * a.rows, first = unit * rows;
-    const std::vector<float> share = expected(a, w, first, rows);
-    int64_t kept = std::min({a.read, a.most, w.count}), found = 0;
-    const float enough = a.lift > 0 ? float(a.lift / a.pages) : 0;
+void choose(const Sketches& a, const Choice& c, const Weights& w, int64_t unit, int32_t* list, float* odds) {
+    const int64_t rows = a.heads / c.units * a.rows, first = unit * rows;
+    const std::vector<float> share = expected(a, c, w, first, rows);
+    int64_t kept = std::min({c.read, c.most, w.count}), found = 0;
+    const float enough = c.lift > 0 ? float(c.lift / c.pages) : 0;
     const int64_t weighty = std::count_if(share.begin(), share.end(), [=](float x) { return x >= enough; });
-    if (a.lift > 0) kept = std::min(kept, std::max(weighty, a.fewest));
-    if (a.mass < 1) kept = needed_for(a.mass, share, kept);
+    if (c.lift > 0) kept = std::min(kept, std::max(weighty, c.fewest));
+    if (c.mass < 1) kept = needed_for(c.mass, share, kept);
     float least = kept == 0 ? INF : 0;
     if (kept > 0 && kept == weighty) {
         least = enough;
@@ -496,16 +544,15 @@ void choose(const Arguments& a, const Weights& w, int64_t unit, int32_t* list) {
         if (share[p] == least && ties-- <= 0) continue;
         list[found++] = int32_t(p);
     }
-    std::fill(list + found, list + a.most, -1);
-    for (int64_t m = first; m < first + rows; m++) a.odds[m] = odds_left_out(w, m, list, found);
+    std::fill(list + found, list + c.most, -1);
+    for (int64_t m = first; m < first + rows; m++) odds[m] = odds_left_out(w, m, list, found);
 }
 
-}  // namespace
+// ------------------------------------------------------------------------------------------------ the step
 
-extern "C" void choose_pages(const Arguments* given) {
-    const Arguments& a = *given;
-    static thread_local Weights kept;  // and its memory with it
-    Weights& w = kept;
+// Weights of all pages, in memory that a thread keeps for the next call.
+const Weights& weighed(const Sketches& a) {
+    static thread_local Weights w;
     w.count = (a.tokens + a.page_tokens - 1) / a.page_tokens;
     w.pages_of_run = RUN / a.page_tokens;
     w.runs = (w.count + w.pages_of_run - 1) / w.pages_of_run;
@@ -513,19 +560,75 @@ extern "C" void choose_pages(const Arguments* given) {
     w.pages.resize(all * w.count);
     w.tops.resize(all * w.runs);
     weigh(a, w);
-    for (int64_t i = 0; a.estimates && i < all * w.count; i++) {
+    return w;
+}
+
+// What channels of a sketch and 1 are multiplied by, for each row of queries.
+void factors(const Sketches& a, const Step& s, const Attention& call, float* weights, float* constant) {
+    const int64_t heads = a.heads * a.rows, width = s.width;
+    for (int64_t i = 0; i < a.batch * heads; i++) {
+        const int64_t b = i / heads, h = i % heads, j = h / a.rows;
+        const float* query = static_cast<const float*>(call.query.data) + b * call.query.strides[0] +
+                             h * call.query.strides[1];
+        const float *mean = s.mean + j * width, *deviation = s.deviation + j * width;
+        const int64_t* channels = s.channels + j * a.channels;
+        for (int64_t c = 0; c < a.channels; c++) {
+            weights[i * a.channels + c] = float(s.scale) * (query[channels[c]] * deviation[channels[c]]);
+        }
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
+        constant[i] = float(s.scale) * sum;
+    }
+}
+
+// The mean of values takes a part of the weight that was left out.
+void stand_in(const Sketches& a, const Step& s, const Attention& call, const float* odds) {
+    const int64_t heads = a.heads * a.rows;
+    for (int64_t i = 0; i < a.batch * heads; i++) {
+        const int64_t b = i / heads, h = i % heads;
+        const double share = double(odds[i]) + s.fill[h];
+        const float part = float(1 / (1 + std::exp(-share)));
+        const float* mean = s.values + (b * s.value_heads + h / (heads / s.value_heads)) * s.value_width;
+        float* output = static_cast<float*>(call.output) + i * s.value_width;
+        for (int64_t c = 0; c < s.value_width; c++) output[c] += part * (mean[c] - output[c]);
+        static_cast<float*>(call.lse)[i] += float(share > 30 ? share : std::log1p(std::exp(share)));
+    }
+}
+
+}  // namespace
+
+extern "C" void weigh_pages(const Sketches* given, float* estimates) {
+    const Sketches& a = *given;
+    const Weights& w = weighed(a);
+    for (int64_t i = 0; i < a.batch * a.heads * a.rows * w.count; i++) {
         const int64_t row = i / w.count, r = i % w.count / w.pages_of_run;
         const float sum = w.tops[row * w.runs + r] + std::log2(w.pages[i]);
-        a.estimates[i] = w.pages[i] > 0 ? a.constant[row] + float(LN2) * sum : -INF;
+        estimates[i] = w.pages[i] > 0 ? a.constant[row] + float(LN2) * sum : -INF;
     }
-    const int64_t units = a.lists ? a.batch * a.units : 0;
+}
+
+extern "C" void attend_pages(const Sketches* sketches, const Choice* choice, const Attention* given, const Step* step) {
+    Sketches a = *sketches;
+    Attention call = *given;
+    const int64_t all = a.batch * a.heads * a.rows, units = a.batch * choice->units, most = choice->most;
+    std::vector<float> weights(all * a.channels), constant(all), odds(all);
+    std::vector<int32_t> lists(units * most);
+    factors(a, *step, call, weights.data(), constant.data());
+    a.weights = weights.data();
+    a.constant = constant.data();
+    const Weights& w = weighed(a);
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-    for (int64_t u = 0; u < units; u++) choose(a, w, u, a.lists + u * a.most);
-    if (!a.lists) return;
-    int32_t* end = a.lists + units * a.most;
-    const int64_t listed = std::count_if(a.lists, end, [](int32_t p) { return p >= 0; });
-    const int64_t counts[4] = {units, 0, listed, units * a.pages};
-    std::copy(counts, counts + 4, a.counts);
+    for (int64_t u = 0; u < units; u++) choose(a, *choice, w, u, &lists[u * most], odds.data());
+    call.pages = {lists.data(), {choice->units * most, most, 1}};
+    call.page_heads = choice->units;
+    call.page_count = most;
+    call.page_tokens = a.page_tokens;
+    step->attend(&call);
+    if (step->fill) stand_in(a, *step, call, odds.data());
+    const int64_t listed = std::count_if(lists.begin(), lists.end(), [](int32_t p) { return p >= 0; });
+    const int64_t counts[4] = {units, 0, listed, units * choice->pages};
+    std::copy(counts, counts + 4, step->counts);
 }
 """
 )

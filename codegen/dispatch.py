@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fhopt.codegen import cpp_pages
 from fhopt.codegen.build import build, build_torch, build_triton, cores
 from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
-from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.codegen.pack import pack, unpack
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.codegen.triton_call import TritonKernel
@@ -28,7 +28,7 @@ from fhopt.ops import (
     use_pack_kernels,
     within,
 )
-from fhopt.page_ops import use_page_kernel
+from fhopt.page_ops import PageStep, use_page_kernels
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -45,7 +45,7 @@ def install() -> None:
     use_kernel("cpu", latent_attention)
     use_kernel("cuda", latent_attention)
     use_pack_kernels("cpu", (pack, unpack))
-    use_page_kernel("cpu", weigh_pages)
+    use_page_kernels("cpu", (cpp_pages.weigh_pages, attend_pages))
     if importlib.util.find_spec("triton") is not None:
         use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
 
@@ -99,11 +99,7 @@ def latent_attention(
         tuple(key_bits), tuple(key_widths), tuple(key_steps),
         tuple(value_bits), tuple(value_widths), tuple(value_steps),
     )  # fmt: skip
-    place = query.is_cpu or query.dtype  # kernels for GPUs multiply in the type of the query
-    options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap != 0.0, place, *tiers)
-    kernel: LatentKernel | None = _kernels.get(options) if query.dtype != torch.float64 else latent_attention_reference
-    if kernel is None:
-        kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap != 0.0)
+    kernel = _known_kernel(query, key, value, tiers, softcap != 0.0)
     if kernel is latent_attention_reference or (torch.is_grad_enabled() and _needs_gradient(query, key, value, mask)):
         return latent_attention_reference(
             query, key, key_scale, value, value_scale, mask,
@@ -120,6 +116,35 @@ def latent_attention(
     return kernel(
         query, key, key_scale, value, value_scale, mask, scale=scale, softcap=softcap, lengths=lengths, **paged
     )
+
+
+def _known_kernel(
+    query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
+) -> LatentKernel:
+    """The kernel for these options, which is made at the first call."""
+    if query.dtype == torch.float64:
+        return latent_attention_reference
+    place = query.is_cpu or query.dtype  # kernels for GPUs multiply in the type of the query
+    options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap, place, *tiers)
+    kernel = _kernels.get(options)
+    if kernel is None:
+        kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap)
+    return kernel
+
+
+def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Choose pages, attend to them and let the mean of values stand for the others, in one call of machine code.
+
+    `page_ops.attend_pages_reference` says what. None where one of the kernels does not serve.
+    """
+    if torch.is_grad_enabled() and _needs_gradient(step.query, step.key, step.value):
+        return None
+    tiers = (
+        tuple(step.key_bits), tuple(step.key_widths), tuple(step.key_steps),
+        tuple(step.value_bits), tuple(step.value_widths), tuple(step.value_steps),
+    )  # fmt: skip
+    kernel = _known_kernel(step.query, step.key, step.value, tiers, False)
+    return cpp_pages.attend_pages(step, kernel) if isinstance(kernel, LibraryKernel) else None
 
 
 def _kernel(

@@ -36,6 +36,7 @@ from fhopt.codegen import pack as packing
 from fhopt.codegen import skinny
 from fhopt.codegen.build import CompileError, build, load
 from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
+from fhopt.codegen.cpp import CALL
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.spec import KernelSpec
 
@@ -307,7 +308,8 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-TEXT = r"""// ops
+TEXT = (
+    r"""// ops
 //
 // What stands between torch's dispatcher and the kernels: these ops take tensors, check what machine code trusts, and
 // hand addresses and strides on in one struct.
@@ -352,21 +354,9 @@ using torch::stable::Tensor;
 
 // ------------------------------------------------------------------------------------------------ structs of kernels
 
-struct Rows {
-    const void* data = nullptr;
-    int64_t strides[3] = {};
-};
-
-struct Attention {
-    int64_t batch, heads, queries, tokens, key_heads, value_heads, threads, mask_kind;
-    Rows query, key, key_scale, value, value_scale, mask;
-    int64_t mask_token;
-    Rows pages;
-    int64_t page_heads, page_count, page_tokens;
-    void *output, *lse;
-    double scale, softcap;
-};
-
+"""
+    + CALL
+    + r"""
 struct Tier {
     int64_t bits, width;
     double step;
@@ -761,3 +751,4 @@ STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
 }
 """
+)

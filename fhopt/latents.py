@@ -261,33 +261,35 @@ def _attend_chosen(
     absorbed = ops.absorb(query, key_decode)
     rows = key_rows, key_scale, value_rows, value_scale
 
+    def values() -> Tensor | None:
+        if index.fill is None or (index.mean is not None and far is None and lengths is None):
+            return index.mean
+        return mean_values(absorbed, *rows, far, lengths, index.tokens, **tiers)
+
     def read(mask: Tensor | None, listed: dict[str, Any], odds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         options = dict(**tiers, **numbers, **listed)
         output, lse = torch.ops.fhopt.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
-        if odds is not None and index.fill is not None:
-            known = index.mean if far is None and lengths is None else None
-            mean = mean_values(absorbed, *rows, far, lengths, index.tokens, **tiers) if known is None else known
-            every = mean.repeat_interleave(query.shape[1] // mean.shape[1], 1)
-            output, lse = pages.stand_in(output, lse, every, odds, index.fill)
+        if odds is not None:
+            output, lse = page_ops.stand_in(output, lse, values(), odds, index.fill)
         return ops.expand(output, value_decode), lse
 
     window = window_keys, window_key_scale, window_values, window_value_scale
     others = _open_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
     others_lse = _lse_of(others)
-    if query.shape[2] == 1 and index.limit == 1:
-        lists, odds = pages.best_pages(absorbed, index, far, lengths, others_lse, **numbers)
-        parts = [read(far, {"pages": lists, "page_tokens": index.tokens}, odds), *others]
+    if index.limit == 1 and pages.is_one_step(absorbed, far, lengths, softcap):
+        output, lse = pages.attend(absorbed, rows, index, far, lengths, others_lse, values(), scale=scale, **tiers)
+        parts = [(ops.expand(output, value_decode), lse), *others]
         return ops.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
     weights = page_ops.expected_weights(estimates, index.units, others_lse)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
-    left = None if index.fill is None else page_ops.odds_left_out(estimates, chosen)
-    parts = [read(*_listed(chosen, index, index.most, query, far, count), left), *others]
+    odds = page_ops.odds_left_out(estimates, chosen)
+    parts = [read(*_listed(chosen, index, index.most, query, far, count), odds), *others]
     if index.limit < 1:
-        lse = _lse_of(parts)
-        assert lse is not None, "pages were read"
+        lse_of_all = _lse_of(parts)
+        assert lse_of_all is not None, "pages were read"
         most = ops.page_logits(pages.token_logits(absorbed, index, far, lengths, **numbers, at_most=True), index.tokens)
-        share = pages.left_out(most, chosen, lse)
+        share = pages.left_out(most, chosen, lse_of_all)
         rest = ~chosen & pages.to_complete(share, index).unsqueeze(-1)
         parts.append(read(*_listed(rest, index, index.count, query, far, count)))
     return ops.merge(parts) if len(parts) > 1 else parts[0][0]

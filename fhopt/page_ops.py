@@ -1,10 +1,9 @@
-"""Weighing pages by the sketches of their tokens, and choosing among them: the operations, and plain torch for them.
+"""Weighing pages by the sketches of their tokens, choosing among them, and reading them: operations, and plain torch.
 
     fhopt::page_weights(weights, constant, codes, scales, tiers..., page_tokens, far, lengths)    log weights [B,J,M,P]
-    fhopt::choose_pages(the same, near, units, most, share, least, mass, lift)                    lists int32 [B,U,N],
-                                            the log odds of what they leave out [B,J,M], and `list_counts` int64 [4]
+    fhopt::attend_pages(what a `PageStep` has)        output [B,H,1,R_V], lse [B,H,1], and `list_counts` int64 [4]
 
-`fhopt.pages` says what the numbers mean. Generated kernels come in by `use_page_kernel`.
+`fhopt.pages` says what the numbers mean. Generated kernels come in by `use_page_kernels`.
 
 Letters: B batch, H query heads, J latent heads, M query rows of a latent head, U units, S queries, T sealed tokens, P
 pages, N pages of a list, r channels of a sketch.
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +38,21 @@ def sketch_logits(
         units = ops.unscaled(tile, bits, widths, steps).to(weights.dtype)
         tiles.append(weights @ units.mT * factor.to(weights.dtype).unsqueeze(2))
     return torch.cat(tiles, -1) + constant.unsqueeze(-1)
+
+
+def factors(query: Tensor, mean: Tensor, deviation: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """What channels of a sketch and 1 are multiplied by, for absorbed queries: [B,H,S,R], and mean and deviation [J,R]
+    and kept channels [J,r] of the latents -> [B,J,H/J*S,r], [B,J,H/J*S], float32 or more exact."""
+    rows = grouped(query, mean.shape[0])
+    weighted = rows * deviation.unsqueeze(1)
+    index = channels.unsqueeze(1).expand(*rows.shape[:-1], -1)
+    return weighted.gather(-1, index), (rows * mean.unsqueeze(1)).sum(-1)
+
+
+def grouped(query: Tensor, heads: int) -> Tensor:
+    """[B,H,S,R] -> [B,J,H/J*S,R], J = `heads`, float32 or more exact."""
+    b, h, s, width = query.shape
+    return query.to(torch.promote_types(query.dtype, torch.float32)).reshape(b, heads, h // heads * s, width)
 
 
 @overload
@@ -101,56 +115,114 @@ def page_lists(chosen: Tensor, length: int) -> Tensor:
     return torch.where(lists < count, lists, -1).to(torch.int32)
 
 
+def stand_in(
+    output: Tensor, lse: Tensor, mean: Tensor | None, odds: Tensor, fill: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What was read, (output [B,H,S,R], lse [B,H,S]), with a mean of values [B,n,S or 1,R] for what was not,
+    n a divisor of H; without a mean or a fill as it was.
+
+    odds [B,H,S]: log of the weight that was left out over that which was read, as sketches have it. By itself, what
+    sketches give may be wrong by a common factor, where keys of a text have another mean than those of the calibration.
+    fill [H]: log of the part of it that the mean takes.
+    """
+    if mean is None or fill is None:
+        return output, lse
+    share = odds + fill.unsqueeze(-1)
+    part = torch.sigmoid(share).unsqueeze(-1).to(output.dtype)
+    every = mean.to(output.dtype).repeat_interleave(output.shape[1] // mean.shape[1], 1).expand_as(output)
+    return torch.lerp(output, every, part), lse + torch.nn.functional.softplus(share)
+
+
 # --------------------------------------------------------------------------------------------------- operations
 
 
-class PageKernel(Protocol):
-    """Weighs pages, or chooses among them: `codegen.cpp_pages.weigh_pages` says what the arguments are."""
+class PageStep(NamedTuple):
+    """What attention of one query a head to the pages that it chooses needs: the operands of `fhopt::attend_pages`.
+
+    query [B,H,1,R] is absorbed; key, value, their scales and tiers, far and lengths: as of `fhopt::latent_attention`,
+    but far as of `page_weights_reference`. codes, scales and tiers of sketches; channels [J,r], mean and deviation
+    [J,R]: of a `SketchPlan`. near [B,H,1]: as of `expected_weights`. page_tokens to lift, fill: as of a `PageIndex`.
+    values [B,n,1,R_V], n a divisor of H: what takes the place of others with a fill.
+    """
+
+    query: Tensor
+    key: Tensor
+    key_scale: Tensor | None
+    value: Tensor
+    value_scale: Tensor | None
+    far: Tensor | None
+    lengths: Tensor | None
+    key_bits: Sequence[int]
+    key_widths: Sequence[int]
+    key_steps: Sequence[float]
+    value_bits: Sequence[int]
+    value_widths: Sequence[int]
+    value_steps: Sequence[float]
+    scale: float
+    codes: Tensor
+    scales: Tensor
+    bits: Sequence[int]
+    widths: Sequence[int]
+    steps: Sequence[float]
+    channels: Tensor
+    mean: Tensor
+    deviation: Tensor
+    near: Tensor | None
+    page_tokens: int
+    units: int
+    most: int
+    share: float
+    least: int
+    mass: float
+    lift: float
+    fill: Tensor | None
+    values: Tensor | None
+
+    @property
+    def latents(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """Rows and scales of both sides, and the mask."""
+        return self.key, self.key_scale, self.value, self.value_scale, self.far
+
+    @property
+    def tiers(self) -> dict[str, Any]:
+        """Of both sides, as `ops.tier_options` gives them."""
+        names = (f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def pages(self) -> int:
+        """How many there are to choose from."""
+        return -(-(self.codes.shape[2] if self.lengths is None else int(self.lengths)) // self.page_tokens)
+
+
+class WeighPages(Protocol):
+    """A kernel of `fhopt::page_weights`; `codegen.cpp_pages.weigh_pages` says what the arguments are."""
 
     def __call__(  # noqa: D102  # see above
         self, weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int],
         widths: Sequence[int], steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int,
-        choice: Choice | None = None,
-    ) -> tuple[Tensor, ...] | None: ...  # fmt: skip
+    ) -> Tensor | None: ...  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which pages each of `units` lists: `read`, of `most` places, and no more than weigh enough by the threshold.
+class AttendPages(Protocol):
+    """A kernel of `fhopt::attend_pages`."""
 
-    near [B,J,M]: as of `expected_weights`.
-    """
-
-    units: int
-    most: int
-    read: int
-    threshold: Threshold
-    near: Tensor | None
+    def __call__(self, step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None: ...  # noqa: D102  # see above
 
 
-_KERNELS: dict[str, PageKernel] = {}
+PageKernels = tuple[WeighPages, AttendPages]
+_KERNELS: dict[str, PageKernels] = {}
 
 
-def use_page_kernel(device_type: str, kernel: PageKernel | None) -> PageKernel | None:
-    """Weigh pages by `kernel` on that device type; None: by torch operations.
+def use_page_kernels(device_type: str, kernels: PageKernels | None) -> PageKernels | None:
+    """Weigh and read pages by these on that device type; None: by torch operations.
 
     A kernel returns None for what it does not serve. Returns what was used before, None likewise.
     """
     before = _KERNELS.pop(device_type, None)
-    if kernel is not None:
-        _KERNELS[device_type] = kernel
+    if kernels is not None:
+        _KERNELS[device_type] = kernels
     return before
-
-
-def _by_kernel(
-    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
-    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, *, choice: Choice | None,
-) -> tuple[Tensor, ...] | None:  # fmt: skip
-    kernel = _KERNELS.get(weights.device.type)
-    if kernel is None:
-        return None
-    length = codes.shape[2] if lengths is None else int(lengths)
-    return kernel(weights, constant, codes, scales, bits, widths, steps, page_tokens, far, length, choice)
 
 
 def page_weights_reference(
@@ -168,8 +240,11 @@ def page_weights_reference(
 
 
 def _page_weights(*operands: Any) -> Tensor:
-    found = _by_kernel(*operands, choice=None)
-    return page_weights_reference(*operands) if found is None else found[0]
+    *of_pages, lengths = operands
+    weigh: Any = _KERNELS.get(operands[0].device.type, (None, None))[0]
+    length = operands[2].shape[2] if lengths is None else int(lengths)
+    found = None if weigh is None else weigh(*of_pages, length)
+    return page_weights_reference(*operands) if found is None else found
 
 
 def _page_weights_fake(
@@ -179,23 +254,32 @@ def _page_weights_fake(
     return weights.new_empty((*weights.shape[:3], -(-codes.shape[2] // page_tokens)))
 
 
-def choose_pages_reference(
-    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
-    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, near: Tensor | None,
-    units: int, most: int, share: float, least: int, mass: float, lift: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Lists of the pages that weigh most, int32 [B,U,N], ascending, -1 behind them: `page_weights_reference`, and of
-    `most` places as many as `pages_read` of the pages that there are and as weigh enough. near [B,J,M]: as of
-    `expected_weights`; units, mass, lift: as of a `PageIndex`. The `odds_left_out` of each row, [B,J,M]; and the
+def attend_pages_reference(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
+    """What one query a head reads of the pages that it chooses: output [B,H,1,R_V] in the dtype of query and lse
+    [B,H,1], the mean of values standing for what is not read where there is a fill; and the `list_counts`."""
+    lists, odds, counts = choose_pages(step)
+    output, lse = torch.ops.fhopt.latent_attention(
+        step.query, *step.latents, **step.tiers, scale=step.scale, lengths=step.lengths, pages=lists,
+        page_tokens=step.page_tokens,
+    )  # fmt: skip
+    return *stand_in(output, lse, step.values, odds, step.fill), counts
+
+
+def choose_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of the pages that weigh most, int32 [B,U,N], ascending, -1 behind them: of `most` places as many as
+    `pages_read` of the pages that there are and as weigh enough. The `odds_left_out` of each head, [B,H,1]; and the
     `list_counts`."""
-    operands = (weights, constant, codes, scales, bits, widths, steps, page_tokens, far, lengths)
-    found = page_weights_reference(*operands)
+    weights, constant = factors(step.query, step.mean, step.deviation, step.channels)
+    sketches = step.codes, step.scales, list(step.bits), list(step.widths), list(step.steps)
+    found = torch.ops.fhopt.page_weights(
+        weights * step.scale, constant * step.scale, *sketches, step.page_tokens, step.far, step.lengths
+    )
     logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
-    count = _pages_of(codes, page_tokens, lengths)
-    expected = expected_weights(logits, units, None if near is None else near.reshape(logits.shape[:3]))
-    chosen = best_of(expected, most, pages_read(count, share, least), Threshold(mass, lift, count))
-    odds = odds_left_out(logits, chosen).reshape(found.shape[:3])
-    return page_lists(chosen.squeeze(2), most), odds, list_counts(chosen, count)
+    count = step.pages
+    expected = expected_weights(logits, step.units, step.near)
+    threshold = Threshold(step.mass, step.lift, count)
+    chosen = best_of(expected, step.most, pages_read(count, step.share, step.least), threshold)
+    return page_lists(chosen.squeeze(2), step.most), odds_left_out(logits, chosen), list_counts(chosen, count)
 
 
 def list_counts(chosen: Tensor, available: Tensor | int) -> Tensor:
@@ -215,39 +299,34 @@ def odds_left_out(logits: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(read > -math.inf, left - read, -math.inf)
 
 
-def _pages_of(codes: Tensor, page_tokens: int, lengths: Tensor | None) -> int:
-    return -(-(codes.shape[2] if lengths is None else int(lengths)) // page_tokens)
+def _attend_pages(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    step = PageStep(*operands)
+    kernels = _KERNELS.get(step.query.device.type)
+    found = None if kernels is None else kernels[1](step)
+    return attend_pages_reference(step) if found is None else found
 
 
-def _choose_pages(*operands: Any) -> tuple[Tensor, ...]:
-    *of_pages, near, units, most, share, least, mass, lift = operands
-    codes, page_tokens, lengths = of_pages[2], of_pages[7], of_pages[9]
-    count = _pages_of(codes, page_tokens, lengths)
-    choice = Choice(units, most, pages_read(count, share, least), Threshold(mass, lift, count), near)
-    found = _by_kernel(*of_pages, choice=choice)
-    return choose_pages_reference(*operands) if found is None else found
+def _attend_pages_fake(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    step = PageStep(*operands)
+    width = sum(step.value_widths) if step.value_widths else step.value.shape[-1]
+    lse = step.query.new_empty(step.query.shape[:3], dtype=torch.float32)
+    counts = step.codes.new_empty(4, dtype=torch.int64)
+    return step.query.new_empty((*step.query.shape[:3], width)), lse, counts
 
 
-def _choose_pages_fake(
-    weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
-    steps: Sequence[float], page_tokens: int, far: Tensor | None, lengths: Tensor | None, near: Tensor | None,
-    units: int, most: int, share: float, least: int, mass: float, lift: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    lists = codes.new_empty((codes.shape[0], units, most), dtype=torch.int32)
-    return lists, torch.empty_like(constant), codes.new_empty(4, dtype=torch.int64)
-
-
-_OPERANDS = (
-    "Tensor weights, Tensor constant, Tensor codes, Tensor scales, int[] bits, int[] widths, float[] steps, "
-    "int page_tokens, Tensor? far, Tensor? lengths"
-)
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
-_LIB.define(f"page_weights({_OPERANDS}) -> Tensor")
 _LIB.define(
-    f"choose_pages({_OPERANDS}, Tensor? near, int units, int most, float share, int least, float mass, float lift) "
-    "-> (Tensor, Tensor, Tensor)"
+    "page_weights(Tensor weights, Tensor constant, Tensor codes, Tensor scales, int[] bits, int[] widths, "
+    "float[] steps, int page_tokens, Tensor? far, Tensor? lengths) -> Tensor"
+)
+_LIB.define(
+    "attend_pages(Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, Tensor? far, "
+    "Tensor? lengths, int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, "
+    "float[] value_steps, float scale, Tensor codes, Tensor scales, int[] bits, int[] widths, float[] steps, "
+    "Tensor channels, Tensor mean, Tensor deviation, Tensor? near, int page_tokens, int units, int most, float share, "
+    "int least, float mass, float lift, Tensor? fill, Tensor? values) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
-_LIB.impl("choose_pages", _choose_pages, "CompositeExplicitAutograd")
+_LIB.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")
 torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)
-torch.library.register_fake("fhopt::choose_pages", _choose_pages_fake, lib=_LIB)
+torch.library.register_fake("fhopt::attend_pages", _attend_pages_fake, lib=_LIB)

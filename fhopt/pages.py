@@ -49,18 +49,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt import ops
+from fhopt import ops, page_ops
 from fhopt.page_ops import (
     Threshold,
     best_of,
-    expected_weights,
     list_counts,
-    odds_left_out,
-    page_lists,
     pages_read,
     sketch_logits,
 )
@@ -68,6 +66,8 @@ from fhopt.spec import SketchPlan, Tier
 
 SAMPLE = 8  # pages whose values are averaged, to stand for those that are not read
 LOST = {2: 0.35, 4: 0.11}  # deviation of what rounding takes from a unit normal channel, about, by bits
+
+TIERS = tuple(f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
 
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
 """Codes uint8 [B,J,T,bytes], scales float16 [B,J,T], and |(z - sketch) / w| float16 [B,J,T] where there is a limit."""
@@ -141,20 +141,14 @@ class Sketcher:
 
     def factors(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """What channels of a sketch and 1 are multiplied by: [B,H,S,R] -> [B,J,H/J*S,r], [B,J,H/J*S]."""
-        grouped = self._grouped(query)
-        return self.kept(grouped * self.deviation.unsqueeze(1)), (grouped * self.mean.unsqueeze(1)).sum(-1)
+        return page_ops.factors(query, self.mean, self.deviation, self.channels)
 
     def uncertain(self, query: Tensor, lost: Tensor) -> Tensor:
         """How much larger than that a logit may be at most: lost [B,J,T] -> [B,H,S,T]."""
         b, h, s, _ = query.shape
-        size = (self._grouped(query) * (self.deviation * self._weights()).unsqueeze(1)).norm(dim=-1, keepdim=True)
+        rows, sizes = page_ops.grouped(query, self.mean.shape[0]), self.deviation * self._weights()
+        size = (rows * sizes.unsqueeze(1)).norm(dim=-1, keepdim=True)
         return (size * lost.to(size.dtype).unsqueeze(2)).reshape(b, h, s, -1)
-
-    def _grouped(self, query: Tensor) -> Tensor:
-        """[B,H,S,R] -> [B,J,H/J*S,R], float32 or more exact."""
-        b, h, s, width = query.shape
-        j = self.mean.shape[0]
-        return query.to(torch.promote_types(query.dtype, torch.float32)).reshape(b, j, h // j * s, width)
 
 
 # --------------------------------------------------------------------------------------------------- the choice
@@ -221,27 +215,31 @@ def page_estimates(
     query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, *, scale: float, softcap: float = 0.0
 ) -> Tensor:
     """Log of the weight of each page, as its sketches have it: `ops.page_logits` of `token_logits`, [B,H,S,P]."""
-    if not _in_kernel(query, far, lengths, softcap):
+    if not _has_plain_masks(query, far, lengths, softcap):
         return ops.page_logits(token_logits(query, index, far, lengths, scale=scale, softcap=softcap), index.tokens)
-    found: Tensor = torch.ops.fhopt.page_weights(*_operands(query, index, far, lengths, scale))
+    weights, constant = index.sketcher.factors(query)
+    sketches = *index.rows[:2], *index.sketcher.tiers
+    found: Tensor = torch.ops.fhopt.page_weights(
+        weights * scale, constant * scale, *sketches, index.tokens, far, lengths
+    )
     return found.reshape(*query.shape[:3], -1)
 
 
-def best_pages(
-    query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, near: Tensor | None, *, scale: float,
-    softcap: float = 0.0,
+def attend(
+    query: Tensor, latents: tuple[Tensor, Tensor | None, Tensor, Tensor | None], index: PageIndex, far: Tensor | None,
+    lengths: Tensor | None, near: Tensor | None, values: Tensor | None, *, scale: float, **tiers: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Lists of the pages that one query of each sequence is to read: [B,H,1,R] -> int32 [B,U,N] as of `page_lists`; and
-    the `odds_left_out` by each head, as sketches have them, [B,H,1]. near [B,H,1]: as of `expected_weights`."""
-    if _in_kernel(query, far, lengths, softcap):
-        rows = None if near is None else near.reshape(near.shape[0], index.sketcher.mean.shape[0], -1)
-        numbers = rows, index.units, index.most, index.share, index.least, index.mass, index.lift
-        lists, odds, counts = torch.ops.fhopt.choose_pages(*_operands(query, index, far, lengths, scale), *numbers)
-        index.counters.add_(counts)
-        return lists, odds.reshape(query.shape[:3])
-    estimates = page_estimates(query, index, far, lengths, scale=scale, softcap=softcap)
-    chosen = keep_best(expected_weights(estimates, index.units, near), index, available_pages(index, lengths))
-    return page_lists(chosen.squeeze(2), index.most), odds_left_out(estimates, chosen)
+    """(output [B,H,1,R_V], lse [B,H,1]) of one query of each sequence, [B,H,1,R], on the pages that it chooses: one
+    `page_ops.PageStep`, which is counted. latents: rows and scales of keys and of values. Where `is_one_step`."""
+    sketcher, (codes, scales, _) = index.sketcher, index.rows
+    sketches = codes, scales, *sketcher.tiers, sketcher.channels, sketcher.mean, sketcher.deviation
+    limits = index.tokens, index.units, index.most, index.share, index.least, index.mass, index.lift
+    output, lse, counts = torch.ops.fhopt.attend_pages(
+        query, *latents, far, lengths, *[tiers[name] for name in TIERS], scale, *sketches, near, *limits, index.fill,
+        values,
+    )  # fmt: skip
+    index.counters.add_(counts)
+    return output, lse
 
 
 def available_pages(index: PageIndex, lengths: Tensor | None) -> Tensor | int:
@@ -249,19 +247,16 @@ def available_pages(index: PageIndex, lengths: Tensor | None) -> Tensor | int:
     return index.count if lengths is None else -(-lengths.reshape(-1, 1, 1, 1) // index.tokens)
 
 
-def _in_kernel(query: Tensor, far: Tensor | None, lengths: Tensor | None, softcap: float) -> bool:
-    """True where the ops below can say it: a mask of tokens of each sequence, one length."""
+def is_one_step(query: Tensor, far: Tensor | None, lengths: Tensor | None, softcap: float) -> bool:
+    """True where `fhopt::attend_pages` can say it: one query, a mask of tokens of each sequence, one length."""
+    return query.shape[2] == 1 and _has_plain_masks(query, far, lengths, softcap)
+
+
+def _has_plain_masks(query: Tensor, far: Tensor | None, lengths: Tensor | None, softcap: float) -> bool:
+    """True where `fhopt::page_weights` can say it."""
     plain = far is None or (far.dtype == torch.bool and far.dim() == 4 and far.shape[1:3] == (1, 1))
     one = lengths is None or lengths.numel() == 1
     return plain and one and not softcap and query.dtype != torch.float64
-
-
-def _operands(
-    query: Tensor, index: PageIndex, far: Tensor | None, lengths: Tensor | None, scale: float
-) -> tuple[Tensor | int | list[int] | list[float] | None, ...]:
-    weights, constant = index.sketcher.factors(query)
-    codes, scales, _ = index.rows
-    return weights * scale, constant * scale, codes, scales, *index.sketcher.tiers, index.tokens, far, lengths
 
 
 def keep_best(weights: Tensor, index: PageIndex, available: Tensor | int) -> Tensor:
@@ -298,18 +293,6 @@ def sampled(count: Tensor | int, device: torch.device) -> Tensor:
     many = count.unsqueeze(-1) if isinstance(count, Tensor) else torch.full((), count, device=device)
     places = torch.arange(SAMPLE, device=device) * many.clamp(min=SAMPLE) // SAMPLE
     return torch.where(places < many, places, -1).to(torch.int32)
-
-
-def stand_in(output: Tensor, lse: Tensor, mean: Tensor, odds: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
-    """What was read, (output [B,H,S,R], lse [B,H,S]), with the mean of values [B,H,S or 1,R] for what was not.
-
-    odds [B,H,S]: log of the weight that was left out over that which was read, as sketches have it. By itself, what
-    sketches give may be wrong by a common factor, where keys of a text have another mean than those of the calibration.
-    fill [H]: log of the part of it that the mean takes.
-    """
-    share = odds + fill.unsqueeze(-1)
-    part = torch.sigmoid(share).unsqueeze(-1).to(output.dtype)
-    return torch.lerp(output, mean.expand_as(output), part), lse + torch.nn.functional.softplus(share)
 
 
 # --------------------------------------------------------------------------------------------------- the guarantee

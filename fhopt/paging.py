@@ -375,7 +375,7 @@ def fill_errors(
     errors = []
     for fill in FILLS:
         parts = torch.full((heads,), fill, device=absorbed.device).log()
-        found = ops.merge([near, pages.stand_in(*read, ops.expand(mean, value.decode), odds, parts)])
+        found = ops.merge([near, page_ops.stand_in(*read, ops.expand(mean, value.decode), odds, parts)])
         errors.append((found - every).double().square().sum((0, 2, 3)))
     return torch.stack(errors)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -70,11 +71,13 @@ def test_where_there_is_no_token_the_result_is_zero_and_minus_infinity(dtype: to
     q, nothing = torch.randn(1, 2, 3, 8, dtype=dtype), torch.randn(1, 2, 0, 8, dtype=dtype)
     codes = ops.round_rows(nothing)
     byte = [8], [8], [1.0]
-    for operands, options in (
+    both: tuple[Any, ...] = (
         ((nothing, None, nothing, None), NO_TIERS),
         ((*codes, *codes), ops.tier_options(byte, byte)),
-    ):
-        out, lse = ops.latent_attention_reference(q, *operands, None, **options, scale=1.0)
+    )
+    for operands, options in both:
+        reference: Any = ops.latent_attention_reference
+        out, lse = reference(q, *operands, None, **options, scale=1.0)
         assert out.shape == q.shape and not out.any() and bool((lse == -math.inf).all()) and lse.dtype == dtype
 
 

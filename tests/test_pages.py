@@ -302,15 +302,15 @@ def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
 ) -> None:
     """The same tokens decoded again choose the same pages, some of all, and what they read is another than all."""
     plan, ids, seen = paged(llama.plan(4)), token_ids(2, LONG), []
-    found = decoded(double, plan, ids, 120)
+    found, page_lists = decoded(double, plan, ids, 120), page_ops.page_lists
 
     def watch(chosen: Tensor, length: int) -> Tensor:
-        lists = page_ops.page_lists(chosen, length)
+        lists = page_lists(chosen, length)
         seen.append(lists)
         return lists
 
     with monkeypatch.context() as patch:
-        patch.setattr(pages, "page_lists", watch)
+        patch.setattr(page_ops, "page_lists", watch)
         again = decoded(double, plan, ids, 120)
     assert torch.equal(found, again) and len(seen) == 2 * (LONG - 120)
     assert all(0 < int((lists >= 0).sum(-1).max()) < 32 for lists in seen)
@@ -448,15 +448,15 @@ def test_bytes_of_a_step_are_those_of_the_pages_that_queries_chose(llama: Fitted
     """With a lift that most pages do not reach."""
     plan, ids = paged(llama.plan(4), share=0.5, lift=2.0), token_ids(2, LONG)
     listed = []
-    best = pages.best_pages
+    chosen = page_ops.choose_pages
 
-    def watch(*given: Any, **numbers: Any) -> Any:
-        found = best(*given, **numbers)
+    def watch(step: page_ops.PageStep) -> Any:
+        found = chosen(step)
         listed.append(found[0])
         return found
 
     with torch.no_grad(), switched(llama.model, plan), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "best_pages", watch)
+        patch.setattr(page_ops, "choose_pages", watch)
         cache = LatentCache(plan, llama.model.config, max_cache_len=max_cache_len)
         llama.model(ids[:, :140], past_key_values=cache)
         assert not listed
@@ -569,7 +569,7 @@ def test_a_mean_takes_its_part_of_the_odds_as_a_part_of_attention_would() -> Non
     output, lse, mean = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 1, 8)
     odds, fill = 3 * torch.randn(2, 4, 3), torch.tensor([0.25, 0.5, 1.0, 0.0])
     lse[0, 0, 0] = odds[0, 0, 0] = -math.inf
-    found = pages.stand_in(output, lse, mean, odds, fill.log())
+    found = page_ops.stand_in(output, lse, mean, odds, fill.log())
     weight = odds.exp() * fill[:, None]
     wanted = (output + weight[..., None] * mean) / (1 + weight[..., None])
     torch.testing.assert_close(found[0], wanted)
@@ -760,11 +760,11 @@ def rounded(weights: Tensor, options: Any) -> Tensor:
 
 @contextmanager
 def page_kernel() -> Iterator[None]:
-    before = page_ops.use_page_kernel("cpu", weigh_pages)
+    before = page_ops.use_page_kernels("cpu", (weigh_pages, dispatch.attend_pages))
     try:
         yield
     finally:
-        page_ops.use_page_kernel("cpu", before)
+        page_ops.use_page_kernels("cpu", before)
 
 
 @pytest.mark.parametrize("tiers", [{4: 16, 2: 16}, {4: 8}, {2: 48}, {4: 24, 2: 32}, {4: 72}], ids=str)
@@ -784,37 +784,79 @@ def test_the_kernel_weighs_pages_as_the_reference_does(
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
 
 
+def page_step(
+    tiers: dict[int, int], tokens: int, masked: bool, length: int | None, **changes: Any
+) -> page_ops.PageStep:
+    """B=2, H=12, J=4, R=40, R_V=16, numbers for latents, pages of 32 tokens; queries that the kernel need not round."""
+    (weights, _), options = page_operands(tiers, 3, tokens, masked, length)
+    codes, scales, bits, widths, steps, page_tokens, far, lengths = options
+    channels = torch.rand(4, 40).argsort(-1)[:, : sum(widths)]
+    mean, deviation, query = torch.randn(4, 40) / 4, torch.rand(4, 40) + 0.5, torch.randn(2, 4, 3, 40)
+    index = channels[None, :, None].expand_as(weights)
+    query.scatter_(-1, index, rounded(weights, options) / deviation[None, :, None].expand_as(query).gather(-1, index))
+    given: dict[str, Any] = dict(
+        query=query.reshape(2, 12, 1, 40), key=torch.randn(2, 4, tokens, 40), key_scale=None,
+        value=torch.randn(2, 4, tokens, 16), value_scale=None, far=far, lengths=lengths,
+        **ops.latent_options(None, None), scale=0.25, codes=codes, scales=scales, bits=bits, widths=widths,
+        steps=steps, channels=channels, mean=mean, deviation=deviation, near=None, page_tokens=page_tokens, units=4,
+        most=max(2, -(-tokens // 32) // 4), share=0.2, least=2, mass=1.0, lift=0.0, fill=None, values=None,
+    )  # fmt: skip
+    return page_ops.PageStep(**given | changes)
+
+
+def attended(step: page_ops.PageStep) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernel, which has to serve."""
+    with kernels(True), page_kernel(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_ops, "attend_pages_reference", None)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)
+    return found
+
+
 @pytest.mark.parametrize(
     ("mass", "lift", "near"), [(1.0, 0.0, False), (0.5, 0.0, True), (1.0, 1.5, True), (0.9, 0.7, False)]
 )
 @pytest.mark.parametrize("units", [1, 4])
 @pytest.mark.parametrize(("tokens", "length", "masked"), [(2100, 1500, True), (1024, None, False), (90, 40, True)])
-def test_the_kernel_chooses_the_pages_that_the_reference_chooses(
+def test_the_kernel_reads_the_pages_that_the_reference_chooses(
     tokens: int, length: int | None, masked: bool, units: int, mass: float, lift: float, near: bool
 ) -> None:
-    (weights, constant), options = page_operands({4: 16, 2: 16}, 3, tokens, masked, length)
-    weights = rounded(weights, options) / 4
-    count = -(-tokens // 32)
-    others = constant + 5 + torch.randn_like(constant) if near else None
-    numbers: Any = (others, units, max(2, count // 4), 0.2, 2, mass, lift)
-    expected = page_ops.choose_pages_reference(weights.double(), constant.double(), *options, *numbers)
-    with page_kernel():
-        found, odds, counts = torch.ops.fhopt.choose_pages(weights, constant, *options, *numbers)
-    assert torch.equal(found, expected[0])
-    assert bool((found >= 0).any()) or mass == 0.5  # what is read in any case may suffice
-    torch.testing.assert_close(odds.double(), expected[1], rtol=1e-4, atol=1e-3)
-    assert counts.tolist() == expected[2].tolist()
+    step = page_step({4: 16, 2: 16}, tokens, masked, length, units=units, mass=mass, lift=lift)
+    if near:
+        _, constant = page_ops.factors(step.query, step.mean, step.deviation, step.channels)
+        step = step._replace(near=(constant * step.scale).reshape(2, 12, 1) + 5 + torch.randn(2, 12, 1))
+    filled = step._replace(fill=torch.rand(12).log(), values=torch.randn(2, 2, 1, 16))
+    for each in (step, filled):
+        expected = page_ops.attend_pages_reference(each._replace(query=each.query.double()))
+        found = attended(each)
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-3)
+        assert found[2].tolist() == expected[2].tolist()
+    assert found[2][2] > 0 or mass == 0.5  # what is read in any case may suffice
     if mass == 1 and not masked and not lift:
-        assert int((found >= 0).sum()) == 2 * units * page_ops.pages_read(count, 0.2, 2)
+        assert found[2][2] == 2 * units * page_ops.pages_read(step.pages, 0.2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_of_16_bits_read_what_the_same_numbers_read(dtype: torch.dtype) -> None:
+    values = torch.randn(2, 4, 1, 16).to(dtype)
+    step = page_step({4: 16}, 500, False, None, fill=torch.zeros(12), values=values)
+    step = step._replace(query=step.query.to(dtype))
+    expected = attended(step._replace(query=step.query.float()))
+    found = attended(step)
+    assert found[0].dtype == dtype and torch.equal(found[0], expected[0].to(dtype))
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
 
 
 def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
-    (weights, constant), options = page_operands({4: 16}, 2, 200, True, None)
-    options[6][1] = False
-    with page_kernel():
-        found, odds, _ = torch.ops.fhopt.choose_pages(weights, constant, *options, None, 2, 3, 0.5, 1, 1.0, 0.0)
-    assert bool((found[0] >= 0).all()) and bool((found[1] == -1).all())
+    step = page_step({4: 16}, 200, True, None, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
+    assert step.far is not None
+    step.far[1] = False
+    lists, odds, _ = page_ops.choose_pages(step)
+    assert bool((lists[0] >= 0).all()) and bool((lists[1] == -1).all())
     assert bool(odds[0].isfinite().all()) and bool((odds[1] == -math.inf).all())
+    output, lse, counts = attended(step)
+    assert bool(lse[0].isfinite().all()) and bool((lse[1] == -math.inf).all()) and bool((output[1] == 0).all())
+    assert int(counts[2]) == int((lists >= 0).sum())
 
 
 def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
@@ -829,6 +871,18 @@ def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
     assert found(2, 16) is None  # rows of 2 bytes
     assert found(4, 16, torch.zeros(1, 1, 1, 20)) is None  # an additive mask
     assert found(4, 16) is not None and found(4, 16, torch.ones(1, 1, 1, 20, dtype=torch.bool)) is not None
+
+
+def test_a_step_that_no_kernel_serves_is_done_by_torch() -> None:
+    """Pages of 24 tokens, rows of 2 bytes, queries with a gradient."""
+    step = page_step({4: 16}, 200, False, None)
+    with_gradient = step._replace(query=step.query.clone().requires_grad_())
+    for each in (step._replace(page_tokens=24), step._replace(query=step.query.double()), with_gradient):
+        with kernels(True), page_kernel():
+            assert dispatch.attend_pages(each) is None
+            found = torch.ops.fhopt.attend_pages(*each)
+        expected = page_ops.attend_pages_reference(each._replace(query=each.query.double()))
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
