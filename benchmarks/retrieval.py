@@ -3,9 +3,11 @@
     python benchmarks/retrieval.py                   benchmarks/results/retrieval.json and retrieval.png
     python benchmarks/retrieval.py --quick           a short context, one text, few items (also QUICK=1)
     python benchmarks/retrieval.py --plan FOLDER     a fitted plan, with or without pages, in place of fitting one
+    python benchmarks/retrieval.py --part operator   one part (may be repeated); the file keeps what it says of others
 
 Perplexity is taken on the last tokens of texts that calibrated nothing: what is before is a prompt, read whole; each
-query behind it chooses its pages as it would when decoding token by token. Tasks ask for strings that stand far back.
+query behind it chooses its pages as it would when decoding token by token. Tasks ask for strings that stand far back,
+of each text all that can be asked of it.
 Bytes are what attention of one more token reads of the cache. The operator is timed by itself, on random codes: reading
 the listed pages; and choosing them by sketches, reading them, and letting the mean of values stand for the others.
 """
@@ -13,6 +15,7 @@ the listed pages; and choosing them by sketches, reading them, and letting the m
 from __future__ import annotations
 
 import copy
+import json
 import os
 import statistics
 import time
@@ -26,7 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import click
 import torch
 from attention import SHAPES, spectrum_tiers
-from recording import Row, is_quick, record
+from recording import RESULTS, Row, is_quick, record, table
+from rich.console import Group
 from torch import Tensor
 
 from fhopt import codegen, data, ops, page_ops, pages, paging
@@ -39,7 +43,7 @@ from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
 from fhopt.spec import LatentPlan, SketchPlan
-from fhopt.tasks import Item, TaskOptions, check_items, write_items
+from fhopt.tasks import TASKS, Item, TaskOptions, check_items, write_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -49,6 +53,7 @@ CALIBRATION = ("topics", "source")  # first halves; what is measured on is from 
 SHARE = 1 / 8
 PROMPT = 512  # tokens of a prompt that are read at once
 DENSE, PAGED = "all pages", "one page in eight"
+TORCH = "keys and values, torch"  # two batched products: the fastest of torch's ways (benchmarks/attention.py)
 SHAPE, RATIO, PAGE_TOKENS, ROUNDS = "GQA 32/8x128", 4, 16, 15
 
 
@@ -72,12 +77,13 @@ def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int,
                 layer.each_query = True
         for start, stop in steps:
             every, chosen = (model(ids[:, start:stop], **{name: c}, use_cache=True).logits[0] for c in caches)
-            parts.append(paired(every, chosen, ids[0, start + 1 :]))
+            same = (every.argmax(-1) == chosen.argmax(-1)).double()
+            parts.append(torch.cat([paired(every, chosen, ids[0, start + 1 :]), same[None]]))
     return _rows_of(torch.cat(parts, -1), caches, f"{text}, {context:,} tokens, last {tail:,}")
 
 
 def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
-    """From costs with all pages, with chosen ones, and KL, [3, tokens]."""
+    """From costs with all pages, with chosen ones, KL, and whether the likeliest token is the same, [4, tokens]."""
     baseline = float(costs[0].mean().exp())
     difference = costs[1] - costs[0]
     error = 100 * float(difference.std()) / len(difference) ** 0.5
@@ -85,6 +91,7 @@ def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
         Row(case, PAGED, "loss_rise", 100 * float(difference.mean().expm1()), "%"),
         Row(case, PAGED, "standard_error", error, "%"),
         Row(case, PAGED, "kl", float(costs[2].mean()), "nats"),
+        Row(case, PAGED, "same_token", 100 * float(costs[3].mean()), "%"),
     ]
     held = sum(row["dense_step_bytes"] for row in caches[0].report())
     for impl, cost, cache in zip((DENSE, PAGED), costs[:2].mean(-1).exp().tolist(), caches, strict=True):
@@ -102,36 +109,51 @@ def left_out(plan: LatentPlan) -> list[Row]:
 
 
 def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], length: int, items: int) -> Iterator[Row]:
-    """Share of items that are right, and the likelihood of answers, with all pages and with those that are chosen."""
+    """Share of answers that are right, and their likelihood, with all pages and with those that are chosen."""
     model, options = loaded.language_model(), TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
-    written = write_items(loaded.tokenizer, list(tasks), options)
-    check_items(model, written)
-    for task, cells in written.items():
+    for task in tasks:
+        wanted = replace(options, items=items if len(TASKS[task].depths) > 1 else 5 * items)
+        written = write_items(loaded.tokenizer, [task], wanted)
+        check_items(model, written)
         with switched(model, plan):
-            found = [answers(model, plan, item) for some in cells.values() for item in some]
-        case = f"{task}, {length:,} tokens, {len(found)} items"
-        rates = {impl: sum(item[impl][0] for item in found) / len(found) for impl in (DENSE, PAGED)}
-        for impl, rate in rates.items():
-            log_prob = statistics.fmean(item[impl][1] for item in found)
-            yield Row(case, impl, "right", rate, "", baseline=rates[DENSE], ratio=None)
-            yield Row(case, impl, "log_prob", log_prob, "nats")
+            known = [answers(model, plan, item) for some in written[task].values() for item in some]
+        case = f"{task}, {length:,} tokens, {len(known)} texts, {sum(map(len, known))} questions"
+        yield from _rates(case, [answer for some in known for answer in some])
+
+
+def _rates(case: str, found: list[dict[str, tuple[bool, float]]]) -> Iterator[Row]:
+    """Of answers, each whether it is right and its log-probability a token, by contender."""
+    rates = {impl: statistics.fmean(answer[impl][0] for answer in found) for impl in (DENSE, PAGED)}
+    for impl, rate in rates.items():
+        log_prob = statistics.fmean(answer[impl][1] for answer in found)
+        yield Row(case, impl, "right", rate, "", baseline=rates[DENSE])
+        yield Row(case, impl, "log_prob", log_prob, "nats")
+    changes = [answer[PAGED][1] - answer[DENSE][1] for answer in found]
+    yield Row(case, PAGED, "log_prob_error", statistics.stdev(changes) / len(changes) ** 0.5, "nats")
+    for name, what in (("gained", PAGED), ("lost", DENSE)):
+        count = sum(answer[what][0] and not answer[PAGED if what == DENSE else DENSE][0] for answer in found)
+        yield Row(case, PAGED, name, float(count), "questions")
 
 
 @torch.inference_mode()
-def answers(model: Any, plan: LatentPlan, item: Item) -> dict[str, tuple[bool, float]]:
-    """Whether the answer is the most likely one, and its log-probability a token; the question and the answer choose
-    pages, what is before is a prompt, read whole."""
+def answers(model: Any, plan: LatentPlan, item: Item) -> list[dict[str, tuple[bool, float]]]:
+    """Of each question that can be asked of a text: whether the answer is the most likely one, and its log-probability
+    a token. Questions and answers choose pages; what is before is a prompt, read whole and once."""
     name, cache = cache_argument(model), new_cache(model, plan, each_query=False)
-    ids = torch.tensor([[*item.context, *item.answer]])
-    for piece in ids[:, : item.question].split(PROMPT, 1):
+    for piece in torch.tensor([item.context[: item.question]]).split(PROMPT, 1):
         model(piece, **{name: cache}, use_cache=True, logits_to_keep=1)
-    out, target = {}, ids[0, -len(item.answer) :]
+    return [_asked(model, cache, question, answer) for question, answer in item.questions]
+
+
+def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int, ...]) -> dict[str, tuple[bool, float]]:
+    out, target = {}, torch.tensor(answer)
     for impl in (DENSE, PAGED):
         own = copy.deepcopy(cache)
         for layer in own.layers:
             layer.each_query = True
             layer.share = 1.0 if impl == DENSE else layer.share
-        logits = model(ids[:, item.question : -1], **{name: own}, use_cache=True).logits[0, -len(target) :]
+        ids = torch.tensor([[*question, *answer[:-1]]])
+        logits = model(ids, **{cache_argument(model): own}, use_cache=True).logits[0, -len(target) :]
         log_p = logits.double().log_softmax(-1)
         right = bool((log_p.argmax(-1) == target).all())
         out[impl] = right, float(log_p.gather(-1, target[:, None]).mean())
@@ -171,9 +193,17 @@ def operator(tokens: int) -> list[Row]:
             operands[0], operands[1:5], index, None, None, near, mean, scale=dim**-0.5, **tiers_of_both
         )[0]
 
+    exact = [torch.randn(groups, tokens, dim) for _ in range(2)]
+
+    def by_torch() -> Tensor:
+        rows = query.reshape(groups, heads // groups, dim)
+        return ((rows @ exact[0].mT) * dim**-0.5).softmax(-1) @ exact[1]
+
     calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: choose}
+    calls[TORCH] = by_torch
     every = sum(x.numel() * x.element_size() for x in (*codes, *scales))
     sizes = {DENSE: every, "one page in eight, listed": every * index.most // index.count}
+    sizes[TORCH] = sum(x.nbytes for x in exact)
     sizes[PAGED] = sizes["one page in eight, listed"] + sum(x.nbytes for x in index.rows if x is not None)
     times = timed(calls)
     rows = []
@@ -246,51 +276,73 @@ def _short(case: str) -> str:
 METRICS = {"perplexity": "perplexity, % over all pages", "right": "share of items right", "time_ms": "attention, ms"}
 
 
+PARTS = ("perplexity", "tasks", "operator")
+
+
+def part_of(row: Row) -> str:
+    """The part of the benchmark that a row is of."""
+    if row.case.startswith(SHAPE):
+        return "operator"
+    return "tasks" if row.case.split(",")[0] in TASKS else "perplexity"
+
+
 def measured(
-    loaded: LoadedModel, plan: LatentPlan, texts: tuple[str, ...], contexts: tuple[int, ...], tail: int, items: int,
-    length: int, tokens: int,
+    loaded: LoadedModel, plan: LatentPlan, parts: tuple[str, ...], texts: tuple[str, ...], contexts: tuple[int, ...],
+    tail: int, items: int, length: int, tokens: int,
 ) -> Iterator[Row]:  # fmt: skip
     """Everything, in the order in which it is shown."""
-    yield from left_out(plan)
-    for context in contexts:
-        for text in texts:
-            yield from perplexities(loaded, plan, text, context, tail)
-    if items:
+    if "perplexity" in parts:
+        yield from left_out(plan)
+        for context in contexts:
+            for text in texts:
+                yield from perplexities(loaded, plan, text, context, tail)
+    if "tasks" in parts:
         yield from task_rates(loaded, plan, ("passkey", "copy", "digits"), length, items)
     before = torch.get_num_threads()
-    for threads in sorted({1, cores()}):
+    for threads in sorted({1, cores()}) if "operator" in parts else ():
         torch.set_num_threads(threads)
         yield from operator(tokens)
     torch.set_num_threads(before)
 
 
+def kept(parts: tuple[str, ...]) -> list[Row]:
+    """What the file of results says of the other parts."""
+    path = RESULTS / "retrieval.json"
+    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    return [row for row in rows if part_of(row) not in parts]
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="A small version; also QUICK=1.")
 @click.option("--plan", "path", type=click.Path(path_type=Path), help="A fitted plan, with or without pages.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Repeatable; all where none is named.")
 @click.option("--text", "texts", multiple=True, default=TEXTS, show_default=True, help="Repeatable.")
 @click.option("--context", "contexts", type=int, multiple=True, default=(2048, 8192), show_default=True)
 @click.option("--tail", type=click.IntRange(min=256), default=1024, show_default=True, help="Tokens that count.")
-@click.option("--items", type=click.IntRange(min=0), default=5, show_default=True, help="Per task and depth; 0: none.")
+@click.option("--items", type=click.IntRange(min=1), default=4, show_default=True, help="Texts per task and depth.")
 @click.option("--length", type=int, default=8064, show_default=True, help="Tokens of the tasks' contexts.")
 @click.option("--tokens", type=int, default=32_768, show_default=True, help="That the operator attends to.")
 def main(
-    quick: bool, path: Path | None, texts: tuple[str, ...], contexts: tuple[int, ...], tail: int, items: int,
-    length: int, tokens: int,
+    quick: bool, path: Path | None, parts: tuple[str, ...], texts: tuple[str, ...], contexts: tuple[int, ...],
+    tail: int, items: int, length: int, tokens: int,
 ) -> None:  # fmt: skip
-    """Measure retrieval attention."""
-    quick = quick or is_quick()
+    """Measure retrieval attention. Of parts that are not measured the file keeps what it says."""
+    quick, parts = quick or is_quick(), parts or PARTS
     if quick:
         texts, contexts, tail, items, length, tokens = texts[:1], (1536,), 512, 1, 1024, 8192
     loaded = load_model("demo")
     try:
         plan = paged_plan(loaded, path, quick)
         rows = []
-        for row in measured(loaded, plan, texts, contexts, tail, items, length, tokens):
+        for row in measured(loaded, plan, parts, texts, contexts, tail, items, length, tokens):
             rows.append(row)
             click.echo(f"{row.case}: {row.impl}, {row.metric} {row.value:.5g}", err=True)
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    record("retrieval-quick" if quick else "retrieval", rows, lambda figure: draw(figure, rows))
+    if not quick:
+        rows = sorted([*kept(parts), *rows], key=lambda row: PARTS.index(part_of(row)))
+    tables = Group(*[table(part, [row for row in rows if part_of(row) == part]) for part in PARTS])
+    record("retrieval-quick" if quick else "retrieval", rows, lambda figure: draw(figure, rows), tables)
 
 
 if __name__ == "__main__":

@@ -44,24 +44,35 @@ NAMES = ("Anna", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Henry")
 
 @dataclass(frozen=True)
 class Wording:
-    """The three texts of an item, encoded piece by piece: so the answer's tokens stand in the needle unchanged."""
+    """The texts of an item, encoded piece by piece: so the answer's tokens stand in the needle unchanged.
+
+    others: what else could be asked of the needle, each a question and its answer.
+    """
 
     needle: tuple[str, ...]
     question: tuple[str, ...]
     answer: str
+    others: tuple[tuple[tuple[str, ...], str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Item:
     """Token ids of a context that ends with a question, and of its answer.
 
-    needle: its positions [start, stop). question: the position at which it begins.
+    needle: its positions [start, stop). question: the position at which it begins. others: questions that may stand
+    there instead, with their answers, for who reads a context once and asks often.
     """
 
     context: tuple[int, ...]
     answer: tuple[int, ...]
     needle: tuple[int, int]
     question: int
+    others: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    @property
+    def questions(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """All that can be asked, each with its answer; first what `context` ends with."""
+        return ((self.context[self.question :], self.answer), *self.others)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,8 @@ def _passkey(rng: random.Random) -> Wording:
 def _copy(rng: random.Random) -> Wording:
     codes = [" " + "".join(rng.choices(string.ascii_lowercase + string.digits, k=8)) for _ in "ABC"]
     *lines, last = [(f"\nCode {name}:", code) for name, code in zip("ABC", codes, strict=True)]
-    return Wording(_joined("\n", [*lines, last], "\n\n"), _joined("\n", lines, last[0]), last[1])
+    others = tuple((_joined("\n", [line for line in [*lines, last] if line != x], x[0]), x[1]) for x in lines)
+    return Wording(_joined("\n", [*lines, last], "\n\n"), _joined("\n", lines, last[0]), last[1], others)
 
 
 def _digits(rng: random.Random) -> Wording:
@@ -121,7 +133,9 @@ def _digits(rng: random.Random) -> Wording:
     lines = [(f"\nThe number of {name} is", f" {number}", ".") for name, number in zip(NAMES, numbers, strict=True)]
     rng.shuffle(lines)
     *examples, asked = rng.sample(lines, 3)
-    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", examples, asked[0]), asked[1])
+    rest = [line for line in lines if line not in (*examples, asked)]
+    others = tuple((_joined("\n", examples, line[0]), line[1]) for line in rest)
+    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", examples, asked[0]), asked[1], others)
 
 
 def _arithmetic(rng: random.Random) -> Wording:
@@ -165,7 +179,8 @@ class ItemWriter:
         before = at - len(self.start)
         context = (*self.start, *around[:before], *needle, *around[before:], *question)
         answer = tuple(self._encode((wording.answer,)))
-        return Item(context, answer, (at, at + len(needle)), length - len(question))
+        others = tuple((tuple(self._encode(q)), tuple(self._encode((a,)))) for q, a in wording.others)
+        return Item(context, answer, (at, at + len(needle)), length - len(question), others)
 
     def _place(self, task: str, length: int, depth: int, needle: int, question: int) -> int:
         """Position of a needle of so many tokens at `depth` percent."""
