@@ -6,13 +6,12 @@
 
 Latent layers are saved as they are: codes, scales, sinks and window, without spare room. Layers that stayed exact are
 saved too, whatever transformers keeps in them. A file says which plan and which weights it was made with; it is loaded
-only for the same.
+only for the same, and only while nobody has changed a byte of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +23,11 @@ from torch import Tensor
 from fhopt.applying import applied_plan, latent_cache, site_layers
 from fhopt.cache import LATENT_LAYERS
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
+from fhopt.files import read_description, read_tensors, write_tensors
 from fhopt.offloaded import execution_device, named_weights
 from fhopt.spec import LatentPlan
 
-VERSION = 2
+VERSION = 3
 KEY = "fhopt_cache"  # of the description in the file's metadata
 
 
@@ -38,7 +37,6 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
     Raises FhoptError when the cache has no latents or is empty, holds what cannot be written, or the file cannot be.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     file, plan = Path(path), applied_plan(model)
     latent = [layer for layer in _layers(cache).values() if isinstance(layer, LATENT_LAYERS)]
@@ -56,8 +54,7 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
         "max_cache_len": next((layer.max_cache_len for layer in latent if hasattr(layer, "max_cache_len")), None),
     }
     try:
-        with appearing(file) as staging:
-            save_file(tensors, staging, {KEY: json.dumps(about, sort_keys=True)})
+        write_tensors(file, about, tensors, KEY)
     except (OSError, SafetensorError, ValueError) as error:
         raise FhoptError(f"cannot write {file}: {error}. Choose a place that you may write to.") from error
     return file
@@ -140,23 +137,21 @@ def _devices(model: torch.nn.Module) -> dict[str, torch.device]:
 
 
 def _read(file: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(file, "pt", device=str(device)) as opened:
-            about = json.loads((opened.metadata() or {}).get(KEY, "null"))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        about = read_description(file, KEY)
+        if about is None:
+            raise FhoptError(f"{file} is no cache of fhopt; expected what save_cache wrote.")
+        if about.get("version") != VERSION:
+            raise FhoptError(
+                f"{file} has version {about.get('version')}, this fhopt reads version {VERSION}. Fill the cache again."
+            )
+        return read_tensors(file, KEY, device)
     except OSError as error:
         raise FhoptError(f"cannot read {file}: {error.strerror or error}. Expected what save_cache wrote.") from error
     except (SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: a device that is not there
         raise FhoptError(f"{file} is damaged ({error}). Fill the cache again.") from error
-    if not isinstance(about, dict):
-        raise FhoptError(f"{file} is no cache of fhopt; expected what save_cache wrote.")
-    if about.get("version") != VERSION:
-        raise FhoptError(
-            f"{file} has version {about.get('version')}, this fhopt reads version {VERSION}. Fill the cache again."
-        )
-    return about, tensors
 
 
 # --------------------------------------------------------------------------------------------------- layers

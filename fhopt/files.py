@@ -1,8 +1,10 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; files of tensors say what they hold, and whether anybody changed it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -10,10 +12,14 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from fhopt.errors import FhoptError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -29,6 +35,61 @@ def appearing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
+
+
+def digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a description, JSON values, and of tensors: names, types, shapes and every byte."""
+    import torch
+
+    told = json.loads(json.dumps(about))  # as who reads it sees it
+    h = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def write_tensors(file: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor], key: str = "fhopt") -> None:
+    """Write tensors and a description of JSON values to one safetensors file, whole or not at all.
+
+    The description stands under `key` in the file's metadata, with the digest of everything. OSError and
+    SafetensorError pass through.
+    """
+    from safetensors.torch import save_file
+
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**about, "digest": digest(about, dense)}, sort_keys=True)
+    with appearing(file) as staging:
+        save_file(dense, staging, {key: text})
+
+
+def read_description(file: Path, key: str = "fhopt") -> dict[str, Any] | None:
+    """What `write_tensors` was told, nothing of which has been checked; None where the file does not say.
+
+    OSError, SafetensorError, ValueError and RecursionError pass through.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        about = json.loads((opened.metadata() or {}).get(key, "null"))
+    return about if isinstance(about, dict) else None
+
+
+def read_tensors(file: Path, key: str = "fhopt", device: Any = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors that `write_tensors` wrote.
+
+    Raises ValueError when they are not those; the errors of `read_description` and RuntimeError, for a device that is
+    not there, pass through.
+    """
+    from safetensors import safe_open
+
+    about = read_description(file, key)
+    with safe_open(file, "pt", device=str(device)) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    said = None if about is None else about.pop("digest", None)
+    if about is None or said != digest(about, tensors):
+        raise ValueError("its content is not what was written")
+    return about, tensors
 
 
 def check_writable(folder: Path) -> None:

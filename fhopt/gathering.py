@@ -12,7 +12,6 @@ can (`agree`), and one that cannot says so in place of that (`together`).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from fhopt.bases import Basis
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
+from fhopt.files import read_tensors, write_tensors
 from fhopt.spec import SiteStatistics
 
 SAVE_EVERY = 4  # batches between two checkpoints
@@ -197,22 +196,21 @@ class Checkpoint:
 
     def load(self, stage: str, sums: Sums) -> int:
         """Fill the sums with what was saved for `stage`; how many batches they hold. Raises FhoptError."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         file = self._file(stage)
         if file is None or not file.exists():
             return 0
         try:
-            with safe_open(file, "pt") as opened:
-                about = json.loads(opened.metadata()["fhopt"])
-                if about["key"] != dict(self.key):
-                    raise FhoptError(
-                        f"{file} is of another calibration (model or options differ). Remove it, or give the options "
-                        "that it was made with."
-                    )
-                batches = int(about["batches"])
-                for name, total in sums.items():
-                    total.copy_(opened.get_tensor(name))
+            about, tensors = read_tensors(file)
+            if about["key"] != dict(self.key):
+                raise FhoptError(
+                    f"{file} is of another calibration (model or options differ). Remove it, or give the options that "
+                    "it was made with."
+                )
+            batches = int(about["batches"])
+            for name, total in sums.items():
+                total.copy_(tensors[name])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise FhoptError(f"{file} is damaged ({error}). Remove it to calibrate from the start.") from error
         return batches
@@ -220,15 +218,12 @@ class Checkpoint:
     def save(self, stage: str, sums: Sums, batches: int) -> None:
         """Keep the sums, whole or not at all. Raises FhoptError."""
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         file = self._file(stage)
         if file is None:
             return
-        about = {"fhopt": json.dumps({"key": dict(self.key), "batches": batches})}
         try:
-            with appearing(file) as staging:
-                save_file({k: v.cpu().contiguous() for k, v in sums.items()}, staging, about)
+            write_tensors(file, {"key": dict(self.key), "batches": batches}, sums)
         except (OSError, SafetensorError) as error:
             raise FhoptError(f"cannot write {file}: {error}. Give another place for the checkpoint.") from error
 

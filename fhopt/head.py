@@ -34,14 +34,14 @@ from torch import Tensor
 
 from fhopt.codegen.cpp_head import BLOCK, NUMBERS, Codes, Search, block_bytes
 from fhopt.errors import FhoptError
-from fhopt.files import write_folder
+from fhopt.files import digest, write_folder
 from fhopt.passes.find_head import HeadSite
 
 if TYPE_CHECKING:
     from fhopt.head_fitting import HeadOptions
     from fhopt.head_module import Report
 
-VERSION = 1
+VERSION = 2
 FILES = ("head.json", "head.safetensors")
 TENSORS = ("codes", "transform", "centre", "centroids", "radii")  # of `Codes`
 _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
@@ -100,6 +100,7 @@ class Head:
             "spread": self.spread,
             "about": self.about,
         }
+        content = {**content, "digest": digest(content, tensors)}
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
         write_folder(Path(path), {"head.json": text, "head.safetensors": save(tensors)})
         return Path(path)
@@ -124,6 +125,8 @@ class Head:
             found = content.get("version") if isinstance(content, dict) else None
             raise FhoptError(f"{folder} has version {found}, expected {VERSION}. Make the head again with: fhopt head")
         try:
+            if content.pop("digest", None) != digest(content, tensors):
+                raise ValueError("its content is not what was written")
             return _checked(_made(content, tensors))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise FhoptError(f"{folder} is damaged ({error!r}). Make the head again with: fhopt head") from error

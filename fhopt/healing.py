@@ -21,7 +21,6 @@ Least squares on what a layer gives out, as for weights in AdaRound (2004.10568)
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +34,7 @@ from fhopt import __version__, data, ops, passes
 from fhopt.capture import Captured
 from fhopt.errors import FhoptError, Miss
 from fhopt.evaluate import Comparison, check_length, switched, token_costs
-from fhopt.files import appearing, check_writable
+from fhopt.files import check_writable, read_description, read_tensors, write_tensors
 from fhopt.fitting import check_model, fingerprint
 from fhopt.models import LoadedModel
 from fhopt.passes.compress import Compress
@@ -381,13 +380,11 @@ class _Checkpoint:
     def load(self) -> tuple[Equations, int]:
         """The equations so far, and of how many sequences. Raises FhoptError."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        about = self._about()
-        if about is None or self.path is None:
+        if self._about() is None or self.path is None:
             return Equations(), 0
         try:
-            tensors = load_file(self.path)
+            about, tensors = read_tensors(self.path)
             parts = [{n: tensors[f"{n}.{part}"] for n in about["names"]} for part in _PARTS]
             return Equations(*parts), int(about["sequences"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -396,15 +393,13 @@ class _Checkpoint:
     def save(self, equations: Equations, sequences: int) -> None:
         """Keep the equations of `sequences` sequences, whole or not at all. Raises FhoptError."""
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         if self.path is None:
             return
         tensors = {f"{n}.{part}": x for part in _PARTS for n, x in getattr(equations, part).items()}
         about = {"key": dict(self.key), "sequences": sequences, "names": sorted(equations.error)}
         try:
-            with appearing(Path(self.path)) as staging:
-                save_file(tensors, staging, {"fhopt": json.dumps(about)})
+            write_tensors(Path(self.path), about, tensors)
         except (OSError, SafetensorError) as error:
             raise FhoptError(f"cannot write {self.path}: {error}. Give another place for the checkpoint.") from error
 
@@ -416,13 +411,14 @@ class _Checkpoint:
 
     def _about(self) -> dict[str, Any] | None:
         """What the file says of itself; None where there is none. Raises FhoptError when it is of another healing."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if self.path is None or not Path(self.path).exists():
             return None
         try:
-            with safe_open(self.path, "pt") as opened:
-                about: dict[str, Any] = json.loads(opened.metadata()["fhopt"])
+            about = read_description(self.path)
+            if about is None:
+                raise ValueError("it does not say what it is")
             key = about["key"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise self._damaged(error) from error

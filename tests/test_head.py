@@ -25,6 +25,7 @@ from fhopt.codegen import cpp_head
 from fhopt.codegen.cpp_head import Candidates, Search, search
 from fhopt.codegen.skinny import MOST_ROWS
 from fhopt.errors import FhoptError
+from fhopt.files import digest
 from fhopt.head import Head
 from fhopt.head_codes import balance, code_rows, decode, rounded_up, tiered
 from fhopt.head_fitting import HeadOptions, find, fit_weight, site_for
@@ -635,11 +636,15 @@ def test_a_head_that_was_saved_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(ours.counts, theirs.counts) and torch.equal(ours.logits, theirs.logits)
 
 
-def damage(folder: Path, change: Any) -> None:
+def damage(folder: Path, change: Any, signed: bool) -> None:
+    """Change a head; signed: as who knows how to make its digest."""
     from safetensors.torch import load_file, save_file
 
     tensors, content = load_file(folder / "head.safetensors"), json.loads((folder / "head.json").read_text())
     change(tensors, content)
+    if signed:
+        content.pop("digest")
+        content["digest"] = digest(content, tensors)
     save_file(tensors, folder / "head.safetensors")
     (folder / "head.json").write_text(json.dumps(content))
 
@@ -653,7 +658,7 @@ def damage(folder: Path, change: Any) -> None:
         (lambda t, c: t["codes"][:, -256:-64].fill_(255), "not finite"),
         (lambda t, c: t["transform"].fill_(math.nan), "not finite"),
         (lambda t, c: t.update(radii=t["radii"].double()), "radii is torch.float64"),
-        (lambda t, c: c.update(version=9), "has version 9, expected 1"),
+        (lambda t, c: c.update(version=9), "has version 9, expected 2"),
         (lambda t, c: c["codes"].update(lead=3), "is damaged"),
         (lambda t, c: c.update(probes=10**6), "probes 1000000"),
         (lambda t, c: c.pop("fingerprint"), "is damaged"),
@@ -661,8 +666,15 @@ def damage(folder: Path, change: Any) -> None:
 )
 def test_a_damaged_head_is_refused(change: Any, why: str, tmp_path: Path) -> None:
     folder = made(weights("random", 97, 24), skewed(50, 24)).save(tmp_path / "head")
-    damage(folder, change)
+    damage(folder, change, signed=True)
     with pytest.raises(FhoptError, match=why):
+        Head.load(folder)
+
+
+def test_a_head_of_which_a_number_was_changed_is_refused(tmp_path: Path) -> None:
+    folder = made(weights("random", 97, 24), skewed(50, 24)).save(tmp_path / "head")
+    damage(folder, lambda t, c: t["centroids"][0, 0].add_(1), signed=False)
+    with pytest.raises(FhoptError, match=r"its content is not what was written.*Make the head again"):
         Head.load(folder)
 
 

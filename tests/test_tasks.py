@@ -77,6 +77,20 @@ def test_contexts_have_the_asked_length_and_the_needle_tells_the_answer(task: st
             assert answer not in between + question  # only the needle knows it
 
 
+@pytest.mark.parametrize(("task", "count"), [("passkey", 1), ("copy", 3), ("digits", 6), ("arithmetic", 1)])
+def test_every_question_that_may_be_asked_of_a_context_is_answered_by_its_needle(
+    task: str, count: int, tokenizer: Any
+) -> None:
+    for item in items_of(task, tokenizer):
+        needle = text_of(item.context[slice(*item.needle)], tokenizer)
+        assert item.questions[0] == (item.context[item.question :], item.answer)
+        assert len({answer for _, answer in item.questions}) == len(item.questions) == count
+        for question, answer in item.others:
+            asked = text_of(question, tokenizer)
+            known = text_of(answer, tokenizer)
+            assert asked.rsplit("\n", 1)[1] + known in needle and known not in asked
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_whole_needle_is_in_latents_when_the_question_begins(task: str, tokenizer: Any, llama: Fitted) -> None:
     plan = llama.plan(4)
