@@ -1,9 +1,10 @@
 """From a `KernelSpec` to something that can be called: render, keep in the file cache, compile, load.
 
-Files go to the folder named by FHOPT_CACHE_DIR, or ~/.cache/fhopt, where nobody else may write: what is in it is run. A
-file's name is the name of the spec and a hash of its text (for C++ also of compiler, flags and host CPU, since the code
-is made for that CPU), so a file that exists is right and is never written again. Files appear whole (written aside,
-then renamed) and are made under a lock, so that processes that need the same kernel at once build it once.
+Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, where nobody else may
+write: what is in it is run. A file's name is the name of the spec and a hash of its text (for C++ also of compiler,
+flags and host CPU, since the code is made for that CPU), so a file that exists is right and is never written again.
+Files appear whole (written aside, then renamed) and are made under a lock, so that processes that need the same kernel
+at once build it once.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -222,8 +223,10 @@ def cores() -> int:
 
 
 def cache_folder() -> Path:
-    """Where generated files are kept: FHOPT_CACHE_DIR, or ~/.cache/fhopt."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fhopt")
+    """Where generated files are kept: FHOPT_CACHE_DIR, or `fhopt` below XDG_CACHE_HOME, else ~/.cache."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fhopt"
 
 
 def make_private(folder: Path) -> None:

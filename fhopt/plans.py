@@ -10,9 +10,7 @@ or of a digest are enough to find it. `fit_ratios` fits several sizes from one c
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
 import re
 import shutil
 import time
@@ -24,7 +22,7 @@ from typing import Any
 from rich.table import Table
 
 from fhopt import __version__, pipeline
-from fhopt.codegen.build import CACHE_VARIABLE
+from fhopt.codegen.build import cache_folder
 from fhopt.errors import FhoptError
 from fhopt.files import check_writable
 from fhopt.models import LoadedModel
@@ -36,18 +34,8 @@ LEFT_BEHIND = 24 * 3600.0  # seconds after which what an interrupted command lef
 
 
 def plans_folder() -> Path:
-    """Where plans are kept: below FHOPT_CACHE_DIR, or where this platform keeps caches."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given) / "plans"
-    if _has_platformdirs():
-        from platformdirs import user_cache_path
-
-        return user_cache_path("fhopt", appauthor=False) / "plans"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fhopt" / "plans"
-
-
-def _has_platformdirs() -> bool:
-    return importlib.util.find_spec("platformdirs") is not None
+    """Where plans are kept: below the folder of everything that fhopt keeps."""
+    return cache_folder() / "plans"
 
 
 @dataclass(frozen=True)

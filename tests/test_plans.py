@@ -16,6 +16,7 @@ from test_cli import save_tiny_model
 
 from fhopt import pipeline, plans
 from fhopt.cli import main
+from fhopt.codegen.build import cache_folder
 from fhopt.errors import FhoptError
 from fhopt.models import LoadedModel, load_model
 from fhopt.pipeline import FitOptions
@@ -148,10 +149,11 @@ def test_the_commands(tmp_path: Path) -> None:
     assert missing.exit_code == 2 and "names no plan" in missing.stderr
 
 
-def test_the_folder_is_the_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plans.plans_folder().name == "plans"
+def test_plans_lie_with_the_kernels_where_caches_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
+    assert plans.plans_folder() == tmp_path / "plans" and cache_folder() == tmp_path
     monkeypatch.delenv("FHOPT_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    for found in (True, False):
-        monkeypatch.setattr(plans, "_has_platformdirs", lambda found=found: found)
-        assert plans.plans_folder() == Path("/somewhere/fhopt/plans")
+    assert plans.plans_folder() == cache_folder() / "plans" == Path("/somewhere/fhopt/plans")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert plans.plans_folder() == Path.home() / ".cache" / "fhopt" / "plans"
