@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 ROUNDS ?= 5
 
-.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix audit docs format clean
+.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ check: $(READY)  ## format, lint, types, tests
 
 test-matrix: $(READY)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
 	$(BIN)/python benchmarks/matrix.py
+
+coverage: $(READY)  ## how many lines and branches the tests run (a third longer than `make test`)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' --cov --cov-report=json
+	$(BIN)/python benchmarks/covered.py
 
 audit: $(READY)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
 	$(BIN)/pip-audit --progress-spinner off --skip-editable

@@ -167,6 +167,28 @@ def zoo(results: Results) -> str:
     return table(["", "all"], lines)
 
 
+def head(results: Results) -> str:
+    """Times, then what was certain and what agreed."""
+    others = tuple(row for row in results.rows if row["metric"] != "time_ms")
+    rest = Results(results.name, results.machine, results.versions, results.commit, others)
+    return pivot(results, "time_ms") + "\n\n" + by_case(rest)
+
+
+def retrieval(results: Results) -> str:
+    """A table each of what it costs, of tasks, and of times."""
+
+    def kind(case: str) -> str:
+        metrics = {row["metric"] for row in results.rows if row["case"] == case}
+        return next((metric for metric in ("right", "time_ms") if metric in metrics), "")
+
+    kinds = {case: kind(case) for case in dict.fromkeys(row["case"] for row in results.rows)}
+    parts = []
+    for which in dict.fromkeys(kinds.values()):
+        rows = tuple(row for row in results.rows if kinds[row["case"]] == which)
+        parts.append(by_case(Results(results.name, results.machine, results.versions, results.commit, rows)))
+    return "\n\n".join(parts)
+
+
 def compiled_zoo(results: Results) -> str:
     """Sums over all tasks, beside inductor's."""
     lines = [["tasks", number(len(results.of("max_error"))), ""]]
@@ -228,10 +250,22 @@ SECTIONS = {
         "Tasks that eager and inductor can do, with `ratio: 1`. Differences are relative, from eager; in 16 bits eager "
         "rounds, too, in other places.", compiled_zoo,
     ),
+    "retrieval": Section(
+        "Reading one page in eight", "make bench-retrieval",
+        "SmolLM2, 4x plan. Losses and tasks beside the same plan with all pages; `gained` and `lost` are questions. "
+        "Then one token on 32,768, random codes, in turns. In brackets: times all pages.", retrieval,
+    ),
+    "retrieval_head": Section(
+        "The language-model head by search", "make bench-retrieval",
+        "From hidden states to the arg-max, in turns. In brackets: times the fastest dense head, ours included.", head,
+    ),
     "matrix": Section(
         "Versions", "make test-matrix",
         "Tests that depend on versions, in each environment: [which, and why](versions.md). Skipped are tests of what "
         "is not there.", by_case,
+    ),
+    "coverage": Section(
+        "What the tests cover", "make coverage", "Of the tests that are not slow, without a GPU.", by_case
     ),
     "finding": Section("What finding costs", "make bench-find", "Seconds and nodes.", by_case),
 }  # fmt: skip
