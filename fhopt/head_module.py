@@ -2,6 +2,7 @@
 
     before                                      after `apply`
     logits = lm_head(x)      [B,S,V]            logits = fhopt::head_logits(x, weight, codes...)     [B,S,V]
+    logits = x @ embedding.weight.T             the same, where a forward writes the product out
 
 The logits that were not computed are -inf (or estimates): they are smaller than the `keep` largest for certain. Up to
 16 hidden states are searched, more (a prompt whose logits are all wanted, training) go to the dense head, as do
@@ -13,16 +14,20 @@ Letters: M hidden states, C their width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import logging
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fhopt.codegen import cpp_head
 from fhopt.codegen.cpp_head import Candidates, Codes, Search
@@ -30,6 +35,7 @@ from fhopt.codegen.native import serve_skinny
 from fhopt.codegen.skinny import MOST_ROWS
 from fhopt.errors import FhoptError
 from fhopt.head import TENSORS, Head, fingerprint
+from fhopt.passes.find_head import HeadSite
 
 KEPT = "_fhopt_head"  # attribute of a model with a head applied
 log = logging.getLogger(__name__)
@@ -238,65 +244,212 @@ def _check_search(wanted: Search, head: Head) -> None:
         raise FhoptError(f"probes={wanted.probes} is not possible; expected at most {head.clusters}, the clusters.")
 
 
+# --------------------------------------------------------------------------------------------------- products
+
+
+class Products(TorchFunctionMode):
+    """While it is entered, products of hidden states with the weight of a head are searched, however they are spelled.
+
+    linear(x, W, b), x @ W.T, mm, matmul, addmm(b, x, W.T) and einsum. `seen`: that there was one.
+    """
+
+    def __init__(self, after: RetrievalHead) -> None:
+        super().__init__()
+        self.after, self.seen = after, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The search in place of the product; everything else as it is."""
+        kwargs = kwargs or {}
+        spelled = _SPELLINGS.get(func)
+        hidden = None if spelled is None else spelled(self, *args, **kwargs)
+        if hidden is None:
+            return func(*args, **kwargs)
+        self.seen = True
+        with torch._C.DisableTorchFunction():
+            if self.after.codes.device != hidden.device:  # the model was moved, and nobody told the head
+                self.after.to(hidden.device)
+            return self.after(hidden)
+
+    def is_weight(self, x: Any, turned: bool = False) -> bool:
+        """True for the weight, or for a view of it with its axes exchanged."""
+        weight = self.after.weight
+        if x is weight:
+            return not turned
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype != weight.dtype or x.data_ptr() != weight.data_ptr():
+            return False
+        shape, strides = (weight.shape[::-1], weight.stride()[::-1]) if turned else (weight.shape, weight.stride())
+        return x.shape == shape and x.stride() == strides
+
+
+def _by_linear(mode: Products, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return input if mode.is_weight(weight) and bias is mode.after.bias else None
+
+
+def _by_product(mode: Products, left: Tensor, right: Tensor, **others: Any) -> Tensor | None:
+    return left if not others and mode.after.bias is None and mode.is_weight(right, turned=True) else None
+
+
+def _by_addmm(mode: Products, bias: Tensor, left: Tensor, right: Tensor, **others: Any) -> Tensor | None:
+    return left if not others and mode.after.bias is bias and mode.is_weight(right, turned=True) else None
+
+
+def _by_einsum(mode: Products, equation: Any, *operands: Any) -> Tensor | None:
+    if mode.after.bias is not None or len(operands) != 2 or not isinstance(equation, str):
+        return None
+    written, _, result = equation.replace(" ", "").partition("->")
+    names, at = written.split(","), 0 if mode.is_weight(operands[0]) else 1
+    if len(names) != 2 or not mode.is_weight(operands[at]) or len(names[at]) != 2:
+        return None
+    rows, word, channel = names[1 - at], names[at][0], names[at][1]
+    fits = rows.endswith(channel) and word not in rows and result == rows[:-1] + word
+    return operands[1 - at] if fits else None
+
+
+_SPELLINGS: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _by_linear,
+    torch.matmul: _by_product, Tensor.matmul: _by_product, Tensor.__matmul__: _by_product,
+    torch.mm: _by_product, Tensor.mm: _by_product,
+    torch.addmm: _by_addmm,
+    torch.einsum: _by_einsum,
+}  # fmt: skip
+
+
+class _Watching:
+    """A head in the forward of a module: hooks enter `Products` around it. In graphs of torch.compile it is dense."""
+
+    def __init__(self, owner: nn.Module, name: str, after: RetrievalHead) -> None:
+        self.name, self.after, self.entered = name, after, threading.local()
+        self.handles = (
+            owner.register_forward_pre_hook(self.before),
+            owner.register_forward_hook(self.behind, always_call=True),
+        )
+
+    def before(self, owner: nn.Module, args: Any) -> None:
+        """Enter, unless this is a copy of the model, which has weights of its own."""
+        if torch.compiler.is_compiling():
+            return
+        stack = self.entered.__dict__.setdefault("stack", [])
+        stack.append(Products(self.after) if owner.get_parameter(self.name) is self.after.weight else None)
+        if stack[-1] is not None:
+            stack[-1].__enter__()
+
+    def behind(self, owner: nn.Module, args: Any, output: Any) -> None:
+        """Leave, after an error too."""
+        if torch.compiler.is_compiling():
+            return
+        mode = self.entered.stack.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
+            if not mode.seen:
+                _warn_of_spelling(type(owner).__name__)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watching:
+        made = object.__new__(_Watching)
+        memo[id(self)] = made
+        made.name, made.entered = self.name, threading.local()
+        made.after, made.handles = copy.deepcopy((self.after, self.handles), memo)
+        return made
+
+
+@functools.cache
+def _warn_of_spelling(name: str) -> None:
+    """Once for each class."""
+    log.warning(
+        "A forward of %s made its logits in a way that is not watched: that head is dense. Call "
+        "fhopt.head_module.RetrievalHead there, or write linear(hidden, weight).", name,
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------- models
 
 
 @dataclass(frozen=True)
-class _Applied:
+class _Replaced:
+    """A head in the place of a linear layer."""
+
     parent: nn.Module
     name: str
     before: nn.Module
     after: RetrievalHead
 
+    def remove(self) -> None:
+        """Put the layer back."""
+        setattr(self.parent, self.name, self.before)
+
 
 def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
-    """Put a `RetrievalHead` (see there for the options) where `model` has its head; returns the model.
+    """Let `model` compute its logits by a `RetrievalHead` (see there for the options); returns the model.
 
-    Greedy decoding gives the tokens of the dense head, and so does sampling with `top_k` where `keep` is no less. Beams
-    and sampling without top-k also need `estimates`, and differ by those. Weights stay where they are. Applying another
-    head replaces the first. Raises FhoptError when the model has another head, or none that is a module of its own.
+    It takes the place of the linear layer of the head; where a module makes logits in its own forward, products with
+    the weight are searched there. Greedy decoding gives the tokens of the dense head, and so does sampling with `top_k`
+    where `keep` is no less. Beams and sampling without top-k also need `estimates`, and differ by those. Weights stay
+    where they are. Applying another head replaces the first. Raises FhoptError when the model has another head, or one
+    whose bias is added in a call of its own.
     """
     unapply(model)
     site = head.site
     weight, bias = (_parameter(model, name) for name in (site.weight, site.bias))
-    try:
-        module = model.get_submodule(site.module)
-    except AttributeError:
-        module = None
-    if not site.module or not isinstance(module, nn.Linear) or module.weight is not weight or module.bias is not bias:
-        raise FhoptError(
-            f"the head of {type(model).__name__} is computed in the forward of {site.module or 'the model'}, not by a "
-            "linear layer of its own. Call fhopt.head_module.RetrievalHead(head, weight, bias) there."
-        )
+    owner = _owner(model, site.module)
     assert weight is not None
     if head.fingerprint != fingerprint(weight, bias):
         raise FhoptError(
             f"the head was coded for another {site.weight} ({head.dtype}, {head.site.vocabulary} rows) than this "
             f"{str(weight.dtype).removeprefix('torch.')} one. Make one for these weights with: fhopt head"
         )
+    if isinstance(owner, nn.Linear) and owner.weight is weight and owner.bias is not bias:
+        raise FhoptError(
+            f"{site.bias} is added to what {site.module} gives in a call of its own. Expected it as the bias of that "
+            "layer, where a search knows of it."
+        )
     if cpp_head.library() is None:
         log.warning("No C++ compiler was found: the head stays dense. Install g++ (or clang++) and start again.")
-    parent_name, _, name = site.module.rpartition(".")
     after = RetrievalHead(head, weight, bias, **options)
-    applied = _Applied(model.get_submodule(parent_name), name, module, after)
-    applied.after.train(module.training)
-    setattr(applied.parent, name, applied.after)
-    setattr(model, KEPT, applied)
+    setattr(model, KEPT, _put(model, owner, site, after))
     return model
+
+
+def _put(model: nn.Module, owner: nn.Module, site: HeadSite, after: RetrievalHead) -> _Replaced | _Watching:
+    """The head where `owner` makes the logits: in its place, or in its forward."""
+    after.train(owner.training)
+    if isinstance(owner, nn.Linear) and owner.weight is after.weight:
+        parent, _, name = site.module.rpartition(".")
+        replaced = _Replaced(model.get_submodule(parent), name, owner, after)
+        setattr(replaced.parent, name, after)
+        return replaced
+    own = {id(weight): name for name, weight in owner.named_parameters(remove_duplicate=False)}
+    if id(after.weight) not in own:  # the weight is of a module beside: watch the whole model
+        return _put(model, model, replace(site, module=""), after)
+    return _Watching(owner, own[id(after.weight)], after)
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    """The module in whose forward the product is. Raises FhoptError."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise FhoptError(
+            f"the head is of a model with the module {path}, which {type(model).__name__} has not. Make one for this "
+            "model with: fhopt head"
+        ) from error
 
 
 def unapply(model: nn.Module) -> nn.Module:
     """Take `apply` back; a model without it is left as it is. Returns the model."""
-    applied: _Applied | None = getattr(model, KEPT, None)
+    applied: _Replaced | _Watching | None = getattr(model, KEPT, None)
     if applied is not None:
-        setattr(applied.parent, applied.name, applied.before)
+        applied.remove()
         delattr(model, KEPT)
     return model
 
 
 def applied_head(model: nn.Module) -> RetrievalHead:
     """The module that `apply` put into the model. Raises FhoptError without one."""
-    applied: _Applied | None = getattr(model, KEPT, None)
+    applied: _Replaced | _Watching | None = getattr(model, KEPT, None)
     if applied is None:
         raise FhoptError(f"no head is applied to {type(model).__name__}. Call fhopt.head.apply(model, head) first.")
     return applied.after

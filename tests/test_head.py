@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import logging
 import math
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor, nn
 
 from fhopt import head as heads
-from fhopt import head_codes, head_fitting
+from fhopt import head_codes, head_fitting, head_module
 from fhopt.capture import capture
 from fhopt.codegen import cpp_head
 from fhopt.codegen.cpp_head import Candidates, Search, search
@@ -528,19 +532,128 @@ def test_a_head_of_other_weights_is_refused() -> None:
         heads.report(other)
 
 
-def test_a_head_that_is_no_module_is_refused_with_the_cure() -> None:
-    class Words(nn.Module):
+Finish = Callable[["Words", Tensor], Tensor]
+
+
+class Words(nn.Module):
+    """A model that makes its logits in its own forward."""
+
+    def __init__(self, finish: Finish) -> None:
+        super().__init__()
+        self.embedding, self.finish = nn.Embedding(60, 16), finish
+        self.shift = nn.Parameter(torch.randn(60))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.finish(self, self.embedding(ids).tanh())
+
+
+WRITTEN: dict[str, Finish] = {
+    "functional": lambda m, x: F.linear(x, m.embedding.weight),
+    "with a bias": lambda m, x: F.linear(x, m.embedding.weight, bias=m.shift),
+    "product": lambda m, x: x @ m.embedding.weight.T,
+    "matmul": lambda m, x: torch.matmul(x, m.embedding.weight.transpose(0, 1)),
+    "flat": lambda m, x: torch.mm(x.flatten(0, 1), m.embedding.weight.t()).unflatten(0, x.shape[:2]),
+    "addmm": lambda m, x: torch.addmm(m.shift, x.flatten(0, 1), m.embedding.weight.t()).unflatten(0, x.shape[:2]),
+    "einsum": lambda m, x: torch.einsum("btc,vc->btv", x, m.embedding.weight),
+    "einsum, turned": lambda m, x: torch.einsum("vc, ...c -> ...v", m.embedding.weight, x),
+    "capped": lambda m, x: 5 * torch.tanh(0.5 * (x @ m.embedding.weight.mT) / 5),
+}
+
+
+def written(name: str, **options: Any) -> tuple[Words, Words, Head]:
+    """(a model, the same with its head applied, that head)."""
+    model = Words(WRITTEN[name]).requires_grad_(False)
+    site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
+    head = fit_weight(site, model.embedding.weight, model.shift if site.bias else None)
+    plain = copy.deepcopy(model)
+    heads.apply(model, head, **options)
+    return plain, model, head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_head_that_is_written_out_is_searched(name: str) -> None:
+    plain, model, _ = written(name, keep=3)
+    ids = torch.randint(0, 60, (2, 5))
+    logits, expected = model(ids), plain(ids)
+    assert torch.equal(logits.topk(3).indices, expected.topk(3).indices)
+    known = logits > logits.amin()
+    assert 30 <= int(known.sum()) < known.numel()
+    torch.testing.assert_close(logits[known], expected[known], rtol=1e-5, atol=1e-5)
+    assert heads.report(model).rows == 10 and model.state_dict().keys() == plain.state_dict().keys()
+    heads.unapply(model)
+    assert torch.equal(model(ids), expected)
+
+
+@torch.no_grad()
+def test_a_watched_head_leaves_everything_else_alone() -> None:
+    """Products elsewhere, what comes after an error, copies, which have weights of their own, and another weight."""
+    plain, model, _ = written("product")
+    ids = torch.randint(0, 60, (1, 3))
+    with pytest.raises(IndexError):
+        model(ids + 60)
+    x = torch.randn(3, 16)
+    assert torch.equal(x @ model.embedding.weight.T, x @ plain.embedding.weight.T) and heads.report(model).rows == 0
+    twin = copy.deepcopy(model)
+    twin.embedding.weight.zero_()
+    assert not twin(ids).any() and heads.report(model).rows == 0
+    heads.unapply(twin)
+    assert bool((model(ids) == -math.inf).any()) and heads.report(model).rows == 3
+    assert not (twin(ids) == -math.inf).any()
+    replaced = nn.Parameter(torch.zeros(60, 16), requires_grad=False)
+    model.embedding.weight = replaced
+    assert not model(ids).any() and heads.report(model).rows == 3
+
+
+def test_watched_heads_search_in_several_threads() -> None:
+    plain, model, _ = written("einsum")
+    prompts = [torch.randint(0, 60, (1, 4)) for _ in range(16)]
+
+    def best(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(ids).argmax(-1)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(best, prompts))
+    assert all(torch.equal(a, plain(ids).argmax(-1)) for a, ids in zip(found, prompts, strict=True))
+    assert heads.report(model).rows == 64
+
+
+@torch.no_grad()
+def test_a_watched_head_is_dense_in_compiled_graphs() -> None:
+    plain, model, _ = written("functional")
+    ids = torch.randint(0, 60, (1, 4))
+    compiled: Any = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(ids), plain(ids), rtol=1e-5, atol=1e-6)
+    assert heads.report(model).rows == 0
+
+
+@torch.no_grad()
+def test_a_product_that_is_not_watched_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    head_module._warn_of_spelling.cache_clear()
+    model = Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
+    site = find(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
+    heads.apply(model, fit_weight(site, model.embedding.weight))
+    with caplog.at_level(logging.WARNING, "fhopt"):
+        for _ in range(2):
+            model(torch.randint(0, 60, (1, 4)))
+    assert len([r for r in caplog.records if "that head is dense" in r.message]) == 1
+
+
+def test_a_bias_that_is_added_behind_the_layer_is_refused_with_the_cure() -> None:
+    class Behind(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding = nn.Embedding(60, 16)
+            self.embedding, self.output = nn.Embedding(60, 16), nn.Linear(16, 60, bias=False)
+            self.shift = nn.Parameter(torch.randn(60))
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.embedding(ids).tanh() @ self.embedding.weight.T
+            return self.output(self.embedding(ids).tanh()) + self.shift
 
-    model = Words()
+    model = Behind()
     site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
-    head = fit_weight(site, model.embedding.weight.detach())
-    with pytest.raises(FhoptError, match=r"RetrievalHead\(head, weight, bias\)"):
+    head = fit_weight(site, model.output.weight.detach(), model.shift.detach())
+    with pytest.raises(FhoptError, match=r"shift is added to what output gives.*Expected it as the bias"):
         heads.apply(model, head)
 
 
