@@ -44,7 +44,8 @@ def rows_of(files: dict[str, Any]) -> list[Row]:
     for part, found in sorted(sums.items(), key=lambda item: (item[0] == ALL, item[0])):
         for metric, of in (("lines", "num_statements"), ("branches", "num_branches")):
             covered = found["covered_lines" if metric == "lines" else "covered_branches"]
-            rows.append(Row(part, "tests", metric, 100 * covered / max(1, found[of]), "%"))
+            if found[of]:
+                rows.append(Row(part, "tests", metric, 100 * covered / found[of], "%"))
     return rows
 
 

@@ -1,9 +1,9 @@
 """Reading one page in eight: what it costs, and what it saves, against the same plan with all pages.
 
-    python benchmarks/retrieval.py                   benchmarks/results/retrieval.json and retrieval.png
+    python benchmarks/retrieval.py                   benchmarks/results/retrieval*.json and .png, a file for each part
     python benchmarks/retrieval.py --quick           a short context, one text, few items (also QUICK=1)
     python benchmarks/retrieval.py --plan FOLDER     a fitted plan, with or without pages, in place of fitting one
-    python benchmarks/retrieval.py --part operator   one part (may be repeated); the file keeps what it says of others
+    python benchmarks/retrieval.py --part operator   one part: perplexity, tasks or operator (may be repeated)
 
 Perplexity is taken on the last tokens of texts that calibrated nothing: what is before is a prompt, read whole; each
 query behind it chooses its pages as it would when decoding token by token. Tasks ask for strings that stand far back,
@@ -15,7 +15,7 @@ the listed pages; and choosing them by sketches, reading them, and letting the m
 from __future__ import annotations
 
 import copy
-import json
+import functools
 import os
 import statistics
 import time
@@ -29,16 +29,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import click
 import torch
 from attention import SHAPES, spectrum_tiers
-from recording import RESULTS, Row, is_quick, record, table
-from rich.console import Group
+from recording import Row, is_quick, record
 from torch import Tensor
 
 from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.applying import cache_argument
 from fhopt.codegen.build import cores
 from fhopt.errors import FhoptError
-from fhopt.evaluate import new_cache, paired, step_bounds, switched
+from fhopt.evaluate import check_length, new_cache, paired, step_bounds, switched
 from fhopt.latents import mean_values
+from fhopt.layers import LatentLayer
 from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
@@ -115,24 +115,32 @@ def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], le
         wanted = replace(options, items=items if len(TASKS[task].depths) > 1 else 5 * items)
         written = write_items(loaded.tokenizer, [task], wanted)
         check_items(model, written)
+        items_of_all = [item for some in written[task].values() for item in some]
+        check_length(
+            model, max(item.question + len(q) + len(a) - 1 for item in items_of_all for q, a in item.questions)
+        )
         with switched(model, plan):
-            known = [answers(model, plan, item) for some in written[task].values() for item in some]
+            known = [answers(model, plan, item) for item in items_of_all]
         case = f"{task}, {length:,} tokens, {len(known)} texts, {sum(map(len, known))} questions"
-        yield from _rates(case, [answer for some in known for answer in some])
+        yield from _rates(case, known)
 
 
-def _rates(case: str, found: list[dict[str, tuple[bool, float]]]) -> Iterator[Row]:
-    """Of answers, each whether it is right and its log-probability a token, by contender."""
+def _rates(case: str, known: list[list[dict[str, tuple[bool, float]]]]) -> Iterator[Row]:
+    """Of answers, each whether it is right and its log-probability a token, by text and contender.
+
+    What is asked of one text goes together: errors are of the means of texts.
+    """
+    found = [answer for some in known for answer in some]
     rates = {impl: statistics.fmean(answer[impl][0] for answer in found) for impl in (DENSE, PAGED)}
     for impl, rate in rates.items():
         log_prob = statistics.fmean(answer[impl][1] for answer in found)
         yield Row(case, impl, "right", rate, "", baseline=rates[DENSE])
         yield Row(case, impl, "log_prob", log_prob, "nats")
-    changes = [answer[PAGED][1] - answer[DENSE][1] for answer in found]
-    yield Row(case, PAGED, "log_prob_error", statistics.stdev(changes) / len(changes) ** 0.5, "nats")
-    for name, what in (("gained", PAGED), ("lost", DENSE)):
-        count = sum(answer[what][0] and not answer[PAGED if what == DENSE else DENSE][0] for answer in found)
-        yield Row(case, PAGED, name, float(count), "questions")
+    for name, at, unit in (("log_prob_error", 1, "nats"), ("right_error", 0, "")):
+        changes = [statistics.fmean(answer[PAGED][at] - answer[DENSE][at] for answer in some) for some in known]
+        yield Row(case, PAGED, name, statistics.stdev(changes) / len(changes) ** 0.5, unit)
+    for name, has, lacks in (("gained", PAGED, DENSE), ("lost", DENSE, PAGED)):
+        yield Row(case, PAGED, name, float(sum(a[has][0] and not a[lacks][0] for a in found)), "questions")
 
 
 @torch.inference_mode()
@@ -150,8 +158,9 @@ def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int,
     for impl in (DENSE, PAGED):
         own = copy.deepcopy(cache)
         for layer in own.layers:
-            layer.each_query = True
-            layer.share = 1.0 if impl == DENSE else layer.share
+            if isinstance(layer, LatentLayer):
+                layer.each_query = True
+                layer.share = 1.0 if impl == DENSE else layer.share
         ids = torch.tensor([[*question, *answer[:-1]]])
         logits = model(ids, **{cache_argument(model): own}, use_cache=True).logits[0, -len(target) :]
         log_p = logits.double().log_softmax(-1)
@@ -276,73 +285,69 @@ def _short(case: str) -> str:
 METRICS = {"perplexity": "perplexity, % over all pages", "right": "share of items right", "time_ms": "attention, ms"}
 
 
-PARTS = ("perplexity", "tasks", "operator")
-
-
-def part_of(row: Row) -> str:
-    """The part of the benchmark that a row is of."""
-    if row.case.startswith(SHAPE):
-        return "operator"
-    return "tasks" if row.case.split(",")[0] in TASKS else "perplexity"
+PARTS = {"perplexity": "retrieval", "tasks": "retrieval_tasks", "operator": "retrieval_operator"}  # and their files
 
 
 def measured(
-    loaded: LoadedModel, plan: LatentPlan, parts: tuple[str, ...], texts: tuple[str, ...], contexts: tuple[int, ...],
+    part: str, plan: Callable[[], tuple[LoadedModel, LatentPlan]], texts: tuple[str, ...], contexts: tuple[int, ...],
     tail: int, items: int, length: int, tokens: int,
 ) -> Iterator[Row]:  # fmt: skip
-    """Everything, in the order in which it is shown."""
-    if "perplexity" in parts:
-        yield from left_out(plan)
+    """The rows of one part."""
+    if part == "perplexity":
+        yield from left_out(plan()[1])
         for context in contexts:
             for text in texts:
-                yield from perplexities(loaded, plan, text, context, tail)
-    if "tasks" in parts:
-        yield from task_rates(loaded, plan, ("passkey", "copy", "digits"), length, items)
+                yield from perplexities(*plan(), text, context, tail)
+    if part == "tasks":
+        yield from task_rates(*plan(), ("passkey", "copy", "digits"), length, items)
     before = torch.get_num_threads()
-    for threads in sorted({1, cores()}) if "operator" in parts else ():
+    for threads in sorted({1, cores()}) if part == "operator" else ():
         torch.set_num_threads(threads)
         yield from operator(tokens)
     torch.set_num_threads(before)
 
 
-def kept(parts: tuple[str, ...]) -> list[Row]:
-    """What the file of results says of the other parts."""
-    path = RESULTS / "retrieval.json"
-    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
-    return [row for row in rows if part_of(row) not in parts]
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="A small version; also QUICK=1.")
 @click.option("--plan", "path", type=click.Path(path_type=Path), help="A fitted plan, with or without pages.")
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Repeatable; all where none is named.")
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice([*PARTS]), help="Repeatable; all where none is named."
+)
 @click.option("--text", "texts", multiple=True, default=TEXTS, show_default=True, help="Repeatable.")
 @click.option("--context", "contexts", type=int, multiple=True, default=(2048, 8192), show_default=True)
 @click.option("--tail", type=click.IntRange(min=256), default=1024, show_default=True, help="Tokens that count.")
-@click.option("--items", type=click.IntRange(min=1), default=4, show_default=True, help="Texts per task and depth.")
+@click.option(
+    "--items",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Texts per depth of the passkey; of other tasks five times as many.",
+)
 @click.option("--length", type=int, default=8064, show_default=True, help="Tokens of the tasks' contexts.")
 @click.option("--tokens", type=int, default=32_768, show_default=True, help="That the operator attends to.")
 def main(
     quick: bool, path: Path | None, parts: tuple[str, ...], texts: tuple[str, ...], contexts: tuple[int, ...],
     tail: int, items: int, length: int, tokens: int,
 ) -> None:  # fmt: skip
-    """Measure retrieval attention. Of parts that are not measured the file keeps what it says."""
-    quick, parts = quick or is_quick(), parts or PARTS
+    """Measure retrieval attention: a file for each part."""
+    quick = quick or is_quick()
     if quick:
         texts, contexts, tail, items, length, tokens = texts[:1], (1536,), 512, 1, 1024, 8192
-    loaded = load_model("demo")
-    try:
-        plan = paged_plan(loaded, path, quick)
+
+    @functools.cache
+    def plan() -> tuple[LoadedModel, LatentPlan]:
+        loaded = load_model("demo")
+        return loaded, paged_plan(loaded, path, quick)
+
+    for part in parts or PARTS:
         rows = []
-        for row in measured(loaded, plan, parts, texts, contexts, tail, items, length, tokens):
-            rows.append(row)
-            click.echo(f"{row.case}: {row.impl}, {row.metric} {row.value:.5g}", err=True)
-    except FhoptError as error:
-        raise click.ClickException(str(error)) from error
-    if not quick:
-        rows = sorted([*kept(parts), *rows], key=lambda row: PARTS.index(part_of(row)))
-    tables = Group(*[table(part, [row for row in rows if part_of(row) == part]) for part in PARTS])
-    record("retrieval-quick" if quick else "retrieval", rows, lambda figure: draw(figure, rows), tables)
+        try:
+            for row in measured(part, plan, texts, contexts, tail, items, length, tokens):
+                rows.append(row)
+                click.echo(f"{row.case}: {row.impl}, {row.metric} {row.value:.5g}", err=True)
+        except FhoptError as error:
+            raise click.ClickException(str(error)) from error
+        record(PARTS[part] + ("-quick" if quick else ""), rows, functools.partial(draw, rows=rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,17 @@ _pack = struct.Struct(ARGUMENTS).pack
 _NO_TENSOR = (0, 0, 0, 0)  # address and three strides
 _NO_PAGES = (*_NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
 PAGE_QUANTUM = 16  # a page has a multiple of so many tokens
-Prepared = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Query, rows of keys and of values, and mask, as a kernel reads them."""
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
+
+
+class PreparedCall(NamedTuple):
+    """A call that has not been made: its struct, output [B,H,S,R_V] and lse [B,H,S], both float32, and what must live
+    until it is: query, rows of keys and of values, mask and lists, as the kernel reads them."""
+
+    arguments: bytes
+    output: Tensor
+    lse: Tensor
+    kept: tuple[Tensor | None, ...]
 
 
 class Side:
@@ -97,18 +105,18 @@ class LibraryKernel:
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
         """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
-        arguments, output, lse, _kept = self.prepared(
+        call = self.prepared(
             query, key, key_scale, value, value_scale, mask, lengths, pages, page_tokens, scale, softcap
         )
-        self._function(arguments)
-        return (output if query.dtype == torch.float32 else output.to(query.dtype)), lse
+        self._function(call.arguments)
+        return (call.output if query.dtype == torch.float32 else call.output.to(query.dtype)), call.lse
 
     def prepared(
         self, query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
         mask: Tensor | None, lengths: Tensor | None, pages: Tensor | None, page_tokens: int, scale: float,
         softcap: float,
-    ) -> tuple[bytes, Tensor, Tensor, Prepared]:  # fmt: skip
-        """A call that has not been made: its struct, output and lse, both float32, and what must live until it is."""
+    ) -> PreparedCall:  # fmt: skip
+        """Check everything, and make the struct."""
         b, h, s, width = shape = tuple(query.shape)
         tokens = key.shape[2]
         if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
@@ -120,6 +128,8 @@ class LibraryKernel:
             mask, lengths = within(lengths, tokens, mask), None
         kind, masking = _mask(mask, (b, h, s, tokens))
         heads = math.gcd(k.shape[1], v.shape[1])
+        if pages is not None and not pages.shape[2]:
+            pages = pages.new_full((*pages.shape[:2], 1), -1)  # an empty list has no address, and none means all pages
         listing = _NO_PAGES if pages is None else _pages(pages, page_tokens, (b, heads, tokens))
         if lengths is not None:
             tokens = min(tokens, max(0, int(lengths)))
@@ -133,7 +143,7 @@ class LibraryKernel:
             *listing,
             *(output.data_ptr(), lse.data_ptr(), scale, softcap),
         )
-        return arguments, output, lse, (q, k, v, masking)
+        return PreparedCall(arguments, output, lse, (q, k, v, masking, pages))
 
 
 def _queries(query: Tensor) -> Tensor:

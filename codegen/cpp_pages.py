@@ -18,8 +18,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from fhopt.page_ops import FEWEST, PageStep, pages_read
 TILE = 16  # tokens; pages are a multiple of it
 MOST_TOKENS = 1024  # of a page
 MOST_WORDS = 64  # of four bytes of codes, of a token
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 log = logging.getLogger(__name__)
 # The C++ structs `Sketches`, `Choice` and `Step` as formats of the module `struct`: 8 bytes a field, in that order.
 _pack_sketches = struct.Struct("@16q8P").pack
@@ -66,13 +69,14 @@ def weigh_pages(
     """
     library = _compiled()
     words = _words(tuple(bits), tuple(widths), tuple(steps))
-    if library is None or words is None or not _serves(codes, words, page_tokens, mask):
+    if library is None or words is None or not _serves(codes, scales, words, page_tokens, mask):
         return None
-    if weights.dtype != torch.float32:
+    if weights.dtype != torch.float32 or weights.shape[3] != sum(widths) or weights.shape[:2] != codes.shape[:2]:
         return None
     weights, constant = weights.contiguous(), constant.contiguous()
-    sizes = *weights.shape[:3], weights.shape[3], page_tokens, length
-    arguments, _kept = _sketches(sizes, codes, scales, words, mask, weights, constant)
+    arguments, _kept = _sketches(
+        tuple(weights.shape), page_tokens, length, codes, scales, words, mask, weights, constant
+    )
     out = weights.new_empty((*weights.shape[:3], -(-codes.shape[2] // page_tokens)))
     library.weigh_pages(arguments, out.data_ptr())
     return out
@@ -82,29 +86,41 @@ def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor,
     """`page_ops.attend_pages_reference` with that kernel of the latents; None where this one does not serve."""
     library = _compiled()
     words = _words(tuple(step.bits), tuple(step.widths), tuple(step.steps))
-    if library is None or words is None or not _serves(step.codes, words, step.page_tokens, step.far):
+    if library is None or words is None or not _fits(step, words):
         return None
-    call, output, lse, _of_call = kernel.prepared(
-        step.query, *step.latents, step.lengths, None, 0, step.scale, softcap=0.0
-    )
-    j, pages = step.mean.shape[0], step.pages
-    sizes = step.query.shape[0], j, step.query.shape[1] // j, step.channels.shape[1], step.page_tokens
+    call = kernel.prepared(step.query, *step.latents, step.lengths, None, 0, step.scale, softcap=0.0)
+    fill = None if step.values is None or step.fill is None else _floats(step.fill)
+    values = None if step.values is None or fill is None else _floats(step.values)
+    if values is not None and (len(values), *values.shape[2:]) != (len(call.output), *call.output.shape[2:]):
+        return None
+    (b, h, _, width), (j, r), count = step.query.shape, step.channels.shape, int(step.available())
     length = step.codes.shape[2] if step.lengths is None else int(step.lengths)
-    arguments, _of_sketches = _sketches((*sizes, length), step.codes, step.scales, words, step.far, None, None)
-    counts = torch.empty(4, dtype=torch.int64)
-    near = None if step.near is None else _floats(step.near)
-    read = pages_read(pages, step.share, step.least)
-    choice = _pack_choice(step.units, step.most, read, pages, FEWEST, step.mass, step.lift, _address(near))
-    fill = None if step.values is None else step.fill
-    values = None if fill is None or step.values is None else _floats(step.values)
-    kept = step.channels.contiguous(), _floats(step.mean), _floats(step.deviation)
-    library.attend_pages(
-        arguments, choice, call, _pack_step(
-            step.query.shape[3], output.shape[3], 0 if values is None else values.shape[1], step.scale, kernel.address,
-            *[x.data_ptr() for x in kept], _address(fill), _address(values), counts.data_ptr(),
-        ),
-    )  # fmt: skip
-    return (output if step.query.dtype == torch.float32 else output.to(step.query.dtype)), lse, counts
+    sketches = step.codes, step.scales, words, step.far, None, None
+    arguments, _kept = _sketches((b, j, h // j, r), step.page_tokens, length, *sketches)
+    near, counts = None if step.near is None else _floats(step.near), step.codes.new_empty(4, dtype=torch.int64)
+    read = pages_read(count, step.share, step.least)
+    choice = _pack_choice(step.units, step.most, read, count, FEWEST, step.mass, step.lift, _address(near))
+    kept = step.channels.contiguous(), _floats(step.mean), _floats(step.deviation), fill, values, counts
+    sizes = width, call.output.shape[3], 0 if values is None else values.shape[1]
+    numbers = _pack_step(*sizes, step.scale, kernel.address, *[_address(x) for x in kept])
+    library.attend_pages(arguments, choice, call.arguments, numbers)
+    return (call.output if step.query.dtype == torch.float32 else call.output.to(step.query.dtype)), call.lse, counts
+
+
+def _fits(step: PageStep, words: tuple[Tensor, ...]) -> bool:
+    """True for operands that the C++ file may read as they are said to be."""
+    (b, h, s, width), (j, r) = step.query.shape, step.channels.shape
+    heads = math.gcd(j, math.gcd(step.key.shape[1], step.value.shape[1]))
+    holds = (
+        s == 1 and h % j == 0 and step.units > 0 and heads % step.units == 0 and step.most > 0,
+        r == sum(step.widths) and step.channels.dtype == torch.int64,
+        step.mean.shape == step.deviation.shape == (j, width),
+        step.codes.shape[:3] == (b, j, step.key.shape[2]),
+        step.near is None or step.near.shape == (b, h, 1),
+        step.fill is None or step.fill.shape == (h,),
+        step.values is None or h % step.values.shape[1] == 0,
+    )
+    return all(holds) and _serves(step.codes, step.scales, words, step.page_tokens, step.far)
 
 
 def _address(x: Tensor | None) -> int:
@@ -116,19 +132,21 @@ def _floats(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def _serves(codes: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
+def _serves(codes: Tensor, scales: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
     """True for rows, pages and masks that the C++ file knows."""
-    if page_tokens % TILE or page_tokens > MOST_TOKENS or codes.shape[3] != 4 * len(words[0]):
+    b, _, tokens, row = codes.shape
+    if page_tokens % TILE or page_tokens > MOST_TOKENS or row != 4 * len(words[0]) or codes.dtype != torch.uint8:
         return False
-    return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1))
+    if scales.shape != codes.shape[:3] or scales.dtype != torch.float16:
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.shape in ((1, 1, 1, tokens), (b, 1, 1, tokens)))
 
 
 def _sketches(
-    sizes: tuple[int, int, int, int, int, int], codes: Tensor, scales: Tensor, words: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None, weights: Tensor | None, constant: Tensor | None,
+    rows: tuple[int, ...], page_tokens: int, length: int, codes: Tensor, scales: Tensor,
+    words: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, weights: Tensor | None, constant: Tensor | None,
 ) -> tuple[bytes, tuple[Tensor, Tensor]]:  # fmt: skip
-    """The C++ struct, and what must live until it was read. sizes: B, J, M, r, tokens of a page, tokens that count."""
-    *rows, page_tokens, length = sizes
+    """The C++ struct, and what must live until it was read. rows: B, J, M, r; length: tokens that count."""
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     scales = scales if scales.stride(2) == 1 else scales.contiguous()
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
@@ -152,9 +170,9 @@ def _words(
     codes = [32 // b for b, size in zip(bits, sizes, strict=True) for _ in range(size // 4)]
     if not 0 < len(codes) <= MOST_WORDS:
         return None
-    counts = torch.tensor(codes)
+    counts = torch.tensor(codes, device="cpu")
     each = [s for s, size in zip(steps, sizes, strict=True) for _ in range(size // 4)]
-    return (32 // counts).to(torch.int32), (counts.cumsum(0) - counts).to(torch.int32), torch.tensor(each)
+    return (32 // counts).to(torch.int32), (counts.cumsum(0) - counts).to(torch.int32), torch.tensor(each, **FLOATS)
 
 
 TEXT = (
@@ -167,8 +185,8 @@ TEXT = (
 //     weigh_pages     weights [B,J,M,r]   constant [B,J,M]   codes [B,J,T,bytes]   scale [B,J,T]
 //                     ->  log weight [B,J,M,P]
 //     attend_pages    query [B,H,1,R], the sketches, and a call of the kernel of the latents
-//                     ->  lists of pages [B,U,N], ascending, -1 behind them; output and lse of that call on them, the
-//                         mean of values in place of pages that are not listed
+//                     ->  output and lse of that call on the pages of each unit that weigh most, the mean of values
+//                         in place of the others
 //
 //     B batch, H = J M query heads, J latent heads, M query rows of a latent head, T tokens, P pages, U units, N pages
 //     of a list, r channels of a sketch, R latent width
@@ -545,7 +563,7 @@ void choose(const Sketches& a, const Choice& c, const Weights& w, int64_t unit, 
         list[found++] = int32_t(p);
     }
     std::fill(list + found, list + c.most, -1);
-    for (int64_t m = first; m < first + rows; m++) odds[m] = odds_left_out(w, m, list, found);
+    for (int64_t m = first; odds && m < first + rows; m++) odds[m] = odds_left_out(w, m, list, found);
 }
 
 // ------------------------------------------------------------------------------------------------ the step
@@ -619,7 +637,7 @@ extern "C" void attend_pages(const Sketches* sketches, const Choice* choice, con
     a.constant = constant.data();
     const Weights& w = weighed(a);
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-    for (int64_t u = 0; u < units; u++) choose(a, *choice, w, u, &lists[u * most], odds.data());
+    for (int64_t u = 0; u < units; u++) choose(a, *choice, w, u, &lists[u * most], step->fill ? odds.data() : nullptr);
     call.pages = {lists.data(), {choice->units * most, most, 1}};
     call.page_heads = choice->units;
     call.page_count = most;

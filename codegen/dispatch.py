@@ -28,7 +28,7 @@ from fhopt.ops import (
     use_pack_kernels,
     within,
 )
-from fhopt.page_ops import PageStep, use_page_kernels
+from fhopt.page_ops import PageKernels, PageStep, use_page_kernels
 from fhopt.spec import KernelSpec
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -45,7 +45,7 @@ def install() -> None:
     use_kernel("cpu", latent_attention)
     use_kernel("cuda", latent_attention)
     use_pack_kernels("cpu", (pack, unpack))
-    use_page_kernels("cpu", (cpp_pages.weigh_pages, attend_pages))
+    use_page_kernels("cpu", PageKernels(cpp_pages.weigh_pages, attend_pages))
     if importlib.util.find_spec("triton") is not None:
         use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
 

@@ -449,9 +449,11 @@ void set_pages(const std::string& name, const Tensor& pages, int64_t page_tokens
                       pages.size(1) > 0 && std::gcd(a.key_heads, a.value_heads) % pages.size(1) == 0 &&
                       (pages.stride(2) == 1 || pages.size(2) <= 1) && page_tokens > 0 && page_tokens % 16 == 0;
     expect(fits, name, "lists of pages that do not fit");
-    a.pages = rows_of(pages);
+    static const int32_t end = -1;
+    const bool empty = pages.size(2) == 0;  // has no address, and none means all pages
+    a.pages = empty ? Rows{&end} : rows_of(pages);
     a.page_heads = pages.size(1);
-    a.page_count = pages.size(2);
+    a.page_count = empty ? 1 : pages.size(2);
     a.page_tokens = page_tokens;
 }
 

@@ -174,21 +174,6 @@ def head(results: Results) -> str:
     return pivot(results, "time_ms") + "\n\n" + by_case(rest)
 
 
-def retrieval(results: Results) -> str:
-    """A table each of what it costs, of tasks, and of times."""
-
-    def kind(case: str) -> str:
-        metrics = {row["metric"] for row in results.rows if row["case"] == case}
-        return next((metric for metric in ("right", "time_ms") if metric in metrics), "")
-
-    kinds = {case: kind(case) for case in dict.fromkeys(row["case"] for row in results.rows)}
-    parts = []
-    for which in dict.fromkeys(kinds.values()):
-        rows = tuple(row for row in results.rows if kinds[row["case"]] == which)
-        parts.append(by_case(Results(results.name, results.machine, results.versions, results.commit, rows)))
-    return "\n\n".join(parts)
-
-
 def compiled_zoo(results: Results) -> str:
     """Sums over all tasks, beside inductor's."""
     lines = [["tasks", number(len(results.of("max_error"))), ""]]
@@ -252,8 +237,17 @@ SECTIONS = {
     ),
     "retrieval": Section(
         "Reading one page in eight", "make bench-retrieval",
-        "SmolLM2, 4x plan. Losses and tasks beside the same plan with all pages; `gained` and `lost` are questions. "
-        "Then one token on 32,768, random codes, in turns. In brackets: times all pages.", retrieval,
+        "SmolLM2, 4x plan, beside the same plan with all pages. `same token`: how often the likeliest one is the same.",
+        by_case,
+    ),
+    "retrieval_tasks": Section(
+        "Answers from one page in eight", "make bench-retrieval",
+        "Errors are standard errors, over texts, of the change. `gained`, `lost`: questions that only one of both "
+        "answers.", by_case,
+    ),
+    "retrieval_operator": Section(
+        "Attention to one page in eight", "make bench-retrieval",
+        "One token on 32,768, random codes, in turns. In brackets: times all pages.", by_case,
     ),
     "retrieval_head": Section(
         "The language-model head by search", "make bench-retrieval",

@@ -6,7 +6,7 @@
 
 Latent layers are saved as they are: codes, scales, sinks and window, without spare room. Layers that stayed exact are
 saved too, whatever transformers keeps in them. A file says which plan and which weights it was made with; it is loaded
-only for the same, and only while nobody has changed a byte of it.
+only for the same, and only where a digest shows that nothing in it is damaged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from fhopt.applying import applied_plan, latent_cache, site_layers
 from fhopt.cache import LATENT_LAYERS
 from fhopt.errors import FhoptError
-from fhopt.files import read_description, read_tensors, write_tensors
+from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.offloaded import execution_device, named_weights
 from fhopt.spec import LatentPlan
 
@@ -71,7 +71,7 @@ def load_cache(
     file = Path(path)
     devices = _devices(model)
     first = next(iter(devices.values()), next(model.parameters()).device)
-    about, tensors = _read(file, device or first)
+    about, tensors = _read(file)
     _check(file, about, _identity(model, applied_plan(model)))
     places = about.get("max_cache_len")
     if options.get("max_cache_len", places) != places:
@@ -136,22 +136,23 @@ def _devices(model: torch.nn.Module) -> dict[str, torch.device]:
     return found
 
 
-def _read(file: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
 
     try:
-        about = read_description(file, KEY)
-        if about is None:
+        about, tensors = read_tensors(file, KEY)
+        if not about:
             raise FhoptError(f"{file} is no cache of fhopt; expected what save_cache wrote.")
         if about.get("version") != VERSION:
             raise FhoptError(
                 f"{file} has version {about.get('version')}, this fhopt reads version {VERSION}. Fill the cache again."
             )
-        return read_tensors(file, KEY, device)
+        check_digest(about, tensors)
     except OSError as error:
         raise FhoptError(f"cannot read {file}: {error.strerror or error}. Expected what save_cache wrote.") from error
-    except (SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: a device that is not there
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise FhoptError(f"{file} is damaged ({error}). Fill the cache again.") from error
+    return about, tensors
 
 
 # --------------------------------------------------------------------------------------------------- layers

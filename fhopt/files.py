@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; files of tensors say what they hold, and whether anybody changed it."""
+"""Files appear whole or not at all; files of tensors have a digest, by which damage is noticed."""
 
 from __future__ import annotations
 
@@ -63,33 +63,24 @@ def write_tensors(file: Path, about: Mapping[str, Any], tensors: Mapping[str, Te
         save_file(dense, staging, {key: text})
 
 
-def read_description(file: Path, key: str = "fhopt") -> dict[str, Any] | None:
-    """What `write_tensors` was told, nothing of which has been checked; None where the file does not say.
+def read_tensors(file: Path, key: str = "fhopt") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description, empty where there is none, and the tensors of a file; `check_digest` looks at both.
 
     OSError, SafetensorError, ValueError and RecursionError pass through.
     """
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        about = json.loads((opened.metadata() or {}).get(key, "null"))
-    return about if isinstance(about, dict) else None
-
-
-def read_tensors(file: Path, key: str = "fhopt", device: Any = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors that `write_tensors` wrote.
-
-    Raises ValueError when they are not those; the errors of `read_description` and RuntimeError, for a device that is
-    not there, pass through.
-    """
-    from safetensors import safe_open
-
-    about = read_description(file, key)
-    with safe_open(file, "pt", device=str(device)) as opened:
+        about = json.loads((opened.metadata() or {}).get(key, "{}"))
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    said = None if about is None else about.pop("digest", None)
-    if about is None or said != digest(about, tensors):
+    return about if isinstance(about, dict) else {}, tensors
+
+
+def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError when description or tensors are not what `write_tensors` wrote."""
+    told = {name: value for name, value in about.items() if name != "digest"}
+    if about.get("digest") != digest(told, tensors):
         raise ValueError("its content is not what was written")
-    return about, tensors
 
 
 def check_writable(folder: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fhopt.bases import Basis
 from fhopt.errors import FhoptError
-from fhopt.files import read_tensors, write_tensors
+from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.spec import SiteStatistics
 
 SAVE_EVERY = 4  # batches between two checkpoints
@@ -208,6 +208,7 @@ class Checkpoint:
                     f"{file} is of another calibration (model or options differ). Remove it, or give the options that "
                     "it was made with."
                 )
+            check_digest(about, tensors)
             batches = int(about["batches"])
             for name, total in sums.items():
                 total.copy_(tensors[name])

@@ -34,7 +34,7 @@ from fhopt import __version__, data, ops, passes
 from fhopt.capture import Captured
 from fhopt.errors import FhoptError, Miss
 from fhopt.evaluate import Comparison, check_length, switched, token_costs
-from fhopt.files import check_writable, read_description, read_tensors, write_tensors
+from fhopt.files import check_digest, check_writable, read_tensors, write_tensors
 from fhopt.fitting import check_model, fingerprint
 from fhopt.models import LoadedModel
 from fhopt.passes.compress import Compress
@@ -372,23 +372,29 @@ class _Checkpoint:
     key: Mapping[str, Any]
 
     def check(self) -> None:
-        """Raise FhoptError when the file cannot be written, or is of another healing."""
+        """Raise FhoptError when the file cannot be written, is damaged, or is of another healing."""
         if self.path is not None:
             check_writable(Path(self.path).parent)
-            self._about()
+            self.load()
 
     def load(self) -> tuple[Equations, int]:
         """The equations so far, and of how many sequences. Raises FhoptError."""
         from safetensors import SafetensorError
 
-        if self._about() is None or self.path is None:
+        if self.path is None or not Path(self.path).exists():
             return Equations(), 0
         try:
             about, tensors = read_tensors(self.path)
+            if about["key"] != dict(self.key):
+                raise FhoptError(
+                    f"{self.path} is of another healing (model, plan, text or version differ). Remove it, or give what "
+                    "it was made with."
+                )
+            check_digest(about, tensors)
             parts = [{n: tensors[f"{n}.{part}"] for n in about["names"]} for part in _PARTS]
             return Equations(*parts), int(about["sequences"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise self._damaged(error) from error
+            raise FhoptError(f"{self.path} is damaged ({error}). Remove it to heal from the start.") from error
 
     def save(self, equations: Equations, sequences: int) -> None:
         """Keep the equations of `sequences` sequences, whole or not at all. Raises FhoptError."""
@@ -408,29 +414,6 @@ class _Checkpoint:
         if self.path is not None:
             with contextlib.suppress(OSError):
                 Path(self.path).unlink(missing_ok=True)
-
-    def _about(self) -> dict[str, Any] | None:
-        """What the file says of itself; None where there is none. Raises FhoptError when it is of another healing."""
-        from safetensors import SafetensorError
-
-        if self.path is None or not Path(self.path).exists():
-            return None
-        try:
-            about = read_description(self.path)
-            if about is None:
-                raise ValueError("it does not say what it is")
-            key = about["key"]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise self._damaged(error) from error
-        if key != dict(self.key):
-            raise FhoptError(
-                f"{self.path} is of another healing (model, plan, text or version differ). Remove it, or give what it "
-                "was made with."
-            )
-        return about
-
-    def _damaged(self, error: Exception) -> FhoptError:
-        return FhoptError(f"{self.path} is damaged ({error}). Remove it to heal from the start.")
 
 
 _PARTS = ("error", "moment")

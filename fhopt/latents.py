@@ -283,7 +283,7 @@ def _attend_chosen(
     estimates, count = pages.page_estimates(absorbed, index, far, lengths, **numbers), key_rows.shape[2]
     weights = page_ops.expected_weights(estimates, index.units, others_lse)
     chosen = pages.keep_best(weights, index, pages.available_pages(index, lengths))
-    odds = page_ops.odds_left_out(estimates, chosen)
+    odds = None if index.fill is None else page_ops.odds_left_out(estimates, chosen)
     parts = [read(*_listed(chosen, index, index.most, query, far, count), odds), *others]
     if index.limit < 1:
         lse_of_all = _lse_of(parts)

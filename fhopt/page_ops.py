@@ -189,10 +189,11 @@ class PageStep(NamedTuple):
         names = (f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def pages(self) -> int:
-        """How many there are to choose from."""
-        return -(-(self.codes.shape[2] if self.lengths is None else int(self.lengths)) // self.page_tokens)
+    def available(self) -> Tensor | int:
+        """Pages that there are to choose from: a number, or one integer, [1,1,1,1], where there are lengths."""
+        if self.lengths is None:
+            return -(-self.codes.shape[2] // self.page_tokens)
+        return -(-self.lengths.reshape(1, 1, 1, 1) // self.page_tokens)
 
 
 class WeighPages(Protocol):
@@ -210,7 +211,13 @@ class AttendPages(Protocol):
     def __call__(self, step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None: ...  # noqa: D102  # see above
 
 
-PageKernels = tuple[WeighPages, AttendPages]
+class PageKernels(NamedTuple):
+    """Those of a device type."""
+
+    weigh: WeighPages
+    attend: AttendPages
+
+
 _KERNELS: dict[str, PageKernels] = {}
 
 
@@ -240,10 +247,11 @@ def page_weights_reference(
 
 
 def _page_weights(*operands: Any) -> Tensor:
-    *of_pages, lengths = operands
-    weigh: Any = _KERNELS.get(operands[0].device.type, (None, None))[0]
-    length = operands[2].shape[2] if lengths is None else int(lengths)
-    found = None if weigh is None else weigh(*of_pages, length)
+    kernels, (weights, constant, codes, *others, lengths) = _KERNELS.get(operands[0].device.type), operands
+    if kernels is None:
+        return page_weights_reference(*operands)
+    weigh: Any = kernels.weigh
+    found = weigh(weights, constant, codes, *others, codes.shape[2] if lengths is None else int(lengths))
     return page_weights_reference(*operands) if found is None else found
 
 
@@ -275,7 +283,7 @@ def choose_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
         weights * step.scale, constant * step.scale, *sketches, step.page_tokens, step.far, step.lengths
     )
     logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
-    count = step.pages
+    count = step.available()
     expected = expected_weights(logits, step.units, step.near)
     threshold = Threshold(step.mass, step.lift, count)
     chosen = best_of(expected, step.most, pages_read(count, step.share, step.least), threshold)
@@ -302,7 +310,7 @@ def odds_left_out(logits: Tensor, chosen: Tensor) -> Tensor:
 def _attend_pages(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     step = PageStep(*operands)
     kernels = _KERNELS.get(step.query.device.type)
-    found = None if kernels is None else kernels[1](step)
+    found = None if kernels is None else kernels.attend(step)
     return attend_pages_reference(step) if found is None else found
 
 
@@ -323,8 +331,8 @@ _LIB.define(
     "attend_pages(Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, Tensor? far, "
     "Tensor? lengths, int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, "
     "float[] value_steps, float scale, Tensor codes, Tensor scales, int[] bits, int[] widths, float[] steps, "
-    "Tensor channels, Tensor mean, Tensor deviation, Tensor? near, int page_tokens, int units, int most, float share, "
-    "int least, float mass, float lift, Tensor? fill, Tensor? values) -> (Tensor, Tensor, Tensor)"
+    "Tensor channels, Tensor mean, Tensor deviation, Tensor? near, int page_tokens, int units, SymInt most, "
+    "float share, int least, float mass, float lift, Tensor? fill, Tensor? values) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
 _LIB.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")

@@ -56,6 +56,7 @@ from torch import Tensor
 
 from fhopt import ops, page_ops
 from fhopt.page_ops import (
+    PageStep,
     Threshold,
     best_of,
     list_counts,
@@ -66,8 +67,6 @@ from fhopt.spec import SketchPlan, Tier
 
 SAMPLE = 8  # pages whose values are averaged, to stand for those that are not read
 LOST = {2: 0.35, 4: 0.11}  # deviation of what rounding takes from a unit normal channel, about, by bits
-
-TIERS = tuple(f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
 
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
 """Codes uint8 [B,J,T,bytes], scales float16 [B,J,T], and |(z - sketch) / w| float16 [B,J,T] where there is a limit."""
@@ -232,12 +231,16 @@ def attend(
     """(output [B,H,1,R_V], lse [B,H,1]) of one query of each sequence, [B,H,1,R], on the pages that it chooses: one
     `page_ops.PageStep`, which is counted. latents: rows and scales of keys and of values. Where `is_one_step`."""
     sketcher, (codes, scales, _) = index.sketcher, index.rows
-    sketches = codes, scales, *sketcher.tiers, sketcher.channels, sketcher.mean, sketcher.deviation
-    limits = index.tokens, index.units, index.most, index.share, index.least, index.mass, index.lift
-    output, lse, counts = torch.ops.fhopt.attend_pages(
-        query, *latents, far, lengths, *[tiers[name] for name in TIERS], scale, *sketches, near, *limits, index.fill,
-        values,
+    key, key_scale, value, value_scale = latents
+    bits, widths, steps = sketcher.tiers
+    step = PageStep(
+        query, key, key_scale, value, value_scale, far, lengths, **tiers, scale=scale,
+        codes=codes, scales=scales, bits=bits, widths=widths, steps=steps,
+        channels=sketcher.channels, mean=sketcher.mean, deviation=sketcher.deviation,
+        near=near, page_tokens=index.tokens, units=index.units, most=index.most, share=index.share, least=index.least,
+        mass=index.mass, lift=index.lift, fill=index.fill, values=values,
     )  # fmt: skip
+    output, lse, counts = torch.ops.fhopt.attend_pages(*step)
     index.counters.add_(counts)
     return output, lse
 

@@ -24,6 +24,6 @@ def test_percentages_are_of_sums_by_part_and_of_all() -> None:
         "fhopt/seeing/drawing.py": of_file(10, 9, 6, 3),
     }
     found = {(row.case, row.metric): row.value for row in covered.rows_of(files)}
-    assert found["fhopt", "lines"] == 95 and found["passes", "branches"] == 100 and found["codegen", "branches"] == 0
+    assert found["fhopt", "lines"] == 95 and found["passes", "branches"] == 100 and ("codegen", "branches") not in found
     assert found["all", "lines"] == 100 * 174 / 200 and found["all", "branches"] == 100 * 12 / 20
     assert [*dict.fromkeys(case for case, _ in found)] == ["codegen", "fhopt", "passes", "seeing", "all"]

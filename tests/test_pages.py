@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -760,7 +760,7 @@ def rounded(weights: Tensor, options: Any) -> Tensor:
 
 @contextmanager
 def page_kernel() -> Iterator[None]:
-    before = page_ops.use_page_kernels("cpu", (weigh_pages, dispatch.attend_pages))
+    before = page_ops.use_page_kernels("cpu", page_ops.PageKernels(weigh_pages, dispatch.attend_pages))
     try:
         yield
     finally:
@@ -833,7 +833,7 @@ def test_the_kernel_reads_the_pages_that_the_reference_chooses(
         assert found[2].tolist() == expected[2].tolist()
     assert found[2][2] > 0 or mass == 0.5  # what is read in any case may suffice
     if mass == 1 and not masked and not lift:
-        assert found[2][2] == 2 * units * page_ops.pages_read(step.pages, 0.2, 2)
+        assert found[2][2] == 2 * units * page_ops.pages_read(-(-tokens // 32), 0.2, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -873,16 +873,94 @@ def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
     assert found(4, 16) is not None and found(4, 16, torch.ones(1, 1, 1, 20, dtype=torch.bool)) is not None
 
 
-def test_a_step_that_no_kernel_serves_is_done_by_torch() -> None:
-    """Pages of 24 tokens, rows of 2 bytes, queries with a gradient."""
+def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[1].double(), expected[1].double(), rtol=1e-4, atol=1e-3)
+    assert found[2].tolist() == expected[2].tolist()
+
+
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+def test_other_layouts_of_operands_are_read_right(tiers: tuple[Tier, ...]) -> None:
+    """Values of fewer latent heads, operands that are views, a fill in float64, two threads."""
+    step = page_step({4: 16, 2: 16}, 1000, True, None, units=2, fill=torch.rand(12).double().log())
+    value, shape = torch.randn(2, 2, 1000, 16), [[getattr(t, x) for t in tiers] for x in ("bits", "width", "step")]
+    rows: dict[str, Any] = dict(value=value)
+    if tiers:
+        codes, scale = ops.pack_reference(value, *shape)
+        rows = dict(value=codes, value_scale=scale, value_bits=shape[0], value_widths=shape[1], value_steps=shape[2])
+
+    def strided(x: Tensor) -> Tensor:
+        out = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2]
+        return out.copy_(x)
+
+    step = step._replace(
+        **rows, query=strided(step.query), near=torch.randn(2, 12, 2)[..., ::2],
+        values=torch.randn(2, 12, 2, 16)[:, :, :1], mean=strided(step.mean), deviation=strided(step.deviation),
+        channels=strided(step.channels),
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = attended(step)
+    finally:
+        torch.set_num_threads(threads)
+    same(found, page_ops.attend_pages_reference(step._replace(query=step.query.double())))
+
+
+def test_a_list_without_room_reads_nothing() -> None:
+    step = page_step({4: 16}, 200, False, None, most=0, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
+    expected = page_ops.attend_pages_reference(step._replace(query=step.query.double()))
+    with kernels(True), page_kernel():
+        assert dispatch.attend_pages(step) is None
+        found = torch.ops.fhopt.attend_pages(*step)
+    assert bool((expected[1] == -math.inf).all()) and not expected[2][2]
+    same(found, expected)
+
+
+REFUSED: dict[str, Callable[[page_ops.PageStep], dict[str, Any]]] = {
+    "pages of 24 tokens": lambda s: dict(page_tokens=24),
+    "float64": lambda s: dict(query=s.query.double()),
+    "a gradient": lambda s: dict(query=s.query.clone().requires_grad_()),
+    "one mask for all tokens": lambda s: dict(far=torch.ones(1, 1, 1, 1, dtype=torch.bool)),
+    "one mean for all sequences": lambda s: dict(fill=torch.zeros(12), values=torch.randn(1, 4, 1, 16)),
+    "channels of 32 bits": lambda s: dict(channels=s.channels.int()),
+    "scales of 32 bits": lambda s: dict(scales=s.scales.float()),
+    "several queries": lambda s: dict(query=s.query.repeat(1, 1, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_step_that_no_kernel_serves_is_left_to_torch(why: str) -> None:
     step = page_step({4: 16}, 200, False, None)
-    with_gradient = step._replace(query=step.query.clone().requires_grad_())
-    for each in (step._replace(page_tokens=24), step._replace(query=step.query.double()), with_gradient):
-        with kernels(True), page_kernel():
-            assert dispatch.attend_pages(each) is None
-            found = torch.ops.fhopt.attend_pages(*each)
-        expected = page_ops.attend_pages_reference(each._replace(query=each.query.double()))
-        torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-4, atol=1e-4)
+    step = step._replace(**REFUSED[why](step))
+    with kernels(True), page_kernel():
+        assert dispatch.attend_pages(step) is None
+        if why in ("channels of 32 bits", "several queries"):  # torch refuses them, too
+            return
+        found = torch.ops.fhopt.attend_pages(*step)
+    expected = page_ops.attend_pages_reference(step._replace(query=step.query.double()))
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_units_that_do_not_share_out_heads_are_refused() -> None:
+    with kernels(True), page_kernel(), pytest.raises((ValueError, RuntimeError)):
+        torch.ops.fhopt.attend_pages(*page_step({4: 16}, 200, False, None, units=3))
+
+
+def test_gradients_go_through_the_pages_that_are_read() -> None:
+    step = page_step({4: 16}, 200, False, None)
+    parts = [x.clone().requires_grad_() for x in (step.query, step.key, step.value)]
+    query, key, value = parts
+    with kernels(True), page_kernel():
+        output, lse, _ = torch.ops.fhopt.attend_pages(*step._replace(query=query, key=key, value=value))
+    lists, _, _ = page_ops.choose_pages(step)
+    seen = naive_mask(lists, 32, 12, 200)
+    reference: Any = ops.latent_attention_reference
+    expected = reference(query, key, None, value, None, seen, **ops.latent_options(None, None), scale=step.scale)
+    wanted = torch.autograd.grad(expected[0].square().sum() + expected[1].sum(), parts)
+    found = torch.autograd.grad(output.square().sum() + lse.sum(), parts)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
