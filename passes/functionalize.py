@@ -19,7 +19,6 @@ graphs of torch functions and methods, which stay differentiable and readable.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import Miss
-from fhopt.passes.graph import Program, copy_node, fake, fake_mode, op_name
+from fhopt.passes.graph import Program, copy_node, fake, fake_mode, on_fakes, op_name
 from fhopt.passes.memory import (
     RANDOM,
     Memory,
@@ -125,7 +124,7 @@ class _Rewriting:
 
     def __init__(self, program: Program, memory: Memory, chosen: set[int]) -> None:
         self.program, self.graph, self.memory = program, program.graph, memory
-        self.mode = fake_mode(program) or contextlib.nullcontext()
+        self.mode = fake_mode(program)
         self.output = next(iter(reversed(program.graph.nodes)))
         self.roots = {key: memory.roots[key] for key in memory.roots if key in chosen}
         self.inputs = {key: root for key, root in self.roots.items() if root.op == "placeholder"}
@@ -247,7 +246,7 @@ class _Rewriting:
         steps = self.memory.path(base, self.targets[node])
         path = [(called_name(step), *behind_first(step.args, step.kwargs)) for step in steps]
         given = (self._current(base), path, called_name(node), args, kwargs)
-        with torch.no_grad(), self.mode:
+        with on_fakes(self.mode):
             value = _copy(fake(base))
         return self._make("call_function", written, given, {}, value, node)
 
@@ -293,7 +292,7 @@ class _Rewriting:
         """Fake value of a call."""
         known, options = fx.node.map_arg((args, kwargs), fake)
         function = named_callable(target) if op == "call_method" else target
-        with torch.no_grad(), self.mode:
+        with on_fakes(self.mode):
             return function(*known, **options)
 
     def _make(self, op: str, target: Any, args: Any, kwargs: Any, value: Any, origin: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fhopt.errors import Miss
@@ -418,7 +419,7 @@ def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[s
     """Insert a call at the graph's insertion point, with the fake value that it makes."""
     node = program.graph.call_function(target, args, dict(kwargs or {}))
     known = fx.node.map_arg((args, dict(kwargs or {})), fake)
-    with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():
+    with on_fakes(fake_mode(program)):
         node.meta["example_value"] = node.meta["val"] = target(*known[0], **known[1])
     return node
 
@@ -427,7 +428,7 @@ def call_method(program: Program, name: str, *args: Any) -> fx.Node:
     """Insert a call of a tensor's method at the graph's insertion point, with the fake value that it makes."""
     node = program.graph.call_method(name, args)
     known = fx.node.map_arg(args, fake)
-    with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():
+    with on_fakes(fake_mode(program)):
         node.meta["example_value"] = node.meta["val"] = getattr(known[0], name)(*known[1:])
     return node
 
@@ -441,7 +442,7 @@ def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -
         return operator.attrgetter(str(source.target))(program.module) if is_attribute else fake(source)
 
     args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), known)
-    with torch.no_grad(), fake_mode(program) or contextlib.nullcontext():
+    with on_fakes(fake_mode(program)):
         target: Any = copied.target
         value = getattr(args[0], target)(*args[1:], **kwargs) if copied.op == "call_method" else target(*args, **kwargs)
     copied.meta["example_value"] = copied.meta["val"] = value
@@ -452,6 +453,20 @@ def fake_mode(program: Program) -> FakeTensorMode | None:
     """The mode of the fake values that tracing left on the graph."""
     values = (fake(n) for n in program.graph.nodes)
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+@contextlib.contextmanager
+def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
+    """The state in which operations run on fake values, without gradients; `mode` None: on whatever values there are.
+
+    Composite operations are decomposed in Python, as when Dynamo traces: C++ may ask for a size as a number (matmul did
+    until torch 2.12), and the graph would be for that size alone.
+    """
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+            stack.enter_context(enable_python_dispatcher())
+        yield
 
 
 def add_constant(program: Program, name: str, tensor: Tensor, bound: Bound | None = None) -> fx.Node:

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fhopt.errors import Miss
 from fhopt.passes.composites import Composite
 from fhopt.passes.flex import body_of, plain_flex
-from fhopt.passes.graph import VIEWS, Program, fake, fake_mode, is_in_place, op_name
+from fhopt.passes.graph import VIEWS, Program, fake, fake_mode, is_in_place, on_fakes, op_name
 
 
 def trace_composite(composite: Composite, node: fx.Node, program: Program) -> fx.Graph:
@@ -69,7 +69,7 @@ def _on_fakes(node: fx.Node, program: Program) -> Iterator[None]:
     if mode is None:
         raise Miss(f"the graph around {op_name(node)} has no fake values", node)
     with contextlib.ExitStack() as stack:
-        contexts = (_explained(node), torch._guards.tracing(None), mode, torch.no_grad(), *_autocasts(node))
+        contexts = (_explained(node), torch._guards.tracing(None), on_fakes(mode), *_autocasts(node))
         for context in contexts:
             stack.enter_context(context)
         yield
