@@ -43,11 +43,14 @@ class Bases:
         return self
 
 
-def keep_static(*tensors: Tensor) -> None:
-    """Never let Dynamo take sizes of these for numbers that change, as it does where another plan has other ones."""
+def keep_static(*tensors: Tensor, axis: int | None = None) -> None:
+    """Never let Dynamo take sizes of these for numbers that change, as it does where another plan has other ones.
+
+    axis: the one whose size is meant; None: all.
+    """
     if not torch.compiler.is_compiling():
         for tensor in tensors:
-            torch._dynamo.mark_static(tensor)
+            torch._dynamo.mark_static(tensor, axis)
 
 
 _placed: weakref.WeakKeyDictionary[SidePlan, dict[tuple[torch.device, torch.dtype], Bases]] = (
@@ -348,6 +351,7 @@ class StaticRows(SealedRows):
         """Reserve the rows for tokens like `like` [B,G,N,D]."""
         parts = self.encode(like[:, :, :0])
         self.parts = tuple([p.new_zeros((*p.shape[:2], self.capacity + 1, *p.shape[3:])) for p in parts])
+        keep_static(*[part for part in self.parts if part.dim() == 4], axis=3)  # the plan's; others are the caller's
 
     def write(self, x: Tensor, places: Tensor) -> None:
         """Encode x [B,G,S,D] into rows `places` [S]."""
