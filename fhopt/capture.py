@@ -44,7 +44,8 @@ def capture(
     if len(captured) != 1:
         raise FhoptError(
             f"{type(model).__name__} falls into {len(captured)} graphs; expected one. Look at the breaks with "
-            "TORCH_LOGS=graph_breaks, and capture a part without them."
+            "TORCH_LOGS=graph_breaks, and capture a part without them; models that generate have fewer with "
+            "use_cache=False."
         )
     if captured[0].result < 0:
         raise FhoptError("the model returns no tensor that its graph computes; expected logits or hidden states.")

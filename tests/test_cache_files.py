@@ -110,7 +110,8 @@ def test_a_cache_of_an_encoder_decoder_keeps_both_parts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = zoo._make(next(m for m in zoo.ENCODER_DECODERS if m.name == "bart"), "sdpa")
     ids, decoded = torch.randint(3, 97, (1, 30)), torch.randint(3, 97, (1, 25))
-    outcome = passes.find(capture(model, (), {"input_ids": ids, "decoder_input_ids": decoded}).program)
+    inputs = {"input_ids": ids, "decoder_input_ids": decoded, "use_cache": False}
+    outcome = passes.find(capture(model, (), inputs).program)
     fhopt.apply(model, fitting.exact_plan(outcome.sites.values(), recent=4, block=4))
     with torch.no_grad():
         read = model.get_encoder()(ids)
