@@ -32,10 +32,11 @@ INSTALLED = (
 TESTED = (
     "backend", "binding", "cache", "cache_files", "cli", "codegen", "contraction", "decompose", "door",
     "encoder_decoder_cache", "families", "find_attention", "find_head", "functionalize", "fuzz_capture", "masks",
-    "memory", "native", "normalize", "ops", "skinny", "spec", "static_cache", "threads",
+    "memory", "native", "normalize", "ops", "seeing", "skinny", "spec", "static_cache", "threads",
     "triton_encode",
 )  # fmt: skip
-# Those that depend on versions: graphs as Dynamo makes them, passes, caches, generated kernels, models, the commands.
+# Those that depend on versions: graphs as Dynamo makes them, passes, drawings, caches, generated kernels, models, the
+# commands.
 
 
 def lowest() -> tuple[str, ...]:
