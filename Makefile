@@ -46,7 +46,7 @@ check: $(READY)  ## format, lint, types, tests
 test-matrix: $(READY)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
 	$(BIN)/python benchmarks/matrix.py
 
-coverage: $(READY)  ## how many lines and branches the tests run (a third longer than `make test`)
+coverage: $(READY)  ## how many lines and branches the tests run (takes much longer than `make test`)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' --cov --cov-report=json
 	$(BIN)/python benchmarks/covered.py
 
