@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ def is_quick() -> bool:
 
 
 def record(
-    name: str,
-    rows: Sequence[Row],
-    draw: Callable[[Figure], None] | None = None,
-    summary: RenderableType | None = None,
+    name: str, rows: Sequence[Row], draw: Callable[[Figure], None] | None = None, summary: Table | None = None
 ) -> Path:
     """Write `results/<name>.json` and `.png`, print a table, and return the file's path.
 

@@ -36,6 +36,10 @@ class PreparedCall(NamedTuple):
     lse: Tensor
     kept: tuple[Tensor | None, ...]
 
+    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Once it was made: output in the type of the query, and lse."""
+        return (self.output if dtype == torch.float32 else self.output.to(dtype)), self.lse
+
 
 class Side:
     """What the rows of keys or values must be."""
@@ -109,7 +113,7 @@ class LibraryKernel:
             query, key, key_scale, value, value_scale, mask, lengths, pages, page_tokens, scale, softcap
         )
         self._function(call.arguments)
-        return (call.output if query.dtype == torch.float32 else call.output.to(query.dtype)), call.lse
+        return call.result(query.dtype)
 
     def prepared(
         self, query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,

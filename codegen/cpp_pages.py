@@ -104,7 +104,7 @@ def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor,
     sizes = width, call.output.shape[3], 0 if values is None else values.shape[1]
     numbers = _pack_step(*sizes, step.scale, kernel.address, *[_address(x) for x in kept])
     library.attend_pages(arguments, choice, call.arguments, numbers)
-    return (call.output if step.query.dtype == torch.float32 else call.output.to(step.query.dtype)), call.lse, counts
+    return *call.result(step.query.dtype), counts
 
 
 def _fits(step: PageStep, words: tuple[Tensor, ...]) -> bool:

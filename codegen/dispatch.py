@@ -95,11 +95,8 @@ def latent_attention(
 
     Calls that no kernel serves (gradients, float64) run the reference.
     """
-    tiers = (
-        tuple(key_bits), tuple(key_widths), tuple(key_steps),
-        tuple(value_bits), tuple(value_widths), tuple(value_steps),
-    )  # fmt: skip
-    kernel = _known_kernel(query, key, value, tiers, softcap != 0.0)
+    sides = key_bits, key_widths, key_steps, value_bits, value_widths, value_steps
+    kernel = _known_kernel(query, key, value, sides, softcap != 0.0)
     if kernel is latent_attention_reference or (torch.is_grad_enabled() and _needs_gradient(query, key, value, mask)):
         return latent_attention_reference(
             query, key, key_scale, value, value_scale, mask,
@@ -119,11 +116,12 @@ def latent_attention(
 
 
 def _known_kernel(
-    query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
+    query: Tensor, key: Tensor, value: Tensor, sides: tuple[Sequence[float], ...], softcap: bool
 ) -> LatentKernel:
-    """The kernel for these options, which is made at the first call."""
+    """The kernel for these options, made at the first call. sides: bits, widths and steps of keys, then of values."""
     if query.dtype == torch.float64:
         return latent_attention_reference
+    tiers = tuple(map(tuple, sides))
     place = query.is_cpu or query.dtype  # kernels for GPUs multiply in the type of the query
     options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap, place, *tiers)
     kernel = _kernels.get(options)
@@ -139,11 +137,8 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
     """
     if torch.is_grad_enabled() and _needs_gradient(step.query, step.key, step.value):
         return None
-    tiers = (
-        tuple(step.key_bits), tuple(step.key_widths), tuple(step.key_steps),
-        tuple(step.value_bits), tuple(step.value_widths), tuple(step.value_steps),
-    )  # fmt: skip
-    kernel = _known_kernel(step.query, step.key, step.value, tiers, False)
+    sides = step.key_bits, step.key_widths, step.key_steps, step.value_bits, step.value_widths, step.value_steps
+    kernel = _known_kernel(step.query, step.key, step.value, sides, False)
     return cpp_pages.attend_pages(step, kernel) if isinstance(kernel, LibraryKernel) else None
 
 

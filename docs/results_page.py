@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ def attention(results: Results) -> str:
             for row in results.rows
             if row["case"].startswith(f"{shape}, ")
         )
-        part = Results(results.name, results.machine, results.versions, results.commit, rows)
-        parts += [f"{shape}:", pivot(part, "time_ms")]
+        parts += [f"{shape}:", pivot(replace(results, rows=rows), "time_ms")]
     return "\n\n".join(parts)
 
 
@@ -170,8 +169,7 @@ def zoo(results: Results) -> str:
 def head(results: Results) -> str:
     """Times, then what was certain and what agreed."""
     others = tuple(row for row in results.rows if row["metric"] != "time_ms")
-    rest = Results(results.name, results.machine, results.versions, results.commit, others)
-    return pivot(results, "time_ms") + "\n\n" + by_case(rest)
+    return pivot(results, "time_ms") + "\n\n" + by_case(replace(results, rows=others))
 
 
 def compiled_zoo(results: Results) -> str:
