@@ -155,13 +155,28 @@ def _plan() -> LatentPlan:
     return exact_plan(found(tiny_llama())[1].sites.values(), recent=8, block=8)
 
 
-def test_a_site_that_costs_more_gets_more() -> None:
+@pytest.mark.parametrize("where", ["text", "echo"])
+def test_a_site_that_costs_more_gets_more(where: str) -> None:
     plan = _plan()
     a, b = [s.site.name for s in plan.sites]
     generator = torch.Generator().manual_seed(0)
     same = falling(1.0, 0.1, generator)
-    given_ = share_out({a: same, b: replace(same, cost=20.0)}, plan.sites, 1 / 4)
+    heard = replace(same, read=torch.zeros(len(LIFTS)))  # what an echo reads is no budget's
+    same = replace(same, echo=heard)
+    dear = replace(same, cost=20.0) if where == "text" else replace(same, echo=replace(heard, cost=20.0))
+    given_ = share_out({a: same, b: dear}, plan.sites, 1 / 4)
     assert given_[b] > given_[a]
+    assert dear.loss(3) == pytest.approx(10.5 * float(same.squares[3])) and dear.loss(ALL) == 0
+
+
+@pytest.mark.parametrize("length", [10, 11])
+def test_an_echo_says_tokens_of_a_text_twice(length: int) -> None:
+    ids = torch.arange(100, 100 + length)
+    said = paging.echo(ids)
+    half = length // 2
+    assert said.shape == ids.shape and torch.equal(said[:half], said[half : 2 * half])
+    assert len(set(said[:half].tolist())) == half and set(said.tolist()) <= set(ids.tolist())
+    assert not torch.equal(said[:half], ids[:half])
 
 
 def test_sites_that_were_not_measured_read_everything_and_leave_less_to_others() -> None:
@@ -228,11 +243,12 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
         assert site.sketch is not None and site.sketch.row_bytes == options.sketch
     curves = paging.measure(llama.model, sketched, ids, options)
     assert all(c.count > 50 and c.cost > 0 for c in curves.values())
+    assert all(c.echo and 0 < c.echo.count < c.count and c.echo.cost not in (1.0, c.cost) for c in curves.values())
     assert all(0 < c.left_out(ALL - 1) < c.left_out(0) < 1 for c in curves.values())
     made = with_pages(sketched, curves, options)
     assert made.pages is not None and made.pages.tokens == 4 and max(made.pages.shares) <= 1
     told = made.provenance["pages"]
-    assert set(told["left_out"]) == {s.site.name for s in plan.sites}
+    assert set(told["left_out"]) == set(told["echo_costs"]) == {s.site.name for s in plan.sites}
     assert 0.25 < sum(told["read"].values()) / len(plan.sites) <= 0.5 and len(made.pages.lifts) == len(plan.sites)
     kept = with_pages(sketched, curves, replace(options, mass=0.95))
     assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
