@@ -23,6 +23,7 @@ from fhopt.codegen.triton_call import TritonKernel
 from fhopt.ops import (
     LatentKernel,
     latent_attention_reference,
+    learns,
     listed,
     use_kernel,
     use_pack_kernels,
@@ -97,7 +98,7 @@ def latent_attention(
     """
     sides = key_bits, key_widths, key_steps, value_bits, value_widths, value_steps
     kernel = _known_kernel(query, key, value, sides, softcap != 0.0)
-    if kernel is latent_attention_reference or (torch.is_grad_enabled() and _needs_gradient(query, key, value, mask)):
+    if kernel is latent_attention_reference or learns(query, key, value, mask):
         return latent_attention_reference(
             query, key, key_scale, value, value_scale, mask,
             key_bits=key_bits, key_widths=key_widths, key_steps=key_steps,
@@ -135,7 +136,7 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
 
     `page_ops.attend_pages_reference` says what. None where one of the kernels does not serve.
     """
-    if torch.is_grad_enabled() and _needs_gradient(step.query, step.key, step.value):
+    if learns(step.query, step.key, step.value):
         return None
     sides = step.key_bits, step.key_widths, step.key_steps, step.value_bits, step.value_widths, step.value_steps
     kernel = _known_kernel(step.query, step.key, step.value, sides, False)
@@ -158,10 +159,6 @@ def _kernel(
     if importlib.util.find_spec("triton") is None:
         return build_torch(spec)
     return build_triton(replace(spec, dtype=_DTYPES[query.dtype]))
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _pack_by_triton(

@@ -91,15 +91,11 @@ def rebuilds(query: Tensor, key: Tensor, key_decode: Tensor, value: Tensor, valu
 
 def serves(query: Tensor, *others: Tensor) -> bool:
     """True for several queries [B,H,S,D] that the ops of this file are for; `others` is what they attend to."""
-    return _on_nvidia(query) and query.shape[2] > 1 and query.dtype in HALVES and not _learn(query, *others)
+    return _on_nvidia(query) and query.shape[2] > 1 and query.dtype in HALVES and not ops.learns(query, *others)
 
 
 def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
-
-
-def _learn(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @functools.cache
@@ -160,7 +156,7 @@ def _rebuilt(
 
 def _rebuilt_attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     tensors = [x for x in (query, *args) if isinstance(x, Tensor)]
-    if not query.is_cuda or not _has_triton() or query.dtype == torch.float64 or _learn(*tensors):
+    if not query.is_cuda or not _has_triton() or query.dtype == torch.float64 or ops.learns(*tensors):
         return rebuilt_attention_reference(query, *args, **options)
     from fhopt.codegen.triton_chunk import rebuilt_attention  # late: importing Triton takes a second
 
@@ -199,7 +195,7 @@ def open_attention(
     options: Any = dict(**ops.latent_options(None, None), scale=scale, softcap=softcap)
     if serves(query, key, value) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
         return torch.ops.fhopt.rebuilt_attention(query, key, None, None, value, None, None, mask, None, **options)
-    return torch.ops.fhopt.latent_attention(query, key, None, value, None, mask, **options)
+    return ops.latent_attention(query, key, None, value, None, mask, **options)
 
 
 def _flashes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -257,5 +253,7 @@ def _open_attention_fake(
 
 _LIB.impl("rebuilt_attention", _rebuilt_attention, "CompositeExplicitAutograd")
 _LIB.impl("open_attention", open_attention, "CompositeExplicitAutograd")
+for _name in ("rebuilt_attention", "open_attention"):
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
 torch.library.register_fake("fhopt::rebuilt_attention", _rebuilt_attention_fake, lib=_LIB)
 torch.library.register_fake("fhopt::open_attention", _open_attention_fake, lib=_LIB)

@@ -208,7 +208,7 @@ def attend_parts(
         sides = key_rows, key_scale, key_decode, value_rows, value_scale, value_decode
         parts.append(torch.ops.fhopt.rebuilt_attention(query, *sides, far, lengths, **tiers, **numbers))
     elif key_rows.shape[2]:
-        output, lse = torch.ops.fhopt.latent_attention(
+        output, lse = ops.latent_attention(
             ops.absorb(query, key_decode), key_rows, key_scale, value_rows, value_scale, far,
             **tiers, **numbers, lengths=lengths,
         )  # fmt: skip
@@ -225,15 +225,15 @@ def _open_parts(
     """(output, lse) of the window, of the open tokens and of further logits, each where there are any."""
     near, inside = masks
     parts: list[tuple[Tensor, Tensor]] = []
-    window_keys, _, window_values, _ = window
-    if window_keys is not None and window_values is not None:
-        options = _window_options(query, value)
-        parts.append(torch.ops.fhopt.latent_attention(query, *window, inside, **options, **numbers))
+    keys, key_scale, values, value_scale = window
+    if keys is not None and values is not None:
+        options = _window_options(query, value) | numbers
+        parts.append(ops.latent_attention(query, keys, key_scale, values, value_scale, inside, **options))
     if key.shape[2] and chunks.serves(query, key, value):
         parts.append(torch.ops.fhopt.open_attention(query, key, value, near, causal=causal, **numbers))
     elif key.shape[2]:
         options = ops.latent_options(None, None)
-        parts.append(torch.ops.fhopt.latent_attention(query, key, None, value, None, near, **options, **numbers))
+        parts.append(ops.latent_attention(query, key, None, value, None, near, **options, **numbers))
     if sinks is not None:
         blank = query.new_zeros((*query.shape[:3], value.shape[3]))
         lse = sinks.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[:3])
@@ -268,7 +268,7 @@ def _attend_chosen(
 
     def read(mask: Tensor | None, listed: dict[str, Any], odds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         options = dict(**tiers, **numbers, **listed)
-        output, lse = torch.ops.fhopt.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
+        output, lse = ops.latent_attention(absorbed, *rows, mask, **options, lengths=lengths)
         if odds is not None:
             output, lse = page_ops.stand_in(output, lse, values(), odds, index.fill)
         return ops.expand(output, value_decode), lse
@@ -316,7 +316,7 @@ def mean_values(
     asking = query.new_zeros((b, heads if shape[0] > 1 else rows, shape[1], query.shape[3]))
     count = -(-(key_rows.shape[2] if lengths is None else lengths.reshape(-1)) // page_tokens)
     lists = pages.sampled(count, query.device).reshape(-1, 1, pages.SAMPLE).expand(b, 1, -1)
-    mean, _ = torch.ops.fhopt.latent_attention(
+    mean, _ = ops.latent_attention(
         asking, key_rows, key_scale, value_rows, value_scale, far, **tiers, scale=1.0, lengths=lengths, pages=lists,
         page_tokens=page_tokens,
     )  # fmt: skip
@@ -348,6 +348,7 @@ def _attend_latents_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tenso
 
 
 _LIB.impl("attend_latents", attend_parts, "CompositeExplicitAutograd")
+_LIB.impl("attend_latents", torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
 torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
 
 
@@ -367,10 +368,10 @@ def _without(mask: Tensor | None, start: int, count: int) -> tuple[Tensor | None
     return torch.cat([mask[..., :start], mask[..., end:]], -1), mask[..., start:end]
 
 
-def _window_options(query: Tensor, value: Tensor) -> dict[str, object]:
+def _window_options(query: Tensor, value: Tensor) -> dict[str, Any]:
     """Keyword arguments of `fhopt::latent_attention` for a window of 8 bits (`ops.round_rows`)."""
     widths, steps = [query.shape[-1]], [1.0]
-    key = dict(key_bits=[8], key_widths=widths, key_steps=steps)
+    key: dict[str, Any] = dict(key_bits=[8], key_widths=widths, key_steps=steps)
     return key | dict(value_bits=[8], value_widths=[value.shape[-1]], value_steps=steps)
 
 
@@ -402,10 +403,7 @@ def open_part(
     near = latents.key.open(key, latents.sinks), latents.value.open(value, latents.sinks)
     mask = ops.causal_mask(query.shape[2], near[0].shape[2], query.device)
     options: Any = dict(**ops.latent_options(None, None), scale=scale, softcap=softcap)
-    found: tuple[Tensor, Tensor] = torch.ops.fhopt.latent_attention(
-        query, near[0], None, near[1], None, mask, **options
-    )
-    return found
+    return ops.latent_attention(query, near[0], None, near[1], None, mask, **options)
 
 
 def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:

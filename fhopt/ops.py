@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -418,6 +419,21 @@ def _latent_attention(
 _KERNELS: dict[str, LatentKernel] = {}
 
 
+def learns(*tensors: Tensor | None) -> bool:
+    """True where a gradient is asked for. Ops have none in compiled graphs: their references are called then."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def latent_attention(
+    query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
+    mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`fhopt::latent_attention`, or its reference where a gradient is asked for."""
+    run: Any = latent_attention_reference if learns(query, key, value, mask) else torch.ops.fhopt.latent_attention
+    found: tuple[Tensor, Tensor] = run(query, key, key_scale, value, value_scale, mask, **options)
+    return found
+
+
 def use_kernel(device_type: str, kernel: LatentKernel | None) -> LatentKernel | None:
     """Run `kernel` (signature of `latent_attention_reference`) for that device type; None: the reference.
 
@@ -441,6 +457,8 @@ _LIB.impl("attention", attention_reference, "CompositeImplicitAutograd")
 _LIB.impl("pack", _pack, "CompositeExplicitAutograd")
 _LIB.impl("unpack", _unpack, "CompositeExplicitAutograd")
 _LIB.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")
+for _name in ("pack", "unpack", "latent_attention"):
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see `learns`
 torch.library.register_fake("fhopt::pack", _pack_fake, lib=_LIB)
 torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
 torch.library.register_fake("fhopt::latent_attention", _latent_attention_fake, lib=_LIB)
@@ -489,9 +507,9 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers as rows of one tier of 8 bits and step 1. x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
 
     A row's scale is its largest magnitude / 127.5, at least the least float16, so that a row of zeros has one too. No
-    number moves by more than half a scale. Attention reads such rows as they are.
+    number moves by more than half a scale. Attention reads such rows as they are. No gradient goes through them.
     """
-    x = x.to(torch.float32)
+    x = x.detach().to(torch.float32)
     scale = (x.abs().amax(-1) / 127.5).clamp(2.0**-24, 65504.0).to(torch.float16)
     codes = torch.floor(x / scale.unsqueeze(-1) + 128).clamp_(0, 255)
     return codes.to(torch.uint8), scale

@@ -246,6 +246,13 @@ def page_weights_reference(
     return ops.page_logits(logits if bias is None else logits + bias, page_tokens)
 
 
+def page_weights(weights: Tensor, *operands: Any) -> Tensor:
+    """`fhopt::page_weights`, or its reference where a gradient is asked for."""
+    run: Any = page_weights_reference if ops.learns(weights) else torch.ops.fhopt.page_weights
+    found: Tensor = run(weights, *operands)
+    return found
+
+
 def _page_weights(*operands: Any) -> Tensor:
     kernels, (weights, constant, codes, *others, lengths) = _KERNELS.get(operands[0].device.type), operands
     if kernels is None:
@@ -266,7 +273,7 @@ def attend_pages_reference(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
     """What one query a head reads of the pages that it chooses: output [B,H,1,R_V] in the dtype of query and lse
     [B,H,1], the mean of values standing for what is not read where there is a fill; and the `list_counts`."""
     lists, odds, counts = choose_pages(step)
-    output, lse = torch.ops.fhopt.latent_attention(
+    output, lse = ops.latent_attention(
         step.query, *step.latents, **step.tiers, scale=step.scale, lengths=step.lengths, pages=lists,
         page_tokens=step.page_tokens,
     )  # fmt: skip
@@ -279,7 +286,7 @@ def choose_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
     `list_counts`."""
     weights, constant = factors(step.query, step.mean, step.deviation, step.channels)
     sketches = step.codes, step.scales, list(step.bits), list(step.widths), list(step.steps)
-    found = torch.ops.fhopt.page_weights(
+    found = page_weights(
         weights * step.scale, constant * step.scale, *sketches, step.page_tokens, step.far, step.lengths
     )
     logits = found.reshape(found.shape[0], -1, 1, found.shape[3])
@@ -305,6 +312,14 @@ def odds_left_out(logits: Tensor, chosen: Tensor) -> Tensor:
     taken = chosen.repeat_interleave(logits.shape[1] // chosen.shape[1], 1)
     left, read = (logits.masked_fill(mask, -math.inf).logsumexp(-1) for mask in (taken, ~taken))
     return torch.where(read > -math.inf, left - read, -math.inf)
+
+
+def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
+    """`fhopt::attend_pages`, or its reference where a gradient is asked for."""
+    if ops.learns(step.query, step.key, step.value):
+        return attend_pages_reference(step)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)
+    return found
 
 
 def _attend_pages(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,5 +351,7 @@ _LIB.define(
 )
 _LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
 _LIB.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")
+for _name in ("page_weights", "attend_pages"):
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
 torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)
 torch.library.register_fake("fhopt::attend_pages", _attend_pages_fake, lib=_LIB)

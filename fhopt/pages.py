@@ -218,9 +218,7 @@ def page_estimates(
         return ops.page_logits(token_logits(query, index, far, lengths, scale=scale, softcap=softcap), index.tokens)
     weights, constant = index.sketcher.factors(query)
     sketches = *index.rows[:2], *index.sketcher.tiers
-    found: Tensor = torch.ops.fhopt.page_weights(
-        weights * scale, constant * scale, *sketches, index.tokens, far, lengths
-    )
+    found = page_ops.page_weights(weights * scale, constant * scale, *sketches, index.tokens, far, lengths)
     return found.reshape(*query.shape[:3], -1)
 
 
@@ -240,7 +238,7 @@ def attend(
         near=near, page_tokens=index.tokens, units=index.units, most=index.most, share=index.share, least=index.least,
         mass=index.mass, lift=index.lift, fill=index.fill, values=values,
     )  # fmt: skip
-    output, lse, counts = torch.ops.fhopt.attend_pages(*step)
+    output, lse, counts = page_ops.attend_pages(step)
     index.counters.add_(counts)
     return output, lse
 

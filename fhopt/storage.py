@@ -225,8 +225,8 @@ class SealedRows(Store):
         return torch.ops.fhopt.pack(latent, *tiers) if tiers[0] else (latent.to(x.dtype),)
 
     def seal(self, x: Tensor, at: int, block: int) -> None:
-        """Encode x [B,G,N,D] and store it at rows `at` to `at + N`."""
-        self.parts = _written(self.parts, self.encode(x), at, block)
+        """Encode x [B,G,N,D] and store it at rows `at` to `at + N`. No gradient goes through codes."""
+        self.parts = _written(self.parts, self.encode(x.detach() if self.tiers[0] else x), at, block)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Rows and their scales (None for uncoded latents), as views."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -961,6 +962,30 @@ def test_gradients_go_through_the_pages_that_are_read() -> None:
     found = torch.autograd.grad(output.square().sum() + lse.sum(), parts)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 12])
+@pytest.mark.parametrize("kind", ["latents", "window of 8 bits", "pages", "pages with a limit"])
+def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: Fitted, kind: str, queries: int) -> None:
+    """Of tokens behind a cache: a graph for gradients must not hold operations that have none."""
+    plan, ids = llama.plan(4, window_bits=8 if kind == "window of 8 bits" else 16), token_ids(1, LONG)
+    if "pages" in kind:
+        plan = paged(plan, fill=kind == "pages", limit=0.5 if "limit" in kind else 1.0)
+    model, found = copy.deepcopy(llama.model).requires_grad_(True), []
+    with switched(model, plan), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*graph break.*|.*recompil.*")
+        for call in (model, torch.compile(model, backend="aot_eager")):
+            torch._dynamo.reset()
+            model.zero_grad()
+            cache = latent_cache(model)
+            with torch.no_grad():
+                model(ids[:, :-queries], past_key_values=cache)
+            call(ids[:, -queries:], past_key_values=cache).logits.square().sum().backward()
+            found.append({name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
+    assert len(found[0]) == sum(1 for _ in model.parameters())
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
