@@ -54,7 +54,8 @@ SHARE = 1 / 8
 PROMPT = 512  # tokens of a prompt that are read at once
 DENSE, PAGED = "all pages", "one page in eight"
 TORCH = "keys and values, torch"  # two batched products: the fastest of torch's ways (benchmarks/attention.py)
-SHAPE, RATIO, PAGE_TOKENS, ROUNDS = "GQA 32/8x128", 4, 16, 15
+SHAPE, RATIO, ROUNDS = "GQA 32/8x128", 4, 15
+PAGE_TOKENS = paging.PagingOptions.tokens
 
 
 # --------------------------------------------------------------------------------------------------- quality

@@ -324,25 +324,34 @@ struct Arguments {
     double scale, softcap;
 };
 
-// The tokens that are attended to, in order: all, or those of listed pages. Runs of 16 from a multiple of 16 on are
-// side by side, since pages have a multiple of 16 tokens.
+constexpr int SIDE_BY_SIDE = 8;  // tokens of a page are a multiple of it
+
+// The tokens that are attended to, in order: all, or those of listed pages. Runs of SIDE_BY_SIDE from a multiple of it
+// on lie one behind the other.
 struct Listed {
     const int32_t* pages;  // ascending; what is not, such as -1 behind the last, ends the list
     int64_t page_tokens, count;
+    int shift;  // of a power of two that page_tokens is; -1: it is none
 
-    Listed(const Arguments& a, int64_t b, int64_t head) : pages(nullptr), page_tokens(a.page_tokens), count(a.tokens) {
+    Listed(const Arguments& a, int64_t b, int64_t head)
+        : pages(nullptr), page_tokens(a.page_tokens), count(a.tokens), shift(-1) {
         if (a.pages.data == nullptr) return;
+        if ((page_tokens & (page_tokens - 1)) == 0) shift = __builtin_ctzll(page_tokens);
         pages = a.pages.at<int32_t>(b, head * a.page_heads / a.heads, 0);
         count = 0;
         for (int64_t i = 0; i < a.page_count && pages[i] > (i ? pages[i - 1] : -1); i++) {
             count += std::clamp<int64_t>(a.tokens - pages[i] * page_tokens, 0, page_tokens);
         }
     }
-    INLINE int64_t at(int64_t i) const { return pages ? pages[i / page_tokens] * page_tokens + i % page_tokens : i; }
+    INLINE int64_t at(int64_t i) const {
+        if (!pages) return i;
+        if (shift >= 0) return (int64_t(pages[i >> shift]) << shift) + (i & (page_tokens - 1));
+        return pages[i / page_tokens] * page_tokens + i % page_tokens;
+    }
     bool is_run(int64_t begin, int tokens) const { return !pages || begin % page_tokens + tokens <= page_tokens; }
-    // The token whose row is fetched when that of number i is read; the distance is a multiple of 16.
+    // The token whose row is fetched when that of number i is read; the distance is a multiple of SIDE_BY_SIDE.
     INLINE int64_t ahead(int64_t i, int64_t distance) const {
-        return pages ? at(std::min(i + distance, (count - 1) / 16 * 16)) : i + distance;
+        return pages ? at(std::min(i + distance, (count - 1) / SIDE_BY_SIDE * SIDE_BY_SIDE)) : i + distance;
     }
 };
 
@@ -495,9 +504,9 @@ INLINE Floats tanh(Floats x) {
 template <class T, class F>
 INLINE void for_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, F f) {
     const T* m = a.mask.at<T>(p.b, p.head + row / p.queries, p.query + row % p.queries);
-    for (int t = 0; t < tokens; t += 16) {
+    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
         const T* run = m + p.listed.at(begin + t) * a.mask_token;
-        for (int i = 0; i < std::min(tokens - t, 16); i++) f(t + i, run[i * a.mask_token]);
+        for (int i = 0; i < std::min(tokens - t, SIDE_BY_SIDE); i++) f(t + i, run[i * a.mask_token]);
     }
 }
 
@@ -613,7 +622,7 @@ INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64
         for (int i = 0; i < Side::BYTES; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
         if (Side::SCALED) {
             s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
-            if (t % 16 == 0) __builtin_prefetch(scales.at<uint16_t>(p.b, j, ahead), 0, 2);
+            if (t % SIDE_BY_SIDE == 0) __builtin_prefetch(scales.at<uint16_t>(p.b, j, ahead), 0, 2);
         }
         Side::unpack(head + token * stride, s.scale[t], s.tile + t * STRIDE);
     }

@@ -369,13 +369,16 @@ constexpr float SMALL = 256;
 // Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched.
 template <class Side>
 INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, int t, int tokens, const uint8_t** z) {
-    const uint8_t* row = rows.at<uint8_t>(p.b, j, p.listed.at(begin + t));
-    const uint8_t* ahead = rows.at<uint8_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>));
     const int last = std::min(tokens - t, 16) - 1;
-    UNROLL(16) for (int i = 0; i < 16; i++) {
-        z[i] = row + i * rows.token;
-        UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
-            __builtin_prefetch(ahead + i * rows.token + byte, 0, 2);
+    UNROLL(2) for (int run = 0; run < 16; run += SIDE_BY_SIDE) {
+        const int64_t from = begin + t + (run <= last ? run : 0);  // no list says where tokens behind the end are
+        const uint8_t* row = rows.at<uint8_t>(p.b, j, p.listed.at(from));
+        const uint8_t* ahead = rows.at<uint8_t>(p.b, j, p.listed.ahead(from, AHEAD<Side>));
+        UNROLL(8) for (int i = 0; i < SIDE_BY_SIDE; i++) {
+            z[run + i] = row + i * rows.token;
+            UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
+                __builtin_prefetch(ahead + i * rows.token + byte, 0, 2);
+            }
         }
     }
     for (int i = last + 1; i < 16; i++) z[i] = z[last];
@@ -384,13 +387,13 @@ INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, i
 // The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
 template <class Side>
 INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens, Scratch& s) {
-    for (int t = 0; t < tokens; t += 16) {
+    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
         const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
         __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>)), 0, 2);
-        const int last = std::min(tokens - t, 16) - 1;
+        const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
         if (scales.token == 1) {
-            const __m512i dense = _mm512_maskz_loadu_epi16((2u << last) - 1, scale);
-            _mm512_store_ps(s.scale + t, _mm512_cvtph_ps(_mm512_castsi512_si256(dense)));
+            const __m128i dense = _mm_maskz_loadu_epi16((2u << last) - 1, scale);
+            _mm256_store_ps(s.scale + t, _mm256_cvtph_ps(dense));
         } else {
             for (int i = 0; i <= last; i++) s.scale[t + i] = from_float16(scale[i * scales.token]);
         }

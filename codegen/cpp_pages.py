@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.build import CompileError, load
-from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
 from fhopt.codegen.cpp import CALL
 from fhopt.codegen.cpp_vectors import BYTES, EXPONENTIAL, VECTORS
 from fhopt.page_ops import FEWEST, PageStep, pages_read
 
-TILE = 16  # tokens; pages are a multiple of it
 MOST_TOKENS = 1024  # of a page
 MOST_WORDS = 64  # of four bytes of codes, of a token
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
@@ -135,7 +134,12 @@ def _floats(x: Tensor) -> Tensor:
 def _serves(codes: Tensor, scales: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
     """True for rows, pages and masks that the C++ file knows."""
     b, _, tokens, row = codes.shape
-    if page_tokens % TILE or page_tokens > MOST_TOKENS or row != 4 * len(words[0]) or codes.dtype != torch.uint8:
+    if (
+        page_tokens % PAGE_QUANTUM
+        or page_tokens > MOST_TOKENS
+        or row != 4 * len(words[0])
+        or codes.dtype != torch.uint8
+    ):
         return False
     if scales.shape != codes.shape[:3] or scales.dtype != torch.float16:
         return False
@@ -196,6 +200,7 @@ TEXT = (
 // pages, so that no logarithm is needed for a choice.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -431,13 +436,19 @@ void run(const Sketches& a, const Query& q, int64_t b, int64_t j, int64_t row, i
         const auto sum = [&](int64_t p) {
             const int64_t from = (p - first) * a.page_tokens, to = std::min(from + a.page_tokens, size);
             Floats sum{};
-            for (int64_t i = from; i < to; i += LANES) sum += load(logits + i);
-            return sum;
+            Floats4 rest{};  // of pages that are no whole vectors
+            int64_t i = from;
+            for (; i + LANES <= to; i += LANES) sum += load(logits + i);
+            for (; i < to; i += 4) rest += load4(logits + i);
+            return fold_sum(sum) + rest;
         };
         float* weights = &out.pages[of * out.count];
         int64_t p = first;
-        for (; p + 4 <= last; p += 4) store(weights + p, sums_of(sum(p), sum(p + 1), sum(p + 2), sum(p + 3)));
-        for (; p < last; p++) weights[p] = sum_of(sum(p));
+        for (; p + 4 <= last; p += 4) store(weights + p, sums_of_four(sum(p), sum(p + 1), sum(p + 2), sum(p + 3)));
+        for (; p < last; p++) {
+            const Floats4 s = sum(p);
+            weights[p] = (s[0] + s[2]) + (s[1] + s[3]);
+        }
     }
 }
 
@@ -481,18 +492,18 @@ void weigh(const Sketches& a, Weights& out) {
 
 // ------------------------------------------------------------------------------------------------ the choice
 
-// Log of the weight that a row expects of pages that are not listed over that of those that are.
-float odds_left_out(const Weights& w, int64_t m, const int32_t* list, int64_t listed) {
+// Log of the weight that a row expects of pages that are not listed over that of those that are; `listed` is 1 or 0.
+float odds_left_out(const Weights& w, int64_t m, const float* listed) {
     const float *tops = &w.tops[m * w.runs], *pages = &w.pages[m * w.count];
     const float top = *std::max_element(tops, tops + w.runs);
     double left = 0, read = 0;
-    for (int64_t r = 0, i = 0; r < w.runs; r++) {
+    for (int64_t r = 0; r < w.runs; r++) {
         const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
         float of_list = 0, others = 0;
+#pragma omp simd reduction(+ : of_list, others)
         for (int64_t p = from; p < to; p++) {
-            const int64_t next = i < listed ? std::min<int64_t>(list[i], to) : to;
-            for (; p < next; p++) others += pages[p];
-            if (p < to) of_list += pages[p], i++;
+            of_list += pages[p] * listed[p];
+            others += pages[p] * (1 - listed[p]);
         }
         const double factor = tops[r] == -INF ? 0 : std::exp2(double(tops[r]) - top);
         left += factor * others;
@@ -516,12 +527,14 @@ std::vector<float> expected(const Sketches& a, const Choice& c, const Weights& w
             const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
             factors[r] = tops[r] == -INF ? 0 : std::exp2(double(tops[r]) - top);
             float sum = 0;
+#pragma omp simd reduction(+ : sum)
             for (int64_t p = from; p < to; p++) sum += pages[p];
             total += factors[r] * sum;
         }
         for (int64_t r = 0; r < w.runs; r++) {
             const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
             const float factor = float(factors[r] / total / rows);
+#pragma omp simd
             for (int64_t p = from; p < to; p++) share[p] += factor * pages[p];
         }
     }
@@ -538,6 +551,27 @@ int64_t needed_for(double mass, std::vector<float> share, int64_t room) {
     return needed;
 }
 
+// The nth largest of numbers that are not negative: their first bits sort them into bins.
+float nth_largest(const std::vector<float>& x, int64_t nth) {
+    constexpr int SHIFT = 20;
+    std::array<int32_t, 1 << (32 - SHIFT)> bins{};
+    const auto bin = [](float v) {
+        uint32_t bits;
+        std::memcpy(&bits, &v, sizeof bits);
+        return bits >> SHIFT;
+    };
+    for (const float v : x) bins[bin(v)]++;
+    int64_t before = 0;
+    uint32_t at = bins.size() - 1;
+    while (before + bins[at] < nth) before += bins[at--];
+    std::vector<float> some;
+    for (const float v : x) {
+        if (bin(v) == at) some.push_back(v);
+    }
+    std::nth_element(some.begin(), some.begin() + (nth - 1 - before), some.end(), std::greater<float>());
+    return some[nth - 1 - before];
+}
+
 // The pages of one list: those of the largest share, as many as there is room for and as weigh enough.
 void choose(const Sketches& a, const Choice& c, const Weights& w, int64_t unit, int32_t* list, float* odds) {
     const int64_t rows = a.heads / c.units * a.rows, first = unit * rows;
@@ -551,19 +585,19 @@ void choose(const Sketches& a, const Choice& c, const Weights& w, int64_t unit, 
     if (kept > 0 && kept == weighty) {
         least = enough;
     } else if (kept > 0 && kept < w.count) {
-        std::vector<float> best = share;
-        std::nth_element(best.begin(), best.begin() + kept - 1, best.end(), std::greater<float>());
-        least = best[kept - 1];
+        least = nth_largest(share, kept);
     }
     const int64_t more = std::count_if(share.begin(), share.end(), [=](float x) { return x > least; });
     int64_t ties = kept - more;  // places that are left for pages of the least weight
+    std::vector<float> listed(w.count, 0.0f);
     for (int64_t p = 0; p < w.count && found < kept; p++) {
         if (share[p] <= 0 || share[p] < least) continue;
         if (share[p] == least && ties-- <= 0) continue;
         list[found++] = int32_t(p);
+        listed[p] = 1;
     }
     std::fill(list + found, list + c.most, -1);
-    for (int64_t m = first; odds && m < first + rows; m++) odds[m] = odds_left_out(w, m, list, found);
+    for (int64_t m = first; odds && m < first + rows; m++) odds[m] = odds_left_out(w, m, listed.data());
 }
 
 // ------------------------------------------------------------------------------------------------ the step

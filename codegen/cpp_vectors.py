@@ -58,6 +58,12 @@ INLINE void store(float* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
+INLINE Floats4 load4(const float* p) {
+    Floats4 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
 template <class F>
 INLINE Floats4 fold(Floats v, F f) {
     Floats4 parts[LANES / 4];
@@ -80,11 +86,14 @@ INLINE float largest_of(Floats v) {
     return std::max(std::max(s[0], s[1]), std::max(s[2], s[3]));
 }
 
-INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
-    const Floats4 p = fold_sum(a), q = fold_sum(b), r = fold_sum(c), s = fold_sum(d);
+INLINE Floats4 sums_of_four(Floats4 p, Floats4 q, Floats4 r, Floats4 s) {
     const Floats4 pq = SHUFFLE(Ints4, p, q, 0, 4, 1, 5) + SHUFFLE(Ints4, p, q, 2, 6, 3, 7);
     const Floats4 rs = SHUFFLE(Ints4, r, s, 0, 4, 1, 5) + SHUFFLE(Ints4, r, s, 2, 6, 3, 7);
     return SHUFFLE(Ints4, pq, rs, 0, 1, 4, 5) + SHUFFLE(Ints4, pq, rs, 2, 3, 6, 7);
+}
+
+INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
+    return sums_of_four(fold_sum(a), fold_sum(b), fold_sum(c), fold_sum(d));
 }
 
 // A float of these bits; a float16 as a float.

@@ -396,7 +396,7 @@ def _load(side: str, piece: Piece) -> list[str]:
     """The lines that load a run of all rows of a tile."""
     end = piece.channel + piece.lanes * piece.used
     what = {0: "uncoded", 16: "float16"}.get(piece.bits, f"a plane of {piece.bits} bit{'s' * (piece.bits > 1)}")
-    rows = f"{side}_rows, {side}_stride, here"
+    rows = f"{side}_rows, {side}_stride, far, here"
     run = f"{piece.start}, {piece.size}, {piece.used}, {side == 'value'}"
     if not piece.bits:
         call = f"load({rows}, {run})"
@@ -489,9 +489,14 @@ _PACKED = Template("""\
 
 _READING = Template('''\
 @triton.jit
-def load(rows, stride, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
-    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none."""
+def load(rows, stride, far, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
+    """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none.
+
+    far: how many rows from the first each is, [T]; None: they lie one behind the other.
+    """
     i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
+    if far is not None:
+        t = far
     if TURNED:
         at = rows + (t * stride)[None, :] + (START + i)[:, None]
         inside = here[None, :] if USED == SIZE else here[None, :] & (i < USED)[:, None]
@@ -506,6 +511,7 @@ def load_as(
     TYPE: tl.constexpr,
     rows,
     stride,
+    far,
     here,
     START: tl.constexpr,
     SIZE: tl.constexpr,
@@ -513,15 +519,17 @@ def load_as(
     TURNED: tl.constexpr,
 ):
     """The same for rows of bytes that hold numbers of 16 bits."""
-    return load(rows.to(tl.pointer_type(TYPE)), stride // 2, here, START, SIZE, USED, TURNED)
+    return load(rows.to(tl.pointer_type(TYPE)), stride // 2, far, here, START, SIZE, USED, TURNED)
 
 
 @triton.jit
 def load_odd_halves(
-    rows, stride, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr
+    rows, stride, far, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr
 ):
     """The same for float16 from byte START on, which may be odd: byte by byte."""
     i, t = 2 * tl.arange(0, SIZE), tl.arange(0, here.shape[0])
+    if far is not None:
+        t = far
     at = rows + (t * stride)[:, None] + (START + i)[None, :]
     inside = here[:, None] & (i < 2 * USED)[None, :]
     low = tl.load(at, mask=inside, other=0).to(tl.int16)
@@ -643,7 +651,7 @@ def attention_kernel(
     softcap,
     CAUSAL: tl.constexpr,  # token <= position
     WINDOW: tl.constexpr,  # position - token < WINDOW; 0: no window
-    PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK_T; 0: no pages
+    PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK_T, or any number where there are `pages`; 0: no pages
     WHOLE: tl.constexpr,  # one range of tokens, and no channel of two planes
     PACKED: tl.constexpr,  # NVIDIA: codes by PTX
     KEY_ALIGN: tl.constexpr,
@@ -695,13 +703,22 @@ $outputs    position = s
     key += (unit // key_group).to(tl.int64) * key_h * KEY_ALIGN
     value += (unit // value_group).to(tl.int64) * value_h * VALUE_ALIGN
     key_stride, value_stride = key_t * KEY_ALIGN, value_t * VALUE_ALIGN
-    t_in = tl.arange(0, BLOCK_T)  # [T]
+    within = tl.arange(0, BLOCK_T)  # [T]
     for i in tl.range(0, tl.cdiv(end - begin, BLOCK_T)):
         start = begin + i * BLOCK_T
         first, entry = start, b  # token, and which of the storages
+        t_in, far = within, None
         if pages is not None:
-            listed = tl.load(pages + b.to(tl.int64) * pages_b + unit * pages_h + start // PAGE)
-            first = tl.where(listed < 0, length, listed * PAGE + start % PAGE)
+            of_unit = pages + b.to(tl.int64) * pages_b + unit * pages_h
+            if PAGE % BLOCK_T == 0:
+                listed = tl.load(of_unit + start // PAGE)
+                first = tl.where(listed < 0, length, listed * PAGE + start % PAGE)
+            else:  # a tile has tokens of several pages
+                slot = start + within
+                listed = tl.load(of_unit + slot // PAGE, mask=slot < end, other=-1)
+                first = start * 0
+                t_in = tl.where(listed < 0, length, listed * PAGE + slot % PAGE)
+                far = t_in.to(tl.int64)
         t = first + t_in
         here = t < (length if pages is not None else end)
         if table is not None:

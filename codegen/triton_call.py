@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.call import Side
+from fhopt.codegen.call import PAGE_QUANTUM, Side
 from fhopt.codegen.triton_attention import MERGED, SMALLEST_PIECE, Config, default_config, is_crowded, places
 from fhopt.spec import KernelSpec
 
@@ -129,7 +129,8 @@ class TritonKernel:
             table=table,
             pages=None if pages is None else _per_unit(pages, b, h // shared),
         )
-        config = _within(config or self._config(shared * s, query.device), page, pages is not None)
+        known = config or self._config(shared * s, query.device)
+        config = _within(known, page, pages is not None, table is not None)
         slots = tokens if features.pages is None else features.pages.shape[2] * page
         programs = b * (h // shared) * -(-shared * s // config.block_m)
         splits = splits or choose_splits(programs, slots, processors(query.device) * max(1, WARPS // config.num_warps))
@@ -253,11 +254,12 @@ def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
     return pages.expand(batch, -1, -1).repeat_interleave(units // pages.shape[1], 1)
 
 
-def _within(config: Config, page: int, listed: bool) -> Config:
-    """The configuration with tiles that do not cross a page."""
-    if page % SMALLEST_PIECE or (listed and not page):
-        raise ValueError(f"pages have {page} tokens; expected a multiple of {SMALLEST_PIECE}. Seal larger blocks.")
-    return replace(config, block_t=gcd(page, config.block_t)) if page else config
+def _within(config: Config, page: int, listed: bool, pooled: bool) -> Config:
+    """The configuration with tiles that do not cross a page, where pages are as large as a tile can be."""
+    least = SMALLEST_PIECE if pooled or not listed else PAGE_QUANTUM
+    if page % least or (listed and not page):
+        raise ValueError(f"pages have {page} tokens; expected a multiple of {least}. Seal larger blocks.")
+    return replace(config, block_t=gcd(page, config.block_t)) if page and page % SMALLEST_PIECE == 0 else config
 
 
 def rows_as_read(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool) -> Rows:

@@ -512,7 +512,7 @@ def _load(piece: Piece) -> list[str]:
     """The lines that load a run of all rows of a tile [T, size]."""
     end = piece.channel + piece.lanes * piece.used
     what = {0: "uncoded", 16: "float16"}.get(piece.bits, f"a plane of {piece.bits} bit{'s' * (piece.bits > 1)}")
-    run = f"rows, stride, here, {piece.start}, {piece.size}, {piece.used}, False"
+    run = f"rows, stride, None, here, {piece.start}, {piece.size}, {piece.used}, False"
     if not piece.bits:
         call = f"load({run})"
     elif piece.bits == 16:
@@ -682,14 +682,14 @@ def chunk_kernel(
         # keys and values
         key_rows = key + start.to(tl.int64) * key_stride
         if key_table is None:
-            k = load(key_rows, key_stride, here, 0, BLOCK_D, D, False).to(DTYPE)
+            k = load(key_rows, key_stride, None, here, 0, BLOCK_D, D, False).to(DTYPE)
         else:
             factors, bias = scales(key_scale, t, key_scale_t, here), tl.load(key_bias + g * BLOCK_D + d)
             decoder = key_table + g.to(tl.int64) * (KEY_OPERANDS * BLOCK_D)
             k = rebuilt_key(key_rows, key_stride, here, factors, decoder, bias, PACKED)  # [T, D']
         value_rows = value + start.to(tl.int64) * value_stride
         if value_table is None:
-            v = load(value_rows, value_stride, here, 0, BLOCK_E, E, False).to(DTYPE)
+            v = load(value_rows, value_stride, None, here, 0, BLOCK_E, E, False).to(DTYPE)
         else:
             factors, bias = scales(value_scale, t, value_scale_t, here), tl.load(value_bias + g * BLOCK_E + e)
             decoder = value_table + g.to(tl.int64) * (VALUE_OPERANDS * BLOCK_E)

@@ -79,7 +79,7 @@ class PagingOptions:
 
     share: float = 1 / 8
     mass: float | None = None
-    tokens: int = 16
+    tokens: int = 8
     sketch: int = 12
     least: int = 512
     limit: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import warnings
@@ -24,7 +25,8 @@ import fhopt
 from fhopt import ops, page_ops, pages
 from fhopt.applying import latent_cache
 from fhopt.cache import LatentCache
-from fhopt.codegen import dispatch
+from fhopt.codegen import cpp_pages, dispatch
+from fhopt.codegen.build import load
 from fhopt.codegen.cpp_pages import weigh_pages
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, read_steps, score, switched
@@ -738,16 +740,16 @@ def test_perplexity_with_pages_is_measured_and_worse_than_with_all(llama: Fitted
 
 
 def page_operands(
-    tiers: dict[int, int], rows: int, tokens: int, masked: bool, length: int | None
+    tiers: dict[int, int], rows: int, tokens: int, masked: bool, length: int | None, size: int = 32
 ) -> tuple[tuple[Tensor, Tensor], Any]:
-    """(weights, constant) and what follows them in `fhopt::page_weights`: B=2, J=4, pages of 32 tokens."""
+    """(weights, constant) and what follows them in `fhopt::page_weights`: B=2, J=4, pages of `size` tokens."""
     bits, widths, steps = list(tiers), list(tiers.values()), [STEPS[b] for b in tiers]
     planes = [ops.integer_bytes(torch.randn(2, 4, tokens + 7, w), b, STEPS[b]) for b, w in tiers.items()]
     codes = torch.cat(planes, -1)[:, :, :tokens]  # a view, as of a cache with spare room
     scales = torch.rand(2, 4, tokens + 7).add(0.5).to(torch.float16)[:, :, :tokens]
     far = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
     factors = torch.randn(2, 4, rows, sum(widths)), torch.randn(2, 4, rows)
-    return factors, (codes, scales, bits, widths, steps, 32, far, None if length is None else torch.tensor(length))
+    return factors, (codes, scales, bits, widths, steps, size, far, None if length is None else torch.tensor(length))
 
 
 def rounded(weights: Tensor, options: Any) -> Tensor:
@@ -770,14 +772,17 @@ def page_kernel() -> Iterator[None]:
 
 @pytest.mark.parametrize("tiers", [{4: 16, 2: 16}, {4: 8}, {2: 48}, {4: 24, 2: 32}, {4: 72}], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "length", "masked"),
-    [(100, None, False), (96, 70, True), (33, 33, False), (16, 5, True), (2100, 2051, True)],
-)
+    ("tokens", "length", "masked", "size"),
+    [
+        (100, None, False, 32), (100, None, False, 8), (96, 70, True, 8), (33, 33, False, 24), (16, 5, True, 32),
+        (2100, 2051, True, 32), (2100, 2051, True, 8),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_the_kernel_weighs_pages_as_the_reference_does(
-    rows: int, tokens: int, length: int | None, masked: bool, tiers: dict[int, int]
+    rows: int, tokens: int, length: int | None, masked: bool, size: int, tiers: dict[int, int]
 ) -> None:
-    (weights, constant), options = page_operands(tiers, rows, tokens, masked, length)
+    (weights, constant), options = page_operands(tiers, rows, tokens, masked, length, size)
     expected = page_ops.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
     with page_kernel():
         found = torch.ops.fhopt.page_weights(weights, constant, *options)
@@ -786,10 +791,11 @@ def test_the_kernel_weighs_pages_as_the_reference_does(
 
 
 def page_step(
-    tiers: dict[int, int], tokens: int, masked: bool, length: int | None, **changes: Any
+    tiers: dict[int, int], tokens: int, masked: bool, length: int | None, size: int = 32, **changes: Any
 ) -> page_ops.PageStep:
-    """B=2, H=12, J=4, R=40, R_V=16, numbers for latents, pages of 32 tokens; queries that the kernel need not round."""
-    (weights, _), options = page_operands(tiers, 3, tokens, masked, length)
+    """B=2, H=12, J=4, R=40, R_V=16, numbers for latents, pages of `size` tokens; queries that the kernel need not
+    round."""
+    (weights, _), options = page_operands(tiers, 3, tokens, masked, length, size)
     codes, scales, bits, widths, steps, page_tokens, far, lengths = options
     channels = torch.rand(4, 40).argsort(-1)[:, : sum(widths)]
     mean, deviation, query = torch.randn(4, 40) / 4, torch.rand(4, 40) + 0.5, torch.randn(2, 4, 3, 40)
@@ -800,7 +806,7 @@ def page_step(
         value=torch.randn(2, 4, tokens, 16), value_scale=None, far=far, lengths=lengths,
         **ops.latent_options(None, None), scale=0.25, codes=codes, scales=scales, bits=bits, widths=widths,
         steps=steps, channels=channels, mean=mean, deviation=deviation, near=None, page_tokens=page_tokens, units=4,
-        most=max(2, -(-tokens // 32) // 4), share=0.2, least=2, mass=1.0, lift=0.0, fill=None, values=None,
+        most=max(2, -(-tokens // size) // 4), share=0.2, least=2, mass=1.0, lift=0.0, fill=None, values=None,
     )  # fmt: skip
     return page_ops.PageStep(**given | changes)
 
@@ -817,11 +823,20 @@ def attended(step: page_ops.PageStep) -> tuple[Tensor, Tensor, Tensor]:
     ("mass", "lift", "near"), [(1.0, 0.0, False), (0.5, 0.0, True), (1.0, 1.5, True), (0.9, 0.7, False)]
 )
 @pytest.mark.parametrize("units", [1, 4])
-@pytest.mark.parametrize(("tokens", "length", "masked"), [(2100, 1500, True), (1024, None, False), (90, 40, True)])
+@pytest.mark.parametrize(
+    ("tokens", "length", "masked", "size"),
+    [
+        (2100, 1500, True, 32),
+        (2100, 1500, True, 8),
+        (1024, None, False, 32),
+        (1020, None, False, 8),
+        (90, 40, True, 24),
+    ],
+)
 def test_the_kernel_reads_the_pages_that_the_reference_chooses(
-    tokens: int, length: int | None, masked: bool, units: int, mass: float, lift: float, near: bool
+    tokens: int, length: int | None, masked: bool, size: int, units: int, mass: float, lift: float, near: bool
 ) -> None:
-    step = page_step({4: 16, 2: 16}, tokens, masked, length, units=units, mass=mass, lift=lift)
+    step = page_step({4: 16, 2: 16}, tokens, masked, length, size, units=units, mass=mass, lift=lift)
     if near:
         _, constant = page_ops.factors(step.query, step.mean, step.deviation, step.channels)
         step = step._replace(near=(constant * step.scale).reshape(2, 12, 1) + 5 + torch.randn(2, 12, 1))
@@ -834,7 +849,16 @@ def test_the_kernel_reads_the_pages_that_the_reference_chooses(
         assert found[2].tolist() == expected[2].tolist()
     assert found[2][2] > 0 or mass == 0.5  # what is read in any case may suffice
     if mass == 1 and not masked and not lift:
-        assert found[2][2] == 2 * units * page_ops.pages_read(-(-tokens // 32), 0.2, 2)
+        assert found[2][2] == 2 * units * page_ops.pages_read(-(-tokens // size), 0.2, 2)
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=["avx2", "sse"])
+def test_other_instruction_sets_read_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
+    expected = attended(step)
+    monkeypatch.setattr(cpp_pages, "load", lambda name, text: load(name, text, flags))
+    monkeypatch.setattr(cpp_pages, "_compiled", functools.cache(cpp_pages._compiled.__wrapped__))
+    same(attended(step), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -919,7 +943,7 @@ def test_a_list_without_room_reads_nothing() -> None:
 
 
 REFUSED: dict[str, Callable[[page_ops.PageStep], dict[str, Any]]] = {
-    "pages of 24 tokens": lambda s: dict(page_tokens=24),
+    "pages of 20 tokens": lambda s: dict(page_tokens=20),
     "float64": lambda s: dict(query=s.query.double()),
     "a gradient": lambda s: dict(query=s.query.clone().requires_grad_()),
     "one mask for all tokens": lambda s: dict(far=torch.ones(1, 1, 1, 1, dtype=torch.bool)),
