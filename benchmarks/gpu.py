@@ -474,9 +474,15 @@ def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
     return Question(x, {"pages": pages, "page_tokens": page}, mask)
 
 
+def chosen_short_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
+    """Pages of less than a tile."""
+    return chosen_pages(x, replace(sizes, page=8))
+
+
 Feature = Callable[[tuple[Any, ...], Sizes], Question]
 FEATURES: tuple[Feature, ...] = (
     one_range, merged_ranges, a_mask, an_additive_mask, lengths, a_window, slopes, sinks, pages_of_a_pool, chosen_pages,
+    chosen_short_pages,
 )  # fmt: skip
 
 

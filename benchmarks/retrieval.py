@@ -54,7 +54,7 @@ SHARE = 1 / 8
 PROMPT = 512  # tokens of a prompt that are read at once
 DENSE, PAGED = "all pages", "one page in eight"
 TORCH = "keys and values, torch"  # two batched products: the fastest of torch's ways (benchmarks/attention.py)
-SHAPE, RATIO, ROUNDS = "GQA 32/8x128", 4, 15
+SHAPE, RATIO, ROUNDS = "GQA 32/8x128", 4, 31
 PAGE_TOKENS = paging.PagingOptions.tokens
 
 

@@ -148,7 +148,10 @@ def vector_unit() -> str:
 
 # Macros of a compiler, and what the text of `cpp` does where they are defined.
 _UNITS = (
-    ({"__AVX512VNNI__", "__AVX512BW__", "__AVX512VBMI__"}, "AVX-512 VNNI: products of bytes, and of 16 floats"),
+    (
+        {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"},
+        "AVX-512 VNNI: products of bytes, and of 16 floats",
+    ),
     ({"__AVX512F__"}, "AVX-512: products of 16 floats"),
     ({"__AVX2__"}, "AVX2: products of 8 floats"),
     ({"__ARM_NEON"}, "NEON: products of 4 floats"),

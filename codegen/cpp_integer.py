@@ -18,7 +18,8 @@ LAYOUT = """\
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
 // a code b is then 2^(8-b) times itself is folded into the query or the output.
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && !defined(FHOPT_FLOAT)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
+    !defined(FHOPT_FLOAT)
 #define INTEGER true
 #else
 #define INTEGER false
@@ -387,6 +388,7 @@ INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, i
 // The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
 template <class Side>
 INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens, Scratch& s) {
+    _mm512_store_ps(s.scale + whole_vectors(tokens) - 16, _mm512_setzero_ps());  // weights of no token are 0 times it
     for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
         const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
         __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>)), 0, 2);

@@ -74,13 +74,21 @@ def rebuilt_operations(
     return 2 * heads * queries * (key_size + value_size) + groups * (rebuilding + unpacking)
 
 
-def rebuilds(query: Tensor, key: Tensor, key_decode: Tensor, value: Tensor, value_decode: Tensor, coded: bool) -> bool:
+def rebuilds(
+    query: Tensor,
+    key: Tensor,
+    key_decode: Tensor,
+    value: Tensor,
+    value_decode: Tensor,
+    mask: Tensor | None,
+    coded: bool,
+) -> bool:
     """True where attention of `query` shall run through `fhopt::rebuilt_attention`, by devices and by operations.
 
     key, value: rows [B,J,T,..]; decoders [G,D,R]. Only on GPUs of NVIDIA, for numbers of 16 bits, and where no gradient
     is asked for.
     """
-    if not serves(query, key, key_decode, value, value_decode):
+    if not serves(query, key, key_decode, value, value_decode, mask):
         return False
     (heads, queries), decoders = query.shape[1:3], (key_decode, value_decode)
     sides = [(x.shape[1], decode.shape[2]) for x, decode in zip((key, value), decoders, strict=True)]
@@ -89,7 +97,7 @@ def rebuilds(query: Tensor, key: Tensor, key_decode: Tensor, value: Tensor, valu
     return rebuilt_operations(heads, queries, sizes[0], sizes[1], coded) < absorbed
 
 
-def serves(query: Tensor, *others: Tensor) -> bool:
+def serves(query: Tensor, *others: Tensor | None) -> bool:
     """True for several queries [B,H,S,D] that the ops of this file are for; `others` is what they attend to."""
     return _on_nvidia(query) and query.shape[2] > 1 and query.dtype in HALVES and not ops.learns(query, *others)
 
@@ -193,7 +201,7 @@ def open_attention(
     if softcap == 0.0 and (causal or mask is None) and _flashes(query, key, value):
         return _by_flash(query, key, value, causal and query.shape[2] > 1, scale)
     options: Any = dict(**ops.latent_options(None, None), scale=scale, softcap=softcap)
-    if serves(query, key, value) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
+    if serves(query, key, value, mask) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
         return torch.ops.fhopt.rebuilt_attention(query, key, None, None, value, None, None, mask, None, **options)
     return ops.latent_attention(query, key, None, value, None, mask, **options)
 
@@ -253,7 +261,5 @@ def _open_attention_fake(
 
 _LIB.impl("rebuilt_attention", _rebuilt_attention, "CompositeExplicitAutograd")
 _LIB.impl("open_attention", open_attention, "CompositeExplicitAutograd")
-for _name in ("rebuilt_attention", "open_attention"):
-    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
 torch.library.register_fake("fhopt::rebuilt_attention", _rebuilt_attention_fake, lib=_LIB)
 torch.library.register_fake("fhopt::open_attention", _open_attention_fake, lib=_LIB)

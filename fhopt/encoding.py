@@ -90,5 +90,5 @@ def _encode_rows_fake(
 
 
 _LIB.impl("encode_rows", _encode_rows, "CompositeExplicitAutograd")
-_LIB.impl("encode_rows", torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
+_LIB.impl("encode_rows", torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through codes
 torch.library.register_fake("fhopt::encode_rows", _encode_rows_fake, lib=_LIB)

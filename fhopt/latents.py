@@ -204,7 +204,7 @@ def attend_parts(
     """Attention over latents, a window of codes and open tokens, merged. Masks: near of the open tokens, inside of the
     window, far of the latents, of which the first `lengths` count. causal: near and inside say nothing more."""
     numbers, parts, coded = dict(scale=scale, softcap=softcap), [], bool(tiers["key_bits"] or tiers["value_bits"])
-    if key_rows.shape[2] and chunks.rebuilds(query, key_rows, key_decode, value_rows, value_decode, coded):
+    if key_rows.shape[2] and chunks.rebuilds(query, key_rows, key_decode, value_rows, value_decode, far, coded):
         sides = key_rows, key_scale, key_decode, value_rows, value_scale, value_decode
         parts.append(torch.ops.fhopt.rebuilt_attention(query, *sides, far, lengths, **tiers, **numbers))
     elif key_rows.shape[2]:
@@ -229,7 +229,7 @@ def _open_parts(
     if keys is not None and values is not None:
         options = _window_options(query, value) | numbers
         parts.append(ops.latent_attention(query, keys, key_scale, values, value_scale, inside, **options))
-    if key.shape[2] and chunks.serves(query, key, value):
+    if key.shape[2] and chunks.serves(query, key, value, near):
         parts.append(torch.ops.fhopt.open_attention(query, key, value, near, causal=causal, **numbers))
     elif key.shape[2]:
         options = ops.latent_options(None, None)
@@ -348,7 +348,6 @@ def _attend_latents_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tenso
 
 
 _LIB.impl("attend_latents", attend_parts, "CompositeExplicitAutograd")
-_LIB.impl("attend_latents", torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
 torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
 
 

@@ -457,8 +457,8 @@ _LIB.impl("attention", attention_reference, "CompositeImplicitAutograd")
 _LIB.impl("pack", _pack, "CompositeExplicitAutograd")
 _LIB.impl("unpack", _unpack, "CompositeExplicitAutograd")
 _LIB.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")
-for _name in ("pack", "unpack", "latent_attention"):
-    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see `learns`
+for _name in ("pack", "unpack"):
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through codes
 torch.library.register_fake("fhopt::pack", _pack_fake, lib=_LIB)
 torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
 torch.library.register_fake("fhopt::latent_attention", _latent_attention_fake, lib=_LIB)

@@ -351,7 +351,5 @@ _LIB.define(
 )
 _LIB.impl("page_weights", _page_weights, "CompositeExplicitAutograd")
 _LIB.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")
-for _name in ("page_weights", "attend_pages"):
-    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # see `fhopt.ops.learns`
 torch.library.register_fake("fhopt::page_weights", _page_weights_fake, lib=_LIB)
 torch.library.register_fake("fhopt::attend_pages", _attend_pages_fake, lib=_LIB)

@@ -22,7 +22,8 @@ sketches from 4,096 instead of 2,048 tokens of a sequence 0.0025. Knowing true w
 
 Costs differ between sites by two orders of magnitude for the same weight left out: heads that copy from afar read one
 token, and if its page is missing, everything. A text has little that can only be copied; hence the echo. One layer of
-SmolLM2 has a copying head that sketches serve badly: the page it wants is the 50th to 120th of 492. That layer costs 7
+SmolLM2 has a copying head that sketches serve badly: the page it wants is the 50th to 120th of 492 pages of 16
+tokens. That layer costs 7
 times as much in the echo as in text, reads 0.40 of its pages in place of 0.27, and answers that are copied from 8,064
 tokens lose 0.017 nats a token in place of 0.098 (12 questions).
 Costs of several sites are taken to add up.
@@ -106,15 +107,15 @@ class PagingOptions:
             raise FhoptError(f"pages of {self.tokens} tokens: expected a divisor of the plan's block, {block}.")
         if self.sketch < WORD or self.sketch % WORD:
             raise FhoptError(f"sketches of {self.sketch} bytes: expected a multiple of {WORD}.")
-        if self.context < self.needed(exact) or self.sequences < 1:
+        if self.context < self.needed(exact, block) or self.sequences < 1:
             raise FhoptError(
                 f"{self.sequences} sequences of {self.context} tokens: expected one or more, of at least "
-                f"{self.needed(exact)} tokens, so that there are pages to choose from. Use longer sequences."
+                f"{self.needed(exact, block)} tokens, so that there are pages to choose from. Use longer sequences."
             )
 
-    def needed(self, exact: int) -> int:
-        """Tokens of a sequence that has pages to choose from."""
-        return exact + LEAST_PAGES * self.tokens + PIECE + LAST
+    def needed(self, exact: int, block: int) -> int:
+        """Tokens of a sequence that has pages to choose from, sealed in blocks."""
+        return exact + -(-LEAST_PAGES * self.tokens // block) * block + PIECE + LAST
 
 
 def read_options(pages: str | None, mass: str | None, texts: tuple[str, ...]) -> PagingOptions | None:
@@ -134,10 +135,10 @@ def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: in
     Raises FhoptError, before anything slow starts, where positions or texts do not suffice.
     """
     positions = positions_of(loaded.language_model())
-    if positions is not None and positions < options.needed(exact):
+    if positions is not None and positions < options.needed(exact, block):
         raise FhoptError(
-            f"{loaded.name} has {positions} positions; expected {options.needed(exact)} or more to calibrate pages on. "
-            "Leave --pages and --mass out."
+            f"{loaded.name} has {positions} positions; expected {options.needed(exact, block)} or more to calibrate "
+            "pages on. Leave --pages and --mass out."
         )
     found = options if positions is None else replace(options, context=min(options.context, positions))
     found.check(block, exact)
@@ -449,10 +450,12 @@ def measure(
 
 
 def echo(ids: Tensor) -> Tensor:
-    """Token ids [T] of which the second half repeats the first: some of those given, in an order without meaning."""
+    """Token ids [T] of which the second half repeats the first: some of those given, in an order without meaning,
+    behind the first of all, which may be one that a model wants in front."""
     half = len(ids) // 2
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:half]
-    return torch.cat([ids[order], ids[order], ids[: len(ids) - 2 * half]])
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    said = ids[order[order != 0][:half]]
+    return torch.cat([ids[:1], said[1:], said, ids[: len(ids) - 2 * half]])
 
 
 def _choosing(cache: Any) -> list[tuple[int, LatentLayer]]:

@@ -215,18 +215,19 @@ class SealedRows(Store):
         return [int(b) for b in bits], [int(w) for w in widths], [float(s) for s in steps]
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Parts that stand for x [B,G,N,D]."""
+        """Parts that stand for x [B,G,N,D]. No gradient goes through codes."""
         assert self.bases is not None
         basis = self.bases.encode
         tiers = self.tiers
+        x = x.detach() if tiers[0] else x
         if tiers[0] and encoding.encodes_at_once(x, basis):
             return torch.ops.fhopt.encode_rows(x, basis, *tiers)
         latent = ops.encode(x.to(basis.dtype), basis)
         return torch.ops.fhopt.pack(latent, *tiers) if tiers[0] else (latent.to(x.dtype),)
 
     def seal(self, x: Tensor, at: int, block: int) -> None:
-        """Encode x [B,G,N,D] and store it at rows `at` to `at + N`. No gradient goes through codes."""
-        self.parts = _written(self.parts, self.encode(x.detach() if self.tiers[0] else x), at, block)
+        """Encode x [B,G,N,D] and store it at rows `at` to `at + N`."""
+        self.parts = _written(self.parts, self.encode(x), at, block)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Rows and their scales (None for uncoded latents), as views."""

@@ -227,7 +227,7 @@ def test_a_chunk_gives_the_same_whichever_way_it_goes(
 def test_nothing_changes_on_a_cpu_in_other_types_or_where_something_learns() -> None:
     query = torch.randn(B, H, S, D)
     rows = sides(torch.float32)
-    assert not chunks.rebuilds(query, rows[0], rows[2], rows[3], rows[5], True)
+    assert not chunks.rebuilds(query, rows[0], rows[2], rows[3], rows[5], None, True)
     assert not chunks.serves(query.bfloat16())
 
     class There:

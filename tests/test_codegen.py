@@ -357,6 +357,24 @@ def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
 
 
 @needs_compiler
+def test_what_is_no_number_stays_in_its_own_sequence() -> None:
+    """Also behind a list that ends in the middle of 16 tokens, where nothing is read."""
+    case = Case(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
+    query, key, key_scale, value, value_scale = inputs(case)
+    assert value_scale is not None
+    pages = torch.tensor([[[0, 1]], [[0, -1]]], dtype=torch.int32)
+    kernel, options = build_cpp(case.spec()), case.options() | dict(pages=pages, page_tokens=8)
+    before, expected_ = torch.get_num_threads(), kernel(query, key, key_scale, value, value_scale, None, **options)
+    value_scale[0, 0, 9] = math.nan
+    try:
+        torch.set_num_threads(1)
+        found = kernel(query, key, key_scale, value, value_scale, None, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(found[0][0], expected_[0][0]) and torch.equal(found[0][1], expected_[0][1])
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", PAGED)
 def test_all_pages_are_the_same_bits_as_no_list(name: str) -> None:
     case = PAGED[name]

@@ -1012,6 +1012,18 @@ def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: Fitted, kind
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize("fixed", [{}, {"max_cache_len": LONG}], ids=["growing", "fixed"])
+def test_codes_in_a_cache_keep_no_history(llama: Fitted, fixed: dict[str, int]) -> None:
+    plan, ids = paged(llama.plan(4, window_bits=8)), token_ids(1, LONG)
+    model = copy.deepcopy(llama.model).requires_grad_(True)
+    with switched(model, plan):
+        cache = latent_cache(model, **fixed)
+        model(ids, past_key_values=cache).logits.square().sum().backward()
+    for layer in cache.layers:
+        parts = *layer.key_rows.parts, *layer.value_rows.parts, *layer.sketches.parts
+        assert parts and not any(part.requires_grad for part in parts)
+
+
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
 def test_a_compiled_step_with_a_static_cache_chooses_as_an_eager_one(llama: Fitted, fill: bool) -> None:
     """One graph for all steps, in float32: where two pages weigh the same, another one may be read."""
