@@ -18,7 +18,7 @@ LAYOUT = """\
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
 // a code b is then 2^(8-b) times itself is folded into the query or the output.
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \\
     !defined(FHOPT_FLOAT)
 #define INTEGER true
 #else
