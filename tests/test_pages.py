@@ -852,6 +852,7 @@ def test_the_kernel_reads_the_pages_that_the_reference_chooses(
         assert found[2][2] == 2 * units * page_ops.pages_read(-(-tokens // size), 0.2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=["avx2", "sse"])
 def test_other_instruction_sets_read_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
@@ -988,8 +989,9 @@ def test_gradients_go_through_the_pages_that_are_read() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("queries", [1, 12])
-@pytest.mark.parametrize("kind", ["latents", "window of 8 bits", "pages", "pages with a limit"])
+@pytest.mark.parametrize(
+    ("kind", "queries"), [("latents", 12), ("window of 8 bits", 12), ("pages", 1), ("pages with a limit", 1)]
+)
 def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: Fitted, kind: str, queries: int) -> None:
     """Of tokens behind a cache: a graph for gradients must not hold operations that have none."""
     plan, ids = llama.plan(4, window_bits=8 if kind == "window of 8 bits" else 16), token_ids(1, LONG)
