@@ -556,10 +556,10 @@ def rewrite(
     import torch
 
     from fhopt import exporting, exporting_modules, rewriting
-    from fhopt.models import load_model
+    from fhopt.models import folder_of, load_model
     from fhopt.spec import LatentPlan
 
-    out, source = Path(os.path.abspath(out)), Path(model).expanduser() if Path(model).expanduser().is_dir() else None
+    out, source = Path(os.path.abspath(out)), folder_of(model)
     plan = LatentPlan.load(plan_path)
     own = rewriting.stored_dtype(source) if source else None
     if kind == "pt2":

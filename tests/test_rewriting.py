@@ -28,7 +28,7 @@ from fhopt import fitting, rewriting, rewritten
 from fhopt.cli import main
 from fhopt.errors import FhoptError
 from fhopt.files import appearing_folder
-from fhopt.models import LoadedModel, load_model
+from fhopt.models import LoadedModel, folder_of, load_model
 from fhopt.spec import LatentPlan, SidePlan, SitePlan, Tier
 
 GENERATE = """
@@ -613,6 +613,14 @@ def try_to_sign(path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the real model
+
+
+def test_a_folder_that_is_called_demo_is_not_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` makes one."""
+    for name in ("demo", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert folder_of("demo") is None and folder_of("other") == Path("other") and folder_of("absent") is None
 
 
 @pytest.mark.slow
