@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpp import ARGUMENTS
+from fhopt.codegen.cpp import ARGUMENTS, PAGE_QUANTUM
 from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.ops import within
 from fhopt.spec import KernelSpec
@@ -23,7 +23,6 @@ from fhopt.spec import KernelSpec
 _pack = struct.Struct(ARGUMENTS).pack
 _NO_TENSOR = (0, 0, 0, 0)  # address and three strides
 _NO_PAGES = (*_NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
-PAGE_QUANTUM = 8  # a page has a multiple of so many tokens
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
 

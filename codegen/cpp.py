@@ -19,8 +19,12 @@ from fhopt.spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
 ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2d"
-# The same struct as other C++ files know it, that call kernels.
-CALL = """struct Rows {
+PAGE_QUANTUM = 8  # a page has a multiple of so many tokens
+# That, and the same struct, as other C++ files know it that call kernels.
+CALL = (
+    f"constexpr int PAGE_QUANTUM = {PAGE_QUANTUM};\n"
+    """
+struct Rows {
     const void* data = nullptr;
     int64_t strides[3] = {};
 };
@@ -35,6 +39,7 @@ struct Attention {
     double scale, softcap;
 };
 """
+)
 
 _STORED = {"float32": "Float32", "bfloat16": "BFloat16", "float16": "Float16"}
 _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}
@@ -52,6 +57,7 @@ def render(spec: KernelSpec) -> str:
         key_side=_side("Keys", spec.key_tiers, spec.key_width, spec.dtype),
         value_side=_side("Values", spec.value_tiers, spec.value_width, spec.dtype),
         softcap=str(spec.softcap).lower(),
+        page_quantum=PAGE_QUANTUM,
         layout=LAYOUT,
         products=PRODUCTS,
         vectors=VECTORS,
@@ -324,7 +330,7 @@ struct Arguments {
     double scale, softcap;
 };
 
-constexpr int SIDE_BY_SIDE = 8;  // tokens of a page are a multiple of it
+constexpr int SIDE_BY_SIDE = $page_quantum;  // tokens of a page are a multiple of it
 
 // The tokens that are attended to, in order: all, or those of listed pages. Runs of SIDE_BY_SIDE from a multiple of it
 // on lie one behind the other.

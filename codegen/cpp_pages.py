@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.build import CompileError, load
-from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
-from fhopt.codegen.cpp import CALL
+from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.cpp import CALL, PAGE_QUANTUM
 from fhopt.codegen.cpp_vectors import BYTES, EXPONENTIAL, VECTORS
 from fhopt.page_ops import FEWEST, PageStep, pages_read
 
@@ -134,12 +134,9 @@ def _floats(x: Tensor) -> Tensor:
 def _serves(codes: Tensor, scales: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
     """True for rows, pages and masks that the C++ file knows."""
     b, _, tokens, row = codes.shape
-    if (
-        page_tokens % PAGE_QUANTUM
-        or page_tokens > MOST_TOKENS
-        or row != 4 * len(words[0])
-        or codes.dtype != torch.uint8
-    ):
+    if page_tokens % PAGE_QUANTUM or page_tokens > MOST_TOKENS:
+        return False
+    if row != 4 * len(words[0]) or codes.dtype != torch.uint8:
         return False
     if scales.shape != codes.shape[:3] or scales.dtype != torch.float16:
         return False
@@ -445,10 +442,7 @@ void run(const Sketches& a, const Query& q, int64_t b, int64_t j, int64_t row, i
         float* weights = &out.pages[of * out.count];
         int64_t p = first;
         for (; p + 4 <= last; p += 4) store(weights + p, sums_of_four(sum(p), sum(p + 1), sum(p + 2), sum(p + 3)));
-        for (; p < last; p++) {
-            const Floats4 s = sum(p);
-            weights[p] = (s[0] + s[2]) + (s[1] + s[3]);
-        }
+        for (; p < last; p++) weights[p] = sum_of_four(sum(p));
     }
 }
 

@@ -76,10 +76,9 @@ INLINE Floats4 fold_sum(Floats v) {
     return fold(v, [](Floats4 a, Floats4 b) { return a + b; });
 }
 
-INLINE float sum_of(Floats v) {
-    const Floats4 s = fold_sum(v);
-    return (s[0] + s[2]) + (s[1] + s[3]);
-}
+INLINE float sum_of_four(Floats4 s) { return (s[0] + s[2]) + (s[1] + s[3]); }
+
+INLINE float sum_of(Floats v) { return sum_of_four(fold_sum(v)); }
 
 INLINE float largest_of(Floats v) {
     const Floats4 s = fold(v, [](Floats4 a, Floats4 b) { return a > b ? a : b; });

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fhopt.codegen import cpp_pages
 from fhopt.codegen.build import build, build_torch, build_triton, cores
-from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
+from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.cpp import PAGE_QUANTUM
 from fhopt.codegen.pack import pack, unpack
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.codegen.triton_call import TritonKernel

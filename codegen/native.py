@@ -35,8 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fhopt.codegen import pack as packing
 from fhopt.codegen import skinny
 from fhopt.codegen.build import CompileError, build, load
-from fhopt.codegen.call import PAGE_QUANTUM, LibraryKernel
-from fhopt.codegen.cpp import CALL
+from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.cpp import CALL, PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.spec import KernelSpec
 
@@ -447,7 +447,8 @@ void set_mask(const std::string& name, const Tensor& mask, const int64_t (&sizes
 void set_pages(const std::string& name, const Tensor& pages, int64_t page_tokens, Attention& a) {
     const bool fits = pages.dim() == 3 && pages.scalar_type() == ScalarType::Int && pages.size(0) == a.batch &&
                       pages.size(1) > 0 && std::gcd(a.key_heads, a.value_heads) % pages.size(1) == 0 &&
-                      (pages.stride(2) == 1 || pages.size(2) <= 1) && page_tokens > 0 && page_tokens % 8 == 0;
+                      (pages.stride(2) == 1 || pages.size(2) <= 1) && page_tokens > 0 &&
+                      page_tokens % PAGE_QUANTUM == 0;
     expect(fits, name, "lists of pages that do not fit");
     static const int32_t end = -1;
     const bool empty = pages.size(2) == 0;  // has no address, and none means all pages

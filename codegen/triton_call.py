@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.call import PAGE_QUANTUM, Side
+from fhopt.codegen.call import Side
+from fhopt.codegen.cpp import PAGE_QUANTUM
 from fhopt.codegen.triton_attention import MERGED, SMALLEST_PIECE, Config, default_config, is_crowded, places
 from fhopt.spec import KernelSpec
 
@@ -259,7 +260,7 @@ def _within(config: Config, page: int, listed: bool, pooled: bool) -> Config:
     least = SMALLEST_PIECE if pooled or not listed else PAGE_QUANTUM
     if page % least or (listed and not page):
         raise ValueError(f"pages have {page} tokens; expected a multiple of {least}. Seal larger blocks.")
-    return replace(config, block_t=gcd(page, config.block_t)) if page and page % SMALLEST_PIECE == 0 else config
+    return replace(config, block_t=gcd(page, config.block_t)) if page % SMALLEST_PIECE == 0 else config
 
 
 def rows_as_read(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool) -> Rows:

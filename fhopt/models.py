@@ -102,7 +102,7 @@ def load_model(
         return _load_exported(path)
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype)
-    if path.is_dir():
+    if folder_of(name):
         return _load_folder(path, dtype)
     if ":" in name and not path.exists():
         return _load_function(name)
@@ -110,9 +110,9 @@ def load_model(
 
 
 def folder_of(name: str) -> Path | None:
-    """The Hugging Face folder that MODEL names; None where it is anything else. `demo` never is one."""
+    """The folder that MODEL names; None where it is anything else, as `demo` is beside a folder of that name."""
     path = Path(name).expanduser()
-    return path if name != "demo" and path.suffix not in (".pt2", ".gguf") and path.is_dir() else None
+    return path if name != "demo" and path.is_dir() else None
 
 
 def _load_demo(dtype: torch.dtype) -> LoadedModel:
@@ -182,8 +182,8 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
-    path = Path(name).expanduser()
-    if not path.is_dir():
+    path = folder_of(name)
+    if path is None:
         raise FhoptError(
             f"{name!r} is no folder; --device-map spreads models of Hugging Face folders. Save it as one, or leave "
             "--device-map out."

@@ -22,11 +22,10 @@ sketches from 4,096 instead of 2,048 tokens of a sequence 0.0025. Knowing true w
 
 Costs differ between sites by two orders of magnitude for the same weight left out: heads that copy from afar read one
 token, and if its page is missing, everything. A text has little that can only be copied; hence the echo. One layer of
-SmolLM2 has a copying head that sketches serve badly: the page it wants is the 50th to 120th of 492 pages of 16
-tokens. That layer costs 7
-times as much in the echo as in text, reads 0.40 of its pages in place of 0.27, and answers that are copied from 8,064
-tokens lose 0.017 nats a token in place of 0.098 (12 questions).
-Costs of several sites are taken to add up.
+SmolLM2 has a copying head that sketches serve badly: the page it wants is the 50th to 120th of 492 pages of 16 tokens.
+That layer costs 7 times as much in the echo as in text, reads 0.40 of its pages in place of 0.27, and answers that are
+copied from 8,064 tokens lose 0.017 nats a token in place of 0.098 (12 questions). Costs of several sites are taken to
+add up.
 
 Letters: B batch, H query heads, U units, S queries, P pages, T sealed tokens.
 """
@@ -471,10 +470,11 @@ def _measure_costs(
 
     found: of texts, by which sites choose; seen: of the sequence, which get the costs.
     """
-    for _, layer in _choosing(cache):
+    choosing = _choosing(cache)
+    for _, layer in choosing:
         layer.observer, layer.share = None, 1.0
     expected = _predictions(model, copy.deepcopy(cache), ids)
-    for at, layer in _choosing(cache):
+    for at, layer in choosing:
         told, curves = found[layer.site.site.name], seen[layer.site.site.name]
         nearest = told.lift_for(options.share)
         trial = copy.deepcopy(cache)

@@ -317,7 +317,7 @@ PAGED = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("page_tokens", [8, 24, 48, 64, 256])
+@pytest.mark.parametrize("page_tokens", [8, 16, 24, 48, 64, 256])
 @pytest.mark.parametrize("name", PAGED)
 def test_only_tokens_of_listed_pages_are_attended_to(name: str, page_tokens: int) -> None:
     case = PAGED[name]
