@@ -64,8 +64,8 @@ import fhopt
 from fhopt import ops
 from fhopt.applying import cache_argument, latent_cache
 from fhopt.codegen.build import build_triton
+from fhopt.codegen.gpu.tuning import Workload, random_call, row_bytes, tune
 from fhopt.codegen.tiers import Tiers
-from fhopt.codegen.tuning import Workload, random_call, row_bytes, tune
 from fhopt.spec import AttentionSite, KernelSpec, LatentPlan, SidePlan, SitePlan, Tier
 
 if TYPE_CHECKING:
@@ -564,32 +564,32 @@ def _most(found: Tensor, wanted: Tensor) -> float:
 
 def compare_pack(machine: Machine) -> str:
     """Codes and scales of whole numbers, whose squares have exact sums: equal byte for byte."""
-    from fhopt.codegen import triton_pack
+    from fhopt.codegen.gpu import packing
 
     z = torch.randint(-9, 10, (2, 3, 35, 128)).float()
-    found = triton_pack.pack(z.to(machine.device), *_columns(EVERY))
+    found = packing.pack(z.to(machine.device), *_columns(EVERY))
     return _unequal(found, ops.pack_reference(z, *_columns(EVERY)))
 
 
 def compare_unpack(machine: Machine) -> str:
     """Any bytes are codes."""
-    from fhopt.codegen import triton_pack
+    from fhopt.codegen.gpu import packing
 
     codes, scale = ops.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
-    found = triton_pack.unpack(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
+    found = packing.unpack(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
     return _unequal([found], [ops.unpack_reference(codes, scale, *_columns(EVERY))])
 
 
 def compare_encode(machine: Machine) -> str:
     """New rows between others, from whole numbers and a basis of -1, 0 and 1: equal byte for byte."""
-    from fhopt.codegen import triton_encode
+    from fhopt.codegen.gpu import encode_rows
 
     x, basis = torch.randint(-2, 3, (2, 4, 21, 16)).float(), torch.randint(-1, 2, (2, 128, 32)).float()
     size = sum(b * w for b, w in zip(*_columns(EVERY)[:2], strict=True)) // 8
     wanted = torch.full((2, 2, 40, size), 165, dtype=torch.uint8), torch.full((2, 2, 40), 7.0, dtype=torch.float16)
     found = [part.clone().to(machine.device) for part in wanted]
-    triton_encode.encode(x.to(machine.device), basis.to(machine.device), *_columns(EVERY), *found, at=5)
-    triton_encode.encode_reference(x, basis, *_columns(EVERY), *wanted, at=5)
+    encode_rows.encode(x.to(machine.device), basis.to(machine.device), *_columns(EVERY), *found, at=5)
+    encode_rows.encode_reference(x, basis, *_columns(EVERY), *wanted, at=5)
     return _unequal(found, wanted)
 
 

@@ -34,7 +34,6 @@ from torch import Tensor
 
 from fhopt import codegen, data, ops, page_ops, pages, paging
 from fhopt.applying import cache_argument
-from fhopt.codegen.build import cores
 from fhopt.errors import FhoptError
 from fhopt.evaluate import check_length, new_cache, paired, step_bounds, switched
 from fhopt.latents import mean_values
@@ -43,6 +42,7 @@ from fhopt.models import LoadedModel, load_model
 from fhopt.pages import PageIndex, Sketcher
 from fhopt.pipeline import FitOptions, fit
 from fhopt.spec import LatentPlan, SketchPlan
+from fhopt.system import cores
 from fhopt.tasks import TASKS, Item, TaskOptions, check_items, write_items
 
 if TYPE_CHECKING:

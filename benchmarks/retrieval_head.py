@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fhopt import data
-from fhopt.codegen.cpp_head import search
+from fhopt.codegen.cpu.lm_head import search
 from fhopt.head import Head
 from fhopt.head_fitting import HeadOptions, find, fit, fit_weight, hidden_states, site_for
 from fhopt.head_module import dense

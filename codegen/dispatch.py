@@ -5,7 +5,6 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fhopt.codegen import cpp_pages
-from fhopt.codegen.build import build, build_torch, build_triton, cores
-from fhopt.codegen.call import LibraryKernel
-from fhopt.codegen.cpp import PAGE_QUANTUM
-from fhopt.codegen.pack import pack, unpack
+from fhopt.codegen.build import build, build_torch, build_triton
+from fhopt.codegen.cpu import pages as cpu_pages
+from fhopt.codegen.cpu.attention import PAGE_QUANTUM
+from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.packing import pack, unpack
+from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.tiers import UNCODED_DTYPES
-from fhopt.codegen.triton_call import TritonKernel
 from fhopt.ops import (
     LatentKernel,
     latent_attention_reference,
@@ -32,6 +31,7 @@ from fhopt.ops import (
 )
 from fhopt.page_ops import PageKernels, PageStep, use_page_kernels
 from fhopt.spec import KernelSpec
+from fhopt.system import cores, has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
@@ -47,8 +47,8 @@ def install() -> None:
     use_kernel("cpu", latent_attention)
     use_kernel("cuda", latent_attention)
     use_pack_kernels("cpu", (pack, unpack))
-    use_page_kernels("cpu", PageKernels(cpp_pages.weigh_pages, attend_pages))
-    if importlib.util.find_spec("triton") is not None:
+    use_page_kernels("cpu", PageKernels(cpu_pages.weigh_pages, attend_pages))
+    if has_triton():
         use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
 
 
@@ -141,7 +141,7 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     sides = step.key_bits, step.key_widths, step.key_steps, step.value_bits, step.value_widths, step.value_steps
     kernel = _known_kernel(step.query, step.key, step.value, sides, False)
-    return cpp_pages.attend_pages(step, kernel) if isinstance(kernel, LibraryKernel) else None
+    return cpu_pages.attend_pages(step, kernel) if isinstance(kernel, LibraryKernel) else None
 
 
 def _kernel(
@@ -157,7 +157,7 @@ def _kernel(
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
     if query.is_cpu:
         return _build_with_others(spec)
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return build_torch(spec)
     return build_triton(replace(spec, dtype=_DTYPES[query.dtype]))
 
@@ -165,14 +165,14 @@ def _kernel(
 def _pack_by_triton(
     latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    from fhopt.codegen import triton_pack  # late: importing Triton takes a second, and only GPUs need it
+    from fhopt.codegen.gpu import packing  # late: importing Triton takes a second, and only GPUs need it
 
-    return triton_pack.pack(latent, bits, widths, steps)
+    return packing.pack(latent, bits, widths, steps)
 
 
 def _unpack_by_triton(
     codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> Tensor:
-    from fhopt.codegen import triton_pack
+    from fhopt.codegen.gpu import packing
 
-    return triton_pack.unpack(codes, scale, bits, widths, steps)
+    return packing.unpack(codes, scale, bits, widths, steps)

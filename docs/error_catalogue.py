@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
-SOURCES = ("fhopt/*.py", "fhopt/seeing/*.py", "passes/*.py", "codegen/*.py")
+SOURCES = ("fhopt/*.py", "fhopt/seeing/*.py", "passes/*.py", "codegen/*.py", "codegen/*/*.py")
 ERROR, REASON = "FhoptError", "Miss"
 
 

@@ -11,7 +11,7 @@ of every kv head for the same tokens. For one of them, in operations of tensor c
 
 so that rebuilding pays from some number of rows on, whatever T is: where latents are wider than heads because products
 are shorter, else because codes are unpacked once. Never where neither holds, as with few latents of 16 bits. Rows of
-memory are the same for both; keys and values are rebuilt 32 MB at a time (codegen/triton_chunk.py), never all of them.
+memory are the same for both; keys and values are rebuilt 32 MB at a time (codegen/gpu/prefill.py), never all of them.
 
 Both ops are for GPUs of NVIDIA. On a CPU nothing calls them; their references say what they give.
 
@@ -22,7 +22,6 @@ of keys and values, R latent width, M rows of a kv head.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fhopt import ops
+from fhopt.system import has_triton
 
 CONVERSION = 15  # what tensor cores do while a code is unpacked: 989 / 67 of an H100, 312 / 19.5 of an A100 (cost.py)
 STEP_ROWS, STEP_STATE = 32, 12288  # of a program of a decode step: rows at most, and what it keeps of all of them
@@ -106,11 +106,6 @@ def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 # --------------------------------------------------------------------------------------------------- rebuilt attention
 
 
@@ -164,9 +159,9 @@ def _rebuilt(
 
 def _rebuilt_attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     tensors = [x for x in (query, *args) if isinstance(x, Tensor)]
-    if not query.is_cuda or not _has_triton() or query.dtype == torch.float64 or ops.learns(*tensors):
+    if not query.is_cuda or not has_triton() or query.dtype == torch.float64 or ops.learns(*tensors):
         return rebuilt_attention_reference(query, *args, **options)
-    from fhopt.codegen.triton_chunk import rebuilt_attention  # late: importing Triton takes a second
+    from fhopt.codegen.gpu.prefill_launch import rebuilt_attention  # late: importing Triton takes a second
 
     return rebuilt_attention(query, *args, **options)
 

@@ -847,7 +847,8 @@ def cost(
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     """What this machine's CPU can do: `--device here` in other commands. Measured once, in some seconds."""
     from fhopt import machine
-    from fhopt.codegen.build import cores, vector_unit
+    from fhopt.codegen.compiler import vector_unit
+    from fhopt.system import cores
     from fhopt.tables import machine_table
 
     counts = threads or tuple(dict.fromkeys((1, cores())))

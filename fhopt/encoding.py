@@ -2,7 +2,7 @@
 
     x [B,G,T,D]   basis [J,R,n*D]   ->   codes [B,J,T,bytes]   scale [B,J,T]          pack(E x), see fhopt/ops.py
 
-On GPUs that is the Triton kernel of codegen/triton_encode.py, which reads keys and writes rows, and stores no latents
+On GPUs that is the Triton kernel of codegen/gpu/encode_rows.py, which reads keys and writes rows, and stores no latents
 in between. It reckons each latent twice, for the scale and for the codes, and by vector units, since a code is the
 floor of a product; many tokens at once (LARGEST) go through `encode` and `pack` instead.
 
@@ -11,14 +11,13 @@ Letters: B batch, G kv heads, T new tokens, D head size, J latent heads, n = G/J
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fhopt import ops
+from fhopt.system import has_triton
 
 LARGEST = 2**29  # operations reckoned twice at most: 8 us at the 67 TFLOP/s of an H100. A choice, not measured
 
@@ -60,7 +59,7 @@ def _encode_rows(
 ) -> tuple[Tensor, Tensor]:
     kernel = _KERNELS.get(x.device.type)
     if kernel is None:
-        kernel = encode_rows_by_triton if x.is_cuda and _has_triton() else encode_rows_reference
+        kernel = encode_rows_by_triton if x.is_cuda and has_triton() else encode_rows_reference
     return kernel(x, basis, bits, widths, steps)
 
 
@@ -68,16 +67,11 @@ def encode_rows_by_triton(
     x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """The same by one Triton kernel: on a GPU, or under Triton's interpreter."""
-    from fhopt.codegen import triton_encode  # late: importing Triton takes a second
+    from fhopt.codegen.gpu import encode_rows  # late: importing Triton takes a second
 
     rows = _encode_rows_fake(x, basis, bits, widths, steps)
-    triton_encode.encode(x, basis, bits, widths, steps, *rows)
+    encode_rows.encode(x, basis, bits, widths, steps, *rows)
     return rows
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _encode_rows_fake(

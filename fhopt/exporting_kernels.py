@@ -3,13 +3,12 @@
     torch.ops.load_library("fhopt_kernels.so")      fhopt::latent_kernel(kernel, query, key, ...) and its kernels
 
 In a process of fhopt the op is defined in Python, and kernels are made known to it when a graph needs them
-(codegen/native.py). Here both happen when the library is loaded. The name is one that nobody imports: `kernels.so` in a
-working directory would be taken for the package `kernels`.
+(codegen/cpu/graph_kernels.py). Here both happen when the library is loaded. The name is one that nobody imports:
+`kernels.so` in a working directory would be taken for the package `kernels`.
 """
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,14 @@ from string import Template
 
 import torch
 
-from fhopt.codegen import cpp, native
-from fhopt.codegen.build import CompileError, find_compiler
+from fhopt.codegen.compiler import FLAGS as COMPILER_FLAGS
+from fhopt.codegen.compiler import CompileError, find_compiler, native_flag
+from fhopt.codegen.cpu import attention, graph_kernels
 from fhopt.codegen.tiers import is_scaled
 from fhopt.errors import FhoptError
 from fhopt.spec import KernelSpec
 
-_FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp")
+_FLAGS = (*COMPILER_FLAGS, "-std=c++20", "-fopenmp")
 _ENTRY = 'extern "C" void latent_attention('  # of every kernel's text
 
 
@@ -32,7 +32,7 @@ def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
     unique = list({spec.name: spec for spec in specs}.values())
     files = {"op.cpp": _op(unique)}
     for number, spec in enumerate(unique):
-        text = cpp.render(spec)
+        text = attention.render(spec)
         assert text.count(_ENTRY) == 1
         files[f"{spec.name}.cpp"] = text.replace(_ENTRY, f'extern "C" void {_symbol(number)}(')
     return files
@@ -43,8 +43,8 @@ def _symbol(number: int) -> str:
 
 
 def _op(specs: Sequence[KernelSpec]) -> str:
-    """The library of codegen/native.py with the one op that exported programs call, its schema, and who serves it."""
-    head = native.TEXT[: native.TEXT.index("STABLE_TORCH_LIBRARY_IMPL")]
+    """The library of graph_kernels.py with the one op that exported programs call, its schema, and who serves it."""
+    head = graph_kernels.TEXT[: graph_kernels.TEXT.index("STABLE_TORCH_LIBRARY_IMPL")]
     numbered = list(enumerate(specs))
     return head + _TAIL.substitute(
         schema=str(torch.ops.fhopt.latent_kernel.default._schema).removeprefix("fhopt::"),
@@ -72,7 +72,7 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
         raise FhoptError(f"{error} Install g++ (or clang++), or leave compiled programs out: --no-aot.") from error
     root = Path(torch.__file__).parent
     command = [
-        compiler, *_FLAGS, _own_cpu(), f"-I{root / 'include'}", f"-L{root / 'lib'}",
+        compiler, *_FLAGS, native_flag(), f"-I{root / 'include'}", f"-L{root / 'lib'}",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", *(str(folder / name) for name in files), "-o", str(path),
         "-ltorch_cpu",
     ]  # fmt: skip
@@ -80,11 +80,6 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
         raise FhoptError(f"{compiler} refused the kernels: {first}. Leave compiled programs out: --no-aot.")
-
-
-def _own_cpu() -> str:
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    return "-mcpu=native" if arm else "-march=native"
 
 
 _TAIL = Template("""STABLE_TORCH_LIBRARY_FRAGMENT(fhopt, m) {

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from fhopt import buffers, chunks, encoding, latents, ops, passes
 from fhopt.capture import from_exported
-from fhopt.codegen import native
+from fhopt.codegen.cpu import graph_kernels
 from fhopt.errors import FhoptError
 from fhopt.exporting import check_out, compile_program, describe_state, short, write_description
 from fhopt.exporting_kernels import compile_library
@@ -152,7 +152,7 @@ def _calling(specs: list[KernelSpec]) -> Callable[..., tuple[Tensor, Tensor]]:
         given = (query, key, key_scale, value, value_scale, mask)
         spec = _spec(query, options, softcap)
         readable = mask is None or mask.dtype in (torch.bool, torch.float32)
-        if spec is None or not readable or not native.serve(spec):
+        if spec is None or not readable or not graph_kernels.serve(spec):
             return ops.latent_attention_reference(*given, scale=scale, softcap=softcap, lengths=lengths, **options)
         specs.append(spec)
         return torch.ops.fhopt.latent_kernel(spec.name, *given, lengths, None, 0, scale, softcap, spec.value_width)

@@ -9,7 +9,7 @@
 
 The dense head reads every row of the weight for every token. This one reads codes of all rows, some 4 bits a number,
 which give a bound of every logit, and then the exact rows whose bounds reach the largest exact logit (Cauchy-Schwarz;
-codegen/cpp_head.py has the equations, fhopt/head_codes.py the basis that makes the bounds tight). The largest logits
+codegen/cpu/lm_head.py has the equations, fhopt/head_codes.py the basis that makes the bounds tight). The largest logits
 are found for certain, whatever the hidden state is; one whose bounds exclude too little goes to the dense head, and is
 counted. With `probes`, only codes of the clusters that come first are read: fewer bytes and no certificate.
 
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpp_head import BLOCK, NUMBERS, Codes, Search, block_bytes
+from fhopt.codegen.cpu.lm_head import BLOCK, NUMBERS, Codes, Search, block_bytes
 from fhopt.errors import FhoptError
 from fhopt.files import digest, write_folder
 from fhopt.passes.find_head import HeadSite

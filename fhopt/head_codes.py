@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fhopt.clustering import Clusters
-from fhopt.codegen.cpp_head import BLOCK, Codes, block_bytes
+from fhopt.codegen.cpu.lm_head import BLOCK, Codes, block_bytes
 
 CHUNK = 4096  # rows that are coded at once
 QUANTUM = 8  # coordinates of a tier are a multiple of it
@@ -192,7 +192,7 @@ def slots(labels: Tensor, count: int, size: int) -> Tensor:
 
 
 def _blocks(first: Tier, second: Tier, rows: Tensor) -> Tensor:
-    """Blocks of 16 rows as the kernel reads them (codegen/cpp_head.py), uint8 [n / 16, bytes]."""
+    """Blocks of 16 rows as the kernel reads them (codegen/cpu/lm_head.py), uint8 [n / 16, bytes]."""
     count = len(rows) // BLOCK
     lead = _in_lanes(first.codes, count)
     low, high = second.codes.unflatten(1, (-1, 2, 4)).unbind(2)  # [n, groups, 4]

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from fhopt import data
 from fhopt.capture import Captured
 from fhopt.clustering import Clusters, balanced_kmeans
-from fhopt.codegen.cpp_head import BLOCK, WIDEST
+from fhopt.codegen.cpu.lm_head import BLOCK, WIDEST
 from fhopt.errors import FhoptError, Miss
 from fhopt.head import Head, fingerprint
 from fhopt.head_codes import QUANTUM, Balance, Basis, balance, code_rows, encode, tiered

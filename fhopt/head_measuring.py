@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fhopt import data
-from fhopt.codegen import cpp_head
-from fhopt.codegen.skinny import MOST_ROWS
+from fhopt.codegen.cpu import lm_head as cpu_lm_head
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.errors import FhoptError
 from fhopt.head import Head
 from fhopt.head_fitting import Progress, hidden_states, site_and_graph
@@ -59,7 +59,7 @@ def measure(
 
     Raises FhoptError when the texts are too short, and where no kernel can be compiled.
     """
-    if cpp_head.library() is None:
+    if cpu_lm_head.library() is None:
         raise FhoptError("No C++ compiler was found: the head would stay dense. Install g++ (or clang++) first.")
     count = max(1, -(-positions // context))
     ids = data.held_out_ids(loaded.tokenizer, texts, count=count, length=context)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import logging
 import math
 import threading
@@ -29,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fhopt.codegen import cpp_head
-from fhopt.codegen.cpp_head import Candidates, Codes, Search
-from fhopt.codegen.native import serve_skinny
-from fhopt.codegen.skinny import MOST_ROWS
+from fhopt.codegen.cpu import lm_head as cpu_lm_head
+from fhopt.codegen.cpu.graph_kernels import serve_skinny
+from fhopt.codegen.cpu.lm_head import Candidates, Codes, Search
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.errors import FhoptError
 from fhopt.head import TENSORS, Head, fingerprint
 from fhopt.passes.find_head import HeadSite
+from fhopt.system import has_triton
 
 KEPT = "_fhopt_head"  # attribute of a model with a head applied
 log = logging.getLogger(__name__)
@@ -101,27 +101,27 @@ def _warn_of_change() -> None:
 
 def can_search(hidden: Tensor, weight: Tensor) -> bool:
     """True for hidden states that a kernel serves: a few, of the type of the weight, where it is."""
-    typed = hidden.device == weight.device and hidden.dtype == weight.dtype and weight.dtype in cpp_head.TYPES
+    typed = hidden.device == weight.device and hidden.dtype == weight.dtype and weight.dtype in cpu_lm_head.TYPES
     if not typed or not 1 <= len(hidden) <= MOST_ROWS or weight.stride(1) != 1:
         return False
     if hidden.is_cpu:
-        return cpp_head.library() is not None
-    return hidden.is_cuda and importlib.util.find_spec("triton") is not None
+        return cpu_lm_head.library() is not None
+    return hidden.is_cuda and has_triton()
 
 
 def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wanted: Search) -> Candidates:
     """What the kernel for the device of the hidden states finds; `can_search` must hold."""
     if hidden.is_cpu:
-        return cpp_head.search(hidden, weight, bias, codes, wanted)
-    from fhopt.codegen import triton_head  # late: importing Triton takes a second, and only GPUs need it
+        return cpu_lm_head.search(hidden, weight, bias, codes, wanted)
+    from fhopt.codegen.gpu import lm_head as gpu_lm_head  # late: importing Triton takes a second, and only GPUs need it
 
-    return triton_head.search(hidden, weight, bias, codes, wanted)
+    return gpu_lm_head.search(hidden, weight, bias, codes, wanted)
 
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits of all rows: [M, C] -> [M, V], by the kernel for few rows where it serves."""
     few = hidden.is_cpu and 1 <= len(hidden) <= MOST_ROWS and hidden.dtype == weight.dtype
-    if few and weight.dtype in cpp_head.TYPES and weight.stride(1) == 1 and serve_skinny():
+    if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_skinny():
         return torch.ops.fhopt.skinny_linear(hidden, weight, bias)
     return F.linear(hidden, weight, bias)
 
@@ -406,7 +406,7 @@ def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
             f"{site.bias} is added to what {site.module} gives in a call of its own. Expected it as the bias of that "
             "layer, where a search knows of it."
         )
-    if cpp_head.library() is None:
+    if cpu_lm_head.library() is None:
         log.warning("No C++ compiler was found: the head stays dense. Install g++ (or clang++) and start again.")
     after = RetrievalHead(head, weight, bias, **options)
     setattr(model, KEPT, _put(model, owner, site, after))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpp_head import Candidates
+from fhopt.codegen.cpu.lm_head import Candidates
 from fhopt.errors import FhoptError
 from fhopt.head_module import RetrievalHead, can_search, candidates, dense
 

@@ -23,9 +23,10 @@ from typing import Any
 from rich.table import Table
 
 from fhopt.codegen import render
-from fhopt.codegen.gpu import Occupancy, find_gpu, triton_version
-from fhopt.codegen.triton_attention import Config
-from fhopt.codegen.tuning import Choice, choose_each
+from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu.gpus import find_gpu
+from fhopt.codegen.gpu.resources import Occupancy, triton_version
+from fhopt.codegen.gpu.tuning import Choice, choose_each
 from fhopt.cost import BATCH, ITEMSIZES, QUERIES, SEALED, Cost, Device, Work, site_cost
 from fhopt.errors import FhoptError
 from fhopt.files import check_folder, check_writable, write_folder

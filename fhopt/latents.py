@@ -352,7 +352,7 @@ torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_
 
 
 def _is_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
-    """True in compiled graphs where all of it is one op (`codegen.native`): decoding on a CPU."""
+    """True in compiled graphs where all of it is one op (`codegen.cpu.graph_kernels`): decoding on a CPU."""
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or query.device.type != "cpu":
         return False
     typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -25,10 +25,10 @@ import psutil
 import torch
 
 from fhopt import cost
-from fhopt.codegen.build import cache_folder, cores, make_private
 from fhopt.cost import Device
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
+from fhopt.system import cache_folder, cores, make_private
 
 NAME = "here"
 VECTOR = 1 << 26  # float32 numbers: 256 MB, more than caches hold

@@ -197,7 +197,7 @@ class PageStep(NamedTuple):
 
 
 class WeighPages(Protocol):
-    """A kernel of `fhopt::page_weights`; `codegen.cpp_pages.weigh_pages` says what the arguments are."""
+    """A kernel of `fhopt::page_weights`; `codegen.cpu.pages.weigh_pages` says what the arguments are."""
 
     def __call__(  # noqa: D102  # see above
         self, weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int],

@@ -22,13 +22,13 @@ from typing import Any
 from rich.table import Table
 
 from fhopt import __version__, pipeline
-from fhopt.codegen.build import cache_folder
 from fhopt.errors import FhoptError
 from fhopt.files import check_writable
 from fhopt.models import LoadedModel
 from fhopt.pipeline import FitOptions, Progress, silent
 from fhopt.rewritten import weights_print
 from fhopt.spec import PLAN_FILES, LatentPlan
+from fhopt.system import cache_folder
 
 LEFT_BEHIND = 24 * 3600.0  # seconds after which what an interrupted command left is nobody's any more
 

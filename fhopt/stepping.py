@@ -15,7 +15,7 @@ Per site the state is
 
 T is the only size that grows. Attention reads the rows where they lie: queries are absorbed, each tier is one product,
 and keys and values are never rebuilt (`fhopt verify` proves it of what was exported). With `kernels=True` the sealed
-part is the C++ op of codegen/native.py in place of torch operations.
+part is the C++ op of codegen/cpu/graph_kernels.py in place of torch operations.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N open places, T sealed places, D and E head
 sizes, R latent width, V vocabulary.
@@ -340,10 +340,10 @@ def _check(model: Any, plan: LatentPlan) -> None:
 
 def _serve(site: SitePlan) -> str:
     """Name of the kernel of a site, built. Raises FhoptError where there is no compiler."""
-    from fhopt.codegen import native
+    from fhopt.codegen.cpu import graph_kernels
 
     spec = kernel_spec(site)
-    if not native.serve(spec):
+    if not graph_kernels.serve(spec):
         raise FhoptError("the kernels could not be compiled; expected g++ or clang++ on PATH. Install one.")
     return spec.name
 

@@ -51,8 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Kernels that read or write where they must not, or overflow, end the run."""
     if config.getoption("--sanitize"):
-        build: Any = importlib.import_module("fhopt.codegen.build")
-        build._FLAGS += SANITIZED
+        compiler: Any = importlib.import_module("fhopt.codegen.compiler")
+        compiler.FLAGS += SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

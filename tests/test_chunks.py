@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fhopt import chunks, latents, ops
-from fhopt.codegen.triton_attention import default_config
+from fhopt.codegen.gpu.configs import default_config
 from fhopt.cost import DEVICES
 from fhopt.spec import KernelSpec
 

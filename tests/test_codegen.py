@@ -25,8 +25,9 @@ from torch import Tensor
 from fhopt import ops
 from fhopt.cache import LatentCache
 from fhopt.codegen import build, install, latent_attention, render
-from fhopt.codegen.build import build_cpp, build_torch, find_compiler, load
-from fhopt.codegen.call import LibraryKernel
+from fhopt.codegen.build import build_cpp, build_torch
+from fhopt.codegen.compiler import find_compiler, load
+from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
 from fhopt.evaluate import switched
@@ -35,6 +36,7 @@ from fhopt.spec import SUPPORTED_BITS, KernelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
+COMPILER = importlib.import_module("fhopt.codegen.compiler")
 DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
 MIXED: Tiers = ((8, 16, 0.02), (4, 40, 0.3), (2, 8, 0.9))
@@ -165,7 +167,7 @@ def fresh(module_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Files of this module in one temporary folder; nothing built or said before the test counts."""
     torch.manual_seed(0)
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(module_cache))
-    monkeypatch.setattr(BUILD, "_warned", set())
+    monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})
     build.cache_clear()
     yield
@@ -657,7 +659,7 @@ def test_nothing_is_run_from_a_folder_that_others_may_write_to(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(BUILD, "_warned", set())
+    monkeypatch.setattr("fhopt.system._warned", set())
     left = BUILD.load_module("left", "x = 1").__file__
     Path(left).write_text("x = 'of somebody else'")
     tmp_path.chmod(mode)
@@ -696,7 +698,7 @@ def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
 def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = CASES["one token"].spec()
     build_cpp(spec)
-    monkeypatch.setattr(BUILD, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(COMPILER, "_compile", lambda *_: pytest.fail("compiled again"))
     build_cpp(spec)
 
 

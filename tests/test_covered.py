@@ -20,7 +20,7 @@ def test_percentages_are_of_sums_by_part_and_of_all() -> None:
     files = {
         "fhopt/cli.py": of_file(100, 95, 10, 5),
         "passes/core.py": of_file(50, 50, 4, 4),
-        "fhopt/codegen/cpp.py": of_file(40, 20, 0, 0),
+        "fhopt/codegen/cpu/attention.py": of_file(40, 20, 0, 0),
         "fhopt/seeing/drawing.py": of_file(10, 9, 6, 3),
     }
     found = {(row.case, row.metric): row.value for row in covered.rows_of(files)}

@@ -41,7 +41,7 @@ from fhopt.rewritten import PLAN
 from fhopt.spec import LatentPlan
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-build: Any = importlib.import_module("fhopt.codegen.build")
+compiler: Any = importlib.import_module("fhopt.codegen.compiler")
 DONE, TOLD, INTERRUPTED = 0, 3, 130
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "tempfile.mkdtemp"}
 
@@ -268,11 +268,11 @@ def test_a_kernel_that_could_not_be_kept_is_compiled_again(
     failed = mmap.mmap(-1, 1)
     for number in range(1, 50):
         name = f"answer{number}"
-        status = child(partial(build.load, name, TEXT), at_change(number, tmp_path, fail, failed))
+        status = child(partial(compiler.load, name, TEXT), at_change(number, tmp_path, fail, failed))
         assert status in (DONE, {kill: 128 + signal.SIGKILL, interrupt: INTERRUPTED, no_room: DONE}[fail])
         for path in (tmp_path / "kernels").glob(f"{name}*.so"):
             assert path.stat().st_size > 1000
-        assert build.load(name, TEXT).answer() == 42
+        assert compiler.load(name, TEXT).answer() == 42
         if not failed[0]:
             break
     assert number > 3

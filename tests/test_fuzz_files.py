@@ -24,7 +24,7 @@ from small_models import Fitted
 from test_faults import WRITES, Write
 
 from fhopt import machine
-from fhopt.codegen import gpu, tuning
+from fhopt.codegen.gpu import configs, resources
 from fhopt.errors import FhoptError
 from fhopt.head import Head
 from fhopt.models import load_model
@@ -198,11 +198,11 @@ def test_a_damaged_file_of_the_cache_folder_counts_as_none(
     monkeypatch.setattr(machine, "measure", lambda threads: anew)
     machine.measured.cache_clear()
     place = tmp_path / "any.json"
-    monkeypatch.setattr(tuning, "_path", lambda *which: place)
+    monkeypatch.setattr(configs, "config_path", lambda *which: place)
     place.write_bytes(content)
     (tmp_path / f"machine-{machine._digest(1)}.json").write_bytes(content)
-    assert gpu._kept("any.json") is None
-    assert tuning._read("decode", KernelSpec((), (), 8, 8, "float32", False), 1, "a GPU") is None
+    assert resources._kept("any.json") is None
+    assert configs.read_config("decode", KernelSpec((), (), 8, 8, "float32", False), 1, "a GPU") is None
     assert machine.measured(1) is anew
     assert progress.read_progress(place) is None
     machine.measured.cache_clear()

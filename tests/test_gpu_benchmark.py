@@ -78,7 +78,7 @@ def test_a_kernel_that_is_wrong_ends_the_run_before_anything_is_measured(tmp_pat
     spoiled = tmp_path / "spoiled"
     spoiled.mkdir()
     (spoiled / "sitecustomize.py").write_text(
-        "import fhopt.codegen.triton_attention as module\n"
+        "import fhopt.codegen.gpu.attention as module\n"
         "render = module.render\n"
         "module.render = lambda spec: render(spec).replace('* LN2', '* 0.7')\n"
     )
@@ -112,11 +112,11 @@ def test_the_first_check_that_fails_is_named_with_what_was_found(monkeypatch: py
 
 
 def test_the_packing_that_is_compared_is_that_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_pack = pytest.importorskip("fhopt.codegen.triton_pack")
+    packing = pytest.importorskip("fhopt.codegen.gpu.packing")
     machine = gpu.dry_machine()
-    monkeypatch.setattr(triton_pack, "pack", ops.pack_reference)
+    monkeypatch.setattr(packing, "pack", ops.pack_reference)
     assert gpu.compare_pack(machine) == ""
-    monkeypatch.setattr(triton_pack, "pack", lambda z, *plan: ops.pack_reference(z * 1.1, *plan))
+    monkeypatch.setattr(packing, "pack", lambda z, *plan: ops.pack_reference(z * 1.1, *plan))
     assert "numbers differ from the reference" in gpu.compare_pack(machine)
 
 

@@ -12,28 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from fhopt.codegen import gpu, render, tuning
-from fhopt.codegen.gpu import (
-    GPUS,
-    Request,
-    Resources,
-    compile_kernels,
-    find_gpu,
-    fits,
-    objection,
-    occupancy,
-)
-from fhopt.codegen.triton_attention import Config, default_config
-from fhopt.codegen.tuning import (
-    Workload,
-    choose,
-    choose_each,
-    gpu_named,
-    merge_request,
-    row_bytes,
-    tune,
-    tuned_config,
-)
+from fhopt.codegen import render
+from fhopt.codegen.gpu import resources as gpu_resources
+from fhopt.codegen.gpu import tuning
+from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
+from fhopt.codegen.gpu.gpus import GPUS, find_gpu, gpu_named
+from fhopt.codegen.gpu.resources import Request, Resources, compile_kernels, fits, objection, occupancy
+from fhopt.codegen.gpu.tuning import Workload, choose, choose_each, merge_request, row_bytes, tune
 from fhopt.cost import DEVICES
 from fhopt.errors import FhoptError
 from fhopt.fitting import STEPS
@@ -200,17 +185,17 @@ def test_what_was_found_is_kept_by_text_arguments_and_architecture(monkeypatch: 
             compile_kernels([other], H100)
     with pytest.raises(AssertionError, match="nothing is left"):
         compile_kernels(requests, GPUS["a100-80"])
-    monkeypatch.setattr(gpu, "triton_version", lambda: "another")
+    monkeypatch.setattr(gpu_resources, "triton_version", lambda: "another")
     with pytest.raises(AssertionError, match="nothing is left"):
         compile_kernels(requests, H100)
 
 
 def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    gpu.triton_version.cache_clear()
+    gpu_resources.triton_version.cache_clear()
     with pytest.raises(FhoptError, match=r"Triton is not installed\. Install it: pip install 'triton>=3\.6'"):
         compile_kernels([product()], H100)
-    gpu.triton_version.cache_clear()
+    gpu_resources.triton_version.cache_clear()
 
 
 @needs_triton

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from fhopt import head as heads
 from fhopt import head_codes, head_fitting, head_module
 from fhopt.capture import capture
-from fhopt.codegen import cpp_head
-from fhopt.codegen.cpp_head import Candidates, Search, search
-from fhopt.codegen.skinny import MOST_ROWS
+from fhopt.codegen.cpu import lm_head as cpu_lm_head
+from fhopt.codegen.cpu.lm_head import Candidates, Search, search
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.errors import FhoptError
 from fhopt.files import digest
 from fhopt.head import Head
@@ -336,7 +336,7 @@ def test_several_threads_find_the_same() -> None:
 
 @pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=["avx2", "sse"])
 def test_other_vector_units_find_the_same_rows(flags: tuple[str, ...]) -> None:
-    other = cpp_head.compiled(*flags)
+    other = cpu_lm_head.compiled(*flags)
     if other is None:
         pytest.skip("this compiler has no such flags")
     weight, states = weights("random", 333, 45), skewed(100, 45)
@@ -517,7 +517,7 @@ def test_a_model_of_another_type_is_read_densely_and_its_codes_stay_as_they_are(
 def test_without_a_compiler_the_head_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights("random", 97, 24)
     module, hidden = RetrievalHead(made(weight), weight, None), torch.randn(2, 24)
-    monkeypatch.setattr(cpp_head, "library", lambda: None)
+    monkeypatch.setattr(cpu_lm_head, "library", lambda: None)
     assert torch.equal(module(hidden), dense(hidden, weight, None)) and module.report().certified == 0
 
 
@@ -814,6 +814,6 @@ def test_weights_that_cannot_be_coded_are_refused() -> None:
 
 
 def test_the_kernel_is_the_same_text_every_time() -> None:
-    assert cpp_head.render() == cpp_head.render()
-    module = importlib.import_module("fhopt.codegen.cpp_head")
+    assert cpu_lm_head.render() == cpu_lm_head.render()
+    module = importlib.import_module("fhopt.codegen.cpu.lm_head")
     assert "$" not in module.render()

@@ -16,8 +16,10 @@ from hand_plans import CODED, random_plan
 
 from fhopt import kernels as module
 from fhopt.cli import main
-from fhopt.codegen import gpu, render, tuning
-from fhopt.codegen.gpu import GPUS, Request, Resources
+from fhopt.codegen import render
+from fhopt.codegen.gpu import resources, tuning
+from fhopt.codegen.gpu.gpus import GPUS
+from fhopt.codegen.gpu.resources import Request, Resources
 from fhopt.cost import DEVICES
 from fhopt.kernels import Options, cells, kernels_of, write_kernels
 from fhopt.spec import KernelSpec, LatentPlan
@@ -240,12 +242,12 @@ def test_without_triton_a_gpu_is_refused_and_a_cpu_is_not(
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "triton" else real(name, *_))
-    gpu.triton_version.cache_clear()
+    resources.triton_version.cache_clear()
     result = call(saved, "--device", "h100", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "pip install 'triton>=3.6'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     assert call(saved, "--device", "cpu", "--out", tmp_path / "out").exit_code == 0
-    gpu.triton_version.cache_clear()
+    resources.triton_version.cache_clear()
 
 
 @pytest.mark.usefixtures("compiled")

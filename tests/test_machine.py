@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from fhopt import cost, machine
 from fhopt.cli import main
-from fhopt.codegen.build import cores, vector_unit
+from fhopt.codegen.compiler import vector_unit
 from fhopt.errors import FhoptError
+from fhopt.system import cores
 
 
 @pytest.fixture(autouse=True)

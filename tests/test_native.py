@@ -1,4 +1,4 @@
-"""Kernels of compiled graphs, called from C++ (codegen/native.py), against the ops that they stand for."""
+"""Kernels of compiled graphs, called from C++ (codegen/cpu/graph_kernels.py), against the ops that they stand for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 import fhopt
 from fhopt import codegen, ops
 from fhopt.applying import latent_cache
-from fhopt.codegen import native
+from fhopt.codegen.cpu import graph_kernels
 from fhopt.latents import attend_parts
 from fhopt.spec import KernelSpec
 
@@ -78,7 +78,7 @@ def test_a_kernel_gives_what_its_op_gives(
     name = str(dtype).removeprefix("torch.") if not (key_tiers and value_tiers) else "float32"
     table: Any = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
     spec = KernelSpec(table[0], table[1], width, value_width, name, softcap)
-    assert native.serve(spec)
+    assert graph_kernels.serve(spec)
     numbers = (0.2, cap, value_width)
     found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, paging, PAGE, *numbers)
     for a, b in zip(found, expected, strict=True):
@@ -88,7 +88,7 @@ def test_a_kernel_gives_what_its_op_gives(
 @settings(deadline=None)
 @given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
 def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
-    assert native.library() is not None
+    assert graph_kernels.library() is not None
     torch.manual_seed(seed)
     arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
     wide = torch.randn(*shape, 2 * sum(arguments[1]))
@@ -149,7 +149,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
         KernelSpec(((8, d, 1.0),), ((8, e, 1.0),), d, e, "float32", False),
         KernelSpec((), (), d, e, str(dtype).removeprefix("torch."), False),
     )
-    assert all(native.serve(spec) for spec in specs)
+    assert all(graph_kernels.serve(spec) for spec in specs)
     found = torch.ops.fhopt.attend_kernel(*(spec.name for spec in specs), *operands, 0.3, 0.0)
     assert found.dtype == dtype
     close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]  # the parts are rounded in between
@@ -199,11 +199,11 @@ def test_a_graph_keeps_what_no_kernel_takes_as_it_is() -> None:
 
 
 def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
-    native._served.clear()
+    monkeypatch.setattr(graph_kernels, "library", lambda: None)
+    graph_kernels._served.clear()
     before, after = graphs_of(None)
     assert after is before
-    native._served.clear()
+    graph_kernels._served.clear()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any], what: str) -> None:
     spec = KernelSpec((), (), 24, 24, "float32", False)
-    assert native.serve(spec)
+    assert graph_kernels.serve(spec)
     rows = torch.randn(B, J, T, 24)
     given: dict[str, Any] = dict(
         kernel=spec.name, query=torch.randn(B, H, 1, 24), key=rows, key_scale=None, value=rows, value_scale=None,

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fhopt.codegen import install
-from fhopt.codegen.pack import library, pack, render, tier_table, unpack
+from fhopt.codegen.cpu.packing import library, pack, render, tier_table, unpack
 from fhopt.ops import pack_reference, unpack_reference, use_kernel, use_pack_kernels
 from fhopt.spec import SUPPORTED_BITS
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
-PACK = importlib.import_module("fhopt.codegen.pack")
+PACK = importlib.import_module("fhopt.codegen.cpu.packing")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Tiers = tuple[list[int], list[int], list[float]]  # bits, widths, steps
@@ -84,7 +83,7 @@ def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh(module_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Files of this module in one temporary folder; nothing installed or said before the test counts."""
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(module_cache))
-    monkeypatch.setattr(BUILD, "_warned", set())
+    monkeypatch.setattr("fhopt.system._warned", set())
     before = {device: use_pack_kernels(device, None) for device in ("cpu", "cuda")}
     library.cache_clear()
     yield
@@ -330,7 +329,7 @@ def test_the_file_is_the_same_every_time_and_says_how_codes_are_stored() -> None
 
 INTERPRETED = """
 import torch
-from fhopt.codegen.triton_pack import pack, unpack
+from fhopt.codegen.gpu.packing import pack, unpack
 from fhopt.ops import pack_reference, unpack_reference
 
 def check(z, *plan):
@@ -360,7 +359,7 @@ check(torch.randn(3, 16).double(), [4], [16], [0.3])
 COMPILED = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fhopt.codegen.triton_pack import BLOCK_G, BLOCK_T, pack_kernel, unpack_kernel
+from fhopt.codegen.gpu.packing import BLOCK_G, BLOCK_T, pack_kernel, unpack_kernel
 
 class Driver:  # enough for `warmup`
     def __init__(self, target): self.target = target

@@ -25,9 +25,10 @@ import fhopt
 from fhopt import ops, page_ops, pages
 from fhopt.applying import latent_cache
 from fhopt.cache import LatentCache
-from fhopt.codegen import cpp_pages, dispatch
-from fhopt.codegen.build import load
-from fhopt.codegen.cpp_pages import weigh_pages
+from fhopt.codegen import dispatch
+from fhopt.codegen.compiler import load
+from fhopt.codegen.cpu import pages as cpu_pages
+from fhopt.codegen.cpu.pages import weigh_pages
 from fhopt.errors import FhoptError
 from fhopt.evaluate import new_cache, read_steps, score, switched
 from fhopt.fitting import STEPS
@@ -857,8 +858,8 @@ def test_the_kernel_reads_the_pages_that_the_reference_chooses(
 def test_other_instruction_sets_read_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
     expected = attended(step)
-    monkeypatch.setattr(cpp_pages, "load", lambda name, text: load(name, text, flags))
-    monkeypatch.setattr(cpp_pages, "_compiled", functools.cache(cpp_pages._compiled.__wrapped__))
+    monkeypatch.setattr(cpu_pages, "load", lambda name, text: load(name, text, flags))
+    monkeypatch.setattr(cpu_pages, "_compiled", functools.cache(cpu_pages._compiled.__wrapped__))
     same(attended(step), expected)
 
 

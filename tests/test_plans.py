@@ -16,11 +16,11 @@ from test_cli import save_tiny_model
 
 from fhopt import pipeline, plans
 from fhopt.cli import main
-from fhopt.codegen.build import cache_folder
 from fhopt.errors import FhoptError
 from fhopt.models import LoadedModel, load_model
 from fhopt.pipeline import FitOptions
 from fhopt.spec import LatentPlan
+from fhopt.system import cache_folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Products of few rows (codegen/skinny.py): right numbers, and only where they stand for what the graph says."""
+"""Products of few rows (cpu/skinny_linear.py): right numbers, and only where they stand for what the graph says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from fhopt.codegen import call_kernels, native, skinny
+from fhopt.codegen import call_kernels
+from fhopt.codegen.cpu import graph_kernels, skinny_linear
 
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="no C++ compiler on PATH"
@@ -31,7 +32,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**
 def test_products_are_those_of_float64(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, is_strided: bool, seed: int
 ) -> None:
-    assert native.serve_skinny()
+    assert graph_kernels.serve_skinny()
     torch.manual_seed(seed)
     x = torch.randn(rows, 1, 2 * width)[..., ::2] if is_strided else torch.randn(rows, 1, width)
     weight = torch.randn(columns, width + 3)[:, :width] if is_strided else torch.randn(columns, width)
@@ -45,7 +46,7 @@ def test_products_are_those_of_float64(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
-    assert native.serve_skinny()
+    assert graph_kernels.serve_skinny()
     x, weight = torch.randn(3, 300).to(dtype), torch.randn(2000, 300).to(dtype)
     one = torch.ops.fhopt.skinny_linear(x, weight, None)
     torch.set_num_threads(2)
@@ -54,7 +55,7 @@ def test_several_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
-    assert native.serve_skinny()
+    assert graph_kernels.serve_skinny()
     weight = torch.ones(40, 64, dtype=dtype)
     x = torch.ones(2, 64, dtype=dtype)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
@@ -65,7 +66,7 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    assert native.serve_skinny()
+    assert graph_kernels.serve_skinny()
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     for operands in (
         (x[:, :7], weight, None),
@@ -107,7 +108,7 @@ def products(model: Callable[..., Any], *inputs: Tensor, allowed: bool = True) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "expected"), [(1, 2), (skinny.MOST_ROWS, 2), (skinny.MOST_ROWS + 1, 0)])
+@pytest.mark.parametrize(("rows", "expected"), [(1, 2), (skinny_linear.MOST_ROWS, 2), (skinny_linear.MOST_ROWS + 1, 0)])
 def test_products_of_few_rows_go_to_the_kernel(rows: int, expected: int) -> None:
     model, x = Layer(), torch.randn(rows, 1, 256)
     found, output = products(model, x)

@@ -22,6 +22,7 @@ from fhopt.applying import latent_cache
 from fhopt.spec import LatentPlan
 
 BUILD: Any = importlib.import_module("fhopt.codegen.build")
+COMPILER: Any = importlib.import_module("fhopt.codegen.compiler")
 DISPATCH: Any = importlib.import_module("fhopt.codegen.dispatch")
 THREADS = 4
 
@@ -134,15 +135,15 @@ def test_one_kernel_that_threads_need_at_once_is_compiled_once(
     no_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
-    compile_ = BUILD._compile
+    compile_ = COMPILER._compile
 
     def watched(command: list[str], text: str, library: Path, links: tuple[str, ...]) -> None:
         compiled.append(library.name)
         compile_(command, text, library, links)
 
-    monkeypatch.setattr(BUILD, "_compile", watched)
+    monkeypatch.setattr(COMPILER, "_compile", watched)
     text = 'extern "C" int answer() { return 42; }\n'
-    libraries = at_once(*(lambda: BUILD.load("answer", text) for _ in range(THREADS)))
+    libraries = at_once(*(lambda: COMPILER.load("answer", text) for _ in range(THREADS)))
     assert [library.answer() for library in libraries] == [42] * THREADS
     assert len(compiled) == 1
 

@@ -30,21 +30,11 @@ from torch import Tensor
 
 from fhopt.codegen import render
 from fhopt.codegen.build import build_triton
+from fhopt.codegen.gpu.configs import Config, candidates, default_config
+from fhopt.codegen.gpu.launch import TritonKernel, choose_splits
+from fhopt.codegen.gpu.row_layout import MANTISSA, Piece, fields, is_crowded, pieces, places, row_size
+from fhopt.codegen.gpu.signatures import example
 from fhopt.codegen.tiers import Tiers
-from fhopt.codegen.triton_attention import (
-    MANTISSA,
-    Config,
-    Piece,
-    candidates,
-    default_config,
-    example,
-    fields,
-    is_crowded,
-    pieces,
-    places,
-    row_size,
-)
-from fhopt.codegen.triton_call import TritonKernel, choose_splits
 from fhopt.errors import FhoptError
 from fhopt.ops import LatentKernel
 from fhopt.spec import SUPPORTED_BITS, KernelSpec
@@ -596,7 +586,7 @@ def test_the_tuned_configuration_is_used_and_looked_for_once(monkeypatch: pytest
         asked.append((rows, name))
         return tuned if rows <= 4 else None
 
-    monkeypatch.setattr("fhopt.codegen.tuning.tuned_config", tuned_config)
+    monkeypatch.setattr("fhopt.codegen.gpu.launch.tuned_config", tuned_config)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     kernel = TritonKernel(Stub("stub"), INT4)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -617,7 +607,7 @@ class Launched:
 
 
 def test_a_kernel_that_spills_is_told_of_once_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fhopt.codegen.triton_call._warned", set())
+    monkeypatch.setattr("fhopt.codegen.gpu.launch._warned", set())
     module = Stub("stub")
     module.attention_kernel = module.merge_kernel = Launched()  # type: ignore[assignment]
     odd, even = Case(ODD, FOUR, 4, 1, 1, 1, 20), Case(((8, 16, 0.1),), ((4, 32, 0.3),), 4, 1, 1, 1, 20)

@@ -27,20 +27,13 @@ from test_triton_attention import assert_close, right_bfloat16
 from torch import Tensor
 
 from fhopt.chunks import rebuilt_attention_reference
-from fhopt.codegen import triton_chunk
-from fhopt.codegen.gpu import GPUS, Request, compile_kernels, objection
+from fhopt.codegen.gpu import prefill_launch
+from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu.gpus import GPUS
+from fhopt.codegen.gpu.prefill import padded, render, table
+from fhopt.codegen.gpu.prefill_launch import build_chunk, decoder_rows, default_config, example, rebuild_config
+from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
 from fhopt.codegen.tiers import Tiers
-from fhopt.codegen.triton_attention import Config
-from fhopt.codegen.triton_chunk import (
-    build_chunk,
-    decoder_rows,
-    default_config,
-    example,
-    padded,
-    rebuild_config,
-    render,
-    table,
-)
 from fhopt.errors import FhoptError
 from fhopt.spec import SUPPORTED_BITS, KernelSpec
 
@@ -101,7 +94,7 @@ class Chunk:
 
 Found = tuple[Tensor, Tensor]
 reference: Any = rebuilt_attention_reference
-rebuilt: Any = triton_chunk.rebuilt_attention
+rebuilt: Any = prefill_launch.rebuilt_attention
 
 
 def expected(chunk: Chunk, x: list[Any], mask: Tensor | None, lengths: Tensor | None = None) -> Found:
@@ -122,12 +115,12 @@ def apart(
     chunk: Chunk, x: list[Any], mask: Tensor | None = None, lengths: Tensor | None = None, length: int = 16
 ) -> Found:
     """Rebuilt first, `length` tokens at a time."""
-    before = triton_chunk.WITHIN_ROWS, triton_chunk.SHORTEST, triton_chunk.SCRATCH
-    triton_chunk.WITHIN_ROWS, triton_chunk.SHORTEST, triton_chunk.SCRATCH = 0, length, 0
+    before = prefill_launch.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH
+    prefill_launch.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = 0, length, 0
     try:
         return rebuilt(*x, mask, lengths, **chunk.options())
     finally:
-        triton_chunk.WITHIN_ROWS, triton_chunk.SHORTEST, triton_chunk.SCRATCH = before
+        prefill_launch.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = before
 
 
 def masks(chunk: Chunk) -> list[Any]:
@@ -243,8 +236,8 @@ def wide_decoders_are_not_held() -> None:
     chunk = Chunk(tiers, FOUR, tokens=20)
     x = chunk.tensors()
     sides: Any = tuple(x[1:4]), tuple(x[4:])
-    assert build_chunk(chunk.spec()).decoder_bytes(sides) == 4 * (640 * 32 + 64 * 16) > triton_chunk.WITHIN_BYTES
-    kernels: Any = triton_chunk.ChunkKernel
+    assert build_chunk(chunk.spec()).decoder_bytes(sides) == 4 * (640 * 32 + 64 * 16) > prefill_launch.WITHIN_BYTES
+    kernels: Any = prefill_launch.ChunkKernel
     calls, rebuild = list[int](), kernels.rebuild
 
     def noted(self: Any, side: int, *args: Any) -> Any:
@@ -262,7 +255,7 @@ def wide_decoders_are_not_held() -> None:
 def many_rows_are_cut_into_tiles_and_rebuilt_apart() -> None:
     chunk = Chunk(HALVES, FOUR, queries=40, tokens=20)  # 80 rows of a kv head
     x = chunk.tensors()
-    kernels: Any = triton_chunk.ChunkKernel
+    kernels: Any = prefill_launch.ChunkKernel
     calls, attend = list[KernelSpec](), kernels.attend
 
     def noted(self: Any, *args: Any, **options: Any) -> Any:
@@ -373,7 +366,7 @@ def requests(
         if kernel == "rebuild_kernel":
             config = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels))
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        found.append(Request(text, kernel, *arguments, options | triton_chunk.CUDA_OPTIONS))
+        found.append(Request(text, kernel, *arguments, options | prefill_launch.CUDA_OPTIONS))
     return found
 
 
@@ -478,7 +471,7 @@ def test_other_tiers_are_refused() -> None:
 )
 def test_tensors_that_do_not_belong_together_are_refused(change: dict[int, Tensor | None], message: str) -> None:
     chunk = Chunk(FOUR, FOUR)
-    kernel = triton_chunk.ChunkKernel(Stub("stub"), chunk.spec())
+    kernel = prefill_launch.ChunkKernel(Stub("stub"), chunk.spec())
     x: Any = [change.get(i, t) for i, t in enumerate(chunk.tensors())]
     with pytest.raises(ValueError, match=message):
         kernel.attend(x[0], tuple(x[1:4]), tuple(x[4:]), None, scale=1.0)
@@ -497,7 +490,7 @@ def test_parts_are_joined_by_their_sums() -> None:
         (torch.softmax(x, -1).nan_to_num(0.0) @ v, x.logsumexp(-1))
         for x, v in zip(logits, (values, -values), strict=True)
     ]
-    output, lse = triton_chunk.joined(*map(torch.stack, zip(*parts, strict=True)))
+    output, lse = prefill_launch.joined(*map(torch.stack, zip(*parts, strict=True)))
     both = torch.cat(tuple(logits), -1)
     torch.testing.assert_close(lse, both.logsumexp(-1))
     torch.testing.assert_close(output, torch.softmax(both, -1).nan_to_num(0.0) @ torch.cat((values, -values)))

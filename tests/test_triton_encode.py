@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 COMMON = """
 import torch
 from fhopt import ops
-from fhopt.codegen.triton_encode import encode, encode_reference
+from fhopt.codegen.gpu.encode_rows import encode, encode_reference
 
 torch.manual_seed(0)
 MIXED = ([3, 16, 5, 8, 4, 2, 1, 6], [8, 72, 24, 16, 80, 8, 8, 16], [0.6, 0.0, 0.15, 0.02, 0.3, 1.0, 1.5, 0.08])
@@ -222,12 +222,13 @@ def test_under_the_interpreter(name: str, failed: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fhopt.codegen import triton_encode
-    from fhopt.codegen.gpu import GPUS, Request, compile_kernels, objection
+    from fhopt.codegen.gpu import encode_rows
+    from fhopt.codegen.gpu.gpus import GPUS
+    from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = triton_encode.encode_kernel.arg_names
-    sizes = {"BLOCK_T": triton_encode.BLOCK_T, "BLOCK_G": triton_encode.BLOCK_G, "BLOCK_D": triton_encode.BLOCK_D}
+    names = encode_rows.encode_kernel.arg_names
+    sizes = {"BLOCK_T": encode_rows.BLOCK_T, "BLOCK_G": encode_rows.BLOCK_G, "BLOCK_D": encode_rows.BLOCK_D}
     aligned = {"size", "x_b", "x_h", "x_t", "basis_j", "basis_r"}
 
     def request(page: int, options: dict[str, int]) -> Request:
@@ -236,17 +237,17 @@ def test_it_compiles_without_spills_for_gpus_that_are_not_here(tmp_path: Path, m
         types |= {"tiers": "*i32", "places": "*i64", "table": "*i32"} | dict.fromkeys(constants, "constexpr")
         known = [i for i, name in enumerate(names) if types[name].startswith("*") or name in aligned]
         attrs: dict[tuple[int, ...], Any] = {(i,): [["tt.divisibility", 16]] for i in known}
-        return Request(Path(triton_encode.__file__).read_text(), "encode_kernel", types, constants, attrs, options)
+        return Request(Path(encode_rows.__file__).read_text(), "encode_kernel", types, constants, attrs, options)
 
     for name in ("a100-80", "h100", "mi300x"):
-        options = triton_encode.OPTIONS if name == "mi300x" else triton_encode.CUDA_OPTIONS
+        options = encode_rows.OPTIONS if name == "mi300x" else encode_rows.CUDA_OPTIONS
         for found in compile_kernels([request(page, options) for page in (0, 64)], GPUS[name]):
             assert not objection(found, GPUS[name]), (name, found)
             assert found.loop_reads.get("16", 0) > 0, (name, found.loop_reads)  # of the basis or of x, whole
 
 
 def test_what_the_kernel_does_not_serve_runs_the_reference() -> None:
-    from fhopt.codegen.triton_encode import encode, encode_reference
+    from fhopt.codegen.gpu.encode_rows import encode, encode_reference
 
     plan = ([4], [16], [0.3])
     x, basis = torch.randn(1, 2, 3, 8), torch.randn(1, 16, 16, dtype=torch.float64)
@@ -278,7 +279,7 @@ CODES, SCALE = torch.zeros(2, 2, 5, 8, dtype=torch.uint8), torch.zeros(2, 2, 5, 
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
-    from fhopt.codegen.triton_encode import encode
+    from fhopt.codegen.gpu.encode_rows import encode
 
     arguments = {"x": X, "basis": BASIS, "codes": CODES, "scale": SCALE} | change
     with pytest.raises(ValueError, match=message):

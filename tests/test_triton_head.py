@@ -18,7 +18,7 @@ COMMON = """
 import math
 import torch
 from fhopt import head_fitting
-from fhopt.codegen.triton_head import SCORED, bound, search
+from fhopt.codegen.gpu.lm_head import SCORED, bound, search
 from fhopt.head_codes import decode
 from fhopt.head_fitting import HeadOptions, fit_weight, site_for
 
@@ -91,15 +91,15 @@ assert found.ids[0, :3].tolist() == [9, 30, 400]
 COMPILED = """
 import dataclasses
 from pathlib import Path
-from fhopt.codegen import triton_head
-from fhopt.codegen.gpu import GPUS, Request, compile_kernels, objection
+from fhopt.codegen.gpu import lm_head
+from fhopt.codegen.gpu.resources import GPUS, Request, compile_kernels, objection
 
 types = {"codes": "*i32", "hidden": "*i8", "about": "*fp32", "estimates": "*fp32", "bounds": "*fp32"}
 types |= dict.fromkeys(("count", "slots", "vocabulary", "words", "lead", "rank"), "i32")
-blocks = {"BLOCK_M": triton_head.BLOCK_M, "ROWS": triton_head.ROWS, "STEP": triton_head.STEP}
+blocks = {"BLOCK_M": lm_head.BLOCK_M, "ROWS": lm_head.ROWS, "STEP": lm_head.STEP}
 aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
 request = Request(
-    Path(triton_head.__file__).read_text(), "bounds_kernel", types | dict.fromkeys(blocks, "constexpr"), blocks,
+    Path(lm_head.__file__).read_text(), "bounds_kernel", types | dict.fromkeys(blocks, "constexpr"), blocks,
     aligned, {"num_warps": 4, "num_stages": 3},
 )
 for name in ("h100", "a100-80"):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fhopt import __version__, passes
-from fhopt.codegen.build import cached_file
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
 from fhopt.pipeline import find_sites
@@ -31,6 +30,7 @@ from fhopt.seeing.inspection import DEVICES, TOKENS, Inspection, common_form, in
 from fhopt.seeing.kernel_listing import LANGUAGES, Listings, list_kernels, style_sheet
 from fhopt.seeing.snapshots import Snapshots, StageChanges
 from fhopt.spec import TIER_QUANTUM, AttentionSite, LatentPlan
+from fhopt.system import cached_file
 
 if TYPE_CHECKING:
     from fhopt.models import LoadedModel

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fhopt import ops
-from fhopt.codegen.pack import tier_table
-from fhopt.codegen.triton_pack import device_table, limited, store_halves, store_plane, tier
+from fhopt.codegen.cpu.packing import tier_table
+from fhopt.codegen.gpu.packing import device_table, limited, store_halves, store_plane, tier
 
 BLOCK_T, BLOCK_G, BLOCK_D = 16, 8, 32  # tokens of a program, groups of 8 channels at a time, numbers of a head
 OPTIONS = {"num_warps": 4, "num_stages": 1}

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import CompileError, load
-from fhopt.codegen.cpp_products import PRODUCTS
-from fhopt.codegen.cpp_vectors import BYTES, VECTORS
+from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu.products import PRODUCTS
+from fhopt.codegen.cpu.vectors import BYTES, VECTORS
 
 BLOCK = 16  # rows of a block
 NUMBERS = 6  # of a row of a block, beside its codes

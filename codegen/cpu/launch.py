@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpp import ARGUMENTS, PAGE_QUANTUM
+from fhopt.codegen.cpu.attention import ARGUMENTS, PAGE_QUANTUM
 from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.ops import within
 from fhopt.spec import KernelSpec

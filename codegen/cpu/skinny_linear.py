@@ -18,9 +18,9 @@ import functools
 import logging
 from string import Template
 
-from fhopt.codegen.build import CompileError, load
-from fhopt.codegen.cpp_products import PRODUCTS
-from fhopt.codegen.cpp_vectors import VECTORS
+from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu.products import PRODUCTS
+from fhopt.codegen.cpu.vectors import VECTORS
 
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds

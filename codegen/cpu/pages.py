@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import CompileError, load
-from fhopt.codegen.call import LibraryKernel
-from fhopt.codegen.cpp import CALL, PAGE_QUANTUM
-from fhopt.codegen.cpp_vectors import BYTES, EXPONENTIAL, VECTORS
+from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu.attention import CALL, PAGE_QUANTUM
+from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.vectors import BYTES, EXPONENTIAL, VECTORS
 from fhopt.page_ops import FEWEST, PageStep, pages_read
 
 MOST_TOKENS = 1024  # of a page

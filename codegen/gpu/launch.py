@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.call import Side
-from fhopt.codegen.cpp import PAGE_QUANTUM
-from fhopt.codegen.triton_attention import MERGED, SMALLEST_PIECE, Config, default_config, is_crowded, places
+from fhopt.codegen.cpu.attention import PAGE_QUANTUM
+from fhopt.codegen.cpu.launch import Side
+from fhopt.codegen.gpu.attention import MERGED
+from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
+from fhopt.codegen.gpu.row_layout import SMALLEST_PIECE, is_crowded, places
 from fhopt.spec import KernelSpec
 
 WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
@@ -184,8 +186,6 @@ class TritonKernel:
 
 def find_config(spec: KernelSpec, rows: int, device: torch.device) -> Config:
     """What was tuned or chosen for this GPU, else the default; the default too for what runs Triton's interpreter."""
-    from fhopt.codegen.tuning import tuned_config  # late: it imports this file
-
     found = tuned_config(spec, rows, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return found or default_config(spec, rows, _backend())
 

@@ -1,4 +1,4 @@
-"""The search in a language-model head (codegen/cpp_head.py) for GPUs: one Triton kernel, and torch around it.
+"""The search in a language-model head (codegen/cpu/lm_head.py) for GPUs: one Triton kernel, and torch around it.
 
     bounds_kernel   codes of all rows, hidden states in 8 bits -> estimates and upper bounds of all logits [M, V]
     search          the rows with the largest bounds, exactly; certain where no other bound reaches the k-th of them
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fhopt.codegen.cpp_head import BLOCK, Candidates, Codes, Search
+from fhopt.codegen.cpu.lm_head import BLOCK, Candidates, Codes, Search
 
 BLOCK_M, ROWS, STEP = 16, 64, 32  # hidden states, rows and words that a program multiplies at once
 SCORED = 256  # N: rows that are computed exactly for each hidden state, at least `keep`

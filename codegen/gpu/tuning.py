@@ -19,9 +19,6 @@ head).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -30,24 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen import triton_attention
-from fhopt.codegen.build import build_triton, cache_folder, make_private
-from fhopt.codegen.gpu import (
-    GPUS,
-    Gpu,
-    Occupancy,
-    Request,
-    Resources,
-    compile_kernels,
-    objection,
-    occupancy,
-    triton_version,
-)  # fmt: skip
+from fhopt.codegen.build import build_triton
+from fhopt.codegen.gpu import attention
+from fhopt.codegen.gpu.configs import Config, candidates, default_config, write_config
+from fhopt.codegen.gpu.gpus import Gpu, gpu_named
+from fhopt.codegen.gpu.launch import MOST_SPLITS
+from fhopt.codegen.gpu.resources import Occupancy, Request, Resources, compile_kernels, objection, occupancy
+from fhopt.codegen.gpu.signatures import example
 from fhopt.codegen.tiers import Tiers, is_scaled
-from fhopt.codegen.triton_attention import Config, candidates, default_config, example
-from fhopt.codegen.triton_call import MOST_SPLITS
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
 from fhopt.spec import SCALE_BYTES, KernelSpec
 
 ENOUGH_BYTES = 32 * 1024  # under way for each multiprocessor; a choice, to be overruled by `tune`
@@ -99,7 +87,7 @@ def choose_each(
         first = default_config(spec, rows, gpu.backend)
         tried.append(_some(tuple(dict.fromkeys((first, *candidates(spec, rows)))), most))
     requests = [
-        request(triton_attention.render(spec), spec, config, gpu)
+        request(attention.render(spec), spec, config, gpu)
         for (spec, _), configs in zip(kernels, tried, strict=True)
         for config in configs
     ]
@@ -116,7 +104,7 @@ def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) 
         return Choice(None, verdicts)
     best = max(left, key=_rank)  # of equals the first
     with contextlib.suppress(FhoptError):  # a cache that cannot be written was complained of by `compile_kernels`
-        _write("chosen", spec, rows, gpu.name, best.config, {})
+        write_config("chosen", spec, rows, gpu.name, best.config, {})
     return Choice(best, verdicts)
 
 
@@ -237,25 +225,8 @@ def tune(
             "or narrower tiers for this device."
         )
     best = min(times, key=lambda config: times[config])
-    _write("tuned", spec, workload.rows, device_name, best, times)
+    write_config("tuned", spec, workload.rows, device_name, best, times)
     return Tuning(best, times, rejected)
-
-
-def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    """What was tuned for this device, else what `choose` has found for it, else None; by name as torch tells it."""
-    gpu = gpu_named(device_name)
-    found = _read("tuned", spec, rows, device_name)
-    return found if found or gpu is None else _read("chosen", spec, rows, gpu.name)
-
-
-def gpu_named(device_name: str) -> Gpu | None:
-    """The GPU of the table that a device of this name is, as in "NVIDIA H100 80GB HBM3"; None if there is none."""
-    words = device_name.lower().replace("-", " ").split()
-    short = {"a100-80": "a100", "edge": "orin"}
-    for gpu in GPUS.values():
-        if device_name == gpu.name or short.get(gpu.name, gpu.name) in words:
-            return gpu
-    return None
 
 
 def random_call(
@@ -285,37 +256,3 @@ def _by_events(call: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(call, return_mode="median"))
-
-
-# --------------------------------------------------------------------------------------------------- files
-
-
-def _path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Any:
-    """Where a configuration is kept: by the kernel's text, the device, Triton, and M up to the next power of two."""
-    parts = (triton_attention.render(spec), device_name, triton_version())
-    known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return cache_folder() / f"{kind}-{spec.name}-m{1 << (rows - 1).bit_length()}-{known}.json"
-
-
-def _write(
-    kind: str, spec: KernelSpec, rows: int, device_name: str, best: Config, times: Mapping[Config, float]
-) -> None:
-    path = _path(kind, spec, rows, device_name)
-    told = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
-    text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": told}, indent=1)
-    try:
-        make_private(path.parent)
-        with appearing(path) as target:
-            target.write_text(text)
-    except OSError as error:
-        raise FhoptError(
-            f"the configuration cannot be kept: {error.strerror} ({path}). Set FHOPT_CACHE_DIR to a folder that you "
-            "may write to."
-        ) from error
-
-
-def _read(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    try:
-        return Config(**json.loads(_path(kind, spec, rows, device_name).read_bytes())["best"])
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # none, no home folder, damaged, other fields
-        return None

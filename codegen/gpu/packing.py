@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fhopt.codegen.pack import can_pack, can_unpack, tier_table
+from fhopt.codegen.cpu.packing import can_pack, can_unpack, tier_table
 from fhopt.ops import pack_reference, unpack_reference
 
 BLOCK_T, BLOCK_G = 16, 8

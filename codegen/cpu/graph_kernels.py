@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fhopt.codegen import pack as packing
-from fhopt.codegen import skinny
-from fhopt.codegen.build import CompileError, build, load
-from fhopt.codegen.call import LibraryKernel
-from fhopt.codegen.cpp import CALL, PAGE_QUANTUM
+from fhopt.codegen.build import build
+from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu import packing, skinny_linear
+from fhopt.codegen.cpu.attention import CALL, PAGE_QUANTUM
+from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.spec import KernelSpec
 
@@ -152,9 +152,9 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
         return None
     rows = math.prod(x.shape[:-1])
     sizes = (rows, x.shape[-1], *weight.shape)
-    if not all(isinstance(n, int) for n in sizes) or not 1 <= rows <= skinny.MOST_ROWS or weight.stride(1) != 1:
+    if not all(isinstance(n, int) for n in sizes) or not 1 <= rows <= skinny_linear.MOST_ROWS or weight.stride(1) != 1:
         return None
-    if weight.numel() * weight.element_size() < skinny.LEAST_BYTES or not serve_skinny():
+    if weight.numel() * weight.element_size() < skinny_linear.LEAST_BYTES or not serve_skinny():
         return None
     return torch.ops.fhopt.skinny_linear.default, tuple(given.get(name) for name in names), {}
 
@@ -277,7 +277,7 @@ def serve(spec: KernelSpec) -> bool:
 @functools.cache
 def serve_skinny() -> bool:
     """Make products of few rows known to the library; False where that cannot be done."""
-    loaded, address = library(), skinny.address()
+    loaded, address = library(), skinny_linear.address()
     if loaded is None or address is None:
         return False
     loaded.fhopt_serve_skinny.argtypes, loaded.fhopt_serve_skinny.restype = (ctypes.c_void_p,), None

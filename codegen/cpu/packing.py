@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import CompileError, load, warn_without_compiler
+from fhopt.codegen.compiler import CompileError, load, warn_without_compiler
 from fhopt.codegen.tiers import PLANES
 from fhopt.ops import pack_reference, unpack_reference
 from fhopt.spec import SUPPORTED_BITS, TIER_QUANTUM

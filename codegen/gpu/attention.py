@@ -28,278 +28,15 @@ head), R latent width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import gcd
 from string import Template
 
+from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces, places
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.ops import planes
 from fhopt.spec import KernelSpec
 
-KERNELS = ("attention_kernel", "merge_kernel")
-LARGEST_PIECE = 128  # channels of one product
 MERGED = 64  # channels of a program of `merge_kernel`
-MANTISSA = {"float32": 23, "bfloat16": 7, "float16": 10}  # bits
-ONES = {"float32": 0x3F800000, "bfloat16": 0x3F80, "float16": 0x3C00}  # the bits of 1.0
-LARGEST_STATE = 12288  # numbers of queries and outputs that the registers of two warps hold
-FULL_STATE = 10240  # from which they hold no more than a tile of 16 tokens beside it
-SMALLEST_PIECE = 16  # what a product sums over is at least this long
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a launch is cut and scheduled; the text does not depend on it.
-
-    block_t: tokens a step of the loop. block_m: query rows of a program, padded.
-    """
-
-    block_t: int
-    block_m: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of words of a row, with as many products as a word has lanes.
-
-    bits: of the plane; 16: float16; 0: uncoded. word: bits of what is loaded. start: first word, counted from the row's
-    beginning. used: words. size: the same, padded. channel: of the first lane of the first word. place: of that
-    channel's output. unit: what a step of the plane is worth.
-    """
-
-    bits: int
-    word: int
-    start: int
-    used: int
-    size: int
-    channel: int
-    place: int
-    unit: float
-
-    @property
-    def lanes(self) -> int:
-        """Channels in a word."""
-        return self.word // self.bits if self.is_coded else 1
-
-    @property
-    def is_coded(self) -> bool:
-        """False: floats."""
-        return 0 < self.bits < 16
-
-
-@dataclass(frozen=True)
-class Field:
-    """An operand: `bits` bits of a word, from `shift` on. They are of channel `lane` and count `times` their value."""
-
-    lane: int
-    shift: int
-    bits: int
-    times: int
-
-    @property
-    def middle(self) -> float:
-        """The mean of 1 + u / 2^bits over all codes u."""
-        return 1.5 - 0.5 ** (self.bits + 1)
-
-
-def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
-    """The runs of a row, in the order of its bytes."""
-    if not tiers:
-        return tuple(Piece(0, 0, i, used, size, i, i, 1.0) for i, used, size in _runs(width))
-    even = row_size(tiers, width) % 2 == 0
-    found: list[Piece] = []
-    channel = byte = 0
-    second = width  # outputs of second planes follow those of all channels
-    for bits, count, step in tiers:
-        rest = bits
-        for plane, w in enumerate((16,) if bits == 16 else planes(bits)):
-            rest -= w
-            size = count * w // 8
-            place = second if plane else channel
-            second += count if plane else 0
-            done = 0  # bytes
-            for word, part in _words(size, w, even and byte % 2 == 0):
-                lanes, first = max(1, word // w), done * 8 // w
-                found += [
-                    Piece(
-                        w,
-                        word,
-                        (byte + done) * 8 // word + i * max(1, w // word),
-                        used,
-                        padded,
-                        channel + first + lanes * i,
-                        place + first + lanes * i,
-                        step * 2.0**rest,
-                    )
-                    for i, used, padded in _runs(part * 8 // (w * lanes))
-                ]
-                done += part
-            byte += size
-        channel += count
-    return tuple(found)
-
-
-def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
-    """A plane of `size` bytes as (bits of a word, bytes): words of 16 bits where they lie `even`, then single bytes."""
-    if not even or size % 2:
-        return [(8, size)]
-    rest = size % (2 * SMALLEST_PIECE)
-    rest = rest if rest <= SMALLEST_PIECE and bits < 16 else 0
-    return [(word, part) for word, part in ((16, size - rest), (8, rest)) if part]
-
-
-def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
-    """The operands of a piece. A code of 8 bits is two where the mantissa has 7."""
-    if not piece.is_coded:
-        return (Field(0, 0, piece.bits, 1),)
-    split = piece.bits > MANTISSA[dtype]
-    bits = piece.bits // 2 if split else piece.bits
-    return tuple(
-        Field(lane, piece.bits * lane + part, bits, 2**part)
-        for lane in range(piece.lanes)
-        for part in ((0, bits) if split else (0,))
-    )
-
-
-def _runs(count: int) -> list[tuple[int, int, int]]:
-    """`count` in powers of two: (begin, used, size); only the last is used in part."""
-    runs, begin = [], 0
-    whole = -(-count // SMALLEST_PIECE) * SMALLEST_PIECE
-    while begin < count:
-        size = min(LARGEST_PIECE, 1 << ((whole - begin).bit_length() - 1))
-        runs.append((begin, min(size, count - begin), size))
-        begin += size
-    return runs
-
-
-def places(spec: KernelSpec) -> int:
-    """Numbers that a program leaves for a row of the output: R_V, and one more for a channel of two bit planes."""
-    second = sum(w for bits, w, _ in spec.value_tiers if bits < 16 and len(planes(bits)) > 1)
-    return spec.value_width + second
-
-
-def is_crowded(spec: KernelSpec) -> bool:
-    """True when rows need padding or channels have two planes: more operands than registers hold, where tiers are many.
-
-    Rows that are fitted for a GPU never do.
-    """
-    sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
-    planed = any(len(planes(bits)) > 1 for bits, _, _ in (*spec.key_tiers, *spec.value_tiers) if bits < 16)
-    return planed or any(piece.used < piece.size for side in sides for piece in side)
-
-
-# --------------------------------------------------------------------------------------------------- configurations
-
-
-def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
-    """Configurations worth trying for `rows` = S * H/J query rows of a latent head, first the defaults."""
-    found = [default_config(spec, rows), default_config(spec, rows, "hip")]
-    sizes = dict.fromkeys(config.block_m for config in found)
-    shapes = ((16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))  # block_t, num_warps
-    found += [Config(t, m, warps, stages) for m in sizes for t, warps in shapes for stages in (3, 2, 4)]
-    return tuple(dict.fromkeys(found))
-
-
-def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config:
-    """The configuration to use where none has been tuned; backend "cuda" or "hip" (AMD).
-
-    Found by compiling for sm_80, sm_90 and gfx942: of those that spill nothing, the fewest instructions a code. What
-    lives in registers throughout, queries and outputs, decides how many rows and tokens fit. Two warps repeat less than
-    four. More than 32 rows cost as much a row as 32.
-    """
-    if spec.dtype == "float32" and backend == "cuda":  # not for the tensor core
-        return Config(16, 8, 2, 2)
-    least, columns = 8 if backend == "cuda" else 16, _columns(spec)  # rows of the smallest product of the tensor core
-    m = min(32, max(least, 1 << (rows - 1).bit_length()))
-    while m > least and columns * m > LARGEST_STATE:
-        m //= 2
-    if backend == "hip":
-        return Config(32, m, 4, 2)
-    if not (spec.key_tiers and spec.value_tiers):
-        return Config(32, m, 4, 3)
-    state = _columns(spec, widened=2) * m
-    return Config(64 if 3 * state <= LARGEST_STATE else 32 if state < FULL_STATE else 16, m, 2, 3)
-
-
-def _columns(spec: KernelSpec, widened: int = 1) -> int:
-    """Numbers of queries and outputs that a program keeps for one row, padding among them.
-
-    Those of codes that are read byte by byte count `widened` times: the bytes are made words in registers.
-    """
-    sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
-    return sum(
-        piece.size * len(fields(piece, spec.dtype)) * (widened if piece.is_coded and piece.word == 8 else 1)
-        for side in sides
-        for piece in side
-    )
-
-
-# --------------------------------------------------------------------------------------------------- an example launch
-
-Example = tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-_OPTIONAL = {
-    "slopes": "*fp32", "sinks": "*fp32", "lengths": "*i32", "positions": "*i32", "table": "*i32", "pages": "*i32",
-}  # fmt: skip
-STRIDES = tuple(
-    f"{name}_{axis}"
-    for name, axes in (
-        ("query", "bhs"), ("key", "bht"), ("key_scale", "bht"), ("value", "bht"), ("value_scale", "bht"),
-        ("mask", "bhst"), ("lengths", "b"), ("positions", "b"), ("table", "b"), ("pages", "bh"),
-    )
-    for axis in axes
-)  # fmt: skip
-SIZES = ("heads", "units", "queries", "tokens", "slots", "splits", "key_group", "value_group")
-
-
-def example(spec: KernelSpec, config: Config, **features: object) -> dict[str, Example]:
-    """What `triton.compile(ASTSource(...))` needs, by kernel: types, constants, and which addresses are aligned.
-
-    As the launcher calls it for contiguous tensors. Features by name: mask ("bool" or a dtype), slopes, sinks, lengths,
-    positions, table, pages (True), causal, whole (bool), window, page (int), packed (False for AMD).
-    """
-    types: dict[str, str] = {"query": POINTERS[spec.dtype]}
-    for side, tiers in _sides(spec):
-        types[side] = "*u8" if tiers else POINTERS[spec.dtype]
-        types[f"{side}_scale"] = "*fp16" if is_scaled(tiers) else "constexpr"
-    mask = features.get("mask")
-    types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else POINTERS[str(mask)]
-    types |= {name: pointer if features.get(name) else "constexpr" for name, pointer in _OPTIONAL.items()}
-    whole = bool(features.get("whole"))
-    types |= {"output": POINTERS[spec.dtype] if whole else "*fp32", "lse": "*fp32"}
-    types["total"] = "constexpr" if whole else "*fp32"
-    types |= dict.fromkeys((*STRIDES, *SIZES), "i32") | {"scale": "fp32", "softcap": "fp32"}
-    constants: dict[str, object] = {name: None for name, kind in types.items() if kind == "constexpr"}
-    ones = ("key_scale_t", "value_scale_t", "mask_t")
-    types |= dict.fromkeys(ones, "constexpr")
-    constants |= dict.fromkeys(ones, 1) | {
-        "CAUSAL": bool(features.get("causal")), "WINDOW": features.get("window", 0), "PAGE": features.get("page", 0),
-        "WHOLE": whole, "PACKED": bool(features.get("packed", True)),
-        "KEY_ALIGN": gcd(16, row_size(spec.key_tiers, spec.key_width)),
-        "VALUE_ALIGN": gcd(16, row_size(spec.value_tiers, spec.value_width)),
-        "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
-    }  # fmt: skip
-    merging = dict.fromkeys(("partial", "tops", "totals"), "*fp32") | {"output": POINTERS[spec.dtype], "lse": "*fp32"}
-    merging["splits"] = "i32"
-    return {
-        "attention_kernel": example_of(types, constants),
-        "merge_kernel": example_of(merging, {"BLOCK_S": 32, "BLOCK_R": MERGED}),
-    }
-
-
-def example_of(types: dict[str, str], constants: dict[str, object]) -> Example:
-    """The same for one kernel, from the types of all arguments that are no constants; addresses are aligned."""
-    types = types | dict.fromkeys(constants, "constexpr")
-    aligned: dict[tuple[int, ...], list[list[object]]] = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")
-    }
-    return types, constants, aligned
-
-
-def row_size(tiers: Tiers, width: int) -> int:
-    """Elements of a row of storage: bytes of codes, or R."""
-    return sum(bits * w for bits, w, _ in tiers) // 8 or width
+KERNELS = ("attention_kernel", "merge_kernel")
 
 
 # --------------------------------------------------------------------------------------------------- the text
@@ -325,7 +62,7 @@ def render(spec: KernelSpec) -> str:
         queries=_indented(4, _queries(keys, spec.dtype)),
         outputs=_indented(4, _outputs(spec, values)),
         scale_rows=_indented(
-            8, [line for side, tiers in _sides(spec) if is_scaled(tiers) for line in _scale_rows(side)]
+            8, [line for side, tiers in sides_of(spec) if is_scaled(tiers) for line in _scale_rows(side)]
         ),
         scores=_indented(8, _scores(spec, keys)),
         mix=_indented(8, _mix(spec, values)),
@@ -380,7 +117,8 @@ def _outputs(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
     return lines
 
 
-def _sides(spec: KernelSpec) -> tuple[tuple[str, Tiers], ...]:
+def sides_of(spec: KernelSpec) -> tuple[tuple[str, Tiers], ...]:
+    """Names and bit groups of the two sides."""
     return ("key", spec.key_tiers), ("value", spec.value_tiers)
 
 

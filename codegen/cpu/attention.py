@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from string import Template
 
-from fhopt.codegen.cpp_integer import LAYOUT, PRODUCTS
-from fhopt.codegen.cpp_vectors import EXPONENTIAL, VECTORS
+from fhopt.codegen.cpu.integer_products import LAYOUT, PRODUCTS
+from fhopt.codegen.cpu.vectors import EXPONENTIAL, VECTORS
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.spec import KernelSpec
 

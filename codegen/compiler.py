@@ -1,0 +1,127 @@
+"""The C++ compiler: find it, compile a generated file for this CPU, load the library.
+
+The name of a library is the name of its kernel and a hash of text, compiler, flags and CPU, since the code is made for
+that CPU: a file that exists is right and is never written again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from fhopt.files import appearing
+from fhopt.system import cached_file, text_digest, warn_once, write_text
+
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+class CompileError(Exception):
+    """No compiler, or one that refused the file. The message is a sentence for the user."""
+
+
+def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of the C++ file `text`, compiled with `flags` beside the usual ones. Raises CompileError."""
+    compiler = find_compiler()
+    flags = (*FLAGS, *flags, native_flag())
+    stem = f"{name}-{text_digest(text, _identity(compiler), *flags)}"
+    library = cached_file(f"{stem}.so", lambda path: _compile([compiler, *flags], text, path, links))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CompileError(f"The compiled kernel cannot be loaded ({error}).") from error
+
+
+def warn_without_compiler(error: CompileError) -> None:
+    """Say, once in a process, that kernels cannot be compiled and what follows from it."""
+    warn_once(
+        "compiler",
+        f"{error} Attention on latents runs on plain torch operations, which is slower. "
+        "Install g++ (or clang++) and start again to get compiled kernels.",
+    )
+
+
+def find_compiler() -> str:
+    """Path of the first C++ compiler on PATH. Raises CompileError."""
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return path
+    raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
+
+
+def vector_unit() -> str:
+    """What generated kernels compute with on this CPU, in words; it is settled when they are compiled."""
+    try:
+        compiler = find_compiler()
+    except CompileError:
+        return "plain torch operations, no C++ compiler was found"
+    defined = _run([compiler, native_flag(), "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    macros = {line.split()[1] for line in defined.splitlines() if line.startswith("#define ")}
+    name = Path(compiler).name
+    for needed, words in _UNITS:
+        if needed <= macros:
+            return f"{words}, compiled by {name}"
+    return f"vectors of 4 floats, compiled by {name}"
+
+
+# Macros of a compiler, and what the text of `cpp` does where they are defined.
+_UNITS = (
+    (
+        {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"},
+        "AVX-512 VNNI: products of bytes, and of 16 floats",
+    ),
+    ({"__AVX512F__"}, "AVX-512: products of 16 floats"),
+    ({"__AVX2__"}, "AVX2: products of 8 floats"),
+    ({"__ARM_NEON"}, "NEON: products of 4 floats"),
+)
+
+
+def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ...]) -> None:
+    """Compile to `library` by the command `compiler`, and leave the text beside it. Raises CompileError."""
+    source = library.with_suffix(".cpp")
+    write_text(source, text)
+    with appearing(library) as target:
+        command = [*compiler, str(source), "-o", str(target), *links]
+        failed = _errors([*command, "-fopenmp"])
+        if failed and _errors(command):  # without OpenMP the kernel runs on one thread
+            lines = failed.strip().splitlines()
+            said = next((line for line in lines if "error" in line), lines[0])
+            raise CompileError(f"{compiler[0]} refused a generated file: {said}.")
+
+
+def _errors(command: list[str]) -> str:
+    """What the compiler said when it failed; empty when it did not."""
+    done = _run(command)
+    return (done.stderr or "no message") if done.returncode else ""
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the compiler. Raises CompileError when it cannot be started."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot be started ({error.strerror}).") from error
+
+
+def native_flag() -> str:
+    """The flag that compiles for the CPU of this machine."""
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    return "-mcpu=native" if arm else "-march=native"
+
+
+@functools.cache
+def _identity(compiler: str) -> str:
+    """Which compiler and which CPU: code for one CPU may not run on another that shares the cache folder."""
+    version = _run([compiler, "--version"]).stdout.partition("\n")[0]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    cpu = [line for line in dict.fromkeys(lines) if line.startswith(wanted)]
+    return "\n".join([version, platform.machine(), platform.processor(), *cpu])

@@ -1,0 +1,1 @@
+"""Kernels for CPUs: C++ files of the folder `sources`, rendered, compiled and called."""

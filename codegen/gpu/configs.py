@@ -1,0 +1,118 @@
+"""Launch configurations of the attention kernels: candidates, the default, and those kept in the file cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fhopt.codegen.gpu import attention
+from fhopt.codegen.gpu.gpus import gpu_named
+from fhopt.codegen.gpu.resources import triton_version
+from fhopt.codegen.gpu.row_layout import fields, pieces
+from fhopt.errors import FhoptError
+from fhopt.files import appearing
+from fhopt.spec import KernelSpec
+from fhopt.system import cache_folder, make_private
+
+LARGEST_STATE = 12288  # numbers of queries and outputs that the registers of two warps hold
+FULL_STATE = 10240  # from which they hold no more than a tile of 16 tokens beside it
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch is cut and scheduled; the text does not depend on it.
+
+    block_t: tokens a step of the loop. block_m: query rows of a program, padded.
+    """
+
+    block_t: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
+    """Configurations worth trying for `rows` = S * H/J query rows of a latent head, first the defaults."""
+    found = [default_config(spec, rows), default_config(spec, rows, "hip")]
+    sizes = dict.fromkeys(config.block_m for config in found)
+    shapes = ((16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))  # block_t, num_warps
+    found += [Config(t, m, warps, stages) for m in sizes for t, warps in shapes for stages in (3, 2, 4)]
+    return tuple(dict.fromkeys(found))
+
+
+def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config:
+    """The configuration to use where none has been tuned; backend "cuda" or "hip" (AMD).
+
+    Found by compiling for sm_80, sm_90 and gfx942: of those that spill nothing, the fewest instructions a code. What
+    lives in registers throughout, queries and outputs, decides how many rows and tokens fit. Two warps repeat less than
+    four. More than 32 rows cost as much a row as 32.
+    """
+    if spec.dtype == "float32" and backend == "cuda":  # not for the tensor core
+        return Config(16, 8, 2, 2)
+    least, columns = 8 if backend == "cuda" else 16, _columns(spec)  # rows of the smallest product of the tensor core
+    m = min(32, max(least, 1 << (rows - 1).bit_length()))
+    while m > least and columns * m > LARGEST_STATE:
+        m //= 2
+    if backend == "hip":
+        return Config(32, m, 4, 2)
+    if not (spec.key_tiers and spec.value_tiers):
+        return Config(32, m, 4, 3)
+    state = _columns(spec, widened=2) * m
+    return Config(64 if 3 * state <= LARGEST_STATE else 32 if state < FULL_STATE else 16, m, 2, 3)
+
+
+def _columns(spec: KernelSpec, widened: int = 1) -> int:
+    """Numbers of queries and outputs that a program keeps for one row, padding among them.
+
+    Those of codes that are read byte by byte count `widened` times: the bytes are made words in registers.
+    """
+    sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
+    return sum(
+        piece.size * len(fields(piece, spec.dtype)) * (widened if piece.is_coded and piece.word == 8 else 1)
+        for side in sides
+        for piece in side
+    )
+
+
+def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None:
+    """What was tuned for this device, else what `choose` has found for it, else None; by name as torch tells it."""
+    gpu = gpu_named(device_name)
+    found = read_config("tuned", spec, rows, device_name)
+    return found if found or gpu is None else read_config("chosen", spec, rows, gpu.name)
+
+
+def write_config(
+    kind: str, spec: KernelSpec, rows: int, device_name: str, best: Config, times: Mapping[Config, float]
+) -> None:
+    """Keep a configuration and what was measured of others. Raises FhoptError where it cannot be written."""
+    path = config_path(kind, spec, rows, device_name)
+    told = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
+    text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": told}, indent=1)
+    try:
+        make_private(path.parent)
+        with appearing(path) as target:
+            target.write_text(text)
+    except OSError as error:
+        raise FhoptError(
+            f"the configuration cannot be kept: {error.strerror} ({path}). Set FHOPT_CACHE_DIR to a folder that you "
+            "may write to."
+        ) from error
+
+
+def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
+    """Read a kept configuration; None where there is none or its file is damaged."""
+    try:
+        return Config(**json.loads(config_path(kind, spec, rows, device_name).read_bytes())["best"])
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # none, no home folder, damaged, other fields
+        return None
+
+
+def config_path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Path:
+    """Where a configuration is kept: by the kernel's text, the device, Triton, and M up to the next power of two."""
+    parts = (attention.render(spec), device_name, triton_version())
+    known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache_folder() / f"{kind}-{spec.name}-m{1 << (rows - 1).bit_length()}-{known}.json"

@@ -1,0 +1,154 @@
+"""The layout of packed latents as GPU kernels read them: runs of words of bit planes, and the fields of a word.
+
+Runs of words (`Piece`) are powers of two from 16 to 128, as products and `tl.arange` want them. What is left of a plane
+is read byte by byte where that pads less; the last run may be padded, which costs no bytes: loads are masked. A plane
+of a multiple of 16 bytes needs no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fhopt.codegen.tiers import Tiers
+from fhopt.ops import planes
+from fhopt.spec import KernelSpec
+
+LARGEST_PIECE = 128  # channels of one product
+SMALLEST_PIECE = 16  # what a product sums over is at least this long
+MANTISSA = {"float32": 23, "bfloat16": 7, "float16": 10}  # bits
+ONES = {"float32": 0x3F800000, "bfloat16": 0x3F80, "float16": 0x3C00}  # the bits of 1.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of words of a row, with as many products as a word has lanes.
+
+    bits: of the plane; 16: float16; 0: uncoded. word: bits of what is loaded. start: first word, counted from the row's
+    beginning. used: words. size: the same, padded. channel: of the first lane of the first word. place: of that
+    channel's output. unit: what a step of the plane is worth.
+    """
+
+    bits: int
+    word: int
+    start: int
+    used: int
+    size: int
+    channel: int
+    place: int
+    unit: float
+
+    @property
+    def lanes(self) -> int:
+        """Channels in a word."""
+        return self.word // self.bits if self.is_coded else 1
+
+    @property
+    def is_coded(self) -> bool:
+        """False: floats."""
+        return 0 < self.bits < 16
+
+
+@dataclass(frozen=True)
+class Field:
+    """An operand: `bits` bits of a word, from `shift` on. They are of channel `lane` and count `times` their value."""
+
+    lane: int
+    shift: int
+    bits: int
+    times: int
+
+    @property
+    def middle(self) -> float:
+        """The mean of 1 + u / 2^bits over all codes u."""
+        return 1.5 - 0.5 ** (self.bits + 1)
+
+
+def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
+    """The runs of a row, in the order of its bytes."""
+    if not tiers:
+        return tuple(Piece(0, 0, i, used, size, i, i, 1.0) for i, used, size in _runs(width))
+    even = row_size(tiers, width) % 2 == 0
+    found: list[Piece] = []
+    channel = byte = 0
+    second = width  # outputs of second planes follow those of all channels
+    for bits, count, step in tiers:
+        rest = bits
+        for plane, w in enumerate((16,) if bits == 16 else planes(bits)):
+            rest -= w
+            size = count * w // 8
+            place = second if plane else channel
+            second += count if plane else 0
+            done = 0  # bytes
+            for word, part in _words(size, w, even and byte % 2 == 0):
+                lanes, first = max(1, word // w), done * 8 // w
+                found += [
+                    Piece(
+                        w,
+                        word,
+                        (byte + done) * 8 // word + i * max(1, w // word),
+                        used,
+                        padded,
+                        channel + first + lanes * i,
+                        place + first + lanes * i,
+                        step * 2.0**rest,
+                    )
+                    for i, used, padded in _runs(part * 8 // (w * lanes))
+                ]
+                done += part
+            byte += size
+        channel += count
+    return tuple(found)
+
+
+def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
+    """The operands of a piece. A code of 8 bits is two where the mantissa has 7."""
+    if not piece.is_coded:
+        return (Field(0, 0, piece.bits, 1),)
+    split = piece.bits > MANTISSA[dtype]
+    bits = piece.bits // 2 if split else piece.bits
+    return tuple(
+        Field(lane, piece.bits * lane + part, bits, 2**part)
+        for lane in range(piece.lanes)
+        for part in ((0, bits) if split else (0,))
+    )
+
+
+def row_size(tiers: Tiers, width: int) -> int:
+    """Elements of a row of storage: bytes of codes, or R."""
+    return sum(bits * w for bits, w, _ in tiers) // 8 or width
+
+
+def places(spec: KernelSpec) -> int:
+    """Numbers that a program leaves for a row of the output: R_V, and one more for a channel of two bit planes."""
+    second = sum(w for bits, w, _ in spec.value_tiers if bits < 16 and len(planes(bits)) > 1)
+    return spec.value_width + second
+
+
+def is_crowded(spec: KernelSpec) -> bool:
+    """True when rows need padding or channels have two planes: more operands than registers hold, where tiers are many.
+
+    Rows that are fitted for a GPU never do.
+    """
+    sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
+    planed = any(len(planes(bits)) > 1 for bits, _, _ in (*spec.key_tiers, *spec.value_tiers) if bits < 16)
+    return planed or any(piece.used < piece.size for side in sides for piece in side)
+
+
+def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
+    """A plane of `size` bytes as (bits of a word, bytes): words of 16 bits where they lie `even`, then single bytes."""
+    if not even or size % 2:
+        return [(8, size)]
+    rest = size % (2 * SMALLEST_PIECE)
+    rest = rest if rest <= SMALLEST_PIECE and bits < 16 else 0
+    return [(word, part) for word, part in ((16, size - rest), (8, rest)) if part]
+
+
+def _runs(count: int) -> list[tuple[int, int, int]]:
+    """`count` in powers of two: (begin, used, size); only the last is used in part."""
+    runs, begin = [], 0
+    whole = -(-count // SMALLEST_PIECE) * SMALLEST_PIECE
+    while begin < count:
+        size = min(LARGEST_PIECE, 1 << ((whole - begin).bit_length() - 1))
+        runs.append((begin, min(size, count - begin), size))
+        begin += size
+    return runs

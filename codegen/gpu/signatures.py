@@ -1,0 +1,70 @@
+"""Argument types, constants and alignment of the attention kernels, to compile them without a launch."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from fhopt.codegen.gpu.attention import MERGED, sides_of
+from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu.row_layout import row_size
+from fhopt.codegen.tiers import is_scaled
+from fhopt.spec import KernelSpec
+
+Example = tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_OPTIONAL = {
+    "slopes": "*fp32", "sinks": "*fp32", "lengths": "*i32", "positions": "*i32", "table": "*i32", "pages": "*i32",
+}  # fmt: skip
+STRIDES = tuple(
+    f"{name}_{axis}"
+    for name, axes in (
+        ("query", "bhs"), ("key", "bht"), ("key_scale", "bht"), ("value", "bht"), ("value_scale", "bht"),
+        ("mask", "bhst"), ("lengths", "b"), ("positions", "b"), ("table", "b"), ("pages", "bh"),
+    )
+    for axis in axes
+)  # fmt: skip
+SIZES = ("heads", "units", "queries", "tokens", "slots", "splits", "key_group", "value_group")
+
+
+def example(spec: KernelSpec, config: Config, **features: object) -> dict[str, Example]:
+    """What `triton.compile(ASTSource(...))` needs, by kernel: types, constants, and which addresses are aligned.
+
+    As the launcher calls it for contiguous tensors. Features by name: mask ("bool" or a dtype), slopes, sinks, lengths,
+    positions, table, pages (True), causal, whole (bool), window, page (int), packed (False for AMD).
+    """
+    types: dict[str, str] = {"query": POINTERS[spec.dtype]}
+    for side, tiers in sides_of(spec):
+        types[side] = "*u8" if tiers else POINTERS[spec.dtype]
+        types[f"{side}_scale"] = "*fp16" if is_scaled(tiers) else "constexpr"
+    mask = features.get("mask")
+    types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else POINTERS[str(mask)]
+    types |= {name: pointer if features.get(name) else "constexpr" for name, pointer in _OPTIONAL.items()}
+    whole = bool(features.get("whole"))
+    types |= {"output": POINTERS[spec.dtype] if whole else "*fp32", "lse": "*fp32"}
+    types["total"] = "constexpr" if whole else "*fp32"
+    types |= dict.fromkeys((*STRIDES, *SIZES), "i32") | {"scale": "fp32", "softcap": "fp32"}
+    constants: dict[str, object] = {name: None for name, kind in types.items() if kind == "constexpr"}
+    ones = ("key_scale_t", "value_scale_t", "mask_t")
+    types |= dict.fromkeys(ones, "constexpr")
+    constants |= dict.fromkeys(ones, 1) | {
+        "CAUSAL": bool(features.get("causal")), "WINDOW": features.get("window", 0), "PAGE": features.get("page", 0),
+        "WHOLE": whole, "PACKED": bool(features.get("packed", True)),
+        "KEY_ALIGN": gcd(16, row_size(spec.key_tiers, spec.key_width)),
+        "VALUE_ALIGN": gcd(16, row_size(spec.value_tiers, spec.value_width)),
+        "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
+    }  # fmt: skip
+    merging = dict.fromkeys(("partial", "tops", "totals"), "*fp32") | {"output": POINTERS[spec.dtype], "lse": "*fp32"}
+    merging["splits"] = "i32"
+    return {
+        "attention_kernel": example_of(types, constants),
+        "merge_kernel": example_of(merging, {"BLOCK_S": 32, "BLOCK_R": MERGED}),
+    }
+
+
+def example_of(types: dict[str, str], constants: dict[str, object]) -> Example:
+    """The same for one kernel, from the types of all arguments that are no constants; addresses are aligned."""
+    types = types | dict.fromkeys(constants, "constexpr")
+    aligned: dict[tuple[int, ...], list[list[object]]] = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")
+    }
+    return types, constants, aligned

@@ -1,0 +1,103 @@
+"""The machine below fhopt: the file cache, the CPUs of this process, whether Triton is installed.
+
+Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, where nobody else may
+write: generated code in it is run. They appear whole (written aside, then renamed) and are made under a lock, so that
+processes that need the same file at once make it once.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from fhopt.files import appearing
+
+CACHE_VARIABLE = "FHOPT_CACHE_DIR"
+_warned: set[str] = set()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """True where Triton is installed; it is not imported for that."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def cores() -> int:
+    """Logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_folder() -> Path:
+    """Where generated files are kept: FHOPT_CACHE_DIR, or `fhopt` below XDG_CACHE_HOME, else ~/.cache."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fhopt"
+
+
+def cached_file(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's file `name`, made by `make(path)` under a lock when it is not there yet."""
+    try:
+        return _found_or_made(cache_folder() / name, make)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        other = _temporary_folder()
+        warn_once(
+            "cache",
+            f"The kernel cache cannot be used ({error}); the kernels of this process go to {other} and are built "
+            f"again next time. Set {CACHE_VARIABLE} to a folder that you, and nobody else, may write to.",
+        )
+    return _found_or_made(other / name, make)
+
+
+def make_private(folder: Path) -> None:
+    """Make `folder`, where it is not there, for this user alone. Raises PermissionError when others may write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid not in (os.geteuid(), 0) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EPERM, "others may write to it", str(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with appearing(path) as target:
+        target.write_text(text)
+
+
+def text_digest(*parts: str) -> str:
+    """Digest of texts for file names, 8 hexadecimal digits."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def warn_once(about: str, message: str) -> None:
+    """Warn once in a process, not once a kernel."""
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _found_or_made(path: Path, make: Callable[[Path], None]) -> Path:
+    make_private(path.parent)
+    if path.exists():
+        return path
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():  # another process may have made it while this one waited
+            make(path)
+    return path
+
+
+@functools.cache
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fhopt-")  # removed when the process ends
+
+
+def _temporary_folder() -> Path:
+    return Path(_temporary_directory().name)
