@@ -40,6 +40,7 @@ fuzz: $(READY)  ## the tests that draw their inputs, on other ones each time (RO
 check: $(READY)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -104,6 +105,7 @@ docs: $(READY)  ## the documentation, into build/docs: warnings and broken links
 format: $(READY)  ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h
 
 clean:  ## remove the environment and everything that was generated
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,7 +44,7 @@ def _symbol(number: int) -> str:
 
 def _op(specs: Sequence[KernelSpec]) -> str:
     """The library of graph_kernels.py with the one op that exported programs call, its schema, and who serves it."""
-    head = graph_kernels.TEXT[: graph_kernels.TEXT.index("STABLE_TORCH_LIBRARY_IMPL")]
+    head = graph_kernels.render().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
     numbered = list(enumerate(specs))
     return head + _TAIL.substitute(
         schema=str(torch.ops.fhopt.latent_kernel.default._schema).removeprefix("fhopt::"),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fhopt.codegen import render
+from fhopt.codegen.gpu import configs, tuning
 from fhopt.codegen.gpu import resources as gpu_resources
-from fhopt.codegen.gpu import tuning
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.gpus import GPUS, find_gpu, gpu_named
 from fhopt.codegen.gpu.resources import Request, Resources, compile_kernels, fits, objection, occupancy
@@ -280,7 +280,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiler:
         monkeypatch.setattr(tuning, "compile_kernels", compile_them)
         monkeypatch.setattr(tuning, "candidates", lambda *_: tuple(found))
         monkeypatch.setattr(tuning, "default_config", lambda *_: next(iter(found)))
-        monkeypatch.setattr(tuning, "triton_version", lambda: "3")
+        monkeypatch.setattr(configs, "triton_version", lambda: "3")
         return tuple(found)
 
     return plant

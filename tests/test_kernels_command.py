@@ -17,7 +17,7 @@ from hand_plans import CODED, random_plan
 from fhopt import kernels as module
 from fhopt.cli import main
 from fhopt.codegen import render
-from fhopt.codegen.gpu import resources, tuning
+from fhopt.codegen.gpu import configs, resources, tuning
 from fhopt.codegen.gpu.gpus import GPUS
 from fhopt.codegen.gpu.resources import Request, Resources
 from fhopt.cost import DEVICES
@@ -65,7 +65,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return [good if i % 2 == 0 else dataclasses.replace(good, spilled=12) for i in range(len(requests))]
 
     monkeypatch.setattr(tuning, "compile_kernels", compile_them)
-    monkeypatch.setattr(tuning, "triton_version", lambda: "3")
+    monkeypatch.setattr(configs, "triton_version", lambda: "3")
     monkeypatch.setattr(module, "triton_version", lambda: "3")
 
 

@@ -1,9 +1,4 @@
-"""What generated C++ files share: vectors of floats by compiler extensions, and numbers of 16 bits.
-
-The text needs <algorithm>, <cstdint>, <cstring> and <limits>, opens the file's anonymous namespace and leaves it open.
-"""
-
-VECTORS = r"""#if defined(__F16C__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -142,75 +137,3 @@ struct Float16 {
 #endif
     }
 };
-"""
-
-EXPONENTIAL = r"""// 2^f for f in [-1/2, 1/2].
-INLINE Floats power_of_2(Floats f) {
-    Floats y = f * 0.00015353361f + 0.0013398874f;
-    y = y * f + 0.0096184374f;
-    y = y * f + 0.0555033247f;
-    y = y * f + 0.2402264791f;
-    y = y * f + 0.6931472029f;
-    return y * f + 1.0f;
-}
-
-// 2^x to 1e-7, for x <= 0; 0 below 2^-126.
-INLINE Floats exp2(Floats x) {
-#if defined(__AVX512F__)
-    const __m512 least = _mm512_max_ps((__m512)x, _mm512_set1_ps(-150.0f));
-    const __m512 whole = _mm512_roundscale_ps(least, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Floats part = (Floats)_mm512_sub_ps(least, whole);  // [-1/2, 1/2]
-    return (Floats)_mm512_scalef_ps((__m512)power_of_2(part), whole);
-#else
-    constexpr float ROUND = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-    const Floats low = x < -126.0f ? Floats{} - 126.0f : x;
-    const Floats shifted = low + ROUND;
-    const Floats part = low - (shifted - ROUND);  // [-1/2, 1/2]
-    const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
-    return x < -126.0f ? Floats{} : power_of_2(part) * (Floats)power;
-#endif
-}
-"""
-
-BYTES = r"""INLINE Ints16 bytes_at(const uint8_t* p) {
-    Ints16 v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE int32_t four_at(const int8_t* p) {
-    int32_t x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-// sums[i] += sum over k < 4 of byte k of codes[i] (unsigned) times byte k of h (signed).
-INLINE Ints16 add_products(Ints16 sums, Ints16 codes, int32_t h) {
-#if defined(__AVX512VNNI__)
-    return (Ints16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(h));
-#else
-    for (int k = 0; k < 4; k++) sums += (codes >> 8 * k & 255) * int32_t(int8_t(h >> 8 * k));
-    return sums;
-#endif
-}
-
-// The same for codes below 16.
-INLINE Ints16 add_small_products(Ints16 sums, Ints16 codes, int32_t h) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    __m256i halves[2], added[2];
-    std::memcpy(halves, &codes, sizeof codes);
-    std::memcpy(added, &sums, sizeof sums);
-    for (int i = 0; i < 2; i++) {  // pairs are at most 2 * 15 * 127
-        const __m256i pairs = _mm256_maddubs_epi16(halves[i], _mm256_set1_epi32(h));
-        added[i] = _mm256_add_epi32(added[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-    std::memcpy(&sums, added, sizeof sums);
-    return sums;
-#else
-    return add_products(sums, codes, h);
-#endif
-}
-
-INLINE Ints16 low_halves(Ints16 x) { return x & 0x0f0f0f0f; }
-INLINE Ints16 high_halves(Ints16 x) { return x >> 4 & 0x0f0f0f0f; }
-"""

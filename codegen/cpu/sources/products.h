@@ -1,12 +1,5 @@
-"""What generated C++ files share: products of rows of a weight, in the type that the weight has.
+// ------------------------------------------------------------------------------------------------ numbers
 
-The text stands behind `cpp_vectors.VECTORS`, and needs <cmath>. All files that multiply with it get the same bits: the
-order of a sum depends on neither the number of rows nor that of columns.
-"""
-
-PRODUCTS = (
-    "// " + 96 * "-" + " numbers\n"
-    r"""
 INLINE uint16_t to_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -104,7 +97,9 @@ template <class T, int ROWS, int COLUMNS>
 INLINE void multiply(const typename T::Input* input, int64_t stride, const typename T::Element* weight,
                      int64_t weight_row, int64_t width, float* sums) {
     Floats sum[ROWS][COLUMNS] = {};
+    // clang-format off
     const auto add = [&](int64_t i, const typename T::Vector (&w)[COLUMNS]) {
+        // clang-format on
         UNROLL(8) for (int r = 0; r < ROWS; r++) {
             const auto x = T::input(input + r * stride + i);
             UNROLL(8) for (int c = 0; c < COLUMNS; c++) sum[r][c] = T::add(sum[r][c], x, w[c]);
@@ -135,5 +130,3 @@ INLINE void multiply(const typename T::Input* input, int64_t stride, const typen
     }
     UNROLL(4) for (int i = ALL / 4 * 4; i < ALL; i++) sums[i] = sum_of(all[i]);
 }
-"""
-)

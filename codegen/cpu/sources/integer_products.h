@@ -1,71 +1,3 @@
-"""The part of the C++ kernel that multiplies codes as bytes, on CPUs with AVX-512 VNNI: text for `cpp.render`.
-
-`LAYOUT` says where codes go and is the same on every CPU; `PRODUCTS` needs the instructions.
-"""
-
-LAYOUT = """\
-// ------------------------------------------------------------------------------------------------ codes as bytes
-//
-// With AVX-512 VNNI codes are multiplied as bytes, four products and their sum to a lane; not so uncoded sides, values
-// with float16 channels, and all with -DFHOPT_FLOAT. What codes are multiplied with becomes a sum of signed bytes:
-// q = unit * (q0 + 256 q1 + 65536 q2), a weight likewise.
-//
-//     keys      a vector of codes:  4 channels of 16 tokens   times a part of q[r]:  4 channels, the same for all lanes
-//       one r   a vector of codes:  64 channels of a token    times a part of q:     64 channels
-//     values    a vector of codes:  16 channels of 4 tokens   times a part of w[r]:  4 tokens, the same for all lanes
-//
-// A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
-// have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
-// a code b is then 2^(8-b) times itself is folded into the query or the output.
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \\
-    !defined(FHOPT_FLOAT)
-#define INTEGER true
-#else
-#define INTEGER false
-#endif
-
-// A code of a row: in its first plane it has `high` bits from bit `high_bit` of the row on, `low` in its second.
-struct Code {
-    int channel, high, high_bit, low, low_bit;
-
-    constexpr int shift() const { return 8 - high - low; }  // of the code in its byte
-};
-
-template <class Side>
-struct Layout {
-    Code codes[Side::WIDTH + 1] = {};
-    int count = 0, halves = 0;  // codes, float16 channels
-    int half_channel[Side::WIDTH + 1] = {}, half_byte[Side::WIDTH + 1] = {};
-
-    constexpr Layout() {
-        int bit = 0, channel = 0;
-        for (Tier tier : Side::TIERS) {
-            const int high = tier.bits >= 8 ? 8 : tier.bits >= 4 ? 4 : tier.bits >= 2 ? 2 : 1, low = tier.bits - high;
-            for (int i = 0; i < tier.width; i++) {
-                if (tier.bits < 16) add({channel + i, high, bit + i * high, low, bit + tier.width * high + i * low});
-                if (tier.bits == 16) add_half(channel + i, bit / 8 + 2 * i);
-            }
-            bit += tier.bits * tier.width;
-            channel += tier.width;
-        }
-    }
-    constexpr void add(Code code) { codes[count++] = code; }
-    constexpr void add_half(int channel, int byte) {
-        half_channel[halves] = channel;
-        half_byte[halves++] = byte;
-    }
-};
-
-constexpr Layout<Keys> KEY_LAYOUT;
-constexpr Layout<Values> VALUE_LAYOUT;
-constexpr int KEY_VECTORS = KEY_LAYOUT.count / 4, VALUE_VECTORS = (VALUE_LAYOUT.count + 15) / 16;
-constexpr int KEY_DWORDS = (KEY_VECTORS + 15) / 16 * 16;  // of a part of a query, in whole vectors
-constexpr bool INTEGER_KEYS = INTEGER && Keys::SCALED;
-constexpr bool INTEGER_VALUES = INTEGER && Values::SCALED && VALUE_LAYOUT.halves == 0;
-"""
-
-PRODUCTS = """\
 // ------------------------------------------------------------------------------------------------ products of bytes
 
 #if INTEGER
@@ -106,11 +38,13 @@ struct Slice {
         put(to, 1, code.low, code.low_bit, code.shift());
     }
     constexpr bool has_low() const {
+        // clang-format off
         for (int mask : keep[1]) if (mask) return true;
         return false;
     }
     constexpr bool is_whole() const {  // bytes are codes
         for (int i = 0; i < 64; i++) if (keep[0][i] && (keep[0][i] != 255 || from[0][i] != 8 * (i % 8))) return false;
+        // clang-format on
         return true;
     }
 };
@@ -140,7 +74,9 @@ struct Apart {
         return count;
     }
     constexpr bool stays(int slice, int block) const {  // bytes are where they should be
+        // clang-format off
         for (int to = 0; to < 64; to++) if (mask[slice][block] >> to & 1 && index[slice][block][to] != to) return false;
+        // clang-format on
         return true;
     }
 };
@@ -541,6 +477,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
+        // clang-format off
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
             score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
         });
@@ -548,6 +485,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         for_vectors<ROWS, vectors_for(ROWS, 1)>(whole, [&](int t, auto vectors) {
             score_low<ROWS, decltype(vectors)::value>(row + first, t, s);
         });
+        // clang-format on
     });
 }
 
@@ -601,8 +539,10 @@ template <int ROWS, int VECTORS, int PARTS>
 INLINE void mix_bytes(int vector, int count, const float* unit, const float* total, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
+    // clang-format off
     multiply<ROWS, VECTORS, PARTS, VALUE_VECTORS, 1, TILE / 4>(
         codes, reinterpret_cast<const int32_t*>(s.weights), count, sums);
+    // clang-format on
     UNROLL(5) for (int r = 0; r < ROWS; r++) add_sums(sums[r], vector, VECTORS, unit[r], total[r], states[r]);
 }
 
@@ -676,4 +616,3 @@ template <class... T>
 void to_parts(const T&...) {}
 
 #endif
-"""

@@ -1,0 +1,740 @@
+// $name
+//
+// Latent attention for one kind of latent, on a CPU:
+//
+//     x[t] = cap(scale * q . z_K[t]) + mask[t]      $capped
+//     lse  = log sum_t exp(x[t])
+//     o    = sum_t exp(x[t] - lse) z_V[t]           o = 0 and lse = -inf where every token is masked
+//
+//     q [B,H,S,R_K]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,R_V]   lse [B,H,S]
+//
+//     B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
+//     T tokens, R channels of a latent.
+//
+//     channels of a key row:    $key_legend
+//     channels of a value row:  $value_legend
+//
+// A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
+// $planes
+//
+// Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
+// whole sums, and the token's scale multiplies its logit and its weight. Products are
+// of floats or, with AVX-512 VNNI, of bytes.
+//
+// Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
+// its tokens in tiles that fit the first-level cache, and passes over those that are masked whole: unpack a tile of
+// keys once, score it with all rows (query head x query), update the running softmax, unpack the values of the same
+// tokens, mix. Ranges of tokens are then merged by their log-sum-exp. Logits are kept in base 2: exp2 is cheaper than
+// exp.
+//
+// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+
+#include "vectors.h"
+
+// ------------------------------------------------------------------------------------------------ from rows to floats
+
+// 8 or 16 channels of a bit plane, in channel order: V is Ints8 or Ints16.
+template <class V, int BITS>
+INLINE V lanes_of(const uint8_t* plane) {
+    if constexpr (BITS == 8) {
+        typedef uint8_t Bytes __attribute__((vector_size(sizeof(V) / 4)));
+        Bytes bytes;
+        std::memcpy(&bytes, plane, sizeof bytes);
+        return __builtin_convertvector(bytes, V);
+    } else if constexpr (sizeof(V) == sizeof(Ints8)) {
+        constexpr V shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
+        int32_t word = 0;
+        std::memcpy(&word, plane, BITS);
+        return ((V{} + word) >> shifts) & ((1 << BITS) - 1);
+    } else if constexpr (BITS == 4) {
+        constexpr V shifts = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+        uint64_t word;
+        std::memcpy(&word, plane, 8);
+        const V halves = (V)(Words8{} + word);
+        return (SHUFFLE(V, halves, halves, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1) >> shifts) & 15;
+    } else {
+        // clang-format off
+        constexpr V shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS, 8 * BITS, 9 * BITS,
+                              10 * BITS, 11 * BITS, 12 * BITS, 13 * BITS, 14 * BITS, 15 * BITS};
+        // clang-format on
+        int32_t word = 0;
+        std::memcpy(&word, plane, 2 * BITS);
+        return ((V{} + word) >> shifts) & ((1 << BITS) - 1);
+    }
+}
+
+// Codes as floats: HIGH bits of each in one bit plane and, where LOW is not 0, the LOW bits below them in another.
+template <class V, class F, int HIGH, int LOW>
+INLINE void copy_lanes(const uint8_t* high, const uint8_t* low, float* z) {
+    V codes = lanes_of<V, HIGH>(high);
+    if constexpr (LOW > 0) codes = codes << LOW | lanes_of<V, LOW>(low);
+    store(z, __builtin_convertvector(codes, F));
+}
+
+// A tier: 16 channels at once where a vector holds them, then what is left, 8 at once.
+template <int BITS, int WIDTH>
+INLINE void copy_codes(const uint8_t* row, float* z) {
+    constexpr int HIGH = BITS >= 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, LOW = BITS - HIGH;
+    constexpr int WIDE = LANES == 16 ? WIDTH / 16 * 16 : 0;
+    const uint8_t* low = row + WIDTH / 8 * HIGH;
+    if constexpr (WIDE > 0) {
+        UNROLL(16) for (int i = 0; i < WIDE; i += 16) {
+            copy_lanes<Ints16, Floats16, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
+        }
+    }
+    UNROLL(16) for (int i = WIDE; i < WIDTH; i += 8) {
+        copy_lanes<Ints8, Floats8, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
+    }
+}
+
+// Float16 channels beside coded ones are divided by the scale with which the sum over all channels is multiplied.
+template <int WIDTH>
+INLINE void copy_float16(const uint8_t* row, float* z, float factor = 1.0f) {
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= WIDTH; i += 8) {
+        const Floats8 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * i)));
+        store(z + i, x * factor);
+    }
+#endif
+    for (; i < WIDTH; i++) {
+        uint16_t half;
+        std::memcpy(&half, row + 2 * i, 2);
+        z[i] = from_float16(half) * factor;
+    }
+}
+
+template <int WIDTH>
+INLINE void copy_bfloat16(const uint8_t* row, float* z) {
+    for (int i = 0; i < WIDTH; i++) {
+        uint16_t half;
+        std::memcpy(&half, row + 2 * i, 2);
+        z[i] = from_bits(uint32_t(half) << 16);
+    }
+}
+
+template <int WIDTH>
+INLINE void copy_float32(const uint8_t* row, float* z) {
+    std::memcpy(z, row, 4 * WIDTH);
+}
+
+// Rows are fetched so many bytes before they are read, into the second-level cache: more lines can be under way to it
+// than to the first, and memory answers within the time of some KB of rows.
+constexpr int FETCHED = 16384;
+
+// Rows between the one that is read and the one that is fetched.
+template <class Side>
+constexpr int AHEAD = std::max(FETCHED / Side::BYTES / 16 * 16, 16);
+
+// ------------------------------------------------------------------------------------------------ the spec
+
+constexpr bool SOFTCAP = $softcap;
+
+struct Tier {
+    int bits, width;  // 16 bits and more: floats, not codes
+    float step;
+};
+
+$key_side;
+
+$value_side;
+
+#include "byte_layout.h"
+
+// Per channel: what a code is multiplied with, and the code that stands for 0.
+template <class Side>
+struct Channels {
+    float step[Side::PAD] = {}, middle[Side::PAD] = {};
+
+    constexpr Channels() {
+        int channel = 0;
+        for (Tier tier : Side::TIERS) {
+            for (int i = 0; i < tier.width; i++, channel++) {
+                step[channel] = tier.bits < 16 ? tier.step : 1.0f;
+                middle[channel] = tier.bits < 16 ? 0.5f * ((1 << tier.bits) - 1) : 0.0f;
+            }
+        }
+    }
+};
+
+constexpr Channels<Keys> KEY_CHANNELS;
+
+constexpr int SUMS = Values::PAD;  // of values
+
+struct ValueChannels : Channels<Values> {
+    constexpr ValueChannels() {  // codes as bytes are shifted
+        for (int i = 0; i < (INTEGER_VALUES ? VALUE_LAYOUT.count : 0); i++) {
+            const Code& code = VALUE_LAYOUT.codes[i];
+            step[code.channel] /= float(1 << code.shift());
+            middle[code.channel] *= float(1 << code.shift());
+        }
+    }
+};
+
+constexpr ValueChannels VALUE_CHANNELS;
+
+// Tokens of a tile: 24 KB of floats or codes, so that it stays in the first-level cache beside the queries.
+constexpr int FLOATS = std::max(INTEGER_KEYS ? 0 : Keys::PAD, INTEGER_VALUES ? 0 : Values::PAD);  // of a token
+constexpr int CODES = std::max(INTEGER_KEYS ? 4 * KEY_VECTORS : 0, INTEGER_VALUES ? 16 * VALUE_VECTORS : 0);
+constexpr int HALVES = INTEGER_KEYS ? KEY_LAYOUT.halves : 0;
+constexpr int TILE = std::clamp(24576 / std::max(4 * FLOATS, CODES + 4 * HALVES) / 16 * 16, 16, FLOATS ? 64 : 256);
+constexpr int STRIDE = FLOATS + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
+constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
+
+constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
+
+// ------------------------------------------------------------------------------------------------ arguments
+
+struct Rows {
+    const uint8_t* data;
+    int64_t batch, head, token;  // strides in elements; the last dimension is dense
+
+    template <class T>
+    const T* at(int64_t b, int64_t h, int64_t t) const {
+        return reinterpret_cast<const T*>(data) + b * batch + h * head + t * token;
+    }
+};
+
+enum MaskKind : int64_t { NO_MASK, BOOL_MASK, ADDITIVE_MASK };
+
+struct Arguments {
+    int64_t batch, heads, queries, tokens, key_heads, value_heads, threads;
+    MaskKind mask_kind;
+    Rows query;                               // float32 [B,H,S,R_K], the stride of S in `token`
+    Rows key, key_scale, value, value_scale;  // [B,J,T,...] and float16 [B,J,T]
+    Rows mask;                                // bool or float32 [B,H,S,T], the stride of S in `token`
+    int64_t mask_token;                       // the stride of T in it
+    // clang-format off
+    Rows pages;                               // int32 [B,U,pages], none: all tokens; a list for each U-th of the heads
+    int64_t page_heads, page_count, page_tokens;
+    float *output, *lse;                      // float32 [B,H,S,R_V] and [B,H,S], dense
+    // clang-format on
+    double scale, softcap;
+};
+
+constexpr int SIDE_BY_SIDE = $page_quantum;  // tokens of a page are a multiple of it
+
+// The tokens that are attended to, in order: all, or those of listed pages. Runs of SIDE_BY_SIDE from a multiple of it
+// on lie one behind the other.
+struct Listed {
+    const int32_t* pages;  // ascending; what is not, such as -1 behind the last, ends the list
+    int64_t page_tokens, count;
+    int shift;  // of a power of two that page_tokens is; -1: it is none
+
+    Listed(const Arguments& a, int64_t b, int64_t head)
+        : pages(nullptr), page_tokens(a.page_tokens), count(a.tokens), shift(-1) {
+        if (a.pages.data == nullptr) return;
+        if ((page_tokens & (page_tokens - 1)) == 0) shift = __builtin_ctzll(page_tokens);
+        pages = a.pages.at<int32_t>(b, head * a.page_heads / a.heads, 0);
+        count = 0;
+        for (int64_t i = 0; i < a.page_count && pages[i] > (i ? pages[i - 1] : -1); i++) {
+            count += std::clamp<int64_t>(a.tokens - pages[i] * page_tokens, 0, page_tokens);
+        }
+    }
+    INLINE int64_t at(int64_t i) const {
+        if (!pages) return i;
+        if (shift >= 0) return (int64_t(pages[i >> shift]) << shift) + (i & (page_tokens - 1));
+        return pages[i / page_tokens] * page_tokens + i % page_tokens;
+    }
+    bool is_run(int64_t begin, int tokens) const { return !pages || begin % page_tokens + tokens <= page_tokens; }
+    // The token whose row is fetched when that of number i is read; the distance is a multiple of SIDE_BY_SIDE.
+    INLINE int64_t ahead(int64_t i, int64_t distance) const {
+        return pages ? at(std::min(i + distance, (count - 1) / SIDE_BY_SIDE * SIDE_BY_SIDE)) : i + distance;
+    }
+};
+
+// A range of tokens for some queries of the query heads that share latents. Row r: query r % queries, head r / queries.
+struct Part {
+    int64_t b, head, heads, query, queries, begin, end;
+    Listed listed;
+
+    int rows() const { return int(heads * queries); }
+    int64_t row(const Arguments& a, int r) const {  // in the output
+        return (b * a.heads + head + r / queries) * a.queries + query + r % queries;
+    }
+};
+
+// Running softmax of a row: o = sum / total, lse = log2(total) + top.
+struct State {
+    // clang-format off
+    float top, total, mass;       // mass: the sum of weight * scale, kept where weights are split
+    // clang-format on
+    alignas(64) float sum[SUMS];  // of weight * scale * (code - middle)
+};
+
+// ------------------------------------------------------------------------------------------------ two products
+
+// Rows of a tile, `stride` numbers apart: as they are stored, or unpacked to floats. While one is read, the one of
+// `next` is fetched, where there is any.
+template <class Stored>
+struct Tile {
+    const typename Stored::Number* rows;
+    int64_t stride;
+    const typename Stored::Number* next;
+
+    INLINE Floats at(int64_t t, int i) const { return Stored::load(rows + t * stride + i); }
+    INLINE void fetch(int64_t t, int i) const {
+        if (next && i * sizeof *rows % 64 == 0) __builtin_prefetch(next + t * stride + i, 0, 2);
+    }
+};
+
+// logits[r][t] = q[r] . z[t] for ROWS rows and a multiple of TOKENS tokens.
+template <int ROWS, int TOKENS, class Stored>
+void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* __restrict logits) {
+    for (int t = 0; t < tokens; t += TOKENS) {
+        Floats sums[ROWS][TOKENS] = {};
+        UNROLL(4) for (int i = 0; i < Keys::PAD; i += LANES) {
+            UNROLL(8) for (int k = 0; k < TOKENS; k++) {
+                const Floats zk = z.at(t + k, i);
+                z.fetch(t + k, i);
+                UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * Keys::PAD + i) * zk;
+            }
+        }
+        UNROLL(4) for (int r = 0; r < ROWS; r++) {
+            UNROLL(2) for (int k = 0; k < TOKENS; k += 4) {
+                store(logits + r * TILE + t + k, sums_of(sums[r][k], sums[r][k + 1], sums[r][k + 2], sums[r][k + 3]));
+            }
+        }
+    }
+}
+
+// The same for keys and queries in bfloat16, 32 products at a time: these are exact, and sums are of float32.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = Keys::IN_PLACE && std::is_same_v<Keys::Stored, BFloat16> && Keys::PAD % 32 == 0;
+
+template <int ROWS, int TOKENS>
+void score_pairs(const uint16_t* __restrict q, const Tile<BFloat16> z, int tokens, float factor,
+                 float* __restrict logits) {
+    for (int t = 0; t < tokens; t += TOKENS) {
+        Floats sums[ROWS][TOKENS] = {};
+        UNROLL(4) for (int i = 0; i < Keys::PAD; i += 32) {
+            UNROLL(8) for (int k = 0; k < TOKENS; k++) {
+                const __m512i zk = _mm512_loadu_si512(z.rows + (t + k) * z.stride + i);
+                z.fetch(t + k, i);
+                UNROLL(4) for (int r = 0; r < ROWS; r++) {
+                    const __m512i qr = _mm512_loadu_si512(q + r * Keys::PAD + i);
+                    sums[r][k] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][k], (__m512bh)qr, (__m512bh)zk);
+                }
+            }
+        }
+        UNROLL(4) for (int r = 0; r < ROWS; r++) {
+            UNROLL(2) for (int k = 0; k < TOKENS; k += 4) {
+                const Floats4 four = sums_of(sums[r][k], sums[r][k + 1], sums[r][k + 2], sums[r][k + 3]);
+                store(logits + r * TILE + t + k, four * factor);
+            }
+        }
+    }
+}
+#else
+constexpr bool PAIRS = false;
+#endif
+
+// states[r].sum[c] += sum_t weights[r][t] (z[t][c] - middle[c]) for ROWS rows and VECTORS vectors of channels, given
+// totals[r] = sum_t weights[r][t].
+template <int ROWS, int VECTORS, class Stored>
+INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const Tile<Stored> z,
+                         int tokens, State* __restrict states, int channel) {
+    Floats sums[ROWS][VECTORS];
+    UNROLL(4) for (int r = 0; r < ROWS; r++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
+            const int c = channel + v * LANES;
+            sums[r][v] = load(states[r].sum + c);
+            if (Values::SCALED) sums[r][v] -= totals[r] * load(VALUE_CHANNELS.middle + c);
+        }
+    }
+    UNROLL(4) for (int t = 0; t < tokens; t++) {
+        Floats zt[VECTORS];
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
+            zt[v] = z.at(t, channel + v * LANES);
+            z.fetch(t, channel + v * LANES);
+        }
+        UNROLL(4) for (int r = 0; r < ROWS; r++) {
+            UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] += weights[r * TILE + t] * zt[v];
+        }
+    }
+    UNROLL(4) for (int r = 0; r < ROWS; r++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) store(states[r].sum + channel + v * LANES, sums[r][v]);
+    }
+}
+
+template <int ROWS, class Stored>
+void mix(const float* weights, const float* totals, const Tile<Stored> z, int tokens, State* states) {
+    constexpr int VECTORS = ROWS == 1 ? 8 : 4, ALL = Values::PAD / LANES, REST = ALL % VECTORS;
+    for (int v = 0; v + VECTORS <= ALL; v += VECTORS) {
+        mix_channels<ROWS, VECTORS>(weights, totals, z, tokens, states, v * LANES);
+    }
+    if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, tokens, states, (ALL - REST) * LANES);
+}
+
+template <class F, int... I>
+INLINE void for_count(int count, int first, F f, std::integer_sequence<int, I...>) {
+    ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
+}
+
+// Calls f(first, count) with `count` a compile-time number of at most MOST rows, sizes as even as they can be.
+template <int MOST, class F>
+INLINE void for_blocks_of_rows(int rows, F f) {
+    for (int first = 0; first < rows;) {
+        const int blocks = (rows - first + MOST - 1) / MOST;
+        const int count = (rows - first + blocks - 1) / blocks;
+        for_count(count, first, f, std::make_integer_sequence<int, MOST>());
+        first += count;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ softmax
+
+#include "exponential.h"
+INLINE Floats tanh(Floats x) {
+    const Floats e = exp2((x < 0.0f ? x : -x) * float(2 * LOG2E));
+    const Floats t = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -t : t;
+}
+
+template <class T, class F>
+INLINE void for_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, F f) {
+    const T* m = a.mask.at<T>(p.b, p.head + row / p.queries, p.query + row % p.queries);
+    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
+        const T* run = m + p.listed.at(begin + t) * a.mask_token;
+        for (int i = 0; i < std::min(tokens - t, SIDE_BY_SIDE); i++) f(t + i, run[i * a.mask_token]);
+    }
+}
+
+// The lowest finite number of a mask stays finite: a row that it hides whole still attends, evenly.
+INLINE float in_base_2(float m) {
+    return m == -INF ? m : std::max(m * float(LOG2E), std::numeric_limits<float>::lowest() / 2);
+}
+
+void add_mask(const Arguments& a, const Part& p, int row, int64_t begin, int tokens, float* __restrict x) {
+    if (a.mask_kind == BOOL_MASK) {
+        for_mask<uint8_t>(a, p, row, begin, tokens, [x](int t, uint8_t m) { x[t] = m ? x[t] : -INF; });
+    } else if (a.mask_kind == ADDITIVE_MASK) {
+        for_mask<float>(a, p, row, begin, tokens, [x](int t, float m) { x[t] += in_base_2(m); });
+    }
+}
+
+// Nothing may be attended to, as with tokens of a fixed cache that have not come yet. Rows of other heads are looked at
+// only where their masks differ.
+bool is_hidden(const Arguments& a, const Part& p, int64_t begin, int tokens) {
+    if (a.mask_kind == NO_MASK) return false;
+    const int rows = int(a.mask.head == 0 ? p.queries : p.rows());
+    bool seen = false;
+    for (int r = 0; r < rows && !seen; r++) {
+        if (a.mask_kind == BOOL_MASK) {
+            for_mask<uint8_t>(a, p, r, begin, tokens, [&seen](int, uint8_t m) { seen |= m != 0; });
+        } else {
+            for_mask<float>(a, p, r, begin, tokens, [&seen](int, float m) { seen |= m != -INF; });
+        }
+    }
+    return !seen;
+}
+
+void cap(float* x, int tokens, float softcap) {
+    for (int t = 0; t < tokens; t += LANES) store(x + t, tanh(load(x + t)) * (softcap * float(LOG2E)));
+}
+
+// Logits of a tile become weights relative to the largest logit so far; earlier sums are brought to the same base.
+void to_weights(float* __restrict x, int tokens, State& state) {
+    Floats tops = load(x);
+    for (int t = LANES; t < tokens; t += LANES) tops = load(x + t) > tops ? load(x + t) : tops;
+    const float top = std::max(state.top, largest_of(tops));
+    if (top > state.top) {
+        const float factor = std::exp2(state.top - top);
+        for (int i = 0; i < SUMS; i++) state.sum[i] *= factor;
+        state.total *= factor;
+        state.mass *= factor;
+        state.top = top;
+    }
+    const float base = top == -INF ? 0.0f : top;  // all masked so far: weights are 0, not NaN
+    Floats total = {};
+    for (int t = 0; t < tokens; t += LANES) {
+        const Floats w = exp2(load(x + t) - base);
+        store(x + t, w);
+        total += w;
+    }
+    state.total += sum_of(total);
+}
+
+// ------------------------------------------------------------------------------------------------ a part
+
+template <class T>
+T* allocate(int64_t count) {
+    return static_cast<T*>(std::aligned_alloc(64, (count * int64_t(sizeof(T)) + 63) / 64 * 64));
+}
+
+struct Scratch {
+    float *tile, *query, *middle, *logits, *totals;  // [TILE, STRIDE], [rows, R_K], [rows], [rows, TILE], [rows]
+    // clang-format off
+    State* states;                                   // [rows]
+    uint8_t* codes;                                  // [TILE, CODES]
+    int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_DWORDS], of weights [9, 3, TILE]
+    float *unit, *halves;                            // [rows], [HALVES, TILE]
+    uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where PAIRS
+    bool are_pairs;                                  // and they are such numbers
+    float factor;                                    // that these are to be multiplied by
+    // clang-format on
+    alignas(64) float scale[TILE];
+
+    explicit Scratch(int64_t rows)
+        : tile(allocate<float>(FLOATS ? TILE * STRIDE : 0)), query(allocate<float>(rows * Keys::PAD)),
+          middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)),
+          states(allocate<State>(rows)), codes(allocate<uint8_t>(TILE * CODES)),
+          parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_DWORDS : 0)),
+          weights(allocate<int8_t>(INTEGER_VALUES ? 27 * TILE : 0)), unit(allocate<float>(rows)),
+          halves(allocate<float>(TILE * HALVES)), pairs(allocate<uint16_t>(PAIRS ? rows * Keys::PAD : 0)),
+          are_pairs(PAIRS), factor(1), scale() {
+        if (FLOATS) std::fill(tile, tile + TILE * STRIDE, 0.0f);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() {
+        for (float* memory : {tile, query, middle, logits, totals, unit, halves}) std::free(memory);
+        for (void* memory : {(void*)states, (void*)codes, (void*)parts, (void*)weights}) std::free(memory);
+        std::free(pairs);
+    }
+};
+
+// Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
+template <class Side, class F>
+INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
+                      Scratch& s, F f) {
+    const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * Side::ELEMENT;
+    const int64_t stride = rows.token * Side::ELEMENT;
+    if constexpr (Side::IN_PLACE) {
+        typedef typename Side::Stored Stored;
+        typedef typename Stored::Number Number;
+        if (tokens == TILE && p.listed.is_run(begin, tokens)) {
+            const int distance = p.listed.pages ? (AHEAD<Side> + TILE - 1) / TILE * TILE : AHEAD<Side>;
+            const auto* row = reinterpret_cast<const Number*>(head + p.listed.at(begin) * stride);
+            const auto* next = reinterpret_cast<const Number*>(head + p.listed.ahead(begin, distance) * stride);
+            return f(Tile<Stored>{row, rows.token, next});
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, AHEAD<Side>);
+        for (int i = 0; i < Side::BYTES; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
+        if (Side::SCALED) {
+            s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
+            if (t % SIDE_BY_SIDE == 0) __builtin_prefetch(scales.at<uint16_t>(p.b, j, ahead), 0, 2);
+        }
+        Side::unpack(head + token * stride, s.scale[t], s.tile + t * STRIDE);
+    }
+    f(Tile<Float32>{s.tile, STRIDE, nullptr});
+}
+
+void scale_logits(int64_t row, int rows, int tokens, Scratch& s) {
+    for (int64_t r = row; r < row + rows; r++) {
+        float* x = s.logits + r * TILE;
+        for (int t = 0; t < tokens; t += LANES) store(x + t, (load(x + t) - s.middle[r]) * load(s.scale + t));
+    }
+}
+
+void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
+    for (int64_t r = row; r < row + rows; r++) {
+        float* w = s.logits + r * TILE;
+        Floats total = {};
+        for (int t = 0; t < tokens; t += LANES) {
+            const Floats scaled = load(w + t) * load(s.scale + t);
+            store(w + t, scaled);
+            total += scaled;
+        }
+        s.totals[r] = sum_of(total);
+    }
+}
+
+#include "integer_products.h"
+
+void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const int64_t shared = a.heads / a.key_heads;  // query heads that read one latent head
+    const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
+    for (int64_t head = 0; head < p.heads; head += shared) {
+        const int64_t j = (p.head + head) / shared;
+        const int64_t row = head * p.queries;
+        if (INTEGER_KEYS) {
+            score_codes(a, p, j, begin, tokens, row, rows, s);
+            continue;
+        }
+        with_tile<Keys>(a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
+            for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
+                constexpr int ROWS = decltype(count)::value;
+                const int64_t r = row + first;
+                constexpr int TOKENS = ROWS == 1 ? 8 : 4;
+                float* logits = s.logits + r * TILE;
+#if defined(__AVX512BF16__)
+                if constexpr (PAIRS && std::is_same_v<std::decay_t<decltype(z)>, Tile<BFloat16>>) {
+                    if (s.are_pairs) {
+                        return score_pairs<ROWS, TOKENS>(s.pairs + r * Keys::PAD, z, whole, s.factor, logits);
+                    }
+                }
+#endif
+                score<ROWS, TOKENS>(s.query + r * Keys::PAD, z, whole, logits);
+            });
+        });
+        if (Keys::SCALED) scale_logits(row, rows, whole, s);
+    }
+}
+
+void update_softmax(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const int whole = whole_vectors(tokens);
+    for (int r = 0; r < p.rows(); r++) {
+        float* x = s.logits + r * TILE;
+        if (SOFTCAP) cap(x, whole, float(a.softcap));
+        add_mask(a, p, r, begin, tokens, x);
+        std::fill(x + tokens, x + whole, -INF);
+        to_weights(x, whole, s.states[r]);
+    }
+}
+
+void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const int64_t shared = a.heads / a.value_heads;
+    const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
+    for (int64_t head = 0; head < p.heads; head += shared) {
+        const int64_t j = (p.head + head) / shared;
+        const int64_t row = head * p.queries;
+        if (INTEGER_VALUES) {
+            mix_codes(a, p, j, begin, tokens, row, rows, s);
+            continue;
+        }
+        with_tile<Values>(a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
+            if (Values::SCALED) scale_weights(row, rows, whole, s);
+            for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
+                const int64_t r = row + first;
+                mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, tokens, s.states + r);
+            });
+        });
+    }
+}
+
+// Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
+void load_queries(const Arguments& a, const Part& p, Scratch& s) {
+    const float factor = float(SOFTCAP ? a.scale / a.softcap : a.scale * LOG2E);
+    s.factor = factor;
+    s.are_pairs = PAIRS;
+    for (int r = 0; r < p.rows(); r++) {
+        const float* q = a.query.at<float>(p.b, p.head + r / p.queries, p.query + r % p.queries);
+        for (int i = 0; PAIRS && i < Keys::WIDTH; i++) {
+            uint32_t bits;
+            std::memcpy(&bits, q + i, sizeof bits);
+            s.are_pairs &= (bits & 0xffff) == 0;
+            s.pairs[r * Keys::PAD + i] = uint16_t(bits >> 16);
+        }
+        float* out = s.query + r * Keys::PAD;
+        for (int i = 0; i < Keys::WIDTH; i++) out[i] = q[i] * (factor * KEY_CHANNELS.step[i]);
+        std::fill(out + Keys::WIDTH, out + Keys::PAD, 0.0f);
+        Floats middle = {};
+        for (int i = 0; i < Keys::PAD; i += LANES) middle += load(out + i) * load(KEY_CHANNELS.middle + i);
+        s.middle[r] = sum_of(middle);
+        if (INTEGER_KEYS) to_parts(out, s.parts + r * 12 * KEY_DWORDS, s.unit[r], s.middle[r]);
+    }
+}
+
+void attend(const Arguments& a, const Part& p, Scratch& s) {
+    load_queries(a, p, s);
+    for (int r = 0; r < p.rows(); r++) {
+        s.states[r].top = -INF;
+        s.states[r].total = s.states[r].mass = 0;
+        std::fill(s.states[r].sum, s.states[r].sum + SUMS, 0.0f);
+    }
+    for (int64_t begin = p.begin; begin < p.end; begin += TILE) {
+        const int tokens = int(std::min<int64_t>(TILE, p.end - begin));
+        if (is_hidden(a, p, begin, tokens)) continue;
+        score_tile(a, p, begin, tokens, s);
+        update_softmax(a, p, begin, tokens, s);
+        mix_tile(a, p, begin, tokens, s);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ all parts
+
+// How the whole is cut: `units` groups of query heads that share latents, blocks of queries, ranges of tokens.
+struct Cut {
+    int64_t heads, units, queries, blocks, tokens, ranges, threads;
+
+    explicit Cut(const Arguments& a) {
+        heads = std::lcm(a.heads / a.key_heads, a.heads / a.value_heads);
+        units = a.heads / heads;
+        queries = std::clamp<int64_t>(ROWS_OF_A_PART / heads, 1, std::max<int64_t>(a.queries, 1));
+        blocks = (a.queries + queries - 1) / queries;
+        const int64_t most = a.pages.data ? std::min(a.tokens, a.page_count * a.page_tokens) : a.tokens;
+        const int64_t products = a.batch * a.heads * a.queries * most * (Keys::WIDTH + Values::WIDTH);
+        threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
+        const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
+        const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
+        const int64_t listed = a.pages.data && wanted > 1 ? longest(a) : most;
+        const int64_t tiles = std::max<int64_t>((listed + TILE - 1) / TILE, 1);
+        tokens = (tiles + wanted - 1) / wanted * TILE;
+        ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
+    }
+
+    // Tokens of the longest list: lists have room for more than most queries read.
+    int64_t longest(const Arguments& a) const {
+        int64_t count = 0;
+        for (int64_t i = 0; i < a.batch * units; i++) {
+            count = std::max(count, Listed(a, i / units, i % units * heads).count);
+        }
+        return count;
+    }
+
+    int64_t parts(const Arguments& a) const { return a.batch * units * blocks * ranges; }
+
+    Part part(const Arguments& a, int64_t index) const {
+        const int64_t range = index % ranges, block = index / ranges % blocks;
+        const int64_t unit = index / (ranges * blocks) % units, b = index / (ranges * blocks * units);
+        const int64_t query = block * queries;
+        const Listed listed(a, b, unit * heads);
+        // clang-format off
+        return {b, unit * heads, heads, query, std::min(queries, a.queries - query),
+                range * tokens, std::min(listed.count, (range + 1) * tokens), listed};
+        // clang-format on
+    }
+};
+
+// Joins the ranges of tokens of one row: states [ranges] -> output [R_V], lse.
+void merge(const State* states, int64_t ranges, float* output, float& lse) {
+    float top = -INF, total = 0, sum[SUMS] = {};
+    for (int64_t i = 0; i < ranges; i++) top = std::max(top, states[i].top);
+    for (int64_t i = 0; i < ranges; i++) {
+        const float factor = states[i].top == -INF ? 0.0f : std::exp2(states[i].top - top);
+        total += states[i].total * factor;
+        for (int c = 0; c < SUMS; c++) sum[c] += states[i].sum[c] * factor;
+    }
+    const float inverse = total == 0 ? 0.0f : 1 / total;
+    for (int c = 0; c < Values::WIDTH; c++) output[c] = sum[c] * inverse * VALUE_CHANNELS.step[c];
+    lse = float((top + std::log2(total)) * LN2);
+}
+
+}  // namespace
+
+extern "C" void latent_attention(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    const Cut cut(a);
+    const int64_t rows = a.batch * a.heads * a.queries;
+    State* states = cut.ranges > 1 ? allocate<State>(rows * cut.ranges) : nullptr;  // [B, H, S, ranges]
+#pragma omp parallel num_threads(int(cut.threads)) if (cut.threads > 1)
+    {
+        Scratch s(cut.heads * cut.queries);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < cut.parts(a); i++) {
+            const Part p = cut.part(a, i);
+            attend(a, p, s);
+            for (int r = 0; r < p.rows(); r++) {
+                const int64_t row = p.row(a, r);
+                if (cut.ranges > 1) states[row * cut.ranges + i % cut.ranges] = s.states[r];
+                else merge(s.states + r, 1, a.output + row * Values::WIDTH, a.lse[row]);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < (cut.ranges > 1 ? rows : 0); row++) {
+            merge(states + row * cut.ranges, cut.ranges, a.output + row * Values::WIDTH, a.lse[row]);
+        }
+    }
+    std::free(states);
+}

@@ -1,0 +1,455 @@
+// ops
+//
+// What stands between torch's dispatcher and the kernels: these ops take tensors, check what machine code trusts, and
+// hand addresses and strides on in one struct.
+//
+//     query [B,H,S,R_K]   key, value [B,J,T,...]   scales [B,J,T]   mask, broadcast to [B,H,S,T]   lengths []
+//     ->  output [B,H,S,R_V] in the type of query, lse [B,H,S]
+//
+// `attend_kernel` does so for a cache: latents (queries absorbed by a basis [G,D,R_K], outputs expanded by one
+// [G,E,R_V]), a window of codes, open tokens; the parts are merged by log-sum-exp.
+//
+// Kernels compute in float32: queries and outputs of 16 bits are converted here.
+//
+// Build: c++ -O3 -std=c++20 -shared -fPIC -I TORCH/include -L TORCH/lib -ltorch_cpu
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <optional>
+#include <shared_mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // what torch 2.11 calls it
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ------------------------------------------------------------------------------------------------ structs of kernels
+
+#include "kernel_call.h"
+
+struct Tier {
+    int64_t bits, width;
+    double step;
+};
+
+struct Pack {
+    int64_t shape[3], threads, type;
+    const void* tiers;
+    int64_t count, width;
+    Rows latent, codes, scale;
+};
+
+struct Skinny {
+    int64_t rows, width, columns, threads, type;
+    const void* input;
+    int64_t input_row;
+    const void* weight;
+    int64_t weight_row;
+    const void* bias;
+    void* output;
+};
+
+struct Kernel {
+    void (*run)(const Attention*);
+    int64_t key_width, value_width, flags;
+
+    bool scaled(int side) const { return flags >> side & 1; }
+};
+
+std::unordered_map<std::string, Kernel> kernels;
+std::shared_mutex guard;
+void (*run_pack)(const Pack*) = nullptr;
+void (*run_skinny)(const Skinny*) = nullptr;
+
+// ------------------------------------------------------------------------------------------------ checks
+
+void expect(bool holds, const std::string& name, const char* what) {
+    if (!holds) throw std::runtime_error("fhopt: the kernel " + name + " was called with " + what);
+}
+
+Kernel find(const std::string& name) {
+    std::shared_lock lock(guard);
+    const auto found = kernels.find(name);
+    expect(found != kernels.end(), name, "a name that nothing was built for; compile the graph again");
+    return found->second;
+}
+
+Tensor empty(std::vector<int64_t> sizes, ScalarType type) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (int i = int(sizes.size()) - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        int64_t(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+}
+
+Rows rows_of(const Tensor& x) { return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}}; }
+
+Rows side(const std::string& name, const Tensor& x, const Tensor& query, int64_t tokens) {
+    const bool fits = x.dim() == 4 && x.size(0) == query.size(0) && query.size(1) % x.size(1) == 0 &&
+                      x.size(2) == tokens && (x.stride(3) == 1 || x.size(3) <= 1);
+    expect(fits, name, "keys or values that do not fit the queries");
+    return rows_of(x);
+}
+
+Rows scales(const std::string& name, const std::optional<Tensor>& scale, const Tensor& x, bool wanted) {
+    if (!wanted) return {};
+    bool fits = scale.has_value() && scale->dim() == 3 && scale->scalar_type() == ScalarType::Half;
+    for (int i = 0; fits && i < 3; i++) fits = scale->size(i) == x.size(i);
+    expect(fits, name, "scales that do not fit");
+    return rows_of(*scale);
+}
+
+void set_mask(const std::string& name, const Tensor& mask, const int64_t (&sizes)[4], Attention& a) {
+    int64_t strides[4] = {};
+    const int missing = 4 - int(mask.dim());
+    for (int i = missing; i < 4; i++) {
+        const int64_t size = mask.size(i - missing);
+        expect(size == sizes[i] || size == 1, name, "a mask that does not fit");
+        strides[i] = size == 1 ? 0 : mask.stride(i - missing);
+    }
+    a.mask_kind = mask.scalar_type() == ScalarType::Bool ? 1 : 2;
+    a.mask = {mask.data_ptr(), {strides[0], strides[1], strides[2]}};
+    a.mask_token = strides[3];
+}
+
+void set_pages(const std::string& name, const Tensor& pages, int64_t page_tokens, Attention& a) {
+    const bool fits = pages.dim() == 3 && pages.scalar_type() == ScalarType::Int && pages.size(0) == a.batch &&
+                      pages.size(1) > 0 && std::gcd(a.key_heads, a.value_heads) % pages.size(1) == 0 &&
+                      (pages.stride(2) == 1 || pages.size(2) <= 1) && page_tokens > 0 &&
+                      page_tokens % PAGE_QUANTUM == 0;
+    expect(fits, name, "lists of pages that do not fit");
+    static const int32_t end = -1;
+    const bool empty = pages.size(2) == 0;  // has no address, and none means all pages
+    a.pages = empty ? Rows{&end} : rows_of(pages);
+    a.page_heads = pages.size(1);
+    a.page_count = empty ? 1 : pages.size(2);
+    a.page_tokens = page_tokens;
+}
+
+// ------------------------------------------------------------------------------------------------ 16 bits and 32
+
+template <class T>
+std::vector<float> floats_of(const Tensor& x) {  // [B,H,S,R], dense
+    const T* data = static_cast<const T*>(x.data_ptr());
+    std::vector<float> out(x.numel());
+    float* to = out.data();
+    for (int64_t b = 0; b < x.size(0); b++) {
+        for (int64_t h = 0; h < x.size(1); h++) {
+            for (int64_t s = 0; s < x.size(2); s++) {
+                const T* row = data + b * x.stride(0) + h * x.stride(1) + s * x.stride(2);
+                for (int64_t c = 0; c < x.size(3); c++) *to++ = float(row[c * x.stride(3)]);
+            }
+        }
+    }
+    return out;
+}
+
+template <class T>
+void load_as(const Tensor& dense, std::vector<float>& to) {
+    const T* data = static_cast<const T*>(dense.data_ptr());
+    for (size_t i = 0; i < to.size(); i++) to[i] = float(data[i]);
+}
+
+template <class T>
+void store_as(const std::vector<float>& from, const Tensor& to) {
+    T* out = static_cast<T*>(to.data_ptr());
+    for (size_t i = 0; i < from.size(); i++) out[i] = T(from[i]);
+}
+
+// Queries of 32 bits, dense in the last dimension: those of the tensor, or converted.
+struct Queries {
+    std::vector<float> memory;
+    Rows rows;
+
+    Queries(const Tensor& x) {
+        const ScalarType type = x.scalar_type();
+        if (type == ScalarType::Float && x.stride(3) == 1) {
+            rows = rows_of(x);
+            return;
+        }
+        memory = type == ScalarType::BFloat16 ? floats_of<c10::BFloat16>(x)
+                 : type == ScalarType::Half   ? floats_of<c10::Half>(x)
+                                              : floats_of<float>(x);
+        rows = dense(memory.data(), x.size(1), x.size(2), x.size(3));
+    }
+
+    static Rows dense(const float* data, int64_t h, int64_t s, int64_t width) {
+        return {data, {h * s * width, s * width, width}};
+    }
+};
+
+void store(const std::vector<float>& from, const Tensor& to) {
+    if (to.scalar_type() == ScalarType::BFloat16) store_as<c10::BFloat16>(from, to);
+    else if (to.scalar_type() == ScalarType::Half) store_as<c10::Half>(from, to);
+    else store_as<float>(from, to);
+}
+
+// What a kernel is called with, but for the queries and the output.
+struct Call {
+    std::string name;
+    const Tensor &key, &value;
+    const std::optional<Tensor>&key_scale, &value_scale, &mask, &lengths;
+    double scale, softcap;
+    const std::optional<Tensor>& pages;
+    int64_t page_tokens = 0;
+};
+
+// The kernel of `c` on queries [B,H,S,R_K], to output [B,H,S,R_V] and lse [B,H,S].
+void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& rows, float* output, float* lse) {
+    const int64_t b = query.size(0), h = query.size(1), s = query.size(2), tokens = c.key.size(2);
+    Attention a{b, h, s, tokens, c.key.size(1), c.value.size(1), int64_t(torch::stable::get_num_threads()), 0};
+    a.query = rows;
+    a.key = side(c.name, c.key, query, tokens);
+    a.value = side(c.name, c.value, query, tokens);
+    a.key_scale = scales(c.name, c.key_scale, c.key, kernel.scaled(0));
+    a.value_scale = scales(c.name, c.value_scale, c.value, kernel.scaled(1));
+    if (c.mask) set_mask(c.name, *c.mask, {b, h, s, tokens}, a);
+    if (c.pages) set_pages(c.name, *c.pages, c.page_tokens, a);
+    if (c.lengths) a.tokens = std::clamp<int64_t>(*static_cast<const int64_t*>(c.lengths->data_ptr()), 0, tokens);
+    a.output = output;
+    a.lse = lse;
+    a.scale = c.scale;
+    a.softcap = c.softcap;
+    kernel.run(&a);
+}
+
+// ------------------------------------------------------------------------------------------------ ops
+
+// clang-format off
+std::tuple<Tensor, Tensor> latent_kernel(
+    std::string name, Tensor query, Tensor key, std::optional<Tensor> key_scale, Tensor value,
+    std::optional<Tensor> value_scale, std::optional<Tensor> mask, std::optional<Tensor> lengths,
+    std::optional<Tensor> pages, int64_t page_tokens, double scale, double softcap, int64_t value_width) {
+    // clang-format on
+    const Kernel kernel = find(name);
+    expect(query.dim() == 4 && query.size(3) == kernel.key_width, name, "queries of another width");
+    expect(value_width == kernel.value_width, name, "another width of values");
+    const int64_t b = query.size(0), h = query.size(1), s = query.size(2);
+    const bool is_float = query.scalar_type() == ScalarType::Float;
+    const Queries queries(query);
+    Tensor output = empty({b, h, s, value_width}, query.scalar_type()), lse = empty({b, h, s}, ScalarType::Float);
+    std::vector<float> sums(is_float ? 0 : b * h * s * value_width);
+    float* to = is_float ? static_cast<float*>(output.data_ptr()) : sums.data();
+    const Call call{name, key, value, key_scale, value_scale, mask, lengths, scale, softcap, pages, page_tokens};
+    run(kernel, call, query, queries.rows, to, static_cast<float*>(lse.data_ptr()));
+    if (!is_float) store(sums, output);
+    return {output, lse};
+}
+
+// A basis [G, n, m] as floats.
+struct Basis {
+    std::vector<float> memory;
+    const float* data;
+    int64_t groups, n, m;
+
+    Basis(const std::string& name, const Tensor& x, int64_t heads) : groups(x.size(0)), n(x.size(1)), m(x.size(2)) {
+        expect(x.dim() == 3 && heads % groups == 0, name, "a basis that does not fit");
+        const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
+        if (x.scalar_type() == ScalarType::Float && x.is_contiguous()) {
+            data = static_cast<const float*>(x.data_ptr());
+            return;
+        }
+        memory.resize(groups * n * m);
+        if (x.scalar_type() == ScalarType::BFloat16) load_as<c10::BFloat16>(dense, memory);
+        else if (x.scalar_type() == ScalarType::Half) load_as<c10::Half>(dense, memory);
+        else load_as<float>(dense, memory);
+        data = memory.data();
+    }
+
+    const float* of(int64_t head, int64_t heads) const { return data + head / (heads / groups) * n * m; }
+};
+
+// y[m] = x[n] B[n, m]
+void times(const float* x, const float* basis, int64_t n, int64_t m, float* y) {
+    std::fill(y, y + m, 0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const float factor = x[i];
+        const float* row = basis + i * m;
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) y[j] += factor * row[j];
+    }
+}
+
+// y[n] += factor B[n, m] x[m]
+void add_times(const float* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
+    for (int64_t i = 0; i < n; i++) {
+        const float* row = basis + i * m;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < m; j++) sum += row[j] * x[j];
+        y[i] += factor * sum;
+    }
+}
+
+constexpr int64_t SMALL = 1 << 20;  // products that one thread does
+
+// clang-format off
+Tensor attend_kernel(
+    std::string latents, std::string window, std::string opened, Tensor query, Tensor key, Tensor value,
+    Tensor key_rows, std::optional<Tensor> key_scale, Tensor key_decode,
+    Tensor value_rows, std::optional<Tensor> value_scale, Tensor value_decode,
+    std::optional<Tensor> window_keys, std::optional<Tensor> window_key_scale,
+    std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
+    std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far,
+    std::optional<Tensor> lengths, double scale, double softcap) {
+    // clang-format on
+    const Kernel of_latents = find(latents), of_opened = find(opened);
+    const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);
+    const int64_t rows = b * h * s, width = of_latents.key_width, value_width = of_latents.value_width;
+    const Basis encode(latents, key_decode, h), decode(latents, value_decode, h);
+    expect(query.dim() == 4 && d == of_opened.key_width && e == of_opened.value_width, opened, "other widths");
+    const bool fits = encode.n == d && encode.m == width && decode.n == e && decode.m == value_width;
+    expect(fits, latents, "bases that do not fit");
+    const Queries queries(query);
+    const auto at = [&](int64_t i) {
+        return static_cast<const float*>(queries.rows.data) + i / (h * s) * queries.rows.strides[0] +
+               i / s % h * queries.rows.strides[1] + i % s * queries.rows.strides[2];
+    };
+
+    std::vector<float> absorbed(rows * width), sums(rows * value_width), outputs(2 * rows * e);
+    std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
+#pragma omp parallel for if (rows * d * width > SMALL)
+    for (int64_t i = 0; i < rows; i++) times(at(i), encode.of(i / s % h, h), d, width, &absorbed[i * width]);
+    const std::optional<Tensor> none;
+    const Rows absorbed_rows = Queries::dense(absorbed.data(), h, s, width);
+    run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none}, query,
+        absorbed_rows, sums.data(), &lse[0]);
+    if (window_keys && window_values) {
+        // clang-format off
+        const Call call{window,             *window_keys, *window_values, window_key_scale,
+                        window_value_scale, inside,       none,           scale,
+                        softcap,            none};
+        // clang-format on
+        run(find(window), call, query, queries.rows, &outputs[0], &lse[rows]);
+    }
+    run(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query, queries.rows,
+        &outputs[rows * e], &lse[2 * rows]);
+
+    const bool is_float = query.scalar_type() == ScalarType::Float;
+    Tensor output = empty({b, h, s, e}, query.scalar_type());
+    std::vector<float> memory(is_float ? 0 : rows * e);
+    float* out = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
+#pragma omp parallel for if (rows * e * value_width > SMALL)
+    for (int64_t i = 0; i < rows; i++) {
+        const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
+        float weights[3], total = 0;
+        for (int part = 0; part < 3; part++) {
+            weights[part] = top == -INFINITY ? 0.0f : std::exp(lse[part * rows + i] - top);
+            total += weights[part];
+        }
+        const float inverse = total == 0 ? 0.0f : 1 / total;
+        const float *first = &outputs[i * e], *second = &outputs[(rows + i) * e];
+        for (int64_t c = 0; c < e; c++) {
+            out[i * e + c] = inverse * ((window_keys ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
+        }
+        add_times(decode.of(i / s % h, h), &sums[i * value_width], e, value_width, inverse * weights[0], out + i * e);
+    }
+    if (!is_float) store(memory, output);
+    return output;
+}
+
+// clang-format off
+std::tuple<Tensor, Tensor> pack_kernel(
+    Tensor latent, std::vector<int64_t> bits, std::vector<int64_t> widths, std::vector<double> steps) {
+    // clang-format on
+    const int dims = int(latent.dim()) - 1;
+    std::vector<Tier> tiers(bits.size());
+    Pack a{{1, 1, 1}, int64_t(torch::stable::get_num_threads())};
+    int64_t row_bits = 0;
+    for (size_t i = 0; i < bits.size(); i++) {
+        tiers[i] = {bits[i], widths[i], steps[i]};
+        a.width += widths[i];
+        row_bits += bits[i] * widths[i];
+    }
+    expect(dims >= 0 && dims <= 3 && latent.size(dims) == a.width, "pack", "latents of another width");
+    if (latent.stride(dims) != 1) latent = torch::stable::contiguous(latent);
+    std::vector<int64_t> sizes(latent.sizes().begin(), latent.sizes().end() - 1);
+    Tensor scale = empty(sizes, ScalarType::Half);
+    sizes.push_back(row_bits / 8);
+    Tensor codes = empty(sizes, ScalarType::Byte);
+    const ScalarType type = latent.scalar_type();
+    a.type = type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
+    a.tiers = tiers.data();
+    a.count = int64_t(tiers.size());
+    a.latent.data = latent.data_ptr();
+    a.codes.data = codes.data_ptr();
+    a.scale.data = scale.data_ptr();
+    for (int i = 0; i < 3; i++) {
+        const int from = i - (3 - dims);
+        a.shape[i] = from < 0 ? 1 : latent.size(from);
+        a.latent.strides[i] = from < 0 ? 1 : latent.stride(from);
+        a.codes.strides[i] = from < 0 ? 1 : codes.stride(from);
+        a.scale.strides[i] = from < 0 ? 1 : scale.stride(from);
+    }
+    run_pack(&a);
+    return {codes, scale};
+}
+
+Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+    const std::string name = "skinny";
+    expect(run_skinny != nullptr, name, "no code to run; compile the graph again");
+    const int dims = int(input.dim());
+    const ScalarType type = input.scalar_type();
+    expect(dims >= 1 && weight.dim() == 2 && input.size(dims - 1) == weight.size(1), name, "a weight of another width");
+    expect(weight.scalar_type() == type && (weight.stride(1) == 1 || weight.size(1) <= 1), name, "another weight");
+    if (bias) {
+        expect(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == type, name,
+               "another bias");
+        if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
+    }
+    if (!input.is_contiguous()) input = torch::stable::contiguous(input);
+    std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+    sizes.back() = weight.size(0);
+    Tensor output = empty(sizes, type);
+    int64_t rows = 1;
+    for (int i = 0; i < dims - 1; i++) rows *= input.size(i);
+    // clang-format off
+    const Skinny a{rows, weight.size(1), weight.size(0), int64_t(torch::stable::get_num_threads()),
+                   type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2,
+                   input.data_ptr(), weight.size(1), weight.data_ptr(), weight.stride(0),
+                   bias ? bias->data_ptr() : nullptr, output.data_ptr()};
+    // clang-format on
+    run_skinny(&a);
+    return output;
+}
+
+}  // namespace
+
+// clang-format off
+extern "C" void fhopt_serve(
+    const char* name, void (*run)(const Attention*), int64_t key_width, int64_t value_width, int64_t flags) {
+    // clang-format on
+    std::unique_lock lock(guard);
+    kernels[name] = {run, key_width, value_width, flags};
+}
+
+extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
+
+extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
+
+STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
+    m.impl("latent_kernel", TORCH_BOX(&latent_kernel));
+    m.impl("pack_kernel", TORCH_BOX(&pack_kernel));
+    m.impl("attend_kernel", TORCH_BOX(&attend_kernel));
+    m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
+}

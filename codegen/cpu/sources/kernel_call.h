@@ -1,0 +1,16 @@
+constexpr int PAGE_QUANTUM = $page_quantum;
+
+struct Rows {
+    const void* data = nullptr;
+    int64_t strides[3] = {};
+};
+
+struct Attention {
+    int64_t batch, heads, queries, tokens, key_heads, value_heads, threads, mask_kind;
+    Rows query, key, key_scale, value, value_scale, mask;
+    int64_t mask_token;
+    Rows pages;
+    int64_t page_heads, page_count, page_tokens;
+    void *output, *lse;
+    double scale, softcap;
+};

@@ -1,0 +1,111 @@
+// skinny
+//
+// Products of a few rows with a weight, bound by reading the weight once:
+//
+//     y[m][n] = sum_k x[m][k] w[n][k] + bias[n]        x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
+//
+//     M rows, K width of the input, N width of the output
+//
+// A thread walks over its rows of the weight, COLUMNS at a time, and fetches the next ones meanwhile: into the second-
+// level cache, where more lines can be under way than into the first. Each vector of the weight is read once and
+// multiplied with all rows of the input, which stay in the caches; sums are of float32. With AVX-512 BF16, pairs of
+// bfloat16 are multiplied as they are; other numbers of 16 bits become floats in registers.
+//
+// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "vectors.h"
+
+// ------------------------------------------------------------------------------------------------ arguments
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+struct Arguments {
+    int64_t rows, width, columns, threads;
+    Type type;                      // of everything
+    const void* input;              // [M,K], `input_row` numbers from one row to the next
+    int64_t input_row;
+    const void* weight;             // [N,K]
+    int64_t weight_row;
+    const void* bias;               // [N], or null
+    void* output;                   // [M,N], dense
+};
+
+#include "products.h"
+
+template <class T, int ROWS, int COLUMNS>
+void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column) {
+    float sums[ROWS * COLUMNS];
+    const auto* weight = static_cast<const typename T::Element*>(a.weight) + column * a.weight_row;
+    multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, a.weight_row, a.width, sums);
+    const auto* bias = static_cast<const typename T::Element*>(a.bias);
+    auto* output = static_cast<typename T::Element*>(a.output) + row * a.columns + column;
+    for (int r = 0; r < ROWS; r++) {
+        for (int c = 0; c < COLUMNS; c++) {
+            const float added = bias ? T::number(bias[column + c]) : 0.0f;
+            output[r * a.columns + c] = T::rounded(sums[r * COLUMNS + c] + added);
+        }
+    }
+}
+
+// Columns [begin, end) for ROWS rows of the input.
+template <class T, int ROWS>
+void block_of_columns(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t begin,
+                      int64_t end) {
+    constexpr int COLUMNS = columns_for(ROWS);
+    int64_t column = begin;
+    for (; column + COLUMNS <= end; column += COLUMNS) block<T, ROWS, COLUMNS>(a, input, stride, row, column);
+    for (; column < end; column++) block<T, ROWS, 1>(a, input, stride, row, column);
+}
+
+template <class T, int... I>
+void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, const typename T::Input* input,
+             int64_t stride, int64_t row, int64_t begin, int64_t end) {
+    ((count == I + 1 ? block_of_columns<T, I + 1>(a, input, stride, row, begin, end) : void()), ...);
+}
+
+// ------------------------------------------------------------------------------------------------ all of it
+
+constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
+
+template <class T>
+void product(const Arguments& a) {
+    const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP + 64 / int64_t(sizeof(typename T::Input));
+    const int64_t bytes = (std::max<int64_t>(a.rows, 1) * stride * int64_t(sizeof(typename T::Input)) + 63) / 64 * 64;
+    auto* input = static_cast<typename T::Input*>(std::aligned_alloc(64, bytes));
+    for (int64_t r = 0; r < a.rows; r++) {
+        const auto* x = static_cast<const typename T::Element*>(a.input) + r * a.input_row;
+        for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(x[k]);
+        std::fill(input + r * stride + a.width, input + (r + 1) * stride, typename T::Input());
+    }
+    const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t step = blocks > 1 ? CACHED : 16 * CACHED;
+    const int64_t steps = (a.columns + step - 1) / step;
+    const int64_t size = a.columns * a.width * int64_t(sizeof(typename T::Element));
+    const int threads = int(std::clamp<int64_t>(std::min(steps, size / 100000), 1, a.threads));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < steps; i++) {
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t row = a.rows * b / blocks, last = a.rows * (b + 1) / blocks;
+            rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(last - row), a, input, stride, row, i * step,
+                       std::min((i + 1) * step, a.columns));
+        }
+    }
+    std::free(input);
+}
+
+}  // namespace
+
+extern "C" void skinny(const Arguments* arguments) {
+    const Arguments& a = *arguments;
+    if (a.type == FLOAT32) product<OfFloat32>(a);
+    else if (a.type == BFLOAT16) product<OfBFloat16Pairs>(a);
+    else product<OfFloat16>(a);
+}
