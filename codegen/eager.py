@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from string import Template
 
+from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
 from fhopt.ops import planes
 from fhopt.spec import KernelSpec
@@ -18,9 +19,9 @@ from fhopt.spec import KernelSpec
 def render(spec: KernelSpec) -> str:
     """The text of the kernel of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
     check(spec)
-    return _FILE.substitute(
+    return read_source("fhopt.codegen", "eager.py.in").substitute(
         name=spec.name,
-        planes="\n".join(PLANES),
+        planes="".join(f"{line}\n" for line in PLANES),
         key_legend=legend(spec.key_tiers, spec.key_width),
         value_legend=legend(spec.value_tiers, spec.value_width),
         value_width=spec.value_width,
@@ -146,87 +147,3 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
     """Scales [B,J,t] -> float32 [B,H,1,t]: the H/J query heads of a latent head share one."""
     return scale.float().repeat_interleave(heads // scale.shape[1], 1).unsqueeze(2)
 '''
-
-_FILE = Template('''\
-"""$name
-
-Latent attention for one kind of latent, in plain torch operations:
-
-    x[t] = cap(scale * q . z_K[t]) + mask[t]      $cap
-    lse  = log sum_t exp(x[t])
-    o    = sum_t exp(x[t] - lse) z_V[t]           o = 0 and lse = -inf where every token is masked
-
-    q [B,H,S,R_K]   z_K [B,J,T,R_K]   z_V [B,J',T,R_V]   mask [B,H,S,T]   ->   o [B,H,S,R_V]   lse [B,H,S]
-
-    B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
-    T tokens, R channels of a latent.
-
-    channels of a key row:    $key_legend
-    channels of a value row:  $value_legend
-
-A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
-$planes
-"""
-
-import math
-
-import torch
-from torch import Tensor
-
-TILE = 1024  # tokens unpacked at a time: unpacked latents of full length never exist
-VALUE_WIDTH = $value_width  # R_V
-
-
-def latent_attention(
-    query: Tensor,
-    key: Tensor,
-    key_scale: Tensor | None,
-    value: Tensor,
-    value_scale: Tensor | None,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    **_tiers: object,
-) -> tuple[Tensor, Tensor]:
-    """Shapes above; mask bool or additive, broadcastable. Returns o in the dtype of query and lse in float32."""
-    batch, heads, queries, _ = query.shape
-    tokens = key.shape[2]
-    bias = None if mask is None else additive(mask).expand(batch, heads, queries, tokens)
-    scaled = query.float() * scale
-    top = scaled.new_full((batch, heads, queries, 1), -math.inf)  # largest logit so far
-    total = torch.zeros_like(top)  # sum of exp(logit - top)
-    output = scaled.new_zeros((batch, heads, queries, VALUE_WIDTH))  # sum of exp(logit - top) * value
-    for begin in range(0, tokens, TILE):
-        tile = slice(begin, begin + TILE)
-        keys = $key_rows  # [B, J, t, R_K]
-        logits = grouped_matmul(scaled, keys.transpose(-1, -2))  # [B, H, S, t]
-$key_scale_line$cap_line\
-        if bias is not None:
-            logits = logits + bias[..., tile]
-        new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
-        base = new_top.masked_fill(new_top == -math.inf, 0.0)  # all masked so far: weights are 0, not NaN
-        weights = torch.exp(logits - base)
-        shrink = torch.exp(top - base)
-        total = total * shrink + weights.sum(-1, keepdim=True)
-$value_scale_line\
-        values = $value_rows  # [B, J', t, R_V]
-        output = output * shrink + grouped_matmul(weights, values)  # [B, H, S, R_V]
-        top = new_top
-    output = output / total.masked_fill(total == 0, 1.0)
-    return output.to(query.dtype), (top + torch.log(total)).squeeze(-1)
-
-
-def additive(mask: Tensor) -> Tensor:
-    """A mask as numbers to add to logits: bool (True = may attend) becomes 0 and -inf."""
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-
-
-def grouped_matmul(rows: Tensor, latents: Tensor) -> Tensor:
-    """[B,H,S,m] x [B,J,m,n] -> [B,H,S,n]: the H/J query heads of a latent head become extra queries."""
-    b, h, s, m = rows.shape
-    j, n = latents.shape[1], latents.shape[3]
-    return torch.matmul(rows.reshape(b, j, h // j * s, m), latents).reshape(b, h, s, n)
-$functions''')

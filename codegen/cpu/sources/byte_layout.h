@@ -1,3 +1,4 @@
+//: Where quantized values of a row go as bytes, the same on every CPU. integer_products.h multiplies them.
 // ------------------------------------------------------------------------------------------------ codes as bytes
 //
 // With AVX-512 VNNI codes are multiplied as bytes, four products and their sum to a lane; not so uncoded sides, values

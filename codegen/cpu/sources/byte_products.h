@@ -1,3 +1,4 @@
+//: Products of bytes, four to a lane. Stands behind vectors.h.
 INLINE Ints16 bytes_at(const uint8_t* p) {
     Ints16 v;
     std::memcpy(&v, p, sizeof v);

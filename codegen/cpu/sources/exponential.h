@@ -1,3 +1,4 @@
+//: Powers of two of vectors. Stands behind vectors.h.
 // 2^f for f in [-1/2, 1/2].
 INLINE Floats power_of_2(Floats f) {
     Floats y = f * 0.00015353361f + 0.0013398874f;

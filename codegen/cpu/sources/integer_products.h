@@ -1,3 +1,4 @@
+//: Scores and mixes of quantized values as bytes, with AVX-512 VNNI. Part of attention.cpp, behind byte_layout.h.
 // ------------------------------------------------------------------------------------------------ products of bytes
 
 #if INTEGER

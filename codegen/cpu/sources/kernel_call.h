@@ -1,3 +1,4 @@
+//: The struct by which attention.cpp is called, as other files know it.
 constexpr int PAGE_QUANTUM = $page_quantum;
 
 struct Rows {

@@ -1,3 +1,5 @@
+//: Products of rows of a weight, in the type that the weight has. Stands behind vectors.h and needs <cmath>.
+//: Files that multiply with it get the same bits: the order of a sum depends on neither the rows nor the columns.
 // ------------------------------------------------------------------------------------------------ numbers
 
 INLINE uint16_t to_bfloat16(float x) {

@@ -1,3 +1,5 @@
+//: Vectors of floats by compiler extensions, and numbers of 16 bits.
+//: Needs <algorithm>, <cstdint>, <cstring> and <limits>; opens the file's anonymous namespace and leaves it open.
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
