@@ -44,8 +44,9 @@ SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make sanitize` runs the tests of C++ kernels with this."""
+    """Options of `make sanitize` and of test_golden_kernels.py."""
     parser.addoption("--sanitize", action="store_true", help="Compile kernels with AddressSanitizer and UBSan.")
+    parser.addoption("--regenerate-golden", action="store_true", help="Write the kernels in tests/golden anew.")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,716 @@
+// pages
+//
+// The weight of each page of a cache by the sketches of its tokens, the pages that weigh most, and attention to them:
+//
+//     x[t] = constant + scale[t] sum_c w[c] u[c][t]        weight[p] = sum over t in p of exp(x[t])
+//
+//     weigh_pages     weights [B,J,M,r]   constant [B,J,M]   codes [B,J,T,bytes]   scale [B,J,T]
+//                     ->  log weight [B,J,M,P]
+//     attend_pages    query [B,H,1,R], the sketches, and a call of the kernel of the latents
+//                     ->  output and lse of that call on the pages of each unit that weigh most, the mean of values
+//                         in place of the others
+//
+//     B batch, H = J M query heads, J latent heads, M query rows of a latent head, T tokens, P pages, U units, N pages
+//     of a list, r channels of a sketch, R latent width
+//
+// A lane is a token: words of four bytes of 16 rows, a row each, are cut into codes, each kind four to a lane, and
+// multiplied with the query's weights in 8 bits. Weights are kept in base 2, relative to the largest logit of a run of
+// pages, so that no logarithm is needed for a choice.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define UNROLL(times) PRAGMA(unroll times)
+#else
+#define UNROLL(times) PRAGMA(GCC unroll times)
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ vectors
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST_ROWS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, MOST_ROWS = 2;
+#else
+constexpr int LANES = 4, MOST_ROWS = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));  // 8 channels: every tier is a multiple of them
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint64_t Words8 __attribute__((vector_size(64)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
+
+INLINE Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+INLINE void store(float* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+INLINE Floats4 load4(const float* p) {
+    Floats4 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class F>
+INLINE Floats4 fold(Floats v, F f) {
+    Floats4 parts[LANES / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) parts[0] = f(parts[0], parts[i]);
+    return parts[0];
+}
+
+INLINE Floats4 fold_sum(Floats v) {
+    return fold(v, [](Floats4 a, Floats4 b) { return a + b; });
+}
+
+INLINE float sum_of_four(Floats4 s) { return (s[0] + s[2]) + (s[1] + s[3]); }
+
+INLINE float sum_of(Floats v) { return sum_of_four(fold_sum(v)); }
+
+INLINE float largest_of(Floats v) {
+    const Floats4 s = fold(v, [](Floats4 a, Floats4 b) { return a > b ? a : b; });
+    return std::max(std::max(s[0], s[1]), std::max(s[2], s[3]));
+}
+
+INLINE Floats4 sums_of_four(Floats4 p, Floats4 q, Floats4 r, Floats4 s) {
+    const Floats4 pq = SHUFFLE(Ints4, p, q, 0, 4, 1, 5) + SHUFFLE(Ints4, p, q, 2, 6, 3, 7);
+    const Floats4 rs = SHUFFLE(Ints4, r, s, 0, 4, 1, 5) + SHUFFLE(Ints4, r, s, 2, 6, 3, 7);
+    return SHUFFLE(Ints4, pq, rs, 0, 1, 4, 5) + SHUFFLE(Ints4, pq, rs, 2, 3, 6, 7);
+}
+
+INLINE Floats4 sums_of(Floats a, Floats b, Floats c, Floats d) {
+    return sums_of_four(fold_sum(a), fold_sum(b), fold_sum(c), fold_sum(d));
+}
+
+// A float of these bits; a float16 as a float.
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float from_float16(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#endif
+    const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
+    const float finite = from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent, also of subnormals
+    const float x = magnitude < 0x7c00 ? finite : from_bits(magnitude << 13 | 0x7f800000);
+    return sign ? -x : x;
+}
+
+// LANES numbers of memory as floats.
+struct Float32 {
+    typedef float Number;
+    static INLINE Floats load(const Number* p) { return ::load(p); }
+};
+
+struct BFloat16 {
+    typedef uint16_t Number;
+    static INLINE Floats load(const Number* p) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+        Halves halves;
+        std::memcpy(&halves, p, sizeof halves);
+        return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Number;
+    static INLINE Floats load(const Number* p) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = from_float16(p[i]);
+        return ::load(x);
+#endif
+    }
+};
+INLINE Ints16 bytes_at(const uint8_t* p) {
+    Ints16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE int32_t four_at(const int8_t* p) {
+    int32_t x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+// sums[i] += sum over k < 4 of byte k of codes[i] (unsigned) times byte k of h (signed).
+INLINE Ints16 add_products(Ints16 sums, Ints16 codes, int32_t h) {
+#if defined(__AVX512VNNI__)
+    return (Ints16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(h));
+#else
+    for (int k = 0; k < 4; k++) sums += (codes >> 8 * k & 255) * int32_t(int8_t(h >> 8 * k));
+    return sums;
+#endif
+}
+
+// The same for codes below 16.
+INLINE Ints16 add_small_products(Ints16 sums, Ints16 codes, int32_t h) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    __m256i halves[2], added[2];
+    std::memcpy(halves, &codes, sizeof codes);
+    std::memcpy(added, &sums, sizeof sums);
+    for (int i = 0; i < 2; i++) {  // pairs are at most 2 * 15 * 127
+        const __m256i pairs = _mm256_maddubs_epi16(halves[i], _mm256_set1_epi32(h));
+        added[i] = _mm256_add_epi32(added[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    std::memcpy(&sums, added, sizeof sums);
+    return sums;
+#else
+    return add_products(sums, codes, h);
+#endif
+}
+
+INLINE Ints16 low_halves(Ints16 x) { return x & 0x0f0f0f0f; }
+INLINE Ints16 high_halves(Ints16 x) { return x >> 4 & 0x0f0f0f0f; }
+// 2^f for f in [-1/2, 1/2].
+INLINE Floats power_of_2(Floats f) {
+    Floats y = f * 0.00015353361f + 0.0013398874f;
+    y = y * f + 0.0096184374f;
+    y = y * f + 0.0555033247f;
+    y = y * f + 0.2402264791f;
+    y = y * f + 0.6931472029f;
+    return y * f + 1.0f;
+}
+
+// 2^x to 1e-7, for x <= 0; 0 below 2^-126.
+INLINE Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+    const __m512 least = _mm512_max_ps((__m512)x, _mm512_set1_ps(-150.0f));
+    const __m512 whole = _mm512_roundscale_ps(least, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Floats part = (Floats)_mm512_sub_ps(least, whole);  // [-1/2, 1/2]
+    return (Floats)_mm512_scalef_ps((__m512)power_of_2(part), whole);
+#else
+    constexpr float ROUND = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+    const Floats low = x < -126.0f ? Floats{} - 126.0f : x;
+    const Floats shifted = low + ROUND;
+    const Floats part = low - (shifted - ROUND);  // [-1/2, 1/2]
+    const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
+    return x < -126.0f ? Floats{} : power_of_2(part) * (Floats)power;
+#endif
+}
+constexpr int PAGE_QUANTUM = 8;
+
+struct Rows {
+    const void* data = nullptr;
+    int64_t strides[3] = {};
+};
+
+struct Attention {
+    int64_t batch, heads, queries, tokens, key_heads, value_heads, threads, mask_kind;
+    Rows query, key, key_scale, value, value_scale, mask;
+    int64_t mask_token;
+    Rows pages;
+    int64_t page_heads, page_count, page_tokens;
+    void *output, *lse;
+    double scale, softcap;
+};
+
+// ------------------------------------------------------------------------------------------------ arguments
+
+struct Sketches {
+    int64_t batch, heads, rows, channels, words, tokens, length, page_tokens, threads;
+    int64_t code_b, code_j, code_t, scale_b, scale_j, mask_b, mask_t;
+    const uint8_t* codes;
+    const uint16_t* scales;
+    const uint8_t* mask;         // or null
+    const int32_t *word_bits, *word_channels;
+    const float* word_steps;
+    const float *weights, *constant;
+};
+
+struct Choice {
+    int64_t units, most, read;
+    int64_t pages, fewest;       // that there are to choose from; that are listed however little they weigh
+    double mass, lift;
+    const float* near;           // [B,J,M]: log of the weight of what is read in any case; or null
+};
+
+struct Step {
+    int64_t width, value_width, value_heads;  // R, R_V
+    double scale;
+    void (*attend)(const Attention*);
+    const int64_t* channels;        // [J,r]
+    const float *mean, *deviation;  // [J,R]
+    const float *fill, *values;     // [H] and [B,value_heads,value_width]; or null
+    int64_t* counts;                // [4]: lists, 0, pages in them, pages that they were chosen from
+};
+
+constexpr int TILE = 16;         // tokens, one a lane
+constexpr int HEADS = 4;         // query rows at a time
+constexpr int WORDS = 64;        // that a row may have
+constexpr int AHEAD = 256;       // tokens that are fetched into the cache before they are needed
+constexpr int RUN = 1024;        // tokens that are weighed against the same largest logit
+
+// The query rows of one latent head, as they are multiplied.
+struct Query {
+    int8_t codes[HEADS][WORDS][4][4];  // of a word, of each shift: what its four bytes are multiplied by
+    float step[HEADS], offset[HEADS];
+};
+
+void prepare(const Sketches& a, const float* weights, int rows, Query& q) {
+    std::memset(q.codes, 0, sizeof q.codes);
+    for (int h = 0; h < rows; h++) {
+        const float* w = weights + h * a.channels;
+        float top = 0;
+        for (int64_t k = 0; k < a.words; k++) {
+            const float* of = w + a.word_channels[k];
+            for (int i = 0; i < 32 / a.word_bits[k]; i++) top = std::max(top, std::abs(of[i] * a.word_steps[k]));
+        }
+        const float inverse = top > 1e-30f ? 127 / top : 0;
+        double offset = 0;
+        for (int64_t k = 0; k < a.words; k++) {
+            const int bits = a.word_bits[k], each = 8 / bits;
+            for (int m = 0; m < 4; m++) {
+                for (int i = 0; i < each; i++) {
+                    const float x = w[a.word_channels[k] + m * each + i] * a.word_steps[k];
+                    const int8_t code = int8_t(std::nearbyint(x * inverse));
+                    q.codes[h][k][i][m] = code;
+                    offset -= 0.5 * ((1 << bits) - 1) * code;
+                }
+            }
+        }
+        q.step[h] = top > 1e-30f ? float(LOG2E) * top / 127 : 0;
+        q.offset[h] = float(offset);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ a tile
+
+// Words of `count` rows, each in a lane; zeros for the others.
+struct AnyRows {
+    static constexpr int W = 0;  // words of a row, where that is known
+    const Sketches& a;
+
+    INLINE void operator()(const uint8_t* rows, int64_t, int count, Ints16* words) const {
+        int32_t lanes[WORDS][TILE];
+        if (count < TILE) std::memset(lanes, 0, sizeof *lanes * a.words);
+        for (int t = 0; t < count; t++) {
+            for (int64_t k = 0; k < a.words; k++) std::memcpy(&lanes[k][t], rows + t * a.code_t + 4 * k, 4);
+        }
+        std::memcpy(words, lanes, sizeof *words * a.words);
+    }
+};
+
+#if defined(__AVX512F__)
+// The same for rows that lie one behind the other: 16 of them are W vectors.
+template <int WORDS_OF_ROW>
+struct WholeRows {
+    static constexpr int W = WORDS_OF_ROW;
+    AnyRows any;
+    __m512i index[W][W];
+
+    explicit WholeRows(const Sketches& a) : any{a} {
+        for (int k = 0; k < W; k++) {
+            for (int s = 1; s < W; s++) {
+                int32_t lanes[16];
+                for (int t = 0; t < 16; t++) {
+                    const int from = (W * t + k) / 16, lane = (W * t + k) % 16;
+                    lanes[t] = from == s ? 16 + lane : s == 1 && from == 0 ? lane : t;
+                }
+                index[k][s] = _mm512_loadu_si512(lanes);
+            }
+        }
+    }
+
+    INLINE void operator()(const uint8_t* rows, int64_t first, int count, Ints16* words) const {
+        if (first + TILE > any.a.tokens) return any(rows, first, count, words);
+        __m512i parts[W];
+        UNROLL(8) for (int s = 0; s < W; s++) parts[s] = _mm512_loadu_si512(rows + 64 * s);
+        UNROLL(8) for (int k = 0; k < W; k++) {
+            __m512i word = parts[0];
+            UNROLL(8) for (int s = 1; s < W; s++) word = _mm512_permutex2var_epi32(word, index[k][s], parts[s]);
+            words[k] = (Ints16)word;
+        }
+    }
+};
+#endif
+
+template <int ROWS, int TILES, int W>
+INLINE void products(const Sketches& a, const Query& q, const Ints16 (*words)[WORDS], Ints16 (*sums)[ROWS]) {
+    Ints16 sum[TILES][ROWS] = {};
+    const int count = W ? W : int(a.words);
+    UNROLL(8) for (int k = 0; k < count; k++) {
+        const auto add = [&](int i, auto cut) {
+            Ints16 codes[TILES];
+            for (int n = 0; n < TILES; n++) codes[n] = cut(words[n][k]);
+            UNROLL(4) for (int h = 0; h < ROWS; h++) {
+                const int32_t weights = four_at(q.codes[h][k][i]);
+                for (int n = 0; n < TILES; n++) sum[n][h] = add_products(sum[n][h], codes[n], weights);
+            }
+        };
+        if (a.word_bits[k] == 4) {
+            add(0, [](Ints16 x) { return low_halves(x); });
+            add(1, [](Ints16 x) { return high_halves(x); });
+        } else {
+            add(0, [](Ints16 x) { return x & 0x03030303; });
+            add(1, [](Ints16 x) { return x >> 2 & 0x03030303; });
+            add(2, [](Ints16 x) { return x >> 4 & 0x03030303; });
+            add(3, [](Ints16 x) { return x >> 6 & 0x03030303; });
+        }
+    }
+    std::memcpy(sums, sum, sizeof sum);
+}
+
+// ------------------------------------------------------------------------------------------------ weights
+
+// What weighing leaves: of each row, weights of its pages relative to the largest logit of their run.
+struct Weights {
+    std::vector<float> pages;    // [B,J,M,P]
+    std::vector<float> tops;     // [B,J,M,runs], in base 2
+    int64_t count, runs, pages_of_run;
+};
+
+INLINE Floats16 scales_at(const uint16_t* p, int count) {
+    uint16_t halves[TILE];
+    if (count == TILE) std::memcpy(halves, p, sizeof halves);
+    else for (int t = 0; t < TILE; t++) halves[t] = t < count ? p[t] : 0;
+    float lanes[TILE];
+    for (int i = 0; i < TILE; i += LANES) store(lanes + i, Float16::load(halves + i));
+    Floats16 scales;
+    std::memcpy(&scales, lanes, sizeof scales);
+    return scales;
+}
+
+// Logits of TILES tiles for ROWS rows, -inf for tokens that do not count, into x[h * RUN].
+template <int ROWS, int TILES, class Fetch>
+INLINE void tiles(const Sketches& a, const Query& q, int64_t b, int64_t j, int64_t first, float* x,
+                  const Fetch& fetched) {
+    Ints16 words[TILES][WORDS], sums[TILES][ROWS];
+    const int count = int(std::min<int64_t>(TILE * TILES, a.length - first));  // several tiles are whole
+    const uint8_t* rows = a.codes + b * a.code_b + j * a.code_j + first * a.code_t;
+    const uint16_t* scales = a.scales + b * a.scale_b + j * a.scale_j + first;
+    for (int64_t i = 0; i < TILES * TILE * a.code_t; i += 64) __builtin_prefetch(rows + AHEAD * a.code_t + i, 0, 3);
+    __builtin_prefetch(scales + AHEAD, 0, 3);
+    for (int n = 0; n < TILES; n++) {
+        fetched(rows + n * TILE * a.code_t, first + n * TILE, std::min(TILE, count), words[n]);
+    }
+    products<ROWS, TILES, Fetch::W>(a, q, words, sums);
+    for (int n = 0; n < TILES; n++) {
+        const Floats16 scale = scales_at(scales + n * TILE, std::min(TILE, count));
+        UNROLL(4) for (int h = 0; h < ROWS; h++) {
+            const Floats16 logits = (__builtin_convertvector(sums[n][h], Floats16) + q.offset[h]) * (scale * q.step[h]);
+            store(x + h * RUN + n * TILE, logits);
+        }
+    }
+    if (count == TILE * TILES && !a.mask) return;
+    const uint8_t* mask = a.mask ? a.mask + b * a.mask_b + first * a.mask_t : nullptr;
+    for (int t = 0; t < TILE * TILES; t++) {
+        const bool counts = t < count && (!mask || mask[t * a.mask_t]);
+        for (int h = 0; h < ROWS && !counts; h++) x[h * RUN + t] = -INF;
+    }
+}
+
+// Pages of one run, for ROWS rows from `row` on.
+template <int ROWS, class Fetch>
+void run(const Sketches& a, const Query& q, int64_t b, int64_t j, int64_t row, int64_t r, Weights& out,
+         const Fetch& fetched) {
+    alignas(64) float x[ROWS * RUN];
+    const int64_t begin = r * out.pages_of_run * a.page_tokens;
+    const int64_t end = std::min(begin + out.pages_of_run * a.page_tokens, a.length);
+    int64_t t = begin;
+    for (; t + 2 * TILE <= end; t += 2 * TILE) tiles<ROWS, 2>(a, q, b, j, t, x + (t - begin), fetched);
+    for (; t < end; t += TILE) tiles<ROWS, 1>(a, q, b, j, t, x + (t - begin), fetched);
+    const int64_t size = (end - begin + TILE - 1) / TILE * TILE;
+    const int64_t first = r * out.pages_of_run, last = std::min(first + out.pages_of_run, out.count);
+    for (int h = 0; h < ROWS; h++) {
+        float* logits = x + h * RUN;
+        Floats highest = Floats{} - INF;
+        for (int64_t i = 0; i < size; i += LANES) {
+            const Floats v = load(logits + i);
+            highest = v > highest ? v : highest;
+        }
+        const float top = largest_of(highest), base = top == -INF ? 0 : top;
+        const int64_t of = (b * a.heads + j) * a.rows + row + h;
+        out.tops[of * out.runs + r] = top;
+        UNROLL(4) for (int64_t i = 0; i < size; i += LANES) store(logits + i, exp2(load(logits + i) - base));
+        const auto sum = [&](int64_t p) {
+            const int64_t from = (p - first) * a.page_tokens, to = std::min(from + a.page_tokens, size);
+            Floats sum{};
+            Floats4 rest{};  // of pages that are no whole vectors
+            int64_t i = from;
+            for (; i + LANES <= to; i += LANES) sum += load(logits + i);
+            for (; i < to; i += 4) rest += load4(logits + i);
+            return fold_sum(sum) + rest;
+        };
+        float* weights = &out.pages[of * out.count];
+        int64_t p = first;
+        for (; p + 4 <= last; p += 4) store(weights + p, sums_of_four(sum(p), sum(p + 1), sum(p + 2), sum(p + 3)));
+        for (; p < last; p++) weights[p] = sum_of_four(sum(p));
+    }
+}
+
+template <class Fetch>
+void weigh(const Sketches& a, Weights& out, const Fetch& fetched) {
+    const int64_t groups = (a.rows + HEADS - 1) / HEADS, all = a.batch * a.heads * groups;
+    std::vector<Query> queries(all);
+    for (int64_t i = 0; i < all; i++) {
+        const int64_t row = i / groups * a.rows + i % groups * HEADS;
+        const int rows = int(std::min<int64_t>(HEADS, a.rows - i % groups * HEADS));
+        prepare(a, a.weights + row * a.channels, rows, queries[i]);
+    }
+#pragma omp parallel for collapse(2) num_threads(a.threads) if (a.threads > 1) schedule(static)
+    for (int64_t i = 0; i < all; i++) {
+        for (int64_t r = 0; r < out.runs; r++) {
+            const int64_t b = i / groups / a.heads, j = i / groups % a.heads, row = i % groups * HEADS;
+            const Query& q = queries[i];
+            switch (std::min<int64_t>(HEADS, a.rows - row)) {
+                case 1: run<1>(a, q, b, j, row, r, out, fetched); break;
+                case 2: run<2>(a, q, b, j, row, r, out, fetched); break;
+                case 3: run<3>(a, q, b, j, row, r, out, fetched); break;
+                default: run<4>(a, q, b, j, row, r, out, fetched);
+            }
+        }
+    }
+}
+
+void weigh(const Sketches& a, Weights& out) {
+#if defined(__AVX512F__)
+    switch (a.code_t == 4 * a.words ? a.words : 0) {
+        case 2: return weigh(a, out, WholeRows<2>(a));
+        case 3: return weigh(a, out, WholeRows<3>(a));
+        case 4: return weigh(a, out, WholeRows<4>(a));
+        case 5: return weigh(a, out, WholeRows<5>(a));
+        case 6: return weigh(a, out, WholeRows<6>(a));
+        default: break;
+    }
+#endif
+    weigh(a, out, AnyRows{a});
+}
+
+// ------------------------------------------------------------------------------------------------ the choice
+
+// Log of the weight that a row expects of pages that are not listed over that of those that are; `listed` is 1 or 0.
+float odds_left_out(const Weights& w, int64_t m, const float* listed) {
+    const float *tops = &w.tops[m * w.runs], *pages = &w.pages[m * w.count];
+    const float top = *std::max_element(tops, tops + w.runs);
+    double left = 0, read = 0;
+    for (int64_t r = 0; r < w.runs; r++) {
+        const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
+        float of_list = 0, others = 0;
+#pragma omp simd reduction(+ : of_list, others)
+        for (int64_t p = from; p < to; p++) {
+            of_list += pages[p] * listed[p];
+            others += pages[p] * (1 - listed[p]);
+        }
+        const double factor = tops[r] == -INF ? 0 : std::exp2(double(tops[r]) - top);
+        left += factor * others;
+        read += factor * of_list;
+    }
+    return left > 0 && read > 0 ? float(LN2 * std::log2(left / read)) : -INF;
+}
+
+// What a unit expects of each page: the mean over its rows of the page's share in all weight, near included.
+std::vector<float> expected(const Sketches& a, const Choice& c, const Weights& w, int64_t first, int64_t rows) {
+    std::vector<float> share(w.count, 0.0f);
+    for (int64_t m = first; m < first + rows; m++) {
+        const float *tops = &w.tops[m * w.runs], *pages = &w.pages[m * w.count];
+        const double highest = *std::max_element(tops, tops + w.runs);
+        if (highest == -INF) continue;
+        const double near = c.near ? (double(c.near[m]) - a.constant[m]) / LN2 : -INF;  // in base 2, as tops are
+        const double top = std::max(highest, near);
+        std::vector<double> factors(w.runs);
+        double total = std::exp2(near - top);
+        for (int64_t r = 0; r < w.runs; r++) {
+            const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
+            factors[r] = tops[r] == -INF ? 0 : std::exp2(double(tops[r]) - top);
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t p = from; p < to; p++) sum += pages[p];
+            total += factors[r] * sum;
+        }
+        for (int64_t r = 0; r < w.runs; r++) {
+            const int64_t from = r * w.pages_of_run, to = std::min(from + w.pages_of_run, w.count);
+            const float factor = float(factors[r] / total / rows);
+#pragma omp simd
+            for (int64_t p = from; p < to; p++) share[p] += factor * pages[p];
+        }
+    }
+    return share;
+}
+
+// How many of the first `room` pages by weight are needed, so that the others have at most 1 - mass of it.
+int64_t needed_for(double mass, std::vector<float> share, int64_t room) {
+    const double all = std::accumulate(share.begin(), share.end(), 0.0);
+    std::partial_sort(share.begin(), share.begin() + room, share.end(), std::greater<float>());
+    double before = 0;
+    int64_t needed = 0;
+    while (needed < room && all - before > 1 - mass) before += share[needed++];
+    return needed;
+}
+
+// The nth largest of numbers that are not negative: their first bits sort them into bins.
+float nth_largest(const std::vector<float>& x, int64_t nth) {
+    constexpr int SHIFT = 20;
+    std::array<int32_t, 1 << (32 - SHIFT)> bins{};
+    const auto bin = [](float v) {
+        uint32_t bits;
+        std::memcpy(&bits, &v, sizeof bits);
+        return bits >> SHIFT;
+    };
+    for (const float v : x) bins[bin(v)]++;
+    int64_t before = 0;
+    uint32_t at = bins.size() - 1;
+    while (before + bins[at] < nth) before += bins[at--];
+    std::vector<float> some;
+    for (const float v : x) {
+        if (bin(v) == at) some.push_back(v);
+    }
+    std::nth_element(some.begin(), some.begin() + (nth - 1 - before), some.end(), std::greater<float>());
+    return some[nth - 1 - before];
+}
+
+// The pages of one list: those of the largest share, as many as there is room for and as weigh enough.
+void choose(const Sketches& a, const Choice& c, const Weights& w, int64_t unit, int32_t* list, float* odds) {
+    const int64_t rows = a.heads / c.units * a.rows, first = unit * rows;
+    const std::vector<float> share = expected(a, c, w, first, rows);
+    int64_t kept = std::min({c.read, c.most, w.count}), found = 0;
+    const float enough = c.lift > 0 ? float(c.lift / c.pages) : 0;
+    const int64_t weighty = std::count_if(share.begin(), share.end(), [=](float x) { return x >= enough; });
+    if (c.lift > 0) kept = std::min(kept, std::max(weighty, c.fewest));
+    if (c.mass < 1) kept = needed_for(c.mass, share, kept);
+    float least = kept == 0 ? INF : 0;
+    if (kept > 0 && kept == weighty) {
+        least = enough;
+    } else if (kept > 0 && kept < w.count) {
+        least = nth_largest(share, kept);
+    }
+    const int64_t more = std::count_if(share.begin(), share.end(), [=](float x) { return x > least; });
+    int64_t ties = kept - more;  // places that are left for pages of the least weight
+    std::vector<float> listed(w.count, 0.0f);
+    for (int64_t p = 0; p < w.count && found < kept; p++) {
+        if (share[p] <= 0 || share[p] < least) continue;
+        if (share[p] == least && ties-- <= 0) continue;
+        list[found++] = int32_t(p);
+        listed[p] = 1;
+    }
+    std::fill(list + found, list + c.most, -1);
+    for (int64_t m = first; odds && m < first + rows; m++) odds[m] = odds_left_out(w, m, listed.data());
+}
+
+// ------------------------------------------------------------------------------------------------ the step
+
+// Weights of all pages, in memory that a thread keeps for the next call.
+const Weights& weighed(const Sketches& a) {
+    static thread_local Weights w;
+    w.count = (a.tokens + a.page_tokens - 1) / a.page_tokens;
+    w.pages_of_run = RUN / a.page_tokens;
+    w.runs = (w.count + w.pages_of_run - 1) / w.pages_of_run;
+    const int64_t all = a.batch * a.heads * a.rows;
+    w.pages.resize(all * w.count);
+    w.tops.resize(all * w.runs);
+    weigh(a, w);
+    return w;
+}
+
+// What channels of a sketch and 1 are multiplied by, for each row of queries.
+void factors(const Sketches& a, const Step& s, const Attention& call, float* weights, float* constant) {
+    const int64_t heads = a.heads * a.rows, width = s.width;
+    for (int64_t i = 0; i < a.batch * heads; i++) {
+        const int64_t b = i / heads, h = i % heads, j = h / a.rows;
+        const float* query = static_cast<const float*>(call.query.data) + b * call.query.strides[0] +
+                             h * call.query.strides[1];
+        const float *mean = s.mean + j * width, *deviation = s.deviation + j * width;
+        const int64_t* channels = s.channels + j * a.channels;
+        for (int64_t c = 0; c < a.channels; c++) {
+            weights[i * a.channels + c] = float(s.scale) * (query[channels[c]] * deviation[channels[c]]);
+        }
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
+        constant[i] = float(s.scale) * sum;
+    }
+}
+
+// The mean of values takes a part of the weight that was left out.
+void stand_in(const Sketches& a, const Step& s, const Attention& call, const float* odds) {
+    const int64_t heads = a.heads * a.rows;
+    for (int64_t i = 0; i < a.batch * heads; i++) {
+        const int64_t b = i / heads, h = i % heads;
+        const double share = double(odds[i]) + s.fill[h];
+        const float part = float(1 / (1 + std::exp(-share)));
+        const float* mean = s.values + (b * s.value_heads + h / (heads / s.value_heads)) * s.value_width;
+        float* output = static_cast<float*>(call.output) + i * s.value_width;
+        for (int64_t c = 0; c < s.value_width; c++) output[c] += part * (mean[c] - output[c]);
+        static_cast<float*>(call.lse)[i] += float(share > 30 ? share : std::log1p(std::exp(share)));
+    }
+}
+
+}  // namespace
+
+extern "C" void weigh_pages(const Sketches* given, float* estimates) {
+    const Sketches& a = *given;
+    const Weights& w = weighed(a);
+    for (int64_t i = 0; i < a.batch * a.heads * a.rows * w.count; i++) {
+        const int64_t row = i / w.count, r = i % w.count / w.pages_of_run;
+        const float sum = w.tops[row * w.runs + r] + std::log2(w.pages[i]);
+        estimates[i] = w.pages[i] > 0 ? a.constant[row] + float(LN2) * sum : -INF;
+    }
+}
+
+extern "C" void attend_pages(const Sketches* sketches, const Choice* choice, const Attention* given, const Step* step) {
+    Sketches a = *sketches;
+    Attention call = *given;
+    const int64_t all = a.batch * a.heads * a.rows, units = a.batch * choice->units, most = choice->most;
+    std::vector<float> weights(all * a.channels), constant(all), odds(all);
+    std::vector<int32_t> lists(units * most);
+    factors(a, *step, call, weights.data(), constant.data());
+    a.weights = weights.data();
+    a.constant = constant.data();
+    const Weights& w = weighed(a);
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+    for (int64_t u = 0; u < units; u++) choose(a, *choice, w, u, &lists[u * most], step->fill ? odds.data() : nullptr);
+    call.pages = {lists.data(), {choice->units * most, most, 1}};
+    call.page_heads = choice->units;
+    call.page_count = most;
+    call.page_tokens = a.page_tokens;
+    step->attend(&call);
+    if (step->fill) stand_in(a, *step, call, odds.data());
+    const int64_t listed = std::count_if(lists.begin(), lists.end(), [](int32_t p) { return p >= 0; });
+    const int64_t counts[4] = {units, 0, listed, units * choice->pages};
+    std::copy(counts, counts + 4, step->counts);
+}
