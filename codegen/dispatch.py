@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fhopt.codegen.build import build, build_torch, build_triton
 from fhopt.codegen.cpu import pages as cpu_pages
-from fhopt.codegen.cpu.attention import PAGE_QUANTUM
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.cpu.packing import pack, unpack
 from fhopt.codegen.gpu.launch import TritonKernel
+from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import (
     LatentKernel,

@@ -33,7 +33,7 @@ from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu.configs import Config, candidates, default_config
 from fhopt.codegen.gpu.launch import TritonKernel, choose_splits
 from fhopt.codegen.gpu.row_layout import MANTISSA, Piece, fields, is_crowded, pieces, places, row_size
-from fhopt.codegen.gpu.signatures import example
+from fhopt.codegen.gpu.signatures import attention_example
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
 from fhopt.ops import LatentKernel
@@ -336,7 +336,9 @@ def compile_for(targets: list[tuple[str, int | str, int]], specs: list[KernelSpe
         for target in targets:
             config = default_config(spec, rows, target[0])
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            for name, (types, constants, aligned) in example(spec, config, packed=target[0] == "cuda").items():
+            for name, (types, constants, aligned) in attention_example(
+                spec, config, packed=target[0] == "cuda"
+            ).items():
                 source = ASTSource(getattr(module, name), types, constants, aligned)
                 made = triton.compile(source, target=GPUTarget(*target), options=options)
                 text = made.asm["ptx" if target[0] == "cuda" else "amdgcn"]
@@ -411,7 +413,9 @@ def compile_features() -> None:
             config = replace(default_config(spec, 8), block_m=block_m)
             page = features.get("page", 64)
             config = replace(config, block_t=math.gcd(config.block_t, page) if page % 16 == 0 else config.block_t)
-            source = ASTSource(module.attention_kernel, *example(spec, config, **features)["attention_kernel"])
+            source = ASTSource(
+                module.attention_kernel, *attention_example(spec, config, **features)["attention_kernel"]
+            )
             triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps})
     print(json.dumps(len(every)))
 

@@ -27,12 +27,13 @@ from test_triton_attention import assert_close, right_bfloat16
 from torch import Tensor
 
 from fhopt.chunks import rebuilt_attention_reference
-from fhopt.codegen.gpu import prefill_launch
-from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu import configs, prefill_launch
+from fhopt.codegen.gpu.configs import Config, prefill_config, rebuild_config
 from fhopt.codegen.gpu.gpus import GPUS
 from fhopt.codegen.gpu.prefill import padded, render, table
-from fhopt.codegen.gpu.prefill_launch import build_chunk, decoder_rows, default_config, example, rebuild_config
+from fhopt.codegen.gpu.prefill_launch import build_prefill, decoder_rows
 from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
+from fhopt.codegen.gpu.signatures import prefill_example
 from fhopt.codegen.tiers import Tiers
 from fhopt.errors import FhoptError
 from fhopt.spec import SUPPORTED_BITS, KernelSpec
@@ -107,7 +108,7 @@ def within(
 ) -> Found:
     """Rebuilt by each program."""
     options = {"scale": 0.25, "softcap": chunk.softcap, "config": SMALL} | features
-    kernel: Any = build_chunk(chunk.spec())
+    kernel: Any = build_prefill(chunk.spec())
     return kernel.attend(x[0], tuple(x[1:4]), tuple(x[4:]), mask, lengths, **options)
 
 
@@ -115,12 +116,12 @@ def apart(
     chunk: Chunk, x: list[Any], mask: Tensor | None = None, lengths: Tensor | None = None, length: int = 16
 ) -> Found:
     """Rebuilt first, `length` tokens at a time."""
-    before = prefill_launch.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH
-    prefill_launch.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = 0, length, 0
+    before = configs.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH
+    configs.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = 0, length, 0
     try:
         return rebuilt(*x, mask, lengths, **chunk.options())
     finally:
-        prefill_launch.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = before
+        configs.WITHIN_ROWS, prefill_launch.SHORTEST, prefill_launch.SCRATCH = before
 
 
 def masks(chunk: Chunk) -> list[Any]:
@@ -236,8 +237,8 @@ def wide_decoders_are_not_held() -> None:
     chunk = Chunk(tiers, FOUR, tokens=20)
     x = chunk.tensors()
     sides: Any = tuple(x[1:4]), tuple(x[4:])
-    assert build_chunk(chunk.spec()).decoder_bytes(sides) == 4 * (640 * 32 + 64 * 16) > prefill_launch.WITHIN_BYTES
-    kernels: Any = prefill_launch.ChunkKernel
+    assert build_prefill(chunk.spec()).decoder_bytes(sides) == 4 * (640 * 32 + 64 * 16) > prefill_launch.WITHIN_BYTES
+    kernels: Any = prefill_launch.PrefillKernel
     calls, rebuild = list[int](), kernels.rebuild
 
     def noted(self: Any, side: int, *args: Any) -> Any:
@@ -255,7 +256,7 @@ def wide_decoders_are_not_held() -> None:
 def many_rows_are_cut_into_tiles_and_rebuilt_apart() -> None:
     chunk = Chunk(HALVES, FOUR, queries=40, tokens=20)  # 80 rows of a kv head
     x = chunk.tensors()
-    kernels: Any = prefill_launch.ChunkKernel
+    kernels: Any = prefill_launch.PrefillKernel
     calls, attend = list[KernelSpec](), kernels.attend
 
     def noted(self: Any, *args: Any, **options: Any) -> Any:
@@ -360,9 +361,9 @@ def requests(
 ) -> list[Request]:
     """The kernels of a spec, as they are launched with their default configurations; size: D, R unless given."""
     size = size or spec.key_width
-    config = default_config(spec, rows, size, size, rebuilds, int(GPUS[gpu].arch))
+    config = prefill_config(spec, rows, size, size, rebuilds, int(GPUS[gpu].arch))
     text, found = render(spec), []
-    for kernel, arguments in example(spec, config, size, size, rebuilds, **features).items():
+    for kernel, arguments in prefill_example(spec, config, size, size, rebuilds, **features).items():
         if kernel == "rebuild_kernel":
             config = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels))
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -471,7 +472,7 @@ def test_other_tiers_are_refused() -> None:
 )
 def test_tensors_that_do_not_belong_together_are_refused(change: dict[int, Tensor | None], message: str) -> None:
     chunk = Chunk(FOUR, FOUR)
-    kernel = prefill_launch.ChunkKernel(Stub("stub"), chunk.spec())
+    kernel = prefill_launch.PrefillKernel(Stub("stub"), chunk.spec())
     x: Any = [change.get(i, t) for i, t in enumerate(chunk.tensors())]
     with pytest.raises(ValueError, match=message):
         kernel.attend(x[0], tuple(x[1:4]), tuple(x[4:]), None, scale=1.0)

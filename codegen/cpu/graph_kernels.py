@@ -35,8 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, load
 from fhopt.codegen.cpu import packing, skinny_linear
-from fhopt.codegen.cpu.attention import PAGE_QUANTUM
 from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.spec import KernelSpec

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.attention import ARGUMENTS, PAGE_QUANTUM
-from fhopt.codegen.tiers import Tiers, is_scaled
+from fhopt.codegen.cpu.attention import ARGUMENTS
+from fhopt.codegen.rows import NO_TENSOR, PAGE_QUANTUM, RowFormat
 from fhopt.ops import within
 from fhopt.spec import KernelSpec
 
 _pack = struct.Struct(ARGUMENTS).pack
-_NO_TENSOR = (0, 0, 0, 0)  # address and three strides
-_NO_PAGES = (*_NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
+_NO_PAGES = (*NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
 
@@ -40,42 +39,6 @@ class PreparedCall(NamedTuple):
         return (self.output if dtype == torch.float32 else self.output.to(dtype)), self.lse
 
 
-class Side:
-    """What the rows of keys or values must be."""
-
-    def __init__(self, name: str, tiers: Tiers, width: int, dtype: str) -> None:
-        self.name = name
-        self.coded = bool(tiers)
-        self.scaled = is_scaled(tiers)
-        self.dtype: torch.dtype = torch.uint8 if tiers else getattr(torch, dtype)
-        self.row = sum(bits * w for bits, w, _ in tiers) // 8 or width  # elements
-
-    def rows(self, x: Tensor) -> Tensor:
-        """`x` in the type the kernel reads, its last dimension dense."""
-        if x.dtype != self.dtype:
-            if self.coded:
-                raise ValueError(f"{self.name} has type {x.dtype}; codes are torch.uint8. Pass what fhopt::pack gave.")
-            x = x.to(self.dtype)
-        return x if x.stride(3) == 1 else x.contiguous()
-
-    def check(self, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int) -> None:
-        """Raise ValueError when `x` or `scale` do not fit a query of shape `query` and `tokens` tokens."""
-        batch, heads, rows, width = x.shape
-        if batch != query[0] or query[1] % heads or rows != tokens or width != self.row:
-            raise ValueError(
-                f"{self.name} has shape {tuple(x.shape)}; for queries {query} this kernel takes "
-                f"[{query[0]}, J, {tokens}, {self.row}], J a divisor of {query[1]}. Build the kernel of these tiers."
-            )
-        if self.scaled and (scale is None or scale.dtype != torch.float16 or scale.shape != (batch, heads, rows)):
-            found = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
-            raise ValueError(f"{self.name}_scale is {found}; expected torch.float16 {(batch, heads, rows)}.")
-
-    def addresses(self, x: Tensor, scale: Tensor | None) -> tuple[int, ...]:
-        """Address and strides of [B, J, T] of the rows and of the scales."""
-        scales = (scale.data_ptr(), *scale.stride()) if self.scaled and scale is not None else _NO_TENSOR
-        return (x.data_ptr(), *x.stride()[:3], *scales)
-
-
 class LibraryKernel:
     """A compiled kernel with the signature of `fhopt.ops.latent_attention_reference`; it ignores the tier arguments.
 
@@ -88,8 +51,8 @@ class LibraryKernel:
         self._function = function
         self.address = ctypes.cast(function, ctypes.c_void_p).value  # of the machine code
         self._spec = spec
-        self._key = Side("key", spec.key_tiers, spec.key_width, spec.dtype)
-        self._value = Side("value", spec.value_tiers, spec.value_width, spec.dtype)
+        self._key = RowFormat("key", spec.key_tiers, spec.key_width, spec.dtype)
+        self._value = RowFormat("value", spec.value_tiers, spec.value_width, spec.dtype)
 
     def __call__(
         self,

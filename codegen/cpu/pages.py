@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.compiler import CompileError, load
-from fhopt.codegen.cpu.attention import PAGE_QUANTUM
 from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.page_ops import FEWEST, PageStep, pages_read
 

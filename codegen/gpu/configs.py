@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fhopt.codegen.gpu import attention
 from fhopt.codegen.gpu.gpus import gpu_named
+from fhopt.codegen.gpu.prefill import padded
 from fhopt.codegen.gpu.resources import triton_version
 from fhopt.codegen.gpu.row_layout import fields, pieces
 from fhopt.errors import FhoptError
@@ -20,6 +21,9 @@ from fhopt.system import cache_folder, make_private
 
 LARGEST_STATE = 12288  # numbers of queries and outputs that the registers of two warps hold
 FULL_STATE = 10240  # from which they hold no more than a tile of 16 tokens beside it
+TILE_ROWS = 128  # rows of a program of `chunk_kernel`, where there are as many
+WITHIN_ROWS = 64  # rows up to which a program of `chunk_kernel` has all of a kv head, and rebuilds as it goes
+LONGEST = 128  # tokens of a tile at most
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,29 @@ def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config
         return Config(32, m, 4, 3)
     state = _columns(spec, widened=2) * m
     return Config(64 if 3 * state <= LARGEST_STATE else 32 if state < FULL_STATE else 16, m, 2, 3)
+
+
+def prefill_config(
+    spec: KernelSpec, rows: int, key_size: int, value_size: int, rebuilds: bool = False, arch: int = 90
+) -> Config:
+    """The configuration of `chunk_kernel` for M = `rows`, where none has been measured; arch as in gpu.py.
+
+    Found by compiling for sm_80, sm_89 and sm_90, with masks and without: nothing spills, and shared memory is that of
+    the smallest. rebuilds: keys and values are rebuilt within.
+    """
+    if spec.dtype == "float32":  # not for the tensor core
+        return Config(16, 16, 4, 1)
+    m, size = max(16, 1 << (rows - 1).bit_length()), max(padded(key_size), padded(value_size))
+    if rebuilds:
+        return Config(32, min(WITHIN_ROWS, m), 8, 2)
+    if size > 128:
+        return Config(32, min(64, m), 8, 2)
+    return Config(64 if arch >= 90 else 32, min(TILE_ROWS, m), 8 if m >= TILE_ROWS else 4, 2)
+
+
+def rebuild_config(operands: int) -> Config:
+    """The configuration of `rebuild_kernel` for a decoder of K `operands`: of wide ones the loads of all come first."""
+    return Config(64, 1, 4, 1) if operands <= 128 else Config(32, 1, 8, 1)
 
 
 def _columns(spec: KernelSpec, widened: int = 1) -> int:

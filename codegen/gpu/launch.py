@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.attention import PAGE_QUANTUM
-from fhopt.codegen.cpu.launch import Side
 from fhopt.codegen.gpu.attention import MERGED
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.row_layout import SMALLEST_PIECE, is_crowded, places
+from fhopt.codegen.rows import PAGE_QUANTUM, RowFormat
 from fhopt.spec import KernelSpec
 
 WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
@@ -72,8 +71,8 @@ class TritonKernel:
         self._crowded = is_crowded(spec)
         self._configs: dict[tuple[int, torch.device], Config] = {}
         self._sides = (
-            Side("key", spec.key_tiers, spec.key_width, spec.dtype),
-            Side("value", spec.value_tiers, spec.value_width, spec.dtype),
+            RowFormat("key", spec.key_tiers, spec.key_width, spec.dtype),
+            RowFormat("value", spec.value_tiers, spec.value_width, spec.dtype),
         )
 
     def __call__(
@@ -109,13 +108,8 @@ class TritonKernel:
         pages [B,U,n]: only these pages, of `page_tokens` tokens, are read, by query head h those of list h*U//H; -1:
         none. splits, config: how the work is cut.
         """
-        b, h, s, width = query.shape
-        if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
-            raise ValueError(
-                f"{self._spec.name} takes no queries {tuple(query.shape)} with softcap {softcap}; build their kernel."
-            )
-        if positions is None and (causal or window or slopes is not None):
-            raise ValueError("causal, window and slopes need positions [B], where the first queries stand; give them.")
+        self._check(query, softcap, positions, causal or bool(window) or slopes is not None)
+        b, h, s, _ = query.shape
         query = query if query.stride(3) == 1 else query.contiguous()
         tokens, page = _tokens(key, table, page_tokens)
         sides = [
@@ -138,12 +132,17 @@ class TritonKernel:
         programs = b * (h // shared) * -(-shared * s // config.block_m)
         splits = splits or choose_splits(programs, slots, processors(query.device) * max(1, WARPS // config.num_warps))
         sizes = (h, h // shared, s, tokens, slots, splits, h // shared // key.shape[1], h // shared // value.shape[1])
-        constants: dict[str, object] = {
-            "CAUSAL": causal, "WINDOW": window, "PAGE": page, "PACKED": query.is_cuda and _backend() == "cuda",
-            "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
-        }  # fmt: skip
+        constants = _constants(config, query.is_cuda) | {"CAUSAL": causal, "WINDOW": window, "PAGE": page}
         return self._launch((programs, splits), query, sides, features, (*sizes, scale, softcap), constants)
+
+    def _check(self, query: Tensor, softcap: float, positions: Tensor | None, needs_positions: bool) -> None:
+        """Raise ValueError for queries of another kernel, and where positions are needed and missing."""
+        if query.shape[3] != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
+            raise ValueError(
+                f"{self._spec.name} takes no queries {tuple(query.shape)} with softcap {softcap}; build their kernel."
+            )
+        if positions is None and needs_positions:
+            raise ValueError("causal, window and slopes need positions [B], where the first queries stand; give them.")
 
     def _config(self, rows: int, device: torch.device) -> Config:
         """The configuration for M = `rows`, or as many up to the next power of two; looked for once."""
@@ -188,6 +187,14 @@ def find_config(spec: KernelSpec, rows: int, device: torch.device) -> Config:
     """What was tuned or chosen for this GPU, else the default; the default too for what runs Triton's interpreter."""
     found = tuned_config(spec, rows, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return found or default_config(spec, rows, _backend())
+
+
+def _constants(config: Config, on_gpu: bool) -> dict[str, object]:
+    """Constants and options of a launch that follow from its configuration and device."""
+    return {
+        "PACKED": on_gpu and _backend() == "cuda", "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 def _backend() -> str:
@@ -263,7 +270,9 @@ def _within(config: Config, page: int, listed: bool, pooled: bool) -> Config:
     return replace(config, block_t=gcd(page, config.block_t)) if page % SMALLEST_PIECE == 0 else config
 
 
-def rows_as_read(side: Side, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool) -> Rows:
+def rows_as_read(
+    side: RowFormat, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool
+) -> Rows:
     """What the kernel takes for one side. Raises ValueError."""
     x = side.rows(x) if side.coded or x.dtype not in FLOATS else x if x.stride(3) == 1 else x.contiguous()
     if paged:  # any number of pages; they are not those of a sequence

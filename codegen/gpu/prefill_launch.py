@@ -9,30 +9,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from math import gcd
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fhopt.codegen.build import load_module
-from fhopt.codegen.cpu.launch import Side
-from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu import configs
+from fhopt.codegen.gpu.configs import LONGEST, Config, prefill_config, rebuild_config
 from fhopt.codegen.gpu.launch import SHORTEST as SPLIT_TOKENS
 from fhopt.codegen.gpu.launch import choose_splits, mask_as_read, processors, rows_as_read
 from fhopt.codegen.gpu.prefill import padded, render, table
-from fhopt.codegen.gpu.row_layout import row_size
-from fhopt.codegen.gpu.signatures import POINTERS, Example, example_of
-from fhopt.codegen.tiers import Tiers, is_scaled
+from fhopt.codegen.rows import RowFormat
+from fhopt.codegen.tiers import Tiers
 from fhopt.spec import KernelSpec
 
 SCRATCH = 32 * 2**20  # bytes of keys and values that are rebuilt at a time: what L2 caches of 40 MB and more hold
 SHORTEST = 1024  # tokens that are rebuilt at a time at least, and that a split has at least
 CUDA_OPTIONS = {"maxnreg": 255}  # left alone, ptxas takes fewer registers for more blocks, and spills
-TILE_ROWS = 128  # rows of a program of `chunk_kernel`, where there are as many
-WITHIN_ROWS = 64  # rows up to which a program of `chunk_kernel` has all of a kv head, and rebuilds as it goes
 WITHIN_BYTES = 64 * 1024  # of decoders that it holds in shared memory then: smaller GPUs have 99 KiB
-LONGEST = 128  # tokens of a tile at most
 Rows = tuple[Tensor, Tensor | None, Tensor | None]  # of one side: rows, their scales, their decoder
 Decoder = tuple[Tensor | None, Tensor | None]  # what `decoder_rows` gives
 
@@ -69,16 +64,16 @@ def rebuilt_attention(
         str(query.dtype).removeprefix("torch."), softcap != 0.0,
     )  # fmt: skip
     sides = (key, key_scale, key_decode), (value, value_scale, value_decode)
-    kernel = build_chunk(spec)
+    kernel = build_prefill(spec)
     plain = key_decode is None and value_decode is None
-    few = kernel.rows(query, sides) <= WITHIN_ROWS and kernel.decoder_bytes(sides) <= WITHIN_BYTES
+    few = kernel.rows(query, sides) <= configs.WITHIN_ROWS and kernel.decoder_bytes(sides) <= WITHIN_BYTES
     if plain or few or not key.shape[2]:
         return kernel.attend(query, *sides, mask, lengths, scale=scale, softcap=softcap)
     return _apart(kernel, query, sides, mask, lengths, scale=scale, softcap=softcap)
 
 
 def _apart(
-    kernel: ChunkKernel, query: Tensor, sides: tuple[Rows, Rows], mask: Tensor | None, lengths: Tensor | None,
+    kernel: PrefillKernel, query: Tensor, sides: tuple[Rows, Rows], mask: Tensor | None, lengths: Tensor | None,
     *, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rebuild a range of tokens, attend to it, go on with the next."""
@@ -87,7 +82,9 @@ def _apart(
     numbers = query.shape[0] * groups * (key_size + value_size)  # of a token
     length = max(SHORTEST, SCRATCH // (numbers * query.element_size()))
     mask = mask if mask is None else mask.expand(*mask.shape[:-1], tokens)
-    plain = build_chunk(replace(kernel.spec, key_tiers=(), value_tiers=(), key_width=key_size, value_width=value_size))
+    plain = build_prefill(
+        replace(kernel.spec, key_tiers=(), value_tiers=(), key_width=key_size, value_width=value_size)
+    )
     tables = [kernel.table(i, decode, query.dtype) for i, (_, _, decode) in enumerate(sides)]
     found: tuple[Tensor, Tensor] | None = None
     for start in range(0, tokens, length):
@@ -119,20 +116,20 @@ def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def build_chunk(spec: KernelSpec) -> ChunkKernel:
+def build_prefill(spec: KernelSpec) -> PrefillKernel:
     """The kernels of `spec` for many queries. Raises ImportError where there is no Triton."""
-    return ChunkKernel(load_module(f"{spec.name}_chunk", render(spec)), spec)
+    return PrefillKernel(load_module(f"{spec.name}_chunk", render(spec)), spec)
 
 
-class ChunkKernel:
+class PrefillKernel:
     """The kernels of a rendered file. Raises ValueError when a shape or type does not fit the spec."""
 
     def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
-        self._chunk, self._rebuild = module.chunk_kernel, module.rebuild_kernel
+        self._attention, self._rebuild = module.chunk_kernel, module.rebuild_kernel
         self.spec = spec
         self._sides = (
-            Side("key", spec.key_tiers, spec.key_width, spec.dtype),
-            Side("value", spec.value_tiers, spec.value_width, spec.dtype),
+            RowFormat("key", spec.key_tiers, spec.key_width, spec.dtype),
+            RowFormat("value", spec.value_tiers, spec.value_width, spec.dtype),
         )
 
     def sizes(self, sides: tuple[Rows, Rows]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -203,7 +200,7 @@ class ChunkKernel:
             for side, (x, factors, _) in zip(self._sides, (key, value), strict=True)
         ]
         rebuilds = any(decode is not None for _, _, decode in (key, value))
-        config = config or default_config(self.spec, rows, key_size, value_size, rebuilds, _arch(query.device))
+        config = config or prefill_config(self.spec, rows, key_size, value_size, rebuilds, _arch(query.device))
         programs = b * groups * -(-rows // config.block_m)
         splits = splits or choose_splits(programs, tokens * SPLIT_TOKENS // SHORTEST, processors(query.device))
         shape, dtype = (splits, b, h, s), torch.float32 if exact or splits > 1 else query.dtype
@@ -214,7 +211,7 @@ class ChunkKernel:
         if lses.numel():
             tables = [self.table(i, decode, query.dtype) for i, (_, _, decode) in enumerate((key, value))]
             with torch.cuda.device_of(query):
-                self._chunk[programs, splits](
+                self._attention[programs, splits](
                     query, *(x for side, pair in zip(read, tables, strict=True) for x in (*side[:2], *pair)),
                     mask, lengths, outputs, lses,
                     *query.stride()[:3], *read[0][2], *read[1][2], *mask_strides,
@@ -293,29 +290,6 @@ def _on(tiers: Tiers, width: int, dtype: str, device: torch.device) -> tuple[Ten
         return torch.tensor(found.channels, device=device), numbers[0], numbers[1]
 
 
-def default_config(
-    spec: KernelSpec, rows: int, key_size: int, value_size: int, rebuilds: bool = False, arch: int = 90
-) -> Config:
-    """The configuration of `chunk_kernel` for M = `rows`, where none has been measured; arch as in gpu.py.
-
-    Found by compiling for sm_80, sm_89 and sm_90, with masks and without: nothing spills, and shared memory is that of
-    the smallest. rebuilds: keys and values are rebuilt within.
-    """
-    if spec.dtype == "float32":  # not for the tensor core
-        return Config(16, 16, 4, 1)
-    m, size = max(16, 1 << (rows - 1).bit_length()), max(padded(key_size), padded(value_size))
-    if rebuilds:
-        return Config(32, min(WITHIN_ROWS, m), 8, 2)
-    if size > 128:
-        return Config(32, min(64, m), 8, 2)
-    return Config(64 if arch >= 90 else 32, min(TILE_ROWS, m), 8 if m >= TILE_ROWS else 4, 2)
-
-
-def rebuild_config(operands: int) -> Config:
-    """The configuration of `rebuild_kernel` for a decoder of K `operands`: of wide ones the loads of all come first."""
-    return Config(64, 1, 4, 1) if operands <= 128 else Config(32, 1, 8, 1)
-
-
 @functools.cache
 def _arch(device: torch.device) -> int:
     """Of a GPU; of what runs Triton's interpreter, any."""
@@ -323,53 +297,3 @@ def _arch(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def example(
-    spec: KernelSpec, config: Config, key_size: int, value_size: int, rebuilds: bool = True, **features: object
-) -> dict[str, Example]:
-    """What `triton.compile(ASTSource(...))` needs, by kernel; `rebuild_kernel` is that of the keys.
-
-    As the launcher calls it for contiguous tensors. rebuilds: keys and values are rebuilt within `chunk_kernel`.
-    Features by name: mask ("bool" or a dtype), lengths (True), exact (float32 out), packed (False for AMD).
-    """
-    number, packed = POINTERS[spec.dtype], bool(features.get("packed", True))
-    sides = (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width))
-    types = {"query": number}
-    for side, tiers, _ in sides:
-        types[side] = "*u8" if tiers else number
-        types[f"{side}_scale"] = "*fp16" if is_scaled(tiers) else "constexpr"
-        types |= {f"{side}_table": number, f"{side}_bias": "*fp32"} if rebuilds else {}
-        types |= {} if rebuilds else dict.fromkeys((f"{side}_table", f"{side}_bias"), "constexpr")
-    mask = features.get("mask")
-    types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else POINTERS[str(mask)]
-    types["lengths"] = "*i32" if features.get("lengths") else "constexpr"
-    types |= {"output": "*fp32" if features.get("exact") else number, "lse": "*fp32"}
-    types |= dict.fromkeys((*STRIDES, *SIZES), "i32") | {"scale": "fp32", "softcap": "fp32"}
-    constants: dict[str, object] = {name: None for name, kind in types.items() if kind == "constexpr"}
-    aligned = [gcd(16, row_size(tiers, width)) for _, tiers, width in sides]
-    constants |= dict.fromkeys(("key_scale_t", "value_scale_t"), 1) | {
-        "D": key_size, "E": value_size, "BLOCK_D": padded(key_size), "BLOCK_E": padded(value_size),
-        "KEY_ALIGN": aligned[0], "VALUE_ALIGN": aligned[1], "PACKED": packed,
-        "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
-    }  # fmt: skip
-    found = {"chunk_kernel": example_of(types, constants)}
-    if rebuilds:
-        rows = {"rows": types["key"], "scale": types["key_scale"], "table": number, "bias": "*fp32", "output": number}
-        rows |= dict.fromkeys(("rows_b", "rows_h", "rows_t", "scale_b", "scale_h", "scale_t", "tokens", "group"), "i32")
-        tile = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels)).block_t
-        known: dict[str, object] = {"scale": None} if rows["scale"] == "constexpr" else {}
-        known |= {"scale_t": 1, "VALUES": False, "D": key_size, "BLOCK_D": padded(key_size), "ALIGN": aligned[0]}
-        found["rebuild_kernel"] = example_of(rows, known | {"PACKED": packed, "BLOCK_T": tile})
-    return found
-
-
-STRIDES = tuple(
-    f"{name}_{axis}"
-    for name, axes in (
-        ("query", "bhs"), ("key", "bht"), ("key_scale", "bht"), ("value", "bht"), ("value_scale", "bht"),
-        ("mask", "bhs"), ("lengths", "b"),
-    )
-    for axis in axes
-)  # fmt: skip
-SIZES = ("heads", "groups", "queries", "tokens", "splits", "key_group", "value_group")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import gcd
 
 from fhopt.codegen.gpu.attention import MERGED, sides_of
-from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu.configs import Config, rebuild_config
+from fhopt.codegen.gpu.prefill import padded, table
 from fhopt.codegen.gpu.row_layout import row_size
 from fhopt.codegen.tiers import is_scaled
 from fhopt.spec import KernelSpec
@@ -24,9 +25,18 @@ STRIDES = tuple(
     for axis in axes
 )  # fmt: skip
 SIZES = ("heads", "units", "queries", "tokens", "slots", "splits", "key_group", "value_group")
+PREFILL_STRIDES = tuple(
+    f"{name}_{axis}"
+    for name, axes in (
+        ("query", "bhs"), ("key", "bht"), ("key_scale", "bht"), ("value", "bht"), ("value_scale", "bht"),
+        ("mask", "bhs"), ("lengths", "b"),
+    )
+    for axis in axes
+)  # fmt: skip
+PREFILL_SIZES = ("heads", "groups", "queries", "tokens", "splits", "key_group", "value_group")
 
 
-def example(spec: KernelSpec, config: Config, **features: object) -> dict[str, Example]:
+def attention_example(spec: KernelSpec, config: Config, **features: object) -> dict[str, Example]:
     """What `triton.compile(ASTSource(...))` needs, by kernel: types, constants, and which addresses are aligned.
 
     As the launcher calls it for contiguous tensors. Features by name: mask ("bool" or a dtype), slopes, sinks, lengths,
@@ -59,6 +69,45 @@ def example(spec: KernelSpec, config: Config, **features: object) -> dict[str, E
         "attention_kernel": example_of(types, constants),
         "merge_kernel": example_of(merging, {"BLOCK_S": 32, "BLOCK_R": MERGED}),
     }
+
+
+def prefill_example(
+    spec: KernelSpec, config: Config, key_size: int, value_size: int, rebuilds: bool = True, **features: object
+) -> dict[str, Example]:
+    """What `triton.compile(ASTSource(...))` needs, by kernel; `rebuild_kernel` is that of the keys.
+
+    As the launcher calls it for contiguous tensors. rebuilds: keys and values are rebuilt within `chunk_kernel`.
+    Features by name: mask ("bool" or a dtype), lengths (True), exact (float32 out), packed (False for AMD).
+    """
+    number, packed = POINTERS[spec.dtype], bool(features.get("packed", True))
+    sides = (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width))
+    types = {"query": number}
+    for side, tiers, _ in sides:
+        types[side] = "*u8" if tiers else number
+        types[f"{side}_scale"] = "*fp16" if is_scaled(tiers) else "constexpr"
+        types |= {f"{side}_table": number, f"{side}_bias": "*fp32"} if rebuilds else {}
+        types |= {} if rebuilds else dict.fromkeys((f"{side}_table", f"{side}_bias"), "constexpr")
+    mask = features.get("mask")
+    types["mask"] = "constexpr" if not mask else "*u8" if mask == "bool" else POINTERS[str(mask)]
+    types["lengths"] = "*i32" if features.get("lengths") else "constexpr"
+    types |= {"output": "*fp32" if features.get("exact") else number, "lse": "*fp32"}
+    types |= dict.fromkeys((*PREFILL_STRIDES, *PREFILL_SIZES), "i32") | {"scale": "fp32", "softcap": "fp32"}
+    constants: dict[str, object] = {name: None for name, kind in types.items() if kind == "constexpr"}
+    aligned = [gcd(16, row_size(tiers, width)) for _, tiers, width in sides]
+    constants |= dict.fromkeys(("key_scale_t", "value_scale_t"), 1) | {
+        "D": key_size, "E": value_size, "BLOCK_D": padded(key_size), "BLOCK_E": padded(value_size),
+        "KEY_ALIGN": aligned[0], "VALUE_ALIGN": aligned[1], "PACKED": packed,
+        "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
+    }  # fmt: skip
+    found = {"chunk_kernel": example_of(types, constants)}
+    if rebuilds:
+        rows = {"rows": types["key"], "scale": types["key_scale"], "table": number, "bias": "*fp32", "output": number}
+        rows |= dict.fromkeys(("rows_b", "rows_h", "rows_t", "scale_b", "scale_h", "scale_t", "tokens", "group"), "i32")
+        tile = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels)).block_t
+        known: dict[str, object] = {"scale": None} if rows["scale"] == "constexpr" else {}
+        known |= {"scale_t": 1, "VALUES": False, "D": key_size, "BLOCK_D": padded(key_size), "ALIGN": aligned[0]}
+        found["rebuild_kernel"] = example_of(rows, known | {"PACKED": packed, "BLOCK_T": tile})
+    return found
 
 
 def example_of(types: dict[str, str], constants: dict[str, object]) -> Example:

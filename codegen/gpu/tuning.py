@@ -33,7 +33,7 @@ from fhopt.codegen.gpu.configs import Config, candidates, default_config, write_
 from fhopt.codegen.gpu.gpus import Gpu, gpu_named
 from fhopt.codegen.gpu.launch import MOST_SPLITS
 from fhopt.codegen.gpu.resources import Occupancy, Request, Resources, compile_kernels, objection, occupancy
-from fhopt.codegen.gpu.signatures import example
+from fhopt.codegen.gpu.signatures import attention_example
 from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.errors import FhoptError
 from fhopt.spec import SCALE_BYTES, KernelSpec
@@ -110,14 +110,14 @@ def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) 
 
 def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu, texts: tuple[str, ...] = ()) -> Request:
     """The attention kernel of a rendered file, as the launcher calls it for one query, to be compiled."""
-    types, constants, attrs = example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
+    types, constants, attrs = attention_example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Request(text, KERNEL, types, constants, attrs, options, texts)
 
 
 def merge_request(text: str, spec: KernelSpec) -> Request:
     """The kernel that joins ranges of tokens, for as many as there may be. It has no configuration to choose."""
-    types, constants, attrs = example(spec, default_config(spec, 1))[MERGING]
+    types, constants, attrs = attention_example(spec, default_config(spec, 1))[MERGING]
     return Request(text, MERGING, types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
 
 

@@ -1,0 +1,50 @@
+"""The format of the packed latents that a kernel takes, and checks of the tensors that hold them.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.tiers import Tiers, is_scaled
+
+PAGE_QUANTUM = 8  # a page has a multiple of so many tokens
+NO_TENSOR = (0, 0, 0, 0)  # address and three strides, in the struct of a call of a C++ kernel
+
+
+class RowFormat:
+    """Format of the packed latents, or of the uncoded ones, of one side: keys or values."""
+
+    def __init__(self, name: str, tiers: Tiers, width: int, dtype: str) -> None:
+        self.name = name
+        self.coded = bool(tiers)
+        self.scaled = is_scaled(tiers)
+        self.dtype: torch.dtype = torch.uint8 if tiers else getattr(torch, dtype)
+        self.row = sum(bits * w for bits, w, _ in tiers) // 8 or width  # elements
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` in the type the kernel reads, its last dimension dense."""
+        if x.dtype != self.dtype:
+            if self.coded:
+                raise ValueError(f"{self.name} has type {x.dtype}; codes are torch.uint8. Pass what fhopt::pack gave.")
+            x = x.to(self.dtype)
+        return x if x.stride(3) == 1 else x.contiguous()
+
+    def check(self, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int) -> None:
+        """Raise ValueError when `x` or `scale` do not fit a query of shape `query` and `tokens` tokens."""
+        batch, heads, rows, width = x.shape
+        if batch != query[0] or query[1] % heads or rows != tokens or width != self.row:
+            raise ValueError(
+                f"{self.name} has shape {tuple(x.shape)}; for queries {query} this kernel takes "
+                f"[{query[0]}, J, {tokens}, {self.row}], J a divisor of {query[1]}. Build the kernel of these tiers."
+            )
+        if self.scaled and (scale is None or scale.dtype != torch.float16 or scale.shape != (batch, heads, rows)):
+            found = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+            raise ValueError(f"{self.name}_scale is {found}; expected torch.float16 {(batch, heads, rows)}.")
+
+    def addresses(self, x: Tensor, scale: Tensor | None) -> tuple[int, ...]:
+        """Address and strides of [B, J, T] of the rows and of the scales."""
+        scales = (scale.data_ptr(), *scale.stride()) if self.scaled and scale is not None else NO_TENSOR
+        return (x.data_ptr(), *x.stride()[:3], *scales)
