@@ -91,7 +91,8 @@ sanitize: $(READY)  ## the tests of C++ kernels under AddressSanitizer and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0 \
 	$(BIN)/python -m pytest -q -x --sanitize -p no:xdist -p no:cacheprovider \
-		tests/test_codegen.py tests/test_pack_kernels.py tests/test_native.py tests/test_pages.py tests/test_head.py
+		tests/unit/codegen/cpu tests/unit/codegen/test_dispatch.py tests/unit/codegen/test_compiler.py \
+		tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
 
 bench-attention: $(READY)  ## attention of one token on this CPU, against every way of torch (QUICK=1: small)
 	$(BIN)/python benchmarks/attention.py

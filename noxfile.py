@@ -30,10 +30,23 @@ INSTALLED = (
     "print(json.dumps({'python': platform.python_version()} | {name: v(name) for name in packages}))"
 )
 TESTED = (
-    "backend", "binding", "cache", "cache_files", "cli", "codegen", "contraction", "decompose", "door",
-    "encoder_decoder_cache", "families", "find_attention", "find_head", "functionalize", "fuzz_capture", "masks",
-    "memory", "native", "normalize", "ops", "seeing", "skinny", "spec", "static_cache", "threads",
-    "triton_encode",
+    "unit/backend/test_bound_inputs.py", "unit/backend/test_compile.py", "unit/backend/test_compiled_generate.py",
+    "unit/backend/test_inductor.py", "unit/backend/test_settings.py", "unit/attention/test_latent_tensor.py",
+    "unit/cache/test_dynamic_layer.py", "unit/cache/test_latent_cache.py", "unit/cache/test_cross_layer.py",
+    "unit/cache/test_report.py", "unit/cache/test_residual_window.py", "unit/cache/test_static_layer.py",
+    "unit/cli/test_app.py", "unit/cli/test_fit.py", "unit/cli/test_inspect.py", "unit/codegen/cpu/test_attention.py",
+    "unit/codegen/cpu/test_graph_kernels.py", "unit/codegen/cpu/test_skinny_linear.py", "unit/codegen/test_build.py",
+    "unit/codegen/test_compiler.py", "unit/codegen/test_dispatch.py", "unit/codegen/test_eager.py",
+    "unit/codegen/gpu/test_encode_rows.py", "unit/fitting/test_fit_summary.py", "unit/hf/test_apply.py",
+    "unit/hf/test_prompt_cache.py", "unit/inspection/test_drawing.py", "unit/inspection/test_facts.py",
+    "unit/inspection/test_graph_files.py", "unit/inspection/test_kernel_listing.py",
+    "unit/inspection/test_snapshots.py", "unit/models/test_loader.py", "unit/ops/test_algebra.py",
+    "unit/ops/test_attention.py", "unit/ops/test_latent_attention.py", "unit/ops/test_packing.py",
+    "unit/passes/prepare", "unit/passes/recognize", "unit/plan", "unit/test_system.py",
+    "integration/test_compiled_models.py", "integration/test_encoder_decoder_cache.py",
+    "integration/test_families.py", "integration/test_latent_generation.py", "integration/test_static_cache.py",
+    "robustness/test_fuzz_capture.py", "robustness/test_fuzz_functionalize.py", "robustness/test_threads.py",
+    "benchmarks/test_memory.py",
 )  # fmt: skip
 # Those that depend on versions: graphs as Dynamo makes them, passes, drawings, caches, generated kernels, models, the
 # commands.
@@ -74,7 +87,7 @@ def matrix(session: nox.Session, name: str) -> None:
     if versions is None:  # --install-only
         return
     (reports / f"{name}.json").write_text(str(versions))
-    files = [f"tests/test_{file}.py" for file in TESTED]
+    files = [f"tests/{path}" for path in TESTED]
     options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = ["python", "-m", "pytest", *options, f"--junitxml={reports / name}.xml", *files]

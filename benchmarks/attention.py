@@ -40,9 +40,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from fhopt import machine, ops
-from fhopt.codegen import install
+from fhopt.codegen.dispatch import install
 from fhopt.codegen.tiers import Tiers
+from fhopt.hardware import this_cpu
+from fhopt.ops import algebra, attention, latent_attention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -148,7 +149,7 @@ def coded(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[]
     codes = [torch.randint(0, 256, (*shape, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(shape).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    options: dict[str, Any] = ops.tier_options(table, table) | dict(scale=dim**-0.5)
+    options: dict[str, Any] = algebra.tier_options(table, table) | dict(scale=dim**-0.5)
     absorbed = query[..., :width].contiguous()
     operands: Any = (absorbed, codes[0], scales[0], codes[1], scales[1], None)
 
@@ -157,7 +158,7 @@ def coded(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[]
 
     def reference() -> Tensor:
         exact = (absorbed.double(), *operands[1:])
-        return ops.latent_attention_reference(*exact, **options)[0]
+        return latent_attention.latent_attention_reference(*exact, **options)[0]
 
     size = sum(x.numel() * x.element_size() for x in (*codes, *scales))
     return Contender(f"fhopt {ratio}x", attend, size, ours=True), reference
@@ -165,7 +166,7 @@ def coded(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[]
 
 def uncoded(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
     """Latents as numbers, and the reference."""
-    options: dict[str, Any] = ops.latent_options(None, None) | dict(scale=key.shape[-1] ** -0.5)
+    options: dict[str, Any] = algebra.latent_options(None, None) | dict(scale=key.shape[-1] ** -0.5)
 
     def attend() -> Tensor:
         return torch.ops.fhopt.latent_attention(query, key, None, value, None, None, **options)[0]
@@ -187,8 +188,8 @@ def _sequences(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    logits = ops.grouped_scores(query * key.shape[-1] ** -0.5, key)
-    return ops.grouped_mix(torch.softmax(logits, -1), value)
+    logits = attention.grouped_scores(query * key.shape[-1] ** -0.5, key)
+    return attention.grouped_mix(torch.softmax(logits, -1), value)
 
 
 def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -429,7 +430,7 @@ def main(
     torch._dynamo.config.recompile_limit = 1024
     threads = threads or tuple(dict.fromkeys((1, torch.get_num_threads())))
     chosen, left_out = cases(shapes, tokens, batches, dtypes, threads)
-    copies = {n: machine.measure_copy(n) for n in threads}
+    copies = {n: this_cpu.measure_copy(n) for n in threads}
     rows: list[Row] = []
     with Progress(console=recording.screen()) as progress:
         for case in progress.track(chosen, description="attention"):

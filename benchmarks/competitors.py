@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fhopt.applying import cache_argument
-from fhopt.evaluate import new_cache
+from fhopt.evaluation.perplexity import new_cache
+from fhopt.models.model_facts import cache_argument
 
 NUMBER_BYTES = 2  # of an exact number
 SMALLEST_SCALE = 2.0**-24  # the least float16 above zero

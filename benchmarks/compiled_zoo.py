@@ -42,7 +42,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(ROOT / "tests"))  # the zoo is the tests', and is not installed
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # the zoo is the tests', and is not installed
 from model_zoo import Case, Entry
 from model_zoo.checking import entries
 from model_zoo.huggingface import MODELS

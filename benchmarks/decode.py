@@ -36,11 +36,14 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fhopt
-from fhopt import data, ops
-from fhopt.applying import cache_argument, latent_cache
-from fhopt.cache import cache_bytes
-from fhopt.models import LoadedModel, load_model
-from fhopt.spec import LatentPlan
+from fhopt.cache.report import cache_bytes
+from fhopt.hf.apply import latent_cache
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.models.model_facts import cache_argument
+from fhopt.ops import attention as ops_attention
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.texts import tokens as texts_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -58,11 +61,11 @@ def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The best plain torch: q [B,H,S,D] as [B,G,H/G*S,D] against k, v [B,G,T,D], nothing repeated."""
-    logits = ops.grouped_scores(query * kwargs["scaling"], key)
+    logits = ops_attention.grouped_scores(query * kwargs["scaling"], key)
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask[..., : key.shape[2]], float("-inf"))
     weights = torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype)
-    return ops.grouped_mix(weights, value).transpose(1, 2).contiguous(), None
+    return ops_attention.grouped_mix(weights, value).transpose(1, 2).contiguous(), None
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Contender:
 def prompt_cache(loaded: LoadedModel, tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [1,G,T,D] of every layer, of a real text."""
     model = loaded.language_model()
-    ids = data.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=tokens)
+    ids = texts_tokens.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=tokens)
     cache = DynamicCache(config=model.config)
     for part in ids.split(1024, 1):
         model(part, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
@@ -288,7 +291,8 @@ def summary_line(case: str, rows: list[Row]) -> str:
 
 def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
     """Plans for this kind of machine."""
-    from fhopt.pipeline import FitOptions, fit
+    from fhopt.calibration.options import FitOptions
+    from fhopt.calibration.run import fit
 
     if quick:
         return [fit(loaded, FitOptions(ratio=4.0, device="cpu", sequences=2, rate_sequences=1))[0]]

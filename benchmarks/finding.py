@@ -21,8 +21,8 @@ import click
 import torch
 from recording import Row, is_quick, record
 
-from fhopt import passes
-from fhopt.capture import capture
+from fhopt.models.capture import capture
+from fhopt.passes import pipeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -49,7 +49,7 @@ def finding_seconds(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, int
         program = capture(model, (), {"input_ids": ids, "use_cache": False}).program
         nodes = len(program.graph.nodes)
         start = time.perf_counter()
-        sites = len(passes.find(program).sites)
+        sites = len(pipeline.find(program).sites)
         seconds.append(time.perf_counter() - start)
     return nodes, sites, statistics.median(seconds)
 
@@ -90,7 +90,7 @@ def main(quick: bool) -> None:
     if quick:
         model, name = llama(4, "sdpa"), "llama of 4 layers"
     else:
-        from fhopt.models import load_model
+        from fhopt.models.loader import load_model
 
         loaded = load_model("demo")
         assert loaded.module is not None

@@ -61,12 +61,18 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fhopt
-from fhopt import ops
-from fhopt.applying import cache_argument, latent_cache
 from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu.tuning import Workload, random_call, row_bytes, tune
 from fhopt.codegen.tiers import Tiers
-from fhopt.spec import AttentionSite, KernelSpec, LatentPlan, SidePlan, SitePlan, Tier
+from fhopt.hf.apply import latent_cache
+from fhopt.models.model_facts import cache_argument
+from fhopt.ops import algebra, latent_attention
+from fhopt.ops import attention as ops_attention
+from fhopt.ops import packing as ops_packing
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -528,7 +534,7 @@ def random_arguments(spec: KernelSpec, workload: Workload, device: str) -> tuple
     made: list[Any] = [torch.randn(batch, workload.heads, workload.queries, spec.key_width, dtype=dtype, device=device)]
     for side, width in ((spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)):
         z = torch.randn(batch, workload.key_heads, workload.tokens, width, device=device)
-        made += ops.pack_reference(z, *_columns(side)) if side else (z.to(dtype), None)
+        made += ops_packing.pack_reference(z, *_columns(side)) if side else (z.to(dtype), None)
     return (*made, None)
 
 
@@ -538,8 +544,8 @@ def expected(
     """The reference in float64."""
     query, key, key_scale, value, value_scale, _ = arguments
     key, value = (x if x.dtype == torch.uint8 else x.double() for x in (key, value))
-    options = options | ops.tier_options(_columns(spec.key_tiers), _columns(spec.value_tiers))
-    output, lse = ops.latent_attention_reference(
+    options = options | algebra.tier_options(_columns(spec.key_tiers), _columns(spec.value_tiers))
+    output, lse = latent_attention.latent_attention_reference(
         query.double(), key, key_scale, value, value_scale, question.mask, **options
     )
     if question.sinks is None:
@@ -548,7 +554,7 @@ def expected(
     return output * torch.exp(lse - total).unsqueeze(-1), total
 
 
-def _columns(side: Tiers) -> ops.TierArguments:
+def _columns(side: Tiers) -> algebra.TierArguments:
     return [b for b, _, _ in side], [w for _, w, _ in side], [s for _, _, s in side]
 
 
@@ -568,16 +574,16 @@ def compare_pack(machine: Machine) -> str:
 
     z = torch.randint(-9, 10, (2, 3, 35, 128)).float()
     found = packing.pack(z.to(machine.device), *_columns(EVERY))
-    return _unequal(found, ops.pack_reference(z, *_columns(EVERY)))
+    return _unequal(found, ops_packing.pack_reference(z, *_columns(EVERY)))
 
 
 def compare_unpack(machine: Machine) -> str:
     """Any bytes are codes."""
     from fhopt.codegen.gpu import packing
 
-    codes, scale = ops.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
+    codes, scale = ops_packing.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
     found = packing.unpack(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
-    return _unequal([found], [ops.unpack_reference(codes, scale, *_columns(EVERY))])
+    return _unequal([found], [ops_packing.unpack_reference(codes, scale, *_columns(EVERY))])
 
 
 def compare_encode(machine: Machine) -> str:
@@ -652,8 +658,8 @@ def by_sdpa(backend: SDPBackend, grouped: bool, query: Tensor, key: Tensor, valu
 
 def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same written out, nothing repeated."""
-    logits = ops.grouped_scores(query * query.shape[-1] ** -0.5, key)
-    return ops.grouped_mix(torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype), value)
+    logits = ops_attention.grouped_scores(query * query.shape[-1] ** -0.5, key)
+    return ops_attention.grouped_mix(torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype), value)
 
 
 def by_flash_attn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -23,12 +23,17 @@ from memory import plain_plan
 from recording import Row, is_quick, record
 from rich.table import Table
 
-from fhopt import data
-from fhopt.evaluate import BOOTSTRAP_TOKENS, Comparison, Interval, TokenCosts, bootstrap_interval, token_costs
-from fhopt.healing import HealOptions, heal
-from fhopt.models import LoadedModel, load_model
-from fhopt.pipeline import FitOptions, Progress, fit
-from fhopt.spec import LatentPlan, SidePlan, Tier
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import fit
+from fhopt.evaluation.perplexity import token_costs
+from fhopt.evaluation.statistics import BOOTSTRAP_TOKENS, Comparison, Interval, TokenCosts, bootstrap_interval
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.progress import Progress
+from fhopt.refine.heal import HealOptions, heal
+from fhopt.texts import tokens as texts_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -55,7 +60,9 @@ def two_bits(loaded: LoadedModel) -> LatentPlan:
 def measured(loaded: LoadedModel, plans: dict[str, LatentPlan], sequences: int, context: int) -> Results:
     """Each plan against the exact model on each text."""
     network = loaded.language_model()
-    ids = {text: data.held_out_ids(loaded.tokenizer, (text,), count=sequences, length=context) for text in TEXTS}
+    ids = {
+        text: texts_tokens.held_out_ids(loaded.tokenizer, (text,), count=sequences, length=context) for text in TEXTS
+    }
     return {
         text: {name: token_costs(network, rows, plan) for name, plan in plans.items()} for text, rows in ids.items()
     }

@@ -25,13 +25,18 @@ from recording import Row, is_quick, process_bytes, record
 from rich.table import Table
 
 import fhopt
-from fhopt import data, fitting
-from fhopt.applying import cache_argument
-from fhopt.cache import REGIONS, cache_bytes, cache_report
-from fhopt.evaluate import new_cache
-from fhopt.models import LoadedModel, load_model
-from fhopt.pipeline import FitOptions, find_sites, measure, plan_for
-from fhopt.spec import LatentPlan, SidePlan, SitePlan, Tier
+from fhopt.cache.report import REGIONS, cache_bytes, cache_report
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import measure, plan_for
+from fhopt.evaluation.perplexity import new_cache
+from fhopt.fitting import fit_plan
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.models.model_facts import cache_argument
+from fhopt.models.sites import find_sites
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.texts import tokens as texts_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -60,7 +65,7 @@ def measured(plan_path: str, tokens: int) -> dict[str, Any]:
     plan = None if plan_path == EXACT else LatentPlan.load(plan_path)
     if plan is not None:
         fhopt.apply(model, plan)
-    ids = data.calibration_ids(loaded.tokenizer, ("source",), count=1, length=tokens)[:1]
+    ids = texts_tokens.calibration_ids(loaded.tokenizer, ("source",), count=1, length=tokens)[:1]
     fill(model, new_cache(model, plan), ids)
     before = process_bytes()
     cache = new_cache(model, plan)
@@ -86,7 +91,7 @@ def plain_plan(loaded: LoadedModel) -> LatentPlan:
     def coded(side: SidePlan) -> SidePlan:
         return replace(side, tiers=(Tier(4, side.width, 0.4),))
 
-    sites = fitting.exact_plan(find_sites(loaded).sites.values(), recent=64).sites
+    sites = fit_plan.exact_plan(find_sites(loaded).sites.values(), recent=64).sites
     plans = tuple(SitePlan(s.site, s.layout, coded(s.key), coded(s.value)) for s in sites)
     return LatentPlan(plans, 4, 64, 64, window_bits=8)
 

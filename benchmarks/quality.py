@@ -47,11 +47,15 @@ from rich.progress import Progress, track
 from rich.table import Table
 from torch import Tensor
 
-from fhopt import data, pipeline
+from fhopt.calibration import options as calibration_options
+from fhopt.calibration import run
 from fhopt.errors import FhoptError
-from fhopt.evaluate import Comparison, TokenCosts, new_cache, paired, read_steps, switched
-from fhopt.models import LoadedModel, load_model
-from fhopt.spec import LatentPlan
+from fhopt.evaluation.perplexity import new_cache, paired, read_steps, switched
+from fhopt.evaluation.statistics import Comparison, TokenCosts
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.texts import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]
@@ -146,7 +150,7 @@ def main(ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, 
         [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     )  # ninja: quanto
     quick = quick or is_quick()
-    options = pipeline.FitOptions()
+    options = calibration_options.FitOptions()
     if quick:
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256)
         context = min(context, QUICK_CONTEXT)
@@ -199,8 +203,8 @@ def read_texts(
 
 def _tokens(loaded: LoadedModel, name: str, context: int, whole: bool) -> Tensor:
     """Up to `context` token ids [T] of the text called `name`."""
-    text = data.read_text(name)
-    ids = _tokenized(loaded, data.halves(text)[1], context)
+    text = tokens.read_text(name)
+    ids = _tokenized(loaded, tokens.halves(text)[1], context)
     if len(ids) < context and whole:
         ids = _tokenized(loaded, text, context)
     if len(ids) < min(LEAST_TOKENS, context):
@@ -209,7 +213,7 @@ def _tokens(loaded: LoadedModel, name: str, context: int, whole: bool) -> Tensor
 
 
 def _tokenized(loaded: LoadedModel, text: str, context: int) -> Tensor:
-    start = text[: data.CHARACTERS_PER_TOKEN * context]
+    start = text[: tokens.CHARACTERS_PER_TOKEN * context]
     return torch.as_tensor(loaded.tokenizer(start, return_tensors="pt", verbose=False).input_ids[0][:context])
 
 
@@ -221,12 +225,14 @@ def load_plans(folder: Path, ratios: Iterable[float]) -> dict[float, LatentPlan]
     return {ratio: LatentPlan.load(folder / f"{ratio:g}x") for ratio in ratios}
 
 
-def fit_plans(loaded: LoadedModel, ratios: Iterable[float], options: pipeline.FitOptions) -> dict[float, LatentPlan]:
+def fit_plans(
+    loaded: LoadedModel, ratios: Iterable[float], options: calibration_options.FitOptions
+) -> dict[float, LatentPlan]:
     """A plan for each ratio, from statistics that are collected once."""
     with progress_bar("calibrate") as bar:
-        measured = pipeline.measure(loaded, options, lambda stage, done, total: bar(done, total))
+        measured = run.measure(loaded, options, lambda stage, done, total: bar(done, total))
     return {
-        ratio: pipeline.plan_for(measured, dataclasses.replace(options, ratio=ratio))
+        ratio: run.plan_for(measured, dataclasses.replace(options, ratio=ratio))
         for ratio in track(ratios, "fit", transient=True)
     }
 
@@ -242,7 +248,7 @@ def ours(plans: dict[float, LatentPlan]) -> list[Implementation]:
 
 
 def rivals(
-    loaded: LoadedModel, plans: dict[float, LatentPlan], options: pipeline.FitOptions, quick: bool
+    loaded: LoadedModel, plans: dict[float, LatentPlan], options: calibration_options.FitOptions, quick: bool
 ) -> list[Implementation]:
     """The competitors, with the exact tokens of the plans; those whose package is missing are named and left out."""
     plan = next(iter(plans.values()))
@@ -271,9 +277,9 @@ def _installed(found: Iterable[Transformers]) -> list[Transformers]:
     return there
 
 
-def _moments(loaded: LoadedModel, options: pipeline.FitOptions, sinks: int) -> list[tuple[Tensor, Tensor]]:
+def _moments(loaded: LoadedModel, options: calibration_options.FitOptions, sinks: int) -> list[tuple[Tensor, Tensor]]:
     """Second moments of each head on the tokens that calibrate the plans."""
-    ids = data.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
+    ids = tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
     with progress_bar("second moments") as bar:
         return head_moments(loaded.language_model(), ids, sinks, lambda done: bar(done, len(ids)))
 

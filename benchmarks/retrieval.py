@@ -32,18 +32,25 @@ from attention import SHAPES, spectrum_tiers
 from recording import Row, is_quick, record
 from torch import Tensor
 
-from fhopt import codegen, data, ops, page_ops, pages, paging
-from fhopt.applying import cache_argument
+from fhopt.attention import paged
+from fhopt.attention.paged import mean_values
+from fhopt.attention.sketches import PageIndex, Sketcher
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import fit
+from fhopt.codegen import dispatch
 from fhopt.errors import FhoptError
-from fhopt.evaluate import check_length, new_cache, paired, step_bounds, switched
-from fhopt.latents import mean_values
-from fhopt.layers import LatentLayer
-from fhopt.models import LoadedModel, load_model
-from fhopt.pages import PageIndex, Sketcher
-from fhopt.pipeline import FitOptions, fit
-from fhopt.spec import LatentPlan, SketchPlan
+from fhopt.evaluation.perplexity import new_cache, paired, step_bounds, switched
+from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, write_items
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.models.model_facts import cache_argument, check_length
+from fhopt.ops import algebra, page_choice
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SketchPlan
+from fhopt.refine import page_budget, page_options, page_sketches
 from fhopt.system import cores
-from fhopt.tasks import TASKS, Item, TaskOptions, check_items, write_items
+from fhopt.texts import tokens as texts_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -55,7 +62,7 @@ PROMPT = 512  # tokens of a prompt that are read at once
 DENSE, PAGED = "all pages", "one page in eight"
 TORCH = "keys and values, torch"  # two batched products: the fastest of torch's ways (benchmarks/attention.py)
 SHAPE, RATIO, ROUNDS = "GQA 32/8x128", 4, 31
-PAGE_TOKENS = paging.PagingOptions.tokens
+PAGE_TOKENS = page_options.PagingOptions.tokens
 
 
 # --------------------------------------------------------------------------------------------------- quality
@@ -65,7 +72,9 @@ PAGE_TOKENS = paging.PagingOptions.tokens
 def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int, tail: int) -> list[Row]:
     """Perplexity of the last `tail` tokens with all pages and with those that are chosen, KL, and bytes of a step."""
     model, what = loaded.language_model(), f"the second half of {text!r}"
-    ids = data.sequences(loaded.tokenizer, data.halves(data.read_text(text))[1], count=1, length=context + 1, what=what)
+    ids = texts_tokens.sequences(
+        loaded.tokenizer, texts_tokens.halves(texts_tokens.read_text(text))[1], count=1, length=context + 1, what=what
+    )
     dense, name = replace(plan, pages=None), cache_argument(model)
     steps = [(start, stop) for start, stop in step_bounds(context, plan) if start >= context - tail]
     parts = []
@@ -175,7 +184,7 @@ def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int,
 
 def operator(tokens: int) -> list[Row]:
     """Milliseconds of attention of one token on `tokens` coded ones: all pages, listed ones, listed and chosen ones."""
-    codegen.install()
+    dispatch.install()
     heads, groups, dim = SHAPES[SHAPE]
     query, calls, sizes = torch.randn(1, heads, 1, dim), {}, {}
     tiers = spectrum_tiers(dim, dim * 4 // RATIO - 2)
@@ -183,7 +192,7 @@ def operator(tokens: int) -> list[Row]:
     codes = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    tiers_of_both: Any = ops.tier_options(table, table)
+    tiers_of_both: Any = algebra.tier_options(table, table)
     options: dict[str, Any] = tiers_of_both | dict(scale=dim**-0.5)
     operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
     near = torch.zeros(1, heads, 1)
@@ -192,14 +201,14 @@ def operator(tokens: int) -> list[Row]:
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
-    lists = page_ops.page_lists(chosen.squeeze(2), index.most)
+    lists = page_choice.page_lists(chosen.squeeze(2), index.most)
 
     def read(which: Tensor | None) -> tuple[Tensor, Tensor]:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def choose() -> Tensor:
-        return pages.attend(
+        return paged.attend(
             operands[0], operands[1:5], index, None, None, near, mean, scale=dim**-0.5, **tiers_of_both
         )[0]
 
@@ -227,7 +236,7 @@ def operator(tokens: int) -> list[Row]:
 def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int) -> PageIndex:
     """Random sketches, in the tiers for latents of the variances that such bits are right for: four times each bit."""
     variances = torch.cat([torch.full((w,), 4.0**b) for b, w in zip(bits, widths, strict=True)])
-    tiers, width = paging.sketch_tiers(variances, paging.PagingOptions.sketch), len(variances)
+    tiers, width = page_sketches.sketch_tiers(variances, page_options.PagingOptions.sketch), len(variances)
     kept = sum(tier.width for tier in tiers)
     channels = torch.arange(kept).expand(groups, kept).contiguous()
     plan = SketchPlan(channels, torch.zeros(groups, width), torch.ones(groups, width), tiers)
@@ -260,7 +269,7 @@ def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPla
     if plan.pages is not None:
         return plan
     sized: dict[str, Any] = dict(sequences=1, context=2048) if quick else {}
-    return paging.calibrate(loaded, plan, paging.PagingOptions(share=SHARE, texts=CALIBRATION, **sized))
+    return page_budget.calibrate(loaded, plan, page_options.PagingOptions(share=SHARE, texts=CALIBRATION, **sized))
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:

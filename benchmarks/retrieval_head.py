@@ -27,12 +27,12 @@ from recording import Row, is_quick, record, screen
 from rich.table import Table
 from torch import Tensor, nn
 
-from fhopt import data
 from fhopt.codegen.cpu.lm_head import search
-from fhopt.head import Head
-from fhopt.head_fitting import HeadOptions, find, fit, fit_weight, hidden_states, site_for
-from fhopt.head_module import dense
-from fhopt.models import load_model
+from fhopt.lm_head.fitting import HeadOptions, find, fit, fit_weight, hidden_states, site_for
+from fhopt.lm_head.head import Head
+from fhopt.lm_head.module import dense
+from fhopt.models.loader import load_model
+from fhopt.texts import tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -61,7 +61,7 @@ def smollm2(dtype: torch.dtype, positions: int) -> Case:
     loaded = load_model("demo", dtype)
     head = fit(loaded, HeadOptions())
     captured = loaded.capture(CONTEXT)
-    ids = data.held_out_ids(loaded.tokenizer, TEXTS, count=positions // CONTEXT, length=CONTEXT)
+    ids = tokens.held_out_ids(loaded.tokenizer, TEXTS, count=positions // CONTEXT, length=CONTEXT)
     hidden = hidden_states(captured, find(captured), ids).to(dtype)
     weight = dict(loaded.language_model().named_parameters())[head.site.weight].detach()
     return Case(f"SmolLM2 49,152 x 576 {_name(dtype)}", weight, hidden, head)

@@ -35,12 +35,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 import fhopt
-from fhopt import ops
-from fhopt.applying import cache_argument, latent_cache
-from fhopt.layers import StaticLatentLayer
-from fhopt.pipeline import FitOptions, measure_module, plan_for
-from fhopt.spec import LatentPlan, SidePlan, SitePlan
-from fhopt.storage import GROWTH
+from fhopt.cache.quantized_rows import GROWTH
+from fhopt.cache.static_layer import StaticLatentLayer
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import measure_module, plan_for
+from fhopt.hf.apply import latent_cache
+from fhopt.models.model_facts import cache_argument
+from fhopt.ops import algebra, packing
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SidePlan, SitePlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
@@ -100,16 +103,16 @@ class Reference(DynamicLayer):  # type: ignore[misc]
     def _round(self, part: slice) -> None:
         """Leave of some tokens what a window of 8 bits keeps."""
         for x in (self.keys, self.values):
-            x[:, :, part] = ops.unround_rows(*ops.round_rows(x[:, :, part]), x.dtype)
+            x[:, :, part] = packing.unround_rows(*packing.round_rows(x[:, :, part]), x.dtype)
 
     def _coded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What codes keep of tokens: encode, pack, unpack, decode, by the slow reference of each."""
         site = self.site
         if site.is_shared:
             latent = _through(torch.cat([keys, values], -1), site.key)
-            return ops.decode(latent, site.key.decode), ops.decode(latent, site.value.decode)
+            return algebra.decode(latent, site.key.decode), algebra.decode(latent, site.value.decode)
         sides = ((keys, site.key), (values, site.value))
-        coded = [ops.decode(_through(x, side), side.decode) for x, side in sides]
+        coded = [algebra.decode(_through(x, side), side.decode) for x, side in sides]
         return coded[0], coded[1]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -156,12 +159,12 @@ class Reference(DynamicLayer):  # type: ignore[misc]
 
 
 def _through(x: Tensor, side: SidePlan) -> Tensor:
-    latent = ops.encode(x.to(side.encode.dtype), side.encode)
+    latent = algebra.encode(x.to(side.encode.dtype), side.encode)
     if not side.tiers:
         return latent.to(x.dtype)
-    bits, widths, steps = ops.tier_arguments(side)
-    codes, scale = ops.pack_reference(latent, bits, widths, steps)
-    return ops.unpack_reference(codes, scale, bits, widths, steps).to(x.dtype)
+    bits, widths, steps = algebra.tier_arguments(side)
+    codes, scale = packing.pack_reference(latent, bits, widths, steps)
+    return packing.unpack_reference(codes, scale, bits, widths, steps).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------- the variants

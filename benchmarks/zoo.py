@@ -24,11 +24,11 @@ from recording import ROOT, Row, commit, is_quick, machine, record, screen, vers
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(ROOT / "tests"))  # the zoo is the tests', and is not installed
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # the zoo is the tests', and is not installed
 from model_zoo import Entry
 from model_zoo.checking import TOLERANCE, Result, check, entries
 
-from fhopt.spec import AttentionSite
+from fhopt.plan.site import AttentionSite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]

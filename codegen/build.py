@@ -23,8 +23,8 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu import attention as gpu_attention
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.errors import FhoptError
-from fhopt.ops import LatentKernel
-from fhopt.spec import KernelSpec
+from fhopt.ops.latent_attention import LatentKernel
+from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cached_file, text_digest, write_text
 
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,12 @@ from fhopt.codegen.cpu.packing import pack, unpack
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
-from fhopt.ops import (
-    LatentKernel,
-    latent_attention_reference,
-    learns,
-    listed,
-    use_kernel,
-    use_pack_kernels,
-    within,
-)
-from fhopt.page_ops import PageKernels, PageStep, use_page_kernels
-from fhopt.spec import KernelSpec
+from fhopt.ops import registry
+from fhopt.ops.encode_rows import empty_rows
+from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, learns
+from fhopt.ops.masks import listed, within
+from fhopt.ops.page_selection import PageStep
+from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores, has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
@@ -40,16 +36,21 @@ log = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Run `fhopt::latent_attention`, `fhopt::pack` and `fhopt::unpack` through kernels made for their device.
+    """Enter the generated kernels of this machine in `fhopt.ops.registry`: from then on the ops run through them.
 
     On GPUs without Triton attention runs on plain torch operations, tokens a tile at a time.
     """
-    use_kernel("cpu", latent_attention)
-    use_kernel("cuda", latent_attention)
-    use_pack_kernels("cpu", (pack, unpack))
-    use_page_kernels("cpu", PageKernels(cpu_pages.weigh_pages, attend_pages))
+    registry.use("latent_attention", "cpu", latent_attention)
+    registry.use("latent_attention", "cuda", latent_attention)
+    registry.use("pack", "cpu", pack)
+    registry.use("unpack", "cpu", unpack)
+    registry.use("page_weights", "cpu", cpu_pages.weigh_pages)
+    registry.use("attend_pages", "cpu", attend_pages)
     if has_triton():
-        use_pack_kernels("cuda", (_pack_by_triton, _unpack_by_triton))
+        registry.use("pack", "cuda", _pack_by_triton)
+        registry.use("unpack", "cuda", _unpack_by_triton)
+        registry.use("encode_rows", "cuda", encode_rows_by_triton)
+        registry.use("rebuilt_attention", "cuda", _rebuilt_by_triton)
 
 
 def expect(specs: Iterable[KernelSpec]) -> None:
@@ -176,3 +177,23 @@ def _unpack_by_triton(
     from fhopt.codegen.gpu import packing
 
     return packing.unpack(codes, scale, bits, widths, steps)
+
+
+def encode_rows_by_triton(
+    x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Encode and pack by one Triton kernel, on a GPU or under Triton's interpreter; see `fhopt.ops.encode_rows`.
+
+    x [B,G,T,D], basis [J,R,n*D] -> codes uint8 [B,J,T,bytes], scale float16 [B,J,T].
+    """
+    from fhopt.codegen.gpu import encode_rows
+
+    rows = empty_rows(x, basis, bits, widths, steps)
+    encode_rows.encode(x, basis, bits, widths, steps, *rows)
+    return rows
+
+
+def _rebuilt_by_triton(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from fhopt.codegen.gpu.prefill_launch import rebuilt_attention
+
+    return rebuilt_attention(query, *args, **options)

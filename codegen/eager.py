@@ -12,8 +12,8 @@ from string import Template
 
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
-from fhopt.ops import planes
-from fhopt.spec import KernelSpec
+from fhopt.ops.packing import planes
+from fhopt.plan.kernel_spec import KernelSpec
 
 
 def render(spec: KernelSpec) -> str:
@@ -103,21 +103,17 @@ def _codes(bits: int) -> str:
 _CAP_LINE = """\
         logits = softcap * torch.tanh(logits / softcap)
 """
-
 _KEY_SCALE_LINE = """\
         logits = logits * per_head(key_scale[:, :, tile], heads)
 """
-
 _VALUE_SCALE_LINE = """\
         weights = weights * per_head(value_scale[:, :, tile], heads)
 """
-
 _UNPACK = Template('''
 
 def unpack_$side(rows: Tensor$scale) -> Tensor:
     """Bytes [B,J,t,bytes] -> $what, float32 [B,J,t,R]."""
 $factor$body''')
-
 _CODES = Template('''
 
 def codes$bits(rows: Tensor) -> Tensor:
@@ -125,7 +121,6 @@ def codes$bits(rows: Tensor) -> Tensor:
     codes = [(rows >> shift) & $mask for shift in range(0, 8, $bits)]
     return torch.stack(codes, -1).flatten(-2)
 ''')
-
 _PLANES = Template('''
 
 def codes$bits(rows: Tensor) -> Tensor:
@@ -133,14 +128,12 @@ def codes$bits(rows: Tensor) -> Tensor:
     end = rows.shape[-1] // $bits * $high
     return codes$high(rows[..., :end]) << $low | codes$low(rows[..., end:])
 ''')
-
 _FLOAT16 = '''
 
 def float16_of(rows: Tensor) -> Tensor:
     """Bytes [...,2n] that hold float16 -> float32 [...,n]; copied, since a view must start at an even byte."""
     return rows.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 '''
-
 _PER_HEAD = '''
 
 def per_head(scale: Tensor, heads: int) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fhopt.errors import FhoptError
-from fhopt.spec import SUPPORTED_BITS, TIER_QUANTUM, KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
 
 Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) in channel order; none: uncoded
-PLANES = (  # the format of codes (fhopt/ops.py), for the head of a generated file
+PLANES = (  # the format of codes (fhopt/ops/latent_attention.py), for the head of a generated file
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 import fhopt
-from fhopt import passes
-from fhopt.capture import capture
-from fhopt.seeing.drawing import COLOURS, Diagram
-from fhopt.spec import LatentPlan, SidePlan, SitePlan, Tier
+from fhopt.inspection.drawing import COLOURS, Diagram
+from fhopt.models.capture import capture
+from fhopt.passes import pipeline
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 
@@ -33,7 +34,7 @@ def small_plan() -> LatentPlan:
         num_key_value_heads=4,
     )  # fmt: skip
     model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.ones(1, 16, dtype=torch.int64)
-    (site,) = passes.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites.values()
+    (site,) = pipeline.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites.values()
     tiers = (Tier(8, 8, 1 / 32), Tier(4, 24, 0.3))
     side = SidePlan(torch.zeros(1, 32, 4 * 16), torch.zeros(4, 16, 32), tiers)
     return LatentPlan((SitePlan(site, "freq", side, side),), 4, 128, 64)

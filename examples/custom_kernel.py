@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from fhopt.codegen import build, render
-from fhopt.ops import latent_attention_reference, pack_reference
-from fhopt.spec import KernelSpec
+from fhopt.codegen import build
+from fhopt.codegen.build import render
+from fhopt.ops.latent_attention import latent_attention_reference
+from fhopt.ops.packing import pack_reference
+from fhopt.plan.kernel_spec import KernelSpec
 
 Tiers = tuple[tuple[int, int, float], ...]
 # (bits, channels, step): 16 channels that matter most in 8 bits, the others in 3. A step is a share of a token's scale.

@@ -13,9 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fhopt
-from fhopt import exporting, fitting, passes, stepping
-from fhopt.applying import latent_cache
-from fhopt.capture import capture
+from fhopt.export import pt2_step, step_state
+from fhopt.fitting import fit_plan
+from fhopt.hf.apply import latent_cache
+from fhopt.models.capture import capture
+from fhopt.passes import pipeline
 
 
 def small_model() -> Any:
@@ -31,9 +33,9 @@ def small_model() -> Any:
 @torch.no_grad()
 def main() -> None:
     model, ids = small_model(), torch.randint(0, 64, (1, 40))
-    sites = passes.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites
-    plan = fitting.exact_plan(sites.values(), recent=8, block=8)  # or one of fhopt.fit
-    exported = exporting.export_step(model, plan)
+    sites = pipeline.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites
+    plan = fit_plan.exact_plan(sites.values(), recent=8, block=8)  # or one of fhopt.fit
+    exported = pt2_step.export_step(model, plan)
     with tempfile.TemporaryDirectory() as folder:
         programs = []
         for name in ("step", "seal"):
@@ -41,7 +43,7 @@ def main() -> None:
             torch.export.save(getattr(exported, name), path)
             programs.append(torch.export.load(path).module())
             print(f"{path.name}: {path.stat().st_size:,} bytes")
-    state = stepping.State(plan, exported.state, *programs)  # what a caller does between two steps
+    state = step_state.State(plan, exported.state, *programs)  # what a caller does between two steps
     fhopt.apply(model, plan)
     cache, difference = latent_cache(model), 0.0
     for token in ids.split(1, 1):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import tempfile
 
 import fhopt
-from fhopt.models import load_model
-from fhopt.pipeline import FitOptions, fit
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import fit
+from fhopt.models.loader import load_model
 
 
 def main() -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 import fhopt
-from fhopt.applying import cache_argument, latent_cache
-from fhopt.models import load_model
-from fhopt.pipeline import FitOptions, fit
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import fit
+from fhopt.hf.apply import latent_cache
+from fhopt.models.loader import load_model
+from fhopt.models.model_facts import cache_argument
 
 
 def main() -> None:

@@ -12,36 +12,36 @@ transformers loads its registry of quantizers, fhopt's is entered, so that `from
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fhopt import moved
 from fhopt.errors import FhoptError
-from fhopt.late_import import when_imported
-
-__version__ = "0.1.0"
+from fhopt.import_hook import lazily, when_imported
+from fhopt.version import __version__
 
 if TYPE_CHECKING:
-    from fhopt.api import fit as fit
-    from fhopt.applying import apply as apply
-    from fhopt.applying import unapply as unapply
+    from fhopt.backend.compile_report import report as report
     from fhopt.cache import LatentCache as LatentCache
-    from fhopt.cache_files import load_cache as load_cache
-    from fhopt.cache_files import save_cache as save_cache
-    from fhopt.journal import report as report
-    from fhopt.loading import load as load
-    from fhopt.seeing.drawing import draw as draw
-    from fhopt.spec import LatentPlan as LatentPlan
+    from fhopt.calibration.api import fit as fit
+    from fhopt.hf.apply import apply as apply
+    from fhopt.hf.apply import unapply as unapply
+    from fhopt.hf.load import load as load
+    from fhopt.hf.prompt_cache import load_cache as load_cache
+    from fhopt.hf.prompt_cache import save_cache as save_cache
+    from fhopt.inspection.drawing import draw as draw
+    from fhopt.plan import LatentPlan as LatentPlan
 
 _WHERE = {
     "LatentCache": "fhopt.cache",
-    "LatentPlan": "fhopt.spec",
-    "apply": "fhopt.applying",
-    "draw": "fhopt.seeing.drawing",
-    "fit": "fhopt.api",
-    "load": "fhopt.loading",
-    "load_cache": "fhopt.cache_files",
-    "report": "fhopt.journal",
-    "save_cache": "fhopt.cache_files",
-    "unapply": "fhopt.applying",
+    "LatentPlan": "fhopt.plan",
+    "apply": "fhopt.hf.apply",
+    "draw": "fhopt.inspection.drawing",
+    "fit": "fhopt.calibration.api",
+    "load": "fhopt.hf.load",
+    "load_cache": "fhopt.hf.prompt_cache",
+    "report": "fhopt.backend.compile_report",
+    "save_cache": "fhopt.hf.prompt_cache",
+    "unapply": "fhopt.hf.apply",
 }
 
 __all__ = [
@@ -60,14 +60,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'fhopt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+__getattr__ = lazily(__name__, _WHERE)
 
 
 def _register_quantizer() -> None:
-    importlib.import_module("fhopt.quantizer")
+    importlib.import_module("fhopt.hf.quantizer")
 
 
 when_imported("transformers.quantizers.auto", _register_quantizer)
+moved.install()

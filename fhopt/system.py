@@ -22,6 +22,8 @@ from pathlib import Path
 from fhopt.files import appearing
 
 CACHE_VARIABLE = "FHOPT_CACHE_DIR"
+
+
 _warned: set[str] = set()
 
 

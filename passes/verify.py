@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from fhopt.errors import PassError
-from fhopt.passes.graph import Program, fake
+from fhopt.passes.graph.nodes import fake
+from fhopt.passes.graph.program import Program
 
 
 def verify(program: Program, after: str) -> None:

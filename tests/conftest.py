@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,27 +17,30 @@ from small_models import Fitted
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One core for each worker: threads of processes that a test starts would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+TESTS = Path(__file__).parent
 LONGEST = (
-    "test_demo.py",
-    "test_soak.py",
-    "test_exporting.py",
-    "test_verifying.py",
-    "test_codegen.py",
-    "test_backend.py",
-    "test_head_command.py",
-    "test_zoo.py",
-    "test_triton_attention.py",
-    "test_profiling.py",
-    "test_rewriting.py",
-    "test_static_cache.py",
-    "test_compiled_generation.py",
-    "test_latent_buffers.py",
-    "test_fitting.py",
-    "test_tasks.py",
-    "test_gpu_filter.py",
-    "test_triton_chunk.py",
-    "test_encoder_decoder_cache.py",
-)  # files that take minutes
+    "integration/test_demo.py",
+    "robustness/test_soak.py",
+    "unit/parallel/test_tensor_parallel.py",
+    "unit/codegen/cpu/test_graph_kernels.py",
+    "unit/codegen/gpu/test_packing.py",
+    "unit/codegen/cpu/test_attention.py",
+    "integration/test_compiled_models.py",
+    "integration/test_distributed.py",
+    "unit/export/test_pt2_step.py",
+    "unit/export/test_pt2_module.py",
+    "unit/export/test_mlir_check.py",
+    "integration/test_paged_generation.py",
+    "unit/codegen/gpu/test_attention.py",
+    "unit/codegen/gpu/test_prefill.py",
+    "unit/codegen/gpu/test_encode_rows.py",
+    "robustness/test_fuzz_capture.py",
+    "integration/test_input_layout.py",
+    "integration/test_zoo.py",
+    "integration/test_families.py",
+    "integration/test_compiled_generation.py",
+    "unit/cli/test_fit_head.py",
+)  # files that take long, those with slow tests among them
 # A suite that fails does so again: the same inputs every time. `make fuzz` takes other ones.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -59,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, in this order, so that no worker is left alone with one at the end."""
     place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
@@ -110,6 +114,29 @@ def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch = importlib.import_module("fhopt.codegen.dispatch")
     monkeypatch.setattr(dispatch, "build", importlib.import_module("fhopt.codegen.build").build_torch)
     monkeypatch.setattr(dispatch, "_kernels", {})
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """AOTAutograd as in inductor, without the minutes that generating C++ takes, but for slow tests."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, **options: aot_eager(m, i))
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nothing has been kept yet, in the cache folder or in that of Triton."""
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def importable() -> str:
+    """A MODEL of the form module:function."""
+    return "command_models:encoder"
 
 
 @pytest.fixture(scope="session")

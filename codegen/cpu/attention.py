@@ -15,11 +15,10 @@ from string import Template
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
 ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2d"
-
 _STORED = {"float32": "Float32", "bfloat16": "BFloat16", "float16": "Float16"}
 _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "float16": ("copy_float16", 2)}
 

@@ -39,7 +39,7 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 
 log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fhopt.codegen.cpu.attention import ARGUMENTS
 from fhopt.codegen.rows import NO_TENSOR, PAGE_QUANTUM, RowFormat
-from fhopt.ops import within
-from fhopt.spec import KernelSpec
+from fhopt.ops.masks import within
+from fhopt.plan.kernel_spec import KernelSpec
 
 _pack = struct.Struct(ARGUMENTS).pack
 _NO_PAGES = (*NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page

@@ -40,13 +40,14 @@ WIDEST = 32_768  # coordinates: sums of products of codes stay below 2^31
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
 log = logging.getLogger(__name__)
 
+
 # The C++ struct `Arguments`: 8 bytes a field, in its order.
 _arguments = struct.Struct("@9q 4q 8q q3d 2q2d 6q").pack
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A head as the kernel reads it; fhopt/head_codes.py makes it, and says what is in it.
+    """A head as the kernel reads it; fhopt/lm_head/quantize.py makes it, and says what is in it.
 
     codes: uint8 [blocks, bytes of a block]. transform: bfloat16 [R, C], or None where h' = h. centre: float32 [C]: what
     was taken from every row. centroids: bfloat16 [K, R]; radii: float32 [K]. transform_norm: Frobenius norm of the

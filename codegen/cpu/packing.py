@@ -22,8 +22,8 @@ from torch import Tensor
 from fhopt.codegen.compiler import CompileError, load, warn_without_compiler
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES
-from fhopt.ops import pack_reference, unpack_reference
-from fhopt.spec import SUPPORTED_BITS, TIER_QUANTUM
+from fhopt.ops.packing import pack_reference, unpack_reference
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
 
 # The C++ structs `Arguments` and `Tier` as formats of the module `struct`: 8 bytes a field, in the order of the struct.
 _arguments = struct.Struct("@8q4q4q4q").pack

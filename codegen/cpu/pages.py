@@ -30,12 +30,15 @@ from fhopt.codegen.compiler import CompileError, load
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
-from fhopt.page_ops import FEWEST, PageStep, pages_read
+from fhopt.ops.page_choice import FEWEST, pages_read
+from fhopt.ops.page_selection import PageStep
 
 MOST_TOKENS = 1024  # of a page
 MOST_WORDS = 64  # of four bytes of codes, of a token
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 log = logging.getLogger(__name__)
+
+
 # The C++ structs `Sketches`, `Choice` and `Step` as formats of the module `struct`: 8 bytes a field, in that order.
 _pack_sketches = struct.Struct("@16q8P").pack
 _pack_choice = struct.Struct("@5q2dP").pack

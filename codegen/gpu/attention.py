@@ -33,8 +33,8 @@ from string import Template
 from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces, places
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
-from fhopt.ops import planes
-from fhopt.spec import KernelSpec
+from fhopt.ops.packing import planes
+from fhopt.plan.kernel_spec import KernelSpec
 
 MERGED = 64  # channels of a program of `merge_kernel`
 KERNELS = ("attention_kernel", "merge_kernel")

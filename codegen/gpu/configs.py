@@ -16,7 +16,7 @@ from fhopt.codegen.gpu.resources import triton_version
 from fhopt.codegen.gpu.row_layout import fields, pieces
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cache_folder, make_private
 
 LARGEST_STATE = 12288  # numbers of queries and outputs that the registers of two warps hold

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fhopt import ops
 from fhopt.codegen.cpu.packing import tier_table
 from fhopt.codegen.gpu.packing import device_table, limited, store_halves, store_plane, tier
+from fhopt.ops import algebra, packing
 
 BLOCK_T, BLOCK_G, BLOCK_D = 16, 8, 32  # tokens of a program, groups of 8 channels at a time, numbers of a head
 OPTIONS = {"num_warps": 4, "num_stages": 1}
@@ -109,7 +109,9 @@ def encode_reference(
     table: Tensor | None = None,
 ) -> None:
     """The same in torch operations, one after the other."""
-    new = ops.pack_reference(ops.encode(x.to(basis.dtype), basis), bits, widths, steps)  # [B,J,T,bytes], [B,J,T]
+    new = packing.pack_reference(
+        algebra.encode(x.to(basis.dtype), basis), bits, widths, steps
+    )  # [B,J,T,bytes], [B,J,T]
     rows = torch.arange(at, at + x.shape[2], device=x.device) if places is None else places
     kept = rows >= 0
     for storage, part in zip((codes, scale), new, strict=True):

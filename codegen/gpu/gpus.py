@@ -30,12 +30,16 @@ class Gpu:
 
 
 _K = 1024
+
+
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; numbers of SMs: data sheets.
 _CC80: dict[str, Any] = dict(block_shared=163 * _K, processor_shared=164 * _K, registers=64 * _K, warps=64, blocks=32)
 _CC86: dict[str, Any] = dict(block_shared=99 * _K, processor_shared=100 * _K, registers=64 * _K, warps=48, blocks=16)
 _CC87: dict[str, Any] = dict(block_shared=163 * _K, processor_shared=164 * _K, registers=64 * _K, warps=48, blocks=16)
 _CC89: dict[str, Any] = dict(block_shared=99 * _K, processor_shared=100 * _K, registers=64 * _K, warps=48, blocks=24)
 _CC90: dict[str, Any] = dict(block_shared=227 * _K, processor_shared=228 * _K, registers=64 * _K, warps=64, blocks=32)
+
+
 # AMD CDNA 3 ISA reference and LLVM's "User Guide for AMDGPU": 4 SIMDs a CU, each 512 registers of 64 lanes and 8 waves.
 _CDNA3: dict[str, Any] = dict(
     block_shared=64 * _K,

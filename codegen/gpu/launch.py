@@ -22,14 +22,12 @@ from fhopt.codegen.gpu.attention import MERGED
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.row_layout import SMALLEST_PIECE, is_crowded, places
 from fhopt.codegen.rows import PAGE_QUANTUM, RowFormat
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 
 WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
 SHORTEST = 256  # tokens that a range has at least
 MOST_SPLITS = 128
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as it is
-
-
 Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, what those of rows divide by
 
 

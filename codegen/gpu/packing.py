@@ -6,7 +6,8 @@
 
 The tiers are a small table in the memory of the GPU, not constants of the kernel: layers of a model have tiers of their
 own, and each would cost a compilation. A program takes BLOCK_T rows and goes through their channels in groups of 8: the
-width of every tier is a multiple of 8, and a bit plane of w bits holds a group in w bytes (format: fhopt/ops.py).
+width of every tier is a multiple of 8, and a bit plane of w bits holds a group in w bytes (format:
+fhopt/ops/latent_attention.py).
 
 The scale may be off by one in the last place where it is in the reference: sums have no fixed order on a GPU. All else
 is rounded as there, hence the `_rn` functions: plain division and square root are approximate on GPUs.
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fhopt.codegen.cpu.packing import can_pack, can_unpack, tier_table
-from fhopt.ops import pack_reference, unpack_reference
+from fhopt.ops.packing import pack_reference, unpack_reference
 
 BLOCK_T, BLOCK_G = 16, 8
 _jit: Callable[..., Any] = triton.jit

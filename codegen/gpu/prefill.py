@@ -4,7 +4,8 @@
 
 A decode step multiplies queries by D_K^T instead (triton_attention.py), and never meets a key. A chunk of a prompt has
 hundreds of queries of every kv head for the same tokens, and where latents are wider than keys, or where unpacking
-codes anew for every 32 queries costs more than the products, it is cheaper to rebuild (fhopt/chunks.py counts):
+codes anew for every 32 queries costs more than the products, it is cheaper to rebuild (fhopt/ops/prefill_attention.py
+counts):
 
     rebuild_kernel   keys or values of a range of tokens, into memory that the L2 cache holds: once for all queries
     chunk_kernel     attention of BLOCK_M rows, of keys and values as they are; or of latents, rebuilt by each program
@@ -33,7 +34,7 @@ from fhopt.codegen.gpu.attention import reading
 from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 
 KERNELS = ("rebuild_kernel", "chunk_kernel")
 

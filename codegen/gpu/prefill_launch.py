@@ -22,7 +22,7 @@ from fhopt.codegen.gpu.launch import choose_splits, mask_as_read, processors, ro
 from fhopt.codegen.gpu.prefill import padded, render, table
 from fhopt.codegen.rows import RowFormat
 from fhopt.codegen.tiers import Tiers
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 
 SCRATCH = 32 * 2**20  # bytes of keys and values that are rebuilt at a time: what L2 caches of 40 MB and more hold
 SHORTEST = 1024  # tokens that are rebuilt at a time at least, and that a split has at least

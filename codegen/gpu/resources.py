@@ -38,8 +38,6 @@ from fhopt.system import cache_folder, cached_file
 
 SECONDS = 120  # for one kernel; most take one or two
 _OWN_FILES = ("resources.py", "compile_worker.py", "machine_code.py")  # that results depend on
-
-
 PARTITIONS = 4  # parts of a processor that have registers and a scheduler of their own, of both vendors
 REGISTER_UNIT = 8  # a thread's registers are handed out so many at a time
 SHARED_UNIT = 128  # bytes

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fhopt.codegen.tiers import Tiers
-from fhopt.ops import planes
-from fhopt.spec import KernelSpec
+from fhopt.ops.packing import planes
+from fhopt.plan.kernel_spec import KernelSpec
 
 LARGEST_PIECE = 128  # channels of one product
 SMALLEST_PIECE = 16  # what a product sums over is at least this long

@@ -9,7 +9,7 @@ from fhopt.codegen.gpu.configs import Config, rebuild_config
 from fhopt.codegen.gpu.prefill import padded, table
 from fhopt.codegen.gpu.row_layout import row_size
 from fhopt.codegen.tiers import is_scaled
-from fhopt.spec import KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
 
 Example = tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}

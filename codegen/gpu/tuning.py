@@ -36,7 +36,8 @@ from fhopt.codegen.gpu.resources import Occupancy, Request, Resources, compile_k
 from fhopt.codegen.gpu.signatures import attention_example
 from fhopt.codegen.tiers import Tiers, is_scaled
 from fhopt.errors import FhoptError
-from fhopt.spec import SCALE_BYTES, KernelSpec
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.site_plan import SCALE_BYTES
 
 ENOUGH_BYTES = 32 * 1024  # under way for each multiprocessor; a choice, to be overruled by `tune`
 KERNEL, MERGING = "attention_kernel", "merge_kernel"

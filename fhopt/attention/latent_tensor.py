@@ -1,0 +1,237 @@
+"""Keys and values that stand for latents: a tensor subclass that reaches attention unread, or reconstructs K/V."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fhopt.attention.attend import attend
+from fhopt.attention.cache_view import AnyLatents
+from fhopt.attention.manual_attention import mix, rebuilt, scores
+from fhopt.errors import FhoptError
+
+
+class LatentTensor(torch.Tensor):
+    """Keys or values [B,G,T,D] of which the sealed tokens are latents; see the module docstring.
+
+    `opened` [B,G,N,D] and `latents` say what is there, `is_key` which of both this is. `folded`: batch and heads are
+    one dimension, [B*G,T,D]. `swapped`: the last two dimensions are.
+    """
+
+    opened: Tensor
+    latents: AnyLatents
+    is_key: bool
+    folded: bool
+    swapped: bool
+
+    @staticmethod
+    def __new__(
+        cls, opened: Tensor, latents: AnyLatents, is_key: bool, folded: bool = False, swapped: bool = False
+    ) -> LatentTensor:
+        """As the class says."""
+        b, g, _, d = opened.shape
+        shape = [*([b * g] if folded else [b, g]), latents.length(opened), d]
+        if swapped:
+            shape[-2:] = shape[:-3:-1]
+        self: LatentTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=opened.dtype, device=opened.device)
+        self.opened, self.latents, self.is_key, self.folded, self.swapped = opened, latents, is_key, folded, swapped
+        return self
+
+    def __init__(self, *_args: object, **_options: object) -> None:
+        super().__init__()
+
+    def seen_as(self, *, folded: bool | None = None, swapped: bool | None = None) -> LatentTensor:
+        """The same with other dimensions."""
+        return LatentTensor(
+            self.opened, self.latents, self.is_key,
+            self.folded if folded is None else folded, self.swapped if swapped is None else swapped,
+        )  # fmt: skip
+
+    def rebuild(self) -> Tensor:
+        """An ordinary tensor of the same shape: what the latents kept."""
+        side = self.latents.key if self.is_key else self.latents.value
+        whole = rebuilt(self.opened, side, self.latents)
+        whole = whole.flatten(0, 1) if self.folded else whole
+        return whole.transpose(-1, -2) if self.swapped else whole
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        what = "key" if self.is_key else "value"
+        return f"LatentTensor({what}, shape={tuple(self.shape)}, open={self.opened.shape[2]}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Operations that need no rebuilt tensor; the others go on to `__torch_dispatch__`."""
+        kwargs, handler = kwargs or {}, _HANDLERS.get(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            try:
+                found = handler(*args, **kwargs) if handler is not None else NotImplemented
+            except TypeError:  # spelled in another way than handlers know
+                found = NotImplemented
+            return _on_rebuilt(func, args, kwargs) if found is NotImplemented else found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """What comes around `__torch_function__`, on rebuilt tensors."""
+        return args[0] if func is torch.ops.aten.detach.default else _on_rebuilt(func, args, kwargs or {})
+
+
+def _on_rebuilt(func: Any, args: Any, kwargs: Any) -> Any:
+    """Any operation, on rebuilt tensors. Raises FhoptError for one that would change them: nobody would see it."""
+    name = getattr(func, "__name__", str(func))
+    changes = (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
+    if (changes and args and isinstance(args[0], LatentTensor)) or isinstance(kwargs.get("out"), LatentTensor):
+        raise FhoptError(
+            f"the model changes cached keys or values in place ({name}), which latents cannot be. Call "
+            "fhopt.unapply(model), or make the cache with absorb=False."
+        )
+    _warn(name)
+    args, kwargs = tree_map(lambda x: x.rebuild() if isinstance(x, LatentTensor) else x, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+_CHANGING = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__", "__setitem__")
+_warned: set[str] = set()
+
+
+def _warn(operation: str) -> None:
+    if operation not in _warned:
+        _warned.add(operation)
+        warnings.warn(
+            f"The model calls {operation} on cached keys or values, which fhopt cannot do on latents: they are rebuilt "
+            "at full length for it, in every call. Expected scaled_dot_product_attention, products with queries or "
+            "weights, or transformers' attention interface. fhopt.apply(model, plan) sets the last.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+# --------------------------------------------------------------------------------------------------- by hand
+
+# A handler takes the arguments of its function and returns NotImplemented where it does not know what to do.
+
+
+def _transpose(x: Tensor, dim0: int, dim1: int) -> Any:
+    if isinstance(x, LatentTensor) and {dim0 % x.dim(), dim1 % x.dim()} == {x.dim() - 2, x.dim() - 1}:
+        return x.seen_as(swapped=not x.swapped)
+    return NotImplemented
+
+
+def _permute(x: Tensor, *dims: Any) -> Any:
+    order = [d % x.dim() for d in (dims[0] if len(dims) == 1 else dims)]
+    return _transpose(x, -2, -1) if order == [*range(x.dim() - 2), x.dim() - 1, x.dim() - 2] else NotImplemented
+
+
+def _adjoint(x: Tensor) -> Any:
+    return _transpose(x, -2, -1)
+
+
+def _reshape(x: Tensor, *shape: Any) -> Any:
+    if not isinstance(x, LatentTensor) or x.swapped or x.folded:
+        return NotImplemented
+    wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    whole = list(x.shape)
+    folded = [whole[0] * whole[1], *whole[2:]]
+    for sizes, answer in ((whole, x), (folded, None)):
+        if len(sizes) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, sizes, strict=True)):
+            return answer if answer is not None else x.seen_as(folded=True)
+    return NotImplemented
+
+
+def _same(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return x if isinstance(x, LatentTensor) else NotImplemented
+
+
+def _to(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    given = [*args, *kwargs.values()]
+    is_same = all(
+        a in (x.dtype, x.device, False, None) for a in given if isinstance(a, (torch.dtype, torch.device, bool))
+    )
+    plain = all(isinstance(a, (torch.dtype, torch.device, bool)) for a in given)
+    return x if isinstance(x, LatentTensor) and plain and is_same else NotImplemented
+
+
+def _matmul(left: Tensor, right: Tensor) -> Any:
+    """q k^T or p v; a folded right side takes a folded left one."""
+    if not isinstance(right, LatentTensor) or isinstance(left, LatentTensor) or right.is_key != right.swapped:
+        return NotImplemented
+    groups, folded = right.opened.shape[1], right.folded
+    if left.dim() != right.dim() or (folded and left.shape[0] != right.shape[0]):
+        return NotImplemented
+    if not folded and (left.shape[0] != right.shape[0] or (groups not in (1, left.shape[1]))):
+        return NotImplemented
+    rows = left.unflatten(0, (-1, groups)) if folded else left
+    out = (scores if right.is_key else mix)(rows, right.opened, right.latents)
+    return out.flatten(0, 1) if folded else out
+
+
+def _baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _matmul(batch1, batch2)
+    if product is NotImplemented:
+        return NotImplemented
+    return alpha * product if beta == 0 else beta * x + alpha * product  # with 0, x may be anything
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    if not isinstance(key, LatentTensor) or not isinstance(value, LatentTensor) or key.shape[:3] != value.shape[:3]:
+        return NotImplemented
+    if dropout_p or query.dim() != 4 or query.shape[0] != key.shape[0]:
+        return NotImplemented
+    groups = key.shape[1]
+    if query.shape[1] % groups or not (enable_gqa or groups in (1, query.shape[1])):
+        return NotImplemented
+    if is_causal:  # aligned with the first key
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    elif attn_mask is None:
+        attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend(query, key.opened, value.opened, joined_latents(key, value), attn_mask, scale=scale)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.scaled_dot_product_attention: _sdpa,
+    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.bmm: _matmul, Tensor.bmm: _matmul,
+    torch.baddbmm: _baddbmm, Tensor.baddbmm: _baddbmm,
+    torch.transpose: _transpose, Tensor.transpose: _transpose, torch.swapaxes: _transpose, Tensor.swapaxes: _transpose,
+    torch.permute: _permute, Tensor.permute: _permute, Tensor.mT.__get__: _adjoint,  # type: ignore[attr-defined]
+    torch.reshape: _reshape, Tensor.reshape: _reshape, Tensor.view: _reshape,
+    Tensor.contiguous: _same, Tensor.detach: _same, torch.detach: _same, Tensor.to: _to,
+}  # fmt: skip
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "ndim",
+        "requires_grad",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_leaf",
+    )
+}
+_METADATA |= {getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu")}
+_METADATA |= {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.ndimension, Tensor.element_size,
+    Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.numel, Tensor.get_device,
+    Tensor.__hash__, Tensor.__repr__, Tensor.__format__, torch.is_complex, Tensor.is_inference,
+}  # fmt: skip
+
+
+def joined_latents(key: LatentTensor, value: LatentTensor) -> AnyLatents:
+    """The latents of a pair that may have been read one after the other."""
+    if key.latents is value.latents:
+        return key.latents
+    return replace(key.latents, value=value.latents.value)

@@ -1,0 +1,53 @@
+"""Attention spelled out in torch operations, on latents: scores, weighted sums, reconstructed keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fhopt.attention.cache_view import AnyLatents, SideRows
+from fhopt.ops import algebra, attention
+
+TILE = 1024  # tokens that are unpacked at a time where attention is written out
+
+
+def far_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0) -> Tensor:
+    """Logits of all latent rows: query [B,H,S,D] -> [B,H,S,V], float32 or more exact."""
+    queries = algebra.absorb(query, latents.key.decode)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    tiles = [attention.grouped_scores(queries.to(exact) * scale, tile.to(exact)) for _, tile in _tiles(latents.key)]
+    logits = torch.cat(tiles, -1)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
+    """q k^T for all tokens in order of position. query [B,H,S,D], open keys [B,G,N,D] -> [B,H,S,T]."""
+    side = latents.key
+    near = attention.grouped_scores(query, side.open(key, latents.sinks))
+    queries = algebra.absorb(query, side.decode)
+    far = [attention.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
+    return latents.place(near, torch.cat(far, -1) if far else near[..., :0], -1)
+
+
+def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
+    """p v over all tokens. weights [B,H,S,T], open values [B,G,N,E] -> [B,H,S,E]."""
+    near, far = latents.split(weights)
+    side = latents.value
+    output = attention.grouped_mix(near, side.open(value, latents.sinks))
+    total = sum(attention.grouped_mix(far[..., cut], tile.to(far.dtype)) for cut, tile in _tiles(side))
+    return output if isinstance(total, int) else output + algebra.expand(total, side.decode)
+
+
+def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
+    """Latents as numbers [B,J,TILE,R], a tile at a time where they are codes: never all of them at once."""
+    for start in range(0, side.rows.shape[2], TILE):
+        cut = slice(start, start + TILE)
+        rows = side.rows[:, :, cut]
+        yield cut, rows if side.scale is None else torch.ops.fhopt.unpack(rows, side.scale[:, :, cut], *side.tiers)
+
+
+def rebuilt(opened: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
+    """All keys or values [B,G,T,D] from the open ones and the latents: what the latents kept."""
+    return latents.place(side.open(opened, latents.sinks), side.rebuild(), 2)

@@ -1,0 +1,5 @@
+"""The backend of torch.compile: `torch.compile(model, backend="flashhead")`."""
+
+from fhopt.backend.compile import flashhead
+
+__all__ = ["flashhead"]

@@ -1,0 +1,86 @@
+"""Calling inductor on rewritten graphs, and what its cache of compiled graphs depends on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fhopt.codegen.cpu import graph_kernels
+from fhopt.version import __version__
+
+Compiled = Callable[..., Any]
+
+
+def takes_gradients(graph: fx.Graph) -> bool:
+    """True where gradients are on, or are turned on somewhere in the graph."""
+    turns_on = any(n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes)
+    return turns_on or torch.is_grad_enabled()
+
+
+# --------------------------------------------------------------------------------------------------- inductor
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Inductor with the user's mode and options."""
+
+    mode: str | None
+    options: Mapping[str, Any]
+    products: bool = True
+
+    def now(self, module: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
+        """Compile what Dynamo is tracing."""
+        from torch._inductor.compile_fx import compile_fx
+
+        if not takes_gradients(module.graph):
+            module = graph_kernels.call_kernels(module, self._products())
+        compiled: Any = compile_fx(module, example_inputs, config_patches=self._patches(module) or None)
+        return compiled
+
+    def later(self, module: fx.GraphModule) -> Compiled:
+        """Compile a graph outside of Dynamo's tracing, at its first call."""
+        return torch.compile(module, backend="inductor", options=self._patches(module) or None)
+
+    def _products(self) -> bool:
+        """Where inductor is asked to make products itself, they are left to it."""
+        from torch._inductor import list_mode_options
+
+        wanted = {**(list_mode_options(self.mode) if self.mode else {}), **self.options}
+        return self.products and not any(wanted.get(k) for k in ("max_autotune", "max_autotune_gemm", "freezing"))
+
+    def _patches(self, module: fx.GraphModule) -> dict[str, Any]:
+        from torch._inductor import list_mode_options
+
+        patches = {**(list_mode_options(self.mode) if self.mode else {}), **self.options}
+        ours = cacheable(module.graph)
+        if ours:
+            patches["unsafe_marked_cacheable_functions"] = {
+                **patches.get("unsafe_marked_cacheable_functions", {}), **ours,
+            }  # fmt: skip
+        return patches
+
+
+def cacheable(graph: fx.Graph) -> dict[str, str]:
+    """Functions of ours that the graph calls, with what their behaviour depends on: so caches of graphs keep working.
+
+    Everything else that a plan decides stands in the graph as a number, or comes in as an input.
+    """
+    targets: dict[Any, None] = {n.target: None for n in graph.nodes if n.op == "call_function"}
+    ours = [t for t in targets if str(getattr(t, "__module__", "")).startswith("fhopt") and hasattr(t, "__name__")]
+    return {f"{t.__module__}.{t.__name__}": f"{__version__}-{_source_digest(t.__module__)}" for t in ours}
+
+
+@functools.cache
+def _source_digest(name: str) -> str:
+    """Hash a module and the packages whose code its functions may call."""
+    root, own = Path(__file__).parents[1], str(importlib.import_module(name).__file__)
+    called = [path for package in ("ops", "attention", "cache") for path in sorted((root / package).glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (Path(own), *called))).hexdigest()[:16]

@@ -1,0 +1,72 @@
+"""Options of `torch.compile(model, backend="flashhead", options={...})`, read and checked."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fhopt.backend import online_fit
+from fhopt.errors import FhoptError
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.plan_files import PLAN_FILES
+
+OPTIONS = frozenset({"plan", "ratio", "max_loss", "calibration_tokens", "weights", "skinny_products", "strict"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that are ours, checked. ratio None: the smallest plan whose loss is at most `max_loss`."""
+
+    plan: LatentPlan | None = None
+    profile: online_fit.Wish | None = None  # None: nothing is approximated but by a plan
+    trusting: bool = False
+    products: bool = True
+    strict: bool = False
+
+    @staticmethod
+    def parse(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+        """(ours, inductor's). Raises FhoptError."""
+        ours = {k: v for k, v in options.items() if k in OPTIONS}
+        theirs = {k: v for k, v in options.items() if k not in OPTIONS}
+        if ours.get("weights", "check") not in ("check", "trust"):
+            raise FhoptError(f"option weights is {ours['weights']!r}; expected 'check' or 'trust'.")
+        plan = _plan(ours.get("plan"))
+        if plan is not None and (clash := [k for k in ("ratio", "max_loss", "calibration_tokens") if k in ours]):
+            raise FhoptError(f"option {clash[0]} is for fitting a plan, and one is given. Drop one of both.")
+        wish = None if plan is not None or ours.get("ratio") == 1 else online_fit.Wish.parse(ours)
+        trusting, products = ours.get("weights") == "trust", bool(ours.get("skinny_products", True))
+        return Settings(plan, wish, trusting, products, bool(ours.get("strict"))), theirs
+
+
+def _plan(given: Any) -> LatentPlan | None:
+    if given is None or isinstance(given, LatentPlan):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        return _loaded(os.path.realpath(given))
+    raise FhoptError(f"option plan is a {type(given).__name__}; expected a LatentPlan or the path of one.")
+
+
+loaded_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first read: all graphs of a process have the same
+
+
+def _loaded(path: str) -> LatentPlan:
+    if path not in loaded_plans:
+        plan = LatentPlan.load(path)
+        loaded_plans[path] = plan, _stamps(path)
+    plan, stamps = loaded_plans[path]
+    if _stamps(path) != stamps:
+        warnings.warn(
+            f"{path} has changed since it was read; graphs go on with the plan as it was. Call torch.compiler.reset() "
+            "to compile with the new one.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return plan
+
+
+def _stamps(path: str) -> list[int]:
+    return [file.stat().st_mtime_ns for name in PLAN_FILES if (file := Path(path) / name).exists()]

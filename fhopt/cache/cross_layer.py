@@ -1,0 +1,114 @@
+"""The cache layer of cross attention: the encoder's keys and values, quantized once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fhopt.attention.cache_view import Latents
+from fhopt.cache.base_layer import LatentLayerBase, encode_sides, make_rows, named_stores
+from fhopt.cache.quantized_rows import SealedRows
+from fhopt.errors import FhoptError
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SitePlan
+
+
+class CrossLatentLayer(LatentLayerBase):
+    """Keys and values that a decoder reads of its encoder: all of them as latents, written once.
+
+    The first call attends to them exactly. Shapes do not change from step to step, so that it serves static caches too.
+    """
+
+    is_compileable = True
+
+    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool = True) -> None:
+        super().__init__(plan, site, absorb)
+        self.key_rows, self.value_rows = make_rows(site, SealedRows)
+        self.stores = named_stores(None, None, self.key_rows, self.value_rows)
+        self.count = 0
+        self.shapes: tuple[Tensor, Tensor] | None = None  # no tokens, of the shapes and dtype of keys and values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember shapes and dtype."""
+        self._place_bases(key_states, value_states)
+        self.shapes = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep k, v [B,G,T,D] as latents; returns them as they came.
+
+        Raises FhoptError, and changes nothing, when they do not fit the plan or the layer is full.
+        """
+        self._check(key_states, value_states)
+        if self.count:
+            raise FhoptError(
+                f"{self.site.site.name}: the cross attention cache holds {self.count} tokens and does not grow. "
+                "Call reset(), or use one cache for each input."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        encode_sides(self.site, key_states, value_states, self._append)
+        self.count = key_states.shape[2]
+        return key_states, value_states
+
+    def _append(self, side: str, x: Tensor) -> None:
+        (self.key_rows if side == "key" else self.value_rows).seal(x, 0, 1)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys [B,G,T,D] as attention reads them, None before they came."""
+        return self._read()[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values [B,G,T,E] as attention reads them, None before they came."""
+        pending, self.reader.pending = self.reader.pending, False  # the keys were read before, and count
+        values = self._read()[1]
+        self.reader.pending = pending
+        return values
+
+    def _read(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.count:
+            return None, None
+        keys, values = self._blank()
+        return self._give(keys, values, Latents(*self._sides(0, self.count), 0, self.count))
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        assert self.shapes is not None
+        keys, values = [x[:1].expand(self.batch_size if self.count else x.shape[0], -1, -1, -1) for x in self.shapes]
+        return keys, values
+
+    def _counters(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def _count(self, counters: dict[str, Any]) -> None:
+        self.count = int(counters["count"])
+        if {part.shape[2] for store in self.stores.values() for part in store.parts} != {self.count}:
+            raise ValueError(f"rows for other than {self.count} tokens")
+
+    @property
+    def sealed_rows(self) -> int:
+        """Tokens that are read as latents."""
+        return self.count
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.count
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask."""
+        return self.count, 0
+
+    def get_max_length(self) -> int:
+        """-1: as many as the encoder gives."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for store in self.stores.values():
+            store.parts = ()
+        self.count, self.is_initialized, self.shapes = 0, False, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: a decoder that goes back reads the same encoder."""

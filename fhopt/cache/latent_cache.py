@@ -1,0 +1,123 @@
+"""`LatentCache`: a transformers cache that holds latents.
+
+It is a `DynamicCache` (or, with `max_cache_len`, stands for a `StaticCache`) of which the layers that a plan names are
+those of fhopt/cache/base_layer.py. Everything else a model caches (sliding windows, linear attention, layers that share
+keys and values) stays as transformers has it. `encoder_decoder_cache` makes the pair for a model that also reads an
+encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from fhopt.cache.layer_map import LATENT_LAYERS, latent_layers, plain_layers
+from fhopt.cache.report import cache_bytes, cache_report
+from fhopt.errors import FhoptError
+from fhopt.plan.latent_plan import LatentPlan
+
+
+class LatentCache(DynamicCache):  # type: ignore[misc]
+    """A cache for one model and plan.
+
+    Args:
+        plan: what to keep of each layer; layers that it does not name stay exact.
+        config: the model's configuration; needed when the plan leaves layers out.
+        absorb: give what attention can run on without rebuilding (fhopt/attention/interface.py); False: ordinary
+        tensors of full
+            length, rebuilt in each call.
+        max_cache_len: room for so many tokens, in tensors that never change their shape (for torch.compile and CUDA
+            graphs); None: grow.
+        kind: "self", or "cross" for what a decoder reads of its encoder.
+        layers: index of the layer that each site (by its name) belongs to; None: read from the names.
+        offloading: keep the layers in CPU memory between their turns.
+        each_query: where the plan has pages, let each query of a call of several choose its own, as it would in a call
+            of its own; False: such calls, as of a prompt, read all pages.
+
+    Raises FhoptError when the plan does not fit the model.
+    """
+
+    def __init__(
+        self, plan: LatentPlan, config: Any = None, *, absorb: bool = True, max_cache_len: int | None = None,
+        kind: str = "self", layers: Mapping[str, int] | None = None, offloading: bool = False,
+        each_query: bool = False,
+    ) -> None:  # fmt: skip
+        if kind not in ("self", "cross") or (max_cache_len is not None and max_cache_len < 1):
+            raise FhoptError(
+                f"kind={kind!r}, max_cache_len={max_cache_len}: expected 'self' or 'cross', and 1 token or more."
+            )
+        plain = None if config is None else plain_layers(config, max_cache_len)
+        made = latent_layers(plan, plain, absorb=absorb, max_cache_len=max_cache_len, kind=kind, layers=layers)
+        for layer in made:
+            if isinstance(layer, LATENT_LAYERS):
+                layer.each_query = each_query
+        Cache.__init__(self, layers=made, offloading=offloading)
+        self.plan = plan
+        self._first_pass = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to layer `layer_idx`; see `LatentLayer.update`. Raises FhoptError, and leaves the cache as it was."""
+        if torch.compiler.is_compiling():  # a change of this object would be another graph
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._first_pass and layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized:
+            self._first_pass = False
+        try:
+            if layer_idx >= len(self.layers):
+                raise FhoptError(
+                    f"the model caches a layer {layer_idx}, the plan and this cache know {len(self.layers)}. Give the "
+                    "configuration of the model too: LatentCache(plan, model.config)."
+                )
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except FhoptError:
+            if self._first_pass:  # layers before this one have taken the tokens already
+                self.reset()
+            raise
+        return found
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._first_pass = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage that the cache holds, all layers, everything counted."""
+        return cache_bytes(self)
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row a layer: kind, tokens, how many of them are sealed, bytes in all and by region (REGIONS).
+
+        step_bytes: of these, what attention of the next token reads; dense_step_bytes: what it would, if it read all
+        pages; completed: share of its lists of pages that the plan's limit made complete.
+        """
+        return cache_report(self)
+
+
+class LatentEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
+    """Two latent caches: of what the decoder wrote, and of what it reads of the encoder."""
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Latent caches can do all that dynamic ones can."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage that both caches hold."""
+        return cache_bytes(self)
+
+    def report(self) -> list[dict[str, Any]]:
+        """As `LatentCache.report`: the layers of the decoder, then those that read the encoder."""
+        return cache_report(self)
+
+
+def encoder_decoder_cache(plan: LatentPlan, config: Any, **options: Any) -> LatentEncoderDecoderCache:
+    """A cache for an encoder-decoder model; options as of `LatentCache`."""
+    cross = {k: v for k, v in options.items() if k != "max_cache_len"}
+    return LatentEncoderDecoderCache(
+        LatentCache(plan, config, **options), LatentCache(plan, config, kind="cross", **cross)
+    )

@@ -1,0 +1,196 @@
+"""Latents in place of the K/V buffers that a user's module keeps: what compiled graphs hold between their calls.
+
+    register_buffer("k_cache", zeros(B, G, T, D))     the buffer    a few NaN, seen as [B,G,T,D]
+                                                ->    its state     [ sinks | ring, exact | a row of codes a slot ]
+
+The state of a pair of buffers (keys, values) is found by the identity of the tensors, so that all graphs of a module
+share it, and dies with them. Tokens that the buffers hold when they come first are coded; then their memory is given
+back. What reads them outside of a compiled graph gets NaN; what writes them there is found, and refused, by the next
+call of a graph (until then, uncompiled code that reads what it wrote gets wrong numbers). `buffer.zero_()` forgets all
+tokens, `restore` brings the memory back.
+
+There are no counters. Each slot of a buffer has one row. A token is coded when it arrives, and the newest ones are kept
+in a ring too, with their slots. A slot is read exactly where the call itself writes it, where it is a sink, or where
+the ring holds it and it is not sealed (`spec.sealed_tokens` of the slots before the first that the call writes); any
+other as a latent. So going back, starting again at slot 0, chunks and gaps are right. Slots that were never written are
+zeros, as they are in the buffer: which slots a query sees is told by the mask.
+
+Letters: B batch, H query heads, G kv heads, S new tokens, T slots of a buffer, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fhopt.cache.buffer_slots import Slots, attend_buffered
+from fhopt.cache.store import place_bases
+from fhopt.errors import FhoptError, Stale
+from fhopt.plan.module_buffer import Held
+from fhopt.plan.site_plan import SitePlan
+
+# --------------------------------------------------------------------------------------------------- between calls
+
+
+class State:
+    """What stands for one pair of buffers."""
+
+    def __init__(self, held: Held, keys: Tensor, values: Tensor) -> None:
+        self.held, self.values = held, weakref.ref(values)
+        site, like = held.site, held.in_order(keys, values)
+        self.slots = Slots(site.key, site.value, site.is_shared, held.places)
+        self.slots.place(place_bases(site.key, like[0]), place_bases(site.value, like[1]))
+        self.slots.start(*like)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, sinks and ring."""
+        return sum(part.nbytes for part in self.slots.parts)
+
+    def is_for(self, held: Held, values: Tensor) -> bool:
+        """True when it stands for these values, in the same places and by the same plan."""
+        alike = (held.places, held.key_axes, held.value_axes) == (
+            self.held.places, self.held.key_axes, self.held.value_axes,
+        )  # fmt: skip
+        return alike and self.values() is values and _is_same(held.site, self.held.site)
+
+
+_states = WeakTensorKeyDictionary()  # keys' buffer -> State
+
+
+def state_of(keys: Tensor) -> State | None:
+    """The state that stands for a buffer of keys, None when it still holds its tokens itself."""
+    state: State | None = _states.get(keys)
+    return state
+
+
+def blank(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """Parts of `Slots` for such buffers, without tokens."""
+    with torch.inference_mode(False), torch.no_grad():
+        return State(held, keys, values).slots.parts
+
+
+def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """What stands for these buffers, which are taken over when they come first or have new contents.
+
+    Raises Stale for buffers that cannot be taken over, FhoptError when their tokens are lost.
+    """
+    for buffer in (keys, values):
+        if reason := unfit(buffer):
+            raise Stale(f"a buffer of {held.site.site.name} {reason}")
+    with torch.inference_mode(False), torch.no_grad():
+        state = state_of(keys)
+        contents = {_content(held.site, buffer) for buffer in (keys, values)}
+        if contents == {"released"}:
+            return _known(state, held, values).slots.parts
+        if "released" in contents:
+            raise _lost(held.site, "of its two buffers only one was filled anew")
+        if state is None or not state.is_for(held, values):
+            state = _states[keys] = State(held, keys, values)
+        if "tokens" in contents:
+            state.slots.fill(*held.in_order(keys, values))
+        else:
+            state.slots.clear()
+        release(keys)
+        release(values)
+        return state.slots.parts
+
+
+def restore(tensors: Iterable[Any]) -> None:
+    """Give buffers among these their memory back, with what their states kept of the tokens."""
+    given = {id(x): x for x in tensors if isinstance(x, Tensor)}
+    with torch.inference_mode(False), torch.no_grad():
+        for keys in given.values():
+            state = state_of(keys)
+            if state is None or (values := state.values()) is None or not (is_released(keys) and is_released(values)):
+                continue
+            rebuilt = state.held.in_place(*state.slots.rebuild())
+            for buffer, x in zip((keys, values), rebuilt, strict=True):
+                whole = x.to(buffer.dtype).contiguous()
+                buffer.set_(whole.untyped_storage(), 0, whole.shape, whole.stride())
+            del _states[keys]
+
+
+def unfit(buffer: Tensor) -> str:
+    """Why the memory of a buffer cannot be given back, "" where it can."""
+    if buffer.is_inference():
+        return "was made in inference mode: nobody can tell when it changes"
+    if buffer.requires_grad:
+        return "needs a gradient"
+    is_whole = is_released(buffer) or buffer.untyped_storage().nbytes() == buffer.nbytes
+    return "" if is_whole and not buffer._is_view() else "has no memory of its own: it is a view of other tensors"
+
+
+def release(buffer: Tensor) -> None:
+    """Give the memory of a buffer back: its elements share a few numbers, which are NaN.
+
+    All strides are 1. With strides of 0 eager writes of slices would raise, but Dynamo could not trace them either.
+    """
+    few = sum(buffer.shape) - buffer.dim() + 1
+    buffer.set_(buffer.new_full((few,), math.nan).untyped_storage(), 0, buffer.shape, (1,) * buffer.dim())
+
+
+def is_released(buffer: Tensor) -> bool:
+    """True for a buffer that has given its memory back."""
+    if buffer.layout is not torch.strided or buffer.is_nested or buffer.dim() < 2:
+        return False
+    return set(buffer.stride()) == {1} and buffer.untyped_storage().nbytes() < buffer.nbytes
+
+
+def _content(site: SitePlan, buffer: Tensor) -> str:
+    """ "released", "zeros" or "tokens". Raises FhoptError for what is neither."""
+    gone = is_released(buffer)
+    numbers = buffer.as_strided((sum(buffer.shape) - buffer.dim() + 1,), (1,)) if gone else buffer
+    if not bool(numbers.any()):  # NaN is true
+        return "zeros"
+    nothing = numbers.isnan()
+    if gone and bool(nothing.all()):
+        return "released"
+    if gone:
+        raise _lost(site, "its buffer was written outside of a compiled graph")
+    if bool(nothing.any()):
+        raise _lost(site, "its buffer holds NaN, as a copy of a buffer does that gave its memory back")
+    return "tokens"
+
+
+def _known(state: State | None, held: Held, values: Tensor) -> State:
+    if state is None:
+        raise _lost(held.site, "its buffer is a copy of one that gave its memory back")
+    if not state.is_for(held, values):
+        raise _lost(held.site, "its buffers hold latents of another plan")
+    return state
+
+
+def _lost(site: SitePlan, reason: str) -> FhoptError:
+    return FhoptError(
+        f"{site.site.name}: the tokens in its cache are lost, {reason}. Start again with buffers of zeros "
+        "(`buffer.zero_()`, of keys and of values), and compile everything that writes or reads them."
+    )
+
+
+def _is_same(a: SitePlan, b: SitePlan) -> bool:
+    """True for the same plan of a site, also when it was loaded twice."""
+    return a is b or (
+        a.layout == b.layout
+        and a.site.name == b.site.name
+        and all(
+            x.tiers == y.tiers and torch.equal(x.encode, y.encode) and torch.equal(x.decode, y.decode)
+            for x, y in ((a.key, b.key), (a.value, b.value))
+        )
+    )
+
+
+class BufferKeeper:
+    """Keeps latents in place of the K/V buffers of modules, for `fhopt.passes.rewrite.latent_buffers`."""
+
+    attend_buffered = staticmethod(attend_buffered)
+    unfit = staticmethod(unfit)
+    is_released = staticmethod(is_released)
+    blank = staticmethod(blank)
+    parts = staticmethod(parts)

@@ -1,0 +1,63 @@
+"""Bytes that a cache holds and reads, by region: attention sinks, residual window, packed latents, sketches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
+
+from fhopt.cache.layer_map import LATENT_LAYERS
+
+REGIONS = ("sinks", "sealed", "index", "window", "exact", "spare")
+
+
+# --------------------------------------------------------------------------------------------------- bytes
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of storage that any transformers cache holds."""
+    return sum(row["bytes"] for row in cache_report(cache))
+
+
+def cache_report(cache: Any) -> list[dict[str, Any]]:
+    """The rows of `LatentCache.report` for any transformers cache; all that is not latent is exact."""
+    if isinstance(cache, EncoderDecoderCache):
+        rows = [("self", cache.self_attention_cache), ("cross", cache.cross_attention_cache)]
+        return [{"part": part, **row} for part, one in rows for row in cache_report(one)]
+    return [_report(index, layer) for index, layer in enumerate(cache.layers)]
+
+
+def _report(index: int, layer: Any) -> dict[str, Any]:
+    latent = isinstance(layer, LATENT_LAYERS)
+    regions = dict.fromkeys(REGIONS, 0) | (layer.regions() if latent else {"exact": tensor_bytes(layer)})
+    tokens = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0
+    return {
+        "layer": index,
+        "kind": layer.site.layout if latent else "exact",
+        "tokens": int(tokens),
+        "sealed_tokens": layer.sealed_rows if latent else 0,
+        "bytes": sum(regions.values()),
+        **regions,
+        **_read_in_a_step(layer if latent else None, sum(regions.values())),
+    }
+
+
+def _read_in_a_step(layer: Any, held: int) -> dict[str, float]:
+    """layer None: an exact one."""
+    if layer is None:
+        return {"dense_step_bytes": held, "step_bytes": held, "completed": 0.0}
+    dense, chosen = layer.step_bytes()
+    return {"dense_step_bytes": dense, "step_bytes": chosen, "completed": layer.completed}
+
+
+def tensor_bytes(layer: Any) -> int:
+    """Bytes of storage of an ordinary cache layer, whatever it holds."""
+    held: list[Any] = list(vars(layer).values())
+    held += [x for value in held if isinstance(value, (dict, list, tuple)) for x in _items(value)]
+    tensors = [t for t in held if isinstance(t, Tensor) and t.dim() > 0]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, dict) else value)

@@ -1,0 +1,1 @@
+"""Running a model over text to collect the statistics that a plan is fitted to."""

@@ -1,0 +1,148 @@
+"""Calibration: second moments of keys and values, what an error in them costs, and what coding them costs.
+
+The captured graph is run on calibration batches with every `fhopt::attention` node instrumented; a model that is spread
+over several devices runs as it is (fhopt/calibration/offloaded_probe.py). Nothing per token is kept; two passes stream
+sums in float64:
+
+    collect         moment  sum over tokens of x x^T         what is there
+                    metric  sum over tokens of g g^T         what an error costs: g = d log p(y) / d x, y drawn from p
+    measure_rates   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
+
+The metric is the Fisher information of the key (value): to second order, an error e of a cached key changes the
+predicted distribution by KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy,
+softmax, the spread of values, the output projection, and all layers above. One backward pass gives it for all sites at
+once. Only positions that a cache would see compressed count: the gradient through sinks and recent tokens, which stay
+exact, is left out.
+
+The metric takes errors of tokens for independent. They are not: a dropped channel is wrong in the same direction in all
+tokens that attention reads together, and a clipped one is wrong where it matters most. So bits are chosen by the second
+pass, which sums over a sequence *before* it squares: labels of different positions are independent given their
+contexts, so this square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token
+scale and coherence included.
+
+Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fhopt.calibration.probe import Batch, Found, Probed, run_probed
+from fhopt.fitting.bases import Basis
+from fhopt.fitting.statistics import SiteStatistics, empty_statistics, joined
+from fhopt.models.capture import Captured
+from fhopt.ops import packing
+from fhopt.passes.outcome import Outcome
+
+
+def collect(
+    captured: Captured | Probed,
+    outcome: Outcome,
+    batches: Iterable[tuple[int, Batch]],
+    *,
+    sinks: int,
+    recent: int,
+    seed: int = 0,
+    into: dict[str, SiteStatistics] | None = None,
+    done: Callable[[int], None] = lambda number: None,
+) -> dict[str, SiteStatistics]:
+    """Statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
+
+    Labels are drawn from the model itself. `into`: add to these (to resume, or to merge). `done(number)` is called
+    behind each batch. Raises FhoptError when a batch does not fit the graph.
+    """
+    statistics = empty_statistics(outcome.sites.values()) if into is None else into
+
+    def see(name: str, k: Tensor, v: Tensor) -> Found:
+        stats, count = statistics[name], k.shape[0] * k.shape[2]
+        for side, x in ((stats.key, k), (stats.value, v)):
+            _add(side.moment, x, side.groups)
+            side.count += count
+        _add_cross(stats.cross, k, v)
+
+        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            _add(stats.key.metric, key_gradient, stats.key.groups)
+            _add(stats.value.metric, value_gradient, stats.value.groups)
+            _add_cross(stats.cross_metric, key_gradient, value_gradient)
+
+        return found
+
+    run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
+    return statistics
+
+
+def _rows(x: Tensor, groups: int) -> Tensor:
+    """x [B,G,T,D] -> float64 [J, B*T, n*D]."""
+    return joined(x, groups).flatten(1, 2).double()
+
+
+@torch.no_grad()
+def _add(total: Tensor, x: Tensor, groups: int) -> None:
+    rows = _rows(x, groups)
+    total += (rows.mT @ rows).to(total.device)
+
+
+@torch.no_grad()
+def _add_cross(total: Tensor | None, left: Tensor, right: Tensor) -> None:
+    if total is not None:
+        total += (_rows(left, 1)[0].mT @ _rows(right, 1)[0]).to(total.device)
+
+
+# --------------------------------------------------------------------------------------------------- rates
+
+
+# site -> layout -> bases of keys and values, or one basis of both side by side
+Candidates = Mapping[str, Mapping[str, tuple[Basis, ...]]]
+
+
+def measure_rates(
+    captured: Captured | Probed,
+    outcome: Outcome,
+    batches: Iterable[tuple[int, Batch]],
+    candidates: Candidates,
+    steps: Mapping[int, float],
+    *,
+    sinks: int,
+    recent: int,
+    seed: int = 0,
+    done: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Add to every basis what its channels cost at 0 bits and at each number of bits in `steps` (bits -> step).
+
+    Batches as in `collect`; use others than the bases were fitted to.
+    """
+    levels = {0: 0.0, **steps}
+
+    def see(name: str, k: Tensor, v: Tensor) -> Found:
+        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            for bases in candidates[name].values():
+                if len(bases) == 1:
+                    both = torch.cat([k, v], -1), torch.cat([key_gradient, value_gradient], -1)
+                    _add_costs(bases[0], *both, levels)
+                else:
+                    _add_costs(bases[0], k, key_gradient, levels)
+                    _add_costs(bases[1], v, value_gradient, levels)
+
+        return found
+
+    run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
+
+
+@torch.no_grad()
+def _add_costs(basis: Basis, x: Tensor, gradient: Tensor, levels: Mapping[int, float]) -> None:
+    groups, exact = basis.groups, torch.promote_types(x.dtype, torch.float32)  # a latent is made in float32
+    x, gradient = x.to(exact), gradient.to(exact)
+    latent = joined(x, groups) @ basis.encode.to(x).unsqueeze(1).mT  # [J, B, T, R]
+    effect = joined(gradient, groups) @ basis.decode.to(x).unsqueeze(1)  # [J, B, T, R]
+    used = max(1, latent.shape[-1] // 2)  # about the channels that share a token's scale in a plan
+    scale = latent[..., :used].square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14)
+    unit = latent / scale
+    effect = effect * scale
+    for bits, step in levels.items():
+        error = packing.rounded(unit, bits, step) - unit if bits else -unit
+        total = (effect * error).double().sum(2).square().sum(1).cpu()  # [J, R]
+        basis.costs.setdefault(bits, torch.zeros_like(total)).add_(total)
+    basis.tokens += x.shape[0] * x.shape[2]

@@ -1,0 +1,166 @@
+"""Calibration of models that accelerate has spread over several devices, CPU memory or disk (`device_map`).
+
+    outline    the model's graph, with weights that take no memory   -> its attention sites: shapes, rotation, mask
+    probe      the model itself, attention by `calibrate.Watch`      -> the same sums as of a captured graph
+
+Hooks that move weights while a model runs cannot be captured, and a graph of the whole would need all of its weights at
+once. Neither is needed: sites are a matter of the configuration, and numbers come from running the model through
+transformers' attention interface. Each block is run again in the backward pass (Chen et al. 2016, 1604.06174), so that
+no weights and no activations but the inputs of blocks are held in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from fhopt.attention.interface import WATCH
+from fhopt.calibration.probe import Batch, Watch
+from fhopt.errors import FhoptError
+from fhopt.hf.apply import IMPLEMENTATION, register
+from fhopt.models.capture import capture
+from fhopt.models.model_facts import implementations, text_key, uses_interface
+from fhopt.parallel.offloaded_weights import hooks, named_buffers
+from fhopt.passes import outcome as passes_outcome
+from fhopt.passes import pipeline
+from fhopt.plan.site import AttentionSite
+
+OUTLINE_WEIGHT = 0.01  # any that keeps numbers finite: what weights are does not matter for sites
+
+
+def is_dispatched(model: torch.nn.Module) -> bool:
+    """True for a model that hooks of accelerate run."""
+    return any(hooks(module) for module in model.modules())
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """A `calibrate.Probed`: a model of transformers that accelerate runs, and the sites that were found in its outline.
+
+    modules: those that run attention, by the name of the site.
+    """
+
+    model: Any
+    outcome: passes_outcome.Outcome
+    modules: Mapping[str, torch.nn.Module]
+    is_logits: bool
+
+    def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
+        """As `calibrate.Probed.probe`."""
+        with self._watched(watch), _blocks_run_again(self.model, self.modules.values()), torch.enable_grad():
+            result = self.model(**batch, **_without_cache(self.model))
+            output = result.logits if self.is_logits else torch.utils._pytree.tree_leaves(result)[0]
+            torch.autograd.grad(likelihood(output), watch.leaf)
+
+    @contextlib.contextmanager
+    def _watched(self, watch: Watch) -> Iterator[None]:
+        """Inside, attention of the sites is run by `watch`."""
+        register()
+        before = implementations(self.model.config)
+        self.model.set_attn_implementation(before | {text_key(self.model.config): IMPLEMENTATION})
+        for site in self.outcome.sites.values():
+            setattr(self.modules[site.name], WATCH, functools.partial(_attend, watch, site))
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                delattr(module, WATCH)
+            self.model.set_attn_implementation(before)
+
+
+def _attend(
+    watch: Watch, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
+    sinks: Tensor | None, **options: Any,
+) -> Tensor:  # fmt: skip
+    return watch.attend(site, query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options)
+
+
+def find_dispatched(model: Any, batch: Batch) -> Dispatched:
+    """The model with its sites, found in its outline on a batch. Raises FhoptError where that cannot be."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise FhoptError(
+            f"{type(model).__name__} is run by hooks of accelerate and is no model of transformers; expected one. "
+            "Calibrate it on one device."
+        )
+    given = {name: value.cpu() for name, value in batch.items()}
+    captured = capture(outline(model), (), {**given, **_without_cache(model)})
+    outcome = pipeline.find(captured.program)
+    modules = {site.name: model.get_submodule(site.name.partition("#")[0]) for site in outcome.sites.values()}
+    by_hand = [name for name, module in modules.items() if not uses_interface(module)]
+    if by_hand or len({id(module) for module in modules.values()}) < len(outcome.sites):
+        raise FhoptError(
+            f"{(by_hand or list(modules))[0]} of {type(model).__name__} does not call transformers' attention "
+            "interface, once; expected it where a model is spread over devices. Calibrate it on one device."
+        )
+    return Dispatched(model, outcome, modules, captured.is_logits)
+
+
+def _without_cache(model: Any) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(model, "generate") else {}
+
+
+# --------------------------------------------------------------------------------------------------- outline
+
+
+def outline(model: Any) -> torch.nn.Module:
+    """A model of the same configuration whose weights, all of one number, take no memory. Buffers are the model's.
+
+    Wherever the model is, it is on the CPU, in float32.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        twin: torch.nn.Module = type(model)(config)
+    for module in twin.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            number = torch.full((), OUTLINE_WEIGHT)
+            setattr(module, name, torch.nn.Parameter(number.expand(weight.shape), requires_grad=False))
+    for name, buffer in named_buffers(model):
+        path, _, key = name.rpartition(".")
+        held = buffer.detach().cpu()
+        twin.get_submodule(path)._buffers[key] = held.float() if held.is_floating_point() else held
+    return twin.eval()
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+@contextlib.contextmanager
+def _blocks_run_again(model: torch.nn.Module, modules: Any) -> Iterator[None]:
+    """Inside, blocks around attention keep nothing for the backward pass but what goes in, and run again in it.
+
+    To the end: where they stopped early, weights would stay where they were fetched to.
+    """
+    blocks = [block for block in _blocks(model) if any(m in modules for m in block.modules())]
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(block)["forward"] = again
+    try:
+        with set_checkpoint_early_stop(False):
+            yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = forward
+
+
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that transformers itself would run again, none inside another."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[torch.nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
+            found.append(module)
+            inside |= {id(part) for part in module.modules()}
+    return found

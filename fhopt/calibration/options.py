@@ -1,0 +1,73 @@
+"""Options of calibration and fitting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fhopt.errors import FhoptError
+from fhopt.fitting import allocation
+from fhopt.fitting.allocation import check_options
+from fhopt.hardware.this_cpu import find_device
+from fhopt.plan.window import sealed_tokens
+
+LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What `fit` needs beside a model.
+
+    texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
+    tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
+    which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. checkpoint:
+    file that lets an interrupted calibration go on. The rest as in `fitting.fit`.
+    """
+
+    texts: tuple[str, ...] = ("topics",)
+    ratio: float = 4.0
+    layout: str = allocation.AUTO
+    bits: tuple[int, ...] = allocation.BITS
+    sequences: int = 12
+    rate_sequences: int = 8
+    context: int = 1024
+    sinks: int = 4
+    recent: int = 128
+    block: int = 64
+    window_bits: int = 8
+    tokens: int = 8192
+    seed: int = 0
+    device: str | None = None
+    checkpoint: Path | None = None
+
+    def check(self) -> None:
+        """Raise FhoptError for values that cannot work, before anything slow starts."""
+        self.check_sizes()
+        far = self.sequences * max(0, self.context - self.sinks - self.recent)
+        if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
+            raise FhoptError(
+                f"{self.sequences} + {self.rate_sequences} sequences of {self.context} tokens leave {far} beyond sinks "
+                f"and recent tokens to calibrate on; expected at least {LEAST_FAR_TOKENS}, and one more sequence to "
+                "choose bits by. Use more or longer sequences."
+            )
+
+    def check_sizes(self) -> None:
+        """The part of it that does not depend on the sample: sizes, layout, device."""
+        if self.device is not None:
+            find_device(self.device)
+        check_options(self.ratio, self.layout, self.bits, self.device)
+        if self.recent < 1 or self.block < 1 or self.sinks < 0 or self.window_bits not in (8, 16):
+            raise FhoptError(
+                f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.window_bits}: "
+                "expected sinks of at least 0, recent and block of at least 1, and a window of 8 or 16 bits."
+            )
+        if sealed_tokens(self.tokens, self.sinks, self.recent, self.block) == 0:
+            raise FhoptError(
+                f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "
+                f"{self.sinks + self.recent + self.block}. Make the plan for a longer context."
+            )
+
+    @property
+    def is_lossless(self) -> bool:
+        """True when no bits are to be chosen."""
+        return self.ratio == 1 or (self.layout == "input" and self.ratio <= 2)

@@ -1,0 +1,232 @@
+"""Plans on disk, many of them: what was fitted once is found again, checked, and thrown away when it is no use.
+
+    <cache folder>/plans/<model>-<ratio>x-<digest>/     one plan, as `LatentPlan.save` writes it
+    <cache folder>/plans/.<request>.calibration...      of a fit that was interrupted
+
+A plan appears whole or not at all, and is never written to again. Its name says what it is; the first letters of a name
+or of a digest are enough to find it. `fit_ratios` fits several sizes from one calibration and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fhopt.calibration import run
+from fhopt.calibration.options import FitOptions
+from fhopt.errors import FhoptError
+from fhopt.files import check_writable
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.rewritten_folder import weights_print
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.plan_files import PLAN_FILES
+from fhopt.progress import Progress, silent
+from fhopt.system import cache_folder
+from fhopt.version import __version__
+
+LEFT_BEHIND = 24 * 3600.0  # seconds after which what an interrupted command left is nobody's any more
+
+
+def plans_folder() -> Path:
+    """Where plans are kept: below the folder of everything that fhopt keeps."""
+    return cache_folder() / "plans"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plan, as its description tells it; `fault` says why it cannot be used, "" where nothing is known against it.
+
+    ratio and bytes_per_token are the plan's own count at 8,192 tokens. modified: seconds since 1970.
+    """
+
+    name: str
+    path: Path
+    model: str = ""
+    fingerprint: str = ""
+    digest: str = ""
+    request: str = ""
+    sites: int = 0
+    ratio: float = 0.0
+    nbytes: int = 0
+    modified: float = 0.0
+    fault: str = ""
+
+
+def entries() -> list[Entry]:
+    """Every plan that is kept, by model and size; damaged ones too, as far as their description can be read."""
+    folder = plans_folder()
+    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
+    return sorted(map(_entry, found), key=lambda e: (e.model, e.ratio, e.name))
+
+
+def _entry(path: Path) -> Entry:
+    try:
+        described = json.loads((path / "plan.json").read_text())
+        known = described["provenance"]
+        match = re.search(r"-([0-9.]+)x-[0-9a-f]+$", path.name)
+        return Entry(
+            name=path.name, path=path, model=str(known.get("model", "")), fingerprint=str(known.get("fingerprint", "")),
+            digest=str(described["digest"]), request=str(known.get("request", "")), sites=len(described["sites"]),
+            ratio=float(match[1]) if match else 0.0, nbytes=sum((path / n).stat().st_size for n in PLAN_FILES),
+            modified=(path / "plan.json").stat().st_mtime,
+        )  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return Entry(path.name, path, fault=f"its description cannot be read ({type(error).__name__})")
+
+
+def find(name: str) -> Entry:
+    """The plan whose name or digest begins with `name`. Raises FhoptError when there is none, or more than one."""
+    known = entries()
+    found = [e for e in known if e.name == name] or [
+        e for e in known if name and (e.name.startswith(name) or e.digest.startswith(name))
+    ]
+    if len(found) != 1:
+        several = ", ".join(e.name for e in found[:4])
+        told = f"{len(found)} plans begin so: {several}" if found else f"{len(known)} plans are kept, none begins so"
+        raise FhoptError(f"{name!r} names no plan: {told}. `fhopt plans` lists them.")
+    return found[0]
+
+
+def add(plan: LatentPlan) -> Entry:
+    """Keep a plan; one that is there already stays as it is. Raises FhoptError when it cannot be written."""
+    path = plans_folder() / _name(plan)
+    if not (path.is_dir() and not verify(_entry(path)).fault):
+        plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may come to lie there, too
+        plan.save(path)
+    return _entry(path)
+
+
+def _name(plan: LatentPlan) -> str:
+    model = re.sub(r"[^A-Za-z0-9._]+", "-", str(plan.provenance.get("model", ""))).strip("-.")[:60] or "model"
+    return f"{model}-{plan.ratio():.2f}x-{plan.digest()[:12]}"
+
+
+def table(found: Iterable[Entry]) -> Table:
+    """One row a plan."""
+    rows = Table(title=f"Plans in {plans_folder()}", title_justify="left")
+    for name, justify in (("name", "left"), ("model", "left"), ("sites", "right"), ("ratio", "right"), ("MB", "right")):
+        rows.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    rows.add_column("fault", overflow="fold")
+    for e in found:
+        rows.add_row(e.name, e.model, str(e.sites), f"{e.ratio:.2f}x", f"{e.nbytes / 1e6:.1f}", e.fault)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------- verify, prune
+
+
+def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
+    """The entry after all bytes of its plan have been read, with what is wrong in `fault`.
+
+    model: also say when the plan was fitted to another one.
+    """
+    from fhopt.plan.fingerprint import check_model
+
+    if entry.fault:
+        return entry
+    try:
+        plan = LatentPlan.load(entry.path)
+        if model is not None and model.module is not None:
+            check_model(plan, dict(model.module.named_parameters()), model.name)
+    except FhoptError as error:
+        return replace(entry, fault=str(error))
+    except Exception as error:  # what is damaged on a disk can be anything
+        return replace(entry, fault=f"it cannot be read ({type(error).__name__})")
+    return entry
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` removed, or would remove: names, and bytes."""
+
+    names: tuple[str, ...]
+    nbytes: int
+
+
+def prune(keep: int | None = None, dry: bool = False) -> Pruned:
+    """Remove damaged plans, what interrupted commands left a day ago, and all but the `keep` newest of each model.
+
+    A folder that holds anything but files of a plan is never removed. dry: remove nothing, only tell.
+    """
+    checked = [verify(e) for e in entries()]
+    doomed = [e.path for e in checked if e.fault and _is_ours(e.path)]
+    if keep is not None:
+        doomed += _beyond(keep, [e for e in checked if not e.fault])
+    doomed += _left_behind()
+    nbytes = sum(map(_size, doomed))
+    for path in [] if dry else doomed:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return Pruned(tuple(p.name for p in doomed), nbytes)
+
+
+def _beyond(keep: int, sound: Sequence[Entry]) -> list[Path]:
+    newest = sorted(sound, key=lambda e: e.modified, reverse=True)
+    by_model: dict[str, list[Path]] = {}
+    for entry in newest:
+        by_model.setdefault(entry.fingerprint, []).append(entry.path)
+    return [path for paths in by_model.values() for path in paths[keep:]]
+
+
+def _left_behind() -> list[Path]:
+    folder, now = plans_folder(), time.time()
+    hidden = folder.glob(".*") if folder.is_dir() else ()
+    return [p for p in hidden if now - p.lstat().st_mtime > LEFT_BEHIND and (p.is_file() or _is_ours(p))]
+
+
+def _is_ours(path: Path) -> bool:
+    return not path.is_symlink() and {p.name for p in path.iterdir()} <= set(PLAN_FILES)
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+# --------------------------------------------------------------------------------------------------- fit
+
+
+def fit_ratios(
+    loaded: LoadedModel, options: FitOptions, ratios: Iterable[float], progress: Progress = silent
+) -> list[Entry]:
+    """Plans of several ratios from one calibration, all kept; those that were fitted before are not fitted again.
+
+    A calibration that was interrupted goes on. Raises FhoptError for options that cannot work.
+    """
+    wanted = list(dict.fromkeys(ratios))
+    asked = {ratio: replace(options, ratio=ratio, checkpoint=None) for ratio in wanted}
+    for one in asked.values():
+        one.check()
+    weights = weights_print(loaded.language_model())
+    requests = {ratio: _request(one, weights) for ratio, one in asked.items()}
+    known = {e.request: e for e in entries() if e.request and not verify(e).fault}
+    missing = [ratio for ratio in wanted if requests[ratio] not in known]
+    if missing:
+        calibration = _request(replace(options, ratio=1.0), weights)  # the same whatever the ratios
+        measured = _measured(loaded, asked[max(missing)], calibration, progress)
+        for ratio in missing:
+            plan = run.plan_for(measured, asked[ratio]).with_provenance(request=requests[ratio])
+            known[requests[ratio]] = add(plan)
+    return [known[requests[ratio]] for ratio in wanted]
+
+
+def _measured(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> run.Measured:
+    """The calibration, which is kept beside the plans while it runs."""
+    folder = plans_folder()
+    check_writable(folder)
+    return run.measure(loaded, replace(options, checkpoint=folder / f".{name}.calibration"), progress)
+
+
+def _request(options: FitOptions, weights: str) -> str:
+    """What a plan was asked for: the same request gives the same plan."""
+    about: dict[str, Any] = {k: v for k, v in asdict(options).items() if k != "checkpoint"}
+    text = json.dumps(about | {"weights": weights, "version": __version__}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,0 +1,239 @@
+"""Probes in a model's attention: keys, values and their gradients at every site of a forward and backward pass."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import FhoptError
+from fhopt.models.capture import Captured
+from fhopt.ops import attention
+from fhopt.ops import masks as ops_masks
+from fhopt.passes.outcome import Outcome
+from fhopt.plan.site import AttentionSite
+
+QUERIES = 128  # rows of the attention matrix that exist at once
+EVERY = slice(None)
+Batch = Mapping[str, Tensor]
+Found = Callable[[Tensor, Tensor], None]
+
+
+# --------------------------------------------------------------------------------------------------- the probe
+
+
+class _ProbedAttention(torch.autograd.Function):
+    """Attention whose backward pass also hands out the gradient that reaches far keys and values only.
+
+    Works on QUERIES rows at a time and leaves out the columns that none of them sees.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, far: Tensor, scale: float,
+        softcap: float, found: Callable[..., None],
+    ) -> Tensor:  # fmt: skip
+        parts = []
+        for rows, columns in _tiles(q, k, bias):
+            masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
+            p, _ = _weights(q[:, :, rows], k[:, :, columns], *masks, scale, softcap)
+            parts.append(attention.grouped_mix(p, v[:, :, columns]))
+        ctx.save_for_backward(q, k, v, bias, sinks)
+        ctx.far, ctx.options, ctx.found = far, (scale, softcap), found
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, sinks = ctx.saved_tensors
+        groups, (scale, softcap) = k.shape[1], ctx.options
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        far_k, far_v = torch.zeros_like(k), torch.zeros_like(v)
+        for rows, columns in _tiles(q, k, bias):
+            part, grad = q[:, :, rows], gradients[0][:, :, rows]
+            masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
+            p, slope = _weights(part, k[:, :, columns], *masks, scale, softcap)
+            d_p = attention.grouped_scores(grad, v[:, :, columns])
+            d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True))
+            d_s = scale * (d_s if slope is None else d_s * slope)
+            d_q[:, :, rows] = attention.grouped_mix(d_s, k[:, :, columns])
+            d_k[:, :, columns] += _to_keys(d_s, part, groups)
+            d_v[:, :, columns] += _to_keys(p, grad, groups)
+            far = _cut(ctx.far, rows, columns)
+            far_k[:, :, columns] += _to_keys(d_s * far, part, groups)
+            far_v[:, :, columns] += _to_keys(p * far, grad, groups)
+        ctx.found(k.detach(), v.detach(), far_k, far_v)
+        return d_q, d_k, d_v, None, None, None, None, None, None
+
+
+def _tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
+    """(queries, keys that any of them sees) of each tile."""
+    queries, keys = q.shape[2], k.shape[2]
+    out = []
+    for start in range(0, queries, QUERIES):
+        rows = slice(start, min(start + QUERIES, queries))
+        seen = keys
+        if bias is not None:
+            columns = (_cut(bias, rows, EVERY) > -math.inf).flatten(0, -2).any(0).expand(keys).nonzero()
+            seen = int(columns.max()) + 1 if len(columns) else 1
+        out.append((rows, slice(0, seen)))
+    return out
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
+    return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
+
+
+def _cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
+    """A mask broadcastable to [..., S, T], cut to a tile."""
+    if mask is None:
+        return None
+    mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    return mask if mask.shape[-1] == 1 else mask[..., columns]
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | None]:
+    """(softmax weights [B,H,S,T], zero where a query sees nothing; slope of the softcap or None)."""
+    logits = attention.grouped_scores(q * scale, k)
+    slope = None
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        slope, logits = 1 - capped**2, capped * softcap
+    logits = logits if bias is None else logits + bias
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.to(logits).expand(*logits.shape[:3], -1)), -1)
+    return attention.safe_softmax(logits)[0][..., : k.shape[2]], slope
+
+
+def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """sum over queries and over the heads of a group: weights [B,H,S,T], rows [B,H,S,D] -> [B,G,T,D]."""
+    b, h, s, t = weights.shape
+    grouped = weights.reshape(b, groups, h // groups * s, t)
+    return grouped.mT @ rows.reshape(b, groups, h // groups * s, rows.shape[-1])
+
+
+class Watch:
+    """What attention of known sites is run by: it gives the same numbers, and shows keys, values and their gradients.
+
+    `see(site name, k, v)` gives what is called with the gradients of far keys and values, all [B,G,T,D] without the
+    sinks; both happen in the backward pass, once. far: sinks, and newest tokens that stay exact. leaf: what the
+    gradient of the output is to be taken of.
+    """
+
+    def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], Found]) -> None:
+        self.far, self.see = far, see
+        self.leaf = torch.zeros((), requires_grad=True)
+
+    def attend(
+        self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+        extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
+        dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """As `ops.attention_reference`."""
+        sinks, recent = site.exact_tokens(*self.far)
+        _, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
+        bias, extra = _additive(ops_masks.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
+
+        def found(*tensors: Tensor) -> None:
+            key, value, key_gradient, value_gradient = [x[:, :, sinks:] for x in tensors]
+            self.see(site.name, key, value)(key_gradient, value_gradient)
+
+        result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, extra, far, scale, softcap, found)
+        return result
+
+
+class Probed(Protocol):
+    """A model whose attention can be run by a `Watch`."""
+
+    @property
+    def is_logits(self) -> bool:
+        """The main output are logits."""
+
+    def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
+        """Forward on a batch, and backward from `likelihood` of the main output to the watch."""
+
+
+class _Instrumented(fx.Interpreter):
+    """Runs a graph with the attention nodes of known sites replaced."""
+
+    def __init__(self, captured: Captured, outcome: Outcome, watch: Watch) -> None:
+        super().__init__(captured.program.module)
+        self.sites, self.watch = outcome.sites, watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        """An attention node of a site is watched, everything else runs as it is."""
+        if n.name not in self.sites:
+            return super().run_node(n)
+        with self._set_current_node(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return self.watch.attend(self.sites[n.name], *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ProbedGraph:
+    """A captured graph whose attention is watched at the sites of `outcome`."""
+
+    captured: Captured
+    outcome: Outcome
+
+    @property
+    def is_logits(self) -> bool:
+        """The main output are logits."""
+        return self.captured.is_logits
+
+    def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
+        """As `Probed.probe`. Raises FhoptError when the batch does not fit the graph."""
+        runner = _Instrumented(self.captured, self.outcome, watch)
+        with torch.enable_grad():
+            output = runner.run(*_arguments(self.captured, batch))[self.captured.result]
+            torch.autograd.grad(likelihood(output), watch.leaf)
+
+
+def run_probed(
+    captured: Captured | Probed, outcome: Outcome, batches: Iterable[tuple[int, Batch]], far: tuple[int, int],
+    seed: int, see: Callable[[str, Tensor, Tensor], Found], done: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Forward and backward over numbered batches. The labels of a batch depend on its number and the seed alone."""
+    model = ProbedGraph(captured, outcome) if isinstance(captured, Captured) else captured
+    for number, batch in batches:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        sampled = functools.partial(_sampled_likelihood, is_logits=model.is_logits, generator=generator)
+        model.probe(batch, Watch(far, see), sampled)
+        done(number)
+
+
+# --------------------------------------------------------------------------------------------------- arguments
+
+
+def _arguments(captured: Captured, batch: Batch) -> list[Any]:
+    values: list[Any] = []
+    for name, example in captured.program.values.items():
+        argument = captured.inputs.get(name)
+        value = batch[argument] if argument is not None and argument in batch else example
+        if isinstance(value, Tensor) and value.shape != example.shape:
+            raise FhoptError(f"a batch has {argument} of shape {tuple(value.shape)}, expected {tuple(example.shape)}.")
+        values.append(value.detach().to(example.device) if isinstance(value, Tensor) else value)
+    return values
+
+
+def _sampled_likelihood(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient, squared, has the Fisher information as its expectation.
+
+    For logits [..., V]: sum over positions of log p(y), y ~ p. Any other output counts as the mean of a unit Gaussian
+    around itself.
+    """
+    if not is_logits:
+        return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
+    log_p = output.float().log_softmax(-1)
+    with torch.no_grad():
+        mass = log_p.exp().cumsum(-1)
+        draw = torch.rand((*mass.shape[:-1], 1), generator=generator).to(mass.device) * mass[..., -1:]
+        labels = torch.searchsorted(mass, draw).clamp_max(mass.shape[-1] - 1)
+    return log_p.gather(-1, labels).sum()

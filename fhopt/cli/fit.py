@@ -1,0 +1,307 @@
+"""Commands that make plans: `fhopt fit`, `fhopt heal`, `fhopt head`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fhopt.cli.app import main
+from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
+from fhopt.errors import FhoptError
+
+if TYPE_CHECKING:
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.refine.loss_target import Gate
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Calibration text: file, folder, JSONL, dataset on disk, or topics, source, license, docstrings; repeatable.",
+)
+@click.option("--ratio", type=float, help="How many times smaller than a 16-bit cache. [default: 4]")
+@click.option("--bytes-per-token", type=float, help="The size instead, all counted.")
+@click.option("--max-loss", help="The smallest plan whose perplexity rises by at most this, such as 1%.")
+@click.option(
+    "--gate-data", "gate_texts", multiple=True, help="Text to measure --max-loss on; its second half is read."
+)
+@click.option("--layout", default="auto", show_default=True, help="auto, band, freq, head, identity or input.")
+@click.option(
+    "--device",
+    help="What it will run on (as in cost): leaves out layouts, and for GPUs mixes of bits, that are slow there.",
+)
+@click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
+@click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plan is made for.")
+@click.option("--recent", type=int, default=128, show_default=True, help="Newest tokens that are never in latents.")
+@click.option("--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Of those.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--pages", help="Share of the sealed tokens that a step reads on average, such as 1/8. [default: all]")
+@click.option("--mass", help="Read less where that keeps this share of attention's weight, such as 99%, on average.")
+@click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
+@placement_options
+@json_option
+@fails_together
+def fit(
+    model: str, ratio: float | None, bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
+    window_bits: str, pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None,
+    dtype: str, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Calibrate MODEL on text and write a plan.
+
+    An interrupted calibration goes on where it was when the same command is given again. Under torchrun the processes
+    share the calibration; models larger than one device: --device-map.
+    """
+    import torch
+
+    from fhopt.calibration.options import FitOptions
+    from fhopt.calibration.run import measure, plan_for
+    from fhopt.evaluation.statistics import Comparison
+    from fhopt.inspection.plots import explain_plan
+    from fhopt.inspection.progress_file import ProgressFile, beside
+    from fhopt.models.loader import load_model
+    from fhopt.parallel import collectives
+    from fhopt.parallel.device_map import placement
+    from fhopt.refine import loss_target, page_budget, page_options
+
+    out = Path(os.path.abspath(out))
+    if sum(given is not None for given in (ratio, bytes_per_token, max_loss)) > 1:
+        raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
+    limit = _read_gate(max_loss, gate_texts)
+    checkpoint = out.with_name(f".{out.name}.calibration")
+    chosen = FitOptions(
+        ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), checkpoint=checkpoint, **options
+    )
+    chosen.check()
+    paged = page_options.read_options(pages, mass, chosen.texts)
+    exact = chosen.sinks + chosen.recent + chosen.block
+    if paged is not None:
+        paged.check(chosen.block, exact)
+    _check_places(out, explain)
+    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+    paged = None if paged is None else page_options.for_model(loaded, paged, chosen.block, exact)
+    held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None else None
+    with progress_bar(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+        measured = measure(loaded, chosen, progress)
+        if collectives.leave() > 0:  # the first process writes
+            return
+        if bytes_per_token is not None:
+            chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
+            chosen.check()
+        if limit is None or held_out is None:
+            plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
+        else:
+            plan, trials = loss_target.smallest_plan(loaded, measured, chosen, limit, held_out, progress)
+        plan = plan if paged is None else page_budget.calibrate(loaded, plan, paged, progress)
+    plan.save(out)
+    if explain is not None:
+        explain_plan(measured, plan, explain)
+    _show_plan(plan, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
+
+
+def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
+    """What --max-loss and --gate-data ask for. Raises FhoptError."""
+    from fhopt.refine.loss_target import Gate, parse_share
+
+    if max_loss is None:
+        if texts:
+            raise FhoptError("--gate-data is what --max-loss is measured on; expected both or neither.")
+        return None
+    limit = Gate(parse_share(max_loss), texts)
+    limit.check()
+    return limit
+
+
+def _check_places(out: Path, picture: Path | None) -> None:
+    """Raise FhoptError where a plan, or the picture of one, cannot be written."""
+    from fhopt.files import check_folder, check_writable
+    from fhopt.inspection.plots import check_picture
+    from fhopt.plan.plan_files import PLAN_FILES
+
+    check_folder(out, PLAN_FILES)
+    check_writable(out.parent)
+    if picture is not None:
+        check_picture(picture)
+
+
+def _ratio_of(measured: Any, bytes_per_token: float) -> float:
+    exact = 2 * sum(s.site.exact_numbers_per_token for s in measured.statistics.values())
+    if not 0 < bytes_per_token <= exact:
+        raise FhoptError(
+            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,} (the exact cache)."
+        )
+    return float(exact / bytes_per_token)
+
+
+def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: bool) -> None:
+    from fhopt.inspection.tables import plan_table
+
+    if as_json:
+        about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
+        print_json(about | {"predicted_nats": plan.provenance["predicted_nats"], "trials": trials})
+        return
+    console = output_console(as_json)
+    console.print(plan_table(plan))
+    for ratio, found in trials.items():
+        low, high = found["increase_percent_ci"]
+        console.print(f"{ratio}x: perplexity {found['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
+    console.print(
+        f"{plan.ratio():.2f}x plan for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
+    )
+
+
+@main.command()
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="The plan to start from.")
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Text to read, as in fit; repeatable. Its second half is measured on.",
+)
+@click.option("--tokens", type=int, default=50_000, show_default=True, help="To read, each once.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of a sequence.")
+@click.option("--ridge", type=float, help="How strongly decoders are drawn to those of the plan.")
+@click.option("--held-out", type=int, default=2, show_default=True, help="Sequences to measure on.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="File that an interrupted healing goes on from. [default: beside the plan that is written]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="float32",
+    show_default=True,
+    help="Of the model; the plan stays as it is.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
+@json_option
+def heal(
+    model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Solve for the decoders with which MODEL reads text as it does without a plan, and write a plan of the same size.
+
+    An interrupted healing goes on where it was when the same command is given again. MODEL must be a causal language
+    model with a tokenizer.
+    """
+    import torch
+
+    from fhopt.files import check_folder, check_writable
+    from fhopt.models.loader import load_model
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.plan.plan_files import PLAN_FILES
+    from fhopt.refine.heal import HealOptions
+    from fhopt.refine.heal import heal as improve
+
+    out = Path(os.path.abspath(out))
+    chosen = HealOptions(checkpoint=checkpoint or out.with_name(f".{out.name}.healing"), **options)
+    chosen = chosen if ridge is None else replace(chosen, ridge=ridge)
+    chosen.check()
+    plan = LatentPlan.load(plan_path)
+    chosen.check_plan(plan)
+    check_folder(out, PLAN_FILES)
+    loaded = load_model(model, getattr(torch, dtype))
+    loaded.language_model()
+    check_writable(out.parent)
+    with progress_bar(as_json) as progress:
+        healed = improve(loaded, plan, chosen, progress)
+    healed.save(out)
+    _show_healed(healed, out, as_json)
+
+
+def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
+    told = plan.provenance["healing"]
+    if as_json:
+        about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
+        print_json(about | {"healing": told})
+        return
+    before, after = told["before"], told["after"]
+    console = output_console(as_json)
+    console.print(
+        f"{told['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
+        f"KL from the exact model {before['kl']:.4g} -> {after['kl']:.4g} nats per token\n"
+        f"increase of perplexity  {before['increase_percent']:+.2f} -> {after['increase_percent']:+.2f} %",
+        highlight=False,
+    )
+    console.print(f"{plan.ratio():.2f}x plan written to {out}", soft_wrap=True, highlight=False)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Text to read, as in fit; repeatable. Its second half is measured on.",
+)
+@click.option("--sequences", type=int, default=8, show_default=True, help="To see hidden states in.")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens of each.")
+@click.option("--clusters", type=int, help="Of rows. [default: one for 64 rows]")
+@click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads least.")
+@click.option("--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens to measure on.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="float32",
+    show_default=True,
+    help="Of the model; the head serves the model in this one.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the head.")
+@json_option
+def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Code the language-model head of MODEL, so that finding the largest logits reads few of its bytes.
+
+    The largest logits are certain, whatever the hidden state is. In Python: fhopt.head.apply(model, Head.load(FOLDER)).
+    """
+    import torch
+
+    from fhopt.files import check_folder, check_writable
+    from fhopt.lm_head.api import fit
+    from fhopt.lm_head.evaluate import measure
+    from fhopt.lm_head.fitting import HeadOptions
+    from fhopt.lm_head.head import FILES
+    from fhopt.models.loader import load_model
+
+    out = Path(os.path.abspath(out))
+    chosen = HeadOptions(**options)
+    chosen.check()
+    check_folder(out, FILES)
+    check_writable(out.parent)
+    loaded = load_model(model, getattr(torch, dtype))
+    with progress_bar(as_json) as progress:
+        made = fit(loaded, chosen, progress)
+        found = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
+    made.save(out)
+    if as_json:
+        about = {"head_path": str(out), "site": asdict(made.site), "fitted": made.about, "clusters": made.clusters}
+        print_json(about | {"probes": made.probes, "measured": asdict(found)})
+        return
+    console = output_console(as_json)
+    console.print(
+        f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, {dtype}\n"
+        f"{found.certified_percent:.2f} % of {found.positions:,} held-out tokens decided with certainty, "
+        f"{found.agreement_percent:.2f} % as the dense head\n"
+        f"bytes read for a token {found.dense_bytes_per_row:,} -> {found.bytes_per_row:,.0f}, "
+        f"time {found.dense_time_ms:.2f} -> {found.time_ms:.2f} ms on {found.threads} threads\n"
+        f"without certainty, {made.probes} of {made.clusters} clusters: {found.probed_agreement_percent:.2f} %",
+        highlight=False,
+    )
+    console.print(f"head written to {out}", soft_wrap=True, highlight=False)

@@ -1,0 +1,150 @@
+"""Commands that show: `fhopt inspect`, `fhopt explain`, `fhopt report`, `fhopt view`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fhopt.cli.app import main
+from fhopt.cli.options import device_option, json_option, output_console, print_json
+from fhopt.errors import FhoptError
+
+if TYPE_CHECKING:
+    pass
+
+
+@main.command()
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Show this plan beside the sites.")
+@click.option("--site", help="All about one site, formulas too.")
+@click.option("--graph", type=click.Path(path_type=Path), help="Write the graph: .dot, .svg, .graphml, .json; .fhopt.")
+@click.option(
+    "--stage", help="Graph after this pass, input, or all: a file for each. [default: normalize; with a plan: absorb]"
+)
+@device_option
+@json_option
+def inspect(
+    model: str, plan_path: Path | None, site: str | None, graph: Path | None, stage: str | None,
+    devices: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """List the attention sites of MODEL: one row each, what a plan does to them, and what was left alone.
+
+    A .fhopt file holds the graphs after all passes, for Model Explorer.
+    nats: what the fit expects to lose per token. pays from: cached tokens from which on a plan is faster, by roofline.
+    """
+    from fhopt.inspection import facts
+    from fhopt.inspection.graph_files import check_graph, write_graphs
+    from fhopt.inspection.snapshots import Snapshots
+    from fhopt.inspection.tables import inspection_tables
+    from fhopt.models.loader import load_model
+    from fhopt.models.sites import find_sites
+    from fhopt.passes import pipeline
+    from fhopt.plan.latent_plan import LatentPlan
+
+    if stage is not None and graph is None:
+        raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")
+    if graph is not None:
+        check_graph(graph)
+    plan, seen = LatentPlan.load(plan_path) if plan_path else None, Snapshots(keep_networks=True)
+    loaded = load_model(model)
+    with seen.taking() if graph is not None else nullcontext():
+        outcome = find_sites(loaded)
+        found = facts.inspect(loaded, outcome, plan, devices)
+        if site is not None:
+            found.site(site)
+        if graph is not None and plan is not None:
+            pipeline.optimize(outcome, plan)
+    written = []
+    if graph is not None:
+        written = write_graphs(seen, graph, found, stage or ("absorb" if plan else "normalize"), site)
+    if as_json:
+        print_json(found.as_json() | ({"graphs": [str(path) for path in written]} if written else {}))
+        return
+    console = output_console(as_json)
+    console.print(inspection_tables(found, site))
+    for path in written:
+        console.print(f"graph written to {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+@main.command()
+@click.argument("model")
+@json_option
+def explain(model: str, as_json: bool) -> None:
+    """Say why candidates in MODEL were left alone: how far each came, the reason, the source line."""
+    from fhopt.inspection.tables import missed_table
+    from fhopt.models.loader import load_model
+    from fhopt.models.sites import explain_sites
+
+    outcome = explain_sites(load_model(model))
+    if as_json:
+        print_json({"sites_found": len(outcome.sites), "missed": [asdict(m) for m in outcome.missed]})
+        return
+    console = output_console(as_json)
+    if outcome.missed:
+        console.print(missed_table(outcome.missed))
+    console.print(f"{len(outcome.sites)} sites found, {len(outcome.missed)} candidates left alone.")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path))
+@device_option
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
+@json_option
+def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Write what was found in MODEL, and its plan, as one HTML file that opens without a network.
+
+    Each site is drawn before and after; spectra, bits, sensitivity, loss against bytes, rooflines, the generated
+    kernels, what each pass changed, and what was left alone. Every number in it is in --json.
+    """
+    from fhopt.files import check_writable
+    from fhopt.inspection import html_report as pages
+    from fhopt.models.loader import load_model
+    from fhopt.plan.latent_plan import LatentPlan
+
+    pages.check_installed()
+    plan = LatentPlan.load(plan_path) if plan_path else None
+    check_writable(Path(os.path.abspath(out)).parent)
+    made = pages.build(load_model(model), plan, devices=devices)
+    pages.write(made, out)
+    if as_json:
+        print_json({"report_path": str(out)} | made.as_json())
+    else:
+        click.echo(f"report written to {out}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan, also one that is being fitted.")
+@device_option
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="[default: any that is free]")
+@click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open a browser.")
+def view(model: str, plan_path: Path | None, devices: tuple[str, ...], port: int, opens: bool) -> None:
+    """Show the report of MODEL in a browser, on this machine alone, and how far a running `fhopt fit` of PLAN is.
+
+    When the plan is there, or another than before, the report is made anew.
+    """
+    import webbrowser
+
+    from fhopt.inspection import html_report as pages
+    from fhopt.inspection import server
+    from fhopt.models.loader import load_model
+    from fhopt.plan.latent_plan import LatentPlan
+
+    def make(has_plan: bool) -> str:
+        plan = LatentPlan.load(plan_path) if plan_path is not None and has_plan else None
+        return pages.page(pages.build(load_model(model), plan, devices=devices))
+
+    pages.check_installed()
+    server.check_installed()
+    listening = server.listen(port)
+    address = f"http://{server.HOST}:{listening.getsockname()[1]}/"
+    click.echo(f"{address} shows {model}; end with Ctrl-C")
+    if opens:
+        webbrowser.open(address)
+    server.serve(server.Viewer(make, Path(os.path.abspath(plan_path)) if plan_path else None), listening)

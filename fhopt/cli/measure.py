@@ -1,0 +1,279 @@
+"""Commands that measure: `fhopt eval`, `fhopt cost`, `fhopt device`, `fhopt kernels`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fhopt.cli.app import main, model_weights
+from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
+from fhopt.errors import FhoptError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fhopt.models.loaded_model import LoadedModel
+    from fhopt.plan.latent_plan import LatentPlan
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, the exact model alone.")
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics", "source"),
+    show_default=True,
+    help="Text for perplexity, as in fit; repeatable.",
+)
+@click.option(
+    "--tasks",
+    default="perplexity",
+    show_default=True,
+    help="Some of perplexity, passkey, copy, digits, arithmetic, all, with commas between.",
+)
+@click.option(
+    "--items", type=click.IntRange(min=1), default=5, show_default=True, help="Per task, length and depth of a needle."
+)
+@click.option("--lengths", default="512,1024,2048", show_default=True, help="Tokens of the tasks' contexts.")
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="For perplexity.")
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks.")
+@placement_options
+@json_option
+@fails_together
+def evaluate(
+    model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
+    context: int, seed: int, device_map: str | None, dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Perplexity and tasks of MODEL with its exact cache and with the plan's, with 95 % intervals.
+
+    Perplexity is taken on the test half of each text. The tasks ask for what compressed attention loses first: strings
+    and numbers that stand far back. MODEL must be a causal language model with a tokenizer. Under torchrun the
+    processes share the sequences and items; models larger than one device: --device-map.
+    """
+    import torch
+
+    from fhopt.evaluation.tasks import TaskOptions, check_items, choose, read_lengths, run_tasks, write_items
+    from fhopt.inspection.tables import evaluation_tables
+    from fhopt.models.loader import load_model
+    from fhopt.models.model_facts import check_length
+    from fhopt.parallel import collectives
+    from fhopt.parallel.device_map import placement
+    from fhopt.plan.latent_plan import LatentPlan
+
+    chosen, cells = choose(tasks), read_lengths(lengths)
+    plan = LatentPlan.load(plan_path) if plan_path else None
+    kept = {"sinks": plan.sinks, "window": plan.window} if plan else {}
+    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+    network = loaded.language_model()
+    asked = [name for name in chosen if name != "perplexity"]
+    written = write_items(loaded.tokenizer, asked, TaskOptions(cells, items, seed, **kept)) if asked else {}
+    ids = _test_ids(loaded, texts, sequences, context) if "perplexity" in chosen else {}
+    check_items(network, written)
+    if ids:
+        check_length(network, context - 1)
+    with progress_bar(as_json) as progress:
+        perplexity = _perplexities(network, ids, plan, progress)
+        results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
+    if collectives.leave() > 0:  # the first process tells what all have found
+        return
+    result = {
+        "model": loaded.name,
+        "ratio": plan.ratio() if plan else None,
+        "perplexity": perplexity,
+        "tasks": {
+            task: asdict(found.pop(None))
+            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in found.items() if cell]}
+            for task, found in results.items()
+        },
+    }
+    if as_json:
+        print_json(result)
+        return
+    output_console(as_json).print(evaluation_tables(result))
+
+
+def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, context: int) -> dict[str, Tensor]:
+    """Token ids [sequences, context] of the test half of each text."""
+    from fhopt.texts import tokens as texts_tokens
+
+    return {
+        text: texts_tokens.sequences(
+            loaded.tokenizer,
+            texts_tokens.halves(texts_tokens.read_text(text))[1],
+            count=sequences,
+            length=context,
+            what=f"the second half of {text!r}",
+        )
+        for text in texts
+    }
+
+
+def _perplexities(
+    network: Any, ids: dict[str, Tensor], plan: LatentPlan | None, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """Of each text: the exact model against the plan, or the exact model alone."""
+    from fhopt.evaluation.perplexity import score, token_costs
+
+    found: dict[str, dict[str, Any]] = {}
+    total, done = sum(len(rows) for rows in ids.values()), 0
+
+    def count(sequences: int) -> None:
+        nonlocal done
+        done = min(total, done + sequences)
+        progress("perplexity", done, total)
+
+    for text, rows in ids.items():
+        if plan:
+            found[text] = asdict(token_costs(network, rows, plan, count, shared=True).compare())
+        else:
+            exact = score(network, rows, None, count, shared=True)
+            found[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
+    return found
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, ratios 2, 4 and 8 are assumed."
+)
+@click.option(
+    "--device",
+    "names",
+    multiple=True,
+    default=("h100", "cpu"),
+    show_default=True,
+    help="Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(8192,),
+    show_default=True,
+    help="Cached tokens; repeatable.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of weights and exact keys and values.",
+)
+@json_option
+def cost(
+    model: str, plan_path: Path | None, names: tuple[str, ...], tokens: tuple[int, ...], batch: int, dtype: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """What a decode step of MODEL costs on devices by their peak figures, and from which context on latents pay."""
+    from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
+    from fhopt.hardware.this_cpu import find_device
+    from fhopt.inspection.tables import cost_tables
+    from fhopt.models.loader import load_model
+    from fhopt.models.sites import find_sites
+    from fhopt.plan.fingerprint import check_model
+    from fhopt.plan.latent_plan import LatentPlan
+
+    devices = [find_device(name) for name in names]
+    plan = LatentPlan.load(plan_path) if plan_path else None
+    loaded = load_model(model)
+    sites = list(find_sites(loaded).sites.values())
+    weights = model_weights(loaded)
+    parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
+    costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
+    if plan:
+        check_model(plan, weights, loaded.name)
+        costs["plan"] = model_cost(sites, plan, parameters=parameters, itemsize=itemsize)
+    else:
+        for ratio in RATIOS:
+            costs[f"{ratio}x"] = hypothetical_cost(sites, ratio, parameters=parameters, itemsize=itemsize)
+    comparison = compare(costs, devices, tokens, batch)
+    if as_json:
+        formulas = {n: {"bytes": pretty(c.bytes), "operations": pretty(c.operations)} for n, c in costs.items()}
+        about = {"model": loaded.name, "parameters": parameters, "batch": batch, "dtype": dtype}
+        print_json(about | {"hypothetical": plan is None, "formulas": formulas} | asdict(comparison))
+        return
+    console = output_console(as_json)
+    title = f"One decode step of attention in {loaded.name}: batch {batch}, {dtype}, peak figures of the devices"
+    console.print(cost_tables(costs, comparison, title))
+    if plan is None:
+        console.print(
+            "2x, 4x and 8x are hypothetical: bytes divided, heads and widths as they are. For a real plan: "
+            "fhopt fit MODEL -o PLAN, then --plan PLAN.",
+            highlight=False,
+        )
+
+
+@main.command()
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Default: 1, and all cores; repeatable.")
+@click.option("--again", is_flag=True, help="Measure anew.")
+@json_option
+def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
+    """What this machine's CPU can do: `--device here` in other commands. Measured once, in some seconds."""
+    from fhopt.codegen.compiler import vector_unit
+    from fhopt.hardware import this_cpu
+    from fhopt.inspection.tables import machine_table
+    from fhopt.system import cores
+
+    counts = threads or tuple(dict.fromkeys((1, cores())))
+    if max(counts) > cores():
+        raise FhoptError(f"{max(counts)} threads were asked for; expected at most {cores()}, the cores here.")
+    found = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
+    kernels = vector_unit()
+    if as_json:
+        print_json({"kernels": kernels, "measured": [asdict(one) for one in found]})
+        return
+    console = output_console(as_json)
+    console.print(machine_table(found))
+    console.print(f"Kernels: {kernels}.", highlight=False)
+
+
+@main.command()
+@click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("--device", required=True, help="What it will run on, as in cost; for a CPU, C++.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens of each.")
+@click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Cached tokens.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of queries and of uncoded latents.",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Configurations to compile where a kernel's default does not fit, some seconds each; 0: all, of all kernels.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
+@json_option
+def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write the generated kernels of PLAN, and a table of what they read and what they need of a device.
+
+    Kernels for GPUs are compiled to see what they need; there need not be a GPU.
+    """
+    from fhopt.hardware.kernel_table import Options, rejected_table, table, write_kernels
+    from fhopt.plan.latent_plan import LatentPlan
+
+    plan = LatentPlan.load(plan_path)
+    with progress_bar(as_json) as progress:
+        made = write_kernels(plan, Path(os.path.abspath(out)), Options(**options), progress)
+    if as_json:
+        print_json({"folder": str(out)} | made.as_json())
+        return
+    console = output_console(as_json)
+    console.print(table(made))
+    if any(row.rejected for row in made.rows):
+        console.print(rejected_table(made))
+    console.print(f"{len(made.files)} files and kernels.md written to {out}", soft_wrap=True, highlight=False)

@@ -1,0 +1,122 @@
+"""Commands of the plan store: `fhopt plans`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fhopt.cli.app import main
+from fhopt.cli.options import json_option, output_console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from fhopt.calibration.plan_store import Entry
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+@json_option
+def plans(context: click.Context, as_json: bool) -> None:
+    """Plans that are kept on this machine: list them, or fit, add, find, verify and prune them.
+
+    In other commands: --plan "$(fhopt plans path NAME)".
+    """
+    if context.invoked_subcommand is None:
+        from fhopt.calibration.plan_store import entries
+
+        _show_plans(entries(), as_json)
+
+
+def _show_plans(found: list[Entry], as_json: bool) -> None:
+    from fhopt.calibration.plan_store import table
+
+    if as_json:
+        print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in found]})
+    else:
+        output_console(as_json).print(table(found))
+
+
+@plans.command("fit")
+@click.argument("model")
+@click.option("--ratio", "ratios", type=float, multiple=True, default=(4.0, 8.0), show_default=True, help="Repeatable.")
+@click.option("--data", "texts", multiple=True, default=("topics",), show_default=True, help="As in fit; repeatable.")
+@click.option("--device", help="What it will run on, as in fit.")
+@click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
+@click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plans are made for.")
+@json_option
+def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
+    """Fit plans of several ratios for MODEL from one calibration, and keep them.
+
+    What was fitted before is not fitted again, and a calibration that was interrupted goes on.
+    """
+    from fhopt.calibration.options import FitOptions
+    from fhopt.calibration.plan_store import fit_ratios
+    from fhopt.models.loader import load_model
+
+    chosen = FitOptions(**options)
+    with progress_bar(as_json) as progress:
+        found = fit_ratios(load_model(model), chosen, ratios, progress)
+    _show_plans(found, as_json)
+
+
+@plans.command("add")
+@click.argument("paths", metavar="PLAN...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@json_option
+def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
+    """Keep copies of plans that `fhopt fit` wrote."""
+    from fhopt.calibration.plan_store import add
+    from fhopt.plan.latent_plan import LatentPlan
+
+    _show_plans([add(LatentPlan.load(path)) for path in paths], as_json)
+
+
+@plans.command("path")
+@click.argument("name")
+@json_option
+def plan_path(name: str, as_json: bool) -> None:
+    """The folder of the plan whose name or digest begins with NAME."""
+    from fhopt.calibration.plan_store import find
+
+    found = find(name)
+    if as_json:
+        print_json(asdict(found) | {"path": str(found.path)})
+    else:
+        click.echo(found.path)
+
+
+@plans.command("verify")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--model", help="Also say which plans were fitted to another model.")
+@json_option
+def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    """Read all bytes of plans and say which cannot be used; exit code 1 where there are such."""
+    from fhopt.calibration.plan_store import entries, find, verify
+    from fhopt.models.loader import load_model
+
+    loaded = load_model(model) if model else None
+    checked = [verify(e, loaded) for e in ([find(n) for n in names] if names else entries())]
+    _show_plans(checked, as_json)
+    if any(e.fault for e in checked):
+        raise SystemExit(1)
+
+
+@plans.command("prune")
+@click.option("--keep", type=click.IntRange(min=0), help="Keep only the newest so many plans of each model.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing, only tell.")
+@json_option
+def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
+    """Remove damaged plans and what interrupted commands left behind more than a day ago."""
+    from fhopt.calibration.plan_store import prune
+
+    done = prune(keep, dry_run)
+    if as_json:
+        print_json(asdict(done) | {"dry_run": dry_run})
+        return
+    for name in done.names:
+        click.echo(name)
+    told = "would be removed" if dry_run else "removed"
+    click.echo(f"{len(done.names)} {told}, {done.nbytes / 1e6:.1f} MB.")

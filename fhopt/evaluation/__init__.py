@@ -1,0 +1,1 @@
+"""Measuring what a plan costs and gives: perplexity, tasks, speed of decoding."""

@@ -1,0 +1,69 @@
+"""Timing decode steps with an exact KV cache and with latents, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.evaluation.perplexity import new_cache
+from fhopt.hf.apply import apply, unapply
+from fhopt.models.model_facts import cache_argument
+from fhopt.plan.latent_plan import LatentPlan
+
+
+@torch.inference_mode()
+def cached_bytes(model: Any, ids: Tensor, plan: LatentPlan | None) -> tuple[Any, int]:
+    """(the cache after reading ids [T] and one more step, its bytes)."""
+    from fhopt.cache.report import tensor_bytes
+
+    cache, name = new_cache(model, plan), cache_argument(model)
+    model(ids[None].to(model.device), **{name: cache}, use_cache=True, logits_to_keep=1)
+    held = cache.nbytes if plan is not None else sum(tensor_bytes(layer) for layer in cache.layers)
+    return cache, held
+
+
+@torch.inference_mode()
+def decode_speed(model: Any, plan: LatentPlan, ids: Tensor, steps: int = 12, rounds: int = 4) -> dict[str, Any]:
+    """Tokens per second behind the tokens ids [T], exact cache against latents; medians, interleaved.
+
+    The plan is applied and taken back for each round; returns {"exact", "plan"} and the bytes each cache held.
+    """
+    caches: dict[str, Any] = {}
+    held: dict[str, int] = {}
+    times: dict[str, list[float]] = {"exact": [], "plan": []}
+    for _ in range(rounds):
+        for name, used in (("exact", None), ("plan", plan)):
+            (apply(model, plan) if used is not None else unapply(model))
+            if name not in caches:
+                caches[name], held[name] = cached_bytes(model, ids, used)
+                _timed_steps(model, caches[name], 2)
+            times[name] += _timed_steps(model, caches[name], steps)
+    unapply(model)
+    speed = {name: 1 / statistics.median(t) for name, t in times.items()}
+    return {**speed, "bytes": held}
+
+
+def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
+    """Seconds of each of `steps` single-token steps; the tokens are taken off again."""
+    name, out = cache_argument(model), []
+    token = torch.tensor([[1]], device=model.device)
+    for _ in range(steps):
+        start = time.perf_counter()
+        model(token, **{name: cache}, use_cache=True)
+        out.append(time.perf_counter() - start)
+    cache.crop(-steps)
+    return out
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, question: str, context: str = "", new_tokens: int = 32) -> str:
+    """Greedy answer of a chat model to `question` after `context`."""
+    messages = [{"role": "user", "content": f"{context}{question}"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs.to(model.device), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())

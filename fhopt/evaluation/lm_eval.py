@@ -1,0 +1,109 @@
+"""The lm-eval harness on latents: its model `fhopt`, which reads everything through a stepped latent cache.
+
+    python -m fhopt.evaluation.lm_eval --model fhopt --model_args pretrained=demo,plan=PLAN --tasks TASK
+
+takes what `lm_eval` takes. `pretrained` is a MODEL of fhopt's commands; without `plan` the exact cache is read in the
+same steps. From Python: `lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"), tasks=[...])`.
+
+lm-eval itself would read a context in one call, in which tokens are exact to each other: it would find a plan without
+cost. Everything is read in the steps of `fhopt.evaluate` instead, as token-by-token decoding would.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.evaluation.perplexity import new_cache, read_steps
+from fhopt.hf.apply import apply
+from fhopt.models.loader import load_model
+from fhopt.models.model_facts import cache_argument
+from fhopt.plan.latent_plan import LatentPlan
+
+
+@cache
+def harness_model() -> Any:
+    """The model class, registered with lm-eval as `fhopt`. Raises FhoptError when lm-eval is not installed."""
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise FhoptError(
+            "lm-eval is not installed; its harness needs the extra evaluation. Install it with: "
+            "pip install 'fhopt[evaluation]'"
+        ) from error
+
+    class LatentLM(HFLM):  # type: ignore[misc]
+        """A causal language model whose cache holds latents; further options are those of lm-eval's HFLM."""
+
+        def __init__(
+            self, pretrained: Any, plan: LatentPlan | str | os.PathLike[str] | None = None, **options: Any
+        ) -> None:
+            if isinstance(pretrained, str):
+                loaded = load_model(pretrained, _dtype(options.pop("dtype", "float32")))
+                pretrained = loaded.language_model().to(options.get("device") or "cpu")
+                options = {"tokenizer": loaded.tokenizer} | options
+            super().__init__(pretrained=pretrained, **(options | {"backend": "causal"}))
+            self.latent_plan = LatentPlan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+            if self.latent_plan is not None:
+                apply(self.model, self.latent_plan)
+
+        def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
+            """Logits [B, S, V] of token ids [B, S], padded at their ends."""
+            with torch.no_grad():
+                steps = self._steps(inps, new_cache(self.model, self.latent_plan))
+                return torch.cat([logits for _, (logits,) in steps], 1)
+
+        def _model_generate(
+            self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor | None = None, **kwargs: Any
+        ) -> Tensor:
+            """[B, S + new] from token ids [B, S]. Row by row: padding before a context would shift its steps."""
+            rows = []
+            for index, row in enumerate(context):
+                padding = 0 if attention_mask is None else int((attention_mask[index] == 0).sum())
+                alone, held = row[None, padding:], new_cache(self.model, self.latent_plan)
+                with torch.no_grad():
+                    for _ in self._steps(alone[:, :-1], held, first=alone.shape[1] - 2):
+                        pass
+                given = {cache_argument(self.model): held}
+                out = super()._model_generate(alone, max_length - padding, stop, **given, **kwargs)
+                rows.append(torch.cat([row[:padding], out[0]]))
+            value = self.tokenizer.pad_token_id or 0
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+        def _steps(self, ids: Tensor, held: Any, first: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+            """The steps over token ids [B, S] from an empty cache on; none when there are no tokens."""
+            return read_steps(self.model, ids, [held], self.latent_plan, first) if ids.numel() else iter(())
+
+    return register_model("fhopt")(LatentLM)
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    """The type of numbers that lm-eval's option `dtype` names; `auto` is float32, in which plans are measured."""
+    found = torch.float32 if name == "auto" else getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise FhoptError(f"dtype {name!r} is no type of numbers; expected float32, bfloat16, float16 or auto.")
+    return found
+
+
+def main() -> None:
+    """lm-eval's own command line, which then knows the model `fhopt`."""
+    try:
+        harness_model()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except FhoptError as error:
+        print(f"fhopt: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Statistics of a measured loss: perplexity, KL, bootstrap confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+BOOTSTRAP_TOKENS = 64
+RESAMPLES = 2000
+SEED = 0  # of the resampling: the same figures give the same interval
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean negative log-likelihood in nats per token, and its number of tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.nats)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The exact model against a plan on the same tokens.
+
+    exact, plan: perplexity. kl: mean of KL(exact || plan) of the next-token distribution, in nats per token. The `_ci`
+    are 95 % intervals (low, high), None when there are not two blocks of tokens to resample.
+    """
+
+    exact: float
+    plan: float
+    increase_percent: float
+    increase_percent_ci: Interval | None
+    kl: float
+    kl_ci: Interval | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TokenCosts:
+    """Per token, paired: negative log-likelihood with the exact cache and with the plan's, and KL(exact || plan).
+
+    All in nats, [N, T - 1] for N sequences of T tokens, float64.
+    """
+
+    exact: Tensor
+    plan: Tensor
+    kl: Tensor
+
+    def compare(self) -> Comparison:
+        """Means over all tokens, and their intervals."""
+        increase = self.plan - self.exact
+        exact, interval = float(self.exact.mean()), _block_interval(increase)
+        return Comparison(
+            exact=math.exp(exact),
+            plan=math.exp(float(self.plan.mean())),
+            increase_percent=_percent(float(increase.mean())),
+            increase_percent_ci=None if interval is None else (_percent(interval[0]), _percent(interval[1])),
+            kl=float(self.kl.mean()),
+            kl_ci=_block_interval(self.kl),
+            tokens=self.exact.numel(),
+        )
+
+
+def _percent(nats: float) -> float:
+    """Increase of perplexity, in percent, for an increase of the mean in nats."""
+    return 100 * math.expm1(nats)
+
+
+def _block_interval(x: Tensor) -> Interval | None:
+    """Interval of the mean of x [N, T], resampled by blocks of tokens within a sequence."""
+    blocks = [block for row in x for block in row.split(BOOTSTRAP_TOKENS)]
+    return bootstrap_interval([float(b.sum()) for b in blocks], [len(b) for b in blocks])
+
+
+def bootstrap_interval(sums: list[float], counts: list[int]) -> Interval | None:
+    """95 % interval of sum(sums) / sum(counts), resampling the pairs; None for fewer than two pairs."""
+    if len(sums) < 2:
+        return None
+    generator, total, count = np.random.default_rng(SEED), np.array(sums), np.array(counts)
+    draws = (generator.integers(len(total), size=len(total)) for _ in range(RESAMPLES))
+    means = [total[draw].sum() / count[draw].sum() for draw in draws]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,330 @@
+"""Tasks that compressed attention is known to be bad at, each scored by name: exact strings and numbers from afar.
+
+    [sinks | filler | needle | filler .......... | question] answer
+                      ^ in latents when the question is read
+
+| task | the needle | the answer |
+|---|---|---|
+| `passkey` | a five-digit number at 10, 30, 50, 70 and 90 % | the number |
+| `copy` | lines of random letters and digits | one of them, exactly |
+| `digits` | a table of names and four-digit numbers | the number of one name |
+| `arithmetic` | additions of small numbers with their sums | the sum of two that are not among them |
+
+Depth is the place of the needle between the sinks and the last position that is sealed before the question begins, in
+percent: a needle at any depth is in latents. The passkey is that of Mohtashami and Jaggi 2023, "Landmark Attention",
+section 4.2. Only `arithmetic` can be answered without its needle, by a model that can add: it is there to show harm.
+
+An item is right when each token of its answer is the most likely one, which is when greedy decoding would write it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.evaluation.perplexity import new_cache, read_steps, switched
+from fhopt.evaluation.statistics import Interval, bootstrap_interval
+from fhopt.models.model_facts import check_length
+from fhopt.parallel.collectives import by_process, processes
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.progress import Progress, silent
+from fhopt.texts import tokens
+
+FILLER = "topics"
+BATCH = 4  # items read at once: on a CPU about twice as fast as one by one
+Cell = tuple[int, int]  # tokens of the contexts, depth in percent
+NAMES = ("Anna", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Henry")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The texts of an item, encoded piece by piece: so the answer's tokens stand in the needle unchanged.
+
+    others: what else could be asked of the needle, each a question and its answer.
+    """
+
+    needle: tuple[str, ...]
+    question: tuple[str, ...]
+    answer: str
+    others: tuple[tuple[tuple[str, ...], str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """Token ids of a context that ends with a question, and of its answer.
+
+    needle: its positions [start, stop). question: the position at which it begins. others: questions that may stand
+    there instead, with their answers, for who reads a context once and asks often.
+    """
+
+    context: tuple[int, ...]
+    answer: tuple[int, ...]
+    needle: tuple[int, int]
+    question: int
+    others: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    @property
+    def questions(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """All that can be asked, each with its answer; first what `context` ends with."""
+        return ((self.context[self.question :], self.answer), *self.others)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """lengths: tokens of the contexts. items: per length and depth. sinks, window: tokens a plan keeps exact."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    items: int = 5
+    seed: int = 0
+    sinks: int = 4
+    window: int = 192
+
+
+def choose(names: str) -> list[str]:
+    """Tasks from a list with commas, in order, each once; `all` is all of them and perplexity. Raises FhoptError."""
+    known = ["perplexity", *TASKS]
+    chosen = [name.strip() for name in names.split(",")]
+    wrong = [name for name in chosen if name not in (*known, "all")]
+    if wrong:
+        raise FhoptError(f"{wrong[0]!r} is no task; expected some of {', '.join(known)}, all, with commas between.")
+    return [name for name in known if name in chosen or "all" in chosen]
+
+
+def read_lengths(text: str) -> tuple[int, ...]:
+    """Lengths from a list with commas: 512,1024. Raises FhoptError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise FhoptError(f"lengths {text!r} are not numbers of tokens; expected some like 512,1024.")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to word one item from random numbers, and the depths, in percent, at which its needle stands."""
+
+    word: Callable[[random.Random], Wording]
+    depths: tuple[int, ...] = (10,)
+
+
+def _passkey(rng: random.Random) -> Wording:
+    key = f" {rng.randrange(10_000, 100_000)}"
+    return Wording(
+        ("\n\nThe pass key is", key, ". Remember it.", key, " is the pass key.\n\n"),
+        ("\n\nWhat is the pass key? The pass key is",),
+        key,
+    )
+
+
+def _copy(rng: random.Random) -> Wording:
+    codes = [" " + "".join(rng.choices(string.ascii_lowercase + string.digits, k=8)) for _ in "ABC"]
+    *lines, last = [(f"\nCode {name}:", code) for name, code in zip("ABC", codes, strict=True)]
+    others = tuple((_joined("\n", [line for line in [*lines, last] if line != x], x[0]), x[1]) for x in lines)
+    return Wording(_joined("\n", [*lines, last], "\n\n"), _joined("\n", lines, last[0]), last[1], others)
+
+
+def _digits(rng: random.Random) -> Wording:
+    numbers = rng.sample(range(1000, 10_000), len(NAMES))
+    lines = [(f"\nThe number of {name} is", f" {number}", ".") for name, number in zip(NAMES, numbers, strict=True)]
+    rng.shuffle(lines)
+    *examples, asked = rng.sample(lines, 3)
+    rest = [line for line in lines if line not in (*examples, asked)]
+    others = tuple((_joined("\n", examples, line[0]), line[1]) for line in rest)
+    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", examples, asked[0]), asked[1], others)
+
+
+def _arithmetic(rng: random.Random) -> Wording:
+    pairs = rng.sample([(a, b) for a in range(1, 6) for b in range(1, 6)], 13)  # what a small model can add
+    *lines, last = [(f"\n{a} + {b} =", f" {a + b}") for a, b in pairs]
+    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", rng.sample(lines, 2), last[0]), last[1])
+
+
+def _joined(before: str, lines: Sequence[tuple[str, ...]], after: str) -> tuple[str, ...]:
+    return (before, *(part for line in lines for part in line), after)
+
+
+TASKS = {
+    "passkey": Task(_passkey, (10, 30, 50, 70, 90)),
+    "copy": Task(_copy),
+    "digits": Task(_digits),
+    "arithmetic": Task(_arithmetic),
+}
+
+
+class ItemWriter:
+    """Writes items with the words of one tokenizer: the same items for the same options."""
+
+    def __init__(self, tokenizer: Any, options: TaskOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self.filler = self._encode((tokens.halves(tokens.read_text(FILLER))[1],))  # the half that calibrates nothing
+        plain, whole = self._encode(("a",)), list(tokenizer("a").input_ids)
+        self.start = whole[: -len(plain)] if whole[-len(plain) :] == plain else []  # what stands before every text
+
+    def items(self, task: str, length: int, depth: int) -> list[Item]:
+        """The items of one cell. Raises FhoptError when `length` is too short for the task."""
+        seeds = (f"{self.options.seed} {task} {length} {depth} {number}" for number in range(self.options.items))
+        return [self._item(task, length, depth, random.Random(seed)) for seed in seeds]
+
+    def _item(self, task: str, length: int, depth: int, rng: random.Random) -> Item:
+        wording = TASKS[task].word(rng)
+        needle, question = self._encode(wording.needle), self._encode(wording.question)
+        at = self._place(task, length, depth, len(needle), len(question))
+        offset, count = rng.randrange(len(self.filler)), length - len(self.start) - len(needle) - len(question)
+        around = [self.filler[(offset + i) % len(self.filler)] for i in range(count)]
+        before = at - len(self.start)
+        context = (*self.start, *around[:before], *needle, *around[before:], *question)
+        answer = tuple(self._encode((wording.answer,)))
+        others = tuple((tuple(self._encode(q)), tuple(self._encode((a,)))) for q, a in wording.others)
+        return Item(context, answer, (at, at + len(needle)), length - len(question), others)
+
+    def _place(self, task: str, length: int, depth: int, needle: int, question: int) -> int:
+        """Position of a needle of so many tokens at `depth` percent."""
+        sinks, window = self.options.sinks, self.options.window
+        first, last = max(len(self.start), sinks), length - question - window - needle
+        if last < first:
+            raise FhoptError(
+                f"a context of {length} tokens has no room for the task {task} between {sinks} sinks and a window of "
+                f"{window}; expected at least {length + first - last} tokens. Give longer --lengths."
+            )
+        return first + (last - first) * depth // 100
+
+    def _encode(self, parts: tuple[str, ...]) -> list[int]:
+        return [i for part in parts for i in self.tokenizer(part, add_special_tokens=False, verbose=False).input_ids]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How well answers were known: hits are exact ones; log_prob is the mean per token of an answer, in nats."""
+
+    hits: int
+    items: int
+    rate: float
+    rate_ci: Interval
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task, or one of its cells, with the exact cache and with the plan's (None: there was no plan).
+
+    log_prob_change: mean of plan minus exact over the items, with its 95 % interval (None for a single item).
+    """
+
+    exact: Answered
+    plan: Answered | None
+    log_prob_change: float | None
+    log_prob_change_ci: Interval | None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One item with one cache."""
+
+    is_exact: bool
+    log_prob: float
+
+
+_Pair = tuple[_Known, ...]  # with the exact cache; with the plan's, when there is one
+
+
+def wilson_interval(hits: int, items: int) -> Interval:
+    """95 % interval of a rate (Wilson 1927, "Probable inference, the law of succession, and statistical inference")."""
+    z = 1.959963984540054
+    rate, spread = hits / items, z * z / items
+    middle = (rate + spread / 2) / (1 + spread)
+    half = math.sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def write_items(tokenizer: Any, tasks: Sequence[str], options: TaskOptions) -> dict[str, dict[Cell, list[Item]]]:
+    """The items of each task by cell. Raises FhoptError when a length is too short for a task."""
+    writer = ItemWriter(tokenizer, options)
+    cells = {task: [(length, depth) for length in options.lengths for depth in TASKS[task].depths] for task in tasks}
+    return {task: {cell: writer.items(task, *cell) for cell in cells[task]} for task in tasks}
+
+
+def check_items(model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]]) -> None:
+    """Raise FhoptError when an item is longer than the model has positions."""
+    for item in (item for cells in tasks.values() for items in cells.values() for item in items):
+        check_length(model, len(item.context) + len(item.answer) - 1)
+
+
+def run_tasks(
+    model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plan: LatentPlan | None, progress: Progress = silent,
+    *, shared: bool = False,
+) -> dict[str, dict[Cell | None, TaskResult]]:  # fmt: skip
+    """Each task by cell, and under None all its cells together.
+
+    Applies the plan, and leaves the model as it was. shared as in `evaluate.score`. Raises FhoptError when the plan or
+    a length is not for this model.
+    """
+    check_items(model, tasks)
+    with switched(model, plan):
+        return {task: _run_task(model, task, cells, plan, progress, shared) for task, cells in tasks.items()}
+
+
+def _run_task(
+    model: Any, task: str, cells: Mapping[Cell, list[Item]], plan: LatentPlan | None, progress: Progress, shared: bool
+) -> dict[Cell | None, TaskResult]:
+    batches = [(cell, items[i : i + BATCH]) for cell, items in cells.items() for i in range(0, len(items), BATCH)]
+    done, total = 0, sum(len(items) for items in cells.values())
+
+    def measure(batch: tuple[Cell, list[Item]]) -> Tensor:
+        nonlocal done
+        done = min(total, done + len(batch[1]) * (processes()[1] if shared else 1))
+        answered = _answer(model, batch[1], plan)
+        progress(task, done, total)
+        return torch.nn.functional.pad(answered, (0, 0, 0, 0, 0, BATCH - len(batch[1])))  # all alike
+
+    found = by_process(batches, measure) if shared else [measure(batch) for batch in batches]
+    known: dict[Cell, list[_Pair]] = {cell: [] for cell in cells}
+    for (cell, some), answered in zip(batches, found, strict=True):
+        known[cell] += [tuple(_Known(bool(hit), float(nats)) for hit, nats in row) for row in answered[: len(some)]]
+    together = [pair for pairs in known.values() for pair in pairs]
+    return {None: _summary(together)} | {cell: _summary(pairs) for cell, pairs in known.items()}
+
+
+@torch.inference_mode()
+def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
+    """Read items of one length at once, into an exact cache and into that of the plan.
+
+    Of each item and cache whether the answer was exact, and its log-probability: float64 [B, caches, 2].
+    """
+    used = [None] if plan is None else [None, plan]
+    longest = max(len(item.answer) for item in items)
+    rows = [[*item.context, *item.answer, *[0] * (longest - len(item.answer))] for item in items]
+    ids, first = torch.tensor(rows), len(items[0].context) - 1
+    steps = read_steps(model, ids[:, :-1], [new_cache(model, p) for p in used], plan, first)
+    read = list(zip(*(logits for _, logits in steps), strict=True))
+    caches = [torch.cat(parts, 1).double().log_softmax(-1).cpu() for parts in read]  # [B, longest, V] each
+    return torch.stack([torch.stack([_known(p[i], item.answer) for p in caches]) for i, item in enumerate(items)])
+
+
+def _known(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
+    """[2] as above, from log-probabilities [A or more, V] of the tokens of an answer of A tokens."""
+    target = torch.tensor(answer)
+    log_p = log_p[: len(answer)]
+    values = log_p.gather(-1, target[:, None])
+    return torch.stack([(log_p.argmax(-1) == target).all().double(), values.mean()])
+
+
+def _summary(pairs: list[_Pair]) -> TaskResult:
+    exact, *coded = [_answered(side) for side in zip(*pairs, strict=True)]
+    if not coded:
+        return TaskResult(exact, None, None, None)
+    changes = [plan.log_prob - before.log_prob for before, plan in pairs]
+    interval = bootstrap_interval(changes, [1] * len(changes))
+    return TaskResult(exact, coded[0], sum(changes) / len(changes), interval)
+
+
+def _answered(known: Sequence[_Known]) -> Answered:
+    hits, items = sum(k.is_exact for k in known), len(known)
+    log_prob = sum(k.log_prob for k in known) / items
+    return Answered(hits, items, hits / items, wilson_interval(hits, items), log_prob)

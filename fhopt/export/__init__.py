@@ -1,0 +1,1 @@
+"""Rewritten folders and exported decode steps: pt2, MLIR, kernel libraries, MLA checkpoints."""

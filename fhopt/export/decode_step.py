@@ -1,0 +1,175 @@
+"""A decode step with the cache as explicit state: what is exported to run elsewhere.
+
+    step(ids [B,S], counts [2], state...)  ->  logits [B,S,V], new keys and values [B,G,S,D] of each site
+    seal(keys [B,G,n,D], values [B,G,n,D] of each site)  ->  rows of each site
+
+The state is read and never written: the caller puts new tokens behind the open ones and, when the window is full, rows
+of its oldest block behind the sealed ones (`State` does so). counts says how many open and how many sealed places of
+the state are in use, so that buffers may be larger than what they hold.
+
+Per site the state is
+
+    open_key [B,G,N,D], open_value [B,G,N,E]    sinks, then the window; N = sinks + recent + block, in the model's dtype
+    key_rows, value_rows [B,J,T,bytes]          codes of the plan's tiers (uint8), or uncoded latents [B,J,T,R]
+    key_scale, value_scale [B,J,T]              float16, where there are codes
+
+T is the only size that grows. Attention reads the rows where they lie: queries are absorbed, each tier is one product,
+and keys and values are never rebuilt (`fhopt verify` proves it of what was exported). With `kernels=True` the sealed
+part is the C++ op of codegen/cpu/graph_kernels.py in place of torch operations.
+
+Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N open places, T sealed places, D and E head
+sizes, R latent width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fhopt.errors import FhoptError
+from fhopt.export.step_attention import SiteAttention, state_tensors
+from fhopt.hf.apply import attended_by
+from fhopt.models.model_facts import cache_argument
+from fhopt.plan.fingerprint import check_model
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.layer_index import layer_indices
+from fhopt.plan.site_plan import SitePlan
+
+IMPLEMENTATION = "fhopt_step"
+
+
+# --------------------------------------------------------------------------------------------------- modules
+
+
+class Step(nn.Module):
+    """The module docstring's `step`, of a transformers model whose attention goes through transformers' interface."""
+
+    def __init__(self, model: nn.Module, plan: LatentPlan, kernels: bool = False) -> None:
+        super().__init__()
+        _check(model, plan)
+        self.model, self.plan = model, plan
+        dtype = next(model.parameters()).dtype
+        names = [_serve(site) if kernels else "" for site in plan.sites]
+        self.sites = nn.ModuleList(SiteAttention(s, plan, n) for s, n in zip(plan.sites, names, strict=True))
+        indices = layer_indices([s.site for s in plan.sites])
+        self.layers = [int(getattr(model.get_submodule(n), "layer_idx", i)) for n, i in indices.items()]
+        self.tensors = state_tensors(plan, dtype)
+        self.sizes = [sum(t.name.rpartition(".")[0] == s.site.name for t in self.tensors) for s in plan.sites]
+
+    def forward(self, ids: Tensor, counts: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """ids [B,S] int64, counts [2] int64 -> (logits [B,S,V], key and value of each site)."""
+        cache = _new_tokens(len(self.layers), self.layers)
+        parts = dict(zip(self.layers, zip(self.sites, _split(state, self.sizes), strict=True), strict=True))
+        positions = (torch.arange(ids.shape[1], device=ids.device) + counts.sum()).unsqueeze(0).expand(ids.shape)
+        with attending(self.model, parts, counts):
+            options = {
+                "input_ids": ids,
+                "position_ids": positions,
+                "use_cache": True,
+                cache_argument(self.model): cache,
+            }
+            logits = self.model(**options).logits
+        return (logits, *(x for layer in self.layers for x in cache.taken[layer]))
+
+
+class Seal(nn.Module):
+    """The module docstring's `seal`."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.sites = step.sites
+
+    def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values [B,G,n,D] of each site -> their rows, in the order of the state."""
+        pairs = zip(self.sites, tokens[::2], tokens[1::2], strict=True)
+        return tuple(rows for site, key, value in pairs for rows in site.seal(key, value))  # type: ignore[operator]
+
+
+def _check(model: Any, plan: LatentPlan) -> None:
+    """Raise FhoptError for models and plans of which no step can be made."""
+    if (
+        not hasattr(model, "set_attn_implementation")
+        or "position_ids" not in inspect.signature(model.forward).parameters
+    ):
+        raise FhoptError(
+            f"{type(model).__name__} takes no position_ids; expected a causal language model of transformers that does."
+        )
+    check_model(plan, dict(model.named_parameters()), type(model).__name__)
+    module = inspect.getmodule(type(model))
+    if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        raise FhoptError(f"{type(model).__name__} writes its attention out; expected one that calls transformers' own.")
+    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    for plan_ in plan.sites:
+        site = plan_.site
+        if site.kind != "self" or site.mask != "causal" or site.sinks or site.window:
+            raise FhoptError(
+                f"{site.name} has a mask of kind {site.mask!r} or reads an encoder; a decode step can be exported of "
+                "causal self-attention alone. Use `fhopt.apply` for this model."
+            )
+    if len(plan.sites) != layers:
+        raise FhoptError(f"the plan has {len(plan.sites)} sites for {layers} layers; expected one for each layer.")
+
+
+def _serve(site: SitePlan) -> str:
+    """Name of the kernel of a site, built. Raises FhoptError where there is no compiler."""
+    from fhopt.codegen.cpu import graph_kernels
+
+    spec = kernel_spec(site)
+    if not graph_kernels.serve(spec):
+        raise FhoptError("the kernels could not be compiled; expected g++ or clang++ on PATH. Install one.")
+    return spec.name
+
+
+def kernel_spec(site: SitePlan) -> KernelSpec:
+    """The kernel that reads the rows of a site for float32 queries."""
+    key, value = ([(t.bits, t.width, t.step) for t in side.tiers] for side in (site.key, site.value))
+    widths = (site.key.width, site.value.width)
+    return KernelSpec(tuple(key), tuple(value), *widths, "float32", site.site.softcap != 0.0)
+
+
+def _split(state: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[Tensor]]:
+    start = 0
+    for size in sizes:
+        yield state[start : start + size]
+        start += size
+
+
+def _new_tokens(count: int, layers: Sequence[int]) -> Any:
+    """A cache that gives back what it gets, and remembers it."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class NewTokens(Cache):  # type: ignore[misc]
+        """`taken`: keys and values by layer."""
+
+        def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self.taken[layer_idx] = key, value
+            return key, value
+
+    cache = NewTokens(layers=[DynamicLayer() for _ in range(max(layers) + 1)])
+    cache.taken = {}
+    return cache
+
+
+@contextmanager
+def attending(model: Any, parts: dict[int, Any], counts: Tensor) -> Iterator[None]:
+    """The model's attention reads the state inside."""
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        site, state = parts[module.layer_idx]
+        out = site(query, key, value, counts, state, float(options.get("scaling") or query.shape[-1] ** -0.5))
+        return out.transpose(1, 2).to(query.dtype), None
+
+    with attended_by(model, IMPLEMENTATION, attention):
+        yield
+
+
+def unrounded(plan: LatentPlan) -> LatentPlan:
+    """The same plan with a window that stays as it came, as the state keeps it."""
+    return replace(plan, window_bits=16)

@@ -1,0 +1,103 @@
+"""One library with an op and all its kernels, for processes that know nothing of fhopt.
+
+    torch.ops.load_library("fhopt_kernels.so")      fhopt::latent_kernel(kernel, query, key, ...) and its kernels
+
+In a process of fhopt the op is defined in Python, and kernels are made known to it when a graph needs them
+(codegen/cpu/graph_kernels.py). Here both happen when the library is loaded. The name is one that nobody imports:
+`kernels.so` in a working directory would be taken for the package `kernels`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+import torch
+
+from fhopt.codegen.compiler import FLAGS as COMPILER_FLAGS
+from fhopt.codegen.compiler import CompileError, find_compiler, native_flag
+from fhopt.codegen.cpu import attention, graph_kernels
+from fhopt.codegen.tiers import is_scaled
+from fhopt.errors import FhoptError
+from fhopt.plan.kernel_spec import KernelSpec
+
+_FLAGS = (*COMPILER_FLAGS, "-std=c++20", "-fopenmp")
+_ENTRY = 'extern "C" void latent_attention('  # of every kernel's text
+
+
+def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
+    """The C++ files of the library by name: one for the op and one for each kernel. Same specs, same texts."""
+    unique = list({spec.name: spec for spec in specs}.values())
+    files = {"op.cpp": _op(unique)}
+    for number, spec in enumerate(unique):
+        text = attention.render(spec)
+        assert text.count(_ENTRY) == 1
+        files[f"{spec.name}.cpp"] = text.replace(_ENTRY, f'extern "C" void {_symbol(number)}(')
+    return files
+
+
+def _symbol(number: int) -> str:
+    return f"fhopt_kernel_{number}"
+
+
+def _op(specs: Sequence[KernelSpec]) -> str:
+    """The library of graph_kernels.py with the one op that exported programs call, its schema, and who serves it."""
+    head = graph_kernels.render().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
+    numbered = list(enumerate(specs))
+    return head + _TAIL.substitute(
+        schema=str(torch.ops.fhopt.latent_kernel.default._schema).removeprefix("fhopt::"),
+        declared="\n".join(f'extern "C" void {_symbol(i)}(const void*);' for i, _ in numbered),
+        served="\n".join(_serve(i, spec) for i, spec in numbered),
+    )
+
+
+def _serve(number: int, spec: KernelSpec) -> str:
+    flags = is_scaled(spec.key_tiers) + 2 * is_scaled(spec.value_tiers)
+    address = f"reinterpret_cast<void (*)(const Attention*)>(&{_symbol(number)})"
+    return f'        fhopt_serve("{spec.name}", {address}, {spec.key_width}, {spec.value_width}, {flags});'
+
+
+def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
+    """Compile it to `path`, its texts in a folder beside it. Raises FhoptError where no compiler takes them."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    files = render(specs)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    try:
+        compiler = find_compiler()
+    except CompileError as error:
+        raise FhoptError(f"{error} Install g++ (or clang++), or leave compiled programs out: --no-aot.") from error
+    root = Path(torch.__file__).parent
+    command = [
+        compiler, *_FLAGS, native_flag(), f"-I{root / 'include'}", f"-L{root / 'lib'}",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", *(str(folder / name) for name in files), "-o", str(path),
+        "-ltorch_cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise FhoptError(f"{compiler} refused the kernels: {first}. Leave compiled programs out: --no-aot.")
+
+
+_TAIL = Template("""STABLE_TORCH_LIBRARY_FRAGMENT(fhopt, m) {
+    m.def("$schema");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) { m.impl("latent_kernel", TORCH_BOX(&latent_kernel)); }
+
+$declared
+
+namespace {
+
+// Makes the kernels known when the library is loaded.
+struct Serving {
+    Serving() {
+$served
+    }
+} serving;
+
+}  // namespace
+""")

@@ -1,0 +1,264 @@
+"""`fhopt export`: a decode step as MLIR, and as an IREE module for this machine or another.
+
+    step.mlir, seal.mlir            the two functions of fhopt/export/decode_step.py, in linalg on tensors (or the torch
+    dialect) step.vmfb, seal.vmfb            the same compiled by IREE, where the target is one of its devices
+    weights.safetensors             what both read beside tokens and state: weights of the model and bases of the plan
+    step.json                       their names in the order of arguments, and the state plan/
+    the plan
+
+`step` takes the weights, ids, counts and state; `seal` the bases and a block of tokens. Nothing is baked in, so that
+the functions are small, and the same for all weights of one model and plan.
+
+torch-mlir imports the exported program, IREE compiles it: `pip install 'fhopt[mlir]'`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fhopt.errors import FhoptError
+from fhopt.export.decode_step import Seal, Step, unrounded
+from fhopt.export.mla_checkpoint import ENGINES
+from fhopt.export.pt2_step import (
+    DESCRIPTION,
+    VERSION,
+    check_out,
+    describe_state,
+    dynamic_rows,
+    example_inputs,
+    read_description,
+    write_description,
+)
+from fhopt.export.step_attention import StateTensor
+from fhopt.export.step_state import State
+from fhopt.files import appearing_folder
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.rewritten_folder import PLAN
+from fhopt.plan.latent_plan import LatentPlan
+
+DIALECTS = {"linalg": "linalg-on-tensors", "torch": "torch"}
+WEIGHTS = "weights.safetensors"
+
+
+# Back end of IREE, and its options where nothing else is asked for, by target. `{arch}` is what --arch says.
+TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "iree-cpu": ("llvm-cpu", "host", ()),
+    "iree-vulkan": ("vulkan-spirv", "", ("--iree-vulkan-target={arch}",)),
+    "iree-cuda": ("cuda", "sm_80", ("--iree-cuda-target={arch}",)),
+    "iree-rocm": ("rocm", "gfx942", ("--iree-rocm-target={arch}",)),
+    "iree-metal": ("metal-spirv", "", ()),
+}
+_TRIPLES = {
+    "aarch64": "aarch64-linux-gnu",
+    "x86_64": "x86_64-linux-gnu",
+    "riscv64": "riscv64-linux-gnu",
+    "arm": "armv7a-linux-gnueabihf",
+}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The two functions as modules of MLIR, with what they take: weights in order, and the state."""
+
+    step: Any
+    seal: Any
+    weights: dict[str, Tensor]
+    bases: tuple[str, ...]  # the weights that `seal` takes
+    state: tuple[StateTensor, ...]
+
+
+class _Free(nn.Module):
+    """A module whose parameters and buffers are its first argument."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.hidden, self.names = (module,), list(names)  # in a tuple: they are no parameters of this module
+
+    def forward(self, weights: list[Tensor], inputs: list[Tensor]) -> Any:
+        """The module on `inputs`."""
+        return torch.func.functional_call(self.hidden[0], dict(zip(self.names, weights, strict=True)), tuple(inputs))
+
+
+def lower(model: nn.Module, plan: LatentPlan, dialect: str = "linalg") -> Lowered:
+    """The step of a causal language model, for one sequence and a token at a time, as MLIR. Raises FhoptError."""
+    step = Step(model, unrounded(plan)).eval()
+    ids, counts, state = example_inputs(step)
+    weights = {n: t.detach() for n, t in [*step.named_parameters(), *step.named_buffers()]}
+    inputs = [ids, counts, *state]
+    sizes = ([None] * len(weights), [None, None, *dynamic_rows(step)])
+    seal = Seal(step)
+    bases = tuple(name for name, _ in seal.named_buffers() if name.endswith("_encode"))
+    blocks = [t.empty(0)[:, :, : plan.block].clone() for t in step.tensors if None not in t.shape]
+    return Lowered(
+        _imported(_Free(step, list(weights)), list(weights.values()), inputs, sizes, dialect, "step"),
+        _imported(_Free(seal, bases), [weights[n] for n in bases], blocks, None, dialect, "seal"),
+        weights,
+        bases,
+        tuple(step.tensors),
+    )
+
+
+def _imported(
+    module: nn.Module, weights: list[Tensor], inputs: list[Tensor], sizes: Any, dialect: str, name: str
+) -> Any:
+    fx = _package("torch_mlir.fx")
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(module, (weights, inputs), dynamic_shapes=sizes, strict=False)
+            return fx.export_and_import(exported, output_type=DIALECTS[dialect], func_name=name)
+    except Exception as error:  # torch-mlir raises many kinds
+        first = (str(error).strip() or "no message").splitlines()[0][:200]
+        raise FhoptError(
+            f"the {name} cannot be lowered to {dialect}: {first}. Expected operations of torch."
+        ) from error
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise FhoptError(
+            f"{name.partition('.')[0]} is not installed; this needs the extra mlir. Install it with: pip install "
+            "'fhopt[mlir]'"
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------- folder
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the usual one."""
+
+    name: str
+    arch: str = ""
+    dialect: str = "linalg"
+    bytecode: bool = False
+
+    def check(self) -> None:
+        """Raise FhoptError for what there is not."""
+        if self.name != "mlir" and self.name not in TARGETS:
+            raise FhoptError(f"{self.name!r} is no target; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
+        if self.name == "mlir" and self.arch:
+            raise FhoptError("--arch is of a device; expected it with an iree target.")
+        if self.name != "mlir" and self.dialect != "linalg":
+            raise FhoptError("IREE is given linalg; expected --dialect torch with --target mlir alone.")
+
+
+def export(loaded: LoadedModel, plan: LatentPlan, target: Target, out: Path) -> Path:
+    """Write the module docstring's files to the folder `out`, whole or not at all. Returns it. Raises FhoptError."""
+    from safetensors.torch import save_file
+
+    target.check()
+    check_out(out, DESCRIPTION)
+    lowered = lower(loaded.language_model(), plan, target.dialect)
+    with appearing_folder(out) as staging:
+        for name in ("step", "seal"):
+            _write_module(getattr(lowered, name), staging / name, target)
+        save_file({n: t.contiguous().clone() for n, t in lowered.weights.items()}, staging / WEIGHTS)
+        plan.save(staging / PLAN)
+        _describe(loaded, plan, lowered, target, staging)
+    return out
+
+
+def _write_module(module: Any, path: Path, target: Target) -> None:
+    if target.bytecode:
+        with path.with_suffix(".mlirbc").open("wb") as file:
+            module.operation.write_bytecode(file)
+    else:
+        path.with_suffix(".mlir").write_text(str(module))
+    if target.name != "mlir":
+        path.with_suffix(".vmfb").write_bytes(compile_module(str(module), target))
+
+
+def compile_module(text: str, target: Target) -> bytes:
+    """An IREE module of the functions in `text`. Raises FhoptError."""
+    compiler = _package("iree.compiler")
+    backend, usual, options = TARGETS[target.name]
+    arch = target.arch or usual
+    extra = [option.format(arch=arch) for option in options if arch]
+    extra += _cpu_options(arch) if target.name == "iree-cpu" else []
+    try:
+        made: bytes = compiler.compile_str(text, target_backends=[backend], input_type="auto", extra_args=extra)
+    except Exception as error:  # the compiler is another program
+        told = [line for line in str(error).splitlines() if "error" in line.lower()]
+        raise FhoptError(
+            f"IREE could not compile for {backend} {arch}: {(told or [str(error)])[0][:300]}. Give `--arch` as IREE "
+            "names it, or another target."
+        ) from error
+    return made
+
+
+def _cpu_options(arch: str) -> list[str]:
+    """`host`, or an architecture, with a CPU behind a colon: aarch64:cortex-a76."""
+    if arch == "host":
+        return ["--iree-llvmcpu-target-cpu=host"]
+    name, _, cpu = arch.partition(":")
+    triple = _TRIPLES.get(name, name)
+    return [f"--iree-llvmcpu-target-triple={triple}", f"--iree-llvmcpu-target-cpu={cpu or 'generic'}"]
+
+
+def _describe(loaded: LoadedModel, plan: LatentPlan, lowered: Lowered, target: Target, staging: Path) -> None:
+    about = {
+        "target": asdict(target),
+        "sinks": plan.sinks,
+        "recent": plan.recent,
+        "block": plan.block,
+        "weights": list(lowered.weights),
+        "bases": list(lowered.bases),
+        "state": describe_state(lowered.state),
+    }
+    write_description(staging, DESCRIPTION, VERSION, loaded, plan, about)
+
+
+# --------------------------------------------------------------------------------------------------- running
+
+
+def open_module(folder: Path) -> State:
+    """The state of an exported IREE module for this CPU, ready to take tokens. Raises FhoptError."""
+    from safetensors.torch import load_file
+
+    about, plan = read_description(folder), LatentPlan.load(folder / PLAN)
+    if about.get("target", {}).get("name") != "iree-cpu":
+        raise FhoptError(f"{folder} is for {about.get('target')}; expected an export with --target iree-cpu.")
+    weights = load_file(folder / WEIGHTS)
+    state = [StateTensor(t["name"], tuple(t["shape"]), getattr(torch, t["dtype"])) for t in about["state"]]
+    step = _Function(folder / "step.vmfb", "step", [weights[n] for n in about["weights"]])
+    seal = _Function(folder / "seal.vmfb", "seal", [weights[n] for n in about["bases"]])
+    return State(plan, state, step, seal)
+
+
+class _Function:
+    """A function of an IREE module on this CPU, its weights given once."""
+
+    def __init__(self, path: Path, name: str, weights: Sequence[Tensor]) -> None:
+        runtime = _package("iree.runtime")
+        config = runtime.Config("local-task")
+        module = runtime.VmModule.mmap(config.vm_instance, str(path))
+        self.function = runtime.load_vm_module(module, config)[name]
+        self.weights = [runtime.asdevicearray(config.device, w.numpy()) for w in weights]
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        given = [_signless(x.contiguous().numpy()) for x in inputs]
+        found = self.function(*self.weights, *given)
+        results = found if isinstance(found, (tuple, list)) else [found]
+        return [torch.from_numpy(_bytes(np.array(r.to_host()))) for r in results]
+
+
+def _signless(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """MLIR's bytes have no sign; IREE takes them as signed ones."""
+    return x.view(np.int8) if x.dtype == np.uint8 else x
+
+
+def _bytes(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return x.view(np.uint8) if x.dtype == np.int8 else x

@@ -1,0 +1,120 @@
+"""The model card of a rewritten folder: how to open it, where it comes from, what it loses, what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fhopt.evaluation.statistics import Comparison
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.version import __version__
+
+COUNTED_AT = (1024, 8192, 32768)  # tokens
+LICENSES = ("LICENSE", "LICENCE", "NOTICE")  # how names of files begin that say what may be done with a model
+_OPENING = """
+# {name}, latent cache {ratio:.2f}x
+
+{name} with a plan of fhopt: keys and values are cached as latents. The weights are the original's.
+
+```python
+import fhopt
+from transformers import AutoTokenizer
+
+model = fhopt.load("FOLDER")  # checked, latent
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+After `import fhopt`, `transformers.{auto}.from_pretrained("FOLDER")` opens the same. Without fhopt it
+opens the exact original, with a warning that the method `fhopt` is unknown.
+"""
+
+
+def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison], source: Path | None) -> str:
+    """The text of README.md."""
+    network: Any = loaded.module
+    auto = "AutoModelForSeq2SeqLM" if network.config.is_encoder_decoder else "AutoModelForCausalLM"
+    parts = [
+        _metadata(loaded, source),
+        _OPENING.format(name=loaded.name, ratio=plan.ratio(), auto=auto),
+        _loss(plan, losses),
+        _bytes(plan),
+        _provenance(plan, network),
+    ]
+    return "\n".join(part.strip() + "\n" for part in parts)
+
+
+def _metadata(loaded: LoadedModel, source: Path | None) -> str:
+    """YAML that hubs read; licence and languages are the original card's, where there is one."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    told: dict[str, Any] = {}
+    if source is not None and (source / "README.md").is_file():
+        try:
+            known = ModelCard.load(source / "README.md").data.to_dict()
+        except Exception:  # somebody's text, of any kind
+            known = {}
+        told = {k: known[k] for k in ("license", "license_name", "license_link", "language") if known.get(k)}
+    task = "text-generation"
+    data = ModelCardData(library_name="transformers", tags=["fhopt", "kv-cache"], pipeline_tag=task, **told)
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _loss(plan: LatentPlan, losses: Mapping[str, Comparison]) -> str:
+    rows = [_loss_row(name, found) for name, found in losses.items()]
+    gate = plan.provenance.get("gate")
+    if isinstance(gate, dict) and isinstance(gate.get("texts"), list):
+        rows.append(_loss_row(f"{', '.join(map(str, gate['texts']))} (when it was fitted)", _comparison(gate)))
+    if not rows:
+        return "## What it loses\n\nNot measured. `fhopt eval FOLDER --plan FOLDER/plan` does.\n"
+    head = "| text | tokens | perplexity, exact | with latents | change (95 %) | KL |\n|---|---|---|---|---|---|"
+    return f"## What it loses\n\nThrough the real cache, on the half of each text that is held out.\n\n{head}\n" + (
+        "\n".join(rows) + "\n"
+    )
+
+
+def _comparison(told: Mapping[str, Any]) -> Comparison:
+    return Comparison(**{name: told.get(name) for name in Comparison.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+def _loss_row(text: str, found: Comparison) -> str:
+    interval = found.increase_percent_ci
+    between = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
+    return (
+        f"| {text} | {found.tokens:,} | {found.exact:.4f} | {found.plan:.4f} "
+        f"| {found.increase_percent:+.2f} %{between} | {found.kl:.4f} |"
+    )
+
+
+def _bytes(plan: LatentPlan) -> str:
+    layouts = Counter(site.layout for site in plan.sites)
+    kinds = ", ".join(f"{count} `{layout}`" for layout, count in layouts.most_common())
+    lines = [
+        "## What it holds\n",
+        f"{len(plan.sites)} attentions: {kinds}. The first {plan.sinks} tokens stay exact, the newest {plan.recent} to "
+        f"{plan.window} are kept in {plan.window_bits} bits. All counted, against 16-bit keys and values:\n",
+        "| tokens | exact bytes per token | latent bytes per token | ratio |\n|---|---|---|---|",
+    ]
+    for tokens in COUNTED_AT:
+        held = plan.cache_bytes(tokens) / tokens
+        lines.append(f"| {tokens:,} | {plan.exact_token_bytes():,} | {held:,.0f} | {plan.ratio(tokens):.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
+def _provenance(plan: LatentPlan, network: Any) -> str:
+    known = plan.provenance
+    rows = {
+        "model": known.get("model", type(network).__name__),
+        "fingerprint of its projections": known.get("fingerprint", "not taken"),
+        "digest of the plan": plan.digest(),
+        "calibrated on": f"{', '.join(map(str, known.get('texts', [])))} ({known.get('tokens', 0):,} tokens)",
+        "hash of these tokens": known.get("text_sha256", "none"),
+        "loss that the fit predicted": f"{known.get('predicted_nats', float('nan')):.3g} nats per token",
+        "fitted with": ", ".join(f"{k} {v}" for k, v in sorted(known.get("versions", {}).items())),
+        "written with": f"fhopt {__version__}",
+    }
+    if "healing" in known:
+        rows["healed on"] = f"{known['healing'].get('tokens', 0):,} tokens"
+    return "## Where it comes from\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()) + "\n"

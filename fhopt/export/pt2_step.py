@@ -1,0 +1,206 @@
+"""`fhopt rewrite --format pt2`: a decode step that runs without fhopt, with latents as explicit state in and out.
+
+    step.pt2, seal.pt2              exported programs of torch operations alone: torch.export.load(...).module()
+    step-aot.pt2                    the step compiled by AOTInductor, attention on latents as a C++ op
+    fhopt_kernels.so                that op and its kernels: torch.ops.load_library before the first call
+    step.json                       the state: names, shapes, dtypes, and when a block is sealed
+    plan/                           the plan
+
+What the two programs take and give, and what the caller does in between, is said in fhopt/export/decode_step.py and in
+the folder's README.md. `seal` runs once in a block of tokens and is not compiled. The library and the compiled program
+are machine code for this kind of CPU: unlike a rewritten folder, load them only from those whom you trust. A process
+that has imported fhopt has the op already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fhopt.errors import FhoptError
+from fhopt.export.decode_step import Seal, Step, kernel_spec, unrounded
+from fhopt.export.kernel_library import compile_library
+from fhopt.export.step_attention import StateTensor
+from fhopt.files import appearing_folder
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.rewritten_folder import PLAN, describe_files
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.version import __version__
+
+DESCRIPTION = "step.json"
+VERSION = 1
+EXAMPLE_BLOCKS = 2  # of sealed tokens in example inputs: a size of 0 or 1 would become part of the graph
+_README = """# {name}: a decode step with latents as state
+
+`step.pt2` and `seal.pt2` need torch alone:
+
+```python
+import torch
+
+step, seal = (torch.export.load(f"{{name}}.pt2").module() for name in ("step", "seal"))
+```
+
+{compiled}`step(ids [1,1], counts [2], *state)` gives the logits of one new token, then its key and value for each
+attention. counts: how many open and how many sealed places of the state hold tokens. `step.json` lists the state.
+
+1. Write the new keys and values behind the open tokens (dimension 2, at counts[0]).
+2. When {sinks} + {recent} + {block} tokens are open, give places {sinks} to {last} of all open tensors to `seal`, write
+   what it gives behind the sealed rows (at counts[1]; make them longer when they are full), and move the open tokens
+   behind that block {block} places down.
+
+The plan keeps {ratio:.2f}x fewer bytes at 8,192 tokens: {token_bytes:,} bytes for a sealed token, exact {exact:,}.
+"""
+_COMPILED = """`step-aot.pt2` is the step compiled for this kind of CPU (machine code: load it only from those whom you
+trust):
+
+```python
+torch.ops.load_library("fhopt_kernels.so")  # not in a process that imports fhopt
+step = torch._inductor.aoti_load_package("step-aot.pt2")
+```
+
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A decode step as exported programs. `state`: the tensors of `Step`, in order."""
+
+    step: torch.export.ExportedProgram
+    seal: torch.export.ExportedProgram
+    state: tuple[StateTensor, ...]
+
+
+def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Exported:
+    """The step and seal programs of a causal language model for one sequence, a token at a time.
+
+    kernels: attention on sealed tokens is the op of C++ kernels. Raises FhoptError where there can be no such step.
+    """
+    step = Step(model, unrounded(plan), kernels).eval()
+    ids, counts, state = example_inputs(step)
+    sizes = dynamic_rows(step)
+    blocks = tuple(t.empty(0)[:, :, : plan.block].clone() for t in step.tensors if None not in t.shape)
+    with torch.no_grad():
+        try:
+            exported = torch.export.export(
+                step, (ids, counts, *state), dynamic_shapes=(None, None, sizes), strict=False
+            )
+        except Exception as error:  # the model's own code may do what export cannot follow
+            raise FhoptError(
+                f"{type(model).__name__} cannot be exported: {type(error).__name__}: {short(error)}. Expected a model "
+                "that torch.export takes."
+            ) from error
+        seal = torch.export.export(Seal(step), blocks, strict=False)
+    return Exported(exported, seal, tuple(step.tensors))
+
+
+def example_inputs(step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(ids, counts, state) to export a step with."""
+    rows = EXAMPLE_BLOCKS * step.plan.block
+    return (
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.tensor([step.plan.sinks, 0]),
+        [t.empty(rows) for t in step.tensors],
+    )
+
+
+def dynamic_rows(step: Step) -> tuple[dict[int, Any] | None, ...]:
+    """Which dimension of each tensor of the state grows: one size for all."""
+    rows = torch.export.Dim("rows", min=2)
+    return tuple({2: rows} if None in t.shape else None for t in step.tensors)
+
+
+def short(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or "no message").splitlines()[0][:200]
+
+
+def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: bool = True) -> Path:
+    """Write the module docstring's files to the folder `out`, whole or not at all. Returns it.
+
+    compiled: by AOTInductor, too, which takes minutes. An older folder of this kind is replaced. Raises FhoptError.
+    """
+    check_out(out, DESCRIPTION)
+    model = loaded.language_model()
+    with appearing_folder(out) as staging:
+        plain = export_step(model, plan)
+        for name in ("step", "seal"):
+            torch.export.save(getattr(plain, name), staging / f"{name}.pt2")
+        if compiled:
+            _write_compiled(model, plan, staging)
+        plan.save(staging / PLAN)
+        _describe(loaded, plan, plain.state, staging, compiled)
+    return out
+
+
+def check_out(out: Path, *descriptions: str) -> None:
+    """Raise FhoptError when `out` holds anything but an older export, which has one of the files `descriptions`."""
+    is_older = any((out / name).is_file() for name in descriptions)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_older)):
+        raise FhoptError(f"{out} exists and holds other things; expected a new folder or an older export.")
+
+
+def _write_compiled(model: nn.Module, plan: LatentPlan, staging: Path) -> None:
+    compile_program(export_step(model, plan, kernels=True).step, staging / "step-aot.pt2")
+    compile_library([kernel_spec(site) for site in plan.sites], staging / "fhopt_kernels.so")
+
+
+def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile a program by AOTInductor to a package. Raises FhoptError."""
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:  # inductor and the compiler raise many kinds
+        raise FhoptError(f"AOTInductor could not compile it: {short(error)}. Leave it out: --no-aot.") from error
+
+
+def describe_state(tensors: Sequence[StateTensor]) -> list[dict[str, Any]]:
+    """Tensors of a program's state or input, as a description has them."""
+    return [asdict(t) | {"dtype": str(t.dtype).removeprefix("torch.")} for t in tensors]
+
+
+def write_description(
+    staging: Path, name: str, version: int, loaded: LoadedModel, plan: LatentPlan, about: Mapping[str, Any]
+) -> None:
+    """Write the JSON file `name` of an export: what was exported by what, `about`, and the files that are there."""
+    names = [str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()]
+    common = {"version": version, "fhopt": __version__, "model": loaded.name, "plan": plan.digest()}
+    told = {**common, **about, "files": describe_files(staging, names)}
+    (staging / name).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+
+
+def _describe(
+    loaded: LoadedModel, plan: LatentPlan, state: Sequence[StateTensor], staging: Path, compiled: bool
+) -> None:
+    about = {
+        "torch": torch.__version__,
+        "sinks": plan.sinks,
+        "recent": plan.recent,
+        "block": plan.block,
+        "state": describe_state(state),
+    }
+    write_description(staging, DESCRIPTION, VERSION, loaded, plan, about)
+    text = _README.format(
+        name=loaded.name, compiled=_COMPILED if compiled else "", sinks=plan.sinks, recent=plan.recent,
+        block=plan.block, last=plan.sinks + plan.block, ratio=plan.ratio(), exact=plan.exact_token_bytes(),
+        token_bytes=sum(t.token_bytes for t in state),
+    )  # fmt: skip
+    (staging / "README.md").write_text(text)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `step.json` says. Raises FhoptError when it is absent, damaged or of another version."""
+    from fhopt.models.rewritten_folder import read_json
+
+    if not (folder / DESCRIPTION).is_file():
+        raise FhoptError(
+            f"{folder} has no {DESCRIPTION}; expected what `fhopt rewrite --format pt2` or `fhopt export` wrote."
+        )
+    about = read_json(folder, DESCRIPTION)
+    if about.get("version") != VERSION:
+        raise FhoptError(f"{folder} has version {about.get('version')}, this fhopt reads {VERSION}. Export it again.")
+    return about

@@ -1,0 +1,27 @@
+"""The mathematics of fitting: statistics, bases, allocation of bits, plans. No model, no data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fhopt.import_hook import lazily
+
+if TYPE_CHECKING:
+    from fhopt.fitting.allocation import Budget as Budget
+    from fhopt.fitting.allocation import Candidates as Candidates
+    from fhopt.fitting.allocation import check_options as check_options
+    from fhopt.fitting.fit_plan import fit as fit
+    from fhopt.plan.fingerprint import check_model as check_model
+    from fhopt.plan.fingerprint import fingerprint as fingerprint
+
+_WHERE = {
+    "fit": "fhopt.fitting.fit_plan",
+    "Budget": "fhopt.fitting.allocation",
+    "Candidates": "fhopt.fitting.allocation",
+    "check_options": "fhopt.fitting.allocation",
+    "check_model": "fhopt.plan.fingerprint",
+    "fingerprint": "fhopt.plan.fingerprint",
+}
+__getattr__ = lazily(__name__, _WHERE)
+
+__all__ = ["Budget", "Candidates", "check_model", "check_options", "fingerprint", "fit"]

@@ -1,0 +1,349 @@
+"""Allocation of bits to channels and layouts to sites under a budget of bytes (reverse water-filling)."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.fitting.bases import Basis
+from fhopt.hardware.this_cpu import find_device
+from fhopt.plan.site import AttentionSite
+from fhopt.plan.site_plan import LAYOUTS, SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
+from fhopt.plan.window import sealed_tokens
+
+# Of a unit Gaussian under its best uniform quantiser (Max 1960): distortion, and the step in standard deviations.
+DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.00009, 16: 0.0}
+STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+
+
+# Tokens are not Gaussian, and what is clipped costs more than what is rounded: measured on SmolLM2 by the effect on
+# the likelihood, per number of bits. At 8 bits the Gaussian's range makes clipping 20 times as dear as rounding.
+WIDER = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.2, 5: 1.3, 6: 1.4, 8: 2.0}
+STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
+BITS = (1, 2, 3, 4, 5, 6, 8, 16)
+GPU_BITS = (2, 4, 8)  # of one plane: nothing is read twice
+PLANE = 16  # bytes: for a GPU every tier of a row is a multiple of it, which is what a thread reads at once
+AUTO = "auto"
+ROUNDS = 4  # of choosing layouts at the price that the last choice led to
+
+
+# site -> layout -> bases of keys and values; "input" has one for both
+Candidates = dict[str, dict[str, tuple[Basis, ...]]]
+
+
+# --------------------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a cache may be: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted."""
+
+    ratio: float
+    sinks: int = 4
+    recent: int = 128
+    block: int = 64
+    window_bits: int = 8
+    tokens: int = 8192
+
+    def code_bits(self, sites: Iterable[AttentionSite]) -> int:
+        """Bits of codes and scales per sealed token. Raises FhoptError when every token is exact.
+
+        With cross attention, whose tokens are all sealed, that of the others is counted as if it were sealed as far.
+        """
+        plans = [_blank(site) for site in sites]
+        own = [p for p in plans if p.site.kind == "self"]
+        exact = sum(p.open_bytes() for p in own)
+        window = sum(p.open_bytes(self.window_bits) for p in own)
+        total = self.tokens * sum(p.open_bytes() for p in plans) / self.ratio
+        if not own:
+            return int(8 * total / self.tokens)
+        sealed = sealed_tokens(self.tokens, self.sinks, self.recent, self.block)
+        if sealed == 0:
+            raise FhoptError(
+                f"{self.tokens} tokens are all exact (sinks {self.sinks}, recent {self.recent}); expected a longer "
+                "context."
+            )
+        fixed = self.sinks * exact + (self.tokens - self.sinks - sealed) * window
+        return int(8 * (total - fixed) / (sealed if len(own) == len(plans) else self.tokens))
+
+
+def _blank(site: AttentionSite) -> SitePlan:
+    nothing = SidePlan(torch.zeros(1, 0, 0), torch.zeros(1, 0, 0), ())
+    return SitePlan(site, "identity", nothing, nothing)
+
+
+def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int], device: str | None = None) -> None:
+    """Raise FhoptError when the budget is below the least that each side of each site must get."""
+    asked, sides = budget.code_bits(sites), 2 * len(sites)
+    _check_reached(sides * (grain_of(bits, device).least + 8 * SCALE_BYTES), asked)
+
+
+def _check_reached(least: int, asked: int) -> None:
+    if least > asked:
+        raise FhoptError(
+            f"the size leaves {asked / 8:.0f} bytes for a sealed token, the least possible is {least / 8:.0f} (sinks "
+            "and window are counted). Lower the ratio, or make the plan for a longer context."
+        )
+
+
+def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | None = None) -> None:
+    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits, on a device if one is given."""
+    if not 1 <= ratio < 1000:
+        raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
+    if layout not in (AUTO, *LAYOUTS):
+        raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
+    if not bits or any(b not in BITS for b in bits):
+        raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, BITS))}.")
+    if not grain_of(bits, device).levels:
+        raise FhoptError(
+            f"bits {list(bits)} make no kernel for {device}; expected some of {', '.join(map(str, GPU_BITS))}, or no "
+            "device."
+        )
+
+
+# --------------------------------------------------------------------------------------------------- bits
+
+
+@dataclass(frozen=True)
+class Grain:
+    """How finely bits are given: numbers of bits in rising order, and the bytes of a plane, 0 where none are fixed."""
+
+    levels: tuple[int, ...]
+    plane: int
+
+    @property
+    def least(self) -> int:
+        """Bits of one latent head of a side that has the fewest."""
+        return 8 * self.plane or TIER_QUANTUM * min(self.levels)
+
+
+def grain_of(bits: Sequence[int], device: str | None) -> Grain:
+    """Chunks of any bits, or for a GPU whole planes of those that its kernels read well."""
+    if device is None or find_device(device).kind != "gpu":
+        return Grain(tuple(sorted(set(bits))), 0)
+    return Grain(tuple(b for b in GPU_BITS if b in bits), PLANE)
+
+
+@dataclass
+class Allocation:
+    """Bits per chunk of TIER_QUANTUM channels of each (site, side), the nats left, and what a bit was worth last."""
+
+    bits: dict[tuple[str, int], list[int]]
+    nats: float
+    price: float  # nats per bit
+
+
+class _Part(Protocol):
+    """What gets bits at once: amounts of them, rising from 0, over J latent heads, and the loss that each leaves."""
+
+    bits: list[int]
+    nats: list[float]
+
+    def chunks(self, n: int) -> list[int]:
+        """Bits of each chunk with `bits[n]` in all."""
+
+
+class _Chunk:
+    """One chunk, on any of the levels. unit: what one bit per channel takes."""
+
+    def __init__(self, costs: Mapping[int, float], unit: int) -> None:
+        self.levels = list(costs)
+        self.bits = [b * unit for b in self.levels]
+        self.nats = list(costs.values())
+
+    def chunks(self, n: int) -> list[int]:
+        """As above."""
+        return [self.levels[n]]
+
+
+class _Planes:
+    """A side whose tiers are whole planes: the least loss for every number of planes that are filled.
+
+    Chunks go into tiers in order of what dropping them costs. With the levels b that were gone through, the highest
+    first, least[p, u] is the loss of the first p chunks in u planes:
+    least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p), c chunks to a plane.
+    """
+
+    def __init__(self, costs: Mapping[int, Sequence[float]], groups: int, plane: int) -> None:
+        self.levels = sorted(set(costs) - {0}, reverse=True)
+        self.steps = [8 * plane // (TIER_QUANTUM * b) for b in self.levels]
+        count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last tier may reach past the last chunk
+        self.order = sorted(range(count), key=lambda i: -costs[0][i] if i < len(costs[0]) else 0.0)
+        sums = {b: self._sums(c, count) for b, c in costs.items()}
+        planes = count // self.steps[0]
+        least = torch.full((count + 1, planes + 1), torch.inf, dtype=torch.float64)
+        least[0, 0] = 0.0
+        self.least = [least]
+        for level, step in zip(self.levels, self.steps, strict=True):
+            least, total = least.clone(), sums[level]
+            for p in range(step, count + 1):
+                longer = least[p - step, :-1] + (total[p] - total[p - step])
+                least[p, 1:] = torch.minimum(least[p, 1:], longer)
+            self.least.append(least)
+        nats, self.ends = (least + (sums[0][-1] - sums[0]).unsqueeze(1)).min(0)
+        self.bits = [u * 8 * plane * groups for u in range(planes + 1)]
+        self.nats = nats.tolist()
+
+    def _sums(self, costs: Sequence[float], count: int) -> Tensor:
+        """Costs of the first p chunks in order, p from 0."""
+        ordered = [costs[i] if i < len(costs) else 0.0 for i in self.order]
+        return torch.tensor([0.0, *ordered], dtype=torch.float64).cumsum(0)
+
+    def chunks(self, n: int) -> list[int]:
+        """As above."""
+        bits, p, u = [0] * len(self.order), int(self.ends[n]), n
+        for at in reversed(range(len(self.levels))):
+            while self.least[at + 1][p, u] < self.least[at][p, u]:
+                for i in self.order[p - self.steps[at] : p]:
+                    bits[i] = self.levels[at]
+                p, u = p - self.steps[at], u - 1
+        return bits
+
+
+@dataclass
+class _Side:
+    """What a side costs, in the parts that get bits, and the bits of its scales per token."""
+
+    parts: Sequence[_Part]
+    fixed: int
+
+
+Sides = Mapping[tuple[str, str, int], _Side]  # by site, layout, and which of the layout's sides
+
+
+def candidate_sides(found: Candidates, grain: Grain) -> Sides:
+    """Collect the sides of every candidate layout, in chunks of `grain`."""
+    return {
+        (name, which, i): _side(basis, grain)
+        for name, table in found.items()
+        for which, pair in table.items()
+        for i, basis in enumerate(pair)
+    }
+
+
+def choose_layouts(found: Candidates, sides: Sides, budget: int, grain: Grain) -> tuple[dict[str, str], Allocation]:
+    """(layout of each site, bits): allocate, let layouts compete at the price of the last bit, repeat while it helps.
+
+    The first layouts of each site must fit the budget; others are taken only where the whole plan costs less.
+    """
+
+    def allocate(layouts: Mapping[str, str]) -> Allocation:
+        used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(found[n][w]))}
+        return _allocate(used, budget, fill=grain.plane > 0)
+
+    def cheapest(name: str, price: float) -> str:
+        worth = {
+            which: sum(_least(sides[name, which, i], price) for i in range(len(pair)))
+            for which, pair in found[name].items()
+        }
+        return min(worth, key=lambda w: worth[w])
+
+    chosen = {name: next(iter(table)) for name, table in found.items()}
+    allocation = allocate(chosen)
+    for _ in range(ROUNDS):
+        others = {name: cheapest(name, allocation.price) for name in found}
+        if others == chosen:
+            break
+        try:
+            other = allocate(others)
+        except FhoptError:  # layouts with more latent heads need more bytes at the least
+            break
+        if other.nats >= allocation.nats:
+            break
+        chosen, allocation = others, other
+    return chosen, allocation
+
+
+def _least(side: _Side, price: float) -> float:
+    """Least of nats plus what its bits are worth, for one side."""
+    best = (min(nats + price * b for nats, b in zip(p.nats, p.bits, strict=True)) for p in side.parts)
+    return sum(best) + price * side.fixed
+
+
+def chunk_costs(basis: Basis, levels: Sequence[int]) -> dict[int, list[float]]:
+    """Nats per token of each chunk with 0 bits and with each of `levels`: measured, or of a Gaussian."""
+    costs, tokens = {}, int(basis.tokens)
+    for b in (0, *levels):
+        per_channel = basis.variance * DISTORTION[b]
+        if tokens and b in basis.costs:
+            per_channel = basis.costs[b] / tokens
+        costs[b] = _per_chunk(0.5 * per_channel)
+    return costs
+
+
+def _side(basis: Basis, grain: Grain) -> _Side:
+    costs = chunk_costs(basis, grain.levels)
+    fixed, unit = 8 * SCALE_BYTES * basis.groups, TIER_QUANTUM * basis.groups
+    if grain.plane:
+        return _Side([_Planes(costs, basis.groups, grain.plane)], fixed)
+    return _Side([_Chunk({b: c[i] for b, c in costs.items()}, unit) for i in range(len(costs[0]))], fixed)
+
+
+def _per_chunk(per_channel: Tensor) -> list[float]:
+    """[J, R] -> sums over latent heads and over each chunk of TIER_QUANTUM channels."""
+    total = per_channel.sum(0)
+    padded = torch.nn.functional.pad(total, (0, -len(total) % TIER_QUANTUM))
+    return [float(c) for c in padded.unflatten(0, (-1, TIER_QUANTUM)).sum(1)]
+
+
+_At = tuple[tuple[str, int], int]  # (site, side), part
+
+
+def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, fill: bool) -> Allocation:
+    """Bits per chunk: always the largest fall of loss per bit. fill: use up what is left of the budget then."""
+    parts: dict[_At, _Part] = {(key, i): part for key, side in sides.items() for i, part in enumerate(side.parts)}
+    now = {at: int(at[1] == 0) for at in parts}  # every side keeps the least: a latent of no channels is no latent
+    used = sum(side.fixed for side in sides.values()) + sum(parts[at].bits[n] for at, n in now.items())
+    _check_reached(used, budget)
+    heap: list[tuple[float, _At, int]] = []
+
+    def push(at: _At) -> None:
+        if gains := _gains(parts[at], now[at]):
+            gain, n = max(gains)
+            heapq.heappush(heap, (-gain, at, n))
+
+    for at in parts:
+        push(at)
+    price = 0.0
+    while heap:
+        gain, at, n = heapq.heappop(heap)
+        more = parts[at].bits[n] - parts[at].bits[now[at]]
+        if gain < 0 and used + more <= budget:
+            used += more
+            now[at] = n
+            price = -gain
+            push(at)
+    if fill:
+        _fill(parts, now, budget - used)
+    nats = sum(part.nats[now[at]] for at, part in parts.items())
+    bits: dict[tuple[str, int], list[int]] = {key: [] for key in sides}
+    for (key, i), part in parts.items():
+        bits[key] += part.chunks(now[key, i])
+    return Allocation(bits, nats, price)
+
+
+def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, int]]:
+    """(fall of loss per bit, which) of all larger amounts for which there is room."""
+    nats, bits = part.nats[now], part.bits[now]
+    return [
+        ((nats - part.nats[n]) / (part.bits[n] - bits), n)
+        for n in range(now + 1, len(part.bits))
+        if part.bits[n] - bits <= room
+    ]
+
+
+def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: int) -> None:
+    """Give what is left, less than the next step of any part that is worth it, to where it helps most."""
+    while gains := [(*max(found), at) for at in parts if (found := _gains(parts[at], now[at], room))]:
+        gain, n, at = max(gains)
+        if gain <= 0:
+            return
+        room -= parts[at].bits[n] - parts[at].bits[now[at]]
+        now[at] = n

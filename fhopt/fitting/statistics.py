@@ -1,0 +1,83 @@
+"""Statistics that calibration gives: second moments of keys and values, metrics of their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fhopt.plan.site import AttentionSite
+
+MIX_LIMIT = 1024  # widest real space (heads x channels) that one basis mixes
+PLAIN_LIMIT = 2048  # the same for keys that do not rotate, where the layout `input` may halve the cache without loss
+
+
+def latent_groups(site: AttentionSite) -> int:
+    """J: as few latent heads as keep the mixed space within the limit."""
+    dim, limit = max(site.key_dim, site.value_dim), PLAIN_LIMIT if site.rope is None else MIX_LIMIT
+    return next(
+        j
+        for j in range(1, site.kv_heads + 1)
+        if (site.kv_heads % j == 0 and site.kv_heads // j * dim <= limit) or j == site.kv_heads
+    )
+
+
+def joined(x: Tensor, groups: int) -> Tensor:
+    """x [B,G,T,D] -> [J, B, T, n*D]: the n = G/J heads of a latent head side by side, as `ops.encode` reads them."""
+    b, g, t, d = x.shape
+    return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)
+
+
+# --------------------------------------------------------------------------------------------------- moments
+
+
+def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics]:
+    """Statistics with nothing in them, by site name."""
+    out = {}
+    for site in sites:
+        groups = latent_groups(site)
+        sides = []
+        for dim in (site.key_dim, site.value_dim):
+            width = site.kv_heads // groups * dim
+            zero = torch.zeros(groups, width, width, dtype=torch.float64)
+            sides.append(SideStatistics(groups, zero, zero.clone()))
+        out[site.name] = SiteStatistics(site, sides[0], sides[1])
+        if site.rope is None and groups == 1:
+            cross = torch.zeros(site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, dtype=torch.float64)
+            out[site.name].cross, out[site.name].cross_metric = cross, cross.clone()
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass
+class SideStatistics:
+    """Streamed second moments of one side (keys or values) of one site, float64, summed over tokens.
+
+    `moment` [J, c, c], c = n*D: x x^T of the n = G/J kv heads of a latent head, side by side, as a cache would hold
+    them (keys with norm and rotation). `metric` [J, c, c]: g g^T, where g is the gradient of a sampled label's
+    log-likelihood with respect to x, so `metric / count` is the Fisher information: what a unit of error costs.
+    """
+
+    groups: int  # J
+    moment: Tensor
+    metric: Tensor
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+
+@dataclass
+class SiteStatistics:
+    """Second moments of the keys and values of one site.
+
+    `cross` and `cross_metric` [G*D, G*E] are the sums of k v^T and of their gradients' product, kept where keys and
+    values may be maps of one narrower input (no rotation), else None.
+    """
+
+    site: AttentionSite
+    key: SideStatistics
+    value: SideStatistics
+    cross: Tensor | None = None
+    cross_metric: Tensor | None = None

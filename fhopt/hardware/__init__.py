@@ -1,0 +1,1 @@
+"""Devices, the cost model, and which kernel runs where."""

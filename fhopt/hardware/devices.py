@@ -1,0 +1,83 @@
+"""Devices that the cost model knows: bandwidth, arithmetic, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fhopt.errors import FhoptError
+
+# --------------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak figures of one device, dense (without sparsity). `kind` is "gpu" or "cpu"."""
+
+    name: str
+    kind: str
+    bandwidth_gb_s: float
+    matrix_tflops: float  # multiply-adds of 16-bit numbers, two operations each
+    vector_tflops: float  # the same of float32; conversions of codes run here too
+    memory_gb: float
+
+    def roofline(self, size: Any, operations: Any, conversions: Any, itemsize: int) -> tuple[Any, Any]:
+        """Seconds for `size` bytes and seconds for the arithmetic, of numbers or of expressions."""
+        throughput = self.matrix_tflops if itemsize == 2 else self.vector_tflops
+        arithmetic = operations / round(1e12 * throughput) + conversions / round(1e12 * self.vector_tflops)
+        return size / round(1e9 * self.bandwidth_gb_s), arithmetic
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100", "gpu", 3350, 989.4, 66.9, 80),  # NVIDIA H100 SXM5 data sheet
+        Device("h200", "gpu", 4800, 989.4, 66.9, 141),  # NVIDIA H200 SXM data sheet
+        Device("a100-80", "gpu", 2039, 312, 19.5, 80),  # NVIDIA A100 80GB SXM data sheet
+        Device("a10", "gpu", 600, 125, 31.2, 24),  # NVIDIA A10 data sheet
+        Device("l4", "gpu", 300, 121, 30.3, 24),  # NVIDIA L4 data sheet, half of its figures with sparsity
+        Device("4090", "gpu", 1008, 165.2, 82.6, 24),  # NVIDIA Ada architecture white paper, float32 accumulation
+        Device("b200", "gpu", 8000, 2250, 75, 180),  # NVIDIA HGX B200 data sheet, an eighth of the board
+        Device("mi300x", "gpu", 5300, 1307.4, 163.4, 192),  # AMD Instinct MI300X data sheet
+        Device("edge", "gpu", 204.8, 42.5, 5.3, 64),  # NVIDIA Jetson AGX Orin 64GB technical brief; half of dense int8
+        Device("cpu", "cpu", 25, 0.235, 0.118, 384),  # one thread, measured: AMD Zen 4 with AVX-512 and bf16
+    )
+}
+SOCKET_GB_S = 460.8  # twelve channels of DDR5-4800: more threads than fill them read no faster
+
+
+def find_device(name: str) -> Device:
+    """The device called `name`; "cpu:16" is a CPU with 16 threads. Raises FhoptError, listing the names."""
+    base, _, threads = name.partition(":")
+    device = DEVICES.get(base)
+    if device is None or (threads and (device.kind != "cpu" or not threads.isdecimal() or int(threads) < 1)):
+        raise FhoptError(
+            f"device {name!r} is unknown; expected one of {', '.join(DEVICES)}, cpu:THREADS, or "
+            "here (this machine's CPU, measured; here:THREADS)."
+        )
+    if not threads:
+        return device
+    count = int(threads)
+    return replace(
+        device,
+        name=name,
+        bandwidth_gb_s=min(count * device.bandwidth_gb_s, SOCKET_GB_S),
+        matrix_tflops=count * device.matrix_tflops,
+        vector_tflops=count * device.vector_tflops,
+    )
+
+
+def layout_time(
+    device: Device, heads: int, latent_heads: int, key_width: int, value_width: int, row_bytes: float, tokens: int,
+    *, itemsize: int = 2, shared: bool = False,
+) -> float:  # fmt: skip
+    """Seconds in which `heads` query heads read `tokens` latents of one sequence, for choosing between layouts.
+
+    key_width and value_width (R_K, R_V) and row_bytes (codes and scales of both) are of one token in one latent head.
+    Queries and uncoded latents have `itemsize` bytes a number; smaller rows are unpacked first. `shared` rows serve
+    keys and values alike, R_K = R_V: row_bytes has them once, and they are unpacked once.
+    """
+    row = key_width if shared else key_width + value_width
+    conversions = latent_heads * row if row_bytes < itemsize * row else 0
+    size, operations = latent_heads * row_bytes, 2 * heads * (key_width + value_width)
+    return max(device.roofline(tokens * size, tokens * operations, tokens * conversions, itemsize))

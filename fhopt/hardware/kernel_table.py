@@ -1,0 +1,341 @@
+"""`fhopt kernels`: the generated files of a plan's attention on latents, and what each needs on a device.
+
+    kernel = (KernelSpec, H, J)     one file for each spec; one row of the table for each kernel
+
+Bytes, operations and the roofline are those of the work "latents" in cost.py: sealed tokens alone, without the open
+window, the bases and the weights. Registers, shared memory and instructions are read from compiled machine code, which
+needs no GPU. For a CPU there are C++ files, and nothing to read.
+
+Letters: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a latent
+head).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fhopt.codegen.build import render
+from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu.gpus import find_gpu
+from fhopt.codegen.gpu.resources import Occupancy, triton_version
+from fhopt.codegen.gpu.tuning import Choice, choose_each
+from fhopt.errors import FhoptError
+from fhopt.files import check_folder, check_writable, write_folder
+from fhopt.hardware.cost_model import BATCH, ITEMSIZES, QUERIES, SEALED, Cost, Work, site_cost
+from fhopt.hardware.devices import Device
+from fhopt.hardware.this_cpu import find_device
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SitePlan
+
+TABLE_FILES = ("kernels.md", "kernels.json")
+MOST_NAMES = 3  # of sites in a cell
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fhopt kernels` is asked for.
+
+    candidates: configurations to compile of a kernel whose default does not fit; 0: all, of every kernel.
+    """
+
+    device: str
+    batch: int = 1
+    queries: int = 1
+    tokens: int = 32_768
+    dtype: str = "bfloat16"
+    candidates: int = 4
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A configuration that does not fit the device."""
+
+    config: Config
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the chosen configuration of a kernel needs; see `Resources` and `Verdict` of codegen."""
+
+    config: Config
+    registers: int
+    spilled: int
+    shared: int
+    occupancy: Occupancy
+    bytes_ahead: int
+    token_instructions: float
+    tensor_cores: dict[str, int]
+    loop_reads: dict[str, int]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel: its file, the sites that run it, what they cost, and what it needs.
+
+    bytes_per_token, operations_per_token: of one cached token at one site, for all its heads and `queries` queries.
+    roofline_seconds: of one step at one site behind `tokens` cached tokens. compiled: None on a CPU, and where no
+    configuration fits.
+    """
+
+    file: str
+    sites: tuple[str, ...]
+    heads: int
+    latent_heads: tuple[int, int]  # of keys and of values
+    rows: int  # M
+    bytes_per_token: int
+    operations_per_token: int
+    roofline_seconds: float
+    bound: str
+    compiled: Compiled | None
+    rejected: tuple[Rejected, ...]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The table of a plan on a device, and the files by name."""
+
+    options: Options
+    triton: str  # version; empty on a CPU
+    rows: tuple[KernelRow, ...]
+    files: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the text of the files."""
+        kernels = [asdict(row) for row in self.rows]
+        return asdict(self.options) | {"triton": self.triton, "kernels": kernels, "files": sorted(self.files)}
+
+
+Kernel = tuple[KernelSpec, int, int, int]  # the spec, H, J of keys and of values
+
+
+# --------------------------------------------------------------------------------------------------- making them
+
+
+def write_kernels(
+    plan: LatentPlan, out: Path, options: Options, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Kernels:
+    """Write the kernels of `plan` and their table into the folder `out`, whole or not at all. Raises FhoptError."""
+    device = find_device(options.device)
+    if device.kind == "gpu":
+        triton_version()  # refuses early where there is none
+    found = kernels_of(plan, options.dtype)
+    files = {_file(kernel[0], device): kernel[0] for kernel in found}
+    check_folder(out, (*files, *TABLE_FILES))
+    check_writable(out.parent)
+    choices = _choices(list(found), device, options, progress)
+    rows = tuple(_row(kernel, found[kernel], choices[kernel], plan, device, options) for kernel in found)
+    version = triton_version() if device.kind == "gpu" else ""
+    texts = {name: render(spec, "triton" if device.kind == "gpu" else "cpp") for name, spec in files.items()}
+    made = Kernels(options, version, rows, texts)
+    tables = dict(zip(TABLE_FILES, (markdown(made), json.dumps(made.as_json(), indent=1) + "\n"), strict=True))
+    write_folder(out, {name: text.encode() for name, text in (texts | tables).items()})
+    return made
+
+
+def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
+    """The sites that run each kernel. Raises FhoptError where no site has latents."""
+    found: dict[Kernel, list[SitePlan]] = {}
+    for site in plan.sites:
+        if _latents(site, dtype) is None:
+            continue
+        kernel = KernelSpec.of(site, dtype), site.site.heads, site.key.groups, site.value.groups
+        found.setdefault(kernel, []).append(site)
+    if not found:
+        raise FhoptError(
+            f"none of the plan's {len(plan.sites)} sites keeps latents; there is no kernel to write. Fit a plan with a "
+            "ratio above 1."
+        )
+    return found
+
+
+def _latents(site: SitePlan, dtype: str) -> Work | None:
+    """The work of a site's sealed tokens; None where it has none, as with a sliding window."""
+    works = site_cost(site.site, site, itemsize=ITEMSIZES[dtype]).works
+    return next((work for work in works if work.name == "latents"), None)
+
+
+def _file(spec: KernelSpec, device: Device) -> str:
+    return f"{spec.name}.{'py' if device.kind == 'gpu' else 'cpp'}"
+
+
+def _choices(
+    kernels: Sequence[Kernel], device: Device, options: Options, progress: Callable[[str, int, int], None]
+) -> dict[Kernel, Choice]:
+    """The configuration of each kernel; none on a CPU."""
+    if device.kind != "gpu":
+        return dict.fromkeys(kernels, Choice(None, ()))
+    found = dict[Kernel, Choice]()
+    for stage, most in (("compile", min(1, options.candidates)), ("compile more", options.candidates)):
+        left = [kernel for kernel in kernels if kernel not in found or found[kernel].best is None]
+        asked = [(kernel[0], _tile_rows(kernel, options)) for kernel in left]
+        choices = choose_each(asked, find_gpu(device.name), most, functools.partial(progress, stage))
+        found |= dict(zip(left, choices, strict=True))
+    return found
+
+
+def _tile_rows(kernel: Kernel, options: Options) -> int:
+    """M."""
+    _, heads, key_heads, value_heads = kernel
+    return gcd(heads // key_heads, heads // value_heads) * options.queries
+
+
+def _row(
+    kernel: Kernel, sites: list[SitePlan], choice: Choice, plan: LatentPlan, device: Device, options: Options
+) -> KernelRow:
+    spec, heads, key_heads, value_heads = kernel
+    work = _latents(sites[0], options.dtype)
+    assert work is not None
+    cost = Cost((work,), ITEMSIZES[options.dtype], plan.sinks + plan.recent + plan.block // 2)
+    figures = cost.on(device, options.tokens, options.batch, options.queries)
+    one = {SEALED: 1, BATCH: 1, QUERIES: options.queries}
+    return KernelRow(
+        file=_file(spec, device),
+        sites=tuple(site.site.name for site in sites),
+        heads=heads,
+        latent_heads=(key_heads, value_heads),
+        rows=_tile_rows(kernel, options),
+        bytes_per_token=int(cost.bytes.subs(one)),
+        operations_per_token=int(cost.operations.subs(one)),
+        roofline_seconds=figures.attention_seconds,
+        bound=figures.bound,
+        compiled=_compiled(choice),
+        rejected=tuple(Rejected(v.config, v.reason) for v in choice.verdicts if v.reason),
+    )
+
+
+def _compiled(choice: Choice) -> Compiled | None:
+    best = choice.best
+    if best is None or best.occupancy is None:
+        return None
+    found = best.resources
+    return Compiled(
+        best.config, found.registers, found.spilled, found.shared, best.occupancy, best.bytes_ahead,
+        best.token_instructions, dict(found.tensor_cores), dict(found.loop_reads),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- showing them
+
+
+def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
+    """The table in words: its head and its rows."""
+    head = [
+        "file",
+        "sites",
+        "H",
+        "J",
+        "bytes/token",
+        "operations/token",
+        f"roofline at {made.options.tokens:,}",
+        "bound by",
+    ]
+    rows = [_figures(row) for row in made.rows]
+    if made.triton:
+        head += [
+            "registers",
+            "spilled",
+            "shared",
+            "warps resident",
+            "instructions/token",
+            "reads of a thread",
+            "tensor cores",
+        ]
+        head += ["configuration", "rejected"]
+        rows = [cells + _needs(row) for cells, row in zip(rows, made.rows, strict=True)]
+    return head, rows
+
+
+def _figures(row: KernelRow) -> list[str]:
+    names = ", ".join(row.sites[:MOST_NAMES])
+    more = f" and {len(row.sites) - MOST_NAMES} more" if len(row.sites) > MOST_NAMES else ""
+    key, value = row.latent_heads
+    return [
+        row.file, names + more, str(row.heads), str(key) if key == value else f"{key}, {value}",
+        f"{row.bytes_per_token:,}", f"{row.operations_per_token:,}", f"{1e6 * row.roofline_seconds:.3g} µs", row.bound,
+    ]  # fmt: skip
+
+
+def _needs(row: KernelRow) -> list[str]:
+    found = row.compiled
+    if found is None:
+        return ["-", "-", "-", "-", "-", "-", "-", "none fits", str(len(row.rejected))]
+    cores = ", ".join(f"{count} {kind}" for kind, count in found.tensor_cores.items()) or "none"
+    reads = ", ".join(f"{count} x {size} B" for size, count in found.loop_reads.items()) or "none"
+    held = f"{found.occupancy.warps} ({found.occupancy.share:.0%}, {found.occupancy.limit})"
+    return [
+        str(found.registers), f"{found.spilled} B", f"{found.shared:,} B", held,
+        f"{found.token_instructions:.3g}", reads, cores, words(found.config), str(len(row.rejected)),
+    ]  # fmt: skip
+
+
+def words(config: Config) -> str:
+    """A configuration in a few words."""
+    return f"{config.block_t} x {config.block_m}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+def _rejections(made: Kernels) -> list[tuple[str, str, str]]:
+    """(file, configuration, reason) of each."""
+    return [(row.file, words(x.config), x.reason) for row in made.rows for x in row.rejected]
+
+
+def _about(made: Kernels) -> str:
+    chosen = made.options
+    return f"{chosen.device}, batch {chosen.batch}, queries {chosen.queries}, {chosen.dtype}"
+
+
+def table(made: Kernels) -> Table:
+    """For a terminal: a kernel below the other, since there is more to say of each than a line holds."""
+    head, rows = cells(made)
+    shown = Table(title=f"Attention on latents: {_about(made)}", title_justify="left", show_header=False)
+    shown.add_column(no_wrap=True)
+    shown.add_column(overflow="fold")
+    for row in rows:
+        for name, cell in zip(head, row, strict=True):
+            shown.add_row(name, cell)
+        shown.add_section()
+    return shown
+
+
+def rejected_table(made: Kernels) -> Table:
+    """Configurations that do not fit the device."""
+    shown = Table(title="Rejected", title_justify="left")
+    for name in ("file", "configuration", "reason"):
+        shown.add_column(name, overflow="fold")
+    for row in _rejections(made):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(made: Kernels) -> str:
+    """`kernels.md`."""
+    lines = [
+        f"# Attention on latents: {_about(made)}",
+        "",
+        "Bytes and operations: of one cached token at one site. Roofline: one step at one site by the peak figures of "
+        "the device, a bound.",
+    ]
+    if made.triton:
+        lines.append(
+            f"Registers of a thread, shared memory of a block, instructions: as Triton {made.triton} compiled them. "
+            "Instructions: of warps, for one cached token in one latent head. Reads: of global memory, in a round of "
+            "the loop. Configuration: tokens x query rows of a tile."
+        )
+    lines += ["", *_markdown_table(*cells(made))]
+    if rejected := _rejections(made):
+        lines += ["", "## Rejected", "", *_markdown_table(["file", "configuration", "reason"], rejected)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    clean = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(row)} |" for row in clean]

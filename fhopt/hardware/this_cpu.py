@@ -1,0 +1,164 @@
+"""What this machine's CPU can do, measured once: the device called "here" in every command.
+
+    read      sum of a vector that no cache holds         bytes read / seconds
+    copy      one such vector to another                  bytes read and written / seconds
+    float32   product of two square matrices by torch     operations / seconds
+    bfloat16  the same
+
+Each is the best of a few seconds' runs: the machine may be busy, never faster than it is. Figures are kept in the
+kernels' cache folder (FHOPT_CACHE_DIR), one file for each CPU, version of torch and number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.files import appearing
+from fhopt.hardware import devices
+from fhopt.hardware.devices import Device
+from fhopt.system import cache_folder, cores, make_private
+
+NAME = "here"
+VECTOR = 1 << 26  # float32 numbers: 256 MB, more than caches hold
+SIDE = 1536  # of square matrices: they stay in the second-level cache, and take some milliseconds
+SECONDS = 0.6  # of each measurement
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rates of `threads` threads. GB/s are 10^9 bytes, TFLOP/s 10^12 operations, two for a multiply-add."""
+
+    cpu: str
+    threads: int
+    read_gb_s: float
+    copy_gb_s: float
+    float32_tflops: float
+    bfloat16_tflops: float
+    memory_gb: float
+
+    @property
+    def device(self) -> Device:
+        """As the cost model sees it."""
+        name = f"{NAME}:{self.threads}"
+        matrix = max(self.bfloat16_tflops, self.float32_tflops)
+        return Device(name, "cpu", self.read_gb_s, matrix, self.float32_tflops, self.memory_gb)
+
+
+def find_device(name: str) -> Device:
+    """`cost.find_device`, and "here" or "here:THREADS": this CPU, measured at the first use. Raises FhoptError."""
+    base, _, threads = name.partition(":")
+    if base != NAME:
+        return devices.find_device(name)
+    if threads and not (threads.isdecimal() and 1 <= int(threads) <= cores()):
+        raise FhoptError(f"device {name!r} is unknown; expected {NAME}:THREADS with 1 to {cores()} threads.")
+    return measured(int(threads) if threads else torch.get_num_threads()).device
+
+
+@functools.cache
+def measured(threads: int) -> Measured:
+    """The figures of this CPU from the cache folder; measured, in some 3 seconds, when they are not there."""
+    path = cache_folder() / f"machine-{_digest(threads)}.json"
+    try:
+        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):  # not there, damaged, or of another version
+        return measure(threads)
+
+
+def measure(threads: int) -> Measured:
+    """Measure, and keep the figures where the cache folder can be written."""
+    found = Measured(
+        cpu=cpu_name(),
+        threads=threads,
+        read_gb_s=round(measure_read(threads), 1),
+        copy_gb_s=round(measure_copy(threads), 1),
+        float32_tflops=round(measure_products(threads, torch.float32), 3),
+        bfloat16_tflops=round(measure_products(threads, torch.bfloat16), 3),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+    )
+    path = cache_folder() / f"machine-{_digest(threads)}.json"
+    try:
+        make_private(path.parent)
+        with appearing(path) as target:
+            target.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+    except OSError:
+        pass  # measured again next time
+    measured.cache_clear()
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- measurements
+
+
+def measure_read(threads: int) -> float:
+    """GB/s of reading memory once."""
+    x = torch.ones(VECTOR)
+    return _size(x) / _shortest(threads, lambda: x.sum()) / 1e9
+
+
+def measure_copy(threads: int) -> float:
+    """GB/s of copying memory: bytes read and bytes written."""
+    x, y = torch.ones(VECTOR), torch.zeros(VECTOR)
+    return 2 * _size(x) / _shortest(threads, lambda: y.copy_(x)) / 1e9
+
+
+def measure_products(threads: int, dtype: torch.dtype) -> float:
+    """TFLOP/s of a product of matrices."""
+    x, y = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
+    return 2 * SIDE**3 / _shortest(threads, lambda: torch.mm(x, y)) / 1e12
+
+
+def _size(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _shortest(threads: int, call: Callable[[], object]) -> float:
+    """Seconds of the fastest call of those that fit into SECONDS; five at least."""
+    taken: list[float] = []
+    with _threads(threads):
+        call()
+        end = time.perf_counter() + SECONDS
+        while len(taken) < 5 or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------------- which machine
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _digest(threads: int) -> str:
+    about = (cpu_name(), platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__, cores())
+    return hashlib.sha256(repr((*about, threads)).encode()).hexdigest()[:12]

@@ -1,0 +1,256 @@
+"""`apply` makes a transformers model use latents by itself; `unapply` takes it back.
+
+Only transformers' own seams are used: the attention implementation registry, the cache class, and a forward hook that
+puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched: a
+model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention/interface.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.models.model_facts import cache_argument, encoder_path, implementations, is_inside, text_key, uses_interface
+from fhopt.parallel.offloaded_weights import Weights
+from fhopt.parallel.tensor_parallel import local_plan
+from fhopt.plan.fingerprint import check_model
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SitePlan
+
+IMPLEMENTATION = "fhopt"
+
+
+@dataclass
+class _Applied:
+    given: LatentPlan
+    plan: LatentPlan  # this process's part of it, where the model is spread over several
+    hook: Any
+    before: dict[str, str]  # attention implementation of each part of the configuration
+    layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
+    cache: str  # what the model's forward calls the cache
+    parameters: tuple[str, ...]  # of the model's forward
+    interface: bool  # attention is asked for by the interface, and nothing before it needs keys of full length
+    reader: Any  # of the caches of this model
+    config: Any  # of the model
+
+
+def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
+    """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
+
+    `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
+    of an encoder are left alone: nothing of them is cached. Where the model's heads are spread over processes
+    (fhopt/parallel/tensor_parallel.py), all of them must call this with the same plan. Raises FhoptError when the model
+    is of another kind, not the one that the plan was fitted for, or spread in a way that the plan cannot follow.
+    """
+    import fhopt.codegen
+    from fhopt.attention.interface import Reader
+    from fhopt.plan.layer_index import cached_sites, layer_indices
+
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        raise FhoptError(
+            f"{type(model).__name__} is not a transformers model; expected one with a cache. For any other module use "
+            'torch.compile(model, backend="flashhead", options={"plan": plan}).'
+        )
+    network: Any = model  # a transformers model; torch types its attributes as tensors or modules
+    given, weights = plan, Weights(model)
+    if weights.absent:
+        raise FhoptError(
+            f"{weights.absent[0]} of {type(model).__name__} is on the meta device: it has no numbers. Load the weights "
+            "first, with device_map where they are more than one device holds."
+        )
+    check_model(plan, weights, type(model).__name__)
+    plan = local_plan(model, plan)
+    encoder = encoder_path(model)
+    sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
+    modules = {site.name: _module(model, site.name) for site in sites}
+    layers: dict[str, int] = {}
+    for kind in ("self", "cross"):
+        by_name = layer_indices([s for s in sites if s.kind == kind])
+        layers |= {name: int(getattr(modules[name], "layer_idx", index)) for name, index in by_name.items()}
+        cached_sites(plan, kind, layers)
+    register()
+    unapply(model)
+    before = implementations(network.config)
+    interface = all(map(uses_interface, modules.values()))
+    if interface:
+        network.set_attn_implementation(before | {text_key(network.config): IMPLEMENTATION})
+    hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    network._fhopt_applied = _Applied(
+        given, plan, hook, before, layers, cache_argument(model), parameters,
+        interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
+    )  # fmt: skip
+    fhopt.codegen.install()
+    fhopt.codegen.expect(_kernels(network, [p for p in plan.sites if p.site in sites and not p.is_exact]))
+    return model
+
+
+def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:
+    """What the latents of sites are read by on a CPU; none where the model is elsewhere."""
+    weight = next(model.parameters(), None)
+    if weight is None or weight.device.type != "cpu":
+        return set()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {KernelSpec.of(s, "float32" if s.key.tiers and s.value.tiers else dtype) for s in sites}
+
+
+def unapply(model: torch.nn.Module) -> torch.nn.Module:
+    """Take `apply` back; a model without it is left as it is. Returns the model."""
+    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    if applied is not None:
+        applied.hook.remove()
+        network: Any = model
+        applied.reader.active = False
+        if _uses_latents(network.config):
+            network.set_attn_implementation(applied.before)
+        del network._fhopt_applied
+    return model
+
+
+@contextmanager
+def attended_by(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the model attends by `attention`, known to transformers as `name`; no mask is made, no plan applied."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    unapply(model)
+    before = model.config._attn_implementation
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    try:
+        return model.get_submodule(name.partition("#")[0])
+    except AttributeError as error:
+        raise FhoptError(
+            f"the plan names {name}, which {type(model).__name__} does not have. Fit a plan for it."
+        ) from error
+
+
+def _uses_latents(config: Any) -> bool:
+    return bool(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
+
+
+def register() -> None:
+    """Make `fhopt.attention.latent_attention` known to transformers as IMPLEMENTATION."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    from fhopt.attention.interface import latent_attention
+
+    AttentionInterface.register(IMPLEMENTATION, latent_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it padding would be ignored
+
+
+# --------------------------------------------------------------------------------------------------- caches
+
+
+def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: a latent cache in place of none; an ordinary cache that is still empty gets latent layers.
+
+    Raises FhoptError for a latent cache of another model.
+    """
+    applied: _Applied = model._fhopt_applied  # type: ignore[assignment]
+    applied.reader.active = applied.interface and _uses_latents(applied.config)
+    named = {**dict(zip(applied.parameters, args, strict=False)), **kwargs}
+    given = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
+    if given is not None:
+        _convert(given, applied)
+        return args, kwargs
+    wanted = named.get("use_cache")
+    if wanted is None:
+        wanted = getattr(applied.config.get_text_config(decoder=True), "use_cache", True) and not model.training
+    if wanted:
+        kwargs = {**kwargs, applied.cache: latent_cache(model)}
+    return args, kwargs
+
+
+def site_layers(model: torch.nn.Module) -> dict[str, int]:
+    """Index of the layer of each site that a cache of `model` has. Raises FhoptError when no plan is applied."""
+    return dict(_applied(model).layers)
+
+
+def held_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
+    """What a cache of `model` keeps by `plan`: this process's part of it where the model is spread over several."""
+    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    return applied.plan if applied is not None and applied.given is plan else local_plan(model, plan)
+
+
+def applied_plan(model: torch.nn.Module) -> LatentPlan:
+    """The plan that is applied to `model`; of a model that is spread over processes, this process's part of it.
+
+    Raises FhoptError when none is.
+    """
+    return _applied(model).plan
+
+
+def _applied(model: torch.nn.Module) -> _Applied:
+    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    if applied is None:
+        raise FhoptError(f"no plan is applied to {type(model).__name__}. Call fhopt.apply(model, plan) first.")
+    return applied
+
+
+def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
+    """An empty cache for a model with a plan applied; options as of `LatentCache`. Raises FhoptError without a plan."""
+    from fhopt.cache.latent_cache import LatentCache, encoder_decoder_cache
+
+    applied, network = _applied(model), cast(Any, model)
+    make = encoder_decoder_cache if network.config.is_encoder_decoder else LatentCache
+    cache = make(applied.plan, network.config, layers=applied.layers, **options)
+    _convert(cache, applied)
+    return cache
+
+
+def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
+    """Give an ordinary cache that is still empty latent layers; the caller keeps its object."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+
+    from fhopt.cache.latent_cache import LatentCache
+    from fhopt.cache.layer_map import LATENT_LAYERS, latent_layers, plain_layers
+
+    if isinstance(cache, EncoderDecoderCache):
+        _convert(cache.self_attention_cache, applied)
+        return _convert(cache.cross_attention_cache, applied, "cross")
+    if isinstance(cache, LatentCache):
+        _check_plan(cache.plan, applied.plan)
+    elif not any(isinstance(layer, LATENT_LAYERS) for layer in cache.layers):
+        started = any(getattr(x, "is_initialized", False) for x in cache.layers) and int(cache.get_seq_length())
+        if type(cache) not in (DynamicCache, StaticCache) or started:
+            return None
+        plain = cache.layers or plain_layers(applied.config)
+        cache.layers = latent_layers(applied.plan, plain, kind=kind, layers=applied.layers)
+        cache.layer_class_to_replicate = None
+    for layer in cache.layers:
+        if isinstance(layer, LATENT_LAYERS):
+            layer.reader = applied.reader
+    return None
+
+
+def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
+    """Raise FhoptError when a cache was made by a plan for another model; another plan for this one is fine."""
+    prints = {plan.provenance.get("fingerprint") for plan in (held, applied)} - {None}
+    names, known = ({p.site.name for p in plan.sites} for plan in (held, applied))
+    if held is not applied and (len(prints) > 1 or not names & known):
+        raise FhoptError(
+            "the cache was made by a plan for another model. Make one for this model: "
+            "fhopt.LatentCache(plan, model.config), with a plan that was fitted for it."
+        )
+    if held is not applied and len({p.sites[0].site.kv_heads for p in (held, applied)}) > 1:
+        raise FhoptError(
+            f"the cache keeps {held.sites[0].site.kv_heads} kv heads, the model has {applied.sites[0].site.kv_heads} "
+            "of them in this process. Make the cache by fhopt.applying.latent_cache(model)."
+        )

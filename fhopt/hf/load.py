@@ -1,0 +1,23 @@
+"""`fhopt.load`: open a rewritten folder, already latent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fhopt.hf.apply import apply
+from fhopt.models import rewritten_folder
+from fhopt.models.rewritten_model import load_exact
+
+
+def load(folder: str | os.PathLike[str], **options: Any) -> torch.nn.Module:
+    """The model in a folder that `fhopt rewrite` wrote, with its plan applied.
+
+    options: as of transformers' `from_pretrained` (dtype, device_map, ...). All bytes are checked first; nothing in the
+    folder is run. Raises FhoptError when the folder is damaged, was altered, or does not fit its plan.
+    """
+    found = rewritten_folder.read_folder(Path(folder))
+    return apply(load_exact(found, **options), found.plan)

@@ -1,0 +1,378 @@
+"""Every fact of a model's attention that is shown anywhere, as one object with a JSON form.
+
+    inspect(loaded, outcome, plan)  ->  Inspection      what `fhopt inspect` shows, its --json, the numbers of a report
+
+What is shown as text is made from these values, so that a page, a table and the JSON cannot differ.
+
+Letters: B batch, S new queries (here 1), T cached tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fhopt.errors import FhoptError
+from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidence_of
+from fhopt.hardware import cost_model
+from fhopt.hardware import devices as hardware_devices
+from fhopt.hardware.this_cpu import find_device
+from fhopt.passes.outcome import Explanation, Outcome
+from fhopt.plan.display import mask_words, rope_words, tiers
+from fhopt.plan.fingerprint import check_model
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+from fhopt.plan.site_plan import SidePlan, SitePlan
+
+if TYPE_CHECKING:
+    from fhopt.models.loaded_model import LoadedModel
+
+
+DEVICES = ("h100", "cpu")
+TOKENS = 8192  # cached tokens at which sizes and times are told
+DTYPES = {2: "bfloat16", 4: "float32"}
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """Bytes and operations of attention in a decode step, in B, S, T and T_sealed."""
+
+    bytes: str
+    operations: str
+
+
+@dataclass(frozen=True)
+class PaysFrom:
+    """From how many cached tokens on a plan is faster than exact attention on a device, by roofline.
+
+    verdict: "from", "always" or "never"; tokens: where it is "from".
+    """
+
+    device: str
+    verdict: str
+    tokens: float | None
+
+    @property
+    def words(self) -> str:
+        """`from 236`, `always` or `never`."""
+        return f"from {self.tokens:,.0f}" if self.tokens is not None else self.verdict
+
+
+@dataclass(frozen=True)
+class PlannedSide:
+    """Keys or values of a site under a plan: J latent heads of R channels, [bits, channels] of each tier."""
+
+    side: str
+    latent_heads: int
+    width: int
+    tiers: tuple[tuple[int, int], ...]
+    words: str
+    bytes: int
+    evidence: SideEvidence | None = None
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """What a plan does to a site. bytes: of a sealed token. expected_nats: per token; None where nobody measured.
+
+    page_read: share of its pages that decode steps read on average, as far as calibration knows; page_share: at most;
+    1: all. Formulas and break-even contexts count all pages.
+    """
+
+    layout: str
+    sides: tuple[PlannedSide, ...]
+    bytes: int
+    ratio: float
+    expected_nats: float | None
+    page_read: float
+    page_share: float
+    formulas: Formulas
+    pays: tuple[PaysFrom, ...]
+
+
+@dataclass(frozen=True)
+class InspectedSite:
+    """A site in words and numbers. exact_bytes: keys and values of a token, in 16 bits."""
+
+    site: AttentionSite
+    rope: str
+    mask: str
+    exact_bytes: int
+    formulas: Formulas
+    plan: PlannedSite | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The site's own fields, beside them what follows from them and from the plan."""
+        words = {"rope_words": self.rope, "mask_words": self.mask, "exact_bytes": self.exact_bytes}
+        planned = asdict(self.plan) if self.plan else None
+        return asdict(self.site) | words | {"formulas": asdict(self.formulas), "plan": planned}
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """The plan as a whole. bytes_per_token: all counted, at `tokens` cached tokens; nats as the fit expects them."""
+
+    ratio: float
+    bytes_per_token: float
+    tokens: int
+    sinks: int
+    recent: int
+    block: int
+    window_bits: int
+    expected_nats: float | None
+    digest: str
+    formulas: Formulas
+    curve: tuple[Size, ...]
+    provenance: Mapping[str, Any]  # without what is told elsewhere
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A candidate that was left alone. code: the line of the user's code, where tracing kept it."""
+
+    stage: str
+    node: str
+    reason: str
+    source: str
+    reached: str
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A device's peaks, and where attention stands on it with each cache, behind `tokens` cached tokens."""
+
+    device: str
+    bandwidth_gb_s: float
+    tflops: float
+    tokens: int
+    points: tuple[RooflinePoint, ...]
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """Attention of one decode step: operations per byte, and the TFLOP/s that the roofline allows."""
+
+    cache: str
+    bytes: float
+    operations: float
+    intensity: float
+    tflops: float
+    seconds: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found out."""
+
+    model: str
+    parameters: int
+    dtype: str
+    sites: tuple[InspectedSite, ...]
+    exact_bytes: int
+    formulas: Formulas
+    plan: PlanFacts | None
+    rooflines: tuple[Roofline, ...]
+    missed: tuple[Missed, ...]
+
+    def site(self, name: str) -> InspectedSite:
+        """The site called `name`. Raises FhoptError when there is none."""
+        for site in self.sites:
+            if site.site.name == name:
+                return site
+        raise FhoptError(
+            f"there is no site named {name!r}; found {len(self.sites)}, the first is {self.sites[0].site.name!r}. "
+            "fhopt inspect MODEL lists all."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """One object for programs."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "totals": {"sites": len(self.sites), "exact_bytes": self.exact_bytes, "missed": len(self.missed)},
+            "formulas": asdict(self.formulas),
+            "sites": [site.as_json() for site in self.sites],
+            "plan": asdict(self.plan) if self.plan else None,
+            "rooflines": [asdict(r) for r in self.rooflines],
+            "missed": [asdict(m) for m in self.missed],
+        }
+
+
+# --------------------------------------------------------------------------------------------------- making it
+
+
+def inspect(
+    loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
+    tokens: int = TOKENS,
+) -> Inspection:  # fmt: skip
+    """All facts of the sites of `outcome`, and of `plan` where there is one.
+
+    devices: those that break-even contexts and rooflines are told for. tokens: cached tokens of the latter. Raises
+    FhoptError for devices that are unknown and a plan of another model.
+    """
+    weights = loaded.weights()
+    if plan is not None:
+        check_model(plan, weights, loaded.name)
+    parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
+    return inspect_sites(loaded.name, list(outcome.sites.values()), plan, devices, tokens, parameters, _missed(outcome))
+
+
+def inspect_sites(
+    model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
+    tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
+) -> Inspection:  # fmt: skip
+    """The same of sites without a graph. itemsize: bytes of an exact number."""
+    targets = [find_device(name) for name in devices]
+    costs = {"exact": cost_model.model_cost(sites, parameters=parameters, itemsize=itemsize)}
+    if plan is not None:
+        costs["plan"] = cost_model.model_cost(sites, plan, parameters=parameters, itemsize=itemsize)
+    inspect_one = _Inspector(plan, targets, itemsize)
+    return Inspection(
+        model=model,
+        parameters=parameters,
+        dtype=DTYPES[itemsize],
+        sites=tuple(inspect_one(site) for site in sites),
+        exact_bytes=2 * sum(site.exact_numbers_per_token for site in sites),
+        formulas=_formulas(costs["exact"]),
+        plan=_plan_facts(plan, costs["plan"], tokens) if plan is not None else None,
+        rooflines=tuple(_roofline(costs, device, tokens) for device in targets),
+        missed=tuple(missed),
+    )
+
+
+class _Inspector:
+    """Facts of one site after the other; what sites of the same shapes share is worked out once."""
+
+    def __init__(self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device], itemsize: int) -> None:
+        self.plan, self.devices, self.itemsize = plan, devices, itemsize
+        self.planned = {p.site.name: p for p in plan.sites} if plan else {}
+        self.evidence = evidence_of(plan) if plan else None
+        self.known: dict[Any, tuple[Formulas, tuple[PaysFrom, ...]]] = {}
+
+    def __call__(self, site: AttentionSite) -> InspectedSite:
+        planned = self.planned.get(site.name)
+        formulas, _ = self._costs(site, None)
+        return InspectedSite(
+            site, rope_words(site), mask_words(site), 2 * site.exact_numbers_per_token, formulas,
+            self._planned(planned) if planned else None,
+        )  # fmt: skip
+
+    def _planned(self, plan: SitePlan) -> PlannedSite:
+        seen = self.evidence.sites.get(plan.site.name) if self.evidence else None
+        formulas, pays = self._costs(plan.site, plan)
+        size = plan.token_bytes()
+        nats = sum(side.nats for side in seen) if seen else None
+        ratio = 2 * plan.site.exact_numbers_per_token / size
+        pages = (self.plan.page_read(plan), self.plan.page_share(plan)) if self.plan else (1.0, 1.0)
+        return PlannedSite(plan.layout, _planned_sides(plan, seen), size, ratio, nats, *pages, formulas, pays)
+
+    def _costs(self, site: AttentionSite, plan: SitePlan | None) -> tuple[Formulas, tuple[PaysFrom, ...]]:
+        rows = cost_model.Rows.planned(plan, self.itemsize) if plan else None
+        unnamed = replace(site, name="", projections=(), source="", rope=None)  # type: ignore[arg-type]
+        key = (repr(unnamed), rows)
+        if key not in self.known:
+            exact = cost_model.site_cost(site, itemsize=self.itemsize)
+            latent = self._latent(site, plan) if plan else None
+            pays = tuple(_pays(exact, latent, device) for device in self.devices) if latent else ()
+            self.known[key] = _formulas(latent or exact), pays
+        return self.known[key]
+
+    def _latent(self, site: AttentionSite, plan: SitePlan) -> cost_model.Cost:
+        whole = self.plan
+        assert whole is not None
+        return cost_model.site_cost(
+            site, plan, open_tokens=whole.sinks + whole.recent + whole.block // 2, itemsize=self.itemsize,
+            window_bits=whole.window_bits, sinks=whole.sinks,
+        )  # fmt: skip
+
+
+def _pays(exact: cost_model.Cost, latent: cost_model.Cost, device: hardware_devices.Device) -> PaysFrom:
+    found = cost_model.break_even(exact, latent, device)
+    return PaysFrom(device.name, found.verdict, found.tokens)
+
+
+def _planned_sides(plan: SitePlan, seen: Sequence[SideEvidence] | None) -> tuple[PlannedSide, ...]:
+    named: list[tuple[str, SidePlan]] = (
+        [("keys and values", plan.key)] if plan.is_shared else [("keys", plan.key), ("values", plan.value)]
+    )
+    return tuple(
+        PlannedSide(
+            name, side.groups, side.width, tuple((t.bits, t.width) for t in side.tiers), tiers(side),
+            side.token_bytes(), seen[i] if seen else None,
+        )
+        for i, (name, side) in enumerate(named)
+    )  # fmt: skip
+
+
+def _formulas(found: cost_model.Cost) -> Formulas:
+    return Formulas(cost_model.pretty(found.bytes), cost_model.pretty(found.operations))
+
+
+def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, tokens: int) -> PlanFacts:
+    seen: Evidence | None = evidence_of(plan)
+    told = {name: value for name, value in plan.provenance.items() if name not in (KEY, "weights")}
+    return PlanFacts(
+        ratio=plan.ratio(tokens),
+        bytes_per_token=plan.cache_bytes(tokens) / tokens,
+        tokens=tokens,
+        sinks=plan.sinks,
+        recent=plan.recent,
+        block=plan.block,
+        window_bits=plan.window_bits,
+        expected_nats=plan.provenance.get("predicted_nats"),
+        digest=plan.digest(),
+        formulas=_formulas(planned),
+        curve=seen.curve if seen else (),
+        provenance=told,
+    )
+
+
+def _roofline(costs: Mapping[str, cost_model.Cost], device: hardware_devices.Device, tokens: int) -> Roofline:
+    points = []
+    for name, one in costs.items():
+        figures = one.on(device, tokens)
+        points.append(
+            RooflinePoint(
+                name, figures.bytes, figures.operations, figures.operations / figures.bytes,
+                figures.operations / figures.attention_seconds / 1e12, figures.attention_seconds, figures.bound,
+            )
+        )  # fmt: skip
+    peak = device.matrix_tflops if costs["exact"].itemsize == 2 else device.vector_tflops
+    return Roofline(device.name, device.bandwidth_gb_s, peak, tokens, tuple(points))
+
+
+def _missed(outcome: Outcome) -> list[Missed]:
+    nodes = {node.name: node for node in outcome.program.graph.nodes}
+    return [Missed(m.stage, m.node, m.reason, m.source, m.reached, _code(nodes.get(m.node), m)) for m in outcome.missed]
+
+
+def _code(node: Any, missed: Explanation) -> str:
+    """The text of the line that `missed.source` names, from the node's stack trace."""
+    trace = (node.meta.get("stack_trace") or "") if node is not None else ""
+    frames = re.findall(r'File "[^"]+", line (\d+)[^\n]*\n([^\n]*)', trace)
+    return next((text.strip() for line, text in reversed(frames) if missed.source.endswith(f":{line}")), "")
+
+
+@functools.cache
+def common_form(names: tuple[str, ...]) -> tuple[str, str]:
+    """(start, end) that all names share, cut at dots, so that what differs stands between; ("", "") for one name."""
+    if len(names) < 2:
+        return "", ""
+    split = [name.split(".") for name in names]
+    least = min(map(len, split)) - 1
+    head = next((i for i in range(least) if len({s[i] for s in split}) > 1), least)
+    tail = next((i for i in range(least - head) if len({s[-1 - i] for s in split}) > 1), least - head)
+    return ".".join(split[0][:head]), ".".join(split[0][len(split[0]) - tail :])
+
+
+def short_name(name: str, form: tuple[str, str]) -> str:
+    """What stands between the start and end of `common_form`."""
+    start, end = form
+    cut = name[len(start) + 1 :] if start else name
+    return cut[: len(cut) - len(end) - 1] if end else cut

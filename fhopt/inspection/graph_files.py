@@ -1,0 +1,34 @@
+"""Writing graphs of sites to files: dot, svg, graphml, json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fhopt.inspection.facts import Inspection
+from fhopt.inspection.graphs import FORMATS, check_format, site_graph, with_sites, write_graph
+from fhopt.inspection.model_explorer import ENDING, write_explorer
+from fhopt.inspection.snapshots import ALL, Snapshots
+
+
+def check_graph(path: Path) -> None:
+    """Raise FhoptError for a file that `write_graphs` cannot write."""
+    check_format(path, (*FORMATS, ENDING))
+
+
+def write_graphs(seen: Snapshots, path: Path, found: Inspection, stage: str, site: str | None = None) -> list[Path]:
+    """Write the graph after a pass to `path`, or with the stage "all" one file for each: `path` with its name in it.
+
+    A file for Model Explorer holds all stages. site: cut this one out. Raises FhoptError.
+    """
+    if path.suffix.lower() == ENDING:
+        return write_explorer([seen.after(name, site) for name in seen.stages], path, found)
+    title, sites = found.model, [s.site.name for s in found.sites]
+    stages = seen.stages if stage == ALL else (stage,)
+    written = []
+    for number, name in enumerate(stages):
+        snapshot = seen.after(name, site)
+        graph = with_sites(snapshot.network, [site] if site else sites)
+        target = path.with_name(f"{path.stem}.{number:02d}-{name}{path.suffix}") if stage == ALL else path
+        shown = site_graph(graph, site) if site else graph
+        written.append(write_graph(shown, target, f"{title}, {f'after {name}' if name != 'input' else 'as it came'}"))
+    return written

@@ -1,0 +1,238 @@
+"""One self-contained page of everything: it opens from a disk, without a network, and can be mailed.
+
+    build(loaded, outcome, plan, ...)  ->  Report        facts, drawings, kernels, changes by passes
+    write(report, path)                                   the page
+
+The facts stand in the page as JSON, and what the page shows is made of them. What is long and seldom looked at
+(drawings, kernels, changes of graphs) is compressed, and unfolded by the browser when somebody looks.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from decimal import ROUND_HALF_UP, Context, Decimal
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fhopt.errors import FhoptError
+from fhopt.files import appearing
+from fhopt.inspection import charts, drawing
+from fhopt.inspection.facts import DEVICES, TOKENS, Inspection, common_form, inspect, short_name
+from fhopt.inspection.kernel_listing import LANGUAGES, Listings, list_kernels, style_sheet
+from fhopt.inspection.optional import need
+from fhopt.inspection.snapshots import Snapshots, StageChanges
+from fhopt.models.sites import find_sites
+from fhopt.passes import pipeline
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+from fhopt.plan.site_plan import TIER_QUANTUM
+from fhopt.system import cached_file
+from fhopt.version import __version__
+
+if TYPE_CHECKING:
+    from fhopt.models.loaded_model import LoadedModel
+
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows.
+
+    drawings: SVG, each once. drawn: (before, after) of each site as places in `drawings`, -1 where there is none.
+    measured: figures that somebody measured, such as those of `fhopt demo`; empty where nobody did.
+    """
+
+    inspection: Inspection
+    drawings: tuple[str, ...] = ()
+    drawn: tuple[tuple[int, int], ...] = ()
+    listings: Listings = field(default_factory=Listings)
+    stages: tuple[StageChanges, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number that the page shows. The texts of drawings, kernels and changes are not in it."""
+        stages = [asdict(stage) | {"changes": [change.times for change in stage.changes]} for stage in self.stages]
+        kernels = [
+            {"file": k.file, "language": k.language, "lines": k.lines, "sites": k.sites} for k in self.listings.files
+        ]
+        more = {"chunk": TIER_QUANTUM, "stages": stages, "kernels": kernels, "measured": dict(self.measured)}
+        return {"fhopt": __version__} | self.inspection.as_json() | more
+
+
+def build(
+    loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = DEVICES, tokens: int = TOKENS
+) -> Report:
+    """Everything about a model and its plan. Raises FhoptError when there is no attention or the plan is another's."""
+    snapshots = Snapshots()
+    with snapshots.taking():
+        found = find_sites(loaded)
+        facts = inspect(loaded, found, plan, devices, tokens)
+        if plan is not None:
+            pipeline.optimize(found, plan)
+    return assemble(facts, plan, tuple(snapshots.changes()))
+
+
+def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChanges, ...] = ()) -> Report:
+    """A report from facts, with drawings and kernels. Raises FhoptError where the extra `view` is not installed."""
+    drawings, drawn = _drawings([site.site for site in facts.sites], plan)
+    listings = list_kernels(plan) if plan is not None else Listings()
+    return Report(facts, drawings, drawn, listings, stages)
+
+
+def _drawings(
+    sites: Sequence[AttentionSite], plan: LatentPlan | None
+) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """Drawings and their places; sites that look alike share one."""
+    planned = {p.site.name: p for p in plan.sites} if plan else {}
+    places: dict[str, int] = {}
+    known: dict[str, int] = {}
+
+    def place(diagram: drawing.Diagram) -> int:
+        key = repr(diagram)
+        if key not in known:
+            known[key] = places.setdefault(diagram.svg, len(places))
+        return known[key]
+
+    drawn = []
+    for site in sites:
+        after = place(drawing.after(planned[site.name], plan)) if site.name in planned else -1
+        drawn.append((place(drawing.before(site)), after))
+    return tuple(places), tuple(drawn)
+
+
+# --------------------------------------------------------------------------------------------------- the page
+
+
+def check_installed() -> None:
+    """Raise FhoptError where something that a report needs is not installed, before anything slow starts."""
+    for module in ("jinja2", "pygraphviz", "vl_convert"):
+        need(module, "a report")
+
+
+def page(report: Report) -> str:
+    """The HTML. Raises FhoptError where the extra `view` is not installed."""
+    facts = json.loads(json.dumps(report.as_json()))  # as a reader of the JSON has it
+    form = common_form(tuple(site["name"] for site in facts["sites"]))
+    shorts = [short_name(site["name"], form) for site in facts["sites"]]
+    text: str = template("report.html").render(
+        number=lambda path, form: _number(facts, path, form), report=facts,
+        form=form, shorts=shorts, languages=LANGUAGES, policy=POLICY, notice=_file("NOTICE.txt"),
+        data=for_script(facts | {"shorts": shorts, "drawn": report.drawn, "charts": charts.all_charts()}),
+        folded=fold(_seldom(report)), vega=vega(), style=_file("report.css") + _highlighting(),
+        script=_file("report.js"),
+    )  # fmt: skip
+    return text
+
+
+def template(name: str) -> Any:
+    """A template of this package; what is put into it is escaped. Raises FhoptError where jinja2 is not installed."""
+    jinja2 = need("jinja2", "a page")
+    loader = jinja2.PackageLoader("fhopt.inspection")
+    undefined = jinja2.StrictUndefined
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
+
+
+def write(report: Report, path: Path) -> Path:
+    """Write the page, whole or not at all. Raises FhoptError when the place cannot be written."""
+    text = page(report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as staging:
+            staging.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
+    return path
+
+
+def _seldom(report: Report) -> dict[str, Any]:
+    """What is unfolded when somebody looks."""
+    return {
+        "drawings": report.drawings,
+        "pieces": report.listings.pieces,
+        "kernels": [kernel.pieces for kernel in report.listings.files],
+        "changes": [[change.lines for change in stage.changes] for stage in report.stages],
+    }
+
+
+def for_script(value: Any) -> str:
+    """JSON that may stand in a script element, whatever strings are in it."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def fold(value: Any) -> str:
+    """JSON, deflated, in base64; `unfold` of report.js reads it."""
+    squeezed = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = squeezed.compress(json.dumps(value, separators=(",", ":")).encode()) + squeezed.flush()
+    return base64.b64encode(data).decode()
+
+
+def vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, made once by vl-convert and kept in the folder of kernels."""
+    converter = need("vl_convert", "a report")
+    versions = (
+        f"{converter.get_vega_version()} {converter.get_vegalite_versions()} {converter.get_vega_embed_version()}"
+    )
+    name = f"vega-{hashlib.sha256(versions.encode()).hexdigest()[:12]}.js"
+    file = cached_file(name, lambda path: _write_vega(converter, path))
+    return Path(file).read_text(encoding="utf-8")
+
+
+def _write_vega(converter: Any, path: Path) -> None:
+    script = converter.javascript_bundle().replace("</script", "<\\/script")
+    with appearing(path) as staging:
+        staging.write_text(script, encoding="utf-8")
+
+
+def _file(name: str) -> str:
+    return (resources.files("fhopt.inspection") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _highlighting() -> str:
+    light, dark = style_sheet(".code", "default"), style_sheet(':root[data-theme="dark"] .code', "github-dark")
+    return f"{light}\n@media screen {{\n{dark}\n}}\n"
+
+
+def _fixed(value: float, digits: int) -> str:
+    """So many digits behind the point, halves away from zero as JavaScript rounds them, thousands set apart."""
+    return f"{Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):,f}"
+
+
+def _three_digits(value: float) -> str:
+    """Three digits in all, of small numbers as 1.2e-05."""
+    return f"{float(Context(prec=3, rounding=ROUND_HALF_UP).create_decimal(Decimal(value))):.3g}"
+
+
+FORMS: dict[str, Callable[[Any], str]] = {
+    "count": lambda value: _fixed(value, 0),
+    "number": lambda value: _fixed(value, 0 if float(value).is_integer() else 1),
+    "ratio": lambda value: f"{_fixed(value, 2)}x",
+    "fixed4": lambda value: _fixed(value, 4),
+    "small": _three_digits,
+}
+
+
+def at(facts: Any, path: str) -> Any:
+    """What stands in the JSON at a path such as `sites.3.plan.bytes`."""
+    for key in path.split("."):
+        facts = facts[int(key)] if isinstance(facts, list) else facts[key]
+    return facts
+
+
+def _number(facts: Any, path: str, form: str) -> Any:
+    """A number of the JSON as the page shows it, marked with where it stands there."""
+    markup = need("markupsafe", "a report").Markup
+    return markup('<span data-path="{}" data-form="{}">{}</span>').format(path, form, FORMS[form](at(facts, path)))
+
+
+__all__ = ["Report", "assemble", "build", "page", "write"]

@@ -1,0 +1,96 @@
+"""The generated kernels of a plan as highlighted text, by Pygments.
+
+Kernels of one model differ in a few lines. Texts are cut where no comment or string can go on, equal pieces are
+highlighted once, and a listing is a list of pieces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexer import Lexer
+from pygments.lexers import CppLexer, PythonLexer
+
+from fhopt.codegen.build import render
+from fhopt.errors import FhoptError
+from fhopt.hardware.kernel_table import kernels_of
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.latent_plan import LatentPlan
+
+LANGUAGES = {"cpp": "C++, for CPUs", "triton": "Triton, for GPUs"}
+_ENDINGS = {"cpp": ".cpp", "triton": ".py"}
+_OPTIONS = dict(stripnl=False, ensurenl=False)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One file: its name, its language (a key of LANGUAGES), the sites that run it, and its pieces."""
+
+    file: str
+    language: str
+    sites: tuple[str, ...]
+    lines: int
+    pieces: tuple[int, ...]
+
+
+@dataclass
+class Listings:
+    """All files. pieces: HTML, joined by an empty line."""
+
+    files: list[Listing] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def html(self, listing: Listing) -> str:
+        """The highlighted text of one file, to stand in a `pre`."""
+        return "\n\n".join(self.pieces[i] for i in listing.pieces)
+
+
+def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[str] = ("cpp", "triton")) -> Listings:
+    """The kernels of a plan for each target; none where the plan keeps no latents."""
+    found, known = Listings(), dict[tuple[str, str], int]()
+    try:
+        kernels = kernels_of(plan, dtype)
+    except FhoptError:  # nothing but sliding windows
+        return found
+    by_spec: dict[str, tuple[KernelSpec, list[str]]] = {}
+    for (spec, *_), sites in kernels.items():
+        by_spec.setdefault(spec.name, (spec, []))[1].extend(site.site.name for site in sites)
+    for target in targets:
+        lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
+        for name, (spec, names) in by_spec.items():
+            text = render(spec, target)
+            pieces = tuple(_piece(found, known, target, lexer, piece) for piece in _pieces(text, target))
+            lines = text.count("\n")
+            found.files.append(Listing(name + _ENDINGS[target], target, tuple(names), lines, pieces))
+    return found
+
+
+def _piece(found: Listings, known: dict[tuple[str, str], int], target: str, lexer: Lexer, text: str) -> int:
+    key = (target, text)
+    if key not in known:
+        known[key] = len(found.pieces)
+        found.pieces.append(highlight(text, lexer, HtmlFormatter(nowrap=True)).rstrip("\n"))
+    return known[key]
+
+
+def _pieces(text: str, target: str) -> Iterator[str]:
+    """The text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
+    opened, closed = ("/*", "*/") if target == "cpp" else ('"""', "")
+    held = ""
+    for part in re.split(r"\n\n", text):
+        held = f"{held}\n\n{part}" if held else part
+        is_whole = held.count(opened) == held.count(closed) if closed else held.count(opened) % 2 == 0
+        if is_whole:
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def style_sheet(selector: str, style: str) -> str:
+    """Pygments' own colours as CSS below a selector."""
+    return str(HtmlFormatter(style=style).get_style_defs(selector))

@@ -1,0 +1,136 @@
+"""For Google's Model Explorer: the graphs of all passes in one file, sites as groups, and what each site costs.
+
+    fhopt inspect MODEL --plan PLAN --graph model.fhopt
+    model-explorer model.fhopt --extensions=fhopt.seeing.model_explorer_extension --node_data_paths=model.bytes.json
+
+The file has one graph for each pass, to be put side by side. Beside it stand data of nodes, which colour the sites:
+bytes per token, mean bits of a channel, and expected loss. Writing needs nothing else; reading needs the extra
+`explorer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+
+from fhopt.errors import FhoptError
+from fhopt.files import appearing
+from fhopt.inspection.graphs import node_link, with_sites
+
+if TYPE_CHECKING:
+    from fhopt.inspection.facts import InspectedSite, Inspection
+    from fhopt.inspection.snapshots import Snapshot
+
+
+ENDING = ".fhopt"
+FORM = 1  # version of the file
+_GRADIENT = [{"stop": 0, "bgColor": "#ccfbf1"}, {"stop": 1, "bgColor": "#f43f5e"}]
+
+
+def write_explorer(graphs: Iterable[Snapshot], path: Path, found: Inspection) -> list[Path]:
+    """Write the file, and beside it bytes, bits and expected losses of sites. Raises FhoptError."""
+    names = [site.site.name for site in found.sites]
+    boxed = {f"{i:02d} {g.stage}": with_sites(g.network, names) for i, g in enumerate(graphs)}
+    about = {site.site.name: _about(site) for site in found.sites}
+    texts = {path: {"fhopt": FORM, "model": found.model, "sites": about, "graphs": _forms(boxed)}}
+    for kind, values in _values(found).items():
+        if values:
+            texts[path.with_name(f"{path.stem}.{kind}.json")] = _data(kind, values, boxed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for target, value in texts.items():
+            with appearing(target) as staging:
+                staging.write_text(json.dumps(value), encoding="utf-8")
+    except OSError as error:
+        raise FhoptError(f"cannot write {path}: {error.strerror}. Choose a place that you may write to.") from error
+    return list(texts)
+
+
+def _forms(graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
+    return {name: node_link(graph) for name, graph in graphs.items()}
+
+
+def _about(found: InspectedSite) -> dict[str, str]:
+    """What stands beside a group that is selected."""
+    site = found.site
+    facts = {
+        "kind": site.kind,
+        "H / G / D": f"{site.heads} / {site.kv_heads} / {site.key_dim}",
+        "rotation": found.rope,
+        "mask": found.mask,
+        "bytes per token, exact": f"{found.exact_bytes:,}",
+    }
+    if found.plan is not None:
+        facts |= {"layout": found.plan.layout, "bytes per token": f"{found.plan.bytes:,}"}
+        facts |= {side.side: side.words for side in found.plan.sides}
+    return facts
+
+
+def _values(found: Inspection) -> dict[str, dict[str, float]]:
+    """Figures of each site, by kind."""
+    planned = {site.site.name: site.plan for site in found.sites if site.plan is not None}
+    losses = {name: plan.expected_nats for name, plan in planned.items() if plan.expected_nats is not None}
+    sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in found.sites}
+    return {"bytes": sizes, "bits": {name: _mean_bits(plan.sides) for name, plan in planned.items()}, "nats": losses}
+
+
+def _mean_bits(sides: Iterable[Any]) -> float:
+    """Bits of a channel on average; uncoded channels have 16."""
+    tiers = [pair for side in sides for pair in (side.tiers or ((16, side.width),))]
+    return sum(bits * width for bits, width in tiers) / sum(width for _, width in tiers)
+
+
+def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
+    """Data of nodes: a site's figure stands at the last of its nodes that attends."""
+    found = {}
+    for graph_id, graph in graphs.items():
+        attending = {about["site"]: node for node, about in graph.nodes(data=True) if about["role"] == "attention"}
+        results = {attending[site]: {"value": value} for site, value in values.items() if site in attending}
+        found[graph_id] = {"name": kind, "results": results, "gradient": _GRADIENT}
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def convert(path: Path) -> dict[str, Any]:
+    """The file as Model Explorer's graphs. Raises FhoptError where it is none of ours."""
+    from model_explorer import graph_builder as build
+
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FhoptError(
+            f"{path} is no {ENDING} file ({error}); expected one that fhopt inspect MODEL --graph NAME{ENDING} wrote."
+        ) from error
+    return {"graphCollections": [build.GraphCollection(label=held["model"], graphs=graphs, graphSorting="name_asc")]}
+
+
+def _graph(build: Any, name: str, form: Mapping[str, Any], sites: Mapping[str, Mapping[str, str]]) -> Any:
+    graph = nx.node_link_graph(form, edges="edges")
+    nodes = [_node(build, graph, node, about) for node, about in graph.nodes(data=True)]
+    attributes = {namespace(site): dict(about) for site, about in sites.items()}
+    return build.Graph(id=name, nodes=nodes, groupNodeAttributes=attributes)
+
+
+def _node(build: Any, graph: nx.DiGraph, name: str, about: Mapping[str, Any]) -> Any:
+    shown = {key: about[key] for key in ("shape", "dtype", "role", "source", "parameter") if about[key]}
+    output = build.MetadataItem(id="0", attrs=[build.KeyValue(key="tensor_shape", value=about["shape"])])
+    return build.GraphNode(
+        id=name,
+        label=about["parameter"] or about["op"],
+        namespace=namespace(about["module"] or about["site"]),
+        attrs=[build.KeyValue(key=key, value=str(value)) for key, value in shown.items()],
+        incomingEdges=[build.IncomingEdge(sourceNodeId=source) for source in graph.predecessors(name)],
+        outputsMetadata=[output] if about["shape"] else [],
+    )
+
+
+def namespace(module: str) -> str:
+    """A module's path as Model Explorer nests groups."""
+    return module.partition("#")[0].replace("/", "_").replace(".", "/")

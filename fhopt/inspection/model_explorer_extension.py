@@ -1,0 +1,25 @@
+"""What `model-explorer --extensions=fhopt.seeing.model_explorer_extension` imports: the adapter for .fhopt files.
+
+Importing it needs the extra `explorer`: Model Explorer registers every class that derives from its Adapter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model_explorer import Adapter, AdapterMetadata
+
+from fhopt.inspection.model_explorer import ENDING, convert
+
+
+class FhoptAdapter(Adapter):  # type: ignore[misc]
+    """Opens .fhopt files in Model Explorer."""
+
+    metadata = AdapterMetadata(
+        id="fhopt", name="fhopt", description="Graphs of fhopt after each pass", fileExts=[ENDING.lstrip(".")]
+    )
+
+    def convert(self, model_path: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """The graphs of a file, by Model Explorer's own data classes."""
+        return convert(Path(model_path))

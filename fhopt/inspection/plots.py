@@ -1,0 +1,122 @@
+"""Pictures of a plan, drawn by matplotlib: what the channels of each layer are worth, and what the plan gives them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fhopt.calibration.run import Measured
+from fhopt.errors import FhoptError
+from fhopt.files import appearing, check_writable
+from fhopt.fitting.allocation import DISTORTION
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import TIER_QUANTUM
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Matrix = NDArray[np.float64]
+SIDES = ("keys", "values")
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Raise FhoptError when nothing can be drawn to `path`, before anything slow starts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
+    if path.suffix.lower() not in FORMATS or path.is_dir():
+        raise FhoptError(f"{path} is no picture; expected a file that ends in {', '.join(FORMATS)}.")
+    check_writable(path.parent)
+
+
+def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
+    """Draw spectrum, bits and sensitivity of each layer to `path` (.png, .svg or .pdf). Raises FhoptError."""
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 11), layout="constrained")
+    axes = figure.subplots(3, 2)
+    for column, side in enumerate(SIDES):
+        _spectrum(figure, axes[0][column], measured, plan, column)
+        _bits(figure, axes[1][column], plan, column)
+        axes[0][column].set_title(f"what dropping channels of {side} costs (nats per token)")
+        axes[1][column].set_title(f"bits of channels of {side}")
+    _sensitivity(axes[2][0], measured, plan)
+    _size(axes[2][1], plan)
+    figure.suptitle(
+        f"{plan.provenance.get('model', 'plan')}: {plan.ratio():.2f}x, "
+        f"predicted loss {plan.provenance.get('predicted_nats', 0.0):.2g} nats per token"
+    )
+    try:
+        with appearing(path) as staging:
+            figure.savefig(staging, dpi=120)
+    except OSError as error:
+        raise FhoptError(f"cannot draw {path}: {error}. Choose a .png, .svg or .pdf that you may write to.") from error
+    return path
+
+
+def _grid(rows: list[list[float]]) -> Matrix:
+    """Rows of different length as one matrix, with gaps."""
+    width = max(map(len, rows))
+    return np.array([row + [np.nan] * (width - len(row)) for row in rows])
+
+
+def _spectrum(figure: Figure, axes: Axes, measured: Measured, plan: LatentPlan, column: int) -> None:
+    from matplotlib.colors import LogNorm  # type: ignore[import-not-found, unused-ignore]
+
+    rows = []
+    for site in plan.sites:
+        basis = measured.found[site.site.name][site.layout][0 if site.is_shared else column]
+        rows.append((0.5 * basis.variance.sum(0)).tolist())
+    matrix = _grid(rows)
+    top = float(np.nanmax(matrix))
+    image = axes.imshow(
+        np.maximum(matrix, top * 1e-8), aspect="auto", norm=LogNorm(top * 1e-8, top), interpolation="nearest"
+    )
+    figure.colorbar(image, ax=axes)
+    axes.set(xlabel="channel, dearest first", ylabel="site")
+
+
+def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
+    rows = [
+        [float(tier.bits) for tier in side.tiers for _ in range(tier.width // TIER_QUANTUM)] or [16.0]
+        for side in ((s.key, s.value)[column] for s in plan.sites)
+    ]
+    image = axes.imshow(_grid(rows), aspect="auto", interpolation="nearest", vmin=0, vmax=8, cmap="viridis")
+    figure.colorbar(image, ax=axes)
+    axes.set(xlabel=f"chunk of {TIER_QUANTUM} channels (those with no bits are blank)", ylabel="site")
+
+
+def _sensitivity(axes: Axes, measured: Measured, plan: LatentPlan) -> None:
+    """Per site: what keys and values cost with 2 bits in every channel, as measured on calibration tokens."""
+    position = np.arange(len(plan.sites))
+    for column, side in enumerate(SIDES):
+        heights = []
+        for site in plan.sites:
+            basis = measured.found[site.site.name][site.layout][0 if site.is_shared else column]
+            measured_cost = basis.costs[2] / int(basis.tokens) if int(basis.tokens) else DISTORTION[2] * basis.variance
+            heights.append(float(0.5 * measured_cost.sum()))
+        axes.bar(position + (column - 0.5) * 0.4, heights, 0.4, label=side)
+    axes.set(yscale="log", xlabel="site", ylabel="nats per token", title="sensitivity: 2 bits for every channel")
+    axes.legend()
+
+
+def _size(axes: Axes, plan: LatentPlan) -> None:
+    position = np.arange(len(plan.sites))
+    bottom = np.zeros(len(plan.sites))
+    for side, sizes in zip(SIDES, _sizes(plan), strict=True):
+        axes.bar(position, sizes, bottom=bottom, label=side)
+        bottom += sizes
+    axes.set(xlabel="site", ylabel="bytes per sealed token", title="what each site takes")
+    axes.legend()
+
+
+def _sizes(plan: LatentPlan) -> tuple[Any, Any]:
+    keys = np.array([s.key.token_bytes() for s in plan.sites], dtype=np.float64)
+    return keys, np.array([s.token_bytes() for s in plan.sites], dtype=np.float64) - keys

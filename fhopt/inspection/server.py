@@ -1,0 +1,150 @@
+"""`fhopt view`: the report and the progress of a running fit, on this machine alone.
+
+It listens on 127.0.0.1 only. A page elsewhere cannot read it: requests whose Host is another name are refused (a name
+that is made to point here would carry its own), and no answer allows another origin.
+
+    /             the report; while there is none, the progress
+    /progress     the progress of the fit that makes the plan
+    /progress.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fhopt.errors import FhoptError
+from fhopt.inspection import html_report
+from fhopt.inspection.optional import need
+from fhopt.inspection.progress_file import RUNNING, beside, read_progress
+from fhopt.plan.plan_files import PLAN_FILES
+
+HOST = "127.0.0.1"
+HEADERS = {
+    "Content-Security-Policy": html_report.POLICY + "; connect-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+Make = Callable[[bool], str]  # (is there a plan?) -> the page
+
+
+@dataclass
+class Viewer:
+    """What is served. make: builds the page, slowly. plan: its folder, which may come to be while this runs."""
+
+    make: Make
+    plan: Path | None = None
+    page: str = ""
+    failure: str = ""
+    made_for: float = -1.0  # when the plan that the page shows was written
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def refresh(self) -> None:
+        """Make the page anew if the plan is another than it shows; not while a fit is running, nor twice at once."""
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            written = self.written()
+            if self.is_fitting() or (self.plan is not None and written == 0.0) or written == self.made_for:
+                return
+            try:
+                self.page, self.failure = self.make(written > 0.0), ""
+            except FhoptError as error:
+                self.failure = str(error)
+            except Exception:  # shown on the page: nobody looks at the terminal
+                self.failure = traceback.format_exc()
+            self.made_for = written
+        finally:
+            self.lock.release()
+
+    def is_fitting(self) -> bool:
+        """True while a fit writes its progress beside the plan."""
+        found = read_progress(beside(self.plan)) if self.plan is not None else None
+        return found is not None and found.state == RUNNING
+
+    def written(self) -> float:
+        """When the plan was written, seconds since 1970; 0 where there is none."""
+        if self.plan is None:
+            return 0.0
+        with contextlib.suppress(OSError):
+            return (self.plan / PLAN_FILES[0]).stat().st_mtime
+        return 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What /progress.json says."""
+        found = read_progress(beside(self.plan)) if self.plan is not None else None
+        is_stale = self.made_for != self.written()
+        is_making = not self.failure and is_stale and (self.plan is None or self.written() > 0.0)
+        return {
+            "plan": str(self.plan or ""),
+            "ready": bool(self.page) and not is_stale,
+            "making": is_making and not self.is_fitting(),
+            "failure": self.failure,
+            "fit": found.as_json() if found else None,
+        }
+
+
+def check_installed() -> None:
+    """Raise FhoptError where something that `fhopt view` needs is not installed."""
+    for module in ("starlette", "uvicorn"):
+        need(module, "fhopt view")
+
+
+def application(viewer: Viewer) -> Any:
+    """The ASGI application. Raises FhoptError where starlette is not installed."""
+    need("starlette", "fhopt view")
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    waiting = html_report.template("progress.html").render(
+        policy=HEADERS["Content-Security-Policy"].split("; frame")[0]
+    )
+
+    def begin() -> None:
+        threading.Thread(target=viewer.refresh, daemon=True).start()
+
+    def main(request: Request) -> Response:
+        begin()
+        return HTMLResponse(viewer.page or waiting, headers=HEADERS)
+
+    def progress(request: Request) -> Response:
+        return HTMLResponse(waiting, headers=HEADERS)
+
+    def state(request: Request) -> Response:
+        begin()
+        return JSONResponse(viewer.state(), headers=HEADERS)
+
+    routes = [Route("/", main), Route("/progress", progress), Route("/progress.json", state)]
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])])
+
+
+def listen(port: int = 0) -> socket.socket:
+    """A socket on 127.0.0.1; port 0 takes any that is free. Raises FhoptError where it is taken."""
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((HOST, port))
+        listening.listen()  # from now on, who connects waits for the first answer
+    except OSError as error:
+        listening.close()
+        raise FhoptError(f"port {port} cannot be used: {error.strerror}. Give another --port, or none.") from error
+    return listening
+
+
+def serve(viewer: Viewer, listening: socket.socket) -> None:
+    """Answer until the process is told to end."""
+    uvicorn = need("uvicorn", "fhopt view")
+    config = uvicorn.Config(application(viewer), log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,48 @@
+"""A language-model head that reads few of its rows: found, coded, saved, and put into a model.
+
+    loaded = load_model("demo")
+    head = fit(loaded, HeadOptions())               find the head, see hidden states, code its rows
+    head.save("head"); head = Head.load("head")
+    apply(loaded.module, head)                      generate() as before; the largest logits are certain
+    report(loaded.module)                           rows by certificate, rows by the dense head, bytes
+    unapply(loaded.module)
+
+The dense head reads every row of the weight for every token. This one reads codes of all rows, some 4 bits a number,
+which give a bound of every logit, and then the exact rows whose bounds reach the largest exact logit (Cauchy-Schwarz;
+codegen/cpu/lm_head.py has the equations, fhopt/lm_head/quantize.py the basis that makes the bounds tight). The largest
+logits are found for certain, whatever the hidden state is; one whose bounds exclude too little goes to the dense head,
+and is counted. With `probes`, only codes of the clusters that come first are read: fewer bytes and no certificate.
+
+Vocabularies as inner-product indices: maximum inner-product search with bounds (Ram & Gray 2012, arXiv 1202.6101);
+retrieval heads: FlashHead (arXiv 2603.14591).
+
+Letters: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fhopt.import_hook import lazily
+
+if TYPE_CHECKING:
+    from fhopt.lm_head.api import apply as apply
+    from fhopt.lm_head.api import fit as fit
+    from fhopt.lm_head.api import report as report
+    from fhopt.lm_head.api import unapply as unapply
+    from fhopt.lm_head.fitting import HeadOptions as HeadOptions
+    from fhopt.lm_head.head import Head as Head
+    from fhopt.lm_head.module import RetrievalHead as RetrievalHead
+
+_WHERE = {
+    "Head": "fhopt.lm_head.head",
+    "HeadOptions": "fhopt.lm_head.fitting",
+    "RetrievalHead": "fhopt.lm_head.module",
+    "apply": "fhopt.lm_head.api",
+    "fit": "fhopt.lm_head.api",
+    "report": "fhopt.lm_head.api",
+    "unapply": "fhopt.lm_head.api",
+}
+__getattr__ = lazily(__name__, _WHERE)
+
+__all__ = ["Head", "HeadOptions", "RetrievalHead", "apply", "fit", "report", "unapply"]

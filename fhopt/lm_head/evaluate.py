@@ -1,0 +1,97 @@
+"""What a coded head does on text that did not calibrate it: certificates, agreement, bytes, time beside the dense head.
+
+Letters: M hidden states, C their width.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.cpu import lm_head as cpu_lm_head
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.errors import FhoptError
+from fhopt.lm_head.fitting import Progress, hidden_states, site_and_graph
+from fhopt.lm_head.head import Head
+from fhopt.lm_head.module import RetrievalHead, dense
+from fhopt.lm_head.sampling import top_k
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.texts import tokens
+
+TIMED = 30  # calls of one hidden state each, in turns with the dense head
+SWEPT = 1 << 24  # float32 numbers read before each call, so that no weight is still in a cache
+
+
+@dataclass(frozen=True)
+class Measured:
+    """positions: hidden states that were read. agreement_percent: with the arg-max of torch's dense head.
+    certified_percent: decided by the search, with certainty; the dense head did the others. probed_agreement_percent:
+    where the fitted number of clusters is looked at, without certainty. exact_rows: of the weight, a position, on
+    average. bytes_per_row, time_ms and those of the dense head: for one hidden state alone."""
+
+    positions: int
+    agreement_percent: float
+    certified_percent: float
+    probed_agreement_percent: float
+    exact_rows: float
+    bytes_per_row: float
+    dense_bytes_per_row: int
+    time_ms: float
+    dense_time_ms: float
+    threads: int
+
+
+@torch.no_grad()
+def measure(
+    loaded: LoadedModel,
+    head: Head,
+    texts: Sequence[str],
+    positions: int,
+    context: int,
+    progress: Progress | None = None,
+) -> Measured:
+    """Run the head on the hidden states of `loaded` on the second halves of the texts: at least `positions` of them.
+
+    Raises FhoptError when the texts are too short, and where no kernel can be compiled.
+    """
+    if cpu_lm_head.library() is None:
+        raise FhoptError("No C++ compiler was found: the head would stay dense. Install g++ (or clang++) first.")
+    count = max(1, -(-positions // context))
+    ids = tokens.held_out_ids(loaded.tokenizer, texts, count=count, length=context)
+    captured, site = site_and_graph(loaded, context)
+    parameters = dict(loaded.language_model().named_parameters())
+    weight, bias = parameters[site.weight], parameters[site.bias] if site.bias else None
+    hidden = hidden_states(captured, site, ids, progress).to(weight.dtype)
+    certain, probed = RetrievalHead(head, weight, bias), RetrievalHead(head, weight, bias, probes=-1)
+    expected = _ids(hidden, lambda x: torch.nn.functional.linear(x, weight, bias))
+    agreement = [float((_ids(hidden, module) == expected).double().mean()) for module in (certain, probed)]
+    told = certain.report()
+    searched = max(told.rows - told.dense_rows, 1)
+    ours, theirs = _times(hidden, lambda x: top_k(certain, x)[1], lambda x: dense(x, weight, bias).argmax(-1))
+    return Measured(
+        len(hidden), 100 * agreement[0], 100 * told.certified, 100 * agreement[1], told.exact_rows / searched,
+        told.bytes_per_row, told.dense_bytes_per_row, ours, theirs, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _ids(hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """The arg-max of each position, a few at a time."""
+    return torch.cat([logits(part).argmax(-1) for part in hidden.split(MOST_ROWS)])
+
+
+def _times(hidden: Tensor, *contenders: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
+    """Milliseconds of each contender on one hidden state, medians of calls in turns."""
+    swept, seconds = torch.zeros(SWEPT), [list[float]() for _ in contenders]
+    for turn in range(TIMED + 2):
+        x = hidden[turn % len(hidden)].unsqueeze(0)
+        for run, found in zip(contenders, seconds, strict=True):
+            swept.sum()
+            start = time.perf_counter()
+            run(x)
+            found.append(time.perf_counter() - start)
+    return tuple(1e3 * statistics.median(found[2:]) for found in seconds)

@@ -1,0 +1,304 @@
+"""Code the head of a model: find it, see what hidden states look like, choose basis, bits and clusters.
+
+    hidden states of calibration text -> their second moments, and a sample
+    moments of hidden states and rows -> the basis                                    fhopt/lm_head/quantize.py
+    sample, rows                      -> how many coordinates get 8 bits: what reads fewest bytes in all
+    rows in the basis                 -> clusters of equal size                       fhopt/lm_head/clustering.py
+    sample                            -> clusters to probe where no certificate is wanted
+
+Letters: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.codegen.cpu.lm_head import BLOCK, WIDEST
+from fhopt.errors import FhoptError, Miss
+from fhopt.lm_head.clustering import Clusters, balanced_kmeans
+from fhopt.lm_head.head import Head, fingerprint
+from fhopt.lm_head.quantize import QUANTUM, Balance, Basis, balance, code_rows, encode, tiered
+from fhopt.models.capture import Captured
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.passes.graph.evaluate import Evaluator
+from fhopt.passes.prepare.functionalize import Functionalize
+from fhopt.passes.recognize.find_lm_head import FindHead, HeadSite
+from fhopt.passes.recognize.node_roles import Roles
+from fhopt.texts import tokens
+
+CHUNK = 4096  # rows of the weight whose moments are summed at once
+BITS = ("auto", "4", "8")
+SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the coordinates in 8 bits that `auto` tries
+SPREADS = (0.0, 0.05, 0.1, 0.15)  # how much of a cluster's radius counts for its rank
+TRIED_ROWS, TRIED_STATES = 4096, 64  # rows and hidden states that bits are chosen with
+STRAY = 32.0  # a byte of a row read alone counts as so many of codes: other texts exclude less, some next to nothing
+RECALL = 0.999  # share of the sample whose best row is in a probed cluster
+ROOM = 1.5  # times as many clusters as that takes: hidden states of other texts are spread wider
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """texts, sequences, context: what hidden states are collected from. clusters: None for one for each 64 rows. bits:
+    4, 8, or auto for the mix that reads least. iterations: of k-means."""
+
+    texts: Sequence[str] = ("topics",)
+    sequences: int = 8
+    context: int = 512
+    clusters: int | None = None
+    bits: str = "auto"
+    iterations: int = 8
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise FhoptError for options that mean nothing."""
+        if self.bits not in BITS:
+            raise FhoptError(f"bits {self.bits!r} is not possible; expected one of {', '.join(BITS)}.")
+        for name in ("sequences", "context", "iterations"):
+            if getattr(self, name) < 1:
+                raise FhoptError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.clusters is not None and self.clusters < 1:
+            raise FhoptError(f"clusters is {self.clusters}; expected at least 1.")
+
+
+def find(captured: Captured) -> HeadSite:
+    """The head behind the main output of a captured graph. Raises FhoptError with the reason where there is none."""
+    program, stage = captured.program, FindHead()
+    if captured.result < 0:
+        raise FhoptError(
+            "no head was found: this graph does not compute the main output of the model. Expected logits that are one "
+            "product of hidden states with a parameter."
+        )
+    Functionalize().run(program)
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    node = output.args[0][captured.result]
+    if node not in stage.candidates(program):
+        raise FhoptError(
+            "no head was found: the main output of the model is no matrix of logits. Expected one product of hidden "
+            "states with a parameter."
+        )
+    try:
+        return stage.match(node, program, Roles(program), Evaluator(program))
+    except Miss as miss:
+        raise FhoptError(
+            f"no head was found: {miss.reason}. Expected logits that are one product of hidden states with a parameter."
+        ) from miss
+
+
+def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = None) -> Head:
+    """The head of a causal language model, coded for the hidden states that it has on text.
+
+    Raises FhoptError when the model has none that is understood, or the texts are too short.
+    """
+    options.check()
+    module = loaded.language_model()
+    ids = tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
+    captured, site = site_and_graph(loaded, options.context)
+    hidden = hidden_states(captured, site, ids, progress)
+    parameters = dict(module.named_parameters())
+    weight, bias = parameters[site.weight], parameters[site.bias] if site.bias else None
+    about = {"model": loaded.name, "texts": list(options.texts), "positions": len(hidden), "ids": tokens.digest(ids)}
+    return fit_weight(site, weight.detach(), None if bias is None else bias.detach(), hidden, options, progress, about)
+
+
+def site_and_graph(loaded: LoadedModel, context: int) -> tuple[Captured, HeadSite]:
+    """A captured graph of the model on `context` tokens, and the head in it. Raises FhoptError."""
+    captured = loaded.capture(context)
+    return captured, find(captured)
+
+
+def hidden_states(captured: Captured, site: HeadSite, ids: Tensor, progress: Progress | None = None) -> Tensor:
+    """What the head of a captured graph is given on ids [n, T]: float32 [n * T, C]."""
+    runner, rows = _Recorder(captured.program.module, site.hidden), []
+    for number, sequence in enumerate(ids):
+        batch = {"input_ids": sequence.unsqueeze(0)}
+        values = [batch.get(captured.inputs.get(n, ""), v) for n, v in captured.program.values.items()]
+        with torch.no_grad():
+            runner.run(*values)
+        rows.append(runner.found.flatten(0, -2).float())
+        if progress is not None:
+            progress("states", number + 1, len(ids))
+    return torch.cat(rows)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the value of one node."""
+
+    def __init__(self, module: fx.GraphModule, name: str) -> None:
+        super().__init__(module)
+        self.wanted = name
+        self.found: Tensor
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run the node."""
+        value = super().run_node(n)
+        if n.name == self.wanted:
+            self.found = value.detach().clone()
+        return value
+
+
+def fit_weight(
+    site: HeadSite,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
+    options: HeadOptions | None = None,
+    progress: Progress | None = None,
+    about: dict[str, Any] | None = None,
+) -> Head:
+    """The head of weight [V, C] and bias [V], coded for hidden states like `hidden` [M, C]; None: of any direction.
+
+    Raises FhoptError for weights that are not finite or too wide.
+    """
+    options = options or HeadOptions()
+    options.check()
+    report = progress or (lambda stage, done, total: None)
+    _check_weight(weight, bias)
+    vocabulary, width = weight.shape
+    centre = weight.double().mean(0).float()
+    report("basis", 0, 1)
+    found = balance(_moment(hidden), _row_moment(weight, centre))
+    sample = _sample(hidden, width, options.seed)
+    lead, survivors = _choose_lead(found, weight, bias, centre, sample, options)
+    basis = tiered(found, width, lead, options.seed)
+    report("basis", 1, 1)
+    rows = torch.cat([basis.rows(part.double() - centre.double()).float() for part in weight.split(CHUNK)])
+    count = options.clusters or max(1, round(vocabulary / 64))
+    count = min(count, vocabulary)
+    capacity = math.ceil(vocabulary / count / BLOCK) * BLOCK
+    clusters = balanced_kmeans(
+        rows, count, capacity, options.iterations, options.seed, lambda done, total: report("clusters", done, total)
+    )
+    del rows
+    report("codes", 0, 1)
+    codes = encode(weight, basis, centre, clusters)
+    report("codes", 1, 1)
+    probes, spread, recall = _choose_probes(weight, bias, basis, clusters, codes.radii, hidden)
+    told = {
+        "gain": found.gain, "expected_rows": survivors, "cluster_spread": clusters.spread, "probe_recall": recall,
+        "seed": options.seed, "bits": options.bits,
+    }  # fmt: skip
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Head(site, codes, dtype, fingerprint(weight, bias), probes, spread, told | (about or {}))
+
+
+def site_for(weight: Tensor, name: str = "weight", bias: str = "") -> HeadSite:
+    """A site for a weight [V, C] that no graph was searched for."""
+    vocabulary, width = weight.shape
+    return HeadSite(name, bias, "", vocabulary, width, False, 1.0, 0.0, "", "", "", "")
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise FhoptError(f"the head is {weight.dtype}; expected float32, bfloat16 or float16. Load the model in one.")
+    given = [weight] if bias is None else [weight, bias]
+    if not all(bool(part.isfinite().all()) for x in given for part in x.split(CHUNK)):
+        raise FhoptError("the weight of the head holds numbers that are not finite. Load a sound checkpoint.")
+    if weight.shape[1] > WIDEST:
+        raise FhoptError(f"hidden states of {weight.shape[1]} numbers are too wide; expected at most {WIDEST}.")
+
+
+# --------------------------------------------------------------------------------------------------- moments
+
+
+def _moment(hidden: Tensor | None) -> Tensor | None:
+    return None if hidden is None else hidden.double().T @ hidden.double() / len(hidden)
+
+
+def _row_moment(weight: Tensor, centre: Tensor) -> Tensor:
+    parts = (part.double() - centre.double() for part in weight.split(CHUNK))
+    return sum((p.T @ p for p in parts), torch.zeros(len(centre), len(centre), dtype=torch.float64)) / len(weight)
+
+
+def _sample(hidden: Tensor | None, width: int, seed: int) -> Tensor:
+    """Hidden states [64, C] to choose bits with: some of those seen, or random directions."""
+    generator = torch.Generator().manual_seed(seed + 0x48454144)  # not the numbers that a random weight was made of
+    if hidden is None:
+        return torch.randn(TRIED_STATES, width, generator=generator)
+    return hidden[torch.randperm(len(hidden), generator=generator)[:TRIED_STATES]].float()
+
+
+# --------------------------------------------------------------------------------------------------- bits
+
+
+def _choose_lead(
+    found: Balance, weight: Tensor, bias: Tensor | None, centre: Tensor, sample: Tensor, options: HeadOptions
+) -> tuple[int, float]:
+    """(coordinates in 8 bits, rows that are expected to be read exactly): what reads the fewest bytes in all."""
+    width = weight.shape[1]
+    rank = math.ceil(width / QUANTUM) * QUANTUM
+    shares = {"4": (0,), "8": (1,), "auto": SHARES}[options.bits]
+    leads = sorted({round(rank * share / QUANTUM) * QUANTUM for share in shares})
+    top = torch.cat([_logits(sample, part, None) for part in weight.split(CHUNK)], 1)
+    best = (top if bias is None else top + bias.float()).amax(1)
+    generator = torch.Generator().manual_seed(options.seed)
+    picked = torch.randperm(len(weight), generator=generator)[:TRIED_ROWS]
+    tried = weight[picked]
+    costs: dict[int, tuple[float, float]] = {}
+    for lead in leads:
+        basis = tiered(found, width, lead, options.seed)
+        upper = _upper(basis, tried.double() - centre.double(), sample) + (sample @ centre).unsqueeze(1)
+        upper = upper if bias is None else upper + bias[picked].float()
+        survivors = float((upper >= best.unsqueeze(1)).sum(1).double().mean()) * len(weight) / len(tried)
+        codes = len(weight) * (lead + (rank - lead) / 2)
+        costs[lead] = (codes + STRAY * survivors * width * weight.element_size(), survivors)
+    lead = min(costs, key=lambda n: costs[n][0])
+    return lead, costs[lead][1]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
+    """Upper bounds [M, n] of h.w for centred rows [n, C], without those of the rounding of h."""
+    coordinates, hidden = basis.rows(rows), basis.hidden(sample)
+    out = hidden @ coordinates.float().T
+    for part, bits in ((slice(basis.lead), 8), (slice(basis.lead, None), 4)):
+        if coordinates[:, part].shape[1]:
+            error = code_rows(coordinates[:, part], bits).error.float()
+            out = out + hidden[:, part].norm(dim=1, keepdim=True) * error
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- probes
+
+
+def _choose_probes(
+    weight: Tensor, bias: Tensor | None, basis: Basis, clusters: Clusters, radii: Tensor, hidden: Tensor | None
+) -> tuple[int, float, float]:
+    """(probes, spread, recall): half as many clusters again as hold the best row of 99.9 % of the hidden states."""
+    count = len(radii)
+    if hidden is None:
+        return count, 0.0, 1.0
+    states = hidden[:: max(1, len(hidden) // 2048)].float()
+    best = torch.cat([_best(part, weight, bias) for part in states.split(256)])
+    rotated = basis.hidden(states)
+    scores = rotated @ clusters.centroids.T
+    reach = rotated.norm(dim=1, keepdim=True) * radii
+    found = []
+    for spread in SPREADS:
+        ranked = scores + spread * reach
+        rank = (ranked > ranked.gather(1, clusters.labels[best].unsqueeze(1))).sum(1) + 1  # [M]
+        probes = min(count, math.ceil(ROOM * int(rank.sort().values[math.ceil(RECALL * len(rank)) - 1])))
+        found.append((probes, spread, float((rank <= probes).double().mean())))
+    return min(found)
+
+
+def _best(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.cat(
+        [
+            _logits(hidden, w, None if bias is None else bias[i * CHUNK : i * CHUNK + len(w)])
+            for i, w in enumerate(weight.split(CHUNK))
+        ],
+        1,
+    ).argmax(1)
+
+
+__all__ = ["HeadOptions", "find", "fit", "fit_weight", "hidden_states", "site_and_graph", "site_for"]

@@ -1,0 +1,238 @@
+"""A coded head in a model: the op, and the module that takes the place of the dense head.
+
+    before                                      after `apply`
+    logits = lm_head(x)      [B,S,V]            logits = fhopt::head_logits(x, weight, codes...)     [B,S,V]
+    logits = x @ embedding.weight.T             the same, where a forward writes the product out
+
+The logits that were not computed are -inf (or estimates): they are smaller than the `keep` largest for certain. Up to
+16 hidden states are searched, more (a prompt whose logits are all wanted, training) go to the dense head, as do
+gradients and weights that have changed since. Where nothing can be compiled, everything does. On GPUs the search is
+Triton's.
+
+Letters: M hidden states, C their width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fhopt.codegen.cpu import lm_head as cpu_lm_head
+from fhopt.codegen.cpu.graph_kernels import serve_skinny
+from fhopt.codegen.cpu.lm_head import Candidates, Codes, Search
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.errors import FhoptError
+from fhopt.lm_head.head import TENSORS, Head
+from fhopt.system import has_triton
+
+log = logging.getLogger(__name__)
+
+
+@torch.library.custom_op("fhopt::head_logits", mutates_args=("counts",))
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, transform: Tensor | None, centre: Tensor,
+    centroids: Tensor, radii: Tensor, counts: Tensor, sizes: list[int], norms: list[float], wanted: list[int],
+    limits: list[float], stamp: list[int],
+) -> Tensor:  # fmt: skip
+    """Logits [M, V] of hidden [M, C] and weight [V, C] (+ bias [V]): the largest exactly, -inf where none was computed.
+
+    codes to radii, sizes (rank, lead) and norms (transform_norm, largest): of `Codes`. wanted (keep, probes, budget,
+    estimates: 1 to have them for -inf) and limits (margin, spread, softcap): of `Search`. counts: int64 [3], of rows,
+    of those that went to the dense head, and of rows of the weight that the others read; added to. stamp: that the
+    weight must have (`stamp_of`).
+    """
+    (rank, lead), (transform_norm, largest) = sizes, norms
+    coded = Codes(codes, transform, centre, centroids, radii, rank, lead, weight.shape[0], transform_norm, largest)
+    keep, probes, budget, estimates = wanted
+    margin, spread, softcap = limits
+    asked = Search(keep, margin, probes, spread, budget, softcap, bounds=bool(estimates), logits=True)
+    counts[0] += len(hidden)
+    if not can_search(hidden, weight) or not _is_fresh(weight, stamp):
+        counts[1] += len(hidden)
+        return dense(hidden, weight, bias)
+    found = candidates(hidden, weight, bias, coded, asked)
+    logits = found.logits
+    assert logits is not None
+    if found.estimates is not None:  # below the certain ones: their bounds are
+        logits = torch.where(logits > -math.inf, logits, found.estimates.to(logits.dtype))
+    left = (found.counts < 0).nonzero().flatten()
+    counts[1] += len(left)
+    counts[2] += found.counts.clamp_min(0).sum()
+    if len(left):
+        logits[left] = dense(hidden[left], weight, bias)
+    return logits
+
+
+@head_logits.register_fake
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+
+def stamp_of(weight: Tensor) -> list[int]:
+    """[version, address]: they change with the numbers of a weight."""
+    return [-1 if weight.is_inference() else weight._version, weight.data_ptr()]
+
+
+def _is_fresh(weight: Tensor, stamp: list[int]) -> bool:
+    if stamp_of(weight) == stamp:
+        return True
+    _warn_of_change()
+    return False
+
+
+@functools.cache
+def _warn_of_change() -> None:
+    """Once in a process."""
+    log.warning("The weight of a head has changed since it was coded: it is read densely. Code it again: fhopt head.")
+
+
+def can_search(hidden: Tensor, weight: Tensor) -> bool:
+    """True for hidden states that a kernel serves: a few, of the type of the weight, where it is."""
+    typed = hidden.device == weight.device and hidden.dtype == weight.dtype and weight.dtype in cpu_lm_head.TYPES
+    if not typed or not 1 <= len(hidden) <= MOST_ROWS or weight.stride(1) != 1:
+        return False
+    if hidden.is_cpu:
+        return cpu_lm_head.library() is not None
+    return hidden.is_cuda and has_triton()
+
+
+def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wanted: Search) -> Candidates:
+    """What the kernel for the device of the hidden states finds; `can_search` must hold."""
+    if hidden.is_cpu:
+        return cpu_lm_head.search(hidden, weight, bias, codes, wanted)
+    from fhopt.codegen.gpu import lm_head as gpu_lm_head  # late: importing Triton takes a second, and only GPUs need it
+
+    return gpu_lm_head.search(hidden, weight, bias, codes, wanted)
+
+
+def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits of all rows: [M, C] -> [M, V], by the kernel for few rows where it serves."""
+    few = hidden.is_cpu and 1 <= len(hidden) <= MOST_ROWS and hidden.dtype == weight.dtype
+    if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_skinny():
+        return torch.ops.fhopt.skinny_linear(hidden, weight, bias)
+    return F.linear(hidden, weight, bias)
+
+
+# --------------------------------------------------------------------------------------------------- module
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a head has done. rows: hidden states. dense_rows: of them, those that the dense head did (many at once, too
+    few excluded, not finite). exact_rows: rows of the weight that the others read, in all. certified: with a
+    certificate, of all. bytes_per_row: read for one hidden state alone, on average; dense_bytes_per_row: by the dense
+    head."""
+
+    rows: int
+    dense_rows: int
+    exact_rows: int
+    certified: float
+    bytes_per_row: float
+    dense_bytes_per_row: int
+
+
+class RetrievalHead(nn.Module):
+    """In place of the linear layer of a head: the same weight and bias, logits by search.
+
+    keep: so many of the largest logits are certain. margin: and all that are at most so much below the least of them.
+    probes: 0 for certainty; else so many clusters are looked at, -1: as many as were fitted. budget: rows of the weight
+    that are read for a hidden state at most; one that needs more goes to the dense head. estimates: the other logits
+    are estimates from codes, not -inf: for beams, whose scores are normalised, and for sampling without top-k.
+    """
+
+    def __init__(
+        self, head: Head, weight: Tensor, bias: Tensor | None, keep: int = 1, margin: float = 0.0, probes: int = 0,
+        budget: int = 4096,
+        estimates: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.head, self.search = head, head.search(keep=keep, margin=margin, probes=probes, budget=budget)
+        _check_search(self.search, head)
+        self.estimates = int(estimates)
+        self.weight, self.bias = weight, bias
+        self.stamp = stamp_of(weight)
+        for name in TENSORS:
+            self.register_buffer(name, getattr(head.codes, name), persistent=False)
+        self.counts: Tensor
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.int64), persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        """C, as a linear layer tells it."""
+        return self.head.site.width
+
+    @property
+    def out_features(self) -> int:
+        """V, as a linear layer tells it."""
+        return self.head.site.vocabulary
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden [..., C], before scale and cap, -inf where none was computed."""
+        rows = math.prod(hidden.shape[:-1])
+        if rows > MOST_ROWS or rows < 1 or torch.is_grad_enabled() or hidden.dtype != self.weight.dtype:
+            return F.linear(hidden, self.weight, self.bias)
+        codes, wanted = self.head.codes, self.search
+        logits = torch.ops.fhopt.head_logits(
+            hidden.reshape(rows, hidden.shape[-1]), self.weight, self.bias, self.codes, self.transform, self.centre,
+            self.centroids, self.radii, self.counts, [codes.rank, codes.lead], [codes.transform_norm, codes.largest],
+            [wanted.keep, wanted.probes, wanted.budget, self.estimates], [wanted.margin, wanted.spread, wanted.softcap],
+            self.stamp,
+        )  # fmt: skip
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RetrievalHead:
+        """Move the module; codes keep their types. A weight that becomes one of another type is read densely."""
+        dtype = self.weight.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in TENSORS:
+            tensor = getattr(self.head.codes, name)
+            setattr(self, name, tensor if tensor is None else tensor.to(self.weight.device))
+        self.stamp = stamp_of(self.weight) if self.weight.dtype == dtype else [-2, 0]
+        return self
+
+    def is_fresh(self) -> bool:
+        """True while the weight is as it was when the head was put here."""
+        return _is_fresh(self.weight, self.stamp)
+
+    @property
+    def coded(self) -> Codes:
+        """The codes where the module is."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return replace(self.head.codes, **tensors)
+
+    def wanted(self, **options: Any) -> Search:
+        """The search of this module with other options."""
+        return replace(self.search, **options)
+
+    def extra_repr(self) -> str:
+        """What a linear layer says, and the bits."""
+        bits = 4 + 4 * self.head.codes.lead / self.head.codes.rank
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits:.3g}"
+
+    def report(self) -> Report:
+        """What it has done so far."""
+        rows, dense_rows, exact = self.counts.tolist()
+        searched = rows - dense_rows
+        one = self.in_features * self.weight.element_size()
+        read = (searched * self.head.bytes_read + exact * one + dense_rows * self.head.dense_bytes) / max(rows, 1)
+        certified = searched / max(rows, 1) if self.search.probes == 0 else 0.0
+        return Report(rows, dense_rows, exact, certified, read, self.head.dense_bytes)
+
+
+def _check_search(wanted: Search, head: Head) -> None:
+    vocabulary = head.site.vocabulary
+    if not 1 <= wanted.keep <= vocabulary or wanted.budget < wanted.keep:
+        raise FhoptError(
+            f"keep={wanted.keep} and budget={wanted.budget} are not possible; expected 1 to {vocabulary} and no less."
+        )
+    if not 0 <= wanted.margin < math.inf:
+        raise FhoptError(f"margin={wanted.margin} is not possible; expected a number of at least 0.")
+    if not 0 <= wanted.probes <= head.clusters:
+        raise FhoptError(f"probes={wanted.probes} is not possible; expected at most {head.clusters}, the clusters.")

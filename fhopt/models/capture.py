@@ -1,0 +1,167 @@
+"""Turn a module and its inputs into a `Program`: Dynamo's graph, or one that `torch.export` made.
+
+    capture(model, (), {"input_ids": ids})            -> Captured: the graph, its real inputs, which output is which
+    from_exported(torch.export.load("model.pt2"))     -> Captured
+
+Dynamo's graphs hold every parameter as a placeholder (so do lifted export graphs): the passes see one form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import FhoptError
+from fhopt.passes.graph.program import Program, copy_program
+
+
+@dataclass
+class Captured:
+    """A captured forward pass.
+
+    inputs: placeholder name -> name of the argument it stands for. result: index of the main output (logits, or the
+    first tensor) among the graph's outputs. is_logits: the model calls that output its logits.
+    """
+
+    program: Program
+    inputs: dict[str, str]
+    result: int
+    is_logits: bool = False
+
+
+def capture(
+    model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, reset: bool = True
+) -> Captured:
+    """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph.
+
+    reset: forget what Dynamo has compiled in this process; False where it is in use.
+    """
+    captured = capture_graphs(model, args, kwargs, reset)
+    if len(captured) != 1:
+        raise FhoptError(
+            f"{type(model).__name__} falls into {len(captured)} graphs; expected one. Look at the breaks with "
+            "TORCH_LOGS=graph_breaks, and capture a part without them; models that generate have fewer with "
+            "use_cache=False."
+        )
+    if captured[0].result < 0:
+        raise FhoptError("the model returns no tensor that its graph computes; expected logits or hidden states.")
+    return captured[0]
+
+
+def capture_graphs(
+    model: torch.nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, reset: bool = True
+) -> list[Captured]:
+    """Run `model(*args, **kwargs)` once under Dynamo and keep every graph that it falls into, in the order of running.
+
+    reset as in `capture`. `result` is -1 for a graph that does not compute the model's main output. Raises FhoptError
+    when nothing runs.
+    """
+    given = dict(kwargs or {})
+    seen: list[tuple[Program, list[Any]]] = []
+
+    def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        outputs: list[Any] = []
+        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears what it lent to a backend
+
+        def run(*inputs: Any) -> Any:
+            outputs[:] = module(*inputs)
+            return tuple(outputs)
+
+        return run
+
+    was_training = model.training
+    model.eval()
+    try:
+        result = _run(model, keep, args, given, reset)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise FhoptError(
+            f"{type(model).__name__} could not be captured ({str(error).splitlines()[0]}). Rewrite what is named "
+            "there, or capture a part of the model."
+        ) from error
+    except Exception as error:  # the model itself refused these inputs
+        raise FhoptError(
+            f"{type(model).__name__} could not be run ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}). Call it with the same arguments in plain PyTorch first."
+        ) from error
+    finally:
+        model.train(was_training)
+        if reset:
+            torch._dynamo.reset()
+    for program, _ in seen:
+        _name_parameters(program, model)
+    captured = [
+        Captured(
+            program,
+            _name_inputs(program, args, given),
+            _main_output(result, outputs),
+            getattr(result, "logits", None) is not None,
+        )
+        for program, outputs in seen
+    ]
+    for _, outputs in seen:
+        outputs.clear()
+    seen.clear()  # without a reset, Dynamo keeps what was compiled, and this with it
+    return captured
+
+
+def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reset: bool) -> Any:
+    if reset:
+        torch._dynamo.reset()
+        return torch.compile(model, backend=keep, dynamic=False)(*args, **kwargs)
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):  # one graph more
+        return torch.compile(model.forward, backend=keep, dynamic=False)(*args, **kwargs)
+
+
+def from_exported(exported: torch.export.ExportedProgram) -> Captured:
+    """The lifted graph of an exported program, with its own example inputs. Raises FhoptError when it has none."""
+    if exported.example_inputs is None:
+        raise FhoptError("the .pt2 program holds no example inputs; expected one saved by torch.export.save.")
+    signature = exported.graph_signature
+    args, kwargs = exported.example_inputs
+    user = list(torch.utils._pytree.tree_leaves((args, kwargs)))
+    names = [s.arg.name for s in signature.input_specs]
+    constants: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    values: list[Any] = [constants[s.target] if s.target is not None else user.pop(0) for s in signature.input_specs]
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))
+    module = fx.GraphModule(exported.graph_module, graph)
+    parameters = dict(signature.inputs_to_parameters)
+    kept = {s.arg.name: str(s.target) for s in signature.input_specs if s.target is not None}
+    buffers = {name: target for name, target in kept.items() if name not in parameters}
+    program = Program(module, dict(zip(names, values, strict=True)), parameters, buffers)
+    inputs = {name: name for name in signature.user_inputs if isinstance(name, str)}
+    return Captured(program, inputs, 0)
+
+
+def _name_parameters(program: Program, model: torch.nn.Module) -> None:
+    """Names by identity, which is surer than by source text."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    for name, value in program.values.items():
+        if id(value) in known:
+            program.parameters[name] = known[id(value)]
+
+
+def _name_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    given = {
+        id(v): k for k, v in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()] if isinstance(v, Tensor)
+    }
+    return {name: given[id(value)] for name, value in program.values.items() if id(value) in given}
+
+
+def _main_output(result: Any, outputs: list[Any]) -> int:
+    """Which graph output is the model's result: its logits if it has some, else its first tensor; -1: none is."""
+    main = getattr(result, "logits", None)
+    if main is None:
+        leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        main = leaves[0] if leaves else None
+    for index, output in enumerate(outputs):
+        if isinstance(main, Tensor) and isinstance(output, Tensor) and output.data_ptr() == main.data_ptr():
+            return index
+    return -1
+
+
+__all__ = ["Captured", "capture", "capture_graphs", "from_exported"]

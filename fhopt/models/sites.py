@@ -1,0 +1,30 @@
+"""Finding the attention sites of a loaded model, over all graphs of its forward pass."""
+
+from __future__ import annotations
+
+from fhopt.errors import FhoptError
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.passes import outcome as passes_outcome
+from fhopt.passes import pipeline
+
+
+def find_sites(loaded: LoadedModel, tokens: int = 16) -> passes_outcome.Outcome:
+    """Capture the model and find its attention. Raises FhoptError when there is none."""
+    outcome = explain_sites(loaded, tokens)
+    if not outcome.sites:
+        raise_nothing_found(loaded.name, outcome)
+    return outcome
+
+
+def raise_nothing_found(name: str, outcome: passes_outcome.Outcome) -> None:
+    """Raise FhoptError: no attention was found, and why."""
+    reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "there is no softmax between two contractions"
+    raise FhoptError(f"no attention was found in {name}: {reasons}. See fhopt explain.")
+
+
+def explain_sites(loaded: LoadedModel, tokens: int = 16) -> passes_outcome.Outcome:
+    """Capture the model and find its attention, over all graphs that its forward pass falls into."""
+    captured = loaded.captures(tokens)
+    if not captured:
+        raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")
+    return pipeline.merge([pipeline.find(graph.program) for graph in captured])

@@ -1,0 +1,40 @@
+"""Importing transformers, without its progress bars, or saying what to install."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from fhopt.errors import FhoptError
+
+
+def transformers() -> Any:
+    """The transformers module, quiet. Raises FhoptError when the extra is not installed."""
+    try:
+        module = importlib.import_module("transformers")
+    except ImportError as error:
+        raise FhoptError(
+            "transformers is not installed; this needs the extra hf. Install it with: pip install 'fhopt[hf]'"
+        ) from error
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+class QuietProgress:
+    """Loaders print their own progress bars; the command line has one of its own."""
+
+    def __enter__(self) -> None:
+        import tqdm
+
+        self.init = tqdm.tqdm.__init__
+
+        def silent(bar: Any, *args: Any, **kwargs: Any) -> None:
+            self.init(bar, *args, **{**kwargs, "disable": True})
+
+        tqdm.tqdm.__init__ = silent
+
+    def __exit__(self, *_: object) -> None:
+        import tqdm
+
+        tqdm.tqdm.__init__ = self.init

@@ -1,0 +1,108 @@
+"""Modules under the names that they had before the packages: imports of them still work, with a DeprecationWarning.
+
+`from fhopt.spec import LatentPlan` finds the class in `fhopt.plan`; nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Old name below `fhopt`, and the modules below `fhopt` that took its place.
+MODULES = {
+    "applying": "hf.apply models.model_facts",
+    "buffers": "cache.module_buffers cache.buffer_slots",
+    "cache_files": "hf.prompt_cache",
+    "calibrate": "calibration.collect calibration.probe fitting.statistics",
+    "capture": "models.capture",
+    "cost": "hardware.cost_model hardware.devices",
+    "data": "texts.tokens texts.built_in texts.files",
+    "evaluate": "evaluation.perplexity evaluation.statistics evaluation.decode_speed models.model_facts",
+    "exporting": "export.pt2_step",
+    "exporting_mlir": "export.mlir",
+    "gate": "refine.loss_target",
+    "harness": "evaluation.lm_eval",
+    "head": "lm_head.head lm_head.api",
+    "head_fitting": "lm_head.fitting",
+    "head_module": "lm_head.module lm_head.intercept lm_head.install",
+    "healing": "refine.heal refine.checkpoint refine.decoder_equations",
+    "journal": "backend.compile_report",
+    "kernels": "hardware.kernel_table",
+    "latents": "attention.attend attention.cache_view attention.exact_tokens attention.manual_attention "
+    "attention.paged",
+    "layers": "cache.base_layer cache.dynamic_layer cache.static_layer cache.cross_layer",
+    "loading": "hf.load models.rewritten_model",
+    "machine": "hardware.this_cpu",
+    "page_ops": "ops.page_selection ops.page_choice",
+    "pages": "attention.paged attention.sketches",
+    "paging": "refine.page_probes refine.page_sketches refine.page_options refine.page_budget",
+    "pipeline": "calibration.run progress calibration.options models.sites",
+    "plans": "calibration.plan_store",
+    "plots": "inspection.plots",
+    "profiling": "backend.online_fit",
+    "quantizer": "hf.quantizer",
+    "rewriting": "export.rewrite_folder",
+    "seeing": "inspection",
+    "seeing.charts": "inspection.charts",
+    "seeing.drawing": "inspection.drawing plan.display",
+    "seeing.graphs": "inspection.graphs",
+    "seeing.inspection": "inspection.facts plan.display",
+    "seeing.report": "inspection.html_report",
+    "seeing.snapshots": "inspection.snapshots inspection.graph_files",
+    "spec": "plan.latent_plan plan.site plan.site_plan plan.kernel_spec plan.window plan.plan_files plan.validation "
+    "plan.fingerprint fitting.statistics",
+    "stepping": "export.decode_step export.step_attention export.step_state",
+    "storage": "cache.quantized_rows cache.store cache.residual_window",
+    "tables": "inspection.tables",
+    "tasks": "evaluation.tasks",
+    "verifying": "export.mlir_check",
+}
+
+
+class _Finder(MetaPathFinder):
+    """Finds old names. It stands last: a module of that name that exists is found before."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return a spec for an old name, None for any other."""
+        package, _, name = fullname.partition(".")
+        if package != "fhopt" or name not in MODULES:
+            return None
+        return ModuleSpec(fullname, _Moved(), is_package=name == "seeing")
+
+
+class _Moved(Loader):
+    """Makes a module whose names are those of the modules that took its place."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Return None: an ordinary module."""
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its `__getattr__`, and warn."""
+        places = tuple(f"fhopt.{place}" for place in MODULES[module.__name__.partition(".")[2]].split())
+        warnings.warn(
+            f"{module.__name__} has moved: import from {' or '.join(places)}.", DeprecationWarning, stacklevel=2
+        )
+
+        def find(name: str) -> Any:
+            for place in places:
+                found = importlib.import_module(place)
+                if hasattr(found, name):
+                    return getattr(found, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}; it has moved to {places[0]}")
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Let the import system find old names. Calling it again changes nothing."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,145 @@
+"""`fhopt::latent_attention`, the canonical operation, with an eager reference and a fake.
+
+    q~ [B,H,S,R_K]   z_K [B,J,T,..]   z_V [B,J',T,..]   ->   o~ [B,H,S,R_V], lse [B,H,S]
+
+Latent attention *is* grouped-query attention over J latent heads, so the exact part of a cache (attention sinks,
+residual window, new tokens) runs through the same op with uncoded keys and values; parts are merged by log-sum-exp
+(`fhopt.ops.algebra.merge`).
+
+Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, J latent heads, R latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.ops import registry
+from fhopt.ops.attention import grouped_mix, grouped_scores, safe_softmax
+from fhopt.ops.masks import additive, listed, within
+from fhopt.ops.packing import unpack_reference, unscaled
+
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define(
+    "latent_attention(Tensor query, Tensor key, Tensor? key_scale, Tensor value, Tensor? value_scale, Tensor? mask, *, "
+    "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
+    "float scale, float softcap=0.0, Tensor? lengths=None, Tensor? pages=None, int page_tokens=0) -> (Tensor, Tensor)"
+)
+LatentKernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+# --------------------------------------------------------------------------------------------------- latent attention
+
+
+def latent_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    mask: Tensor | None,
+    *,
+    key_bits: Sequence[int],
+    key_widths: Sequence[int],
+    key_steps: Sequence[float],
+    value_bits: Sequence[int],
+    value_widths: Sequence[int],
+    value_steps: Sequence[float],
+    scale: float,
+    softcap: float = 0.0,
+    lengths: Tensor | None = None,
+    pages: Tensor | None = None,
+    page_tokens: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention on latents; keys and values are never rebuilt.
+
+    query [B,H,S,R_K] (absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R_K] with no
+    bits and no scale; value likewise with its own J; mask bool or additive, broadcastable to [B,H,S,T]; lengths int64,
+    [B] or one number: only so many first tokens may be attended to. pages int32 [B,U,N], U a divisor of both J: only
+    tokens of listed pages may be, page p being the `page_tokens` tokens from p * page_tokens on. Query head h goes by
+    list h*U//H; numbers ascend, each once, and -1 at the end of a list is no page.
+    Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, which are
+    reckoned in it): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)
+    mask = within(lengths, key.shape[2], listed(pages, page_tokens, query.shape[1], key.shape[2], mask))
+    z_k, k_factor = _operand(key, key_scale, key_bits, key_widths, key_steps, query.dtype)
+    z_v, v_factor = _operand(value, value_scale, value_bits, value_widths, value_steps, query.dtype)
+    logits = grouped_scores((query * scale).to(z_k.dtype), z_k).to(exact)
+    if k_factor is not None:
+        logits = logits * _per_head(k_factor, query.shape[1])
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    bias = additive(mask, exact)
+    if bias is not None:
+        logits = logits + bias
+    weights, lse = safe_softmax(logits)
+    if v_factor is not None:
+        weights = weights * _per_head(v_factor, query.shape[1])
+    return grouped_mix(weights.to(z_v.dtype), z_v).to(query.dtype), lse
+
+
+def _operand(
+    rows: Tensor, scale: Tensor | None, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Latents to multiply, and the factor per token that may be applied to the product instead of to them."""
+    if not bits:
+        return rows, None
+    if any(b == 16 for b in bits) or scale is None or dtype == torch.float64:
+        assert scale is not None, "coded latents need a scale"
+        latents = unpack_reference(rows, scale, bits, widths, steps)
+        return (latents.double() if dtype == torch.float64 else latents), None
+    return unscaled(rows, bits, widths, steps), scale.to(torch.float32)
+
+
+def _per_head(factor: Tensor, heads: int) -> Tensor:
+    """[B, J, T] -> [B, H, 1, T]."""
+    return factor.repeat_interleave(heads // factor.shape[1], 1).unsqueeze(2)
+
+
+def _latent_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    mask: Tensor | None,
+    *,
+    value_widths: Sequence[int],
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    width = sum(value_widths) if value_widths else value.shape[-1]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty((*query.shape[:3], width)), query.new_empty(query.shape[:3], dtype=exact)
+
+
+def _latent_attention(
+    query: Tensor, *args: Tensor | None, pages: Tensor | None = None, page_tokens: int = 0, **options: object
+) -> tuple[Tensor, Tensor]:
+    kernel: LatentKernel = registry.kernel_of("latent_attention", query.device.type) or latent_attention_reference
+    if pages is not None:
+        options |= dict(pages=pages, page_tokens=page_tokens)
+    return kernel(query, *args, **options)
+
+
+def learns(*tensors: Tensor | None) -> bool:
+    """True where a gradient is asked for. Ops have none in compiled graphs: their references are called then."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def latent_attention(
+    query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
+    mask: Tensor | None, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`fhopt::latent_attention`, or its reference where a gradient is asked for."""
+    run: Any = latent_attention_reference if learns(query, key, value, mask) else torch.ops.fhopt.latent_attention
+    found: tuple[Tensor, Tensor] = run(query, key, key_scale, value, value_scale, mask, **options)
+    return found
+
+
+_LIB.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::latent_attention", _latent_attention_fake, lib=_LIB)

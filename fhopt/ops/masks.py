@@ -1,0 +1,80 @@
+"""Attention masks: additive, causal, by length, by page list, split over parts of the keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------- masks
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as numbers to add to logits: bool (True = may attend) becomes 0 and -inf."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Bool [S, T]: query i may see key j where j <= i + T - S (the last query sees everything)."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return ones.tril(keys - queries)
+
+
+def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor | None:
+    """`mask` [B,H,S,T] restricted to the first `lengths` (int64, [B] or one number) of T = `tokens` tokens."""
+    if lengths is None:
+        return mask
+    seen = torch.arange(tokens, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
+    return seen if mask is None else restricted(mask, seen)
+
+
+def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask: Tensor | None) -> Tensor | None:
+    """`mask` [B,H,S,T] restricted to the tokens of listed pages.
+
+    pages, integers [B,U,N]: page p is the tokens from p * page_tokens on, -1 is none; query head h reads list h*U//H.
+    Raises ValueError for pages without tokens, or of units that query heads cannot be shared out to.
+    """
+    if pages is None:
+        return mask
+    if page_tokens < 1 or heads % pages.shape[1]:
+        raise ValueError(
+            f"pages {tuple(pages.shape)} of {page_tokens} tokens for {heads} query heads; expected [B, U, N], U a "
+            "divisor of the heads, and pages of at least one token."
+        )
+    count = -(-tokens // page_tokens)
+    places = torch.where(pages < 0, count, pages).long()  # the last for what is no page
+    chosen = torch.zeros((*pages.shape[:2], count + 1), dtype=torch.bool, device=pages.device).scatter_(2, places, True)
+    seen = chosen[..., :count].repeat_interleave(page_tokens, 2)[..., :tokens]
+    seen = seen.repeat_interleave(heads // pages.shape[1], 1).unsqueeze(2)  # [B, H, 1, T]
+    return seen if mask is None else restricted(mask, seen)
+
+
+def total_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """One mask for q [B,H,S,D] on k [B,G,T,D] from a mask and a flag; causal means j <= i, as SDPA has it."""
+    if not is_causal:
+        return mask
+    triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return triangle if mask is None else restricted(mask, triangle)
+
+
+def split_mask(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, sinks: int, recent: int
+) -> tuple[Tensor, Tensor]:
+    """(near, far) masks for keys that stay exact and keys that are seen through latents.
+
+    Query i stands at key position p = i + T - S. Exact: the first `sinks` keys and those with |p - j| < recent.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    position = torch.arange(queries, device=query.device).unsqueeze(1) + (keys - queries)
+    column = torch.arange(keys, device=query.device).unsqueeze(0)
+    near = (column < sinks) | ((position - column).abs() < recent)  # [S, T]
+    allowed = total_mask(query, key, mask, is_causal)
+    return (near, ~near) if allowed is None else (restricted(allowed, near), restricted(allowed, ~near))
+
+
+def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
+    """A bool or additive mask restricted to `allowed` (bool)."""
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)

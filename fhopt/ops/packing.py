@@ -1,0 +1,192 @@
+"""`fhopt::pack` and `fhopt::unpack`: latents to packed rows and back, with eager references and fakes.
+
+    fhopt::pack      z [...,R]        -> codes [...,bytes], scale [...]
+    fhopt::unpack    codes, scale     -> z [...,R]
+
+A row of codes holds its bit groups one after the other, each group as bit planes. Their widths are the powers of two
+that sum to the group's bits, widest first, and the widest holds the high-order bits: 3 = 2 + 1, 5 = 4 + 1 and
+6 = 4 + 2 bits are two planes; 1, 2, 4 and 8 bits are one. A plane holds its part of all codes of the group, low-order
+codes first within a byte, and starts on a whole byte: kernels only meet lanes of 1, 2, 4 and 8 bits. The codes 5, 3, 0,
+0, 0, 0, 0, 4 of 3 bits are 10|1, 01|1, 00|0, ..., 10|0, hence
+
+    plane of 2 bits  00000110 10000000      plane of 1 bit  00000011
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fhopt.ops import registry
+
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define("pack(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
+_LIB.define("unpack(Tensor codes, Tensor scale, int[] bits, int[] widths, float[] steps) -> Tensor")
+
+
+# --------------------------------------------------------------------------------------------------- pack and unpack
+
+
+def pack_reference(
+    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Round latents to codes. latent [..., R] -> codes uint8 [..., sum(bits*widths)/8], scale float16 [...].
+
+    The scale of a token is the root mean square of its channels with fewer than 16 bits. Codes are stored as bit planes
+    (module docstring), channels of 16 bits as float16 bytes.
+    """
+    x = latent.to(torch.float32)
+    coded = [i for i, b in enumerate(bits) if b < 16]
+    parts = list(x.split(list(widths), -1))
+    scale = x.new_zeros(x.shape[:-1])
+    if coded:
+        energy = sum((parts[i] ** 2).sum(-1) for i in coded)
+        scale = torch.sqrt((energy / sum(widths[i] for i in coded)).double()).float()  # correctly rounded
+    scale = scale.clamp(2.0**-14, 65504.0).to(torch.float16)
+    inverse = scale.to(torch.float32).reciprocal().unsqueeze(-1)
+    rows = [
+        _half_bytes(part) if b == 16 else integer_bytes(part * inverse, b, step)
+        for part, b, step in zip(parts, bits, steps, strict=True)
+    ]
+    return torch.cat(rows, -1), scale
+
+
+def rounded(x: Tensor, bits: int, step: float) -> Tensor:
+    """Numbers as a mid-rise quantiser of `bits` bits and this step leaves them; the token scale is the caller's."""
+    half = 2 ** (bits - 1)
+    return (torch.floor(x / step).clamp(-half, half - 1) + 0.5) * step
+
+
+def _half_bytes(x: Tensor) -> Tensor:
+    return x.clamp(-65504.0, 65504.0).to(torch.float16).contiguous().view(torch.uint8)
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths of the bit planes that hold a tier of `bits` < 16 bits, widest (high-order bits) first: 6 -> (4, 2)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
+    """Uniform mid-rise quantiser, then bit planes. x [..., W] -> uint8 [..., W*bits/8]."""
+    levels = 2**bits
+    codes = (torch.floor(x / step) + levels // 2).clamp(0, levels - 1).to(torch.uint8)
+    widths = planes(bits)
+    rows = [_plane_bytes(codes >> sum(widths[i + 1 :]), width) for i, width in enumerate(widths)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+
+def _plane_bytes(codes: Tensor, width: int) -> Tensor:
+    """The low `width` bits of each code, 8/width codes to a byte. uint8 [..., W] -> uint8 [..., W*width/8]."""
+    if width == 8:
+        return codes
+    lanes = (codes & (2**width - 1)).unflatten(-1, (-1, 8 // width))
+    out = lanes[..., 0]
+    for lane in range(1, 8 // width):
+        out = out | (lanes[..., lane] << (width * lane))
+    return out
+
+
+def unpack_reference(
+    codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> Tensor:
+    """Inverse of `pack_reference` up to rounding: codes uint8 [..., bytes], scale [...] -> float32 [..., R]."""
+    unit = unscaled(codes, bits, widths, steps)
+    factors = scale.to(torch.float32).unsqueeze(-1)
+    if all(b < 16 for b in bits):
+        return unit * factors
+    parts = unit.split(list(widths), -1)
+    return torch.cat([p if b == 16 else p * factors for p, b in zip(parts, bits, strict=True)], -1)
+
+
+def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
+    """Codes as float32 [..., R] without the token scale: (u - (2^bits - 1)/2) * step, or the float16 value."""
+    rows = codes.split([w * b // 8 for w, b in zip(widths, bits, strict=True)], -1)
+    parts = [_values(row, b, step) for row, b, step in zip(rows, bits, steps, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _values(row: Tensor, bits: int, step: float) -> Tensor:
+    if bits == 16:  # copied: a view must start at an even byte, and a row that 3 bits or so come before may not
+        return row.clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
+    return (_codes(row, bits).to(torch.float32) - (2**bits - 1) / 2) * step
+
+
+def _codes(row: Tensor, bits: int) -> Tensor:
+    """Bit planes -> codes. uint8 [..., W*bits/8] -> uint8 [..., W]."""
+    widths = planes(bits)
+    sizes = [row.shape[-1] // bits * width for width in widths]
+    codes, *rest = [_lanes(plane, width) for plane, width in zip(row.split(sizes, -1), widths, strict=True)]
+    for plane, width in zip(rest, widths[1:], strict=True):
+        codes = codes << width | plane
+    return codes
+
+
+def _lanes(plane: Tensor, width: int) -> Tensor:
+    """Inverse of `_plane_bytes`. uint8 [..., W*width/8] -> uint8 [..., W]."""
+    if width == 8:
+        return plane
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
+    return ((plane.unsqueeze(-1) >> shifts) & (2**width - 1)).flatten(-2)
+
+
+def _pack_fake(
+    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
+    shape = latent.shape[:-1]
+    return latent.new_empty((*shape, size), dtype=torch.uint8), latent.new_empty(shape, dtype=torch.float16)
+
+
+def _unpack_fake(
+    codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], sum(widths)), dtype=torch.float32)
+
+
+def _pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
+    kernel = registry.kernel_of("pack", latent.device.type) or pack_reference
+    return kernel(latent, bits, widths, steps)
+
+
+def _unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
+    kernel = registry.kernel_of("unpack", codes.device.type) or unpack_reference
+    return kernel(codes, scale, bits, widths, steps)
+
+
+_LIB.impl("pack", _pack, "CompositeExplicitAutograd")
+_LIB.impl("unpack", _unpack, "CompositeExplicitAutograd")
+
+
+for _name in ("pack", "unpack"):
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through codes
+
+
+torch.library.register_fake("fhopt::pack", _pack_fake, lib=_LIB)
+torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers as rows of one tier of 8 bits and step 1. x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
+
+    A row's scale is its largest magnitude / 127.5, at least the least float16, so that a row of zeros has one too. No
+    number moves by more than half a scale. Attention reads such rows as they are. No gradient goes through them.
+    """
+    x = x.detach().to(torch.float32)
+    scale = (x.abs().amax(-1) / 127.5).clamp(2.0**-24, 65504.0).to(torch.float16)
+    codes = torch.floor(x / scale.unsqueeze(-1) + 128).clamp_(0, 255)
+    return codes.to(torch.uint8), scale
+
+
+def unround_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `round_rows` up to rounding: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
+    return ((codes.to(torch.float32) - 127.5) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
+
+
+def straight_through(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
+    """Latents [..., R] as coding leaves them, in the dtype they came in; the gradient passes as if nothing was done."""
+    with torch.no_grad():
+        codes, scale = torch.ops.fhopt.pack(latent.detach(), list(bits), list(widths), list(steps))
+        rounded = torch.ops.fhopt.unpack(codes, scale, list(bits), list(widths), list(steps)).to(latent.dtype)
+    return latent + (rounded - latent).detach()

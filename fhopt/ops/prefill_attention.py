@@ -1,0 +1,263 @@
+"""Attention of many queries on a cache: whether keys and values are rebuilt for it, and what attends to open tokens.
+
+    fhopt::rebuilt_attention  q [B,H,S,D]  rows [B,J,T,..] and decoders of keys and values   -> o [B,H,S,E], lse [B,H,S]
+    fhopt::open_attention     q [B,H,S,D]  k [B,G,N,D]  v [B,G,N,E]                          -> o [B,H,S,E], lse [B,H,S]
+
+A decode step absorbs the decoder into its query and reads latents as they are. A chunk of a prompt has M = S H/G rows
+of every kv head for the same tokens. For one of them, in operations of tensor cores, CONVERSION for a code unpacked:
+
+    absorbed   2 M (R_K + R_V) + c (R_K + R_V) tiles       tiles of STEP_ROWS rows, each of which unpacks all codes
+    rebuilt    2 M (D + E) + 2 (R_K D + R_V E) + c (R_K + R_V)
+
+so that rebuilding pays from some number of rows on, whatever T is: where latents are wider than heads because products
+are shorter, else because codes are unpacked once. Never where neither holds, as with few latents of 16 bits. Rows of
+memory are the same for both; keys and values are rebuilt 32 MB at a time (codegen/gpu/prefill.py), never all of them.
+
+Both ops are for GPUs of NVIDIA. On a CPU nothing calls them; their references say what they give.
+
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T latent tokens, N open ones, D and E head size
+of keys and values, R latent width, M rows of a kv head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.ops import algebra, latent_attention, packing, registry
+
+CONVERSION = 15  # what tensor cores do while a code is unpacked: 989 / 67 of an H100, 312 / 19.5 of an A100 (cost.py)
+STEP_ROWS, STEP_STATE = 32, 12288  # of a program of a decode step: rows at most, and what it keeps of all of them
+FEWEST_ROWS = 32  # of a kv head from which open tokens are read by kernels for many
+FLASH_SIZES = range(8, 257, 8)  # of heads that flash attention takes
+HALVES = (torch.bfloat16, torch.float16)
+_LIB = torch.library.Library("fhopt", "FRAGMENT")
+_LIB.define(
+    "rebuilt_attention(Tensor query, Tensor key, Tensor? key_scale, Tensor? key_decode, Tensor value, "
+    "Tensor? value_scale, Tensor? value_decode, Tensor? mask, Tensor? lengths, *, int[] key_bits, int[] key_widths, "
+    "float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, float scale, float softcap=0.0) "
+    "-> (Tensor, Tensor)"
+)
+_LIB.define(
+    "open_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, *, bool causal=False, float scale, "
+    "float softcap=0.0) -> (Tensor, Tensor)"
+)
+
+
+# --------------------------------------------------------------------------------------------------- the choice
+
+
+def absorbed_operations(heads: int, queries: int, key: tuple[int, int], value: tuple[int, int], coded: bool) -> float:
+    """Operations of attention on one latent token, for all H query heads. key, value: (J, R) of each side."""
+    shared = math.gcd(heads // key[0], heads // value[0])  # query heads of a program
+    width, rows = key[1] + value[1], STEP_ROWS
+    while rows > 8 and rows * width > STEP_STATE:
+        rows //= 2
+    tiles = heads // shared * -(-shared * queries // rows)
+    return 2 * heads * queries * width + (CONVERSION * tiles * width if coded else 0)
+
+
+def rebuilt_operations(
+    heads: int, queries: int, key: tuple[int, int, int], value: tuple[int, int, int], coded: bool
+) -> float:
+    """The same with keys and values rebuilt. key, value: (G, D, R) of the decoder of each side."""
+    (groups, key_size, key_width), (_, value_size, value_width) = key, value
+    rebuilding = 2 * (key_size * key_width + value_size * value_width)
+    unpacking = CONVERSION * (key_width + value_width) if coded else 0
+    return 2 * heads * queries * (key_size + value_size) + groups * (rebuilding + unpacking)
+
+
+def rebuilds(
+    query: Tensor,
+    key: Tensor,
+    key_decode: Tensor,
+    value: Tensor,
+    value_decode: Tensor,
+    mask: Tensor | None,
+    coded: bool,
+) -> bool:
+    """True where attention of `query` shall run through `fhopt::rebuilt_attention`, by devices and by operations.
+
+    key, value: rows [B,J,T,..]; decoders [G,D,R]. Only on GPUs of NVIDIA, for numbers of 16 bits, and where no gradient
+    is asked for.
+    """
+    if not serves(query, key, key_decode, value, value_decode, mask):
+        return False
+    (heads, queries), decoders = query.shape[1:3], (key_decode, value_decode)
+    sides = [(x.shape[1], decode.shape[2]) for x, decode in zip((key, value), decoders, strict=True)]
+    sizes = [(decode.shape[0], decode.shape[1], decode.shape[2]) for decode in decoders]
+    absorbed = absorbed_operations(heads, queries, sides[0], sides[1], coded)
+    return rebuilt_operations(heads, queries, sizes[0], sizes[1], coded) < absorbed
+
+
+def serves(query: Tensor, *others: Tensor | None) -> bool:
+    """True for several queries [B,H,S,D] that the ops of this file are for; `others` is what they attend to."""
+    return (
+        _on_nvidia(query)
+        and query.shape[2] > 1
+        and query.dtype in HALVES
+        and not latent_attention.learns(query, *others)
+    )
+
+
+def _on_nvidia(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
+# --------------------------------------------------------------------------------------------------- rebuilt attention
+
+
+def rebuilt_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    key_decode: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    value_decode: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    key_bits: Sequence[int],
+    key_widths: Sequence[int],
+    key_steps: Sequence[float],
+    value_bits: Sequence[int],
+    value_widths: Sequence[int],
+    value_steps: Sequence[float],
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention on keys and values that are rebuilt from latents.
+
+    query [B,H,S,D] (not absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R] with no
+    bits and no scale; key_decode [G,D,R], None where the rows are keys [B,G,T,D]; value likewise with its own J; mask
+    bool or additive, broadcastable to [B,H,S,T]; lengths integers, [B] or one: only so many first tokens count.
+    Returns o [B,H,S,E] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64): -inf, and o = 0,
+    where a query may attend to nothing. Raises ValueError where H is no multiple of G.
+    """
+    keys = _rebuilt(key, key_scale, key_decode, (key_bits, key_widths, key_steps), query.dtype)
+    values = _rebuilt(value, value_scale, value_decode, (value_bits, value_widths, value_steps), query.dtype)
+    if query.shape[1] % keys.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} kv heads; give one site's.")
+    options: Any = algebra.latent_options(None, None)
+    return latent_attention.latent_attention_reference(
+        query, keys, None, values, None, mask, **options, scale=scale, softcap=softcap, lengths=lengths
+    )
+
+
+def _rebuilt(
+    rows: Tensor, scale: Tensor | None, decode: Tensor | None,
+    tiers: tuple[Sequence[int], Sequence[int], Sequence[float]], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Keys or values [B,G,T,D] of `dtype`."""
+    exact = torch.promote_types(dtype, torch.float32)
+    latent = rows if scale is None else packing.unpack_reference(rows, scale, *tiers)
+    return (latent if decode is None else algebra.decode(latent.to(exact), decode.to(exact))).to(dtype)
+
+
+def _rebuilt_attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    tensors = [x for x in (query, *args) if isinstance(x, Tensor)]
+    kernel = registry.kernel_of("rebuilt_attention", query.device.type)
+    if kernel is None or query.dtype == torch.float64 or latent_attention.learns(*tensors):
+        return rebuilt_attention_reference(query, *args, **options)
+    found: tuple[Tensor, Tensor] = kernel(query, *args, **options)
+    return found
+
+
+def _rebuilt_attention_fake(
+    query: Tensor, key: Tensor, key_scale: Tensor | None, key_decode: Tensor | None, value: Tensor,
+    value_scale: Tensor | None, value_decode: Tensor | None, *args: Any, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _blank(query, value.shape[-1] if value_decode is None else value_decode.shape[1])
+
+
+def _blank(query: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Results without numbers: o [B,H,S,E], lse [B,H,S]."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty((*query.shape[:3], size)), query.new_empty(query.shape[:3], dtype=exact)
+
+
+# --------------------------------------------------------------------------------------------------- open tokens
+
+
+def open_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of the newest S queries on keys and values [B,G,N,D] that are not coded.
+
+    mask, bool or additive, broadcastable to [B,H,S,N]. causal: the mask is no other than that the last query sees
+    everything, the one before all but the last, and so on. Returns o [B,H,S,E] in the dtype of query and lse [B,H,S]
+    float32, as `fhopt::latent_attention` does. By flash attention where there is nothing else to be masked, by the
+    kernel for many rows of a kv head where there is, and otherwise by that of a step.
+    """
+    if softcap == 0.0 and (causal or mask is None) and _flashes(query, key, value):
+        return _by_flash(query, key, value, causal and query.shape[2] > 1, scale)
+    options: Any = dict(**algebra.latent_options(None, None), scale=scale, softcap=softcap)
+    if serves(query, key, value, mask) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
+        return torch.ops.fhopt.rebuilt_attention(query, key, None, None, value, None, None, mask, None, **options)
+    return latent_attention.latent_attention(query, key, None, value, None, mask, **options)
+
+
+def _flashes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True where torch's flash attention takes these tensors. Only the newest keys may be masked by it."""
+    rows, size = query.shape[2] * (query.shape[1] // key.shape[1]), query.shape[3]
+    shaped = size == value.shape[3] and size in FLASH_SIZES and key.shape[2] >= query.shape[2]
+    alike = query.dtype == key.dtype == value.dtype
+    return shaped and alike and rows >= FEWEST_ROWS and serves(query, key, value) and _has_flash(query.device)
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """True from Ampere on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _by_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The keys before those of the queries are seen by all, so that a causal part is square: kernels differ in what
+    "causal" means where it is not."""
+    if not causal:
+        return _folded_flash(query, key, value, scale)
+    before, copies = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
+    fresh = [x[:, :, before:].repeat_interleave(copies, 1) for x in (key, value)]
+    newest = _flash(query, fresh[0], fresh[1], True, scale)
+    if not before:
+        return newest
+    parts = newest, _folded_flash(query, key[:, :, :before], value[:, :, :before], scale)
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    output = sum(o.to(torch.float32) * torch.exp(part - lse).unsqueeze(-1) for o, part in parts)
+    assert isinstance(output, Tensor)
+    return output.to(query.dtype), lse
+
+
+def _folded_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Without a mask, the H/G query heads of a kv head are further queries."""
+    (b, heads, s, d), groups = query.shape, key.shape[1]
+    output, lse = _flash(query.reshape(b, groups, heads // groups * s, d), key, value, False, scale)
+    return output.reshape(b, heads, s, -1), lse.reshape(b, heads, s)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's flash attention with as many heads of all: o [B,H,S,D], lse [B,H,S] float32."""
+    if query.is_cuda:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    return found[0], found[1][..., : query.shape[2]]
+
+
+def _open_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return _blank(query, value.shape[3])
+
+
+_LIB.impl("rebuilt_attention", _rebuilt_attention, "CompositeExplicitAutograd")
+_LIB.impl("open_attention", open_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("fhopt::rebuilt_attention", _rebuilt_attention_fake, lib=_LIB)
+torch.library.register_fake("fhopt::open_attention", _open_attention_fake, lib=_LIB)

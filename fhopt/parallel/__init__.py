@@ -1,0 +1,1 @@
+"""Models on several devices and in several processes: collectives, tensor parallelism, device maps, offloading."""

@@ -1,0 +1,154 @@
+"""Sums that grow over calibration batches: shared between processes, and kept so that a calibration can go on.
+
+A sum is a tensor that is added to in place. Under `torchrun` each process takes every world-size-th batch, and `share`
+adds up what all have: one process or many, the sums are the same up to the order of addition. `by_process` splits rows
+likewise. A checkpoint is one safetensors file, written whole; it is refused when it belongs to another model or other
+options.
+
+When a process fails, all end with its error: before they send each other numbers they tell each other whether they
+can (`agree`), and one that cannot says so in place of that (`together`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+
+MESSAGE_BYTES = 2048  # of an error that is told to other processes
+Sums = dict[str, Tensor]
+Row = TypeVar("Row")
+_has_left = False  # the group that torchrun describes, which cannot be joined twice
+
+
+def processes() -> tuple[int, int]:
+    """(rank, how many): joins the group that torchrun describes when nobody has. (0, 1) where there is none."""
+    is_described = "TORCHELASTIC_RUN_ID" in os.environ and not _has_left
+    if not dist.is_available() or not (dist.is_initialized() or is_described):
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # sums are on the CPU; a group of the caller's may be another
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> int:
+    """This process's rank; the group is left, all at once: what follows is for each alone. Raises OtherFailed."""
+    global _has_left
+    rank, _ = processes()
+    agree()
+    _has_left = True
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    return rank
+
+
+def share(sums: Sums) -> None:
+    """Add up over all processes; each then has the same. Nothing for one process. Raises OtherFailed."""
+    if processes()[1] == 1:
+        return
+    agree()
+    try:
+        for name in sorted(sums):
+            moved = sums[name].to(_device())
+            dist.all_reduce(moved)
+            sums[name].copy_(moved)
+    except RuntimeError as error:
+        raise _lost(error) from error
+
+
+def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Tensor]:
+    """`measure` of each row, in order, each measured by one process and known to all. The results have one shape.
+
+    Raises OtherFailed in all processes when one raises.
+    """
+    rank, count = processes()
+    if count == 1:
+        return [measure(row) for row in rows]
+    with together():
+        own = [measure(row) for row in rows[rank::count]]
+        shape = torch.zeros(16, dtype=torch.int64)
+        if rank == 0 and own:  # it has one where anybody has
+            shape[: own[0].dim() + 1] = torch.tensor([own[0].dim(), *own[0].shape])
+        share({"shape": shape})
+        every = torch.zeros(len(rows), *shape[1 : 1 + int(shape[0])].tolist(), dtype=torch.float64)
+        if own:
+            every[rank::count] = torch.stack(own).to(every)
+        share({"rows": every})
+    return list(every)
+
+
+# --------------------------------------------------------------------------------------------------- failures
+
+
+class OtherFailed(FhoptError):
+    """What all processes raise when one of them has failed: its error, and which it was."""
+
+
+class Lost(OtherFailed):
+    """Another process is gone without a word."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails inside in one process fails in all: they wait for each other in `agree` and nowhere else.
+
+    The process that failed raises its own error where it is no FhoptError, so that its traceback is not lost.
+    """
+    try:
+        yield
+    except OtherFailed:
+        raise
+    except Exception as error:
+        if processes()[1] == 1:
+            raise
+        told = str(error) if isinstance(error, FhoptError) else f"{type(error).__name__}: {error}"
+        try:
+            agree(told)
+        except Lost:
+            raise error from None
+        except OtherFailed as failed:
+            if isinstance(error, FhoptError):
+                raise failed from error
+        raise
+
+
+def agree(failure: str = "") -> None:
+    """Wait for all processes. Raises OtherFailed in all of them when one has a failure to tell. Nothing for one."""
+    count = processes()[1]
+    if count == 1:
+        return
+    told = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+    text = failure.encode()[:MESSAGE_BYTES]
+    told[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    every = [torch.empty_like(told, device=_device()) for _ in range(count)]
+    try:
+        dist.all_gather(every, told.to(_device()))
+    except RuntimeError as error:
+        raise _lost(error) from error
+    messages = [bytes(one.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for one in every]
+    failed = [i for i, message in enumerate(messages) if message]
+    if failed and len(failed) == count and len(set(messages)) == 1:
+        raise OtherFailed(messages[0])
+    if failed:
+        which = f"process {failed[0]} of {count}" + (f" ({len(failed) - 1} more failed)" if failed[1:] else "")
+        raise OtherFailed(f"{which}: {messages[failed[0]]}")
+
+
+def _lost(error: RuntimeError) -> Lost:
+    found = (str(error).strip() or "no message").splitlines()[0][:200]
+    return Lost(
+        f"another process has ended, or cannot be reached ({found}). Look at its own output; then start all again: "
+        "a calibration goes on where it was."
+    )
+
+
+def _device() -> torch.device:
+    """Where tensors must be to be sent."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,88 @@
+"""How sites, plans and journals look in a notebook: small HTML tables that need nothing but a browser.
+
+The classes call these from their `_repr_html_`. Names and reasons are the user's: all of them are escaped.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.plan.site import AttentionSite
+    from fhopt.plan.site_plan import SidePlan, SitePlan
+
+
+def tiers(side: SidePlan) -> str:
+    """Channels x bits of one latent head: `8x6 + 40x3`, or `64 uncoded`."""
+    return " + ".join(f"{t.width}x{t.bits}" for t in side.tiers) or f"{side.width} uncoded"
+
+
+# --------------------------------------------------------------------------------------------------- words
+
+
+def rope_words(site: AttentionSite) -> str:
+    """The rotation in a few words: `half 64`."""
+    if site.rope is None:
+        return "none"
+    grid = ", grid" if site.rope.positions == "grid" else ""
+    return f"{site.rope.pairing} {site.rope.rotary_dim}{grid}"
+
+
+def mask_words(site: AttentionSite) -> str:
+    """The mask in a few words: `sliding 512, cap 50, sinks`."""
+    parts = [f"{site.mask} {site.window}" if site.window else site.mask]
+    parts += [f"cap {site.softcap:g}"] if site.softcap else []
+    return ", ".join([*parts, "sinks"] if site.sinks else parts)
+
+
+def site_html(site: AttentionSite) -> str:
+    """Tabulate the facts of a site; `fhopt.draw(site)` draws it."""
+    facts = [
+        ("kind", site.kind),
+        ("heads H / G / D", f"{site.heads} / {site.kv_heads} / {_dims(site.key_dim, site.value_dim)}"),
+        ("rotation", rope_words(site)),
+        ("mask", mask_words(site)),
+        ("key norm", "yes" if site.key_norm else "no"),
+        ("bytes per token, 16 bits", f"{2 * site.exact_numbers_per_token:,}"),
+        ("source", site.source or "unknown"),
+    ]
+    return html_titled(site.name, html_table((), facts))
+
+
+def site_plan_html(plan: SitePlan) -> str:
+    """Tabulate what a plan does to one site."""
+    return html_titled(plan.site.name, html_table(_HEAD, [_planned(plan)]))
+
+
+def plan_html(plan: LatentPlan) -> str:
+    """Tabulate a plan: its size, and one row a site."""
+    title = f"{plan.ratio():.2f}x plan of {plan.provenance.get('model', 'a model')}: {len(plan.sites)} sites"
+    return html_titled(title, html_table(_HEAD, [_planned(p) for p in plan.sites]))
+
+
+_HEAD = ("site", "layout", "keys", "values", "bytes/token", "exact", "ratio")
+
+
+def _planned(plan: SitePlan) -> tuple[str, ...]:
+    size, exact = plan.token_bytes(), 2 * plan.site.exact_numbers_per_token
+    value = "shared" if plan.is_shared else tiers(plan.value)
+    return (plan.site.name, plan.layout, tiers(plan.key), value, f"{size:,}", f"{exact:,}", f"{exact / size:.2f}x")
+
+
+def _dims(key: int, value: int) -> str:
+    return str(key) if key == value else f"{key} and {value}"
+
+
+def html_titled(title: str, body: str) -> str:
+    """Put a title above a piece of HTML. title: text, escaped here."""
+    return f"<p><b>{html.escape(title)}</b></p>{body}"
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out cells of text, escaped here, as an HTML table."""
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"

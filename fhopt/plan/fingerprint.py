@@ -1,0 +1,64 @@
+"""Fingerprints of weights: does a plan belong to this model?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+
+
+def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[AttentionSite]) -> str:
+    """Identity of a model as a plan sees it: names, shapes and sampled signs of the projections of its sites.
+
+    Signs survive a change of dtype, so a plan fitted in float32 serves the same model in bfloat16.
+    """
+    h = hashlib.sha256()
+    names = {n for site in plan_sites for role in site.projections.values() for n in role}
+    for name in sorted(names):
+        weight = parameters.get(name)
+        if weight is None:
+            h.update(f"{name} absent".encode())
+            continue
+        h.update(name.encode() + shape_and_signs(weight))
+    return h.hexdigest()
+
+
+def weight_prints(parameters: Mapping[str, Tensor], sites: Iterable[AttentionSite]) -> dict[str, str]:
+    """Identity of the weights that the bases of each site belong to, of the sites whose weights are all known."""
+    known = {s.name: [parameters.get(n) for n in s.cached_weights] for s in sites}
+    return {n: weight_print([w for w in ws if w is not None]) for n, ws in known.items() if ws and None not in ws}
+
+
+def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) -> None:
+    """Raise FhoptError when the plan carries a fingerprint and the model's is another."""
+    wanted = plan.provenance.get("fingerprint")
+    if wanted is not None and fingerprint(parameters, [s.site for s in plan.sites]) != wanted:
+        raise FhoptError(
+            f"the plan was fitted to another model than {model} (fingerprint {str(wanted)[:12]} does not match). "
+            "Fit a plan for this one: fhopt fit MODEL."
+        )
+
+
+def weight_print(weights: Iterable[Tensor]) -> str:
+    """Identity of some weights: shapes and sampled signs, which survive a change of dtype and small updates."""
+    h = hashlib.sha256()
+    for weight in weights:
+        h.update(shape_and_signs(weight))
+    return h.hexdigest()[:16]
+
+
+def shape_and_signs(weight: Tensor) -> bytes:
+    """The shape of a weight and the signs of up to 256 of its numbers, evenly spread.
+
+    Of a weight that is spread over processes, those of the whole: all of them must call it.
+    """
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a DTensor
+    flat = whole.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
+    return f"{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist())

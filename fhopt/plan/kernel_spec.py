@@ -1,0 +1,45 @@
+"""Everything that the text of a generated kernel depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+from fhopt.plan.site_plan import SidePlan, SitePlan
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """All and only what the text of a latent attention kernel depends on.
+
+    Tiers are (bits, width, step) per side; dtype is that of queries and of uncoded latents ("float32", ...).
+    """
+
+    key_tiers: tuple[tuple[int, int, float], ...]
+    value_tiers: tuple[tuple[int, int, float], ...]
+    key_width: int
+    value_width: int
+    dtype: str
+    softcap: bool
+
+    @staticmethod
+    def of(site: SitePlan, dtype: str) -> KernelSpec:
+        """Of the kernel that reads the latents of a site, for queries of `dtype`."""
+
+        def tiers(side: SidePlan) -> tuple[tuple[int, int, float], ...]:
+            return tuple((t.bits, t.width, t.step) for t in side.tiers)
+
+        sides = tiers(site.key), tiers(site.value)
+        return KernelSpec(*sides, site.key.width, site.value.width, dtype, site.site.softcap != 0.0)
+
+    @property
+    def name(self) -> str:
+        """Readable parameters and a short hash: the name of the generated file."""
+
+        def side(tiers: tuple[tuple[int, int, float], ...], width: int) -> str:
+            return "x".join(f"{w}b{b}" for b, w, _ in tiers) or f"{width}f"
+
+        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
+        cap = "_cap" if self.softcap else ""
+        key, value = side(self.key_tiers, self.key_width), side(self.value_tiers, self.value_width)
+        return f"latent_k{key}_v{value}_{self.dtype}{cap}_{digest}"

@@ -1,0 +1,167 @@
+"""Data that crosses a boundary: sites, statistics, plans, kernel specs.
+
+Frozen dataclasses without behaviour beyond counting and checking. Plans are saved as one safetensors file (tensors) and
+one JSON file (everything else) in a folder; never pickle.
+
+Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R width,
+F rotary frequencies, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.files import write_folder
+from fhopt.plan.plan_files import damage_named, describe_plan, plan_tensors, read_plan
+from fhopt.plan.site_plan import PagePlan, SitePlan
+from fhopt.plan.validation import check_plan
+from fhopt.plan.window import sealed_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class LatentPlan:
+    """What to do at every site of one model, and where that came from.
+
+    sinks: first tokens kept exact. recent: newest tokens that are never in latents. block: tokens sealed at once.
+    window_bits: 16 keeps the open window as it came, 8 rounds it to 8 bits with a scale per token, head and side.
+    provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
+    pages: what decoding reads of the sealed tokens; None: all of them.
+    """
+
+    sites: tuple[SitePlan, ...]
+    sinks: int
+    recent: int
+    block: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    window_bits: int = 16
+    pages: PagePlan | None = None
+
+    def __post_init__(self) -> None:
+        check_plan(self)
+
+    def __deepcopy__(self, memo: Any) -> LatentPlan:
+        return self
+
+    def _repr_html_(self) -> str:
+        from fhopt.plan.display import plan_html
+
+        return plan_html(self)
+
+    @property
+    def window(self) -> int:
+        """Tokens in the open window at which its oldest block is sealed."""
+        return self.recent + self.block
+
+    def site(self, name: str) -> SitePlan:
+        """The plan of the site called `name`. Raises FhoptError when the plan has none."""
+        for plan in self.sites:
+            if plan.site.name == name:
+                return plan
+        raise FhoptError(
+            f"the plan has no site named {name!r}; it has {len(self.sites)} sites, the first is "
+            f"{self.sites[0].site.name!r}. Fit a plan for this model: fhopt fit MODEL."
+        )
+
+    def page_share(self, site: SitePlan) -> float:
+        """Share of its sealed pages that a site of this plan reads at most; 1 where it reads all."""
+        return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
+
+    def page_read(self, site: SitePlan) -> float:
+        """Share of its sealed pages that a site of this plan read on average where its pages were calibrated; the most
+        that it reads where that is not known."""
+        told = self.provenance.get("pages") or {}
+        return float(told.get("read", {}).get(site.site.name, self.page_share(site)))
+
+    def page_fill(self, site: SitePlan) -> tuple[float, ...]:
+        """See `PagePlan.fill`: of the query heads of a site of this plan; empty where nothing takes their place."""
+        return self.pages.fill[self.sites.index(site)] if self.pages is not None and self.pages.fill else ()
+
+    def page_mass(self, site: SitePlan) -> float:
+        """Share of attention's weight with which a site of this plan has read enough; 1: never."""
+        return 1.0 if self.pages is None else self.pages.masses[self.sites.index(site)]
+
+    def page_lift(self, site: SitePlan) -> float:
+        """See `PagePlan.lifts`: of a site of this plan; 0 where pages need not weigh anything."""
+        return self.pages.lifts[self.sites.index(site)] if self.pages is not None and self.pages.lifts else 0.0
+
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketches of one sealed token, over all sites that choose pages."""
+        if self.pages is None:
+            return 0
+        shares = zip(self.sites, self.pages.shares, strict=True)
+        return sum(self.pages.sketch_bytes(site) for site, share in shares if share < 1)
+
+    def exact_token_bytes(self, itemsize: int = 2) -> int:
+        """Bytes per token of an ordinary cache over all sites, `itemsize` bytes a number."""
+        return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
+
+    def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
+        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window, sketches.
+
+        source: tokens of the encoder, for a decoder that reads one; as many as `tokens` unless it is given.
+        """
+        sealed = sealed_tokens(tokens, self.sinks, self.recent, self.block)
+        first = min(tokens, self.sinks)
+        own = [p for p in self.sites if p.site.kind == "self"]
+        coded = sum(p.token_bytes(itemsize) for p in own) + self.sketch_bytes()
+        exact = sum(p.open_bytes(16, itemsize) for p in own)
+        window = sum(p.open_bytes(self.window_bits, itemsize) for p in own)
+        read = sum(p.token_bytes(itemsize) for p in self.sites if p.site.kind != "self")
+        source = tokens if source is None else source
+        return sealed * coded + first * exact + (tokens - first - sealed) * window + source * read
+
+    def ratio(self, tokens: int = 8192) -> float:
+        """How many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
+        return tokens * self.exact_token_bytes() / self.cache_bytes(tokens)
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """`weight_print` of what projects the keys and values of each site; empty where nobody took it down."""
+        found: Mapping[str, str] = self.provenance.get("weights", {})
+        return found
+
+    def digest(self) -> str:
+        """Hash of everything that changes numbers (not of the provenance)."""
+        h = hashlib.sha256(json.dumps(describe_plan(self), sort_keys=True).encode())
+        for name, tensor in sorted(plan_tensors(self).items()):
+            h.update(name.encode())
+            h.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
+
+    def with_provenance(self, **items: Any) -> LatentPlan:
+        """The same plan with `items` added to its provenance."""
+        return replace(self, provenance={**self.provenance, **items})
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `plan.json` and `plan.safetensors` to `folder`, whole or not at all. Raises FhoptError."""
+        from safetensors.torch import save
+
+        path = Path(folder)
+        description = describe_plan(self) | {"provenance": dict(self.provenance), "digest": self.digest()}
+        files = {
+            "plan.safetensors": save(plan_tensors(self)),
+            "plan.json": (json.dumps(description, indent=1, sort_keys=True) + "\n").encode(),
+        }
+        write_folder(path, files)
+        return path
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> LatentPlan:
+        """Read a plan written by `save`. Raises FhoptError when it is absent, cut short, altered or too new."""
+        path = Path(folder)
+        with damage_named(path):
+            fields, digest = read_plan(path)
+            plan = LatentPlan(**fields)
+            intact = plan.digest() == digest
+        if not intact:
+            raise FhoptError(f"{path} was altered after it was written (digest mismatch). Fit the plan again.")
+        return plan

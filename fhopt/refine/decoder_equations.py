@@ -1,0 +1,187 @@
+"""Normal equations of the decoders that lose least of what attention reads (least squares)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import FhoptError, Miss
+from fhopt.models.capture import Captured
+from fhopt.ops import algebra, attention, packing
+from fhopt.ops import masks as ops_masks
+from fhopt.passes import pipeline
+from fhopt.passes.rewrite.compress import Compress
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SidePlan, SitePlan
+
+QUERIES = 128  # rows of the attention matrix that exist at once
+
+
+# --------------------------------------------------------------------------------------------------- equations
+
+
+@dataclass
+class Equations:
+    """Normal equations, summed in float64 while text is read. Names: site.key and site.value.
+
+    error [G,D,R]: sum of w (x - D z) z^T. moment [G,R,R]: sum of w z z^T. One for each kv head, since each is read
+    with an attention of its own.
+    """
+
+    error: dict[str, Tensor] = field(default_factory=dict)
+    moment: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, error: Tensor, latent: Tensor, weight: Tensor | None = None) -> None:
+        """Rows of error [G,N,D] and of latents [G,N,R], each counted `weight` [G,N] times, or once."""
+        counted = latent if weight is None else latent * weight.unsqueeze(-1)
+        for sums, rows in ((self.error, error), (self.moment, latent)):
+            total = (rows.double().mT @ counted.double()).cpu()
+            sums[name] = sums[name] + total if name in sums else total
+
+    def solution(self, name: str, decode: Tensor, ridge: float) -> Tensor:
+        """The decoder [G,D,R] of least error, drawn to `decode` by the ridge; a site never read keeps it."""
+        used = (decode != 0).double()  # [G, D, R]
+        mixed = ((used.mT @ used) > 0).double()  # channels that reach a number in common
+        moment = self.moment[name] * mixed
+        mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-300  # [G, 1, 1]
+        error = self.error[name] * ((used @ mixed) > 0)
+        drawn = moment + ridge * mean * torch.eye(moment.shape[-1], dtype=moment.dtype)
+        return decode + torch.linalg.solve(drawn, error, left=False).to(decode)
+
+
+def solved(plan: LatentPlan, equations: Equations, ridge: float) -> LatentPlan:
+    """The plan with the decoders that solve the equations; sites that have none stay as they are."""
+
+    def side(site: SitePlan, name: str) -> SidePlan:
+        old: SidePlan = getattr(site, name)
+        return replace(old, decode=equations.solution(f"{site.site.name}.{name}", old.decode, ridge))
+
+    sites = [
+        replace(p, key=side(p, "key"), value=side(p, "value")) if f"{p.site.name}.key" in equations.error else p
+        for p in plan.sites
+    ]
+    return replace(plan, sites=tuple(sites))
+
+
+# --------------------------------------------------------------------------------------------------- the graph
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A captured language model, and the plans of its attention nodes that lose anything by `plan`."""
+
+    captured: Captured
+    plan: LatentPlan
+    sites: Mapping[str, SitePlan]
+
+    @staticmethod
+    def of(captured: Captured, plan: LatentPlan) -> Reader:
+        """The reader of a plan. Raises FhoptError when no site of the graph loses anything by the plan."""
+        outcome, compress = pipeline.find(captured.program), Compress(plan)
+        nodes = {n.name: n for n in outcome.program.graph.nodes}
+        sites, reasons = {}, set[str]()
+        for name, site in outcome.sites.items():
+            try:
+                compress.match(nodes[name], site)
+            except Miss as miss:
+                reasons.add(miss.reason)
+                continue
+            if not plan.site(site.name).is_exact:
+                sites[name] = plan.site(site.name)
+        if not sites:
+            told = "; ".join(sorted(reasons)) or "every site of the plan is exact"
+            raise FhoptError(f"there is nothing to heal: {told}. Expected a plan for this model that loses something.")
+        return Reader(captured, plan, sites)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, equations: Equations) -> None:
+        """Add what the exact model reads in token ids [B, T]. Raises FhoptError when that is not finite."""
+        _Runner(self, equations).run(*_arguments(self.captured, ids))
+
+
+def _arguments(captured: Captured, ids: Tensor) -> list[Any]:
+    """Values of all placeholders, the token ids in their place."""
+    values: list[Any] = []
+    for name, example in captured.program.values.items():
+        is_ids = captured.inputs.get(name) == "input_ids"
+        values.append(ids.to(example.device) if is_ids else example)
+    return values
+
+
+class _Runner(fx.Interpreter):
+    """Runs the graph as it is, and takes down what its attention nodes read."""
+
+    def __init__(self, reader: Reader, equations: Equations) -> None:
+        super().__init__(reader.captured.program.module)
+        self.reader, self.equations = reader, equations
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        site = self.reader.sites.get(n.name)
+        if site is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            far = site.site.exact_tokens(self.reader.plan.sinks, self.reader.plan.recent)
+            take_down(self.equations, site, far, *args, **kwargs)
+        return super().run_node(n)
+
+
+def take_down(
+    equations: Equations, plan: SitePlan, exact: tuple[int, int], q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None = None, extra: Tensor | None = None, *, scale: float, is_causal: bool = False,
+    softcap: float = 0.0, dropout: float = 0.0,
+) -> None:  # fmt: skip
+    """Add attention of q [B,H,S,D] on keys k [B,G,T,D] and values v [B,G,T,E]; exact: (sinks, recent tokens)."""
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    near, far = (
+        torch.atleast_2d(ops_masks.additive(m, q.dtype)) for m in ops_masks.split_mask(q, k, mask, is_causal, *exact)
+    )
+    latents, errors = zip(*_coded(plan, k, v), strict=True)
+    counts = k.new_zeros(k.shape[:3])  # [B, G, T]
+    for start in range(0, q.shape[2], QUERIES):
+        rows = slice(start, start + QUERIES)
+        seen = slice(0, _last(near[..., rows, :], far[..., rows, :]))
+        masks = near[..., rows, seen], far[..., rows, seen]
+        p = _far_weights(q[:, :, rows] * scale, k[:, :, seen], *masks, softcap)
+        p = p.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, G, H/G * n, t]
+        counts[..., seen] += p.sum(2)
+        equations.add(f"{plan.site.name}.value", *(_rows(p @ x[:, :, seen]) for x in (errors[1], latents[1])))
+    equations.add(f"{plan.site.name}.key", _rows(errors[0]), _rows(latents[0]), counts.transpose(0, 1).flatten(1))
+
+
+def _coded(plan: SitePlan, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of keys and of values: (latents [B,G,T,R] as a cache keeps them, what decoding leaves [B,G,T,D])."""
+    read = (torch.cat([k, v], -1), None) if plan.is_shared else (k, v)
+    out, latent = [], k
+    for x, given, side in zip((k, v), read, (plan.key, plan.value), strict=True):
+        latent = latent if given is None else _rounded(algebra.encode(given, side.encode.to(x.device)), side)
+        decode = side.decode.to(x.device)
+        repeated = latent.repeat_interleave(len(decode) // latent.shape[1], 1)
+        out.append((repeated, x - algebra.decode(latent, decode)))
+    return out
+
+
+def _rounded(latent: Tensor, side: SidePlan) -> Tensor:
+    return packing.straight_through(latent, *algebra.tier_arguments(side)) if side.tiers else latent
+
+
+def _last(near: Tensor, far: Tensor) -> int:
+    """How many keys lie before the last that a row of the masks [.., n, T] sees; at least 1."""
+    seen = (torch.maximum(near, far) > -math.inf).flatten(0, -2).any(0).nonzero()
+    return int(seen.max()) + 1 if len(seen) else 1
+
+
+def _far_weights(q: Tensor, k: Tensor, near: Tensor, far: Tensor, softcap: float) -> Tensor:
+    """Attention [B,H,n,T] of the exact model to the tokens that are seen through latents, zero to others."""
+    logits = attention.grouped_scores(q, k)
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    return attention.safe_softmax(logits + torch.maximum(near, far))[0] * (far > -math.inf)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B,G,T,D] -> [G, B*T, D]."""
+    return x.transpose(0, 1).flatten(1, 2)

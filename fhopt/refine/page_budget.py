@@ -1,0 +1,103 @@
+"""Sharing a budget of pages among the layers of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fhopt.errors import FhoptError
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.model_facts import check_length
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import PagePlan, SitePlan
+from fhopt.progress import Progress, silent
+from fhopt.refine.page_options import PagingOptions
+from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves, measure
+from fhopt.refine.page_sketches import with_sketches
+from fhopt.texts import tokens as texts_tokens
+
+# --------------------------------------------------------------------------------------------------- budgets
+
+
+def share_out(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, int]:
+    """Which of LIFTS, or ALL, each site gets, so that `share` of the bytes of all sealed tokens is read on average.
+
+    Always the largest fall of cost per byte next, from half the share on: fewer pages would say little about longer
+    contexts. Sites that were not measured read all their pages, and count. Raises FhoptError where the least that sites
+    can read is more.
+    """
+    size = {site.site.name: site.token_bytes() for site in sites}
+    now = {name: _first(found, share / 2) if found.count else ALL for name, found in curves.items()}
+    now |= {name: ALL for name in size if name not in now}
+    budget, used = share * sum(size.values()), sum(size[n] * _share(curves.get(n), now[n]) for n in size)
+    if used > budget * (1 + 1e-9):
+        raise FhoptError(
+            f"pages {share:g}: sites read at least {used / sum(size.values()):.3g} of their bytes. Ask for more."
+        )
+    while gains := [
+        gain for n in size if now[n] < ALL for gain in _gains(curves[n], now[n], size[n], budget - used, n)
+    ]:
+        _, name, at = max(gains)
+        used += size[name] * (curves[name].share(at) - curves[name].share(now[name]))
+        now[name] = at
+    return now
+
+
+def _share(curves: Curves | None, at: int) -> float:
+    return 1.0 if curves is None else curves.share(at)
+
+
+def _first(curves: Curves, share: float) -> int:
+    """The least of LIFTS that reads at most that share; the largest, where each reads more."""
+    return max([i for i in range(len(LIFTS)) if curves.share(i) <= share], default=0)
+
+
+def _gains(curves: Curves, now: int, size: int, room: float, name: str) -> list[tuple[float, str, int]]:
+    """(fall of cost per byte, name, which) for all lower LIFTS of a site, and ALL, that there is room for."""
+    steps = [(n, size * (curves.share(n) - curves.share(now))) for n in range(now + 1, ALL + 1)]
+    fits = [(n, more) for n, more in steps if 0 < more <= room * (1 + 1e-9)]
+    return [((curves.loss(now) - curves.loss(n)) / more, name, n) for n, more in fits]
+
+
+def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOptions) -> LatentPlan:
+    """The plan with pages by what was measured; provenance says what they leave out. Raises FhoptError."""
+    given = share_out(curves, plan.sites, options.share)
+    names = [site.site.name for site in plan.sites]
+    masses = dict.fromkeys(names, 1.0)
+    measured = {name: curves[name] for name in names if name in curves and curves[name].count}
+    if options.mass is not None:
+        masses |= {name: MASSES[found.mass_for(1 - options.mass)] for name, found in measured.items()}
+    shares = tuple(1.0 if given[name] == ALL else options.room for name in names)
+    lifts = tuple(0.0 if given[name] == ALL else LIFTS[given[name]] for name in names)
+    fill = tuple(curves[s.site.name].fill if s.site.name in measured else (0.0,) * s.site.heads for s in plan.sites)
+    kept = tuple(masses[n] for n in names)
+    paged = PagePlan(
+        options.tokens, shares, kept, options.least, options.limit, fill if options.limit == 1 else (), lifts
+    )
+    told = {
+        "share": options.share,
+        "mass": options.mass,
+        "read": {name: found.share(given[name]) for name, found in measured.items()},
+        "left_out": {name: found.left_out(given[name]) for name, found in measured.items()},
+        "costs": {name: found.cost for name, found in measured.items()},
+        "echo_costs": {name: found.echo.cost for name, found in measured.items() if found.echo is not None},
+    }
+    return replace(plan, pages=paged).with_provenance(pages=told)
+
+
+def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent) -> LatentPlan:
+    """`plan` with pages, calibrated on the first halves of the texts. Raises FhoptError."""
+    options.check(plan.block, plan.sinks + plan.window)
+    model = loaded.language_model()
+    check_length(model, options.context)
+    ids = texts_tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
+    done, total = 0, 2 + len(ids) + 2 * sum(site.site.kind == "self" for site in plan.sites)
+
+    def count(parts: int) -> None:
+        nonlocal done
+        done += parts
+        progress("pages", done, total)
+
+    sketched = with_sketches(model, plan, ids, options.sketch)
+    count(1)
+    return with_pages(sketched, measure(model, sketched, ids, options, count), options)

@@ -1,0 +1,111 @@
+"""Fitting the sketches by which pages are selected."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.attention import sketches
+from fhopt.attention.cache_view import Latents
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.errors import FhoptError
+from fhopt.evaluation.perplexity import new_cache, switched
+from fhopt.fitting.allocation import STEPS
+from fhopt.models.model_facts import cache_argument
+from fhopt.ops import algebra
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SKETCH_BITS, TIER_QUANTUM, SketchPlan, Tier
+from fhopt.refine.page_options import PIECE
+
+# --------------------------------------------------------------------------------------------------- sketches
+
+
+class _Moments:
+    """Sums over what one site's queries ask of each channel of its key latents, and over these, [J, R] each."""
+
+    def __init__(self) -> None:
+        self.energy: Tensor | None = None
+        self.count, self.sums, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
+    ) -> None:
+        """See a call."""
+        absorbed = algebra.absorb(query, latents.key.decode).double()
+        found = absorbed.unflatten(1, (latents.key.rows.shape[1], -1)).square().sum((0, 2, 3))
+        self.energy = found if self.energy is None else self.energy + found
+
+    def see(self, latents: Tensor) -> None:
+        """Count latents [1,J,T,R]."""
+        x = latents.double()
+        self.count += x.shape[2]
+        self.sums, self.squares = self.sums + x.sum((0, 2)), self.squares + x.square().sum((0, 2))
+
+    def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
+        """Of the latents that were seen."""
+        mean = self.sums / self.count
+        variance = (self.squares - self.count * mean.square()) / max(1, self.count - 1)
+        return mean, variance.clamp(min=1e-12).sqrt()
+
+
+@torch.inference_mode()
+def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> LatentPlan:
+    """The plan with sketches of at most `size` bytes of codes for all that decoders write, from token ids [N, T].
+
+    Raises FhoptError when the plan is not for this model, or its attention cannot choose pages.
+    """
+    plan, seen = replace(plan, pages=None), dict[str, _Moments]()
+    with switched(model, plan):
+        for row in ids:
+            cache = new_cache(model, plan)
+            layers = [layer for layer in cache.layers if isinstance(layer, LatentLayer)]
+            for layer in layers:
+                layer.observer = seen.setdefault(layer.site.site.name, _Moments())
+            for piece in row.split(PIECE):
+                model(piece[None].to(model.device), **{cache_argument(model): cache}, use_cache=True)
+            for layer in layers:
+                seen[layer.site.site.name].see(layer.key_rows.latents(0, layer.sealed))
+    if all(moments.energy is None for moments in seen.values()):
+        raise FhoptError(
+            f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "
+            "pages are not chosen. Use the plan without pages."
+        )
+    made = {name: _sketch(moments, size) for name, moments in seen.items()}
+    return replace(plan, sites=tuple(replace(s, sketch=made.get(s.site.name)) for s in plan.sites))
+
+
+def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
+    """By what a site's latents are like; channels by what an error would do to logits. None: there are too few."""
+    if moments.energy is None:
+        return None
+    mean, deviation = moments.mean_and_deviation()
+    wrong, order = (moments.energy * deviation.square()).sort(-1, descending=True)
+    tiers = sketch_tiers(wrong.sum(0), size)
+    if not tiers:
+        return None
+    kept = order[:, : sum(tier.width for tier in tiers)]
+    return SketchPlan(kept.contiguous().cpu(), mean.float().cpu(), deviation.float().cpu(), tiers)
+
+
+def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
+    """Bits of channels by what each does to the square of a logit's error, falling, [R]: least error in `size` bytes.
+
+    Every tier is whole words of four bytes, which is how rows are read. Empty where no tier fits.
+    """
+    steps = [TIER_QUANTUM if bits > 2 else 2 * TIER_QUANTUM for bits in SKETCH_BITS]
+    ranges = [range(0, min(len(wrong), 8 * size // b) + 1, n) for b, n in zip(SKETCH_BITS, steps, strict=True)]
+    best: tuple[float, tuple[Tier, ...]] = (math.inf, ())
+    for widths in itertools.product(*ranges):
+        given = list(zip(SKETCH_BITS, widths, strict=True))[::-1]
+        if sum(widths) > len(wrong) or sum(b * w for b, w in given) > 8 * size or not any(widths):
+            continue
+        left = torch.tensor([sketches.LOST[b] ** 2 for b, w in given for _ in range(w)], dtype=wrong.dtype)
+        error = float((wrong[: len(left)].cpu() * left).sum() + wrong[len(left) :].sum())
+        if error < best[0]:
+            best = error, tuple(Tier(b, w, STEPS[b]) for b, w in given if w)
+    return best[1]

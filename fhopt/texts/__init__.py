@@ -1,0 +1,1 @@
+"""Texts for calibration and tests: built in, from files, as tokens."""

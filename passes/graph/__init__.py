@@ -1,0 +1,1 @@
+"""Graphs: programs, nodes, evaluation, printing."""

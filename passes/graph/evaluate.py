@@ -1,0 +1,235 @@
+"""Evaluation of parts of a graph: regions run on random inputs, sizes made smaller."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, shape, size_hint
+from fhopt.passes.graph.program import Program
+
+_smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def smaller(sizes: Mapping[int, int]) -> Iterator[None]:
+    """Within, everything that is run on numbers has these sizes in place of the example's: 40 tokens say as much as
+    8,192. Where a size means two things at once, the run fails, and has to be done at full size."""
+    token = _smaller.set(sizes)
+    try:
+        yield
+    finally:
+        _smaller.reset(token)
+
+
+def example_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape that the example inputs give a tensor node (see `smaller`): symbols become their hints. Nothing is run."""
+    found = shape(node)
+    if found is None:
+        raise Miss(f"{node.name} is not a tensor", node)
+    sizes = _smaller.get()
+    full = (size_hint(d) for d in found)
+    return tuple(sizes.get(d, d) for d in full)
+
+
+# --------------------------------------------------------------------------------------------------- running parts
+
+
+class Evaluator(fx.Interpreter):
+    """Runs any part of a program on its example values, each node once, on demand.
+
+    Inputs that are not parameters are cloned first, so that in-place nodes cannot touch the caller's tensors.
+    """
+
+    def __init__(self, program: Program, given: Mapping[fx.Node, Any] | None = None, promote: bool = False) -> None:
+        super().__init__(program.module, garbage_collect_values=False)
+        self.program = program
+        self.promote = promote
+        self.env = dict(given or {})
+
+    def run_node(self, n: fx.Node) -> Any:
+        """A placeholder gives its example value (SymInts their hint), any other node is run."""
+        if n.op != "placeholder":
+            value = super().run_node(n)
+            return _promote(value) if self.promote else value
+        value = self.program.values[n.name]
+        if isinstance(value, Tensor):
+            return value.detach() if n.name in self.program.parameters else value.detach().clone()
+        return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value  # int() would guard
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it; where numbers are promoted, a cast to another float type is one to float64, a view may copy."""
+        if self.promote and target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            target = torch.ops.aten.reshape.default
+        name = str(getattr(target, "__name__", target)).partition(".")[0]
+        return super().call_function(target, *(self.sized(name, args, kwargs) if self.promote else (args, kwargs)))
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Likewise."""
+        if not self.promote:
+            return super().call_method(target, args, kwargs)
+        name = "double" if target in {"float", "half", "bfloat16"} else target
+        name = "reshape" if name == "view" and not any(isinstance(a, torch.dtype) for a in args) else name
+        return super().call_method(name, *self.sized(name, args, kwargs))
+
+    @staticmethod
+    def sized(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with float types promoted and sizes made `smaller`."""
+        sizes = _smaller.get() if name in SIZED else {}
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, torch.dtype) and value in FLOATS:
+                return torch.float64
+            if type(value) is int:
+                return sizes.get(value, value)
+            if isinstance(value, slice):
+                return slice(widen(value.start), widen(value.stop), value.step)
+            return type(value)(widen(v) for v in value) if type(value) in (tuple, list) else value
+
+        return tuple(widen(a) for a in args), {k: widen(v) for k, v in kwargs.items()}
+
+    def example(self, node: fx.Node) -> Any:
+        """Value of `node`; of a tensor, as much as `example_shape` says."""
+        value = self.value(node)
+        if type(value) is int:
+            return _smaller.get().get(value, value)
+        if not isinstance(value, Tensor) or not _smaller.get():
+            return value
+        for axis, size in enumerate(example_shape(node)):
+            value = value.narrow(axis, 0, size)
+        return value
+
+    @torch.no_grad()
+    def value(self, node: fx.Node) -> Any:
+        """Value of `node`; computes its ancestors that are not known yet."""
+        for ancestor in self._needed(node):
+            self.env[ancestor] = self.run_node(ancestor)
+        return self.env[node]
+
+    def _needed(self, node: fx.Node) -> list[fx.Node]:
+        """Unknown ancestors of `node` and itself, inputs first."""
+        order: list[fx.Node] = []
+        seen: set[fx.Node] = set()
+        stack = [(node, False)]
+        while stack:
+            current, expanded = stack.pop()
+            if expanded:
+                order.append(current)
+            elif current not in seen and current not in self.env:
+                seen.add(current)
+                stack.append((current, True))
+                stack.extend((source, False) for source in current.all_input_nodes)
+        return order
+
+
+class Region:
+    """The nodes between some nodes and one that depends on them: a function that can be run on other values.
+
+    given: where values are put in. end: what comes out. nodes: in graph order. sides: what else flows in. Raises
+    RuntimeError when there are more than `limit` nodes.
+    """
+
+    def __init__(self, base: Evaluator, given: Iterable[fx.Node], end: fx.Node, limit: int = 600) -> None:
+        self.base, self.end = base, end
+        self.given = tuple(dict.fromkeys(given))
+        self.nodes = _between(self.given, end)
+        if len(self.nodes) > limit:
+            raise RuntimeError(f"{len(self.nodes)} nodes between the inputs and {end.name}, more than {limit}")
+        inside = {*self.nodes, *self.given}
+        self.sides = tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
+
+    def run(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Value of `end` for these values of the given nodes, and of any sides; other sides have their example value.
+
+        Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
+        RuntimeError when the result is no tensor.
+        """
+        env: dict[fx.Node, Any] = dict(values)
+        for side in self.sides:
+            if side not in env:
+                env[side] = _promote(self.base.example(side))
+        evaluator = Evaluator(self.base.program, env, promote=True)
+        with torch.no_grad():
+            for node in self.nodes:
+                evaluator.env[node] = evaluator.run_node(node)
+        result = evaluator.env[self.end] if self.end in evaluator.env else evaluator.value(self.end)
+        if not isinstance(result, Tensor):
+            raise RuntimeError(f"{self.end.name} is not a tensor")
+        return result
+
+
+def signature(region: Region, tell: Callable[[fx.Node], Any]) -> tuple[Any, ...]:
+    """What a region computes, in terms that two layers of one model share.
+
+    Equal for two regions that do the same to inputs of the same shapes, where `tell` says what matters about a side.
+    """
+    places = {node: index for index, node in enumerate((*region.given, *region.sides, *region.nodes))}
+
+    def place(node: fx.Node) -> str:
+        return f"%{places[node]}"
+
+    calls = [
+        (n.op, str(n.target), repr(fx.node.map_arg((n.args, n.kwargs), lambda m: _Place(place(m)))))
+        for n in region.nodes
+    ]
+    shapes = tuple((example_shape(n), str(fake(n).dtype)) for n in region.given)
+    return (tuple(calls), shapes, tuple(tell(side) for side in region.sides))
+
+
+class _Place(str):
+    """Prints as it is, so that it can stand in for a node."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def run_region(base: Evaluator, given: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
+    """Value of `end` when the nodes in `given` hold other values; see Region.run."""
+    return Region(base, given, end).run(given)
+
+
+def window(first: fx.Node, last: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Edges of data flow among the nodes from `first` to `last` in graph order: a part small enough to search."""
+    edges: list[tuple[fx.Node, fx.Node]] = []
+    lowest, node = _position(first), last
+    while _position(node) > lowest:
+        edges.extend((source, node) for source in node.all_input_nodes if _position(source) >= lowest)
+        node = node.prev
+    return edges
+
+
+def _between(given: tuple[fx.Node, ...], end: fx.Node) -> list[fx.Node]:
+    """Nodes on a path from a given node to `end` (which is one of them), in graph order."""
+    fixed = set(given)
+    if end in fixed:
+        return []
+    first = min(given, key=_position)
+    flow: nx.DiGraph = nx.DiGraph((u, v) for u, v in window(first, end) if v not in fixed)
+    if end not in flow:
+        return []
+    flow.add_edges_from(("start", node) for node in fixed)
+    found = nx.descendants(flow, "start") & (nx.ancestors(flow, end) | {end})
+    return sorted(found - fixed, key=_position)
+
+
+def random_like(node: fx.Node, seed: int = 0) -> Tensor:
+    """Random float64 numbers of the shape of `node`, on its device."""
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(example_shape(node), generator=generator, dtype=torch.float64)
+    return value.to(fake(node).device)
+
+
+def _position(node: fx.Node) -> Any:
+    return node._sort_key
+
+
+def _promote(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype in FLOATS else value

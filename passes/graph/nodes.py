@@ -1,0 +1,198 @@
+"""Graphs as every pass sees them: a program that can be copied, printed, searched, and run in part.
+
+A `Program` is an fx graph whose parameters, buffers and inputs are all placeholders with real example values: the form
+of Dynamo's graphs and of `torch.export`'s lifted graphs alike, so one implementation of each pass serves both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fhopt.passes.graph.program import Bound, Program
+
+VIEW_NAMES = (
+    "t transpose permute view reshape getitem T mT contiguous to type_as chunk split cat squeeze unsqueeze "
+    "numpy_T slice select detach alias"
+)
+VIEWS = frozenset(VIEW_NAMES.split())
+SIZED_NAMES = (
+    "view reshape expand getitem new_zeros new_ones new_full new_empty zeros ones full arange repeat split narrow "
+    "slice unflatten _unsafe_view broadcast_to split_with_sizes chunk index_select triu tril"
+)
+SIZED = frozenset(SIZED_NAMES.split())  # calls whose integers may be sizes
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# --------------------------------------------------------------------------------------------------- reading nodes
+
+
+def size_hint(number: Any) -> int:
+    """Return the value of a size at tracing; a symbol gets no guard by it."""
+    hint: Any = number.node.hint if isinstance(number, torch.SymInt) else number
+    return int(hint)
+
+
+def op_name(node: fx.Node) -> str:
+    """Bare name of what a node calls, the same for `torch.matmul`, `@`, `Tensor.matmul` and `aten.matmul.default`."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.split("::")[1])
+    if target is getattr:
+        return str(node.args[1])
+    return str(getattr(target, "__name__", target))
+
+
+def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by one of its names (a method's own tensor is position 0)."""
+    if len(node.args) > position:
+        return node.args[position]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def fake(node: fx.Node) -> Any:
+    """The fake value that tracing left on the node, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def shape(node: fx.Node) -> tuple[Any, ...] | None:
+    """Shape of a tensor node (ints or symbols), None for anything else."""
+    value = fake(node)
+    return tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else None
+
+
+def source_line(node: fx.Node) -> str:
+    """`folder/file.py:line` of the user code that made the node, "" when unknown."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    if not frames:
+        return ""
+    path, line = frames[-1]
+    return "/".join(path.split("/")[-2:]) + f":{line}"
+
+
+def is_ours(source: str) -> bool:
+    """True for a `source_line` in this package: what attention on latents consists of."""
+    return source.startswith("fhopt/")
+
+
+# --------------------------------------------------------------------------------------------------- changing
+
+
+def remove_dead_code(program: Program) -> None:
+    """Remove calls whose values nobody takes; what acts otherwise (contexts, checks, changes in place) stays."""
+    for node in reversed(program.graph.nodes):
+        calls = node.op in {"call_function", "call_method"} and not node.is_impure() and not is_in_place(node)
+        if calls and not node.users and _is_data(fake(node)):
+            program.graph.erase_node(node)
+
+
+def _is_data(value: Any) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(parts) and all(isinstance(p, Tensor) or p is None for p in parts) and value is not None
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` may share: back through views and in-place results."""
+    while (op_name(node) in VIEWS or is_in_place(node)) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    """Insert a call at the graph's insertion point, with the fake value that it makes."""
+    node = program.graph.call_function(target, args, dict(kwargs or {}))
+    known = fx.node.map_arg((args, dict(kwargs or {})), fake)
+    with on_fakes(fake_mode(program)):
+        node.meta["example_value"] = node.meta["val"] = target(*known[0], **known[1])
+    return node
+
+
+def call_method(program: Program, name: str, *args: Any) -> fx.Node:
+    """Insert a call of a tensor's method at the graph's insertion point, with the fake value that it makes."""
+    node = program.graph.call_method(name, args)
+    known = fx.node.map_arg(args, fake)
+    with on_fakes(fake_mode(program)):
+        node.meta["example_value"] = node.meta["val"] = getattr(known[0], name)(*known[1:])
+    return node
+
+
+def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> fx.Node:
+    """Insert a copy of `node` with other inputs, with the fake value that it makes of them."""
+    copied = program.graph.node_copy(node, lambda n: mapping.get(n, n))
+
+    def known(source: fx.Node) -> Any:
+        is_attribute = source.op == "get_attr"
+        return operator.attrgetter(str(source.target))(program.module) if is_attribute else fake(source)
+
+    args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), known)
+    with on_fakes(fake_mode(program)):
+        target: Any = copied.target
+        value = getattr(args[0], target)(*args[1:], **kwargs) if copied.op == "call_method" else target(*args, **kwargs)
+    copied.meta["example_value"] = copied.meta["val"] = value
+    return copied
+
+
+def fake_mode(program: Program) -> FakeTensorMode | None:
+    """The mode of the fake values that tracing left on the graph."""
+    values = (fake(n) for n in program.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+@contextlib.contextmanager
+def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
+    """The state in which operations run on fake values, without gradients; `mode` None: on whatever values there are.
+
+    Composite operations are decomposed in Python, as when Dynamo traces: C++ may ask for a size as a number (matmul did
+    until torch 2.12), and the graph would be for that size alone.
+    """
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+            stack.enter_context(enable_python_dispatcher())
+        yield
+
+
+def add_constant(program: Program, name: str, tensor: Tensor, bound: Bound | None = None) -> fx.Node:
+    """A new placeholder behind the others; inductor treats it like a parameter.
+
+    Its value is `tensor`, or what `bound` makes of other inputs, of which `tensor` is an example.
+    """
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    with program.graph.inserting_after(placeholders[-1]):
+        node = program.graph.placeholder(name)
+    node._dynamo_source = None
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    mode = fake_mode(program)
+    value = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    node.meta["example_value"] = node.meta["val"] = value
+    program.values[node.name] = tensor
+    if bound is not None:
+        program.bound[node.name] = bound
+    return node
+
+
+IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "setitem", "ifloordiv", "iand", "ior")
+)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """True when running the node changes one of its inputs."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return node.target in IN_PLACE_OPERATORS

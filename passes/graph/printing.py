@@ -1,0 +1,38 @@
+"""The one printer of graphs: dumps, golden texts, equality in tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.passes.graph.nodes import fake, op_name
+
+# --------------------------------------------------------------------------------------------------- printing
+
+
+def print_graph(graph: fx.Graph) -> str:
+    """One line a node: `%name: dtype[shape] = op(args)`. The dump, the golden text and the equality of tests."""
+    return "\n".join(_line(node) for node in graph.nodes) + "\n"
+
+
+def _line(node: fx.Node) -> str:
+    value = fake(node)
+    kind = f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else ""
+    arguments = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
+    if node.op == "placeholder":
+        return f"%{node.name}{kind} = input()"
+    if node.op == "output":
+        return f"return {', '.join(arguments)}"
+    prefix = "." if node.op == "call_method" else ""
+    name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else op_name(node) or node.op
+    return f"%{node.name}{kind} = {prefix}{name}({', '.join(arguments)})"
+
+
+def _show(argument: Any) -> str:
+    if isinstance(argument, fx.Node):
+        return f"%{argument.name}"
+    if isinstance(argument, (tuple, list)):
+        return "[" + ", ".join(_show(a) for a in argument) + "]"
+    return repr(argument)

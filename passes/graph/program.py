@@ -1,0 +1,99 @@
+"""Programs: graphs whose parameters, buffers and inputs are placeholders with example values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """How the value of an extra input follows from other inputs: made at call time, never baked into a graph.
+
+    sources: placeholders that it is made of (weights, caches of the user). make: their values -> a tensor of the shape,
+    dtype and device of the example. It is asked again when one of the sources is another tensor or was changed; it
+    raises `errors.Stale` when nothing is right for these sources.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
+@dataclass
+class Program:
+    """One captured graph.
+
+    module: the graph module, owned by this object (passes change it in place).
+    values: real example value of each placeholder, by node name (parameters are the model's own, never changed).
+    parameters: placeholder name -> qualified parameter name. buffers: likewise, for registered buffers.
+    bound: of extra inputs (`add_constant`) whose values depend on others, how.
+    """
+
+    module: fx.GraphModule
+    values: dict[str, Any]
+    parameters: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)
+    bound: dict[str, Bound] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self.module.graph
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Values of the parameters, by their qualified names."""
+        return {name: self.values[node] for node, name in self.parameters.items()}
+
+    def is_parameter(self, node: fx.Node) -> bool:
+        """True for a placeholder that is a parameter of the model."""
+        return node.op == "placeholder" and node.name in self.parameters
+
+
+def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Program:
+    """A private copy of a Dynamo graph: the incoming one is re-read by Dynamo and must not change."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copied = graph.node_copy(node, lambda n: mapping[n])
+        copied.meta.pop("grapharg", None)
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+        mapping[node] = copied
+    out = fx.GraphModule(module, graph)
+    out.meta.update(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        out._param_name_to_source = module._param_name_to_source
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    values = {n.name: v for n, v in zip(placeholders, example_inputs, strict=True)}
+    names = {n.name: source_name(n) for n in placeholders if isinstance(values[n.name], torch.nn.Parameter)}
+    buffers = {n.name: source_name(n) for n in placeholders if "._buffers[" in _source_text(n)}
+    return Program(out, values, names, {k: v for k, v in buffers.items() if k not in names})
+
+
+def source_name(node: fx.Node) -> str:
+    """Qualified name of a Dynamo placeholder, from where Dynamo read it: `L['self']._modules['a']...` -> `a.weight`."""
+    text = _source_text(node)
+    root = re.match(r"[LG]\['[^']*'\](?:\[\d+\])?", text)
+    fields = _SOURCE_FIELD.findall(text[root.end() :] if root else text)
+    return ".".join(next(part for part in parts if part) for parts in fields) or node.name
+
+
+def _source_text(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    text = "" if source is None else source.name
+    return str(text() if callable(text) else text)
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the module in whose forward a node was traced, "" where tracing did not tell."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    text = stack[-1][0] if stack else ""
+    return re.sub(r"^[LG]\['[^']*'\](?:\[\d+\])?\.?", "", str(text))

@@ -1,0 +1,188 @@
+"""The pipeline: which pass runs after which."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.evaluate import Evaluator
+from fhopt.passes.graph.nodes import is_ours, remove_dead_code, source_line
+from fhopt.passes.graph.program import Program, module_path
+from fhopt.passes.outcome import Outcome
+from fhopt.passes.prepare.decompose import Decompose
+from fhopt.passes.prepare.functionalize import Functionalize
+from fhopt.passes.recognize.find_attention import FindAttention, site_name
+from fhopt.passes.recognize.node_roles import Roles
+from fhopt.passes.recognize.normalize import Normalize
+from fhopt.passes.rewrite.absorb import Absorb
+from fhopt.passes.rewrite.absorb_projection import AbsorbProjection
+from fhopt.passes.rewrite.compress import Compress
+from fhopt.passes.rewrite.latent_buffers import Keeper, LatentBuffers
+from fhopt.passes.rewrite.lower import Lower, is_decoding, is_spelled_out
+from fhopt.passes.stages import dump_stage, explain_miss, run_stage
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+
+
+def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
+    """Find every attention of `program`, in place. Exact: no number changes beyond rounding.
+
+    inline_checkpoints: look into activation checkpoints and dissolve them (else they stay, and are reported).
+    """
+    outcome = Outcome(program, reading=readers(program))
+    dump_stage(outcome, "input")
+    functional, parts, normalize, describe = (
+        Functionalize(),
+        Decompose(inline_checkpoints=inline_checkpoints),
+        Normalize(),
+        FindAttention(),
+    )
+    with run_stage(outcome, parts.name):
+        for node in parts.candidates(program):
+            with _missing(outcome, parts.name, node):
+                parts.rewrite(program, parts.match(node, program))
+    with run_stage(outcome, functional.name):
+        functional.run(program)
+    base, roles = Evaluator(program), Roles(program)
+    with run_stage(outcome, normalize.name):
+        for node in normalize.candidates(program):
+            with _missing(outcome, normalize.name, node):
+                normalize.rewrite(program, normalize.match(node, roles, base))
+        remove_dead_code(program)
+    with run_stage(outcome, describe.name):
+        for node in describe.candidates(program):
+            with _missing(outcome, describe.name, node):
+                site = describe.match(node, program, roles, base)
+                outcome.sites[node.name] = _with_own_name(site, {s.name for s in outcome.sites.values()})
+    return outcome
+
+
+def readers(program: Program) -> tuple[str, ...]:
+    """Module paths of attention that reads the latents of a cache: nothing is left to be done there."""
+    ops = [getattr(torch.ops.fhopt, name, None) for name in ("latent_attention", "attend_latents")]
+    calls = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", n.target) in ops]
+    return tuple(dict.fromkeys(module_path(n) for n in calls))
+
+
+@contextlib.contextmanager
+def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
+    """A miss within leaves the candidate alone and is explained."""
+    at = source_line(node)
+    try:
+        yield
+    except Miss as miss:
+        if miss.reason and not (outcome.reading and is_ours(at)):  # none: nothing like an attention
+            outcome.missed.append(explain_miss(stage, miss, node, at))
+
+
+def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
+    """The site; a second one of the same module is numbered in graph order, `#2`, `#3`, ..."""
+    return replace(site, name=_own_name(site.name, taken))
+
+
+def _own_name(name: str, taken: Collection[str]) -> str:
+    names = (name if n == 1 else f"{name}#{n}" for n in itertools.count(1))
+    return next(n for n in names if n not in taken)
+
+
+def merge(outcomes: list[Outcome]) -> Outcome:
+    """What was found in several graphs of one model, as one outcome; its program is that with the most sites."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    merged = Outcome(max(outcomes, key=lambda o: len(o.sites)).program)
+    for index, outcome in enumerate(outcomes):
+        for node, site in outcome.sites.items():
+            merged.sites[f"{index}:{node}"] = _with_own_name(site, {s.name for s in merged.sites.values()})
+        merged.missed += outcome.missed
+        for stage, seconds in outcome.seconds.items():
+            merged.seconds[stage] = merged.seconds.get(stage, 0.0) + seconds
+    return merged
+
+
+def optimize(
+    outcome: Outcome, plan: LatentPlan, training: bool = False, trusting: bool = False, keeper: Keeper | None = None
+) -> Outcome:
+    """compress, absorb and lower what `find` found, by the plan, in place.
+
+    training: keep it differentiable. trusting: use the plan for weights that have changed since it was fitted. keeper:
+    holds latents in place of K/V buffers of modules; None: these stay as they are.
+    """
+    compress, absorb = Compress(plan, training, trusting), Absorb()
+    buffers = None if keeper is None else LatentBuffers(compress, keeper)
+    program, weights = outcome.program, outcome.program.weights
+    roles, base = Roles(program), Evaluator(program)
+    with run_stage(outcome, compress.name):
+        for name, site in outcome.sites.items():
+            node = next(n for n in program.graph.nodes if n.name == name)
+            with _missing(outcome, compress.name, node):
+                if buffers is not None and buffers.is_for(node, site, program):
+                    found = buffers.match(node, site, program, roles, base)
+                    buffers.rewrite(program, found)
+                    fitted = found.fitted
+                else:
+                    fitted = compress.match(node, site, weights)
+                    compress.rewrite(program, node, fitted)
+                outcome.compressed[site.name] = fitted.site.layout
+    if buffers is not None:
+        buffers.check(program, sorted({m.reason for m in outcome.missed if m.stage == compress.name}))
+    with run_stage(outcome, absorb.name):
+        for node in absorb.candidates(outcome.program):
+            absorb.rewrite(outcome.program, absorb.match(node))
+    return lower(outcome, training)
+
+
+def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outcome:
+    """Run attention on the latents that a model keeps already, in place, where that pays. For inference.
+
+    Exact, with no plan; sites that `plan` has are left to it. What is absorbed is no site of a plan any more.
+    """
+    stage, program = AbsorbProjection(), outcome.program
+    planned = {site.site.name for site in plan.sites} if plan is not None else set()
+    with run_stage(outcome, stage.name):
+        roles, base = Roles(program), Evaluator(program)
+        for node in stage.candidates(program):
+            site = outcome.sites.get(node.name)
+            if site is not None and site.name in planned:
+                continue
+            known = [m for m in outcome.missed if m.stage == FindAttention.name and m.node == node.name]
+            try:
+                found = stage.match(node, program, roles, base)
+            except Miss as miss:
+                outcome.missed += [explain_miss(stage.name, miss, node)] if known else []
+                continue
+            taken = {s.name for s in outcome.sites.values()} | outcome.compressed.keys()
+            name = site.name if site is not None else _own_name(site_name(node, roles), taken)
+            outcome.sites.pop(node.name, None)
+            outcome.missed = [m for m in outcome.missed if m not in known]
+            outcome.compressed[name] = "absorbed"
+            stage.rewrite(program, found)
+    return outcome
+
+
+def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
+    """Every attention by the best exact way, in place; False, and nothing done, where the `original` has it already."""
+    nodes = {n.name: n for n in outcome.program.graph.nodes}
+    sites = [nodes[name] for name in outcome.sites]
+    pays = bool(outcome.compressed) or (not training and any(map(is_decoding, sites))) or is_spelled_out(original)
+    if not pays:
+        return False
+    lower(outcome, training)
+    return True
+
+
+def lower(outcome: Outcome, training: bool = False) -> Outcome:
+    """Hand the canonical ops back as torch ops, so that inductor sees nothing new, or to kernels where they pay."""
+    stage = Lower(training)
+    with run_stage(outcome, stage.name):
+        for node in stage.candidates(outcome.program):
+            site = outcome.sites.get(node.name)
+            how = stage.rewrite(outcome.program, node)
+            if site is not None:
+                outcome.lowered[site.name] = how
+    return outcome

@@ -1,0 +1,1 @@
+"""Passes that make attention visible: composites taken apart, in-place changes made functional."""

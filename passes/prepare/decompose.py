@@ -1,0 +1,241 @@
+"""Opaque composites become the plain torch operations they stand for, in the same graph, with the same numbers.
+
+    before                                              after
+    o = multi_head_attention_forward(x, x, x, W, ...)   q, k, v = linear(x, W, b)...; o = linear(sdpa(q, k, v), ...)
+    y = _transformer_encoder_layer_fwd(x, ...)          layer_norm, linear, matmul, softmax, matmul, linear, ...
+    s = baddbmm(m, q, k, beta=b, alpha=c)               s = add(mul(bmm(q, k), c), mul(m, b))
+    o = einsum("bhst,bhtd,hde->bse", p, v, W)           o = einsum("bhsd,hde->bse", einsum("bhst,bhtd->bhsd", p, v), W)
+    o = getitem(_scaled_dot_product_flash..(q, ..), 0)  o = scaled_dot_product_attention(q, ...)
+    y = getitem(tag_activation_checkpoint(f, x), 0)     the nodes of f
+    o = getitem(flex_attention(q, k, v, f, ...), 0)     see flex.py
+
+What a composite computes stands in `composites.py`, in plain torch; tracing it on the node's own fake values gives the
+nodes to write. A size that is a symbol stays one. `match` traces, so that `rewrite` cannot fail. A composite inside a
+written one is a candidate in its turn.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.nodes import fake, is_in_place, op_name
+from fhopt.passes.graph.program import Program
+from fhopt.passes.prepare.composites import COMPOSITES
+from fhopt.passes.prepare.flex import body_of, graph_at, remove_makers
+from fhopt.passes.prepare.trace import trace_composite, trace_flex
+
+BODIES = {  # higher-order op -> (place of its body, of the body's first argument)
+    "tag_activation_checkpoint": (0, 1),
+    "wrap_activation_checkpoint": (0, 1),
+    "wrap": (0, 1),
+    "invoke_subgraph": (0, 2),
+    "wrap_with_set_grad_enabled": (1, 2),
+    "wrap_with_autocast": (4, 5),
+}
+HINTS = ("softmax", "attention", "attn", "encoder_layer")  # in a name: there may be attention around it
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+@dataclass
+class Expansion:
+    """A composite and what it stands for: `body`, a graph with fake values whose placeholders are bound to `inputs`."""
+
+    node: fx.Node
+    body: fx.Graph
+    inputs: tuple[Any, ...]
+    prefix: str = ""  # path of the body's attributes in the program's module
+
+
+@dataclass(frozen=True)
+class Decompose:
+    """The pass. With `inline_checkpoints` off, activation checkpoints keep their memory saving and hide attention."""
+
+    name: str = "decompose"
+    inline_checkpoints: bool = True
+
+    def candidates(self, program: Program) -> Iterator[fx.Node]:
+        """Composites, each once; those that a rewrite brings to light come after it."""
+        seen: set[fx.Node] = set()
+        while found := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
+            seen.update(found)
+            yield from found
+
+    def match(self, node: fx.Node, program: Program) -> Expansion:
+        """What `node` stands for, traced. Raises Miss."""
+        name = qualified_name(node)
+        if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
+            raise Miss(f"{name} takes nested tensors; expected dense ones", node)
+        if name in BODIES or _bodies(node, program):
+            return self._called_body(node, program, name)
+        is_flex = name == "flex_attention"
+        body = trace_flex(node, program) if is_flex else trace_composite(COMPOSITES[name], node, program)
+        _check_results(node, body)
+        return Expansion(node, body, tuple(node.all_input_nodes))
+
+    def rewrite(self, program: Program, found: Expansion) -> None:
+        """Write the body in place of the node."""
+        node, inputs = found.node, found.node.all_input_nodes
+        with program.graph.inserting_before(node):
+            copies, result = _copy(program.graph, found)
+        for user in list(node.users) if isinstance(result, (tuple, list)) else []:
+            user.replace_all_uses_with(result[user.args[1]])
+            program.graph.erase_node(user)
+        if isinstance(result, fx.Node):
+            node.replace_all_uses_with(result)
+        program.graph.erase_node(node)
+        _erase_unused(program.graph, [*(n for n in inputs if n.op == "get_attr"), *copies])
+        remove_makers(program.graph, inputs if qualified_name(node) == "flex_attention" else [])
+
+    def _called_body(self, node: fx.Node, program: Program, name: str) -> Expansion:
+        if "checkpoint" in name and not self.inline_checkpoints:
+            raise Miss("attention inside a checkpointed block is left alone while training", node)
+        if name not in BODIES:
+            raise Miss(f"attention inside {name} is left alone", node)
+        place, first = BODIES[name]
+        graph = body_of(node.args[place], program).graph
+        arguments = tuple(node.args[first:])
+        expected = sum(n.op == "placeholder" for n in graph.nodes)
+        if len(arguments) != expected:
+            raise Miss(f"{name} gives {len(arguments)} arguments to a body of {expected}", node)
+        _check_users(node, graph.output_node().args[0])
+        graph = _framed(graph, node) if name.startswith("wrap_with") else graph
+        assert isinstance(node.args[place], fx.Node)
+        return Expansion(node, graph, arguments, f"{node.args[place].target}.")  # type: ignore[union-attr]
+
+
+# --------------------------------------------------------------------------------------------------- candidates
+
+
+def qualified_name(node: fx.Node) -> str:
+    """Bare name of what a node calls where it is torch's own, `package::name` where it is another package's."""
+    target: Any = node.target
+    if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
+        return op_name(node)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        packet: Any = getattr(target, "overloadpacket", target)
+        package = packet._qualified_op_name.split("::")[0]
+    else:
+        package = (getattr(target, "__module__", None) or "torch").split(".")[0]
+    torch_owned = package in ("torch", "aten", "_operator", "builtins", "math")
+    return op_name(node) if torch_owned else f"{package}::{op_name(node)}"
+
+
+def _is_candidate(node: fx.Node, program: Program) -> bool:
+    name = qualified_name(node)
+    if name == "einsum":
+        return _operand_count(node) > 2
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and name != "flex_attention":
+        return any(_hints(n) for body in _bodies(node, program) for graph in _graphs(body) for n in graph.nodes)
+    return name in COMPOSITES or name == "flex_attention"
+
+
+def _operand_count(node: fx.Node) -> int:
+    operands = node.args[1:]
+    return len(operands[0]) if operands and isinstance(operands[0], (list, tuple)) else len(operands)
+
+
+def _bodies(node: fx.Node, program: Program) -> list[fx.GraphModule]:
+    """Graphs that a higher-order op calls, but for those of flex_attention, which are no part of the program."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or op_name(node) == "flex_attention":
+        return []
+    found = (graph_at(n, program) for n in node.all_input_nodes)
+    return [body for body in found if body is not None]
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
+    return (m.graph for m in module.modules() if isinstance(m, fx.GraphModule))
+
+
+def _hints(node: fx.Node) -> bool:
+    name = op_name(node)
+    return name == "exp" or any(hint in name for hint in HINTS)
+
+
+# --------------------------------------------------------------------------------------------------- bodies
+
+
+def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
+    """A copy of `body` between the calls that set the grad mode or autocast for it, and set it back."""
+    graph = fx.Graph()
+    known = {n: graph.node_copy(n) for n in body.nodes if n.op == "placeholder"}
+    if op_name(node) == "wrap_with_autocast":
+        before = graph.call_function(_enter_autocast, node.args[:4])
+        leave = _exit_autocast
+    else:
+        before = graph.call_function(torch.is_grad_enabled)
+        graph.call_function(torch._C._set_grad_enabled, node.args[:1])
+        leave = torch._C._set_grad_enabled
+    result = graph.graph_copy(body, known)
+    graph.call_function(leave, (before,))
+    graph.output(result)
+    return graph
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+
+def _check_results(node: fx.Node, body: fx.Graph) -> None:
+    """The results that are used are there, of the composite's own form. Raises Miss."""
+    result: Any = body.output_node().args[0]
+    expected = fake(node)
+    _check_users(node, result)
+    pairs = [(result, expected)] if isinstance(result, fx.Node) else zip(result, expected, strict=False)
+    for found, value in pairs:
+        if isinstance(found, fx.Node) and isinstance(value, Tensor) and fake(found).dtype != value.dtype:
+            raise Miss(f"{op_name(node)} gives {value.dtype}, its plain operations {fake(found).dtype}", node)
+
+
+def _check_users(node: fx.Node, result: Any) -> None:
+    """Every use of the node can be served by `result`. Raises Miss."""
+    if isinstance(result, fx.Node):
+        return
+    for user in node.users:
+        if user.target is not operator.getitem:
+            raise Miss(f"the results of {op_name(node)} are used as one tuple", user)
+        index = user.args[1]
+        if not (isinstance(index, int) and index < len(result) and isinstance(result[index], fx.Node)):
+            raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not give", user)
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def _copy(graph: fx.Graph, found: Expansion) -> tuple[list[fx.Node], Any]:
+    """Copy the body to the insertion point: (the copies, the results)."""
+    inputs = iter(found.inputs)
+    known: dict[fx.Node, Any] = {}
+    copies = []
+    for node in found.body.nodes:
+        if node.op == "placeholder":
+            known[node] = next(inputs)
+        elif node.op != "output":
+            known[node] = graph.node_copy(node, known.__getitem__)
+            copies.append(known[node])
+            _describe(known[node], node, found)
+    return copies, fx.node.map_arg(found.body.output_node().args[0], known.__getitem__)
+
+
+def _describe(copy: fx.Node, original: fx.Node, found: Expansion) -> None:
+    """Fake values under both names; what is known of the user's code: the body's own, else the composite's."""
+    copy.meta = dict(original.meta) if found.prefix else {}
+    if copy.op == "get_attr":
+        copy.target = f"{found.prefix}{copy.target}"
+    if fake(original) is not None:
+        copy.meta["example_value"] = copy.meta["val"] = fake(original)
+    for key in KEPT_META:
+        if key not in copy.meta and key in found.node.meta:
+            copy.meta[key] = found.node.meta[key]
+
+
+def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    for node in reversed(nodes):
+        if not node.users and not node.is_impure() and not is_in_place(node):
+            graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""Passes that only read: every spelling of attention, its projections, positions and masks."""

@@ -1,0 +1,273 @@
+"""Describe every `fhopt::attention` node as an `AttentionSite`: what projects into it, how it rotates, what it caches.
+
+    q = rope(q_proj(x))   k = rope(k_proj(x))   v = v_proj(x)           AttentionSite(
+    o = fhopt.attention(q, k, v, mask)                         ->          "model.layers.0.self_attn", H=9, G=3, D=64,
+    y = o_proj(o)                                                          rope half of 64, mask causal, ...)
+
+A cut point is a projection or a cache input (`roles`). What lies between cut and core is classified by running it on
+random float64 numbers: is it affine? does it depend on the position, and if so, is it a rotation, of which pairs and
+by which angles? No spelling of RoPE is matched.
+
+Letters: B batch, H query heads, G kv heads, T keys, D head size, F rotary frequencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, signature
+from fhopt.passes.graph.nodes import fake, op_name, shape, source_line
+from fhopt.passes.graph.program import Program
+from fhopt.passes.recognize.masks import mask_kind
+from fhopt.passes.recognize.node_roles import ATTENTION, Cut, Kind, Projection, Roles, common_path, view_root
+from fhopt.plan.site import AttentionSite, Rope
+
+NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
+FORWARD = 24  # nodes looked at on the way from a core to its output projection
+
+
+@dataclass(frozen=True)
+class FindAttention:
+    """The pass: it only reads. `tolerance` is relative, for the tests on float64 numbers with float32 side inputs."""
+
+    name: str = "find_attention"
+    tolerance: float = 1e-5
+
+    def candidates(self, program: Program) -> list[fx.Node]:
+        """The canonical attention nodes."""
+        return [n for n in program.graph.nodes if n.target is torch.ops.fhopt.attention.default]
+
+    def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> AttentionSite:
+        """The site at `node`. Raises Miss when no projection leads to it, or when it already reads a latent."""
+        query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
+        cuts, names = _cuts(node, roles)
+        _check_cuts(node, cuts, names)
+        q, k, v = (shape(n) for n in (query, key, value))
+        assert q is not None and k is not None and v is not None
+        latent = _latent_width(cuts, roles)
+        if latent:
+            full = int(k[1]) * (int(k[3]) + int(v[3]))
+            raise Miss(f"already latent: {latent} numbers a token stand for {full} of keys and values", node)
+        affine, rope = self._classify(key, cuts["k"], roles, base)
+        mask, window = _mask_kind(node, roles, base)
+        return AttentionSite(
+            name=_site_name(names),
+            projections=names,
+            kind=_kind(cuts),
+            heads=int(q[1]),
+            kv_heads=int(k[1]),
+            key_dim=int(k[3]),
+            value_dim=int(v[3]),
+            scale=float(node.kwargs["scale"]),  # type: ignore[arg-type]
+            rope=rope,
+            key_norm=not affine,
+            mask=mask,
+            softcap=float(node.kwargs.get("softcap", 0.0)),  # type: ignore[arg-type]
+            cache=_cache_kind(cuts["k"], roles),
+            source=source_line(node),
+            window=window,
+            sinks=len(node.args) > 4 and node.args[4] is not None,
+        )
+
+    def _classify(self, key: fx.Node, cut: Cut, roles: Roles, base: Evaluator) -> tuple[bool, Rope | None]:
+        """(affine in the projection?, rotation) of the segment from the key projection to the key."""
+        if not cut.projections or cut.caches:
+            return True, None  # the new token alone shows no rotation: prefill is where it is seen
+        region = Region(base, [p.node for p in cut.projections], key)
+        features = tuple(p.features for p in cut.projections)
+        structure = (
+            "way",
+            signature(region, lambda s: _tell_angle(s, roles)),
+            features,
+            region.given.index(key) if key in region.given else -1,
+        )
+        if structure not in roles.known:
+            roles.known[structure] = self._measured(key, cut, region)
+        return roles.known[structure]
+
+    def _measured(self, key: fx.Node, cut: Cut, region: Region) -> tuple[bool, Rope | None]:
+        rows = [[_row(p, 2 * i + j) for i, p in enumerate(cut.projections)] for j in range(2)]
+
+        def run(first_share: float, second_share: float) -> Tensor:  # the same row at every token
+            given = {
+                p.node: (first_share * a + second_share * b).expand(example_shape(p.node))
+                for p, a, b in zip(cut.projections, *rows, strict=True)
+            }
+            try:
+                return region.run(given) if region.nodes else given[key]
+            except Exception as error:  # whatever a user's node may raise
+                raise Miss(f"the way from the key projection could not be run ({error})", key) from error
+
+        first, second, zero, both = run(1, 0), run(0, 1), run(0, 0), run(1, 1)
+        largest = first.abs().max().clamp_min(1e-30)
+        affine = bool((both - first - second + zero).abs().max() <= self.tolerance * largest)
+        return affine, rotation(first - zero if affine else first, self.tolerance)
+
+
+def site_name(node: fx.Node, roles: Roles) -> str:
+    """Name of the site at an attention node, also of one that is no `AttentionSite`."""
+    names = _cuts(node, roles)[1]
+    return _site_name(names) if any(names.values()) else node.name
+
+
+def _tell_angle(side: fx.Node, roles: Roles) -> object:
+    """What matters about a side of the way to the keys: of a norm's weights the shape, of angles which they are."""
+    return roles.tell(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
+
+
+# --------------------------------------------------------------------------------------------------- roles
+
+
+def _row(projection: Projection, seed: int) -> Tensor:
+    """Random features, the same at every token, on the projection's device."""
+    sizes = example_shape(projection.node)
+    generator = torch.Generator().manual_seed(seed + 1)
+    kept = [n if i in projection.features else 1 for i, n in enumerate(sizes)]
+    return torch.randn(kept, generator=generator, dtype=torch.float64).to(fake(projection.node).device)
+
+
+def _cuts(node: fx.Node, roles: Roles) -> tuple[dict[str, Cut], dict[str, tuple[str, ...]]]:
+    """(where queries, keys and values are cut, names of the weights of each, and of the output's) of an attention."""
+    query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
+    cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
+    names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
+    if roles.kind(query) == Kind.WEIGHT and not names["q"]:
+        names["q"] = roles.weight_names(query)  # learned queries
+    return cuts, names
+
+
+def _check_cuts(node: fx.Node, cuts: dict[str, Cut], names: dict[str, tuple[str, ...]]) -> None:
+    """Raise Miss where nothing projects: similarities of a tensor with itself, pooling, lookups."""
+    for role, what in (("q", "queries"), ("k", "keys")):
+        if not names[role] and not (role == "k" and cuts["k"].caches):
+            source = "they are embeddings" if cuts[role].lookups else "they are an input or a constant"
+            raise Miss(f"attention without projections: nothing projects the {what}, {source}", node)
+    query, key, value = node.args[:3]
+    if query is key and key is value:
+        raise Miss("attention without projections: queries, keys and values are one tensor", node)
+
+
+def _site_name(names: dict[str, tuple[str, ...]]) -> str:
+    every = [n for role in names.values() for n in role]
+    return common_path(every) or common_path(names["q"]) or every[0].rpartition(".")[0] or every[0]
+
+
+def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
+    """Numbers per token of a latent that keys and values are already projected from; 0 where there is none.
+
+    DeepSeek-V2 (section 2.1.2): keys and values come from one narrow projection of the input that the queries are
+    projected from too, directly or through a narrow projection of their own; and it is this that is cached.
+    """
+    if not cuts["k"].projections or not cuts["v"].projections:
+        return 0
+    inner = roles.cut(cuts["v"].projections[0].activation)
+    if len(inner.projections) != 1 or inner.lookups:
+        return 0
+    down = inner.projections[0]
+    sources = set()
+    for projection in cuts["q"].projections:
+        if view_root(projection.activation) is view_root(cuts["v"].projections[0].activation):
+            return 0  # queries read the same activation: an ordinary block behind a projection
+        sources.add(view_root(projection.activation))
+        sources |= {view_root(p.activation) for p in roles.cut(projection.activation).projections}
+    narrow = sum(example_shape(down.node)[i] for i in down.features)
+    wide = sum(example_shape(p.node)[i] for p in cuts["v"].projections for i in p.features)
+    return narrow if view_root(down.activation) in sources and narrow < wide else 0
+
+
+def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:
+    """The first projection that the result of the attention reaches, before it joins the residual stream."""
+    frontier, seen = [node], {node}
+    for _ in range(FORWARD):
+        if not frontier:
+            break
+        current = min(frontier)
+        frontier.remove(current)
+        for user in current.users:
+            projection = roles.projection(user)
+            if projection is not None and projection.activation in seen:
+                return projection.names
+            if user not in seen and isinstance(fake(user), Tensor) and _stays_inside(user, seen, roles):
+                seen.add(user)
+                frontier.append(user)
+    return ()
+
+
+def _stays_inside(node: fx.Node, seen: set[fx.Node], roles: Roles) -> bool:
+    name = op_name(node)
+    if name in NORMS | ATTENTION:
+        return False
+    joins = name in {"add", "iadd"} and any(
+        roles.kind(n) == Kind.ACTIVATION for n in node.all_input_nodes if n not in seen
+    )
+    return not joins
+
+
+def _kind(cuts: dict[str, Cut]) -> str:
+    """ "self" when queries and keys are projected from the same activation."""
+
+    def inputs(cut: Cut) -> set[fx.Node]:
+        return {view_root(p.activation) for p in cut.projections}
+
+    cached = not cuts["k"].projections and cuts["k"].appends
+    return "self" if inputs(cuts["q"]) & inputs(cuts["k"]) or cached else "cross"
+
+
+def _cache_kind(cut: Cut, roles: Roles) -> str:
+    if not cut.caches:
+        return "none"
+    return "in-place" if any(n in roles.written for n in cut.caches) else "cat" if cut.appends else "bare"
+
+
+def _mask_kind(node: fx.Node, roles: Roles, base: Evaluator) -> tuple[str, int]:
+    mask = node.args[3] if len(node.args) > 3 else None
+    if not isinstance(mask, fx.Node):
+        return ("causal" if node.kwargs.get("is_causal") else "none"), 0
+    queries, keys = example_shape(node.args[0])[2], example_shape(node.args[1])[2]  # type: ignore[arg-type]
+    which = ("mask", roles.number(mask), queries, keys)
+    if which not in roles.known:
+        value = base.value(mask)
+        roles.known[which] = mask_kind(value.expand(*value.shape[:-2], queries, keys))
+    kind, window = roles.known[which]
+    return ("causal" if kind == "none" and node.kwargs.get("is_causal") else kind), window
+
+
+# --------------------------------------------------------------------------------------------------- rotation
+
+
+def rotation(key: Tensor, tolerance: float) -> Rope | None:
+    """What rotates a key [B, G, T, D] that was made from the same row at every token; None if nothing does."""
+    rows = key[0, 0]  # [T, D]
+    if rows.shape[0] < 2:
+        return None
+    scale = rows.abs().max().clamp_min(1e-30)
+    moves = ((key - key[:, :, :1]).abs().amax((0, 1, 2)) > 1e-9 * scale).nonzero().flatten()
+    if not moves.numel():
+        return None
+    offset, size = int(moves[0]), int(moves[-1]) + 1 - int(moves[0])
+    for pairing, blocks in (("half", 1), ("interleaved", 1), ("half", 2), ("half", 3)):
+        for start, length in ((offset, size), (0, offset + size)):  # the slowest frequencies may not seem to move
+            rope = _as_rotation(rows, pairing, blocks, start, length, tolerance * float(scale))
+            if rope is not None:
+                return rope
+    return None
+
+
+def _as_rotation(rows: Tensor, pairing: str, blocks: int, offset: int, size: int, bound: float) -> Rope | None:
+    if size % (2 * blocks):
+        return None
+    guess = Rope(pairing, size, (), offset, blocks)
+    first, second = torch.tensor(guess.pairs).T
+    pairs = torch.complex(rows[:, first], rows[:, second])  # [T, F]
+    if bool(((pairs.abs() - pairs.abs()[:1]).abs() > bound).any()):
+        return None
+    turns = torch.angle(pairs[1:] * pairs[:-1].conj())  # [T - 1, F]
+    steady = bool(((pairs[1:] - pairs[:-1] * torch.polar(torch.ones(1).double(), turns[:1])).abs() <= 10 * bound).all())
+    turning = turns.abs() > 1e-12
+    first_turn = turns[turning.double().argmax(0), torch.arange(turns.shape[1])]
+    angles = turns[0] if steady else first_turn
+    return Rope(pairing, size, tuple(float(a) for a in angles), offset, blocks, "sequence" if steady else "grid")

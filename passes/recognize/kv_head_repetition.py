@@ -1,0 +1,123 @@
+"""Undo the repetition of kv heads: keys and values are taken from before it, whatever spells it.
+
+    before                                              after
+    k = repeat_kv(k)   [B, G, T, D] -> [B, H, T, D]     o = fhopt.attention(q, k, v)      with k, v [B, G, T, D]
+    o = fhopt.attention(q, k, v)
+
+No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the result is compared
+with each of its heads. Where heads are shared in another order than in blocks, the queries are put in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like
+from fhopt.passes.graph.nodes import fake, op_name
+from fhopt.passes.recognize.layout import JOINS, MOVEMENT, Steps, arrange
+from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
+
+TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
+EQUAL = 1e-12  # relative; a factor that is made of several rounds in float64
+DEPTH = 10  # nodes looked at on the way back from a repeated key
+
+
+@dataclass
+class Operand:
+    """One input of a core, and the methods that bring it to [B, heads, tokens, channels]."""
+
+    node: fx.Node
+    steps: Steps = ()
+
+    @property
+    def sizes(self) -> torch.Size:
+        """Example size of [B, heads, tokens, channels]."""
+        return arrange(torch.empty(example_shape(self.node), device="meta"), self.steps).shape
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An operand before its repetition, and for each query head the kv head that it reads.
+
+    factor: what it is multiplied by after the repetition.
+    """
+
+    operand: Operand
+    heads: tuple[int, ...]
+    factor: float = 1.0
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Query heads sorted by kv head; None where they are sorted as they stand."""
+        order = tuple(sorted(range(len(self.heads)), key=lambda h: self.heads[h]))
+        return order if order != tuple(range(len(order))) else None
+
+
+def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated | None:
+    """The nearest ancestor with fewer heads from which the operand only takes heads, and which a number may scale.
+
+    None where there is none.
+    """
+    final = operand.sizes
+    if final[1] != heads or heads == 1:
+        return None
+    current, factor = operand.node, 1.0
+    for _ in range(DEPTH):
+        inputs = [n for n in current.all_input_nodes if isinstance(fake(n), Tensor)]
+        number = _scale(current)
+        if not inputs or (number is None and op_name(current) not in TAKES):
+            return None
+        current, factor = inputs[0], factor * (number or 1.0)
+        for steps in _ways_to(example_shape(current), final):
+            taken = _heads_taken(current, steps, operand, factor, base)
+            if taken is not None:
+                return Repeated(Operand(current, steps), taken, factor)
+    return None
+
+
+def _scale(node: fx.Node) -> float | None:
+    """The number, not 0, by which the node multiplies its one tensor; None where it does anything else."""
+    divides = op_name(node) in DIVISION
+    if not (divides or op_name(node) in MULTIPLICATION) or len(node.args) != 2 or node.kwargs:
+        return None
+    numbers = [a for a in node.args if isinstance(a, (int, float)) and a]
+    if len(numbers) != 1 or (divides and numbers[0] is not node.args[1]):
+        return None
+    return 1 / numbers[0] if divides else float(numbers[0])
+
+
+def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
+    """Exchanges of axes that make [B, fewer heads, T, D] of a tensor."""
+    if len(sizes) == 3:
+        return [(("unsqueeze", (1,)),)] if sizes == (final[0], final[2], final[3]) else []
+    if len(sizes) != 4:
+        return []
+    fitting: list[Steps] = []
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (0, 2, 3, 1), (0, 3, 1, 2)):
+        b, h, t, d = (sizes[i] for i in order)
+        if (b, t, d) == (final[0], final[2], final[3]) and h < final[1] and final[1] % h == 0:
+            fitting.append(() if order == (0, 1, 2, 3) else (("permute", order),))
+    return fitting
+
+
+def _heads_taken(
+    source: fx.Node, steps: Steps, operand: Operand, factor: float, base: Evaluator
+) -> tuple[int, ...] | None:
+    """For each head of the operand the head of `source` that it is `factor` times; None when it is anything else."""
+    probe = random_like(source)
+    try:
+        result = arrange(Region(base, [source], operand.node).run({source: probe}), operand.steps)
+    except Exception:  # any failure of the region means that it is not a plain repetition
+        return None
+    few = arrange(probe, steps) * factor
+    taken = []
+    for head in range(result.shape[1]):
+        equal = [g for g in range(few.shape[1]) if torch.allclose(result[:, head], few[:, g], rtol=EQUAL, atol=0)]
+        if not equal:
+            return None
+        taken.append(equal[0])
+    counts = {taken.count(g) for g in range(few.shape[1])}
+    return tuple(taken) if len(counts) == 1 else None

@@ -1,0 +1,286 @@
+"""What a node is to its model: a weight, an activation, a projection, a cache.
+
+A *weight-like* value depends on parameters and buffers only, however it is computed from them (slices, concatenation,
+weight norm, dequantisation). A *projection* contracts an activation with a weight-like value. The *cut* of a node is
+where a walk back from it ends: the nearest projections, and the cache inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor, fx
+
+from fhopt.passes.graph.evaluate import example_shape
+from fhopt.passes.graph.nodes import VIEWS, argument, fake, is_in_place, op_name, storage_root
+from fhopt.passes.graph.program import Program
+from fhopt.passes.recognize.contraction import Contraction, read_contraction
+
+CONVOLUTION = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+WEIGHTED = CONVOLUTION | {"linear", "addmm", "addbmm", "bilinear"}
+ATTENTION = frozenset({"attention", "latent_attention", "scaled_dot_product_attention"})
+LOOKUP = frozenset({"embedding", "embedding_bag"})
+
+
+class Kind(IntEnum):
+    """What a value depends on, the most changeable thing first in rank."""
+
+    CONSTANT = 0
+    WEIGHT = 1
+    ACTIVATION = 2
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An activation contracted with weights: the node, the qualified names of the weights, where its features stand."""
+
+    node: fx.Node
+    names: tuple[str, ...]
+    activation: fx.Node
+    features: tuple[int, ...]  # axes of the result that come from the weight
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a walk back from a node ended.
+
+    caches: state inputs. appends: nodes that join a cache with new tokens, or write into it. lookups: embeddings of
+    activations that were reached without passing a projection (then nothing projects this path).
+    """
+
+    projections: tuple[Projection, ...]
+    caches: tuple[fx.Node, ...] = ()
+    appends: tuple[fx.Node, ...] = ()
+    lookups: tuple[fx.Node, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified names of the weights of all projections."""
+        return tuple(dict.fromkeys(name for projection in self.projections for name in projection.names))
+
+
+class Roles:
+    """Answers about the nodes of one program; remembers what it worked out."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.written = written_inputs(program)
+        self.changed = {storage_root(n.all_input_nodes[0]): n for n in _writers(program)}
+        self.known: dict[Any, Any] = {}  # what passes found out about a structure, for the next layer
+        self._kinds: dict[fx.Node, Kind] = {}
+        self._numbers: dict[fx.Node, int] = {}
+        self._value_numbers: dict[str, int] = {}
+        self._projections: dict[fx.Node, Projection | None] = {}
+
+    def kind(self, node: fx.Node) -> Kind:
+        """What the value of `node` depends on."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if current in self._kinds:
+                stack.pop()
+                continue
+            waiting = [n for n in current.all_input_nodes if n not in self._kinds]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            self._kinds[current] = self._own_kind(current)
+            stack.pop()
+        return self._kinds[node]
+
+    def _own_kind(self, node: fx.Node) -> Kind:
+        if node.op == "get_attr":
+            return Kind.WEIGHT
+        if node.op != "placeholder":
+            return max((self._kinds[n] for n in node.all_input_nodes), default=Kind.CONSTANT)
+        if not isinstance(fake(node), Tensor):
+            return Kind.CONSTANT  # a size
+        kept = self.program.is_parameter(node) or (node.name in self.program.buffers and node not in self.written)
+        return Kind.WEIGHT if kept else Kind.ACTIVATION
+
+    def number(self, node: fx.Node) -> int:
+        """The same number for nodes that compute the same value in the same way (Alpern, Wegman, Zadeck 1988)."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            waiting = [n for n in current.all_input_nodes if n not in self._numbers]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            if current not in self._numbers:
+                self._numbers[current] = self._value_numbers.setdefault(self._expression(current), len(self._numbers))
+            stack.pop()
+        return self._numbers[node]
+
+    def _expression(self, node: fx.Node) -> str:
+        if node.op in {"placeholder", "get_attr"}:
+            return f"{node.op} {node.target}"
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{self._numbers[n]}")
+        return f"{node.op} {node.target} {arguments}"
+
+    def tell(self, side: fx.Node) -> Any:
+        """What matters about a tensor that flows into a region: its shape; of a constant or a size, its value."""
+        if not isinstance(fake(side), Tensor) or self.kind(side) == Kind.CONSTANT:
+            return self.number(side)
+        return self.kind(side), example_shape(side), str(fake(side).dtype)
+
+    def projection(self, node: fx.Node) -> Projection | None:
+        """`node` as a projection, None when it is none."""
+        if node not in self._projections:
+            self._projections[node] = self._read_projection(node)
+        return self._projections[node]
+
+    def _read_projection(self, node: fx.Node) -> Projection | None:
+        name = op_name(node)
+        if name in WEIGHTED:
+            return self._weighted(node, name)
+        found = read_contraction(node)
+        if found is None:
+            return None
+        for side in (found, found.swapped()):  # the weight on the right first
+            if self._is_projection(side):
+                features = tuple(i for i, x in enumerate(side.axes) if x and x in side.right_axes)
+                return self._named(node, side.left, side.right, features)
+        return None
+
+    def _is_projection(self, found: Contraction) -> bool:
+        """The right side is a weight: no product of its own that shares batch axes with the left."""
+        if self.kind(found.right) != Kind.WEIGHT or len(example_shape(found.right)) < 2:
+            return False
+        if self.kind(found.left) == Kind.ACTIVATION:
+            return not found.shared or not self._holds_product(found.right)
+        return not found.shared and self._is_stored(found.right)
+
+    def _holds_product(self, node: fx.Node) -> bool:
+        """True when a weight-like value is itself projected: learned queries, not a weight."""
+        return any(op_name(n) in WEIGHTED or read_contraction(n) is not None for n in _with_ancestors(node))
+
+    def _is_stored(self, node: fx.Node) -> bool:
+        return view_root(node).op in {"placeholder", "get_attr"}
+
+    def _weighted(self, node: fx.Node, name: str) -> Projection | None:
+        position = {"addmm": 2, "addbmm": 2}.get(name, 1)
+        weight = argument(node, position, "weight", "mat2", "batch2")
+        activation = argument(node, position - 1, "input", "mat1", "batch1", "self")
+        if not isinstance(weight, fx.Node) or not isinstance(activation, fx.Node):
+            return None
+        if self.kind(weight) == Kind.ACTIVATION and self.kind(activation) == Kind.WEIGHT and name == "addmm":
+            weight, activation = activation, weight
+        if self.kind(weight) != Kind.WEIGHT:
+            return None
+        rank = len(example_shape(node))
+        return self._named(node, activation, weight, (1,) if name in CONVOLUTION and rank > 2 else (rank - 1,))
+
+    def _named(
+        self, node: fx.Node, activation: fx.Node, weight: fx.Node, features: tuple[int, ...]
+    ) -> Projection | None:
+        names = self.weight_names(weight)
+        return Projection(node, names, activation, features) if names else None
+
+    def weight_names(self, node: fx.Node) -> tuple[str, ...]:
+        """Qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
+        found: dict[str, bool] = {}
+        for source in _with_ancestors(node):
+            if source.op in {"placeholder", "get_attr"}:
+                name = self.program.parameters.get(source.name) or self.program.buffers.get(source.name)
+                if name:
+                    found[name] = source.name in self.program.parameters
+        parameters = tuple(sorted(n for n, is_parameter in found.items() if is_parameter))
+        return parameters or tuple(sorted(found))
+
+    def is_score_product(self, node: fx.Node) -> Contraction | None:
+        """The contraction at `node` when it multiplies two activations (or what is projected), None otherwise."""
+        if self.projection(node) is not None or self.kind(node) == Kind.CONSTANT:
+            return None
+        return read_contraction(node)
+
+    def cut(self, node: fx.Node) -> Cut:
+        """Walk back from `node` to the nearest projections and cache inputs."""
+        projections: dict[fx.Node, Projection] = {}
+        caches: dict[fx.Node, None] = {}
+        appends: dict[fx.Node, None] = {}
+        lookups: dict[fx.Node, None] = {}
+        seen, stack = set[fx.Node](), [node]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            projection = self.projection(current)
+            if projection is not None:
+                projections[current] = projection
+            elif current.op == "placeholder":
+                if self.is_cache(current):
+                    caches[current] = None
+            elif op_name(current) in LOOKUP and self.kind(current) == Kind.ACTIVATION:
+                lookups[current] = None
+            elif op_name(current) not in ATTENTION and self.kind(current) != Kind.CONSTANT:
+                if any(self.is_cache(source) for source in current.all_input_nodes):
+                    appends[current] = None
+                stack.extend(current.all_input_nodes)
+        ordered = tuple(projections[n] for n in sorted(projections))
+        return Cut(ordered, tuple(caches), tuple(appends), tuple(lookups))
+
+    def is_cache(self, node: fx.Node) -> bool:
+        """A state input that holds tokens: it is written to, or joined with new ones, or has heads of its own."""
+        value = fake(node)
+        if node.op != "placeholder" or self.kind(node) != Kind.ACTIVATION or not isinstance(value, Tensor):
+            return False
+        if value.dim() < 3 or not value.dtype.is_floating_point:
+            return False
+        grows = node in self.written or any(op_name(user) in {"cat", "concat"} for user in node.users)
+        return grows or (value.dim() == 4 and value.shape[1] > 1)  # a rotation's table has one head
+
+
+def view_root(node: fx.Node) -> fx.Node:
+    """The node that `node` is a view of, through all views."""
+    while op_name(node) in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """`node` and everything that it depends on, each once."""
+    seen, stack = set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            yield current
+            stack.extend(current.all_input_nodes)
+
+
+def written_inputs(program: Program) -> frozenset[fx.Node]:
+    """Placeholders that the program writes back to."""
+    return frozenset(
+        node.all_input_nodes[0]
+        for node in program.graph.nodes
+        if is_in_place(node) and node.all_input_nodes and node.all_input_nodes[0].op == "placeholder"
+    )
+
+
+def _writers(program: Program) -> list[fx.Node]:
+    """Nodes that change a tensor in place within the graph: what `functionalize` had to leave."""
+    inputs = [n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes]
+    return [n for n in inputs if n.all_input_nodes[0].op != "placeholder" or n.users]
+
+
+def common_path(names: Iterable[str]) -> str:
+    """Longest common module path of weights: the parameter's own name never belongs to it."""
+    paths = [tuple(n.split(".")[:-1]) for n in names]
+    if not paths:
+        return ""
+    if len(set(paths)) == 1:
+        return ".".join(paths[0][:-1] or paths[0])  # one fused projection and nothing else: name its parent
+    shared = []
+    for step in zip(*paths, strict=False):
+        if len(set(step)) > 1:
+            break
+        shared.append(step[0])
+    return ".".join(shared)
+
+
+__all__ = ["ATTENTION", "Cut", "Kind", "Projection", "Roles", "common_path", "view_root", "written_inputs"]

@@ -1,0 +1,329 @@
+"""Every spelling of attention becomes one `fhopt::attention` node.
+
+    before                                              after
+    s = q @ k.transpose(-1, -2)                         o = fhopt.attention(q, k, v, mask, sinks, scale=c)
+    s = s * c + mask
+    p = softmax(s, -1); p = dropout(p)
+    o = p @ v
+
+A core is a call of scaled_dot_product_attention, or a softmax between two contractions. No spelling is matched: the
+contractions are read as labelled axes (`contraction`), the way from the first to the softmax is measured by running it
+(`scores`), changes of axes are followed by coordinates (`layout`), repetition of kv heads is undone by running the
+candidates. Each rewrite is checked the same way: the old region and the new node run on the same random numbers, and
+on a mismatch the region stays as it is, with a reason.
+
+Letters: B batch, H query heads, G kv heads, S queries, T keys, D and E head sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.evaluate import Evaluator, example_shape, smaller
+from fhopt.passes.graph.nodes import argument, fake, op_name, shape
+from fhopt.passes.graph.program import Program
+from fhopt.passes.recognize.axes import Axes, key_label, layout_at, read_axes, value_steps
+from fhopt.passes.recognize.canonical import Core, check_canonical, insert_canonical
+from fhopt.passes.recognize.contraction import Contraction
+from fhopt.passes.recognize.kv_head_repetition import Operand, before_repetition
+from fhopt.passes.recognize.layout import MOVEMENT, Steps
+from fhopt.passes.recognize.node_roles import ATTENTION, Kind, Projection, Roles
+from fhopt.passes.recognize.scores import read_scores
+from fhopt.passes.recognize.softmax import OTHER_WEIGHTS, Softmax, is_candidate, read_softmax
+
+CALL = frozenset({"scaled_dot_product_attention"})
+DROPOUT = frozenset({"dropout", "native_dropout", "feature_dropout"})
+ENOUGH = 40  # tokens that checks by execution run on
+LARGEST = 2**26  # scores at most, where a check must run at full size
+SEARCH = 200  # nodes looked at on the way back from a softmax
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """The pass. `tolerance` is the largest relative difference that the check by execution lets through."""
+
+    name: str = "normalize"
+    tolerance: float = 1e-6
+
+    def candidates(self, program: Program) -> list[fx.Node]:
+        """Nodes that may be the core of an attention, in graph order."""
+        return [n for n in program.graph.nodes if op_name(n) in CALL | OTHER_WEIGHTS or is_candidate(n)]
+
+    def match(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
+        """The core at `node`, checked by execution. Raises Miss with what had been recognised by then."""
+        if op_name(node) in CALL:
+            core = _match_call(node, roles, base)
+            _undo_repetition(core, base)
+            if core.query.steps or core.key.steps or core.key.node is not argument(node, 1, "key"):
+                check_canonical(core, roles, base, self.tolerance)
+            return core
+        sizes = _smaller_sizes(node)
+        if sizes:
+            try:
+                with smaller(sizes):
+                    return self._match_softmax(node, roles, base)
+            except Miss as miss:
+                if math.prod(example_shape(node)) > LARGEST:
+                    raise miss
+        return self._match_softmax(node, roles, base)
+
+    def _match_softmax(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
+        if op_name(node) in OTHER_WEIGHTS:
+            raise _other_weights(node, roles)
+        softmax = read_softmax(node, base)
+        misses: list[Miss] = []
+        for product in _products_before(softmax, roles):
+            reached = "softmax, product of queries and keys"
+            try:
+                for mix, on_left in _mixes_after(softmax, roles):
+                    reached = "softmax, both products"
+                    core = _assemble(softmax, product, mix if on_left else mix.swapped(), roles, base)
+                    reached = "softmax, both products, scores, layout"
+                    _undo_repetition(core, base)
+                    check_canonical(core, roles, base, self.tolerance)
+                    return core
+            except Miss as miss:
+                misses.append(Miss(miss.reason, miss.node, miss.reached or reached))
+        raise max(misses, key=lambda miss: len(miss.reached))
+
+    def rewrite(self, program: Program, core: Core) -> fx.Node:
+        """Put the canonical node in place of the core; returns it."""
+        return insert_canonical(program, core)
+
+
+def _smaller_sizes(node: fx.Node) -> dict[int, int]:
+    """Numbers of queries and keys that are enough to see what is done to them."""
+    sizes: dict[int, int] = {}
+    for index, size in enumerate(dict.fromkeys(example_shape(node)[-2:])):
+        if size > ENOUGH:
+            sizes |= {size + i: ENOUGH - 8 * index + i for i in (0, 1, -1) if size + i not in sizes}
+    return sizes
+
+
+# --------------------------------------------------------------------------------------------------- a call
+
+
+def _match_call(node: fx.Node, roles: Roles, base: Evaluator) -> Core:
+    query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
+    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", default=0.0)
+    scale = argument(node, 6, "scale")
+    factors = ((scale, False),) if isinstance(scale, fx.Node) else ()
+    number = 1.0 if factors else 1 / math.sqrt(example_shape(query)[-1]) if scale is None else float(scale)
+    core = Core(
+        node, Operand(query), Operand(key), Operand(value), number, factors=factors,
+        mask=Operand(mask) if isinstance(mask, fx.Node) else None,
+        is_causal=bool(argument(node, 5, "is_causal", default=False)), dropout=float(dropout), is_call=True,
+    )  # fmt: skip
+    shapes = [example_shape(n) for n in (query, key, value)]
+    if len({len(s) for s in shapes}) > 1 or len(shapes[0]) < 2:
+        raise Miss(f"operands have shapes {shapes}; expected three of the same rank", node)
+    if len(shapes[0]) != 4 or len({s[0] for s in shapes}) > 1:
+        _bring_to_rank_4(core, roles, base)
+    return core
+
+
+def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
+    """Read the axes of a call as those of the product that it stands for. Raises Miss."""
+    nodes = (core.query.node, core.key.node, core.value.node)
+    shapes = [example_shape(n) for n in nodes]
+    outer = range(len(shapes[0]) - 2)
+    widest = [max(s[i] for s in shapes) for i in outer]
+    if any(s[i] not in (1, widest[i]) for s in shapes for i in outer):
+        raise Miss(f"batch axes of {shapes} do not broadcast", core.output)
+    batch = [tuple(f"b{i}" if s[i] == widest[i] else "" for i in outer) for s in shapes]
+    whole = tuple(f"b{i}" for i in outer)
+    product = Contraction(core.output, *nodes[:2], (*batch[0], "m", "k"), (*batch[1], "n", "k"), (*whole, "m", "n"))
+    mix = Contraction(core.output, nodes[0], nodes[2], product.axes, (*batch[2], "n", "e"), (*whole, "m", "e"))
+    axes = read_axes(product, "n", roles, base)
+    core.query, core.key = _query_and_key(product, axes)
+    value, core.output_steps = value_steps(mix, axes.layout(product.axes), axes)
+    core.value = Operand(nodes[2], value)
+    if core.mask is not None and len(example_shape(core.mask.node)) > 2:
+        sizes = example_shape(core.mask.node)
+        labels = product.axes[len(product.axes) - len(sizes) :]
+        whole_sizes = dict(zip(product.axes, (*widest, shapes[0][-2], shapes[1][-2]), strict=True))
+        held = tuple(x if n == whole_sizes[x] else "" for x, n in zip(labels, sizes, strict=True))
+        core.mask.steps = axes.steps(axes.layout(held), axes.canonical("scores"))
+
+
+# --------------------------------------------------------------------------------------------------- two products
+
+
+def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
+    """Products of two activations from which the scores come, the nearest first. Raises Miss where there is none."""
+    found, barrier = _search_products(softmax.scores, roles)
+    if found:
+        return found
+    what = "nothing is multiplied before it, no product of queries and keys"
+    if barrier is not None:
+        what = f"it is over the projection by {barrier.names[0]}, no product of queries and keys"
+        if _search_products(barrier.activation, roles)[0]:
+            what = f"the scores pass through the weight {barrier.names[0]} first, heads are mixed"
+    raise Miss(f"not the softmax of an attention: {what}", softmax.scores, "softmax")
+
+
+def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], Projection | None]:
+    """Products of two activations behind `start`, and the first projection that ends a way."""
+    found: list[Contraction] = []
+    barrier: Projection | None = None
+    seen, stack = {start}, [start]
+    while stack and len(seen) < SEARCH:
+        node = stack.pop(0)
+        projection = roles.projection(node)
+        if projection is not None:
+            barrier = barrier or projection
+            continue
+        product = roles.is_score_product(node)
+        if product is not None:
+            found.append(product)
+        elif op_name(node) not in ATTENTION:
+            sources = [n for n in node.all_input_nodes if n not in seen and roles.kind(n) != Kind.CONSTANT]
+            seen.update(sources)
+            stack.extend(sources)
+    return found, barrier
+
+
+def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool]]:
+    """Products of the weights with values, and whether the weights are the left operand. Raises Miss."""
+    found: list[tuple[Contraction, bool]] = []
+    known = {softmax.weights}
+    frontier = [softmax.weights]
+    for _ in range(SEARCH):
+        if not frontier:
+            break
+        node = min(frontier)
+        frontier.remove(node)
+        for user in node.users:
+            product = roles.is_score_product(user)
+            if product is not None:
+                found.extend(_sides_of(product, known))
+            elif user not in known and _carries_weights(user, roles):
+                known.add(user)
+                frontier.append(user)
+    if found:
+        return found
+    raise Miss("no product of the weights with values follows", softmax.weights, "softmax, product of queries and keys")
+
+
+def _other_weights(node: fx.Node, roles: Roles) -> Miss:
+    """Why a pointwise function is not the softmax of an attention; without a reason where it is nothing like one."""
+    stand_in = Softmax(node.all_input_nodes[0], node, 0)
+    try:
+        scores, mixes = _products_before(stand_in, roles), _mixes_after(stand_in, roles)
+    except Miss:
+        return Miss("", node)
+    if any(mix.node is score.node for mix, _ in mixes for score in scores):
+        return Miss("", node)
+    return Miss(f"the weights are made by {op_name(node)}; expected a softmax", node, "scores, both products")
+
+
+def _sides_of(product: Contraction, known: set[fx.Node]) -> Iterator[tuple[Contraction, bool]]:
+    """Whether the weights stand on the left or on the right of a product; where on both, it is none of ours."""
+    left, right = product.left in known, product.right in known
+    if left != right:
+        yield product, left
+
+
+POINTWISE_NAMES = (
+    "add sub rsub mul div truediv multiply divide subtract masked_fill where to type type_as float half bfloat16 "
+    "double clone contiguous _to_copy alias detach tanh clamp clip neg nan_to_num maximum minimum"
+)
+POINTWISE = frozenset(POINTWISE_NAMES.split())  # one element of zeros serves as well as scores of full size
+CARRIES_NAMES = (
+    "to type type_as float half bfloat16 double clone contiguous _to_copy alias detach mul masked_fill where "
+    "nan_to_num div truediv square pow"
+)
+CARRIES = MOVEMENT | DROPOUT | frozenset(CARRIES_NAMES.split())
+
+
+def _carries_weights(node: fx.Node, roles: Roles) -> bool:
+    return op_name(node) in CARRIES and isinstance(fake(node), Tensor)
+
+
+def _assemble(softmax: Softmax, product: Contraction, mix: Contraction, roles: Roles, base: Evaluator) -> Core:
+    """Roles and layouts of everything around one softmax. `mix` has the weights on the left."""
+    keys = key_label(softmax, product, base)
+    if keys in product.left_axes:
+        product = product.swapped()
+    axes = read_axes(product, keys, roles, base)
+    key_axis = product.axes.index(keys)
+    scores = read_scores(product.node, softmax.scores, softmax.axis, key_axis, roles, base)
+    value, result = value_steps(mix, layout_at(mix.left, product, axes, base), axes)
+    core = Core(
+        softmax.divider or mix.node, *_query_and_key(product, axes), Operand(mix.right, value),
+        scores.scale * softmax.gain, scores, product, extra=softmax.extra, factors=scores.factors,
+        softcap=scores.softcap * softmax.gain, output_steps=result, dropout=_dropout(softmax.weights, mix),
+    )  # fmt: skip
+    _place_mask(core, softmax, axes, base)
+    return core
+
+
+def _query_and_key(product: Contraction, axes: Axes) -> tuple[Operand, Operand]:
+    return (
+        Operand(product.left, axes.steps(axes.layout(product.left_axes), axes.canonical("query"))),
+        Operand(product.right, axes.steps(axes.layout(product.right_axes), axes.canonical("key"))),
+    )
+
+
+def _dropout(weights: fx.Node, mix: Contraction) -> float:
+    """Probability of the dropout that is active between the softmax and the second product."""
+    node, rate = mix.left, 0.0
+    while node is not weights and node.all_input_nodes:
+        if op_name(node) in DROPOUT and argument(node, 2, "training", "train", default=True):
+            rate = max(rate, float(argument(node, 1, "p", default=0.5)))
+        node = node.all_input_nodes[0]
+    return rate
+
+
+def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> None:
+    """How the mask, or a computed bias, comes to [B, H, S, T]. Raises Miss."""
+    scores, product = core.scores, core.product
+    assert scores is not None and product is not None
+    target = axes.canonical("scores")
+    steps = axes.steps(axes.layout(product.axes), target)
+    plain = not steps and all(len(axis) == 1 for axis in target)
+    gain: Steps = (("mul", (softmax.gain,)),) if softmax.gain != 1 else ()
+    if scores.mask is not None and plain:
+        is_bool = fake(scores.mask).dtype == torch.bool
+        core.mask = Operand(scores.mask, () if is_bool else gain)
+    elif scores.form or scores.sinks:
+        scores.form = "computed" if scores.form else ""
+        size, end = example_shape(product.node), example_shape(softmax.scores)
+        same = end[: softmax.axis] + end[softmax.axis + 1 :] == size[: softmax.axis] + size[softmax.axis + 1 :]
+        if len(end) == len(size) and not scores.sinks:
+            pointwise = all(op_name(n) in POINTWISE for n in scores.region.nodes)
+            core.bias_is_small = plain and pointwise
+            core.bias_steps = axes.steps(layout_at(softmax.scores, product, axes, base), target) + gain
+        elif same and len(end) == len(size):
+            core.bias_steps = steps + gain
+        elif scores.sinks or math.prod(size) != math.prod(end):
+            raise Miss("the axes of the scores change before the softmax in a way that is not followed", core.output)
+        else:
+            core.bias_steps = (("reshape", (_sizes(product.node),)), *steps, *gain)
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    sizes = shape(node) or ()
+    if sum(not isinstance(n, int) for n in sizes) > 1:
+        raise Miss("scores of several symbolic sizes change their axes", node)
+    return tuple(n if isinstance(n, int) else -1 for n in sizes)
+
+
+def _undo_repetition(core: Core, base: Evaluator) -> None:
+    """Move keys and values back to before a repetition of kv heads, where execution shows that there is one."""
+    heads = core.query.sizes[1]
+    key, value = (before_repetition(o, heads, base) for o in (core.key, core.value))
+    if key and value and key.heads == value.heads and value.factor == 1:
+        core.key, core.value, core.order = key.operand, value.operand, key.order
+        core.scale *= key.factor
+    groups = [o.sizes[1] for o in (core.key, core.value)]
+    if groups[0] != groups[1]:
+        raise Miss(f"keys have {groups[0]} heads and values {groups[1]}", core.output)
+    if heads % groups[0]:
+        raise Miss(f"{heads} query heads on {groups[0]} kv heads", core.output)

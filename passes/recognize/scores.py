@@ -1,0 +1,245 @@
+"""What happens to q k^T before the softmax, read from what it *does*: scale, softcap, mask or bias, sinks.
+
+    scores = cap(scale * factors * q k^T) + bias          [ + columns of sinks ]
+
+The way from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
+it (added, filled, selected, written by index, ALiBi, tables of relative positions, tril buffers, windows); the change
+per unit of product is the scale; saturation is a softcap. Everything else that flows in (masks, bias tables,
+temperatures) is random while this is measured, for a bias that is zero today need not be so after training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
+from fhopt.passes.graph.nodes import fake, op_name
+from fhopt.passes.recognize.layout import MOVEMENT, coordinates, line, moved
+from fhopt.passes.recognize.node_roles import Kind, Roles
+
+LEAST = 1e4  # additive values below -LEAST mean "may not attend"
+MULTIPLICATION = frozenset({"mul", "multiply"})
+DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
+
+
+@dataclass
+class Scores:
+    """The score function of one attention.
+
+    region: from the product to the softmax's input. factors: tensors (and whether they divide) that scale the product
+    and do not vary over keys. form: how `mask` is meant: "" (none), "add" (added), "keep" (bool, true may attend),
+    "fill" (bool, true may not), "computed" (the region, run on zeros, gives it). columns: where the keys stand on the
+    softmax's axis; the other columns are sinks.
+    """
+
+    region: Region
+    scale: float = 1.0
+    softcap: float = 0.0
+    factors: tuple[tuple[fx.Node, bool], ...] = ()
+    mask: fx.Node | None = None
+    form: str = ""
+    sinks: int = 0
+    start: int = 0  # the first column of the keys
+    replaces: bool = False  # what the mask forbids does not depend on the product: a filling, not a summand
+
+
+def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.Node, Tensor]:
+    """Random numbers for the tensors that flow into a region and are not constants.
+
+    With `binary`, a tensor that holds only zeros and ones today gets random zeros and ones: it is a mask in numbers.
+    """
+    values: dict[fx.Node, Tensor] = {}
+    for index, side in enumerate(region.sides):
+        value = fake(side)
+        if not isinstance(value, Tensor) or roles.kind(side) == Kind.CONSTANT:
+            continue
+        if value.dtype == torch.bool:
+            values[side] = random_like(side, 100 + index) > -0.5
+        elif value.dtype.is_floating_point:
+            values[side] = random_like(side, 100 + index).abs() * 0.5 + 0.5
+            if binary and bool(((region.base.example(side) == 0) | (region.base.example(side) == 1)).all()):
+                values[side] = (random_like(side, 100 + index) > -0.5).double()
+    return values
+
+
+def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
+    """The score function between the product and `end`. Raises Miss when it is of another form.
+
+    axis: the softmax's, in `end`. key_axis: where the keys stand in the product.
+    """
+    region = Region(base, [product], end)
+    if not region.nodes:
+        return Scores(region)
+    key = ("scores", signature(region, roles.tell), axis, key_axis)
+    if key in roles.known:
+        return _as_known(roles.known[key], region)
+    for binary in (False, True):
+        with contextlib.suppress(Miss):
+            found = _measured(region, product, axis, key_axis, roles, random_sides(region, roles, binary))
+            if not binary:  # nothing was read from today's values
+                roles.known[key] = found
+            return found
+    return _measured(region, product, axis, key_axis, roles, None)  # sides that belong together: as they are today
+
+
+def _as_known(found: Scores, region: Region) -> Scores:
+    """What was found about a region of the same structure, told about this one."""
+    twin = dict(zip(found.region.sides, region.sides, strict=True))
+    factors = tuple((twin[node], divides) for node, divides in found.factors)
+    return replace(found, region=region, factors=factors, mask=found.mask and twin[found.mask])
+
+
+def _measured(
+    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, given: Mapping[fx.Node, Tensor] | None
+) -> Scores:
+    found, sides = Scores(region), given or {}
+    shape = example_shape(product)
+    keys = moved(region.base, {product: coordinates(shape, key_axis)}, region.nodes, region.end)
+    numbers = random_like(product, 7)
+    placed = moved(region.base, {product: numbers}, region.nodes, region.end)
+    if keys is None or placed is None:
+        raise Miss(f"the scores are not followed through {_names(region)}", region.end)
+    columns = (line(keys, axis) >= 0).nonzero().flatten()
+    found.sinks, found.start = keys.shape[axis] - columns.numel(), int(columns[0]) if columns.numel() else 0
+    zero = _run(region, {product: torch.zeros_like(numbers), **sides})
+    if found.sinks:
+        _check_sinks(region, product, numbers, zero, axis, columns, sides)
+
+    def change(factor: float) -> Tensor:
+        moved_by = _run(region, {product: factor * numbers, **sides}) - zero
+        return moved_by.index_select(axis, columns)[open_places]
+
+    allowed = zero.index_select(axis, columns)
+    open_places = allowed.isfinite() & (allowed.abs() < LEAST)
+    if not bool(open_places.any()):
+        raise Miss("every score is masked; expected some that are not", region.end)
+    unit = placed.index_select(axis, columns)
+    found.factors = _factors(region, roles)
+    if found.factors:
+        unit = unit * _gain(found, shape, key_axis, sides)
+    _fit(found, change, unit[open_places], region)
+    closed = allowed.isfinite() & ~open_places
+    if bool(closed.any()):
+        pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
+        found.replaces = torch.equal(pushed[closed], allowed[closed])
+    if given is None or found.sinks:
+        found.form = "computed" if region.sides or bool((allowed != 0).any()) else ""
+    else:
+        constants = {n: region.base.example(n) for n in region.sides if n not in sides and isinstance(fake(n), Tensor)}
+        _name_mask(found, zero, {**constants, **sides}, example_shape(product))
+    return found
+
+
+def _run(region: Region, values: Mapping[fx.Node, Tensor]) -> Tensor:
+    try:
+        return region.run(values)
+    except Exception as error:  # whatever a user's node may raise
+        raise Miss(f"the scores could not be run ({type(error).__name__}: {error})", region.end) from error
+
+
+def _check_sinks(
+    region: Region, product: fx.Node, numbers: Tensor, zero: Tensor, axis: int, columns: Tensor,
+    sides: Mapping[fx.Node, Tensor],
+) -> None:  # fmt: skip
+    if columns.numel() and int(columns[-1] - columns[0]) != columns.numel() - 1:
+        raise Miss("columns that are no keys stand among the keys; expected them before or behind", region.end)
+    other = _run(region, {product: numbers, **sides})
+    rest = torch.tensor([i for i in range(zero.shape[axis]) if i not in set(columns.tolist())])
+    if not torch.equal(zero.index_select(axis, rest), other.index_select(axis, rest)):
+        raise Miss("further columns of the softmax depend on the scores", region.end)
+
+
+def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
+    """Tensors and symbolic numbers by which a node of the region multiplies or divides."""
+    inside = {*region.nodes, *region.given}
+    found = []
+    for node in region.nodes:
+        name = op_name(node)
+        others = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in inside]
+        if name not in MULTIPLICATION | DIVISION or len(others) != 1:
+            continue
+        symbolic = not isinstance(fake(others[0]), Tensor)
+        if symbolic or roles.kind(others[0]) != Kind.CONSTANT:
+            found.append((others[0], name in DIVISION))
+    return tuple(found)
+
+
+def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Tensor]) -> Tensor:
+    """Product of the factors over the scores; they must not vary over keys, nor stand behind a change of axes."""
+    region = found.region
+    last = max(node for factor, _ in found.factors for node in factor.users if node in region.nodes)
+    if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes if not last < n):
+        raise Miss("a tensor scales the scores after their axes were changed", region.end)
+    gain = torch.ones([1] * len(shape), dtype=torch.float64)
+    for node, divides in found.factors:
+        value = sides.get(node, region.base.example(node))
+        factor = torch.as_tensor(value, dtype=torch.float64)
+        gain = gain / factor if divides else gain * factor
+    if gain.shape[key_axis - len(shape)] != 1:
+        if bool((gain == gain.narrow(key_axis, 0, 1)).all()):
+            return gain
+        found.factors = ()  # a mask in numbers: what it lets through counts once
+        return torch.ones([1] * len(shape), dtype=torch.float64)
+    return gain
+
+
+def _fit(found: Scores, change: object, unit: Tensor, region: Region) -> None:
+    """scale and softcap from how much the scores change with the product."""
+    assert callable(change)
+    delta = change(1.0)
+    scale = float((delta @ unit) / (unit @ unit).clamp_min(1e-300))
+    size = float(delta.abs().max())
+    if size > 0 and float((delta - scale * unit).abs().max()) <= 1e-7 * size + 1e-9:
+        found.scale = scale
+        return
+    small = change(1e-4)
+    scale = float((small @ unit) / (unit @ unit).clamp_min(1e-300)) * 1e4
+    cap = float(change(1e9).abs().max())
+    if scale > 0 and 0 < cap < 1e6:
+        capped = cap * torch.tanh(scale * unit / cap)
+        if float((delta - capped).abs().max()) <= 1e-6 * size:
+            found.scale, found.softcap = scale, cap
+            return
+    raise Miss(f"the scores are not scale * q k + mask, nor capped by tanh: {_names(region)}", region.end)
+
+
+def _name_mask(found: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> None:
+    """The tensor that is the bias as it stands, where there is one; else the bias is computed by the region."""
+    if not bool((zero != 0).any()):
+        return
+    found.form = "computed"
+    if len(shape) != 4 or any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in found.region.nodes):
+        return
+    for node, value in sides.items():
+        is_mask = value.dtype == torch.bool or value.dtype.is_floating_point
+        if not is_mask or not 2 <= value.dim() <= 4 or not _fits(value, zero):
+            continue
+        full = value.expand(zero.shape)
+        if value.dtype != torch.bool:
+            forms = {"add": full.double()}
+        else:
+            nothing = torch.zeros_like(zero)
+            forms = {
+                "keep": nothing.masked_fill(~full, -torch.inf),
+                "fill": nothing.masked_fill(full, -torch.inf),
+            }  # a finite filling stays what it is: rows that see nothing differ
+        for form, expected in forms.items():
+            if torch.equal(expected, zero):
+                found.mask, found.form = node, form
+                return
+
+
+def _fits(value: Tensor, whole: Tensor) -> bool:
+    return all(a in (1, b) for a, b in zip(reversed(value.shape), reversed(whole.shape), strict=False))
+
+
+def _names(region: Region) -> str:
+    """The operations of a region that do more than move data, for a reason."""
+    names = dict.fromkeys(op_name(n) for n in region.nodes if op_name(n) not in MOVEMENT)
+    return ", ".join(list(names)[:8]) or "nothing"

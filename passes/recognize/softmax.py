@@ -1,0 +1,187 @@
+"""Every spelling of softmax, as one fact: which tensor goes in, which comes out, over which axis.
+
+    softmax(x, -1)      log_softmax(x, -1).exp()      e = exp(x - x.amax(-1, True)); e / e.sum(-1, True)
+    exp(x - x.logsumexp(-1, True))                    e @ v / e.sum(-1, True)         e / (1 + e.sum(-1, True))
+
+Hand-written ones are found from the exponential: what dominates it is the input, what post-dominates its sum is the
+output; then they are run against `torch.softmax` on random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss
+from fhopt.passes.graph.evaluate import Evaluator, example_shape, random_like, run_region, window
+from fhopt.passes.graph.nodes import argument, fake, op_name
+
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+LOG_SOFTMAX = frozenset({"log_softmax", "_log_softmax"})
+EXPONENTIAL = frozenset({"exp", "exp2"})
+OTHER_WEIGHTS = frozenset({"sigmoid", "relu", "elu", "softplus", "sparsemax"})  # attention of another kind
+DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """weights = softmax(scores) over `axis`.
+
+    extra: logits of zero that the sum also holds (softmax plus one). divider: where the weights are normalised only
+    after the second product, the node that does it. gain: by what the scores are multiplied (a base other than e).
+    """
+
+    scores: fx.Node
+    weights: fx.Node
+    axis: int
+    extra: int = 0
+    divider: fx.Node | None = None
+    gain: float = 1.0
+
+
+def is_candidate(node: fx.Node) -> bool:
+    """True where a softmax may stand; an exponential only where a sum of it is taken, or was before."""
+    name = op_name(node)
+    if name in SOFTMAX | LOG_SOFTMAX:
+        return True
+    if name not in EXPONENTIAL or not isinstance(fake(node), Tensor):
+        return False
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if source is None or op_name(source) in LOG_SOFTMAX:
+        return False
+    return _sum_after(node) is not None or _logsumexp_before(node) is not None
+
+
+def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
+    """The softmax at a candidate. Raises Miss when what stands there is not one."""
+    name = op_name(node)
+    if name in SOFTMAX | LOG_SOFTMAX:
+        axis = argument(node, 1, "dim")
+        source = argument(node, 0, "input", "self")
+        if not isinstance(axis, int) or not isinstance(source, fx.Node):
+            raise Miss("softmax over no single axis; expected dim", node)
+        weights = node if name in SOFTMAX else _exponential_of(node)
+        axis = axis % len(example_shape(node))
+        return Softmax(_without_shift(source, axis), weights, axis)
+    return _read_hand_written(node, base)
+
+
+def _exponential_of(node: fx.Node) -> fx.Node:
+    users = [u for u in node.users if op_name(u) == "exp"]
+    if len(users) != 1:
+        raise Miss("log_softmax whose exponential is not taken: no attention weights", node)
+    return users[0]
+
+
+def _sum_after(node: fx.Node) -> fx.Node | None:
+    """A sum of the exponential over one axis, through casts."""
+    stack = [(node, 0)]
+    while stack:
+        current, depth = stack.pop()
+        for user in current.users:
+            if op_name(user) == "sum" and isinstance(_axis(user), int):
+                return user
+            if depth < 2 and op_name(user) in {"to", "float", "type_as", "masked_fill", "mul"}:
+                stack.append((user, depth + 1))
+    return None
+
+
+def _logsumexp_before(node: fx.Node) -> fx.Node | None:
+    source = node.all_input_nodes[0]
+    if op_name(source) not in {"sub", "subtract"} or len(source.all_input_nodes) != 2:
+        return None
+    return next((n for n in source.all_input_nodes if op_name(n) == "logsumexp"), None)
+
+
+def _axis(node: fx.Node) -> int | None:
+    axis = argument(node, 1, "dim", "axis")
+    if isinstance(axis, (list, tuple)) and len(axis) == 1:
+        axis = axis[0]
+    return axis % len(example_shape(node.all_input_nodes[0])) if isinstance(axis, int) else None
+
+
+def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
+    total = _logsumexp_before(node) or _sum_after(node)
+    assert total is not None, "only candidates are read"
+    axis = _axis(total)
+    if axis is None:
+        raise Miss("the exponentials are summed over more than one axis", total)
+    scores = _without_shift(node.all_input_nodes[0], axis)
+    gain = math.log(2) if op_name(node) == "exp2" else 1.0
+    if op_name(total) == "logsumexp":
+        return _checked(Softmax(scores, node, axis, gain=gain), base)
+    weights = _post_dominator(node, total)
+    if weights is None:
+        raise Miss("exponentials are summed but nothing is divided by their sum", total)
+    if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
+        return _checked(Softmax(scores, weights, axis, gain=gain), base)
+    return Softmax(
+        scores, node, axis, divider=weights, gain=gain
+    )  # normalised after the second product; checked as a whole
+
+
+def _without_shift(node: fx.Node, axis: int) -> fx.Node:
+    """x behind `x - f(x)` where f(x) is the same all along the axis: a softmax does not change with such a shift."""
+    if op_name(node) in {"sub", "subtract"} and len(node.all_input_nodes) == 2:
+        first, second = node.all_input_nodes
+        shift = example_shape(second) if isinstance(fake(second), Tensor) else ()
+        if len(shift) == len(example_shape(node)) and shift[axis] == 1 and _depends(second, first):
+            return first
+    return node
+
+
+def _post_dominator(node: fx.Node, total: fx.Node) -> fx.Node | None:
+    """The division at which the exponential and its sum meet again."""
+    frontier, seen = [total], {total}
+    for _ in range(24):
+        if not frontier:
+            return None
+        current = min(frontier)
+        frontier.remove(current)
+        if op_name(current) in DIVISION and _depends(current.all_input_nodes[0], node):
+            return current
+        for user in current.users:
+            if user not in seen and isinstance(fake(user), Tensor):
+                seen.add(user)
+                frontier.append(user)
+    return None
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    if node is on:
+        return True
+    graph = nx.DiGraph(window(on, node))
+    return node in graph and on in graph and nx.has_path(graph, on, node)
+
+
+def _contracts(start: fx.Node, end: fx.Node) -> bool:
+    """True when a product with another tensor lies on the way from the exponential to the numerator."""
+    from fhopt.passes.recognize.contraction import read_contraction
+
+    graph = nx.DiGraph(window(start, end))
+    between = nx.descendants(graph, start) & nx.ancestors(graph, end)
+    return any(op_name(n) != "sum" and read_contraction(n) is not None for n in between)
+
+
+def _checked(found: Softmax, base: Evaluator) -> Softmax:
+    """Run it against torch.softmax; with a zero logit more where that is what it is."""
+    scores = random_like(found.scores, 3)
+    try:
+        result = run_region(base, {found.scores: scores}, found.weights)
+    except Exception as error:  # whatever a user's node may raise
+        raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", found.weights) from error
+    scores = scores * found.gain
+    if _close(result, torch.softmax(scores, found.axis)):
+        return found
+    powers = scores.exp()
+    if _close(result, powers / (1 + powers.sum(found.axis, keepdim=True))):
+        return replace(found, extra=1)
+    raise Miss("exponentials over their sum that do not make a softmax", found.weights)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6)

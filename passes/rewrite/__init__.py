@@ -1,0 +1,1 @@
+"""Passes that change what is computed: compress, absorb, lower."""

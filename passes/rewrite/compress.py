@@ -1,0 +1,213 @@
+"""Put a latent in place of keys and values, by the plan.
+
+    before                                  after, uncoded and full width
+    o = fhopt.attention(q, k, v, mask)      z_k = encode(k, E_k); z_v = encode(v, E_v)
+                                            o, _ = fhopt.latent_attention(q, decode(z_k, D_k), decode(z_v, D_v), mask)
+
+    after, with tiers of fewer bits (sinks and recent tokens stay exact, as in the cache; none of a cross attention)
+                                            c_k = unpack(pack(encode(k, E_k))); c_v likewise
+                                            near, far = split_mask(mask)
+                                            o = merge(latent_attention(q, decode(c_k, D_k), decode(c_v, D_v), far),
+                                                      latent_attention(q, k, v, near))
+
+    one latent for both (layout "input")    z = encode(cat(k, v), E); keys decode(z, D_k), values decode(z, D_v)
+
+One latent is exact where its span holds all keys and values of these weights; gradients of the projections (and of the
+norm before them) are cut to that span, those of everything else are exact.
+
+Near tokens (sinks and recent ones) stay exact with any `plan.window_bits`: nothing is stored here, so there is nothing
+to round; a cache with a window of 8 bits gives slightly other numbers.
+
+Keys and values are still expanded here, which makes the pass readable and testable on its own; `absorb` removes that.
+Bases come in as extra placeholders, bound at call time to the weights that the call brings (`Fitted`): a graph that
+several layers share gets the bases of each, and weights that the plan was not fitted for none at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.errors import Miss, Stale
+from fhopt.ops import algebra, packing
+from fhopt.ops import masks as ops_masks
+from fhopt.passes.graph.nodes import add_constant, call, shape
+from fhopt.passes.graph.program import Bound, Program
+from fhopt.plan.fingerprint import weight_print
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+from fhopt.plan.site_plan import SidePlan, SitePlan
+
+NO_WEIGHTS: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The plan of a site, and which weights it is for.
+
+    sources: placeholders of these weights, none where nobody can tell them. own: their print. others: plans by print
+    of sites that could stand in its place in the same graph. trusting: weights may have changed since.
+    """
+
+    site: SitePlan
+    sources: tuple[str, ...] = ()
+    own: str = ""
+    others: Mapping[str, SitePlan] = field(default_factory=dict)
+    trusting: bool = False
+
+    def of(self, *weights: Tensor) -> SitePlan:
+        """The plan for these weights. Raises Stale when there is none."""
+        found = weight_print(weights)
+        if found == self.own:
+            return self.site
+        if found in self.others:
+            return self.others[found]
+        if self.trusting or (self.site.is_exact and not self.site.is_shared):  # full width is exact for any weights
+            return self.site
+        raise Stale(f"the weights of {self.site.site.name} are not those that the plan was fitted for")
+
+    def bound(self, pick: Callable[[SitePlan], Tensor]) -> Bound | None:
+        """What an extra input that holds a basis is made of."""
+        return Bound(self.sources, lambda *weights: pick(self.of(*weights))) if self.sources else None
+
+
+@dataclass(frozen=True)
+class Compress:
+    """The pass, for one plan. With `training`, rounding passes gradients straight through (Bengio et al. 2013).
+
+    trusting: use the plan for weights that have changed since it was fitted.
+    """
+
+    plan: LatentPlan
+    training: bool = False
+    trusting: bool = False
+    name: str = "compress"
+
+    def match(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor] = NO_WEIGHTS) -> Fitted:
+        """The plan for the site at `node`; `weights`: values of the program's parameters, by their names there.
+
+        Raises Miss when it has none, when the weights are others, or when the graph's shapes are not the plan's.
+        """
+        fitted = self._fitted(node, site, weights)
+        plan = fitted.site
+        if site.cache != "none":
+            raise Miss("reads an ordinary cache; latents live in a LatentCache (fhopt.apply), not in this graph", node)
+        if site.sinks:
+            raise Miss("attention sinks take weight beside the keys; latents do not hold them yet", node)
+        if node.kwargs.get("dropout"):
+            raise Miss("attention dropout is active; expected evaluation or dropout 0", node)
+        found = tuple(int(d) for shaped in (shape(a) for a in node.args[1:3]) for d in (shaped[1], shaped[3]))  # type: ignore[index, arg-type]
+        wanted = (plan.site.kv_heads, plan.site.key_dim, plan.site.kv_heads, plan.site.value_dim)
+        if found != wanted:
+            raise Miss(f"keys and values have (heads, size) {found}, the plan was fitted for {wanted}", node)
+        return fitted
+
+    def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> Fitted:
+        """By its name; a graph of a part of a model, whose names lack a beginning, by its weights. Raises Miss."""
+        held = [weights.get(name) for name in site.cached_weights]
+        found = weight_print([w for w in held if w is not None]) if held and None not in held else ""
+        named = next((p for p in self.plan.sites if p.site.name == site.name), None)
+        known = {print_: self.plan.site(name) for name, print_ in self.plan.weights.items()}
+        plan = known.get(found) or named
+        if plan is None:
+            raise Miss(f"not in the plan: {site.name}", node)
+        own = self.plan.weights.get(plan.site.name, found)
+        if found and found != own and not self.trusting:
+            raise Miss("the weights are not those that the plan was fitted for", node)
+        others = {key: other for key, other in known.items() if _serves(other, plan)}
+        return Fitted(plan, site.cached_weights if found else (), own, others, self.trusting or self.training)
+
+    def rewrite(self, program: Program, node: fx.Node, fitted: Fitted) -> fx.Node:
+        """Replace the canonical node; returns the node that holds the result."""
+        site = fitted.site
+        query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
+        mask = node.args[3] if len(node.args) > 3 else None
+        with program.graph.inserting_before(node):
+            latent_k, latent_v = self._through_latents(program, key, value, _placed(program, fitted), node.name)
+            shared = dict(scale=node.kwargs["scale"], softcap=node.kwargs.get("softcap", 0.0))
+            causal = bool(node.kwargs.get("is_causal", False))
+            if site.is_exact:
+                total = (
+                    call(program, ops_masks.total_mask, (query, key, mask, causal))
+                    if causal or mask is not None
+                    else None
+                )
+                result = call(program, algebra.first, (_attend(program, query, latent_k, latent_v, total, shared),))
+            else:
+                exact = site.site.exact_tokens(self.plan.sinks, self.plan.recent)
+                masks = call(program, ops_masks.split_mask, (query, key, mask, causal, *exact))
+                near, far = (call(program, pick, (masks,)) for pick in (algebra.first, algebra.second))
+                parts = [
+                    _attend(program, query, latent_k, latent_v, far, shared),
+                    _attend(program, query, key, value, near, shared),
+                ]
+                result = call(program, algebra.merge, (parts,))
+        node.replace_all_uses_with(result)
+        program.graph.erase_node(node)
+        return result
+
+    def _through_latents(
+        self, program: Program, key: fx.Node, value: fx.Node, fitted: Fitted, name: str
+    ) -> tuple[fx.Node, fx.Node]:
+        """decode(encode(x)) of keys and of values, from one latent where the plan has one for both."""
+        is_shared = fitted.site.is_shared
+        read = call(program, torch.cat, ([key, value], -1)) if is_shared else key
+        latent = self._latent(program, read, fitted, "key", name)
+        decoded_k = _decoded(program, latent, fitted, "key", name)
+        if not is_shared:
+            latent = self._latent(program, value, fitted, "value", name)
+        return decoded_k, _decoded(program, latent, fitted, "value", name)
+
+    def _latent(self, program: Program, node: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
+        """encode(x), with the rounding of the tiers."""
+        side: SidePlan = getattr(fitted.site, which)
+        encoder = _basis(program, node, fitted, which, "encode", name)
+        latent = call(program, algebra.encode, (node, encoder))
+        tiers = algebra.tier_arguments(side)
+        if side.tiers and self.training:
+            return call(program, packing.straight_through, (latent, *tiers))
+        if not side.tiers:
+            return latent
+        packed = call(program, torch.ops.fhopt.pack.default, (latent, *tiers))
+        codes, scale = (call(program, pick, (packed,)) for pick in (algebra.first, algebra.second))
+        return call(program, torch.ops.fhopt.unpack.default, (codes, scale, *tiers))
+
+
+def _decoded(program: Program, latent: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
+    return call(program, algebra.decode, (latent, _basis(program, latent, fitted, which, "decode", name)))
+
+
+def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: str, name: str) -> fx.Node:
+    """An extra input that holds a basis, on the device of `node`."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+
+    def pick(site: SitePlan) -> Tensor:
+        basis: Tensor = getattr(getattr(site, which), kind)
+        return basis.to(device)
+
+    return add_constant(program, f"{name}_{which}_{kind}", pick(fitted.site), fitted.bound(pick))
+
+
+def _placed(program: Program, fitted: Fitted) -> Fitted:
+    """The same with the placeholders of the weights in place of their names."""
+    nodes = {name: node for node, name in program.parameters.items()}
+    return replace(fitted, sources=tuple(nodes[name] for name in fitted.sources))
+
+
+def _serves(other: SitePlan, plan: SitePlan) -> bool:
+    """True when the bases of `other` fit the graph that `plan` made: same layout, tiers and shapes."""
+    sides = [(getattr(other, which), getattr(plan, which)) for which in ("key", "value")]
+    same = all(a.tiers == b.tiers and a.encode.shape == b.encode.shape for a, b in sides)
+    return same and other.layout == plan.layout and other.site.kind == plan.site.kind
+
+
+def _attend(
+    program: Program, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, shared: dict[str, Any]
+) -> fx.Node:
+    options = {**algebra.latent_options(None, None), **shared}
+    return call(program, torch.ops.fhopt.latent_attention.default, (query, key, None, value, None, mask), options)

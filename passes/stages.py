@@ -1,0 +1,76 @@
+"""Running a pass: timing, verification, dumps, explanations of misses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+from torch import fx
+
+from fhopt.errors import Miss, PassError
+from fhopt.passes.graph.nodes import source_line
+from fhopt.passes.graph.printing import print_graph
+from fhopt.passes.outcome import Explanation, Outcome
+from fhopt.passes.verify import verify
+
+
+class run_stage:
+    """Times a pass, checks its result, dumps the graph; a failure is raised once, with the pass's name."""
+
+    def __init__(self, outcome: Outcome, name: str) -> None:
+        self.outcome, self.name = outcome, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            if isinstance(error, Exception):
+                raise PassError(f"pass {self.name} failed: {type(error).__name__}: {error}") from error
+            return
+        self.outcome.program.module.recompile()
+        verify(self.outcome.program, self.name)
+        self.outcome.seconds[self.name] = time.perf_counter() - self.start
+        dump_stage(self.outcome, self.name)
+
+
+_watcher: ContextVar[Callable[[Outcome, str], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(by: Callable[[Outcome, str], None]) -> Iterator[None]:
+    """Within, `by(outcome, pass)` is called after every pass, and once with "input" before the first of a graph."""
+    token = _watcher.set(by)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def explain_miss(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Explanation:
+    """Make an explanation of a miss in a pass."""
+    at = miss.node if isinstance(miss.node, fx.Node) else node
+    return Explanation(stage, at.name, miss.reason, source_line(at) or line, miss.reached)
+
+
+def dump_stage(outcome: Outcome, name: str) -> None:
+    """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, the first line says what happened."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(outcome, name)
+    folder = os.environ.get("FHOPT_DUMP")
+    if not folder:
+        return
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    number = len(outcome.seconds)
+    head = (
+        f"# {name}: {len(outcome.sites)} sites, {len(outcome.compressed)} compressed, "
+        f"{outcome.seconds.get(name, 0.0) * 1e3:.0f} ms\n"
+    )
+    misses = "".join(f"# missed in {m.stage}: {m.node}: {m.reason} ({m.source})\n" for m in outcome.missed)
+    (path / f"{number:02d}-{name}.txt").write_text(head + misses + print_graph(outcome.program.graph))

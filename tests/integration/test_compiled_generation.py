@@ -1,0 +1,63 @@
+"""SmolLM2's `generate` with a fixed latent cache, compiled: the eager tokens, and nothing is compiled twice."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers.generation.streamers import BaseStreamer
+
+import fhopt
+from fhopt.models.loader import load_model
+from fhopt.texts import tokens
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from memory import plain_plan
+
+PROMPT, FIRST, MORE = 400, 2, 500
+LAYERS = 9  # of 30 that are alike: more than the 8 graphs of one function after which Dynamo gives up
+
+
+class Graphs(BaseStreamer):  # type: ignore[misc]
+    """How many graphs had been compiled at each token."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def put(self, value: Any) -> None:
+        self.counts.append(int(counters["stats"]["unique_graphs"]))
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_five_hundred_steps_of_smollm2_compile_nothing_more_and_give_the_eager_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._dynamo.backends.debugging import aot_eager
+
+    # Which graphs there are does not depend on inductor; generating its C++ would take minutes.
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, **options: aot_eager(m, i))
+    loaded = load_model("demo")
+    model: Any = loaded.language_model()
+    del model.model.layers[LAYERS:]
+    model.config.num_hidden_layers = LAYERS
+    fhopt.apply(model, plain_plan(loaded))
+    ids = tokens.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=PROMPT)
+    options: dict[str, Any] = dict(
+        max_new_tokens=FIRST + MORE, min_new_tokens=FIRST + MORE, do_sample=False, cache_implementation="static"
+    )
+    expected = model.generate(ids, **options)
+    compiled: Any = torch.compile(model, backend="flashhead")
+    counters.clear()
+    seen = Graphs()
+    found = compiled.generate(ids, streamer=seen, **options)
+    assert torch.equal(found, expected)
+    steps = seen.counts[1:]  # behind the prompt
+    assert len(steps) == FIRST + MORE and steps[0] > 0
+    assert set(steps[FIRST:]) == {steps[FIRST]} and not counters["graph_break"]

@@ -1,0 +1,210 @@
+"""The pages of docs/: programs run, commands exist, generated pages are those of today's code and results."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import click
+import pytest
+
+import fhopt
+from fhopt.cli.app import main
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md"))
+TUTORIALS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("any_module", "encoder") else [])
+    for path in sorted((DOCS / "tutorials").glob("*.md"))
+]  # those that compile graphs are slow
+SPOKEN = [ROOT / "README.md", *PAGES]
+SVG_TEXT = "{http://www.w3.org/2000/svg}text"
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def script(name: str) -> Any:
+    """A module of docs/, which is no package."""
+    return type("Script", (), runpy.run_path(str(DOCS / f"{name}.py")))
+
+
+def programs(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_the_programs_of_a_tutorial_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {"__name__": "tutorial"}
+    assert programs(page)
+    for number, program in enumerate(programs(page), 1):
+        exec(compile(program, f"{page.name}, program {number}", "exec"), known)
+
+
+@pytest.mark.parametrize("page", SPOKEN, ids=name_of)
+def test_every_program_of_a_page_is_python(page: Path) -> None:
+    for program in programs(page):
+        ast.parse(program)
+
+
+# --------------------------------------------------------------------------------------------------- generated pages
+
+
+@pytest.mark.parametrize("name", ["errors.md", "left_alone.md"])
+def test_the_page_of_messages_is_that_of_the_code(name: str) -> None:
+    page = script("error_catalogue").PAGES[name]()
+    assert (DOCS / "reference" / name).read_text() == page, "run: python docs/error_catalogue.py"
+
+
+def test_every_message_says_what_to_do() -> None:
+    catalogue = script("error_catalogue")
+    found = [m.text for m in catalogue.messages()]
+    assert [text for text in found if not catalogue.split(text)[1]] == []
+    assert len(found) > 200
+
+
+@pytest.mark.parametrize("what", ["ERROR", "REASON"])
+def test_every_message_is_in_a_family_of_its_own(what: str) -> None:
+    catalogue = script("error_catalogue")
+    families = catalogue.FAMILIES if what == "ERROR" else catalogue.REASONS
+    groups = catalogue.grouped(catalogue.messages(getattr(catalogue, what)), families)
+    others = [sorted({m.module for m in found}) for family, found in groups.items() if family.title == "Others"]
+    assert others == [], "name these modules in a family of docs/error_catalogue.py"
+
+
+def test_values_in_a_message_become_names() -> None:
+    catalogue = script("error_catalogue")
+    text = 'raise FhoptError(f"{path} has {len(rows)} rows of {x.shape}; " f"expected {\', \'.join(NAMES)}. Cut it.")'
+    call = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call))
+    said = "".join(catalogue._words(call.args[0]))
+    assert said == "⟨path⟩ has ⟨number of rows⟩ rows of ⟨shape⟩; expected ⟨names⟩. Cut it."
+    assert catalogue.split(said) == ("⟨path⟩ has ⟨number of rows⟩ rows of ⟨shape⟩", "Expected ⟨names⟩. Cut it.")
+
+
+def test_the_page_of_results_is_that_of_the_files() -> None:
+    assert (DOCS / "results.md").read_text() == script("results_page").page(), "run: python docs/results_page.py"
+
+
+def test_the_page_of_results_shows_a_benchmark_that_it_does_not_know(tmp_path: Path) -> None:
+    row = '{"case": "a", "impl": "b", "metric": "time_ms", "value": 1.5, "unit": "ms", "baseline": 3.0, "ratio": 2.0}'
+    (tmp_path / "new.json").write_text(
+        '{"machine": {"cpu": "C", "cpu_capability": "AVX2", "cores": 2, "threads": 1, "gpu": null}, '
+        f'"versions": {{"torch": "2"}}, "commit": "abc-dirty", "rows": [{row}]}}'
+    )
+    page = script("results_page").page(tmp_path)
+    assert "| a, b | 1.5 (2.00x) |" in page and "commit abc with changes" in page
+
+
+def test_percentages_of_ours_are_those_that_were_measured() -> None:
+    measured = "\n".join((DOCS / name).read_text() for name in ("quality.md", "results.md"))
+    for name in ("comparison.md", "howto/heal.md", "howto/choose_bytes.md"):
+        said = re.findall(r"[+-]\d+\.\d\d(?= %)", (DOCS / name).read_text())
+        assert [figure for figure in said if figure not in measured] == [], name
+
+
+def test_drawings_are_those_that_the_script_makes(tmp_path: Path) -> None:
+    drawings = script("drawings").drawings()
+    assert {p.name for p in (DOCS / "pictures").glob("*.svg")} == drawings.keys()
+    for name, text in drawings.items():
+        kept = (DOCS / "pictures" / name).read_text()
+        assert labels(text) == labels(kept), f"{name}: run: python docs/drawings.py"
+
+
+def labels(svg: str) -> list[str]:
+    """What a picture says; where it stands is the matter of fonts and versions."""
+    root = ElementTree.fromstring(re.sub(r"<!DOCTYPE.*?>", "", svg, flags=re.S))
+    return sorted("".join(node.itertext()) for node in root.iter(SVG_TEXT))
+
+
+# --------------------------------------------------------------------------------------------------- what pages name
+
+
+def command_lines(page: Path) -> list[str]:
+    """Calls of `fhopt` in blocks of code and in backticks."""
+    text = page.read_text()
+    quoted = re.findall(r"`(fhopt [a-z][^`]*)`", text)
+    return [*re.findall(r"^ {4}(fhopt [a-z].*)$", text, flags=re.M), *(" ".join(q.split()) for q in quoted)]
+
+
+def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that words name, and the words behind it."""
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize("page", SPOKEN, ids=name_of)
+def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
+    for line in command_lines(page):
+        line = re.split(r"\s{3,}|\s#|\s\.\.\.", line)[0]
+        for name in line.split()[1].split("|"):
+            command, words = command_of([name, *line.split()[2:]])
+            assert command is not main, f"{line}: there is no such command"
+            known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+            given = {word.split("=")[0].rstrip(",.;:)") for word in words if re.match(r"-{1,2}[a-z]", word)}
+            assert given <= known | {"--help", "--json"}, f"{line}: {given - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_of_python_that_a_page_mentions_exist(page: Path) -> None:
+    for name in set(re.findall(r"`(fhopt(?:\.\w+)+)", page.read_text())):
+        assert resolved(name) is not None, name
+
+
+def resolved(name: str) -> Any:
+    """The module, or what it has of that name; None where there is neither."""
+    found: Any = fhopt
+    for at, part in enumerate(parts := name.split(".")[1:], 1):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(["fhopt", *parts[:at]]))
+            except ModuleNotFoundError:
+                return None
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("page", SPOKEN, ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(r"`((?:fhopt|passes|codegen|tests|examples|benchmarks|docs)/[\w/.-]+\.\w+)`", text)
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    missing = [n for n in named if not (ROOT / n).exists() and not n.startswith("benchmarks/results/")]
+    missing += [t for t in targets if not (page.parent / t).exists()]
+    assert missing == []
+
+
+def test_every_target_that_a_page_names_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for page in SPOKEN:
+        named = set(re.findall(r"(?:`|^ {4}|=1 )make ([a-z-]+)", page.read_text(), flags=re.M))
+        assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (DOCS / "reference" / "python.md").read_text()
+    assert [n for n in fhopt.__all__ if n != "__version__" and f":: fhopt.{n}\n" not in text] == []
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tutorials" / "language_model.html").exists()

@@ -1,0 +1,80 @@
+"""Every example runs and prints what it promises; those on the demo's model run on a small one here."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import tiny_llama
+
+from fhopt.backend import online_fit
+from fhopt.models import loader
+from fhopt.models.loaded_model import LoadedModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = {
+    "compile_any_module": r"largest difference: \d(\.\d+)?(e-0[5-9])?\n",
+    "cross_attention": r"encoder_attn: input, 128 numbers a token, now 6[0-4]\n(?s:.*)same tokens: True of 2[4-9]\n",
+    "custom_kernel": r"58 bytes of codes a token instead of 224\nlargest difference \D+ \d\.\de-0[6-9]\n",
+    "export_a_step": r"40 tokens, 24 of them sealed; largest difference of a logit \d\.\de-0[5-9]\n",
+}
+COMPILED = {
+    "encoder_speed": r"fhopt, exact +\d+\.\d ms +least cosine with eager 1\.0000\n",
+    "profile_guided": r"new sequences are cached as latents, 4\.\d+x smaller",
+}
+ON_THE_DEMO = {
+    "fit_and_generate": r"2 sites, [4-9]\.\d+x smaller: ",
+    "reuse_a_prompt": r"\d{4} tokens: read in \d+\.\d s, loaded in \d+\.\d+ s from \d+\.\d MB\n",
+}
+
+
+def output_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_example_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = output_of(name, capsys)
+    assert re.search(SMALL[name], printed), printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_an_example_that_compiles_much_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        printed = output_of(name, capsys)
+    finally:
+        online_fit.forget()
+    assert re.search(COMPILED[name], printed), printed
+
+
+@pytest.mark.parametrize("name", ON_THE_DEMO)
+def test_an_example_on_the_demo_runs_on_a_small_model(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LoadedModel("small", tiny_llama(max_position_embeddings=4096), letters())
+    monkeypatch.setattr(loader, "load_model", lambda name: model)
+    printed = output_of(name, capsys)
+    assert re.search(ON_THE_DEMO[name], printed), printed
+
+
+def letters() -> Any:
+    """A tokenizer of printable letters, fewer than the small model knows tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {letter: at for at, letter in enumerate(["[UNK]", *string.printable[:95]])}
+    tokenizer = Tokenizer(kinds.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SMALL, *COMPILED, *ON_THE_DEMO}

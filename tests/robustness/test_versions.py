@@ -1,0 +1,101 @@
+"""The environments of `make test-matrix` (noxfile.py, benchmarks/matrix.py): what they cover, what their table says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nox: Any = pytest.importorskip("nox")  # of the extra `dev`
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import matrix  # noqa: E402
+
+import noxfile  # noqa: E402
+
+
+def wanted(package: str) -> set[str]:
+    """The versions of a package that environments ask for, "" for the newest."""
+    asked = [name.partition("==") for e in noxfile.ENVIRONMENTS.values() for name in e.wanted]
+    return {version.removesuffix(".*") for name, _, version in asked if name == package}
+
+
+def test_every_version_that_matters_is_in_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"2.11", "2.12", "2.13", ""} <= wanted("torch")
+    assert {"3.6", "3.7", ""} <= wanted("triton")
+    assert {"5.20", ""} <= wanted("transformers")
+    assert {e.python for e in noxfile.ENVIRONMENTS.values()} == {"3.10", "3.11", "3.12", "3.13"}
+
+
+def test_the_oldest_environment_asks_for_the_lower_bound_of_every_requirement() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = re.search(r"^dependencies = \[(.*?)^\]", text, flags=re.S | re.M)
+    assert needed is not None
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)', needed[1])
+    assert len(bounds) >= 8
+    assert {f"{name}=={bound}" for name, bound in bounds} <= set(noxfile.ENVIRONMENTS["oldest"].wanted)
+
+
+def test_every_file_of_tests_that_is_named_is_there() -> None:
+    assert [name for name in noxfile.TESTED if not (ROOT / "tests" / name).exists()] == []
+
+
+def test_the_page_of_versions_names_every_environment() -> None:
+    page = (ROOT / "docs" / "versions.md").read_text()
+    named = re.findall(r"^\| `([\w.-]+)` \| ([\d.]+) \|", page, flags=re.M)
+    assert named == [(name, e.python) for name, e in noxfile.ENVIRONMENTS.items()]
+    for package in ("torch", "transformers", "Triton"):
+        said = set(
+            re.findall(rf"{package} (\d+\.\d+)", "\n".join(line for line in page.splitlines() if line[:3] == "| `"))
+        )
+        assert said == {version for version in wanted(package.lower()) if version} - lowest(package.lower())
+
+
+def lowest(package: str) -> set[str]:
+    return {name.partition("==")[2] for name in noxfile.lowest() if name.startswith(f"{package}==")}
+
+
+XML = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="20" time="1"/></testsuites>"""
+
+
+def session(name: str, result: str, reason: str | None = None) -> dict[str, Any]:
+    """As nox writes it."""
+    return {"signatures": ["matrix", f"matrix({name})"], "result": result, "reason": reason, "duration": 90.0}
+
+
+def test_a_session_becomes_a_line_of_figures(tmp_path: Path) -> None:
+    versions = {"python": "3.10.13", "torch": "2.11.0+cpu"}
+    (tmp_path / "oldest.json").write_text(json.dumps(versions))
+    (tmp_path / "oldest.xml").write_text(XML)
+    outcome = matrix.outcome_of(session("oldest", "failed"), tmp_path)
+    assert outcome == matrix.Outcome("oldest", "failed", "", 90.0, versions, passed=14, failed=3, skipped=3)
+    assert not outcome.is_good
+    rows = {row.metric: row for row in matrix.rows_of(outcome)}
+    assert rows["failed"].value == 3 and rows["minutes"].value == 1.5
+    assert rows["passed"].impl == "python 3.10.13, torch 2.11.0+cpu"
+
+
+def test_an_environment_that_cannot_be_had_says_why_and_is_no_failure(tmp_path: Path) -> None:
+    reason = "Python interpreter 3.10 not found."
+    outcome = matrix.outcome_of(session("oldest", "skipped", reason), tmp_path)
+    assert outcome.is_good
+    assert {row.impl for row in matrix.rows_of(outcome)} == {f"not tested: {reason}"}
+    assert all(math.isnan(row.value) for row in matrix.rows_of(outcome))
+    assert not matrix.outcome_of(session("oldest", "aborted", "conflict"), tmp_path).is_good
+
+
+def test_one_environment_replaces_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [
+        {"case": case, "impl": "x", "metric": "passed", "value": value, "unit": ""}
+        for case, value in (("a", 1.0), ("b", None))
+    ]
+    (tmp_path / "matrix.json").write_text(json.dumps({"rows": known}))
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
+    (row,) = matrix.kept(("a",))
+    assert row.case == "b" and math.isnan(row.value)
+    assert matrix.kept(()) == []

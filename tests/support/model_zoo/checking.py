@@ -1,0 +1,292 @@
+"""Is what the finder makes of a graph the same function, and did it find what is there?
+
+    entry.build() -> capture -> run (outputs, changed inputs, gradients)      the graph as it was captured
+                             -> passes.find -> run, on equal inputs           the graph as it was rewritten
+
+The captured graph is run before the finder sees it: higher-order bodies are shared by all copies of a graph, so that
+no copy would be safe from a finder that changes one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fhopt.models.capture import Captured, capture_graphs, from_exported
+from fhopt.passes import pipeline
+from fhopt.passes.graph.program import Program
+from fhopt.passes.outcome import Explanation
+from fhopt.plan.site import AttentionSite
+
+from . import Case, Entry
+
+MODULES = ("huggingface", "torch_modules", "handwritten", "spellings", "lookalikes")
+TOLERANCE = 1e-5  # float32, and sums in another order: about 100 roundings of 1.2e-7
+
+
+def entries() -> list[Entry]:
+    """The whole zoo. Raises ValueError when two entries have the same label."""
+    zoo = [entry for name in MODULES for entry in _entries_of(name)]
+    twice = [label for label, count in Counter(entry.label for entry in zoo).items() if count > 1]
+    if twice:
+        raise ValueError(f"several entries of the zoo are called {', '.join(twice)}; expected one of each label.")
+    return zoo
+
+
+def _entries_of(name: str) -> list[Entry]:
+    try:
+        module = importlib.import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.{name}":
+            raise
+        return []
+    return list(module.ENTRIES)
+
+
+@dataclass
+class Result:
+    """What the finder did with one entry, over all its graphs.
+
+    max_error: of any output or changed input, relative to the largest number of that tensor. max_gradient_error: of
+    any gradient, relative to the largest gradient; 0 where the captured graph has none.
+    """
+
+    entry: Entry
+    graphs: int = 0
+    nodes: int = 0
+    max_error: float = 0.0
+    max_gradient_error: float = 0.0
+    sites: list[AttentionSite] = field(default_factory=list)
+    missed: list[Explanation] = field(default_factory=list)
+    seconds_capture: float = 0.0
+    seconds_find: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sites_expected(self) -> int:
+        """Attentions that must be found."""
+        return self.entry.sites
+
+    @property
+    def sites_found(self) -> int:
+        """Attentions that were found."""
+        return len(self.sites)
+
+    @property
+    def sites_explained(self) -> int:
+        """Explanations that give the reason which the entry expects; 0 where it expects none."""
+        return len(self.explanations) if self.entry.explained else 0
+
+    @property
+    def explanations(self) -> list[Explanation]:
+        """What was left alone for the reason that the entry expects."""
+        return [missed for missed in self.missed if re.search(self.entry.reason, missed.reason)]
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the entry is not as it should be; nothing when it is."""
+        failures = list(self.problems)
+        if self.sites_found != self.sites_expected:
+            failures.append(f"{self.sites_found} sites found, expected {self.sites_expected}")
+        if self.sites_explained < self.entry.explained:
+            wanted = f" with the reason {self.entry.reason!r}" if self.entry.reason else ""
+            failures.append(f"{self.sites_explained} explained{wanted}, expected {self.entry.explained}")
+        for name, error in (("outputs", self.max_error), ("gradients", self.max_gradient_error)):
+            if not error <= TOLERANCE:
+                failures.append(f"{name} differ by {error:.1e} of the largest, expected at most {TOLERANCE:.0e}")
+        return failures
+
+    @property
+    def ok(self) -> bool:
+        """True when everything was found or explained, and nothing computes other numbers."""
+        return not self.failures
+
+
+def check(entry: Entry, exported: bool = False) -> Result:
+    """Capture the entry, with `torch.export` if `exported`, run the finder, and compare.
+
+    What goes wrong on the way is no exception, but one of the result's `failures`.
+    """
+    result = Result(entry)
+    case = entry.build()
+    start = time.perf_counter()
+    try:
+        captured = [_export(case)] if exported else capture_graphs(case.module, case.args, case.kwargs)
+    except Exception as error:  # whatever torch says of a model that it cannot capture
+        result.problems.append(f"{'export' if exported else 'capture'} failed: {_one_line(error)}")
+        return result
+    result.seconds_capture = time.perf_counter() - start
+    for graph in captured:
+        _check_graph(graph.program, result)
+    result.problems.extend(_unexpected_shapes(entry, result.sites))
+    return result
+
+
+def _export(case: Case) -> Captured:
+    if any(type(value).__name__ == "DynamicCache" for value in case.kwargs.values()):
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+        register_dynamic_cache_export_support()  # tells torch.export which tensors such a cache holds
+    return from_exported(torch.export.export(case.module, case.args, dict(case.kwargs), strict=False))
+
+
+def _check_graph(program: Program, result: Result) -> None:
+    """Add what the finder does with one graph to the result."""
+    result.graphs += 1
+    result.nodes += len(program.graph.nodes)
+    before = _Run(program)
+    versions = {name: _version(value) for name, value in program.values.items()}
+    start = time.perf_counter()
+    try:
+        outcome = pipeline.find(program)
+    except Exception as error:  # a broken pass is this entry's failure, not the end of the zoo
+        result.problems.append(f"find failed: {_one_line(error)}")
+        return
+    result.seconds_find += time.perf_counter() - start
+    result.sites.extend(outcome.sites.values())
+    result.missed.extend(outcome.missed)
+    changed = [name for name, version in versions.items() if _version(program.values.get(name)) != version]
+    if changed:
+        result.problems.append(f"the finder changed the example inputs {', '.join(changed)}")
+    for module in program.module.modules():
+        if isinstance(module, fx.GraphModule):
+            module.recompile()  # what runs is what the graphs say, also where a pass forgot to
+    try:
+        after = _Run(program)
+    except Exception as error:
+        result.problems.append(f"the rewritten graph does not run: {_one_line(error)}")
+        return
+    result.max_error = max(result.max_error, _largest_difference(before, after))
+    _compare_gradients(before, after, result)
+
+
+def _version(value: Any) -> int:
+    """Counts changes in place; -1 where there is nothing to count."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
+
+
+def _unexpected_shapes(entry: Entry, sites: Iterable[AttentionSite]) -> list[str]:
+    expected = {"heads": entry.heads, "kv_heads": entry.kv_heads, "key_dim": entry.head_dim}
+    return [
+        f"{site.name} has {name}={getattr(site, name)}, expected {value}"
+        for site in sites
+        for name, value in expected.items()
+        if value and getattr(site, name) != value
+    ]
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+# --------------------------------------------------------------------------------------------------- running
+
+
+class _Run:
+    """A program's outputs, its inputs afterwards, and its gradients, each run on new clones of its example values.
+
+    gradients: by placeholder, None where nothing depends on it. refusal: why there are none at all.
+    """
+
+    def __init__(self, program: Program) -> None:
+        with torch.no_grad():
+            given = {name: _clone(value) for name, value in program.values.items()}
+            self.outputs = _call(program, given)
+        self.inputs = {name: value for name, value in given.items() if name not in program.parameters}
+        self.gradients: dict[str, Tensor | None] = {}
+        self.refusal = ""
+        try:
+            self.gradients = _gradients(program)
+        except Exception as error:  # fast paths and flex attention on a CPU refuse, each in its own way
+            self.refusal = _one_line(error)
+
+
+def _clone(value: Any) -> Any:
+    """An equal tensor of its own memory; anything else as it is, symbols as their hints."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
+
+
+def _call(program: Program, given: dict[str, Any]) -> list[Any]:
+    torch.manual_seed(0)
+    return tree_leaves(program.module(*given.values()))
+
+
+def _gradients(program: Program) -> dict[str, Tensor | None]:
+    """Of one random projection of all outputs, with respect to every floating input, parameter or not."""
+    given = {name: _clone(value) for name, value in program.values.items()}
+    leaves = {name: v.requires_grad_() for name, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    with torch.enable_grad():
+        passed = {name: v.clone() if name in leaves else v for name, v in given.items()}  # leaves may not be written to
+        outputs = [o for o in _call(program, passed) if isinstance(o, Tensor) and o.requires_grad]
+        if not outputs:
+            return dict.fromkeys(leaves)
+        generator = torch.Generator().manual_seed(1)
+        directions = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), directions, allow_unused=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- comparing
+
+
+def _largest_difference(before: _Run, after: _Run) -> float:
+    """Over all outputs, and all inputs that are no parameters."""
+    if len(before.outputs) != len(after.outputs):
+        return math.inf
+    pairs = [*zip(before.outputs, after.outputs, strict=True)]
+    pairs += [(value, after.inputs.get(name)) for name, value in before.inputs.items()]
+    return max((_relative(*_difference(expected, found)) for expected, found in pairs), default=0.0)
+
+
+def _compare_gradients(before: _Run, after: _Run, result: Result) -> None:
+    if before.refusal:
+        return
+    if after.refusal:
+        result.problems.append(f"the rewritten graph cannot be differentiated: {after.refusal}")
+        return
+    differences = [(0.0, 0.0)]
+    for name, expected in before.gradients.items():
+        found = after.gradients.get(name)
+        if (expected is None) != (found is None):
+            result.problems.append(f"{name} has a gradient only {'before' if found is None else 'after'} the rewrite")
+        elif expected is not None:
+            differences.append(_difference(expected, found))
+    errors, sizes = zip(*differences, strict=True)
+    result.max_gradient_error = max(result.max_gradient_error, _relative(max(errors), max(sizes)))
+
+
+def _difference(expected: Any, found: Any) -> tuple[float, float]:
+    """(largest difference, largest expected number); an infinite difference where they cannot be compared."""
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return (0.0 if type(expected) is type(found) and expected == found else math.inf), 1.0
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return math.inf, 1.0
+    if expected.is_complex():
+        return _difference(torch.view_as_real(expected), torch.view_as_real(found))
+    if not expected.is_floating_point():
+        return (0.0 if torch.equal(expected, found) else math.inf), 1.0
+    expected, found = expected.double(), found.double()
+    finite = expected.isfinite()
+    if not torch.allclose(expected[~finite], found[~finite], rtol=0.0, atol=0.0, equal_nan=True):
+        return math.inf, 1.0
+    if not finite.any():
+        return 0.0, 0.0
+    largest = float((expected - found)[finite].abs().nan_to_num(math.inf).max())
+    return largest, float(expected[finite].abs().max())
+
+
+def _relative(difference: float, size: float) -> float:
+    return difference / max(size, 1e-30) if difference else 0.0

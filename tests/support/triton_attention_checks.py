@@ -1,0 +1,248 @@
+"""Checks of the Triton kernel of latent attention, which run in a process of their own under the interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from attention_cases import FOUR, HALVES, ODD, PLANES, UNCODED, Case, Inputs, expected, inputs, masks
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fhopt.codegen.build import build_triton
+from fhopt.codegen.gpu.configs import Config
+from fhopt.ops.latent_attention import LatentKernel
+from fhopt.plan.site_plan import SUPPORTED_BITS
+
+SMALL = Config(block_t=16, block_m=8, num_warps=4, num_stages=2)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Size of the difference against the size of what is wanted."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def attend(case: Case, x: Inputs, mask: Tensor | None = None, **features: Any) -> tuple[Tensor, Tensor]:
+    kernel: LatentKernel = build_triton(case.spec())
+    return kernel(*x, mask, **({"config": SMALL} | case.options() | features))
+
+
+def assert_close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
+    """1e-5: float32 sums of codes, whose middle is subtracted at the end. Equal where there is nothing to attend to."""
+    (output, lse), (wanted_output, wanted_lse) = found, wanted
+    assert relative(output, wanted_output) < tolerance
+    seen = wanted_lse > -math.inf
+    assert torch.equal(lse > -math.inf, seen)
+    assert relative(lse[seen], wanted_lse[seen]) < tolerance or float((lse - wanted_lse)[seen].abs().max()) < tolerance
+    assert not output[~seen].any()
+
+
+a_side = st.lists(
+    st.tuples(st.sampled_from(SUPPORTED_BITS), st.integers(1, 5).map(lambda n: 8 * n)), min_size=0, max_size=3
+).map(lambda pairs: tuple((bits, width, 3.0 / 2 ** min(bits, 8)) for bits, width in pairs))
+
+
+@st.composite
+def a_case(draw: st.DrawFn) -> Case:
+    heads = draw(st.integers(1, 9))
+    divisors = st.sampled_from([n for n in (1, 2, 3, heads) if heads % n == 0 and n <= 4])
+    return Case(
+        draw(a_side), draw(a_side), heads, draw(divisors), draw(divisors), draw(st.integers(1, 3)),
+        draw(st.integers(1, 60)), softcap=draw(st.sampled_from([0.0, 4.0])), width=draw(st.integers(1, 40)),
+    )  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=a_case(), kind=st.integers(0, 4), splits=st.integers(1, 4), seed=st.integers(0, 99))
+def any_spec_agrees_with_the_reference(case: Case, kind: int, splits: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = inputs(case)
+    one = tuple(t if t is None else t[:1] for t in x)
+    mask = masks(case)[kind]
+    mask = mask[:1] if mask is not None and mask.dim() == 4 else mask
+    assert_close(attend(case, one, mask, splits=splits), expected(case, one, mask))  # type: ignore[arg-type]
+
+
+def ragged_lengths_end_where_they_say() -> None:
+    case = Case(FOUR, PLANES, 3, 1, 1, 2, 40)
+    x = inputs(case)
+    for lengths in (torch.tensor([40, 17]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor(33)):
+        seen = torch.arange(40) < lengths.reshape(-1, 1, 1, 1)
+        for splits in (1, 3):
+            assert_close(attend(case, x, lengths=lengths, splits=splits), expected(case, x, seen))
+
+
+def no_token_at_all_gives_zeros() -> None:
+    for tokens in (0, 1):
+        case = Case(FOUR, ODD, 2, 1, 1, 1, tokens)
+        x = inputs(replace(case, tokens=1))
+        x = tuple(t if t is None or i == 0 else t[:, :, :tokens] for i, t in enumerate(x))  # type: ignore[assignment]
+        wanted = (
+            expected(case, x, None)
+            if tokens
+            else (torch.zeros(2, 2, 1, case.value_width), torch.full((2, 2, 1), -math.inf))
+        )
+        for splits in (1, 2):
+            assert_close(attend(case, x, splits=splits), wanted)
+
+
+def a_row_that_sees_nothing_gives_zeros() -> None:
+    case = Case(FOUR, FOUR, 2, 1, 1, 2, 40)
+    x = inputs(case)
+    mask = torch.ones(2, 1, 2, 40, dtype=torch.bool)
+    mask[0, 0, 1] = False
+    mask[1, 0, 0, :20] = False
+    for form in (mask, torch.zeros(mask.shape).masked_fill(~mask, -math.inf)):
+        for splits in (1, 3):
+            assert_close(attend(case, x, form, splits=splits), expected(case, x, mask))
+
+
+def the_lowest_mask_lets_a_row_attend_evenly() -> None:
+    case = Case(UNCODED, UNCODED, 1, 1, 1, 1, 20, width=16)
+    x = inputs(case)
+    low = torch.full((1, 1, 1, 20), torch.finfo(torch.float32).min)
+    output, _ = attend(case, x, low)
+    assert relative(output, x[3].mean(2, keepdim=True)) < 1e-5
+
+
+def causal_window_and_slopes_follow_positions() -> None:
+    case = Case(FOUR, HALVES, 4, 2, 2, 3, 50)
+    x = inputs(case)
+    positions, slopes = torch.tensor([47, 20]), torch.tensor([0.5, 0.25, 0.125, 1.0])
+    at = positions.view(2, 1, 1, 1) + torch.arange(3).view(1, 1, 3, 1)
+    token = torch.arange(50).view(1, 1, 1, 50)
+    bias = slopes.view(1, 4, 1, 1) * (token - at)
+    nothing = torch.full((), -math.inf)
+    kinds: dict[str, tuple[dict[str, Any], Tensor]] = {
+        "causal": ({"causal": True}, torch.where(token <= at, torch.zeros(()), nothing)),
+        "window": ({"causal": True, "window": 12}, torch.where((token <= at) & (at - token < 12), 0.0, nothing)),
+        "slopes": ({"causal": True, "slopes": slopes}, torch.where(token <= at, bias, nothing)),
+    }
+    for features, mask in kinds.values():
+        for splits in (1, 3):
+            found = attend(case, x, positions=positions, splits=splits, **features)
+            assert_close(found, expected(case, x, mask.float()))
+
+
+def sinks_take_weight_and_give_nothing() -> None:
+    case = Case(FOUR, FOUR, 4, 2, 2, 1, 40)
+    x, sinks = inputs(case), torch.tensor([0.5, -1.0, 3.0, 0.0])
+    output, lse = expected(case, x, None)
+    total = torch.logaddexp(lse, sinks.double().view(1, 4, 1))
+    wanted = output * torch.exp(lse - total).unsqueeze(-1), total
+    for splits, block_m in ((1, 8), (3, 8), (2, 32)):
+        assert_close(attend(case, x, sinks=sinks, splits=splits, config=replace(SMALL, block_m=block_m)), wanted)
+
+
+def pages_lie_anywhere_in_a_pool() -> None:
+    case = Case(FOUR, ODD, 4, 2, 1, 2, 64)
+    x = inputs(case)
+    table = torch.randperm(9)[:8].view(2, 4).to(torch.int32)
+    pooled = tuple(t if i == 0 or t is None else pool(t, table, 16) for i, t in enumerate(x))
+    seen = torch.arange(64) < torch.tensor([64, 37]).view(2, 1, 1, 1)
+    for splits in (1, 2):
+        found = attend(case, pooled, table=table, lengths=torch.tensor([64, 37]), splits=splits)  # type: ignore[arg-type]
+        assert_close(found, expected(case, x, seen))
+
+
+def pool(x: Tensor, table: Tensor, page: int) -> Tensor:
+    """[B,J,T,...] -> [9,J,page,...]: page i of sequence b at table[b, i]; what belongs to nobody is not a number."""
+    out = x.new_full((9, x.shape[1], page, *x.shape[3:]), 255 if x.dtype == torch.uint8 else math.nan)
+    for b in range(table.shape[0]):
+        for i, at in enumerate(table[b].tolist()):
+            out[at] = x[b, :, page * i : page * i + page]
+    return out
+
+
+def a_head_reads_the_pages_it_chose() -> None:
+    case = Case(FOUR, FOUR, 4, 2, 2, 1, 90)
+    x = inputs(case)
+    pages = torch.tensor([[[0, 2, -1], [5, 1, 4]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)
+    short = torch.tensor([[[0, 3, 11], [1, 2, -1]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)
+    large = torch.tensor([[[0, 3, -1], [1, 2, -1]], [[3, -1, -1], [-1, -1, -1]]], dtype=torch.int32)
+    for page_tokens, lists in ((8, short), (24, large), (16, pages)):
+        chosen = (torch.arange(90).view(90, 1) // page_tokens == lists.unsqueeze(2)).any(-1)  # [B, J, T]
+        seen = chosen.repeat_interleave(2, 1).unsqueeze(2)
+        for splits in (1, 2):
+            assert_close(attend(case, x, pages=lists, page_tokens=page_tokens, splits=splits), expected(case, x, seen))
+    shared = pages[:, 1:]  # one list for all heads
+    of_all = chosen[:, 1:].expand(2, 4, 90).unsqueeze(2)
+    assert_close(attend(case, x, pages=shared, page_tokens=16), expected(case, x, of_all))
+    table = torch.randperm(9)[:6].to(torch.int32).expand(2, 6)
+    padded = [t if t is None or i == 0 else torch.cat((t, t[:, :, :6]), 2) for i, t in enumerate(x)]
+    same = [t if i == 0 or t is None else t[:1].expand_as(t) for i, t in enumerate(padded)]
+    pooled = [t if i == 0 or t is None else pool(t, table, 16) for i, t in enumerate(same)]
+    found = attend(case, pooled, pages=pages, table=table, lengths=torch.tensor(90))  # type: ignore[arg-type]
+    alike = [t if i == 0 or t is None else t[:1].expand_as(t) for i, t in enumerate(x)]
+    assert_close(found, expected(case, alike, seen))  # type: ignore[arg-type]
+
+
+def rows_of_a_longer_cache_are_read_where_they_are() -> None:
+    case = Case(ODD, FOUR, 4, 2, 2, 1, 30)
+    long = inputs(replace(case, tokens=50))
+    for cut in (slice(7, 37), slice(1, 31)):
+        x = tuple(t if t is None or i == 0 else t[:, :, cut] for i, t in enumerate(long))
+        assert_close(attend(case, x), expected(case, x, None))  # type: ignore[arg-type]
+    other = tuple(
+        t if t is None or i == 0 else t[:, :, :30].transpose(1, 2).contiguous().transpose(1, 2)
+        for i, t in enumerate(long)
+    )
+    assert_close(attend(case, other), expected(case, other, None))  # type: ignore[arg-type]
+
+
+def half_precision_multiplies_in_its_own_type() -> None:
+    right_bfloat16()
+    for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+        for tiers in (((8, 16, 0.02), (4, 64, 0.3)), ((6, 64, 0.08), (16, 16, 0.0)), UNCODED):
+            case = Case(tiers, tiers, 4, 1, 1, 1, 40, dtype=dtype)
+            x = inputs(case)
+            found = attend(case, x, splits=2)
+            assert found[0].dtype == dtype
+            assert_close(found, expected(case, x, None), tolerance)
+
+
+def right_bfloat16() -> None:
+    """Triton's interpreter multiplies the bit patterns of bfloat16 and cuts float32 off: make both right."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+    bfloat16 = interpreter.tl.bfloat16
+
+    def widened(x: Any) -> Any:
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        if a.dtype.scalar != bfloat16:
+            return dot(self, a, b, total, *rest)
+        return interpreter.TensorHandle(np.matmul(widened(a), widened(b)) + total.data, total.dtype.scalar)
+
+    def convert_float(x: Any, source: Any, target: Any, *rest: Any) -> Any:
+        if target != bfloat16 or source != interpreter.tl.float32:
+            return convert(x, source, target, *rest)
+        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy()
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    check.__name__: check
+    for check in (
+        any_spec_agrees_with_the_reference,
+        ragged_lengths_end_where_they_say,
+        no_token_at_all_gives_zeros,
+        a_row_that_sees_nothing_gives_zeros,
+        the_lowest_mask_lets_a_row_attend_evenly,
+        causal_window_and_slopes_follow_positions,
+        sinks_take_weight_and_give_nothing,
+        pages_lie_anywhere_in_a_pool,
+        a_head_reads_the_pages_it_chose,
+        rows_of_a_longer_cache_are_read_where_they_are,
+        half_precision_multiplies_in_its_own_type,
+    )
+}

@@ -1,0 +1,152 @@
+"""Every way to open the door: wrappers, functions, layers, `model.compile`, transformers' own configuration."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from small_models import tiny_llama, token_ids
+from torch._dynamo.utils import counters
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import fhopt
+from fhopt.errors import FhoptError
+
+
+@pytest.fixture(autouse=True)
+def counted(traced_only: None) -> None:
+    counters.clear()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def generated(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model.generate(ids, max_new_tokens=6, do_sample=False)
+    return found
+
+
+EXACT: dict[str, Any] = {"backend": "flashhead", "options": {"ratio": 1}}
+
+
+def test_generate_of_a_wrapper_runs_compiled_code_and_the_model_inside_stays_as_it_was() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    expected = generated(model, ids)
+    compiled = torch.compile(model, **EXACT)
+    assert torch.equal(generated(compiled, ids), expected) and graphs() > 0
+    assert model._compiled_call_impl is None
+    before = graphs()
+    assert torch.equal(generated(model, ids), expected) and graphs() == before
+    assert torch.equal(generated(compiled, ids), expected) and graphs() == before  # nothing is compiled twice
+
+
+def test_a_failing_method_leaves_the_model_as_it_was() -> None:
+    model = tiny_llama()
+    compiled: Any = torch.compile(model, **EXACT)
+    with pytest.raises(ValueError, match=r"max_new_tokens"):
+        compiled.generate(max_new_tokens=-1)
+    assert model._compiled_call_impl is None
+
+
+def test_wrappers_of_other_backends_are_left_alone() -> None:
+    compiled = torch.compile(tiny_llama(), backend="eager")
+    generated(compiled, token_ids(1, 8))
+    assert graphs() == 0
+
+
+def test_attributes_and_methods_of_torch_pass_through() -> None:
+    model = tiny_llama()
+    compiled: Any = torch.compile(model, **EXACT)
+    assert compiled.config is model.config and compiled.generate.__name__ == "generate"
+    assert next(n for n, _ in compiled.named_parameters()).endswith("embed_tokens.weight")
+
+
+def test_a_model_that_was_compiled_in_place_stays_so() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    model.compile(backend="eager")
+    held = model._compiled_call_impl
+    generated(torch.compile(model, **EXACT), ids)
+    assert model._compiled_call_impl is held
+
+
+def test_methods_run_at_once_in_threads() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    expected, compiled = generated(model, ids), torch.compile(model, **EXACT)
+    generated(compiled, ids)
+    found: list[torch.Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(generated(compiled, ids))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(x, expected) for x in found)
+    assert model._compiled_call_impl is None
+
+
+def test_two_wrappers_at_once_run_each_its_own_code_and_the_model_inside_none() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    first: Any = torch.compile(model, **EXACT)
+    second: Any = torch.compile(model, backend="eager")
+    seen: list[str] = []
+
+    class Watch(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            before = graphs()
+            thread = threading.Thread(target=lambda: model(token_ids(3, 7)))  # the model inside, in another thread
+            thread.start()
+            thread.join()
+            seen.append("compiled" if graphs() > before else "as it is")
+            return scores
+
+    first.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=LogitsProcessorList([Watch()]))
+    assert seen == ["as it is"] * 2 and second.generate(ids, max_new_tokens=2).shape == (1, 22)
+
+
+def test_functions_layers_and_compile_in_place_are_compiled() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        function = torch.compile(lambda x: model(x).logits, **EXACT)
+        torch.testing.assert_close(function(ids), expected, rtol=1e-4, atol=1e-5)
+        assert fhopt.report(function).graphs
+        model.compile(**EXACT)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        assert [s.name for s in fhopt.report(model).graphs[0].sites] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+        parts = tiny_llama()
+        for layer in parts.model.layers:
+            layer.compile(**EXACT)
+        torch.testing.assert_close(parts(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        assert {s.name for g in fhopt.report(parts).graphs for s in g.sites} == {"self_attn"}
+
+
+def test_transformers_own_configuration_of_compilation_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CompileConfig
+
+    model, ids = tiny_llama(), token_ids(1, 20)
+    options = dict(max_new_tokens=6, do_sample=False, cache_implementation="static")
+    expected = model.generate(ids, **options)
+    config = CompileConfig(backend="flashhead", mode=None, options={"ratio": 1}, fullgraph=False)
+    config._compile_all_devices = True  # transformers compiles for GPUs only, unless this says otherwise
+    found = model.generate(ids, **options, compile_config=config)
+    assert torch.equal(found, expected) and graphs() > 0
+    assert fhopt.report(model).graphs
+
+
+def test_reset_forgets_everything_and_the_next_call_compiles_again() -> None:
+    model, ids = tiny_llama(), token_ids(1, 20)
+    compiled: Any = torch.compile(model, **EXACT)
+    compiled(ids)
+    assert fhopt.report(compiled).graphs
+    torch._dynamo.reset()  # what torch.compiler.reset calls
+    with pytest.raises(FhoptError, match="nothing of LlamaForCausalLM has been compiled"):
+        fhopt.report(compiled)
+    compiled(ids)
+    assert len(fhopt.report(compiled).graphs) == 1
+
+
+def test_a_report_before_the_first_call_says_what_to_do() -> None:
+    with pytest.raises(FhoptError, match="call it once"):
+        fhopt.report(torch.nn.Linear(2, 2))

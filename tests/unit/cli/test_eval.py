@@ -1,0 +1,82 @@
+"""`fhopt eval` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from character_tokenizer import characters
+from click.testing import CliRunner
+from small_models import Fitted, tiny_llama
+
+from fhopt.cli.app import main
+from fhopt.evaluation.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return characters()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer.save_pretrained(path)
+    tiny_llama().save_pretrained(path)
+    return path
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "an unknown task": (["--tasks", "copy,poetry"], "'poetry' is no task; expected some of perplexity, passkey"),
+    "lengths that are words": (["--lengths", "long"], "lengths 'long' are not numbers of tokens"),
+    "a length of 0": (["--lengths", "0"], "not numbers of tokens"),
+    "a context without room": (["--tasks", "digits", "--lengths", "200"], "Give longer --lengths"),
+    "a task beyond the model": (["--tasks", "copy", "--lengths", "700"], "the model has 512 positions"),
+    "perplexity beyond the model": (["--context", "900"], "the model has 512 positions"),
+    "a plan that is not there": (["--plan", "nowhere"], "is not a plan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_one_line_with_the_cure(case: str, folder: Path) -> None:
+    arguments, message = WRONG[case]
+    result = call(folder, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and result.stdout == "" and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+    llama.plan(4).save(tmp_path / "plan")
+    options = ["--plan", tmp_path / "plan", "--data", "license", "--context", 200, "--sequences", 2]
+    options += ["--tasks", "all", "--items", 1, "--lengths", "400,450"]
+    result = call(folder, *options, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found) == {"model", "ratio", "perplexity", "tasks"} and found["ratio"] > 1
+    row = found["perplexity"]["license"]
+    assert set(row) == {"exact", "plan", "increase_percent", "increase_percent_ci", "kl", "kl_ci", "tokens"}
+    assert row["tokens"] == 398 and row["kl"] > 0 and row["kl_ci"][0] <= row["kl"] <= row["kl_ci"][1]
+    assert row["increase_percent"] == pytest.approx(100 * (row["plan"] / row["exact"] - 1))
+    assert set(found["tasks"]) == set(TASKS) and len(found["tasks"]["passkey"]["cells"]) == 10
+    assert [c["length"] for c in found["tasks"]["copy"]["cells"]] == [400, 450]
+    assert {"hits", "items", "rate", "rate_ci", "log_prob"} == set(found["tasks"]["copy"]["plan"])
+    table = call(folder, *options)
+    assert table.exit_code == 0 and "Perplexity" in table.stdout and "arithmetic" in table.stdout
+
+
+def test_without_a_plan_the_exact_model_is_measured_alone(folder: Path) -> None:
+    options = ["--data", "license", "--context", 150, "--tasks", "perplexity,copy", "--items", 1, "--lengths", 400]
+    result = call(folder, *options, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["ratio"] is None and set(found["perplexity"]["license"]) == {"exact", "tokens"}
+    assert found["tasks"]["copy"]["plan"] is None and found["tasks"]["copy"]["exact"]["items"] == 1
+    table = call(folder, *options)
+    assert table.exit_code == 0 and "exact" in table.stdout

@@ -1,0 +1,78 @@
+"""`fhopt fit`: sizes, the same files every time, processes that share a calibration."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_models import call, save_tiny_model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ratio", "4", "--max-loss", "1%"), "each choose the size"),
+        (("--ratio", "4", "--bytes-per-token", "100"), "each choose the size"),
+        (("--max-loss", "much"), "is no share"),
+        (("--max-loss", "0"), "is no limit"),
+        (("--layout", "mla"), "is unknown"),
+        (("--sequences", "1", "--context", "200"), "more or longer sequences"),
+        (("--rate-sequences", "0"), "one more sequence"),
+        (("--recent", "0"), "recent and block of at least 1"),
+        (("--tokens", "100"), "none beyond sinks and window"),
+        (("--explain", "picture"), "is no picture"),
+        (("--explain", "."), "is no picture"),
+        (("--gate-data", "source"), "both or neither"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = call("fit", "demo", *options, "-o", str(tmp_path / "plan"))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert os.listdir(tmp_path) == []
+
+
+SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--json")
+
+
+def test_a_size_below_the_least_is_refused_before_the_calibration(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    result = call("fit", str(tmp_path / "model"), *SAMPLE, "--ratio", "100", "-o", str(tmp_path / "plan"))
+    assert result.exit_code == 2 and "the least possible is" in result.stderr, result.output
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_the_same_data_and_seed_give_the_same_files(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    for name in "ab":
+        result = call("fit", str(tmp_path / "model"), *SAMPLE, "-o", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+    for name in ("plan.json", "plan.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
+    """Sums over two processes are those of one up to the order of addition, so the bits are the same."""
+    from fhopt.plan.latent_plan import LatentPlan
+
+    save_tiny_model(tmp_path / "model")
+    fit = ["fit", str(tmp_path / "model"), *SAMPLE]
+    alone = call(*fit, "-o", str(tmp_path / "1"))
+    assert alone.exit_code == 0, alone.output
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fhopt.cli"]
+    command = [sys.executable, *launch, *fit, "-o", str(tmp_path / "2")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sites"] == 2  # one process reports
+    one, two = (LatentPlan.load(tmp_path / str(count)) for count in (1, 2))
+    for left, right in zip(one.sites, two.sites, strict=True):
+        assert (left.layout, left.key.tiers, left.value.tiers) == (right.layout, right.key.tiers, right.value.tiers)
+        torch.testing.assert_close(left.key.encode, right.key.encode, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,324 @@
+"""The C++ kernel of latent attention, and the one on torch operations, against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import random
+
+import pytest
+import torch
+from attention_cases import (
+    CASES,
+    EVERY,
+    FOUR,
+    HALVES,
+    MIXED,
+    ODD,
+    PLANES,
+    UNCODED,
+    Case,
+    Inputs,
+    Make,
+    assert_same,
+    expected,
+    inputs,
+    masks,
+)
+from needs import needs_compiler
+from torch import Tensor
+
+from fhopt.codegen.build import build_cpp, build_torch, render
+from fhopt.codegen.compiler import load
+from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.tiers import Tiers
+from fhopt.ops import algebra
+from fhopt.ops.latent_attention import LatentKernel
+from fhopt.ops.packing import unpack_reference
+from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.site_plan import SUPPORTED_BITS
+
+pytestmark = pytest.mark.usefixtures("nothing_built")
+
+TARGETS = [pytest.param(build_cpp, id="cpp", marks=needs_compiler), pytest.param(build_torch, id="torch")]
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("make", TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Make) -> None:
+    case = CASES[name]
+    x, kernel = inputs(case), make(case.spec())
+    for mask in masks(case):
+        assert_same(kernel(*x, mask, **case.options()), expected(case, x, mask))
+
+
+@pytest.mark.parametrize("make", TARGETS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dtype, tolerance: float) -> None:
+    case = Case(UNCODED, FOUR, 6, 2, 1, 2, 50, dtype=dtype)
+    x = inputs(case)
+    output, lse = make(case.spec())(*x, None, **case.options())
+    assert output.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert_same((output, lse), expected(case, x, None), 4 * tolerance)  # the output is rounded to dtype
+
+
+@pytest.mark.parametrize("make", TARGETS)
+def test_kernels_give_zero_and_minus_infinity_where_there_is_no_token(make: Make) -> None:
+    case = Case(ODD, ODD, 4, 2, 2, 1, 5)
+    query, *rest = inputs(case)
+    empty = [None if x is None else x[:, :, :0] for x in rest]
+    output, lse = make(case.spec())(query, *empty, None, **case.options())
+    assert not output.any() and bool((lse == -math.inf).all())
+
+
+@pytest.mark.parametrize("make", TARGETS)
+@pytest.mark.parametrize("tokens", [1, 15, 17])
+def test_codes_of_every_width_are_read_right(make: Make, tokens: int) -> None:
+    case = Case(ODD, EVERY, tokens, tokens, tokens, 1, tokens)
+    query, key, key_scale, value, value_scale = inputs(case)
+    assert value_scale is not None
+    only_own = torch.eye(tokens, dtype=torch.bool).view(1, tokens, 1, tokens)  # head t sees token t and nothing else
+    output, _ = make(case.spec())(query, key, key_scale, value, value_scale, only_own, **case.options())
+    bits, widths, steps = zip(*EVERY, strict=True)
+    unpacked = unpack_reference(value, value_scale, bits, widths, steps)
+    wanted = unpacked.diagonal(dim1=1, dim2=2).mT.unsqueeze(2)  # [B, H, 1, R_V]
+    torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)  # one product with the step, one with the scale
+
+
+@pytest.mark.parametrize("make", TARGETS)
+def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -> None:
+    case = Case(ODD, ODD, 3, 1, 1, 1, 1)
+    query, *rest = (None if x is None else x[:1] for x in inputs(case))
+    assert query is not None
+    x: Inputs = (query, *rest)  # type: ignore[assignment]
+    assert_same(make(case.spec())(*x, None, **case.options()), expected(case, x, None))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", SUPPORTED_BITS[::-1])
+def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> None:
+    """Keys of one width, values of another; in every second tier the wide ones are the values."""
+    step = 2 / 2**bits
+    narrow, wide = ((bits, 8, step),), ((bits, 256, step),)
+    if SUPPORTED_BITS.index(bits) % 2:
+        case = Case(narrow, wide, 6, 3, 1, 1, 17)
+    else:
+        case = Case(wide, narrow, 9, 1, 9, 1, 130)
+    assert_bytes_and_floats_agree(case)
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(6))
+def test_bytes_and_floats_of_random_tiers_agree_with_the_reference(seed: int) -> None:
+    draw = random.Random(seed)
+    halves: Tiers = ((16, 8 * draw.randint(1, 2), 0.0),) if seed % 3 == 0 else ()
+    key_heads, value_heads = draw.choice([(1, 1), (3, 3), (9, 9), (1, 3), (3, 1)])
+    case = Case(
+        (*halves, *random_tiers(draw)),
+        (*(halves if seed % 2 else ()), *random_tiers(draw)),
+        draw.choice([9, 18, 45]) if seed != 5 else 108,
+        key_heads,
+        value_heads,
+        draw.choice([1, 1, 5]),
+        draw.choice([1, 2, 15, 16, 63, 129, 200, 1000]),
+        softcap=4.0 if seed % 4 == 3 else 0.0,
+    )
+    assert_bytes_and_floats_agree(case)
+
+
+def random_tiers(draw: random.Random) -> Tiers:
+    kinds = sorted(draw.sample([b for b in SUPPORTED_BITS if b < 16], draw.randint(1, 7)), reverse=True)
+    return tuple((bits, 8 * draw.randint(1, 4), 3 / 2**bits) for bits in kinds)
+
+
+def assert_bytes_and_floats_agree(case: Case) -> None:
+    """The two ways to multiply codes in C++ (the same one on a CPU without AVX-512 VNNI) and the reference."""
+    x, spec = inputs(case), case.spec()
+    floats: LatentKernel = LibraryKernel(
+        load(spec.name, render(spec, "cpp"), ("-DFHOPT_FLOAT",)).latent_attention, spec
+    )
+    for mask in masks(case):
+        wanted = expected(case, x, mask)
+        assert_same(floats(*x, mask, **case.options()), wanted)
+        assert_same(build_cpp(spec)(*x, mask, **case.options()), wanted)
+
+
+@needs_compiler
+def test_nothing_is_read_outside_of_the_rows() -> None:
+    case = Case(ODD, PLANES, 9, 1, 1, 1, 19)
+    query, key, key_scale, value, value_scale = (None if x is None else x[:1] for x in inputs(case))
+    assert query is not None and key is not None and value is not None
+    found = build_cpp(case.spec())(
+        query, at_end_of_page(key), key_scale, at_end_of_page(value), value_scale, None, **case.options()
+    )
+    assert_same(found, expected(case, (query, key, key_scale, value, value_scale), None))
+
+
+def at_end_of_page(x: Tensor) -> Tensor:
+    """A copy of `x` that ends where memory ends: the next page may not be read."""
+    size = (x.numel() + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=x.numel(), offset=size - x.numel()).view(x.shape)
+    return copy.copy_(x)
+
+
+@needs_compiler
+def test_threads_over_ranges_of_tokens_give_the_same_numbers() -> None:
+    case = Case(MIXED, MIXED, 9, 1, 1, 1, 3001)
+    x, kernel, before = inputs(case), build_cpp(case.spec()), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+PAGED = {
+    "codes": Case(MIXED, PLANES, 6, 1, 3, 1, 1000),
+    "float16 channels beside codes": Case(HALVES, HALVES, 6, 3, 3, 1, 777, softcap=4.0),
+    "uncoded, several queries": Case(UNCODED, UNCODED, 8, 2, 2, 5, 300, width=16),
+    "uncoded, 16 bits": Case(UNCODED, UNCODED, 8, 4, 4, 1, 999, width=32, dtype=torch.bfloat16),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("page_tokens", [8, 16, 24, 48, 64, 256])
+@pytest.mark.parametrize("name", PAGED)
+def test_only_tokens_of_listed_pages_are_attended_to(name: str, page_tokens: int) -> None:
+    case = PAGED[name]
+    x, kernel = inputs(case), build_cpp(case.spec())
+    pages = page_lists(math.gcd(case.key_heads, case.value_heads), case.tokens, page_tokens)
+    tolerance = 1e-5 if case.dtype == torch.float32 else 2**-6  # the output is rounded
+    for length in (None, case.tokens // 2):
+        lengths = None if length is None else torch.tensor(length)
+        listed = page_mask(pages, page_tokens, case) & (torch.arange(case.tokens) < (length or case.tokens))
+        for mask in masks(case):
+            options = case.options() | dict(lengths=lengths, pages=pages, page_tokens=page_tokens)
+            if mask is None or mask.dtype == torch.bool:
+                wanted = listed if mask is None else listed & mask
+            else:
+                wanted = mask.masked_fill(~listed, -math.inf)
+            assert_same(kernel(*x, mask, **options), expected(case, x, wanted), tolerance)
+
+
+def page_lists(heads: int, tokens: int, page_tokens: int) -> Tensor:
+    """Lists [2, heads, N] of a third of the pages, of different lengths; the last is empty, one has a short page."""
+    count = -(-tokens // page_tokens)
+    lists = torch.full((2, heads, count // 3 + 2), -1, dtype=torch.int32)
+    for index, row in enumerate(lists.flatten(0, 1)):
+        chosen = torch.randperm(count)[: max(1, count // 3 - index % 2)]
+        row[: len(chosen)] = chosen.sort().values
+    lists[0, 0, :2] = torch.tensor([0, count - 1])
+    lists[0, 0, 2:] = -1
+    lists[1, -1] = -1
+    return lists
+
+
+def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
+    """[B, H, 1, T]: is the token in a listed page?"""
+    page_of = torch.arange(case.tokens) // page_tokens
+    listed = (pages.unsqueeze(-1) == page_of).any(2)  # [B, U, T]
+    return listed.repeat_interleave(case.heads // pages.shape[1], 1).unsqueeze(2)
+
+
+@needs_compiler
+def test_what_is_no_number_stays_in_its_own_sequence() -> None:
+    """Also behind a list that ends in the middle of 16 tokens, where nothing is read."""
+    case = Case(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
+    query, key, key_scale, value, value_scale = inputs(case)
+    assert value_scale is not None
+    pages = torch.tensor([[[0, 1]], [[0, -1]]], dtype=torch.int32)
+    kernel, options = build_cpp(case.spec()), case.options() | dict(pages=pages, page_tokens=8)
+    before, expected_ = torch.get_num_threads(), kernel(query, key, key_scale, value, value_scale, None, **options)
+    value_scale[0, 0, 9] = math.nan
+    try:
+        torch.set_num_threads(1)
+        found = kernel(query, key, key_scale, value, value_scale, None, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(found[0][0], expected_[0][0]) and torch.equal(found[0][1], expected_[0][1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", PAGED)
+def test_all_pages_are_the_same_bits_as_no_list(name: str) -> None:
+    case = PAGED[name]
+    x, kernel = inputs(case), build_cpp(case.spec())
+    heads = math.gcd(case.key_heads, case.value_heads)
+    for page_tokens in (64, 128):
+        count = -(-case.tokens // page_tokens)
+        pages = torch.arange(count, dtype=torch.int32).expand(2, heads, count).contiguous()
+        found = kernel(*x, None, **case.options(), pages=pages, page_tokens=page_tokens)
+        for one, other in zip(found, kernel(*x, None, **case.options()), strict=True):
+            assert torch.equal(one, other)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("pages", "page_tokens", "message"),
+    [
+        (torch.zeros(2, 1, 1, dtype=torch.int64), 16, "torch.int64"),
+        (torch.zeros(2, 2, 1, dtype=torch.int32), 16, r"\[2, a divisor of 1, N\]"),
+        (torch.zeros(2, 1, 1, dtype=torch.int32), 20, "multiple of 8"),
+        (torch.full((2, 1, 1), 13, dtype=torch.int32), 16, "page 13 of 16 tokens is listed, but there are 203 tokens"),
+    ],
+)
+def test_page_lists_that_the_kernel_cannot_read_are_refused(pages: Tensor, page_tokens: int, message: str) -> None:
+    case = CASES["9 heads read one latent"]
+    with pytest.raises(ValueError, match=message):
+        build_cpp(case.spec())(*inputs(case), None, **case.options(), pages=pages, page_tokens=page_tokens)
+
+
+@pytest.mark.parametrize("make", TARGETS)
+def test_views_into_larger_tensors_are_read_in_place(make: Make) -> None:
+    case = CASES["9 heads read one latent"]
+    query, key, key_scale, value, value_scale = inputs(case)
+    assert key_scale is not None and value_scale is not None
+    wide = torch.zeros(2, 3, 500, key.shape[-1], dtype=torch.uint8)
+    wide[:, 1:2, 100 : 100 + case.tokens] = key
+    scales = torch.zeros(case.tokens, 2, 1, dtype=torch.float16)
+    scales.copy_(key_scale.permute(2, 0, 1))
+    view, turned = wide[:, 1:2, 100 : 100 + case.tokens], query.transpose(-1, -2).contiguous().transpose(-1, -2)
+    found = make(case.spec())(turned, view, scales.permute(1, 2, 0), value, value_scale, None, **case.options())
+    assert_same(found, expected(case, (query, key, key_scale, value, value_scale), None))
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (3, 300, 300))
+    mask = torch.zeros(1, 1, 3, 300, dtype=dtype)
+    mask[:, :, 1] = torch.finfo(dtype).min
+    options = algebra.latent_options(None, None)
+    expected, _ = torch.ops.fhopt.latent_attention(
+        query.double(), key.double(), None, value.double(), None, mask, scale=0.25, **options
+    )
+    kernel = build_cpp(KernelSpec((), (), 16, 16, str(dtype).removeprefix("torch."), False))
+    found, _ = kernel(query, key, None, value, None, mask, scale=0.25)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # of a mean, rounded to bfloat16
+    torch.testing.assert_close(found, expected.to(dtype), rtol=bound, atol=bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("is_bfloat16", [True, False], ids=["queries in bfloat16", "others"])
+def test_keys_in_bfloat16_are_multiplied_without_further_rounding(is_bfloat16: bool, rows: int) -> None:
+    """With AVX512-BF16 32 at a time, where queries are such numbers; sums are of float32 in any case."""
+    query = torch.randn(2, 2 * rows, 1, 64)
+    query = query.to(torch.bfloat16).float() if is_bfloat16 else query
+    keys, values = (torch.randn(2, 2, 200, 64).to(torch.bfloat16) for _ in range(2))
+    kernel = build_cpp(KernelSpec((), (), 64, 64, "bfloat16", False))
+    found, lse = kernel(query, keys, None, values, None, None, scale=0.3)
+    logits = query.view(2, 2, rows, 64).double() @ keys.double().mT * 0.3
+    wanted = (logits.softmax(-1) @ values.double()).view(2, 2 * rows, 1, 64)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1).view(2, 2 * rows, 1), rtol=1e-6, atol=1e-5)

@@ -1,0 +1,255 @@
+"""Kernels of compiled graphs, called from C++ (codegen/cpu/graph_kernels.py), against the ops that they stand for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from needs import needs_compiler
+from small_models import Fitted, cached, token_ids
+from torch import Tensor, fx
+
+import fhopt
+from fhopt.attention.attend import attend_parts
+from fhopt.codegen import dispatch
+from fhopt.codegen.cpu import graph_kernels
+from fhopt.hf.apply import latent_cache
+from fhopt.ops import algebra, latent_attention, packing
+from fhopt.plan.kernel_spec import KernelSpec
+
+B, H, J, T, S = 2, 6, 3, 37, 2
+PAGE = 32  # tokens
+STEPS = {16: 1.0, 8: 0.06, 6: 0.14, 5: 0.24, 4: 0.4, 3: 0.7, 2: 1.05, 1: 1.6}
+TIERS = [(), ((8, 16),), ((16, 8), (4, 8), (3, 16)), ((5, 8), (2, 16), (1, 8))]
+SPECS = [
+    (TIERS[0], TIERS[0], False),
+    (TIERS[1], TIERS[0], False),
+    (TIERS[2], TIERS[3], False),
+    (TIERS[2], TIERS[3], True),
+]
+
+pytestmark = needs_compiler
+dispatch.install()
+
+
+def side(tiers: Any, dtype: torch.dtype) -> tuple[algebra.TierArguments, tuple[Tensor, Tensor | None], int]:
+    """(tiers, rows, width) of random latents."""
+    arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
+    width = sum(arguments[1]) or 24
+    latent = torch.randn(B, J, T, width, dtype=dtype)
+    return arguments, torch.ops.fhopt.pack(latent, *arguments) if tiers else (latent, None), width
+
+
+def lists(pages: tuple[int, ...] | None) -> Tensor | None:
+    """The same pages for every latent head."""
+    return None if pages is None else torch.tensor(pages, dtype=torch.int32).expand(B, J, -1).contiguous()
+
+
+def masks(kind: str) -> Tensor | None:
+    if kind == "none":
+        return None
+    return torch.rand(T) > 0.4 if kind == "bool" else torch.randn(B, 1, S, T)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(SPECS), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]),
+    st.sampled_from([None, (0,), (1,), (0, 1, -1)]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_kernel_gives_what_its_op_gives(
+    tiers: Any, dtype: torch.dtype, kind: str, length: int | None, listed: tuple[int, ...] | None, seed: int
+) -> None:
+    key_tiers, value_tiers, softcap = tiers
+    torch.manual_seed(seed)
+    (kt, key, width), (vt, value, value_width) = side(key_tiers, dtype), side(value_tiers, dtype)
+    query = torch.randn(B, S, H, width, dtype=dtype).transpose(1, 2)
+    mask, lengths = masks(kind), None if length is None else torch.tensor(length)
+    cap, paging = 3.0 if softcap else 0.0, lists(listed)
+    options: Any = algebra.tier_options(kt, vt)
+    expected = torch.ops.fhopt.latent_attention(
+        query, *key, *value, mask, **options, scale=0.2, softcap=cap, lengths=lengths, pages=paging, page_tokens=PAGE
+    )
+    name = str(dtype).removeprefix("torch.") if not (key_tiers and value_tiers) else "float32"
+    table: Any = [tuple(zip(*x, strict=True)) for x in (kt, vt)]
+    spec = KernelSpec(table[0], table[1], width, value_width, name, softcap)
+    assert graph_kernels.serve(spec)
+    numbers = (0.2, cap, value_width)
+    found = torch.ops.fhopt.latent_kernel(spec.name, query, *key, *value, mask, lengths, paging, PAGE, *numbers)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(TIERS[1:]), st.integers(0, 99), st.sampled_from([(), (3,), (2, 3), (2, 1, 5)]))
+def test_packing_gives_what_its_op_gives(tiers: Any, seed: int, shape: tuple[int, ...]) -> None:
+    assert graph_kernels.library() is not None
+    torch.manual_seed(seed)
+    arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
+    wide = torch.randn(*shape, 2 * sum(arguments[1]))
+    for latent in (wide[..., : sum(arguments[1])], wide[..., ::2], wide[..., : sum(arguments[1])].bfloat16()):
+        for a, b in zip(
+            torch.ops.fhopt.pack_kernel(latent, *arguments), torch.ops.fhopt.pack(latent, *arguments), strict=True
+        ):
+            assert a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("length", [0, 5, T, T + 3, -1])
+@pytest.mark.parametrize("several", [False, True])
+def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> None:
+    torch.manual_seed(0)
+    (tiers, rows, _), query = side(TIERS[2], torch.float32), torch.randn(B, H, S, 32)
+    lengths = torch.tensor([length, 7] if several else length)
+    mask = torch.rand(B, 1, S, T) > 0.3
+    options: Any = {**algebra.tier_options(tiers, tiers), "scale": 0.3}
+    found = torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, lengths=lengths)
+    seen = mask & (torch.arange(T) < lengths.reshape(-1, 1, 1, 1))
+    expected = latent_attention.latent_attention_reference(query.double(), *rows, *rows, seen, **options)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(), st.booleans(),
+    st.sampled_from([0, 1, 20, T]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_attention_on_a_cache_is_the_attention_on_its_parts(
+    dtype: torch.dtype, window: bool, masked: bool, length: int, shared: bool, seed: int
+) -> None:
+    """Every part may be hidden whole; then the others count alone."""
+    torch.manual_seed(seed)
+    d, e, heads = 24, 16, 1 if shared else J
+    key_tiers: algebra.TierArguments = [16, 8, 3], [8, 8, 16], [1.0, 0.06, 0.7]
+    value_tiers: algebra.TierArguments = [4, 2], [8, 16], [0.4, 1.05]
+    rows = [
+        torch.ops.fhopt.pack(torch.randn(B, heads, T, sum(t[1]), dtype=dtype), *t) for t in (key_tiers, value_tiers)
+    ]
+    bases = [torch.randn(J, n, sum(t[1])).to(dtype) / 4 for n, t in ((d, key_tiers), (e, value_tiers))]
+    rounded = [packing.round_rows(torch.randn(B, J, 9, n)) for n in (d, e)]
+    query, key, value = (
+        torch.randn(B, n, count, width, dtype=dtype) for n, count, width in ((H, 1, d), (J, 3, d), (J, 3, e))
+    )
+    masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, T)]
+    operands: Any = (
+        query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
+        *(x for pair in rounded for x in (pair if window else (None, None))),
+        *masks, torch.tensor(length),
+    )  # fmt: skip
+    options: Any = algebra.tier_options(key_tiers, value_tiers)
+    expected = attend_parts(*operands, **options, scale=0.3)
+    table: Any = [tuple(zip(*t, strict=True)) for t in (key_tiers, value_tiers)]
+    specs = (
+        KernelSpec(table[0], table[1], 32, 24, "float32", False),
+        KernelSpec(((8, d, 1.0),), ((8, e, 1.0),), d, e, "float32", False),
+        KernelSpec((), (), d, e, str(dtype).removeprefix("torch."), False),
+    )
+    assert all(graph_kernels.serve(spec) for spec in specs)
+    found = torch.ops.fhopt.attend_kernel(*(spec.name for spec in specs), *operands, 0.3, 0.0)
+    assert found.dtype == dtype
+    close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]  # the parts are rounded in between
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+class Latent(torch.nn.Module):
+    """Codes a latent and attends to it, as a compiled cache layer does."""
+
+    def forward(self, query: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
+        tiers: algebra.TierArguments = [8, 4], [8, 16], [0.06, 0.4]
+        rows = torch.ops.fhopt.pack(latent, *tiers)
+        options: Any = algebra.tier_options(tiers, tiers)
+        return torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, scale=0.2)[0]
+
+
+def called(module: fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in module.graph.nodes if "fhopt" in str(n.target)]
+
+
+def graphs_of(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(graph before, graph after)."""
+    found: list[tuple[fx.GraphModule, fx.GraphModule]] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append((module, graph_kernels.call_kernels(module)))
+        return found[0][1]
+
+    torch._dynamo.reset()
+    model, inputs = Latent(), (torch.randn(B, H, 1, 24, dtype=dtype), torch.randn(B, J, T, 24, dtype=dtype), mask)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(*inputs), model(*inputs))
+    return found[0]
+
+
+def test_a_graph_calls_its_kernels_from_c() -> None:
+    before, after = graphs_of(torch.rand(T) > 0.4)
+    assert called(after) == ["fhopt.pack_kernel.default", "fhopt.latent_kernel.default"]
+    assert called(before) != called(after), "the graph that Dynamo keeps is not touched"
+
+
+def test_a_graph_keeps_what_no_kernel_takes_as_it_is() -> None:
+    before, after = graphs_of(torch.randn(T, dtype=torch.float64))  # a mask that would have to be converted
+    assert called(after) == ["fhopt.pack_kernel.default", "fhopt.latent_attention"]
+    before, after = graphs_of(None, torch.float64)
+    assert after is before
+
+
+def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_kernels, "library", lambda: None)
+    graph_kernels._served.clear()
+    before, after = graphs_of(None)
+    assert after is before
+    graph_kernels._served.clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (dict(query=torch.randn(B, H, 1, 16)), "queries of another width"),
+        (dict(key=torch.zeros(B, J, T + 1, 24)), "keys or values that do not fit"),
+        (dict(value=torch.zeros(B, 4, T, 24)), "keys or values that do not fit"),
+        (dict(mask=torch.zeros(T + 1)), "a mask that does not fit"),
+        (dict(kernel="nothing"), "a name that nothing was built for"),
+        (dict(pages=torch.zeros(B, 1, 1)), "lists of pages that do not fit"),
+        (dict(pages=torch.zeros(B, J + 1, 1, dtype=torch.int32)), "lists of pages that do not fit"),
+        (dict(pages=torch.zeros(B, 1, 1, dtype=torch.int32), page_tokens=20), "lists of pages that do not fit"),
+    ],
+)
+def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any], what: str) -> None:
+    spec = KernelSpec((), (), 24, 24, "float32", False)
+    assert graph_kernels.serve(spec)
+    rows = torch.randn(B, J, T, 24)
+    given: dict[str, Any] = dict(
+        kernel=spec.name, query=torch.randn(B, H, 1, 24), key=rows, key_scale=None, value=rows, value_scale=None,
+        mask=None, lengths=None, pages=None, page_tokens=PAGE, scale=0.1, softcap=0.0, value_width=24,
+    )  # fmt: skip
+    torch.ops.fhopt.latent_kernel(**given)
+    with pytest.raises(RuntimeError):
+        torch.ops.fhopt.latent_kernel(**{**given, **change})
+
+
+def test_a_compiled_cache_step_calls_its_kernels_from_c(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer: its attention, and what it codes, keys and values."""
+    seen: list[str] = []
+
+    def compile_fx(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        seen.extend(called(module))
+        return module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, ids = copy.deepcopy(llama.model), token_ids(2, 60)
+    fhopt.apply(model, llama.plan(4, window_bits=8))
+    torch._dynamo.reset()
+    step: Any = torch.compile(model.forward, backend="flashhead", fullgraph=True)
+    with torch.no_grad():
+        eager, compiled = (latent_cache(model, max_cache_len=80) for _ in range(2))
+        model(ids[:, :50], **cached(eager))
+        model(ids[:, :50], **cached(compiled))
+        for i in range(50, 60):
+            expected = model(ids[:, i : i + 1], **cached(eager)).logits
+            found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert sorted(seen) == 2 * ["fhopt.attend_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]

@@ -1,0 +1,203 @@
+"""The C++ kernel of page selection against the reference."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import CODED
+from paged_plans import kernels, naive_mask, page_kernel, page_operands, page_step, rounded, same
+from torch import Tensor
+
+from fhopt.codegen import compiler, dispatch
+from fhopt.codegen.compiler import load
+from fhopt.codegen.cpu import pages
+from fhopt.codegen.cpu.pages import weigh_pages
+from fhopt.ops import algebra, latent_attention, packing, page_choice, page_selection
+from fhopt.plan.site_plan import Tier
+
+
+@pytest.mark.parametrize("tiers", [{4: 16, 2: 16}, {4: 8}, {2: 48}, {4: 24, 2: 32}, {4: 72}], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "length", "masked", "size"),
+    [
+        (100, None, False, 32), (100, None, False, 8), (96, 70, True, 8), (33, 33, False, 24), (16, 5, True, 32),
+        (2100, 2051, True, 32), (2100, 2051, True, 8),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_the_kernel_weighs_pages_as_the_reference_does(
+    rows: int, tokens: int, length: int | None, masked: bool, size: int, tiers: dict[int, int]
+) -> None:
+    (weights, constant), options = page_operands(tiers, rows, tokens, masked, length, size)
+    expected = page_selection.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
+    with page_kernel():
+        found = torch.ops.fhopt.page_weights(weights, constant, *options)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+
+
+def attended(step: page_selection.PageStep) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernel, which has to serve."""
+    with kernels(True), page_kernel(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_selection, "attend_pages_reference", None)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mass", "lift", "near"), [(1.0, 0.0, False), (0.5, 0.0, True), (1.0, 1.5, True), (0.9, 0.7, False)]
+)
+@pytest.mark.parametrize("units", [1, 4])
+@pytest.mark.parametrize(
+    ("tokens", "length", "masked", "size"),
+    [
+        (2100, 1500, True, 32),
+        (2100, 1500, True, 8),
+        (1024, None, False, 32),
+        (1020, None, False, 8),
+        (90, 40, True, 24),
+    ],
+)
+def test_the_kernel_reads_the_pages_that_the_reference_chooses(
+    tokens: int, length: int | None, masked: bool, size: int, units: int, mass: float, lift: float, near: bool
+) -> None:
+    step = page_step({4: 16, 2: 16}, tokens, masked, length, size, units=units, mass=mass, lift=lift)
+    if near:
+        _, constant = page_choice.factors(step.query, step.mean, step.deviation, step.channels)
+        step = step._replace(near=(constant * step.scale).reshape(2, 12, 1) + 5 + torch.randn(2, 12, 1))
+    filled = step._replace(fill=torch.rand(12).log(), values=torch.randn(2, 2, 1, 16))
+    for each in (step, filled):
+        expected = page_selection.attend_pages_reference(each._replace(query=each.query.double()))
+        found = attended(each)
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-3)
+        assert found[2].tolist() == expected[2].tolist()
+    assert found[2][2] > 0 or mass == 0.5  # what is read in any case may suffice
+    if mass == 1 and not masked and not lift:
+        assert found[2][2] == 2 * units * page_choice.pages_read(-(-tokens // size), 0.2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=["avx2", "sse"])
+def test_other_instruction_sets_read_the_same_pages(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = page_step({4: 16, 2: 16}, 1020, True, None, 8, lift=0.7)
+    expected = attended(step)
+    monkeypatch.setattr(compiler, "load", lambda name, text: load(name, text, flags))
+    monkeypatch.setattr(pages, "_compiled", functools.cache(pages._compiled.__wrapped__))
+    same(attended(step), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_of_16_bits_read_what_the_same_numbers_read(dtype: torch.dtype) -> None:
+    values = torch.randn(2, 4, 1, 16).to(dtype)
+    step = page_step({4: 16}, 500, False, None, fill=torch.zeros(12), values=values)
+    step = step._replace(query=step.query.to(dtype))
+    expected = attended(step._replace(query=step.query.float()))
+    found = attended(step)
+    assert found[0].dtype == dtype and torch.equal(found[0], expected[0].to(dtype))
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
+def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
+    step = page_step({4: 16}, 200, True, None, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
+    assert step.far is not None
+    step.far[1] = False
+    lists, odds, _ = page_selection.choose_pages(step)
+    assert bool((lists[0] >= 0).all()) and bool((lists[1] == -1).all())
+    assert bool(odds[0].isfinite().all()) and bool((odds[1] == -math.inf).all())
+    output, lse, counts = attended(step)
+    assert bool(lse[0].isfinite().all()) and bool((lse[1] == -math.inf).all()) and bool((output[1] == 0).all())
+    assert int(counts[2]) == int((lists >= 0).sum())
+
+
+def test_the_kernel_leaves_to_others_what_it_does_not_know() -> None:
+    weights, constant = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 1)
+    codes, scales = torch.zeros(1, 1, 20, 4, dtype=torch.uint8), torch.ones(1, 1, 20, dtype=torch.float16)
+
+    def found(bits: int, page_tokens: int, mask: Tensor | None = None) -> Any:
+        return weigh_pages(weights, constant, codes, scales, (bits,), (8,), (1.0,), page_tokens, mask, 20)
+
+    assert found(4, 4) is None  # pages of 4 tokens
+    assert found(4, 2048) is None
+    assert found(2, 16) is None  # rows of 2 bytes
+    assert found(4, 16, torch.zeros(1, 1, 1, 20)) is None  # an additive mask
+    assert found(4, 16) is not None and found(4, 16, torch.ones(1, 1, 1, 20, dtype=torch.bool)) is not None
+
+
+@pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
+def test_other_layouts_of_operands_are_read_right(tiers: tuple[Tier, ...]) -> None:
+    """Values of fewer latent heads, operands that are views, a fill in float64, two threads."""
+    step = page_step({4: 16, 2: 16}, 1000, True, None, units=2, fill=torch.rand(12).double().log())
+    value, shape = torch.randn(2, 2, 1000, 16), [[getattr(t, x) for t in tiers] for x in ("bits", "width", "step")]
+    rows: dict[str, Any] = dict(value=value)
+    if tiers:
+        codes, scale = packing.pack_reference(value, *shape)
+        rows = dict(value=codes, value_scale=scale, value_bits=shape[0], value_widths=shape[1], value_steps=shape[2])
+
+    def strided(x: Tensor) -> Tensor:
+        out = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2]
+        return out.copy_(x)
+
+    step = step._replace(
+        **rows, query=strided(step.query), near=torch.randn(2, 12, 2)[..., ::2],
+        values=torch.randn(2, 12, 2, 16)[:, :, :1], mean=strided(step.mean), deviation=strided(step.deviation),
+        channels=strided(step.channels),
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = attended(step)
+    finally:
+        torch.set_num_threads(threads)
+    same(found, page_selection.attend_pages_reference(step._replace(query=step.query.double())))
+
+
+REFUSED: dict[str, Callable[[page_selection.PageStep], dict[str, Any]]] = {
+    "pages of 20 tokens": lambda s: dict(page_tokens=20),
+    "float64": lambda s: dict(query=s.query.double()),
+    "a gradient": lambda s: dict(query=s.query.clone().requires_grad_()),
+    "one mask for all tokens": lambda s: dict(far=torch.ones(1, 1, 1, 1, dtype=torch.bool)),
+    "one mean for all sequences": lambda s: dict(fill=torch.zeros(12), values=torch.randn(1, 4, 1, 16)),
+    "channels of 32 bits": lambda s: dict(channels=s.channels.int()),
+    "scales of 32 bits": lambda s: dict(scales=s.scales.float()),
+    "several queries": lambda s: dict(query=s.query.repeat(1, 1, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_step_that_no_kernel_serves_is_left_to_torch(why: str) -> None:
+    step = page_step({4: 16}, 200, False, None)
+    step = step._replace(**REFUSED[why](step))
+    with kernels(True), page_kernel():
+        assert dispatch.attend_pages(step) is None
+        if why in ("channels of 32 bits", "several queries"):  # torch refuses them, too
+            return
+        found = torch.ops.fhopt.attend_pages(*step)
+    expected = page_selection.attend_pages_reference(step._replace(query=step.query.double()))
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_units_that_do_not_share_out_heads_are_refused() -> None:
+    with kernels(True), page_kernel(), pytest.raises((ValueError, RuntimeError)):
+        torch.ops.fhopt.attend_pages(*page_step({4: 16}, 200, False, None, units=3))
+
+
+def test_gradients_go_through_the_pages_that_are_read() -> None:
+    step = page_step({4: 16}, 200, False, None)
+    parts = [x.clone().requires_grad_() for x in (step.query, step.key, step.value)]
+    query, key, value = parts
+    with kernels(True), page_kernel():
+        output, lse, _ = torch.ops.fhopt.attend_pages(*step._replace(query=query, key=key, value=value))
+    lists, _, _ = page_selection.choose_pages(step)
+    seen = naive_mask(lists, 32, 12, 200)
+    reference: Any = latent_attention.latent_attention_reference
+    expected = reference(query, key, None, value, None, seen, **algebra.latent_options(None, None), scale=step.scale)
+    wanted = torch.autograd.grad(expected[0].square().sum() + expected[1].sum(), parts)
+    found = torch.autograd.grad(output.square().sum() + lse.sum(), parts)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,90 @@
+"""The text of kernels, and what is built where."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attention_cases import CASES, HALVES, LONGEST, TWO, UNCODED, Case
+from needs import needs_compiler
+
+from fhopt.codegen.build import render
+from fhopt.codegen.compiler import find_compiler
+from fhopt.codegen.tiers import Tiers
+from fhopt.errors import FhoptError
+from fhopt.ops.packing import planes
+from fhopt.plan.kernel_spec import KernelSpec
+
+pytestmark = pytest.mark.usefixtures("nothing_built")
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+def test_the_same_spec_gives_the_same_bytes(target: str) -> None:
+    texts = {name: render(case.spec(), target) for name, case in CASES.items()}
+    assert texts == {name: render(case.spec(), target) for name, case in CASES.items()}
+    assert len(set(texts.values())) == len(texts)
+    assert str(ROOT) not in "".join(texts.values())
+
+
+@pytest.mark.parametrize("case", [*CASES.values(), Case(LONGEST, LONGEST, 1, 1, 1, 1, 1)], ids=[*CASES, "longest"])
+def test_a_generated_torch_file_passes_its_linter(case: Case, tmp_path: Path) -> None:
+    ruff = shutil.which("ruff") or shutil.which("ruff", path=str(Path(sys.executable).parent))
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    path, config = tmp_path / "kernel.py", ROOT / "pyproject.toml"
+    path.write_text(render(case.spec(), "torch"))
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run([ruff, *command, "--config", config, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiers", [HALVES, LONGEST])
+def test_a_generated_cpp_file_compiles_without_a_warning(tiers: Tiers, tmp_path: Path) -> None:
+    path = tmp_path / "kernel.cpp"
+    path.write_text(render(Case(tiers, TWO, 1, 1, 1, 1, 1, softcap=4.0).spec(), "cpp"))
+    assert max(map(len, path.read_text().splitlines())) <= 120
+    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi")  # no OpenMP; no AVX
+    command = [find_compiler(), "-std=c++17", *warnings, "-fsyntax-only", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(FhoptError, match=r"no renderer for 'fortran'.*cpp, torch"):
+        render(CASES["one token"].spec(), "fortran")
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_a_file_reads_only_the_planes_that_its_tiers_have(target: str, bits: int) -> None:
+    tiers: Tiers = ((bits, 8, 0.3),)
+    text = render(KernelSpec(tiers, UNCODED, 8, 8, "float32", False), target)
+    assert "3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2" in text  # the format stands in the head
+    if target == "cpp":
+        assert f"copy_codes<{bits}, 8>(row + 0, z + 0);" in text
+    else:
+        functions = {n for n in range(1, 9) if f"def codes{n}(" in text}
+        assert functions == {bits, *planes(bits)}
+
+
+@pytest.mark.parametrize("target", ["cpp", "torch"])
+@pytest.mark.parametrize(
+    ("tiers", "width", "dtype", "reason"),
+    [
+        (((7, 8, 0.3),), 8, "float32", "cannot become a kernel"),
+        (((4, 12, 0.3),), 12, "float32", "multiples of 8"),
+        (((4, 16, 0.3),), 24, "float32", "do not add up"),
+        ((), 24, "float64", "no kernel reads uncoded float64"),
+    ],
+)
+def test_a_spec_that_no_kernel_serves_is_refused(
+    target: str, tiers: Tiers, width: int, dtype: str, reason: str
+) -> None:
+    with pytest.raises(FhoptError, match=reason):
+        render(KernelSpec(tiers, tiers, width, width, dtype, False), target)

@@ -1,0 +1,86 @@
+"""Compiling C++: without a compiler, with one that fails, in two processes at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attention_cases import CASES, assert_same, expected, inputs
+from needs import needs_compiler
+
+from fhopt.codegen import build
+from fhopt.codegen.build import build_cpp
+from fhopt.codegen.compiler import find_compiler, vector_unit
+
+pytestmark = pytest.mark.usefixtures("nothing_built")
+
+ROOT = Path(__file__).resolve().parents[3]
+BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
+COMPILER = importlib.import_module("fhopt.codegen.compiler")
+
+
+def test_without_a_compiler_the_torch_kernel_runs_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("9 heads read one latent", "one token"):
+        case = CASES[name]
+        x = inputs(case)
+        assert_same(build(case.spec())(*x, None, **case.options()), expected(case, x, None))
+    messages = [str(w.message) for w in recwarn if "No C++ compiler was found" in str(w.message)]
+    assert len(messages) == 1
+    assert "Install g++" in messages[0]
+
+
+def test_a_compiler_that_fails_gives_way_to_the_torch_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "g++"
+    script.write_text("#!/bin/sh\necho 'no vectors here' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    case = CASES["one token"]
+    x = inputs(case)
+    with pytest.warns(RuntimeWarning, match="refused a generated file: no vectors here"):
+        kernel = build(case.spec())
+    assert_same(kernel(*x, None, **case.options()), expected(case, x, None))
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@needs_compiler
+def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {find_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(cache))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code = f"from fhopt.codegen import build; from fhopt.spec import KernelSpec; build({CASES['one token'].spec()!r})"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    compiled = [line for line in log.read_text().splitlines() if "-o" in line.split()]
+    assert len(compiled) == 1
+    assert sorted(path.suffix for path in cache.iterdir()) == [".cpp", ".lock", ".so"]
+
+
+@needs_compiler
+def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CASES["one token"].spec()
+    build_cpp(spec)
+    monkeypatch.setattr(COMPILER, "_compile", lambda *_: pytest.fail("compiled again"))
+    build_cpp(spec)
+
+
+def test_the_vector_unit_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "compiled by" in vector_unit() or shutil.which("g++") is None
+    monkeypatch.setenv("PATH", "")
+    assert vector_unit() == "plain torch operations, no C++ compiler was found"

@@ -1,0 +1,124 @@
+"""Kernel sources: how they are read, that clang-format is off in few places, and that an installed fhopt has them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from fhopt.codegen import source_files
+from fhopt.codegen.source_files import read_source
+
+ROOT = Path(__file__).parents[3]
+FOLDERS = {
+    "fhopt.codegen": ROOT / "codegen/sources",
+    "fhopt.codegen.cpu": ROOT / "codegen/cpu/sources",
+    "fhopt.codegen.gpu": ROOT / "codegen/gpu/sources",
+}
+FILES = [(package, file) for package, folder in FOLDERS.items() for file in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder `sources` of a package that was made for the test, `made_kernels`."""
+    folder = tmp_path / "made_kernels" / "sources"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_kernels", raising=False)
+    return folder
+
+
+def test_a_line_of_nothing_but_a_placeholder_stands_for_whole_lines(package: Path) -> None:
+    (package / "lines.py.in").write_text("a = $a\n$lines\nb = 1\n")
+    source = source_files.read_source.__wrapped__("made_kernels", "lines.py.in")
+    assert source.substitute(a=1, lines="c\nd\n") == "a = 1\nc\nd\nb = 1\n"
+    assert source.substitute(a=1, lines="") == "a = 1\nb = 1\n"
+
+
+def test_an_included_file_takes_the_place_of_its_line(package: Path) -> None:
+    (package / "file.cpp").write_text('#include <cmath>\n#include "outer.h"\nint b;\n')
+    (package / "outer.h").write_text('//: Not for a generated file.\n#include "inner.h"\nint a;\n')
+    (package / "inner.h").write_text("int $name;\n")
+    source = source_files.read_source.__wrapped__("made_kernels", "file.cpp")
+    assert source.substitute(name="n") == "#include <cmath>\nint n;\nint a;\nint b;\n"
+
+
+def test_lines_for_clang_format_are_left_out(package: Path) -> None:
+    (package / "table.h").write_text("    // clang-format off\n    a,  b\n    // clang-format on\n// clang-format\n")
+    source = source_files.read_source.__wrapped__("made_kernels", "table.h")
+    assert source.substitute() == "    a,  b\n// clang-format\n"
+
+
+@pytest.mark.parametrize(("package_name", "file"), FILES, ids=[file.name for _, file in FILES])
+def test_clang_format_is_off_for_a_few_lines_only(package_name: str, file: Path) -> None:
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    marks = [i for i, line in enumerate(lines) if line.startswith("// clang-format")]
+    off, on = marks[::2], marks[1::2]
+    assert [lines[i] for i in marks] == ["// clang-format off", "// clang-format on"] * len(on)
+    assert all(end - begin <= 10 for begin, end in zip(off, on, strict=True)) and len(off) <= 6
+    assert "clang-format" not in read_source(package_name, file.name).template
+
+
+# --------------------------------------------------------------------------------------------------- installed
+
+RENDERS = """
+import hashlib, sys
+import fhopt.codegen
+from fhopt.codegen import render
+from fhopt.codegen.cpu import graph_kernels, lm_head, packing, pages, skinny_linear
+from fhopt.codegen.gpu import prefill
+from fhopt.plan import KernelSpec
+
+spec = KernelSpec(((4, 16, 0.25),), ((3, 16, 0.5), (16, 8, 0.0)), 16, 24, "bfloat16", True)
+texts = [render(spec, target) for target in ("cpp", "torch", "triton")] + [prefill.render(spec)]
+texts += [module.render() for module in (graph_kernels, lm_head, packing, pages, skinny_linear)]
+print(fhopt.codegen.__file__)
+print(*[hashlib.sha256(text.encode()).hexdigest() for text in texts])
+"""
+
+
+def rendered(path: Path, cwd: Path) -> tuple[Path, str]:
+    """Where fhopt.codegen lies in a process that has `path` first, and the digests of what it renders."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run([sys.executable, "-c", RENDERS], capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr
+    file, digests = done.stdout.splitlines()
+    return Path(file), digests
+
+
+def built(kind: str, project: Path, folder: Path) -> Path:
+    """The "wheel" or "sdist" of a project, as pip has it built."""
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
+    reason="builds with setuptools 77 or newer",
+)
+def test_a_wheel_built_from_the_sdist_renders_what_the_checkout_does(tmp_path: Path) -> None:
+    project, made, target = tmp_path / "project", tmp_path / "made", tmp_path / "target"
+    for folder in ("fhopt", "passes", "codegen"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, project / folder, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    shutil.unpack_archive(built("sdist", project, made), tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    shutil.unpack_archive(built("wheel", unpacked, made), target, format="zip")
+    place, digests = rendered(target, tmp_path)
+    assert place == target / "fhopt/codegen/__init__.py"
+    assert digests == rendered(ROOT, tmp_path)[1]
+    for package, file in FILES:
+        installed = target / package.replace(".", "/") / "sources" / file.name
+        assert hashlib.sha256(installed.read_bytes()).digest() == hashlib.sha256(file.read_bytes()).digest()

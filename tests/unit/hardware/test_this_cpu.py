@@ -1,0 +1,86 @@
+"""The device "here": measured once, kept, and understood by every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fhopt.cli.app import main
+from fhopt.codegen.compiler import vector_unit
+from fhopt.errors import FhoptError
+from fhopt.hardware import devices, this_cpu
+from fhopt.system import cores
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache folder of its own, and measurements of a few milliseconds."""
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(this_cpu, "SECONDS", 0.0)
+    monkeypatch.setattr(this_cpu, "VECTOR", 1 << 20)
+    monkeypatch.setattr(this_cpu, "SIDE", 64)
+    this_cpu.measured.cache_clear()
+
+
+def test_figures_are_kept_in_a_file_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = this_cpu.measured(1)
+    (kept,) = (tmp_path / "cache").glob("machine-*.json")
+    assert json.loads(kept.read_text())["threads"] == 1
+    this_cpu.measured.cache_clear()
+    monkeypatch.setattr(this_cpu, "measure", None)  # would fail
+    assert this_cpu.measured(1) == first
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"threads": 1}'])
+def test_a_file_that_says_nothing_is_measured_again(tmp_path: Path, text: str) -> None:
+    this_cpu.measured(1)
+    (kept,) = (tmp_path / "cache").glob("machine-*.json")
+    kept.write_text(text)
+    this_cpu.measured.cache_clear()
+    assert this_cpu.measured(1).read_gb_s > 0
+    assert json.loads(kept.read_text())["threads"] == 1
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "file"))
+    assert this_cpu.measured(1).copy_gb_s > 0
+
+
+def test_threads_are_as_they_were_after_a_measurement() -> None:
+    before = torch.get_num_threads()
+    this_cpu.measure(before + 1)
+    assert torch.get_num_threads() == before
+
+
+def test_here_is_a_device_with_the_measured_rates() -> None:
+    found = this_cpu.find_device("here:1")
+    measured = this_cpu.measured(1)
+    assert (found.name, found.kind) == ("here:1", "cpu")
+    assert (found.bandwidth_gb_s, found.vector_tflops) == (measured.read_gb_s, measured.float32_tflops)
+    assert found.matrix_tflops >= found.vector_tflops
+    assert this_cpu.find_device("here").name == f"here:{torch.get_num_threads()}"
+    assert this_cpu.find_device("h100") is devices.find_device("h100")
+
+
+@pytest.mark.parametrize("name", ["here:0", "here:many", f"here:{cores() + 1}", "her"])
+def test_another_name_is_refused(name: str) -> None:
+    with pytest.raises(FhoptError, match=r"is unknown; expected .*here"):
+        this_cpu.find_device(name)
+
+
+def test_the_command_prints_what_was_measured() -> None:
+    result = CliRunner().invoke(main, ["device", "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    assert "read, GB/s" in result.output and f"Kernels: {vector_unit()}." in " ".join(result.output.split())
+    found = json.loads(CliRunner().invoke(main, ["device", "--threads", "1", "--json"]).output)
+    assert found["measured"][0]["threads"] == 1 and found["kernels"] == vector_unit()
+
+
+def test_more_threads_than_cores_are_refused_in_one_line() -> None:
+    result = CliRunner().invoke(main, ["device", "--threads", "99999"])
+    assert result.exit_code == 2 and "expected at most" in result.output

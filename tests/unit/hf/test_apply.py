@@ -1,0 +1,59 @@
+"""A plan applied to a model and taken back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import Fitted, cached, tiny_gpt2, tiny_llama, token_ids
+
+import fhopt
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.cache.latent_cache import LatentCache
+from fhopt.errors import FhoptError
+from fhopt.hf.apply import latent_cache
+
+# ---- wrong use
+
+
+def test_what_apply_made_active_unapply_takes_back(llama: Fitted) -> None:
+    fhopt.apply(llama.model, llama.plan(1))
+    cache = latent_cache(llama.model, max_cache_len=64)
+    layer = cache.layers[0]
+    with torch.no_grad():
+        llama.model(token_ids(1, 40), **cached(cache))
+        assert layer.reader.active
+        llama.model.set_attn_implementation("sdpa")
+        llama.model(token_ids(1, 1), **cached(cache))
+        assert not layer.reader.active
+    fhopt.unapply(llama.model)
+    assert llama.model.config._attn_implementation == "sdpa" and not layer.reader.active
+
+
+def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
+    with pytest.raises(FhoptError, match="does not have"):
+        fhopt.apply(tiny_gpt2(), llama.plan(4))
+    with pytest.raises(FhoptError, match="not a transformers model"):
+        fhopt.apply(torch.nn.Linear(2, 2), llama.plan(4))
+    with pytest.raises(FhoptError, match="the model has 1"):
+        LatentCache(llama.plan(4), tiny_llama(num_hidden_layers=1).config)
+
+
+# ---- what a review found
+
+
+def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> None:
+    from transformers import DynamicCache
+
+    ids = token_ids(1, 41)
+    with torch.no_grad():
+        expected = llama.model(ids, use_cache=False).logits[:, -1]
+        fhopt.apply(llama.model, llama.plan(1))
+        cache = DynamicCache(config=llama.model.config)
+        llama.model(ids[:, :40], **cached(cache))
+        assert cache.get_seq_length() == 40 and isinstance(cache.layers[0], LatentLayer)
+        found = llama.model(ids[:, 40:], **cached(cache)).logits[:, -1]
+        old = LatentCache(llama.plan(1), llama.model.config)
+        llama.model(ids, past_key_values=old)
+    fhopt.unapply(llama.model)
+    assert old.get_seq_length() == 41
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

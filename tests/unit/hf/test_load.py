@@ -1,0 +1,47 @@
+"""Rewritten folders as models of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rewritten_folders import ROUNDING, difference, generated, written
+from small_models import Fitted, token_ids
+
+import fhopt
+
+
+@pytest.fixture(scope="session")
+def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rewritten tiny Llama in three shards."""
+    out = tmp_path_factory.mktemp("folders") / "llama"
+    written(out, llama.model, llama.plan(4), shard_size="200KB")
+    return out
+
+
+def test_the_plan_changes_logits_so_that_the_routes_can_be_told_apart(folder: Path, llama: Fitted) -> None:
+    ids = token_ids(2, 60)
+    exact, latent = generated(llama.model, ids), generated(fhopt.load(folder), ids)
+    assert difference(latent[1], exact[1]) > 10 * ROUNDING
+
+
+def test_another_dtype_can_be_asked_for(folder: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model: Any = fhopt.load(folder, dtype=dtype)
+        assert model.dtype == dtype and generated(model, token_ids(1, 40))[0].shape == (1, 52)
+
+
+def test_a_loaded_model_can_be_unapplied_saved_and_is_then_the_original(
+    folder: Path, llama: Fitted, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    original = llama.model.state_dict()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert original.keys() == again.keys() and all(torch.equal(original[k], again[k]) for k in original)

@@ -1,0 +1,56 @@
+"""Drawings of attention before and after."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hand_plans import CODED, SITE, random_plan
+from seen_plans import SVG, texts
+
+import fhopt
+from fhopt.errors import FhoptError
+from fhopt.inspection import drawing
+from fhopt.plan import display
+
+
+def test_a_drawing_has_shapes_of_exact_and_of_latent_attention() -> None:
+    pytest.importorskip("pygraphviz")
+    plan = random_plan("head", CODED)
+    drawn = fhopt.draw(SITE, plan)
+    assert drawn.after is not None
+    exact, latent = (" ".join(texts(svg)) for svg in (drawn.before, drawn.after))
+    assert "q [B, 4, S, 16]" in exact and "K, V [B, 2, T, 16 | 8]" in exact and "96 bytes/token" in exact
+    assert "q~ [B, 4, S, 16]" in latent and "keys: 8x8 + 8x4" in latent and "56 bytes/token" in latent
+    assert "D_K^T [2, 16, 16]" in latent and "first 4 exact, newest 8 in 16 bits" in latent
+    assert drawn._repr_html_().count("<svg") == 2
+
+
+def test_keys_and_values_in_one_latent_have_one_encoder() -> None:
+    drawn = drawing.after(random_plan("input", CODED).sites[0])
+    assert "ev" not in drawn.nodes and ("v", "ek", "v [B, 2, S, 8]") in drawn.edges
+
+
+def test_a_drawing_shows_hostile_names_as_text() -> None:
+    pytest.importorskip("pygraphviz")
+    name = "<b>&\\N</b>"
+    site = replace(SITE, projections=dict.fromkeys("qkvo", (f"{name}.weight",)))
+    svg = drawing.before(site).svg
+    assert texts(svg).count(name) == 4 and not list(ET.fromstring(svg).iter("b"))
+
+
+def test_a_drawing_is_saved_as_svg_and_as_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("pygraphviz")
+    drawn = fhopt.draw(SITE)
+    assert ET.parse(drawn.save(tmp_path / "site.svg")).getroot().tag == f"{SVG}svg"
+    with pytest.raises(FhoptError, match="no SVG file"):
+        drawn.save(tmp_path / "site.png")
+
+
+def test_without_the_extra_a_drawing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pygraphviz", None)
+    with pytest.raises(FhoptError, match=r"pip install 'fhopt\[view\]'"):
+        fhopt.draw(SITE)
+    assert "<svg" not in display.site_html(SITE) and "4 / 2 / 16 and 8" in display.site_html(SITE)

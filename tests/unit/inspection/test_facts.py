@@ -1,0 +1,70 @@
+"""Facts about the sites of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import sample_reports
+from hand_plans import SITE
+from small_models import Fitted
+
+from fhopt.errors import FhoptError
+from fhopt.hardware import cost_model
+from fhopt.hardware.this_cpu import find_device
+from fhopt.inspection.facts import common_form, inspect, inspect_sites, short_name
+from fhopt.models.sites import find_sites
+
+
+def test_facts_of_a_plan_are_those_that_the_plan_and_the_cost_model_tell(llama: Fitted) -> None:
+    plan = llama.plan(4)
+    found = inspect(
+        sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), plan, devices=("h100",), tokens=2048
+    )
+    assert found.plan is not None
+    assert (found.plan.ratio, found.plan.bytes_per_token) == (plan.ratio(2048), plan.cache_bytes(2048) / 2048)
+    assert found.exact_bytes == plan.exact_token_bytes()
+    assert found.parameters == sum(p.numel() for p in llama.model.parameters())
+    for site, planned in zip(found.sites, plan.sites, strict=True):
+        assert site.site == planned.site and site.plan is not None
+        assert site.plan.bytes == planned.token_bytes() == sum(side.bytes for side in site.plan.sides)
+        open_tokens = plan.sinks + plan.recent + plan.block // 2
+        window: dict[str, int] = dict(open_tokens=open_tokens, window_bits=plan.window_bits, sinks=plan.sinks)
+        latent = cost_model.site_cost(planned.site, planned, **window)
+        assert site.plan.formulas.bytes == cost_model.pretty(latent.bytes)
+        expected = cost_model.break_even(cost_model.site_cost(planned.site), latent, find_device("h100"))
+        assert (site.plan.pays[0].verdict, site.plan.pays[0].tokens) == (expected.verdict, expected.tokens)
+
+
+def test_sites_of_one_shape_are_worked_out_once_and_those_of_two_apart(llama: Fitted) -> None:
+    other = replace(SITE, name="layers.1", heads=8)
+    found = inspect_sites("two", [SITE, other])
+    assert [s.formulas.operations for s in found.sites] == ["192⋅B⋅S⋅T", "384⋅B⋅S⋅T"]
+
+
+def test_a_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None:
+    loaded = sample_reports.loaded(llama)
+    plan = gpt2.plan(4).with_provenance(fingerprint="another")
+    with pytest.raises(FhoptError, match="another model"):
+        inspect(loaded, find_sites(loaded), plan)
+
+
+def test_what_names_share_is_cut_at_dots() -> None:
+    names = ("model.layers.0.self_attn", "model.layers.10.self_attn")
+    form = common_form(names)
+    assert form == ("model.layers", "self_attn")
+    assert [short_name(name, form) for name in names] == ["0", "10"]
+    assert common_form(("alone",)) == ("", "") and short_name("alone", ("", "")) == "alone"
+    form = common_form(("a.b", "a.b.c"))
+    assert [short_name(name, form) for name in ("a.b", "a.b.c")] == ["b", "b.c"]
+
+
+def test_a_miss_keeps_the_text_of_its_line() -> None:
+    from command_models import encoder
+
+    from fhopt.models.loaded_model import LoadedModel
+
+    model, arguments = encoder()
+    loaded = LoadedModel("encoder", model, inputs=(arguments, {}))
+    missed = inspect(loaded, find_sites(loaded)).missed
+    assert [m.code for m in missed] == ["return y * self.gate(x).softmax(-1)[..., :1]"]

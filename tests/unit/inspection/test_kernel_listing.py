@@ -1,0 +1,22 @@
+"""Listings of kernels."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from small_models import Fitted
+
+from fhopt.codegen.build import render
+from fhopt.hardware.kernel_table import kernels_of
+from fhopt.inspection.kernel_listing import list_kernels
+
+
+def test_a_listing_is_the_text_of_the_kernel(llama: Fitted) -> None:
+    plan, found = llama.plan(4), list_kernels(llama.plan(4))
+    specs = {kernel[0].name: kernel[0] for kernel in kernels_of(plan, "bfloat16")}
+    assert {f.file for f in found.files} == {f"{name}{end}" for name in specs for end in (".cpp", ".py")}
+    for listing in found.files:
+        name, _, _ = listing.file.rpartition(".")
+        plain = "".join(ET.fromstring(f"<pre>{found.html(listing)}</pre>").itertext())
+        assert plain.strip() == render(specs[name], listing.language).strip()
+        assert set(listing.sites) <= {p.site.name for p in plan.sites}

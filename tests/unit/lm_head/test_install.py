@@ -1,0 +1,45 @@
+"""A head put into a model, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lm_heads import applied
+from needs import needs_compiler
+from small_models import tiny_llama
+from torch import Tensor, nn
+
+from fhopt.errors import FhoptError
+from fhopt.lm_head import api
+from fhopt.lm_head.fitting import find, fit_weight
+from fhopt.models.capture import capture
+
+pytestmark = needs_compiler
+
+
+def test_a_head_of_other_weights_is_refused() -> None:
+    model, other = tiny_llama(), tiny_llama(vocab_size=98)
+    _, head = applied(model)
+    with pytest.raises(FhoptError, match=r"coded for another lm_head\.weight"):
+        api.apply(other, head)
+    with pytest.raises(FhoptError, match=r"parameter lm_head\.weight, which Linear has not"):
+        api.apply(nn.Linear(2, 2), head)
+    with pytest.raises(FhoptError, match="no head is applied"):
+        api.report(other)
+
+
+def test_a_bias_that_is_added_behind_the_layer_is_refused_with_the_cure() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.output = nn.Embedding(60, 16), nn.Linear(16, 60, bias=False)
+            self.shift = nn.Parameter(torch.randn(60))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.output(self.embedding(ids).tanh()) + self.shift
+
+    model = Behind()
+    site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
+    head = fit_weight(site, model.output.weight.detach(), model.shift.detach())
+    with pytest.raises(FhoptError, match=r"shift is added to what output gives.*Expected it as the bias"):
+        api.apply(model, head)

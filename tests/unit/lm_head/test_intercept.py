@@ -1,0 +1,130 @@
+"""Heads that are written out are searched where they are watched."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from needs import needs_compiler
+from torch import Tensor, nn
+
+from fhopt.lm_head import api, intercept
+from fhopt.lm_head.fitting import find, fit_weight
+from fhopt.lm_head.head import Head
+from fhopt.models.capture import capture
+
+pytestmark = needs_compiler
+
+Finish = Callable[["Words", Tensor], Tensor]
+
+
+class Words(nn.Module):
+    """A model that makes its logits in its own forward."""
+
+    def __init__(self, finish: Finish) -> None:
+        super().__init__()
+        self.embedding, self.finish = nn.Embedding(60, 16), finish
+        self.shift = nn.Parameter(torch.randn(60))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.finish(self, self.embedding(ids).tanh())
+
+
+WRITTEN: dict[str, Finish] = {
+    "functional": lambda m, x: F.linear(x, m.embedding.weight),
+    "with a bias": lambda m, x: F.linear(x, m.embedding.weight, bias=m.shift),
+    "product": lambda m, x: x @ m.embedding.weight.T,
+    "matmul": lambda m, x: torch.matmul(x, m.embedding.weight.transpose(0, 1)),
+    "flat": lambda m, x: torch.mm(x.flatten(0, 1), m.embedding.weight.t()).unflatten(0, x.shape[:2]),
+    "addmm": lambda m, x: torch.addmm(m.shift, x.flatten(0, 1), m.embedding.weight.t()).unflatten(0, x.shape[:2]),
+    "einsum": lambda m, x: torch.einsum("btc,vc->btv", x, m.embedding.weight),
+    "einsum, turned": lambda m, x: torch.einsum("vc, ...c -> ...v", m.embedding.weight, x),
+    "capped": lambda m, x: 5 * torch.tanh(0.5 * (x @ m.embedding.weight.mT) / 5),
+}
+
+
+def written(name: str, **options: Any) -> tuple[Words, Words, Head]:
+    """(a model, the same with its head applied, that head)."""
+    model = Words(WRITTEN[name]).requires_grad_(False)
+    site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
+    head = fit_weight(site, model.embedding.weight, model.shift if site.bias else None)
+    plain = copy.deepcopy(model)
+    api.apply(model, head, **options)
+    return plain, model, head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_head_that_is_written_out_is_searched(name: str) -> None:
+    plain, model, _ = written(name, keep=3)
+    ids = torch.randint(0, 60, (2, 5))
+    logits, expected = model(ids), plain(ids)
+    assert torch.equal(logits.topk(3).indices, expected.topk(3).indices)
+    known = logits > logits.amin()
+    assert 30 <= int(known.sum()) < known.numel()
+    torch.testing.assert_close(logits[known], expected[known], rtol=1e-5, atol=1e-5)
+    assert api.report(model).rows == 10 and model.state_dict().keys() == plain.state_dict().keys()
+    api.unapply(model)
+    assert torch.equal(model(ids), expected)
+
+
+@torch.no_grad()
+def test_a_watched_head_leaves_everything_else_alone() -> None:
+    """Products elsewhere, what comes after an error, copies, which have weights of their own, and another weight."""
+    plain, model, _ = written("product")
+    ids = torch.randint(0, 60, (1, 3))
+    with pytest.raises(IndexError):
+        model(ids + 60)
+    x = torch.randn(3, 16)
+    assert torch.equal(x @ model.embedding.weight.T, x @ plain.embedding.weight.T) and api.report(model).rows == 0
+    twin = copy.deepcopy(model)
+    twin.embedding.weight.zero_()
+    assert not twin(ids).any() and api.report(model).rows == 0
+    api.unapply(twin)
+    assert bool((model(ids) == -math.inf).any()) and api.report(model).rows == 3
+    assert not (twin(ids) == -math.inf).any()
+    replaced = nn.Parameter(torch.zeros(60, 16), requires_grad=False)
+    model.embedding.weight = replaced
+    assert not model(ids).any() and api.report(model).rows == 3
+
+
+def test_watched_heads_search_in_several_threads() -> None:
+    plain, model, _ = written("einsum")
+    prompts = [torch.randint(0, 60, (1, 4)) for _ in range(16)]
+
+    def best(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(ids).argmax(-1)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(best, prompts))
+    assert all(torch.equal(a, plain(ids).argmax(-1)) for a, ids in zip(found, prompts, strict=True))
+    assert api.report(model).rows == 64
+
+
+@torch.no_grad()
+def test_a_watched_head_is_dense_in_compiled_graphs() -> None:
+    plain, model, _ = written("functional")
+    ids = torch.randint(0, 60, (1, 4))
+    compiled: Any = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(ids), plain(ids), rtol=1e-5, atol=1e-6)
+    assert api.report(model).rows == 0
+
+
+@torch.no_grad()
+def test_a_product_that_is_not_watched_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    intercept._warn_of_spelling.cache_clear()
+    model = Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
+    site = find(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
+    api.apply(model, fit_weight(site, model.embedding.weight))
+    with caplog.at_level(logging.WARNING, "fhopt"):
+        for _ in range(2):
+            model(torch.randint(0, 60, (1, 4)))
+    assert len([r for r in caplog.records if "that head is dense" in r.message]) == 1

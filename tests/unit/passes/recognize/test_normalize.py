@@ -1,0 +1,385 @@
+"""Spellings of attention, one function each, and look-alikes that must be left alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fhopt.models.capture import Captured, capture
+from fhopt.passes import outcome as passes_outcome
+from fhopt.passes import pipeline
+from fhopt.passes.graph.printing import print_graph
+
+H, G, D, T = 4, 2, 8, 12
+
+
+class Block(nn.Module):
+    """q, k, v, o projections around a spelling `core(q, k, v) -> o`, all [B, heads, T, D]."""
+
+    def __init__(self, core: Callable[..., Tensor], kv_heads: int = H) -> None:
+        super().__init__()
+        self.core, self.kv_heads = core, kv_heads
+        self.q, self.o = nn.Linear(H * D, H * D), nn.Linear(H * D, H * D)
+        self.k, self.v = nn.Linear(H * D, kv_heads * D), nn.Linear(H * D, kv_heads * D)
+        self.register_buffer("triangle", torch.ones(T, T, dtype=torch.bool).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, D).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(self.core(self, q, k, v).transpose(1, 2).reshape(b, t, H * D))
+
+
+def sdpa(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sdpa_with_positional_mask(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, m.triangle, 0.0, False, scale=0.3)
+
+
+def scale_after(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-1, -2)) * 0.25).softmax(-1) @ v
+
+
+def scale_by_division(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(F.softmax(torch.matmul(q, k.transpose(2, 3)) / math.sqrt(D), dim=-1), v)
+
+
+def scale_on_both_operands(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q * D**-0.25) @ (k * D**-0.25).mT, -1) @ v
+
+
+def added_mask(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(T, T).masked_fill(~m.triangle, torch.finfo(torch.float32).min)
+    return ((q @ k.mT) * 0.25 + bias).softmax(-1) @ v
+
+
+def mask_as_first_addend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(T, T).masked_fill(~m.triangle, -1e9)
+    return (bias + (q @ k.mT) * 0.25).softmax(-1) @ v
+
+
+def masked_fill(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * 0.25).masked_fill(~m.triangle, float("-inf")).softmax(-1) @ v
+
+
+def where(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.where(m.triangle, (q @ k.mT) * 0.25, -1e30).softmax(-1) @ v
+
+
+def softmax_in_float32_with_dropout(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = F.softmax(q @ k.mT, dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, p=0.1, training=m.training) @ v
+
+
+def softcap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.tanh((q @ k.mT) * 0.25 / 5.0) * 5.0
+    return (scores + torch.zeros(T, T).masked_fill(~m.triangle, -1e9)).softmax(-1) @ v
+
+
+def repeat_interleave(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def expand_and_reshape(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(-1, H, T, D) for t in (k, v))
+    return ((q @ k.transpose(2, 3)) * 0.25).softmax(-1) @ v
+
+
+def enable_gqa(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def keys_first(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = (2.0 ** -torch.arange(1.0, H + 1)).view(H, 1, 1)
+    return ((k @ q.mT).mT * 0.25 + slopes * torch.arange(-T + 1.0, 1.0)).softmax(-1) @ v
+
+
+PLAIN = [
+    keys_first,
+    sdpa, sdpa_with_positional_mask, scale_after, scale_by_division, scale_on_both_operands, added_mask,
+    mask_as_first_addend, masked_fill, where, softmax_in_float32_with_dropout, softcap,
+]  # fmt: skip
+
+
+def scaled_after_repetition(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+    k = (0.5 * k).flatten(0, 1) / 3
+    scores = torch.bmm(q.flatten(0, 1), k.mT).unflatten(0, q.shape[:2])
+    return torch.tanh(scores).softmax(-1) @ v
+
+
+GROUPED = [scaled_after_repetition, repeat_interleave, expand_and_reshape, enable_gqa]
+
+
+def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes_outcome.Outcome]:
+    captured = capture(module, (x,))
+    return captured, pipeline.find(captured.program)
+
+
+@pytest.mark.parametrize("core", PLAIN + GROUPED, ids=lambda f: f.__name__)
+def test_every_spelling_becomes_one_canonical_node_with_the_same_numbers(core: Callable[..., Tensor]) -> None:
+    kv_heads = G if core in GROUPED else H
+    module, x = Block(core, kv_heads).eval(), torch.randn(2, T, H * D)
+    captured, result = outcome(module, x)
+    assert [m.reason for m in result.missed] == []
+    (site,) = result.sites.values()
+    assert (site.heads, site.kv_heads, site.key_dim) == (H, kv_heads, D)
+    targets = [str(n.target) for n in captured.program.graph.nodes]
+    assert targets.count("fhopt.attention.default") == 1
+    assert not any("softmax" in t or "scaled_dot" in t for t in targets)
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)  # another order of float32 sums
+
+
+def folded_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * 0.25).softmax(-1).flatten(0, 1)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
+@pytest.mark.parametrize("heads", [1, H])
+def test_in_a_batch_of_one_an_axis_of_batch_and_heads_is_still_both(heads: int) -> None:
+    def core(m: Any, *heads_of: Tensor) -> Tensor:
+        return folded_weights(m, *(t[:, :heads] for t in heads_of)).repeat(1, H // heads, 1, 1)
+
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert [m.reason for m in result.missed] == []
+    (site,) = result.sites.values()
+    assert site.heads == heads
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("core", [sdpa, masked_fill, where, softcap, added_mask], ids=lambda f: f.__name__)
+def test_gradients_are_the_same_after_normalizing(core: Callable[..., Tensor]) -> None:
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, _ = outcome(module, x)
+    values = captured.program.values
+    output = torch.fx.Interpreter(captured.program.module).run(*values.values())[0]
+    names = [n for n in values if n in captured.program.parameters]
+    found = torch.autograd.grad(output.square().sum(), [values[n] for n in names])
+    expected = torch.autograd.grad(module(x).square().sum(), [values[n] for n in names])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("core", "kind"),
+    [(sdpa, "causal"), (sdpa_with_positional_mask, "causal"), (where, "causal"), (scale_after, "none")],
+)
+def test_causality_is_read_from_the_value_of_the_mask(core: Callable[..., Tensor], kind: str) -> None:
+    _, result = outcome(Block(core).eval(), torch.randn(1, T, H * D))
+    assert [s.mask for s in result.sites.values()] == [kind]
+
+
+def softmax_over_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(1) @ v
+
+
+def scores_squared(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) ** 2).softmax(-1) @ v
+
+
+def bias_before_softcap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(q @ k.mT + m.o.bias[:T]).softmax(-1) @ v
+
+
+def scaled_over_keys(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * m.o.bias[:T]).softmax(-1) @ v
+
+
+def scaled_after_a_view(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).flatten(0, 1) * m.o.bias[0]
+    return scores.view(-1, H, T, T).softmax(-1) @ v
+
+
+def heads_mixed(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhst,hg->bgst", q @ k.mT, m.o.weight[:H, :H]).softmax(-1) @ v
+
+
+def weights_without_values(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).sum(-1, keepdim=True) * v
+
+
+def weights_gated(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * m.o.bias[:T]) @ v
+
+
+def summed_over_queries(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).mT @ v
+
+
+def over_a_projection(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ m.o.weight[:D, :T]).softmax(-1) @ v
+
+
+def logarithm_kept(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.log_softmax(q @ k.mT, -1) @ v
+
+
+def sum_that_misses(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / (2 + e.sum(-1, keepdim=True))) @ v
+
+
+def sigmoid_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).sigmoid() @ v
+
+
+@pytest.mark.parametrize(
+    ("core", "reason", "reached"),
+    [
+        (softmax_over_heads, "does not run over the keys", "softmax, both products"),
+        (scores_squared, "nor capped by tanh: pow", "softmax, both products"),
+        (bias_before_softcap, "nor capped by tanh: add, tanh", "softmax, both products"),
+        (scaled_over_keys, "the scores are not scale \\* q k \\+ mask", "softmax, both products"),
+        (scaled_after_a_view, "after their axes were changed", "softmax, both products"),
+        (heads_mixed, "pass through the weight o.weight first, heads are mixed", "softmax"),
+        (weights_without_values, "no product of the weights with values", "softmax, product of queries and keys"),
+        (weights_gated, "the canonical op differs by", "softmax, both products, scores, layout"),
+        (summed_over_queries, "does not sum over the keys alone", "softmax, both products"),
+        (over_a_projection, "over the projection by o.weight", "softmax"),
+        (logarithm_kept, "exponential is not taken", ""),
+        (sum_that_misses, "do not make a softmax", ""),
+        (sigmoid_weights, "made by sigmoid; expected a softmax", "scores, both products"),
+    ],
+)
+def test_what_is_not_understood_is_left_alone_with_a_reason(
+    core: Callable[..., Tensor], reason: str, reached: str
+) -> None:
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert not result.sites
+    found = [m for m in result.missed if re.search(reason, m.reason)]
+    assert found and found[0].reached == reached, result.missed
+    assert all("test_normalize.py:" in m.source for m in result.missed)
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    assert torch.equal(output, module(x))
+
+
+def test_a_mixture_of_experts_router_is_not_attention() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(16, 4), nn.Parameter(torch.randn(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed: Tensor = self.gate(x).softmax(-1) @ self.experts
+            return mixed
+
+    _, result = outcome(Router().eval(), torch.randn(2, 5, 16))
+    assert not result.sites
+    assert "over the projection by gate.weight, no product of queries and keys" in result.missed[0].reason
+
+
+def test_attention_without_projections_is_not_a_site() -> None:
+    class Pooling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    _, result = outcome(Pooling(), torch.randn(1, 2, 5, 8))
+    assert not result.sites
+    assert "without projections: nothing projects the queries" in result.missed[0].reason
+
+
+def test_normalizing_twice_changes_nothing_more() -> None:
+    captured, first = outcome(Block(masked_fill).eval(), torch.randn(1, T, H * D))
+    text = print_graph(captured.program.graph)
+    second = pipeline.find(captured.program)
+    assert print_graph(captured.program.graph) == text
+    assert [s.name for s in second.sites.values()] == [s.name for s in first.sites.values()]
+
+
+def masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.masked_fill_(~m.triangle, float("-inf"))  # the result is not used: softmax reads `scores`
+    return scores.softmax(-1) @ v
+
+
+def masked_by_assignment(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, :, :, 5:] = float("-inf")
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("core", [masked_in_place, masked_by_assignment], ids=lambda f: f.__name__)
+def test_a_mask_written_in_place_is_seen_although_nothing_reads_its_result(core: Callable[..., Tensor]) -> None:
+    module, x = Block(core).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    (site,) = result.sites.values()
+    assert site.mask != "none"
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_in_place_changes_elsewhere_in_the_graph_survive() -> None:
+    class Beside(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1
+            y.mul_(3)
+            return super().forward(x) + y
+
+    module, x = Beside(sdpa).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert len(result.sites) == 1
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
+
+
+class Biased(Block):
+    """A bias that is zero today and is scaled with the scores."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(lambda m, q, k, v: F.dropout(((q @ k.mT + m.bias) * scale).softmax(-1), 0.1, m.training) @ v)
+        self.bias = nn.Parameter(torch.zeros(T, T))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_a_bias_that_is_zero_today_is_kept_for_tomorrow(scale: float) -> None:
+    module, x = Biased(scale).eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert len(result.sites) == 1
+    with torch.no_grad():
+        module.bias.normal_()
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_temperature_that_is_one_today_is_kept_for_tomorrow() -> None:
+    class Tempered(Block):
+        def __init__(self) -> None:
+            super().__init__(lambda m, q, k, v: ((q @ k.mT) / m.temperature).softmax(-1) @ v)
+            self.temperature = nn.Parameter(torch.ones(H, 1, 1))
+
+    module, x = Tempered().eval(), torch.randn(1, T, H * D)
+    captured, result = outcome(module, x)
+    assert len(result.sites) == 1
+    with torch.no_grad():
+        module.temperature.uniform_(1, 3)
+    output = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())[0]
+    torch.testing.assert_close(output, module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_two_attentions_of_one_module_have_names_of_their_own() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(sdpa), Block(sdpa)
+            self.second.load_state_dict(self.first.state_dict())
+            self.second.q = self.first.q
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.first(x)) + self.second(x)
+
+    _, result = outcome(Twice().eval(), torch.randn(1, T, H * D))
+    names = [s.name for s in result.sites.values()]
+    assert len(names) == len(set(names)) == 3 and "first#2" in names

@@ -1,0 +1,224 @@
+"""Healing: the loss falls, the size stays, an interruption goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import shared_plan
+from healed_plans import CODED, CONTEXT, COUNT, loaded
+from safetensors.torch import save_file
+from small_models import FAR, Fitted, found, tiny_gpt2, tiny_llama, token_ids
+
+from fhopt.errors import FhoptError
+from fhopt.fitting import fit_plan
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.plan import fingerprint
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.progress import Progress
+from fhopt.refine import checkpoint, decoder_equations
+from fhopt.refine.decoder_equations import Reader
+from fhopt.refine.heal import HealOptions, heal, read
+
+pytestmark = pytest.mark.usefixtures("without_compiling")
+OPTIONS = HealOptions(texts=("license",), tokens=COUNT * CONTEXT, context=CONTEXT, held_out=4)
+
+
+@pytest.fixture
+def plan(llama: Fitted) -> LatentPlan:
+    return llama.plan(8.0)
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    return loaded(tiny_llama())
+
+
+class Interrupted(Exception):
+    """What a user's Ctrl-C is to these tests."""
+
+
+def stop_at(number: int) -> Progress:
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("heal", number):
+            raise Interrupted
+
+    return progress
+
+
+# ---- what healing does
+
+
+def test_the_loss_falls_and_the_plan_keeps_its_size(model: LoadedModel, plan: LatentPlan) -> None:
+    healed = heal(model, plan, OPTIONS)
+    told = healed.provenance["healing"]
+    assert told["after"]["kl"] < told["before"]["kl"]
+    assert (told["tokens"], told["texts"]) == (COUNT * CONTEXT, ["license"])
+    assert told["healed_from"] == plan.digest() != healed.digest()
+    assert healed.cache_bytes(4096) == plan.cache_bytes(4096)
+    for old, new in zip(plan.sites, healed.sites, strict=True):
+        assert (new.site, new.layout) == (old.site, old.layout)
+        for a, b in ((old.key, new.key), (old.value, new.value)):
+            assert a.tiers == b.tiers
+            assert torch.equal(a.encode, b.encode) and not torch.equal(a.decode, b.decode)
+
+
+def test_nothing_of_the_model_changes(model: LoadedModel, plan: LatentPlan) -> None:
+    network = model.language_model().requires_grad_(True)
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    kept = plan.digest()
+    heal(model, plan, OPTIONS)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+    assert plan.digest() == kept
+
+
+def test_one_latent_for_keys_and_values_heals_too() -> None:
+    model = loaded(tiny_gpt2())
+    _, outcome = found(model.language_model(), CONTEXT)
+    plan = shared_plan(outcome, 16, CODED, **FAR)
+    healed = heal(model, plan, OPTIONS)
+    assert healed.provenance["healing"]["after"]["kl"] < healed.provenance["healing"]["before"]["kl"]
+    for old, new in zip(plan.sites, healed.sites, strict=True):
+        assert new.is_shared and new.value.encode.shape == old.value.encode.shape
+        assert not torch.equal(old.value.decode, new.value.decode)
+
+
+def test_a_site_that_is_exact_is_left_alone(model: LoadedModel, plan: LatentPlan) -> None:
+    _, outcome = found(model.language_model())
+    exact = fit_plan.exact_plan(outcome.sites.values(), recent=plan.recent).sites[0]
+    mixed = replace(plan, sites=(exact, *plan.sites[1:]))
+    healed = heal(model, mixed, OPTIONS)
+    assert torch.equal(healed.sites[0].key.decode, exact.key.decode)
+    assert not torch.equal(healed.sites[1].key.decode, mixed.sites[1].key.decode)
+
+
+def test_a_healed_plan_is_saved_and_read(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
+    healed = heal(model, plan.with_provenance(gate={"kl": 1.0}), OPTIONS)
+    again = LatentPlan.load(healed.save(tmp_path / "plan"))
+    assert again.digest() == healed.digest()
+    assert "gate" not in again.provenance  # it was measured with other decoders
+    assert again.provenance["healing"]["before"]["kl"] == healed.provenance["healing"]["before"]["kl"]
+
+
+# ---- checkpoints
+
+
+def interrupted(model: LoadedModel, plan: LatentPlan, folder: Path) -> HealOptions:
+    """Options of a healing that was interrupted with 4 sequences in its checkpoint."""
+    options = replace(OPTIONS, checkpoint=folder / "state")
+    with pytest.raises(Interrupted):
+        heal(model, plan, options, stop_at(6))
+    return options
+
+
+def test_an_interrupted_healing_goes_on_and_gives_the_same_plan(
+    model: LoadedModel, plan: LatentPlan, tmp_path: Path
+) -> None:
+    options = interrupted(model, plan, tmp_path)
+    assert os.listdir(tmp_path) == ["state"]
+    steps: list[int] = []
+    again = heal(model, plan, options, lambda stage, done, total: steps.append(done) if stage == "heal" else None)
+    assert steps == list(range(5, COUNT + 1))
+    assert again.digest() == heal(model, plan, OPTIONS).digest()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_of_another_healing_is_refused(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
+    options = interrupted(model, plan, tmp_path)
+    for other in (replace(options, tokens=8 * CONTEXT), replace(options, texts=("source",))):
+        with pytest.raises(FhoptError, match=r"state is of another healing .* Remove it"):
+            heal(model, plan, other)
+    with pytest.raises(FhoptError, match="of another healing"):
+        heal(model, replace(plan, recent=9), options)
+    with pytest.raises(FhoptError, match="of another healing"):
+        heal(replace(model, name="other"), plan, options)
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _without_a_key(file: Path) -> None:
+    save_file({"x": torch.zeros(1)}, file)
+
+
+def _of_fewer_sites(file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({"x": torch.zeros(1)}, file, about)
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _without_a_key, _of_fewer_sites])
+def test_a_damaged_checkpoint_is_refused(
+    model: LoadedModel, plan: LatentPlan, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    options = interrupted(model, plan, tmp_path)
+    damage(tmp_path / "state")
+    with pytest.raises(FhoptError, match=r"state is damaged .* Remove it"):
+        heal(model, plan, options)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(tokens=3 * CONTEXT), "tokens make 3 sequences of 64; expected at least 4"),
+        (dict(tokens=-1), "tokens make 0 sequences"),
+        (dict(context=1), "expected sequences of at least 2 tokens"),
+        (dict(held_out=0), "one to measure on"),
+        (dict(ridge=0.0), "a ridge of 0 is not possible"),
+        (dict(ridge=float("nan")), "a ridge of nan is not possible"),
+        (dict(ridge=math.inf), "a ridge of inf is not possible"),
+        (dict(context=12), "has none beyond sinks and recent tokens of the plan; expected more than 12"),
+        (dict(context=1024), "the model has 512 positions"),
+        (dict(tokens=10**7), "expected at least"),  # more than the text has
+        (dict(texts=("absent.txt",)), "cannot read absent.txt"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    model: LoadedModel, plan: LatentPlan, options: dict[str, Any], message: str
+) -> None:
+    tokens = {"tokens": 8 * options.get("context", CONTEXT)} | options
+    with pytest.raises(FhoptError, match=message):
+        heal(model, plan, replace(OPTIONS, **tokens))
+
+
+def test_a_plan_that_loses_nothing_is_refused(model: LoadedModel) -> None:
+    _, outcome = found(model.language_model())
+    plan = fit_plan.exact_plan(outcome.sites.values(), recent=8)
+    with pytest.raises(FhoptError, match="there is nothing to heal: every site of the plan is exact"):
+        heal(model, plan, OPTIONS)
+
+
+def test_a_plan_of_another_model_is_refused(model: LoadedModel, plan: LatentPlan) -> None:
+    weights = dict(loaded(tiny_llama(num_key_value_heads=4)).language_model().named_parameters())
+    other = fingerprint.fingerprint(weights, [s.site for s in plan.sites])
+    with pytest.raises(FhoptError, match="fitted to another model than tiny"):
+        heal(model, plan.with_provenance(fingerprint=other), OPTIONS)
+
+
+def test_a_loss_that_does_not_fall_is_refused(
+    model: LoadedModel, plan: LatentPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_equations, "solved", lambda plan, *_: plan)
+    with pytest.raises(FhoptError, match=r"healing moved the loss from .* raise the ridge"):
+        heal(model, plan, OPTIONS)
+
+
+def test_keys_that_are_not_finite_are_refused(model: LoadedModel, plan: LatentPlan) -> None:
+    with torch.no_grad():
+        next(model.language_model().parameters()).fill_(float("nan"))
+    reader = Reader.of(model.capture(CONTEXT), plan)
+    with pytest.raises(FhoptError, match="are not finite on this text"):
+        read(reader, token_ids(4, CONTEXT), checkpoint.HealingCheckpoint(None, {}))

@@ -1,0 +1,114 @@
+"""The search for the smallest plan that passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import VOCABULARY, Fitted
+
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import Measured
+from fhopt.errors import FhoptError
+from fhopt.evaluation import perplexity
+from fhopt.evaluation.statistics import TokenCosts
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.refine import loss_target
+from fhopt.refine.loss_target import Gate, parse_share, smallest_plan
+
+
+class Letters:
+    """A tokenizer: one token a character."""
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[1 + ord(c) % (VOCABULARY - 1) for c in text]]))
+
+
+OPTIONS = FitOptions(texts=("topics",), sinks=4, recent=8, block=8, tokens=2048, context=96)
+SMALL = Gate(0.01, sequences=2, context=200)
+
+
+@pytest.fixture(scope="module")
+def measured(llama: Fitted) -> Measured:
+    weights = dict(llama.model.named_parameters())
+    return Measured(llama.statistics, llama.found, llama.outcome, {"model": "tiny"}, weights)
+
+
+@pytest.fixture(scope="module")
+def loaded(llama: Fitted) -> LoadedModel:
+    return LoadedModel("tiny", llama.model, Letters())
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02)])
+def test_a_share_is_read_in_percent_or_as_a_number(text: str, share: float) -> None:
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "one", "1%%", "%"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(FhoptError, match="is no share"):
+        parse_share(text)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.0, float("nan")])
+def test_a_limit_that_says_nothing_is_refused(share: float) -> None:
+    with pytest.raises(FhoptError, match="is no limit"):
+        Gate(share).check()
+
+
+@pytest.mark.parametrize("last", [0, 1, 7, 18])
+def test_bisection_finds_the_last_that_passes_in_few_trials(last: int) -> None:
+    tried: list[float] = []
+
+    def passes(value: float) -> bool:
+        tried.append(value)
+        return value <= loss_target.RATIOS[last]
+
+    assert loss_target._largest(loss_target.RATIOS, passes) == loss_target.RATIOS[last]
+    assert len(tried) <= 6
+    assert loss_target._largest(loss_target.RATIOS, lambda value: False) is None
+
+
+@pytest.mark.slow
+def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel, measured: Measured) -> None:
+    limit = replace(SMALL, max_loss=0.02)
+    plan, trials = smallest_plan(loaded, measured, OPTIONS, limit, loss_target.held_out(loaded, OPTIONS, limit))
+    passed = {r for r, found in trials.items() if found.increase_percent_ci and found.increase_percent_ci[1] <= 2}
+    assert plan.provenance["ratio"] == max(passed)
+    assert all(r > max(passed) for r in trials if r not in passed)
+    assert plan.provenance["gate"]["max_loss"] == 0.02
+    assert plan.provenance["gate"]["increase_percent_ci"][1] <= 2
+
+
+def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
+    loaded: LoadedModel, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dear(model: Any, ids: torch.Tensor, plan: Any) -> TokenCosts:
+        exact = torch.rand(2, 199, dtype=torch.float64)
+        return TokenCosts(exact, exact + 0.5, torch.full_like(exact, 0.5))
+
+    monkeypatch.setattr(perplexity, "token_costs", dear)
+    with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity rises by \+64"):
+        smallest_plan(loaded, measured, OPTIONS, SMALL, loss_target.held_out(loaded, OPTIONS, SMALL))
+
+
+def test_a_size_that_cannot_be_had_does_not_pass(loaded: LoadedModel, measured: Measured) -> None:
+    """At 400 tokens sinks and window alone are a twentieth of the cache; every size that exists passes a loose gate."""
+    options, limit = replace(OPTIONS, tokens=400, window_bits=16), replace(SMALL, max_loss=0.99)
+    plan, trials = smallest_plan(loaded, measured, options, limit, loss_target.held_out(loaded, options, limit))
+    assert plan.provenance["ratio"] == max(trials) < loss_target.RATIOS[-1]
+
+
+def test_a_model_with_few_positions_is_read_as_far_as_it_goes(loaded: LoadedModel) -> None:
+    assert loss_target.held_out(loaded, OPTIONS, replace(SMALL, context=2048)).shape == (2, 512)
+
+
+def test_held_out_tokens_are_not_those_of_the_calibration(loaded: LoadedModel) -> None:
+    from fhopt.texts import tokens
+
+    held = loss_target.held_out(loaded, OPTIONS, SMALL)
+    used = tokens.calibration_ids(loaded.tokenizer, OPTIONS.texts, count=2, length=200)
+    assert held.shape == (2, 200) and not torch.equal(held, used)

@@ -1,0 +1,117 @@
+"""Tests mirror the source: `fhopt/cache/store.py` is tested by `tests/unit/cache/test_store.py`.
+
+A module may have more files of tests than one, `test_store_<topic>.py`. One without a file of its own stands in the
+table below, with what tests it; a module that gets a file of its own must leave the table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "tests" / "unit"
+PACKAGES = ("fhopt", "passes", "codegen")
+LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to packages that are listed by their own names
+OF_NO_MODULE = ("test_layers", "test_mirror", "test_project")  # of all modules together
+
+CACHES = "whole caches, unit/cache/test_latent_cache.py and test_report.py"
+MODELS = "whole models, integration/test_families.py and test_zoo.py"
+GRAPHS = "every test of a pass: it is what passes read and write graphs by"
+SPELLINGS = "every spelling of attention, unit/passes/recognize/test_normalize.py and integration/test_zoo.py"
+PLANS = "unit/plan/test_plan_files.py and test_validation.py, on whole plans"
+COMMANDS = "the commands, unit/cli"
+PAGES = "the pages made of it, unit/inspection/test_html_report.py and test_server.py"
+WITHOUT_A_FILE = {
+    "codegen/cpu/launch": "every kernel that is called, unit/codegen/cpu",
+    "codegen/tiers": "every kernel with bit groups, unit/codegen",
+    "fhopt/attention/cache_view": CACHES,
+    "fhopt/attention/exact_tokens": CACHES,
+    "fhopt/attention/manual_attention": MODELS,
+    "fhopt/cache/base_layer": "its kinds, unit/cache/test_dynamic_layer.py and test_static_layer.py",
+    "fhopt/cache/layer_map": CACHES,
+    "fhopt/cache/quantized_rows": CACHES,
+    "fhopt/cache/store": CACHES,
+    "fhopt/calibration/api": "unit/calibration/test_run.py and every `fhopt.fit`",
+    "fhopt/calibration/options": "unit/calibration/test_run.py and unit/cli/test_fit.py",
+    "fhopt/cli/demo": "integration/test_demo.py",
+    "fhopt/cli/options": COMMANDS,
+    "fhopt/errors": "every test of a refusal",
+    "fhopt/evaluation/decode_speed": COMMANDS,
+    "fhopt/export/step_state": "unit/export/test_decode_step.py",
+    "fhopt/files": "robustness/test_faults.py and test_fuzz_files.py",
+    "fhopt/hf/quantizer": "unit/hf/test_load.py",
+    "fhopt/import_hook": "integration/test_rewritten_models.py, in processes that import in other orders",
+    "fhopt/inspection/optional": "commands without an extra, unit/cli/test_app.py",
+    "fhopt/inspection/plots": PAGES,
+    "fhopt/inspection/tables": COMMANDS,
+    "fhopt/lm_head/api": "unit/lm_head/test_module.py and test_install.py",
+    "fhopt/lm_head/evaluate": "unit/cli/test_fit_head.py",
+    "fhopt/lm_head/fit": "unit/lm_head/test_install.py and test_quantize.py",
+    "fhopt/models/capture": MODELS,
+    "fhopt/models/example_inputs": MODELS,
+    "fhopt/models/loaded_model": "unit/models/test_loader.py",
+    "fhopt/models/model_facts": MODELS,
+    "fhopt/models/rewritten_model": "unit/models/test_rewritten_folder.py and unit/hf/test_load.py",
+    "fhopt/models/sites": MODELS,
+    "fhopt/models/transformers_import": "unit/cli/test_app.py, without the extra",
+    "fhopt/ops/masks": "every kind of mask, unit/codegen and unit/ops/test_prefill_attention.py",
+    "fhopt/ops/registry": "unit/codegen/test_dispatch.py",
+    "fhopt/plan/latent_plan": PLANS,
+    "fhopt/plan/module_buffer": "unit/passes/rewrite/test_latent_buffers.py",
+    "fhopt/plan/site": PLANS,
+    "fhopt/plan/site_plan": PLANS,
+    "fhopt/plan/window": CACHES,
+    "fhopt/progress": "unit/inspection/test_progress_file.py",
+    "fhopt/version": "every file that names a version",
+    "passes/graph/evaluate": GRAPHS,
+    "passes/graph/nodes": GRAPHS,
+    "passes/graph/printing": GRAPHS,
+    "passes/graph/program": GRAPHS,
+    "passes/outcome": GRAPHS,
+    "passes/pipeline": "unit/passes/recognize/test_find_attention.py and integration/test_zoo.py",
+    "passes/prepare/trace": "the composites that are traced, unit/passes/prepare/test_composites.py",
+    "passes/recognize/axes": SPELLINGS,
+    "passes/recognize/canonical": SPELLINGS,
+    "passes/recognize/kv_head_repetition": SPELLINGS,
+    "passes/recognize/node_roles": SPELLINGS,
+    "passes/recognize/scores": SPELLINGS,
+    "passes/recognize/softmax": SPELLINGS,
+    "passes/rewrite/absorb": "integration/test_compiled_models.py",
+    "passes/rewrite/lower": "integration/test_compiled_models.py",
+    "passes/verify": GRAPHS,
+}  # module: what tests it
+
+
+def modules() -> list[str]:
+    """Every module but `__init__` and `__main__`, as its path without the ending."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    own = [path for path in paths if not any(link in path.parents for link in LINKS) and "__" not in path.stem]
+    return [path.relative_to(ROOT).with_suffix("").as_posix() for path in own]
+
+
+def tests_of(module: str) -> Path:
+    """The file that tests a module; fhopt's packages stand beside passes and codegen."""
+    folder, _, name = module.removeprefix("fhopt/").rpartition("/")
+    return UNIT / folder / f"test_{name}.py"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_has_a_file_of_tests_or_a_reason(module: str) -> None:
+    assert tests_of(module).exists() != (module in WITHOUT_A_FILE)
+
+
+def test_only_modules_that_are_there_need_a_reason() -> None:
+    assert set(WITHOUT_A_FILE) <= set(modules())
+
+
+def test_every_file_of_tests_is_that_of_a_module() -> None:
+    known = [tests_of(module) for module in modules()]
+    strays = [
+        file.relative_to(UNIT).as_posix()
+        for file in sorted(UNIT.rglob("test_*.py"))
+        if file.stem not in OF_NO_MODULE
+        and not any(file.parent == k.parent and f"{file.stem}_".startswith(f"{k.stem}_") for k in known)
+    ]
+    assert strays == []
