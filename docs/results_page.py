@@ -229,8 +229,8 @@ SECTIONS = {
     ),
     "decode": Section(
         "A decode step at a context of 8,192 tokens", "make bench-decode",
-        "SmolLM2 on a CPU, measured alternately. In brackets: speed-up over the fastest implementation in transformers.",
-        decode,
+        "SmolLM2 on a CPU, measured alternately. In brackets: speed-up over the fastest implementation in "
+        "transformers.", decode,
     ),
     "decode-contexts": Section(
         "A decode step at shorter contexts", "python benchmarks/decode.py --tokens 640 --tokens 2048",
