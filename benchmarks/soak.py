@@ -62,8 +62,8 @@ GENERATED: tuple[dict[str, Any], ...] = (
 class Reference(DynamicLayer):  # type: ignore[misc]
     """Keep keys and values of all tokens as attention should see them.
 
-    A growing cache codes a token, as it stands in the window by then, when its block is sealed. A static one codes it
-    as it came, and reads the code too of what a crop finds pushed out of the ring.
+    A dynamic cache quantizes a token, as the residual window has stored it, together with its block. A static cache
+    quantizes the original token, and also dequantizes what a crop finds outside of the window's ring buffer.
     """
 
     def __init__(self, plan: LatentPlan, site: SitePlan, static: bool) -> None:

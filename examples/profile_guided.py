@@ -27,7 +27,7 @@ def small_model() -> Any:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)  # fhopt logs once what it has done
     model = small_model()
-    # 4x smaller, if that loses at most 2 %, fitted to the first 4,096 tokens. By default: at most 1 %, and 16,384 tokens.
+    # 4x smaller, if that loses at most 2 %, fitted to the first 4,096 tokens. Defaults: at most 1 %, 16,384 tokens.
     model.compile(backend="flashhead", options={"ratio": 4, "max_loss": "2%", "calibration_tokens": 4096})
     with torch.no_grad():
         for _ in range(9):  # the program's normal calls; the ninth completes the calibration tokens
