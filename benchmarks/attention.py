@@ -1,21 +1,21 @@
-"""Attention of one new token on a CPU: latents against every way that torch has.
+"""Measure attention of one new token on a CPU: latents against every implementation in torch.
 
     python benchmarks/attention.py               benchmarks/results/attention.json, .png and .md; about 25 minutes
     python benchmarks/attention.py --quick       one shape, 4,096 tokens (also QUICK=1): attention-quick.*
     python benchmarks/attention.py --threads 1   and --shape, --tokens, --batch, --dtype: a part of the cases
 
-A case is a shape of heads, a number of cached tokens, a batch, a dtype and a number of threads. Its contenders live in
-one process and take turns; what counts is the median of their calls. Keys and values are random, codes too: time does
-not depend on them. Before it is timed, each contender's result is compared with float64 on the same numbers.
+A case is a shape of heads, a number of cached tokens, a batch, a dtype and a number of threads. Its implementations run
+in one process and alternate; the result is the median of their calls. Keys, values and quantized values are random, as
+time does not depend on them. Before it is timed, each implementation is compared with float64 on the same numbers.
 
     torch    scaled_dot_product_attention as models call it; the queries of a kv head as rows of one query; two batched
              products and a softmax, eager, by inductor, and by inductor without its pattern matcher; flex_attention
-    fhopt    latents for each kv head: keys and values as they are ("full"), half of the channels ("half width", also in
-             float16 where keys and values are float32), and codes of so many times fewer bytes, scales counted, with
-             bits from a spectrum that falls as calibrated ones do
+    fhopt    a latent for each kv head: unquantized keys and values ("full"), half of the channels ("half width", also
+             in float16 where keys and values are float32), and quantized latents of so many times fewer bytes, scales
+             included, with bits from a spectrum that falls as calibrated ones do
 
-The baseline of a case is its fastest way that torch has. Bytes are those of the rows that a call reads; beside GB/s
-stands what a copy reaches on the same threads, reads and writes both counted.
+The baseline of a case is the fastest implementation in torch. Bytes are those of the keys and values, or of the packed
+latents, that a call reads; GB/s are compared with those of a copy on the same threads, reads and writes both counted.
 
 Letters: B batch, H query heads, G kv heads, T tokens, D head size.
 """
@@ -54,7 +54,7 @@ SHAPES = {"MHA 32x128": (32, 32, 128), "GQA 32/8x128": (32, 8, 128), "GQA 9/3x64
 TOKENS = (4096, 16384, 32768)
 BATCHES = (1, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-RATIOS = {"float32": (4, 8, 16), "bfloat16": (2, 4, 8)}  # codes have 8 bits at most
+RATIOS = {"float32": (4, 8, 16), "bfloat16": (2, 4, 8)}  # quantized values have 8 bits at most
 SECONDS, LEAST, MOST = 0.5, 5, 30  # of all calls of a contender, and how many there are
 SHARE = 0.5  # of the free memory that a case may take
 FALL = 9.0  # bits between the loudest and the faintest channel of a spectrum
@@ -86,7 +86,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As it stands in the results."""
+        """Return the name of the case in the results."""
         plural = "thread" if self.threads == 1 else "threads"
         return f"{self.shape}, T={self.tokens}, B={self.batch}, {self.dtype}, {self.threads} {plural}"
 
@@ -99,7 +99,7 @@ class Case:
 
 @dataclass
 class Contender:
-    """One way to attend. `size`: bytes of the rows that a call reads. `error`: why it cannot, or what is wrong."""
+    """One implementation. `size`: bytes that a call reads. `error`: why it cannot run, or how its result is wrong."""
 
     name: str
     attend: Attend
@@ -124,7 +124,7 @@ class Contender:
 
 
 def spectrum_tiers(dim: int, size: int) -> Tiers:
-    """Tiers of a row of at most `size` bytes: reverse water-filling of a spectrum that falls by FALL bits.
+    """Return bit groups of a packed latent of at most `size` bytes: water-filling of a spectrum that falls by FALL.
 
     Eight channels at a time get the bits that are left between their level and the water, 0 to 6 or 8.
     """
@@ -140,7 +140,7 @@ def spectrum_tiers(dim: int, size: int) -> Tiers:
 
 
 def coded(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
-    """Codes of `ratio` times fewer bytes than keys and values, and the reference."""
+    """Return attention on quantized latents of `ratio` times fewer bytes, and the reference."""
     _, groups, dim = SHAPES[case.shape]
     side = dim * query.element_size() // ratio - 2  # a scale has two
     tiers = spectrum_tiers(dim, side)
@@ -202,7 +202,7 @@ def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def torch_ways(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[str, Attend]]:
-    """(name, call) of what torch has."""
+    """Yield (name, call) of the implementations in torch."""
     b, h, s, d = query.shape
     g = key.shape[1]
     shared: dict[str, Any] = dict(enable_gqa=True) if h != g else {}
@@ -223,7 +223,7 @@ def torch_ways(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[str,
 
 
 def contenders(case: Case) -> Iterator[tuple[Contender, Callable[[], Tensor]]]:
-    """All of a case, each with its reference in float64."""
+    """Yield all implementations of a case, each with its reference in float64."""
     heads, groups, dim = SHAPES[case.shape]
     dtype = DTYPES[case.dtype]
     query = torch.randn(case.batch, heads, 1, dim).to(dtype)
@@ -242,7 +242,7 @@ def contenders(case: Case) -> Iterator[tuple[Contender, Callable[[], Tensor]]]:
 
 @torch.no_grad()
 def measure(case: Case, seconds: float) -> list[Contender]:
-    """Check each contender, then time them in turns. Those that fail keep their error."""
+    """Check each implementation, then time them alternately. Those that fail keep their error."""
     torch.set_num_threads(case.threads)
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -268,7 +268,7 @@ def measure(case: Case, seconds: float) -> list[Contender]:
 
 
 def rows_of(case: Case, found: Sequence[Contender], copy_gb_s: float) -> list[Row]:
-    """Milliseconds against the fastest way that torch has, GB/s against a copy."""
+    """Return milliseconds against the fastest implementation in torch, GB/s against a copy."""
     able = [one for one in found if one.seconds]
     best = min(one.time_ms for one in able if not one.ours)
     rows = []
@@ -284,7 +284,7 @@ def rows_of(case: Case, found: Sequence[Contender], copy_gb_s: float) -> list[Ro
 def cases(
     shapes: Sequence[str], tokens: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], threads: Sequence[int]
 ) -> tuple[list[Case], list[str]]:
-    """Those that fit into memory, and a line on each that does not."""
+    """Return the cases that fit into memory, and a line on each that does not."""
     fitting, left_out = [], []
     available = psutil.virtual_memory().available
     for shape in shapes:
@@ -315,10 +315,10 @@ def promised(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """A line a case, a column a contender: milliseconds, times the best of torch, share of a copy's GB/s."""
+    """Format a row a case, a column an implementation: milliseconds, speed-up over torch, share of a copy's GB/s."""
     names = list(dict.fromkeys(row.impl for row in rows))
     found = {(row.case, row.impl, row.metric): row for row in rows}
-    out = Table(title="attention of one token: ms (times the fastest of torch, share of a copy's GB/s)")
+    out = Table(title="attention of one token: ms (speed-up over the fastest of torch, share of a copy's GB/s)")
     out.add_column("", overflow="fold")
     for name in names:
         out.add_column(name, justify="right")
@@ -336,7 +336,7 @@ def summary(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
-    """The page of results: a table a shape and dtype, what was left out, and the promises."""
+    """Return the page of results: a table a shape and dtype, skipped cases, and the promises."""
     versions, about = recording.versions(), recording.machine()
     found = {(row.case, row.impl, row.metric): row for row in rows}
     names = list(dict.fromkeys(row.impl for row in rows))
@@ -345,9 +345,9 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         "# Attention of one token on a CPU",
         "",
         f"`make bench-attention` on {about['cpu']} ({about['cpu_capability']}, {about['cores']} cores), "
-        f"torch {versions['torch']}. Milliseconds a call, and how many times the fastest way that torch has. "
-        "Ways of torch read the same keys and values; bytes of latents are scales and all. "
-        "What each way is: [benchmarks/attention.py](../benchmarks/attention.py).",
+        f"torch {versions['torch']}. Milliseconds a call, and the speed-up over the fastest implementation in torch. "
+        "Implementations in torch read the same keys and values; bytes of latents include their scales. "
+        "The implementations are described in [benchmarks/attention.py](../benchmarks/attention.py).",
     ]
     for group in dict.fromkeys(_group(case) for case in every):
         here = [case for case in every if _group(case) == group]
@@ -384,7 +384,7 @@ def _cell(found: dict[tuple[str, str, str], Row], case: str, name: str) -> str:
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Times against the fastest of torch, a panel a shape and dtype, at the longest context, a bar a contender."""
+    """Draw speed-ups over torch, a panel a shape and dtype, at the longest context, a bar an implementation."""
     shown = [row for row in rows if row.metric == "time_ms"]
     longest = max(int(row.case.split(", ")[1][2:]) for row in shown)
     shown = [row for row in shown if f"T={longest}," in row.case and ", B=1, " in row.case]
@@ -404,7 +404,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
         panel.set_yticks(range(len(names)), names, fontsize=7)
     panels[0].invert_yaxis()
     panels[0].legend(fontsize=7)
-    figure.supxlabel(f"times as fast as the fastest way of torch, T={longest:,}, B=1", fontsize=9)
+    figure.supxlabel(f"speed-up over the fastest implementation in torch, T={longest:,}, B=1", fontsize=9)
 
 
 # --------------------------------------------------------------------------------------------------- command
@@ -447,7 +447,7 @@ def main(
 
 
 def line(case: Case, rows: Sequence[Row]) -> str:
-    """What a case came to."""
+    """Format the results of a case in one line."""
     here = [row for row in rows if row.case == case.name and row.metric == "time_ms"]
     return f"{case.name}: " + ", ".join(f"{row.impl} {row.value:.3g} ({row.ratio:.2f}x)" for row in here)
 

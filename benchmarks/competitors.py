@@ -1,22 +1,22 @@
-"""Other ways to keep a smaller cache, as transformers caches, and what each of them holds.
+"""Implement other small KV caches as transformers caches, and count the bytes of each.
 
-    seal a block:  keys, values [B,G,N,D]  ->  the rival's quantiser or projection and back  ->  the cache
+    quantize a block:  keys, values [B,G,N,D]  ->  the method's quantizer or projection and back  ->  the cache
 
-Only quality is compared, so a sealed token is kept as its rebuilt value and bytes are counted, for T tokens of L layers
-with G heads of D channels each. With s sinks, r recent tokens and blocks of b, as in a plan,
+Only quality is compared, so a quantized token is stored as its dequantized value, and bytes are computed, for T tokens
+of L layers with G heads of D channels each. With s attention sinks, r recent tokens and blocks of b, as in a plan,
 
-    sealed(T) = floor((T - s - r) / b) * b,    bytes = L G (sealed(T) c + (T - sealed(T)) 4 D)
+    quantized(T) = floor((T - s - r) / b) * b,    bytes = L G (quantized(T) c + (T - quantized(T)) 4 D)
 
-where 4 D are the 16-bit key and value of a token and c is what a sealed token takes, keys and values together:
+where 4 D are the 16-bit key and value of a token and c is the size of a quantized token, keys and values together:
 
     kivi        2 D (n + 32 / g) / 8    n bits a number, a 16-bit scale and zero point for each group of g = 32
     rtn         2 (D n / 8 + 2)         n bits a number, a 16-bit scale for each token
     low-rank    2 (2 r)                 r coordinates of 16 bits; bases are weights and not counted, as a plan's are
 
-transformers' own cache (quanto, hqq) keeps no sinks. It codes the whole first step, then holds new tokens exact until
-they are 128:
+transformers' own cache (quanto, hqq) has no attention sinks. It quantizes the whole first call, then keeps new tokens
+exact until they are 128 (its `residual_length`):
 
-    exact(T) = (T - first step) mod 128,    c = 2 D (n + 32 / g) / 8    with a scale and zero point for each g = 64
+    exact(T) = (T - first call) mod 128,    c = 2 D (n + 32 / g) / 8    with a scale and zero point for each g = 64
 
 KIVI: arXiv 2402.02750. Low-rank caches: ASVD (2312.05821) and Palu (2407.21118); here the plain form, one rank for all
 heads, bases from second moments. quanto and hqq are run by `transformers.QuantizedCache`.
@@ -40,24 +40,27 @@ from fhopt.models.model_facts import cache_argument
 
 NUMBER_BYTES = 2  # of an exact number
 SMALLEST_SCALE = 2.0**-24  # the least float16 above zero
-PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}  # hqq is no extra: it makes every import of transformers slower
+PACKAGES = {
+    "quanto": "optimum-quanto",
+    "hqq": "hqq",
+}  # hqq is no extra, as it makes every import of transformers slower
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which tokens stay exact; the meaning is that of a plan's fields."""
+    """Which tokens stay exact; the fields have the meaning of a plan's."""
 
     sinks: int = 4
     recent: int = 64
     block: int = 64
 
     def sealed(self, tokens: int) -> int:
-        """Tokens of `tokens` that are no longer exact."""
+        """Return how many of `tokens` tokens are quantized."""
         return max(0, tokens - self.sinks - self.recent) // self.block * self.block
 
     @property
     def first_step(self) -> int:
-        """Tokens up to the first block that is sealed."""
+        """Return the number of tokens at which the first block is quantized."""
         return self.sinks + self.recent + self.block
 
 
@@ -88,11 +91,11 @@ class Shape:
 
 
 class Competitor(Protocol):
-    """A way to keep a cache. `family` names the line in a plot, `name` the point on it."""
+    """A method to shrink a KV cache. `family` names the line in a plot, `name` the point on it."""
 
     @property
     def family(self) -> str:
-        """What all sizes of it have in common."""
+        """Return the name that all sizes of the method share."""
 
     @property
     def name(self) -> str:
@@ -109,7 +112,7 @@ class Competitor(Protocol):
 
 
 class Codec(Protocol):
-    """What happens to a sealed token."""
+    """The quantizer of a method."""
 
     @property
     def family(self) -> str:
@@ -123,10 +126,10 @@ class Codec(Protocol):
         """Bytes of one token's key and value in one head."""
 
     def key(self, x: Tensor, layer: int) -> Tensor:
-        """Keys x [B,G,N,D] after they were coded and rebuilt."""
+        """Return keys x [B,G,N,D], quantized and dequantized."""
 
     def value(self, x: Tensor, layer: int) -> Tensor:
-        """Values x [B,G,N,D] after they were coded and rebuilt."""
+        """Return values x [B,G,N,D], quantized and dequantized."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Kivi:
         return f"{self.family}-{self.bits}bit"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Codes, and a scale and a zero point of 16 bits for each group."""
+        """Return bytes of quantized values, and of a scale and a zero point of 16 bits for each group."""
         return 2 * head_dim * (self.bits + 32 / self.group) / 8
 
     def key(self, x: Tensor, layer: int) -> Tensor:
@@ -159,7 +162,7 @@ class Kivi:
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """One scale for each token and head, from its largest number; codes symmetric about zero."""
+    """One scale for each token and head, from its largest number; quantized values symmetric about zero."""
 
     bits: int
     family: str = "rtn"
@@ -170,7 +173,7 @@ class RoundToNearest:
         return f"{self.family}-{self.bits}bit"
 
     def token_bytes(self, head_dim: int) -> float:
-        """Codes and a scale of 16 bits, twice."""
+        """Return bytes of quantized values and a scale of 16 bits, of key and value."""
         return 2 * (head_dim * self.bits / 8 + 2)
 
     def key(self, x: Tensor, layer: int) -> Tensor:
@@ -236,7 +239,7 @@ def _project(x: Tensor, basis: Tensor) -> Tensor:
 def head_moments(
     model: Any, ids: Tensor, sinks: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Sums of x x^T over tokens of ids [N, T] behind the sinks: (keys, values) [G, D, D] for each layer, float64.
+    """Sums of x x^T over tokens of ids [N, T] after the sinks: (keys, values) [G, D, D] for each layer, float64.
 
     Keys are as a cache holds them, rotated.
     """
@@ -275,7 +278,7 @@ def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int
 
 
 class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that seals as a plan's does; a sealed token is kept as the codec rebuilds it."""
+    """A cache layer that quantizes the tokens that a plan would; they are stored dequantized by the codec."""
 
     def __init__(self, codec: Codec, schedule: Schedule, index: int) -> None:
         super().__init__()
@@ -300,7 +303,7 @@ def _replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sealing:
-    """A codec behind the sinks and before the window of a plan."""
+    """A codec for all tokens between the attention sinks and the residual window of a plan."""
 
     codec: Codec
     schedule: Schedule
@@ -321,7 +324,7 @@ class Sealing:
         return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Sealed tokens coded, all others exact."""
+        """Return bytes with the quantized tokens in the codec, and all others exact."""
         sealed = self.schedule.sealed(tokens)
         coded = sealed * shape.heads * self.codec.token_bytes(shape.head_dim)
         return math.ceil(coded) + (tokens - sealed) * shape.exact_token_bytes
@@ -331,7 +334,7 @@ class Sealing:
 class Transformers:
     """`transformers.QuantizedCache`: keys and values by token in groups of channels, in the axis its documents advise.
 
-    `first_step` is the number of tokens that are read, and coded, at once.
+    `first_step` is the number of tokens that the first call reads and quantizes.
     """
 
     backend: str
@@ -369,7 +372,7 @@ class Transformers:
         )  # fmt: skip
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """All tokens coded but those that came since the last full residual."""
+        """Return bytes with all tokens quantized, except those since the last full residual window."""
         exact = max(0, tokens - self.first_step) % self.residual
         coded = 2 * shape.head_dim * (self.bits + 32 / self.group) / 8
         return math.ceil((tokens - exact) * shape.heads * coded) + exact * shape.exact_token_bytes

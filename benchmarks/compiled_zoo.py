@@ -1,21 +1,21 @@
-"""Compile the test zoo: `backend="flashhead", options={"ratio": 1}` beside eager and beside plain inductor.
+"""Compile the test zoo with `backend="flashhead", options={"ratio": 1}`, and compare with eager and plain inductor.
 
     python benchmarks/compiled_zoo.py                  everything: benchmarks/results/compiled-zoo.json and .png
     python benchmarks/compiled_zoo.py --only gpt2      tasks whose label contains gpt2; writes nothing
     python benchmarks/compiled_zoo.py --quick          a sample (also QUICK=1)
-    python benchmarks/compiled_zoo.py --traced         Dynamo and AOTAutograd as always, but no C++ is generated
+    python benchmarks/compiled_zoo.py --traced         Dynamo and AOTAutograd unchanged, but no C++ is generated
 
-A task is one thing that one model is asked to do, twice where a second call could be compiled anew:
+A task is one use of one model, run twice where a second call could be compiled again:
 
     no_grad        the entry's call                          train          outputs, gradients of all parameters, a step
-    dynamic cache  9 tokens, then 4 single ones              static cache   likewise
+    dynamic cache  9 tokens, then 4 single ones              static cache   9 tokens, then 4 single ones
     lengths        four lengths, dynamic=True                growing        dynamic cache, dynamic=True
-    batches        two batch sizes, dynamic=True             layers         each layer compiled for itself
-    long           4 tokens behind 300, where kernels pay    checkpoints    train, activations computed again
-    weights        the attention weights are outputs too     left padding   train, rows that see nothing
+    batches        two batch sizes, dynamic=True             layers         each layer compiled separately
+    long           4 tokens at a context of 300              checkpoints    train, activations computed again
+    weights        the attention weights are outputs too     left padding   train, rows that attend to nothing
     bfloat16, autocast    train
 
-Ends with 1 when numbers differ, when there are more graphs or breaks than inductor has, or when a graph was given up.
+Ends with 1 when numbers differ, when there are more graphs or breaks than with inductor, or when a graph was given up.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ TRAINED = ("llama", "gemma2", "gpt_oss", "deepseek_v3", "bert", "gpt_neox")  # t
 LAYERED = ("llama", "gpt2", "gpt_oss", "deepseek_v3", "bloom", "bert", "t5")  # of a Python class, with other weights
 HALF = ("llama", "gpt2", "gemma2", "gpt_oss", "bloom", "t5", "bert", "deepseek_v3", "vit")
 ROUTED = ("gpt_oss",)  # in bfloat16 its choice of an expert turns on the last bit; under autocast it does not
-BEHIND, NEW, PLACES = 300, 4, 320  # tokens in the cache of a long task, single ones after it, places for all
+BEHIND, NEW, PLACES = 300, 4, 320  # tokens in the cache of a long task, single ones after them, positions for all
 
 METRICS: dict[str, tuple[str, Callable[[list[float]], float], str]] = {  # unit, over several tasks, form
     "max_error": ("relative", max, ".0e"),
@@ -234,7 +234,7 @@ def _sampled(entry: Entry, decodes: bool) -> Iterator[Task]:
 
 
 def _with_room(entry: Entry) -> Case:
-    """The entry's model with places for 512 tokens, behind 300; its cache is filled by `_generate`."""
+    """The entry's model with positions for 512 tokens, at a context of 300; its cache is filled by `_generate`."""
     model = next(m for m in MODELS if m.name == entry.name)
     places = "n_positions" if "n_positions" in model.options else "max_position_embeddings"
     inputs = lambda: {"input_ids": torch.randint(3, 97, (2, BEHIND))}  # noqa: E731
@@ -374,7 +374,7 @@ def _batches(call: Callable[..., Any], case: Case) -> Seen:
 
 
 def _generate(call: Callable[..., Any], case: Case, places: int, eagerly: bool = False) -> Seen:
-    """The entry's tokens, then single ones, behind a cache of `places` (0: one that grows).
+    """Run the entry's tokens, then single ones, with a cache of `places` positions (0: a dynamic cache).
 
     eagerly: what comes first is not compiled, as transformers does it.
     """
@@ -405,7 +405,7 @@ def _new_cache(case: Case, places: int) -> Any:
 
 
 def _with_changes(seen: Seen, case: Case) -> Seen:
-    """What the call left behind in arguments, caches and buffers."""
+    """Return what the call changed in arguments, caches and buffers."""
     left = [*_leaves(case.args), *_leaves(dict(case.kwargs)), *case.module.buffers()]
     seen.values += [_copied(x) for x in left]
     return seen
@@ -486,7 +486,7 @@ def _sites(compiled: Any) -> int:
 
 
 def traced() -> AbstractContextManager[Any]:
-    """Within, inductor and what stands on it stop behind AOTAutograd and run its graphs as they are."""
+    """Make inductor, and backends that call it, stop after AOTAutograd and run its graphs unchanged."""
     from torch._dynamo.backends.debugging import aot_eager
 
     def compile_fx(module: Any, inputs: Any, **options: Any) -> Any:
@@ -543,7 +543,7 @@ def _difference(expected: Any, found: Any) -> tuple[float, float]:
 @click.command()
 @click.option("--only", metavar="NAME", help="Only tasks whose label contains NAME; writes no files.")
 @click.option("--quick", is_flag=True, help="A sample, of one task in seven.")
-@click.option("--traced", "is_traced", is_flag=True, help="Generate no C++: both compilers stop behind AOTAutograd.")
+@click.option("--traced", "is_traced", is_flag=True, help="Generate no C++: both compilers stop after AOTAutograd.")
 def main(only: str | None, quick: bool, is_traced: bool) -> None:
     """Compile every model of the zoo, and compare with eager and with plain inductor."""
     _be_quiet()
@@ -604,7 +604,7 @@ def summary(results: Iterable[Result]) -> Table:
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
-    table = Table(title="The zoo, compiled (ours / inductor's)", title_justify="left")
+    table = Table(title="The zoo, compiled (fhopt / inductor)", title_justify="left")
     for heading in ("task", "family"):
         table.add_column(heading)
     for heading in ("compared", "as promised", *METRICS):

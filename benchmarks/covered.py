@@ -1,10 +1,10 @@
-"""How much of fhopt its tests run: lines and branches, by part, from what `make coverage` has measured.
+"""Report which lines and branches of fhopt the tests run, by part, from the measurement of `make coverage`.
 
     make coverage                        runs the tests that are not slow under coverage.py, then this
     python benchmarks/covered.py         the table again: benchmarks/results/coverage.json and .png
 
-Code that only a GPU runs, Triton's kernels and their calls, counts as not covered, unless the interpreter runs it. What
-runs in children is counted too. Ends with 1 where less than LEAST of the lines are covered.
+Code that runs only on a GPU (Triton's kernels and their calls) counts as not covered, unless the interpreter runs it.
+Code that runs in child processes is counted. Ends with 1 where less than LEAST of the lines are covered.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def draw(figure: Figure, rows: list[Row]) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Tell what tests cover."""
+    """Report what tests cover."""
     if not MEASURED.exists():
         raise click.ClickException(f"{MEASURED} is not there. Measure it with: make coverage")
     rows = rows_of(json.loads(MEASURED.read_text())["files"])

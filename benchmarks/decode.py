@@ -1,17 +1,18 @@
-"""Decoding with SmolLM2 behind 8,192 cached tokens on a CPU: latents against every exact way that transformers has.
+"""Measure decode steps of SmolLM2 with 8,192 cached tokens on a CPU: latents against every exact implementation.
 
     python benchmarks/decode.py --plan 4x --plan 8x   benchmarks/results/decode.json, decode.png; about 25 minutes
     python benchmarks/decode.py --tokens 640 --tokens 2048    other contexts; decode-contexts.json and .png
     python benchmarks/decode.py --quick               1,024 tokens, batch 1, float32, plain 4 bits (also QUICK=1)
 
-A case is a batch and a dtype. Contenders of a case live in one process and take turns: a round is a few steps of each,
-and what counts is the median over all steps of a contender. Their caches hold the same tokens: one prompt is read once,
-exactly, and its keys and values are given to every cache. Exact contenders share one cache of fixed size.
+A case is a batch and a dtype. The implementations of a case run in one process and alternate: a round is a few decode
+steps of each, and the result is the median over all decode steps of an implementation. Their caches hold the same
+tokens: one prompt is read once, exactly, and its keys and values are copied into every cache. Exact implementations
+share one cache of fixed size.
 
-`best_exact` is the fastest of those that a user of transformers gets by choosing: attention "sdpa" or "eager", compiled
-by inductor or not, inductor's pattern matcher on or off, weights frozen (and brought into the order that products
-like) or not. `grouped`, compiled without the pattern matcher, is what a user could write by hand (queries that share a
-kv head become rows of one product); it stands beside them.
+`best_exact` is the fastest of those that a user of transformers can choose: attention "sdpa" or "eager", compiled by
+inductor or not, inductor's pattern matcher on or off, weights frozen (and laid out for the products) or not. `grouped`,
+compiled without the pattern matcher, is what a user could write by hand (queries that share a kv head become rows of
+one product); it is listed in addition.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 TOKENS = 8192
-SPARE = 512  # places of fixed caches behind the prompt
+SPARE = 512  # positions of static caches after the prompt
 WARM, STEPS, ROUNDS = 3, 2, 6
 RATIOS = (4.0, 8.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,7 +71,7 @@ def grouped_attention(
 
 @dataclass
 class Contender:
-    """One way to decode: `call` is the model, compiled or not, `cache` is held by several where `rewind` is set."""
+    """One implementation of decoding: `call`: the model, compiled or not; `cache`: shared where `rewind` is set."""
 
     name: str
     call: Callable[..., Any]
@@ -81,7 +82,7 @@ class Contender:
 
     @torch.no_grad()
     def step(self, argument: str) -> float:
-        """Seconds of one token of each sequence."""
+        """Return seconds of one decode step."""
         if self.rewind:
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(self.rewind)
@@ -119,7 +120,7 @@ def contenders(
     loaded: LoadedModel, plans: Sequence[LatentPlan], prompt: list[tuple[Tensor, Tensor]], batch: int,
     dtype: torch.dtype,
 ) -> list[Contender]:  # fmt: skip
-    """Every contender of a case, its cache filled."""
+    """Return every implementation of a case, its cache filled."""
     tokens = prompt[0][0].shape[2]
     base = copy.deepcopy(loaded.language_model()).to(dtype).eval()
     token = torch.full((batch, 1), 42)
@@ -133,7 +134,7 @@ def contenders(
         if attention == "grouped":
             made.append(Contender("grouped by hand, inductor", no_matcher, **shared))
             continue
-        if attention == "sdpa":  # written out and eager takes 3 s a step at batch 8
+        if attention == "sdpa":  # eager attention takes 3 s a decode step at batch 8
             made.append(Contender("eager, sdpa", model, **shared))
             made.append(Contender("inductor, sdpa", plain, **shared))
         else:  # the matcher would turn it into sdpa, and has nothing to match in that
@@ -177,7 +178,7 @@ def _compiled(model: Any, **options: Any) -> Callable[..., Any]:
 
 
 def measure(found: list[Contender], argument: str, rounds: int) -> None:
-    """Time the steps of all, in turn."""
+    """Time decode steps of all implementations, alternately."""
     for one in found:
         for _ in range(WARM):
             one.step(argument)
@@ -189,7 +190,7 @@ def measure(found: list[Contender], argument: str, rounds: int) -> None:
 
 
 def rows_of(case: str, batch: int, found: list[Contender]) -> list[Row]:
-    """Milliseconds a step, against the fastest alternative; tokens a second and bytes of the cache."""
+    """Return milliseconds a decode step, against the fastest alternative; tokens a second; bytes of the KV cache."""
     times = {one.name: 1e3 * statistics.median(one.seconds) for one in found}
     best = min(t for name, t in times.items() if name.startswith(ALTERNATIVES))
     rows = []
@@ -215,10 +216,12 @@ def cases(quick: bool, batches: tuple[int, ...], dtypes: tuple[str, ...]) -> Ite
 
 
 def summary(rows: list[Row]) -> Table:
-    """One line a contender, a column a case: milliseconds a step, and how many times faster than the best exact way."""
+    """Format a row an implementation, a column a case: milliseconds, speed-up over the best exact implementation."""
     shown = [row for row in rows if row.metric == "step_ms"]
     names, columns = (list(dict.fromkeys(getattr(row, key) for row in shown)) for key in ("impl", "case"))
-    out = Table(title="decode: ms a step (times the fastest way that transformers has)", title_justify="left")
+    out = Table(
+        title="decode step: ms (speed-up over the fastest implementation in transformers)", title_justify="left"
+    )
     out.add_column("", overflow="fold")
     for case in columns:
         out.add_column(case, justify="right")
@@ -229,7 +232,7 @@ def summary(rows: list[Row]) -> Table:
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
-    """Bars of how many times the best exact way each is, a panel a case, with milliseconds a step beside them."""
+    """Draw speed-ups over the best exact implementation as bars, a panel a case, with milliseconds a decode step."""
     shown = [row for row in rows if row.metric == "step_ms"]
     columns = list(dict.fromkeys(row.case for row in shown))
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True, sharex=True)[0]
@@ -243,7 +246,7 @@ def draw(figure: Figure, rows: list[Row]) -> None:
         panel.set_title(case.rpartition(", ")[0], fontsize=9)
         panel.margins(x=0.3)
     panels[0].invert_yaxis()
-    figure.supxlabel("times as fast as the best exact way", fontsize=9)
+    figure.supxlabel("speed-up over the best exact implementation", fontsize=9)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -260,7 +263,7 @@ def main(
     quick: bool, plan_paths: tuple[Path, ...], batches: tuple[int, ...], dtypes: tuple[str, ...], rounds: int,
     contexts: tuple[int, ...],
 ) -> None:  # fmt: skip
-    """Measure decoding behind a long context."""
+    """Measure decoding at a long context."""
     quick = quick or is_quick()
     contexts = (1024,) if quick else contexts
     torch._dynamo.config.recompile_limit = 64  # all contenders share the code of one class
@@ -284,7 +287,7 @@ def main(
 
 
 def summary_line(case: str, rows: list[Row]) -> str:
-    """What a case came to, in one line."""
+    """Format the results of a case in one line."""
     here = {row.impl: row for row in rows if row.case == case and row.metric == "step_ms"}
     return f"{case}: " + ", ".join(f"{name} {row.value:.1f} ms ({row.ratio:.2f}x)" for name, row in here.items())
 

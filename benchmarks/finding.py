@@ -1,9 +1,9 @@
-"""What finding attention costs: against torch.compile's own time, and as models grow.
+"""Measure the cost of finding attention: relative to the time of torch.compile, and with growing models.
 
     python benchmarks/finding.py              writes benchmarks/results/finding.json and finding.png
     python benchmarks/finding.py --quick      fewer layers, a small model in place of SmolLM2 (also QUICK=1)
 
-`compile` is the first call of `torch.compile(model)` with inductor and empty caches, less a second call; `find` is
+`compile` is the first call of `torch.compile(model)` with inductor and empty caches, minus a second call; `find` is
 everything that fhopt does to the captured graph, checks by execution included.
 """
 

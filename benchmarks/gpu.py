@@ -1,24 +1,25 @@
-"""Kernels and decode steps on a GPU, in one command: that they are right, then how fast they are.
+"""Check kernels and decode steps on a GPU, then measure them.
 
     python benchmarks/gpu.py            benchmarks/results/gpu.json, gpu.png, gpu.md
     python benchmarks/gpu.py --check    only the first part
-    python benchmarks/gpu.py --tune     before all else, time the configurations of each kernel and keep the fastest
+    python benchmarks/gpu.py --tune     first time the configurations of each kernel and store the fastest
     python benchmarks/gpu.py --quick    few cases (also QUICK=1), to gpu-quick.*
     python benchmarks/gpu.py --dry      the same code on a CPU in tiny sizes, under Triton's interpreter: no figures
 
-1. Every generated kernel against a reference in float64 (attention), or byte for byte (encode, pack, unpack). The first
-   that is wrong ends the run.
-2. Attention of one new token: latents against every dense way that is installed. Calls are recorded in a CUDA graph and
-   go round buffers that are together COLD times the L2 cache; a figure is the median over replays. Bytes are those of
-   the keys and values, or of the codes and scales; a copy is measured in the same run. The baseline of a case is its
-   fastest dense way.
+1. Every generated kernel is compared with a reference in float64 (attention), or byte for byte (encode, pack, unpack).
+   The first that is wrong ends the run.
+2. Attention of one new token: latents against every dense implementation that is installed. Calls are recorded in a
+   CUDA graph and rotate over buffers that are together COLD times the L2 cache; a figure is the median over replays.
+   Bytes are those of the keys and values, or of the quantized values and scales; a copy is measured in the same run.
+   The baseline of a case is its fastest dense implementation.
 3. Whole decode steps of models with the shapes of Llama-2-7B and Llama-3.1-8B, random weights and random tokens in the
-   caches: transformers with a StaticCache against a LatentCache of the same number of tokens, both with CUDA graphs.
-   Where not all layers fit into memory beside the exact cache, two smaller numbers of layers are measured and the step
-   is scaled, step(L) = step(n) + (L - n) (step(n) - step(m)) / (n - m); such a figure is called step_ms_scaled.
+   KV caches: transformers with a StaticCache against a LatentCache of the same number of tokens, both with CUDA graphs.
+   Where not all layers fit into memory with the exact cache, two smaller numbers of layers are measured and the time is
+   extrapolated, step(L) = step(n) + (L - n) (step(n) - step(m)) / (n - m); such a figure is called
+   step_ms_scaled.
 
---dry differs in device, clock and sizes, and compiles dense ways with Dynamo alone. It shows that this file runs. What
-it prints is marked, and kept only where --out says so.
+--dry differs in device, clock and sizes, and compiles dense implementations with Dynamo alone. It shows that this file
+runs. Its output is marked, and stored only where --out says so.
 
 Letters: B batch, H query heads, G kv heads, S queries, T tokens, D head size, J latent heads, R latent width, L layers.
 """
@@ -84,8 +85,8 @@ COLD = 4  # times the L2 cache that rotating buffers are together
 LONG = 2 << 30  # bytes that a graph reads at least: starting it takes no part of its time then
 REPLAYS, WARM = 20, 3
 STEPS, ROUNDS = 10, 5  # of a model
-SPARE = 128  # places of caches behind their tokens
-CHUNK = 1024  # tokens that a cache is given at once
+SPARE = 128  # positions of static caches after their tokens
+CHUNK = 1024  # tokens that are added to a cache at once
 SHARE = 0.85  # of the free memory that is used
 PAGE_TOKENS = 16
 # Of float32, sums in another order and exponentials to 22 bits (TF32 would be 3e-4 off); else four roundings.
@@ -97,13 +98,13 @@ NEEDS = "benchmarks/gpu.py needs a GPU that torch can use (torch.cuda.is_availab
 
 
 def tiers(*pairs: tuple[int, int]) -> Tiers:
-    """(bits, width) of each tier, with steps at which random codes have a deviation of about 1."""
+    """Return bit groups from (bits, width), with steps at which random values have a deviation of about 1."""
     return tuple((bits, width, 3.5 / 2**bits) for bits, width in pairs)
 
 
 @dataclass(frozen=True)
 class Latent:
-    """How keys and values are kept: J latent heads, and the tiers of both sides; none: numbers as they came."""
+    """How keys and values are stored: J latent heads, and the bit groups of both sides; none: unquantized."""
 
     heads: int
     key: Tiers = ()
@@ -112,7 +113,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Shape:
-    """H query heads and G kv heads of D channels, and what may stand in place of the keys and values."""
+    """H query heads and G kv heads of D channels, and the latents that may replace the keys and values."""
 
     heads: int
     kv_heads: int
@@ -121,7 +122,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """As it is called in tables."""
+        """Return the name used in tables."""
         heads = f"MHA {self.heads}" if self.is_mha else f"GQA {self.heads}/{self.kv_heads}"
         return f"{heads}x{self.dim}"
 
@@ -140,11 +141,11 @@ class Shape:
         return 2 * self.kv_heads * self.dim * dtype.itemsize
 
     def latent_bytes(self, latent: Latent, dtype: torch.dtype) -> int:
-        """Bytes of the codes and scales of a token."""
+        """Return bytes of the quantized values and scales of a token."""
         return latent.heads * row_bytes(self.spec(latent, dtype))
 
     def label(self, latent: Latent, dtype: torch.dtype) -> str:
-        """What a latent is called in tables: how many times smaller it is."""
+        """Return the name of a latent in tables: how many times smaller it is."""
         ratio = self.dense_bytes(dtype) / self.latent_bytes(latent, dtype)
         return f"fhopt {ratio:.1f}x" if latent.key else "fhopt, uncoded"
 
@@ -470,7 +471,7 @@ def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Each latent head reads the pages it chose."""
+    """Check that each latent head reads its selected pages."""
     query, page = x[0], sizes.page
     units, count = math.lcm(x[1].shape[1], x[3].shape[1]), x[1].shape[2] // page
     pages = torch.rand(2, units, count, device=query.device).argsort(-1)[..., : count - 1].to(torch.int32)
@@ -569,7 +570,7 @@ def _most(found: Tensor, wanted: Tensor) -> float:
 
 
 def compare_pack(machine: Machine) -> str:
-    """Codes and scales of whole numbers, whose squares have exact sums: equal byte for byte."""
+    """Check packing of integers, whose squares have exact sums: equal byte for byte."""
     from fhopt.codegen.gpu import packing
 
     z = torch.randint(-9, 10, (2, 3, 35, 128)).float()
@@ -578,7 +579,7 @@ def compare_pack(machine: Machine) -> str:
 
 
 def compare_unpack(machine: Machine) -> str:
-    """Any bytes are codes."""
+    """Return random bytes as quantized values."""
     from fhopt.codegen.gpu import packing
 
     codes, scale = ops_packing.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
@@ -852,7 +853,7 @@ def step_times(
 def step_ms(
     machine: Machine, report: Report, model: Any, batch: int, compiled: Callable[..., Any], cache: Any, what: str
 ) -> float:
-    """Milliseconds of a step that adds a token to every sequence; the median over rounds of STEPS."""
+    """Return milliseconds of a decode step; the median over rounds of STEPS."""
     token = torch.ones(batch, 1, dtype=torch.int64, device=machine.device)
     options = {cache_argument(model): cache, "use_cache": True}
     counters.clear()

@@ -1,13 +1,13 @@
-"""What healing gives back: loss of the 8x plan of SmolLM2 before and after 50,000 tokens of text.
+"""Measure healing: loss of the 8x plan of SmolLM2 before and after reading 50,000 tokens of text.
 
     python benchmarks/healing.py                 fits and heals; writes benchmarks/results/healing.json and healing.png
     python benchmarks/healing.py --plan FOLDER   heals this plan of the demo's model
     python benchmarks/healing.py --quick         plain 2 bits, 2,048 tokens of text (also QUICK=1)
 
-Both plans are measured on the second halves of texts, through the real cache: mean KL from the exact model per token,
-and the increase of perplexity. What is left of the KL is measured on the same tokens, so its 95 % interval is of pairs:
-both plans are resampled together. Healing reads the first half of one text only: a text that it did not read shows what
-carries over. The promise is that the KL falls by a third on the text that was read.
+Both plans are measured on the second halves of texts, with the real cache: mean KL from the exact model per token, and
+the increase of perplexity. The share of the KL that remains is measured on the same tokens, so its 95 % interval is
+paired: both plans are resampled together. Healing reads the first half of one text only: a text that it did not read
+shows how far it generalizes. The benchmark's target is that the KL falls by a third on the text that was read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
 RATIO = 8.0
-TEXTS = ("topics", "source")  # measured on; the first is that which healing reads
+TEXTS = ("topics", "source")  # measured on; healing reads the first
 SEQUENCES, CONTEXT = 4, 2048  # of each text
 PROMISE = 2 / 3  # of the KL before
 PLANS = ("fitted", "healed")
@@ -47,7 +47,7 @@ Results = dict[str, dict[str, TokenCosts]]
 
 
 def two_bits(loaded: LoadedModel) -> LatentPlan:
-    """2 bits for every number: a plan without calibration, which loses much."""
+    """Return a plan of 2 bits for every number, without calibration, with a large loss."""
 
     def coded(side: SidePlan) -> SidePlan:
         return replace(side, tiers=(Tier(2, side.width, 0.9957),))
@@ -168,7 +168,7 @@ def healed(
 @click.option(
     "--plan", "given", type=click.Path(exists=True, path_type=Path), help="Heal this plan of the demo's model."
 )
-@click.option("--ridge", type=float, help="How strongly decoders are drawn to those of the plan.")
+@click.option("--ridge", type=float, help="Weight of the penalty on the distance from the plan's decoder matrices.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the healed plan in this folder.")
 def main(quick: bool, given: Path | None, ridge: float | None, out: Path | None) -> None:
     """Heal the 8x plan of SmolLM2 and measure it before and after on held-out text."""

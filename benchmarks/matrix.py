@@ -1,11 +1,11 @@
-"""The tests that depend on versions, in every environment of noxfile.py.
+"""Run the tests that depend on versions in every environment of noxfile.py.
 
     python benchmarks/matrix.py                            all: benchmarks/results/matrix.json and a table
-    python benchmarks/matrix.py --only oldest              one (may be repeated); the file keeps what it says of others
+    python benchmarks/matrix.py --only oldest              one (may be repeated); results of others stay in the file
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu python benchmarks/matrix.py      without CUDA's libraries
 
 Nox finds the interpreters and makes the environments. An environment whose interpreter is not installed, or whose
-versions the index does not have, is a line of the table with the reason. Ends with 1 when a test failed, when an
+versions the index does not have, is a row of the table with the reason. Ends with 1 when a test failed, when an
 environment could not be made for another reason, or when none was tested.
 """
 

@@ -1,12 +1,12 @@
-"""Resident bytes of a cache of SmolLM2 behind 8,192 tokens: measured from the process, not computed.
+"""Measure the resident bytes of KV caches of SmolLM2 at 8,192 tokens, from the process.
 
     python benchmarks/memory.py              writes benchmarks/results/memory.json and memory.png; about 15 minutes
     python benchmarks/memory.py --quick      1,024 tokens, plain 4 bits in place of fitted plans (also QUICK=1)
 
-Every cache has a process of its own. There the model, in bfloat16, reads tokens in chunks of 512 and writes the last 64
-one by one, so that storage grows as in use; the figure is what the process's anonymous memory has gained when it has
-done so. It does the same once before, so that kernels and workspaces exist. Freed blocks that the C library keeps are
-given back before both readings (`malloc_trim`); `untrimmed_bytes` is the figure without that.
+Every cache has a process of its own. There the model, in bfloat16, reads tokens in prefill calls of 512 and writes the
+last 64 one by one, so that storage grows as in use; the figure is the growth of the process's anonymous memory. It does
+the same once before, so that kernels and workspaces exist. Freed blocks that the C library keeps are returned before
+both readings (`malloc_trim`); `untrimmed_bytes` is the figure without that.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ MOST = 1.03  # times the share that a plan promises
 
 @torch.no_grad()
 def fill(model: Any, cache: Any, ids: torch.Tensor) -> None:
-    """Read `ids` [1, T] into the cache: chunks, then single tokens."""
+    """Read `ids` [1, T] into the cache: prefill calls, then single tokens."""
     many, few = ids[:, : ids.shape[1] - SINGLE], ids[:, ids.shape[1] - SINGLE :]
     for part in (*many.split(CHUNK, 1), *few.split(1, 1)):
         model(part, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
 
 
 def measured(plan_path: str, tokens: int) -> dict[str, Any]:
-    """What a cache of `tokens` tokens takes of this process, and what it says of itself."""
+    """Measure the memory that a cache of `tokens` tokens takes in this process, and what it reports itself."""
     loaded = load_model("demo", torch.bfloat16)
     model = loaded.language_model()
     plan = None if plan_path == EXACT else LatentPlan.load(plan_path)
@@ -144,7 +144,7 @@ def verdicts(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def summary(results: dict[str, dict[str, Any]]) -> Table:
     """One line a cache."""
-    table = Table("cache", "process gained", "of exact", "held", "formula", title="MiB")
+    table = Table("cache", "growth of process", "of exact", "held", "formula", title="MiB")
     for name, result in results.items():
         sizes = [f"{result[key] / 2**20:.1f}" for key in ("resident_bytes", "held_bytes", "formula_bytes")]
         table.add_row(name, sizes[0], f"{result['resident_bytes'] / results[EXACT]['resident_bytes']:.4f}", *sizes[1:])
@@ -152,17 +152,17 @@ def summary(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(figure: Figure, results: dict[str, dict[str, Any]]) -> None:
-    """Regions of each cache as bars, and what the process gained."""
+    """Draw the regions of each cache as bars, and the growth of the process."""
     axes, bottom = figure.subplots(), [0.0] * len(results)
     for region in REGIONS:
         sizes = [r["regions"][region] / 2**20 for r in results.values()]
         axes.bar(list(results), sizes, bottom=bottom, label=region, width=0.6)
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     resident = [r["resident_bytes"] / 2**20 for r in results.values()]
-    axes.plot(list(results), resident, "k_", markersize=40, label="gained by the process")
+    axes.plot(list(results), resident, "k_", markersize=40, label="growth of the process")
     for x, height in enumerate(resident):
         axes.annotate(f"{height:.1f}", (x, height), textcoords="offset points", xytext=(0, 4), ha="center")
-    axes.set(ylabel="MiB", title="caches of SmolLM2-135M, bfloat16: what they hold, what the process gained")
+    axes.set(ylabel="MiB", title="KV caches of SmolLM2-135M, bfloat16: bytes held, and growth of the process")
     axes.legend()
 
 

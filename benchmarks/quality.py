@@ -1,16 +1,16 @@
-"""Loss against bytes: plans beside other small caches, on the same tokens with the same exact first and newest tokens.
+"""Measure loss against bytes: plans and other small KV caches, on the same tokens with the same exact tokens.
 
     python benchmarks/quality.py                     benchmarks/results/quality.json, quality.png, docs/quality.md
-    python benchmarks/quality.py --quick             one short text, one ratio, two rivals (also QUICK=1); no page
+    python benchmarks/quality.py --quick             one short text, one ratio, two methods (also QUICK=1); no page
     python benchmarks/quality.py --plans FOLDER      saved plans FOLDER/8x, ... in place of calibration
 
-Loss is what a cache costs against the exact one: the increase of perplexity, and KL(exact || other) of the next token.
-The exact model reads each text once; its log-probabilities are kept, and every other cache reads the text in the same
-steps. Bytes are counted at 8,192 tokens with everything that is held: codes, scales, zero points, first tokens, window
-(competitors.py has the formulas). Plans and low-rank bases come from the same calibration tokens; no text of the mean
-is of their kind, and the other half of their own text is reported apart.
+Loss is measured against the exact cache: the increase of perplexity, and KL(exact || other) of the next token. The
+exact model reads each text once; its log-probabilities are stored; every other cache reads it in the same calls.
+Bytes are counted at 8,192 tokens, everything included: quantized values, scales, zero points, attention sinks, residual
+window (competitors.py has the formulas). Plans and low-rank bases come from the same calibration tokens; the mean is
+over texts of other kinds, and the other half of the calibration text is reported separately.
 
-A rival has its own sizes. A plan is set against each family's smallest size that is at least as large as the plan.
+Other methods have fixed sizes. A plan is compared with each method's smallest size that is at least as large.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ RATIOS = (3.2, 4.0, 5.3, 8.0, 12.0)
 CONTEXT = 2048
 LEAST_TOKENS = 512  # of a text: with fewer, most of what is read is still exact
 COUNTED_AT = 8192
-COMPARABLE = 1.65  # a rival that holds more bytes than this many times the plan's is listed, but is no baseline
+COMPARABLE = 1.65  # a method with more bytes than this many times the plan's is listed, but is no baseline
 QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A cache to measure: a plan's or a competitor's. bytes_held: of one sequence of COUNTED_AT tokens."""
+    """A cache to measure: of a plan or of another method. bytes_held: of one sequence of COUNTED_AT tokens."""
 
     name: str
     family: str
@@ -145,7 +145,7 @@ class Result:
 @click.option("--context", default=CONTEXT, show_default=True, help="Tokens of each text.")
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, context: int, quick: bool) -> None:
-    """Measure plans and rivals on SmolLM2-135M-Instruct, and write the figures."""
+    """Measure plans and other methods on SmolLM2-135M-Instruct, and write the figures."""
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     )  # ninja: quanto
@@ -250,7 +250,7 @@ def ours(plans: dict[float, LatentPlan]) -> list[Implementation]:
 def rivals(
     loaded: LoadedModel, plans: dict[float, LatentPlan], options: calibration_options.FitOptions, quick: bool
 ) -> list[Implementation]:
-    """The competitors, with the exact tokens of the plans; those whose package is missing are named and left out."""
+    """Return the other methods, with the exact tokens of the plans; without those whose package is missing."""
     plan = next(iter(plans.values()))
     schedule = Schedule(plan.sinks, plan.recent, plan.block)
     shape = Shape.of(loaded.language_model())
@@ -306,7 +306,7 @@ def exact_log_probabilities(model: Any, ids: Tensor, steps: LatentPlan) -> Tenso
 
 @torch.inference_mode()
 def costs(model: Any, ids: Tensor, impl: Implementation, log_p: Tensor, steps: LatentPlan) -> TokenCosts:
-    """What each token of ids [T] costs with the cache of `impl`, beside the exact log-probabilities."""
+    """Return the cost of each token of ids [T] with the cache of `impl`, and the exact one."""
     with switched(model, impl.plan):
         parts = [
             paired(log_p[start : start + logits.shape[1]], logits[0], ids[start + 1 :])
@@ -327,7 +327,7 @@ class Contest:
 
     @property
     def bytes_ratio(self) -> float:
-        """How many times the bytes of the plan the rival holds."""
+        """Return the bytes of the other method relative to the plan's."""
         return self.rival.impl.bytes_held / self.plan.impl.bytes_held
 
     @property
@@ -355,7 +355,7 @@ def contests(results: Sequence[Result]) -> list[Contest]:
 
 
 def baselines(results: Sequence[Result]) -> dict[str, Result]:
-    """For each plan, by its size: of the rivals in its contests that are of comparable size, the best by KL."""
+    """For each plan, by its size: of the other methods of comparable size in its contests, the best by KL."""
     best: dict[str, Result] = {}
     for contest in contests(results):
         key = size_name(contest.plan.impl)
@@ -436,7 +436,7 @@ CONTESTS = ("plan", "against", "its bytes", "perplexity", "its perplexity", "its
 
 
 def contest_table(results: Sequence[Result]) -> Table:
-    """Who must be beaten, and who is."""
+    """Format the comparison of plans with other methods."""
     table = Table(title="Plans against caches that are not smaller", title_justify="left")
     for heading in CONTESTS:
         table.add_column(heading)
@@ -487,7 +487,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend()
-    figure.suptitle("SmolLM2-135M-Instruct: what a smaller cache costs, mean of texts unlike the calibration text")
+    figure.suptitle("SmolLM2-135M-Instruct: loss of smaller KV caches, mean of texts unlike the calibration text")
 
 
 def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
@@ -504,7 +504,7 @@ def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], f
 def write_page(path: Path, results: Sequence[Result]) -> None:
     """The Markdown page: implementations, contests, texts."""
     lines = [
-        "# Quality: what a smaller cache costs",
+        "# Quality: the loss of smaller KV caches",
         "",
         *_made_by(),
         "",
@@ -518,9 +518,9 @@ def write_page(path: Path, results: Sequence[Result]) -> None:
         "",
         "## Plans against caches that are not smaller",
         "",
-        "Of each family, the smallest size that is at least as large as the plan. `its bytes` and `its KL` are times "
-        f"the plan's; a plan is better when both measures say so. In `quality.json`, a plan's baseline is the best of "
-        f"these that holds at most {COMPARABLE:g} times its bytes.",
+        "Each plan is compared with each method's smallest size that is at least as large. `its bytes` and `its KL` "
+        "are relative to the plan's; a plan is better when it is better in both measures. In `quality.json`, a plan's "
+        f"baseline is the best of these that holds at most {COMPARABLE:g} times its bytes.",
         "",
         *_markdown(CONTESTS, [_contest_cells(contest) for contest in contests(results)]),
         "",
@@ -559,17 +559,18 @@ def _method(results: Sequence[Result]) -> list[str]:
     unseen = ", ".join(f"{t.name} ({len(t.ids):,} tokens)" for t in texts if t.is_unseen)
     seen = ", ".join(t.name for t in texts if not t.is_unseen)
     return [
-        f"SmolLM2-135M-Instruct in float32, read in the steps that decoding sees. Unseen texts: {unseen}; the mean is "
-        f"over their tokens. Calibrated on the first half of {seen or 'another text'}, whose second half is in the "
-        f"last table only. Bytes are counted at {COUNTED_AT:,} tokens with everything that is held; 1x is a 16-bit "
-        "cache. The plans, kivi, rtn and low-rank keep the same first and newest tokens exact; quanto and hqq are "
-        "`transformers.QuantizedCache` with its own window. Formulas: the docstring of `benchmarks/competitors.py`. "
-        "Intervals: a bootstrap over blocks of 64 tokens."
+        f"SmolLM2-135M-Instruct in float32; each token attends to what it would attend to in decoding. Unseen texts: "
+        f"{unseen}; the mean is over their tokens. Calibrated on the first half of "
+        f"{seen or 'another text'}, whose second half is in the last table only. Bytes are counted at "
+        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. The plans, kivi, rtn and low-rank have the "
+        "same attention sinks and residual window; quanto and hqq are "
+        "`transformers.QuantizedCache` with its own residual window. Formulas: the docstring of "
+        "`benchmarks/competitors.py`. Intervals: a bootstrap over blocks of 64 tokens."
     ]
 
 
 def _by_text(results: Sequence[Result]) -> list[str]:
-    """Increase of perplexity; the exact perplexity stands in the first line."""
+    """Format the increase of perplexity, with the exact perplexity in the first row."""
     texts = list(results[0].by_text)
     exact = [f"{results[0].by_text[text].exact:.3f}" for text in texts]
     heading = ("cache", "size", *(text.name + ("" if text.is_unseen else " (kind of calibration)") for text in texts))

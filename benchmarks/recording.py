@@ -1,9 +1,9 @@
-"""What every benchmark does with its figures: one file that programs read, one table, one picture.
+"""Record the figures of a benchmark: one JSON file, one table, one picture.
 
     rows = [Row("llama@2048", "fhopt", "time_ms", 1.2, "ms", baseline=1.5, ratio=1.25), ...]
     record("decode", rows)  ->  benchmarks/results/decode.json, benchmarks/results/decode.png, and a table on the screen
 
-The file says on what the figures were made: machine, versions, commit. A number that is not finite is null in it.
+The file names machine, versions and commit of the measurement. A number that is not finite is null in it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Reading one page in eight: what it costs, and what it saves, against the same plan with all pages.
+"""Measure page selection with one page in eight: loss and savings, against the same plan with all pages.
 
     python benchmarks/retrieval.py                   benchmarks/results/retrieval*.json and .png, a file for each part
     python benchmarks/retrieval.py --quick           a short context, one text, few items (also QUICK=1)
     python benchmarks/retrieval.py --plan FOLDER     a fitted plan, with or without pages, in place of fitting one
     python benchmarks/retrieval.py --part operator   one part: perplexity, tasks or operator (may be repeated)
 
-Perplexity is taken on the last tokens of texts that calibrated nothing: what is before is a prompt, read whole; each
-query behind it chooses its pages as it would when decoding token by token. Tasks ask for strings that stand far back,
-of each text all that can be asked of it.
-Bytes are what attention of one more token reads of the cache. The operator is timed by itself, on random codes: reading
-the listed pages; and choosing them by sketches, reading them, and letting the mean of values stand for the others.
+Perplexity is measured on the last tokens of texts that were not used for calibration: the tokens before them are a
+prompt; each later query selects its pages as in token-by-token decoding. Tasks ask for strings far back in the context,
+for all strings of a text that can be asked for. Bytes are those that attention of one more token reads of the KV cache.
+The operator is timed by itself, on random quantized values: reading the listed pages; and page selection by sketches,
+reading, and value-mean fill together.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CALIBRATION = ("topics", "source")  # first halves; what is measured on is from 
 SHARE = 1 / 8
 PROMPT = 512  # tokens of a prompt that are read at once
 DENSE, PAGED = "all pages", "one page in eight"
-TORCH = "keys and values, torch"  # two batched products: the fastest of torch's ways (benchmarks/attention.py)
+TORCH = "keys and values, torch"  # two batched products: the fastest in torch (benchmarks/attention.py)
 SHAPE, RATIO, ROUNDS = "GQA 32/8x128", 4, 31
 PAGE_TOKENS = page_options.PagingOptions.tokens
 
@@ -70,7 +70,7 @@ PAGE_TOKENS = page_options.PagingOptions.tokens
 
 @torch.inference_mode()
 def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int, tail: int) -> list[Row]:
-    """Perplexity of the last `tail` tokens with all pages and with those that are chosen, KL, and bytes of a step."""
+    """Yield perplexity of the last `tail` tokens with all and with selected pages, KL, and bytes of a decode step."""
     model, what = loaded.language_model(), f"the second half of {text!r}"
     ids = texts_tokens.sequences(
         loaded.tokenizer, texts_tokens.halves(texts_tokens.read_text(text))[1], count=1, length=context + 1, what=what
@@ -93,7 +93,7 @@ def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int,
 
 
 def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
-    """From costs with all pages, with chosen ones, KL, and whether the likeliest token is the same, [4, tokens]."""
+    """Return rows from costs [4, tokens]: with all pages, with selected ones, KL, same most likely token."""
     baseline = float(costs[0].mean().exp())
     difference = costs[1] - costs[0]
     error = 100 * float(difference.std()) / len(difference) ** 0.5
@@ -112,14 +112,14 @@ def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
 
 
 def left_out(plan: LatentPlan) -> list[Row]:
-    """Weight that is left out in each layer, as calibration found it."""
+    """Return the mean attention weight that is not read, as measured by calibration."""
     told = plan.provenance["pages"]["left_out"]
     mean = sum(told.values()) / max(1, len(told))
     return [Row("calibration, mean of layers", PAGED, "weight_left_out", mean, "")]
 
 
 def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], length: int, items: int) -> Iterator[Row]:
-    """Share of answers that are right, and their likelihood, with all pages and with those that are chosen."""
+    """Yield the share of correct answers, and their likelihood, with all and with selected pages."""
     model, options = loaded.language_model(), TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
     for task in tasks:
         wanted = replace(options, items=items if len(TASKS[task].depths) > 1 else 5 * items)
@@ -183,7 +183,7 @@ def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int,
 
 
 def operator(tokens: int) -> list[Row]:
-    """Milliseconds of attention of one token on `tokens` coded ones: all pages, listed ones, listed and chosen ones."""
+    """Measure attention of one token on `tokens` quantized ones: all pages, listed ones, page selection too."""
     dispatch.install()
     heads, groups, dim = SHAPES[SHAPE]
     query, calls, sizes = torch.randn(1, heads, 1, dim), {}, {}
@@ -197,7 +197,7 @@ def operator(tokens: int) -> list[Row]:
     operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
     near = torch.zeros(1, heads, 1)
     sampled: Any = (*operands, None, PAGE_TOKENS)
-    mean = mean_values(*sampled, **tiers_of_both)  # a cache has it, and makes it anew when it seals a block
+    mean = mean_values(*sampled, **tiers_of_both)  # a cache stores it, and updates it when it quantizes a block
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
@@ -234,7 +234,7 @@ def operator(tokens: int) -> list[Row]:
 
 
 def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int) -> PageIndex:
-    """Random sketches, in the tiers for latents of the variances that such bits are right for: four times each bit."""
+    """Return random sketches, in bit groups for latents whose variance is four times higher for each further bit."""
     variances = torch.cat([torch.full((w,), 4.0**b) for b, w in zip(bits, widths, strict=True)])
     tiers, width = page_sketches.sketch_tiers(variances, page_options.PagingOptions.sketch), len(variances)
     kept = sum(tier.width for tier in tiers)
@@ -248,7 +248,7 @@ def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int)
 
 
 def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Median milliseconds of each call, in turns."""
+    """Return median milliseconds of each call, measured alternately."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS + 2):
         for name, call in calls.items():
@@ -263,7 +263,7 @@ def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
-    """The plan with pages: calibrated now where it has none."""
+    """Return the plan with page selection, calibrated now where it has none."""
     small: dict[str, Any] = dict(sequences=2, rate_sequences=1) if quick else {}
     plan = LatentPlan.load(path) if path else fit(loaded, FitOptions(ratio=4.0, device="cpu", **small))[0]
     if plan.pages is not None:
@@ -273,7 +273,7 @@ def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPla
 
 
 def draw(figure: Figure, rows: list[Row]) -> None:
-    """A panel each: perplexity over that with all pages, items right, milliseconds; those that were measured."""
+    """Draw the measured metrics, a panel each: perplexity relative to all pages, correct items, milliseconds."""
     shown = {m: [r for r in rows if r.metric == m and (m != "perplexity" or r.impl == PAGED)] for m in METRICS}
     shown = {metric: here for metric, here in shown.items() if here}
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -339,7 +339,7 @@ def main(
     quick: bool, path: Path | None, parts: tuple[str, ...], texts: tuple[str, ...], contexts: tuple[int, ...],
     tail: int, items: int, length: int, tokens: int,
 ) -> None:  # fmt: skip
-    """Measure retrieval attention: a file for each part."""
+    """Measure page selection, and write a file for each part."""
     quick = quick or is_quick()
     if quick:
         texts, contexts, tail, items, length, tokens = texts[:1], (1536,), 512, 1, 1024, 8192

@@ -1,13 +1,13 @@
-"""The language-model head by search against the dense head, on a CPU: time, bytes, agreement, certificates.
+"""Measure the retrieval head against the dense head on a CPU: time, bytes, agreement, certificates.
 
     python benchmarks/retrieval_head.py           benchmarks/results/retrieval_head.json and .png; about 20 minutes
     python benchmarks/retrieval_head.py --quick   few positions and a small random head (also QUICK=1)
 
-Cases: the head of SmolLM2 (49,152 x 576) in float32 and bfloat16, with the hidden states that it has on text that did
-not calibrate, and a random head of 131,072 x 2,048 with random hidden states, in which there is nothing that a basis or
-clusters could use. What is timed is from hidden states to the arg-max. Contenders of a case take turns, and between two
-calls 64 MB of other memory are read, as a model's layers would be: no contender finds its weight in a cache. The
-baseline is the fastest dense head: torch's, inductor's, inductor's with the weight frozen, or `fhopt::skinny_linear`.
+Cases: the head of SmolLM2 (49,152 x 576) in float32 and bfloat16, with its hidden states on text that was not used for
+calibration, and a random head of 131,072 x 2,048 with random hidden states, which have no structure that a basis or
+clusters could use. The time is from hidden states to the arg-max. The implementations of a case alternate, and between
+two calls 64 MB of other memory are read, as a model's layers would be: no weight is in the CPU's cache. The baseline is
+the fastest dense head: torch's, inductor's, inductor's with the weight frozen, or `fhopt::skinny_linear`.
 
 Agreement is with the arg-max of torch's dense head in the same dtype, over held-out positions, 16 at a time.
 """
@@ -48,7 +48,7 @@ Contender = Callable[[Tensor], Tensor]  # hidden [M, C] -> ids [M]
 
 @dataclass(frozen=True)
 class Case:
-    """A head and hidden states [N, C] that did not calibrate it."""
+    """A head and hidden states [N, C] that were not used for its calibration."""
 
     name: str
     weight: Tensor
@@ -102,7 +102,7 @@ def _frozen(linear: nn.Linear) -> Contender:
 
 
 def searching(case: Case, probes: int) -> Contender:
-    """The head by search; the dense one decides where it cannot."""
+    """Return the retrieval head, with the dense head as fallback."""
     wanted = case.head.search(probes=probes)
 
     def run(x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def searching(case: Case, probes: int) -> Contender:
 
 
 def ours(case: Case) -> dict[str, Contender]:
-    """The head with a certificate, and with the clusters that were fitted."""
+    """Return the retrieval head with a certificate, and with fitted clusters."""
     found = {"fhopt, certain": searching(case, 0)}
     if case.head.probes < case.head.clusters:
         found[f"fhopt, {case.head.probes} of {case.head.clusters} clusters"] = searching(case, -1)
@@ -186,7 +186,7 @@ def summary(rows: Sequence[Row]) -> Table:
     """Times, a line for each case and batch."""
     timed = [row for row in rows if row.metric == "time_ms"]
     impls = list(dict.fromkeys(_kind(row) for row in timed))
-    table = Table(title="milliseconds to the arg-max (times the best dense head)", title_justify="left")
+    table = Table(title="milliseconds to the arg-max (speed-up over the best dense head)", title_justify="left")
     for heading in ("case", *impls):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case in dict.fromkeys(row.case for row in timed):
@@ -196,7 +196,7 @@ def summary(rows: Sequence[Row]) -> Table:
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
-    """Times the best dense head, a group of bars for each case and batch."""
+    """Draw speed-ups over the best dense head, a group of bars for each case and batch."""
     timed = [row for row in rows if row.metric == "time_ms"]
     labels = list(dict.fromkeys(row.case for row in timed))
     impls = list(dict.fromkeys(_kind(row) for row in timed))
@@ -208,7 +208,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
         panel.bar(at, [values.get(label, 0.0) for label in labels], width, label=impl)
     panel.axhline(1.0, color="black", linewidth=0.8)
     panel.set_yscale("log")
-    panel.set_ylabel("times as fast as the best dense head")
+    panel.set_ylabel("speed-up over the best dense head")
     panel.set_xticks(range(len(labels)), [label.replace(", ", "\n", 1) for label in labels], rotation=90, fontsize=7)
     panel.legend(fontsize=7)
 

@@ -1,20 +1,20 @@
-"""200,000 generated tokens: a latent cache and a plain reference, side by side through everything a cache can be asked.
+"""Generate 200,000 tokens with latent caches through every operation of a cache, and compare with a plain reference.
 
     python benchmarks/soak.py                writes benchmarks/results/soak.json and soak.png; fails if a promise breaks
     python benchmarks/soak.py --quick        a twentieth of the tokens (also QUICK=1)
     python benchmarks/soak.py --minutes 60   the same mixed with generate(), over and over: endurance.json and .png
 
-A small model samples tokens one by one, in batches; in between come chunks of tokens, crops (short ones and ones deep
-into sealed blocks), reordered, repeated and selected sequences, and resets. At every step the logits behind the latent
-cache are compared with those behind `Reference`, which keeps all keys and values as ordinary tensors and replaces a
-token by what its code keeps when its turn comes. Models and latents are float64, so that no code is rounded to another
-one by chance. One run is in float32, through the compiled kernels: there a rounded sum may tip a code, both caches go
-their own ways from then on, and what is promised is only the memory.
+A small model samples tokens one by one, in batches, mixed with prefill of several tokens, crops (short ones and ones
+deep into quantized blocks), reordered, repeated and selected sequences, and resets. After every call the logits of the
+latent cache are compared with those of `Reference`, which keeps all keys and values as ordinary tensors and replaces a
+token by its dequantized value when it is quantized. Models and latents are float64, so that no value is rounded to
+another level by chance. One run is in float32, with the compiled kernels: there rounding may differ, the caches diverge
+from then on, and only the memory is checked.
 
 Promises: logits within 1e-4; no drift (the last quarter of a run is as close as the first); bytes never above the
-formula and the spare room that growth may leave; the memory of the process stays. With --minutes it is read after each
-lap through all variants, models kept from lap to lap: it grows, and the run fails, when the slope of a straight line
-through the laps behind the warm-up is above 1 MB an hour by more than two of its standard errors.
+formula and the spare capacity; constant memory of the process. With --minutes it is read after each lap through all
+variants, with models kept from lap to lap: the run fails when the slope of a straight line through the laps after the
+warm-up is above 1 MB an hour by more than two of its standard errors.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ GENERATED: tuple[dict[str, Any], ...] = (
 
 
 class Reference(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of all tokens, as attention is to see them.
+    """Keep keys and values of all tokens as attention should see them.
 
-    A growing cache codes a token, as it stands in the window by then, when its block is sealed. A static one codes it
-    as it came, and reads the code too of what a crop finds pushed out of the ring.
+    A dynamic cache quantizes a token, as the residual window has stored it, together with its block. A static cache
+    quantizes the original token, and also dequantizes what a crop finds outside of the window's ring buffer.
     """
 
     def __init__(self, plan: LatentPlan, site: SitePlan, static: bool) -> None:
         super().__init__()
         self.plan, self.site, self.static = plan, site, static
-        self.sealed, self.rounded = 0, 0  # tokens behind the sinks; tokens that a window of 8 bits has rounded
-        self.codes: tuple[Tensor, Tensor] | None = None  # of tokens as they came
+        self.sealed, self.rounded = 0, 0  # quantized tokens; tokens that a residual window of 8 bits has rounded
+        self.codes: tuple[Tensor, Tensor] | None = None  # dequantized, of the original tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values, those of this call as they came; then codes where their turn has come."""
+        """Return all keys and values, those of this call exact; then replace full blocks by dequantized ones."""
         keys, values = super().update(key_states, value_states)
         self.keys, self.values = keys.clone(), values.clone()
         if self.static:
@@ -93,7 +93,7 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         return keys, values
 
     def _seal(self, count: int) -> None:
-        """Put codes in place of the first `count` tokens behind the sinks."""
+        """Replace the first `count` tokens after the attention sinks by their dequantized values."""
         new = slice(self.plan.sinks + self.sealed, self.plan.sinks + count)
         held = self.keys[:, :, new], self.values[:, :, new]
         codes = tuple(x[:, :, new] for x in self.codes) if self.codes is not None else self._coded(*held)
@@ -101,12 +101,12 @@ class Reference(DynamicLayer):  # type: ignore[misc]
         self.sealed = count
 
     def _round(self, part: slice) -> None:
-        """Leave of some tokens what a window of 8 bits keeps."""
+        """Round some tokens as a residual window of 8 bits does."""
         for x in (self.keys, self.values):
             x[:, :, part] = packing.unround_rows(*packing.round_rows(x[:, :, part]), x.dtype)
 
     def _coded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What codes keep of tokens: encode, pack, unpack, decode, by the slow reference of each."""
+        """Quantize and dequantize tokens: encode, pack, unpack, decode, by the slow reference of each."""
         site = self.site
         if site.is_shared:
             latent = _through(torch.cat([keys, values], -1), site.key)
@@ -129,7 +129,7 @@ class Reference(DynamicLayer):  # type: ignore[misc]
             self.codes = (self.codes[0][:, :, :tokens_to_remove], self.codes[1][:, :, :tokens_to_remove])
         whole = target if self.static else target // self.plan.block * self.plan.block
         kept = max(0, min(self.sealed, whole))
-        if self.plan.window_bits == 8:  # rebuilt tokens are rounded in the window, as new ones are
+        if self.plan.window_bits == 8:  # dequantized tokens are rounded in the window, as new ones are
             self._round(slice(self.plan.sinks + kept, self.plan.sinks + self.sealed))
         self.sealed, self.rounded = kept, min(self.rounded, self.keys.shape[2])
 
@@ -180,7 +180,7 @@ class Variant:
     ratio: float
     layout: str = "auto"
     window_bits: int = 16
-    places: int | None = None  # of a static cache
+    places: int | None = None  # positions of a static cache
     dtype: torch.dtype = torch.float64
 
 
@@ -240,13 +240,13 @@ class Course:
 
     tokens: list[int] = field(default_factory=list)  # generated so far, at each comparison
     apart: list[float] = field(default_factory=list)  # largest difference of logits
-    over: list[float] = field(default_factory=list)  # bytes held / bytes that the formula and spare room allow
+    over: list[float] = field(default_factory=list)  # bytes held / bytes that the formula and the spare capacity allow
     resident: list[int] = field(default_factory=list)  # bytes of the process at each quarter
     seconds: float = 0.0
 
 
 def operations(rng: random.Random) -> Iterator[str]:
-    """What to do next, without end."""
+    """Yield operations on the caches, without end."""
     odds = {"token": 900, "chunk": 25, "crop": 20, "deep crop": 3, "reorder": 20, "select": 8, "repeat": 8, "reset": 1}
     while True:
         yield rng.choices(list(odds), list(odds.values()))[0]
@@ -376,7 +376,7 @@ def laps(minutes: float) -> Iterator[Lap]:
 
 
 def generate(model: Any, seed: int) -> int:
-    """Some tokens by every way of `generate`; how many."""
+    """Generate tokens in every mode of `generate`, and return how many."""
     torch.manual_seed(seed)
     tokens = 0
     for way in GENERATED:
@@ -430,7 +430,7 @@ def draw_memory(figure: Figure, course: list[Lap]) -> None:
     """Bytes of the process over time."""
     panel = figure.subplots()
     panel.plot([lap.minutes for lap in course], [lap.resident / 1e6 for lap in course], marker=".", linewidth=0.8)
-    panel.set(xlabel="minutes", ylabel="MB of the process", title="mixed generation, over and over")
+    panel.set(xlabel="minutes", ylabel="MB of the process", title="mixed generation, repeated")
     panel.set_ylim(0, 1.2 * max(lap.resident for lap in course) / 1e6)
 
 
@@ -460,7 +460,7 @@ def draw(figure: Figure, courses: dict[str, Course]) -> None:
         above.plot(at, [max(course.apart[i : i + stride]) for i in cut], label=name, linewidth=0.8)
         below.plot(at, [max(course.over[i : i + stride]) for i in cut], linewidth=0.8)
     above.axhline(MOST_APART, color="black", linestyle=":", linewidth=0.8)
-    above.set(yscale="log", ylabel="largest difference of logits", title="a latent cache beside a plain reference")
+    above.set(yscale="log", ylabel="largest difference of logits", title="latent caches against a plain reference")
     above.legend(fontsize="small", ncols=3)
     below.axhline(1, color="black", linestyle=":", linewidth=0.8)
     below.set(xlabel="tokens generated", ylabel="bytes held / bytes allowed", ylim=(0, 1.1))
@@ -468,7 +468,7 @@ def draw(figure: Figure, courses: dict[str, Course]) -> None:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A twentieth of the tokens.")
-@click.option("--minutes", type=float, help="Go on for so long, and watch the memory of the process.")
+@click.option("--minutes", type=float, help="Repeat for so long, and monitor the memory of the process.")
 def main(quick: bool, minutes: float | None) -> None:
     """Run every variant; exit status 1 when a promise is broken."""
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""Run the finder over the test zoo: what is found, what is left alone and why, and whether a number changes.
+"""Find attention in the test zoo: what is found, what is left alone and why, and whether a number changes.
 
     python benchmarks/zoo.py                  everything: benchmarks/results/zoo.json, zoo.png, and docs/zoo.md
     python benchmarks/zoo.py --only gpt2      entries whose label contains gpt2; writes nothing
-    python benchmarks/zoo.py --quick          a sample of under a minute (also QUICK=1); leaves docs/zoo.md as it is
+    python benchmarks/zoo.py --quick          a sample of under a minute (also QUICK=1); leaves docs/zoo.md unchanged
 
-Ends with 1 when an entry is not as it should be, after naming it.
+Ends with 1 when an entry is not as expected, after naming it.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def write_page(path: Path, results: Sequence[Result]) -> None:
     known, _, state = commit().partition("-")
     measured = f"{known[:12]} ({state})" if state else known[:12]
     lines = [
-        "# The zoo: what the finder finds",
+        "# The zoo: attention found in each model",
         "",
         f"Made by `{COMMAND}` with torch {used['torch']} and transformers {used.get('transformers', '-')}, on "
         f"{on['cpu'] or on['architecture']}, commit {measured}. Do not edit: run the command again.",
@@ -200,7 +200,7 @@ def _family_table(results: Iterable[Result]) -> list[str]:
 
 
 def _runs(zoo: Sequence[Entry]) -> str:
-    """`eager, sdpa: prefill, decode`, with steps told apart where the implementations differ in them."""
+    """Format `eager, sdpa: prefill, decode`, with steps listed apart where the implementations differ in them."""
     steps: dict[str, list[str]] = {}
     for entry in zoo:
         steps.setdefault(entry.implementation, []).append(entry.step)
@@ -211,7 +211,7 @@ def _runs(zoo: Sequence[Entry]) -> str:
 
 
 def _rewritten(results: Iterable[Result]) -> str:
-    """What the sites are, each property said once."""
+    """Describe the sites, each property once."""
     sites = [site for result in results for site in result.sites]
     facts: list[Callable[[AttentionSite], str]] = [_shape, _rotation, _mask, _extras, lambda site: _cache(site.cache)]
     said = (dict.fromkeys(fact(site) for site in sites) for fact in facts)
@@ -237,7 +237,7 @@ def _extras(site: AttentionSite) -> str:
     extras = {
         "key norm": site.key_norm,
         f"softcap {site.softcap:g}": site.softcap,
-        "sinks": site.sinks,
+        "sink logits": site.sinks,
     }
     return ", ".join(name for name, is_there in extras.items() if is_there)
 

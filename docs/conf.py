@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: `make docs`. Warnings are errors there, and no network is asked."""
+"""Configure Sphinx for `make docs`, where warnings are errors and no network is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import fhopt
 project, author, release = "fhopt", "the fhopt authors", fhopt.__version__
 copyright = "Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click"]
-default_role = "code"  # docstrings say `name`, not ``name``
+default_role = "code"  # docstrings write `name`, not ``name``
 html_theme = "furo"
 html_title = "fhopt"
 html_static_path = ["_static"]
@@ -33,7 +33,7 @@ _MARKUP = re.compile(r"(\*|\||(?<=\w)_(?=\W|$))")
 
 
 def as_restructured_text(lines: list[str]) -> list[str]:
-    """A docstring as Sphinx reads it: indented parts are shown as they stand, signs of markup are only signs."""
+    """Convert a docstring to reStructuredText: indented parts become literal blocks, markup characters are escaped."""
     out: list[str] = []
     for block in _blocks(lines):
         if block[0].startswith("    "):
@@ -44,7 +44,7 @@ def as_restructured_text(lines: list[str]) -> list[str]:
 
 
 def _blocks(lines: list[str]) -> Iterator[list[str]]:
-    """Runs of lines between blank ones, cut where indentation by four begins or ends; blank lines within code stay."""
+    """Yield runs of lines between blank ones, split where indentation by four begins or ends."""
     block: list[str] = []
     for line in [*lines, ""]:
         is_code, was_code = line.startswith("    "), bool(block) and block[0].startswith("    ")
@@ -56,7 +56,7 @@ def _blocks(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _escaped(line: str) -> str:
-    """Signs outside of backticks lose their meaning."""
+    """Escape markup characters outside of backticks."""
     parts = re.split(r"(`[^`]*`)", line)
     return "".join(part if part.startswith("`") else _MARKUP.sub(r"\\\1", part) for part in parts)
 
@@ -67,5 +67,5 @@ def _on_docstring(app: Any, what: str, name: str, thing: Any, options: Any, line
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Connect the conversion of docstrings; called by Sphinx."""
     app.connect("autodoc-process-docstring", _on_docstring)

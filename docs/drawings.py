@@ -1,9 +1,9 @@
-"""The drawings of the explanations, made with what fhopt draws reports with: Graphviz, and matplotlib.
+"""Draw the pictures of the explanations with Graphviz and matplotlib, as fhopt draws its reports.
 
     python docs/drawings.py            writes docs/pictures/*.svg
 
-The two sites are drawn from a small model and a plan made by hand; the others from the text below. Numbers in them are
-shapes, not measurements.
+The two attention sites are drawn from a small model and a plan made by hand; the others from the text below. Numbers in
+them are shapes, not measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent / "pictures"
 
 
 def small_plan() -> LatentPlan:
-    """A plan made by hand for a small model: 8 query heads read 4 kv heads of 16, by one latent for all of them."""
+    """Make a plan by hand for a small model: 8 query heads on 4 kv heads of size 16, with one latent for all heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = dict(
@@ -41,13 +41,13 @@ def small_plan() -> LatentPlan:
 
 
 def site_drawings() -> dict[str, str]:
-    """One site, as it is and by a plan."""
+    """Draw one attention site without and with a plan."""
     drawing = fhopt.draw(small_plan().sites[0])
     return {"site-before.svg": drawing.before, "site-after.svg": drawing.svg}
 
 
 def rotation() -> str:
-    """Why a latent across heads within one frequency may be taken of rotated keys."""
+    """Draw why a latent across heads within one frequency may be computed from rotated keys."""
     diagram = Diagram()
     diagram.node("keys", "io", "keys of G heads, frequency f", "G complex numbers")
     for name, texts in {"above": ("rotate", "encode"), "below": ("encode", "rotate")}.items():
@@ -65,14 +65,14 @@ def rotation() -> str:
 
 
 def stages() -> str:
-    """The compiler: who may change a number."""
+    """Draw the stages of the compiler, and which of them is approximate."""
     diagram = Diagram()
     names = (
         ("capture", "io", "Dynamo or torch.export"),
         ("normalize", "attention", "every spelling becomes one node", "exact, checked by running both"),
         ("find", "attention", "projections, rotation, mask, cache", "reads only"),
-        ("fit", "latent", "moments, bases, bits: a plan", "the one place that approximates"),
-        ("compress, absorb", "latent", "keys and values become latents,", "decoders move to queries and outputs"),
+        ("fit", "latent", "statistics, bases, bits: a plan", "the only approximate stage"),
+        ("compress, absorb", "latent", "keys and values become latents,", "decoders absorbed into query and output"),
         ("lower", "cache", "kernels for attention,", "inductor for the rest"),
     )
     for name, role, *lines in names:
@@ -83,16 +83,16 @@ def stages() -> str:
 
 
 def cache() -> str:
-    """The parts of a latent cache, and what a token's row is."""
+    """Draw the parts of a latent KV cache, and the packed latent of one token."""
     figure = _figure(8.4, 3.3)
     panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     panel.set_axis_off()
     panel.set_xlim(0, 100)
     panel.set_ylim(0, 40)
     parts = (
-        (2, 10, "attention", "first 4", "exact"),
-        (13, 60, "cache", "sealed blocks of 64", "codes of latents"),
-        (74, 24, "rotation", "newest 128 to 192", "8 bits, or exact"),
+        (2, 16, "attention", "attention sinks", "first 4, exact"),
+        (19, 54, "cache", "quantized tokens", "packed latents, blocks of 64"),
+        (74, 24, "rotation", "residual window", "newest 128 to 192, 8 bits"),
     )
     for left, width, role, title, text in parts:
         _box(panel, left, 25, width, 9, role)
@@ -100,7 +100,7 @@ def cache() -> str:
         panel.text(left + width / 2, 27.7, text, ha="center", va="center")
     panel.text(2, 37, "time", color="#52525b")
     panel.annotate("", (98, 37.6), (9, 37.6), arrowprops={"arrowstyle": "->", "color": "#71717a"})
-    for top, bottom in ((38, 13), (42, 98)):  # one sealed token, enlarged
+    for top, bottom in ((38, 13), (42, 98)):  # one quantized token, enlarged
         panel.plot([top, bottom], [25, 14], color="#71717a", linewidth=0.8)
     left = 13
     for width, text in ((9, "scale"), (22, "8 bits"), (30, "4 bits"), (14, "2 bits"), (10, "0 bits")):
@@ -109,7 +109,7 @@ def cache() -> str:
         panel.text(left + width / 2, 10, text, ha="center", va="center")
         left += width
     panel.text(
-        13, 2.5, "one token, keys (values likewise): tiers of channels, the most important first", color="#52525b"
+        13, 2.5, "key latent of one token: bit groups of channels, most important first; values alike", color="#52525b"
     )
     return _svg(figure)
 
@@ -123,7 +123,7 @@ def _box(panel: Any, left: float, bottom: float, width: float, height: float, ro
 
 
 def filling() -> str:
-    """Reverse water-filling: what each channel is worth, and where bits go."""
+    """Draw reverse water-filling: the cost of each channel, and its bits."""
     figure = _figure(7.0, 3.2)
     panel = figure.subplots()
     power = torch.logspace(0, -4, 32)  # of channels in a basis that orders them
@@ -132,7 +132,7 @@ def filling() -> str:
     colours = [COLOURS["latent"][1] if b > 0 else COLOURS["io"][1] for b in bits]
     panel.bar(range(len(power)), power.tolist(), color=colours)
     panel.axhline(level, color=COLOURS["cache"][1])
-    words = "the level: an error that every kept channel is left with, and more than the others are worth"
+    words = "water level: the error of every kept channel, and more than dropping any other costs"
     panel.set_title(words, fontsize=9, color=COLOURS["cache"][1])
     for at, count in enumerate(bits.int().tolist()):
         panel.text(at, float(power[at]) * 1.15, str(count), ha="center", fontsize=7)
@@ -161,7 +161,7 @@ def _svg(figure: Any) -> str:
 
 
 def drawings() -> dict[str, str]:
-    """All of them by file name."""
+    """Return all drawings by file name."""
     others = {"rotation.svg": rotation(), "stages.svg": stages(), "cache.svg": cache(), "filling.svg": filling()}
     return site_drawings() | others
 

@@ -1,9 +1,9 @@
-"""The pages of errors and of reasons, made from the code: every message that fhopt has for a user, with its cure.
+"""Generate the pages of exceptions and of reasons from the code: every message for a user, with its cure.
 
     python docs/error_catalogue.py        writes docs/reference/errors.md and docs/reference/left_alone.md
 
-Messages are read from the source text (`ast`), not collected at run time: one that is raised is on the page. A message
-says its cure itself in its last sentences; a test refuses one that does not.
+Messages are read from the source text (`ast`), not collected at run time, so every message that can be raised is on
+the page. The last sentences of a message are its cure; a test fails for a message without one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ERROR, REASON = "FhoptError", "Miss"
 
 @dataclass(frozen=True, order=True)
 class Message:
-    """One place that raises. module: its file without the ending, `fhopt/models`. text: with ⟨names⟩ for values."""
+    """A place that raises. module: its file without suffix, `fhopt/models`. text: the message, ⟨names⟩ for values."""
 
     module: str
     line: int
@@ -32,7 +32,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Family:
-    """Messages that a user meets at one occasion. modules: in the order of the page."""
+    """Messages about one subject. modules: those that raise them, in the order of the page."""
 
     title: str
     about: str
@@ -48,16 +48,16 @@ FAMILIES = (
     ),
     Family(
         "Texts and batches",
-        "What `--data`, `text=` and `batches=` are given. Sizes are counted before anything slow starts.",
+        "Values of `--data`, `text=` and `batches=`. Sizes are checked before anything slow starts.",
         ("fhopt/data", "fhopt/api", "fhopt/pipeline", "fhopt/calibrate", "fhopt/gathering"),
     ),
     Family(
         "Choosing a plan",
-        "Sizes, bits, layouts, devices and limits that cannot be had together.",
+        "Sizes, bits, layouts, devices and limits that cannot be combined.",
         ("fhopt/fitting", "fhopt/gate", "fhopt/cost", "fhopt/machine", "fhopt/clustering", "fhopt/cli"),
     ),
     Family(
-        "Healing, pages and the language-model head",
+        "Healing, page selection and the retrieval head",
         "Options of `fhopt heal`, `--pages`, `--mass` and `fhopt head`.",
         ("fhopt/healing", "fhopt/paging", "fhopt/pages", "fhopt/head", "fhopt/head_fitting", "fhopt/head_measuring",
          "fhopt/head_module", "fhopt/head_sampling"),
@@ -71,7 +71,7 @@ FAMILIES = (
     ),
     Family(
         "Running with a plan",
-        "`fhopt.apply`, caches, and what a compiled model does with them.",
+        "`fhopt.apply`, KV caches, and compiled models that use them.",
         ("fhopt/applying", "fhopt/cache", "fhopt/layers", "fhopt/attention", "fhopt/buffers", "passes/latent_buffers",
          "fhopt/journal"),
     ),
@@ -82,8 +82,8 @@ FAMILIES = (
     ),
     Family("Measuring", "`fhopt eval` and the harness.", ("fhopt/evaluate", "fhopt/tasks", "fhopt/harness")),
     Family(
-        "Looking into it",
-        "Pictures, graphs, reports.",
+        "Inspection",
+        "Drawings, graphs, reports.",
         ("fhopt/plots", "fhopt/seeing/*"),
     ),
     Family(
@@ -93,13 +93,13 @@ FAMILIES = (
     ),
     Family("Kernels", "Rendering, compiling, tuning.", ("codegen/*", "fhopt/kernels")),
     Family(
-        "Spread over devices",
+        "Several devices",
         "`--device-map`, and plans and caches in processes that share a model.",
         ("fhopt/sharding", "fhopt/placing", "fhopt/dispatched"),
     ),
     Family(
         "Engines with latent attention",
-        "Writing a model as DeepSeek's attention, for engines that have it.",
+        "Exporting a model with DeepSeek's latent attention (MLA), for engines that support it.",
         ("fhopt/mla",),
     ),
     Family("Others", "", ("*",)),
@@ -107,31 +107,31 @@ FAMILIES = (
 
 REASONS = (
     Family(
-        "The spelling is not followed",
-        "Stages `decompose`, `functionalize` and `normalize`. The graph stays as it is, and runs as it would without "
+        "The attention is not recognized",
+        "Stages `decompose`, `functionalize` and `normalize`. The graph is not changed, and runs as it would without "
         "fhopt.",
         ("passes/composites", "passes/decompose", "passes/flex", "passes/functionalize", "passes/memory",
          "passes/trace", "passes/graph", "passes/normalize", "passes/softmax", "passes/scores", "passes/contraction",
          "passes/layout", "passes/axes", "passes/heads", "passes/masks", "passes/core"),
     ),
     Family(
-        "It has nothing to keep latents of",
-        "Stage `find_attention`: an attention was found, and it has no projections or caches that a plan could serve.",
+        "There are no keys and values to compress",
+        "Stage `find_attention`: an attention was found, without projections or caches that a plan could compress.",
         ("passes/find_attention", "passes/roles", "passes/absorb_projection"),
     ),
     Family("The plan does not fit it", "Stage `compress`.", ("passes/compress", "passes/absorb", "passes/lower")),
     Family(
-        "Its buffers stay buffers",
+        "The buffers cannot become latent buffers",
         "Stage `latent_buffers`: keys and values that a module writes by index.",
         ("passes/latent_buffers", "passes/updates", "fhopt/buffers"),
     ),
-    Family("No language-model head", "`fhopt head` says so and stops.", ("passes/find_head",)),
+    Family("No language-model head", "`fhopt head` reports the reason and stops.", ("passes/find_head",)),
     Family("Others", "", ("*",)),
 )  # fmt: skip
 
 
 def messages(name: str = ERROR) -> list[Message]:
-    """Every message of a class, in the order of files and lines; the same words of one file once."""
+    """Return every message of a class, in the order of files and lines; repeated messages of a file once."""
     found: dict[tuple[str, str], Message] = {}
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
@@ -148,7 +148,7 @@ def _raised(path: Path, name: str) -> Iterator[tuple[int, str]]:
 
 
 def _words(node: ast.expr) -> Iterator[str]:
-    """The text of an argument; values stand as ⟨name⟩."""
+    """Yield the text of an argument, with ⟨name⟩ for each value."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
@@ -166,12 +166,12 @@ _PLAIN = {"strerror": "reason", "hf": "version", "numel": "number"}
 
 
 def _is_text(node: ast.expr) -> bool:
-    """A sum in which a string stands."""
+    """Return whether an expression contains a string."""
     return any(isinstance(n, ast.JoinedStr) or isinstance(getattr(n, "value", None), str) for n in ast.walk(node))
 
 
 def _name(node: ast.AST | None) -> str:
-    """What a reader would call an expression: mostly its last name."""
+    """Name an expression as a reader would: mostly by its last identifier."""
     match node:
         case ast.Name(id=name):
             return name
@@ -197,7 +197,7 @@ def _name(node: ast.AST | None) -> str:
 
 
 def _called(call: ast.Call) -> str:
-    """The name of what a call is given, or of the object that it belongs to."""
+    """Name a call by its last named argument, or by the object whose method it is."""
     name = _name(call.func)
     named = [a for a in call.args if not isinstance(a, ast.Constant) or isinstance(a.value, str)]
     given = next(filter(None, map(_name, reversed(named))), "")
@@ -212,7 +212,7 @@ _CUT = re.compile(r"[;,:.] (?=[eE]xpected )|; (?=give )|\. (?=[A-Z⟨`'-]|fhopt 
 
 
 def split(text: str) -> tuple[str, str]:
-    """What was found, and what was expected with the cure; the second is empty where a message says neither."""
+    """Split a message into the problem, and what was expected with the cure; the second is empty without a cure."""
     depth = 0
     for at, letter in enumerate(text):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -226,7 +226,7 @@ def _sentence(text: str) -> str:
 
 
 def grouped(found: list[Message], families: tuple[Family, ...]) -> dict[Family, list[Message]]:
-    """Messages by family, each in the first that names its module."""
+    """Group messages by family, each in the first family that names its module."""
     groups: dict[Family, list[Message]] = {}
     for message in found:
         family = next(f for f in families if any(fnmatch(message.module, m) for m in f.modules))
@@ -234,33 +234,33 @@ def grouped(found: list[Message], families: tuple[Family, ...]) -> dict[Family, 
     return {f: groups[f] for f in families if f in groups}
 
 
-ERRORS_HEAD = """# Errors and their cures
+ERRORS_HEAD = """# Exceptions raised by fhopt
 
-A mistake that a user can cure is an `fhopt.FhoptError`. It says what was found, what was expected, and the cure; the
-command line prints it as one line, `fhopt: ...`, and ends with exit code 2. This page has every such message. Values
-that differ from case to case stand in ⟨angle brackets⟩.
+A mistake that a user can correct raises `fhopt.FhoptError`. Its message says what was found, what was expected, and the
+cure; the command line prints it as one line, `fhopt: ...`, and ends with exit code 2. This page lists every such
+message. Values that depend on the case are in ⟨angle brackets⟩.
 
-Another exception is a fault of fhopt: a `PassError` names the pass that broke its contract and the node, and
-`FHOPT_DUMP=FOLDER` keeps the graph after each pass for a report. What a pass does not understand is no error; it
-is left alone for [a reason](left_alone.md).
+Any other exception is a defect of fhopt: a `PassError` names the pass that broke its contract and the node, and
+`FHOPT_DUMP=FOLDER` writes the graph after each pass, for a bug report. A graph that a pass does not recognize is not an
+error; it is left alone for [a reason](left_alone.md).
 """
 REASONS_HEAD = """# Why an attention was left alone
 
-What fhopt does not understand stays as it is, exactly, and is reported with a reason: by `fhopt explain MODEL`, by
-`fhopt.report(compiled)`, and in a report. The reason stands beside the source line of the model's code. These are all
-reasons; values that differ from case to case stand in ⟨angle brackets⟩.
+What fhopt does not recognize is not changed, stays exact, and is reported with a reason: by `fhopt explain MODEL`, by
+`fhopt.report(compiled)`, and in an HTML report, together with the source line of the model's code. This page lists all
+reasons. Values that depend on the case are in ⟨angle brackets⟩.
 """
 
 
 def errors_page() -> str:
-    """docs/reference/errors.md."""
+    """Return the text of docs/reference/errors.md."""
     parts = [_GENERATED, ERRORS_HEAD]
     for family, found in grouped(messages(ERROR), FAMILIES).items():
         rows = [f"| {_cell(said)} | {_cell(cure)} |" for said, cure in map(split, _texts(found))]
         parts += [
             f"## {family.title}\n",
             f"{family.about}\n",
-            "| fhopt says | expected, and the cure |",
+            "| message | expected, and the cure |",
             "|---|---|",
             *rows,
             "",
@@ -269,7 +269,7 @@ def errors_page() -> str:
 
 
 def reasons_page() -> str:
-    """docs/reference/left_alone.md."""
+    """Return the text of docs/reference/left_alone.md."""
     parts = [_GENERATED, REASONS_HEAD]
     for family, found in grouped(messages(REASON), REASONS).items():
         rows = [
@@ -288,7 +288,7 @@ def _texts(found: list[Message]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text of a message as Markdown that shows it as it is; what stands in backticks stays."""
+    """Escape the text of a message for a Markdown table, except in backticks."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(p if p.startswith("`") else re.sub(r"([\\*_|<>\[\]`~#$^{}])", r"\\\1", p) for p in parts)
 

@@ -1,9 +1,9 @@
-"""The page of measured results, made from benchmarks/results/*.json.
+"""Generate the page of measured results from benchmarks/results/*.json.
 
     python docs/results_page.py        writes docs/results.md
 
 Each benchmark writes one file (benchmarks/recording.py): machine, versions, commit and rows of figures. Nothing is
-measured here, and no figure stands on the page that is not in a file.
+measured here, and every figure on the page is in a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_ROWS = 40  # of a benchmark that this page has no table of its own for
 
 @dataclass(frozen=True)
 class Results:
-    """One file: name, what it was made on, and its rows (benchmarks/recording.py: `Row`)."""
+    """Hold one results file: name, machine, versions, commit, and its rows (benchmarks/recording.py: `Row`)."""
 
     name: str
     machine: dict[str, Any]
@@ -32,22 +32,22 @@ class Results:
 
     @staticmethod
     def read(path: Path) -> Results:
-        """From a file of results."""
+        """Read a results file."""
         content = json.loads(path.read_text(encoding="utf-8"))
         return Results(path.stem, content["machine"], content["versions"], content["commit"], tuple(content["rows"]))
 
     def of(self, metric: str) -> list[dict[str, Any]]:
-        """The rows of one metric that have a value."""
+        """Return the rows of one metric that have a value."""
         return [row for row in self.rows if row["metric"] == metric and row["value"] is not None]
 
     def value(self, metric: str, case: str, impl: str) -> float:
-        """One figure."""
+        """Return one figure."""
         return next(float(r["value"]) for r in self.of(metric) if (r["case"], r["impl"]) == (case, impl))
 
 
 @dataclass(frozen=True)
 class Section:
-    """How one file is shown."""
+    """Describe how one results file is shown."""
 
     title: str
     command: str
@@ -59,14 +59,14 @@ class Section:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown; numbers to the right."""
+    """Format a Markdown table; all columns but the first are right-aligned."""
     names = list(head)
     lines = [names, ["---"] + ["--:"] * (len(names) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Three digits, thousands apart; whole numbers whole."""
+    """Format a number with three digits and thousands separators; integers in full."""
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if abs(value) >= 1000:
@@ -75,29 +75,60 @@ def number(value: float) -> str:
 
 
 def with_ratio(row: dict[str, Any]) -> str:
-    """A figure, and how many times better than its baseline it is."""
+    """Format a figure with its ratio to the baseline; more than 1 is better."""
     ratio = row["ratio"]
     return number(row["value"]) + (f" ({ratio:.2f}x)" if ratio is not None else "")
 
 
 def pivot(results: Results, metric: str, show: Callable[[dict[str, Any]], str] = with_ratio) -> str:
-    """A line for each implementation, a column for each case."""
+    """Format one metric: a row for each implementation, a column for each case."""
     rows = results.of(metric)
     cases, impls = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "impl"))
     cells = {(row["impl"], row["case"]): show(row) for row in rows}
     return table(
-        [_heading(metric, rows[0]["unit"]), *cases],
-        ([impl, *(cells.get((impl, case), "-") for case in cases)] for impl in impls),
+        [_heading(metric, rows[0]["unit"]), *map(in_words, cases)],
+        ([in_words(impl), *(cells.get((impl, case), "-") for case in cases)] for impl in impls),
     )
 
 
 def _heading(metric: str, unit: str) -> str:
-    words = metric.replace("_", " ")
-    return words if not unit or metric.endswith(f"_{unit}") else f"{words}, {unit}"
+    words = METRICS.get(metric) or metric.replace("_", " ")
+    return words if metric in METRICS or not unit or metric.endswith(f"_{unit}") else f"{words}, {unit}"
+
+
+METRICS = {
+    "step_ms": "decode step, ms",
+    "cache_bytes": "KV cache, bytes",
+    "step_bytes": "bytes read by attention in a decode step",
+    "sinks_bytes": "attention sinks, bytes",
+    "sealed_bytes": "packed latents, bytes",
+    "window_bytes": "residual window, bytes",
+    "exact_bytes": "exact keys and values, bytes",
+    "spare_bytes": "spare capacity, bytes",
+    "weight_left_out": "attention weight not read",
+    "right": "correct answers",
+    "right_error": "correct answers, standard error",
+    "loss_rise": "increase of perplexity, %",
+    "same_token": "same most likely token, %",
+}  # headings of metrics whose name in the files is not a term of the glossary
+NAMES = {
+    ", growing": ", dynamic cache",
+    ", static": ", static cache",
+    "x codes": "x smaller latents",
+    "window of 8 bits": "residual window of 8 bits",
+    "fhopt, certain": "fhopt, guaranteed",
+}  # likewise parts of the names of cases and implementations
+
+
+def in_words(name: str) -> str:
+    """Return the name of a case or implementation in the terms of the glossary."""
+    for part, words in NAMES.items():
+        name = name.replace(part, words)
+    return name
 
 
 def by_case(results: Results) -> str:
-    """A line for each case and implementation, a column for each metric."""
+    """Format all metrics: a row for each case and implementation, a column for each metric."""
     metrics = list(dict.fromkeys(row["metric"] for row in results.rows))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in results.rows:
@@ -108,7 +139,7 @@ def by_case(results: Results) -> str:
     units = {row["metric"]: row["unit"] for row in results.rows}
     names = [_heading(name, units[name]) for name in metrics]
     lines = (
-        [f"{case}, {impl}" if impl != case else case, *(found.get(m, "-") for m in metrics)]
+        [in_words(f"{case}, {impl}" if impl != case else case), *(found.get(m, "-") for m in metrics)]
         for (case, impl), found in cells.items()
     )
     return table(["case", *names], lines)
@@ -118,7 +149,7 @@ def by_case(results: Results) -> str:
 
 
 def quality(results: Results) -> str:
-    """What each cache at each size adds to the perplexity of each text."""
+    """Format the increase of perplexity of each cache at each size on each text."""
     rows = results.of("perplexity_increase_percent")
     texts = list(dict.fromkeys(row["case"].split("@")[0] for row in rows))
     cells: dict[tuple[float, str], dict[str, str]] = {}
@@ -130,7 +161,7 @@ def quality(results: Results) -> str:
 
 
 def attention(results: Results) -> str:
-    """One table for each shape, in milliseconds."""
+    """Format one table for each shape, in milliseconds."""
     shapes = list(dict.fromkeys(row["case"].split(", T=")[0] for row in results.rows))
     parts = []
     for shape in shapes:
@@ -144,14 +175,14 @@ def attention(results: Results) -> str:
 
 
 def decode(results: Results) -> str:
-    """Step times, then the bytes of the caches."""
+    """Format times of a decode step, then the bytes of the KV caches."""
     return (
         pivot(results, "step_ms") + "\n\n" + pivot(results, "cache_bytes", lambda row: f"{row['value'] / 1e6:,.0f} MB")
     )
 
 
 def zoo(results: Results) -> str:
-    """Sums over all passes."""
+    """Format sums over all forward passes."""
     expected, found, explained = (
         sum(row["value"] for row in results.of(f"sites_{what}")) for what in ("expected", "found", "explained")
     )
@@ -167,13 +198,13 @@ def zoo(results: Results) -> str:
 
 
 def head(results: Results) -> str:
-    """Times, then what was certain and what agreed."""
+    """Format times, then certificates and agreement with the dense head."""
     others = tuple(row for row in results.rows if row["metric"] != "time_ms")
     return pivot(results, "time_ms") + "\n\n" + by_case(replace(results, rows=others))
 
 
 def compiled_zoo(results: Results) -> str:
-    """Sums over all tasks, beside inductor's."""
+    """Format sums over all tasks, with those of inductor."""
     lines = [["tasks", number(len(results.of("max_error"))), ""]]
     for metric in ("graphs", "breaks"):
         rows = results.of(metric)
@@ -191,97 +222,103 @@ HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 1
 SECTIONS = {
     "quality": Section(
         "Loss against bytes", "make bench-quality",
-        "What each cache adds to the perplexity of SmolLM2-135M-Instruct, bytes counted at 8,192 tokens. Only `topics` "
-        "is of the kind that calibrated the plans. Intervals, means, divergence: [loss against bytes](quality.md).",
+        "The increase of SmolLM2-135M-Instruct's perplexity with each KV cache, bytes counted at 8,192 tokens. Only "
+        "`topics` is of the kind of text used for calibration. Intervals, means, KL divergence: "
+        "[loss against bytes](quality.md).",
         quality,
     ),
     "decode": Section(
-        "A decode step behind 8,192 tokens", "make bench-decode",
-        "SmolLM2 on a CPU, in turns. In brackets: times the best that transformers has.", decode,
+        "A decode step at a context of 8,192 tokens", "make bench-decode",
+        "SmolLM2 on a CPU, measured alternately. In brackets: speed-up over the fastest implementation in "
+        "transformers.", decode,
     ),
     "decode-contexts": Section(
-        "A decode step behind fewer tokens", "python benchmarks/decode.py --tokens 640 --tokens 2048",
-        "The same at other contexts.", decode,
+        "A decode step at shorter contexts", "python benchmarks/decode.py --tokens 640 --tokens 2048",
+        "SmolLM2 on a CPU, measured alternately, at contexts of 640 and 2,048 tokens.", decode,
     ),
     "attention": Section(
         "Attention of one token", "make bench-attention",
-        "One token on 32,768, in turns. In brackets: times the fastest way that torch has. With GB/s: "
-        "[attention of one token](attention.md).", attention,
+        "One query token, measured alternately. In brackets: speed-up over the fastest implementation in torch. With "
+        "GB/s: [attention of one token](attention.md).", attention,
     ),
     "memory": Section(
-        "Bytes of the process", "make bench-memory", "SmolLM2 in bfloat16 over 8,192 tokens, each cache in a process.",
+        "Memory of the process", "make bench-memory",
+        "SmolLM2 in bfloat16 over 8,192 tokens, each cache in a process of its own.",
         by_case,
     ),
     "healing": Section(
         "Healing", "make bench-heal",
         "The 8x plan before and after `fhopt heal` on `topics`; `source` was not read. `kl left` is the share of the "
-        "divergence that is left.", by_case,
+        "KL divergence that remains.", by_case,
     ),
     "soak": Section(
-        "Long runs", "make soak", "Small models beside a reference that keeps every token, in float64.", by_case
+        "Long runs", "make soak", "Small models compared with a reference that keeps every token, in float64.", by_case
     ),
     "endurance": Section(
         "Memory over time", "make soak MINUTES=60",
-        "The same variants, mixed with every way of `generate()`, over and over: bytes of the process after each lap.",
+        "The variants of the long runs, mixed with every mode of `generate()`, repeatedly: bytes of the process after "
+        "each lap.",
         by_case,
     ),
     "zoo": Section(
-        "Finding attention", "make zoo", "Tiny random models; pass by pass: [the zoo](zoo.md).", zoo
+        "Finding attention", "make zoo", "Tiny random models; each forward pass is listed in [the zoo](zoo.md).", zoo
     ),
     "compiled-zoo-traced": Section(
         "The zoo through torch.compile", "make compiled-zoo",
-        "Tasks that eager and inductor can do, with `ratio: 1`. Differences are relative, from eager; in 16 bits eager "
-        "rounds, too, in other places.", compiled_zoo,
+        "Tasks that eager and inductor complete, with `ratio: 1`. Differences are relative to eager; in 16 bits eager "
+        "mode rounds as well, in other places.", compiled_zoo,
     ),
     "retrieval": Section(
-        "Reading one page in eight", "make bench-retrieval",
-        "SmolLM2, 4x plan, beside the same plan with all pages. `same token`: how often the likeliest one is the same.",
+        "Page selection: one page in eight", "make bench-retrieval",
+        "SmolLM2, 4x plan, compared with the same plan reading all pages.",
         by_case,
     ),
     "retrieval_tasks": Section(
-        "Answers from one page in eight", "make bench-retrieval",
-        "Errors are standard errors, over texts, of the change. `gained`, `lost`: questions that only one of both "
-        "answers.", by_case,
+        "Page selection: answers to questions", "make bench-retrieval",
+        "Errors are standard errors of the change, over texts. `gained`, `lost`: questions that are answered only with "
+        "page selection, only with all pages.", by_case,
     ),
     "retrieval_operator": Section(
-        "Attention to one page in eight", "make bench-retrieval",
-        "One token on 32,768, random codes, in turns. In brackets: times all pages.", by_case,
+        "Page selection: attention alone", "make bench-retrieval",
+        "One query token at a context of 32,768, random quantized values, measured alternately. In brackets: relative "
+        "to all pages. `listed`: without the time of page selection itself.", by_case,
     ),
     "retrieval_head": Section(
-        "The language-model head by search", "make bench-retrieval",
-        "From hidden states to the arg-max, in turns. In brackets: times the fastest dense head, ours included.", head,
+        "The retrieval head", "make bench-retrieval",
+        "From hidden states to the arg-max, measured alternately. In brackets: speed-up over the fastest dense head, "
+        "fhopt's included.", head,
     ),
     "matrix": Section(
         "Versions", "make test-matrix",
-        "Tests that depend on versions, in each environment: [which, and why](versions.md). Skipped are tests of what "
-        "is not there.", by_case,
+        "Tests that depend on versions, in each environment: [which, and why](versions.md). Tests are skipped where "
+        "what they need is not installed.", by_case,
     ),
     "coverage": Section(
-        "What the tests cover", "make coverage", "Of the tests that are not slow, without a GPU.", by_case
+        "Test coverage", "make coverage", "Of the tests that are not slow, without a GPU.", by_case
     ),
-    "finding": Section("What finding costs", "make bench-find", "Seconds and nodes.", by_case),
+    "finding": Section("Cost of finding attention", "make bench-find", "Seconds and nodes.", by_case),
 }  # fmt: skip
 
 HEAD = """<!-- Made by docs/results_page.py from benchmarks/results. Do not edit. -->
 
 # Measured results
 
-Everything on this page was written by a benchmark of the repository into `benchmarks/results`; the page is made from
-these files by `make docs`. Each command measures again on your machine. What the figures do not show is said in
-[limits](limits.md): above all, quality was measured on one model of 135M parameters and on one encoder, and the rivals
-were run as published, not tuned.
+All figures on this page were written by benchmarks of the repository into `benchmarks/results`; `make docs` generates
+the page from these files. Each command measures again on your machine. For what the figures do not show, see the
+[limits](limits.md): above all, quality was measured on one model of 135M parameters and on one encoder, and the other
+methods were run as published, not tuned.
 """
 
 
 def page(folder: Path = RESULTS) -> str:
-    """docs/results.md, known benchmarks first, in the order of `SECTIONS`."""
+    """Return docs/results.md, known benchmarks first, in the order of `SECTIONS`."""
     found = {path.stem: Results.read(path) for path in sorted(folder.glob("*.json"))}
     order = [name for name in SECTIONS if name in found] + [name for name in found if name not in SECTIONS]
     return "\n".join([HEAD, *(section(found[name], folder) for name in order)])
 
 
 def section(results: Results, folder: Path) -> str:
-    """Title, command, table, picture, and what it was measured on."""
+    """Format a section: title, command, table, picture, and what it was measured on."""
     shown = SECTIONS.get(results.name) or Section(results.name, f"benchmarks/{results.name}.py", "", by_case)
     parts = [f"## {shown.title}", f"{shown.about} `{shown.command}`".strip(), shown.table(results)]
     if (folder / f"{results.name}.png").exists():
@@ -290,7 +327,7 @@ def section(results: Results, folder: Path) -> str:
 
 
 def made_on(results: Results) -> str:
-    """Machine, versions and commit in one sentence."""
+    """Return machine, versions and commit in one sentence."""
     on, versions = results.machine, results.versions
     device = on.get("gpu") or f"{on['cpu']} ({on['cpu_capability']}), {on['cores']} cores, {on['threads']} threads"
     known = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers") if name in versions)

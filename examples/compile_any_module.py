@@ -1,4 +1,4 @@
-"""A hand-written block with multi-query attention, compiled by the backend, and what became of it.
+"""Compile a hand-written block with multi-query attention, and print the report of its attention site.
 
 python examples/compile_any_module.py
 """
@@ -12,7 +12,7 @@ import fhopt
 
 
 class MultiQueryBlock(nn.Module):
-    """4 query heads read 1 kv head of size 16."""
+    """Multi-query attention: 4 query heads on 1 kv head of size 16."""
 
     def __init__(self) -> None:
         super().__init__()

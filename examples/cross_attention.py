@@ -1,4 +1,4 @@
-"""An encoder-decoder: keys and values that the decoder reads of its encoder become one latent, half as big, exactly.
+"""Compress the cross-attention cache of an encoder-decoder to one latent of half the size, without loss.
 
 python examples/cross_attention.py
 """
@@ -19,7 +19,7 @@ SPECIAL: dict[str, Any] = dict(
 
 
 def small_model() -> Any:
-    """A Whisper of random weights: 8 mel channels, 60 frames, 30 encoder states."""
+    """Make a Whisper with random weights: 8 mel channels, 60 frames, 30 encoder states."""
     torch.manual_seed(0)
     config = WhisperConfig(
         vocab_size=64, num_mel_bins=8, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,

@@ -1,4 +1,4 @@
-"""A kernel from a specification of your own: 64 channels of keys in two tiers, 48 of values in 4 bits.
+"""Generate a kernel for a hand-written specification: 64 channels of keys in two bit groups, 48 of values in 4 bits.
 
 python examples/custom_kernel.py
 """
@@ -14,14 +14,15 @@ from fhopt.ops.packing import pack_reference
 from fhopt.plan.kernel_spec import KernelSpec
 
 Tiers = tuple[tuple[int, int, float], ...]
-# (bits, channels, step): 16 channels that matter most in 8 bits, the others in 3. A step is a share of a token's scale.
+# (bits, channels, quantization step): the 16 most important channels have 8 bits, the others 3. A quantization step is
+# a share of the token's scale.
 KEYS: Tiers = ((8, 16, 1 / 32), (3, 48, 0.6))
 VALUES: Tiers = ((4, 48, 0.3),)
 SPEC = KernelSpec(KEYS, VALUES, key_width=64, value_width=48, dtype="float32", softcap=False)
 
 
 def parts(tiers: Tiers) -> tuple[list[int], list[int], list[float]]:
-    """Bits, widths and steps, as the reference takes them."""
+    """Return bits, widths and quantization steps as separate lists, for the reference."""
     return [bits for bits, _, _ in tiers], [width for _, width, _ in tiers], [step for _, _, step in tiers]
 
 

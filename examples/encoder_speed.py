@@ -1,6 +1,6 @@
-"""An encoder whose attention is written out: its time in eager mode, with inductor and with fhopt, and a plan's loss.
+"""Measure an encoder with written-out attention in eager mode, with inductor and with fhopt, and the loss of a plan.
 
-Nothing of an encoder is cached, so a plan saves it neither bytes nor time: exact mode is the one for speed.
+An encoder caches nothing, so a plan saves neither bytes nor time: for speed use exact mode.
 
 python examples/encoder_speed.py
 """
@@ -21,7 +21,7 @@ TOKENS = 512
 
 
 def seconds(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Medians; the calls take turns, so that a busy machine slows all of them alike."""
+    """Return median times; the calls alternate, so that other load on the machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -38,7 +38,7 @@ def main() -> None:
     )
     model: Any = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
     batches = [{"input_ids": torch.randint(0, config.vocab_size, (2, TOKENS))} for _ in range(8)]
-    # Nothing of an encoder is cached: no first and newest tokens to keep exact, but a query's own.
+    # An encoder caches nothing: no attention sinks, and no residual window but a query's own token.
     plan = fhopt.fit(
         model, batches=batches, ratio=8, sequences=5, rate_sequences=3, context=TOKENS, tokens=TOKENS,
         sinks=0, recent=1, block=1,

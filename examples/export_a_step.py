@@ -1,4 +1,4 @@
-"""A decode step as two exported programs that need torch alone; the latents are state that the caller keeps.
+"""Export a decode step as two programs that need only torch; the latents are state that the caller keeps.
 
 python examples/export_a_step.py
 """
@@ -21,7 +21,7 @@ from fhopt.passes import pipeline
 
 
 def small_model() -> Any:
-    """A language model of random weights that knows 64 tokens."""
+    """Make a language model with random weights and a vocabulary of 64 tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
@@ -34,7 +34,7 @@ def small_model() -> Any:
 def main() -> None:
     model, ids = small_model(), torch.randint(0, 64, (1, 40))
     sites = pipeline.find(capture(model, (), {"input_ids": ids, "use_cache": False}).program).sites
-    plan = fit_plan.exact_plan(sites.values(), recent=8, block=8)  # or one of fhopt.fit
+    plan = fit_plan.exact_plan(sites.values(), recent=8, block=8)  # or a plan from fhopt.fit
     exported = pt2_step.export_step(model, plan)
     with tempfile.TemporaryDirectory() as folder:
         programs = []
@@ -43,7 +43,7 @@ def main() -> None:
             torch.export.save(getattr(exported, name), path)
             programs.append(torch.export.load(path).module())
             print(f"{path.name}: {path.stat().st_size:,} bytes")
-    state = step_state.State(plan, exported.state, *programs)  # what a caller does between two steps
+    state = step_state.State(plan, exported.state, *programs)  # what a caller does between two decode steps
     fhopt.apply(model, plan)
     cache, difference = latent_cache(model), 0.0
     for token in ids.split(1, 1):

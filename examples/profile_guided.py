@@ -1,4 +1,4 @@
-"""No plan and no text: the first calls of a compiled model are watched, then a plan is fitted to them.
+"""Fit a plan to the first calls of a compiled model, without a plan or a text.
 
 python examples/profile_guided.py
 """
@@ -15,7 +15,7 @@ import fhopt
 
 
 def small_model() -> Any:
-    """A language model of random weights that knows 64 tokens."""
+    """Make a language model with random weights and a vocabulary of 64 tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
@@ -25,12 +25,12 @@ def small_model() -> Any:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING)  # fhopt says once what it has done
+    logging.basicConfig(level=logging.WARNING)  # fhopt logs once what it has done
     model = small_model()
-    # 4x smaller, if that loses at most 2 %, from the first 4,096 tokens. By default: what loses 1 %, from 16,384.
+    # 4x smaller, if that loses at most 2 %, fitted to the first 4,096 tokens. Defaults: at most 1 %, 16,384 tokens.
     model.compile(backend="flashhead", options={"ratio": 4, "max_loss": "2%", "calibration_tokens": 4096})
     with torch.no_grad():
-        for _ in range(9):  # what the program does anyway; the ninth call completes the stream
+        for _ in range(9):  # the program's normal calls; the ninth completes the calibration tokens
             model(input_ids=torch.randint(2, 64, (1, 480)), use_cache=False)
         prompt = torch.randint(2, 64, (1, 300))
         print("generated:", model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 300:].tolist())

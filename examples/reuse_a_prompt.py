@@ -1,4 +1,4 @@
-"""Read a long prompt once, keep its latents in a file, and ask about it later.
+"""Read a long prompt once, save its latents to a file, and ask about it later.
 
 python examples/reuse_a_prompt.py
 """

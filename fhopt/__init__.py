@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from fhopt.backend.compile_report import report as report
     from fhopt.cache import LatentCache as LatentCache
     from fhopt.calibration.api import fit as fit
+    from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.hf.apply import apply as apply
+    from fhopt.hf.apply import latent_cache as latent_cache
     from fhopt.hf.apply import unapply as unapply
     from fhopt.hf.load import load as load
     from fhopt.hf.prompt_cache import load_cache as load_cache
@@ -36,7 +38,9 @@ _WHERE = {
     "LatentPlan": "fhopt.plan",
     "apply": "fhopt.hf.apply",
     "draw": "fhopt.inspection.drawing",
+    "exact_plan": "fhopt.fitting.fit_plan",
     "fit": "fhopt.calibration.api",
+    "latent_cache": "fhopt.hf.apply",
     "load": "fhopt.hf.load",
     "load_cache": "fhopt.hf.prompt_cache",
     "report": "fhopt.backend.compile_report",
@@ -51,7 +55,9 @@ __all__ = [
     "__version__",
     "apply",
     "draw",
+    "exact_plan",
     "fit",
+    "latent_cache",
     "load",
     "load_cache",
     "report",
