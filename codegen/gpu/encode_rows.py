@@ -192,14 +192,7 @@ def encode_kernel(
     rows = x + b * x_b + (j * heads).to(tl.int64) * x_h + t.to(tl.int64) * x_t
     bases = basis + j.to(tl.int64) * basis_j
 
-    place = at + t.to(tl.int64)
-    if places is not None:
-        place = tl.load(places + t, mask=live, other=-1)
-    here = live & (place >= 0)
-    entry = tl.zeros([BLOCK_T], tl.int64) + b
-    if PAGE:
-        entry = tl.load(table + b * table_b + place // PAGE, mask=here, other=-1).to(tl.int64)
-        here, place = here & (entry >= 0), place % PAGE
+    entry, place, here = destination(t, b, live, at, places, table, table_b, PAGE)
     row = codes + entry * codes_b + j.to(tl.int64) * codes_j + place * codes_t  # [T]
 
     energy = tl.zeros([BLOCK_T], tl.float32)
@@ -223,6 +216,29 @@ def encode_kernel(
             g = first + tl.arange(0, BLOCK_G)
             z = project(rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D)
             store_tier(row + byte, z, inverse, bits, width, step, g, here)
+
+
+@_jit
+def destination(
+    t: tl.tensor,
+    b: tl.tensor,
+    live: tl.tensor,
+    at: tl.tensor,
+    places: tl.tensor,
+    table: tl.tensor,
+    table_b: tl.tensor,
+    PAGE: tl.constexpr,
+) -> tl.tensor:
+    """Find where tokens t [T] are stored: sequence or page of the pool, row in it, and whether they are stored."""
+    place = at + t.to(tl.int64)
+    if places is not None:
+        place = tl.load(places + t, mask=live, other=-1)
+    here = live & (place >= 0)
+    entry = tl.zeros(t.shape, tl.int64) + b
+    if PAGE:
+        entry = tl.load(table + b * table_b + place // PAGE, mask=here, other=-1).to(tl.int64)
+        here, place = here & (entry >= 0), place % PAGE
+    return entry, place, here
 
 
 @_jit

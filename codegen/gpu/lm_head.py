@@ -137,38 +137,16 @@ def bounds_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
-    """ROWS slots of the blocks `codes` [blocks, words] for BLOCK_M hidden states: estimates and bounds [count, V].
-
-    Sums over both tiers are of integers: u - 128 in 8 bits, u in 4 bits.
-    """
+    """Bound the logits of ROWS slots of the blocks `codes` for BLOCK_M hidden states: estimates and bounds [M, V]."""
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     there, asked = slot < slots, m < count
     block = (slot // 16).to(tl.int64) * words
     at = codes + block + slot % 16
     states = hidden + m.to(tl.int64) * rank
-    first = tl.zeros([ROWS, BLOCK_M], tl.int32)
+    first = add_bytes(tl.zeros([ROWS, BLOCK_M], tl.int32), at, states, there, asked, lead // 4, STEP)
     second = tl.zeros([ROWS, BLOCK_M], tl.int32)
-    for start in range(0, lead // 4, STEP):
-        group = start + tl.arange(0, STEP)  # [STEP]
-        inside = group < lead // 4
-        word = tl.load(at[:, None] + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0)
-        for k in tl.static_range(4):
-            u = (((word >> (8 * k)) & 255) - 128).to(tl.int8)  # [ROWS, STEP]
-            h = tl.load(states[None, :] + group[:, None] * 4 + k, mask=inside[:, None] & asked[None, :], other=0)
-            first = tl.dot(u, h, first)
-    for start in range(0, (rank - lead) // 8, STEP):
-        group = start + tl.arange(0, STEP)
-        inside = group < (rank - lead) // 8
-        word = tl.load(
-            at[:, None] + lead * 4 + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0
-        )  # [ROWS, STEP]
-        for k in tl.static_range(8):
-            u = ((word >> (8 * (k % 4) + 4 * (k // 4))) & 15).to(tl.int8)
-            h = tl.load(
-                states[None, :] + lead + group[:, None] * 8 + k, mask=inside[:, None] & asked[None, :], other=0
-            )  # [STEP, BLOCK_M]
-            second = tl.dot(u, h, second)
+    second = add_halves(second, at + lead * 4, states + lead, there, asked, (rank - lead) // 8, STEP)
     numbers = (codes + block + lead * 4 + (rank - lead) * 2).to(tl.pointer_type(tl.bfloat16)) + slot % 16
     query = about + m * 10
     offset, slack = tl.load(query, mask=asked, other=0.0), tl.load(query + 1, mask=asked, other=0.0)
@@ -189,3 +167,47 @@ def bounds_kernel(
     kept = (row >= 0)[:, None] & asked[None, :]
     tl.store(estimates + to, estimate, mask=kept)
     tl.store(bounds + to, upper, mask=kept)
+
+
+@_jit
+def add_bytes(
+    total: tl.tensor,
+    at: tl.tensor,
+    states: tl.tensor,
+    there: tl.tensor,
+    asked: tl.tensor,
+    words: tl.tensor,
+    STEP: tl.constexpr,
+) -> tl.tensor:
+    """Add products of hidden states with coordinates of 8 bits, u - 128, to integers `total` [ROWS, BLOCK_M]."""
+    for start in range(0, words, STEP):
+        group = start + tl.arange(0, STEP)  # [STEP]
+        inside = group < words
+        word = tl.load(at[:, None] + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0)
+        for k in tl.static_range(4):
+            u = (((word >> (8 * k)) & 255) - 128).to(tl.int8)  # [ROWS, STEP]
+            h = tl.load(states[None, :] + group[:, None] * 4 + k, mask=inside[:, None] & asked[None, :], other=0)
+            total = tl.dot(u, h, total)
+    return total
+
+
+@_jit
+def add_halves(
+    total: tl.tensor,
+    at: tl.tensor,
+    states: tl.tensor,
+    there: tl.tensor,
+    asked: tl.tensor,
+    words: tl.tensor,
+    STEP: tl.constexpr,
+) -> tl.tensor:
+    """Add products of hidden states with coordinates of 4 bits, u, to integers `total` [ROWS, BLOCK_M]."""
+    for start in range(0, words, STEP):
+        group = start + tl.arange(0, STEP)  # [STEP]
+        inside = group < words
+        word = tl.load(at[:, None] + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0)
+        for k in tl.static_range(8):
+            u = ((word >> (8 * (k % 4) + 4 * (k // 4))) & 15).to(tl.int8)  # [ROWS, STEP]
+            h = tl.load(states[None, :] + group[:, None] * 8 + k, mask=inside[:, None] & asked[None, :], other=0)
+            total = tl.dot(u, h, total)
+    return total
