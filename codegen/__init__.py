@@ -1,4 +1,4 @@
-"""Kernels made from text: a `KernelSpec` says what, a renderer writes the file, `build` makes it callable.
+"""Generated kernels: a `KernelSpec` says what, a renderer writes the file, `build` makes it callable.
 
 - `render(spec, "cpp")`: one C++ file for CPUs (cpu/attention.py); `render(spec, "triton")`: two kernels for GPUs
   (gpu/attention.py); `render(spec, "torch")`: plain torch operations (eager.py).
@@ -6,8 +6,8 @@
   gpu/launch.py).
 - `latent_attention(...)`: the kernel that its arguments need, built at the first call (dispatch.py).
 - `fhopt::pack` and `fhopt::unpack` need no spec: one C++ file (cpu/packing.py), two Triton kernels (gpu/packing.py).
-- `expect(specs)`: these will be needed together, and are compiled side by side when the first of them is.
-- `install()`: the ops run through all of these.
+- `expect(specs)`: kernels that will be needed together are compiled side by side when the first of them is.
+- `install()`: fill in the kernels of all ops; nothing else does.
 """
 
 from fhopt.codegen.build import build, render

@@ -1,10 +1,7 @@
-"""From a `KernelSpec` to something that can be called: render, keep in the file cache, compile, load.
+"""Build kernels: from a `KernelSpec` to a callable, rendered, kept in the file cache, compiled and loaded.
 
-Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, where nobody else may
-write: what is in it is run. A file's name is the name of the spec and a hash of its text (for C++ also of compiler,
-flags and host CPU, since the code is made for that CPU), so a file that exists is right and is never written again.
-Files appear whole (written aside, then renamed) and are made under a lock, so that processes that need the same kernel
-at once build it once.
+Files go to the file cache (fhopt/system.py). The name of one is the name of the spec and a hash of its text, for C++
+also of compiler and CPU (compiler.py), so a file that exists is right and is never written again.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -29,7 +26,7 @@ from fhopt.system import cached_file, text_digest, write_text
 
 
 def render(spec: KernelSpec, target: str) -> str:
-    """The text of the kernel of `spec` for `target`, "cpp", "torch" or "triton". Raises FhoptError for another."""
+    """Render the kernel of `spec` for `target`: "cpp", "torch" or "triton". Raises FhoptError for another target."""
     renderers: dict[str, Callable[[KernelSpec], str]] = {
         "cpp": cpu_attention.render,
         "torch": eager.render,
@@ -42,10 +39,10 @@ def render(spec: KernelSpec, target: str) -> str:
 
 @functools.cache
 def build(spec: KernelSpec) -> LatentKernel:
-    """The kernel of `spec`, with the signature of `fhopt.ops.latent_attention_reference`; built once in a process.
+    """Build the kernel of `spec` for CPUs, once in a process.
 
-    Compiled C++ where a compiler is found, else (with one warning) plain torch operations. The kernel ignores the tier
-    arguments: they are fixed by `spec`.
+    It has the signature of `fhopt.ops.latent_attention_reference`. Compiled C++ where a compiler is found, else (with
+    one warning) plain torch operations. The kernel ignores the arguments for bit groups: they are fixed by `spec`.
     """
     try:
         return build_cpp(spec)
@@ -55,24 +52,24 @@ def build(spec: KernelSpec) -> LatentKernel:
 
 
 def build_cpp(spec: KernelSpec) -> LatentKernel:
-    """The compiled kernel of `spec`. Raises CompileError."""
+    """Build the C++ kernel of `spec`. Raises CompileError."""
     return LibraryKernel(load(spec.name, cpu_attention.render(spec)).latent_attention, spec)
 
 
 def build_torch(spec: KernelSpec) -> LatentKernel:
-    """The kernel of `spec` in plain torch operations."""
+    """Build the kernel of `spec` in plain torch operations."""
     kernel: LatentKernel = load_module(spec.name, eager.render(spec)).latent_attention
     return kernel
 
 
 @functools.cache
 def build_triton(spec: KernelSpec) -> TritonKernel:
-    """The kernel of `spec` for GPUs. Raises ImportError where there is no Triton."""
+    """Build the Triton kernels of `spec`. Raises ImportError where there is no Triton."""
     return TritonKernel(load_module(f"{spec.name}_triton", gpu_attention.render(spec)), spec)
 
 
 def load_module(name: str, text: str) -> ModuleType:
-    """The module of the Python file `text`, which is kept in the file cache (Triton reads it again)."""
+    """Import the Python file `text`, which is kept in the file cache (Triton reads it again)."""
     stem = f"{name}-{text_digest(text)}"
     path = cached_file(f"{stem}.py", lambda path: write_text(path, text))
     module_spec = importlib.util.spec_from_file_location(f"fhopt_kernel_{text_digest(stem)}", path)

@@ -22,11 +22,11 @@ FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared"
 
 
 class CompileError(Exception):
-    """No compiler, or one that refused the file. The message is a sentence for the user."""
+    """There is no compiler, or it refused the file. The message is a sentence for the user."""
 
 
 def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library of the C++ file `text`, compiled with `flags` beside the usual ones. Raises CompileError."""
+    """Compile the C++ file `text` with FLAGS and `flags`, and load the library. Raises CompileError."""
     compiler = find_compiler()
     flags = (*FLAGS, *flags, native_flag())
     stem = f"{name}-{text_digest(text, _identity(compiler), *flags)}"
@@ -38,7 +38,7 @@ def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ..
 
 
 def warn_without_compiler(error: CompileError) -> None:
-    """Say, once in a process, that kernels cannot be compiled and what follows from it."""
+    """Warn, once in a process, that kernels cannot be compiled, and say what follows from it."""
     warn_once(
         "compiler",
         f"{error} Attention on latents runs on plain torch operations, which is slower. "
@@ -47,7 +47,7 @@ def warn_without_compiler(error: CompileError) -> None:
 
 
 def find_compiler() -> str:
-    """Path of the first C++ compiler on PATH. Raises CompileError."""
+    """Find the first C++ compiler on PATH. Raises CompileError."""
     for name in COMPILERS:
         if path := shutil.which(name):
             return path
@@ -55,7 +55,7 @@ def find_compiler() -> str:
 
 
 def vector_unit() -> str:
-    """What generated kernels compute with on this CPU, in words; it is settled when they are compiled."""
+    """Describe the vector unit that kernels are compiled for on this CPU."""
     try:
         compiler = find_compiler()
     except CompileError:
@@ -69,7 +69,7 @@ def vector_unit() -> str:
     return f"vectors of 4 floats, compiled by {name}"
 
 
-# Macros of a compiler, and what the text of `cpp` does where they are defined.
+# Macros of a compiler, and what kernels compute with where they are defined.
 _UNITS = (
     (
         {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"},
@@ -90,18 +90,18 @@ def _compile(compiler: list[str], text: str, library: Path, links: tuple[str, ..
         failed = _errors([*command, "-fopenmp"])
         if failed and _errors(command):  # without OpenMP the kernel runs on one thread
             lines = failed.strip().splitlines()
-            said = next((line for line in lines if "error" in line), lines[0])
-            raise CompileError(f"{compiler[0]} refused a generated file: {said}.")
+            message = next((line for line in lines if "error" in line), lines[0])
+            raise CompileError(f"{compiler[0]} refused a generated file: {message}.")
 
 
 def _errors(command: list[str]) -> str:
-    """What the compiler said when it failed; empty when it did not."""
+    """Run the compiler and return what it said when it failed; empty when it did not."""
     done = _run(command)
     return (done.stderr or "no message") if done.returncode else ""
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the compiler. Raises CompileError when it cannot be started."""
+    """Run the compiler. Raises CompileError where it cannot be started."""
     try:
         return subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -109,19 +109,19 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def native_flag() -> str:
-    """The flag that compiles for the CPU of this machine."""
+    """Return the flag that compiles for the CPU of this machine."""
     arm = platform.machine().lower() in ("arm64", "aarch64")
     return "-mcpu=native" if arm else "-march=native"
 
 
 @functools.cache
 def _identity(compiler: str) -> str:
-    """Which compiler and which CPU: code for one CPU may not run on another that shares the cache folder."""
+    """Describe compiler and CPU: code for one CPU may not run on another that shares the cache folder."""
     version = _run([compiler, "--version"]).stdout.partition("\n")[0]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    cpu = [line for line in dict.fromkeys(lines) if line.startswith(wanted)]
+    fields = ("model name", "flags", "Features", "CPU part")
+    cpu = [line for line in dict.fromkeys(lines) if line.startswith(fields)]
     return "\n".join([version, platform.machine(), platform.processor(), *cpu])

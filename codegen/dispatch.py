@@ -1,4 +1,4 @@
-"""From the arguments of `fhopt::latent_attention` to the kernel that serves them, built at the first call.
+"""Dispatch: from the arguments of an op to the kernel that serves them, built at the first call.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -54,7 +54,7 @@ def install() -> None:
 
 
 def expect(specs: Iterable[KernelSpec]) -> None:
-    """Kernels for a CPU that will be needed together: the first of them that is called for brings the others with it.
+    """Expect kernels for a CPU to be needed together: the first that is called for brings the others with it.
 
     Compilers run side by side, one a core, where kernels would else be compiled one after the other. Whatever was
     expected before is so no longer.
@@ -64,7 +64,7 @@ def expect(specs: Iterable[KernelSpec]) -> None:
 
 
 def _build_with_others(spec: KernelSpec) -> LatentKernel:
-    """The kernel of `spec`; all that are expected are built with it where it is one of them."""
+    """Build the kernel of `spec`, and all that are expected where it is one of them."""
     if spec in _expected:
         specs = sorted(_expected, key=lambda each: each.name)
         _expected.clear()
@@ -94,7 +94,7 @@ def latent_attention(
     pages: Tensor | None = None,
     page_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on latents by the generated kernel of these tiers; `fhopt.ops.latent_attention_reference` says what.
+    """Compute attention on latents by a generated kernel, as `fhopt.ops.latent_attention_reference` does.
 
     Calls that no kernel serves (gradients, float64) run the reference.
     """
@@ -121,7 +121,7 @@ def latent_attention(
 def _known_kernel(
     query: Tensor, key: Tensor, value: Tensor, sides: tuple[Sequence[float], ...], softcap: bool
 ) -> LatentKernel:
-    """The kernel for these options, made at the first call. sides: bits, widths and steps of keys, then of values."""
+    """Return the kernel of these options, built once. sides: bits, widths and steps of keys, then of values."""
     if query.dtype == torch.float64:
         return latent_attention_reference
     tiers = tuple(map(tuple, sides))
@@ -134,9 +134,9 @@ def _known_kernel(
 
 
 def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Choose pages, attend to them and let the mean of values stand for the others, in one call of machine code.
+    """Select pages, attend to them and let the mean of values stand for the others, in one call of machine code.
 
-    `page_ops.attend_pages_reference` says what. None where one of the kernels does not serve.
+    The reference is `page_ops.attend_pages_reference`. None where one of the kernels does not serve.
     """
     if learns(step.query, step.key, step.value):
         return None
@@ -148,7 +148,7 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
 ) -> LatentKernel:
-    """The kernel for these options, or the reference where none can be built."""
+    """Build the kernel of these options; the reference where none can be built."""
     key_tiers, value_tiers = (tuple(zip(*tiers[i : i + 3], strict=True)) for i in (0, 3))
     uncoded = {x.dtype for x, coded in ((key, key_tiers), (value, value_tiers)) if not coded}
     if not uncoded <= _DTYPES.keys():

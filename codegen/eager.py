@@ -1,7 +1,7 @@
 """Render the plain torch kernel of a `KernelSpec`: the fallback where there is no compiler.
 
-The file holds only what its spec needs: no loop over tiers, no branch on bits. Tokens are taken 1,024 at a time and the
-tiles merged by their running log-sum-exp, so that unpacked latents of full length never exist.
+The file holds only what its spec needs: no loop over bit groups, no branch on bits. Tokens are taken 1,024 at a time
+and the tiles merged by their running log-sum-exp, so that unpacked latents of full length never exist.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -17,7 +17,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 
 def render(spec: KernelSpec) -> str:
-    """The text of the kernel of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
+    """Render the Python file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
     check(spec)
     return read_source("fhopt.codegen", "eager.py.in").substitute(
         name=spec.name,
@@ -36,16 +36,17 @@ def render(spec: KernelSpec) -> str:
 
 
 def _factors_out(tiers: Tiers) -> bool:
-    """True when the scale of a token may multiply the product instead of every element: all channels have it."""
+    """Return True when the scale of a token may multiply the product instead of every element: all channels have it."""
     return bool(tiers) and all(bits < 16 for bits, _, _ in tiers)
 
 
 def _is_mixed(tiers: Tiers) -> bool:
-    """True when some channels have the scale of the token and others, of 16 bits, do not."""
+    """Return True when some channels have the scale of the token and others, of 16 bits, do not."""
     return is_scaled(tiers) and not _factors_out(tiers)
 
 
 def _call(side: str, tiers: Tiers) -> str:
+    """Render the expression for the rows of a tile as floats."""
     if not tiers:
         return f"{side}[:, :, tile].float()"
     scale = f", {side}_scale[:, :, tile]" if _is_mixed(tiers) else ""
@@ -53,7 +54,7 @@ def _call(side: str, tiers: Tiers) -> str:
 
 
 def _functions(spec: KernelSpec) -> list[str]:
-    """The functions below the kernel: one per side, and the helpers that these call."""
+    """Render the functions below the kernel: one per side, and the helpers that these call."""
     tiers = spec.key_tiers + spec.value_tiers
     scaled = any(_factors_out(side) for side in (spec.key_tiers, spec.value_tiers))
     parts = [_unpack("key", spec.key_tiers), _unpack("value", spec.value_tiers)]
@@ -64,6 +65,7 @@ def _functions(spec: KernelSpec) -> list[str]:
 
 
 def _unpack(side: str, tiers: Tiers) -> str:
+    """Render the function that unpacks the rows of one side, empty for rows that are not quantized."""
     if not tiers:
         return ""
     mixed = _is_mixed(tiers)
@@ -86,6 +88,7 @@ def _unpack(side: str, tiers: Tiers) -> str:
 
 
 def _piece(bits: int, rows: str, step: float, factor: str) -> str:
+    """Render the expression for one bit group as floats."""
     if bits == 16:
         return f"float16_of({rows})"
     codes = rows if bits == 8 else f"codes{bits}({rows})"
@@ -93,7 +96,7 @@ def _piece(bits: int, rows: str, step: float, factor: str) -> str:
 
 
 def _codes(bits: int) -> str:
-    """The function that reads codes of `bits` < 8 bits, from one bit plane or from two with functions of their own."""
+    """Render the function that reads `bits` < 8 bits, from one bit plane or from two with functions of their own."""
     high, *low = planes(bits)
     if low:
         return _PLANES.substitute(bits=bits, high=high, low=low[0])

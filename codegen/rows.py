@@ -25,7 +25,7 @@ class RowFormat:
         self.row = sum(bits * w for bits, w, _ in tiers) // 8 or width  # elements
 
     def rows(self, x: Tensor) -> Tensor:
-        """`x` in the type the kernel reads, its last dimension dense."""
+        """Convert `x` to the type that the kernel reads, its last dimension dense. Raises ValueError."""
         if x.dtype != self.dtype:
             if self.coded:
                 raise ValueError(f"{self.name} has type {x.dtype}; codes are torch.uint8. Pass what fhopt::pack gave.")
@@ -41,10 +41,10 @@ class RowFormat:
                 f"[{query[0]}, J, {tokens}, {self.row}], J a divisor of {query[1]}. Build the kernel of these tiers."
             )
         if self.scaled and (scale is None or scale.dtype != torch.float16 or scale.shape != (batch, heads, rows)):
-            found = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
-            raise ValueError(f"{self.name}_scale is {found}; expected torch.float16 {(batch, heads, rows)}.")
+            actual = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
+            raise ValueError(f"{self.name}_scale is {actual}; expected torch.float16 {(batch, heads, rows)}.")
 
     def addresses(self, x: Tensor, scale: Tensor | None) -> tuple[int, ...]:
-        """Address and strides of [B, J, T] of the rows and of the scales."""
+        """Return address and strides over [B, J, T] of the rows, then of the scales."""
         scales = (scale.data_ptr(), *scale.stride()) if self.scaled and scale is not None else NO_TENSOR
         return (x.data_ptr(), *x.stride()[:3], *scales)

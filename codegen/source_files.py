@@ -1,9 +1,11 @@
 """Kernel sources: files in the language of the kernel, in the folders `sources`, from which generated files are made.
 
-$name               what varies
-$name, alone        whole lines, each with its end, or none
-#include "name.h"   the text of that file, so that a generated file needs no other
-//: words           for who reads the source; left out, as are lines that switch clang-format off and on
+    $name               what varies
+    $name, alone        whole lines, each with its end, or none
+    #include "name.h"   the text of that file, so that a generated file needs no other
+    //: words           for who reads the source; left out, as are lines that switch clang-format off and on
+
+In C++ a placeholder that stands for a definition has a semicolon, without which clang-format would join two of them.
 """
 
 from __future__ import annotations

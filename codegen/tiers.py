@@ -1,4 +1,4 @@
-"""What the renderers share: the tiers of a `KernelSpec`, checked and in words."""
+"""Bit groups of a `KernelSpec`: checks, and their description at the head of a generated file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
 
-Tiers = tuple[tuple[int, int, float], ...]  # (bits, width, step) in channel order; none: uncoded
-PLANES = (  # the format of codes (fhopt/ops/latent_attention.py), for the head of a generated file
+Tiers = tuple[tuple[int, int, float], ...]  # bit groups (bits, width, step) in channel order; none: not quantized
+PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), for the head of a generated file
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )
@@ -29,10 +29,10 @@ def check(spec: KernelSpec) -> None:
 
 
 def is_scaled(tiers: Tiers) -> bool:
-    """True when a token has a scale that counts: some channels are codes, not float16."""
+    """Return True when a token has a scale that counts: some channels are quantized, not float16."""
     return any(bits < 16 for bits, _, _ in tiers)
 
 
 def legend(tiers: Tiers, width: int) -> str:
-    """One side in words, for the head of a generated file."""
+    """Describe the bit groups of one side, for the head of a generated file."""
     return ", ".join(f"{w} x {bits}" for bits, w, _ in tiers) + " bits" if tiers else f"{width} uncoded"

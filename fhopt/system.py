@@ -1,4 +1,4 @@
-"""The machine below fhopt: the file cache, the CPUs of this process, whether Triton is installed.
+"""The file cache, the CPUs of this process, and whether Triton is installed.
 
 Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, where nobody else may
 write: generated code in it is run. They appear whole (written aside, then renamed) and are made under a lock, so that
@@ -29,24 +29,24 @@ _warned: set[str] = set()
 
 @functools.cache
 def has_triton() -> bool:
-    """True where Triton is installed; it is not imported for that."""
+    """Return True where Triton is installed; it is not imported for that."""
     return importlib.util.find_spec("triton") is not None
 
 
 def cores() -> int:
-    """Logical CPUs that this process may use."""
+    """Count the logical CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_folder() -> Path:
-    """Where generated files are kept: FHOPT_CACHE_DIR, or `fhopt` below XDG_CACHE_HOME, else ~/.cache."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
+    """Return the folder of generated files: FHOPT_CACHE_DIR, or `fhopt` below XDG_CACHE_HOME, else ~/.cache."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fhopt"
 
 
 def cached_file(name: str, make: Callable[[Path], None]) -> Path:
-    """The cache's file `name`, made by `make(path)` under a lock when it is not there yet."""
+    """Return the path of the file `name` of the cache, made by `make(path)` under a lock when it is not there yet."""
     try:
         return _found_or_made(cache_folder() / name, make)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def text_digest(*parts: str) -> str:
-    """Digest of texts for file names, 8 hexadecimal digits."""
+    """Compute a digest of texts for file names, 8 hexadecimal digits."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 

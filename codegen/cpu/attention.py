@@ -1,9 +1,10 @@
 """Render the C++ kernel of a `KernelSpec`: latent attention for CPUs, one readable C++17 file without dependencies.
 
-What varies with the spec stands in the first page of the file: widths, one unpacking line per tier, softcap. All that
-follows is the same text in every file, specialised by these constants. The file is compiled by GCC or Clang for
-whatever vector unit the host has and called through one struct (`ARGUMENTS`). Products of floats are written in vector
-extensions; products of bytes, for AVX-512 VNNI, in intrinsics (`cpp_integer`).
+What varies with the spec stands in the first page of the file: widths, one unpacking line per bit group, softcap. All
+that follows (sources/attention.cpp) is the same text in every file, specialised by these constants. The file is
+compiled by GCC or Clang for whatever vector unit the host has and called through one struct (`ARGUMENTS`). Products of
+floats are written in vector extensions; products of bytes, for AVX-512 VNNI, in intrinsics
+(sources/integer_products.h).
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
@@ -24,7 +25,7 @@ _UNCODED = {"float32": ("copy_float32", 4), "bfloat16": ("copy_bfloat16", 2), "f
 
 
 def render(spec: KernelSpec) -> str:
-    """The text of the kernel of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
+    """Render the C++ file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
     check(spec)
     return read_source("fhopt.codegen.cpu", "attention.cpp").substitute(
         name=spec.name,
@@ -40,7 +41,7 @@ def render(spec: KernelSpec) -> str:
 
 
 def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
-    """The struct that tells how wide a row of one side is and how it becomes floats."""
+    """Render the struct that says how wide a row of one side is and how it becomes floats."""
     copy, size = _UNCODED[dtype]
     scaled = is_scaled(tiers)
     table = tiers or ((8 * size, width, 1.0),)
@@ -64,6 +65,7 @@ def _side(name: str, tiers: Tiers, width: int, dtype: str) -> str:
 
 
 def _copy_lines(tiers: Tiers, scaled: bool) -> list[str]:
+    """Render the lines that turn each bit group of a row into floats."""
     lines, byte, channel = [], 0, 0
     for bits, width, _ in tiers:
         if bits < 16:

@@ -1,4 +1,4 @@
-"""Kernels of a compiled graph, called from C++.
+"""C++ ops that graphs compiled for a CPU call in place of the Python ones.
 
 before                                                        after, in an inference graph for CPUs
 fhopt.latent_attention(q, k, s_k, v, s_v, mask, tiers...)     fhopt.latent_kernel(NAME, q, k, s_k, v, s_v, mask, ...)
@@ -9,8 +9,9 @@ F.linear(x, w, b) of at most 16 rows                          fhopt.skinny_linea
 The ops on the right are implemented in one C++ library, which is compiled against the stable part of torch's
 C++ interface (torch/csrc/stable) and knows kernels by the name of their `KernelSpec`. A call costs 3 to 5 microseconds
 in place of the 20 to 40 of a Python implementation. They do what the ops on the left do, for tensors that a graph has
-checked, and know no gradients. `attend_kernel` is a decoding layer's attention on a cache as a whole: it absorbs the
-queries, runs the kernels of latents, window and open tokens, expands and merges, where eight operations did.
+checked, and know no gradients. `attend_kernel` is a decoder layer's attention on a KV cache as a whole: it absorbs the
+queries, runs the kernels of packed latents, residual window and newest tokens, expands and merges, where eight
+operations did.
 
 Without a compiler graphs keep the ops on the left.
 
@@ -100,27 +101,27 @@ torch.library.register_fake("fhopt::skinny_linear", _skinny_linear_fake, lib=_LI
 
 
 def call_kernels(module: fx.GraphModule, products: bool = True) -> fx.GraphModule:
-    """The graph with the ops on the right wherever they serve; the same module where they do not.
+    """Replace the ops of a graph by C++ ones wherever they serve; the same module where none does.
 
-    For graphs without gradients, whose nodes have `meta["example_value"]`, as Dynamo's have. products: of few rows,
-    too.
+    For graphs without gradients, whose nodes have `meta["example_value"]`, as Dynamo's have. products: linear
+    layers on few rows, too.
     """
     products = products and not _casts(module.graph)
-    wanted = [n for n in module.graph.nodes if n.op == "call_function" and _native_call(n, products) is not None]
-    if not wanted or library() is None:
+    served = [n for n in module.graph.nodes if n.op == "call_function" and _native_call(n, products) is not None]
+    if not served or library() is None:
         return module
     changed = fx.GraphModule(module, copy.deepcopy(module.graph))
     changed.meta.update(module.meta)
     for node in changed.graph.nodes:
-        found = _native_call(node, products) if node.op == "call_function" else None
-        if found is not None:
-            node.target, node.args, node.kwargs = found
+        call = _native_call(node, products) if node.op == "call_function" else None
+        if call is not None:
+            node.target, node.args, node.kwargs = call
     changed.recompile()
     return changed
 
 
 def _native_call(node: fx.Node, products: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """(target, args, kwargs) that do in C++ what the node says, None where nothing does."""
+    """Return (target, args, kwargs) that do in C++ what the node says; None where nothing does."""
     if node.target in _LINEAR:
         return _linear_call(node) if products else None
     name = getattr(node.target, "_qualified_op_name", None) or str(getattr(node.target, "_name", ""))
@@ -137,16 +138,16 @@ _LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 
 
 def _casts(graph: fx.Graph) -> bool:
-    """True under autocast: what a product computes in is then not what its operands say."""
+    """Return True under autocast: what a product computes in is then not what its operands say."""
     entered = any("autocast" in str(getattr(n.target, "__name__", "")) for n in graph.nodes)
     return entered or torch.is_autocast_enabled("cpu")
 
 
 def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Where few rows meet a weight that no cache holds."""
+    """Replace a linear layer of few rows whose weight no cache of the CPU holds."""
     names = ("input", "weight", "bias")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    x, weight, bias = (_value(given.get(name)) for name in names)
+    operands = dict(zip(names, node.args, strict=False)) | node.kwargs
+    x, weight, bias = (_value(operands.get(name)) for name in names)
     if not all(_is_plain(v) for v in (x, weight, bias) if v is not None) or weight.dim() != 2 or x.dim() < 1:
         return None
     if x.dtype not in _DTYPES or any(v.dtype != x.dtype for v in (weight, bias) if v is not None):
@@ -157,16 +158,17 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
         return None
     if weight.numel() * weight.element_size() < skinny_linear.LEAST_BYTES or not serve_skinny():
         return None
-    return torch.ops.fhopt.skinny_linear.default, tuple(given.get(name) for name in names), {}
+    return torch.ops.fhopt.skinny_linear.default, tuple(operands.get(name) for name in names), {}
 
 
 def _is_plain(x: Any) -> bool:
-    """A dense tensor on the CPU that is no subclass with a meaning of its own."""
+    """Return True for a dense tensor on the CPU that is no subclass with a meaning of its own."""
     plain = type(x) in (Tensor, torch.nn.Parameter, FakeTensor)
     return plain and x.device.type == "cpu" and x.layout == torch.strided
 
 
 def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Replace `fhopt::latent_attention` where a compiled kernel serves."""
     query, key, key_scale, value, value_scale, mask = node.args
     values = {k: _value(x) for k, x in (("query", query), ("key", key), ("value", value))}
     if any(not isinstance(v, Tensor) or v.device.type != "cpu" for v in values.values()):
@@ -186,10 +188,11 @@ def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]
 
 
 def _attend_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Replace `fhopt::attend_latents` where compiled kernels serve all its parts."""
     values = [_value(x) for x in node.args]
-    given = [x for x in values if isinstance(x, Tensor)]
+    tensors = [x for x in values if isinstance(x, Tensor)]
     query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = values
-    if any(x.device.type != "cpu" for x in given) or query.dtype not in _DTYPES:
+    if any(x.device.type != "cpu" for x in tensors) or query.dtype not in _DTYPES:
         return None
     if any(x.dtype != query.dtype for x in (key, value, key_decode, value_decode)):
         return None
@@ -210,7 +213,7 @@ def _attend_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
 
 
 def _spec(values: dict[str, Any], options: dict[str, Any]) -> KernelSpec | None:
-    """What the call needs, None where the kernel would have to convert keys or values."""
+    """Return the spec of the kernel that a call needs; None where it would have to convert keys or values."""
     tiers = {
         side: tuple(zip(*(options[f"{side}_{what}"] for what in ("bits", "widths", "steps")), strict=True))
         for side in ("key", "value")
@@ -227,6 +230,7 @@ def _spec(values: dict[str, Any], options: dict[str, Any]) -> KernelSpec | None:
 
 
 def _pack_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Replace `fhopt::pack` of latents that the C++ file packs."""
     latent, bits, widths, steps = node.args
     value, tiers = _value(latent), [tuple(x) for x in (bits, widths, steps) if isinstance(x, (list, tuple))]
     table = packing.tier_table(*tiers) if len(tiers) == 3 else None
@@ -240,12 +244,12 @@ def _value(x: Any) -> Any:
 
 
 def _masks(mask: Any) -> bool:
-    """True for masks that kernels read as they are."""
+    """Return True for masks that kernels read as they are, or none."""
     return mask is None or (isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.float32) and mask.dim() <= 4)
 
 
 def _lists(pages: Any, page_tokens: Any) -> bool:
-    """True for lists of pages that kernels read as they are, or none."""
+    """Return True for page lists that kernels read as they are, or none."""
     if pages is None:
         return True
     fits = isinstance(pages, Tensor) and pages.dtype == torch.int32 and pages.dim() == 3
@@ -253,7 +257,7 @@ def _lists(pages: Any, page_tokens: Any) -> bool:
 
 
 def _counts(lengths: Any) -> bool:
-    """True for lengths that are one number for all sequences, or none."""
+    """Return True for lengths that are one number for all sequences, or none."""
     return lengths is None or (isinstance(lengths, Tensor) and lengths.dtype == torch.int64 and lengths.dim() == 0)
 
 
@@ -277,7 +281,7 @@ def serve(spec: KernelSpec) -> bool:
 
 @functools.cache
 def serve_skinny() -> bool:
-    """Make products of few rows known to the library; False where that cannot be done."""
+    """Make linear layers on few rows known to the library; False where that cannot be done."""
     loaded, address = library(), skinny_linear.address()
     if loaded is None or address is None:
         return False
@@ -293,7 +297,7 @@ def render() -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The C++ library, loaded; None where it cannot be built."""
+    """Compile and load the library of C++ ops; None where it cannot be built."""
     functions = packing.library()
     if functions is None:
         return None

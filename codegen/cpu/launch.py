@@ -1,4 +1,4 @@
-"""Call a compiled kernel: check the tensors, then hand their addresses and strides to it in one struct.
+"""Launch compiled attention kernels: check tensors, then hand their addresses and strides over in one struct.
 
 Decoding calls attention once per layer and token, so a call does nothing that `build` could have done before.
 
@@ -26,8 +26,11 @@ _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
 
 class PreparedCall(NamedTuple):
-    """A call that has not been made: its struct, output [B,H,S,R_V] and lse [B,H,S], both float32, and what must live
-    until it is: query, rows of keys and of values, mask and lists, as the kernel reads them."""
+    """A call that has been checked and not yet made.
+
+    arguments: its struct. output [B,H,S,R_V] and lse [B,H,S], both float32. kept: tensors that must live until the call
+    is made (query, rows of keys and of values, mask and lists, as the kernel reads them).
+    """
 
     arguments: bytes
     output: Tensor
@@ -35,15 +38,15 @@ class PreparedCall(NamedTuple):
     kept: tuple[Tensor | None, ...]
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Once it was made: output in the type of the query, and lse."""
+        """Return output in the type of the query, and lse, once the call was made."""
         return (self.output if dtype == torch.float32 else self.output.to(dtype)), self.lse
 
 
 class LibraryKernel:
-    """A compiled kernel with the signature of `fhopt.ops.latent_attention_reference`; it ignores the tier arguments.
+    """A compiled kernel with the signature of `fhopt.ops.latent_attention_reference`.
 
-    It computes in float32; queries and uncoded latents of other types are converted. Raises ValueError when a shape or
-    type does not fit the spec: the machine code trusts its pointers.
+    It ignores the arguments for bit groups, and computes in float32; queries and uncoded latents of other types are
+    converted. Raises ValueError when a shape or type does not fit the spec: the machine code trusts its pointers.
     """
 
     def __init__(self, function: Any, spec: KernelSpec) -> None:
@@ -70,7 +73,7 @@ class LibraryKernel:
         page_tokens: int = 0,
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
-        """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
+        """Compute attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32."""
         call = self.prepared(
             query, key, key_scale, value, value_scale, mask, lengths, pages, page_tokens, scale, softcap
         )
@@ -82,7 +85,7 @@ class LibraryKernel:
         mask: Tensor | None, lengths: Tensor | None, pages: Tensor | None, page_tokens: int, scale: float,
         softcap: float,
     ) -> PreparedCall:  # fmt: skip
-        """Check everything, and make the struct."""
+        """Check all tensors and fill in the struct of a call. Raises ValueError."""
         b, h, s, width = shape = tuple(query.shape)
         tokens = key.shape[2]
         if width != self._spec.key_width or (softcap != 0.0) != self._spec.softcap:
@@ -118,7 +121,7 @@ def _queries(query: Tensor) -> Tensor:
 
 
 def _pages(pages: Tensor, page_tokens: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """Address, strides and sizes of lists [B,U,N]. Raises ValueError for what the kernel cannot read."""
+    """Return address, strides and sizes of page lists [B,U,N]. Raises ValueError for what the kernel cannot read."""
     batch, heads, tokens = shape
     fits = pages.dim() == 3 and pages.shape[0] == batch and pages.shape[1] > 0 and heads % pages.shape[1] == 0
     if not fits or pages.dtype != torch.int32 or pages.stride(2) != 1 or page_tokens <= 0 or page_tokens % PAGE_QUANTUM:

@@ -1,14 +1,14 @@
-"""Which rows of a language-model head may have the largest logits, as one C++ file for CPUs.
+"""Search the rows of a language-model head that may have the largest logits, in one C++ file for CPUs.
 
     h' = A h                                                    hidden state in the basis of the head [R]
-    s_w = offset + h^.w^          (codes of few bits)           estimate of the logit of row w
+    s_w = offset + h^.w^          (few bits a value)            estimate of the logit of row w
     u_w = s_w + |h'_1| e1_w + |h'_2| e2_w + |h' - h^|_1 n1_w + |h' - h^|_2 n2_w                 upper bound of it
     scored: every row with u_w >= the k-th largest exact logit found, less a margin
 
-Codes of all rows (or of the rows of the clusters that are probed) are read once, at the speed of memory; exact rows are
-read in the order of their bounds until no bound reaches the k-th largest logit. By the Cauchy-Schwarz inequality, used
-in both tiers of coordinates and for the rounding of the hidden state, the k largest logits are then among those that
-were computed, whatever the hidden state is. What is computed in float32 is allowed for (`slack`).
+Quantized values of all rows (or of those of the clusters that are probed) are read once, at the speed of memory; exact
+rows are read in the order of their bounds until no bound reaches the k-th largest logit. By the Cauchy-Schwarz
+inequality, used in both tiers of coordinates and for the rounding of the hidden state, the k largest logits are then
+among those that were computed, whatever the hidden state is. What is computed in float32 is allowed for (`slack`).
 
 A block is 16 rows of the head, one for each lane, so that sums need no reduction across lanes:
 
@@ -47,7 +47,7 @@ _arguments = struct.Struct("@9q 4q 8q q3d 2q2d 6q").pack
 
 @dataclass(frozen=True)
 class Codes:
-    """A head as the kernel reads it; fhopt/lm_head/quantize.py makes it, and says what is in it.
+    """A quantized language-model head as the kernel reads it; fhopt/lm_head/quantize.py makes it.
 
     codes: uint8 [blocks, bytes of a block]. transform: bfloat16 [R, C], or None where h' = h. centre: float32 [C]: what
     was taken from every row. centroids: bfloat16 [K, R]; radii: float32 [K]. transform_norm: Frobenius norm of the
@@ -67,13 +67,13 @@ class Codes:
 
     @property
     def cluster_blocks(self) -> int:
-        """Blocks of a cluster."""
+        """Number of blocks of a cluster."""
         return self.codes.shape[0] // self.centroids.shape[0]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for.
+    """Options of a search.
 
     keep: k: the k largest logits are found for certain. margin: logits that are at most this much below them, too.
     probes: clusters whose rows are looked at, 0: all. spread: how much of a cluster's radius counts for its rank.
@@ -110,18 +110,18 @@ class Candidates:
 
 
 def render() -> str:
-    """The text of the C++ file: always the same."""
+    """Render the C++ file; it is always the same."""
     return read_source("fhopt.codegen.cpu", "lm_head.cpp").substitute()
 
 
 @functools.cache
 def library() -> Any | None:
-    """The compiled function `search`; None where it cannot be compiled."""
+    """Compile the function `search`; None where it cannot be compiled."""
     return compiled()
 
 
 def compiled(*flags: str) -> Any | None:
-    """The same, compiled with further flags."""
+    """Compile the function `search` with further flags; None where it cannot be compiled."""
     try:
         function = load("head", render(), flags).search
     except CompileError as error:
@@ -132,9 +132,9 @@ def compiled(*flags: str) -> Any | None:
 
 
 def search(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wanted: Search, function: Any | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search, function: Any | None = None
 ) -> Candidates:
-    """Candidates for hidden [M, C] and weight [V, C] of one type (float32, bfloat16, float16) on a CPU.
+    """Search candidates for hidden [M, C] and weight [V, C] of one type (float32, bfloat16, float16) on a CPU.
 
     bias: [V] of the same type, or None. function: what `compiled` gave, in place of `library()`. Raises ValueError for
     tensors that do not fit, and where nothing can be compiled.
@@ -142,14 +142,14 @@ def search(
     run = function or library()
     if run is None:
         raise ValueError("there is no compiled kernel")
-    _check(hidden, weight, bias, codes, wanted)
+    _check(hidden, weight, bias, codes, options)
     rows, width = hidden.shape
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    budget = min(wanted.budget, codes.vocabulary)
+    budget = min(options.budget, codes.vocabulary)
     ids = torch.empty(rows, budget, dtype=torch.int32)
     values, counts = torch.empty(rows, budget), torch.empty(rows, dtype=torch.int32)
-    estimates, bounds = (torch.empty(rows, codes.vocabulary) if wanted.bounds else None for _ in range(2))
-    logits = hidden.new_empty(rows, codes.vocabulary) if wanted.logits else None
+    estimates, bounds = (torch.empty(rows, codes.vocabulary) if options.bounds else None for _ in range(2))
+    logits = hidden.new_empty(rows, codes.vocabulary) if options.logits else None
     pointers = [x.data_ptr() if x is not None else 0 for x in (ids, values, counts, estimates, bounds, logits)]
     run(
         _arguments(
@@ -159,19 +159,19 @@ def search(
             bias.data_ptr() if bias is not None else 0,
             codes.transform.data_ptr() if codes.transform is not None else 0,
             *(codes.centre.data_ptr(), codes.codes.data_ptr(), codes.codes.shape[1]),
-            *(codes.centroids.data_ptr(), codes.radii.data_ptr(), codes.cluster_blocks, wanted.probes),
-            *(wanted.spread, codes.transform_norm, codes.largest),
-            *(wanted.keep, budget, wanted.margin, wanted.softcap, *pointers),
+            *(codes.centroids.data_ptr(), codes.radii.data_ptr(), codes.cluster_blocks, options.probes),
+            *(options.spread, codes.transform_norm, codes.largest),
+            *(options.keep, budget, options.margin, options.softcap, *pointers),
         )
     )
     return Candidates(ids, values, counts, estimates, bounds, logits)
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wanted: Search) -> None:
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> None:
     """Raise ValueError for what machine code would read or write past."""
-    given = [x for x in (hidden, weight, bias) if x is not None]
-    if any(not x.is_cpu or x.dtype != weight.dtype or x.dtype not in TYPES for x in given):
-        raise ValueError(f"expected tensors of one type on a CPU, found {[(x.dtype, str(x.device)) for x in given]}")
+    tensors = [x for x in (hidden, weight, bias) if x is not None]
+    if any(not x.is_cpu or x.dtype != weight.dtype or x.dtype not in TYPES for x in tensors):
+        raise ValueError(f"expected tensors of one type on a CPU, found {[(x.dtype, str(x.device)) for x in tensors]}")
     if hidden.dim() != 2 or weight.shape != (codes.vocabulary, hidden.shape[1]) or weight.stride(1) != 1:
         raise ValueError(f"{tuple(hidden.shape)} and {tuple(weight.shape)} do not fit the head ({codes.vocabulary})")
     if bias is not None and (bias.shape != (codes.vocabulary,) or not bias.is_contiguous()):
@@ -180,15 +180,15 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wa
         torch.uint8: (codes.codes,), torch.bfloat16: (codes.centroids, codes.transform),
         torch.float32: (codes.centre, codes.radii),
     }  # fmt: skip
-    for dtype, tensors in held.items():
-        if any(x.dtype != dtype or not x.is_cpu or not x.is_contiguous() for x in tensors if x is not None):
-            raise ValueError(f"codes of other types than `Codes` has: {[x.dtype for x in tensors if x is not None]}")
+    for dtype, parts in held.items():
+        if any(x.dtype != dtype or not x.is_cpu or not x.is_contiguous() for x in parts if x is not None):
+            raise ValueError(f"codes of other types than `Codes` has: {[x.dtype for x in parts if x is not None]}")
     if codes.centre.shape != (hidden.shape[1],) or (codes.transform is None and codes.rank < hidden.shape[1]):
         raise ValueError(f"hidden states of {hidden.shape[1]} numbers, the head was made for {codes.centre.shape[0]}")
-    if not 1 <= wanted.keep <= codes.vocabulary or wanted.budget < wanted.keep or wanted.margin < 0:
-        raise ValueError(f"keep={wanted.keep}, budget={wanted.budget}, margin={wanted.margin}")
+    if not 1 <= options.keep <= codes.vocabulary or options.budget < options.keep or options.margin < 0:
+        raise ValueError(f"keep={options.keep}, budget={options.budget}, margin={options.margin}")
 
 
 def block_bytes(rank: int, lead: int) -> int:
-    """Of 16 rows: codes, numbers and which rows they are."""
+    """Return the bytes of a block of 16 rows: quantized values, numbers and which rows they are."""
     return BLOCK * (lead + (rank - lead) // 2 + 2 * NUMBERS + 4)

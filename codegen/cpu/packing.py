@@ -1,9 +1,9 @@
-"""`fhopt::pack` and `fhopt::unpack` in C++ for CPUs: one file for all plans, compiled at the first call.
+"""Pack and unpack latents on CPUs: `fhopt::pack` and `fhopt::unpack` in one C++ file for all plans.
 
-The tiers are arguments, not text: a row is passed over twice at most, and knowing its tiers beforehand gains little.
-The results are those of `fhopt.ops.pack_reference` and `unpack_reference` bit for bit, whatever the number of threads:
-every number is rounded where torch rounds it, and squares are added in the order of torch on x86 (where torch has
-another order, a scale may be off by one in the last place of its float16).
+It is compiled at the first call. Bit groups are arguments, not text: a row is passed over twice at most, and knowing
+its bit groups beforehand gains little. The results are those of `fhopt.ops.pack_reference` and `unpack_reference` bit
+for bit, whatever the number of threads: every number is rounded where torch rounds it, and squares are added in the
+order of torch on x86 (where torch has another order, a scale may be off by one in the last place of its float16).
 
 Letters: B batch, J latent heads, T tokens, R latent width.
 """
@@ -33,7 +33,7 @@ _FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the
 
 
 class Table(NamedTuple):
-    """The tiers of a row, checked, as the kernels read them."""
+    """The bit groups of a row, checked, as the kernels read them."""
 
     tiers: Any  # memory that holds an array of the C++ struct `Tier`
     address: int
@@ -43,10 +43,10 @@ class Table(NamedTuple):
 
 
 def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """`fhopt.ops.pack_reference`, compiled.
+    """Pack latents as `fhopt.ops.pack_reference` does, compiled.
 
     Calls that it does not serve run the reference: without a compiler, with gradients, on latents that are not float32,
-    bfloat16 or float16, with tiers that no plan has.
+    bfloat16 or float16, with bit groups that no plan has.
     """
     table = tier_table(tuple(bits), tuple(widths), tuple(steps))
     functions = library() if table is not None and latent.is_cpu and can_pack(latent, table) else None
@@ -64,7 +64,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
 
 
 def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
-    """`fhopt.ops.unpack_reference`, compiled; calls that it does not serve run the reference, as in `pack`."""
+    """Unpack latents as `fhopt.ops.unpack_reference` does, compiled; other calls run the reference."""
     table = tier_table(tuple(bits), tuple(widths), tuple(steps))
     functions = library() if table is not None and codes.is_cpu and can_unpack(codes, scale, table) else None
     if table is None or functions is None:
@@ -80,13 +80,13 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 
 
 def render() -> str:
-    """The text of the C++ file: always the same."""
+    """Render the C++ file; it is always the same."""
     return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES))
 
 
 @functools.cache
 def library() -> tuple[Any, Any] | None:
-    """The compiled functions `pack` and `unpack`; None, with the warning of `build`, where they cannot be compiled."""
+    """Compile the functions `pack` and `unpack`; None, and a warning, where they cannot be compiled."""
     try:
         loaded = load("pack", render(), _FLAGS)
     except CompileError as error:
@@ -99,7 +99,7 @@ def library() -> tuple[Any, Any] | None:
 
 @functools.cache
 def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...]) -> Table | None:
-    """The tiers as the kernels read them; None for tiers that only the reference takes, or refuses."""
+    """Make the table of bit groups that kernels read; None for those that only the reference takes, or refuses."""
     tiers = tuple(zip(bits, widths, steps, strict=False))
     if not tiers or not len(bits) == len(widths) == len(steps):
         return None
@@ -110,14 +110,14 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
 
 
 def can_pack(latent: Tensor, table: Table) -> bool:
-    """True for latents that kernels read, without gradients."""
+    """Return True for latents that kernels read, without gradients."""
     shape = latent.shape
     fits = len(shape) > 0 and shape[-1] == table.width and latent.dtype in _TYPES
     return fits and not (latent.requires_grad and torch.is_grad_enabled())
 
 
 def can_unpack(codes: Tensor, scale: Tensor, table: Table) -> bool:
-    """True for codes and scales as `pack` gives them, without gradients."""
+    """Return True for quantized values and scales as `pack` gives them, without gradients."""
     shape = codes.shape
     fits = len(shape) > 0 and shape[-1] == table.row_bytes and scale.shape == shape[:-1]
     typed = codes.dtype == torch.uint8 and scale.dtype == torch.float16 and scale.device == codes.device
@@ -125,7 +125,7 @@ def can_unpack(codes: Tensor, scale: Tensor, table: Table) -> bool:
 
 
 def _arguments_of(shape: Sequence[int], kind: int, table: Table, latent: Tensor, codes: Tensor, scale: Tensor) -> bytes:
-    """The struct `Arguments` for rows [..., R], [..., bytes] and [...] of the leading dimensions `shape`, at most 3."""
+    """Fill in the struct `Arguments` for tensors whose at most 3 leading dimensions are `shape`."""
     ones = (1, 1, 1)[len(shape) :]
     return _arguments(
         *(*ones, *shape, torch.get_num_threads(), kind),

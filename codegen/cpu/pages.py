@@ -1,12 +1,12 @@
-"""Which pages of a cache a query reads, and reading them: one C++ file for CPUs.
+"""Page selection and attention to the selected pages of a KV cache, in one C++ file for CPUs.
 
     x[t] = constant + scale[t] sum_c w_c u_c[t]        weight[p] = sum over t in p of exp(x[t])
 
-The codes u and their scales are all that is read of pages that are not chosen. Sixteen tokens are reckoned at a time, a
-token in each lane: their rows are turned into words of four codes a lane, and multiplied with the query in 8 bits, for
-all query heads that share the latent head. Either the logs of the weights are the result, or the pages of each unit
-that weigh most are handed to the kernel of the latents, and the mean of values stands for the others: choosing and
-reading are one call, since what lies between two calls of Python costs as much as half of the choice.
+The quantized values u and their scales are all that is read of pages that are not selected. Sixteen tokens are reckoned
+at a time, a token in each lane: their rows are turned into words of four values a lane, and multiplied with the query
+in 8 bits, for all query heads that share the latent head. Either the logs of the weights are the result, or the pages
+of each unit that weigh most are handed to the attention kernel, and the mean of values stands for the others: selecting
+and reading are one call, since what lies between two calls of Python costs as much as half of the selection.
 `fhopt.pages` says what the numbers mean, `fhopt.page_ops` has the reference.
 
 Letters: B batch, J latent heads, M query rows of a latent head, T tokens, P pages, r channels of a sketch, U units, N
@@ -52,7 +52,7 @@ def render() -> str:
 
 @functools.cache
 def _compiled() -> ctypes.CDLL | None:
-    """The compiled functions; None where they cannot be compiled."""
+    """Compile the functions `weigh_pages` and `attend_pages`; None where they cannot be compiled."""
     try:
         library = load("pages", render())
     except CompileError as error:
@@ -67,9 +67,9 @@ def weigh_pages(
     weights: Tensor, constant: Tensor, codes: Tensor, scales: Tensor, bits: Sequence[int], widths: Sequence[int],
     steps: Sequence[float], page_tokens: int, mask: Tensor | None, length: int,
 ) -> Tensor | None:  # fmt: skip
-    """Log of the weight of each page, float32 [B,J,M,P], -inf where it has no token.
+    """Compute the log of the weight of each page, float32 [B,J,M,P], -inf where it has no token.
 
-    weights float32 [B,J,M,r], constant float32 [B,J,M]; codes uint8 [B,J,T,bytes] in tiers of `bits`, `widths` and
+    weights float32 [B,J,M,r], constant float32 [B,J,M]; codes uint8 [B,J,T,bytes] in bit groups of `bits`, `widths` and
     `steps`; scales float16 [B,J,T]. mask bool, [1 or B, 1, 1, T]: tokens that count, of the first `length`. The query
     is rounded to 8 bits, which moves the logit of a token by up to 1/254 of the largest weight, times the sum of its
     codes. None where the kernel does not serve.
@@ -90,7 +90,7 @@ def weigh_pages(
 
 
 def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`page_ops.attend_pages_reference` with that kernel of the latents; None where this one does not serve."""
+    """Select pages and attend to them by `kernel`, as `page_ops.attend_pages_reference`; None where it cannot serve."""
     library = _compiled()
     words = _words(tuple(step.bits), tuple(step.widths), tuple(step.steps))
     if library is None or words is None or not _fits(step, words):
@@ -115,7 +115,7 @@ def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor,
 
 
 def _fits(step: PageStep, words: tuple[Tensor, ...]) -> bool:
-    """True for operands that the C++ file may read as they are said to be."""
+    """Return True for operands that the C++ file may read as they are said to be."""
     (b, h, s, width), (j, r) = step.query.shape, step.channels.shape
     heads = math.gcd(j, math.gcd(step.key.shape[1], step.value.shape[1]))
     holds = (
@@ -135,12 +135,12 @@ def _address(x: Tensor | None) -> int:
 
 
 def _floats(x: Tensor) -> Tensor:
-    """Dense and float32."""
+    """Convert to dense float32."""
     return x.to(torch.float32).contiguous()
 
 
 def _serves(codes: Tensor, scales: Tensor, words: tuple[Tensor, ...], page_tokens: int, mask: Tensor | None) -> bool:
-    """True for rows, pages and masks that the C++ file knows."""
+    """Return True for rows, pages and masks that the C++ file knows."""
     b, _, tokens, row = codes.shape
     if page_tokens % PAGE_QUANTUM or page_tokens > MOST_TOKENS:
         return False
@@ -155,7 +155,7 @@ def _sketches(
     rows: tuple[int, ...], page_tokens: int, length: int, codes: Tensor, scales: Tensor,
     words: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, weights: Tensor | None, constant: Tensor | None,
 ) -> tuple[bytes, tuple[Tensor, Tensor]]:  # fmt: skip
-    """The C++ struct, and what must live until it was read. rows: B, J, M, r; length: tokens that count."""
+    """Fill in the C++ struct; also what must live until it was read. rows: B, J, M, r; length: tokens that count."""
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     scales = scales if scales.stride(2) == 1 else scales.contiguous()
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
@@ -172,7 +172,7 @@ def _sketches(
 def _words(
     bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Of each word of a row: bits of its codes, the first of its channels, step. None for rows that are not words."""
+    """Return bits, first channel and step of each word of a row; None for rows that are not whole words."""
     sizes = [b * w // 8 for b, w in zip(bits, widths, strict=True)]
     if any(b not in (2, 4) or size % 4 for b, size in zip(bits, sizes, strict=True)):
         return None

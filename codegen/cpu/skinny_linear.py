@@ -1,4 +1,4 @@
-"""Products of a few rows with a weight: what a decoding step does beside attention, as one C++ file for CPUs.
+"""Linear layers on few rows, as a decode step has them beside attention, in one C++ file for CPUs.
 
     y[m][n] = sum_k x[m][k] w[n][k] + bias[n]        x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
 
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def render() -> str:
-    """The text of the C++ file: always the same."""
+    """Render the C++ file; it is always the same."""
     return read_source("fhopt.codegen.cpu", "skinny_linear.cpp").substitute()
 
 
 @functools.cache
 def address() -> int | None:
-    """Of the machine code of `skinny`; None where it cannot be compiled."""
+    """Return the address of the compiled function `skinny`; None where it cannot be compiled."""
     try:
         return ctypes.cast(load("skinny", render()).skinny, ctypes.c_void_p).value
     except CompileError as error:

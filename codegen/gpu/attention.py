@@ -3,20 +3,19 @@
     x[t] = cap(scale * q . z_K[t]) + mask[t]       lse = log sum_t exp(x[t])       o = sum_t exp(x[t] - lse) z_V[t]
 
 Every bit plane is multiplied where it lies. A word of a plane of w bits holds 16/w consecutive channels, so lane l of
-all words of a run is the channels l, l + 16/w, ...: an operand of its own, and nothing is shuffled. No code becomes a
-number by conversion: moved to the front of a mantissa, behind the bits of 1.0, a code u *is* 1 + u / 2^w (a shift and a
-logical operation for two of them; converting bytes took twice the instructions, which is what bounds a decode step).
-Words, not bytes, because the tensor core's operands have 16 bits: they go from shared memory to where it wants them,
-transposed for values, before they are taken apart. What a code stands for, (u - (2^b - 1)/2) step scale[token], then is
+all words of a run is the channels l, l + 16/w, ...: an operand of its own, and nothing is shuffled. No value becomes a
+number by conversion: moved to the front of a mantissa, behind the bits of 1.0, a quantized value u *is* 1 + u / 2^w (a
+shift and a logical operation for two of them; converting bytes took twice the instructions, which is what bounds a
+decode step). Words, not bytes, because the tensor core's operands have 16 bits: they go from shared memory to where it
+wants them, transposed for values, before they are taken apart. What a value u stands for, (u - (2^b - 1)/2) step
+scale[token], then is
 
     step, 2^shift of the plane, 2^w    multiply the query once a program, and the output at the end
-    1.5 - 2^-(w+1), the mean code      one number a row, its product with sum q, from the query as it was rounded; for
+    1.5 - 2^-(w+1), the mean of u      one number a row, its product with sum q, from the query as it was rounded; for
                                        values with sum p
-    scale[token]                       multiplies the logit, and the weight p before it meets the codes
+    scale[token]                       multiplies the logit, and the weight p before it meets the values
 
-Runs of words (`Piece`) are powers of two from 16 to 128, as products and `tl.arange` want them. What is left of a plane
-is read byte by byte where that pads less; the last run may be padded, which costs no bytes: loads are masked. A plane
-of a multiple of 16 bytes needs no padding. Features (mask, window, pages, ...) are arguments that may be None
+Runs of words are those of row_layout.py. Features (mask, window, pages, ...) are arguments that may be None
 and constants (`tl.constexpr`) of the kernel, so the text does not depend on them.
 
 Tokens, and channels of the output, are the rows of the products (scores [T, M], output [R, M]); queries are columns:
@@ -44,7 +43,7 @@ KERNELS = ("attention_kernel", "merge_kernel")
 
 
 def render(spec: KernelSpec) -> str:
-    """The text of the kernels of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
+    """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
     check(spec)
     keys, values = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     return read_source("fhopt.codegen.gpu", "attention.py.in").substitute(
@@ -73,7 +72,7 @@ def render(spec: KernelSpec) -> str:
 
 
 def reading(dtype: str) -> str:
-    """The functions of a generated file that read rows: `load`, `load_as`, `load_odd_halves` and `codes`."""
+    """Render the functions that read rows: `load`, `load_as`, `load_odd_halves` and `codes`."""
     packed = _PACKED.substitute(dtype=dtype, ones=ONES[dtype] * 65537) if dtype != "float32" else ""
     return read_source("fhopt.codegen.gpu", "read_rows.py.in").substitute(packed=packed)
 
@@ -83,16 +82,17 @@ def _indented(by: int, lines: list[str]) -> str:
 
 
 def _name(letter: str, index: int, piece: Piece, part: int) -> str:
-    """A variable: of one product of a piece, or of its only one."""
+    """Name the variable of one product of a piece, or of its only one."""
     return f"{letter}{index}_{part}" if piece.is_coded else f"{letter}{index}"
 
 
 def _channels(piece: Piece, first: int) -> str:
-    """Arguments that say which channels: first, distance, size, used."""
+    """Render the arguments that say which channels: first, distance, size, used."""
     return f"{first}, {piece.lanes}, {piece.size}, {piece.used}"
 
 
 def _queries(keys: tuple[Piece, ...], dtype: str) -> list[str]:
+    """Render the lines that load the queries, an operand each, and their sums times mean values."""
     lines, middles = [], []
     for i, piece in enumerate(keys):
         for n, field in enumerate(fields(piece, dtype)):
@@ -107,6 +107,7 @@ def _queries(keys: tuple[Piece, ...], dtype: str) -> list[str]:
 
 
 def _outputs(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
+    """Render the lines that start the sums of the output with 0."""
     lines = []
     if is_scaled(spec.value_tiers):
         lines.append("mass = no_sums(BLOCK_T, BLOCK_M)  # of scaled weights, to be multiplied by middles")
@@ -119,11 +120,12 @@ def _outputs(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
 
 
 def sides_of(spec: KernelSpec) -> tuple[tuple[str, Tiers], ...]:
-    """Names and bit groups of the two sides."""
+    """Return names and bit groups of the two sides."""
     return ("key", spec.key_tiers), ("value", spec.value_tiers)
 
 
 def _scale_rows(side: str) -> list[str]:
+    """Render the lines that load the scales of a tile of tokens."""
     return [
         f"{side}_scales = {side}_scale + entry.to(tl.int64) * {side}_scale_b + first.to(tl.int64) * {side}_scale_t",
         f"{side}_scales += (unit // {side}_group).to(tl.int64) * {side}_scale_h + t_in * {side}_scale_t",
@@ -132,7 +134,7 @@ def _scale_rows(side: str) -> list[str]:
 
 
 def _load(side: str, piece: Piece) -> list[str]:
-    """The lines that load a run of all rows of a tile."""
+    """Render the lines that load a run of all rows of a tile."""
     end = piece.channel + piece.lanes * piece.used
     what = {0: "uncoded", 16: "float16"}.get(piece.bits, f"a plane of {piece.bits} bit{'s' * (piece.bits > 1)}")
     rows = f"{side}_rows, {side}_stride, far, here"
@@ -147,6 +149,7 @@ def _load(side: str, piece: Piece) -> list[str]:
 
 
 def _operand(piece: Piece, field: Field, dtype: str) -> str:
+    """Render the expression for an operand of what was loaded."""
     if not piece.is_coded:
         return "x.to(DTYPE)"
     most = MANTISSA[dtype] - field.bits
@@ -154,6 +157,7 @@ def _operand(piece: Piece, field: Field, dtype: str) -> str:
 
 
 def _scores(spec: KernelSpec, keys: tuple[Piece, ...]) -> list[str]:
+    """Render the lines that compute the logits of a tile."""
     sums = [name for name, coded in (("coded", True), ("exact", False)) if any(p.is_coded == coded for p in keys)]
     lines = [f"{name} = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)" for name in sums]
     for i, piece in enumerate(keys):
@@ -167,6 +171,7 @@ def _scores(spec: KernelSpec, keys: tuple[Piece, ...]) -> list[str]:
 
 
 def _mix(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
+    """Render the lines that add the values of a tile, weighted, to the output."""
     times = sorted({field.times for piece in values if piece.is_coded for field in fields(piece, spec.dtype)})
     lines = []
     if times:
@@ -186,20 +191,21 @@ def _mix(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
 
 
 def _store(spec: KernelSpec, values: tuple[Piece, ...]) -> list[str]:
+    """Render the lines that store the output."""
     lines = ["masses = added(mass)"] if is_scaled(spec.value_tiers) else []
     for i, piece in enumerate(values):
-        found = fields(piece, spec.dtype)
+        operands = fields(piece, spec.dtype)
         for lane in range(piece.lanes):
             x = name = _name("o", i, piece, lane)
             if piece.is_coded:
-                middle = sum(field.middle * field.times for field in found if field.lane == lane)
-                x = f"({name} - {middle} * masses[None, :]) * {piece.unit * 2 ** found[0].bits!r}"
+                middle = sum(field.middle * field.times for field in operands if field.lane == lane)
+                x = f"({name} - {middle} * masses[None, :]) * {piece.unit * 2 ** operands[0].bits!r}"
             lines.append(f"store(outputs, {x} * factor[None, :], inside, {_channels(piece, piece.place + lane)})")
     return lines
 
 
 def _second(tiers: Tiers, width: int) -> list[str]:
-    """Lines of the merge that add what second planes gave, empty where there are none."""
+    """Render the lines of the merge that add what second planes gave; none where there are no second planes."""
     lines, channel, second = [], 0, width
     for bits, count, _ in tiers:
         if bits < 16 and len(planes(bits)) > 1:

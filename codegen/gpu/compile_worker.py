@@ -1,4 +1,4 @@
-"""The process that compiles Triton kernels, `python -m fhopt.codegen.gpu.compile_worker`.
+"""Worker process that compiles Triton kernels: `python -m fhopt.codegen.gpu.compile_worker`.
 
 It is apart because Triton's interpreter and its compiler cannot share a process.
 """
@@ -51,10 +51,10 @@ def _resources(request: Request, target: Mapping[str, Any], path: Path) -> Resou
 
 
 def _message(error: Exception) -> str:
-    """An exception on one line."""
-    told = error.__cause__ or error
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    return f"{type(told).__name__}: {lines[-1] if lines else 'no message'}"
+    """Put an exception on one line."""
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Launch configurations of the attention kernels: candidates, the default, and those kept in the file cache."""
+"""Launch configurations of kernels: candidates, defaults, and those that are kept in the file cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST = 128  # tokens of a tile at most
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch is cut and scheduled; the text does not depend on it.
+    """How a launch is cut and scheduled; the text of a kernel does not depend on it.
 
     block_t: tokens a step of the loop. block_m: query rows of a program, padded.
     """
@@ -40,20 +40,20 @@ class Config:
 
 
 def candidates(spec: KernelSpec, rows: int) -> tuple[Config, ...]:
-    """Configurations worth trying for `rows` = S * H/J query rows of a latent head, first the defaults."""
-    found = [default_config(spec, rows), default_config(spec, rows, "hip")]
-    sizes = dict.fromkeys(config.block_m for config in found)
+    """List configurations worth trying for `rows` = S * H/J query rows of a latent head, first the defaults."""
+    tried = [default_config(spec, rows), default_config(spec, rows, "hip")]
+    sizes = dict.fromkeys(config.block_m for config in tried)
     shapes = ((16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8))  # block_t, num_warps
-    found += [Config(t, m, warps, stages) for m in sizes for t, warps in shapes for stages in (3, 2, 4)]
-    return tuple(dict.fromkeys(found))
+    tried += [Config(t, m, warps, stages) for m in sizes for t, warps in shapes for stages in (3, 2, 4)]
+    return tuple(dict.fromkeys(tried))
 
 
 def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config:
-    """The configuration to use where none has been tuned; backend "cuda" or "hip" (AMD).
+    """Choose the configuration of a decode step where none has been tuned; backend "cuda" or "hip" (AMD).
 
-    Found by compiling for sm_80, sm_90 and gfx942: of those that spill nothing, the fewest instructions a code. What
-    lives in registers throughout, queries and outputs, decides how many rows and tokens fit. Two warps repeat less than
-    four. More than 32 rows cost as much a row as 32.
+    Found by compiling for sm_80, sm_90 and gfx942: of those that spill nothing, the fewest instructions a quantized
+    value. What lives in registers throughout, queries and outputs, decides how many rows and tokens fit. Two warps
+    repeat less than four. More than 32 rows cost as much a row as 32.
     """
     if spec.dtype == "float32" and backend == "cuda":  # not for the tensor core
         return Config(16, 8, 2, 2)
@@ -72,10 +72,10 @@ def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config
 def prefill_config(
     spec: KernelSpec, rows: int, key_size: int, value_size: int, rebuilds: bool = False, arch: int = 90
 ) -> Config:
-    """The configuration of `chunk_kernel` for M = `rows`, where none has been measured; arch as in gpu.py.
+    """Choose the configuration of `chunk_kernel` for M = `rows`; arch as in gpus.py.
 
     Found by compiling for sm_80, sm_89 and sm_90, with masks and without: nothing spills, and shared memory is that of
-    the smallest. rebuilds: keys and values are rebuilt within.
+    the smallest. rebuilds: keys and values are reconstructed within.
     """
     if spec.dtype == "float32":  # not for the tensor core
         return Config(16, 16, 4, 1)
@@ -88,14 +88,14 @@ def prefill_config(
 
 
 def rebuild_config(operands: int) -> Config:
-    """The configuration of `rebuild_kernel` for a decoder of K `operands`: of wide ones the loads of all come first."""
+    """Choose the configuration of `rebuild_kernel` for a decoder of K `operands`: of wide ones all loads come first."""
     return Config(64, 1, 4, 1) if operands <= 128 else Config(32, 1, 8, 1)
 
 
 def _columns(spec: KernelSpec, widened: int = 1) -> int:
-    """Numbers of queries and outputs that a program keeps for one row, padding among them.
+    """Count the numbers of queries and outputs that a program keeps for one row, padding among them.
 
-    Those of codes that are read byte by byte count `widened` times: the bytes are made words in registers.
+    Those of values that are read byte by byte count `widened` times: the bytes are made words in registers.
     """
     sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     return sum(
@@ -106,10 +106,10 @@ def _columns(spec: KernelSpec, widened: int = 1) -> int:
 
 
 def tuned_config(spec: KernelSpec, rows: int, device_name: str) -> Config | None:
-    """What was tuned for this device, else what `choose` has found for it, else None; by name as torch tells it."""
+    """Look up what was tuned for a device, else what `choose` chose, else None; by name as torch tells it."""
     gpu = gpu_named(device_name)
-    found = read_config("tuned", spec, rows, device_name)
-    return found if found or gpu is None else read_config("chosen", spec, rows, gpu.name)
+    tuned = read_config("tuned", spec, rows, device_name)
+    return tuned if tuned or gpu is None else read_config("chosen", spec, rows, gpu.name)
 
 
 def write_config(
@@ -117,8 +117,8 @@ def write_config(
 ) -> None:
     """Keep a configuration and what was measured of others. Raises FhoptError where it cannot be written."""
     path = config_path(kind, spec, rows, device_name)
-    told = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
-    text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": told}, indent=1)
+    timed = [{"config": dataclasses.asdict(c), "ms": ms} for c, ms in times.items()]
+    text = json.dumps({"device": device_name, "best": dataclasses.asdict(best), "times": timed}, indent=1)
     try:
         make_private(path.parent)
         with appearing(path) as target:
@@ -139,7 +139,7 @@ def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Con
 
 
 def config_path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Path:
-    """Where a configuration is kept: by the kernel's text, the device, Triton, and M up to the next power of two."""
+    """Return the file of a configuration, by text of the kernel, device, Triton and M up to a power of two."""
     parts = (attention.render(spec), device_name, triton_version())
     known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"{kind}-{spec.name}-m{1 << (rows - 1).bit_length()}-{known}.json"

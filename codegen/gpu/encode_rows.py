@@ -1,4 +1,4 @@
-"""Encode new keys or values and write their rows straight into the storage of a cache, in one Triton kernel.
+"""Encode new keys or values and write their rows straight into the storage of a KV cache, in one Triton kernel.
 
     z    = E x                                         per latent head, from the n = G/J kv heads that it stands for
     s    = sqrt(mean z[c]^2), over the channels with fewer than 16 bits; a float16 in [2^-14, 65504]
@@ -7,10 +7,10 @@
     x [B,G,T,D]   E [J,R,n*D]   ->   codes [B,J,rows,bytes]   scale [B,J,rows], or pages of both
 
 No latent is stored: a program goes twice through the channels of its tokens, for the scale and for the codes, and
-reckons them both times. Products are float32 ("ieee"), since a code is the floor of one: a latent is as exact as that
-of `fhopt.ops.encode`, and a code differs from the one it gives only where z stands at the edge of a step.
+reckons them both times. Products are float32 ("ieee"), since a quantized value is the floor of one: a latent is as
+exact as that of `fhopt.ops.encode`, and a value differs only where z stands at the edge of a step.
 
-Tiers are a table in memory, as in triton_pack.py, whose pieces do the packing: one compilation serves all layers.
+Bit groups are a table in memory, as in packing.py, whose functions do the packing: one compilation serves all layers.
 
 Letters: B batch, G kv heads, T new tokens, D head size, J latent heads, n = G/J, R latent width, C channels at a time,
 P tokens of a page.
@@ -63,7 +63,8 @@ def encode(
 
     places: int64 [T], the rows instead; tokens with a negative one are left out. table: int32 [B, pages]: row r of a
     sequence is row r % P of page table[b, r // P] of codes [pool,J,P,bytes] and scale [pool,J,P]; rows of pages that
-    are negative are left out. Calls that the kernel does not serve (float64, tiers that no plan has) run the reference.
+    are negative are left out. Calls that the kernel does not serve (float64, bit groups that no plan has) run the
+    reference.
     """
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     _check(x, basis, codes, scale, places, table)
@@ -108,7 +109,7 @@ def encode_reference(
     places: Tensor | None = None,
     table: Tensor | None = None,
 ) -> None:
-    """The same in torch operations, one after the other."""
+    """Encode x as `encode` does, in torch operations."""
     new = packing.pack_reference(
         algebra.encode(x.to(basis.dtype), basis), bits, widths, steps
     )  # [B,J,T,bytes], [B,J,T]
@@ -186,21 +187,14 @@ def encode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Rows of BLOCK_T tokens in one latent head: once over the channels for the scale, once for the codes."""
+    """Encode BLOCK_T tokens in one latent head: once over the channels for the scale, once for quantized values."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
     j, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     live = t < tokens
     rows = x + b * x_b + (j * heads).to(tl.int64) * x_h + t.to(tl.int64) * x_t
     bases = basis + j.to(tl.int64) * basis_j
 
-    place = at + t.to(tl.int64)
-    if places is not None:
-        place = tl.load(places + t, mask=live, other=-1)
-    here = live & (place >= 0)
-    entry = tl.zeros([BLOCK_T], tl.int64) + b
-    if PAGE:
-        entry = tl.load(table + b * table_b + place // PAGE, mask=here, other=-1).to(tl.int64)
-        here, place = here & (entry >= 0), place % PAGE
+    entry, place, here = destination(t, b, live, at, places, table, table_b, PAGE)
     row = codes + entry * codes_b + j.to(tl.int64) * codes_j + place * codes_t  # [T]
 
     energy = tl.zeros([BLOCK_T], tl.float32)
@@ -227,6 +221,29 @@ def encode_kernel(
 
 
 @_jit
+def destination(
+    t: tl.tensor,
+    b: tl.tensor,
+    live: tl.tensor,
+    at: tl.tensor,
+    places: tl.tensor,
+    table: tl.tensor,
+    table_b: tl.tensor,
+    PAGE: tl.constexpr,
+) -> tl.tensor:
+    """Find where tokens t [T] are stored: sequence or page of the pool, row in it, and whether they are stored."""
+    place = at + t.to(tl.int64)
+    if places is not None:
+        place = tl.load(places + t, mask=live, other=-1)
+    here = live & (place >= 0)
+    entry = tl.zeros(t.shape, tl.int64) + b
+    if PAGE:
+        entry = tl.load(table + b * table_b + place // PAGE, mask=here, other=-1).to(tl.int64)
+        here, place = here & (entry >= 0), place % PAGE
+    return entry, place, here
+
+
+@_jit
 def project(
     rows: tl.tensor,
     bases: tl.tensor,
@@ -241,7 +258,7 @@ def project(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """Latents of BLOCK_G groups of 8 channels of a tier, from `rows` [T] of n heads -> float32 [T, G, 8]; 0 outside."""
+    """Project `rows` [T] of n heads to BLOCK_G runs of 8 channels of a bit group: float32 [T, G, 8]; 0 outside."""
     C: tl.constexpr = 8 * BLOCK_G
     c = 8 * first + tl.arange(0, C)  # [C], of the tier
     column = bases + (channel + c).to(tl.int64) * basis_r  # [C]
@@ -269,7 +286,7 @@ def store_tier(
     g: tl.tensor,
     here: tl.tensor,
 ) -> None:
-    """Round latents z [T, G, 8] of a tier and store what they become; `row` [T] is where the tier begins."""
+    """Quantize latents z [T, G, 8] of a bit group and store them; `row` [T] is where the group begins."""
     inside = here[:, None] & (g < width // 8)[None, :]  # [T, G]
     if bits == 16:
         store_halves(row, z, g, inside)

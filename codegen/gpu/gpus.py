@@ -10,7 +10,7 @@ from fhopt.errors import FhoptError
 
 @dataclass(frozen=True)
 class Gpu:
-    """Limits of a GPU as the compiler's output meets them. A processor: an SM of NVIDIA, a CU of AMD."""
+    """Limits of a GPU that compiled kernels have to keep. A processor: an SM of NVIDIA, a CU of AMD."""
 
     name: str  # as in fhopt.cost.DEVICES
     arch: int | str  # compute capability without its point; AMD: "gfx942"
@@ -67,14 +67,14 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called `name`. Raises FhoptError, listing the names."""
+    """Find the GPU called `name`. Raises FhoptError, listing the names."""
     if name not in GPUS:
         raise FhoptError(f"no kernels are compiled for {name!r}; expected one of {', '.join(GPUS)}.")
     return GPUS[name]
 
 
 def gpu_named(device_name: str) -> Gpu | None:
-    """The GPU of the table that a device of this name is, as in "NVIDIA H100 80GB HBM3"; None if there is none."""
+    """Find the GPU of the table that a device such as "NVIDIA H100 80GB HBM3" is; None if there is none."""
     words = device_name.lower().replace("-", " ").split()
     short = {"a100-80": "a100", "edge": "orin"}
     for gpu in GPUS.values():

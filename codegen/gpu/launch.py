@@ -1,4 +1,4 @@
-"""Launch a generated Triton kernel: check the tensors, cut the work, and merge what the parts give.
+"""Launch the Triton kernels of a decode step: check tensors, cut the work, and merge what the parts give.
 
 Nothing here reads what lies on the device, so that a call may be recorded in a CUDA graph.
 
@@ -45,12 +45,12 @@ class Features:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the kernel's arguments."""
+        """All of them, in the order of the kernel's arguments."""
         return (self.mask, self.slopes, self.sinks, self.lengths, self.positions, self.table, self.pages)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of the dimensions that are not dense, in the order of the kernel's arguments."""
+        """Strides of the dimensions that are not dense, in the order of the kernel's arguments."""
         pairs = ((self.mask, 4), (self.lengths, 1), (self.positions, 1), (self.table, 1), (self.pages, 2))
         return tuple(n for x, count in pairs for n in ((0,) * count if x is None else x.stride()[:count]))
 
@@ -58,8 +58,8 @@ class Features:
 class TritonKernel:
     """The kernels of a rendered file, with the signature of `fhopt.ops.latent_attention_reference` and more.
 
-    It ignores the tier arguments. Calls run with the configuration that was tuned or chosen for the GPU (tuning.py),
-    else with the default. Raises ValueError when a shape or type does not fit the spec.
+    It ignores the arguments for bit groups. Calls run with the configuration that was tuned or chosen for the GPU
+    (tuning.py), else with the default. Raises ValueError when a shape or type does not fit the spec.
     """
 
     def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
@@ -97,7 +97,7 @@ class TritonKernel:
         config: Config | None = None,
         **_tiers: object,
     ) -> tuple[Tensor, Tensor]:
-        """Attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32.
+        """Compute attention on latents: o~ [B,H,S,R_V] in the dtype of query, lse [B,H,S] float32.
 
         lengths, integers [B] or one: how many tokens a sequence has. positions, likewise: the token at which its first
         query stands, needed by causal (token <= position), window (position - token < window) and slopes [H] (ALiBi:
@@ -143,7 +143,7 @@ class TritonKernel:
             raise ValueError("causal, window and slopes need positions [B], where the first queries stand; give them.")
 
     def _config(self, rows: int, device: torch.device) -> Config:
-        """The configuration for M = `rows`, or as many up to the next power of two; looked for once."""
+        """Find the configuration for M = `rows` up to the next power of two, once."""
         at = _power(max(1, rows)), device
         if at not in self._configs:
             self._configs[at] = find_config(self._spec, at[0], device)
@@ -182,9 +182,9 @@ class TritonKernel:
 
 
 def find_config(spec: KernelSpec, rows: int, device: torch.device) -> Config:
-    """What was tuned or chosen for this GPU, else the default; the default too for what runs Triton's interpreter."""
-    found = tuned_config(spec, rows, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return found or default_config(spec, rows, _backend())
+    """Find what was tuned or chosen for this GPU, else the default; under Triton's interpreter the default."""
+    tuned = tuned_config(spec, rows, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return tuned or default_config(spec, rows, _backend())
 
 
 def _constants(config: Config, on_gpu: bool) -> dict[str, object]:
@@ -203,7 +203,7 @@ _warned: set[str] = set()
 
 
 def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
-    """Say, once in a process, that a kernel has more tiers than registers. compiled: None under the interpreter."""
+    """Warn, once in a process, of more bit groups than registers hold. compiled: None under the interpreter."""
     words = getattr(compiled, "n_spills", 0)
     if words and "spills" not in _warned:
         _warned.add("spills")
@@ -217,39 +217,39 @@ def warn_of_spills(spec: KernelSpec, compiled: Any) -> None:
 
 
 def choose_splits(programs: int, tokens: int, places: int) -> int:
-    """Ranges of tokens, so that whole rounds of programs fill a device that holds `places`, and no range is short."""
+    """Choose how many ranges of tokens fill a device that holds `places` programs in whole rounds, none too short."""
     return _splits(programs, max(1, min(tokens // SHORTEST, MOST_SPLITS)), places)
 
 
 @functools.lru_cache(4096)
 def _splits(programs: int, most: int, places: int) -> int:
-    """The ranges for which a token costs the fewest rounds; of those within 5 %, the fewest."""
+    """Choose the ranges for which a token costs the fewest rounds; of those within 5 %, the fewest."""
     rounds = [-(-programs * n // places) / n for n in range(1, most + 1)]
     return next(n for n, cost in enumerate(rounds, 1) if cost <= 1.05 * min(rounds))
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; one for anything else, which runs Triton's interpreter."""
+    """Count the multiprocessors of a GPU; one for anything else, which runs Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _tokens(key: Tensor, table: Tensor | None, page: int) -> tuple[int, int]:
-    """Tokens that a sequence has at most, and those of a page."""
+    """Return how many tokens a sequence has at most, and a page."""
     if table is None:
         return key.shape[2], page
     return table.shape[1] * key.shape[2], key.shape[2]
 
 
 def _per_head(name: str, x: Tensor | None, heads: int) -> Tensor | None:
-    """A number for every query head. Raises ValueError."""
+    """Flatten to a number for every query head. Raises ValueError."""
     if x is not None and x.numel() != heads:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({heads},), a number for every query head.")
     return x if x is None else x.reshape(-1).contiguous()
 
 
 def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
-    """Lists [B,U,n] as the kernel reads them, one for each unit. Raises ValueError."""
+    """Expand page lists [B,U,n] as the kernel reads them, one for each unit. Raises ValueError."""
     if units % pages.shape[1]:
         raise ValueError(
             f"pages have shape {tuple(pages.shape)}; expected [{batch}, U, n], U a divisor of {units}: the runs of "
@@ -261,7 +261,7 @@ def _per_unit(pages: Tensor, batch: int, units: int) -> Tensor:
 
 
 def _within(config: Config, page: int, listed: bool, pooled: bool) -> Config:
-    """The configuration with tiles that do not cross a page, where pages are as large as a tile can be."""
+    """Cut the tiles of a configuration so that they do not cross a page, where pages are as large as a tile can be."""
     least = SMALLEST_PIECE if pooled or not listed else PAGE_QUANTUM
     if page % least or (listed and not page):
         raise ValueError(f"pages have {page} tokens; expected a multiple of {least}. Seal larger blocks.")
@@ -271,7 +271,7 @@ def _within(config: Config, page: int, listed: bool, pooled: bool) -> Config:
 def rows_as_read(
     side: RowFormat, x: Tensor, scale: Tensor | None, query: tuple[int, ...], tokens: int, paged: bool
 ) -> Rows:
-    """What the kernel takes for one side. Raises ValueError."""
+    """Convert the rows of one side to what the kernel takes. Raises ValueError."""
     x = side.rows(x) if side.coded or x.dtype not in FLOATS else x if x.stride(3) == 1 else x.contiguous()
     if paged:  # any number of pages; they are not those of a sequence
         query, tokens = (x.shape[0], *query[1:]), x.shape[2]
@@ -283,12 +283,12 @@ def rows_as_read(
         strides = x.stride()[:3]
         align = gcd(16, *strides)
     factors = scale if side.scaled else None
-    found = (0, 0, 1) if factors is None else factors.stride()
-    return x, factors, (*(n // align for n in strides), *found), align
+    scale_strides = (0, 0, 1) if factors is None else factors.stride()
+    return x, factors, (*(n // align for n in strides), *scale_strides), align
 
 
 def mask_as_read(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The mask as the kernel reads it, [B,H,S,T]: bytes or floats."""
+    """Convert the mask to what the kernel reads, [B,H,S,T]: bytes or floats."""
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     elif not mask.is_floating_point() or mask.dtype == torch.float64:
@@ -297,12 +297,12 @@ def mask_as_read(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _parts(query: Tensor, splits: int, places: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what the programs leave: sums, their bases, totals."""
+    """Allocate what the programs leave: sums, their bases, totals."""
     shape = (*query.shape[:3], splits)
     exact = functools.partial(query.new_empty, dtype=torch.float32)
     return exact((*shape, places)), exact(shape), exact(shape)
 
 
 def _power(n: int) -> int:
-    """The least power of two that is not below n."""
+    """Round n up to a power of two."""
     return 1 << (n - 1).bit_length()

@@ -1,12 +1,12 @@
-"""The search in a language-model head (codegen/cpu/lm_head.py) for GPUs: one Triton kernel, and torch around it.
+"""Search the rows of a language-model head on GPUs: one Triton kernel for bounds, and torch around it.
 
-    bounds_kernel   codes of all rows, hidden states in 8 bits -> estimates and upper bounds of all logits [M, V]
+    bounds_kernel   quantized rows, hidden states in 8 bits -> estimates and upper bounds of all logits [M, V]
     search          the rows with the largest bounds, exactly; certain where no other bound reaches the k-th of them
 
-The kernel reads the blocks as they are: a word of 32 bits has four coordinates of 8 bits of a row, or eight of 4 bits,
-and the same word of 16 rows is one run of memory. Products are of integers, on tensor cores, and exact, so the bounds
-hold for the same reason as on a CPU. Nothing is read back: which hidden states are left to the dense head stands in
-`Candidates.counts`.
+The kernel reads the blocks of cpu/lm_head.py as they are: a word of 32 bits has four coordinates of 8 bits of a row, or
+eight of 4 bits, and the same word of 16 rows is one run of memory. Products are of integers, on tensor cores, and
+exact, so the bounds hold for the same reason as on a CPU. Nothing is read back: which hidden states are left to the
+dense head stands in `Candidates.counts`.
 
 Letters: M hidden states, C their width, R width of the basis, V vocabulary, N rows that are computed exactly.
 """
@@ -32,39 +32,39 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _jit: Callable[..., Any] = triton.jit
 
 
-def search(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wanted: Search) -> Candidates:
-    """`cpp_head.search` on a GPU, for hidden [M, C] and weight [V, C] of one type; all rows, whatever `probes` says.
+def search(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
+    """Search candidates for hidden [M, C] and weight [V, C] of one type on a GPU; all rows, whatever `probes` says.
 
     As many rows as `budget` and at most 256 (or `keep`) are computed exactly. counts: -1 where that is too few to be
     certain. `margin` and `softcap` only lower the threshold of certainty, as on a CPU.
     """
     estimates, bounds = bound(hidden, weight, bias, codes)
-    count = min(max(min(wanted.budget, SCORED), wanted.keep), codes.vocabulary)
+    count = min(max(min(options.budget, SCORED), options.keep), codes.vocabulary)
     reach = bounds.topk(min(count + 1, codes.vocabulary), dim=1)  # [M, N + 1]
     ids = reach.indices[:, :count]
     rows = weight[ids].float()  # [M, N, C]
     values = torch.matmul(rows, hidden.float().unsqueeze(2)).squeeze(2)
     values = (values if bias is None else values + bias[ids].float()).to(weight.dtype).float()
     values, ids = _ordered(values, ids)
-    least = _lowest_tie(values[:, wanted.keep - 1], weight.dtype, wanted.softcap) - wanted.margin
+    least = _lowest_tie(values[:, options.keep - 1], weight.dtype, options.softcap) - options.margin
     certain = bounds.isfinite().any(1) & values.isfinite().all(1)
     if count < codes.vocabulary:
         certain &= reach.values[:, count] < least
     counts = torch.where(certain, count, -1).to(torch.int32)
-    logits = torch.full_like(bounds, -math.inf).scatter(1, ids, values).to(weight.dtype) if wanted.logits else None
-    found = Candidates(ids.to(torch.int32), values, counts, logits=logits)
-    return replace(found, estimates=estimates, bounds=bounds) if wanted.bounds else found
+    logits = torch.full_like(bounds, -math.inf).scatter(1, ids, values).to(weight.dtype) if options.logits else None
+    candidates = Candidates(ids.to(torch.int32), values, counts, logits=logits)
+    return replace(candidates, estimates=estimates, bounds=bounds) if options.bounds else candidates
 
 
 def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest first, equal ones in the order of the vocabulary."""
+    """Sort the largest first, equal ones in the order of the vocabulary."""
     by_id = ids.sort(dim=1)
     ordered = values.gather(1, by_id.indices).sort(dim=1, descending=True, stable=True)
     return ordered.values, by_id.values.gather(1, ordered.indices)
 
 
 def _lowest_tie(top: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
-    """The least logit that may become equal to `top` when it is rounded, capped and rounded again."""
+    """Compute the least logit that may become equal to `top` when it is rounded, capped and rounded again."""
     unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
     plain = top - unit * top.abs()
     if softcap <= 0:
@@ -77,28 +77,28 @@ def _lowest_tie(top: Tensor, dtype: torch.dtype, softcap: float) -> Tensor:
 
 
 def bound(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes) -> tuple[Tensor, Tensor]:
-    """(estimates, upper bounds) [M, V], float32, of the logits of hidden [M, C]; NaN or inf where h is too large."""
+    """Compute (estimates, upper bounds) [M, V], float32, of logits of hidden [M, C]; not finite for large h."""
     count, slots = len(hidden), codes.codes.shape[0] * BLOCK
     coded, about = prepare(hidden, codes)
-    found = [hidden.new_empty(count, codes.vocabulary, dtype=torch.float32) for _ in range(2)]
+    results = [hidden.new_empty(count, codes.vocabulary, dtype=torch.float32) for _ in range(2)]
     grid = (triton.cdiv(slots, ROWS), triton.cdiv(count, BLOCK_M))
     with torch.cuda.device_of(hidden):
         bounds_kernel[grid](
-            codes.codes.view(torch.int32), coded, about, *found,
+            codes.codes.view(torch.int32), coded, about, *results,
             count, slots, codes.vocabulary, codes.codes.shape[1] // 4, codes.lead, codes.rank,
             BLOCK_M, ROWS, STEP,
         )  # fmt: skip
     if bias is not None:
-        for x in found:
+        for x in results:
             x += bias.float()
-        found[1] += UNIT * 4 * found[0].abs()
-    return found[0], found[1]
+        results[1] += UNIT * 4 * results[0].abs()
+    return results[0], results[1]
 
 
 def prepare(hidden: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """(codes of h' int8 [M, R], float32 [M, 10]: what the kernel knows of a hidden state beside them).
+    """Quantize hidden states: h' int8 [M, R], and float32 [M, 10], what the kernel knows of a hidden state beside it.
 
-    The columns: offset, slack, steps of both tiers, half the sums of their codes, norms, what rounding took from them.
+    The columns: offset, slack, steps of both bit groups, half their sums, norms, what rounding took from them.
     """
     h = hidden.double()
     turned = torch.nn.functional.pad(h, (0, codes.rank - h.shape[1])) if codes.transform is None else (
@@ -137,38 +137,16 @@ def bounds_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
-    """ROWS slots of the blocks `codes` [blocks, words] for BLOCK_M hidden states: estimates and bounds [count, V].
-
-    Sums over both tiers are of integers: u - 128 in 8 bits, u in 4 bits.
-    """
+    """Bound the logits of ROWS slots of the blocks `codes` for BLOCK_M hidden states: estimates and bounds [M, V]."""
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     there, asked = slot < slots, m < count
     block = (slot // 16).to(tl.int64) * words
     at = codes + block + slot % 16
     states = hidden + m.to(tl.int64) * rank
-    first = tl.zeros([ROWS, BLOCK_M], tl.int32)
+    first = add_bytes(tl.zeros([ROWS, BLOCK_M], tl.int32), at, states, there, asked, lead // 4, STEP)
     second = tl.zeros([ROWS, BLOCK_M], tl.int32)
-    for start in range(0, lead // 4, STEP):
-        group = start + tl.arange(0, STEP)  # [STEP]
-        inside = group < lead // 4
-        word = tl.load(at[:, None] + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0)
-        for k in tl.static_range(4):
-            u = (((word >> (8 * k)) & 255) - 128).to(tl.int8)  # [ROWS, STEP]
-            h = tl.load(states[None, :] + group[:, None] * 4 + k, mask=inside[:, None] & asked[None, :], other=0)
-            first = tl.dot(u, h, first)
-    for start in range(0, (rank - lead) // 8, STEP):
-        group = start + tl.arange(0, STEP)
-        inside = group < (rank - lead) // 8
-        word = tl.load(
-            at[:, None] + lead * 4 + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0
-        )  # [ROWS, STEP]
-        for k in tl.static_range(8):
-            u = ((word >> (8 * (k % 4) + 4 * (k // 4))) & 15).to(tl.int8)
-            h = tl.load(
-                states[None, :] + lead + group[:, None] * 8 + k, mask=inside[:, None] & asked[None, :], other=0
-            )  # [STEP, BLOCK_M]
-            second = tl.dot(u, h, second)
+    second = add_halves(second, at + lead * 4, states + lead, there, asked, (rank - lead) // 8, STEP)
     numbers = (codes + block + lead * 4 + (rank - lead) * 2).to(tl.pointer_type(tl.bfloat16)) + slot % 16
     query = about + m * 10
     offset, slack = tl.load(query, mask=asked, other=0.0), tl.load(query + 1, mask=asked, other=0.0)
@@ -189,3 +167,47 @@ def bounds_kernel(
     kept = (row >= 0)[:, None] & asked[None, :]
     tl.store(estimates + to, estimate, mask=kept)
     tl.store(bounds + to, upper, mask=kept)
+
+
+@_jit
+def add_bytes(
+    total: tl.tensor,
+    at: tl.tensor,
+    states: tl.tensor,
+    there: tl.tensor,
+    asked: tl.tensor,
+    words: tl.tensor,
+    STEP: tl.constexpr,
+) -> tl.tensor:
+    """Add products of hidden states with coordinates of 8 bits, u - 128, to integers `total` [ROWS, BLOCK_M]."""
+    for start in range(0, words, STEP):
+        group = start + tl.arange(0, STEP)  # [STEP]
+        inside = group < words
+        word = tl.load(at[:, None] + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0)
+        for k in tl.static_range(4):
+            u = (((word >> (8 * k)) & 255) - 128).to(tl.int8)  # [ROWS, STEP]
+            h = tl.load(states[None, :] + group[:, None] * 4 + k, mask=inside[:, None] & asked[None, :], other=0)
+            total = tl.dot(u, h, total)
+    return total
+
+
+@_jit
+def add_halves(
+    total: tl.tensor,
+    at: tl.tensor,
+    states: tl.tensor,
+    there: tl.tensor,
+    asked: tl.tensor,
+    words: tl.tensor,
+    STEP: tl.constexpr,
+) -> tl.tensor:
+    """Add products of hidden states with coordinates of 4 bits, u, to integers `total` [ROWS, BLOCK_M]."""
+    for start in range(0, words, STEP):
+        group = start + tl.arange(0, STEP)  # [STEP]
+        inside = group < words
+        word = tl.load(at[:, None] + group[None, :] * 16, mask=there[:, None] & inside[None, :], other=0)
+        for k in tl.static_range(8):
+            u = ((word >> (8 * (k % 4) + 4 * (k // 4))) & 15).to(tl.int8)  # [ROWS, STEP]
+            h = tl.load(states[None, :] + group[:, None] * 8 + k, mask=inside[:, None] & asked[None, :], other=0)
+            total = tl.dot(u, h, total)
+    return total

@@ -34,12 +34,12 @@ SHORTEST_LOOP = 8  # instructions; shorter ones wait for something
 
 
 def read_resources(compiled: Any, texts: Sequence[str] = ()) -> Resources:
-    """What a compiled kernel (`triton.compiler.CompiledKernel`) needs, without a driver."""
+    """Read what a compiled kernel (`triton.compiler.CompiledKernel`) needs, without a driver."""
     if "cubin" in compiled.asm:
         text = compiled.asm["ptx"]
-        told = _disassembled(compiled.asm["cubin"])
-        registers, spilled = _numbers(told, r"REG:(\d+)", r"STACK:(\d+)")  # Triton puts nothing else on the stack
-        loop = _cuda_loop(told)
+        listing = _disassembled(compiled.asm["cubin"])
+        registers, spilled = _numbers(listing, r"REG:(\d+)", r"STACK:(\d+)")  # Triton puts nothing else on the stack
+        loop = _cuda_loop(listing)
     else:
         text = compiled.asm["amdgcn"]
         registers, spilled = _numbers(text, r"\.vgpr_count:\s*(\d+)", r"\.private_segment_fixed_size:\s*(\d+)")
@@ -60,7 +60,7 @@ def read_resources(compiled: Any, texts: Sequence[str] = ()) -> Resources:
 
 
 def _size(instruction: str) -> int:
-    """Bytes of a thread that an instruction reads: 4 unless it says otherwise."""
+    """Return the bytes of a thread that an instruction reads: 4 unless it says otherwise."""
     return next((_SIZES[word] for word in re.split(r"[._]", instruction) if word in _SIZES), 4)
 
 
@@ -69,13 +69,13 @@ def _counted(sizes: Iterable[int]) -> dict[str, int]:
 
 
 def _numbers(text: str, *patterns: str) -> list[int]:
-    found = [re.search(pattern, text) for pattern in patterns]
-    assert all(found), text[:200]
-    return [int(match[1]) for match in found if match]
+    matches = [re.search(pattern, text) for pattern in patterns]
+    assert all(matches), text[:200]
+    return [int(match[1]) for match in matches if match]
 
 
 def _disassembled(cubin: bytes) -> str:
-    """What the tool beside Triton tells of machine code: registers, then instructions."""
+    """Disassemble machine code by the tool beside Triton: registers, then instructions."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -86,21 +86,21 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def _cuda_loop(text: str) -> list[str]:
-    """Instructions of the innermost loops of SASS: `/*00a0*/ @P0 BRA 0x10 ;`."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)
-    places = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    """List the instructions of the innermost loops of SASS: `/*00a0*/ @P0 BRA 0x10 ;`."""
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)
+    places = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
     targets, ends = dict[int, int](), set[int]()
-    for i, (_, line) in enumerate(found):
+    for i, (_, line) in enumerate(instructions):
         branch = re.search(r"\bBRA\S*.*\b(0x[0-9a-f]+)", line)
         if branch and int(branch[1], 16) in places:
             targets[i] = places[int(branch[1], 16)]
         if re.match(r"(BRA\s+0x|EXIT|RET)", line):
             ends.add(i)
-    return _innermost([line for _, line in found], targets, ends)
+    return _innermost([line for _, line in instructions], targets, ends)
 
 
 def _amd_loop(text: str) -> list[str]:
-    """The same of AMD's assembler, which has labels: `s_cbranch_scc1 .LBB0_2`."""
+    """List the instructions of the innermost loops of AMD's assembler, which has labels: `s_cbranch_scc1 .LBB0_2`."""
     lines, labels = list[str](), dict[str, int]()
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
@@ -114,7 +114,7 @@ def _amd_loop(text: str) -> list[str]:
 
 
 def _innermost(lines: Sequence[str], targets: Mapping[int, int], ends: Collection[int]) -> list[str]:
-    """The lines of all loops without loops within. targets: of branches; ends: lines that the next does not follow.
+    """List the lines of loops without loops within. targets: of branches; ends: lines that the next does not follow.
 
     A loop is a set of lines each of which leads to each; those within are such sets without its first line.
     """
@@ -122,7 +122,7 @@ def _innermost(lines: Sequence[str], targets: Mapping[int, int], ends: Collectio
 
     graph = networkx.DiGraph(targets.items())
     graph.add_edges_from((i, i + 1) for i in range(len(lines) - 1) if i not in ends)
-    found: set[int] = set()
+    innermost: set[int] = set()
     left: list[tuple[Collection[int], Collection[int]]] = [((), graph.nodes)]  # a loop, and what to look for loops in
     while left:
         loop, within = left.pop()
@@ -130,5 +130,5 @@ def _innermost(lines: Sequence[str], targets: Mapping[int, int], ends: Collectio
         loops = [part for part in parts if len(part) >= SHORTEST_LOOP]
         left += [(part, part - {min(part)}) for part in loops]
         if not loops:
-            found |= set(loop)
-    return [lines[i] for i in sorted(found)]
+            innermost |= set(loop)
+    return [lines[i] for i in sorted(innermost)]

@@ -1,13 +1,13 @@
-"""`fhopt::pack` and `fhopt::unpack` in Triton for GPUs: two kernels for all plans.
+"""Pack and unpack latents on GPUs: `fhopt::pack` and `fhopt::unpack` in two Triton kernels for all plans.
 
     s    = sqrt(mean z[c]^2), over the channels with fewer than 16 bits; a float16 in [2^-14, 65504]
     u[c] = clamp(floor(z[c] / s / step) + 2^(b-1), 0, 2^b - 1)          a channel of b < 16 bits
     z[c] = (u[c] - (2^b - 1)/2) * step * s                              and back
 
-The tiers are a small table in the memory of the GPU, not constants of the kernel: layers of a model have tiers of their
-own, and each would cost a compilation. A program takes BLOCK_T rows and goes through their channels in groups of 8: the
-width of every tier is a multiple of 8, and a bit plane of w bits holds a group in w bytes (format:
-fhopt/ops/latent_attention.py).
+Bit groups are a small table in the memory of the GPU, not constants of the kernel: layers of a model have bit groups of
+their own, and each would cost a compilation. A program takes BLOCK_T rows and goes through their channels in groups of
+8: the width of every bit group is a multiple of 8, and a bit plane of w bits holds a group in w bytes (format:
+fhopt/ops/packing.py).
 
 The scale may be off by one in the last place where it is in the reference: sums have no fixed order on a GPU. All else
 is rounded as there, hence the `_rn` functions: plain division and square root are approximate on GPUs.
@@ -38,7 +38,7 @@ _jit_entry: Callable[..., Any] = triton.jit(do_not_specialize=("rows", "tier_cou
 
 
 def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """`fhopt.ops.pack_reference` on a GPU; calls that the kernel does not serve run the reference."""
+    """Pack latents as `fhopt.ops.pack_reference` does, on a GPU; other calls run the reference."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
     if table is None or not can_pack(latent, table):
@@ -57,7 +57,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
 
 
 def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
-    """`fhopt.ops.unpack_reference` on a GPU; calls that the kernel does not serve run the reference."""
+    """Unpack latents as `fhopt.ops.unpack_reference` does, on a GPU; calls it does not serve run the reference."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
     if table is None or not can_unpack(codes, scale, table):
@@ -76,7 +76,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 def device_table(
     bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...], device: torch.device
 ) -> Tensor:
-    """int32 [tiers, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
+    """Make the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
     lines, channel, byte = [], 0, 0
     for b, w in zip(bits, widths, strict=True):
         lines.append((b, w, channel, byte))
@@ -86,7 +86,7 @@ def device_table(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., n] -> [T, n], the last dimension dense."""
+    """Flatten [..., n] to [T, n], the last dimension dense."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -112,7 +112,7 @@ def pack_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ) -> None:
-    """Codes and scales of BLOCK_T rows: once over the channels for the scale, once for the codes."""
+    """Pack BLOCK_T rows: once over the channels for the scale, once for the codes."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
     z = latent + t.to(tl.int64) * latent_stride
     row = codes + t.to(tl.int64) * codes_stride
@@ -190,7 +190,7 @@ def unpack_kernel(
 
 @_jit
 def tier(tiers: tl.tensor, i: tl.tensor) -> tl.tensor:
-    """Line i of the table: bits, width, first channel, first byte, step."""
+    """Load line i of the table: bits, width, first channel, first byte, step."""
     line = tiers + 5 * i
     channel = tl.multiple_of(tl.load(line + 2), 8)
     step = tl.load(line + 4).to(tl.float32, bitcast=True)
@@ -199,20 +199,20 @@ def tier(tiers: tl.tensor, i: tl.tensor) -> tl.tensor:
 
 @_jit
 def limited(x: tl.tensor, low: tl.constexpr, high: tl.constexpr) -> tl.tensor:
-    """x between low and high; NaN stays NaN."""
+    """Clamp x between low and high; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @_jit
 def load_channels(z: tl.tensor, g: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """Groups g of 8 channels of a tier, whose rows start at z [T] -> float32 [T, G, 8]."""
+    """Load runs g of 8 channels of a bit group, whose rows start at z [T]: float32 [T, G, 8]."""
     channel = 8 * g[None, :, None] + tl.arange(0, 8)[None, None, :]
     return tl.load(z[:, None, None] + channel, mask=inside[:, :, None], other=0.0).to(tl.float32)
 
 
 @_jit
 def store_channels(z: tl.tensor, x: tl.tensor, g: tl.tensor, inside: tl.tensor) -> None:
-    """Inverse of `load_channels`."""
+    """Store runs g of 8 channels of a bit group, whose rows start at z [T], from float32 [T, G, 8]."""
     channel = 8 * g[None, :, None] + tl.arange(0, 8)[None, None, :]
     tl.store(z[:, None, None] + channel, x, mask=inside[:, :, None])
 
@@ -227,7 +227,7 @@ def store_plane(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Store WIDTH bits of the codes u [T, G, 8], if tiers of this many bits have such a plane."""
+    """Store WIDTH bits of quantized values u [T, G, 8], if bit groups of this many bits have such a plane."""
     if bits & WIDTH:
         LANES: tl.constexpr = 8 // WIDTH  # codes in a byte
         part = (u >> (bits & (WIDTH - 1))) & (2**WIDTH - 1)  # the bits below belong to planes that follow
@@ -248,7 +248,7 @@ def load_plane(
     inside: tl.tensor,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """The codes u [T, G, 8] with the bits of this plane added, if tiers of this many bits have it."""
+    """Add the bits of a plane to quantized values u [T, G, 8], if bit groups of this many bits have it."""
     if bits & WIDTH:
         LANES: tl.constexpr = 8 // WIDTH
         plane = row + width // 8 * (bits & (16 - 2 * WIDTH))
@@ -262,7 +262,7 @@ def load_plane(
 
 @_jit
 def store_halves(row: tl.tensor, x: tl.tensor, g: tl.tensor, inside: tl.tensor) -> None:
-    """Channels of 16 bits, byte by byte: they may start at an odd address."""
+    """Store channels of 16 bits, byte by byte: they may start at an odd address."""
     half = limited(x, -65504.0, 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     byte = 16 * g[None, :, None] + 2 * tl.arange(0, 8)[None, None, :]
     to = row[:, None, None] + byte
@@ -272,7 +272,7 @@ def store_halves(row: tl.tensor, x: tl.tensor, g: tl.tensor, inside: tl.tensor) 
 
 @_jit
 def load_halves(row: tl.tensor, g: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """Inverse of `store_halves`: float32 [T, G, 8]."""
+    """Load channels of 16 bits, byte by byte, as float32 [T, G, 8]."""
     byte = 16 * g[None, :, None] + 2 * tl.arange(0, 8)[None, None, :]
     at = row[:, None, None] + byte
     low = tl.load(at, mask=inside[:, :, None], other=0).to(tl.int16)

@@ -1,23 +1,22 @@
-"""Render the Triton kernels for many queries behind a cache: keys and values of a tile of tokens are rebuilt.
+"""Render the prefill kernels of a `KernelSpec` in Triton: many queries attend to reconstructed keys and values.
 
     k[t] = D_K z_K[t]     x[t] = cap(scale * q . k[t]) + mask[t]     o = sum_t softmax(x)[t] v[t]     v[t] = D_V z_V[t]
 
-A decode step multiplies queries by D_K^T instead (triton_attention.py), and never meets a key. A chunk of a prompt has
-hundreds of queries of every kv head for the same tokens, and where latents are wider than keys, or where unpacking
-codes anew for every 32 queries costs more than the products, it is cheaper to rebuild (fhopt/ops/prefill_attention.py
-counts):
+A decode step multiplies queries by D_K^T instead (attention.py), and never meets a key. A prefill has hundreds of
+queries of every kv head for the same tokens, and where latents are wider than keys, or where unpacking them anew for
+every 32 queries costs more than the products, it is cheaper to reconstruct keys and values (fhopt/ops/prefill_attention.py counts):
 
     rebuild_kernel   keys or values of a range of tokens, into memory that the L2 cache holds: once for all queries
-    chunk_kernel     attention of BLOCK_M rows, of keys and values as they are; or of latents, rebuilt by each program
+    chunk_kernel     attention of BLOCK_M rows to keys and values as they are, or reconstructed by each program
 
-Codes are read as in triton_attention.py: lane l of the words of a plane is an operand of its own, whose rows of the
-decoder are taken together. What a code u stands for, (u - (2^b - 1)/2) step scale[token], becomes
+Quantized values are read as in attention.py: lane l of the words of a plane is an operand of its own, whose rows of the
+decoder are taken together. What a value u stands for, (u - (2^b - 1)/2) step scale[token], becomes
 
     step, 2^shift of the plane, 2^w    multiply the rows of the decoder, before a call (`Table`)
-    the mean code                      a row of its own, taken off the sum: from the decoder as it was rounded
-    scale[token]                       multiplies what is rebuilt, and float16 channels are added to that
+    the mean of u                      a row of its own, taken off the sum: from the decoder as it was rounded
+    scale[token]                       multiplies what is reconstructed, and float16 channels are added to that
 
-A code of 8 bits is converted where the mantissa has 7: a product of two halves would cost more than the conversion,
+A value of 8 bits is converted where the mantissa has 7: a product of two halves would cost more than the conversion,
 which serves BLOCK_M queries here.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T tokens, D and E head size of keys and values,
@@ -43,20 +42,20 @@ KERNELS = ("rebuild_kernel", "chunk_kernel")
 
 
 def operands(piece: Piece, dtype: str) -> tuple[Field, ...]:
-    """The operands of a piece: those of a decode step, but codes that are wider than the mantissa stay whole."""
+    """Split a piece into operands as a decode step does, but values that are wider than the mantissa stay whole."""
     if not is_converted(piece, dtype):
         return fields(piece, dtype)
     return tuple(Field(lane, piece.bits * lane, piece.bits, 1) for lane in range(piece.lanes))
 
 
 def is_converted(piece: Piece, dtype: str) -> bool:
-    """True for codes u that become the numbers u - 2^(b-1), by conversion."""
+    """Return True for quantized values u that become the numbers u - 2^(b-1), by conversion."""
     return piece.is_coded and piece.bits > MANTISSA[dtype]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a decoder in the order of operands, K of them: which channel (R: none), times what, and the mean code."""
+    """Rows of a decoder in the order of operands, K of them: which channel (R: none), times what, and the mean of u."""
 
     channels: tuple[int, ...]
     factors: tuple[float, ...]
@@ -65,7 +64,7 @@ class Table:
 
 @functools.cache
 def table(tiers: Tiers, width: int, dtype: str) -> Table:
-    """The table of one side, for products of `dtype`."""
+    """Make the table of one side, for products of `dtype`."""
     channels, factors, middles = list[int](), list[float](), list[float]()
     for piece in _ordered(tiers, width):
         for field in operands(piece, dtype):
@@ -82,12 +81,12 @@ def table(tiers: Tiers, width: int, dtype: str) -> Table:
 
 
 def _ordered(tiers: Tiers, width: int) -> list[Piece]:
-    """The pieces of a row: codes, which a token's scale multiplies, before what it does not."""
+    """Order the pieces of a row: quantized values, which a token's scale multiplies, before what it does not."""
     return sorted(pieces(tiers, width), key=lambda piece: not piece.is_coded)
 
 
 def padded(size: int) -> int:
-    """A head size as products want it: a power of two from 16 on."""
+    """Round a head size up to what products want: a power of two from 16 on."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -95,7 +94,7 @@ def padded(size: int) -> int:
 
 
 def render(spec: KernelSpec) -> str:
-    """The text of the kernels of `spec`; the same spec gives the same text. Raises FhoptError for odd tiers."""
+    """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
     check(spec)
     sides = (("key", "D", spec.key_tiers, spec.key_width), ("value", "E", spec.value_tiers, spec.value_width))
     return read_source("fhopt.codegen.gpu", "prefill.py.in").substitute(
@@ -116,7 +115,7 @@ def render(spec: KernelSpec) -> str:
 
 
 def _rebuild(side: str, letter: str, tiers: Tiers, width: int, dtype: str) -> str:
-    """The function that rebuilds one side."""
+    """Render the function that reconstructs keys or values."""
     lines, at, scaled = list[str](), 0, is_scaled(tiers)
     for piece in _ordered(tiers, width):
         if scaled and not piece.is_coded:
@@ -135,7 +134,7 @@ _SCALED = "x = (x - bias[None, :]) * factor[:, None]"
 
 
 def _load(piece: Piece) -> list[str]:
-    """The lines that load a run of all rows of a tile [T, size]."""
+    """Render the lines that load a run of all rows of a tile [T, size]."""
     end = piece.channel + piece.lanes * piece.used
     what = {0: "uncoded", 16: "float16"}.get(piece.bits, f"a plane of {piece.bits} bit{'s' * (piece.bits > 1)}")
     run = f"rows, stride, None, here, {piece.start}, {piece.size}, {piece.used}, False"
@@ -149,6 +148,7 @@ def _load(piece: Piece) -> list[str]:
 
 
 def _operand(piece: Piece, field: Field, dtype: str) -> str:
+    """Render the expression for an operand of what was loaded."""
     if not piece.is_coded:
         return "z.to(DTYPE)"
     if is_converted(piece, dtype):

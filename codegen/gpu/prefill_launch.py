@@ -1,4 +1,4 @@
-"""Launch the prefill kernels: keys and values are rebuilt in one kernel with attention, or in memory before it.
+"""Launch the prefill kernels: keys and values are reconstructed within attention, or in memory before it.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T tokens, D and E head size of keys and values,
 R latent width, M rows (S queries of the H/G heads of a kv head), K operands of a row.
@@ -52,10 +52,11 @@ def rebuilt_attention(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`fhopt.chunks.rebuilt_attention_reference` by kernels, for queries of float32, bfloat16 or float16.
+    """Compute attention on reconstructed keys and values, for queries of float32, bfloat16 or float16.
 
-    Where one program has all rows of a kv head, and room for its decoders, it rebuilds keys and values as it goes.
-    Otherwise they are rebuilt first, SCRATCH bytes at a time. Raises ValueError when tensors do not belong together.
+    The reference is `fhopt.chunks.rebuilt_attention_reference`. Where one program has all rows of a kv
+    head, and room for its decoders, it reconstructs keys and values as it goes. Otherwise they are reconstructed first,
+    SCRATCH bytes at a time. Raises ValueError when tensors do not belong together.
     """
     spec = KernelSpec(
         tuple(zip(key_bits, key_widths, key_steps, strict=True)),
@@ -76,7 +77,7 @@ def _apart(
     kernel: PrefillKernel, query: Tensor, sides: tuple[Rows, Rows], mask: Tensor | None, lengths: Tensor | None,
     *, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rebuild a range of tokens, attend to it, go on with the next."""
+    """Reconstruct keys and values of a range of tokens, attend to it, go on with the next."""
     tokens = sides[0][0].shape[2]
     (groups, key_size), (_, value_size) = kernel.sizes(sides)
     numbers = query.shape[0] * groups * (key_size + value_size)  # of a token
@@ -86,7 +87,7 @@ def _apart(
         replace(kernel.spec, key_tiers=(), value_tiers=(), key_width=key_size, value_width=value_size)
     )
     tables = [kernel.table(i, decode, query.dtype) for i, (_, _, decode) in enumerate(sides)]
-    found: tuple[Tensor, Tensor] | None = None
+    result: tuple[Tensor, Tensor] | None = None
     for start in range(0, tokens, length):
         cut = slice(start, start + length)
         keys, values = [
@@ -97,9 +98,9 @@ def _apart(
             query, (keys, None, None), (values, None, None), None if mask is None else mask[..., cut],
             None if lengths is None else (lengths - start).clamp(min=0), scale=scale, softcap=softcap, exact=True,
         )  # fmt: skip
-        found = part if found is None else joined(*map(torch.stack, zip(found, part, strict=True)))
-    assert found is not None, "there are no tokens"
-    return found[0].to(query.dtype), found[1]
+        result = part if result is None else joined(*map(torch.stack, zip(result, part, strict=True)))
+    assert result is not None, "there are no tokens"
+    return result[0].to(query.dtype), result[1]
 
 
 def _cut(x: Tensor | None, tokens: slice) -> Tensor | None:
@@ -107,7 +108,7 @@ def _cut(x: Tensor | None, tokens: slice) -> Tensor | None:
 
 
 def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over ranges of tokens, outputs [n,B,H,S,E] and lses [n,B,H,S], as over all of them; in float32."""
+    """Merge attention over ranges of tokens, outputs [n,B,H,S,E] and lses [n,B,H,S], to that over all; in float32."""
     top = lses.amax(0)
     weights = torch.exp(lses - torch.where(top == -torch.inf, 0.0, top))
     total = weights.sum(0)
@@ -117,12 +118,12 @@ def joined(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def build_prefill(spec: KernelSpec) -> PrefillKernel:
-    """The kernels of `spec` for many queries. Raises ImportError where there is no Triton."""
+    """Build the prefill kernels of `spec`. Raises ImportError where there is no Triton."""
     return PrefillKernel(load_module(f"{spec.name}_chunk", render(spec)), spec)
 
 
 class PrefillKernel:
-    """The kernels of a rendered file. Raises ValueError when a shape or type does not fit the spec."""
+    """The prefill kernels of a rendered file. Raises ValueError when a shape or type does not fit the spec."""
 
     def __init__(self, module: ModuleType, spec: KernelSpec) -> None:
         self._attention, self._rebuild = module.chunk_kernel, module.rebuild_kernel
@@ -133,8 +134,8 @@ class PrefillKernel:
         )
 
     def sizes(self, sides: tuple[Rows, Rows]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(G, D) of keys and (G, E) of values. Raises ValueError."""
-        found = []
+        """Return (G, D) of keys and (G, E) of values. Raises ValueError."""
+        sizes = []
         for side, (x, _, decode) in zip(self._sides, sides, strict=True):
             if decode is None and side.coded:
                 raise ValueError(f"{side.name}_decode is none; codes need a decoder [G, D, R]. Give that of the site.")
@@ -144,26 +145,26 @@ class PrefillKernel:
                     f"{side.name}_decode has shape {tuple(decode.shape)}; for rows {tuple(x.shape)} it is "
                     f"[G, D, {width}], G a multiple of {x.shape[1]}. Give the decoder of these rows."
                 )
-            found.append((x.shape[1], x.shape[3]) if decode is None else (decode.shape[0], decode.shape[1]))
-        if found[0][0] != found[1][0]:
+            sizes.append((x.shape[1], x.shape[3]) if decode is None else (decode.shape[0], decode.shape[1]))
+        if sizes[0][0] != sizes[1][0]:
             raise ValueError(
-                f"there are {found[0][0]} heads of keys and {found[1][0]} of values; expected as many. Give both sides "
+                f"there are {sizes[0][0]} heads of keys and {sizes[1][0]} of values; expected as many. Give both sides "
                 "of one site."
             )
-        return found[0], found[1]
+        return sizes[0], sizes[1]
 
     def decoder_bytes(self, sides: tuple[Rows, Rows]) -> int:
-        """Of the decoders of one kv head, as the kernels read them."""
+        """Count the bytes of the decoders of one kv head, as the kernels read them."""
         spec, sizes = self.spec, self.sizes(sides)
         tiers = (spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)
         return sum(
-            len(table(*found, spec.dtype).channels) * padded(size) * getattr(torch, spec.dtype).itemsize
-            for found, (_, size), (_, _, decode) in zip(tiers, sizes, sides, strict=True)
+            len(table(*side, spec.dtype).channels) * padded(size) * getattr(torch, spec.dtype).itemsize
+            for side, (_, size), (_, _, decode) in zip(tiers, sizes, sides, strict=True)
             if decode is not None
         )
 
     def rows(self, query: Tensor, sides: tuple[Rows, Rows]) -> int:
-        """M of a kv head. Raises ValueError when the queries do not fit the keys."""
+        """Count the rows M of a kv head. Raises ValueError when the queries do not fit the keys."""
         (groups, size), _ = self.sizes(sides)
         if query.shape[1] % groups or query.shape[3] != size:
             raise ValueError(
@@ -186,7 +187,7 @@ class PrefillKernel:
         splits: int | None = None,
         config: Config | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of query [B,H,S,D]: o [B,H,S,E] in its dtype (exact: float32), lse [B,H,S] float32.
+        """Compute attention of query [B,H,S,D]: o [B,H,S,E] in its dtype (exact: float32), lse [B,H,S] float32.
 
         A decoder of a side: its rows are latents; None: they are keys or values, uncoded. splits: ranges of tokens that
         programs of their own go through.
@@ -229,7 +230,7 @@ class PrefillKernel:
         return output if exact else output.to(query.dtype), lse
 
     def rebuild(self, side: int, rows: Tensor, scale: Tensor | None, size: int, decoder: Decoder) -> Tensor:
-        """Keys (side 0) or values (1) [B,G,T,D] from rows [B,J,T,..]: what the latents kept. size: D."""
+        """Reconstruct keys (side 0) or values (1) [B,G,T,D] from rows [B,J,T,..]. size: D."""
         table_rows, bias = decoder
         assert table_rows is not None and bias is not None
         (batch, heads, tokens, _), groups = rows.shape, bias.shape[0]
@@ -247,13 +248,13 @@ class PrefillKernel:
         return output
 
     def table(self, side: int, decode: Tensor | None, dtype: torch.dtype) -> Decoder:
-        """The decoder of keys (side 0) or values (1) as the kernels read it, if there is one."""
+        """Order the decoder of keys (side 0) or values (1) as the kernels read it, if there is one."""
         tiers = (self.spec.key_tiers, self.spec.value_tiers)[side]
         return (None, None) if decode is None else decoder_rows(decode, tiers, dtype)
 
 
 def _padded_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """The mask as the kernel reads it, bytes or floats [B,H,S,T'] behind a multiple of LONGEST tokens: 16 at a time."""
+    """Pad the mask to what the kernel reads, bytes or floats [B,H,S,T'], T' a multiple of LONGEST tokens."""
     mask = mask_as_read(mask, mask.shape)
     whole = mask.new_zeros((*(1,) * (4 - mask.dim()), *mask.shape[:-1], -(-shape[3] // LONGEST) * LONGEST))
     whole[..., : shape[3]] = mask
@@ -269,9 +270,9 @@ def _options(x: Tensor) -> dict[str, int]:
 
 
 def decoder_rows(decode: Tensor, tiers: Tiers, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The decoder [G,D,R] as the kernels read it: rows [G,K,D'] of `dtype`, and what codes are too large by [G,D'].
+    """Order a decoder [G,D,R] as the kernels read it: rows [G,K,D'] of `dtype`, and biases [G,D'].
 
-    D' is D up to a power of two; what is beyond D is 0. The second is float32.
+    D' is D up to a power of two; what is beyond D is 0. Biases, float32, are what quantized values are too large by.
     """
     groups, size, width = decode.shape
     channels, factors, middles = _on(tiers, width, str(dtype).removeprefix("torch."), decode.device)
@@ -283,16 +284,16 @@ def decoder_rows(decode: Tensor, tiers: Tiers, dtype: torch.dtype) -> tuple[Tens
 
 @functools.cache
 def _on(tiers: Tiers, width: int, dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """A `Table` as tensors."""
-    found = table(tiers, width, dtype)
+    """Make the tensors of a `Table`."""
+    order = table(tiers, width, dtype)
     with torch.inference_mode(False):
-        numbers = [torch.tensor(x, dtype=torch.float32, device=device) for x in (found.factors, found.middles)]
-        return torch.tensor(found.channels, device=device), numbers[0], numbers[1]
+        numbers = [torch.tensor(x, dtype=torch.float32, device=device) for x in (order.factors, order.middles)]
+        return torch.tensor(order.channels, device=device), numbers[0], numbers[1]
 
 
 @functools.cache
 def _arch(device: torch.device) -> int:
-    """Of a GPU; of what runs Triton's interpreter, any."""
+    """Return the compute capability of a GPU without its point; any for what runs Triton's interpreter."""
     if device.type != "cuda" or torch.version.hip:
         return 80
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""What a Triton kernel needs of a GPU, found by compiling it on a machine that has none.
+"""Resources that a Triton kernel needs of a GPU, measured by compiling it where there is none.
 
     compile_kernels   text and arguments of kernels -> registers, spilled bytes, shared memory, instructions
     objection, fits   does a GPU have what a kernel needs
@@ -8,8 +8,8 @@ Triton compiles for a GPU that is not there, down to machine code, but checks no
 for more shared memory than exists, comes out without a word. Hence a table of limits.
 
 Kernels are compiled in one process of their own (compile_worker.py): Triton's interpreter and its compiler cannot share
-one. What was found is kept in the file cache (build.py) by text, arguments, architecture and version of
-Triton. A kernel that the compiler refuses is a result with its message.
+one. Results are kept in the file cache by text, arguments, architecture and version of Triton. A kernel that the
+compiler refuses is a result with its message.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Request:
     """One kernel to compile.
 
     text: of the Python file that has it. signature: type of each argument ("*bf16", "i32", "constexpr", ...).
-    constexprs: values of those, None for tensors that are not given. attrs: what is known of arguments, by path:
+    constexprs: values of those, None for tensors that a call leaves out. attrs: what is known of arguments, by path:
     {(0,): [["tt.divisibility", 16]]}. options: num_warps, num_stages, ... texts: forms to hand back ("ttir", "ptx",
     "amdgcn", ...), as Triton names them.
     """
@@ -66,19 +66,19 @@ class Request:
     texts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The fields, with keys that JSON has."""
+        """Convert the fields to what JSON has."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return plain | {"attrs": [[list(path), known] for path, known in self.attrs.items()]}
 
     @staticmethod
     def from_json(x: Mapping[str, Any]) -> Request:
-        """Inverse of `as_json`."""
+        """Make a request of what `as_json` gave."""
         return Request(**(dict(x) | {"attrs": {tuple(path): known for path, known in x["attrs"]}}))
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs; where the compiler refused it, `error` alone says something.
+    """Resources of a compiled kernel; where the compiler refused it, `error` alone says something.
 
     registers: of a thread. spilled: bytes of a thread that did not find a register. shared: bytes of a block.
     tensor_columns: of the tensor memory of Blackwell. tensor_cores: matrix instructions in the text of the machine code
@@ -100,14 +100,14 @@ class Resources:
 
     @property
     def copied_share(self) -> float:
-        """Of the bytes that the innermost loops read, those that are copied ahead of their use."""
+        """Share of the bytes read by the innermost loops that are copied ahead of their use."""
         read, copied = (sum(int(n) * count for n, count in x.items()) for x in (self.loop_reads, self.loop_copies))
         return copied / read if read else 0.0
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """What a processor holds at once of one kernel; `limit` names what there is no more of."""
+    """Blocks and warps of one kernel that a processor holds at once; `limit` names what there is no more of."""
 
     blocks: int
     warps: int
@@ -116,7 +116,7 @@ class Occupancy:
 
 
 def objection(resources: Resources, gpu: Gpu) -> str:
-    """Why a kernel shall not run on a GPU, in words; empty where nothing speaks against it."""
+    """Say why a kernel shall not run on a GPU; empty where nothing speaks against it."""
     threads = resources.num_warps * gpu.warp_size
     needed = _rounded_up(resources.registers, REGISTER_UNIT) * threads
     if resources.error:
@@ -133,12 +133,12 @@ def objection(resources: Resources, gpu: Gpu) -> str:
 
 
 def fits(resources: Resources, gpu: Gpu) -> bool:
-    """True when the kernel compiled, spills nothing and stays within the limits of the GPU."""
+    """Return True when the kernel compiled, spills nothing and stays within the limits of the GPU."""
     return not objection(resources, gpu)
 
 
 def occupancy(resources: Resources, gpu: Gpu) -> Occupancy:
-    """How many blocks of a kernel a processor holds at once (CUDA's occupancy calculator; LLVM's for AMD)."""
+    """Compute how many blocks a processor holds at once (as CUDA's occupancy calculator; as LLVM for AMD)."""
     warp_registers = _rounded_up(max(1, resources.registers), REGISTER_UNIT) * gpu.warp_size
     by_registers = PARTITIONS * (gpu.registers // PARTITIONS // warp_registers) // resources.num_warps
     shared = _rounded_up(resources.shared, SHARED_UNIT) + gpu.reserved
@@ -165,14 +165,15 @@ def _rounded_up(number: int, unit: int) -> int:
 def compile_kernels(
     requests: Sequence[Request], gpu: Gpu, progress: Callable[[int, int], None] = lambda *_: None
 ) -> list[Resources]:
-    """What each kernel needs on `gpu`, in order: from the file cache, the others compiled in one process.
+    """Compile kernels for `gpu` and return their resources in order, from the file cache where they are in it.
 
-    progress: told how many are done, and of how many. Raises FhoptError where there is no Triton.
+    Those that are not are compiled in one process. progress: called with how many are done, and of how many. Raises
+    FhoptError where there is no Triton.
     """
     version = triton_version()
     names = [_file_name(request, gpu, version) for request in requests]
-    found = {name: kept for name in names if (kept := _kept(name)) is not None}
-    missing = {name: request for name, request in zip(names, requests, strict=True) if name not in found}
+    results = {name: kept for name in names if (kept := _kept(name)) is not None}
+    missing = {name: request for name, request in zip(names, requests, strict=True) if name not in results}
     total = len(missing)
     while missing:
         complaint = ""
@@ -182,31 +183,31 @@ def compile_kernels(
                 break
             name = next(iter(missing))
             del missing[name]
-            found[name] = result
+            results[name] = result
             cached_file(name, functools.partial(_keep, result))
             progress(total - len(missing), total)
         if missing:  # the process ended with the next one: not a thing to remember
             name = next(iter(missing))
             del missing[name]
-            found[name] = Resources(error=complaint)
-    return [found[name] for name in names]
+            results[name] = Resources(error=complaint)
+    return [results[name] for name in names]
 
 
 @functools.cache
 def triton_version() -> str:
-    """The version of Triton, which is not imported for it. Raises FhoptError where there is none."""
+    """Return the version of Triton, which is not imported for it. Raises FhoptError where there is none."""
     module = importlib.util.find_spec("triton")
     if module is None or module.origin is None:
         raise FhoptError(
             "kernels for GPUs are checked by compiling them, and Triton is not installed. Install it: pip install "
             "'triton>=3.6' (there are wheels for Linux)."
         )
-    found = re.search(r"""^__version__ = ['"](.+?)['"]""", Path(module.origin).read_text(), re.MULTILINE)
-    return found[1] if found else "unknown"
+    version = re.search(r"""^__version__ = ['"](.+?)['"]""", Path(module.origin).read_text(), re.MULTILINE)
+    return version[1] if version else "unknown"
 
 
 def _file_name(request: Request, gpu: Gpu, version: str) -> str:
-    """Where in the cache the resources of a kernel are; it depends on all that they depend on."""
+    """Name the file of the cache that has the resources of a kernel, by all that they depend on."""
     parts = [repr(gpu.arch), version, json.dumps(request.as_json(), sort_keys=True)]
     parts += [Path(__file__).with_name(name).read_text() for name in _OWN_FILES]
     for name in sorted(set(re.findall(r"^from fhopt\.codegen\.([\w.]+) import", request.text, re.MULTILINE))):
@@ -228,15 +229,15 @@ def _keep(resources: Resources, path: Path) -> None:
 
 
 def _compile(requests: Sequence[Request], gpu: Gpu) -> Iterator[Resources | str]:
-    """Results of the requests as they come; where the process ends before its time, at last why."""
+    """Yield results of the requests as they come; where the process ends before its time, at last why."""
     target = {"backend": gpu.backend, "arch": gpu.arch, "warp_size": gpu.warp_size}
     order = json.dumps({"target": target, "requests": [request.as_json() for request in requests]})
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     command = [sys.executable, "-m", "fhopt.codegen.gpu.compile_worker"]
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
         limit = SECONDS * (1 + len(requests))
         timer = threading.Timer(limit, process.kill)
@@ -250,8 +251,9 @@ def _compile(requests: Sequence[Request], gpu: Gpu) -> Iterator[Resources | str]
                 if line.endswith("\n"):  # whole
                     yield Resources(**json.loads(line))
             process.wait()
-            told.seek(0)
-            yield f"the compiler died: {_last_line(told.read())}" if timer.is_alive() else f"took over {limit} seconds"
+            errors.seek(0)
+            died = f"the compiler died: {_last_line(errors.read())}"
+            yield died if timer.is_alive() else f"took over {limit} seconds"
         finally:
             timer.cancel()
             process.kill()

@@ -1,4 +1,4 @@
-"""The layout of packed latents as GPU kernels read them: runs of words of bit planes, and the fields of a word.
+"""Layout of packed latents as GPU kernels read them: runs of words of bit planes, and the fields of a word.
 
 Runs of words (`Piece`) are powers of two from 16 to 128, as products and `tl.arange` want them. What is left of a plane
 is read byte by byte where that pads less; the last run may be padded, which costs no bytes: loads are masked. A plane
@@ -39,18 +39,18 @@ class Piece:
 
     @property
     def lanes(self) -> int:
-        """Channels in a word."""
+        """Number of channels in a word."""
         return self.word // self.bits if self.is_coded else 1
 
     @property
     def is_coded(self) -> bool:
-        """False: floats."""
+        """Whether it has quantized values; else it has floats."""
         return 0 < self.bits < 16
 
 
 @dataclass(frozen=True)
 class Field:
-    """An operand: `bits` bits of a word, from `shift` on. They are of channel `lane` and count `times` their value."""
+    """An operand: `bits` bits of a word from `shift` on. They are of channel `lane` and count `times` their value."""
 
     lane: int
     shift: int
@@ -59,16 +59,16 @@ class Field:
 
     @property
     def middle(self) -> float:
-        """The mean of 1 + u / 2^bits over all codes u."""
+        """Mean of 1 + u / 2^bits over all quantized values u."""
         return 1.5 - 0.5 ** (self.bits + 1)
 
 
 def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
-    """The runs of a row, in the order of its bytes."""
+    """Split a row into runs, in the order of its bytes."""
     if not tiers:
         return tuple(Piece(0, 0, i, used, size, i, i, 1.0) for i, used, size in _runs(width))
     even = row_size(tiers, width) % 2 == 0
-    found: list[Piece] = []
+    runs: list[Piece] = []
     channel = byte = 0
     second = width  # outputs of second planes follow those of all channels
     for bits, count, step in tiers:
@@ -81,7 +81,7 @@ def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
             done = 0  # bytes
             for word, part in _words(size, w, even and byte % 2 == 0):
                 lanes, first = max(1, word // w), done * 8 // w
-                found += [
+                runs += [
                     Piece(
                         w,
                         word,
@@ -97,11 +97,11 @@ def pieces(tiers: Tiers, width: int) -> tuple[Piece, ...]:
                 done += part
             byte += size
         channel += count
-    return tuple(found)
+    return tuple(runs)
 
 
 def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
-    """The operands of a piece. A code of 8 bits is two where the mantissa has 7."""
+    """Split a piece into operands. A value of 8 bits is two where the mantissa has 7."""
     if not piece.is_coded:
         return (Field(0, 0, piece.bits, 1),)
     split = piece.bits > MANTISSA[dtype]
@@ -114,20 +114,20 @@ def fields(piece: Piece, dtype: str) -> tuple[Field, ...]:
 
 
 def row_size(tiers: Tiers, width: int) -> int:
-    """Elements of a row of storage: bytes of codes, or R."""
+    """Count the elements of a row of storage: bytes of quantized values, or R."""
     return sum(bits * w for bits, w, _ in tiers) // 8 or width
 
 
 def places(spec: KernelSpec) -> int:
-    """Numbers that a program leaves for a row of the output: R_V, and one more for a channel of two bit planes."""
+    """Count the numbers a program leaves for a row of the output: R_V, one more for a channel of two bit planes."""
     second = sum(w for bits, w, _ in spec.value_tiers if bits < 16 and len(planes(bits)) > 1)
     return spec.value_width + second
 
 
 def is_crowded(spec: KernelSpec) -> bool:
-    """True when rows need padding or channels have two planes: more operands than registers hold, where tiers are many.
+    """Return True when rows need padding or channels have two bit planes.
 
-    Rows that are fitted for a GPU never do.
+    Where bit groups are many that is more operands than registers hold. Rows that are fitted for a GPU never do.
     """
     sides = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     planed = any(len(planes(bits)) > 1 for bits, _, _ in (*spec.key_tiers, *spec.value_tiers) if bits < 16)
@@ -135,7 +135,7 @@ def is_crowded(spec: KernelSpec) -> bool:
 
 
 def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
-    """A plane of `size` bytes as (bits of a word, bytes): words of 16 bits where they lie `even`, then single bytes."""
+    """Split a plane of `size` bytes into (bits of a word, bytes): words of 16 bits where it lies `even`, then 8."""
     if not even or size % 2:
         return [(8, size)]
     rest = size % (2 * SMALLEST_PIECE)
@@ -144,7 +144,7 @@ def _words(size: int, bits: int, even: bool) -> list[tuple[int, int]]:
 
 
 def _runs(count: int) -> list[tuple[int, int, int]]:
-    """`count` in powers of two: (begin, used, size); only the last is used in part."""
+    """Split `count` into powers of two: (begin, used, size); only the last is used in part."""
     runs, begin = [], 0
     whole = -(-count // SMALLEST_PIECE) * SMALLEST_PIECE
     while begin < count:

@@ -1,4 +1,4 @@
-"""Argument types, constants and alignment of the attention kernels, to compile them without a launch."""
+"""Argument types, constants and alignment of kernels, to compile them without a launch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ PREFILL_SIZES = ("heads", "groups", "queries", "tokens", "splits", "key_group", 
 
 
 def attention_example(spec: KernelSpec, config: Config, **features: object) -> dict[str, Example]:
-    """What `triton.compile(ASTSource(...))` needs, by kernel: types, constants, and which addresses are aligned.
+    """Describe the kernels of a decode step, by name, for `triton.compile(ASTSource(...))`.
 
-    As the launcher calls it for contiguous tensors. Features by name: mask ("bool" or a dtype), slopes, sinks, lengths,
-    positions, table, pages (True), causal, whole (bool), window, page (int), packed (False for AMD).
+    Types, constants and alignment are those with which the launcher calls them for contiguous tensors. Features by
+    name: mask ("bool" or a dtype), slopes, sinks, lengths, positions, table, pages (True), causal, whole (bool),
+    window, page (int), packed (False for AMD).
     """
     types: dict[str, str] = {"query": POINTERS[spec.dtype]}
     for side, tiers in sides_of(spec):
@@ -74,10 +75,11 @@ def attention_example(spec: KernelSpec, config: Config, **features: object) -> d
 def prefill_example(
     spec: KernelSpec, config: Config, key_size: int, value_size: int, rebuilds: bool = True, **features: object
 ) -> dict[str, Example]:
-    """What `triton.compile(ASTSource(...))` needs, by kernel; `rebuild_kernel` is that of the keys.
+    """Describe the prefill kernels, by name, for `triton.compile(ASTSource(...))`.
 
-    As the launcher calls it for contiguous tensors. rebuilds: keys and values are rebuilt within `chunk_kernel`.
-    Features by name: mask ("bool" or a dtype), lengths (True), exact (float32 out), packed (False for AMD).
+    Types, constants and alignment are those with which the launcher calls them for contiguous tensors; `rebuild_kernel`
+    is that of the keys. rebuilds: keys and values are reconstructed within `chunk_kernel`. Features by name: mask
+    ("bool" or a dtype), lengths (True), exact (float32 out), packed (False for AMD).
     """
     number, packed = POINTERS[spec.dtype], bool(features.get("packed", True))
     sides = (("key", spec.key_tiers, spec.key_width), ("value", spec.value_tiers, spec.value_width))
@@ -99,19 +101,19 @@ def prefill_example(
         "KEY_ALIGN": aligned[0], "VALUE_ALIGN": aligned[1], "PACKED": packed,
         "BLOCK_T": config.block_t, "BLOCK_M": config.block_m,
     }  # fmt: skip
-    found = {"chunk_kernel": example_of(types, constants)}
+    kernels = {"chunk_kernel": example_of(types, constants)}
     if rebuilds:
         rows = {"rows": types["key"], "scale": types["key_scale"], "table": number, "bias": "*fp32", "output": number}
         rows |= dict.fromkeys(("rows_b", "rows_h", "rows_t", "scale_b", "scale_h", "scale_t", "tokens", "group"), "i32")
         tile = rebuild_config(len(table(spec.key_tiers, spec.key_width, spec.dtype).channels)).block_t
         known: dict[str, object] = {"scale": None} if rows["scale"] == "constexpr" else {}
         known |= {"scale_t": 1, "VALUES": False, "D": key_size, "BLOCK_D": padded(key_size), "ALIGN": aligned[0]}
-        found["rebuild_kernel"] = example_of(rows, known | {"PACKED": packed, "BLOCK_T": tile})
-    return found
+        kernels["rebuild_kernel"] = example_of(rows, known | {"PACKED": packed, "BLOCK_T": tile})
+    return kernels
 
 
 def example_of(types: dict[str, str], constants: dict[str, object]) -> Example:
-    """The same for one kernel, from the types of all arguments that are no constants; addresses are aligned."""
+    """Describe one kernel by the types of all arguments that are no constants; addresses are aligned."""
     types = types | dict.fromkeys(constants, "constexpr")
     aligned: dict[tuple[int, ...], list[list[object]]] = {
         (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")

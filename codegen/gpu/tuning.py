@@ -1,8 +1,8 @@
-"""Which configuration a kernel is launched with: the best by its resources, or on a real GPU by the clock.
+"""Tuning of launch configurations: the best by resources of a kernel, or on a real GPU by the clock.
 
     choose         compile the candidates, leave out what does not fit, rank the others      needs no GPU
     tune           time the candidates that fit                                              needs one
-    tuned_config   what either of them has found, from the file cache; a tuned one first
+    tuned_config   (configs.py) the result of either, from the file cache; a tuned one first
 
 Without a GPU there is no time to go by. Decoding is bound by memory, and a memory is kept busy by bytes on their way
 (Little's law): a configuration is better the more bytes of rows a multiprocessor has under way, up to ENOUGH_BYTES;
@@ -48,7 +48,7 @@ KERNEL, MERGING = "attention_kernel", "merge_kernel"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one configuration. reason: why it is rejected; empty where it is not.
+    """Judgement of one configuration. reason: why it is rejected; empty where it is not.
 
     bytes_ahead: of rows, under way for each multiprocessor. token_instructions: of warps, in the loops, for a token in
     one latent head.
@@ -71,7 +71,7 @@ class Choice:
 
 
 def choose(spec: KernelSpec, rows: int, gpu: Gpu, most: int = 0) -> Choice:
-    """The best configuration for `rows` = M on `gpu`, by compiling; kept for `tuned_config`.
+    """Choose the best configuration for `rows` = M on `gpu` by compiling, and keep it for `tuned_config`.
 
     most: how many candidates to compile, the default and others evenly; 0: all. Raises FhoptError without Triton.
     """
@@ -82,7 +82,7 @@ def choose_each(
     kernels: Sequence[tuple[KernelSpec, int]], gpu: Gpu, most: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Choice]:  # fmt: skip
-    """The same for kernels (spec, M), all compiled in one process. progress: told what is done, and of how much."""
+    """Choose a configuration for each kernel (spec, M), compiled in one process. progress: as in `compile_kernels`."""
     tried = []
     for spec, rows in kernels:
         first = default_config(spec, rows, gpu.backend)
@@ -92,9 +92,9 @@ def choose_each(
         for (spec, _), configs in zip(kernels, tried, strict=True)
         for config in configs
     ]
-    found = iter(compile_kernels(requests, gpu, progress))
+    resources = iter(compile_kernels(requests, gpu, progress))
     return [
-        _best(spec, rows, gpu, tuple(_judge(spec, rows, config, next(found), gpu) for config in configs))
+        _best(spec, rows, gpu, tuple(_judge(spec, rows, config, next(resources), gpu) for config in configs))
         for (spec, rows), configs in zip(kernels, tried, strict=True)
     ]
 
@@ -110,20 +110,20 @@ def _best(spec: KernelSpec, rows: int, gpu: Gpu, verdicts: tuple[Verdict, ...]) 
 
 
 def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu, texts: tuple[str, ...] = ()) -> Request:
-    """The attention kernel of a rendered file, as the launcher calls it for one query, to be compiled."""
+    """Request the attention kernel of a rendered file, as the launcher calls it for one query."""
     types, constants, attrs = attention_example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Request(text, KERNEL, types, constants, attrs, options, texts)
 
 
 def merge_request(text: str, spec: KernelSpec) -> Request:
-    """The kernel that joins ranges of tokens, for as many as there may be. It has no configuration to choose."""
+    """Request the kernel that merges ranges of tokens, for as many as there may be."""
     types, constants, attrs = attention_example(spec, default_config(spec, 1))[MERGING]
     return Request(text, MERGING, types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
 
 
 def row_bytes(spec: KernelSpec) -> int:
-    """Bytes of one token in one latent head, keys and values: codes and scales, or numbers."""
+    """Count the bytes of one token in one latent head: packed latents and scales of keys and values, or numbers."""
     itemsize = getattr(torch, spec.dtype).itemsize
 
     def side(tiers: Tiers, width: int) -> int:
@@ -134,7 +134,7 @@ def row_bytes(spec: KernelSpec) -> int:
 
 
 def _some(configs: tuple[Config, ...], most: int) -> tuple[Config, ...]:
-    """`most` of the candidates, the first and others evenly."""
+    """Pick `most` of the candidates, the first and others evenly."""
     if not most or most >= len(configs):
         return configs
     return tuple(configs[i * len(configs) // most] for i in range(most))
@@ -176,7 +176,7 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """M."""
+        """Rows M of the kernel."""
         return gcd(self.heads // self.key_heads, self.heads // self.value_heads) * self.queries
 
 
@@ -233,7 +233,7 @@ def tune(
 def random_call(
     spec: KernelSpec, workload: Workload, device: torch.device | str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tensors (query, key, key_scale, value, value_scale, no mask) and options of a call of the kernel of `spec`."""
+    """Draw tensors (query, key, key_scale, value, value_scale, no mask) and options for the kernel of `spec`."""
     dtype = getattr(torch, spec.dtype)
     shape = workload.batch, workload.heads, workload.queries, spec.key_width
     arguments: list[Tensor | None] = [torch.randn(shape, dtype=dtype, device=device)]
@@ -253,7 +253,7 @@ def random_call(
 
 
 def _by_events(call: Callable[[], object]) -> float:
-    """Median milliseconds of a call."""
+    """Measure the median milliseconds of a call."""
     from triton.testing import do_bench
 
     return float(do_bench(call, return_mode="median"))

@@ -91,8 +91,9 @@ assert found.ids[0, :3].tolist() == [9, 30, 400]
 COMPILED = """
 import dataclasses
 from pathlib import Path
-from fhopt.codegen import triton_head
-from fhopt.codegen.gpu import GPUS, Request, compile_kernels, objection
+from fhopt.codegen.gpu import lm_head
+from fhopt.codegen.gpu.gpus import GPUS
+from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
 
 types = {"codes": "*i32", "hidden": "*i8", "about": "*fp32", "estimates": "*fp32", "bounds": "*fp32"}
 types |= dict.fromkeys(("count", "slots", "vocabulary", "words", "lead", "rank"), "i32")
