@@ -4,7 +4,8 @@
 
 A decode step multiplies queries by D_K^T instead (attention.py), and never meets a key. A prefill has hundreds of
 queries of every kv head for the same tokens, and where latents are wider than keys, or where unpacking them anew for
-every 32 queries costs more than the products, it is cheaper to reconstruct keys and values (fhopt/ops/prefill_attention.py counts):
+every 32 queries costs more than the products, it is cheaper to reconstruct keys and values
+(fhopt/ops/prefill_attention.py counts):
 
     rebuild_kernel   keys or values of a range of tokens, into memory that the L2 cache holds: once for all queries
     chunk_kernel     attention of BLOCK_M rows to keys and values as they are, or reconstructed by each program
