@@ -41,6 +41,25 @@ LONGEST = (
     "integration/test_compiled_generation.py",
     "unit/cli/test_fit_head.py",
 )  # files that take long, those with slow tests among them
+# Where no generated C++ is the point: attention on latents runs on torch operations, and no kernel is compiled.
+WITHOUT_KERNELS = (
+    "unit/backend/test_online_fit.py",
+    "unit/calibration/",
+    "unit/cli/",
+    "unit/evaluation/",
+    "unit/fitting/",
+    "unit/hf/",
+    "unit/inspection/",
+    "unit/models/",
+    "unit/passes/",
+    "unit/refine/",
+    "integration/test_deepseek_decoding.py",
+    "integration/test_encoder_decoder_cache.py",
+    "integration/test_examples.py",
+    "integration/test_families.py",
+    "integration/test_input_layout.py",
+    "robustness/test_fuzz_capture.py",
+)
 # A suite that fails does so again: the same inputs every time. `make fuzz` takes other ones.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -106,6 +125,13 @@ def clean_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_where_they_are_the_point(request: pytest.FixtureRequest) -> None:
+    """Compiling takes seconds a kernel, and every plan has kernels of its own."""
+    if request.path.relative_to(TESTS).as_posix().startswith(WITHOUT_KERNELS):
+        request.getfixturevalue("without_compiling")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fhopt.models.capture import capture
 from fhopt.passes import pipeline as passes_pipeline
 from fhopt.plan.latent_plan import LatentPlan
 
-TOKENS, SEQUENCES = 40, 40
+TOKENS, SEQUENCES = 40, 12  # many more tokens than the latents have numbers, 64
 Batch = dict[str, Tensor]
 
 
@@ -88,17 +88,17 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], Batch], int]] = {
     "whisper": (tiny_whisper, sound_batch, 4),
 }
 OPTIONS: dict[str, Any] = dict(
-    sequences=SEQUENCES, rate_sequences=1, sinks=0, recent=1, block=1, context=TOKENS, tokens=TOKENS, window_bits=16
+    rate_sequences=1, sinks=0, recent=1, block=1, context=TOKENS, tokens=TOKENS, window_bits=16
 )
 
 
-def fitted(name: str, **options: Any) -> tuple[Any, Batch, LatentPlan]:
+def fitted(name: str, sequences: int = SEQUENCES, **options: Any) -> tuple[Any, Batch, LatentPlan]:
     make, batch, _ = FAMILIES[name]
     model = make().requires_grad_(False)
-    given = [batch() for _ in range(SEQUENCES + 1)]
+    given = [batch() for _ in range(sequences + 1)]
     for each in given:
         each |= {"use_cache": False} if hasattr(model, "generate") else {}  # type: ignore[dict-item]
-    return model, given[-1], fhopt.fit(model, batches=given, **(OPTIONS | options))
+    return model, given[-1], fhopt.fit(model, batches=given, sequences=sequences, **(OPTIONS | options))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -119,10 +119,10 @@ def test_one_latent_of_the_input_halves_keys_and_values_without_loss(name: str) 
 def test_a_shared_latent_beats_separate_ones_at_the_same_bytes() -> None:
     """Each number of the input is held once instead of twice, so it gets twice the bits."""
     torch.manual_seed(0)
-    model, batch, shared = fitted("bert", ratio=6)
+    model, batch, shared = fitted("bert", 40, ratio=6)
     assert {site.layout for site in shared.sites} == {"input"}
     torch.manual_seed(0)  # the same weights: a plan serves no others
-    _, _, separate = fitted("bert", ratio=6, layout="band")
+    _, _, separate = fitted("bert", 40, ratio=6, layout="band")
     assert shared.provenance["predicted_nats"] < separate.provenance["predicted_nats"]
     losses = []
     for plan in (shared, separate):
@@ -136,9 +136,9 @@ def test_a_shared_latent_beats_separate_ones_at_the_same_bytes() -> None:
 def test_keys_that_rotate_are_refused_with_the_reason() -> None:
     batches = [{"input_ids": ids(), "use_cache": False} for _ in range(SEQUENCES)]
     with pytest.raises(FhoptError, match="its keys rotate"):
-        fhopt.fit(tiny_llama(), batches=batches, ratio=2, layout="input", **OPTIONS)  # type: ignore[arg-type]
+        fhopt.fit(tiny_llama(), batches=batches, sequences=SEQUENCES, ratio=2, layout="input", **OPTIONS)  # type: ignore[arg-type]
 
 
 def test_no_batches_are_refused() -> None:
     with pytest.raises(FhoptError, match="there are no batches"):
-        calibration_run.measure_module(tiny_gpt2(), [], calibration_options.FitOptions(**OPTIONS))
+        calibration_run.measure_module(tiny_gpt2(), [], calibration_options.FitOptions(sequences=SEQUENCES, **OPTIONS))

@@ -57,3 +57,7 @@ def shared() -> LatentPlan:
     """Keys and values are affine maps of the normed input: together they span as many directions as it has numbers."""
     with torch.random.fork_rng():
         return shared_plan(found(gpt2_with_biases(), 96)[1], width=64)
+
+
+def found_sites(model: Any) -> list[Any]:
+    return list(found(model, 24)[1].sites.values())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "tests" / "unit"
 PACKAGES = ("fhopt", "passes", "codegen")
 LINKS = (ROOT / "fhopt" / "passes", ROOT / "fhopt" / "codegen")  # to packages that are listed by their own names
-OF_NO_MODULE = ("test_layers", "test_mirror", "test_project")  # of all modules together
+OF_NO_MODULE = ("test_golden_kernels", "test_layers", "test_mirror", "test_project")  # of all modules together
 
 CACHES = "whole caches, unit/cache/test_latent_cache.py and test_report.py"
 MODELS = "whole models, integration/test_families.py and test_zoo.py"
@@ -25,6 +25,12 @@ COMMANDS = "the commands, unit/cli"
 PAGES = "the pages made of it, unit/inspection/test_html_report.py and test_server.py"
 WITHOUT_A_FILE = {
     "codegen/cpu/launch": "every kernel that is called, unit/codegen/cpu",
+    "codegen/gpu/compile_worker": "every compilation, unit/codegen/gpu/test_resources.py and test_tuning.py",
+    "codegen/gpu/gpus": "unit/codegen/gpu/test_tuning.py and unit/hardware/test_kernel_table.py",
+    "codegen/gpu/machine_code": "unit/codegen/gpu/test_resources.py",
+    "codegen/gpu/prefill_launch": "unit/codegen/gpu/test_prefill.py",
+    "codegen/gpu/signatures": "every compilation, unit/codegen/gpu/test_attention.py and test_prefill.py",
+    "codegen/rows": "every kernel that is called, unit/codegen",
     "codegen/tiers": "every kernel with bit groups, unit/codegen",
     "fhopt/attention/cache_view": CACHES,
     "fhopt/attention/exact_tokens": CACHES,
@@ -48,7 +54,7 @@ WITHOUT_A_FILE = {
     "fhopt/inspection/tables": COMMANDS,
     "fhopt/lm_head/api": "unit/lm_head/test_module.py and test_install.py",
     "fhopt/lm_head/evaluate": "unit/cli/test_fit_head.py",
-    "fhopt/lm_head/fit": "unit/lm_head/test_install.py and test_quantize.py",
+    "fhopt/lm_head/fitting": "unit/lm_head/test_install.py and test_quantize.py",
     "fhopt/models/capture": MODELS,
     "fhopt/models/example_inputs": MODELS,
     "fhopt/models/loaded_model": "unit/models/test_loader.py",
@@ -65,6 +71,7 @@ WITHOUT_A_FILE = {
     "fhopt/plan/window": CACHES,
     "fhopt/progress": "unit/inspection/test_progress_file.py",
     "fhopt/version": "every file that names a version",
+    "fhopt/refine/checkpoint": "unit/refine/test_heal.py, interrupted",
     "passes/graph/evaluate": GRAPHS,
     "passes/graph/nodes": GRAPHS,
     "passes/graph/printing": GRAPHS,
@@ -91,7 +98,7 @@ def modules() -> list[str]:
     return [path.relative_to(ROOT).with_suffix("").as_posix() for path in own]
 
 
-def tests_of(module: str) -> Path:
+def file_for(module: str) -> Path:
     """The file that tests a module; fhopt's packages stand beside passes and codegen."""
     folder, _, name = module.removeprefix("fhopt/").rpartition("/")
     return UNIT / folder / f"test_{name}.py"
@@ -99,7 +106,7 @@ def tests_of(module: str) -> Path:
 
 @pytest.mark.parametrize("module", modules())
 def test_a_module_has_a_file_of_tests_or_a_reason(module: str) -> None:
-    assert tests_of(module).exists() != (module in WITHOUT_A_FILE)
+    assert file_for(module).exists() != (module in WITHOUT_A_FILE)
 
 
 def test_only_modules_that_are_there_need_a_reason() -> None:
@@ -107,7 +114,7 @@ def test_only_modules_that_are_there_need_a_reason() -> None:
 
 
 def test_every_file_of_tests_is_that_of_a_module() -> None:
-    known = [tests_of(module) for module in modules()]
+    known = [file_for(module) for module in modules()]
     strays = [
         file.relative_to(UNIT).as_posix()
         for file in sorted(UNIT.rglob("test_*.py"))

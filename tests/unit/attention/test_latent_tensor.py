@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 from hand_plans import CODED, random_plan
-from latent_caches import logits
-from small_models import Fitted, cached, found, tiny_llama, token_ids
+from latent_caches import found_sites
+from small_models import cached, tiny_llama, token_ids
 from torch import Tensor
 
-import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
-from fhopt.hf.apply import latent_cache
 
 
 def latent_pair(**options: Any) -> tuple[Any, Tensor]:
@@ -73,36 +71,3 @@ def test_gradients_pass_through_keys_that_had_to_be_rebuilt() -> None:
             model(ids[:, 30:], **cached(cache)).logits.square().sum().backward()
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-
-
-def found_sites(model: Any) -> list[Any]:
-    return list(found(model, 24)[1].sites.values())
-
-
-def test_a_compiled_model_that_loses_the_latents_is_told() -> None:
-    """Keys that anything is done to, between cache and attention, are other tensors, without what hung on the first."""
-    model, ids = tiny_llama(), token_ids(1, 40)
-    fhopt.apply(model, fit_plan.exact_plan(found_sites(model), recent=8, block=8))
-    cache = latent_cache(model, max_cache_len=64)
-
-    def lossy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        key, value = LatentCache.update(self, *args, **kwargs)
-        return key * 1.0, value
-
-    with torch.no_grad():
-        model(ids, **cached(cache))
-        torch._dynamo.reset()
-        step: Any = torch.compile(model.forward, backend="eager", fullgraph=True)
-        cache.__class__ = type("Lossy", (LatentCache,), {"update": lossy})
-        with pytest.raises(Exception, match="loses the latents"):
-            step(input_ids=ids[:, :1], **cached(cache), use_cache=True)
-
-
-def test_a_model_without_the_plan_applied_reads_the_latents_too(fitted: Fitted) -> None:
-    """Its own attention gets tensors of full length that hold latents: never a wrong number, applied or not."""
-    ids = token_ids(2, 60)
-    expected = logits(fitted.model, LatentCache(fitted.plan(4), absorb=False), ids, [30, 40, 41])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of grouped heads, sdpa repeats the keys
-        found = logits(fitted.model, LatentCache(fitted.plan(4)), ids, [30, 40, 41])
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

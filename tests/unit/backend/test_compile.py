@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +21,12 @@ def test_torch_knows_the_backend_without_an_import() -> None:
 
 
 def test_without_a_plan_the_numbers_are_inductors() -> None:
-    model, ids = tiny_llama(), token_ids(1, 20)
+    model, ids = tiny_llama(num_hidden_layers=1), token_ids(1, 20)
     compiled = torch.compile(model, backend="flashhead")
-    torch.testing.assert_close(forward(compiled, ids), forward(model, ids), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # inductor compiles C++ for seconds; gradients come with the slow tests
+        torch.testing.assert_close(forward(compiled, ids), forward(model, ids), rtol=1e-4, atol=1e-5)
     outcome = last_outcome()
-    assert outcome is not None and len(outcome.sites) == 2 and not outcome.compressed
+    assert outcome is not None and len(outcome.sites) == 1 and not outcome.compressed
 
 
 @pytest.mark.usefixtures("traced_only")
@@ -42,21 +42,6 @@ def test_weights_may_change_after_compilation() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.1)
         torch.testing.assert_close(forward(compiled, ids), forward(model, ids), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("traced_only")
-def test_each_pass_is_dumped_with_what_it_did(llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FHOPT_DUMP", str(tmp_path))
-    with torch.no_grad():
-        forward(with_backend(llama.model, plan=llama.plan(4)), token_ids(1, 40))
-    names = sorted(p.name for p in tmp_path.iterdir())
-    finding = ["input", "decompose", "functionalize", "normalize", "find_attention"]
-    stages = [*finding, "absorb_projection", "compress", "absorb", "lower"]
-    assert names == [f"{i:02d}-{stage}.txt" for i, stage in enumerate(stages)]
-    compressed, absorbed = ((tmp_path / f"{n}.txt").read_text() for n in ("06-compress", "07-absorb"))
-    assert compressed.startswith("# compress: 2 sites, 2 compressed")
-    assert " = decode(" in compressed and " = decode(" not in absorbed
-    assert " = absorb(" in absorbed and "fhopt.latent_attention.default(" in absorbed
 
 
 @pytest.mark.usefixtures("traced_only")

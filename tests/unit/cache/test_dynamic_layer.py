@@ -1,8 +1,7 @@
-"""A growing layer against a naive reference, and its attention against plain attention."""
+"""A growing layer against a naive reference."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,35 +11,14 @@ from hand_plans import CODED, random_plan
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from latent_caches import logits
 from naive import naive_code, naive_round
-from small_models import Fitted, token_ids
+from small_models import Fitted
 from torch import Tensor
 
-import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
-from fhopt.cache.latent_cache import LatentCache
 from fhopt.plan.latent_plan import LatentPlan
 
 WINDOWS = (16, 8)
-
-
-def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> None:
-    """In float64, so that both ways round every latent to the same code."""
-    plan, ids, model = fitted.plan(4, window_bits=16), token_ids(1, 60), copy.deepcopy(fitted.model).double()
-    fhopt.apply(model, plan)
-    blocks = logits(model, LatentCache(plan), ids, list(range(20, 60, 8)))
-    single = logits(model, LatentCache(plan), ids, list(range(20, 60)))
-    torch.testing.assert_close(blocks, single, rtol=1e-4, atol=1e-4)
-
-
-def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: Fitted) -> None:
-    """In float64, so that both ways round every latent to the same code; kernels are compared in test_codegen.py."""
-    plan, ids, model = fitted.plan(4), token_ids(2, 60), copy.deepcopy(fitted.model).double()
-    rebuilt = logits(model, LatentCache(plan, absorb=False), ids, list(range(20, 60)))
-    fhopt.apply(model, plan)
-    absorbed = logits(model, LatentCache(plan), ids, list(range(20, 60)))
-    torch.testing.assert_close(absorbed, rebuilt, rtol=1e-4, atol=1e-4)  # a decoder is rounded to float32
 
 
 class CacheStates(RuleBasedStateMachine):

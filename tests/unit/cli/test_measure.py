@@ -34,7 +34,7 @@ def test_json_has_formulas_rows_and_bounds(importable: str) -> None:
     result = call(importable, *options)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
-    assert found["parameters"] == 4096 and found["hypothetical"]
+    assert found["parameters"] == sum(p.numel() for p in encoder()[0].parameters()) and found["hypothetical"]
     assert found["formulas"]["exact"]["bytes"] == "256⋅B⋅T"
     assert [(r["device"], r["cache"]) for r in found["rows"]] == [
         (d, c) for d in ("l4", "cpu:2") for c in ("exact", "2x", "4x", "8x")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +14,10 @@ BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` 
 DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
 
 
-@pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture
-def nothing_built(module_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of a module in one temporary folder; nothing built or said before the test counts."""
+def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing built or said in this process before the test counts; files of kernels are those of the session."""
     torch.manual_seed(0)
-    monkeypatch.setenv("FHOPT_CACHE_DIR", str(module_cache))
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})
     build.cache_clear()

@@ -8,51 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from mla_export import sites_of, with_tiers
-from small_models import VOCABULARY, Fitted, tiny_gpt2, tiny_llama, token_ids
+from mla_export import ROUNDING, VLLM, difference, exported, sites_of, tiny, with_tiers
+from small_models import Fitted, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.export import mla, mla_weights
-from fhopt.export import mla_checkpoint as deepseek
+from fhopt.export import mla
 from fhopt.fitting import fit_plan
-from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SidePlan, SitePlan
-
-ROUNDING = 2e-5  # of the largest logit, in float32: sums in another order, the residual stream in other units
-ANY, VLLM = deepseek.ENGINES["sglang"], deepseek.ENGINES["vllm"]
-
-
-def tiny(kind: str, **changes: Any) -> Any:
-    """A model of transformers of Llama's kind or near it: 2 layers, H=4, D=16."""
-    import transformers
-
-    torch.manual_seed(1)
-    options: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, bos_token_id=0, eos_token_id=None,
-        pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**(options | changes))
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-
-
-def exported(model: Any, plan: LatentPlan, out: Path, engine: deepseek.Engine = ANY, **options: Any) -> Any:
-    """What transformers opens of the checkpoint."""
-    from transformers import AutoModelForCausalLM
-
-    deepseek.export(LoadedModel("small", model), plan, out, engine, **options)
-    return AutoModelForCausalLM.from_pretrained(out).eval()
-
-
-@torch.no_grad()
-def difference(a: Any, b: Any) -> float:
-    """Of the logits of two models, as a share of the largest."""
-    ids = token_ids(2, 40)
-    wanted = b(ids).logits
-    return float((a(ids).logits - wanted).abs().max() / wanted.abs().max())
 
 
 def rows_of(z: Tensor, pair: tuple[int, int], dim: int) -> Tensor:
@@ -154,47 +119,6 @@ def test_vllm_gets_the_widths_of_its_kernels_and_the_same_logits(tmp_path: Path)
     made = exported(model, plan, tmp_path / "out", VLLM)
     assert (made.config.kv_lora_rank, made.config.qk_rope_head_dim) == (256, 64)
     assert difference(made, projected(model, plan)) < ROUNDING
-
-
-def test_a_fitted_plan_is_cut_to_one_complex_latent_a_frequency(llama: Fitted, tmp_path: Path) -> None:
-    full = fit_plan.fit(llama.statistics, ratio=1, layout="freq")
-    plan = mla.cut(full, 24)
-    assert [(s.key.width, s.value.width) for s in plan.sites] == [(16, 24), (16, 24)]
-    out = deepseek.export(LoadedModel("small", llama.model), plan, tmp_path / "out", ANY)
-    assert out.error < ROUNDING and out.token_bytes == 2 * 2 * (24 + 16)
-    for before, after in zip(full.sites, plan.sites, strict=True):  # the strongest of each frequency
-        blocks = [mla._turning(torch.einsum("gdr,rhe->gdhe", *reversed(mla._whole(s.key, 2))), s.site.rope.pairs)  # type: ignore[union-attr]
-                  for s in (before, after)]  # fmt: skip
-        assert torch.allclose(blocks[0], torch.eye(2, dtype=torch.complex128).expand(8, 2, 2), atol=1e-4)
-        assert int(torch.linalg.matrix_rank(blocks[1], rtol=1e-4).max()) == 1
-
-
-def test_halves_of_the_width_go_to_keys_and_values_that_do_not_rotate() -> None:
-    model = tiny("SmolLM3", no_rope_layers=[0, 0])
-    sites = sites_of(model)
-    eyes = [SidePlan(torch.eye(32).unsqueeze(0), torch.eye(32).unflatten(0, (2, 16)), ()) for _ in sites]
-    plan = LatentPlan(tuple(SitePlan(s, "freq", e, e) for s, e in zip(sites, eyes, strict=True)), 0, 1, 1)
-    assert [(s.key.width, s.value.width) for s in mla.cut(plan, 21).sites] == [(11, 10)] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
-def test_the_norm_of_the_latent_changes_no_number(dtype: torch.dtype, size: float) -> None:
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
-
-    norm = DeepseekV2RMSNorm(64).to(dtype)
-    norm.weight.data.fill_(mla_weights.WEIGHT)
-    latent = (torch.randn(100, 64) * size).to(dtype)
-    with torch.no_grad():
-        got = norm(latent * mla_weights.SHRINK).double() * mla_weights.GAIN
-    assert float((got / latent.double() - 1).abs().max()) < 4 * torch.finfo(dtype).eps
-
-
-def test_bfloat16_weights_are_stored_and_the_logits_are_near(tmp_path: Path) -> None:
-    model = tiny_llama(num_key_value_heads=1)
-    plan = fit_plan.exact_plan(sites_of(model))
-    made = exported(model, plan, tmp_path / "out", dtype=torch.bfloat16)
-    assert made.dtype == torch.bfloat16 and difference(made.float(), model) < 0.05
 
 
 # --------------------------------------------------------------------------------------------------- refusals

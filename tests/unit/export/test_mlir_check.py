@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from exported_steps import by_the_model
-from small_models import VOCABULARY, Fitted, token_ids
+from small_models import VOCABULARY, Fitted
 from torch import Tensor
 
-from fhopt.cli.app import main
 from fhopt.errors import FhoptError
-from fhopt.export import mlir, rewrite_folder, step_attention
+from fhopt.export import mlir, step_attention
 from fhopt.export.step_attention import SiteAttention
-from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 
 pytest.importorskip("torch_mlir.ir", reason="the extra mlir is not installed")
 
-verifying: Any = pytest.importorskip("fhopt.verifying")
+verifying: Any = pytest.importorskip("fhopt.export.mlir_check")
 
 
 def text_of(model: Any, plan: LatentPlan) -> str:
@@ -85,64 +79,3 @@ def test_what_is_no_linalg_is_refused(llama: Fitted) -> None:
         verifying.verify_text(str(mlir.lower(llama.model, plan, "torch").step), plan)
     with pytest.raises(FhoptError, match="no contraction"):
         verifying.verify_text("module { func.func @step(%x: tensor<?xf32>) { return } }", plan)
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
-
-
-@pytest.fixture(scope="module")
-def folder(llama: Fitted, lettered: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("folders") / "llama"
-    rewrite_folder.rewrite(LoadedModel("llama", llama.model, lettered), llama.plan(4), out)
-    return out
-
-
-@pytest.mark.slow
-def test_a_rewritten_folder_is_verified_and_exported_as_mlir(folder: Path, llama: Fitted, tmp_path: Path) -> None:
-    verified = call("verify", str(folder), "--json")
-    assert verified.exit_code == 0, verified.output
-    for number, options in enumerate(([], ["--bytecode"])):
-        out = str(tmp_path / str(number))
-        done = call("export", str(folder), "--target", "mlir", *options, "-o", out, "--json")
-        assert done.exit_code == 0, done.output
-        assert json.loads(call("verify", out, "--json").stdout) == json.loads(verified.stdout)
-    assert json.loads(done.stdout)["files"].keys() == {"seal.mlirbc", "step.mlirbc", "step.json", "weights.safetensors"}
-
-
-def test_targets_that_there_are_not_are_refused(folder: Path) -> None:
-    for options, said in (
-        (["--target", "tpu"], "is no target"),
-        (["--target", "mlir", "--arch", "sm_90"], "of a device"),
-        (["--target", "iree-cpu", "--dialect", "torch"], "given linalg"),
-    ):
-        refused = call("export", str(folder), *options)
-        assert refused.exit_code == 2 and said in refused.stderr
-
-
-@pytest.mark.slow
-def test_an_iree_module_has_the_logits_of_the_model(folder: Path, llama: Fitted, tmp_path: Path) -> None:
-    pytest.importorskip("iree.compiler")
-    pytest.importorskip("iree.runtime")
-    out, ids = tmp_path / "out", token_ids(1, 48)
-    done = call("export", str(folder), "--target", "iree-cpu", "-o", str(out))
-    assert done.exit_code == 0, done.output
-    state = mlir.open_module(out)
-    expected = by_the_model(llama.model, llama.plan(4), ids)
-    errors = [float((state.step(ids[:, i : i + 1]) - expected[i]).abs().max()) for i in range(48)]
-    assert max(errors) < 1e-4 and state.sealed > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "arch", "holds"), [("iree-cpu", "aarch64:cortex-a76", b"aarch64"), ("iree-vulkan", "", b"vulkan-spirv")]
-)
-def test_a_module_for_another_machine_is_compiled_here(
-    target: str, arch: str, holds: bytes, folder: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("iree.compiler")
-    out = tmp_path / "out"
-    options = ["--arch", arch] if arch else []
-    done = call("export", str(folder), "--target", target, *options, "-o", str(out))
-    assert done.exit_code == 0, done.output
-    assert len((out / "step.vmfb").read_bytes()) > 10_000 and json.loads((out / "step.json").read_text())

@@ -16,11 +16,11 @@ from hand_plans import CODED, random_plan
 from needs import needs_triton
 
 from fhopt.cli.app import main
-from fhopt.codegen import build
 from fhopt.codegen.build import render
-from fhopt.codegen.gpu import resources
+from fhopt.codegen.gpu import configs, resources, tuning
 from fhopt.codegen.gpu.gpus import GPUS
 from fhopt.codegen.gpu.resources import Request, Resources
+from fhopt.hardware import kernel_table
 from fhopt.hardware.devices import DEVICES
 from fhopt.hardware.kernel_table import Options, cells, kernels_of, write_kernels
 from fhopt.plan.kernel_spec import KernelSpec
@@ -60,9 +60,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         good = Resources(4, 100, 0, 9000, 0, {"mma.sync": 12}, 200, {"16": 2, "4": 1}, {"16": 2})
         return [good if i % 2 == 0 else dataclasses.replace(good, spilled=12) for i in range(len(requests))]
 
-    monkeypatch.setattr(resources, "compile_kernels", compile_them)
-    monkeypatch.setattr(resources, "triton_version", lambda: "3")
-    monkeypatch.setattr(resources, "triton_version", lambda: "3")
+    monkeypatch.setattr(tuning, "compile_kernels", compile_them)
+    monkeypatch.setattr(configs, "triton_version", lambda: "3")
+    monkeypatch.setattr(kernel_table, "triton_version", lambda: "3")
 
 
 def markdown_rows(text: str) -> list[list[str]]:
@@ -163,7 +163,8 @@ def test_for_a_cpu_the_files_are_c_and_nothing_is_compiled(saved: Path, tmp_path
 
 
 @needs_triton
-def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(saved: Path, tmp_path: Path) -> None:
+def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(plan: LatentPlan, tmp_path: Path) -> None:
+    saved = dataclasses.replace(plan, sites=plan.sites[:2]).save(tmp_path / "plan")  # of one kernel, compiled for real
     result = call(saved, "--device", "h100", "--out", tmp_path / "out", "--candidates", "1", "--json")
     assert result.exit_code == 0, result.output
     for row in json.loads(result.stdout)["kernels"]:
@@ -176,7 +177,7 @@ def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(saved: Path, tmp_path: Pa
 def test_where_nothing_fits_the_table_says_so(
     plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "compile_kernels", lambda requests, *_: [Resources(error="no")] * len(requests))
+    monkeypatch.setattr(tuning, "compile_kernels", lambda requests, *_: [Resources(error="no")] * len(requests))
     made = write_kernels(plan, tmp_path / "out", Options("h100", candidates=2))
     assert [row.compiled for row in made.rows] == [None, None]
     text = (tmp_path / "out" / "kernels.md").read_text()
@@ -197,7 +198,7 @@ def test_more_than_the_default_is_compiled_only_where_it_does_not_fit(
         asked.extend(request.text for request in requests)
         return [bad if r.text == first and (known == 0 or i == 0) else good for i, r in enumerate(requests)]
 
-    monkeypatch.setattr(resources, "compile_kernels", compile_them)
+    monkeypatch.setattr(tuning, "compile_kernels", compile_them)
     made = write_kernels(plan, tmp_path / "out", Options("h100", candidates=3))
     assert [text == first for text in asked] == [True, False, True, True, True]
     assert [len(row.rejected) for row in made.rows] == [1, 0] and all(row.compiled for row in made.rows)
@@ -258,7 +259,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
     def fail(*_: Any) -> str:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(build, "render", fail)
+    monkeypatch.setattr(kernel_table, "render", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         write_kernels(plan, tmp_path / "new", Options("h100"))
     assert not (tmp_path / "new").exists()

@@ -19,10 +19,8 @@ from small_models import Fitted
 
 from fhopt.cli.app import main
 from fhopt.errors import FhoptError
-from fhopt.inspection import charts, html_report
+from fhopt.inspection import html_report
 from fhopt.inspection.html_report import Report
-
-vl_convert = pytest.importorskip("vl_convert", reason="the extra view is not installed: pip install 'fhopt[view]'")
 
 
 class Page(HTMLParser):
@@ -134,18 +132,6 @@ def test_hostile_strings_are_text_in_the_file() -> None:
     ours = text.replace(html_report.vega(), "")
     assert "<script>alert" not in ours and "<img" not in ours
     assert "49" not in {word for part in found.text for word in part.split()}  # {{ 7*7 }} was not run
-
-
-@pytest.mark.parametrize("name", sorted(charts.all_charts()))
-def test_vega_lite_draws_every_chart(name: str) -> None:
-    row = {"site": "a", "index": "0", "side": "keys", "kind": "plan", "label": "4x", "chosen": True, "cache": "plan",
-           "bound": "memory", "chunk": 0, "channel": 0, "bits": 4, "ratio": 4.0, "exact": 9, "bytes": 5.0,
-           "bytes_per_token": 5.0, "nats": 1e-3, "exponent": -3.0, "floor": -4.0, "value": 1.0, "intensity": 3.0,
-           "tflops": 2.0, "seconds": 1e-3}  # fmt: skip
-    spec = charts.all_charts()[name]
-    whole = charts.standalone(spec, {rows: [row, row] for rows in (name, "roof", "points")})
-    svg = vl_convert.vegalite_to_svg(whole)
-    assert svg.count("aria-roledescription") > 3
 
 
 def test_a_report_of_a_thousand_sites_stays_small() -> None:

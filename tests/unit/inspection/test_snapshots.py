@@ -7,7 +7,6 @@ import sample_reports
 from seen_plans import STAGES
 from small_models import Fitted
 
-from fhopt.inspection import graphs
 from fhopt.inspection.snapshots import Snapshots
 from fhopt.models.sites import find_sites
 from fhopt.passes import pipeline
@@ -42,17 +41,3 @@ def test_changes_give_one_text_from_the_other_and_count_what_layers_share(
     (twice,) = (c for c in normalize.changes if any("fhopt.attention" in line for line in c.lines))
     assert twice.times == 2  # one for each layer
     assert changes["find_attention"].changes == ()
-
-
-def test_the_nodes_of_a_site_are_those_between_its_projections_in_every_stage(
-    snapshots: tuple[Snapshots, LatentPlan],
-) -> None:
-    taken, plan = snapshots
-    first, second = (plan.sites[i].site.name for i in (0, 1))
-    for stage in STAGES:
-        graph = taken.after(stage).network
-        inside = graphs.site_nodes(graph, first)
-        assert inside and not inside & graphs.site_nodes(graph, second)
-        assert sum(graph.nodes[n]["op"] == "linear" for n in inside) == 4
-    ops = {graph.nodes[n]["op"] for n in graphs.site_nodes(taken.after("absorb").network, first)}
-    assert "latent_attention" in ops

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from fhopt.ops import algebra
 
+pytestmark = pytest.mark.usefixtures("references")
 NO_TIERS = algebra.latent_options(None, None)
 
 

@@ -12,6 +12,7 @@ from naive import naive_attention
 from fhopt.fitting.allocation import STEP
 from fhopt.ops import algebra, latent_attention, packing
 
+pytestmark = pytest.mark.usefixtures("references")
 NO_TIERS = algebra.latent_options(None, None)
 
 

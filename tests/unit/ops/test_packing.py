@@ -12,6 +12,8 @@ from fhopt.fitting.allocation import DISTORTION, STEP
 from fhopt.ops import packing
 from fhopt.plan.site_plan import SUPPORTED_BITS
 
+pytestmark = pytest.mark.usefixtures("references")
+
 
 @given(st.integers(0, 9999), st.sampled_from([1e-9, 1e-3, 1.0, 1e4]))
 def test_rounded_rows_are_within_half_a_scale_and_round_to_themselves(seed: int, size: float) -> None:

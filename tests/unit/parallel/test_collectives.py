@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import torch
 from interrupted_calibration import OPTIONS, measure
 from small_models import Fitted, found, tiny_llama
@@ -18,21 +17,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> None:
     """Two processes on this machine, each with every second batch; 11 batches do not divide evenly."""
-    paths = f"{Path(__file__).parents[2] / 'support'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=120)
-            assert worker.returncode == 0, errors
-    finally:
-        for worker in workers:
-            worker.kill()
+    processes.launch(__file__, 2, tmp_path)
     one = run.plan_for(measure(llama.captured), OPTIONS)
     two, same = (LatentPlan.load(tmp_path / f"plan-{rank}") for rank in (0, 1))
     assert two.digest() == same.digest()
@@ -45,15 +30,14 @@ def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> No
     assert not list(tmp_path.glob("state*"))
 
 
-def work(rank: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     """One of two processes: calibrate its share, save the plan."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     captured, _ = found(tiny_llama(), 96)
     options = replace(OPTIONS, checkpoint=folder / "state")
-    run.plan_for(measure(captured, options), options).save(folder / f"plan-{rank}")
+    run.plan_for(measure(captured, options), options).save(folder / f"plan-{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(Path(sys.argv[1]))

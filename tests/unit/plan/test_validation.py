@@ -27,7 +27,7 @@ from fhopt.plan.site_plan import PagePlan, Tier
 def test_pages_of_either_layout_are_counted_to_the_byte(
     layout: str, fill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fhopt.layers.SAMPLE", 3)
+    monkeypatch.setattr("fhopt.cache.base_layer.SAMPLE", 3)
     plan = paged(random_plan(layout, CODED, window_bits=16), fill=fill)
     cache = LatentCache(plan)
     cache.update(torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 8), 0)

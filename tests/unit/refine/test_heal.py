@@ -22,7 +22,7 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan import fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress
-from fhopt.refine import checkpoint, decoder_equations
+from fhopt.refine import checkpoint
 from fhopt.refine.decoder_equations import Reader
 from fhopt.refine.heal import HealOptions, heal, read
 
@@ -211,7 +211,7 @@ def test_a_plan_of_another_model_is_refused(model: LoadedModel, plan: LatentPlan
 def test_a_loss_that_does_not_fall_is_refused(
     model: LoadedModel, plan: LatentPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_equations, "solved", lambda plan, *_: plan)
+    monkeypatch.setattr("fhopt.refine.heal.solved", lambda plan, *_: plan)
     with pytest.raises(FhoptError, match=r"healing moved the loss from .* raise the ridge"):
         heal(model, plan, OPTIONS)
 

@@ -13,7 +13,6 @@ from small_models import VOCABULARY, Fitted
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import Measured
 from fhopt.errors import FhoptError
-from fhopt.evaluation import perplexity
 from fhopt.evaluation.statistics import TokenCosts
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.refine import loss_target
@@ -90,7 +89,7 @@ def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
         exact = torch.rand(2, 199, dtype=torch.float64)
         return TokenCosts(exact, exact + 0.5, torch.full_like(exact, 0.5))
 
-    monkeypatch.setattr(perplexity, "token_costs", dear)
+    monkeypatch.setattr(loss_target, "token_costs", dear)
     with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity rises by \+64"):
         smallest_plan(loaded, measured, OPTIONS, SMALL, loss_target.held_out(loaded, OPTIONS, SMALL))
 

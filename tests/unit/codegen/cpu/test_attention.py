@@ -13,7 +13,6 @@ from attention_cases import (
     CASES,
     EVERY,
     FOUR,
-    HALVES,
     MIXED,
     ODD,
     PLANES,
@@ -140,7 +139,8 @@ def assert_bytes_and_floats_agree(case: Case) -> None:
     """The two ways to multiply codes in C++ (the same one on a CPU without AVX-512 VNNI) and the reference."""
     x, spec = inputs(case), case.spec()
     floats: LatentKernel = LibraryKernel(
-        load(spec.name, render(spec, "cpp"), ("-DFHOPT_FLOAT",)).latent_attention, spec
+        load(spec.name, render(spec, "cpp"), ("-DFHOPT_FLOAT", "-O1")).latent_attention,
+        spec,  # compiles in two thirds
     )
     for mask in masks(case):
         wanted = expected(case, x, mask)
@@ -150,7 +150,7 @@ def assert_bytes_and_floats_agree(case: Case) -> None:
 
 @needs_compiler
 def test_nothing_is_read_outside_of_the_rows() -> None:
-    case = Case(ODD, PLANES, 9, 1, 1, 1, 19)
+    case = Case(PLANES, ODD, 9, 1, 1, 1, 19)
     query, key, key_scale, value, value_scale = (None if x is None else x[:1] for x in inputs(case))
     assert query is not None and key is not None and value is not None
     found = build_cpp(case.spec())(
@@ -181,8 +181,8 @@ def test_threads_over_ranges_of_tokens_give_the_same_numbers() -> None:
 
 
 PAGED = {
-    "codes": Case(MIXED, PLANES, 6, 1, 3, 1, 1000),
-    "float16 channels beside codes": Case(HALVES, HALVES, 6, 3, 3, 1, 777, softcap=4.0),
+    "codes": Case(FOUR, MIXED, 6, 1, 3, 1, 1000),
+    "float16 channels beside codes": Case(ODD, PLANES, 6, 3, 3, 1, 777, softcap=4.0),
     "uncoded, several queries": Case(UNCODED, UNCODED, 8, 2, 2, 5, 300, width=16),
     "uncoded, 16 bits": Case(UNCODED, UNCODED, 8, 4, 4, 1, 999, width=32, dtype=torch.bfloat16),
 }

@@ -25,12 +25,12 @@ B, H, J, T, S = 2, 6, 3, 37, 2
 PAGE = 32  # tokens
 STEPS = {16: 1.0, 8: 0.06, 6: 0.14, 5: 0.24, 4: 0.4, 3: 0.7, 2: 1.05, 1: 1.6}
 TIERS = [(), ((8, 16),), ((16, 8), (4, 8), (3, 16)), ((5, 8), (2, 16), (1, 8))]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECS = [
-    (TIERS[0], TIERS[0], False),
-    (TIERS[1], TIERS[0], False),
-    (TIERS[2], TIERS[3], False),
-    (TIERS[2], TIERS[3], True),
-]
+    *((TIERS[0], TIERS[0], False, dtype) for dtype in DTYPES),
+    (TIERS[1], TIERS[0], False, torch.bfloat16),
+    *((TIERS[2], TIERS[3], softcap, dtype) for softcap in (False, True) for dtype in DTYPES),
+]  # of keys, of values, whether softcap; a kernel of codes on both sides serves every dtype
 
 pytestmark = needs_compiler
 dispatch.install()
@@ -57,14 +57,13 @@ def masks(kind: str) -> Tensor | None:
 
 @settings(deadline=None)
 @given(
-    st.sampled_from(SPECS), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]),
+    st.sampled_from(SPECS), st.sampled_from(["none", "bool", "numbers"]), st.sampled_from([None, 0, 1, 20, T, 99]),
     st.sampled_from([None, (0,), (1,), (0, 1, -1)]), st.integers(0, 99),
 )  # fmt: skip
 def test_a_kernel_gives_what_its_op_gives(
-    tiers: Any, dtype: torch.dtype, kind: str, length: int | None, listed: tuple[int, ...] | None, seed: int
+    of: Any, kind: str, length: int | None, listed: tuple[int, ...] | None, seed: int
 ) -> None:
-    key_tiers, value_tiers, softcap = tiers
+    key_tiers, value_tiers, softcap, dtype = of
     torch.manual_seed(seed)
     (kt, key, width), (vt, value, value_width) = side(key_tiers, dtype), side(value_tiers, dtype)
     query = torch.randn(B, S, H, width, dtype=dtype).transpose(1, 2)
@@ -115,7 +114,7 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
 
 @settings(deadline=None)
 @given(
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(), st.booleans(),
+    st.sampled_from(DTYPES), st.booleans(), st.booleans(),
     st.sampled_from([0, 1, 20, T]), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_on_a_cache_is_the_attention_on_its_parts(
@@ -123,9 +122,8 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
 ) -> None:
     """Every part may be hidden whole; then the others count alone."""
     torch.manual_seed(seed)
-    d, e, heads = 24, 16, 1 if shared else J
-    key_tiers: algebra.TierArguments = [16, 8, 3], [8, 8, 16], [1.0, 0.06, 0.7]
-    value_tiers: algebra.TierArguments = [4, 2], [8, 16], [0.4, 1.05]
+    d, e, heads = 24, 24, 1 if shared else J  # the uncoded kernels are those of the test above
+    key_tiers, value_tiers = (([b for b, _ in t], [w for _, w in t], [STEPS[b] for b, _ in t]) for t in TIERS[2:])
     rows = [
         torch.ops.fhopt.pack(torch.randn(B, heads, T, sum(t[1]), dtype=dtype), *t) for t in (key_tiers, value_tiers)
     ]
@@ -144,7 +142,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     expected = attend_parts(*operands, **options, scale=0.3)
     table: Any = [tuple(zip(*t, strict=True)) for t in (key_tiers, value_tiers)]
     specs = (
-        KernelSpec(table[0], table[1], 32, 24, "float32", False),
+        KernelSpec(table[0], table[1], 32, 32, "float32", False),
         KernelSpec(((8, d, 1.0),), ((8, e, 1.0),), d, e, "float32", False),
         KernelSpec((), (), d, e, str(dtype).removeprefix("torch."), False),
     )
@@ -159,7 +157,7 @@ class Latent(torch.nn.Module):
     """Codes a latent and attends to it, as a compiled cache layer does."""
 
     def forward(self, query: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
-        tiers: algebra.TierArguments = [8, 4], [8, 16], [0.06, 0.4]
+        tiers = [b for b, _ in TIERS[2]], [w for _, w in TIERS[2]], [STEPS[b] for b, _ in TIERS[2]]
         rows = torch.ops.fhopt.pack(latent, *tiers)
         options: Any = algebra.tier_options(tiers, tiers)
         return torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, scale=0.2)[0]
@@ -178,7 +176,7 @@ def graphs_of(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[
         return found[0][1]
 
     torch._dynamo.reset()
-    model, inputs = Latent(), (torch.randn(B, H, 1, 24, dtype=dtype), torch.randn(B, J, T, 24, dtype=dtype), mask)
+    model, inputs = Latent(), (torch.randn(B, H, 1, 32, dtype=dtype), torch.randn(B, J, T, 32, dtype=dtype), mask)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(*inputs), model(*inputs))
     return found[0]

@@ -7,7 +7,6 @@ import math
 import platform
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,15 +43,9 @@ def assert_packed(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -
     assert torch.equal(codes[apart == 0], wanted_codes[apart == 0])
 
 
-@pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture(autouse=True)
-def fresh(module_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of this module in one temporary folder; nothing installed or said before the test counts."""
-    monkeypatch.setenv("FHOPT_CACHE_DIR", str(module_cache))
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing installed or said before the test counts."""
     monkeypatch.setattr("fhopt.system._warned", set())
     before = {(op, on): registry.use(op, on, None) for op in ("pack", "unpack") for on in ("cpu", "cuda")}
     library.cache_clear()

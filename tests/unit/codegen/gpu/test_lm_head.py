@@ -17,10 +17,10 @@ pytestmark = needs_triton
 COMMON = """
 import math
 import torch
-from fhopt import head_fitting
-from fhopt.codegen.triton_head import SCORED, bound, search
-from fhopt.head_codes import decode
-from fhopt.head_fitting import HeadOptions, fit_weight, site_for
+from fhopt.lm_head import fitting as head_fitting
+from fhopt.codegen.gpu.lm_head import SCORED, bound, search
+from fhopt.lm_head.quantize import decode
+from fhopt.lm_head.fitting import HeadOptions, fit_weight, site_for
 
 torch.manual_seed(0)
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 INTERPRETED = """
 import torch
-from fhopt.codegen.triton_pack import pack, unpack
+from fhopt.codegen.gpu.packing import pack, unpack
 from fhopt.ops import pack_reference, unpack_reference
 
 def check(z, *plan):
@@ -50,7 +50,7 @@ check(torch.randn(3, 16).double(), [4], [16], [0.3])
 COMPILED = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fhopt.codegen.triton_pack import BLOCK_G, BLOCK_T, pack_kernel, unpack_kernel
+from fhopt.codegen.gpu.packing import BLOCK_G, BLOCK_T, pack_kernel, unpack_kernel
 
 class Driver:  # enough for `warmup`
     def __init__(self, target): self.target = target

@@ -1,0 +1,45 @@
+"""Attention of transformers on caches that hold latents."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from latent_caches import found_sites, logits
+from small_models import Fitted, cached, tiny_llama, token_ids
+
+import fhopt
+from fhopt.cache.latent_cache import LatentCache
+from fhopt.fitting import fit_plan
+from fhopt.hf.apply import latent_cache
+
+
+def test_a_compiled_model_that_loses_the_latents_is_told() -> None:
+    """Keys that anything is done to, between cache and attention, are other tensors, without what hung on the first."""
+    model, ids = tiny_llama(), token_ids(1, 40)
+    fhopt.apply(model, fit_plan.exact_plan(found_sites(model), recent=8, block=8))
+    cache = latent_cache(model, max_cache_len=64)
+
+    def lossy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        key, value = LatentCache.update(self, *args, **kwargs)
+        return key * 1.0, value
+
+    with torch.no_grad():
+        model(ids, **cached(cache))
+        torch._dynamo.reset()
+        step: Any = torch.compile(model.forward, backend="eager", fullgraph=True)
+        cache.__class__ = type("Lossy", (LatentCache,), {"update": lossy})
+        with pytest.raises(Exception, match="loses the latents"):
+            step(input_ids=ids[:, :1], **cached(cache), use_cache=True)
+
+
+def test_a_model_without_the_plan_applied_reads_the_latents_too(fitted: Fitted) -> None:
+    """Its own attention gets tensors of full length that hold latents: never a wrong number, applied or not."""
+    ids = token_ids(2, 60)
+    expected = logits(fitted.model, LatentCache(fitted.plan(4), absorb=False), ids, [30, 40, 41])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of grouped heads, sdpa repeats the keys
+        found = logits(fitted.model, LatentCache(fitted.plan(4)), ids, [30, 40, 41])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,49 @@
+"""Encoding rows: what no kernel serves, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from needs import needs_triton
+
+pytestmark = needs_triton
+
+
+def test_what_the_kernel_does_not_serve_runs_the_reference() -> None:
+    from fhopt.codegen.gpu.encode_rows import encode, encode_reference
+
+    plan = ([4], [16], [0.3])
+    x, basis = torch.randn(1, 2, 3, 8), torch.randn(1, 16, 16, dtype=torch.float64)
+    found, expected = ((torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4).half()) for _ in range(2))
+    encode(x, basis, *plan, *found, at=1)
+    encode_reference(x, basis, *plan, *expected, at=1)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and found[0].any()
+
+
+X, BASIS = torch.zeros(2, 4, 3, 8), torch.zeros(2, 16, 16)
+CODES, SCALE = torch.zeros(2, 2, 5, 8, dtype=torch.uint8), torch.zeros(2, 2, 5, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"basis": BASIS[:, :, :8]}, r"basis has shape \(2, 16, 8\); for x .* it is \[J, R, 4/J \* 8\]"),
+        ({"basis": torch.zeros(3, 16, 16)}, "J a divisor of 4"),
+        ({"codes": CODES.int()}, "codes are torch.int32"),
+        ({"scale": SCALE.float()}, "scale torch.float32"),
+        ({"scale": SCALE[:, :, :4]}, r"scale torch.float16 \(2, 2, 4\)"),
+        (
+            {"codes": CODES[:1], "scale": SCALE[:1]},
+            r"for 2 sequences and 2 latent heads they are \[2, 2, rows, bytes\]",
+        ),
+        ({"codes": CODES[..., :7]}, "rows of 7 bytes and basis 16 channels; these tiers have 8 and 16"),
+        ({"places": torch.zeros(2, dtype=torch.int64)}, r"places are torch.int64 \(2,\); expected torch.int64 \(3,\)"),
+        ({"table": torch.zeros(2, 1, dtype=torch.int64)}, r"table is torch.int64 \(2, 1\); expected torch.int32"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    from fhopt.codegen.gpu.encode_rows import encode
+
+    arguments = {"x": X, "basis": BASIS, "codes": CODES, "scale": SCALE} | change
+    with pytest.raises(ValueError, match=message):
+        encode(bits=[4], widths=[16], steps=[0.3], **arguments)  # type: ignore[arg-type]
