@@ -28,7 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
-from attention import SHAPES, spectrum_tiers
+from attention_cases import SHAPES
+from attention_contenders import spectrum_tiers
 from recording import Row, is_quick, record
 from torch import Tensor
 

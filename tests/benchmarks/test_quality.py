@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality import Implementation, Result, Text, baselines, contests, gain, rows
+from quality_comparison import baselines, contests, gain, rows
+from quality_measurement import Implementation, Result, Text
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts

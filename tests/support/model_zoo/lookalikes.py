@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo import Case, Entry
-from model_zoo.spellings import Functional, settled, weight
+from model_zoo.functional import Functional, Run, settled, weight
 
 B, T, C, E = 2, 12, 16, 4
 
-Run = Callable[..., Any]
 ENTRIES: list[Entry] = []
 
 
@@ -364,6 +363,3 @@ def attention_free(m: Any, x: Tensor) -> Tensor:
     """exp(k + bias) averages values for each channel, a gate takes the place of queries: AFT."""
     e = torch.exp(m.k(x)[:, None] + m.bias[None, :, :, None])  # [B, S, T, C]
     return m.o(torch.sigmoid(m.q(x)) * (e * m.v(x)[:, None]).sum(2) / e.sum(2))
-
-
-__all__ = ["ENTRIES"]
