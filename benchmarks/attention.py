@@ -38,7 +38,7 @@ from fhopt.codegen.dispatch import install
 from fhopt.hardware import this_cpu
 
 SECONDS, LEAST, MOST = 0.5, 5, 30  # of all calls of a contender, and how many there are
-# Numbers have a deviation of about 1, and an output is an average of them. Ways of torch round weights to bfloat16.
+# Numbers have a deviation of about 1, and an output is an average of them. Torch rounds weights to bfloat16.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-3}
 
 
@@ -48,30 +48,30 @@ def measure(case: Case, seconds: float) -> list[Contender]:
     torch.set_num_threads(case.threads)
     torch._dynamo.reset()
     torch.manual_seed(0)
-    found = []
+    measured = []
     for one, reference in contenders(case):
-        found.append(one)
+        measured.append(one)
         try:
-            output, wanted = one.attend().double(), reference()
+            output, expected = one.attend().double(), reference()
         except Exception as error:
             one.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             continue
-        difference = float((output - wanted).abs().max())
+        difference = float((output - expected).abs().max())
         if not difference <= TOLERANCES[DTYPES[case.dtype]]:
             one.error = f"differs from float64 by {difference:.1e}"
-    able = [one for one in found if not one.error]
+    able = [one for one in measured if not one.error]
     first = {one.name: min(one.call() for _ in range(2)) for one in able}
     counts = {name: min(MOST, max(LEAST, math.ceil(seconds / t))) for name, t in first.items()}
     for turn in range(max(counts.values())):
         for one in able:
             if turn < counts[one.name]:
                 one.seconds.append(one.call())
-    return found
+    return measured
 
 
-def rows_of(case: Case, found: Sequence[Contender], copy_gb_s: float) -> list[Row]:
+def rows_of(case: Case, measured: Sequence[Contender], copy_gb_s: float) -> list[Row]:
     """Return milliseconds against the fastest implementation in torch, GB/s against a copy."""
-    able = [one for one in found if one.seconds]
+    able = [one for one in measured if one.seconds]
     best = min(one.time_ms for one in able if not one.ours)
     rows = []
     for one in able:
@@ -107,9 +107,9 @@ def main(
     rows: list[Row] = []
     with Progress(console=recording.screen()) as progress:
         for case in progress.track(chosen, description="attention"):
-            found = measure(case, 0.2 if quick else SECONDS)
-            rows += rows_of(case, found, copies[case.threads])
-            left_out += [f"{case.name}: {one.name} ({one.error})" for one in found if one.error]
+            measured = measure(case, 0.2 if quick else SECONDS)
+            rows += rows_of(case, measured, copies[case.threads])
+            left_out += [f"{case.name}: {one.name} ({one.error})" for one in measured if one.error]
             progress.console.print(line(case, rows), markup=False)
     left_out.append("llama.cpp (llama-cpp-python has no wheel: it would be a build of another project)")
     record(out, rows, lambda figure: draw(figure, rows), summary(rows))

@@ -17,7 +17,7 @@ SHARE = 0.5  # of the free memory that a case may take
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked for."""
+    """One combination of shape, tokens, batch, dtype and threads."""
 
     shape: str
     tokens: int
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def exact_bytes(self) -> int:
-        """Of keys and values."""
+        """Bytes of the exact keys and values."""
         _, groups, dim = SHAPES[self.shape]
         return 2 * self.batch * groups * self.tokens * dim * DTYPES[self.dtype].itemsize
 

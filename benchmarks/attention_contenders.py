@@ -34,14 +34,14 @@ class Contender:
     error: str = ""
 
     def call(self) -> float:
-        """Seconds of one call."""
+        """Time one call, in seconds."""
         start = time.perf_counter()
         self.attend()
         return time.perf_counter() - start
 
     @property
     def time_ms(self) -> float:
-        """Median."""
+        """Median time of a call in milliseconds."""
         return 1e3 * statistics.median(self.seconds)
 
 
@@ -53,8 +53,8 @@ def spectrum_tiers(dim: int, size: int) -> Tiers:
     levels = [FALL * (1 - i / (dim // 8 - 1)) for i in range(dim // 8)]
 
     def bits(water: float) -> list[int]:
-        wanted = [round(max(0.0, level - water)) for level in levels]
-        return [8 if b > 6 else b for b in wanted]
+        rounded = [round(max(0.0, level - water)) for level in levels]
+        return [8 if b > 6 else b for b in rounded]
 
     water = next(w / 64 for w in range(-512, 640) if sum(bits(w / 64)) <= size)
     counts = {b: bits(water).count(b) for b in sorted(set(bits(water)), reverse=True) if b}
@@ -68,12 +68,12 @@ def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callabl
     tiers = spectrum_tiers(dim, side)
     row, width = sum(b * w for b, w, _ in tiers) // 8, sum(w for _, w, _ in tiers)
     shape = (case.batch, groups, case.tokens)
-    codes = [torch.randint(0, 256, (*shape, row), dtype=torch.uint8) for _ in range(2)]
+    packed = [torch.randint(0, 256, (*shape, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(shape).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
     options: dict[str, Any] = algebra.tier_options(table, table) | dict(scale=dim**-0.5)
     absorbed = query[..., :width].contiguous()
-    operands: Any = (absorbed, codes[0], scales[0], codes[1], scales[1], None)
+    operands: Any = (absorbed, packed[0], scales[0], packed[1], scales[1], None)
 
     def attend() -> Tensor:
         return torch.ops.fhopt.latent_attention(*operands, **options)[0]
@@ -82,12 +82,12 @@ def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callabl
         exact = (absorbed.double(), *operands[1:])
         return latent_attention.latent_attention_reference(*exact, **options)[0]
 
-    size = sum(x.numel() * x.element_size() for x in (*codes, *scales))
+    size = sum(x.numel() * x.element_size() for x in (*packed, *scales))
     return Contender(f"fhopt {ratio}x", attend, size, ours=True), reference
 
 
 def unquantized(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
-    """Latents as numbers, and the reference."""
+    """Return attention on unquantized latents, and the reference."""
     options: dict[str, Any] = algebra.latent_options(None, None) | dict(scale=key.shape[-1] ** -0.5)
 
     def attend() -> Tensor:
@@ -98,7 +98,7 @@ def unquantized(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[C
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """In float64, one sequence at a time."""
+    """Compute attention in float64, one sequence at a time."""
     return torch.cat([_exact(*[x.double() for x in rows]) for rows in _sequences(query, key, value)])
 
 
@@ -112,7 +112,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Two batched products and a softmax, queries of a kv head as rows."""
+    """Attend by two batched products and a softmax, queries of a kv head as rows."""
     b, h, s, d = query.shape
     g = key.shape[1]
     rows = query.reshape(b * g, h // g * s, d) * d**-0.5

@@ -28,20 +28,20 @@ PROMISES = {  # times the best of torch, at 32,768 tokens, batch 1, on either nu
 
 
 def promised(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """(what, promised, measured) of the promises whose cases were measured."""
+    """Return (case and implementation, promised, measured) of the promises whose cases were measured."""
     out = []
     for row in rows:
         shape, tokens, batch, dtype, _ = row.case.split(", ")
-        wanted = PROMISES.get((shape, dtype, row.impl.removeprefix("fhopt ")))
-        if row.metric == "time_ms" and wanted and (tokens, batch) == ("T=32768", "B=1") and row.ratio:
-            out.append((f"{row.case}: {row.impl}", wanted, row.ratio))
+        target = PROMISES.get((shape, dtype, row.impl.removeprefix("fhopt ")))
+        if row.metric == "time_ms" and target and (tokens, batch) == ("T=32768", "B=1") and row.ratio:
+            out.append((f"{row.case}: {row.impl}", target, row.ratio))
     return out
 
 
 def summary(rows: Sequence[Row]) -> Table:
     """Format a row a case, a column an implementation: milliseconds, speed-up over torch, share of a copy's GB/s."""
     names = list(dict.fromkeys(row.impl for row in rows))
-    found = {(row.case, row.impl, row.metric): row for row in rows}
+    by_key = {(row.case, row.impl, row.metric): row for row in rows}
     out = Table(title="attention of one token: ms (speed-up over the fastest of torch, share of a copy's GB/s)")
     out.add_column("", overflow="fold")
     for name in names:
@@ -49,7 +49,7 @@ def summary(rows: Sequence[Row]) -> Table:
     for case in dict.fromkeys(row.case for row in rows):
         cells = []
         for name in names:
-            time_ms, speed = found.get((case, name, "time_ms")), found.get((case, name, "gb_s"))
+            time_ms, speed = by_key.get((case, name, "time_ms")), by_key.get((case, name, "gb_s"))
             cells.append(
                 f"{time_ms.value:.3g} ({time_ms.ratio:.2f}x, {100 * (speed.ratio or 0):.0f} %)"
                 if time_ms and speed
@@ -62,7 +62,7 @@ def summary(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
     """Return the page of results: a table a shape and dtype, skipped cases, and the promises."""
     versions, about = recording.versions(), recording.machine()
-    found = {(row.case, row.impl, row.metric): row for row in rows}
+    by_key = {(row.case, row.impl, row.metric): row for row in rows}
     names = list(dict.fromkeys(row.impl for row in rows))
     every = list(dict.fromkeys(row.case for row in rows))
     text = [
@@ -78,14 +78,14 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         labels = [", ".join(_label(case)) for case in here]
         text += ["", f"## {group}", "", "| | " + " | ".join(labels) + " |", "|---|" + "---|" * len(here)]
         for name in names:
-            cells = [_cell(found, case, name) for case in here]
+            cells = [_cell(by_key, case, name) for case in here]
             text.append(f"| {name} | " + " | ".join(cells) + " |")
         copies = [next(r.baseline or 0.0 for r in rows if r.case == c and r.metric == "gb_s") for c in here]
         text.append("| a copy, GB/s | " + " | ".join(f"{x:.0f}" for x in copies) + " |")
     if left_out:
         text += ["", "Left out: " + "; ".join(left_out) + "."]
     text += ["", "## Promises, T=32768, B=1", "", "| | promised | measured |", "|---|---|---|"]
-    text += [f"| {what} | {wanted:.1f}x | {measured:.2f}x |" for what, wanted, measured in promised(rows)]
+    text += [f"| {what} | {target:.1f}x | {measured:.2f}x |" for what, target, measured in promised(rows)]
     return "\n".join(text) + "\n"
 
 
@@ -99,8 +99,8 @@ def _label(case: str) -> tuple[str, str, str]:
     return tokens, batch, threads
 
 
-def _cell(found: dict[tuple[str, str, str], Row], case: str, name: str) -> str:
-    time_ms, speed = found.get((case, name, "time_ms")), found.get((case, name, "gb_s"))
+def _cell(by_key: dict[tuple[str, str, str], Row], case: str, name: str) -> str:
+    time_ms, speed = by_key.get((case, name, "time_ms")), by_key.get((case, name, "gb_s"))
     if time_ms is None or speed is None:
         return "-"
     text = f"{time_ms.value:.3g} ({time_ms.ratio:.2f}x)"

@@ -70,7 +70,7 @@ COMPILERS: dict[str, dict[str, Any] | None] = {  # arguments of torch.compile
 
 
 def check(task: Task) -> Result:
-    """Do the task with every compiler; what goes wrong on the way is a `refusal`."""
+    """Run the task with every compiler; an exception on the way is recorded as a `refusal`."""
     seen = {name: _see(task, options) for name, options in COMPILERS.items()}
     if task.exact is not None:
         seen["float32"] = _see(replace(task, build=task.exact, run=train), None)
@@ -154,7 +154,7 @@ def main(only: str | None, quick: bool, is_traced: bool) -> None:
 
 
 def _be_quiet() -> None:
-    """One thread (the models are tiny), no network, and nothing of what torch and transformers say on the way."""
+    """Use one thread (the models are tiny) and no network, and silence torch and transformers."""
     import logging
 
     torch.set_num_threads(1)
@@ -164,7 +164,7 @@ def _be_quiet() -> None:
 
 
 def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
-    """Results as they come; compiled graphs are cyclic, and go only when they are collected."""
+    """Yield results as they come; compiled graphs are cyclic, and are freed only when they are collected."""
     for number, task in enumerate(track(chosen, "compiled", transient=True)):
         yield check(task)
         if number % 20 == 19:
@@ -172,12 +172,12 @@ def _checked(chosen: Sequence[Task]) -> Iterator[Result]:
 
 
 def compared(results: Iterable[Result]) -> list[Result]:
-    """Those in which there is something to compare."""
+    """Return the results in which there is something to compare."""
     return [result for result in results if not result.excuse]
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """The figures of each task that eager and inductor can do; the baseline is inductor's."""
+    """Return the figures of each task that eager and inductor can do; the baseline is inductor's."""
     return [
         Row(result.task.label, "flashhead", metric, result.figure(metric, "flashhead"), unit,
             baseline=result.figure(metric, "inductor"))
@@ -188,7 +188,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
 
 
 def summary(results: Iterable[Result]) -> Table:
-    """One line for each mode and family."""
+    """Format a line for each mode and family."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
@@ -206,14 +206,14 @@ def summary(results: Iterable[Result]) -> Table:
 
 
 def _both(results: Sequence[Result], metric: str) -> str:
-    """Ours and inductor's, over all results."""
+    """Format a metric of flashhead and of inductor, over all results."""
     _, over, form = METRICS[metric]
     figures = ([r.figure(metric, c) for r in results if not r.seen[c].refusal] for c in ("flashhead", "inductor"))
     return " / ".join(format(over(of), form) if of else "-" for of in figures)
 
 
 def draw(figure: Figure, results: Iterable[Result]) -> None:
-    """How far outputs and gradients are from eager's, ours and inductor's, sorted."""
+    """Draw the differences of outputs and gradients from eager's, of flashhead and of inductor, sorted."""
     panels = figure.subplots(1, 2, sharey=True)
     known = [r for r in compared(results) if not r.seen["flashhead"].refusal]
     for panel, name in zip(panels, ("max_error", "max_gradient_error"), strict=True):

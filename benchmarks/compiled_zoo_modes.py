@@ -16,7 +16,7 @@ NEW = 4  # single tokens after the first call of a task that generates
 
 
 def call_twice(call: Callable[..., Any], case: Case) -> Seen:
-    """Without gradients; a second time where no cache grows, which would be another task."""
+    """Call without gradients; a second time where no cache grows, which would be another task."""
     seen = Seen()
     with torch.no_grad():
         for _ in range(1 if _has_cache(case) else 2):
@@ -27,7 +27,7 @@ def call_twice(call: Callable[..., Any], case: Case) -> Seen:
 def train(
     call: Callable[..., Any], case: Case, around: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Seen:
-    """Outputs, and gradients of one random projection of them; then a step on the weights, and once more.
+    """Compute outputs and gradients of one random projection of them; then a step on the weights, and once more.
 
     Gradients are those of all parameters and of all floating arguments. Frozen models have none.
     """
@@ -35,15 +35,15 @@ def train(
     if not parameters:
         raise Skipped("frozen")
     for _ in range(2):
-        args, kwargs, given = _tracked(case)
+        args, kwargs, inputs = _tracked(case)
         with around():
             outputs = _leaves(call(*args, **kwargs))
         seen.values += [_copied(x) for x in outputs]
         ends = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
         if not ends:
             raise Skipped("no output has a gradient")
-        found = torch.autograd.grad(ends, [*parameters, *given], _directions(ends), allow_unused=True)
-        seen.gradients += [None if g is None else g.clone() for g in found]
+        gradients = torch.autograd.grad(ends, [*parameters, *inputs], _directions(ends), allow_unused=True)
+        seen.gradients += [None if g is None else g.clone() for g in gradients]
         if _has_cache(case) or any(b.requires_grad for b in case.module.buffers()):
             break  # what it keeps hangs on the graph of the first time
         with torch.no_grad():
@@ -53,20 +53,20 @@ def train(
 
 
 class Skipped(Exception):
-    """There is nothing to be done in this mode."""
+    """A mode does not apply to a model."""
 
 
 def _tracked(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
-    """Arguments whose floating tensors ask for gradients, by way of a copy: a leaf may not be written to."""
-    given: list[Tensor] = []
+    """Return arguments whose floating tensors require gradients, each as a copy: a leaf may not be written to."""
+    inputs: list[Tensor] = []
 
     def track_one(value: Any) -> Any:
         if not is_float(value):
             return value
-        given.append(value.detach().clone().requires_grad_())
-        return given[-1].clone()
+        inputs.append(value.detach().clone().requires_grad_())
+        return inputs[-1].clone()
 
-    return tuple(map(track_one, case.args)), {k: track_one(v) for k, v in case.kwargs.items()}, given
+    return tuple(map(track_one, case.args)), {k: track_one(v) for k, v in case.kwargs.items()}, inputs
 
 
 def _directions(outputs: Iterable[Tensor]) -> list[Tensor]:
@@ -75,21 +75,21 @@ def _directions(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 def vary_lengths(call: Callable[..., Any], case: Case) -> Seen:
-    """Token ids of four lengths, in batches of several sizes."""
+    """Call with token ids of four lengths, in batches of several sizes."""
     seen = Seen()
     with torch.no_grad():
         for batch, tokens in ((2, 9), (3, 12), (2, 15), (5, 7)):
             ids = {k: torch.randint(3, 97, (batch, tokens)) for k in case.kwargs if k.endswith("ids")}
-            given = {**case.kwargs, **ids}
-            if "attention_mask" in given:
+            inputs = {**case.kwargs, **ids}
+            if "attention_mask" in inputs:
                 ends = tokens - torch.arange(batch) % 4
-                given["attention_mask"] = (torch.arange(tokens) < ends[:, None]).long()
-            seen.values += [_copied(x) for x in _leaves(call(**given))]
+                inputs["attention_mask"] = (torch.arange(tokens) < ends[:, None]).long()
+            seen.values += [_copied(x) for x in _leaves(call(**inputs))]
     return seen
 
 
 def vary_batches(call: Callable[..., Any], case: Case) -> Seen:
-    """The entry's call, then with one more of everything that there are as many of as of the first argument."""
+    """Make the entry's call, then another with one more of everything that has the first argument's batch size."""
     seen, size = Seen(), case.args[0].shape[0]
 
     def one_more(value: Any) -> Any:
@@ -111,15 +111,15 @@ def generate(call: Callable[..., Any], case: Case, places: int, eagerly: bool = 
     seen, cache = Seen(), _new_cache(case, places)
     names = inspect.signature(case.module.forward).parameters
     keyword = "cache" if "cache" in names else "past_key_values"
-    given = {k: v for k, v in case.kwargs.items() if k != "use_cache"} | {keyword: cache}
+    inputs = {k: v for k, v in case.kwargs.items() if k != "use_cache"} | {keyword: cache}
     with torch.no_grad():
-        outputs = (case.module if eagerly else call)(**given)
+        outputs = (case.module if eagerly else call)(**inputs)
         seen.values += [_copied(outputs.logits)]
-        if "decoder_input_ids" in given:
-            given = {"encoder_outputs": (outputs.encoder_last_hidden_state,), keyword: cache}
-        token = "decoder_input_ids" if "encoder_outputs" in given else "input_ids"
+        if "decoder_input_ids" in inputs:
+            inputs = {"encoder_outputs": (outputs.encoder_last_hidden_state,), keyword: cache}
+        token = "decoder_input_ids" if "encoder_outputs" in inputs else "input_ids"
         for _ in range(NEW):
-            step = {**given, token: torch.randint(3, 97, (2, 1))}
+            step = {**inputs, token: torch.randint(3, 97, (2, 1))}
             seen.values += [_copied(call(**step).logits)]
     seen.values += [_copied(x) for x in _leaves(cache)]
     return seen
@@ -155,7 +155,7 @@ def _copied(value: Any) -> Any:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """Tensors and numbers in anything: outputs of transformers, tuples, caches with their layers."""
+    """List tensors and numbers in any value: outputs of transformers, tuples, caches with their layers."""
     if isinstance(value, (Tensor, int, float)):
         return [value]
     if isinstance(value, Mapping):

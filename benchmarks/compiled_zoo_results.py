@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # float32, and sums in another order, through two layers and a
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is asked to do. build: makes module and arguments anew. run: does it, and says what came out.
+    """One use of a model. build: makes module and arguments anew. run: calls it, and returns the results.
 
     by_layers: not the model is compiled, but each of its layers, so that they may share graphs. exact: makes the same
     in float32, where the task rounds to 16 bits.
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass
 class Seen:
-    """What came out. values: outputs, changed caches and buffers, in order; None: no gradient."""
+    """Results of a task with one compiler. values: outputs, changed caches and buffers, in order; None: no gradient."""
 
     values: list[Any] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
@@ -53,19 +53,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Result:
-    """One task by all compilers."""
+    """Results of a task with all compilers."""
 
     task: Task
     seen: Mapping[str, Seen]
 
     @property
     def excuse(self) -> str:
-        """Why there is nothing to compare; "" where there is."""
+        """Reason why there is nothing to compare; "" where there is something."""
         refusals = ((name, self.seen[name].refusal) for name in ("eager", "inductor"))
         return next((f"{name}: {refusal}" for name, refusal in refusals if refusal), "")
 
     def figure(self, metric: str, compiler: str) -> float:
-        """One of the METRICS. Errors are relative to the largest number of the tensor, or to the largest gradient."""
+        """Return one of the METRICS; errors are relative to the largest number of the tensor, or gradient of all."""
         if metric == "max_error":
             return largest_difference(self.seen["eager"].values, self.seen[compiler].values)
         if metric == "max_gradient_error":
@@ -73,7 +73,7 @@ class Result:
         return float(getattr(self.seen[compiler], metric))
 
     def distance(self, metric: str, compiler: str) -> float:
-        """How far from the same task in float32, by the norms of tensors, or of all gradients together.
+        """Return the distance from the same task in float32, by the norms of tensors, or of all gradients together.
 
         By norms, since rounding may send one token to another expert, and then its numbers are others.
         """
@@ -84,7 +84,7 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """What is not as promised; nothing where inductor, or torch itself, cannot do the task."""
+        """Promises that are broken, in words; none where inductor, or torch itself, cannot do the task."""
         ours, theirs = self.seen["flashhead"], self.seen["inductor"]
         if self.excuse:
             return []
@@ -105,47 +105,47 @@ class Result:
         return failures
 
     def _rounds_more(self, metric: str) -> list[str]:
-        """In 16 bits, who rounds in another place than eager is not wrong: but not much further from float32."""
+        """Return a failure where results in 16 bits are much further from float32 than those of eager mode are."""
         ours_is, eager_is = self.distance(metric, "flashhead"), self.distance(metric, "eager")
         if ours_is <= max(self.task.tolerance, 1.5 * eager_is):
             return []
         return [f"{metric}: {ours_is:.1e} from float32, eager {eager_is:.1e}"]
 
 
-def largest_difference(expected: Sequence[Any], found: Sequence[Any], together: bool = False) -> float:
-    """The largest difference relative to the largest number of its tensor, or of all tensors `together`."""
-    if len(expected) != len(found):
+def largest_difference(expected: Sequence[Any], actual: Sequence[Any], together: bool = False) -> float:
+    """Return the largest difference relative to the largest number of its tensor, or of all tensors `together`."""
+    if len(expected) != len(actual):
         return math.inf
-    pairs = [_difference(*pair) for pair in zip(expected, found, strict=True)]
+    pairs = [_difference(*pair) for pair in zip(expected, actual, strict=True)]
     if together:
         pairs = [(max((p[0] for p in pairs), default=0.0), max((p[1] for p in pairs), default=0.0))]
     return max((difference / max(size, 1e-30) if difference else 0.0 for difference, size in pairs), default=0.0)
 
 
-def relative_norm(expected: Sequence[Any], found: Sequence[Any]) -> float:
-    """The norm of the difference of tensors of any floating types, relative to that of the expected ones."""
+def relative_norm(expected: Sequence[Any], actual: Sequence[Any]) -> float:
+    """Return the norm of the difference of tensors of any floating types, relative to that of the expected ones."""
     pairs = [
         (x.double(), y.double())
-        for x, y in zip(expected, found, strict=True)
+        for x, y in zip(expected, actual, strict=True)
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point()
     ]
     size = sum(float(x.square().sum()) for x, _ in pairs)
     return math.sqrt(sum(float((x - y).square().sum()) for x, y in pairs) / max(size, 1e-30))
 
 
-def _difference(expected: Any, found: Any) -> tuple[float, float]:
-    """(largest difference, largest expected number); infinite where they are no numbers of the same kind."""
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-        return (0.0 if type(expected) is type(found) and expected == found else math.inf), 1.0
-    if expected.shape != found.shape or expected.dtype != found.dtype:
+def _difference(expected: Any, actual: Any) -> tuple[float, float]:
+    """Return (largest difference, largest expected number); infinite where the two are not numbers of one kind."""
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return (0.0 if type(expected) is type(actual) and expected == actual else math.inf), 1.0
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return math.inf, 1.0
     if expected.is_complex():
-        return _difference(torch.view_as_real(expected), torch.view_as_real(found))
-    expected, found = expected.double(), found.double()
+        return _difference(torch.view_as_real(expected), torch.view_as_real(actual))
+    expected, actual = expected.double(), actual.double()
     finite = expected.isfinite()
-    if not torch.allclose(expected[~finite], found[~finite], rtol=0.0, atol=0.0, equal_nan=True):
+    if not torch.allclose(expected[~finite], actual[~finite], rtol=0.0, atol=0.0, equal_nan=True):
         return math.inf, 1.0
     if not finite.any():
         return 0.0, 0.0
-    apart = (expected - found)[finite].abs().nan_to_num(math.inf)
+    apart = (expected - actual)[finite].abs().nan_to_num(math.inf)
     return float(apart.max()), float(expected[finite].abs().max())

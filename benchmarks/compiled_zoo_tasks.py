@@ -27,30 +27,30 @@ BEHIND, PLACES = 300, 320  # tokens in the cache of a long task; positions for t
 
 
 def tasks() -> list[Task]:
-    """All of them: the whole zoo as it is called there, and what its models of transformers are asked beyond that."""
+    """List all tasks: each entry of the zoo as it is called there, and further modes of its models of transformers."""
     zoo = entries()
-    found: list[Task] = []
+    listed: list[Task] = []
     for entry in zoo:
-        found.append(Task(entry, "no_grad", entry.build, call_twice))
-        found.append(Task(entry, "train", entry.build, train))
+        listed.append(Task(entry, "no_grad", entry.build, call_twice))
+        listed.append(Task(entry, "train", entry.build, train))
         if entry.family != "huggingface":
-            found.append(Task(entry, "batches", entry.build, vary_batches, dynamic=True))
+            listed.append(Task(entry, "batches", entry.build, vary_batches, dynamic=True))
     firsts = {(e.name, e.implementation): e for e in zoo if e.family == "huggingface" and e.step in FIRST_STEPS}
     steps = {(e.name, e.implementation, e.step) for e in zoo}
     for (name, chosen), entry in firsts.items():
         if (name, chosen, "decode") in steps:
-            found.append(Task(entry, "dynamic cache", entry.build, partial(generate, places=0)))
+            listed.append(Task(entry, "dynamic cache", entry.build, partial(generate, places=0)))
         if (name, chosen, "decode static") in steps:
-            found.append(Task(entry, "static cache", entry.build, partial(generate, places=16)))
-        found.extend(_sampled(entry, (name, chosen, "decode") in steps))
-    return found
+            listed.append(Task(entry, "static cache", entry.build, partial(generate, places=16)))
+        listed.extend(_sampled(entry, (name, chosen, "decode") in steps))
+    return listed
 
 
 FIRST_STEPS = ("forward", "prefill")
 
 
 def _sampled(entry: Entry, decodes: bool) -> Iterator[Task]:
-    """What only some models are asked."""
+    """Yield the tasks that only some models have."""
     build = entry.build
     if entry.implementation == "flex":
         return
@@ -79,7 +79,7 @@ def _sampled(entry: Entry, decodes: bool) -> Iterator[Task]:
 
 
 def _with_room(entry: Entry) -> Case:
-    """The entry's model with positions for 512 tokens, at a context of 300; its cache is filled by `generate`."""
+    """Build the entry's model with positions for 512 tokens, at a context of 300; its cache is filled by `generate`."""
     model = next(m for m in MODELS if m.name == entry.name)
     places = "n_positions" if "n_positions" in model.options else "max_position_embeddings"
     inputs = lambda: {"input_ids": torch.randint(3, 97, (2, BEHIND))}  # noqa: E731
@@ -88,7 +88,7 @@ def _with_room(entry: Entry) -> Case:
 
 
 def _left_padded(entry: Entry) -> Case:
-    """The second sequence begins late: its first rows see nothing at all, and are compared all the same."""
+    """Build a case whose second sequence begins late: its first rows attend to nothing, and are compared too."""
     case = entry.build()
     mask = torch.ones(case.kwargs["input_ids"].shape, dtype=torch.long)
     mask[1, :3] = 0
@@ -112,7 +112,7 @@ def _in_bfloat16(entry: Entry) -> Case:
 
 
 def _rounded_to_bfloat16(entry: Entry) -> Case:
-    """The same numbers in float32."""
+    """Build the case of `_in_bfloat16` with its numbers in float32."""
     case = _in_bfloat16(entry)
     kwargs = {k: v.float() if is_float(v) else v for k, v in case.kwargs.items()}
     return Case(case.module.float(), case.args, kwargs)

@@ -156,8 +156,8 @@ def _state(part: Part) -> dict[str, Any]:
 
 def _sources() -> list[Path]:
     """List the modules of fhopt, those of passes and codegen by their own folders."""
-    found = (path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
-    return sorted({path for path in found if package_of(str(path.relative_to(ROOT))) == _folder(path)})
+    modules = (path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
+    return sorted({path for path in modules if package_of(str(path.relative_to(ROOT))) == _folder(path)})
 
 
 def _folder(path: Path) -> str:

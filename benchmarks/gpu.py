@@ -75,7 +75,7 @@ def main(quick: bool, only_check: bool, tunes: bool, dry: bool, out: Path | None
 
 
 def measure(machine: Machine, sizes: Sizes, report: Report) -> None:
-    """Everything, into the files of the report."""
+    """Measure everything, and write the files of the report."""
     torch._dynamo.config.recompile_limit = 64  # all contenders share the code of one class
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)

@@ -27,28 +27,28 @@ PAGE_TOKENS = 16
 
 
 def dense_implementations(shape: Shape, batch: int, tokens: int, machine: Machine) -> dict[str, Attend]:
-    """Attention of q [B,H,1,D] to k, v [B,G,T,D] by all that is installed; functions are free to refuse."""
-    found: dict[str, Attend] = {}
+    """Return attention of q [B,H,1,D] to k, v [B,G,T,D] by name, of all that is installed; a function may raise."""
+    results: dict[str, Attend] = {}
     backends = (
         SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH,
     )  # fmt: skip
     for backend in backends:
         name = f"sdpa {backend.name.removesuffix('_ATTENTION').lower()}"
-        found[name] = functools.partial(by_sdpa, backend, False)
+        results[name] = functools.partial(by_sdpa, backend, False)
         if not shape.is_mha:
-            found[f"{name}, heads as queries"] = functools.partial(by_sdpa, backend, True)
-    found["products and softmax"] = by_products
+            results[f"{name}, heads as queries"] = functools.partial(by_sdpa, backend, True)
+    results["products and softmax"] = by_products
     compiled = torch.compile(flex_attention, dynamic=False, backend=machine.compiler)
-    found["FlexAttention"] = functools.partial(compiled, enable_gqa=not shape.is_mha)
+    results["FlexAttention"] = functools.partial(compiled, enable_gqa=not shape.is_mha)
     if importlib.util.find_spec("flash_attn") is not None:
-        found["flash-attn"] = by_flash_attn
+        results["flash-attn"] = by_flash_attn
     if importlib.util.find_spec("flashinfer") is not None:
-        found["flashinfer"] = Flashinfer(shape, batch, tokens, machine)
-    return found
+        results["flashinfer"] = Flashinfer(shape, batch, tokens, machine)
+    return results
 
 
 def by_sdpa(backend: SDPBackend, grouped: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Torch's own; grouped: query heads that share keys become queries of one head."""
+    """Attend by torch's scaled_dot_product_attention; grouped: query heads of a kv head become its queries."""
     if grouped:
         query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     with sdpa_kernel(backend):
@@ -56,13 +56,13 @@ def by_sdpa(backend: SDPBackend, grouped: bool, query: Tensor, key: Tensor, valu
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same written out, nothing repeated."""
+    """Attend by two products and a softmax, without repeated keys and values."""
     logits = ops_attention.grouped_scores(query * query.shape[-1] ** -0.5, key)
     return ops_attention.grouped_mix(torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype), value)
 
 
 def by_flash_attn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The package flash-attn; what is random may be read in the order it likes, [B,T,G,D]."""
+    """Attend by the package flash-attn, which reads the random keys and values as [B,T,G,D]."""
     from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found, unused-ignore]
 
     batch, groups, tokens, dim = key.shape
@@ -78,13 +78,13 @@ class Flashinfer:
         self.wrapper: Any = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As the other ways."""
+        """Attend with query [B,H,1,D] to key and value [B,G,T,D]."""
         self.wrapper = self.wrapper or self.plan()
         pools = [x.view(-1, PAGE_TOKENS, self.shape.kv_heads, self.shape.dim) for x in (key, value)]
         return self.wrapper.run(query.squeeze(2), tuple(pools))
 
     def plan(self) -> Any:
-        """What flashinfer wants to know before."""
+        """Plan calls for this shape, as flashinfer requires."""
         import flashinfer  # type: ignore[import-not-found, unused-ignore]
 
         count, whole = self.tokens // PAGE_TOKENS, functools.partial(torch.tensor, dtype=torch.int32)
@@ -103,7 +103,7 @@ class Flashinfer:
 
 
 def measure_attention(machine: Machine, report: Report, shape: Shape, batch: int, tokens: int, copy: float) -> None:
-    """All ways of one case."""
+    """Measure all implementations of one case."""
     case = report.case(shape.name, batch, tokens)
     dense = dense_times(machine, report, case, shape, batch, tokens)
     best = min(dense.values(), default=None)
@@ -122,7 +122,7 @@ def measure_attention(machine: Machine, report: Report, shape: Shape, batch: int
 
 
 def figures(case: str, impl: str, ms: float, size: int, copy: float, best: float | None = None) -> list[Row]:
-    """Milliseconds, of ours against the fastest dense way, and gigabytes a second against a copy."""
+    """Return rows: milliseconds, a latent's against the fastest dense implementation; GB/s against those of a copy."""
     ratio = None if best is None else best / ms
     speed = size / ms / 1e6
     return [
@@ -132,7 +132,7 @@ def figures(case: str, impl: str, ms: float, size: int, copy: float, best: float
 
 
 def dense_times(machine: Machine, report: Report, case: str, shape: Shape, batch: int, tokens: int) -> dict[str, float]:
-    """Milliseconds of every dense way that runs."""
+    """Measure milliseconds of every dense implementation that runs."""
     query = torch.randn(batch, shape.heads, 1, shape.dim, dtype=machine.dtype, device=machine.device)
 
     def make() -> list[Tensor]:
@@ -145,19 +145,19 @@ def dense_times(machine: Machine, report: Report, case: str, shape: Shape, batch
     except (MemoryError, torch.OutOfMemoryError) as error:
         report.leave_out(case, "dense ways", error)
         return {}
-    found = {}
+    results = {}
     for name, attend in dense_implementations(shape, batch, tokens, machine).items():
         try:
             with torch.no_grad():
-                found[name] = machine.clock([functools.partial(attend, query, *pair) for pair in pairs], turns)
-        except Exception as error:  # whatever a way that does not know this shape, device or size raises
+                results[name] = machine.clock([functools.partial(attend, query, *pair) for pair in pairs], turns)
+        except Exception as error:  # whatever an implementation raises that lacks this shape, device or size
             report.leave_out(case, name, error)
     torch._dynamo.reset()
-    return found
+    return results
 
 
 def latent_ms(machine: Machine, shape: Shape, latent: Latent, batch: int, tokens: int) -> float:
-    """Milliseconds of our kernels, in the configuration that they take by themselves."""
+    """Measure milliseconds of the generated kernel, in the configuration that it takes by itself."""
     spec = shape.spec(latent, machine.dtype)
     kernel, workload = build_triton(spec), Workload(batch, shape.heads, latent.heads, latent.heads, 1, tokens)
 
@@ -169,11 +169,11 @@ def latent_ms(machine: Machine, shape: Shape, latent: Latent, batch: int, tokens
 
 
 def tune_kernels(machine: Machine, sizes: Sizes) -> None:
-    """Time the configurations of every kernel that is measured; what was found is kept in the file cache."""
+    """Time the configurations of every kernel that is measured; the results are kept in the file cache."""
     batch, tokens = sizes.tuned
     for shape in sizes.shapes:
         for latent in shape.latents:
             spec = shape.spec(latent, machine.dtype)
             workload = Workload(batch, shape.heads, latent.heads, latent.heads, 1, tokens)
-            found = tune(spec, workload, device=machine.device, device_name=machine.name, timer=machine.tuner)
-            click.echo(f"{machine.mark}{shape.name}, {spec.name}: {found.best}, of {len(found.times_ms)}", err=True)
+            tuned = tune(spec, workload, device=machine.device, device_name=machine.name, timer=machine.tuner)
+            click.echo(f"{machine.mark}{shape.name}, {spec.name}: {tuned.best}, of {len(tuned.times_ms)}", err=True)

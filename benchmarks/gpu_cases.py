@@ -43,22 +43,22 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Return the name used in tables."""
+        """Name used in tables."""
         heads = f"MHA {self.heads}" if self.is_mha else f"GQA {self.heads}/{self.kv_heads}"
         return f"{heads}x{self.dim}"
 
     @property
     def is_mha(self) -> bool:
-        """Every query head has keys of its own."""
+        """Whether every query head has keys of its own."""
         return self.heads == self.kv_heads
 
     def spec(self, latent: Latent, dtype: torch.dtype) -> KernelSpec:
-        """What the kernel of a latent depends on."""
+        """Return what the kernel of a latent depends on."""
         key_width, value_width = (sum(w for _, w, _ in side) or self.dim for side in (latent.key, latent.value))
         return KernelSpec(latent.key, latent.value, key_width, value_width, dtype_name(dtype), False)
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values of a token."""
+        """Count the bytes of the keys and values of a token."""
         return 2 * self.kv_heads * self.dim * dtype.itemsize
 
     def latent_bytes(self, latent: Latent, dtype: torch.dtype) -> int:
@@ -96,7 +96,7 @@ class Network:
     batches: tuple[int, ...]
 
     def config(self, layers: int, tokens: int) -> Any:
-        """For transformers: `layers` layers, positions for `tokens` tokens."""
+        """Return the configuration for transformers: `layers` layers, positions for `tokens` tokens."""
         return LlamaConfig(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
             num_hidden_layers=layers, num_attention_heads=self.shape.heads,
@@ -105,7 +105,7 @@ class Network:
         )  # fmt: skip
 
     def depth(self, batch: int, tokens: int, numbers: float) -> int:
-        """Layers of which weights and exact cache fit beside all else into memory for so many numbers."""
+        """Return how many layers fit, with weights and exact cache, into memory for so many numbers."""
         heads, width = self.shape.heads + self.shape.kv_heads, self.shape.dim
         weights = self.hidden * (2 * heads * width + 3 * self.intermediate)
         place = 2 * batch * (tokens + SPARE) * width  # of keys and values, for each head

@@ -31,29 +31,29 @@ OTHER_LATENTS = ((Latent(1, EVERY, tiers((3, 24), (16, 8))), 0.0), (Latent(2, ()
 class Wrong(click.ClickException):
     """A kernel gives wrong numbers, or none."""
 
-    def __init__(self, machine: Machine, what: str, found: str) -> None:
+    def __init__(self, machine: Machine, what: str, actual: str) -> None:
         super().__init__(
-            f"{what} is wrong on {machine.name}: {found}. Nothing was measured. Do not use this kernel here, and "
+            f"{what} is wrong on {machine.name}: {actual}. Nothing was measured. Do not use this kernel here, and "
             "report this line with the versions of torch and triton."
         )
 
 
 def check(machine: Machine, sizes: Sizes) -> int:
-    """Every kernel against its reference; how many calls were compared. Raises Wrong."""
+    """Compare every kernel with its reference; return how many calls were compared. Raises Wrong."""
     count = 0
     for what, compare in checks(machine, sizes):
         try:
-            found = compare()
+            actual = compare()
         except Exception as error:  # of Triton, CUDA or torch: they have no base in common
             raise Wrong(machine, what, f"it fails ({' '.join(str(error).split())[:300]})") from error
-        if found:
-            raise Wrong(machine, what, found)
+        if actual:
+            raise Wrong(machine, what, actual)
         count += 1
     return count
 
 
 def checks(machine: Machine, sizes: Sizes) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Names of checks, and functions that say what is wrong.
+    """Yield names of checks, and functions that return what is wrong.
 
     Every kernel that is measured, as it is measured; what a kernel can do besides on a few others, in every dtype: each
     feature is a compilation of its own.
@@ -72,7 +72,7 @@ def attention_checks(
     machine: Machine, sizes: Sizes, shape: Shape, latent: Latent, dtype: torch.dtype, softcap: float,
     features: Sequence[Feature],
 ) -> Iterator[tuple[str, Callable[[], str]]]:  # fmt: skip
-    """The checks of one kernel."""
+    """Yield the checks of one kernel."""
     spec = replace(shape.spec(latent, dtype), softcap=softcap > 0)
     for feature in features:
         name = f"attention, {spec.name}, {shape.name}, {feature.__name__.replace('_', ' ')}"
@@ -81,7 +81,7 @@ def attention_checks(
 
 @dataclass(frozen=True)
 class Question:
-    """A call of the kernel: its arguments, its options, and the mask and sinks that say the same to the reference."""
+    """A call of the kernel: arguments and options, and the mask and sink logits that the reference takes instead."""
 
     arguments: tuple[Any, ...]  # query, key, key_scale, value, value_scale, mask
     options: dict[str, Any]
@@ -90,17 +90,17 @@ class Question:
 
 
 def one_range(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """All tokens in one program."""
+    """Read all tokens in one program."""
     return Question(x, {"splits": 1})
 
 
 def merged_ranges(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Ranges of tokens, one of them empty, and the kernel that merges them."""
+    """Read ranges of tokens, one of them empty, and merge them."""
     return Question(x, {"splits": 5})
 
 
 def a_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Some tokens are hidden, from one row all."""
+    """Hide some tokens, from one row all."""
     query, tokens = x[0], x[1].shape[2]
     mask = torch.rand(query.shape[0], 1, query.shape[2], tokens, device=query.device) > 0.4
     mask[0, 0, 0] = False
@@ -108,41 +108,41 @@ def a_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def an_additive_mask(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """A number for every logit."""
+    """Add a number to every logit."""
     query, tokens = x[0], x[1].shape[2]
     bias = torch.randn(*query.shape[:3], tokens, device=query.device)
     return Question((*x[:5], bias), {}, bias)
 
 
 def lengths(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Sequences that end early, the second at once."""
+    """Let sequences end early, the second at once."""
     tokens = x[1].shape[2]
     ends = torch.tensor([tokens - 7, 0], device=x[0].device)
     return Question(x, {"lengths": ends}, torch.arange(tokens, device=x[0].device) < ends.view(2, 1, 1, 1))
 
 
 def a_window(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Causal, and a sliding window."""
+    """Attend causally within a sliding window."""
     at, token = _positions(x)
     mask = (token <= at) & (at - token < 12)
     return Question(x, {"positions": at[:, 0, 0, 0], "causal": True, "window": 12}, mask)
 
 
 def slopes(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """ALiBi."""
+    """Add ALiBi."""
     at, token = _positions(x)
     each = 0.5 ** torch.arange(1, x[0].shape[1] + 1, device=x[0].device)
     return Question(x, {"positions": at[:, 0, 0, 0], "slopes": each}, each.view(1, -1, 1, 1) * (token - at))
 
 
 def sinks(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """A further logit that gives nothing."""
+    """Add a sink logit, a further column of the softmax without a value."""
     each = torch.randn(x[0].shape[1], device=x[0].device)
     return Question(x, {"sinks": each}, sinks=each)
 
 
 def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Pages that lie in any order among others; the rows of `x` in a pool."""
+    """Read the packed latents of `x` from pages that lie in any order in a pool."""
     query, page = x[0], sizes.page
     count = x[1].shape[2] // page
     table = torch.randperm(2 * count + 1, device=query.device)[: 2 * count].view(2, count).to(torch.int32)
@@ -151,7 +151,7 @@ def pages_of_a_pool(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Check that each latent head reads its selected pages."""
+    """Let each latent head read its selected pages."""
     query, page = x[0], sizes.page
     units, count = math.lcm(x[1].shape[1], x[3].shape[1]), x[1].shape[2] // page
     pages = torch.rand(2, units, count, device=query.device).argsort(-1)[..., : count - 1].to(torch.int32)
@@ -162,7 +162,7 @@ def chosen_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
 
 
 def chosen_short_pages(x: tuple[Any, ...], sizes: Sizes) -> Question:
-    """Pages of less than a tile."""
+    """Select pages of less than a tile."""
     return chosen_pages(x, replace(sizes, page=8))
 
 
@@ -174,14 +174,14 @@ FEATURES: tuple[Feature, ...] = (
 
 
 def _positions(x: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Where the queries stand [2,1,S,1], and the tokens [T]."""
+    """Return the positions of the queries [2,1,S,1], and of the tokens [T]."""
     tokens, device = x[1].shape[2], x[0].device
     first = torch.tensor([tokens - 3, tokens // 2], device=device).view(2, 1, 1, 1)
     return first + torch.arange(x[0].shape[2], device=device).view(-1, 1), torch.arange(tokens, device=device)
 
 
 def _pooled(x: Tensor, table: Tensor, page: int) -> Tensor:
-    """x [B,J,T,...] -> [pages of the pool, J, page, ...], the pages of others filled with what spoils a result."""
+    """Turn x [B,J,T,...] into a pool [pages, J, page, ...] whose other pages hold what would spoil a result."""
     parts = x.unflatten(2, (-1, page)).transpose(1, 2).flatten(0, 1)
     pool = x.new_full((table.numel() + 1, *parts.shape[1:]), 255 if x.dtype == torch.uint8 else math.nan)
     pool[table.flatten().long()] = parts
@@ -191,7 +191,7 @@ def _pooled(x: Tensor, table: Tensor, page: int) -> Tensor:
 def compare_attention(
     machine: Machine, sizes: Sizes, shape: Shape, latent: Latent, spec: KernelSpec, softcap: float, feature: Feature
 ) -> str:
-    """What is wrong with one call, in words; empty where nothing is."""
+    """Return what is wrong with one call, in words; empty where nothing is."""
     torch.manual_seed(0)
     queries = 3 if feature in (a_window, a_mask) else 1
     workload = Workload(2, shape.heads, latent.heads, latent.heads, queries, sizes.checked)
@@ -199,18 +199,18 @@ def compare_attention(
     question = feature(arguments, sizes)
     options: dict[str, Any] = {"scale": spec.key_width**-0.5, "softcap": softcap}
     output, lse = build_triton(spec)(*question.arguments, **(question.options | options))
-    wanted, wanted_lse = expected(spec, arguments, question, options)
+    reference, reference_lse = expected(spec, arguments, question, options)
     tolerance = TOLERANCES[getattr(torch, spec.dtype)]
-    seen = wanted_lse > -math.inf
+    seen = reference_lse > -math.inf
     if not torch.equal(lse > -math.inf, seen) or bool(output[~seen].any()):
         return "rows that see nothing are not zero"
-    lse, wanted_lse = lse[seen], wanted_lse[seen]
-    apart = max(relative(output, wanted), min(relative(lse, wanted_lse), _most(lse, wanted_lse)))
+    lse, reference_lse = lse[seen], reference_lse[seen]
+    apart = max(relative(output, reference), min(relative(lse, reference_lse), _most(lse, reference_lse)))
     return "" if apart < tolerance else f"relative error {apart:.2g}, expected below {tolerance:.2g}"
 
 
 def random_arguments(spec: KernelSpec, workload: Workload, device: str) -> tuple[Any, ...]:
-    """Query, key, key_scale, value, value_scale and no mask; unlike those of `random_call` all of them numbers."""
+    """Return query, key, key_scale, value, value_scale and no mask; unlike those of `random_call`, all are finite."""
     dtype, batch = getattr(torch, spec.dtype), workload.batch
     made: list[Any] = [torch.randn(batch, workload.heads, workload.queries, spec.key_width, dtype=dtype, device=device)]
     for side, width in ((spec.key_tiers, spec.key_width), (spec.value_tiers, spec.value_width)):
@@ -222,7 +222,7 @@ def random_arguments(spec: KernelSpec, workload: Workload, device: str) -> tuple
 def expected(
     spec: KernelSpec, arguments: tuple[Any, ...], question: Question, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The reference in float64."""
+    """Compute the reference in float64."""
     query, key, key_scale, value, value_scale, _ = arguments
     key, value = (x if x.dtype == torch.uint8 else x.double() for x in (key, value))
     options = options | algebra.tier_options(_columns(spec.key_tiers), _columns(spec.value_tiers))
@@ -239,14 +239,14 @@ def _columns(side: Tiers) -> algebra.TierArguments:
     return [b for b, _, _ in side], [w for _, w, _ in side], [s for _, _, s in side]
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Size of the difference against the size of what is wanted; infinite for numbers that are none."""
-    apart = float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+def relative(actual: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference relative to that of the expected tensor; infinite where it is not finite."""
+    apart = float((actual.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
     return apart if math.isfinite(apart) else math.inf
 
 
-def _most(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).abs().max()) if found.numel() else 0.0
+def _most(actual: Tensor, reference: Tensor) -> float:
+    return float((actual.double() - reference.double()).abs().max()) if actual.numel() else 0.0
 
 
 def compare_pack(machine: Machine) -> str:
@@ -254,32 +254,32 @@ def compare_pack(machine: Machine) -> str:
     from fhopt.codegen.gpu import packing
 
     z = torch.randint(-9, 10, (2, 3, 35, 128)).float()
-    found = packing.pack(z.to(machine.device), *_columns(EVERY))
-    return _unequal(found, ops_packing.pack_reference(z, *_columns(EVERY)))
+    actual = packing.pack(z.to(machine.device), *_columns(EVERY))
+    return _unequal(actual, ops_packing.pack_reference(z, *_columns(EVERY)))
 
 
 def compare_unpack(machine: Machine) -> str:
-    """Return random bytes as quantized values."""
+    """Check unpacking of random latents: equal number for number."""
     from fhopt.codegen.gpu import packing
 
     codes, scale = ops_packing.pack_reference(torch.randn(2, 3, 35, 128), *_columns(EVERY))
-    found = packing.unpack(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
-    return _unequal([found], [ops_packing.unpack_reference(codes, scale, *_columns(EVERY))])
+    actual = packing.unpack(codes.to(machine.device), scale.to(machine.device), *_columns(EVERY))
+    return _unequal([actual], [ops_packing.unpack_reference(codes, scale, *_columns(EVERY))])
 
 
 def compare_encode(machine: Machine) -> str:
-    """New rows between others, from whole numbers and a basis of -1, 0 and 1: equal byte for byte."""
+    """Check rows encoded between others, from whole numbers and a basis of -1, 0 and 1: equal byte for byte."""
     from fhopt.codegen.gpu import encode_rows
 
     x, basis = torch.randint(-2, 3, (2, 4, 21, 16)).float(), torch.randint(-1, 2, (2, 128, 32)).float()
     size = sum(b * w for b, w in zip(*_columns(EVERY)[:2], strict=True)) // 8
-    wanted = torch.full((2, 2, 40, size), 165, dtype=torch.uint8), torch.full((2, 2, 40), 7.0, dtype=torch.float16)
-    found = [part.clone().to(machine.device) for part in wanted]
-    encode_rows.encode(x.to(machine.device), basis.to(machine.device), *_columns(EVERY), *found, at=5)
-    encode_rows.encode_reference(x, basis, *_columns(EVERY), *wanted, at=5)
-    return _unequal(found, wanted)
+    reference = torch.full((2, 2, 40, size), 165, dtype=torch.uint8), torch.full((2, 2, 40), 7.0, dtype=torch.float16)
+    actual = [part.clone().to(machine.device) for part in reference]
+    encode_rows.encode(x.to(machine.device), basis.to(machine.device), *_columns(EVERY), *actual, at=5)
+    encode_rows.encode_reference(x, basis, *_columns(EVERY), *reference, at=5)
+    return _unequal(actual, reference)
 
 
-def _unequal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
-    count = sum(int((a.cpu() != b).sum()) for a, b in zip(found, wanted, strict=True))
+def _unequal(actual: Sequence[Tensor], reference: Sequence[Tensor]) -> str:
+    count = sum(int((a.cpu() != b).sum()) for a, b in zip(actual, reference, strict=True))
     return f"{count} numbers differ from the reference, expected none" if count else ""

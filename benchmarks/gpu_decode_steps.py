@@ -31,34 +31,34 @@ CHUNK = 1024  # tokens that are added to a cache at once
 
 
 def measure_steps(machine: Machine, report: Report, network: Network, batch: int, tokens: int) -> None:
-    """Every contender of one model."""
+    """Measure decode steps of one model with every implementation."""
     case = report.case(network.name, batch, tokens)
     fitting = network.depth(batch, tokens, SHARE * machine.free() / machine.dtype.itemsize)
     if fitting < min(2, network.layers):
         report.note(case, "all", f"left out, {fitting} layers fit beside their exact caches, expected 2 or more")
         return
-    wanted = depths(fitting, network.layers)
-    times = {depth: step_times(machine, report, network, depth, batch, tokens) for depth in wanted}
+    measured = depths(fitting, network.layers)
+    times = {depth: step_times(machine, report, network, depth, batch, tokens) for depth in measured}
     report.add(step_rows(case, network.layers, times))
     click.echo(line(case, report.rows), err=True)
 
 
 def depths(fitting: int, layers: int) -> tuple[int, ...]:
-    """Numbers of layers to measure: all, or two to scale from."""
+    """Return the numbers of layers to measure: all, or two to extrapolate from."""
     return (layers,) if fitting == layers else (fitting, fitting // 2)
 
 
 def step_rows(case: str, layers: int, times: dict[int, dict[str, float]]) -> list[Row]:
-    """What was measured, and the step of all layers, against the faster exact contender."""
+    """Return what was measured, and the decode step of all layers, against the fastest exact implementation."""
     metric, whole = "step_ms", dict(times.get(layers, {}))
     rows = []
     if not whole:
         (n, at_n), (m, at_m) = times.items()
         metric = "step_ms_scaled"
         whole = {name: scaled(layers, n, at_n[name], m, at_m[name]) for name in at_n}
-        for depth, found in times.items():
+        for depth, times_ms in times.items():
             part = f"{case}, {depth} of {layers} layers"
-            rows += [Row(part, name, "step_ms", ms, "ms") for name, ms in found.items()]
+            rows += [Row(part, name, "step_ms", ms, "ms") for name, ms in times_ms.items()]
     best = min(ms for name, ms in whole.items() if not name.startswith("fhopt"))
     for name, ms in whole.items():
         rows.append(Row(case, name, metric, ms, "ms", baseline=best, ratio=best / ms))
@@ -66,23 +66,23 @@ def step_rows(case: str, layers: int, times: dict[int, dict[str, float]]) -> lis
 
 
 def scaled(layers: int, n: int, at_n: float, m: int, at_m: float) -> float:
-    """The step of all layers from those of n and of m."""
+    """Extrapolate the decode step of all layers from those of n and of m layers."""
     return at_n + (layers - n) * (at_n - at_m) / (n - m)
 
 
 def step_times(
     machine: Machine, report: Report, network: Network, layers: int, batch: int, tokens: int
 ) -> dict[str, float]:
-    """Milliseconds of a step of each contender, one after the other: two caches may not fit."""
+    """Measure milliseconds of a decode step of each implementation, one by one: two caches may not fit."""
     places = tokens + SPARE
     model = random_model(machine, network, layers, places)
     give = functools.partial(fill, machine, network, batch, tokens)
     time_step = functools.partial(step_ms, machine, report, model, batch)
-    found, cache = {}, give(StaticCache(model.config, places))
+    times_ms, cache = {}, give(StaticCache(model.config, places))
     for attention in ("sdpa", "grouped"):
         model.set_attn_implementation(attention)
         compiled = torch.compile(model, backend=machine.compiler, mode="reduce-overhead")
-        found[f"transformers, {attention}"] = time_step(compiled, cache, f"{network.name}, {attention}")
+        times_ms[f"transformers, {attention}"] = time_step(compiled, cache, f"{network.name}, {attention}")
     model.set_attn_implementation("sdpa")
     for latent in network.latents:
         del cache
@@ -91,15 +91,15 @@ def step_times(
         cache = give(latent_cache(model, max_cache_len=places))
         # What mode="reduce-overhead" stands for, which torch takes in place of options only. ratio 1: no second plan.
         compiled = torch.compile(model, backend="flashhead", options={"ratio": 1, "triton.cudagraphs": True})
-        found[label] = time_step(compiled, cache, f"{network.name}, {label}")
+        times_ms[label] = time_step(compiled, cache, f"{network.name}, {label}")
         fhopt.unapply(model)
-    return found
+    return times_ms
 
 
 def step_ms(
     machine: Machine, report: Report, model: Any, batch: int, compiled: Callable[..., Any], cache: Any, what: str
 ) -> float:
-    """Return milliseconds of a decode step; the median over rounds of STEPS."""
+    """Measure milliseconds of a decode step; the median over rounds of STEPS."""
     token = torch.ones(batch, 1, dtype=torch.int64, device=machine.device)
     options = {cache_argument(model): cache, "use_cache": True}
     counters.clear()
@@ -122,7 +122,7 @@ def step_ms(
 
 
 def random_model(machine: Machine, network: Network, layers: int, places: int) -> Any:
-    """The model with random weights."""
+    """Build the model with random weights."""
     with torch.device(machine.device):
         return AutoModelForCausalLM.from_config(network.config(layers, places), dtype=machine.dtype).eval()
 
@@ -139,7 +139,7 @@ def fill(machine: Machine, network: Network, batch: int, tokens: int, cache: Any
 
 
 def hand_plan(network: Network, latent: Latent, layers: int) -> LatentPlan:
-    """A plan with `latent` at every layer and random orthonormal bases, each layer its own: right in size alone."""
+    """Make a plan with `latent` at every layer and random orthonormal bases for each: right in size alone."""
     shape = network.shape
     sites = []
     for layer in range(layers):
@@ -154,7 +154,7 @@ def hand_plan(network: Network, latent: Latent, layers: int) -> LatentPlan:
 
 
 def random_side(shape: Shape, heads: int, side: Tiers) -> SidePlan:
-    """encode [J,R,n*D], decode [G,D,R]: the same orthonormal rows in each latent head of n = G/J kv heads."""
+    """Return encode [J,R,n*D], decode [G,D,R]: the same orthonormal rows in each latent head of n = G/J kv heads."""
     width, shared = sum(w for _, w, _ in side), shape.kv_heads // heads
     basis = torch.linalg.qr(torch.randn(shared * shape.dim, width))[0]  # [n*D, R]
     decode = basis.unflatten(0, (shared, shape.dim)).repeat(heads, 1, 1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """Figures so far, kept in a file after every case, and what is to be said of them."""
+    """Figures so far, stored in a file after every case, and notes on them."""
 
     file: str
     mark: str
@@ -27,29 +27,29 @@ class Report:
     places: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # shape, batch and tokens of a case
 
     def case(self, shape: str, batch: int, tokens: int) -> str:
-        """The name of a case."""
+        """Return the name of a case."""
         name = f"{self.mark}{shape}, batch {batch}, {tokens:,} tokens"
         self.places[name] = shape, batch, tokens
         return name
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Take the rows of a case."""
+        """Add the rows of a case."""
         self.rows += rows
         recording.write(self.file, self.rows)
 
     def note(self, case: str, impl: str, what: str) -> None:
-        """Say something of one implementation."""
+        """Note something about one implementation."""
         what = " ".join(what.split())[:200]
         self.notes.setdefault((impl, what), []).append(case)
         click.echo(f"{case}: {impl}: {what}", err=True)
 
     def leave_out(self, case: str, impl: str, error: Exception) -> None:
-        """Say why something is not measured."""
+        """Note why something is not measured."""
         self.note(case, impl, f"left out, {error or type(error).__name__}")
 
 
 def line(case: str, rows: Sequence[Row]) -> str:
-    """What a case came to."""
+    """Format the results of a case in one line."""
     shown = [row for row in rows if row.case == case and row.unit == "ms"]
     words = [f"{row.impl} {row.value:.4g} ms" + (f" ({row.ratio:.2f}x)" if row.ratio else "") for row in shown]
     return f"{case}: " + ", ".join(words)
@@ -59,20 +59,20 @@ COLUMNS = ("case", "implementation", "ms", "times the fastest dense", "GB/s", "o
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A line for each case and implementation, COLUMNS."""
+    """Return a row of COLUMNS for each case and implementation."""
     speeds = {(row.case, row.impl): row for row in rows if row.metric == "gb_s"}
-    found: list[tuple[str, ...]] = []
+    lines_of_table: list[tuple[str, ...]] = []
     for row in (row for row in rows if row.unit == "ms"):
         impl = row.impl + (" (scaled)" if row.metric == "step_ms_scaled" else "")
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
         speed = speeds.get((row.case, row.impl))
         share = ("", "") if speed is None else (f"{speed.value:,.0f}", f"{speed.ratio or 0:.0%}")
-        found.append((row.case, impl, f"{row.value:.4g}", ratio, *share))
-    return found
+        lines_of_table.append((row.case, impl, f"{row.value:.4g}", ratio, *share))
+    return lines_of_table
 
 
 def summary(report: Report) -> Table:
-    """For a terminal."""
+    """Format the table for a terminal."""
     out = Table(title=f"{report.file}: a decode step", title_justify="left")
     for index, name in enumerate(COLUMNS):
         out.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
@@ -82,7 +82,7 @@ def summary(report: Report) -> Table:
 
 
 def markdown(report: Report, machine: Machine, copy: float) -> str:
-    """`gpu.md`."""
+    """Return the page `gpu.md`."""
     known = ", ".join(f"{name} {version}" for name, version in recording.versions().items())
     lines = [
         f"# Decoding on {machine.name}",
@@ -101,7 +101,7 @@ def markdown(report: Report, machine: Machine, copy: float) -> str:
 
 
 def draw(figure: Figure, report: Report) -> None:
-    """How many times faster than the fastest dense way, over tokens; a panel a shape, a line a latent and batch."""
+    """Draw speed-ups over the fastest dense implementation, over tokens; a panel a shape, a line a latent and batch."""
     shown = [row for row in report.rows if row.metric == "time_ms" and row.ratio is not None]
     names = list(dict.fromkeys(report.places[row.case][0] for row in shown))
     panels = figure.subplots(1, max(1, len(names)), squeeze=False, sharey=True)[0]

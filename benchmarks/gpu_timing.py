@@ -26,11 +26,11 @@ NEEDS = "benchmarks/gpu.py needs a GPU that torch can use (torch.cuda.is_availab
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how time is taken; all that --dry changes but the sizes.
+    """Device and clock of a run: all that --dry changes but the sizes.
 
     dtype: of models. cold, long: bytes that rotating buffers have together, and that a measurement reads. free: bytes
     of memory that may be had. clock: milliseconds of one of some calls, gone round so many times. wait: until the
-    device is done. tuner: clock of `tune`, None for its own. compiler: of dense ways. mark: before each case.
+    device is done. tuner: clock of `tune`, None for its own. compiler: of dense attention. mark: before each case.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Machine:
 
 
 def this_gpu() -> Machine:
-    """The GPU of this machine. Without one: a line, and exit status 2."""
+    """Return the GPU of this machine. Without one: print a line, and exit with status 2."""
     if not torch.cuda.is_available():
         click.echo(NEEDS, err=True)
         sys.exit(2)
@@ -57,7 +57,7 @@ def this_gpu() -> Machine:
 
 
 def dry_machine() -> Machine:
-    """A CPU that is said to have so little memory that something is left out."""
+    """Return a CPU that claims to have so little memory that something is left out."""
     free, cold = 450_000, 2_000
     return Machine(
         "dry", "cpu", torch.float32, cold, 2 * cold, lambda: free, host_ms, lambda: None,
@@ -66,14 +66,14 @@ def dry_machine() -> Machine:
 
 
 def gpu_free() -> int:
-    """Bytes of the GPU's memory that nobody holds."""
+    """Return the bytes of the GPU's memory that are free."""
     gc.collect()
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0])
 
 
 def graph_ms(calls: Sequence[Call], turns: int) -> float:
-    """Milliseconds of one of the calls: of a CUDA graph of all of them, `turns` times, the median over replays."""
+    """Return milliseconds of one of the calls: a CUDA graph has all, `turns` times; the median over replays."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -96,7 +96,7 @@ def graph_ms(calls: Sequence[Call], turns: int) -> float:
 
 
 def host_ms(calls: Sequence[Call], turns: int) -> float:
-    """The same by the host's clock."""
+    """Return milliseconds of one of the calls by the host's clock, the median over all calls of all turns."""
     times = []
     for call in [*calls] * turns:
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def host_ms(calls: Sequence[Call], turns: int) -> float:
 
 
 def copy_gb_s(machine: Machine) -> float:
-    """Gigabytes a second that a copy reads and writes."""
+    """Measure the gigabytes a second that a copy reads and writes."""
     size = min(int(SHARE * machine.free()) // 4, max(machine.cold, machine.long // 2))
     source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
@@ -114,7 +114,7 @@ def copy_gb_s(machine: Machine) -> float:
 
 
 def rotating(machine: Machine, size: int, make: Callable[[], T]) -> tuple[list[T], int]:
-    """Buffers of `size` bytes that together leave the cache, and how many turns of them take long enough to be timed.
+    """Make buffers of `size` bytes that together exceed the cache; return them and how many turns to time.
 
     Raises MemoryError, in words, where they do not fit.
     """

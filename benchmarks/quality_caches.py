@@ -10,9 +10,9 @@ from competitors import (
     PACKAGES,
     Competitor,
     Kivi,
+    QuantizedBlocks,
     RoundToNearest,
     Schedule,
-    Sealing,
     Shape,
     Transformers,
     head_moments,
@@ -33,14 +33,14 @@ from fhopt.texts import tokens
 
 
 def load_plans(folder: Path, ratios: Iterable[float]) -> dict[float, LatentPlan]:
-    """The plans `folder`/8x and so on. Raises FhoptError when one is absent."""
+    """Load the plans `folder`/8x and so on. Raises FhoptError when one is absent."""
     return {ratio: LatentPlan.load(folder / f"{ratio:g}x") for ratio in ratios}
 
 
 def fit_plans(
     loaded: LoadedModel, ratios: Iterable[float], options: calibration_options.FitOptions
 ) -> dict[float, LatentPlan]:
-    """A plan for each ratio, from statistics that are collected once."""
+    """Fit a plan for each ratio, from statistics that are collected once."""
     with progress_bar("calibrate") as bar:
         measured = run.measure(loaded, options, lambda stage, done, total: bar(done, total))
     return {
@@ -50,7 +50,7 @@ def fit_plans(
 
 
 def ours(plans: dict[float, LatentPlan]) -> list[Implementation]:
-    """The plans, as implementations. Raises FhoptError when they do not keep the same tokens exact."""
+    """Return the plans as implementations. Raises FhoptError when they do not keep the same tokens exact."""
     if len({(p.sinks, p.recent, p.block) for p in plans.values()}) > 1:
         raise FhoptError("the plans differ in sinks, recent or block; expected the same exact tokens in all of them.")
     return [
@@ -66,22 +66,23 @@ def rivals(
     plan = next(iter(plans.values()))
     schedule = Schedule(plan.sinks, plan.recent, plan.block)
     shape = Shape.of(loaded.language_model())
-    found: list[Competitor] = [Sealing(Kivi(bits), schedule) for bits in ((2,) if quick else (4, 3, 2))]
+    methods: list[Competitor] = [QuantizedBlocks(Kivi(bits), schedule) for bits in ((2,) if quick else (4, 3, 2))]
     if not quick:
-        found += [Sealing(RoundToNearest(bits), schedule) for bits in (8, 4)]
+        methods += [QuantizedBlocks(RoundToNearest(bits), schedule) for bits in (8, 4)]
         for backend in PACKAGES:
-            found += _installed([Transformers(backend, bits, schedule.first_step) for bits in (4, 2)])
+            methods += _installed([Transformers(backend, bits, schedule.first_step) for bits in (4, 2)])
     ranks = {rank_for(ratio, shape, schedule, COUNTED_AT) for ratio in plans}
     moments = _moments(loaded, options, plan.sinks)
-    found += [Sealing(low_rank(moments, rank), schedule) for rank in sorted(ranks, reverse=True)]
+    methods += [QuantizedBlocks(low_rank(moments, rank), schedule) for rank in sorted(ranks, reverse=True)]
     exact = COUNTED_AT * shape.exact_token_bytes
-    sizes = [rival.cache_bytes(shape, COUNTED_AT) for rival in found]
-    return [Implementation(r.name, r.family, size, exact / size, rival=r) for r, size in zip(found, sizes, strict=True)]
+    sizes = [rival.cache_bytes(shape, COUNTED_AT) for rival in methods]
+    pairs = zip(methods, sizes, strict=True)
+    return [Implementation(r.name, r.family, size, exact / size, rival=r) for r, size in pairs]
 
 
-def _installed(found: Iterable[Transformers]) -> list[Transformers]:
+def _installed(methods: Iterable[Transformers]) -> list[Transformers]:
     there = []
-    for rival in found:
+    for rival in methods:
         if rival.missing is None:
             there.append(rival)
         else:
@@ -90,7 +91,7 @@ def _installed(found: Iterable[Transformers]) -> list[Transformers]:
 
 
 def _moments(loaded: LoadedModel, options: calibration_options.FitOptions, sinks: int) -> list[tuple[Tensor, Tensor]]:
-    """Second moments of each head on the tokens that calibrate the plans."""
+    """Collect second moments of each head on the tokens that calibrate the plans."""
     ids = tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
     with progress_bar("second moments") as bar:
         return head_moments(loaded.language_model(), ids, sinks, lambda done: bar(done, len(ids)))

@@ -34,8 +34,8 @@ class Contest:
 
 
 def contests(results: Sequence[Result]) -> list[Contest]:
-    """Each plan against each family, those of like size first."""
-    found = []
+    """Pair each plan with each family, those of like size first."""
+    pairs = []
     for plan in results:
         if plan.impl.family != OURS:
             continue
@@ -46,12 +46,12 @@ def contests(results: Sequence[Result]) -> list[Contest]:
                 continue
             if family not in nearest or nearest[family].impl.is_larger(rival.impl):
                 nearest[family] = rival
-        found += [Contest(plan, rival) for rival in sorted(nearest.values(), key=lambda r: r.impl.bytes_held)]
-    return found
+        pairs += [Contest(plan, rival) for rival in sorted(nearest.values(), key=lambda r: r.impl.bytes_held)]
+    return pairs
 
 
 def baselines(results: Sequence[Result]) -> dict[str, Result]:
-    """For each plan, by its size: of the other methods of comparable size in its contests, the best by KL."""
+    """Return by size of a plan the best by KL of the other methods of comparable size in its contests."""
     best: dict[str, Result] = {}
     for contest in contests(results):
         key = size_name(contest.plan.impl)
@@ -61,37 +61,37 @@ def baselines(results: Sequence[Result]) -> dict[str, Result]:
 
 
 def size_name(impl: Implementation) -> str:
-    """`4x`, `3.09x`."""
+    """Format the size of an implementation: `4x`, `3.09x`."""
     return f"{impl.ratio:.3g}x"
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """The figures of each implementation on each text; the baseline of a plan is that of `baselines`, same text."""
+    """Return figures of each implementation on each text; a plan's baseline is that of `baselines`, same text."""
     best, out = baselines(results), []
     for result in results:
         rival = best.get(size_name(result.impl)) if result.impl.family == OURS else None
-        for text, found in result.by_text.items():
-            out += _text_rows(result.impl, text, found, rival.by_text[text] if rival is not None else None)
+        for text, comparison in result.by_text.items():
+            out += _text_rows(result.impl, text, comparison, rival.by_text[text] if rival is not None else None)
     return out
 
 
-def _text_rows(impl: Implementation, text: Text, found: Comparison, rival: Comparison | None) -> list[Row]:
+def _text_rows(impl: Implementation, text: Text, comparison: Comparison, rival: Comparison | None) -> list[Row]:
     case, metric = f"{text.name}@{size_name(impl)}", "perplexity_increase_percent"
-    low, high = found.increase_percent_ci or (math.nan, math.nan)
+    low, high = comparison.increase_percent_ci or (math.nan, math.nan)
 
     def row(metric: str, value: float, unit: str, baseline: float | None = None) -> Row:
         return Row(case, impl.name, metric, value, unit, baseline, gain(baseline, value))
 
     return [
-        row(metric, found.increase_percent, "%", None if rival is None else rival.increase_percent),
+        row(metric, comparison.increase_percent, "%", None if rival is None else rival.increase_percent),
         row(f"{metric}_low", low, "%"),
         row(f"{metric}_high", high, "%"),
-        row("kl", found.kl, "nats/token", None if rival is None else rival.kl),
-        row("perplexity", found.plan, ""),
+        row("kl", comparison.kl, "nats/token", None if rival is None else rival.kl),
+        row("perplexity", comparison.plan, ""),
         row("bytes_per_token", impl.token_bytes, "B"),
     ]
 
 
 def gain(baseline: float | None, value: float) -> float | None:
-    """baseline / value; None where a ratio of the two says nothing."""
+    """Return baseline / value; None where a ratio of the two means nothing."""
     return baseline / value if baseline is not None and min(baseline, value) > 0 else None

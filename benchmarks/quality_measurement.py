@@ -40,7 +40,7 @@ class Implementation:
     rival: Competitor | None = None
 
     def new_cache(self, model: Any) -> Any:
-        """An empty cache."""
+        """Return an empty cache."""
         return new_cache(model, self.plan) if self.rival is None else self.rival.new_cache(model)
 
     @property
@@ -49,7 +49,7 @@ class Implementation:
         return self.bytes_held / COUNTED_AT
 
     def is_larger(self, other: Implementation) -> bool:
-        """Whether it holds at least as much as `other`."""
+        """Tell whether it holds at least as many bytes as `other`."""
         return self.bytes_held >= other.bytes_held
 
 
@@ -71,12 +71,12 @@ class Result:
 
     @cached_property
     def by_text(self) -> dict[Text, Comparison]:
-        """Text by text; to be read when all are measured."""
+        """Comparisons by text; to be read when all are measured."""
         return {text: costs.compare() for text, costs in self.costs.items()}
 
     @cached_property
     def mean(self) -> Comparison:
-        """Over the tokens of all unseen texts."""
+        """Comparison over the tokens of all unseen texts."""
         parts = [costs for text, costs in self.costs.items() if text.is_unseen]
         return TokenCosts(
             torch.cat([c.exact for c in parts], 1),
@@ -92,7 +92,7 @@ class Result:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar, as a function of (done, total)."""
+    """Show a progress bar; yield a function of (done, total) that moves it."""
     with Progress(transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -101,7 +101,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def read_texts(
     loaded: LoadedModel, names: Sequence[str], calibration: Sequence[str], context: int, with_seen: bool
 ) -> list[Text]:
-    """The held-out half of each text, all of it where the half is short; at most `context` tokens.
+    """Read the held-out half of each text, all of it where the half is short; at most `context` tokens.
 
     A built-in text that is not installed, or one that is too short, is left out with a message.
     """
@@ -122,7 +122,7 @@ def read_texts(
 
 
 def _tokens(loaded: LoadedModel, name: str, context: int, whole: bool) -> Tensor:
-    """Up to `context` token ids [T] of the text called `name`."""
+    """Return up to `context` token ids [T] of the text called `name`."""
     text = tokens.read_text(name)
     ids = _tokenized(loaded, tokens.halves(text)[1], context)
     if len(ids) < context and whole:
@@ -138,7 +138,7 @@ def _tokenized(loaded: LoadedModel, text: str, context: int) -> Tensor:
 
 
 def measure(model: Any, impls: Sequence[Implementation], texts: Sequence[Text], steps: LatentPlan) -> list[Result]:
-    """Every implementation on every text, in the steps of the plan `steps`."""
+    """Measure every implementation on every text, in the steps of the plan `steps`."""
     results = [Result(impl) for impl in impls]
     with progress_bar("texts and caches") as bar:
         for index, text in enumerate(texts):
@@ -151,7 +151,7 @@ def measure(model: Any, impls: Sequence[Implementation], texts: Sequence[Text], 
 
 @torch.inference_mode()
 def exact_log_probabilities(model: Any, ids: Tensor, steps: LatentPlan) -> Tensor:
-    """log p of every next token [T-1, V] with the exact cache, float32."""
+    """Return log p of every next token [T-1, V] with the exact cache, float32."""
     with switched(model, None):
         read = read_steps(model, ids[None, :-1], [new_cache(model, None)], steps)
         return torch.cat([logits[0].double().log_softmax(-1).float() for _, (logits,) in read])

@@ -23,7 +23,7 @@ COMMAND = "make bench-quality"
 
 
 def summary(results: Sequence[Result]) -> Table:
-    """One line for each implementation."""
+    """Format a line for each implementation."""
     unseen = sum(text.is_unseen for text in results[0].by_text)
     table = Table(title=f"Loss against bytes, {unseen} unseen texts", title_justify="left")
     for heading, justify in zip(SUMMARY, ("left", *("right",) * 6), strict=True):
@@ -80,18 +80,18 @@ def _percent(value: float) -> str:
     return f"{value:+.2f} %" if abs(value) < 100 else f"{value:+.0f} %"
 
 
-def _interval(found: Comparison) -> str:
-    if found.increase_percent_ci is None:
+def _interval(comparison: Comparison) -> str:
+    if comparison.increase_percent_ci is None:
         return "-"
-    low, high = found.increase_percent_ci
+    low, high = comparison.increase_percent_ci
     return f"{_percent(low)[:-2]} to {_percent(high)[:-2]}"
 
 
 def draw(figure: Figure, results: Sequence[Result]) -> None:
-    """Both measures of loss over bytes, a line for each family."""
+    """Draw both measures of loss over bytes, a line for each family."""
     left, right = figure.subplots(1, 2, sharex=True)
-    _lines(left, results, lambda found: found.kl)
-    _lines(right, results, lambda found: found.increase_percent)
+    _lines(left, results, lambda comparison: comparison.kl)
+    _lines(right, results, lambda comparison: comparison.increase_percent)
     left.set(yscale="log", ylabel="KL(exact || cache), nats per token")
     right.set_yscale("symlog", linthresh=0.1)  # an increase may be below zero by chance
     right.set_ylabel("increase of perplexity, % (linear below 0.1)")
@@ -109,7 +109,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
 
 
 def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
-    """Points of a family are joined in order of size; ours is drawn heavier."""
+    """Draw the points of each family, joined in order of size; fhopt's line is heavier."""
     for family in dict.fromkeys(result.impl.family for result in results):
         members = sorted((r for r in results if r.impl.family == family), key=lambda r: r.impl.ratio)
         style: dict[str, Any] = dict(linewidth=2.5, zorder=3, color="black") if family == OURS else dict(linewidth=1.2)
@@ -117,7 +117,7 @@ def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], f
 
 
 def write_page(path: Path, results: Sequence[Result]) -> None:
-    """The Markdown page: implementations, contests, texts."""
+    """Write the Markdown page: implementations, contests, texts."""
     lines = [
         "# Quality: the loss of smaller KV caches",
         "",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def rows_of(name: str, course: Course) -> list[Row]:
-    """The figures of one run."""
+    """Return the figures of one run."""
     figures = (
         ("tokens", course.tokens[-1], ""),
         ("largest_logit_difference", max(course.apart), ""),
@@ -46,7 +46,7 @@ def rows_of(name: str, course: Course) -> list[Row]:
 
 
 def draw(figure: Figure, courses: dict[str, Course]) -> None:
-    """Differences of logits, and bytes against what is allowed, over the tokens of each run."""
+    """Draw differences of logits, and bytes against what is allowed, over the tokens of each run."""
     above, below = figure.subplots(2, 1, sharex=True)
     for name, course in courses.items():
         stride = max(1, len(course.tokens) // 400)
@@ -68,16 +68,16 @@ def main(quick: bool, minutes: float | None) -> None:
     """Run every variant; exit status 1 when a promise is broken."""
     torch.set_num_threads(1)
     if minutes is not None:
-        told = endure(minutes)
-        click.echo("; ".join(told) or "every promise holds")
-        sys.exit(bool(told))
+        problems = endure(minutes)
+        click.echo("; ".join(problems) or "every promise holds")
+        sys.exit(bool(problems))
     share = 20 if quick or is_quick() else 1
     courses: dict[str, Course] = {}
     failed = False
     for variant in VARIANTS:
         course = courses[variant.name] = run(variant, variant.tokens // share)
-        failed |= bool(told := broken(variant, course))
-        click.echo(f"{variant.name}: {'; '.join(told) or 'every promise holds'}")
+        failed |= bool(problems := broken(variant, course))
+        click.echo(f"{variant.name}: {'; '.join(problems) or 'every promise holds'}")
     rows = [row for name, course in courses.items() for row in rows_of(name, course)]
     record("soak", rows, lambda figure: draw(figure, courses))
     sys.exit(failed)

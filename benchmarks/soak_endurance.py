@@ -27,7 +27,7 @@ GENERATED: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Lap:
-    """After one lap: minutes and tokens since the beginning, bytes of the process, promises that were broken."""
+    """State after one lap: minutes and tokens since the beginning, bytes of the process, promises that were broken."""
 
     minutes: float
     tokens: int
@@ -36,17 +36,17 @@ class Lap:
 
 
 def laps(minutes: float) -> Iterator[Lap]:
-    """Laps through all variants, until the time is over and there are enough to tell a slope."""
+    """Yield laps through all variants, until the time is over and there are enough to tell a slope."""
     made = {variant.name: prepared(variant) for variant in VARIANTS}
     start, tokens, count = time.perf_counter(), 0, 0
     while count < LEAST_LAPS or time.perf_counter() - start < 60 * minutes:
-        told: list[str] = []
+        problems: list[str] = []
         for variant in VARIANTS:
             course = run(variant, LAP, seed=count, made=made[variant.name])
-            told += [f"{variant.name}: {words}" for words in broken(variant, course, is_long=False)]
+            problems += [f"{variant.name}: {words}" for words in broken(variant, course, is_long=False)]
             tokens += course.tokens[-1] + generate(made[variant.name][0], seed=count)
         count += 1
-        yield Lap((time.perf_counter() - start) / 60, tokens, process_bytes(), tuple(told))
+        yield Lap((time.perf_counter() - start) / 60, tokens, process_bytes(), tuple(problems))
 
 
 def generate(model: Any, seed: int) -> int:
@@ -61,7 +61,7 @@ def generate(model: Any, seed: int) -> int:
 
 
 def slope(course: list[Lap]) -> tuple[float, float]:
-    """Bytes an hour that the process gains, and the standard error: least squares over the laps behind the warm-up."""
+    """Return the bytes an hour that the process gains, and the standard error, by least squares after the warm-up."""
     kept = course[int(WARM * len(course)) :]
     hours, sizes = [lap.minutes / 60 for lap in kept], [float(lap.resident) for lap in kept]
     spread = sum((x - statistics.fmean(hours)) ** 2 for x in hours)
@@ -71,16 +71,16 @@ def slope(course: list[Lap]) -> tuple[float, float]:
 
 
 def endured(course: list[Lap]) -> list[str]:
-    """The promises that were broken in some lap, and the one about memory, in words."""
+    """Return the promises that were broken in some lap, and the one about memory, in words."""
     gained, error = slope(course)
-    told = [f"lap {number}: {words}" for number, lap in enumerate(course) for words in lap.broken]
+    problems = [f"lap {number}: {words}" for number, lap in enumerate(course) for words in lap.broken]
     if gained - 2 * error > MOST_SLOPE:
-        told.append(f"the process grows by {gained / 1e6:.2f} MB an hour (standard error {error / 1e6:.2f})")
-    return told
+        problems.append(f"the process grows by {gained / 1e6:.2f} MB an hour (standard error {error / 1e6:.2f})")
+    return problems
 
 
 def endure(minutes: float) -> list[str]:
-    """Run laps, print the memory after each, write the figures down; what was broken."""
+    """Run laps, print the memory after each, record the figures; return what was broken."""
     course: list[Lap] = []
     for lap in laps(minutes):
         course.append(lap)
@@ -101,7 +101,7 @@ def endure(minutes: float) -> list[str]:
 
 
 def draw_memory(figure: Figure, course: list[Lap]) -> None:
-    """Bytes of the process over time."""
+    """Draw bytes of the process over time."""
     panel = figure.subplots()
     panel.plot([lap.minutes for lap in course], [lap.resident / 1e6 for lap in course], marker=".", linewidth=0.8)
     panel.set(xlabel="minutes", ylabel="MB of the process", title="mixed generation, repeated")

@@ -45,7 +45,7 @@ class Variant:
 
 
 def stablelm() -> Any:
-    """Two layers, H=4, G=2, D=16, rotary positions; its norms, unlike Llama's, do not round to float32."""
+    """Build two layers, H=4, G=2, D=16, rotary positions; its norms, unlike Llama's, do not round to float32."""
     from transformers import StableLmConfig, StableLmForCausalLM
 
     sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -54,7 +54,7 @@ def stablelm() -> Any:
 
 
 def gpt2() -> Any:
-    """Two layers, H=G=4, D=16."""
+    """Build two layers, H=G=4, D=16."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: dict[str, Any] = dict(n_embd=64, n_layer=2, n_head=4, n_positions=2 * LONGEST)
@@ -72,7 +72,7 @@ VARIANTS = (
 
 
 def prepared(variant: Variant) -> tuple[Any, LatentPlan]:
-    """The model in the variant's dtype, and a plan with bases in it too."""
+    """Return the model in the variant's dtype, and a plan with bases in it too."""
     torch.manual_seed(0)
     model = variant.make().eval().requires_grad_(False)
     options = FitOptions(
@@ -93,7 +93,7 @@ def prepared(variant: Variant) -> tuple[Any, LatentPlan]:
 
 @dataclass
 class Course:
-    """What happened in a run."""
+    """Measurements of a run."""
 
     tokens: list[int] = field(default_factory=list)  # generated so far, at each comparison
     apart: list[float] = field(default_factory=list)  # largest difference of logits
@@ -104,13 +104,22 @@ class Course:
 
 def operations(rng: random.Random) -> Iterator[str]:
     """Yield operations on the caches, without end."""
-    odds = {"token": 900, "chunk": 25, "crop": 20, "deep crop": 3, "reorder": 20, "select": 8, "repeat": 8, "reset": 1}
+    odds = {
+        "token": 900,
+        "prefill": 25,
+        "crop": 20,
+        "deep crop": 3,
+        "reorder": 20,
+        "select": 8,
+        "repeat": 8,
+        "reset": 1,
+    }
     while True:
         yield rng.choices(list(odds), list(odds.values()))[0]
 
 
 def run(variant: Variant, tokens: int, seed: int = 0, made: tuple[Any, LatentPlan] | None = None) -> Course:
-    """Generate `tokens` tokens and compare at every step. made: what `prepared` gave for the variant before."""
+    """Generate `tokens` tokens and compare after every call. made: what `prepared` returned for the variant."""
     model, plan = made or prepared(variant)
     rng, course, name = random.Random(seed), Course(), cache_argument(model)
     torch.manual_seed(seed)
@@ -137,7 +146,7 @@ def run(variant: Variant, tokens: int, seed: int = 0, made: tuple[Any, LatentPla
         elif what == "repeat" and batch <= 2:
             _both(latent, plain, lambda c: c.batch_repeat_interleave(2))
             ids, batch = ids.repeat_interleave(2, 0), 2 * batch
-        elif what == "chunk":
+        elif what == "prefill":
             ids = torch.randint(VOCABULARY, (batch, rng.randint(2, 40)))
         logits = [_logits(model, ids, {name: cache}) for cache in (latent, plain)]
         done, length = done + ids.numel(), length + ids.shape[1]
@@ -160,12 +169,12 @@ def _both(latent: Any, plain: Any, change: Callable[[Any], None]) -> None:
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor, cache: dict[str, Any]) -> Tensor:
-    found: Tensor = model(ids, use_cache=True, **cache).logits
-    return found
+    logits: Tensor = model(ids, use_cache=True, **cache).logits
+    return logits
 
 
 def _over(cache: Any, plan: LatentPlan, batch: int) -> float:
-    """Bytes held over the most that may be held, the largest of all layers; a static cache must not change at all."""
+    """Return bytes held over the most that may be held, the largest of all layers; a static cache must not change."""
     size, shares = cache.layers[0].dtype.itemsize, []
     for layer, site in zip(cache.layers, plan.sites, strict=True):
         if isinstance(layer, StaticLatentLayer):  # and a place in each part for tokens that are not to be kept
@@ -180,26 +189,26 @@ def _over(cache: Any, plan: LatentPlan, batch: int) -> float:
 
 
 def drift(course: Course) -> float:
-    """Median difference in the last quarter of the run over that in the first."""
+    """Return the median difference in the last quarter of the run over that in the first."""
     quarter = max(1, len(course.apart) // 4)
     return statistics.median(course.apart[-quarter:]) / max(1e-16, statistics.median(course.apart[:quarter]))
 
 
 def growth(course: Course) -> int:
-    """Bytes that the process gained from the first quarter on."""
+    """Return the bytes that the process gained from the first quarter on."""
     return course.resident[-1] - course.resident[0]
 
 
 def broken(variant: Variant, course: Course, is_long: bool = True) -> list[str]:
-    """The promises that a run has broken, in words. is_long: long enough for its quarters to be alike.
+    """Return the promises that a run has broken, in words. is_long: long enough for its quarters to be alike.
 
     In a lap, what the process gains is what the caches happen to hold at its end (some MB); laps are compared instead.
     """
     exact, drifted = variant.dtype == torch.float64, drift(course)
-    told = {
+    promises = {
         f"logits differ by {max(course.apart):.1e}": exact and max(course.apart) > MOST_APART,
         f"the last quarter is {drifted:.1f} times as far off as the first": exact and is_long and drifted > MOST_DRIFT,
         f"{max(course.over):.3f} times the bytes that the formula allows": max(course.over) > 1,
         f"the process grew by {growth(course) / 2**20:.1f} MB": is_long and growth(course) > MOST_GROWTH,
     }
-    return [words for words, is_so in told.items() if is_so]
+    return [words for words, is_so in promises.items() if is_so]

@@ -15,12 +15,12 @@ Has = Mapping[str, Callable[[], Any]]
 
 
 def weight(*shape: int, fan: int = CHANNELS) -> Callable[[], nn.Parameter]:
-    """Maker of a parameter of deviation fan**-0.5: products with `fan` numbers of deviation 1 have deviation 1."""
+    """Return a maker of a parameter of deviation fan**-0.5, which keeps the deviation of `fan` summed numbers."""
     return lambda: nn.Parameter(torch.randn(shape) * fan**-0.5)
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """`module` in evaluation, with linear maps that keep the deviation of their input and norms that do something."""
+    """Put `module` in evaluation, linear maps keeping the deviation of their input, norms doing something."""
     for part in module.modules():
         matrix, bias = getattr(part, "weight", None), getattr(part, "bias", None)
         if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)) and isinstance(matrix, nn.Parameter):

@@ -51,7 +51,7 @@ def _model(
     finish: Callable[[Any], None] | None = None,
     **traits: Any,
 ) -> Entry:
-    """An entry of `make()`, settled and then finished."""
+    """Make an entry of `make()`, settled and then finished."""
 
     def build() -> Case:
         torch.manual_seed(1)
@@ -67,7 +67,7 @@ def _model(
 def _both(
     name: str, make: Callable[[bool], nn.Module], inputs: Callable[[], tuple[Any, ...]], sites: int
 ) -> list[Entry]:
-    """An entry with a softmax and one with sdpa."""
+    """Make an entry with a softmax and one with sdpa."""
     return [
         _model(name, partial(make, fused), inputs, sites, implementation=implementation)
         for implementation, fused in (("eager", False), ("sdpa", True))

@@ -34,13 +34,13 @@ class Block(Functional):
         self.hold(has)  # may put other modules in the place of these
 
     def split(self, x: Tensor) -> Heads:
-        """x [B, T, C] -> q [B, H, T, D], k and v [B, G, T, D]."""
+        """Project x [B, T, C] to q [B, H, T, D], k and v [B, G, T, D]."""
         b, t, _ = x.shape
         q, k, v = (p(x).view(b, t, -1, D).transpose(1, 2) for p in (self.q, self.k, self.v))
         return q, k, v
 
     def join(self, o: Tensor) -> Tensor:
-        """o [B, H, T, D] -> [B, T, C], projected."""
+        """Join the heads of o [B, H, T, D] and project to [B, T, C]."""
         return self.o(o.transpose(1, 2).reshape(o.shape[0], -1, C))
 
 

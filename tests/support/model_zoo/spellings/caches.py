@@ -26,7 +26,7 @@ def decode_step(
 
 @whole(inputs=decode_step(G), kv_heads=G, step="decode")
 def cache_by_cat(m: Any, x: Tensor, past_k: Tensor, past_v: Tensor) -> Heads:
-    """The past is an input, the longer one an output: GPT-2, DynamicCache."""
+    """Take the past as an input, return the longer one: GPT-2, DynamicCache."""
     q, k, v = m.split(x)
     k, v = torch.cat([past_k, k], dim=-2), torch.cat((past_v, v), dim=-2)
     return m.join(attend(q, k, v)), k, v
@@ -34,7 +34,7 @@ def cache_by_cat(m: Any, x: Tensor, past_k: Tensor, past_v: Tensor) -> Heads:
 
 @whole(inputs=decode_step(G), kv_heads=G, step="decode")
 def cache_by_cat_and_eager_scores(m: Any, x: Tensor, past_k: Tensor, past_v: Tensor) -> Heads:
-    """The same with repeated heads and a softmax."""
+    """Concatenate the past, then repeat heads and take a softmax."""
     q, k, v = m.split(x)
     k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     k_all, v_all = k.repeat_interleave(N, 1), v.repeat_interleave(N, 1)
@@ -81,7 +81,7 @@ def cache_by_slice(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor) -> Tenso
 
 @whole(inputs=decode_step(H), step="decode static")
 def cache_rolled(m: Any, x: Tensor, cache_k: Tensor, cache_v: Tensor) -> Tensor:
-    """The oldest token leaves, copy_ puts the rolled window back: sliding StaticCache."""
+    """Drop the oldest token, copy the rolled window back by copy_: sliding StaticCache."""
     q, k, v = m.split(x)
     window_k, window_v = cache_k.roll(-1, dims=2), cache_v.roll(-1, dims=2)
     window_k[:, :, -1:] = k
@@ -105,12 +105,12 @@ def cross_with_bare_keys(m: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @whole(has=dict(seeds=weight(5, C, fan=1)))
 def learned_queries(m: Any, x: Tensor) -> Tensor:
-    """Queries are projected from a parameter: Q-Former, Perceiver."""
+    """Project queries from a parameter: Q-Former, Perceiver."""
     q = split(m.q(m.seeds.expand(B, -1, -1)))
     return m.join(scores(q, split(m.k(x))).softmax(-1) @ split(m.v(x)))
 
 
 @whole(has=dict(seeds=weight(H, 5, D, fan=1)))
 def bare_learned_queries(m: Any, x: Tensor) -> Tensor:
-    """Queries are a parameter, unprojected: pooling by learned queries."""
+    """Take a parameter as queries, unprojected: pooling by learned queries."""
     return m.join(attend(m.seeds.expand(B, -1, -1, -1), split(m.k(x)), split(m.v(x))))

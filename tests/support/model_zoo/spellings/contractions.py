@@ -39,7 +39,7 @@ def matmul_function(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def at_operator(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The operator @ and .mT."""
+    """Use the operator @ and .mT."""
     return ((q @ k.mT) * SCALE).softmax(-1) @ v
 
 
@@ -51,21 +51,21 @@ def matmul_method(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def bmm_on_folded_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """bmm on [B*H, T, D]: BART before sdpa, CLIP, diffusers."""
+    """Use bmm on [B*H, T, D]: BART before sdpa, CLIP, diffusers."""
     weights = torch.bmm(fold(q) * SCALE, fold(k).transpose(1, 2)).softmax(-1)
     return torch.bmm(weights, fold(v)).view(B, H, T, D)
 
 
 @core(has=dict(alibi=folded_alibi))
 def baddbmm_positional(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """baddbmm whose addend is half of ALiBi."""
+    """Use baddbmm, whose addend is half of ALiBi."""
     weights = torch.baddbmm(m.alibi, fold(q), fold(k).transpose(1, 2), beta=0.5, alpha=SCALE).softmax(-1)
     return torch.bmm(weights, fold(v)).view(B, H, T, D)
 
 
 @core(has=dict(alibi=folded_alibi))
 def baddbmm_with_keywords(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A method call without a positional argument: Bloom."""
+    """Call the method baddbmm without a positional argument: Bloom."""
     scored = m.alibi.baddbmm(batch1=fold(q), batch2=fold(k).transpose(1, 2), beta=1.0, alpha=SCALE)
     weights = F.softmax(scored.view(B, H, T, T).masked_fill(~m.triangle, LEAST), dim=-1, dtype=torch.float32)
     return torch.bmm(weights.view(B * H, T, T), fold(v)).view(B, H, T, D)
@@ -73,7 +73,7 @@ def baddbmm_with_keywords(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def baddbmm_on_nothing(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """beta = 0 on memory that nobody wrote, for the sake of alpha: Megatron, diffusers without a mask."""
+    """Set beta = 0 on uninitialized memory, for the sake of alpha: Megatron, diffusers without a mask."""
     nothing = torch.empty(B * H, T, T, dtype=q.dtype, device=q.device)
     weights = torch.baddbmm(nothing, fold(q), fold(k).transpose(-1, -2), beta=0, alpha=SCALE).softmax(-1)
     return torch.bmm(weights, fold(v)).view(B, H, T, D)
@@ -81,7 +81,7 @@ def baddbmm_on_nothing(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def einsum(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """einsum for both contractions."""
+    """Use einsum for both contractions."""
     weights = (torch.einsum("bhid,bhjd->bhij", q, k) * SCALE).softmax(dim=-1)
     return torch.einsum("bhij,bhjd->bhid", weights, v)
 
@@ -110,14 +110,14 @@ def einsum_with_ellipsis(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def einsum_with_sublists(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """einsum with lists of numbers instead of an equation."""
+    """Call einsum with lists of numbers instead of an equation."""
     weights = (torch.einsum(q, [0, 1, 2, 4], k, [0, 1, 3, 4], [0, 1, 2, 3]) * SCALE).softmax(-1)
     return torch.einsum(weights, [0, 1, 2, 3], v, [0, 1, 3, 4], [0, 1, 2, 4])
 
 
 @core(kv_heads=G)
 def einsum_grouped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The queries of a group on an axis of their own; keys are never repeated: T5X, Gemma in JAX style."""
+    """Put the queries of a group on an axis of their own; keys are never repeated: T5X, Gemma in JAX style."""
     weights = (torch.einsum("bgnsd,bgtd->bgnst", q.view(B, G, N, T, D), k) * SCALE).softmax(-1)
     return torch.einsum("bgnst,bgtd->bgnsd", weights, v).reshape(B, H, T, D)
 
@@ -168,14 +168,14 @@ def key_major_einsum(m: Any, x: Tensor) -> Tensor:
 
 @core(has=dict(table=weight(2 * T - 1, D, fan=1), index=table_index))
 def relative_key_embeddings(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries also meet an embedding of the distance: Shaw et al. 2018, BERT's relative_key."""
+    """Multiply queries by an embedding of the distance as well: Shaw et al. 2018, BERT's relative_key."""
     distances = m.table[m.index]  # [S, T, D]
     return ((q @ k.mT + torch.einsum("bhid,ijd->bhij", q, distances)) / math.sqrt(D)).softmax(-1) @ v
 
 
 @whole()
 def einsum_into_tokens_first(m: Any, x: Tensor) -> Tensor:
-    """The second contraction already puts heads behind tokens."""
+    """Put heads behind tokens in the second contraction."""
     q, k, v = m.split(x)
     return m.o(torch.einsum("bhst,bhtd->bshd", scores(q, k).softmax(-1), v).flatten(2))
 

@@ -77,7 +77,7 @@ def fused_permute_and_index(m: Any, x: Tensor) -> Heads:
 
 @heads(has=fused())
 def fused_key_first(m: Any, x: Tensor) -> Heads:
-    """The order is k, q, v."""
+    """Order the parts k, q, v."""
     k, q, v = m.qkv(x).split(C, dim=-1)
     return split(q), split(k), split(v)
 

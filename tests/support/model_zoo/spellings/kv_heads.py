@@ -22,7 +22,7 @@ def repeat_interleave(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(kv_heads=G)
 def expand_and_reshape(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """expand + reshape: repeat_kv of Llama."""
+    """Expand and reshape: repeat_kv of Llama."""
     k, v = (t[:, :, None].expand(B, G, N, T, D).reshape(B, H, T, D) for t in (k, v))
     return scores(q, k).softmax(-1) @ v
 
@@ -36,7 +36,7 @@ def repeat_on_new_axis(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(kv_heads=0)
 def tiled_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """repeat on axis 1: query head h reads kv head h % G, not h // N."""
+    """Repeat on axis 1: query head h reads kv head h % G, not h // N."""
     return scores(q, k.repeat(1, N, 1, 1)).softmax(-1) @ v.repeat(1, N, 1, 1)
 
 
@@ -55,21 +55,21 @@ def heads_by_indexing(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(kv_heads=G)
 def heads_by_gather(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """gather on the head axis."""
+    """Gather on the head axis."""
     owner = (torch.arange(H) // N).view(1, H, 1, 1).expand(B, H, T, D)
     return attend(q, k.gather(1, owner), v.gather(1, owner))
 
 
 @core(kv_heads=G)
 def stacked_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """stack of the same tensor, then flatten."""
+    """Stack the same tensor, then flatten."""
     k, v = (torch.stack([t] * N, dim=2).flatten(1, 2) for t in (k, v))
     return attend(q, k, v)
 
 
 @core(kv_heads=G)
 def heads_repeated_as_by_einops(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What `repeat(k, "b g t d -> b (g n) t d")` leaves: reshape, expand, reshape."""
+    """Reshape, expand, reshape, as `repeat(k, "b g t d -> b (g n) t d")` of einops does."""
     k, v = (t.reshape(B, G, 1, T, D).expand(-1, -1, N, -1, -1).reshape(B, G * N, T, D) for t in (k, v))
     return torch.einsum("b h i j, b h j d -> b h i d", scores(q, k).softmax(-1), v)
 
@@ -83,7 +83,7 @@ def broadcast_over_groups(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(kv_heads=G)
 def groups_as_queries(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The query heads of a group are more queries of its kv head: [B, G, N*S, D]."""
+    """Treat the query heads of a group as more queries of its kv head: [B, G, N*S, D]."""
     s = (q.reshape(B, G, N * T, D) @ k.mT) * SCALE
     return (s.softmax(-1) @ v).view(B, H, T, D)
 

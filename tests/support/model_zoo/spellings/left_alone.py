@@ -25,7 +25,7 @@ def talking_heads(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(sites=0, has=dict(after=lambda: nn.Conv2d(H, H, 1, bias=False)))
 def heads_mixed_after_softmax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A 1x1 convolution over the heads of the weights: DeepViT, CaiT."""
+    """Mix the heads of the weights by a 1x1 convolution: DeepViT, CaiT."""
     return m.after(scores(q, k).softmax(-1)) @ v
 
 
@@ -70,7 +70,7 @@ def top_k_sparse(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(sites=0, explained=0)
 def sparsemax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The projection of the scores onto the simplex, entmax of alpha 2."""
+    """Project the scores onto the simplex, entmax of alpha 2."""
     s = scores(q, k)
     ordered = s.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
@@ -81,20 +81,20 @@ def sparsemax(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(sites=0, explained=2, has=dict(share=lambda: nn.Parameter(torch.tensor(0.4))))
 def differential_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The difference of two softmaxes meets the values: Differential Transformer."""
+    """Multiply values by the difference of two softmaxes: Differential Transformer."""
     (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
     return ((q1 @ k1.mT / 2).softmax(-1) - m.share * (q2 @ k2.mT / 2).softmax(-1)) @ v
 
 
 @core(sites=0)
 def distance_attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax of minus the distance: Lipschitz attention."""
+    """Take the softmax of minus the distance: Lipschitz attention."""
     return (-torch.cdist(q, k)).softmax(-1) @ v
 
 
 @core(sites=0)
 def softmax_over_both_axes(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The product of the softmaxes over keys and over queries: dual softmax of LoFTR, with values."""
+    """Multiply the softmaxes over keys and over queries: dual softmax of LoFTR, with values."""
     s = scores(q, k)
     return (s.softmax(-1) * s.softmax(-2)) @ v
 

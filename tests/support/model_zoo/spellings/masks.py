@@ -32,13 +32,13 @@ core, whole = SPELLINGS.core, SPELLINGS.whole
 
 @core(has=dict(mask=float_triangle))
 def mask_added(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A float mask is added: most of transformers' eager code."""
+    """Add a float mask: most of transformers' eager code."""
     return (scores(q, k) + m.mask).softmax(-1) @ v
 
 
 @core(has=dict(mask=float_triangle))
 def mask_as_first_addend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The mask is the first operand of the addition."""
+    """Add scores to a mask, which is the first operand."""
     return (m.mask[None, None] + scores(q, k)).softmax(-1) @ v
 
 
@@ -52,7 +52,7 @@ def mask_added_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(mask=float_triangle))
 def mask_added_and_clamped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A maximum with the least number keeps sums of masks finite: OPT, XGLM."""
+    """Keep sums of masks finite by a maximum with the least number: OPT, XGLM."""
     least = torch.tensor(torch.finfo(q.dtype).min)
     return torch.max(scores(q, k) + m.mask, least).softmax(-1) @ v
 
@@ -83,7 +83,7 @@ def where_forbidden(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def where_with_tensor(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The fill value is a tensor without axes: GPT-2 in transformers."""
+    """Fill with a tensor without axes: GPT-2 in transformers."""
     value = torch.full([], torch.finfo(q.dtype).min, dtype=q.dtype)
     return torch.where(m.triangle, scores(q, k).to(q.dtype), value).softmax(-1) @ v
 
@@ -98,7 +98,7 @@ def masked_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def masked_by_assignment(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Assignment at the places of a bool mask."""
+    """Assign at the places of a bool mask."""
     s = scores(q, k)
     s[:, :, ~m.triangle] = float("-inf")
     return s.softmax(-1) @ v
@@ -106,20 +106,20 @@ def masked_by_assignment(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(ones=lambda: torch.ones(1, 1, T, T).tril()))
 def mask_multiplied_and_subtracted(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """s * m - 1e10 * (1 - m) with m of zeros and ones: GPT-2's first release."""
+    """Compute s * m - 1e10 * (1 - m) with m of zeros and ones: GPT-2's first release."""
     return (scores(q, k) * m.ones - 1e10 * (1 - m.ones)).softmax(-1) @ v
 
 
 @core(sites=0)
 def masked_exponentials(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The exponentials are multiplied by the mask before they are summed."""
+    """Multiply the exponentials by the mask before they are summed."""
     e = scores(q, k).exp() * m.triangle
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
 @core(has=dict(bias=lambda: torch.tril(torch.ones(2 * T, 2 * T)).view(1, 1, 2 * T, 2 * T)))
 def triangle_buffer_sliced(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A buffer for the longest text, sliced to this one: minGPT, GPT-2."""
+    """Slice a buffer for the longest text to this one: minGPT, GPT-2."""
     return scores(q, k).masked_fill(m.bias[:, :, :T, :T] == 0, float("-inf")).softmax(-1) @ v
 
 
@@ -138,14 +138,14 @@ def causal_from_triu(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def sliding_window(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A causal band of four keys, made in the graph: Mistral, Gemma."""
+    """Make a causal band of four keys in the graph: Mistral, Gemma."""
     distance = torch.arange(T)[:, None] - torch.arange(T)[None, :]
     return attend(q, k, v, attn_mask=(distance >= 0) & (distance < 4))
 
 
 @core(inputs=with_padding)
 def key_padding(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """keep [B, T] says which keys are words: [B, 1, 1, T] on the scores."""
+    """Mask by keep [B, T], which tells words from padding: [B, 1, 1, T] on the scores."""
     return scores(q, k).masked_fill(~keep[:, None, None, :], float("-inf")).softmax(-1) @ v
 
 
@@ -181,14 +181,14 @@ def alibi_in_the_graph(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(table=weight(2 * T - 1, H, fan=1), index=table_index))
 def relative_bias_table(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A learned bias per head and distance, gathered by an index: Swin, BEiT."""
+    """Gather a learned bias per head and distance by an index: Swin, BEiT."""
     bias = m.table[m.index.view(-1)].view(T, T, -1).permute(2, 0, 1).contiguous()
     return (scores(q, k) + bias.unsqueeze(0)).softmax(-1) @ v
 
 
 @core(has=dict(table=weight(2 * T - 1, H, fan=1)))
 def relative_bias_embedding(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same as an embedding of distances that the graph computes: T5."""
+    """Look up a learned bias as an embedding of distances that the graph computes: T5."""
     distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
     bias = F.embedding(distance + T - 1, m.table).permute([2, 0, 1]).unsqueeze(0)
     return attend(q, k, v, attn_mask=bias)
@@ -222,7 +222,7 @@ def dropout_module(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(heights=weight(H, fan=1)))
 def learned_distance_decay(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A learned slope per head and the logarithm of the distance: KERPLE."""
+    """Add a learned slope per head times the logarithm of the distance: KERPLE."""
     distance = (torch.arange(T)[:, None] - torch.arange(T)[None, :]).clamp(min=0)
     bias = -m.heights.abs().view(H, 1, 1) * torch.log1p(distance)
     return (scores(q, k) + bias).masked_fill(~m.triangle, -1e9).softmax(-1) @ v
@@ -230,7 +230,7 @@ def learned_distance_decay(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @whole(has=dict(gate=lambda: nn.Linear(C, H)))
 def forget_gate(m: Any, x: Tensor) -> Tensor:
-    """A bias out of cumulated gates of the tokens between query and key: the Forgetting Transformer."""
+    """Add a bias out of cumulated gates of the tokens between query and key: the Forgetting Transformer."""
     q, k, v = m.split(x)
     past = F.logsigmoid(m.gate(x)).cumsum(1).transpose(1, 2)  # [B, H, T]
     bias = (past[..., :, None] - past[..., None, :]).masked_fill(~m.triangle, float("-inf"))

@@ -47,12 +47,12 @@ def unit_length_before_split(m: Any, x: Tensor) -> Tensor:
 
 
 def turns(size: int = D) -> dict[str, Callable[[], Tensor]]:
-    """cos and sin [T, size / 2]."""
+    """Return makers of cos and sin [T, size / 2]."""
     return dict(cos=lambda: angles(size).cos(), sin=lambda: angles(size).sin())
 
 
 def rotate_half(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channels i and i + D/2 are a pair. cos, sin: [T, D / 2]."""
+    """Turn pairs of channels i and i + D/2. cos, sin: [T, D / 2]."""
     first, second = t.chunk(2, dim=-1)
     return t * torch.cat([cos, cos], -1) + torch.cat([-second, first], -1) * torch.cat([sin, sin], -1)
 
@@ -141,7 +141,7 @@ def rope_partial(m: Any, x: Tensor) -> Heads:
 
 @heads(has=turns())
 def rope_gathered(m: Any, x: Tensor) -> Heads:
-    """cos and sin are looked up by position ids."""
+    """Look up cos and sin by position ids."""
     position = torch.arange(T).unsqueeze(0)
     cos, sin = m.cos[position].unsqueeze(1), m.sin[position].unsqueeze(1)  # [1, 1, T, D / 2]
     q, k, v = m.split(x)
@@ -150,7 +150,7 @@ def rope_gathered(m: Any, x: Tensor) -> Heads:
 
 @heads(has=turns(4))
 def rope_axial(m: Any, x: Tensor) -> Heads:
-    """A grid of 3 rows and 4 columns: half of the channels turn by row, half by column: vision RoPE."""
+    """Turn half of the channels by row, half by column, on a grid of 3 rows and 4 columns: vision RoPE."""
     row, column = torch.arange(T) // WINDOW, torch.arange(T) % WINDOW
 
     def rotate(t: Tensor) -> Tensor:

@@ -33,14 +33,14 @@ def concatenated_weights(m: Any, x: Tensor) -> Heads:
 
 @heads(has=dict(w=weight(C, 3 * C), b=weight(3 * C)))
 def addmm_projection(m: Any, x: Tensor) -> Heads:
-    """addmm on flattened tokens, the weight is [in, out]: GPT-2's Conv1D."""
+    """Use addmm on flattened tokens, the weight is [in, out]: GPT-2's Conv1D."""
     q, k, v = torch.addmm(m.b, x.view(-1, C), m.w).view(B, T, 3 * C).split(C, dim=2)
     return split(q), split(k), split(v)
 
 
 @heads(has=dict(w=weight(3, C, C)))
 def matmul_projection(m: Any, x: Tensor) -> Heads:
-    """x @ W with the matrices of q, k, v in one parameter."""
+    """Compute x @ W with the matrices of q, k, v in one parameter."""
     q, k, v = split(x @ m.w[0]), split(x @ m.w[1]), split(torch.matmul(x, m.w[2]))
     return q, k, v
 
@@ -54,7 +54,7 @@ def einsum_projection(m: Any, x: Tensor) -> Heads:
 
 @whole(has=dict(w_q=weight(H, C, D), w_k=weight(H, C, D), w_v=weight(H, C, D), w_o=weight(H, D, C)))
 def broadcast_projection(m: Any, x: Tensor) -> Tensor:
-    """x [B, 1, T, C] @ W [H, C, D] and back by [H, D, C], summed over heads: TransformerLens."""
+    """Project x [B, 1, T, C] @ W [H, C, D] and back by [H, D, C], summed over heads: TransformerLens."""
     q, k, v = x.unsqueeze(1) @ m.w_q, x.unsqueeze(1) @ m.w_k, x.unsqueeze(1) @ m.w_v
     return ((scores(q, k).softmax(-1) @ v) @ m.w_o).sum(1)
 
@@ -103,7 +103,7 @@ def weight_norm(m: Any, x: Tensor) -> Heads:
 
 @heads(has=dict(a=weight(2, 4, C), b=weight(2, C, 4, fan=8)))
 def low_rank_adapters(m: Any, x: Tensor) -> Heads:
-    """q and v are sums of a linear map and one of rank 4: LoRA."""
+    """Sum a linear map and one of rank 4 for q and v: LoRA."""
     q = m.q(x) + F.linear(F.linear(x, m.a[0]), m.b[0]) * 2.0
     v = m.v(x) + (x @ m.a[1].T @ m.b[1].T) * 2.0
     return split(q), split(m.k(x)), split(v)

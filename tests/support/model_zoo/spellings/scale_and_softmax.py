@@ -18,7 +18,7 @@ core, whole = SPELLINGS.core, SPELLINGS.whole
 
 @core()
 def scale_on_queries(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries are scaled before the product: OPT, Whisper, fairseq."""
+    """Scale queries before the product: OPT, Whisper, fairseq."""
     return ((q * SCALE) @ k.mT).softmax(-1) @ v
 
 
@@ -50,13 +50,13 @@ def scale_by_augmented_division(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 @core()
 def scale_by_tensor(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The root of a tensor that is made in the graph: GPT-J, course notes."""
+    """Divide by the root of a tensor that is made in the graph: GPT-J, course notes."""
     return ((q @ k.mT) / torch.sqrt(torch.tensor(k.shape[-1], dtype=torch.float32))).softmax(-1) @ v
 
 
 @core(has=dict(scale=lambda: torch.tensor([float(D)]).sqrt()))
 def scale_by_buffer(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A buffer of one number: GPT-J's scale_attn, many tutorials."""
+    """Divide by a buffer of one number: GPT-J's scale_attn, many tutorials."""
     return (torch.matmul(q, k.mT) / m.scale).softmax(-1) @ v
 
 
@@ -83,13 +83,13 @@ def learned_temperature_in_logarithms(m: Any, q: Tensor, k: Tensor, v: Tensor) -
 
 @core(has=dict(logarithms=lambda: (torch.arange(T) + 2.0).log()))
 def scale_by_position(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries grow with the logarithm of their position: Qwen's log-n scaling, Llama 4."""
+    """Scale queries by the logarithm of their position: Qwen's log-n scaling, Llama 4."""
     return attend(q * m.logarithms[:, None], k, v, is_causal=True)
 
 
 @core()
 def softmax_over_axis_3(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The axis counted from the front."""
+    """Count the axis from the front."""
     return F.softmax(scores(q, k), dim=3) @ v
 
 
@@ -149,7 +149,7 @@ def softmax_by_logsumexp(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_of_centred_scores(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The maximum is taken off before a softmax that would do so itself: GPT-NeoX's past, CogView."""
+    """Subtract the maximum before a softmax that would do so itself: GPT-NeoX's past, CogView."""
     s = scores(q, k)
     return (s - s.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1) @ v
 
@@ -171,7 +171,7 @@ def softmax_plus_one(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_plus_one_stable(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with a maximum that is at least zero."""
+    """Compute exp(s) / (1 + sum) with a maximum that is at least zero."""
     s = scores(q, k)
     top = s.amax(-1, keepdim=True).clamp(min=0)
     e = (s - top).exp()
@@ -180,13 +180,13 @@ def softmax_plus_one_stable(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def softmax_with_padded_column(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The zero sink as a padded column that is cut off again."""
+    """Pad a sink logit of zero as a column that is cut off again."""
     return F.pad(scores(q, k), (1, 0)).softmax(-1)[..., 1:] @ v
 
 
 @core(has=dict(sinks=weight(H, fan=1)))
 def learned_sinks(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A learned logit per head is joined, and its column cut off after the softmax: gpt-oss."""
+    """Join a learned sink logit per head, whose column is cut off after the softmax: gpt-oss."""
     s = scores(q, k).masked_fill(~m.triangle, LEAST)
     joined = torch.cat([s, m.sinks.reshape(1, -1, 1, 1).expand(B, -1, T, -1)], dim=-1)
     joined = joined - joined.max(dim=-1, keepdim=True).values

@@ -33,7 +33,7 @@ def sdpa_causal(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core(has=dict(mask=alibi))
 def sdpa_with_float_mask(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A float mask that broadcasts over queries."""
+    """Pass a float mask that broadcasts over queries."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=m.mask)
 
 

@@ -17,14 +17,14 @@ core, whole = SPELLINGS.core, SPELLINGS.whole
 
 @whole(sites=H, heads=1, kv_heads=1)
 def loop_over_heads(m: Any, x: Tensor) -> Tensor:
-    """A Python loop over heads, results concatenated: one site for each head."""
+    """Loop over heads in Python, results concatenated: one site for each head."""
     q, k, v = m.q(x).chunk(H, -1), m.k(x).chunk(H, -1), m.v(x).chunk(H, -1)
     return m.o(torch.cat([scores(q[h], k[h]).softmax(-1) @ v[h] for h in range(H)], dim=-1))
 
 
 @whole(has=dict(gate=lambda: nn.Linear(C, C)))
 def gated_output(m: Any, x: Tensor) -> Tensor:
-    """o * sigmoid(gate(x)) before the output projection: AlphaFold, Qwen3-Next."""
+    """Compute o * sigmoid(gate(x)) before the output projection: AlphaFold, Qwen3-Next."""
     o = attend(*m.split(x)).transpose(1, 2).reshape(B, T, C)
     return m.o(o * torch.sigmoid(m.gate(x)))
 
@@ -60,7 +60,7 @@ def without_batch(m: Any, x: Tensor) -> Tensor:
 
 @core()
 def autocast_switched_off(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A region that keeps float32 under autocast: GPT-2's reordered attention, diffusion models."""
+    """Keep float32 under autocast in a region: GPT-2's reordered attention, diffusion models."""
     with torch.autocast("cpu", enabled=False):
         return scores(q.float(), k.float()).softmax(-1) @ v.float()
 
@@ -74,7 +74,7 @@ def along_one_axis(m: Any, x: Tensor) -> Tensor:
 
 @whole(has=dict(pair=lambda: nn.Linear(6, H, bias=False)), inputs=lambda: (*tokens(), torch.randn(B, T, T, 6)))
 def pair_bias(m: Any, x: Tensor, pairs: Tensor) -> Tensor:
-    """A bias per head, projected from a table of pairs: AlphaFold, Graphormer."""
+    """Add a bias per head, projected from a table of pairs: AlphaFold, Graphormer."""
     q, k, v = (p(x).view(B, T, H, D) for p in (m.q, m.k, m.v))
     s = torch.einsum("bqhc,bkhc->bhqk", q * SCALE, k) + m.pair(pairs).permute(0, 3, 1, 2)
     return m.o(torch.einsum("bhqk,bkhc->bqhc", torch.softmax(s, -1), v).reshape(B, T, C))
@@ -89,6 +89,6 @@ def learned_prefix(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @core()
 def zero_key(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A key and a value of zeros are appended: add_zero_attn of nn.MultiheadAttention."""
+    """Append a key and a value of zeros: add_zero_attn of nn.MultiheadAttention."""
     k = torch.cat([k, torch.zeros(B, H, 1, D)], dim=2)
     return attend(q, k, F.pad(v, (0, 0, 0, 1)))
