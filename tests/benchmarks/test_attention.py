@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import attention
 import attention_cases
 import attention_contenders
 import attention_page
 import psutil
+import pytest
+import torch
 from attention_cases import Case
 from attention_contenders import Contender
 

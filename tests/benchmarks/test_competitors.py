@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +23,6 @@ from competitors import (
 )
 from small_models import tiny_llama, token_ids
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # not installed
 
 SCHEDULE = Schedule(sinks=4, recent=32, block=32)
 SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)

@@ -7,21 +7,17 @@ its test.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # not installed
 import compiled_zoo
 import compiled_zoo_results
 import compiled_zoo_tasks
+import pytest
+import torch
 from compiled_zoo_results import Seen, Task
+from torch import nn
 
 from fhopt.backend.compile import last_outcome
 from fhopt.ops import attention

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks")]
-import covered  # noqa: E402
-import covered_parts  # noqa: E402
-import pytest  # noqa: E402
+import covered
+import covered_parts
+import pytest
 
 
 def of_file(statements: int, lines: int, branches: int, taken: int) -> dict[str, Any]:

@@ -11,16 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
-import torch
-from needs import needs_triton
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_attention
 import gpu_cases
 import gpu_checks
 import gpu_decode_steps
 import gpu_timing
+import pytest
+import torch
+from needs import needs_triton
 from recording import Row
 
 from fhopt.ops import packing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,6 @@ from quality_measurement import Implementation, Result, Text
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts
 from fhopt.texts import tokens
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # not installed
-
 
 # --------------------------------------------------------------------------------------------------- the benchmark
 

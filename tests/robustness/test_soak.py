@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import soak_endurance
 import soak_runs
+import torch
 
 SHORTER = {"tokens": 1500}
 

@@ -229,9 +229,7 @@ def _gradients(program: Program) -> dict[str, Tensor | None]:
     inputs = {name: _clone(value) for name, value in program.values.items()}
     leaves = {name: v.requires_grad_() for name, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     with torch.enable_grad():
-        passed = {
-            name: v.clone() if name in leaves else v for name, v in inputs.items()
-        }  # leaves are read-only
+        passed = {name: v.clone() if name in leaves else v for name, v in inputs.items()}  # leaves are read-only
         outputs = [o for o in _call(program, passed) if isinstance(o, Tensor) and o.requires_grad]
         if not outputs:
             return dict.fromkeys(leaves)
