@@ -28,9 +28,9 @@ from collections.abc import Sequence
 import click
 import recording
 import torch
-from attention_cases import BATCHES, DTYPES, SHAPES, TOKENS, Case, cases
 from attention_contenders import Contender, contenders
 from attention_page import draw, line, markdown, summary
+from attention_shapes import BATCHES, DTYPES, SHAPES, TOKENS, Case, cases
 from recording import Row, is_quick, record
 from rich.progress import Progress
 

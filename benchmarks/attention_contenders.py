@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_cases import DTYPES, SHAPES, Case
+from attention_shapes import DTYPES, SHAPES, Case
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 

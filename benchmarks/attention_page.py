@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import recording
-from attention_cases import Case
+from attention_shapes import Case
 from recording import Row
 from rich.table import Table
 

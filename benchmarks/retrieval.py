@@ -28,8 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
-from attention_cases import SHAPES
 from attention_contenders import spectrum_tiers
+from attention_shapes import SHAPES
 from recording import Row, is_quick, record
 from torch import Tensor
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import attention
-import attention_cases
 import attention_contenders
 import attention_page
+import attention_shapes
 import psutil
 import pytest
 import torch
-from attention_cases import Case
 from attention_contenders import Contender
+from attention_shapes import Case
 
 from fhopt.codegen.dispatch import install
 
@@ -63,7 +63,7 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 2e9})())
-    fitting, left_out = attention_cases.cases(("MHA 32x128",), (4096, 32768), (1,), ("float32",), (1, 2))
+    fitting, left_out = attention_shapes.cases(("MHA 32x128",), (4096, 32768), (1,), ("float32",), (1, 2))
     assert [case.tokens for case in fitting] == [4096, 4096]
     assert len(left_out) == 2 and "needs 4 GB" in left_out[0]
 

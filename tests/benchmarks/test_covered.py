@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 import covered
 import covered_parts
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 def of_file(statements: int, lines: int, branches: int, taken: int) -> dict[str, Any]:
