@@ -47,9 +47,8 @@ check: $(READY)  ## format, lint, types, tests
 test-matrix: $(READY)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
 	$(BIN)/python benchmarks/matrix.py
 
-coverage: $(READY)  ## how many lines and branches the tests run (takes much longer than `make test`)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow' --cov --cov-report=json
-	$(BIN)/python benchmarks/covered.py
+coverage: $(READY)  ## how many lines and branches the tests run, by package; what was measured is kept (PART=fhopt/plan: one)
+	$(BIN)/python benchmarks/covered.py --workers $(WORKERS) $(if $(PART),--part $(PART))
 
 audit: $(READY)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
 	$(BIN)/pip-audit --progress-spinner off --skip-editable

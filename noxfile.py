@@ -23,7 +23,7 @@ nox.options.sessions = ["matrix"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
-REPORTS = Path("build", "matrix")  # <environment>.json: versions; <environment>.xml: what became of each test
+REPORTS = Path("build", "matrix")  # <environment>.json: versions; <environment>.xml: the outcome of each test
 INSTALLED = (
     "import json, platform; from importlib.metadata import version as v;"
     "packages = ('torch', 'transformers', 'triton', 'numpy');"
@@ -53,7 +53,7 @@ TESTED = (
 
 
 def lowest() -> tuple[str, ...]:
-    """The lower bound of each package that fhopt needs, and of those that models of transformers need."""
+    """Return the lower bound of each package that fhopt needs, and of those that models of transformers need."""
     project = nox.project.load_toml("pyproject.toml")["project"]
     ranges = [*project["dependencies"], *project["optional-dependencies"]["hf"]]
     return tuple(f"{name}=={bound}" for name, bound in re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(ranges), re.M))
@@ -61,10 +61,10 @@ def lowest() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Environment:
-    """An interpreter, and what is asked of pip beside fhopt itself; what is not named is the newest that fits."""
+    """An interpreter, and packages that pip installs beside fhopt; what is not named is the newest that fits."""
 
     python: str
-    wanted: tuple[str, ...]
+    packages: tuple[str, ...]
 
 
 ENVIRONMENTS = {
@@ -79,10 +79,10 @@ ENVIRONMENTS = {
 @nox.session
 @nox.parametrize(["python", "name"], [(e.python, name) for name, e in ENVIRONMENTS.items()], ids=list(ENVIRONMENTS))
 def matrix(session: nox.Session, name: str) -> None:
-    """The tests that depend on versions, in one environment."""
+    """Run the tests that depend on versions in one environment."""
     reports = REPORTS.resolve()
     reports.mkdir(parents=True, exist_ok=True)
-    install(session, ENVIRONMENTS[name].wanted)
+    install(session, ENVIRONMENTS[name].packages)
     versions = session.run("python", "-c", INSTALLED, silent=True)
     if versions is None:  # --install-only
         return
@@ -95,13 +95,13 @@ def matrix(session: nox.Session, name: str) -> None:
     shutil.rmtree(session.virtualenv.location)
 
 
-def install(session: nox.Session, wanted: tuple[str, ...]) -> None:
-    """Everything in one go, so that pip sees all bounds; skips the session where the index lacks a version."""
+def install(session: nox.Session, packages: tuple[str, ...]) -> None:
+    """Install everything in one call, so that pip sees all bounds; skip the session where the index lacks a version."""
     command = ["python", "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-compile"]
-    told = session.run_install(
-        *command, "-c", "constraints.txt", *wanted, "-e", ".[test]", silent=True, success_codes=[0, 1]
+    output = session.run_install(
+        *command, "-c", "constraints.txt", *packages, "-e", ".[test]", silent=True, success_codes=[0, 1]
     )
-    errors = re.findall(r"^ERROR: (.*)$", str(told), re.M)
+    errors = re.findall(r"^ERROR: (.*)$", str(output), re.M)
     if any(error.startswith("No matching distribution found") for error in errors):
         session.skip("; ".join(errors))
     if errors:

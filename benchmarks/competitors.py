@@ -54,7 +54,7 @@ class Schedule:
     recent: int = 64
     block: int = 64
 
-    def sealed(self, tokens: int) -> int:
+    def quantized(self, tokens: int) -> int:
         """Return how many of `tokens` tokens are quantized."""
         return max(0, tokens - self.sinks - self.recent) // self.block * self.block
 
@@ -84,7 +84,7 @@ class Shape:
 
     @staticmethod
     def of(model: Any) -> Shape:
-        """The shape of a transformers decoder's cache."""
+        """Return the shape of a transformers decoder's cache."""
         config = model.config.get_text_config(decoder=True)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return Shape(config.num_hidden_layers, config.num_key_value_heads, dim)
@@ -102,10 +102,10 @@ class Competitor(Protocol):
         """Family and size."""
 
     def new_cache(self, model: Any) -> Any:
-        """An empty cache for `model`."""
+        """Return an empty cache for `model`."""
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Bytes of one sequence of `tokens` tokens, everything counted, exact numbers in 16 bits."""
+        """Count the bytes of one sequence of `tokens` tokens, everything included, exact numbers in 16 bits."""
 
 
 # --------------------------------------------------------------------------------------------------- codecs
@@ -123,7 +123,7 @@ class Codec(Protocol):
         """Name of the method at this size."""
 
     def token_bytes(self, head_dim: int) -> float:
-        """Bytes of one token's key and value in one head."""
+        """Count the bytes of one token's key and value in one head."""
 
     def key(self, x: Tensor, layer: int) -> Tensor:
         """Return keys x [B,G,N,D], quantized and dequantized."""
@@ -150,12 +150,12 @@ class Kivi:
         return 2 * head_dim * (self.bits + 32 / self.group) / 8
 
     def key(self, x: Tensor, layer: int) -> Tensor:
-        """Groups of tokens; N is a multiple of the group."""
+        """Quantize and dequantize keys in groups of tokens; N is a multiple of the group."""
         grouped = x.unflatten(2, (-1, self.group))  # [B, G, N/g, g, D]
         return asymmetric(grouped, self.bits, 3).flatten(2, 3)
 
     def value(self, x: Tensor, layer: int) -> Tensor:
-        """Groups of channels, all of them where there are fewer than a group."""
+        """Quantize and dequantize values in groups of channels, all of them where there are fewer than a group."""
         grouped = x.unflatten(3, (-1, min(self.group, x.shape[3])))  # [B, G, N, D/g, g]
         return asymmetric(grouped, self.bits, 4).flatten(3)
 
@@ -177,7 +177,7 @@ class RoundToNearest:
         return 2 * (head_dim * self.bits / 8 + 2)
 
     def key(self, x: Tensor, layer: int) -> Tensor:
-        """By token."""
+        """Quantize and dequantize x [B,G,N,D] by token."""
         most = 2 ** (self.bits - 1) - 1
         scale = _to_16_bits(x.abs().amax(3, keepdim=True) / most).clamp_min(SMALLEST_SCALE)
         return (x / scale).round().clamp(-most - 1, most) * scale
@@ -194,7 +194,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r, the same in all heads."""
+        """Rank of the bases, the same in all heads."""
         return self.bases[0][0].shape[2]
 
     @property
@@ -203,20 +203,20 @@ class LowRank:
         return f"{self.family}-{self.rank}"
 
     def token_bytes(self, head_dim: int) -> float:
-        """r numbers for the key and r for the value."""
+        """Return the bytes of r numbers for the key and r for the value."""
         return 2 * self.rank * NUMBER_BYTES
 
     def key(self, x: Tensor, layer: int) -> Tensor:
-        """Projected on the span of the key basis."""
+        """Project keys on the span of the key basis."""
         return _project(x, self.bases[layer][0])
 
     def value(self, x: Tensor, layer: int) -> Tensor:
-        """Projected on the span of the value basis."""
+        """Project values on the span of the value basis."""
         return _project(x, self.bases[layer][1])
 
 
 def asymmetric(x: Tensor, bits: int, dim: int) -> Tensor:
-    """x with the numbers along `dim` rounded to 2^bits levels from their least to their greatest (KIVI, equation 1)."""
+    """Round numbers along `dim` to 2^bits levels between their least and their greatest (KIVI, equation 1)."""
     least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     scale = _to_16_bits((most - least) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
     zero = _to_16_bits(least)
@@ -239,7 +239,7 @@ def _project(x: Tensor, basis: Tensor) -> Tensor:
 def head_moments(
     model: Any, ids: Tensor, sinks: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Sums of x x^T over tokens of ids [N, T] after the sinks: (keys, values) [G, D, D] for each layer, float64.
+    """Return sums of x x^T over tokens of ids [N, T] after the sinks: (keys, values) [G, D, D] a layer, float64.
 
     Keys are as a cache holds them, rotated.
     """
@@ -259,7 +259,7 @@ def _moment(x: Tensor, sinks: int) -> Tensor:
 
 
 def low_rank(moments: Sequence[tuple[Tensor, Tensor]], rank: int) -> LowRank:
-    """The bases that keep most of the energy: the leading eigenvectors of each head's second moment."""
+    """Return the bases that keep most of the energy: the leading eigenvectors of each head's second moment."""
     return LowRank([(_leading(key, rank), _leading(value, rank)) for key, value in moments])
 
 
@@ -268,10 +268,10 @@ def _leading(moment: Tensor, rank: int) -> Tensor:
 
 
 def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int:
-    """The least rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
-    sealed = schedule.sealed(tokens)
-    left = tokens / ratio - (tokens - sealed)  # in exact tokens
-    return min(shape.head_dim, max(1, math.ceil(shape.head_dim * left / sealed)))
+    """Return the least rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
+    quantized = schedule.quantized(tokens)
+    left = tokens / ratio - (tokens - quantized)  # in exact tokens
+    return min(shape.head_dim, max(1, math.ceil(shape.head_dim * left / quantized)))
 
 
 # --------------------------------------------------------------------------------------------------- caches
@@ -283,17 +283,17 @@ class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, codec: Codec, schedule: Schedule, index: int) -> None:
         super().__init__()
         self.codec, self.schedule, self.index = codec, schedule, index
-        self.sealed = 0
+        self.quantized = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; the tokens of the call are still exact to each other."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        until = self.schedule.sealed(keys.shape[2])
-        if until > self.sealed:
-            start, stop = self.schedule.sinks + self.sealed, self.schedule.sinks + until
+        until = self.schedule.quantized(keys.shape[2])
+        if until > self.quantized:
+            start, stop = self.schedule.sinks + self.quantized, self.schedule.sinks + until
             self.keys = _replaced(keys, start, stop, self.codec.key(keys[:, :, start:stop], self.index))
             self.values = _replaced(values, start, stop, self.codec.value(values[:, :, start:stop], self.index))
-            self.sealed = until
+            self.quantized = until
         return keys, values
 
 
@@ -302,7 +302,7 @@ def _replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sealing:
+class QuantizedBlocks:
     """A codec for all tokens between the attention sinks and the residual window of a plan."""
 
     codec: Codec
@@ -310,24 +310,24 @@ class Sealing:
 
     @property
     def family(self) -> str:
-        """That of the codec."""
+        """Name that the codec has."""
         return self.codec.family
 
     @property
     def name(self) -> str:
-        """That of the codec."""
+        """Name that the codec has."""
         return self.codec.name
 
     def new_cache(self, model: Any) -> Any:
-        """An empty cache."""
+        """Return an empty cache."""
         layers = range(Shape.of(model).layers)
         return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
         """Return bytes with the quantized tokens in the codec, and all others exact."""
-        sealed = self.schedule.sealed(tokens)
-        coded = sealed * shape.heads * self.codec.token_bytes(shape.head_dim)
-        return math.ceil(coded) + (tokens - sealed) * shape.exact_token_bytes
+        quantized = self.schedule.quantized(tokens)
+        packed_bytes = quantized * shape.heads * self.codec.token_bytes(shape.head_dim)
+        return math.ceil(packed_bytes) + (tokens - quantized) * shape.exact_token_bytes
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ class Transformers:
 
     @property
     def missing(self) -> str | None:
-        """What to do when the backend is not installed; None when it is."""
+        """How to install the backend where it is missing; None where it is installed."""
         package = PACKAGES[self.backend]
         try:
             metadata.version(package)
@@ -364,7 +364,7 @@ class Transformers:
         return None
 
     def new_cache(self, model: Any) -> Any:
-        """An empty cache."""
+        """Return an empty cache."""
         axis = 1 if self.backend == "hqq" else 0
         return QuantizedCache(
             self.backend, model.config, nbits=self.bits, axis_key=axis, axis_value=axis, q_group_size=self.group,
@@ -374,5 +374,5 @@ class Transformers:
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
         """Return bytes with all tokens quantized, except those since the last full residual window."""
         exact = max(0, tokens - self.first_step) % self.residual
-        coded = 2 * shape.head_dim * (self.bits + 32 / self.group) / 8
-        return math.ceil((tokens - exact) * shape.heads * coded) + exact * shape.exact_token_bytes
+        packed_bytes = 2 * shape.head_dim * (self.bits + 32 / self.group) / 8
+        return math.ceil((tokens - exact) * shape.heads * packed_bytes) + exact * shape.exact_token_bytes

@@ -61,7 +61,7 @@ PROMISED = {1: 1.3, 8: 3.0}
 def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The best plain torch: q [B,H,S,D] as [B,G,H/G*S,D] against k, v [B,G,T,D], nothing repeated."""
+    """Attend in the fastest plain torch: q [B,H,S,D] as [B,G,H/G*S,D] against k, v [B,G,T,D], nothing repeated."""
     logits = ops_attention.grouped_scores(query * kwargs["scaling"], key)
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask[..., : key.shape[2]], float("-inf"))
@@ -96,7 +96,7 @@ class Contender:
 
 @torch.no_grad()
 def prompt_cache(loaded: LoadedModel, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [1,G,T,D] of every layer, of a real text."""
+    """Return keys and values [1,G,T,D] of every layer, of a real text."""
     model = loaded.language_model()
     ids = texts_tokens.held_out_ids(loaded.tokenizer, ("topics",), count=1, length=tokens)
     cache = DynamicCache(config=model.config)
@@ -161,7 +161,7 @@ def _flashhead(model: Any, options: dict[str, Any]) -> Any:
 
 
 def _compiled(model: Any, **options: Any) -> Callable[..., Any]:
-    """The compiled model, behind code of its own.
+    """Compile a model behind code of its own.
 
     Dynamo tries all compiled versions of one code before it comes to the one that it calls: among ten models of one
     class that cost the last of them 15 ms a step. A user has one.
@@ -177,24 +177,24 @@ def _compiled(model: Any, **options: Any) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(found: list[Contender], argument: str, rounds: int) -> None:
+def measure(implementations: list[Contender], argument: str, rounds: int) -> None:
     """Time decode steps of all implementations, alternately."""
-    for one in found:
+    for one in implementations:
         for _ in range(WARM):
             one.step(argument)
     click.echo("compiled, measuring", err=True)
     for _ in range(rounds):
-        for one in found:
+        for one in implementations:
             one.step(argument)  # not counted: finds the caches full of what others read, and their guards first
             one.seconds += [one.step(argument) for _ in range(STEPS)]
 
 
-def rows_of(case: str, batch: int, found: list[Contender]) -> list[Row]:
+def rows_of(case: str, batch: int, implementations: list[Contender]) -> list[Row]:
     """Return milliseconds a decode step, against the fastest alternative; tokens a second; bytes of the KV cache."""
-    times = {one.name: 1e3 * statistics.median(one.seconds) for one in found}
+    times = {one.name: 1e3 * statistics.median(one.seconds) for one in implementations}
     best = min(t for name, t in times.items() if name.startswith(ALTERNATIVES))
     rows = []
-    for one in found:
+    for one in implementations:
         time_ms = times[one.name]
         rows.append(Row(case, one.name, "step_ms", time_ms, "ms", baseline=best, ratio=best / time_ms))
         rows.append(Row(case, one.name, "tokens_per_second", 1e3 * batch / time_ms, "1/s"))
@@ -203,7 +203,7 @@ def rows_of(case: str, batch: int, found: list[Contender]) -> list[Row]:
 
 
 def cases(quick: bool, batches: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """(batch, dtype) of each case."""
+    """Yield (batch, dtype) of each case."""
     if quick:
         yield 1, "float32"
         return
@@ -226,8 +226,10 @@ def summary(rows: list[Row]) -> Table:
     for case in columns:
         out.add_column(case, justify="right")
     for name in names:
-        found = {row.case: row for row in shown if row.impl == name}
-        out.add_row(name, *[f"{found[c].value:.1f} ({found[c].ratio:.2f}x)" if c in found else "" for c in columns])
+        by_case = {row.case: row for row in shown if row.impl == name}
+        out.add_row(
+            name, *[f"{by_case[c].value:.1f} ({by_case[c].ratio:.2f}x)" if c in by_case else "" for c in columns]
+        )
     return out
 
 
@@ -275,11 +277,11 @@ def main(
     rows: list[Row] = []
     for tokens, (batch, dtype) in itertools.product(contexts, cases(quick, batches, dtypes)):
         prompt = [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in whole]
-        found = contenders(loaded, plans, prompt, batch, DTYPES[dtype])
-        measure(found, cache_argument(loaded.language_model()), 2 if quick else rounds)
-        rows += rows_of(f"batch {batch}, {dtype}, {tokens:,} tokens", batch, found)
+        implementations = contenders(loaded, plans, prompt, batch, DTYPES[dtype])
+        measure(implementations, cache_argument(loaded.language_model()), 2 if quick else rounds)
+        rows += rows_of(f"batch {batch}, {dtype}, {tokens:,} tokens", batch, implementations)
         click.echo(summary_line(rows[-1].case, rows), err=True)
-        del found
+        del implementations
         gc.collect()
         torch._dynamo.reset()
     name = "decode-quick" if quick else "decode" if contexts == (TOKENS,) else "decode-contexts"
@@ -293,7 +295,7 @@ def summary_line(case: str, rows: list[Row]) -> str:
 
 
 def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
-    """Plans for this kind of machine."""
+    """Fit plans for this kind of machine."""
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.run import fit
 

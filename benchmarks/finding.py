@@ -32,7 +32,7 @@ MOST_PERCENT = 15.0
 
 
 def llama(layers: int, implementation: str) -> torch.nn.Module:
-    """A Llama of SmolLM2's shape with few or many layers and random weights."""
+    """Build a Llama of SmolLM2's shape with few or many layers and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -43,7 +43,7 @@ def llama(layers: int, implementation: str) -> torch.nn.Module:
 
 
 def finding_seconds(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, int, float]:
-    """(nodes, sites, median seconds of `passes.find`) on fresh captures."""
+    """Return (nodes, sites, median seconds of `passes.find`) on fresh captures."""
     seconds, nodes, sites = [], 0, 0
     for _ in range(REPEATS):
         program = capture(model, (), {"input_ids": ids, "use_cache": False}).program
@@ -55,7 +55,7 @@ def finding_seconds(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, int
 
 
 def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Seconds that torch.compile adds to a first call, with nothing in its caches."""
+    """Measure the seconds that torch.compile adds to a first call, with nothing in its caches."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         torch.compiler.config.force_disable_caches = True
@@ -72,7 +72,7 @@ def compile_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 def draw(figure: Figure, grown: dict[str, list[tuple[int, float]]]) -> None:
-    """Seconds over nodes, a line for each implementation of attention."""
+    """Draw seconds over nodes, a line for each implementation of attention."""
     axes = figure.subplots()
     for name, points in grown.items():
         axes.plot([n for n, _ in points], [s for _, s in points], marker="o", label=name)
@@ -110,7 +110,7 @@ def main(quick: bool) -> None:
 
 
 def growth(layers: Sequence[int]) -> tuple[list[Row], dict[str, list[tuple[int, float]]]]:
-    """Seconds for more and more layers, and per node: what stays the same when the cost is linear."""
+    """Measure seconds for more and more layers, and per node, which stay the same when the cost is linear."""
     rows: list[Row] = []
     grown: dict[str, list[tuple[int, float]]] = {}
     ids = torch.arange(128).unsqueeze(0)

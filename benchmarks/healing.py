@@ -49,16 +49,16 @@ Results = dict[str, dict[str, TokenCosts]]
 def two_bits(loaded: LoadedModel) -> LatentPlan:
     """Return a plan of 2 bits for every number, without calibration, with a large loss."""
 
-    def coded(side: SidePlan) -> SidePlan:
+    def in_two_bits(side: SidePlan) -> SidePlan:
         return replace(side, tiers=(Tier(2, side.width, 0.9957),))
 
     plan = plain_plan(loaded)
-    sites = (replace(s, key=coded(s.key), value=coded(s.value)) for s in plan.sites)
+    sites = (replace(s, key=in_two_bits(s.key), value=in_two_bits(s.value)) for s in plan.sites)
     return replace(plan, sites=tuple(sites))
 
 
 def measured(loaded: LoadedModel, plans: dict[str, LatentPlan], sequences: int, context: int) -> Results:
-    """Each plan against the exact model on each text."""
+    """Measure each plan against the exact model on each text."""
     network = loaded.language_model()
     ids = {
         text: texts_tokens.held_out_ids(loaded.tokenizer, (text,), count=sequences, length=context) for text in TEXTS
@@ -68,20 +68,20 @@ def measured(loaded: LoadedModel, plans: dict[str, LatentPlan], sequences: int, 
     }
 
 
-def left(found: dict[str, TokenCosts]) -> tuple[float, Interval | None]:
-    """KL of the healed plan as a share of the fitted one's, and its interval: blocks of both are drawn as pairs."""
+def left(costs: dict[str, TokenCosts]) -> tuple[float, Interval | None]:
+    """Return the KL of the healed plan as a share of the fitted one's, and its interval, from pairs of blocks."""
     before, after = (
-        [float(block.sum()) for row in found[name].kl for block in row.split(BOOTSTRAP_TOKENS)] for name in PLANS
+        [float(block.sum()) for row in costs[name].kl for block in row.split(BOOTSTRAP_TOKENS)] for name in PLANS
     )
     return sum(after) / sum(before), bootstrap_interval(after, before)  # type: ignore[arg-type]  # a ratio of sums
 
 
-def rows_of(results: Results, told: dict[str, float], tokens: int) -> list[Row]:
-    """Figures of both plans; a baseline is the fitted plan's."""
+def rows_of(results: Results, seconds: dict[str, float], tokens: int) -> list[Row]:
+    """Return figures of both plans; a baseline is the fitted plan's."""
     rows = []
-    for text, found in results.items():
-        before = found["fitted"].compare()
-        for name, costs in found.items():
+    for text, costs_by_plan in results.items():
+        before = costs_by_plan["fitted"].compare()
+        for name, costs in costs_by_plan.items():
             after = costs.compare()
             pairs = (("kl", before.kl, after.kl), ("increase_percent", before.increase_percent, after.increase_percent))
             for metric, base, value in pairs:
@@ -89,14 +89,14 @@ def rows_of(results: Results, told: dict[str, float], tokens: int) -> list[Row]:
                 rows.append(Row(text, name, metric, value, unit, base, base / value if value else None))
             for metric, interval in (("kl", after.kl_ci), ("increase_percent", after.increase_percent_ci)):
                 rows += _ends(text, name, metric, interval, "nats/token" if metric == "kl" else "%")
-        share, interval = left(found)
+        share, interval = left(costs_by_plan)
         rows += [
             Row(text, "healed", "kl_left", share, "of fitted"),
             *_ends(text, "healed", "kl_left", interval, "of fitted"),
         ]
         rows.append(Row(text, "healed", "measured_tokens", float(before.tokens), "tokens"))
     rows.append(Row("healing", "healed", "tokens", float(tokens), "tokens"))
-    return rows + [Row("healing", "healed", name, value, "s") for name, value in told.items()]
+    return rows + [Row("healing", "healed", name, value, "s") for name, value in seconds.items()]
 
 
 def _ends(text: str, name: str, metric: str, interval: Interval | None, unit: str) -> list[Row]:
@@ -107,13 +107,13 @@ def _ends(text: str, name: str, metric: str, interval: Interval | None, unit: st
 
 
 def summary(results: Results) -> Table:
-    """One line a text and plan."""
+    """Format a line for each text and plan."""
     table = Table("text", "plan", "KL nats/token", "of fitted", "perplexity", title="Held-out text, real cache")
     nothing = (float("nan"), float("nan"))
-    for text, found in results.items():
-        share, interval = left(found)
+    for text, costs_by_plan in results.items():
+        share, interval = left(costs_by_plan)
         low, high = interval or nothing
-        for name, costs in found.items():
+        for name, costs in costs_by_plan.items():
             c = costs.compare()
             less, more = c.increase_percent_ci or nothing
             change = f"{c.increase_percent:+.2f} % ({less:+.2f} to {more:+.2f})"
@@ -123,14 +123,14 @@ def summary(results: Results) -> Table:
 
 
 def draw(figure: Figure, results: Results) -> None:
-    """KL and increase of perplexity of each text, before and after, with intervals."""
+    """Draw KL and increase of perplexity of each text, before and after, with intervals."""
     first, second = figure.subplots(1, 2)
     for index, name in enumerate(PLANS):
         at = [position + 0.4 * index - 0.2 for position in range(len(results))]
-        found: list[Comparison] = [texts[name].compare() for texts in results.values()]
+        comparisons: list[Comparison] = [texts[name].compare() for texts in results.values()]
         for axes, values, bounds in (
-            (first, [c.kl for c in found], [c.kl_ci for c in found]),
-            (second, [c.increase_percent for c in found], [c.increase_percent_ci for c in found]),
+            (first, [c.kl for c in comparisons], [c.kl_ci for c in comparisons]),
+            (second, [c.increase_percent for c in comparisons], [c.increase_percent_ci for c in comparisons]),
         ):
             ends = [bound or (value, value) for value, bound in zip(values, bounds, strict=True)]
             errors = [
@@ -145,17 +145,17 @@ def draw(figure: Figure, results: Results) -> None:
 
 
 def reporting(stage: str, done: int, total: int) -> None:
-    """One line a stage on standard error."""
+    """Print one line a stage on standard error."""
     click.echo(f"\r{stage} {done}/{total}", nl=done == total, err=True)
 
 
 def healed(
-    loaded: LoadedModel, given: Path | None, quick: bool, options: HealOptions, progress: Progress
+    loaded: LoadedModel, plan_path: Path | None, quick: bool, options: HealOptions, progress: Progress
 ) -> tuple[dict[str, LatentPlan], dict[str, float]]:
-    """(the plan as it was fitted and as it is healed, seconds of both)."""
+    """Return (the plan as fitted and as healed, seconds of both)."""
     start = time.perf_counter()
-    if given is not None:
-        fitted = LatentPlan.load(given)
+    if plan_path is not None:
+        fitted = LatentPlan.load(plan_path)
     else:
         fitted = two_bits(loaded) if quick else fit(loaded, FitOptions(ratio=RATIO), progress)[0]
     middle = time.perf_counter()
@@ -166,25 +166,27 @@ def healed(
 @click.command()
 @click.option("--quick", is_flag=True, help="A plan without calibration, short texts.")
 @click.option(
-    "--plan", "given", type=click.Path(exists=True, path_type=Path), help="Heal this plan of the demo's model."
+    "--plan", "plan_path", type=click.Path(exists=True, path_type=Path), help="Heal this plan of the demo's model."
 )
 @click.option("--ridge", type=float, help="Weight of the penalty on the distance from the plan's decoder matrices.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the healed plan in this folder.")
-def main(quick: bool, given: Path | None, ridge: float | None, out: Path | None) -> None:
+def main(quick: bool, plan_path: Path | None, ridge: float | None, out: Path | None) -> None:
     """Heal the 8x plan of SmolLM2 and measure it before and after on held-out text."""
     quick = quick or is_quick()
     options = HealOptions(tokens=2048, context=256, held_out=1) if quick else HealOptions(context=CONTEXT)
     options = options if ridge is None else replace(options, ridge=ridge)
     loaded = load_model("demo")
-    plans, told = healed(loaded, given, quick, options, reporting)
+    plans, seconds = healed(loaded, plan_path, quick, options, reporting)
     if out is not None:
         plans["healed"].save(out)
     results = measured(loaded, plans, *((1, 256) if quick else (SEQUENCES, CONTEXT)))
     tokens = options.sequences * options.context
-    record("healing", rows_of(results, told, tokens), lambda figure: draw(figure, results), summary(results))
+    record("healing", rows_of(results, seconds, tokens), lambda figure: draw(figure, results), summary(results))
     share, _ = left(results[TEXTS[0]])
     kept = share <= PROMISE or quick
-    click.echo(f"{tokens:,} tokens in {told['heal_s']:.0f} s: {share:.3f} of the loss is left, promised {PROMISE:.3f}")
+    click.echo(
+        f"{tokens:,} tokens in {seconds['heal_s']:.0f} s: {share:.3f} of the loss is left, promised {PROMISE:.3f}"
+    )
     sys.exit(not kept)
 
 

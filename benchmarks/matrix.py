@@ -25,13 +25,13 @@ import click
 from recording import RESULTS, ROOT, Row, screen, write
 from rich.table import Table
 
-REPORTS = ROOT / "build" / "matrix"  # where noxfile.py leaves what it saw
+REPORTS = ROOT / "build" / "matrix"  # where noxfile.py leaves its reports
 SHOWN = ("python", "torch", "transformers", "triton", "numpy")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one environment: "success", "skipped", "failed" or "aborted", and why."""
+    """Outcome of one environment: "success", "skipped", "failed" or "aborted", and why."""
 
     name: str
     state: str
@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        """Every test passed, or there was a reason to run none."""
+        """Whether every test passed, or there was a reason to run none."""
         return self.state in ("success", "skipped") and not self.failed
 
 
@@ -55,15 +55,15 @@ def run(names: tuple[str, ...]) -> list[Outcome]:
             old.unlink()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        wanted = [f"matrix({name})" for name in names] or ["matrix"]
+        signatures = [f"matrix({name})" for name in names] or ["matrix"]
         command = [sys.executable, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), "--report", str(report)]
-        subprocess.run([*command, "--session", *wanted], cwd=ROOT, check=False)
+        subprocess.run([*command, "--session", *signatures], cwd=ROOT, check=False)
         sessions = json.loads(report.read_text())["sessions"] if report.exists() else []
     return [outcome_of(session, REPORTS) for session in sessions]
 
 
 def outcome_of(session: dict[str, Any], reports: Path) -> Outcome:
-    """From what nox says of a session, and the files that the session left in `reports`."""
+    """Combine what nox reports of a session with the files that the session left in `reports`."""
     name = session["signatures"][-1].partition("(")[2].rstrip(")")
     known, tests = reports / f"{name}.json", reports / f"{name}.xml"
     versions = json.loads(known.read_text()) if known.exists() else {}
@@ -72,7 +72,7 @@ def outcome_of(session: dict[str, Any], reports: Path) -> Outcome:
 
 
 def counted(xml: str) -> dict[str, int]:
-    """Tests that passed, failed (errors included) and were skipped, from a file of JUnit's form."""
+    """Count tests that passed, failed (errors included) and were skipped, from a file of JUnit's form."""
     sums = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for suite in ElementTree.fromstring(xml).iter("testsuite"):
         for key in sums:
@@ -82,7 +82,7 @@ def counted(xml: str) -> dict[str, int]:
 
 
 def rows_of(outcome: Outcome) -> list[Row]:
-    """The figures of an environment; none are there, but their reason, where it was not tested."""
+    """Return the figures of an environment; NaN, with the reason, where it was not tested."""
     tested = bool(outcome.passed or outcome.failed)
     figures = (
         ("passed", outcome.passed, ""),
@@ -97,7 +97,7 @@ def rows_of(outcome: Outcome) -> list[Row]:
 
 
 def kept(names: tuple[str, ...]) -> list[Row]:
-    """What the file of results says of all environments but these; nothing where `names` is empty: all are run."""
+    """Return the recorded rows of environments other than these; none where `names` is empty, as all are run."""
     path = RESULTS / "matrix.json"
     rows = json.loads(path.read_text())["rows"] if names and path.exists() else []
     return [
@@ -108,14 +108,14 @@ def kept(names: tuple[str, ...]) -> list[Row]:
 
 
 def said(outcome: Outcome) -> str:
-    """The versions of an environment, or why it was not tested."""
+    """Return the versions of an environment, or why it was not tested."""
     if not outcome.passed + outcome.failed:
         return f"not tested: {outcome.reason or outcome.state}"
     return ", ".join(f"{name} {outcome.versions[name]}" for name in SHOWN if name in outcome.versions)
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """One line for each environment."""
+    """Format a line for each environment."""
     out = Table(title="versions", title_justify="left")
     for heading in ("environment", "installed"):
         out.add_column(heading, overflow="fold")
@@ -131,7 +131,7 @@ def table(outcomes: list[Outcome]) -> Table:
 @click.command()
 @click.option("--only", "names", multiple=True, metavar="NAME", help="An environment; all where none is named.")
 def main(names: tuple[str, ...]) -> None:
-    """Run the environments, print a table and write it down."""
+    """Run the environments, print a table and record the results."""
     outcomes = run(names)
     path = write("matrix", [*kept(names), *(row for outcome in outcomes for row in rows_of(outcome))])
     screen().print(table(outcomes))

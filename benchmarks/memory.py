@@ -86,30 +86,31 @@ def measured(plan_path: str, tokens: int) -> dict[str, Any]:
 
 
 def plain_plan(loaded: LoadedModel) -> LatentPlan:
-    """4 bits for every number: a plan without calibration."""
+    """Make a plan of 4 bits for every number, without calibration."""
 
-    def coded(side: SidePlan) -> SidePlan:
+    def in_four_bits(side: SidePlan) -> SidePlan:
         return replace(side, tiers=(Tier(4, side.width, 0.4),))
 
     sites = fit_plan.exact_plan(find_sites(loaded).sites.values(), recent=64).sites
-    plans = tuple(SitePlan(s.site, s.layout, coded(s.key), coded(s.value)) for s in sites)
+    plans = tuple(SitePlan(s.site, s.layout, in_four_bits(s.key), in_four_bits(s.value)) for s in sites)
     return LatentPlan(plans, 4, 64, 64, window_bits=8)
 
 
 def plans(folder: Path, quick: bool) -> dict[str, Path]:
-    """Plans by name, fitted once and kept in `folder`."""
+    """Fit plans once, store them in `folder`, and return their paths by name."""
     loaded = load_model("demo")
     if quick:
         return {"plain 4 bits": plain_plan(loaded).save(folder / "plain")}
     options = FitOptions(ratio=RATIOS[0], tokens=TOKENS)
-    found = measure(loaded, options)
+    collected = measure(loaded, options)
     return {
-        f"{ratio:g}x": plan_for(found, replace(options, ratio=ratio)).save(folder / f"{ratio:g}x") for ratio in RATIOS
+        f"{ratio:g}x": plan_for(collected, replace(options, ratio=ratio)).save(folder / f"{ratio:g}x")
+        for ratio in RATIOS
     }
 
 
 def in_a_process(plan: str, tokens: int) -> dict[str, Any]:
-    """`measured` in a fresh process."""
+    """Run `measured` in a fresh process."""
     command = [sys.executable, __file__, "--only", plan, "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -119,7 +120,7 @@ def in_a_process(plan: str, tokens: int) -> dict[str, Any]:
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """Figures of all caches; a baseline is the exact cache's."""
+    """Return figures of all caches; a baseline is the exact cache's."""
     rows, exact = [], results[EXACT]
     for name, result in results.items():
         for metric in ("resident_bytes", "untrimmed_bytes", "held_bytes", "formula_bytes"):
@@ -133,17 +134,19 @@ def rows_of(results: dict[str, dict[str, Any]]) -> list[Row]:
 
 
 def verdicts(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Whether each plan keeps to its share of the exact cache's resident bytes, in words."""
-    told, exact = {}, results[EXACT]["resident_bytes"]
+    """Tell whether each plan keeps to its share of the exact cache's resident bytes, in words."""
+    words_by_plan, exact = {}, results[EXACT]["resident_bytes"]
     for name, result in results.items():
         if name != EXACT:
             share, most = result["resident_bytes"] / exact, MOST / result["ratio"]
-            told[name] = f"{share:.4f} of the exact cache, {'at most' if share <= most else 'MORE THAN'} {most:.4f}"
-    return told
+            words_by_plan[name] = (
+                f"{share:.4f} of the exact cache, {'at most' if share <= most else 'MORE THAN'} {most:.4f}"
+            )
+    return words_by_plan
 
 
 def summary(results: dict[str, dict[str, Any]]) -> Table:
-    """One line a cache."""
+    """Format a line for each cache."""
     table = Table("cache", "growth of process", "of exact", "held", "formula", title="MiB")
     for name, result in results.items():
         sizes = [f"{result[key] / 2**20:.1f}" for key in ("resident_bytes", "held_bytes", "formula_bytes")]
@@ -170,10 +173,10 @@ def draw(figure: Figure, results: dict[str, dict[str, Any]]) -> None:
 @click.option("--quick", is_flag=True, help="1,024 tokens, a plan without calibration.")
 @click.option("--only", help="Measure this plan (a folder, or 'exact') in this process and print JSON.")
 @click.option(
-    "--plan", "given", multiple=True, type=click.Path(exists=True), help="Measure these plans of the demo's model."
+    "--plan", "plan_paths", multiple=True, type=click.Path(exists=True), help="Measure these plans of the demo's model."
 )
 @click.option("--tokens", type=int, help="Tokens to read.")
-def main(quick: bool, only: str | None, given: tuple[str, ...], tokens: int | None) -> None:
+def main(quick: bool, only: str | None, plan_paths: tuple[str, ...], tokens: int | None) -> None:
     """Measure the exact cache and those of plans, each in a process of its own."""
     quick = quick or is_quick()
     tokens = tokens or (1024 if quick else TOKENS)
@@ -181,13 +184,13 @@ def main(quick: bool, only: str | None, given: tuple[str, ...], tokens: int | No
         click.echo(json.dumps(measured(only, tokens)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        paths = {Path(p).name: Path(p) for p in given} or plans(Path(folder), quick)
+        paths = {Path(p).name: Path(p) for p in plan_paths} or plans(Path(folder), quick)
         results = {name: in_a_process(str(path), tokens) for name, path in ({EXACT: EXACT} | paths).items()}
     record("memory", rows_of(results), lambda figure: draw(figure, results), summary(results))
-    told = verdicts(results)
-    for name, words in told.items():
+    words_by_plan = verdicts(results)
+    for name, words in words_by_plan.items():
         click.echo(f"{name}: resident bytes are {words}")
-    sys.exit(any("MORE" in words for words in told.values()))
+    sys.exit(any("MORE" in words for words in words_by_plan.values()))
 
 
 if __name__ == "__main__":

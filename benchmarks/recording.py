@@ -50,7 +50,7 @@ class Row:
 
 
 def is_quick() -> bool:
-    """True when QUICK=1 asks for a small version of the benchmark, of under a minute."""
+    """Tell whether QUICK=1 asks for a small version of the benchmark, of under a minute."""
     return os.environ.get("QUICK", "") == "1"
 
 
@@ -72,7 +72,7 @@ def record(
 
 
 def process_bytes(trim: bool = True) -> int:
-    """Anonymous memory of this process, swapped out or not: what it has allocated and touched, without the libraries.
+    """Return the anonymous memory of this process, swapped out or not, without the libraries.
 
     trim: first give back what the C library keeps of freed blocks. On systems without /proc: all resident memory.
     """
@@ -88,7 +88,7 @@ def process_bytes(trim: bool = True) -> int:
 
 
 def screen() -> Console:
-    """A console whose tables keep their columns where the output is piped into a file."""
+    """Return a console whose tables keep their columns where the output is piped into a file."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
@@ -121,7 +121,7 @@ def _number(value: Any) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on and a reader may want to know; nothing that names the machine or its owner."""
+    """Return what a figure depends on; nothing that names the machine or its owner."""
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -142,18 +142,18 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the packages that are installed among those that matter."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of those of PACKAGES that are installed."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str:
-    """The commit that was measured, `-dirty` behind it where files differ from it; "unknown" outside of git."""
+    """Return the commit that was measured, `-dirty` behind it where files differ from it; "unknown" outside of git."""
     try:
         known = _git("rev-parse", "HEAD")
         return known + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -170,7 +170,7 @@ def _git(*words: str) -> str:
 
 
 def table(name: str, rows: Iterable[Row]) -> Table:
-    """One line for each case and implementation, a column for each metric, ratios behind the values."""
+    """Format a line for each case and implementation, a column for each metric, ratios behind the values."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     metrics: dict[str, str] = {}
     for row in rows:
@@ -202,7 +202,7 @@ def plot(name: str, draw: Callable[[Figure], None]) -> Path | None:
 
 
 def bars(figure: Figure, rows: Sequence[Row]) -> None:
-    """A panel for each metric, a group of bars for each case, a bar for each implementation."""
+    """Draw a panel for each metric, a group of bars for each case, a bar for each implementation."""
     metrics = {row.metric: row.unit for row in rows}
     panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
     for panel, (metric, unit) in zip(panels, metrics.items(), strict=True):

@@ -28,7 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
-from attention import SHAPES, spectrum_tiers
+from attention_contenders import spectrum_tiers
+from attention_shapes import SHAPES
 from recording import Row, is_quick, record
 from torch import Tensor
 
@@ -81,14 +82,14 @@ def perplexities(loaded: LoadedModel, plan: LatentPlan, text: str, context: int,
     with switched(model, dense):
         caches = [new_cache(model, dense), new_cache(model, plan, each_query=False)]
         for cache in caches:
-            for chunk in ids[:, : steps[0][0]].split(PROMPT, 1):
-                model(chunk, **{name: cache}, use_cache=True, logits_to_keep=1)
+            for part in ids[:, : steps[0][0]].split(PROMPT, 1):
+                model(part, **{name: cache}, use_cache=True, logits_to_keep=1)
             for layer in cache.layers:
                 layer.each_query = True
         for start, stop in steps:
-            every, chosen = (model(ids[:, start:stop], **{name: c}, use_cache=True).logits[0] for c in caches)
-            same = (every.argmax(-1) == chosen.argmax(-1)).double()
-            parts.append(torch.cat([paired(every, chosen, ids[0, start + 1 :]), same[None]]))
+            every, selected = (model(ids[:, start:stop], **{name: c}, use_cache=True).logits[0] for c in caches)
+            same = (every.argmax(-1) == selected.argmax(-1)).double()
+            parts.append(torch.cat([paired(every, selected, ids[0, start + 1 :]), same[None]]))
     return _rows_of(torch.cat(parts, -1), caches, f"{text}, {context:,} tokens, last {tail:,}")
 
 
@@ -113,8 +114,8 @@ def _rows_of(costs: Tensor, caches: list[Any], case: str) -> list[Row]:
 
 def left_out(plan: LatentPlan) -> list[Row]:
     """Return the mean attention weight that is not read, as measured by calibration."""
-    told = plan.provenance["pages"]["left_out"]
-    mean = sum(told.values()) / max(1, len(told))
+    shares = plan.provenance["pages"]["left_out"]
+    mean = sum(shares.values()) / max(1, len(shares))
     return [Row("calibration, mean of layers", PAGED, "weight_left_out", mean, "")]
 
 
@@ -122,8 +123,8 @@ def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], le
     """Yield the share of correct answers, and their likelihood, with all and with selected pages."""
     model, options = loaded.language_model(), TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
     for task in tasks:
-        wanted = replace(options, items=items if len(TASKS[task].depths) > 1 else 5 * items)
-        written = write_items(loaded.tokenizer, [task], wanted)
+        enough = replace(options, items=items if len(TASKS[task].depths) > 1 else 5 * items)
+        written = write_items(loaded.tokenizer, [task], enough)
         check_items(model, written)
         items_of_all = [item for some in written[task].values() for item in some]
         check_length(
@@ -136,27 +137,29 @@ def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], le
 
 
 def _rates(case: str, known: list[list[dict[str, tuple[bool, float]]]]) -> Iterator[Row]:
-    """Of answers, each whether it is right and its log-probability a token, by text and contender.
+    """Yield rates of answers, each whether it is right and its log-probability a token, by text and implementation.
 
     What is asked of one text goes together: errors are of the means of texts.
     """
-    found = [answer for some in known for answer in some]
-    rates = {impl: statistics.fmean(answer[impl][0] for answer in found) for impl in (DENSE, PAGED)}
+    every_answer = [answer for some in known for answer in some]
+    rates = {impl: statistics.fmean(answer[impl][0] for answer in every_answer) for impl in (DENSE, PAGED)}
     for impl, rate in rates.items():
-        log_prob = statistics.fmean(answer[impl][1] for answer in found)
+        log_prob = statistics.fmean(answer[impl][1] for answer in every_answer)
         yield Row(case, impl, "right", rate, "", baseline=rates[DENSE])
         yield Row(case, impl, "log_prob", log_prob, "nats")
     for name, at, unit in (("log_prob_error", 1, "nats"), ("right_error", 0, "")):
         changes = [statistics.fmean(answer[PAGED][at] - answer[DENSE][at] for answer in some) for some in known]
         yield Row(case, PAGED, name, statistics.stdev(changes) / len(changes) ** 0.5, unit)
     for name, has, lacks in (("gained", PAGED, DENSE), ("lost", DENSE, PAGED)):
-        yield Row(case, PAGED, name, float(sum(a[has][0] and not a[lacks][0] for a in found)), "questions")
+        yield Row(case, PAGED, name, float(sum(a[has][0] and not a[lacks][0] for a in every_answer)), "questions")
 
 
 @torch.inference_mode()
 def answers(model: Any, plan: LatentPlan, item: Item) -> list[dict[str, tuple[bool, float]]]:
-    """Of each question that can be asked of a text: whether the answer is the most likely one, and its log-probability
-    a token. Questions and answers choose pages; what is before is a prompt, read whole and once."""
+    """Return for each question about a text whether the answer is the most likely one, and its log-probability a token.
+
+    Questions and answers select pages; what is before is a prompt, read whole and once.
+    """
     name, cache = cache_argument(model), new_cache(model, plan, each_query=False)
     for piece in torch.tensor([item.context[: item.question]]).split(PROMPT, 1):
         model(piece, **{name: cache}, use_cache=True, logits_to_keep=1)
@@ -189,25 +192,25 @@ def operator(tokens: int) -> list[Row]:
     query, calls, sizes = torch.randn(1, heads, 1, dim), {}, {}
     tiers = spectrum_tiers(dim, dim * 4 // RATIO - 2)
     row, width = sum(b * w for b, w, _ in tiers) // 8, sum(w for _, w, _ in tiers)
-    codes = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
+    packed = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
     tiers_of_both: Any = algebra.tier_options(table, table)
     options: dict[str, Any] = tiers_of_both | dict(scale=dim**-0.5)
-    operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
+    operands: Any = (query[..., :width].contiguous(), packed[0], scales[0], packed[1], scales[1], None)
     near = torch.zeros(1, heads, 1)
     sampled: Any = (*operands, None, PAGE_TOKENS)
     mean = mean_values(*sampled, **tiers_of_both)  # a cache stores it, and updates it when it quantizes a block
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
-    chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
-    lists = page_choice.page_lists(chosen.squeeze(2), index.most)
+    selected = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
+    lists = page_choice.page_lists(selected.squeeze(2), index.most)
 
     def read(which: Tensor | None) -> tuple[Tensor, Tensor]:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
-    def choose() -> Tensor:
+    def select() -> Tensor:
         return paged.attend(
             operands[0], operands[1:5], index, None, None, near, mean, scale=dim**-0.5, **tiers_of_both
         )[0]
@@ -218,9 +221,9 @@ def operator(tokens: int) -> list[Row]:
         rows = query.reshape(groups, heads // groups, dim)
         return ((rows @ exact[0].mT) * dim**-0.5).softmax(-1) @ exact[1]
 
-    calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: choose}
+    calls = {DENSE: lambda: read(None)[0], "one page in eight, listed": lambda: read(lists)[0], PAGED: select}
     calls[TORCH] = by_torch
-    every = sum(x.numel() * x.element_size() for x in (*codes, *scales))
+    every = sum(x.numel() * x.element_size() for x in (*packed, *scales))
     sizes = {DENSE: every, "one page in eight, listed": every * index.most // index.count}
     sizes[TORCH] = sum(x.nbytes for x in exact)
     sizes[PAGED] = sizes["one page in eight, listed"] + sum(x.nbytes for x in index.rows if x is not None)
@@ -241,8 +244,8 @@ def _index(groups: int, bits: Sequence[int], widths: Sequence[int], tokens: int)
     channels = torch.arange(kept).expand(groups, kept).contiguous()
     plan = SketchPlan(channels, torch.zeros(groups, width), torch.ones(groups, width), tiers)
     sketcher = Sketcher.on(plan, torch.device("cpu"))
-    codes = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8)
-    rows = codes, torch.rand(1, groups, tokens).add(0.5).to(torch.float16), None
+    packed = torch.randint(0, 256, (1, groups, tokens, plan.row_bytes), dtype=torch.uint8)
+    rows = packed, torch.rand(1, groups, tokens).add(0.5).to(torch.float16), None
     numbers = PAGE_TOKENS, SHARE, 1.0, 0.0, 0, 1.0, groups, False, torch.zeros(4, dtype=torch.int64)
     return PageIndex(sketcher, rows, *numbers, fill=torch.zeros(SHAPES[SHAPE][0]))
 
@@ -287,7 +290,7 @@ def draw(figure: Figure, rows: list[Row]) -> None:
 
 
 def _short(case: str) -> str:
-    """The first words of a case, and its threads."""
+    """Return the first words of a case, and its threads."""
     first, *_, last = case.split(", ")
     return f"{first}, {last}" if "threads" in last else first
 
@@ -302,7 +305,7 @@ def measured(
     part: str, plan: Callable[[], tuple[LoadedModel, LatentPlan]], texts: tuple[str, ...], contexts: tuple[int, ...],
     tail: int, items: int, length: int, tokens: int,
 ) -> Iterator[Row]:  # fmt: skip
-    """The rows of one part."""
+    """Yield the rows of one part."""
     if part == "perplexity":
         yield from left_out(plan()[1])
         for context in contexts:

@@ -57,7 +57,7 @@ class Case:
 
 
 def smollm2(dtype: torch.dtype, positions: int) -> Case:
-    """The head of the demo's model, and its hidden states on the second halves of three texts."""
+    """Return the head of the demo's model, and its hidden states on the second halves of three texts."""
     loaded = load_model("demo", dtype)
     head = fit(loaded, HeadOptions())
     captured = loaded.capture(CONTEXT)
@@ -68,7 +68,7 @@ def smollm2(dtype: torch.dtype, positions: int) -> Case:
 
 
 def random_head(vocabulary: int, width: int, dtype: torch.dtype, positions: int) -> Case:
-    """Rows and hidden states of independent Gaussian numbers."""
+    """Return a head whose rows and hidden states are independent Gaussian numbers."""
     generator = torch.Generator().manual_seed(7)
     weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
     hidden = torch.randn(positions, width, generator=generator).to(dtype)
@@ -84,7 +84,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def dense_contenders(case: Case) -> dict[str, Contender]:
-    """Every dense head."""
+    """Return every dense head."""
     linear = nn.Linear(case.weight.shape[1], case.weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(case.weight, requires_grad=False)
     linear.eval()
@@ -103,12 +103,12 @@ def _frozen(linear: nn.Linear) -> Contender:
 
 def searching(case: Case, probes: int) -> Contender:
     """Return the retrieval head, with the dense head as fallback."""
-    wanted = case.head.search(probes=probes)
+    options = case.head.search(probes=probes)
 
     def run(x: Tensor) -> Tensor:
-        found = search(x, case.weight, None, case.head.codes, wanted)
-        ids = found.ids[:, 0].long()
-        left = (found.counts < 0).nonzero().flatten()
+        results = search(x, case.weight, None, case.head.codes, options)
+        ids = results.ids[:, 0].long()
+        left = (results.counts < 0).nonzero().flatten()
         if len(left):
             ids[left] = dense(x[left], case.weight, None).argmax(-1)
         return ids
@@ -118,10 +118,10 @@ def searching(case: Case, probes: int) -> Contender:
 
 def ours(case: Case) -> dict[str, Contender]:
     """Return the retrieval head with a certificate, and with fitted clusters."""
-    found = {"fhopt, certain": searching(case, 0)}
+    results = {"fhopt, certain": searching(case, 0)}
     if case.head.probes < case.head.clusters:
-        found[f"fhopt, {case.head.probes} of {case.head.clusters} clusters"] = searching(case, -1)
-    return found
+        results[f"fhopt, {case.head.probes} of {case.head.clusters} clusters"] = searching(case, -1)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -129,7 +129,7 @@ def ours(case: Case) -> dict[str, Contender]:
 
 @torch.no_grad()
 def times(case: Case, batch: int, rounds: int) -> list[Row]:
-    """Milliseconds of every contender, medians of calls in turns."""
+    """Measure milliseconds of every implementation, medians of alternating calls."""
     dense = dense_contenders(case)
     contenders = dense | ours(case)
     swept = torch.zeros(SWEPT)
@@ -143,7 +143,7 @@ def times(case: Case, batch: int, rounds: int) -> list[Row]:
                 start = time.perf_counter()
                 run(x)
                 seconds[name].append(time.perf_counter() - start)
-    milliseconds = {name: 1e3 * statistics.median(found[2:]) for name, found in seconds.items()}
+    milliseconds = {name: 1e3 * statistics.median(results[2:]) for name, results in seconds.items()}
     best = min(milliseconds[name] for name in dense)
     label = f"{case.name}, batch {batch}"
     return [Row(label, n, "time_ms", v, "ms", baseline=best, ratio=best / v) for n, v in milliseconds.items()]
@@ -151,31 +151,31 @@ def times(case: Case, batch: int, rounds: int) -> list[Row]:
 
 @torch.no_grad()
 def agreement(case: Case) -> list[Row]:
-    """Share of positions with the arg-max of torch's dense head; share with a certificate; rows and bytes read."""
+    """Measure shares of positions with torch's dense arg-max and with a certificate, and the rows and bytes read."""
     parts = case.hidden.split(AT_ONCE)
     expected = torch.cat([F.linear(x, case.weight).argmax(-1) for x in parts])
     rows = []
     for name, run in ours(case).items():
-        found = torch.cat([run(x) for x in parts])
-        same = 100 * float((found == expected).double().mean())
+        results = torch.cat([run(x) for x in parts])
+        same = 100 * float((results == expected).double().mean())
         rows.append(Row(case.name, name, "agreement_percent", same, "%"))
     counts = torch.cat([search(x, case.weight, None, case.head.codes, case.head.search()).counts for x in parts])
     certain = counts >= 0
     exact = float(counts[certain].double().mean())
     read = case.head.bytes_read + exact * case.weight.shape[1] * case.weight.element_size()
-    told = [
+    figures = [
         ("certified_percent", 100 * float(certain.double().mean()), "%"),
         ("exact_rows", exact, "rows"),
         ("exact_rows_99_percent", float(counts.double().quantile(0.99)), "rows"),
     ]
-    rows += [Row(case.name, "fhopt, certain", metric, value, unit) for metric, value, unit in told]
+    rows += [Row(case.name, "fhopt, certain", metric, value, unit) for metric, value, unit in figures]
     dense = case.head.dense_bytes
     rows.append(Row(case.name, "fhopt, certain", "bytes", read, "bytes", baseline=dense, ratio=dense / read))
     return rows
 
 
 def measure(case: Case, rounds: int, batches: Sequence[int] = BATCHES) -> list[Row]:
-    """All rows of a case."""
+    """Measure all rows of a case."""
     rows = agreement(case)
     for batch in batches:
         rows += times(case, batch, rounds)
@@ -183,7 +183,7 @@ def measure(case: Case, rounds: int, batches: Sequence[int] = BATCHES) -> list[R
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """Times, a line for each case and batch."""
+    """Format times, a line for each case and batch."""
     timed = [row for row in rows if row.metric == "time_ms"]
     impls = list(dict.fromkeys(_kind(row) for row in timed))
     table = Table(title="milliseconds to the arg-max (speed-up over the best dense head)", title_justify="left")
@@ -214,7 +214,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def _kind(row: Row) -> str:
-    """The implementation, whatever the number of clusters."""
+    """Return the name of the implementation without the number of clusters."""
     return "fhopt, some clusters" if "clusters" in row.impl else row.impl
 
 
@@ -233,9 +233,9 @@ def main(quick: bool, threads: int) -> None:
         makers += [_random(dtype) for dtype in (torch.float32, torch.bfloat16)]
     rows: list[Row] = []
     for make in makers:
-        found = measure(make(), 5 if quick else ROUNDS)
-        rows += [replace(row, case=f"{row.case}, {threads} threads") if threads > 1 else row for row in found]
-        screen().print(summary(found))
+        results = measure(make(), 5 if quick else ROUNDS)
+        rows += [replace(row, case=f"{row.case}, {threads} threads") if threads > 1 else row for row in results]
+        screen().print(summary(results))
     record("retrieval_head", rows, lambda figure: draw(figure, rows), summary(rows))
 
 

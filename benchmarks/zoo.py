@@ -78,7 +78,7 @@ def main(only: str | None, quick: bool) -> None:
 
 
 def _be_quiet() -> None:
-    """One thread (the models are tiny), no network, and nothing of what torch and transformers say on the way."""
+    """Use one thread (the models are tiny) and no network, and silence torch and transformers."""
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -87,7 +87,7 @@ def _be_quiet() -> None:
 
 
 def sample(zoo: Iterable[Entry]) -> list[Entry]:
-    """Of every fifth name one entry, not the same one each time, so that all implementations and steps appear."""
+    """Take one entry of every fifth name, in turns, so that all implementations and steps appear."""
     by_name: dict[str, list[Entry]] = {}
     for entry in zoo:
         if not entry.slow:
@@ -96,7 +96,7 @@ def sample(zoo: Iterable[Entry]) -> list[Entry]:
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """The figures of each entry."""
+    """Return the figures of each entry."""
     return [
         Row(result.entry.label, "find", metric, float(getattr(result, metric)), unit)
         for result in results
@@ -108,7 +108,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
 
 
 def summary(results: Iterable[Result]) -> Table:
-    """One line for each family."""
+    """Format a line for each family."""
     families: dict[str, list[Result]] = {}
     for result in results:
         families.setdefault(result.entry.family, []).append(result)
@@ -136,7 +136,7 @@ def _explained(results: Iterable[Result]) -> str:
 
 
 def draw(figure: Figure, results: Sequence[Result]) -> None:
-    """Left: how far outputs and gradients are from the captured graph's. Right: how long the finder takes."""
+    """Draw how far outputs and gradients are from the captured graph's, and how long the finder takes."""
     errors, times = figure.subplots(1, 2)
     for name, values in (
         ("outputs and caches", [result.max_error for result in results]),
@@ -155,7 +155,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
 
 
 def write_page(path: Path, results: Sequence[Result]) -> None:
-    """The Markdown page: a table for each family, a line for each model."""
+    """Write the Markdown page: a table for each family, a line for each model."""
     used, on = versions(), machine()
     known, _, state = commit().partition("-")
     measured = f"{known[:12]} ({state})" if state else known[:12]
@@ -186,7 +186,7 @@ def _worst(errors: Iterable[float]) -> str:
 
 
 def _family_table(results: Iterable[Result]) -> list[str]:
-    """A line for each name, over all its implementations and steps."""
+    """Format a line for each name, over all its implementations and steps."""
     by_name: dict[str, list[Result]] = {}
     for result in results:
         by_name.setdefault(result.entry.name, []).append(result)
@@ -247,7 +247,7 @@ def _cache(cache: str) -> str:
 
 
 def _left_alone(results: Iterable[Result]) -> str:
-    """The reasons, the same one for several layers once, with how often it was given."""
+    """Format the reasons, each once, with the number of sites that have it."""
     counts: dict[str, int] = {}
     for result in results:
         for missed in result.missed:

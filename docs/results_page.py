@@ -216,6 +216,20 @@ def compiled_zoo(results: Results) -> str:
     return table(["", "flashhead", "inductor"], lines)
 
 
+def coverage(results: Results) -> str:
+    """Format lines and branches of each package, then the modules of which few lines are run, with the reason."""
+    packages = [row for row in results.rows if row["metric"] != "lines_of_module"]
+    cells = {(row["case"], row["metric"]): f"{row['value']:.1f}" for row in packages}
+    names = dict.fromkeys(row["case"] for row in packages)
+    lines = ([name, cells[name, "lines"], cells.get((name, "branches"), "-")] for name in names)
+    parts = [table(["package", "lines, %", "branches, %"], lines)]
+    modules = [[f"`{row['case']}`", f"{row['value']:.1f}", row["impl"]] for row in results.of("lines_of_module")]
+    if modules:
+        parts.append("Modules of which the tests run less than 80 % of the lines:")
+        parts.append(table(["module", "lines, %", "why"], modules))
+    return "\n\n".join(parts)
+
+
 HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 16 bits
 
 
@@ -294,7 +308,7 @@ SECTIONS = {
         "what they need is not installed.", by_case,
     ),
     "coverage": Section(
-        "Test coverage", "make coverage", "Of the tests that are not slow, without a GPU.", by_case
+        "Test coverage", "make coverage", "Of the tests that are not slow, without a GPU.", coverage
     ),
     "finding": Section("Cost of finding attention", "make bench-find", "Seconds and nodes.", by_case),
 }  # fmt: skip

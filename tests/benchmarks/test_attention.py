@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import attention
+import attention_contenders
+import attention_page
+import attention_shapes
+import psutil
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import attention
-import psutil
-from attention import Case, Contender
+from attention_contenders import Contender
+from attention_shapes import Case
 
 from fhopt.codegen.dispatch import install
 
 
 @pytest.mark.parametrize(("dim", "size"), [(64, 6), (64, 30), (64, 62), (128, 14), (128, 62), (128, 126)])
 def test_tiers_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
-    tiers = attention.spectrum_tiers(dim, size)
+    tiers = attention_contenders.spectrum_tiers(dim, size)
     assert size - dim // 8 < sum(bits * width for bits, width, _ in tiers) // 8 <= size
     assert sum(width for _, width, _ in tiers) <= dim
     assert [bits for bits, _, _ in tiers] == sorted({bits for bits, _, _ in tiers}, reverse=True)
@@ -28,12 +28,12 @@ def test_tiers_fill_a_row_and_are_never_wider(dim: int, size: int) -> None:
 @pytest.mark.slow
 def test_each_contender_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LEAST", 2)
-    real = attention.torch_ways
+    real = attention_contenders.torch_implementations
 
     def without_compiling(*operands: Any) -> Any:
         return ((name, call) for name, call in real(*operands) if "inductor" not in name and "flex" not in name)
 
-    monkeypatch.setattr(attention, "torch_ways", without_compiling)
+    monkeypatch.setattr(attention_contenders, "torch_implementations", without_compiling)
     install()
     case = Case("GQA 9/3x64", 96, 2, "float32", 1)
     found = attention.measure(case, 0.0)
@@ -63,7 +63,7 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 2e9})())
-    fitting, left_out = attention.cases(("MHA 32x128",), (4096, 32768), (1,), ("float32",), (1, 2))
+    fitting, left_out = attention_shapes.cases(("MHA 32x128",), (4096, 32768), (1,), ("float32",), (1, 2))
     assert [case.tokens for case in fitting] == [4096, 4096]
     assert len(left_out) == 2 and "needs 4 GB" in left_out[0]
 
@@ -74,7 +74,7 @@ def test_the_page_has_every_case_and_the_promises() -> None:
         case = Case("GQA 32/8x128", tokens, 1, "float32", 1)
         found = [Contender("bmm", torch.ones, 100, False, [2.0]), Contender("fhopt 8x", torch.ones, 12, True, [0.25])]
         rows += attention.rows_of(case, found, 20.0)
-    assert attention.promised(rows) == [("GQA 32/8x128, T=32768, B=1, float32, 1 thread: fhopt 8x", 5.0, 8.0)]
-    page = attention.markdown(rows, ["a case: needs 9 GB"])
+    assert attention_page.promised(rows) == [("GQA 32/8x128, T=32768, B=1, float32, 1 thread: fhopt 8x", 5.0, 8.0)]
+    page = attention_page.markdown(rows, ["a case: needs 9 GB"])
     assert "| fhopt 8x | 250 (8.00x), 0 GB/s | 250 (8.00x), 0 GB/s |" in page
     assert "Left out: a case: needs 9 GB." in page and "| 5.0x | 8.00x |" in page

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,9 @@ from competitors import (
     Codec,
     Kivi,
     LowRank,
+    QuantizedBlocks,
     RoundToNearest,
     Schedule,
-    Sealing,
     Shape,
     Transformers,
     asymmetric,
@@ -25,8 +23,6 @@ from competitors import (
 )
 from small_models import tiny_llama, token_ids
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # not installed
 
 SCHEDULE = Schedule(sinks=4, recent=32, block=32)
 SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)
@@ -41,8 +37,8 @@ def llama() -> Any:
 
 @torch.no_grad()
 def read(model: Any, codec: Codec, ids: Tensor, schedule: Schedule = SCHEDULE) -> tuple[Tensor, Any]:
-    """(logits, cache) after reading `ids` in steps that end where a block is sealed."""
-    cache = Sealing(codec, schedule).new_cache(model)
+    """(logits, cache) after reading `ids` in steps that end where a block is quantized."""
+    cache = QuantizedBlocks(codec, schedule).new_cache(model)
     cuts = [0, *range(schedule.first_step, ids.shape[1], schedule.block), ids.shape[1]]
     parts = [
         model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
@@ -75,20 +71,20 @@ def test_fewer_bits_cost_more(llama: Any, make: Any) -> None:
     assert errors[0] > 2 * errors[1] > 8 * errors[2] > 0
 
 
-def test_sinks_and_window_are_exact_and_sealed_tokens_are_not(llama: Any) -> None:
+def test_sinks_and_window_are_exact_and_quantized_tokens_are_not(llama: Any) -> None:
     ids = token_ids(1, 170)
     _, cache = read(llama, Kivi(2), ids)
     _, exact = read(llama, Kivi(2), ids, Schedule(recent=1000))
-    sealed = SCHEDULE.sealed(170)
-    assert sealed == 128 and cache.layers[0].sealed == sealed and exact.layers[0].sealed == 0
+    quantized = SCHEDULE.quantized(170)
+    assert quantized == 128 and cache.layers[0].quantized == quantized and exact.layers[0].quantized == 0
     for side in ("keys", "values"):
         found, expected = (
             getattr(cache.layers[0], side),
             getattr(exact.layers[0], side),
         )  # the first layer reads no cache
         close = (found - expected).abs().amax((0, 1, 3)) < 1e-5  # float32, steps of other sizes
-        assert close[: SCHEDULE.sinks].all() and close[SCHEDULE.sinks + sealed :].all()
-        assert not close[SCHEDULE.sinks : SCHEDULE.sinks + sealed].any()
+        assert close[: SCHEDULE.sinks].all() and close[SCHEDULE.sinks + quantized :].all()
+        assert not close[SCHEDULE.sinks : SCHEDULE.sinks + quantized].any()
 
 
 def test_a_step_reads_its_own_tokens_exactly(llama: Any) -> None:
@@ -145,7 +141,7 @@ def test_kivi_groups_keys_over_tokens_and_values_over_channels() -> None:
     ],
 )
 def test_bytes_of_a_codec_by_hand(codec: Codec, token_bytes: int, ratio: float) -> None:
-    rival = Sealing(codec, Schedule())
+    rival = QuantizedBlocks(codec, Schedule())
     expected = 90 * (SEALED * token_bytes + OPEN * 256)  # 30 layers of 3 heads
     assert rival.cache_bytes(SMOLLM2, AT) == expected
     assert AT * SMOLLM2.exact_token_bytes / expected == pytest.approx(ratio, abs=5e-3)
@@ -159,14 +155,14 @@ def test_bytes_of_transformers_own_cache_by_hand(bits: int, token_bytes: int) ->
 
 
 def test_short_caches_are_exact() -> None:
-    assert Sealing(Kivi(2), Schedule()).cache_bytes(SMOLLM2, 131) == 131 * 23_040
+    assert QuantizedBlocks(Kivi(2), Schedule()).cache_bytes(SMOLLM2, 131) == 131 * 23_040
 
 
 @pytest.mark.parametrize(("ratio", "rank"), [(3.2, 20), (4, 16), (8, 8), (12, 5)])
 def test_the_rank_is_the_least_that_is_not_smaller_than_the_ratio(ratio: float, rank: int) -> None:
     assert rank_for(ratio, SMOLLM2, Schedule(), AT) == rank
     basis = torch.zeros(3, 64, rank)
-    held = Sealing(LowRank([(basis, basis)]), Schedule()).cache_bytes(SMOLLM2, AT)
+    held = QuantizedBlocks(LowRank([(basis, basis)]), Schedule()).cache_bytes(SMOLLM2, AT)
     allowed = AT * SMOLLM2.exact_token_bytes / ratio
     assert held >= allowed > held - SEALED * 90 * 4
 

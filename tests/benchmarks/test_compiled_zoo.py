@@ -7,24 +7,22 @@ its test.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import compiled_zoo
+import compiled_zoo_results
+import compiled_zoo_tasks
 import pytest
 import torch
+from compiled_zoo_results import Seen, Task
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # not installed
-import compiled_zoo
-from compiled_zoo import Seen, Task
 
 from fhopt.backend.compile import last_outcome
 from fhopt.ops import attention
 
-TASKS = compiled_zoo.tasks()
+TASKS = compiled_zoo_tasks.tasks()
 SMALL = [t for t in TASKS if t.entry.family != "huggingface"]
 EVERY = 45  # of the small tasks
 FAST = """
@@ -124,9 +122,9 @@ def test_a_compiler_that_specialises_a_size_is_found_out(monkeypatch: pytest.Mon
 
 def test_a_graph_that_is_given_up_is_found_out() -> None:
     seen = {name: Seen([torch.ones(2)], graphs=1) for name in compiled_zoo.COMPILERS}
-    assert compiled_zoo.Result(a_task(), seen).failures == []
+    assert compiled_zoo_results.Result(a_task(), seen).failures == []
     seen["flashhead"] = replace(seen["flashhead"], given_up=["fhopt left a graph to inductor: ..."], breaks=1)
-    assert compiled_zoo.Result(a_task(), seen).failures == [
+    assert compiled_zoo_results.Result(a_task(), seen).failures == [
         "fhopt left a graph to inductor: ...",
         "1 breaks, inductor has 0",
     ]

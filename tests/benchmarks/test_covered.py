@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import covered
+import covered_parts
+import pytest
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks")]
-import covered  # noqa: E402
 
 
 def of_file(statements: int, lines: int, branches: int, taken: int) -> dict[str, Any]:
@@ -16,14 +20,86 @@ def of_file(statements: int, lines: int, branches: int, taken: int) -> dict[str,
     return {"summary": counts | {"percent_covered": 1.5}}
 
 
-def test_percentages_are_of_sums_by_part_and_of_all() -> None:
+def test_percentages_are_of_sums_by_package_and_of_all() -> None:
     files = {
-        "fhopt/cli.py": of_file(100, 95, 10, 5),
-        "passes/core.py": of_file(50, 50, 4, 4),
-        "fhopt/codegen/cpu/attention.py": of_file(40, 20, 0, 0),
-        "fhopt/seeing/drawing.py": of_file(10, 9, 6, 3),
+        "fhopt/errors.py": of_file(100, 95, 10, 5),
+        "passes/graph/program.py": of_file(50, 50, 4, 4),
+        "fhopt/codegen/cpu/attention.py": of_file(30, 15, 0, 0),
+        "codegen/cpu/packing.py": of_file(10, 5, 0, 0),
+        "fhopt/inspection/drawing.py": of_file(10, 9, 6, 3),
     }
-    found = {(row.case, row.metric): row.value for row in covered.rows_of(files)}
-    assert found["fhopt", "lines"] == 95 and found["passes", "branches"] == 100 and ("codegen", "branches") not in found
-    assert found["all", "lines"] == 100 * 174 / 200 and found["all", "branches"] == 100 * 12 / 20
-    assert [*dict.fromkeys(case for case, _ in found)] == ["codegen", "fhopt", "passes", "seeing", "all"]
+    values = {(row.case, row.metric): row.value for row in covered.rows_of(files) if row.impl == "tests"}
+    assert values["fhopt", "lines"] == 95 and values["passes/graph", "branches"] == 100
+    assert values["codegen/cpu", "lines"] == 50 and ("codegen/cpu", "branches") not in values
+    assert values["all", "lines"] == 100 * 174 / 200 and values["all", "branches"] == 100 * 12 / 20
+    names = [*dict.fromkeys(case for case, _ in values)]
+    assert names == ["codegen/cpu", "fhopt", "fhopt/inspection", "passes/graph", "all"]
+
+
+def test_modules_below_the_limit_are_listed_with_the_reason() -> None:
+    files = {
+        "fhopt/plan/site.py": of_file(10, 9, 0, 0),
+        "fhopt/cli/demo.py": of_file(10, 7, 0, 0),
+        "passes/pipeline.py": of_file(10, 2, 0, 0),
+        "fhopt/texts/__init__.py": of_file(0, 0, 0, 0),
+    }
+    rows = [row for row in covered.rows_of(files) if row.metric == "lines_of_module"]
+    assert [(row.case, row.value) for row in rows] == [("passes/pipeline.py", 20), ("fhopt/cli/demo.py", 70)]
+    assert rows[0].impl == covered.UNEXPLAINED and "test-slow" in rows[1].impl
+
+
+def test_reasons_are_given_for_modules_that_exist() -> None:
+    assert [path for path in covered.REASONS if not (ROOT / path).exists()] == []
+
+
+def test_every_file_of_tests_is_in_one_part_and_a_part_has_the_name_of_its_package() -> None:
+    known = covered_parts.parts()
+    files = [path for part in known for path in part.paths]
+    folders = ("unit", "integration", "robustness", "benchmarks")
+    assert sorted(files) == sorted(
+        str(path.relative_to(ROOT / "tests")) for name in folders for path in (ROOT / "tests" / name).rglob("test_*.py")
+    )
+    names = {part.name for part in known}
+    assert {"fhopt", "fhopt/plan", "passes/rewrite", "codegen", "codegen/cpu"} <= names and len(names) == len(known)
+    assert all((ROOT / name).is_dir() for name in names if not name.endswith(".py"))
+
+
+def test_a_part_is_measured_again_when_its_package_or_its_tests_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("fhopt/plan/site.py", "fhopt/errors.py", "tests/unit/plan/test_site.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("")
+    monkeypatch.setattr(covered_parts, "ROOT", tmp_path)
+    monkeypatch.setattr(covered_parts, "FOLDER", tmp_path / "build")
+    part = covered_parts.Part("fhopt/plan", ("unit/plan/test_site.py",))
+    part.folder.mkdir(parents=True)
+
+    def ended(state: str) -> None:
+        about = {"sources": covered_parts.digests(covered_parts._sources()), "state": state}
+        about["tests"] = covered_parts.digests([tmp_path / "tests" / path for path in part.paths])
+        (part.folder / covered_parts.STATE).write_text(json.dumps(about))
+
+    assert not covered_parts.is_current(part) and covered_parts.kept(part) is None
+    ended("interrupted")
+    assert not covered_parts.is_current(part)
+    ended("failed")
+    assert covered_parts.kept(part) == covered_parts.Run(part, "failed", 0.0)
+    (tmp_path / "fhopt" / "errors.py").write_text("changed")
+    assert covered_parts.is_current(part)
+    for path in ("fhopt/plan/site.py", "tests/unit/plan/test_site.py"):
+        (tmp_path / path).write_text("changed")
+        assert not covered_parts.is_current(part)
+        ended("passed")
+
+
+def test_a_part_that_takes_too_long_is_interrupted() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    assert covered_parts._wait(child, 0.1) == "interrupted" and child.returncode is not None
+
+
+def test_what_is_not_as_it_should_be_is_said() -> None:
+    rows = covered.rows_of({"fhopt/errors.py": of_file(100, 95, 0, 0)})
+    assert covered.problems(rows, [], []) == []
+    failed, waiting = covered.problems(rows, ["fhopt/plan"], ["fhopt/ops", "fhopt"])
+    assert "fhopt/plan" in failed and waiting.startswith("2 parts are not measured to the end: fhopt/ops, fhopt.")

@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gpu_attention
+import gpu_cases
+import gpu_checks
+import gpu_decode_steps
+import gpu_timing
 import pytest
 import torch
 from needs import needs_triton
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import gpu
 from recording import Row
 
 from fhopt.ops import packing
@@ -52,7 +54,7 @@ def test_a_dry_run_takes_every_step_and_leaves_the_results_alone(tmp_path: Path)
     before, out = results(), tmp_path / "out"
     done = run(tmp_path, "--dry", "--tune", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count(": Config(block_t=") == len(gpu.TINY.latents)
+    assert done.stderr.count(": Config(block_t=") == len(gpu_cases.TINY.latents)
     assert results() == before
     rows = [Row(**row) for row in json.loads((out / "gpu-dry.json").read_text())["rows"]]
     assert all(row.case.startswith("dry, ") and row.value > 0 for row in rows)
@@ -93,7 +95,7 @@ def test_a_kernel_that_is_wrong_ends_the_run_before_anything_is_measured(tmp_pat
 def test_without_a_gpu_one_line_says_what_is_needed(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == gpu.NEEDS and "--dry" in gpu.NEEDS
+    assert done.stderr.splitlines()[-1] == gpu_timing.NEEDS and "--dry" in gpu_timing.NEEDS
 
 
 # --------------------------------------------------------------------------------------------------- parts
@@ -103,21 +105,23 @@ def test_the_first_check_that_fails_is_named_with_what_was_found(monkeypatch: py
     def fail() -> str:
         raise RuntimeError("out of\n resources")
 
-    machine, sizes = gpu.dry_machine(), gpu.TINY_SIZES
+    machine, sizes = gpu_timing.dry_machine(), gpu_cases.TINY_SIZES
     for compare, words in ((lambda: "3 numbers differ", "3 numbers differ"), (fail, "it fails (out of resources)")):
-        monkeypatch.setattr(gpu, "checks", lambda *_, c=compare: iter([("encode", str), ("pack", c), ("unpack", fail)]))
-        with pytest.raises(gpu.Wrong) as found:
-            gpu.check(machine, sizes)
+        monkeypatch.setattr(
+            gpu_checks, "checks", lambda *_, c=compare: iter([("encode", str), ("pack", c), ("unpack", fail)])
+        )
+        with pytest.raises(gpu_checks.Wrong) as found:
+            gpu_checks.check(machine, sizes)
         assert found.value.message.startswith(f"pack is wrong on dry: {words}. Nothing was measured.")
 
 
 def test_the_packing_that_is_compared_is_that_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_pack = pytest.importorskip("fhopt.codegen.gpu.packing")
-    machine = gpu.dry_machine()
+    machine = gpu_timing.dry_machine()
     monkeypatch.setattr(triton_pack, "pack", packing.pack_reference)
-    assert gpu.compare_pack(machine) == ""
+    assert gpu_checks.compare_pack(machine) == ""
     monkeypatch.setattr(triton_pack, "pack", lambda z, *plan: packing.pack_reference(z * 1.1, *plan))
-    assert "numbers differ from the reference" in gpu.compare_pack(machine)
+    assert "numbers differ from the reference" in gpu_checks.compare_pack(machine)
 
 
 class Recorder:
@@ -158,13 +162,14 @@ def test_a_graph_has_every_call_once_a_turn_and_gives_the_time_of_one(monkeypatc
     for name in ("stream", "graph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: Recorder())
     calls = [lambda i=i: Recorder.recorded.append(i) for i in range(3)]
-    assert gpu.graph_ms(calls, 2) == 1.0
+    assert gpu_timing.graph_ms(calls, 2) == 1.0
     assert Recorder.recorded == [0, 1, 2, 0, 1, 2]
 
 
 def test_the_latents_that_are_measured_are_as_small_as_the_targets_say() -> None:
     found = {
-        shape.name: [shape.label(latent, torch.bfloat16) for latent in shape.latents] for shape in gpu.Sizes().shapes
+        shape.name: [shape.label(latent, torch.bfloat16) for latent in shape.latents]
+        for shape in gpu_cases.Sizes().shapes
     }
     of_gqa = ["fhopt, uncoded", "fhopt 3.9x", "fhopt 5.2x", "fhopt 7.8x"]
     assert found == {
@@ -175,18 +180,18 @@ def test_the_latents_that_are_measured_are_as_small_as_the_targets_say() -> None
 
 
 def test_buffers_that_rotate_are_together_larger_than_the_cache_and_read_long_enough() -> None:
-    machine = replace(gpu.dry_machine(), cold=1000, long=5000)
-    made, turns = gpu.rotating(machine, 300, object)
+    machine = replace(gpu_timing.dry_machine(), cold=1000, long=5000)
+    made, turns = gpu_timing.rotating(machine, 300, object)
     assert len(set(map(id, made))) == 4 and 300 * 4 * turns >= 5000
-    assert gpu.rotating(machine, 9000, int) == ([0], 1)
+    assert gpu_timing.rotating(machine, 9000, int) == ([0], 1)
     with pytest.raises(MemoryError, match=r"needs 0\.001 GB, 0\.0007 GB are free"):
-        gpu.rotating(replace(machine, free=lambda: 700_000), 1_000_000, object)
+        gpu_timing.rotating(replace(machine, free=lambda: 700_000), 1_000_000, object)
 
 
 def test_the_layers_that_fit_leave_room_for_weights_and_caches() -> None:
-    model = gpu.LLAMA_2_7B
+    model = gpu_cases.LLAMA_2_7B
     layer = 4 * 4096**2 + 3 * 4096 * 11008
-    cache = 2 * 8 * (32768 + gpu.SPARE) * 4096
+    cache = 2 * 8 * (32768 + gpu_cases.SPARE) * 4096
     rest = 2 * 32000 * 4096 + 2 * cache
     assert model.depth(8, 32768, rest + 5.5 * (layer + cache)) == 5
     assert model.depth(8, 32768, 1e15) == 32 and model.depth(8, 32768, 0) == 0
@@ -194,7 +199,7 @@ def test_the_layers_that_fit_leave_room_for_weights_and_caches() -> None:
 
 def test_a_scaled_step_is_on_the_line_through_two_measured_ones() -> None:
     times = {8: {"transformers, sdpa": 18.0, "fhopt 8x": 10.0}, 4: {"transformers, sdpa": 10.0, "fhopt 8x": 6.0}}
-    rows = gpu.step_rows("case", 32, times)
+    rows = gpu_decode_steps.step_rows("case", 32, times)
     assert [(row.case, row.metric) for row in rows[:4]] == [
         (f"case, {n} of 32 layers", "step_ms") for n in (8, 8, 4, 4)
     ]
@@ -205,15 +210,19 @@ def test_a_scaled_step_is_on_the_line_through_two_measured_ones() -> None:
 
 
 def test_a_step_of_all_layers_is_not_scaled() -> None:
-    rows = gpu.step_rows("case", 2, {2: {"transformers, sdpa": 3.0, "transformers, grouped": 2.0, "fhopt 8x": 1.0}})
+    rows = gpu_decode_steps.step_rows(
+        "case", 2, {2: {"transformers, sdpa": 3.0, "transformers, grouped": 2.0, "fhopt 8x": 1.0}}
+    )
     assert [(row.metric, row.ratio) for row in rows] == [("step_ms", 2 / 3), ("step_ms", 1.0), ("step_ms", 2.0)]
-    assert gpu.depths(2, 2) == (2,) and gpu.depths(9, 32) == (9, 4)
+    assert gpu_decode_steps.depths(2, 2) == (2,) and gpu_decode_steps.depths(9, 32) == (9, 4)
 
 
-@pytest.mark.parametrize("latent", (*gpu.TINY.latents[1:], gpu.Latent(2, gpu.tiers((8, 16)), gpu.tiers((2, 8)))))
+@pytest.mark.parametrize(
+    "latent", (*gpu_cases.TINY.latents[1:], gpu_cases.Latent(2, gpu_cases.tiers((8, 16)), gpu_cases.tiers((2, 8))))
+)
 def test_a_plan_by_hand_has_orthonormal_bases_and_the_bytes_that_are_counted(latent: Any) -> None:
-    shape = gpu.TINY
-    plan = gpu.hand_plan(gpu.TINY_NETWORK, latent, 2)
+    shape = gpu_cases.TINY
+    plan = gpu_decode_steps.hand_plan(gpu_cases.TINY_NETWORK, latent, 2)
     assert sum(site.token_bytes() for site in plan.sites) == 2 * shape.latent_bytes(latent, torch.bfloat16)
     for side in (plan.sites[0].key, plan.sites[0].value):
         product = side.encode @ side.encode.mT
@@ -225,6 +234,9 @@ def test_every_way_of_torch_gives_the_same_attention() -> None:
     from torch.nn.attention import SDPBackend
 
     query, key, value = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
-    wanted = gpu.by_sdpa(SDPBackend.MATH, False, query, key, value)
-    for found in (gpu.by_products(query, key, value), gpu.by_sdpa(SDPBackend.MATH, True, query, key, value)):
+    wanted = gpu_attention.by_sdpa(SDPBackend.MATH, False, query, key, value)
+    for found in (
+        gpu_attention.by_products(query, key, value),
+        gpu_attention.by_sdpa(SDPBackend.MATH, True, query, key, value),
+    ):
         torch.testing.assert_close(found.reshape(wanted.shape), wanted)

@@ -11,18 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import memory
 import pytest
 import torch
 from hand_plans import SITE
+from recording import process_bytes
 
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.cache.report import cache_bytes
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import memory
-from recording import process_bytes
 
 LAYERS, HEADS, SIZE, TOKENS = 30, 3, 64, 8192
 TIERS = (Tier(4, 40, 0.4), Tier(3, 24, 0.7))  # 29 bytes and a scale in place of 128

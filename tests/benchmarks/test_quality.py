@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from quality import Implementation, Result, Text, baselines, contests, gain, rows
+from quality_comparison import baselines, contests, gain, rows
+from quality_measurement import Implementation, Result, Text
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts
 from fhopt.texts import tokens
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # not installed
-
 
 # --------------------------------------------------------------------------------------------------- the benchmark
 

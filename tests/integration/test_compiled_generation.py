@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory import plain_plan
 from torch._dynamo.utils import counters
 from transformers.generation.streamers import BaseStreamer
 
 import fhopt
 from fhopt.models.loader import load_model
 from fhopt.texts import tokens
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from memory import plain_plan
 
 PROMPT, FIRST, MORE = 400, 2, 500
 LAYERS = 9  # of 30 that are alike: more than the 8 graphs of one function after which Dynamo gives up

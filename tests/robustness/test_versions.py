@@ -19,16 +19,16 @@ import matrix  # noqa: E402
 import noxfile  # noqa: E402
 
 
-def wanted(package: str) -> set[str]:
+def versions_in_matrix(package: str) -> set[str]:
     """The versions of a package that environments ask for, "" for the newest."""
-    asked = [name.partition("==") for e in noxfile.ENVIRONMENTS.values() for name in e.wanted]
+    asked = [name.partition("==") for e in noxfile.ENVIRONMENTS.values() for name in e.packages]
     return {version.removesuffix(".*") for name, _, version in asked if name == package}
 
 
 def test_every_version_that_matters_is_in_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"2.11", "2.12", "2.13", ""} <= wanted("torch")
-    assert {"3.6", "3.7", ""} <= wanted("triton")
-    assert {"5.20", ""} <= wanted("transformers")
+    assert {"2.11", "2.12", "2.13", ""} <= versions_in_matrix("torch")
+    assert {"3.6", "3.7", ""} <= versions_in_matrix("triton")
+    assert {"5.20", ""} <= versions_in_matrix("transformers")
     assert {e.python for e in noxfile.ENVIRONMENTS.values()} == {"3.10", "3.11", "3.12", "3.13"}
 
 
@@ -38,7 +38,7 @@ def test_the_oldest_environment_asks_for_the_lower_bound_of_every_requirement() 
     assert needed is not None
     bounds = re.findall(r'"([\w-]+)>=([\d.]+)', needed[1])
     assert len(bounds) >= 8
-    assert {f"{name}=={bound}" for name, bound in bounds} <= set(noxfile.ENVIRONMENTS["oldest"].wanted)
+    assert {f"{name}=={bound}" for name, bound in bounds} <= set(noxfile.ENVIRONMENTS["oldest"].packages)
 
 
 def test_every_file_of_tests_that_is_named_is_there() -> None:
@@ -53,7 +53,7 @@ def test_the_page_of_versions_names_every_environment() -> None:
         said = set(
             re.findall(rf"{package} (\d+\.\d+)", "\n".join(line for line in page.splitlines() if line[:3] == "| `"))
         )
-        assert said == {version for version in wanted(package.lower()) if version} - lowest(package.lower())
+        assert said == {version for version in versions_in_matrix(package.lower()) if version} - lowest(package.lower())
 
 
 def lowest(package: str) -> set[str]:

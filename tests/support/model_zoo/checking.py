@@ -1,4 +1,4 @@
-"""Is what the finder makes of a graph the same function, and did it find what is there?
+"""Check that what the finder makes of a graph is the same function, and that it finds what is there.
 
     entry.build() -> capture -> run (outputs, changed inputs, gradients)      the graph as it was captured
                              -> passes.find -> run, on equal inputs           the graph as it was rewritten
@@ -35,7 +35,7 @@ TOLERANCE = 1e-5  # float32, and sums in another order: about 100 roundings of 1
 
 
 def entries() -> list[Entry]:
-    """The whole zoo. Raises ValueError when two entries have the same label."""
+    """Return the whole zoo. Raises ValueError when two entries have the same label."""
     zoo = [entry for name in MODULES for entry in _entries_of(name)]
     twice = [label for label, count in Counter(entry.label for entry in zoo).items() if count > 1]
     if twice:
@@ -55,7 +55,7 @@ def _entries_of(name: str) -> list[Entry]:
 
 @dataclass
 class Result:
-    """What the finder did with one entry, over all its graphs.
+    """Results of the finder on one entry, over all its graphs.
 
     max_error: of any output or changed input, relative to the largest number of that tensor. max_gradient_error: of
     any gradient, relative to the largest gradient; 0 where the captured graph has none.
@@ -89,7 +89,7 @@ class Result:
 
     @property
     def explanations(self) -> list[Explanation]:
-        """What was left alone for the reason that the entry expects."""
+        """Attentions left alone for the reason that the entry expects."""
         return [missed for missed in self.missed if re.search(self.entry.reason, missed.reason)]
 
     @property
@@ -99,8 +99,8 @@ class Result:
         if self.sites_found != self.sites_expected:
             failures.append(f"{self.sites_found} sites found, expected {self.sites_expected}")
         if self.sites_explained < self.entry.explained:
-            wanted = f" with the reason {self.entry.reason!r}" if self.entry.reason else ""
-            failures.append(f"{self.sites_explained} explained{wanted}, expected {self.entry.explained}")
+            reason = f" with the reason {self.entry.reason!r}" if self.entry.reason else ""
+            failures.append(f"{self.sites_explained} explained{reason}, expected {self.entry.explained}")
         for name, error in (("outputs", self.max_error), ("gradients", self.max_gradient_error)):
             if not error <= TOLERANCE:
                 failures.append(f"{name} differ by {error:.1e} of the largest, expected at most {TOLERANCE:.0e}")
@@ -108,14 +108,14 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """True when everything was found or explained, and nothing computes other numbers."""
+        """Whether everything was found or explained, and no number is another."""
         return not self.failures
 
 
 def check(entry: Entry, exported: bool = False) -> Result:
     """Capture the entry, with `torch.export` if `exported`, run the finder, and compare.
 
-    What goes wrong on the way is no exception, but one of the result's `failures`.
+    An exception on the way is not raised, but is one of the result's `failures`.
     """
     result = Result(entry)
     case = entry.build()
@@ -171,7 +171,7 @@ def _check_graph(program: Program, result: Result) -> None:
 
 
 def _version(value: Any) -> int:
-    """Counts changes in place; -1 where there is nothing to count."""
+    """Count the changes in place of a tensor; -1 for anything else."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
 
 
@@ -201,9 +201,9 @@ class _Run:
 
     def __init__(self, program: Program) -> None:
         with torch.no_grad():
-            given = {name: _clone(value) for name, value in program.values.items()}
-            self.outputs = _call(program, given)
-        self.inputs = {name: value for name, value in given.items() if name not in program.parameters}
+            inputs = {name: _clone(value) for name, value in program.values.items()}
+            self.outputs = _call(program, inputs)
+        self.inputs = {name: value for name, value in inputs.items() if name not in program.parameters}
         self.gradients: dict[str, Tensor | None] = {}
         self.refusal = ""
         try:
@@ -213,23 +213,23 @@ class _Run:
 
 
 def _clone(value: Any) -> Any:
-    """An equal tensor of its own memory; anything else as it is, symbols as their hints."""
+    """Return an equal tensor of its own memory; anything else as it is, symbols as their hints."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
 
 
-def _call(program: Program, given: dict[str, Any]) -> list[Any]:
+def _call(program: Program, inputs: dict[str, Any]) -> list[Any]:
     torch.manual_seed(0)
-    return tree_leaves(program.module(*given.values()))
+    return tree_leaves(program.module(*inputs.values()))
 
 
 def _gradients(program: Program) -> dict[str, Tensor | None]:
-    """Of one random projection of all outputs, with respect to every floating input, parameter or not."""
-    given = {name: _clone(value) for name, value in program.values.items()}
-    leaves = {name: v.requires_grad_() for name, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    """Return gradients of one random projection of all outputs, by every floating input, parameters included."""
+    inputs = {name: _clone(value) for name, value in program.values.items()}
+    leaves = {name: v.requires_grad_() for name, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     with torch.enable_grad():
-        passed = {name: v.clone() if name in leaves else v for name, v in given.items()}  # leaves may not be written to
+        passed = {name: v.clone() if name in leaves else v for name, v in inputs.items()}  # leaves are read-only
         outputs = [o for o in _call(program, passed) if isinstance(o, Tensor) and o.requires_grad]
         if not outputs:
             return dict.fromkeys(leaves)
@@ -243,12 +243,12 @@ def _gradients(program: Program) -> dict[str, Tensor | None]:
 
 
 def _largest_difference(before: _Run, after: _Run) -> float:
-    """Over all outputs, and all inputs that are no parameters."""
+    """Return the largest difference over all outputs, and all inputs that are not parameters."""
     if len(before.outputs) != len(after.outputs):
         return math.inf
     pairs = [*zip(before.outputs, after.outputs, strict=True)]
     pairs += [(value, after.inputs.get(name)) for name, value in before.inputs.items()]
-    return max((_relative(*_difference(expected, found)) for expected, found in pairs), default=0.0)
+    return max((_relative(*_difference(expected, actual)) for expected, actual in pairs), default=0.0)
 
 
 def _compare_gradients(before: _Run, after: _Run, result: Result) -> None:
@@ -259,32 +259,32 @@ def _compare_gradients(before: _Run, after: _Run, result: Result) -> None:
         return
     differences = [(0.0, 0.0)]
     for name, expected in before.gradients.items():
-        found = after.gradients.get(name)
-        if (expected is None) != (found is None):
-            result.problems.append(f"{name} has a gradient only {'before' if found is None else 'after'} the rewrite")
+        actual = after.gradients.get(name)
+        if (expected is None) != (actual is None):
+            result.problems.append(f"{name} has a gradient only {'before' if actual is None else 'after'} the rewrite")
         elif expected is not None:
-            differences.append(_difference(expected, found))
+            differences.append(_difference(expected, actual))
     errors, sizes = zip(*differences, strict=True)
     result.max_gradient_error = max(result.max_gradient_error, _relative(max(errors), max(sizes)))
 
 
-def _difference(expected: Any, found: Any) -> tuple[float, float]:
-    """(largest difference, largest expected number); an infinite difference where they cannot be compared."""
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-        return (0.0 if type(expected) is type(found) and expected == found else math.inf), 1.0
-    if expected.shape != found.shape or expected.dtype != found.dtype:
+def _difference(expected: Any, actual: Any) -> tuple[float, float]:
+    """Return (largest difference, largest expected number); infinite where they cannot be compared."""
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return (0.0 if type(expected) is type(actual) and expected == actual else math.inf), 1.0
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return math.inf, 1.0
     if expected.is_complex():
-        return _difference(torch.view_as_real(expected), torch.view_as_real(found))
+        return _difference(torch.view_as_real(expected), torch.view_as_real(actual))
     if not expected.is_floating_point():
-        return (0.0 if torch.equal(expected, found) else math.inf), 1.0
-    expected, found = expected.double(), found.double()
+        return (0.0 if torch.equal(expected, actual) else math.inf), 1.0
+    expected, actual = expected.double(), actual.double()
     finite = expected.isfinite()
-    if not torch.allclose(expected[~finite], found[~finite], rtol=0.0, atol=0.0, equal_nan=True):
+    if not torch.allclose(expected[~finite], actual[~finite], rtol=0.0, atol=0.0, equal_nan=True):
         return math.inf, 1.0
     if not finite.any():
         return 0.0, 0.0
-    largest = float((expected - found)[finite].abs().nan_to_num(math.inf).max())
+    largest = float((expected - actual)[finite].abs().nan_to_num(math.inf).max())
     return largest, float(expected[finite].abs().max())
 
 

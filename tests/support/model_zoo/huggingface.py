@@ -29,7 +29,7 @@ HIDDEN = HEADS * HEAD_DIM
 BOTH = ("eager", "sdpa")
 EAGER = ("eager",)
 FLEX = "flex"  # several graphs, and ten seconds: transformers compiles the block mask in the middle of a forward pass
-CONVOLUTIONAL = "ResNetConfig"  # a part without attention, which refuses to be told how to attend
+CONVOLUTIONAL = "ResNetConfig"  # a part without attention, which refuses an implementation of attention
 DECODER_STEPS = ("prefill", "decode", "decode static")
 
 
@@ -63,21 +63,21 @@ class Model:
         return [self.entry(i, step) for i in self.implementations for step in self.steps]
 
     def entry(self, implementation: str, step: str) -> Entry:
-        """The entry of one implementation and step."""
-        found = self.reason is None
+        """Return the entry of one implementation and step."""
+        is_found = self.reason is None
         count = self.decode_sites if step.startswith("decode") else self.sites
         return Entry(
             name=self.name,
             family="huggingface",
             build=partial(_build, self, implementation, step),
-            sites=count if found else 0,
+            sites=count if is_found else 0,
             implementation=implementation,
             step=step,
-            explained=0 if found else count,
+            explained=0 if is_found else count,
             reason=self.reason or "",
-            heads=self.heads if found else 0,
-            kv_heads=self.kv_heads if found else 0,
-            head_dim=self.head_dim if found else 0,
+            heads=self.heads if is_found else 0,
+            kv_heads=self.kv_heads if is_found else 0,
+            head_dim=self.head_dim if is_found else 0,
             slow=self.slow or implementation == FLEX,
         )
 
@@ -88,13 +88,13 @@ class Model:
 def _build(model: Model, implementation: str, step: str) -> Case:
     torch.manual_seed(0)
     module = _make(model, implementation)
-    given: dict[str, Any] = model.inputs()
+    inputs: dict[str, Any] = model.inputs()
     if step == "forward":
-        return Case(module, (), given)
+        return Case(module, (), inputs)
     if step == "prefill":
-        return Case(module, (), given | {"use_cache": False})
-    if "decoder_input_ids" in given:
-        return _behind_two_caches(module, given)
+        return Case(module, (), inputs | {"use_cache": False})
+    if "decoder_input_ids" in inputs:
+        return _behind_two_caches(module, inputs)
     return _behind_a_cache(module, step)
 
 
@@ -113,7 +113,7 @@ def _make(model: Model, implementation: str) -> nn.Module:
 
 
 def _named(name: str) -> Any:
-    """A class of transformers: its name, behind the module's where the package does not show it."""
+    """Return a class of transformers by its name, behind the module's where the package does not show it."""
     module, _, cls = name.rpartition(".")
     return getattr(importlib.import_module(f"transformers.{module}".rstrip(".")), cls)
 
@@ -146,7 +146,7 @@ def _inputs(part: Any) -> int:
 
 
 def _behind_a_cache(module: Any, step: str) -> Case:
-    """A single token behind 5 others; `decode second` has done one more step, eagerly."""
+    """Prepare a single token behind 5 others; `decode second` has done one more step, eagerly."""
     from transformers import DynamicCache, StaticCache
 
     chosen, static = module.config._attn_implementation, step == "decode static"
@@ -164,20 +164,20 @@ def _behind_a_cache(module: Any, step: str) -> Case:
     return Case(module, (), {"input_ids": _ids(1), keyword: cache})
 
 
-def _behind_two_caches(module: Any, given: dict[str, Any]) -> Case:
-    """A single token of a decoder that has read 5 others, and whose encoder has run: its keys stand in the cache."""
+def _behind_two_caches(module: Any, inputs: dict[str, Any]) -> Case:
+    """Prepare a single token of a decoder that has read 5 others, with the keys of its encoder in the cache."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     keyword = _cache_keyword(module)
     with torch.no_grad():
-        first = module(**given | {"decoder_input_ids": _ids(CACHED), keyword: cache})
+        first = module(**inputs | {"decoder_input_ids": _ids(CACHED), keyword: cache})
     encoded = (first.encoder_last_hidden_state,)
     return Case(module, (), {"encoder_outputs": encoded, "decoder_input_ids": _ids(1), keyword: cache})
 
 
 def _cache_keyword(module: nn.Module) -> str:
-    """transformers has begun to rename `past_key_values` to `cache`."""
+    """Return the keyword of the cache, which transformers has begun to rename from `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
@@ -226,19 +226,19 @@ def patches() -> dict[str, Tensor]:
 
 
 def text_and_image() -> dict[str, Tensor]:
-    """A caption and an image, for two towers."""
+    """Return a caption and an image, for two towers."""
     return text() | image()
 
 
 def text_with_image() -> dict[str, Tensor]:
-    """A prompt in which 9 places are filled with an image's patches."""
+    """Return a prompt in which 9 places are filled with an image's patches."""
     ids = _ids(12)
     ids[:, 1:10] = VOCABULARY - 1
     return {"input_ids": ids, **image()}
 
 
 def sound() -> dict[str, Tensor]:
-    """A waveform."""
+    """Return a waveform."""
     return {"input_values": torch.randn(BATCH, 160)}
 
 
@@ -263,7 +263,7 @@ BART: dict[str, Any] = SPECIAL | dict(
 
 
 def _decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> Model:
-    """A row for `{prefix}Config` and `{prefix}ForCausalLM` (or what the traits say), with all steps of a decoder."""
+    """Return a row for `{prefix}Config` and `{prefix}ForCausalLM` (or as traits say), with all steps of a decoder."""
     row: dict[str, Any] = dict(
         name=name, config=f"{prefix}Config", cls=f"{prefix}ForCausalLM", options=options, inputs=text,
         steps=DECODER_STEPS, kv_heads=options.get("num_key_value_heads", HEADS),
@@ -272,7 +272,7 @@ def _decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) 
 
 
 def _encoder_decoder(name: str, prefix: str, options: Mapping[str, Any], **traits: Any) -> Model:
-    """A row for an encoder and a decoder: in each decoder layer, a self and a cross attention."""
+    """Return a row for an encoder and a decoder: in each decoder layer, a self and a cross attention."""
     row: dict[str, Any] = dict(
         name=name, config=f"{prefix}Config", cls=f"{prefix}ForConditionalGeneration", options=options,
         inputs=text_to_text, steps=("prefill", "decode"), sites=3 * LAYERS, decode_sites=2 * LAYERS,

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo import Case, Entry
-from model_zoo.spellings import Functional, settled, weight
+from model_zoo.functional import Functional, Run, settled, weight
 
 B, T, C, E = 2, 12, 16, 4
 
-Run = Callable[..., Any]
 ENTRIES: list[Entry] = []
 
 
@@ -32,7 +31,7 @@ def image() -> tuple[Any, ...]:
 
 
 def look_alike(inputs: Callable[[], tuple[Any, ...]] = tokens, explained: int = 0, **has: Any) -> Callable[[Run], Run]:
-    """Decorator: `f(m, *inputs)` becomes an entry; `has` makes the parameters, buffers and modules of m."""
+    """Return a decorator by which `f(m, *inputs)` becomes an entry; `has` makes what m holds."""
 
     def add(function: Run) -> Run:
         def build() -> Case:
@@ -79,7 +78,7 @@ def soft_mixture_of_experts(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(router=linear(E), experts=weight(E, C, fan=1))
 def mixture_of_vectors(m: Any, x: Tensor) -> Tensor:
-    """A softmax of a projection times a parameter."""
+    """Multiply the softmax of a projection by a parameter."""
     return m.router(x).softmax(-1) @ m.experts
 
 
@@ -88,13 +87,13 @@ def mixture_of_vectors(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(head=linear(20), table=lambda: nn.Embedding(20, C))
 def soft_embedding(m: Any, x: Tensor) -> Tensor:
-    """Expected embedding under a classifier: soft decoding, differentiable text."""
+    """Average embeddings under a classifier: soft decoding, differentiable text."""
     return torch.softmax(m.head(x), dim=-1) @ m.table.weight
 
 
 @look_alike(table=lambda: nn.Embedding(20, C))
 def soft_embedding_with_tied_head(m: Any, x: Tensor) -> Tensor:
-    """The same where the classifier is the table: keys and values are one parameter."""
+    """Average embeddings where the classifier is their table: keys and values are one parameter."""
     return F.softmax(F.linear(x, m.table.weight) / math.sqrt(C), dim=-1) @ m.table.weight
 
 
@@ -107,7 +106,7 @@ def gumbel_quantiser(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(lambda: (torch.randn(B, C),), head=linear(E * 11), atoms=lambda: torch.linspace(-2, 2, 11))
 def value_distribution(m: Any, x: Tensor) -> Tensor:
-    """Expected return over atoms for each action: C51."""
+    """Average returns over atoms for each action: C51."""
     return m.head(x).view(B, E, 11).softmax(-1) @ m.atoms
 
 
@@ -132,7 +131,7 @@ def content_addressing(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(query=linear(8), memory=weight(10, 8, fan=1))
 def stored_patterns(m: Any, x: Tensor) -> Tensor:
-    """Retrieval of patterns that are a parameter: a modern Hopfield layer with a trained memory."""
+    """Retrieve patterns that are a parameter: a modern Hopfield layer with a trained memory."""
     return F.scaled_dot_product_attention(m.query(x), m.memory.expand(B, -1, -1), m.memory.expand(B, -1, -1))
 
 
@@ -158,7 +157,7 @@ def selective_kernel(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(image, squeeze=linear(4), excite=linear(C, 4))
 def squeeze_and_excitation(m: Any, x: Tensor) -> Tensor:
-    """A softmax over channels gates the channels."""
+    """Gate channels by a softmax over channels."""
     gates = F.softmax(m.excite(F.relu(m.squeeze(x.mean((2, 3))))), dim=-1)
     return x * gates[..., None, None] * C
 
@@ -171,7 +170,7 @@ def attention_pooling(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(w=weight(C))
 def attention_pooling_by_bmm(m: Any, x: Tensor) -> Tensor:
-    """The same with a vector and bmm: document classifiers on recurrent networks."""
+    """Pool states by a softmax of scores, with a vector and bmm: document classifiers on recurrent networks."""
     return torch.bmm((x @ m.w).softmax(-1).unsqueeze(1), x).squeeze(1)
 
 
@@ -190,13 +189,13 @@ def global_context(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(a=linear(C), b=linear(C))
 def gated_linear_unit(m: Any, x: Tensor) -> Tensor:
-    """A softmax as the gate of a GLU."""
+    """Take a softmax as the gate of a GLU."""
     return m.a(x) * m.b(x).softmax(-1)
 
 
 @look_alike(mixer=weight(T, T, fan=1))
 def learned_token_mixing(m: Any, x: Tensor) -> Tensor:
-    """A softmax of a parameter mixes tokens: the random Synthesizer."""
+    """Mix tokens by the softmax of a parameter: the random Synthesizer."""
     return m.mixer.softmax(-1) @ x
 
 
@@ -257,7 +256,7 @@ def sinkhorn(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 @look_alike(emit=linear(E), transition=weight(E, E, fan=1))
 def conditional_random_field(m: Any, x: Tensor) -> Tensor:
-    """The forward algorithm: logsumexp over states, step after step."""
+    """Run the forward algorithm: logsumexp over states, step after step."""
     emissions = m.emit(x)
     alpha = emissions[:, 0]
     for step in range(1, 4):
@@ -288,7 +287,7 @@ def dynamic_convolution(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(image, score=linear(E), kernels=weight(E, C, C, 1, 1, fan=C))
 def mixture_of_kernels(m: Any, x: Tensor) -> Tensor:
-    """A softmax over whole kernels for each image: dynamic convolution by Chen et al. 2020."""
+    """Mix whole kernels by a softmax for each image: dynamic convolution by Chen et al. 2020."""
     gates = m.score(x.mean((2, 3))).softmax(-1)  # [B, E]
     kernels = torch.einsum("be,eoikl->boikl", gates, m.kernels).reshape(B * C, C, 1, 1)
     return F.conv2d(x.reshape(1, B * C, 3, 4), kernels, groups=B).view(B, C, 3, 4)
@@ -296,7 +295,7 @@ def mixture_of_kernels(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(image, heat=lambda: nn.Conv2d(C, E, 1))
 def soft_argmax(m: Any, x: Tensor) -> Tensor:
-    """Expected coordinates under a heat map: key points."""
+    """Average coordinates under a heat map: key points."""
     rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")
     grid = torch.stack([rows, columns], dim=-1).view(12, 2)
     return m.heat(x).flatten(2).softmax(-1) @ grid  # [B, E, 2]
@@ -328,7 +327,7 @@ def efficient_attention(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(image, qkv=lambda: nn.Conv2d(C, 3 * C, 1), o=lambda: nn.Conv2d(C, C, 1))
 def efficient_attention_on_pixels(m: Any, x: Tensor) -> Tensor:
-    """The same on [B, H, D, pixels] by einsum: diffusion models."""
+    """Attend linearly on [B, H, D, pixels] by einsum: diffusion models."""
     q, k, v = (t.reshape(B, 2, 8, 12) for t in m.qkv(x).chunk(3, dim=1))
     context = torch.einsum("b h d n, b h e n -> b h d e", k.softmax(dim=-1), v)
     return m.o(torch.einsum("b h d e, b h d n -> b h e n", context, q.softmax(dim=-2) * 8**-0.5).reshape(x.shape))
@@ -336,7 +335,7 @@ def efficient_attention_on_pixels(m: Any, x: Tensor) -> Tensor:
 
 @look_alike(**projections())
 def linear_attention(m: Any, x: Tensor) -> Tensor:
-    """elu + 1 as feature map, a division by the sum: Katharopoulos et al. 2020."""
+    """Attend with elu + 1 as feature map and a division by the sum: Katharopoulos et al. 2020."""
     q, k, v = F.elu(m.q(x)) + 1, F.elu(m.k(x)) + 1, m.v(x)
     return m.o((q @ (k.mT @ v)) / (q @ k.sum(1).unsqueeze(-1)))
 
@@ -364,6 +363,3 @@ def attention_free(m: Any, x: Tensor) -> Tensor:
     """exp(k + bias) averages values for each channel, a gate takes the place of queries: AFT."""
     e = torch.exp(m.k(x)[:, None] + m.bias[None, :, :, None])  # [B, S, T, C]
     return m.o(torch.sigmoid(m.q(x)) * (e * m.v(x)[:, None]).sum(2) / e.sum(2))
-
-
-__all__ = ["ENTRIES"]

@@ -43,8 +43,8 @@ def _build(make: Callable[[], nn.Module], inputs: Callable[[], Case], frozen: bo
     module = make().eval().requires_grad_(not frozen)
     with torch.no_grad():
         enliven(module)
-    given = inputs()
-    return Case(module, given.args, given.kwargs)
+    call = inputs()
+    return Case(module, call.args, call.kwargs)
 
 
 def _call(*args: Any, **kwargs: Any) -> Case:
@@ -56,12 +56,12 @@ def _call(*args: Any, **kwargs: Any) -> Case:
 
 
 def causal() -> Tensor:
-    """True: may not attend, as nn.MultiheadAttention has it. [S, S]."""
+    """Return a causal mask [S, S] whose True forbids, as that of nn.MultiheadAttention."""
     return torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
 
 
 def padding(tokens: int = TOKENS) -> Tensor:
-    """True: padding. The second sequence lacks its last two tokens. [B, T]."""
+    """Return a mask [B, T], True for padding: the second sequence lacks its last two tokens."""
     mask = torch.zeros(BATCH, tokens, dtype=torch.bool)
     mask[1, tokens - 2 :] = True
     return mask
@@ -122,8 +122,8 @@ def _multihead_entries() -> list[Entry]:
     entries = []
     for name, options, inputs in MULTIHEAD:
         for suffix, asked in (("weights", True), ("output", False)):
-            given = partial(_asking, inputs, need_weights=asked)
-            entries.append(_entry(f"multihead_{name}_{suffix}", partial(_multihead, options), given, 1))
+            asking = partial(_asking, inputs, need_weights=asked)
+            entries.append(_entry(f"multihead_{name}_{suffix}", partial(_multihead, options), asking, 1))
     first: dict[str, Any] = dict(batch_first=True)
     every_head = partial(_asking, partial(_alone, False), average_attn_weights=False)
     hinted = partial(_asking, partial(_alone, False, attn_mask=causal), need_weights=False, is_causal=True)
@@ -208,12 +208,12 @@ class Projections(nn.Module):
         self.k, self.v = nn.Linear(WIDTH, kv_heads * HEAD_DIM), nn.Linear(WIDTH, kv_heads * HEAD_DIM)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, H*D] -> q [B, H, S, D], k and v [B, G, S, D]."""
+        """Project x [B, S, H*D] to q [B, H, S, D], k and v [B, G, S, D]."""
         q, k, v = (p(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for p in (self.q, self.k, self.v))
         return q, k, v
 
     def join(self, o: Tensor) -> Tensor:
-        """o [B, H, S, D] -> [B, S, H*D]."""
+        """Join the heads of o [B, H, S, D] to [B, S, H*D]."""
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))
         return y
 
@@ -257,7 +257,7 @@ class Flex(Projections):
 
 
 def alibi() -> dict[str, Any]:
-    """A bias that grows with the distance, in another proportion for every head."""
+    """Return options of flex_attention: a bias that grows with the distance, in another proportion for every head."""
     slopes = 2.0 ** -torch.arange(HEADS)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def softcap() -> dict[str, Any]:
 
 
 def causal_blocks() -> dict[str, Any]:
-    """A causal block mask."""
+    """Return options of flex_attention: a causal block mask."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
@@ -285,7 +285,7 @@ def causal_blocks() -> dict[str, Any]:
 
 
 def capped_window() -> dict[str, Any]:
-    """A softcap, and a window of three tokens."""
+    """Return options of flex_attention: a softcap and a sliding window of three tokens."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < 3)
