@@ -64,7 +64,7 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
 
 
 def readers(program: Program) -> tuple[str, ...]:
-    """Module paths of attention that reads the latents of a cache: nothing is left to be done there."""
+    """Return the paths of modules whose attention already reads the latents of a cache; they need no rewriting."""
     ops = [getattr(torch.ops.fhopt, name, None) for name in ("latent_attention", "attend_latents")]
     calls = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", n.target) in ops]
     return tuple(dict.fromkeys(module_path(n) for n in calls))
@@ -72,7 +72,7 @@ def readers(program: Program) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
-    """A miss within leaves the candidate alone and is explained."""
+    """Turn a Miss raised within into an explanation; the candidate stays as it is."""
     at = source_line(node)
     try:
         yield
@@ -82,7 +82,7 @@ def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
 
 
 def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
-    """The site; a second one of the same module is numbered in graph order, `#2`, `#3`, ..."""
+    """Give a second site of the same module a number in graph order: `#2`, `#3`, ..."""
     return replace(site, name=_own_name(site.name, taken))
 
 
@@ -92,7 +92,7 @@ def _own_name(name: str, taken: Collection[str]) -> str:
 
 
 def merge(outcomes: list[Outcome]) -> Outcome:
-    """What was found in several graphs of one model, as one outcome; its program is that with the most sites."""
+    """Merge the outcomes of several graphs of one model; the program is that of the graph with the most sites."""
     if len(outcomes) == 1:
         return outcomes[0]
     merged = Outcome(max(outcomes, key=lambda o: len(o.sites)).program)
@@ -108,7 +108,7 @@ def merge(outcomes: list[Outcome]) -> Outcome:
 def optimize(
     outcome: Outcome, plan: LatentPlan, training: bool = False, trusting: bool = False, keeper: Keeper | None = None
 ) -> Outcome:
-    """compress, absorb and lower what `find` found, by the plan, in place.
+    """Run `compress`, `absorb` and `lower` on what `find` found, by the plan, in place.
 
     training: keep it differentiable. trusting: use the plan for weights that have changed since it was fitted. keeper:
     holds latents in place of K/V buffers of modules; None: these stay as they are.
@@ -166,7 +166,7 @@ def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outc
 
 
 def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
-    """Every attention by the best exact way, in place; False, and nothing done, where the `original` has it already."""
+    """Lower every attention exactly, in place; return False, and change nothing, where `original` is as fast."""
     nodes = {n.name: n for n in outcome.program.graph.nodes}
     sites = [nodes[name] for name in outcome.sites]
     pays = bool(outcome.compressed) or (not training and any(map(is_decoding, sites))) or is_spelled_out(original)

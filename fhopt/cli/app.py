@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def model_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Parameters of the module, or of the exported program, by name."""
+    """Return the parameters of the module, or of the exported program, by name."""
     owner = loaded.module if loaded.module is not None else loaded.program
     assert owner is not None
     return dict(owner.named_parameters())

@@ -37,7 +37,7 @@ from fhopt.texts import tokens
 )
 @json_option
 def demo(ratio: float, out: Path, as_json: bool) -> None:
-    """The main job on SmolLM2-135M: find, fit, cache, measure."""
+    """Run the demo on SmolLM2-135M: find attention, fit a plan, generate with it, and measure."""
     from fhopt.cli.demo import run_demo
 
     console = output_console(as_json)
@@ -94,7 +94,7 @@ def run_demo(
 
 
 def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Any]:
-    """Perplexity, answer, bytes and speed, with the exact cache and with latents."""
+    """Measure perplexity, answer, bytes and speed, with the exact KV cache and with latents."""
     model, tokenizer = loaded.language_model(), loaded.tokenizer
     tests = {name: tokens.halves(tokens.read_text(name))[1] for name in TEXTS}
     ids = {n: tokens.sequences(tokenizer, t, count=1, length=CONTEXT, what=f"text {n!r}") for n, t in tests.items()}

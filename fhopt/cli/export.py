@@ -114,7 +114,7 @@ def export_step(
     folder: Path, target: str, arch: str, dialect: str, bytecode: bool, rank: int | None, out: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """A decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, weights beside it.
+    """Export a decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, with its weights.
 
     The latents are state that the caller keeps. Needs the extra mlir.
 
@@ -148,7 +148,7 @@ def export_step(
 
 
 def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, as_json: bool) -> None:
-    """For a serving engine: a checkpoint, or what to serve the original with."""
+    """Export for a serving engine: a checkpoint, or how to serve the original."""
     from fhopt.export import mla, rewrite_folder
     from fhopt.export.mla_checkpoint import ENGINES, export
     from fhopt.models.loader import load_model

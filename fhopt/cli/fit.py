@@ -111,7 +111,7 @@ def fit(
 
 
 def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
-    """What --max-loss and --gate-data ask for. Raises FhoptError."""
+    """Read the loss target of --max-loss and --gate-data. Raises FhoptError."""
     from fhopt.refine.loss_target import Gate, parse_share
 
     if max_loss is None:
@@ -267,7 +267,7 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the head.")
 @json_option
 def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Code the language-model head of MODEL, so that finding the largest logits reads few of its bytes.
+    """Fit a retrieval language-model head for MODEL, which finds the largest logits from few of its bytes.
 
     The largest logits are certain, whatever the hidden state is. In Python: fhopt.head.apply(model, Head.load(FOLDER)).
     """

@@ -52,7 +52,7 @@ def evaluate(
     model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
     context: int, seed: int, device_map: str | None, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Perplexity and tasks of MODEL with its exact cache and with the plan's, with 95 % intervals.
+    """Measure perplexity and tasks of MODEL with the exact KV cache and with the plan's, with 95 % intervals.
 
     Perplexity is taken on the test half of each text. The tasks ask for what compressed attention loses first: strings
     and numbers that stand far back. MODEL must be a causal language model with a tokenizer. Under torchrun the
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, context: int) -> dict[str, Tensor]:
-    """Token ids [sequences, context] of the test half of each text."""
+    """Return the token ids [sequences, context] of the test half of each text."""
     from fhopt.texts import tokens as texts_tokens
 
     return {
@@ -119,7 +119,7 @@ def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, conte
 def _perplexities(
     network: Any, ids: dict[str, Tensor], plan: LatentPlan | None, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Any]]:
-    """Of each text: the exact model against the plan, or the exact model alone."""
+    """Evaluate each text: the exact model against the plan, or the exact model alone."""
     from fhopt.evaluation.perplexity import score, token_costs
 
     found: dict[str, dict[str, Any]] = {}
@@ -173,7 +173,7 @@ def cost(
     model: str, plan_path: Path | None, names: tuple[str, ...], tokens: tuple[int, ...], batch: int, dtype: str,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """What a decode step of MODEL costs on devices by their peak figures, and from which context on latents pay."""
+    """Estimate a decode step of MODEL on devices by peak figures, and from which context on latents are faster."""
     from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
     from fhopt.hardware.this_cpu import find_device
     from fhopt.inspection.tables import cost_tables
@@ -217,7 +217,7 @@ def cost(
 @click.option("--again", is_flag=True, help="Measure anew.")
 @json_option
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
-    """What this machine's CPU can do: `--device here` in other commands. Measured once, in some seconds."""
+    """Measure this machine's CPU once, in some seconds: `--device here` in other commands."""
     from fhopt.codegen.compiler import vector_unit
     from fhopt.hardware import this_cpu
     from fhopt.inspection.tables import machine_table

@@ -19,12 +19,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def _is_first() -> bool:
-    """True for the process that speaks, of those that torchrun has started; for any other process too."""
+    """Return whether this process prints: the first of those that torchrun started, or any other process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def fails_together(command: Callable[..., None]) -> Callable[..., None]:
-    """Under torchrun, what fails in one process ends all of them with its error, which the first one prints."""
+    """End all processes of torchrun with the error of the one that fails, which the first process prints."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ def fails_together(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def output_console(as_json: bool) -> Console:
-    """People read standard output; with --json it belongs to the program that reads it."""
+    """Return the console for people, on standard output; on standard error with --json."""
     console = Console(stderr=as_json, quiet=as_json)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
@@ -53,7 +53,7 @@ def output_console(as_json: bool) -> Console:
 
 @contextmanager
 def progress_bar(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage on standard error."""
+    """Show a progress bar for each stage on standard error."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     is_seen = sys.stderr.isatty() and _is_first() and not as_json
     with Progress(*columns, console=Console(stderr=True), disable=not is_seen) as bar:
@@ -73,7 +73,7 @@ def print_json(value: Any) -> None:
 
 
 def placement_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where a model's weights go, and in what dtype."""
+    """Add the options that say where a model's weights go, and in which dtype."""
     spread = click.option(
         "--device-map",
         help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.pass_context
 @json_option
 def plans(context: click.Context, as_json: bool) -> None:
-    """Plans that are kept on this machine: list them, or fit, add, find, verify and prune them.
+    """List the plans stored on this machine, or fit, add, find, verify and prune them.
 
     In other commands: --plan "$(fhopt plans path NAME)".
     """
@@ -78,7 +78,7 @@ def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def plan_path(name: str, as_json: bool) -> None:
-    """The folder of the plan whose name or digest begins with NAME."""
+    """Print the folder of the plan whose name or digest begins with NAME."""
     from fhopt.calibration.plan_store import find
 
     found = find(name)

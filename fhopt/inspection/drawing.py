@@ -105,7 +105,7 @@ class Drawing:
 
 
 def draw(site: AttentionSite | SitePlan, plan: LatentPlan | None = None) -> Drawing:
-    """The drawing of a site, or of the plan of one. Raises FhoptError where `plan` has no such site."""
+    """Draw a site, or the plan of one. Raises FhoptError where `plan` has no such site."""
     if isinstance(site, AttentionSite) and plan is not None:
         site = plan.site(site.name)
     if isinstance(site, SitePlan):
@@ -117,7 +117,7 @@ def draw(site: AttentionSite | SitePlan, plan: LatentPlan | None = None) -> Draw
 
 
 def before(site: AttentionSite) -> Diagram:
-    """The site with exact keys and values."""
+    """Draw the site with exact keys and values."""
     drawn = _projected(site)
     drawn.node("cache", "cache", "keys and values", f"{2 * site.exact_numbers_per_token:,} bytes/token in 16 bits")
     drawn.edge(_last(drawn, "k"), "cache", f"k [B, {site.kv_heads}, S, {site.key_dim}]")
@@ -130,7 +130,7 @@ def before(site: AttentionSite) -> Diagram:
 
 
 def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
-    """The site as its plan makes it."""
+    """Draw the site as its plan changes it."""
     site, drawn = site_plan.site, _projected(site_plan.site)
     drawn.node("ek", "latent", "encode keys", _matrix(site_plan.key.encode))
     drawn.edge(_last(drawn, "k"), "ek", f"k [B, {site.kv_heads}, S, {site.key_dim}]")
@@ -156,7 +156,7 @@ def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
 
 
 def _projected(site: AttentionSite) -> Diagram:
-    """Input, projections and what stands between these and the core."""
+    """Draw input, projections, and what lies between projections and core attention."""
     drawn = Diagram()
     is_cross = site.kind == "cross"
     drawn.node("x", "io", "hidden states")
@@ -188,7 +188,7 @@ def _output(drawn: Diagram, site: AttentionSite, source: str) -> None:
 
 
 def _projection(site: AttentionSite, role: str) -> str:
-    """The module that projects, by the last part of its path."""
+    """Return the last part of the path of the module that projects."""
     names = site.projections.get(role, ())
     modules = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] or name for name in names)
     return " + ".join(modules) or role
@@ -228,12 +228,12 @@ def _dims(key: int, value: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Graphviz shows as it is: it reads entities and backslashes in labels, and HTML between < and >."""
+    """Escape a text for Graphviz, which reads entities and backslashes in labels, and HTML between < and >."""
     return html.escape(text, quote=False).replace("\\", "\\\\")
 
 
 def clean_svg(svg: str) -> str:
-    """The SVG element alone, sized by its box, without ids, which would collide in a page of many."""
+    """Return the SVG element alone, sized by its box, without ids, which would collide on a page of many drawings."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<title>[^<]*</title>\n?", "", svg)  # ids of nodes, which browsers would show as tooltips

@@ -105,7 +105,7 @@ class InspectedSite:
     plan: PlannedSite | None
 
     def as_json(self) -> dict[str, Any]:
-        """The site's own fields, beside them what follows from them and from the plan."""
+        """Return the site's own fields, with what follows from them and from the plan."""
         words = {"rope_words": self.rope, "mask_words": self.mask, "exact_bytes": self.exact_bytes}
         planned = asdict(self.plan) if self.plan else None
         return asdict(self.site) | words | {"formulas": asdict(self.formulas), "plan": planned}
@@ -180,7 +180,7 @@ class Inspection:
     missed: tuple[Missed, ...]
 
     def site(self, name: str) -> InspectedSite:
-        """The site called `name`. Raises FhoptError when there is none."""
+        """Return the site called `name`. Raises FhoptError when there is none."""
         for site in self.sites:
             if site.site.name == name:
                 return site
@@ -190,7 +190,7 @@ class Inspection:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """One object for programs."""
+        """Return one object for programs."""
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -211,7 +211,7 @@ def inspect(
     loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
     tokens: int = TOKENS,
 ) -> Inspection:  # fmt: skip
-    """All facts of the sites of `outcome`, and of `plan` where there is one.
+    """Collect the facts of the sites of `outcome`, and of `plan` where there is one.
 
     devices: those that break-even contexts and rooflines are told for. tokens: cached tokens of the latter. Raises
     FhoptError for devices that are unknown and a plan of another model.
@@ -227,7 +227,7 @@ def inspect_sites(
     model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
     tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
 ) -> Inspection:  # fmt: skip
-    """The same of sites without a graph. itemsize: bytes of an exact number."""
+    """Collect the facts of sites without a graph. itemsize: bytes of an exact number."""
     targets = [find_device(name) for name in devices]
     costs = {"exact": cost_model.model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan is not None:
@@ -353,7 +353,7 @@ def _missed(outcome: Outcome) -> list[Missed]:
 
 
 def _code(node: Any, missed: Explanation) -> str:
-    """The text of the line that `missed.source` names, from the node's stack trace."""
+    """Return the text of the line that `missed.source` names, from the node's stack trace."""
     trace = (node.meta.get("stack_trace") or "") if node is not None else ""
     frames = re.findall(r'File "[^"]+", line (\d+)[^\n]*\n([^\n]*)', trace)
     return next((text.strip() for line, text in reversed(frames) if missed.source.endswith(f":{line}")), "")
@@ -361,7 +361,7 @@ def _code(node: Any, missed: Explanation) -> str:
 
 @functools.cache
 def common_form(names: tuple[str, ...]) -> tuple[str, str]:
-    """(start, end) that all names share, cut at dots, so that what differs stands between; ("", "") for one name."""
+    """Return the (start, end) that all names share, cut at dots; ("", "") for one name."""
     if len(names) < 2:
         return "", ""
     split = [name.split(".") for name in names]
@@ -372,7 +372,7 @@ def common_form(names: tuple[str, ...]) -> tuple[str, str]:
 
 
 def short_name(name: str, form: tuple[str, str]) -> str:
-    """What stands between the start and end of `common_form`."""
+    """Return the part of a name between the start and the end of `common_form`."""
     start, end = form
     cut = name[len(start) + 1 :] if start else name
     return cut[: len(cut) - len(end) - 1] if end else cut

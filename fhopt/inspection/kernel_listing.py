@@ -45,12 +45,12 @@ class Listings:
     pieces: list[str] = field(default_factory=list)
 
     def html(self, listing: Listing) -> str:
-        """The highlighted text of one file, to stand in a `pre`."""
+        """Return the highlighted text of one file, for a `pre` element."""
         return "\n\n".join(self.pieces[i] for i in listing.pieces)
 
 
 def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[str] = ("cpp", "triton")) -> Listings:
-    """The kernels of a plan for each target; none where the plan keeps no latents."""
+    """List the kernels of a plan for each target; none where the plan keeps no latents."""
     found, known = Listings(), dict[tuple[str, str], int]()
     try:
         kernels = kernels_of(plan, dtype)
@@ -78,7 +78,7 @@ def _piece(found: Listings, known: dict[tuple[str, str], int], target: str, lexe
 
 
 def _pieces(text: str, target: str) -> Iterator[str]:
-    """The text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
+    """Yield the text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
     opened, closed = ("/*", "*/") if target == "cpp" else ('"""', "")
     held = ""
     for part in re.split(r"\n\n", text):
@@ -92,5 +92,5 @@ def _pieces(text: str, target: str) -> Iterator[str]:
 
 
 def style_sheet(selector: str, style: str) -> str:
-    """Pygments' own colours as CSS below a selector."""
+    """Return Pygments' colours as CSS below a selector."""
     return str(HtmlFormatter(style=style).get_style_defs(selector))

@@ -55,7 +55,7 @@ def _forms(graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
 
 
 def _about(found: InspectedSite) -> dict[str, str]:
-    """What stands beside a group that is selected."""
+    """Return the facts shown beside a group that is selected."""
     site = found.site
     facts = {
         "kind": site.kind,
@@ -71,7 +71,7 @@ def _about(found: InspectedSite) -> dict[str, str]:
 
 
 def _values(found: Inspection) -> dict[str, dict[str, float]]:
-    """Figures of each site, by kind."""
+    """Return the figures of each site, by kind."""
     planned = {site.site.name: site.plan for site in found.sites if site.plan is not None}
     losses = {name: plan.expected_nats for name, plan in planned.items() if plan.expected_nats is not None}
     sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in found.sites}
@@ -79,13 +79,13 @@ def _values(found: Inspection) -> dict[str, dict[str, float]]:
 
 
 def _mean_bits(sides: Iterable[Any]) -> float:
-    """Bits of a channel on average; uncoded channels have 16."""
+    """Return the mean number of bits of a channel; channels without bit groups have 16."""
     tiers = [pair for side in sides for pair in (side.tiers or ((16, side.width),))]
     return sum(bits * width for bits, width in tiers) / sum(width for _, width in tiers)
 
 
 def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
-    """Data of nodes: a site's figure stands at the last of its nodes that attends."""
+    """Return data of nodes: a site's figure is at the last of its nodes that attends."""
     found = {}
     for graph_id, graph in graphs.items():
         attending = {about["site"]: node for node, about in graph.nodes(data=True) if about["role"] == "attention"}
@@ -98,7 +98,7 @@ def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGrap
 
 
 def convert(path: Path) -> dict[str, Any]:
-    """The file as Model Explorer's graphs. Raises FhoptError where it is none of ours."""
+    """Convert a file to Model Explorer's graphs. Raises FhoptError where fhopt did not write it."""
     from model_explorer import graph_builder as build
 
     try:
@@ -132,5 +132,5 @@ def _node(build: Any, graph: nx.DiGraph, name: str, about: Mapping[str, Any]) ->
 
 
 def namespace(module: str) -> str:
-    """A module's path as Model Explorer nests groups."""
+    """Return a module's path as Model Explorer nests groups."""
     return module.partition("#")[0].replace("/", "_").replace(".", "/")

@@ -21,5 +21,5 @@ class FhoptAdapter(Adapter):  # type: ignore[misc]
     )
 
     def convert(self, model_path: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """The graphs of a file, by Model Explorer's own data classes."""
+        """Convert a file to graphs of Model Explorer's own data classes."""
         return convert(Path(model_path))

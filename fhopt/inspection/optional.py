@@ -9,7 +9,7 @@ from fhopt.errors import FhoptError
 
 
 def need(module: str, what: str, extra: str = "view") -> Any:
-    """The module called `module`. Raises FhoptError that says what needs it and how to install it."""
+    """Import a module. Raises FhoptError that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

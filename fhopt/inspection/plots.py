@@ -62,7 +62,7 @@ def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
 
 
 def _grid(rows: list[list[float]]) -> Matrix:
-    """Rows of different length as one matrix, with gaps."""
+    """Return rows of different length as one matrix, with gaps."""
     width = max(map(len, rows))
     return np.array([row + [np.nan] * (width - len(row)) for row in rows])
 
@@ -94,7 +94,7 @@ def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
 
 
 def _sensitivity(axes: Axes, measured: Measured, plan: LatentPlan) -> None:
-    """Per site: what keys and values cost with 2 bits in every channel, as measured on calibration tokens."""
+    """Plot for each site what keys and values lose with 2 bits in every channel, measured on calibration tokens."""
     position = np.arange(len(plan.sites))
     for column, side in enumerate(SIDES):
         heights = []

@@ -53,13 +53,13 @@ class Progress:
     stages: list[Stage] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For the page."""
+        """Return one object for the page."""
         stages = [asdict(stage) | {"seconds_left": stage.seconds_left} for stage in self.stages]
         return asdict(self) | {"stages": stages, "seconds": time.time() - self.started}
 
 
 def beside(plan: Path) -> Path:
-    """Where the progress of making `plan` stands."""
+    """Return the progress file of making `plan`."""
     return plan.with_name(f".{plan.name}.progress.json")
 
 
@@ -73,7 +73,7 @@ class ProgressFile:
 
     @contextmanager
     def kept(self, also: Tell | None = None) -> Iterator[Tell]:
-        """A function that takes progress down, and tells it to `also`. What fails at once leaves nothing."""
+        """Yield a function that records progress and passes it to `also`. What fails at once leaves no file."""
 
         def tell(stage: str, done: int, total: int) -> None:
             self.tell(stage, done, total)
@@ -92,7 +92,7 @@ class ProgressFile:
                 self.path.unlink(missing_ok=True)
 
     def tell(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` steps of a stage are done."""
+        """Record that `done` of `total` steps of a stage are done."""
         now, stages = time.monotonic(), self.now.stages
         if not stages or stages[-1].name != stage:
             stages.append(Stage(stage, total, first_done=done))
@@ -112,7 +112,7 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """What a file says; None where there is none, or none that can be read."""
+    """Read a progress file; None where there is none, or none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         stages = [Stage(**stage) for stage in found.pop("stages")]

@@ -66,12 +66,12 @@ class Viewer:
             self.lock.release()
 
     def is_fitting(self) -> bool:
-        """True while a fit writes its progress beside the plan."""
+        """Return whether a fit writes its progress beside the plan."""
         found = read_progress(beside(self.plan)) if self.plan is not None else None
         return found is not None and found.state == RUNNING
 
     def written(self) -> float:
-        """When the plan was written, seconds since 1970; 0 where there is none."""
+        """Return when the plan was written, seconds since 1970; 0 where there is none."""
         if self.plan is None:
             return 0.0
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ class Viewer:
         return 0.0
 
     def state(self) -> dict[str, Any]:
-        """What /progress.json says."""
+        """Return the content of /progress.json."""
         found = read_progress(beside(self.plan)) if self.plan is not None else None
         is_stale = self.made_for != self.written()
         is_making = not self.failure and is_stale and (self.plan is None or self.written() > 0.0)
@@ -99,7 +99,7 @@ def check_installed() -> None:
 
 
 def application(viewer: Viewer) -> Any:
-    """The ASGI application. Raises FhoptError where starlette is not installed."""
+    """Make the ASGI application. Raises FhoptError where starlette is not installed."""
     need("starlette", "fhopt view")
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
@@ -131,7 +131,7 @@ def application(viewer: Viewer) -> Any:
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A socket on 127.0.0.1; port 0 takes any that is free. Raises FhoptError where it is taken."""
+    """Open a socket on 127.0.0.1; port 0 takes any free port. Raises FhoptError where the port is taken."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -69,7 +69,7 @@ class Snapshots:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Within, a snapshot is taken after every pass."""
+        """Take a snapshot after every pass within."""
         with passes_stages.watched(self._take):
             yield
 
@@ -86,7 +86,7 @@ class Snapshots:
         return tuple(dict.fromkeys(snapshot.stage for snapshot in self.taken))
 
     def after(self, stage: str, site: str | None = None) -> Snapshot:
-        """The graph after a pass; of several graphs that with the site, or the largest. Raises FhoptError."""
+        """Return the graph after a pass; of several graphs that with the site, or the largest. Raises FhoptError."""
         found = [snapshot for snapshot in self.taken if snapshot.stage == stage]
         if not found:
             raise FhoptError(f"no pass called {stage!r} ran; expected all or one of {', '.join(self.stages)}.")
@@ -95,7 +95,7 @@ class Snapshots:
         return max(found, key=lambda snapshot: len(snapshot.network))
 
     def changes(self) -> list[StageChanges]:
-        """What each pass changed, in order."""
+        """Return what each pass changed, in order."""
         pairs = zip(self.taken, self.taken[1:], strict=False)
         return [_changes(before, after) for before, after in pairs if before.graph == after.graph]
 
@@ -119,12 +119,12 @@ def _changes(before: Snapshot, after: Snapshot) -> StageChanges:
 
 
 def _unnumbered(name: re.Match[str]) -> str:
-    """A node's name as its counterparts in other layers share it; shapes and constants keep their numbers."""
+    """Return a node's name without its number, as in other layers; shapes and constants keep their numbers."""
     return _NUMBER.sub("", name[0])
 
 
 def _hunks(old: list[str], new: list[str]) -> Iterator[tuple[str, ...]]:
-    """Hunks of a unified diff without their heads; every line begins with a space, "-" or "+"."""
+    """Yield the hunks of a unified diff without their heads; every line begins with a space, "-" or "+"."""
     hunk: list[str] = []
     for line in difflib.unified_diff(old, new, lineterm="", n=CONTEXT):
         if line.startswith(("---", "+++")):

@@ -22,7 +22,7 @@ from fhopt.plan.site import AttentionSite
 
 
 def describe(plan: LatentPlan) -> list[dict[str, Any]]:
-    """One row a site: layout, widths and bits of each side, bytes per token against 16-bit keys and values."""
+    """Tabulate latent plans, a row per site: layout, widths and bits of each side, bytes per token and ratio."""
     return [
         {
             "site": p.site.name,
@@ -37,7 +37,7 @@ def describe(plan: LatentPlan) -> list[dict[str, Any]]:
 
 
 def sites_table(sites: Iterable[AttentionSite]) -> Table:
-    """One row a site: shapes, rotation, mask, norm, and bytes that an exact 16-bit cache keeps per token."""
+    """Tabulate sites, a row each: shapes, rotation, mask, norm, and bytes per token of an exact 16-bit KV cache."""
     table = Table(title="Attention sites", title_justify="left")
     for name, justify in (
         ("site", "left"), ("kind", "left"), ("H", "right"), ("G", "right"), ("D", "right"), ("rope", "left"),
@@ -53,7 +53,7 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
 
 
 def inspection_tables(found: Inspection, site: str | None = None) -> Group:
-    """What `fhopt inspect` shows: every site in a row, totals, what was left alone; or all about one site."""
+    """Show `fhopt inspect`: all sites, totals and what was not rewritten; or all facts of one site."""
     if site is not None:
         return Group(_one_site(found.site(site)))
     parts: list[Any] = [_sites_in_rows(found), _totals(found)]
@@ -61,7 +61,7 @@ def inspection_tables(found: Inspection, site: str | None = None) -> Group:
 
 
 def _sites_in_rows(found: Inspection) -> Table:
-    """One row a site. With a plan, which needs the room, columns that say the same in every row become one line."""
+    """Tabulate sites, a row each. With a plan, columns with the same cell in every row become one line."""
     form = common_form(tuple(s.site.name for s in found.sites))
     pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
     rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in found.sites]
@@ -131,7 +131,7 @@ def _totals(found: Inspection) -> Table:
 
 
 def _one_site(site: InspectedSite) -> Table:
-    """All about one site, one fact a line."""
+    """Tabulate the facts of one site, a row each."""
     table = Table(title=Text(site.site.name), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -167,7 +167,7 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
 
 
 def plan_table(plan: LatentPlan) -> Table:
-    """One row a site: layout, channels x bits of keys and values, bytes per sealed token."""
+    """Tabulate a plan, a row per site: layout, channels x bits of keys and values, bytes per quantized token."""
     table = Table(title="Latent plan (channels x bits)", title_justify="left")
     for name in ("site", "layout", "keys", "values"):
         table.add_column(name, overflow="fold")
@@ -188,7 +188,7 @@ def plan_table(plan: LatentPlan) -> Table:
 
 
 def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
-    """Candidates that were left alone: how far they came, why, and where they stand in the user's code."""
+    """Tabulate attention that is not rewritten: what was recognized, the reason, and its place in the user's code."""
     table = Table(title="Left alone", title_justify="left")
     for name in ("pass", "recognised", "reason", "source"):
         table.add_column(name, overflow="fold")
@@ -198,7 +198,7 @@ def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
-    """The demo's figures, before and after."""
+    """Tabulate the demo's figures, exact and with the plan."""
     table = Table(title=f"{result['model']}: exact cache against latents", title_justify="left")
     table.add_column("")
     for name in ("exact", "plan", "change"):
@@ -228,7 +228,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> Group:
-    """The figures of `fhopt eval`: perplexity of each text; each task as a whole, then by length and depth."""
+    """Tabulate `fhopt eval`: perplexity of each text; each task as a whole, then by length and depth."""
     title = result["model"] + (f", {result['ratio']:.2f}x plan" if result["ratio"] else ", exact")
     parts = [_perplexity_table(result["perplexity"], title)] if result["perplexity"] else []
     parts += [_tasks_table(result["tasks"], title)] if result["tasks"] else []
@@ -261,7 +261,7 @@ def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
 
 
 def _answers(found: Mapping[str, Any]) -> list[str]:
-    """Cells of a row: items, rates, change."""
+    """Return the cells of a row: items, rates, change."""
     rates = [found["exact"], found["plan"]]
     shown = ["" if r is None else f"{100 * r['rate']:.0f} %" + _percents(r["rate_ci"]) for r in rates]
     change = found["log_prob_change"]
@@ -278,13 +278,13 @@ def _between(interval: tuple[float, float] | None, digits: str) -> str:
 
 
 def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -> Group:
-    """The formulas of a decode step, its figures on devices, and what a whole step can gain at most."""
+    """Tabulate the formulas of a decode step, its figures on devices, and the largest possible gain of a whole step."""
     bound = "At most so much faster can a whole step become where memory is the bound: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
 def machine_table(found: Sequence[Measured]) -> Table:
-    """One row a number of threads: what was measured of this machine's CPU."""
+    """Tabulate what was measured of this machine's CPU, a row per number of threads."""
     table = Table(title=f"{found[0].cpu}, {found[0].memory_gb:.0f} GB", title_justify="left")
     columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
     for name in columns:
@@ -348,12 +348,12 @@ def _bounds(comparison: Comparison) -> Table:
 
 
 def _grouped(formula: str) -> str:
-    """Thousands of long numbers set apart."""
+    """Group the thousands of long numbers in a formula."""
     return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", formula)
 
 
 def _unit(value: float, unit: str) -> str:
-    """Three digits and a prefix: 1.28 ms, 653 MB."""
+    """Format a number with three digits and a prefix: 1.28 ms, 653 MB."""
     power = min(4, max(-3, math.floor(math.log10(value) / 3))) if value > 0 else 0
     scaled = value / 1000**power
     digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0

@@ -62,14 +62,14 @@ class Decompose:
     inline_checkpoints: bool = True
 
     def candidates(self, program: Program) -> Iterator[fx.Node]:
-        """Composites, each once; those that a rewrite brings to light come after it."""
+        """Yield each composite once; those that a rewrite uncovers follow it."""
         seen: set[fx.Node] = set()
         while found := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
             seen.update(found)
             yield from found
 
     def match(self, node: fx.Node, program: Program) -> Expansion:
-        """What `node` stands for, traced. Raises Miss."""
+        """Trace what `node` computes. Raises Miss."""
         name = qualified_name(node)
         if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
             raise Miss(f"{name} takes nested tensors; expected dense ones", node)
@@ -115,7 +115,7 @@ class Decompose:
 
 
 def qualified_name(node: fx.Node) -> str:
-    """Bare name of what a node calls where it is torch's own, `package::name` where it is another package's."""
+    """Return the bare name of a function of torch that a node calls, `package::name` of another package's."""
     target: Any = node.target
     if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
         return op_name(node)
@@ -143,7 +143,7 @@ def _operand_count(node: fx.Node) -> int:
 
 
 def _bodies(node: fx.Node, program: Program) -> list[fx.GraphModule]:
-    """Graphs that a higher-order op calls, but for those of flex_attention, which are no part of the program."""
+    """Return the graphs that a higher-order op calls; those of flex_attention are not part of the program."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or op_name(node) == "flex_attention":
         return []
     found = (graph_at(n, program) for n in node.all_input_nodes)
@@ -163,7 +163,7 @@ def _hints(node: fx.Node) -> bool:
 
 
 def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
-    """A copy of `body` between the calls that set the grad mode or autocast for it, and set it back."""
+    """Copy `body` between calls that set the gradient mode or autocast for it and reset it."""
     graph = fx.Graph()
     known = {n: graph.node_copy(n) for n in body.nodes if n.op == "placeholder"}
     if op_name(node) == "wrap_with_autocast":
@@ -183,7 +183,7 @@ def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
 
 
 def _check_results(node: fx.Node, body: fx.Graph) -> None:
-    """The results that are used are there, of the composite's own form. Raises Miss."""
+    """Check that the body gives all results that are used, in the composite's dtype. Raises Miss."""
     result: Any = body.output_node().args[0]
     expected = fake(node)
     _check_users(node, result)
@@ -194,7 +194,7 @@ def _check_results(node: fx.Node, body: fx.Graph) -> None:
 
 
 def _check_users(node: fx.Node, result: Any) -> None:
-    """Every use of the node can be served by `result`. Raises Miss."""
+    """Check that `result` serves every use of the node. Raises Miss."""
     if isinstance(result, fx.Node):
         return
     for user in node.users:
@@ -224,7 +224,7 @@ def _copy(graph: fx.Graph, found: Expansion) -> tuple[list[fx.Node], Any]:
 
 
 def _describe(copy: fx.Node, original: fx.Node, found: Expansion) -> None:
-    """Fake values under both names; what is known of the user's code: the body's own, else the composite's."""
+    """Set the fake value and the source of a copied node: the source of the body, else that of the composite."""
     copy.meta = dict(original.meta) if found.prefix else {}
     if copy.op == "get_attr":
         copy.target = f"{found.prefix}{copy.target}"

@@ -40,18 +40,18 @@ class Axes:
     inner: dict[str, int] = field(default_factory=dict)  # label -> size of its second atom in the example
 
     def layout(self, labels: tuple[str, ...]) -> Layout:
-        """Labels of a contraction as atoms."""
+        """Return the labels of a contraction as atoms."""
         return tuple(self.split.get(x, (x,) if x else ()) for x in labels)
 
     def canonical(self, kind: str) -> Layout:
-        """[batch, heads, tokens, channels] of "query" or "key", [batch, heads, queries, keys] of "scores"."""
+        """Return [batch, heads, tokens, channels] of "query" or "key", [batch, heads, queries, keys] of "scores"."""
         heads = tuple(self.groups) + (tuple(self.shares) if kind != "key" else ())
         tokens = (self.keys,) if kind == "key" else tuple(self.queries)
         last = (self.keys,) if kind == "scores" else tuple(self.channels)
         return (tuple(self.batch), heads, tokens, last)
 
     def steps(self, source: Layout, target: Layout) -> Steps:
-        """Methods from one layout to another. Raises Miss when that needs a symbolic size."""
+        """Return the methods that lead from one layout to another. Raises Miss when they need a symbolic size."""
         try:
             return arrangement(source, target, self.sizes)
         except KeyError as error:
@@ -59,7 +59,7 @@ class Axes:
 
 
 def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
-    """The label of the product over which the softmax runs. Raises Miss."""
+    """Return the label of the product over which the softmax runs. Raises Miss."""
     region = Region(base, [product.node], softmax.scores)
     found = []
     for label in (x for x in product.axes if x and x not in product.shared):
@@ -105,9 +105,9 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
 
 
 def _is_head_by_place(label: str, shared: list[str], part: Mapping[str, Origin]) -> bool:
-    """Where nothing tells, the last of several shared axes are the heads."""
-    told = any("heads" in part[x].kind for x in shared)
-    return not part[label].kind and not told and len(shared) > 1 and label == shared[-1]
+    """Return whether a label is the last of several shared axes, which are the heads where nothing else shows them."""
+    is_known = any("heads" in part[x].kind for x in shared)
+    return not part[label].kind and not is_known and len(shared) > 1 and label == shared[-1]
 
 
 def _split(axes: Axes, label: str, where: Origin, rows: list[str], heads: list[str]) -> None:
@@ -129,15 +129,15 @@ class Origin:
 
 
 def origins(query: fx.Node, roles: Roles, base: Evaluator) -> dict[int, Origin]:
-    """For each axis of the queries, whether it comes from features or from rows of the projection."""
+    """Return for each axis of the queries whether it comes from features or from rows of the projection."""
     projections = [p for p in roles.cut(query).projections if isinstance(fake(p.node), Tensor)]
     if not projections:
         return {}
     region = Region(base, [p.node for p in projections], query)
     placed = []
     for of_features in (True, False):
-        given = {p.node: _numbered(example_shape(p.node), p.features, of_features) for p in projections}
-        placed.append(moved(base, given, region.nodes, query) if query not in given else given[query])
+        values = {p.node: _numbered(example_shape(p.node), p.features, of_features) for p in projections}
+        placed.append(moved(base, values, region.nodes, query) if query not in values else values[query])
     features, rows = placed
     if features is None or rows is None:
         return {}
@@ -145,7 +145,7 @@ def origins(query: fx.Node, roles: Roles, base: Evaluator) -> dict[int, Origin]:
 
 
 def _numbered(sizes: tuple[int, ...], features: tuple[int, ...], of_features: bool) -> Tensor:
-    """Numbers 0, 1, ... over the feature axes, or over the others, constant along the rest."""
+    """Return numbers 0, 1, ... over the feature axes, or over the others, constant along the rest."""
     chosen = [i for i in range(len(sizes)) if (i in features) == of_features]
     count = math.prod(sizes[i] for i in chosen)
     numbers = torch.arange(count).reshape([n if i in chosen else 1 for i, n in enumerate(sizes)])
@@ -165,7 +165,7 @@ def _origin(features: Tensor, rows: Tensor) -> Origin:
 
 
 def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -> Layout:
-    """Atoms of what becomes of the scores of `product` at `end`. Raises Miss when they cannot be followed."""
+    """Return the atoms of each axis of `end`, behind the scores of `product`. Raises Miss when it is not followed."""
     region = Region(base, [product.node], end)
     sizes, sources = example_shape(product.node), axes.layout(product.axes)
     if all(example_shape(n) == sizes for n in region.nodes if isinstance(fake(n), Tensor)) and not any(
@@ -182,7 +182,7 @@ def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -
 
 
 def _places(labels: tuple[str, ...], axes: Axes) -> Iterator[tuple[str, int, tuple[int, int] | None]]:
-    """Each atom, the axis of the product that holds it, and which part of the index along it is its own."""
+    """Yield each atom, the axis of the product that holds it, and its (divisor, modulus) within the index along it."""
     for position, label in enumerate(labels):
         if label in axes.split:
             outer, inner = axes.split[label]
@@ -213,7 +213,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
 
 
 def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, Steps]:
-    """Steps of the values, and from the canonical result to the product's own layout. Raises Miss."""
+    """Return the steps for the values, and from the canonical result to the product's layout. Raises Miss."""
     held = dict(zip(mix.left_axes, weights, strict=True))
     if len(mix.summed) != 1 or held[next(iter(mix.summed))] != (axes.keys,):
         raise Miss("the second product does not sum over the keys alone", mix.node)

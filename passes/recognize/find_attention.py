@@ -38,11 +38,11 @@ class FindAttention:
     tolerance: float = 1e-5
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """The canonical attention nodes."""
+        """Return the canonical attention nodes."""
         return [n for n in program.graph.nodes if n.target is torch.ops.fhopt.attention.default]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> AttentionSite:
-        """The site at `node`. Raises Miss when no projection leads to it, or when it already reads a latent."""
+        """Describe the site at `node`. Raises Miss without projections, or when it already reads a latent."""
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
         cuts, names = _cuts(node, roles)
         _check_cuts(node, cuts, names)
@@ -74,16 +74,16 @@ class FindAttention:
         )
 
     def _classify(self, key: fx.Node, cut: Cut, roles: Roles, base: Evaluator) -> tuple[bool, Rope | None]:
-        """(affine in the projection?, rotation) of the segment from the key projection to the key."""
+        """Return (whether the key is affine in its projection, the rotation between them)."""
         if not cut.projections or cut.caches:
             return True, None  # the new token alone shows no rotation: prefill is where it is seen
         region = Region(base, [p.node for p in cut.projections], key)
         features = tuple(p.features for p in cut.projections)
         structure = (
             "way",
-            signature(region, lambda s: _tell_angle(s, roles)),
+            signature(region, lambda s: _describe_side(s, roles)),
             features,
-            region.given.index(key) if key in region.given else -1,
+            region.inputs.index(key) if key in region.inputs else -1,
         )
         if structure not in roles.known:
             roles.known[structure] = self._measured(key, cut, region)
@@ -93,12 +93,12 @@ class FindAttention:
         rows = [[_row(p, 2 * i + j) for i, p in enumerate(cut.projections)] for j in range(2)]
 
         def run(first_share: float, second_share: float) -> Tensor:  # the same row at every token
-            given = {
+            values = {
                 p.node: (first_share * a + second_share * b).expand(example_shape(p.node))
                 for p, a, b in zip(cut.projections, *rows, strict=True)
             }
             try:
-                return region.run(given) if region.nodes else given[key]
+                return region.run(values) if region.nodes else values[key]
             except Exception as error:  # whatever a user's node may raise
                 raise Miss(f"the way from the key projection could not be run ({error})", key) from error
 
@@ -114,16 +114,16 @@ def site_name(node: fx.Node, roles: Roles) -> str:
     return _site_name(names) if any(names.values()) else node.name
 
 
-def _tell_angle(side: fx.Node, roles: Roles) -> object:
-    """What matters about a side of the way to the keys: of a norm's weights the shape, of angles which they are."""
-    return roles.tell(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
+def _describe_side(side: fx.Node, roles: Roles) -> object:
+    """Describe a side input between projection and key: a norm's weight by its shape, an angle by its value."""
+    return roles.describe(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
 
 
 # --------------------------------------------------------------------------------------------------- roles
 
 
 def _row(projection: Projection, seed: int) -> Tensor:
-    """Random features, the same at every token, on the projection's device."""
+    """Draw random features, the same at every token, on the projection's device."""
     sizes = example_shape(projection.node)
     generator = torch.Generator().manual_seed(seed + 1)
     kept = [n if i in projection.features else 1 for i, n in enumerate(sizes)]
@@ -131,7 +131,7 @@ def _row(projection: Projection, seed: int) -> Tensor:
 
 
 def _cuts(node: fx.Node, roles: Roles) -> tuple[dict[str, Cut], dict[str, tuple[str, ...]]]:
-    """(where queries, keys and values are cut, names of the weights of each, and of the output's) of an attention."""
+    """Return where queries, keys and values are cut, and the weights of each and of the output projection."""
     query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
     cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
     names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
@@ -157,7 +157,7 @@ def _site_name(names: dict[str, tuple[str, ...]]) -> str:
 
 
 def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
-    """Numbers per token of a latent that keys and values are already projected from; 0 where there is none.
+    """Return the width of a latent that keys and values are already projected from, 0 where there is none.
 
     DeepSeek-V2 (section 2.1.2): keys and values come from one narrow projection of the input that the queries are
     projected from too, directly or through a narrow projection of their own; and it is this that is cached.
@@ -180,7 +180,7 @@ def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
 
 
 def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:
-    """The first projection that the result of the attention reaches, before it joins the residual stream."""
+    """Return the weights of the first projection behind the attention, before it joins the residual stream."""
     frontier, seen = [node], {node}
     for _ in range(FORWARD):
         if not frontier:
@@ -208,7 +208,7 @@ def _stays_inside(node: fx.Node, seen: set[fx.Node], roles: Roles) -> bool:
 
 
 def _kind(cuts: dict[str, Cut]) -> str:
-    """ "self" when queries and keys are projected from the same activation."""
+    """Return "self" when queries and keys are projected from the same activation, else "cross"."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
         return {view_root(p.activation) for p in cut.projections}
@@ -240,7 +240,7 @@ def _mask_kind(node: fx.Node, roles: Roles, base: Evaluator) -> tuple[str, int]:
 
 
 def rotation(key: Tensor, tolerance: float) -> Rope | None:
-    """What rotates a key [B, G, T, D] that was made from the same row at every token; None if nothing does."""
+    """Return the rotation of a key [B, G, T, D] made from the same row at every token, None without one."""
     rows = key[0, 0]  # [T, D]
     if rows.shape[0] < 2:
         return None

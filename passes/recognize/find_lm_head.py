@@ -62,13 +62,13 @@ class FindHead:
     tolerance: float = 1e-5
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Outputs of the graph that are floating-point tensors with at least two axes."""
+        """Return the outputs of the graph that are floating-point tensors with at least two axes."""
         output = next(n for n in program.graph.nodes if n.op == "output")
         values = [(n, fake(n)) for n in output.all_input_nodes]
         return [n for n, v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> HeadSite:
-        """The head that makes the logits `node`. Raises Miss."""
+        """Describe the head that makes the logits `node`. Raises Miss."""
         projection = _only_projection(node, roles)
         weight, bias = _parameters(projection, program)
         self._check_product(projection, program.values[weight], base)
@@ -92,7 +92,7 @@ class FindHead:
         )
 
     def _check_product(self, projection: Projection, weight: Tensor, base: Evaluator) -> None:
-        """The product is x W^T (+ bias) of the parameter as it is stored. Raises Miss."""
+        """Check that the product is x W^T (+ bias) of the parameter as it is stored. Raises Miss."""
         node, hidden = projection.node, projection.activation
         if example_shape(hidden)[-1] != weight.shape[1] or example_shape(node)[-1] != weight.shape[0]:
             raise Miss(
@@ -107,7 +107,7 @@ class FindHead:
             raise Miss("the head is not the product of hidden states with a parameter as it is stored", node)
 
     def _after(self, product: fx.Node, logits: fx.Node, base: Evaluator) -> tuple[float, float, Tensor | None]:
-        """(scale, softcap, what is added [V] in logits or None) between product and logits. Raises Miss."""
+        """Return (scale, softcap, what is added to the logits [V] or None) between product and logits. Raises Miss."""
         if product is logits:
             return 1.0, 0.0, None
         try:
@@ -151,7 +151,7 @@ def _only_projection(node: fx.Node, roles: Roles) -> Projection:
 
 
 def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
-    """Placeholders of weight and bias ("" without one) of the product. Raises Miss."""
+    """Return the placeholders of weight and bias ("" without one) of the product. Raises Miss."""
     if len(projection.names) != 1:
         raise Miss(f"the weight of the head is made of {', '.join(projection.names[:4])}", projection.node)
     (name,) = projection.names
@@ -168,7 +168,7 @@ def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
 
 
 def _added_bias(product: fx.Node, logits: fx.Node, program: Program, value: Tensor, known: str) -> str:
-    """The placeholder of the parameter that is added after the product. Raises Miss."""
+    """Return the placeholder of the parameter that is added after the product. Raises Miss."""
     for name in program.parameters:
         candidate = program.values[name]
         if candidate.shape == value.shape and torch.allclose(candidate.detach().double(), value, rtol=1e-5, atol=0):
@@ -184,7 +184,7 @@ def _is_tied(program: Program, weight: str) -> bool:
 
 
 def _plain(number: float) -> float:
-    """Without the rounding of the float32 numbers that it was measured through."""
+    """Round away the error of the float32 numbers that a factor was measured through."""
     return float(f"{number:.6g}")
 
 

@@ -76,7 +76,7 @@ class Roles:
         self._projections: dict[fx.Node, Projection | None] = {}
 
     def kind(self, node: fx.Node) -> Kind:
-        """What the value of `node` depends on."""
+        """Return what the value of `node` depends on."""
         stack = [node]
         while stack:
             current = stack[-1]
@@ -102,7 +102,10 @@ class Roles:
         return Kind.WEIGHT if kept else Kind.ACTIVATION
 
     def number(self, node: fx.Node) -> int:
-        """The same number for nodes that compute the same value in the same way (Alpern, Wegman, Zadeck 1988)."""
+        """Return a number that nodes share which compute the same value in the same way.
+
+        Value numbering: Alpern, Wegman, Zadeck 1988.
+        """
         stack = [node]
         while stack:
             current = stack[-1]
@@ -121,14 +124,14 @@ class Roles:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{self._numbers[n]}")
         return f"{node.op} {node.target} {arguments}"
 
-    def tell(self, side: fx.Node) -> Any:
-        """What matters about a tensor that flows into a region: its shape; of a constant or a size, its value."""
+    def describe(self, side: fx.Node) -> Any:
+        """Describe a tensor that flows into a region: by its shape; a constant or a size by its value."""
         if not isinstance(fake(side), Tensor) or self.kind(side) == Kind.CONSTANT:
             return self.number(side)
         return self.kind(side), example_shape(side), str(fake(side).dtype)
 
     def projection(self, node: fx.Node) -> Projection | None:
-        """`node` as a projection, None when it is none."""
+        """Return `node` as a projection, None when it is none."""
         if node not in self._projections:
             self._projections[node] = self._read_projection(node)
         return self._projections[node]
@@ -147,7 +150,7 @@ class Roles:
         return None
 
     def _is_projection(self, found: Contraction) -> bool:
-        """The right side is a weight: no product of its own that shares batch axes with the left."""
+        """Return whether the right side is a weight, not a product of its own that shares batch axes with the left."""
         if self.kind(found.right) != Kind.WEIGHT or len(example_shape(found.right)) < 2:
             return False
         if self.kind(found.left) == Kind.ACTIVATION:
@@ -155,7 +158,7 @@ class Roles:
         return not found.shared and self._is_stored(found.right)
 
     def _holds_product(self, node: fx.Node) -> bool:
-        """True when a weight-like value is itself projected: learned queries, not a weight."""
+        """Return whether a weight-like value is itself projected, as learned queries are."""
         return any(op_name(n) in WEIGHTED or read_contraction(n) is not None for n in _with_ancestors(node))
 
     def _is_stored(self, node: fx.Node) -> bool:
@@ -181,7 +184,7 @@ class Roles:
         return Projection(node, names, activation, features) if names else None
 
     def weight_names(self, node: fx.Node) -> tuple[str, ...]:
-        """Qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
+        """Return the qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
         found: dict[str, bool] = {}
         for source in _with_ancestors(node):
             if source.op in {"placeholder", "get_attr"}:
@@ -192,7 +195,7 @@ class Roles:
         return parameters or tuple(sorted(found))
 
     def is_score_product(self, node: fx.Node) -> Contraction | None:
-        """The contraction at `node` when it multiplies two activations (or what is projected), None otherwise."""
+        """Return the contraction at `node` when it multiplies two activations (or projected values), else None."""
         if self.projection(node) is not None or self.kind(node) == Kind.CONSTANT:
             return None
         return read_contraction(node)
@@ -225,7 +228,10 @@ class Roles:
         return Cut(ordered, tuple(caches), tuple(appends), tuple(lookups))
 
     def is_cache(self, node: fx.Node) -> bool:
-        """A state input that holds tokens: it is written to, or joined with new ones, or has heads of its own."""
+        """Return whether a node is a state input that holds tokens.
+
+        It is written to, or joined with new tokens, or has heads of its own.
+        """
         value = fake(node)
         if node.op != "placeholder" or self.kind(node) != Kind.ACTIVATION or not isinstance(value, Tensor):
             return False
@@ -236,14 +242,14 @@ class Roles:
 
 
 def view_root(node: fx.Node) -> fx.Node:
-    """The node that `node` is a view of, through all views."""
+    """Return the node that `node` is a view of, through all views."""
     while op_name(node) in VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """`node` and everything that it depends on, each once."""
+    """Yield `node` and everything that it depends on, each once."""
     seen, stack = set[fx.Node](), [node]
     while stack:
         current = stack.pop()
@@ -254,7 +260,7 @@ def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def written_inputs(program: Program) -> frozenset[fx.Node]:
-    """Placeholders that the program writes back to."""
+    """Return the placeholders that the program writes back to."""
     return frozenset(
         node.all_input_nodes[0]
         for node in program.graph.nodes
@@ -263,13 +269,13 @@ def written_inputs(program: Program) -> frozenset[fx.Node]:
 
 
 def _writers(program: Program) -> list[fx.Node]:
-    """Nodes that change a tensor in place within the graph: what `functionalize` had to leave."""
+    """Return the nodes that change a tensor in place within the graph, which `functionalize` had to leave."""
     inputs = [n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes]
     return [n for n in inputs if n.all_input_nodes[0].op != "placeholder" or n.users]
 
 
 def common_path(names: Iterable[str]) -> str:
-    """Longest common module path of weights: the parameter's own name never belongs to it."""
+    """Return the longest common module path of weights, without the parameters' own names."""
     paths = [tuple(n.split(".")[:-1]) for n in names]
     if not paths:
         return ""

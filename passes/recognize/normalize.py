@@ -52,11 +52,11 @@ class Normalize:
     tolerance: float = 1e-6
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Nodes that may be the core of an attention, in graph order."""
+        """Return the nodes that may be the core of an attention, in graph order."""
         return [n for n in program.graph.nodes if op_name(n) in CALL | OTHER_WEIGHTS or is_candidate(n)]
 
     def match(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
-        """The core at `node`, checked by execution. Raises Miss with what had been recognised by then."""
+        """Read the core at `node` and check it by execution. Raises Miss with what was recognized until then."""
         if op_name(node) in CALL:
             core = _match_call(node, roles, base)
             _undo_repetition(core, base)
@@ -98,7 +98,7 @@ class Normalize:
 
 
 def _smaller_sizes(node: fx.Node) -> dict[int, int]:
-    """Numbers of queries and keys that are enough to see what is done to them."""
+    """Return smaller numbers of queries and keys on which the core can be read as well."""
     sizes: dict[int, int] = {}
     for index, size in enumerate(dict.fromkeys(example_shape(node)[-2:])):
         if size > ENOUGH:
@@ -156,7 +156,7 @@ def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
 
 
 def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
-    """Products of two activations from which the scores come, the nearest first. Raises Miss where there is none."""
+    """Return the products of two activations that the scores come from, nearest first. Raises Miss without one."""
     found, barrier = _search_products(softmax.scores, roles)
     if found:
         return found
@@ -169,7 +169,7 @@ def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
 
 
 def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], Projection | None]:
-    """Products of two activations behind `start`, and the first projection that ends a way."""
+    """Return the products of two activations behind `start`, and the first projection that ends a path."""
     found: list[Contraction] = []
     barrier: Projection | None = None
     seen, stack = {start}, [start]
@@ -190,7 +190,7 @@ def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], P
 
 
 def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool]]:
-    """Products of the weights with values, and whether the weights are the left operand. Raises Miss."""
+    """Return the products of weights with values, and whether the weights are the left operand. Raises Miss."""
     found: list[tuple[Contraction, bool]] = []
     known = {softmax.weights}
     frontier = [softmax.weights]
@@ -212,7 +212,7 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
 
 
 def _other_weights(node: fx.Node, roles: Roles) -> Miss:
-    """Why a pointwise function is not the softmax of an attention; without a reason where it is nothing like one."""
+    """Return a Miss that names the function in place of a softmax; without a reason where there is no attention."""
     stand_in = Softmax(node.all_input_nodes[0], node, 0)
     try:
         scores, mixes = _products_before(stand_in, roles), _mixes_after(stand_in, roles)
@@ -224,7 +224,7 @@ def _other_weights(node: fx.Node, roles: Roles) -> Miss:
 
 
 def _sides_of(product: Contraction, known: set[fx.Node]) -> Iterator[tuple[Contraction, bool]]:
-    """Whether the weights stand on the left or on the right of a product; where on both, it is none of ours."""
+    """Yield a product and whether the weights are its left operand; nothing where they are both operands."""
     left, right = product.left in known, product.right in known
     if left != right:
         yield product, left
@@ -247,7 +247,7 @@ def _carries_weights(node: fx.Node, roles: Roles) -> bool:
 
 
 def _assemble(softmax: Softmax, product: Contraction, mix: Contraction, roles: Roles, base: Evaluator) -> Core:
-    """Roles and layouts of everything around one softmax. `mix` has the weights on the left."""
+    """Assemble the core around one softmax; `mix` has the weights on the left. Raises Miss."""
     keys = key_label(softmax, product, base)
     if keys in product.left_axes:
         product = product.swapped()
@@ -272,7 +272,7 @@ def _query_and_key(product: Contraction, axes: Axes) -> tuple[Operand, Operand]:
 
 
 def _dropout(weights: fx.Node, mix: Contraction) -> float:
-    """Probability of the dropout that is active between the softmax and the second product."""
+    """Return the probability of the dropout that is active between the softmax and the second product."""
     node, rate = mix.left, 0.0
     while node is not weights and node.all_input_nodes:
         if op_name(node) in DROPOUT and argument(node, 2, "training", "train", default=True):
@@ -282,7 +282,7 @@ def _dropout(weights: fx.Node, mix: Contraction) -> float:
 
 
 def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> None:
-    """How the mask, or a computed bias, comes to [B, H, S, T]. Raises Miss."""
+    """Set how the mask, or a computed bias, becomes [B, H, S, T]. Raises Miss."""
     scores, product = core.scores, core.product
     assert scores is not None and product is not None
     target = axes.canonical("scores")

@@ -50,7 +50,7 @@ class Scores:
 
 
 def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.Node, Tensor]:
-    """Random numbers for the tensors that flow into a region and are not constants.
+    """Draw random numbers for the tensors that flow into a region and are not constants.
 
     With `binary`, a tensor that holds only zeros and ones today gets random zeros and ones: it is a mask in numbers.
     """
@@ -69,14 +69,14 @@ def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.
 
 
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
-    """The score function between the product and `end`. Raises Miss when it is of another form.
+    """Read the score function between the product and `end`. Raises Miss when it is of another form.
 
     axis: the softmax's, in `end`. key_axis: where the keys stand in the product.
     """
     region = Region(base, [product], end)
     if not region.nodes:
         return Scores(region)
-    key = ("scores", signature(region, roles.tell), axis, key_axis)
+    key = ("scores", signature(region, roles.describe), axis, key_axis)
     if key in roles.known:
         return _as_known(roles.known[key], region)
     for binary in (False, True):
@@ -89,16 +89,16 @@ def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles:
 
 
 def _as_known(found: Scores, region: Region) -> Scores:
-    """What was found about a region of the same structure, told about this one."""
-    twin = dict(zip(found.region.sides, region.sides, strict=True))
-    factors = tuple((twin[node], divides) for node, divides in found.factors)
-    return replace(found, region=region, factors=factors, mask=found.mask and twin[found.mask])
+    """Transfer the score function of a region to another region of the same structure."""
+    counterpart = dict(zip(found.region.sides, region.sides, strict=True))
+    factors = tuple((counterpart[node], divides) for node, divides in found.factors)
+    return replace(found, region=region, factors=factors, mask=found.mask and counterpart[found.mask])
 
 
 def _measured(
-    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, given: Mapping[fx.Node, Tensor] | None
+    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, drawn: Mapping[fx.Node, Tensor] | None
 ) -> Scores:
-    found, sides = Scores(region), given or {}
+    found, sides = Scores(region), drawn or {}
     shape = example_shape(product)
     keys = moved(region.base, {product: coordinates(shape, key_axis)}, region.nodes, region.end)
     numbers = random_like(product, 7)
@@ -128,7 +128,7 @@ def _measured(
     if bool(closed.any()):
         pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
         found.replaces = torch.equal(pushed[closed], allowed[closed])
-    if given is None or found.sinks:
+    if drawn is None or found.sinks:
         found.form = "computed" if region.sides or bool((allowed != 0).any()) else ""
     else:
         constants = {n: region.base.example(n) for n in region.sides if n not in sides and isinstance(fake(n), Tensor)}
@@ -156,8 +156,8 @@ def _check_sinks(
 
 
 def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
-    """Tensors and symbolic numbers by which a node of the region multiplies or divides."""
-    inside = {*region.nodes, *region.given}
+    """Return the tensors and symbolic numbers by which a node of the region multiplies or divides."""
+    inside = {*region.nodes, *region.inputs}
     found = []
     for node in region.nodes:
         name = op_name(node)
@@ -171,7 +171,7 @@ def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
 
 
 def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Tensor]) -> Tensor:
-    """Product of the factors over the scores; they must not vary over keys, nor stand behind a change of axes."""
+    """Return the product of the factors over the scores, which must not vary over keys or follow a change of axes."""
     region = found.region
     last = max(node for factor, _ in found.factors for node in factor.users if node in region.nodes)
     if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes if not last < n):
@@ -190,7 +190,7 @@ def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[f
 
 
 def _fit(found: Scores, change: object, unit: Tensor, region: Region) -> None:
-    """scale and softcap from how much the scores change with the product."""
+    """Fit scale and softcap to how the scores change with the product. Raises Miss."""
     assert callable(change)
     delta = change(1.0)
     scale = float((delta @ unit) / (unit @ unit).clamp_min(1e-300))
@@ -210,7 +210,7 @@ def _fit(found: Scores, change: object, unit: Tensor, region: Region) -> None:
 
 
 def _name_mask(found: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> None:
-    """The tensor that is the bias as it stands, where there is one; else the bias is computed by the region."""
+    """Set the mask to the tensor that is the bias, where there is one; else the region computes the bias."""
     if not bool((zero != 0).any()):
         return
     found.form = "computed"
@@ -240,6 +240,6 @@ def _fits(value: Tensor, whole: Tensor) -> bool:
 
 
 def _names(region: Region) -> str:
-    """The operations of a region that do more than move data, for a reason."""
+    """Name the operations of a region that do more than move data."""
     names = dict.fromkeys(op_name(n) for n in region.nodes if op_name(n) not in MOVEMENT)
     return ", ".join(list(names)[:8]) or "nothing"

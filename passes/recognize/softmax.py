@@ -44,7 +44,7 @@ class Softmax:
 
 
 def is_candidate(node: fx.Node) -> bool:
-    """True where a softmax may stand; an exponential only where a sum of it is taken, or was before."""
+    """Return whether a softmax may stand at `node`; for an exponential, whether a sum of it is taken."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
         return True
@@ -57,7 +57,7 @@ def is_candidate(node: fx.Node) -> bool:
 
 
 def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
-    """The softmax at a candidate. Raises Miss when what stands there is not one."""
+    """Read the softmax at a candidate. Raises Miss when it is something else."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
         axis = argument(node, 1, "dim")
@@ -78,7 +78,7 @@ def _exponential_of(node: fx.Node) -> fx.Node:
 
 
 def _sum_after(node: fx.Node) -> fx.Node | None:
-    """A sum of the exponential over one axis, through casts."""
+    """Return a sum of the exponential over one axis, through casts."""
     stack = [(node, 0)]
     while stack:
         current, depth = stack.pop()
@@ -125,7 +125,7 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
 
 
 def _without_shift(node: fx.Node, axis: int) -> fx.Node:
-    """x behind `x - f(x)` where f(x) is the same all along the axis: a softmax does not change with such a shift."""
+    """Return x behind `x - f(x)` where f(x) is constant along the axis, which does not change a softmax."""
     if op_name(node) in {"sub", "subtract"} and len(node.all_input_nodes) == 2:
         first, second = node.all_input_nodes
         shift = example_shape(second) if isinstance(fake(second), Tensor) else ()
@@ -135,7 +135,7 @@ def _without_shift(node: fx.Node, axis: int) -> fx.Node:
 
 
 def _post_dominator(node: fx.Node, total: fx.Node) -> fx.Node | None:
-    """The division at which the exponential and its sum meet again."""
+    """Return the division at which the exponential and its sum meet again."""
     frontier, seen = [total], {total}
     for _ in range(24):
         if not frontier:
@@ -159,7 +159,7 @@ def _depends(node: fx.Node, on: fx.Node) -> bool:
 
 
 def _contracts(start: fx.Node, end: fx.Node) -> bool:
-    """True when a product with another tensor lies on the way from the exponential to the numerator."""
+    """Return whether a product with another tensor lies between the exponential and the numerator."""
     from fhopt.passes.recognize.contraction import read_contraction
 
     graph = nx.DiGraph(window(start, end))

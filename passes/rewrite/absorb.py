@@ -39,12 +39,12 @@ class Absorb:
     name: str = "absorb"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """latent_attention nodes with decoded keys and values."""
+        """Return the latent_attention nodes with decoded keys and values."""
         op = torch.ops.fhopt.latent_attention.default
         return [n for n in program.graph.nodes if n.target is op and _is_decode(n.args[1]) and _is_decode(n.args[3])]
 
     def match(self, node: fx.Node) -> Expanded:
-        """The operands to exchange."""
+        """Read the operands to exchange."""
         key, value = node.args[1], node.args[3]
         assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
         return Expanded(node, key, value)
@@ -72,7 +72,7 @@ def _is_decode(argument: Any) -> bool:
 
 
 def _codes(latent: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
-    """(rows, scale, (bits, widths, steps)) of a latent: its codes where it was unpacked from some."""
+    """Return (packed latents or latent, scale, (bits, widths, steps)) of a latent, packed where it was unpacked."""
     if isinstance(latent, fx.Node) and latent.target is torch.ops.fhopt.unpack.default:
         codes, scale, *tiers = latent.args
         return codes, scale, (tiers[0], tiers[1], tiers[2])

@@ -60,7 +60,7 @@ class Fitted:
     trusting: bool = False
 
     def of(self, *weights: Tensor) -> SitePlan:
-        """The plan for these weights. Raises Stale when there is none."""
+        """Return the plan for these weights. Raises Stale when there is none."""
         found = weight_print(weights)
         if found == self.own:
             return self.site
@@ -71,7 +71,7 @@ class Fitted:
         raise Stale(f"the weights of {self.site.site.name} are not those that the plan was fitted for")
 
     def bound(self, pick: Callable[[SitePlan], Tensor]) -> Bound | None:
-        """What an extra input that holds a basis is made of."""
+        """Return how an extra input that holds a basis follows from the weights."""
         return Bound(self.sources, lambda *weights: pick(self.of(*weights))) if self.sources else None
 
 
@@ -88,7 +88,7 @@ class Compress:
     name: str = "compress"
 
     def match(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor] = NO_WEIGHTS) -> Fitted:
-        """The plan for the site at `node`; `weights`: values of the program's parameters, by their names there.
+        """Choose the plan for the site at `node`. weights: values of the program's parameters, by qualified name.
 
         Raises Miss when it has none, when the weights are others, or when the graph's shapes are not the plan's.
         """
@@ -107,7 +107,7 @@ class Compress:
         return fitted
 
     def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> Fitted:
-        """By its name; a graph of a part of a model, whose names lack a beginning, by its weights. Raises Miss."""
+        """Choose a plan by the weights, which also serve a part of a model, else by the site's name. Raises Miss."""
         held = [weights.get(name) for name in site.cached_weights]
         found = weight_print([w for w in held if w is not None]) if held and None not in held else ""
         named = next((p for p in self.plan.sites if p.site.name == site.name), None)
@@ -153,7 +153,7 @@ class Compress:
     def _through_latents(
         self, program: Program, key: fx.Node, value: fx.Node, fitted: Fitted, name: str
     ) -> tuple[fx.Node, fx.Node]:
-        """decode(encode(x)) of keys and of values, from one latent where the plan has one for both."""
+        """Insert decode(encode(x)) of keys and of values, from one latent where the plan shares it."""
         is_shared = fitted.site.is_shared
         read = call(program, torch.cat, ([key, value], -1)) if is_shared else key
         latent = self._latent(program, read, fitted, "key", name)
@@ -163,7 +163,7 @@ class Compress:
         return decoded_k, _decoded(program, latent, fitted, "value", name)
 
     def _latent(self, program: Program, node: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
-        """encode(x), with the rounding of the tiers."""
+        """Insert encode(x), with the rounding of the bit groups."""
         side: SidePlan = getattr(fitted.site, which)
         encoder = _basis(program, node, fitted, which, "encode", name)
         latent = call(program, algebra.encode, (node, encoder))
@@ -182,7 +182,7 @@ def _decoded(program: Program, latent: fx.Node, fitted: Fitted, which: str, name
 
 
 def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: str, name: str) -> fx.Node:
-    """An extra input that holds a basis, on the device of `node`."""
+    """Add an input that holds a basis, on the device of `node`."""
     value = node.meta.get("example_value", node.meta.get("val"))
     device = value.device if isinstance(value, Tensor) else torch.device("cpu")
 
@@ -194,13 +194,13 @@ def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: st
 
 
 def _placed(program: Program, fitted: Fitted) -> Fitted:
-    """The same with the placeholders of the weights in place of their names."""
+    """Replace the names of the weights by their placeholders."""
     nodes = {name: node for node, name in program.parameters.items()}
     return replace(fitted, sources=tuple(nodes[name] for name in fitted.sources))
 
 
 def _serves(other: SitePlan, plan: SitePlan) -> bool:
-    """True when the bases of `other` fit the graph that `plan` made: same layout, tiers and shapes."""
+    """Return whether the bases of `other` fit the graph that `plan` made: same layout, bit groups and shapes."""
     sides = [(getattr(other, which), getattr(plan, which)) for which in ("key", "value")]
     same = all(a.tiers == b.tiers and a.encode.shape == b.encode.shape for a, b in sides)
     return same and other.layout == plan.layout and other.site.kind == plan.site.kind

@@ -72,11 +72,11 @@ class LatentBuffers:
     name: str = "latent_buffers"
 
     def is_for(self, node: fx.Node, site: AttentionSite, program: Program) -> bool:
-        """True where keys and values are what the graph writes into buffers of a module."""
+        """Return whether keys and values are what the graph writes into buffers of a module."""
         return site.cache == "in-place" and all(own_buffer(program, operand) for operand in node.args[1:3])
 
     def match(self, node: fx.Node, site: AttentionSite, program: Program, roles: Roles, base: Evaluator) -> Buffered:
-        """How the site at `node` uses its buffers. Raises Miss where latents cannot stand for them."""
+        """Read how the site at `node` uses its buffers. Raises Miss where latents cannot replace them."""
         fitted = self.compress.match(node, replace(site, cache="none"), program.weights)
         if self.compress.training:
             raise Miss("the graph trains; buffers are replaced where nothing needs a gradient", node)
@@ -147,7 +147,7 @@ class LatentBuffers:
 
 
 def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..., Tensor]:
-    """(keys, values, weights) -> one of the parts."""
+    """Return the function of (keys, values, weights) that gives one of the parts."""
 
     def make(keys: Tensor, values: Tensor, *weights: Tensor) -> Tensor:
         site = fitted.of(*weights) if weights else held.site
@@ -157,7 +157,7 @@ def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..
 
 
 def _basis(program: Program, found: Buffered, side: str, kind: str) -> fx.Node:
-    """An extra input for a basis: encoders as the plan has them, decoders in the dtype of the model."""
+    """Add an input for a basis: encoders as the plan has them, decoders in the dtype of the model."""
     value = fake(found.key.buffer)
 
     def pick(site: SitePlan) -> Tensor:

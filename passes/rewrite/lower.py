@@ -46,7 +46,7 @@ class Lower:
     name: str = "lower"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Canonical nodes that plain torch ops, or the kernel of uncoded latents, serve best."""
+        """Return the canonical nodes that plain torch ops, or the kernel for latents without bit groups, serve best."""
         return [n for n in program.graph.nodes if n.target in _PLAIN and not _is_coded(n)]
 
     def rewrite(self, program: Program, node: fx.Node) -> str:
@@ -63,13 +63,13 @@ class Lower:
 
 
 def is_decoding(node: fx.Node) -> bool:
-    """True for exact attention of few queries on many keys, on a CPU, without sinks and dropout."""
+    """Return whether a node is exact attention of few queries on many keys, on a CPU, without sinks and dropout."""
     plain = not node.kwargs.get("dropout") and (len(node.args) < 5 or node.args[4] is None)
     return plain and _is_small(node.args[0], node.args[1])
 
 
 def _is_small(query: Any, key: Any, few: int = FEW) -> bool:
-    """Few rows, of a number that is fixed in the graph, on many keys of a type that kernels read."""
+    """Return whether rows are few and fixed in number, and keys many, of a dtype that kernels read."""
     value, sizes = fake(query), shape(query)
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.float64 or sizes is None:
         return False
@@ -95,7 +95,7 @@ def _to_kernel(program: Program, node: fx.Node) -> str:
 
 
 def _may_hide_rows(program: Program, node: fx.Node) -> bool:
-    """True where a mask of numbers comes in with the call: on padded sequences it may hide all keys of a query.
+    """Return whether a mask of numbers is an input of the call: padding may then hide all keys of a query.
 
     The weights of such a row are even, but not in the backward pass of scaled_dot_product_attention: it keeps
     max + log(sum), which rounds to the max, so that gradients become T times too large.
@@ -120,5 +120,5 @@ def _is_coded(node: fx.Node) -> bool:
 
 
 def is_spelled_out(graph: fx.Graph) -> bool:
-    """True where a graph has a softmax of its own: attention that is not a call of scaled_dot_product_attention."""
+    """Return whether a graph spells attention out with a softmax, without scaled_dot_product_attention."""
     return any("softmax" in op_name(node) for node in graph.nodes)
