@@ -1,4 +1,4 @@
-"""The main job on a real model: find, fit, cache, measure, and say what came of it."""
+"""`fhopt demo`: find attention, fit a plan, generate with it, and measure, on SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fhopt.texts import tokens
 
 
 @main.command()
-@click.option("--ratio", type=float, default=4.0, show_default=True, help="How many times smaller than a 16-bit cache.")
+@click.option("--ratio", type=float, default=4.0, show_default=True, help="Compression of the 16-bit KV cache.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -49,7 +49,7 @@ def demo(ratio: float, out: Path, as_json: bool) -> None:
         console.print(
             f"plan:   {result['plan_path']}\nreport: {result['report_path']}", soft_wrap=True, highlight=False
         )
-        console.print(f"done in {result['seconds']:.0f} s, of which the report took {result['report_seconds']:.1f}.")
+        console.print(f"done in {result['seconds']:.0f} s, of which {result['report_seconds']:.1f} s for the report.")
 
 
 TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind
@@ -61,7 +61,7 @@ COUNTED_AT = 8192
 def run_demo(
     out: Path, ratio: float, console: Console, progress: fhopt_progress.Progress = fhopt_progress.silent
 ) -> dict[str, Any]:
-    """Run it, writing the plan and the report below `out`; returns the figures (README: `fhopt demo --json`)."""
+    """Run the demo, write plan and report below `out`, and return the figures that `fhopt demo --json` prints."""
     start = time.perf_counter()
     options = calibration_options.FitOptions(ratio=ratio)
     options.check()
@@ -72,7 +72,7 @@ def run_demo(
     console.print(f"1. {loaded.name} is loaded ({sum(p.numel() for p in model.parameters()):,} parameters).")
     plan, outcome = run.fit(loaded, options, progress)
     console.print(sites_table(outcome.sites.values()))
-    console.print(f"2. {len(outcome.sites)} attention sites found, {len(outcome.missed)} candidates left alone.")
+    console.print(f"2. {len(outcome.sites)} attention sites found, {len(outcome.missed)} candidates not rewritten.")
     console.print(plan_table(plan))
     plan_path = plan.save(out / "plan")
     console.print(f"3. A {plan.ratio(COUNTED_AT):.2f}x plan is fitted and saved.")

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @main.command("eval")
 @click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, the exact model alone.")
+@click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(path_type=Path),
+    help="The plan to compare with. [default: the exact model alone]",
+)
 @click.option(
     "--data",
     "texts",
@@ -36,15 +41,21 @@ if TYPE_CHECKING:
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="Some of perplexity, passkey, copy, digits, arithmetic, all, with commas between.",
+    help="A list with commas of: perplexity, passkey, copy, digits, arithmetic, all.",
 )
 @click.option(
-    "--items", type=click.IntRange(min=1), default=5, show_default=True, help="Per task, length and depth of a needle."
+    "--items",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Items per task, length and depth of the needle.",
 )
-@click.option("--lengths", default="512,1024,2048", show_default=True, help="Tokens of the tasks' contexts.")
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="For perplexity.")
-@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks.")
+@click.option("--lengths", default="512,1024,2048", show_default=True, help="Context lengths of the tasks, in tokens.")
+@click.option(
+    "--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences per text, for perplexity."
+)
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tasks.")
 @placement_options
 @json_option
 @fails_together
@@ -54,9 +65,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure perplexity and tasks of MODEL with the exact KV cache and with the plan's, with 95 % intervals.
 
-    Perplexity is taken on the test half of each text. The tasks ask for what compressed attention loses first: strings
-    and numbers that stand far back. MODEL must be a causal language model with a tokenizer. Under torchrun the
-    processes share the sequences and items; models larger than one device: --device-map.
+    Perplexity is measured on the second half of each text. The tasks ask for what compressed attention loses first:
+    strings and numbers far back in the context. MODEL must be a causal language model with a tokenizer. Under torchrun
+    the processes share the sequences and items. For models larger than one device: --device-map.
     """
     import torch
 
@@ -82,7 +93,7 @@ def evaluate(
     with progress_bar(as_json) as progress:
         perplexity = _perplexities(network, ids, plan, progress)
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
-    if collectives.leave() > 0:  # the first process tells what all have found
+    if collectives.leave() > 0:  # the first process prints the results of all
         return
     result = {
         "model": loaded.name,
@@ -142,7 +153,7 @@ def _perplexities(
 @main.command()
 @click.argument("model")
 @click.option(
-    "--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, ratios 2, 4 and 8 are assumed."
+    "--plan", "plan_path", type=click.Path(path_type=Path), help="The plan. [default: hypothetical ratios 2, 4 and 8]"
 )
 @click.option(
     "--device",
@@ -150,7 +161,7 @@ def _perplexities(
     multiple=True,
     default=("h100", "cpu"),
     show_default=True,
-    help="Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
+    help="Device; also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
 )
 @click.option(
     "--tokens",
@@ -160,13 +171,13 @@ def _perplexities(
     show_default=True,
     help="Cached tokens; repeatable.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of weights and exact keys and values.",
+    help="Dtype of weights and of exact keys and values.",
 )
 @json_option
 def cost(
@@ -206,15 +217,20 @@ def cost(
     console.print(cost_tables(costs, comparison, title))
     if plan is None:
         console.print(
-            "2x, 4x and 8x are hypothetical: bytes divided, heads and widths as they are. For a real plan: "
+            "2x, 4x and 8x are hypothetical: bytes are divided, heads and widths unchanged. For a real plan: "
             "fhopt fit MODEL -o PLAN, then --plan PLAN.",
             highlight=False,
         )
 
 
 @main.command()
-@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Default: 1, and all cores; repeatable.")
-@click.option("--again", is_flag=True, help="Measure anew.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Number of threads; repeatable. [default: 1, and all cores]",
+)
+@click.option("--again", is_flag=True, help="Measure again, and replace stored figures.")
 @json_option
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     """Measure this machine's CPU once, in some seconds: `--device here` in other commands."""
@@ -225,7 +241,7 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
 
     counts = threads or tuple(dict.fromkeys((1, cores())))
     if max(counts) > cores():
-        raise FhoptError(f"{max(counts)} threads were asked for; expected at most {cores()}, the cores here.")
+        raise FhoptError(f"{max(counts)} threads were requested; expected at most {cores()}, the number of cores.")
     found = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
     kernels = vector_unit()
     if as_json:
@@ -238,30 +254,30 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
-@click.option("--device", required=True, help="What it will run on, as in cost; for a CPU, C++.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens of each.")
+@click.option("--device", required=True, help="Target device, as in cost; for a CPU, C++ kernels are written.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
+@click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens per sequence.")
 @click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Cached tokens.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of queries and of uncoded latents.",
+    help="Dtype of queries, and of latents that are not quantized.",
 )
 @click.option(
     "--candidates",
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Configurations to compile where a kernel's default does not fit, some seconds each; 0: all, of all kernels.",
+    help="Configurations to compile where the default does not fit, some seconds each; 0: all, for all kernels.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
 @json_option
 def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write the generated kernels of PLAN, and a table of what they read and what they need of a device.
+    """Write the generated kernels of PLAN, and a table of the bytes that they read and the resources that they use.
 
-    Kernels for GPUs are compiled to see what they need; there need not be a GPU.
+    Kernels for GPUs are compiled to read their resources; no GPU is needed.
     """
     from fhopt.hardware.kernel_table import Options, rejected_table, table, write_kernels
     from fhopt.plan.latent_plan import LatentPlan

@@ -1,4 +1,4 @@
-"""Options that commands share, and how they print: consoles, progress bars, JSON."""
+"""Options that commands share; output: consoles, progress bars, JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PIPED_WIDTH = 120  # columns where there is no terminal to ask
+PIPED_WIDTH = 120  # columns without a terminal
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -83,12 +83,12 @@ def placement_options(command: Callable[..., None]) -> Callable[..., None]:
         type=click.Choice(["bfloat16", "float16", "float32"]),
         default="float32",
         show_default=True,
-        help="Of the model while it is read.",
+        help="Dtype of the model.",
     )
     return spread(dtype(command))
 
 
 device_option = click.option(
     "--device", "devices", multiple=True, default=("h100", "cpu"), show_default=True,
-    help="For break-even contexts and rooflines, as in cost; repeatable.",
+    help="Device for break-even contexts and rooflines, as in cost; repeatable.",
 )  # fmt: skip

@@ -51,7 +51,7 @@ def size() -> Spec:
         mark={"type": "bar"},
         encoding={
             "x": _site_axis(),
-            "y": _quantity("bytes", "bytes per sealed token", stack=True),
+            "y": _quantity("bytes", "bytes per quantized token", stack=True),
             "color": _side_colour(),
             "tooltip": _tips(site="site", side="side", bytes="bytes", exact="exact, both sides"),
         },
@@ -76,7 +76,7 @@ def sensitivity() -> Spec:
 def curve() -> Spec:
     """Chart the expected loss against size, with the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
     encoding = {
-        "x": _quantity("bytes_per_token", "bytes per token, all counted", scale=_log(), axis=_ticks("~s")),
+        "x": _quantity("bytes_per_token", "bytes per token, everything included", scale=_log(), axis=_ticks("~s")),
         "y": _quantity("nats", "expected loss, nats per token", scale=_log(), axis=_ticks(".0e")),
         "tooltip": _tips(ratio="ratio", bytes_per_token="bytes per token", nats="nats per token"),
     }
@@ -107,7 +107,7 @@ def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
             "x": {
                 "field": "chunk",
                 "type": "ordinal",
-                "title": "chunk of 8 channels, dearest first",
+                "title": "chunk of 8 channels, by decreasing loss",
                 "axis": {"labelOverlap": True, "labelAngle": 0},
             },
             "y": _site_axis(),
@@ -126,7 +126,7 @@ def spectrum() -> Spec:
             "x": {
                 "field": "channel",
                 "type": "ordinal",
-                "title": "channel, dearest first",
+                "title": "channel, by decreasing loss",
                 "axis": {"labelOverlap": True, "labelAngle": 0},
             },
             "y": _quantity("exponent", "nats per token, 10^", axis={"tickCount": 5}, scale={"zero": False}),
@@ -146,7 +146,7 @@ def spectrum() -> Spec:
 def roofline() -> Spec:
     """Chart a device's roofline and attention below it. Rows: `roof` (intensity, tflops); `points` (and cache)."""
     x = _quantity("intensity", "operations per byte", scale=_log(), axis=_ticks("~g"))
-    y = _quantity("tflops", "TFLOP/s that can be reached", scale=_log(), axis=_ticks("~g"))
+    y = _quantity("tflops", "attainable TFLOP/s", scale=_log(), axis=_ticks("~g"))
     tips = _tips(cache="cache", intensity="operations per byte", tflops="TFLOP/s", seconds="seconds", bound="bound by")
     colour = {"field": "cache", "type": "nominal", "title": None, "scale": _CACHES, "legend": {"orient": "top"}}
     return {

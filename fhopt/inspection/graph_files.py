@@ -1,4 +1,4 @@
-"""Writing graphs of sites to files: dot, svg, graphml, json."""
+"""Files of graphs: dot, svg, graphml, json, and .fhopt for Model Explorer."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def write_graphs(seen: Snapshots, path: Path, found: Inspection, stage: str, sit
         graph = with_sites(snapshot.network, [site] if site else sites)
         target = path.with_name(f"{path.stem}.{number:02d}-{name}{path.suffix}") if stage == ALL else path
         shown = site_graph(graph, site) if site else graph
-        written.append(write_graph(shown, target, f"{title}, {f'after {name}' if name != 'input' else 'as it came'}"))
+        written.append(write_graph(shown, target, f"{title}, {f'after {name}' if name != 'input' else 'as captured'}"))
     return written

@@ -1,9 +1,9 @@
-"""Graphs as files: what a model computes, as a whole or one site of it, before and after each pass.
+"""Graphs as files: the computation of a model, or of one site, before and after each pass.
 
     .json     node-link form of networkx        .graphml    for yEd, Gephi, Cytoscape
     .dot      Graphviz                          .svg        laid out by Graphviz
 
-Nodes carry op, role, shape, dtype, module and site; edges carry the shape of what flows.
+Nodes have op, role, shape, dtype, module and site; edges have the shape of the tensor.
 """
 
 from __future__ import annotations
@@ -93,15 +93,17 @@ def site_graph(graph: nx.DiGraph, name: str) -> nx.DiGraph:
     """Return one site with its inputs and outputs. Raises FhoptError where no node of it is in the graph."""
     inside = site_nodes(graph, name)
     if not inside:
-        raise FhoptError(f"nothing in this graph was traced in {name!r}; its site cannot be cut out. Leave out --site.")
+        raise FhoptError(
+            f"no node of this graph was traced in {name!r}; its site cannot be selected. Leave out --site."
+        )
     around = {m for n in inside for m in (*graph.predecessors(n), *graph.successors(n))}
     return graph.subgraph(inside | around).copy()
 
 
 def check_format(path: Path, formats: Sequence[str] = FORMATS) -> None:
-    """Raise FhoptError for a file that is none of `formats`."""
+    """Raise FhoptError for a file whose format is not in `formats`."""
     if path.suffix.lower() not in formats or path.is_dir():
-        raise FhoptError(f"{path} is no graph file; expected a name that ends in {', '.join(formats)}.")
+        raise FhoptError(f"{path} is not a graph file; expected a name that ends in {', '.join(formats)}.")
 
 
 def write_graph(graph: nx.DiGraph, path: Path, title: str) -> Path:

@@ -1,10 +1,10 @@
-"""One self-contained page of everything: it opens from a disk, without a network, and can be mailed.
+"""The report of a model and its plan: one HTML file that loads nothing else, and opens without a network.
 
     build(loaded, outcome, plan, ...)  ->  Report        facts, drawings, kernels, changes by passes
     write(report, path)                                   the page
 
-The facts stand in the page as JSON, and what the page shows is made of them. What is long and seldom looked at
-(drawings, kernels, changes of graphs) is compressed, and unfolded by the browser when somebody looks.
+The page contains the facts as JSON and shows values from it. Drawings, kernels and changes of graphs are compressed;
+the browser decompresses them when they are opened.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows.
+    """The contents of a report.
 
     drawings: SVG, each once. drawn: (before, after) of each site as places in `drawings`, -1 where there is none.
-    measured: figures that somebody measured, such as those of `fhopt demo`; empty where nobody did.
+    measured: measured figures, such as those of `fhopt demo`; empty without a measurement.
     """
 
     inspection: Inspection
@@ -96,7 +96,7 @@ def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChan
 def _drawings(
     sites: Sequence[AttentionSite], plan: LatentPlan | None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Return the drawings and their places; sites that look alike share one."""
+    """Return the drawings and their places; equal drawings are shared."""
     planned = {p.site.name: p for p in plan.sites} if plan else {}
     places: dict[str, int] = {}
     known: dict[str, int] = {}
@@ -132,7 +132,7 @@ def page(report: Report) -> str:
         number=lambda path, form: _number(facts, path, form), report=facts,
         form=form, shorts=shorts, languages=LANGUAGES, policy=POLICY, notice=_file("NOTICE.txt"),
         data=for_script(facts | {"shorts": shorts, "drawn": report.drawn, "charts": charts.all_charts()}),
-        folded=fold(_seldom(report)), vega=vega(), style=_file("report.css") + _highlighting(),
+        folded=fold(_compressed_parts(report)), vega=vega(), style=_file("report.css") + _highlighting(),
         script=_file("report.js"),
     )  # fmt: skip
     return text
@@ -160,7 +160,7 @@ def write(report: Report, path: Path) -> Path:
     return path
 
 
-def _seldom(report: Report) -> dict[str, Any]:
+def _compressed_parts(report: Report) -> dict[str, Any]:
     """Return what the page decompresses when a reader opens it."""
     return {
         "drawings": report.drawings,
@@ -171,7 +171,7 @@ def _seldom(report: Report) -> dict[str, Any]:
 
 
 def for_script(value: Any) -> str:
-    """Write JSON that may stand in a script element, whatever strings are in it."""
+    """Write JSON for a script element, with characters of HTML escaped."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

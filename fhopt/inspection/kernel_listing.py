@@ -1,6 +1,6 @@
 """The generated kernels of a plan as highlighted text, by Pygments.
 
-Kernels of one model differ in a few lines. Texts are cut where no comment or string can go on, equal pieces are
+Kernels of one model differ in a few lines. Texts are cut outside of comments and strings, equal pieces are
 highlighted once, and a listing is a list of pieces.
 """
 
@@ -80,15 +80,15 @@ def _piece(found: Listings, known: dict[tuple[str, str], int], target: str, lexe
 def _pieces(text: str, target: str) -> Iterator[str]:
     """Yield the text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
     opened, closed = ("/*", "*/") if target == "cpp" else ('"""', "")
-    held = ""
+    piece = ""
     for part in re.split(r"\n\n", text):
-        held = f"{held}\n\n{part}" if held else part
-        is_whole = held.count(opened) == held.count(closed) if closed else held.count(opened) % 2 == 0
+        piece = f"{piece}\n\n{part}" if piece else part
+        is_whole = piece.count(opened) == piece.count(closed) if closed else piece.count(opened) % 2 == 0
         if is_whole:
-            yield held
-            held = ""
-    if held:
-        yield held
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
 
 
 def style_sheet(selector: str, style: str) -> str:

@@ -1,11 +1,10 @@
-"""For Google's Model Explorer: the graphs of all passes in one file, sites as groups, and what each site costs.
+"""Files for Google's Model Explorer: the graphs of all passes, with sites as groups, and figures of each site.
 
     fhopt inspect MODEL --plan PLAN --graph model.fhopt
-    model-explorer model.fhopt --extensions=fhopt.seeing.model_explorer_extension --node_data_paths=model.bytes.json
+    model-explorer model.fhopt --extensions=fhopt.inspection.model_explorer_extension --node_data_paths=model.bytes.json
 
-The file has one graph for each pass, to be put side by side. Beside it stand data of nodes, which colour the sites:
-bytes per token, mean bits of a channel, and expected loss. Writing needs nothing else; reading needs the extra
-`explorer`.
+The file has one graph for each pass, to be shown side by side. Data of nodes are written beside it, which colour the
+sites: bytes per token, mean bits of a channel, and expected loss. Only reading needs the extra `explorer`.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def convert(path: Path) -> dict[str, Any]:
         graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FhoptError(
-            f"{path} is no {ENDING} file ({error}); expected one that fhopt inspect MODEL --graph NAME{ENDING} wrote."
+            f"{path} is not a {ENDING} file ({error}); expected one of fhopt inspect MODEL --graph NAME{ENDING}."
         ) from error
     return {"graphCollections": [build.GraphCollection(label=held["model"], graphs=graphs, graphSorting="name_asc")]}
 

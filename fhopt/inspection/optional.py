@@ -1,4 +1,4 @@
-"""Packages of the extra `view`, imported where they are needed, with the cure where they are not installed."""
+"""Imports of optional packages, with the way to install a missing one in the error."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 seen = Snapshots()
 with seen.taking():
     outcome = passes.find(program)
-seen.taken          the graphs, one a pass
-seen.changes()      what each pass took away and put in, alike changes of many layers told once
+seen.taken          the graphs, one for each pass
+seen.changes()      what each pass removed and added; equal changes of many layers once
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAME, _NUMBER = re.compile(r"%\w+"), re.compile(r"_?\d+")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One graph after one pass; "input" is the graph as it came. graph: which one of the model's, from 0."""
+    """One graph after one pass; "input" is the captured graph. graph: its number among the model's graphs, from 0."""
 
     graph: int
     stage: str
@@ -41,7 +41,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Change:
-    """Lines of a unified diff, and how often the same change occurs but for numbers in names."""
+    """Lines of a unified diff, and how often the same change occurs, apart from numbers in names."""
 
     lines: tuple[str, ...]
     times: int
@@ -49,7 +49,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StageChanges:
-    """What one pass did to one graph. nodes: before and after it."""
+    """The changes of one pass to one graph. nodes: their number before and after."""
 
     graph: int
     stage: str
@@ -62,7 +62,7 @@ class StageChanges:
 
 @dataclass
 class Snapshots:
-    """Graphs in the order in which passes made them. The graph of nodes is kept only where it is wanted."""
+    """Graphs in the order in which passes made them. keep_networks: keep the graph of nodes, too."""
 
     keep_networks: bool = False
     taken: list[Snapshot] = field(default_factory=list)

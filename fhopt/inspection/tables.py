@@ -1,4 +1,4 @@
-"""Tables for people, made with rich: sites, plans, and the demo's summary."""
+"""Tables that commands print, made with rich: sites, plans, misses, costs, evaluations."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def describe(plan: LatentPlan) -> list[dict[str, Any]]:
         {
             "site": p.site.name,
             "layout": p.layout,
-            "key": " + ".join(f"{t.width}x{t.bits}" for t in p.key.tiers) or f"{p.key.width} uncoded",
-            "value": " + ".join(f"{t.width}x{t.bits}" for t in p.value.tiers) or f"{p.value.width} uncoded",
+            "key": " + ".join(f"{t.width}x{t.bits}" for t in p.key.tiers) or f"{p.key.width} not quantized",
+            "value": " + ".join(f"{t.width}x{t.bits}" for t in p.value.tiers) or f"{p.value.width} not quantized",
             "bytes": p.token_bytes(),
             "exact_bytes": 2 * p.site.exact_numbers_per_token,
         }
@@ -91,7 +91,7 @@ def _add_plan_columns(table: Table, found: Inspection) -> None:
     for name in ("B/token", "ratio", "nats"):
         table.add_column(name, justify="right", no_wrap=True)
     for roofline in found.rooflines:
-        table.add_column(f"pays on {roofline.device}", justify="right")
+        table.add_column(f"faster on {roofline.device}", justify="right")
 
 
 def _site_cells(found: InspectedSite) -> list[str]:
@@ -117,16 +117,17 @@ def _nats(value: float | None) -> str:
 def _totals(found: Inspection) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("sites", str(len(found.sites)))
-    table.add_row("exact cache", f"{found.exact_bytes:,} bytes per token in 16 bits")
-    table.add_row("exact step, bytes", Text(_grouped(found.formulas.bytes)))
-    table.add_row("exact step, operations", Text(_grouped(found.formulas.operations)))
+    table.add_row("exact KV cache", f"{found.exact_bytes:,} bytes per token in 16 bits")
+    table.add_row("exact decode step, bytes", Text(_grouped(found.formulas.bytes)))
+    table.add_row("exact decode step, operations", Text(_grouped(found.formulas.operations)))
     if found.plan is not None:
         plan = found.plan
-        size = f"{plan.bytes_per_token:,.1f} bytes per token, all counted, at {plan.tokens:,} tokens"
+        size = f"{plan.bytes_per_token:,.1f} bytes per token, everything included, at {plan.tokens:,} tokens"
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
         table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
-        table.add_row("kept exact", f"first {plan.sinks} tokens; newest {plan.recent} in {plan.window_bits} bits")
-        table.add_row("B batch, S queries, T tokens", "T_sealed of them sealed. Formulas of a site: --site NAME")
+        table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
+        table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
+        table.add_row("B batch, S queries, T tokens", "T_sealed of them quantized. Formulas of a site: --site NAME")
     return table
 
 
@@ -141,8 +142,8 @@ def _one_site(site: InspectedSite) -> Table:
         table.add_row(f"projection {role}", Text(" + ".join(parameters)))
     table.add_row("cache", site.site.cache)
     table.add_row("source", Text(site.site.source or "unknown"))
-    table.add_row("exact step, bytes", Text(_grouped(site.formulas.bytes)))
-    table.add_row("exact step, operations", Text(_grouped(site.formulas.operations)))
+    table.add_row("exact decode step, bytes", Text(_grouped(site.formulas.bytes)))
+    table.add_row("exact decode step, operations", Text(_grouped(site.formulas.operations)))
     if site.plan is not None:
         _add_plan(table, site.plan)
     return table
@@ -156,12 +157,12 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
         table.add_row(
             side.side, f"{side.latent_heads} latent heads of {side.width}: {side.words}, {side.bytes:,} bytes{lost}"
         )
-    table.add_row("bytes per sealed token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
+    table.add_row("bytes per quantized token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
     table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
     if plan.page_share < 1:
-        table.add_row("pages that are read", f"{plan.page_read:.0%}, at most {plan.page_share:.0%}; formulas count all")
-    table.add_row("plan's step, bytes", Text(_grouped(plan.formulas.bytes)))
-    table.add_row("plan's step, operations", Text(_grouped(plan.formulas.operations)))
+        table.add_row("pages read", f"{plan.page_read:.0%}, at most {plan.page_share:.0%}; formulas count all pages")
+    table.add_row("decode step with the plan, bytes", Text(_grouped(plan.formulas.bytes)))
+    table.add_row("decode step with the plan, operations", Text(_grouped(plan.formulas.operations)))
     for pays in plan.pays:
         table.add_row(f"faster on {pays.device}", pays.words)
 
@@ -189,8 +190,8 @@ def plan_table(plan: LatentPlan) -> Table:
 
 def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
     """Tabulate attention that is not rewritten: what was recognized, the reason, and its place in the user's code."""
-    table = Table(title="Left alone", title_justify="left")
-    for name in ("pass", "recognised", "reason", "source"):
+    table = Table(title="Not rewritten", title_justify="left")
+    for name in ("pass", "recognized", "reason", "source"):
         table.add_column(name, overflow="fold")
     for miss in missed:
         table.add_row(*map(Text, (miss.stage, miss.reached or "-", miss.reason, miss.source or miss.node)))
@@ -199,21 +200,21 @@ def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
 
 def summary_table(result: Mapping[str, Any]) -> Table:
     """Tabulate the demo's figures, exact and with the plan."""
-    table = Table(title=f"{result['model']}: exact cache against latents", title_justify="left")
+    table = Table(title=f"{result['model']}: exact KV cache and latents", title_justify="left")
     table.add_column("")
     for name in ("exact", "plan", "change"):
         table.add_column(name, justify="right")
     tokens = result["bytes_counted_at_tokens"]
     per_token = result["bytes_per_token"]
     table.add_row(
-        f"cache bytes per token, all counted, at {tokens:,} tokens (16-bit)",
+        f"KV cache bytes per token, everything included, at {tokens:,} tokens (16-bit)",
         f"{per_token['exact']:,.0f}",
         f"{per_token['plan']:,.0f}",
         f"{per_token['exact'] / per_token['plan']:.2f}x smaller",
     )
     held = result["cache_nbytes"]
     table.add_row(
-        f"cache bytes held behind {result['decode_tokens']:,} tokens ({result['dtype']})", f"{held['exact']:,}",
+        f"KV cache bytes after {result['decode_tokens']:,} tokens ({result['dtype']})", f"{held['exact']:,}",
         f"{held['plan']:,}", f"{held['exact'] / held['plan']:.2f}x smaller",
     )  # fmt: skip
     for text, values in result["perplexity"].items():
@@ -221,7 +222,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         table.add_row(f"perplexity, {text}", f"{values['exact']:.4f}", f"{values['plan']:.4f}", f"{change:+.2%}")
     speed = result["tokens_per_second"]
     table.add_row(
-        f"tokens per second behind {result['decode_tokens']:,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
+        f"tokens per second after {result['decode_tokens']:,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
         f"{speed['plan'] / speed['exact']:.2f}x",
     )  # fmt: skip
     return table
@@ -249,7 +250,7 @@ def _perplexity_table(texts: Mapping[str, Mapping[str, Any]], title: str) -> Tab
 
 
 def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    table = Table(title=f"Right answers: {title} (95 % intervals)", title_justify="left")
+    table = Table(title=f"Correct answers: {title} (95 % intervals)", title_justify="left")
     for name in ("task", "tokens", "depth", "items", "exact", "plan", "log-probability, plan - exact"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, whole in tasks.items():
@@ -279,7 +280,7 @@ def _between(interval: tuple[float, float] | None, digits: str) -> str:
 
 def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -> Group:
     """Tabulate the formulas of a decode step, its figures on devices, and the largest possible gain of a whole step."""
-    bound = "At most so much faster can a whole step become where memory is the bound: (W + KV) / (W + KV/c)"
+    bound = "Largest possible speedup of a whole decode step that is bound by memory: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
@@ -299,22 +300,22 @@ def _formulas(costs: Mapping[str, Cost]) -> Table:
     table = Table.grid(padding=(0, 2))
     latent = max(costs.values(), key=lambda c: c.open_tokens)
     legend = f"B batch, T cached tokens, S new queries (here 1), T_sealed = max(0, T - {latent.open_tokens}) on average"
-    table.add_row("where", "", legend)
+    table.add_row("symbols", "", legend)
     for name, cost in costs.items():
         table.add_row(name, "bytes", _grouped(pretty(cost.bytes)))
         table.add_row("", "operations", _grouped(pretty(cost.operations)))
     weights = costs["exact"].weights
     table.add_row("weights", "bytes", _grouped(pretty(weights.bytes)))
     table.add_row("", "operations", _grouped(pretty(weights.operations)))
-    table.add_row("time", "", "max(bytes / bandwidth, operations / throughput) of each operation, added up")
-    table.add_row("pays from", "T =", f"{latent.open_tokens} + bases / (exact token - sealed token), in time")
+    table.add_row("time", "", "sum over operations of max(bytes / bandwidth, operations / throughput)")
+    table.add_row("faster from", "T =", f"{latent.open_tokens} + bases / (exact token - quantized token), in time")
     return table
 
 
 def _figures(comparison: Comparison, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("device", "cached tokens", "cache", "read", "operations", "attention", "faster", "bound by", "step",
-                 "faster", "pays from"):  # fmt: skip
+                 "faster", "faster from"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("device", "cache", "bound by") else "right")
     for (device, tokens), rows in groupby(comparison.rows, key=lambda r: (r.device, r.tokens)):
         labels = [device, f"{tokens:,}"]
@@ -329,9 +330,9 @@ def _figures(comparison: Comparison, title: str) -> Table:
             )  # fmt: skip
             labels = ["", ""]
         table.add_section()
-    table.caption, table.caption_justify = "Bounds, not promises: kernels reach a part of the peaks.", "left"
+    table.caption, table.caption_justify = "Upper bounds: kernels reach a part of the peak figures.", "left"
     if not all(row.figures.fits for row in comparison.rows):
-        table.caption += " ! weights and cache do not fit into the device's memory."
+        table.caption += " ! weights and KV cache do not fit into the device's memory."
     return table
 
 
@@ -340,7 +341,7 @@ def _bounds(comparison: Comparison) -> Table:
     table.add_column("cached tokens", justify="right")
     rows = [(tokens, list(bounds)) for tokens, bounds in groupby(comparison.bounds, key=lambda b: b.tokens)]
     for bound in rows[0][1]:
-        table.add_column("no cache at all" if bound.cache == "none" else bound.cache, justify="right")
+        table.add_column("no KV cache" if bound.cache == "none" else bound.cache, justify="right")
     for tokens, bounds in rows:
         cells = ["no limit" if b.step_speedup is None else f"{b.step_speedup:.2f}x" for b in bounds]
         table.add_row(f"{tokens:,}", *cells)

@@ -137,7 +137,7 @@ def _is(number: Any, expected: int) -> bool:
 def einsum(equation: Any, *operands: Any, tensors: Any = None, path: Any = None) -> Tensor:
     """Contract operands two at a time from left to right: "bhst,bhtd,hde->bse" mixes values, then projects."""
     if not isinstance(equation, str):
-        raise Miss("einsum with lists of axis numbers; expected an equation")
+        raise Miss("einsum has lists of axis numbers; expected an equation")
     if tensors is None:
         tensors = operands[0] if isinstance(operands[0], (list, tuple)) else operands
     terms, output = _labels(equation, [t.dim() for t in tensors])
@@ -184,7 +184,7 @@ def scaled_dot_product(
 ) -> tuple[Tensor]:
     """Compute `F.scaled_dot_product_attention`, for the operators to which it is dispatched: their first result."""
     if dropout_mask is not None:
-        raise Miss("a dropout mask is given; expected a dropout probability")
+        raise Miss("a dropout mask is passed; expected a dropout probability")
     mask = attn_bias if attn_mask is None else attn_mask
     return (_sdpa(query, key, value, mask, dropout_p, is_causal, scale),)
 
@@ -204,7 +204,7 @@ def flash_attn_func(
 ) -> Tensor:  # fmt: skip
     """Compute FlashAttention-2: [B, S, H, D] x [B, T, G, D] -> [B, S, H, D]; the last query sees the last key."""
     if return_attn_probs:
-        raise Miss("the attention probabilities are asked for")
+        raise Miss("the attention probabilities are requested; expected the output alone")
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
     left, right = window_size[0], 0 if causal else window_size[1]
     if not softcap and alibi_slopes is None:
@@ -271,11 +271,11 @@ def efficient_attention(
 
     custom_mask_type: 0 none, 1 causal, aligned at the first query and key, 2 causal, aligned at the last ones.
     """
-    given = [name for name, option in rest.items() if option is not None]
-    if given:
-        raise Miss(f"{given[0]} is given; expected sequences of equal length without a window")
+    passed = [name for name, option in rest.items() if option is not None]
+    if passed:
+        raise Miss(f"{passed[0]} is passed; expected sequences of equal length without a window")
     if query.dim() != 4:
-        raise Miss(f"operands of rank {query.dim()}; expected 4: [batch, tokens, heads, head size]")
+        raise Miss(f"operands have rank {query.dim()}; expected 4: [batch, tokens, heads, head size]")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     mask = attn_bias if bias is None else bias
     causal = mask is None and (custom_mask_type == 1 or (custom_mask_type == 2 and _is_square(q, k)))
@@ -291,13 +291,13 @@ def sageattn(
 ) -> Tensor:  # fmt: skip
     """Compute SageAttention without its rounding. Layouts: HND [B, H, S, D], NHD [B, S, H, D]."""
     if return_lse:
-        raise Miss("the log-sum-exp is asked for")
+        raise Miss("the log-sum-exp is requested; expected the output alone")
     if quantisation.get("attn_mask") is not None:
-        raise Miss("a mask is given; expected none")
+        raise Miss("a mask is passed; expected none")
     tokens_first = tensor_layout == "NHD"
     q, k, v = (t.transpose(1, 2) if tokens_first else t for t in (q, k, v))
     if is_causal and q.shape[2] != k.shape[2]:
-        raise Miss(f"causal with {q.shape[2]} queries on {k.shape[2]} keys; expected as many")
+        raise Miss(f"causal attention of {q.shape[2]} queries on {k.shape[2]} keys; expected equal numbers")
     out = _sdpa(q, k, v, None, 0.0, is_causal, sm_scale)
     return out.transpose(1, 2) if tokens_first else out
 

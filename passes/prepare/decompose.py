@@ -1,4 +1,4 @@
-"""Opaque composites become the plain torch operations they stand for, in the same graph, with the same numbers.
+"""Decompose opaque composites into plain torch operations, in the same graph, with the same numbers.
 
     before                                              after
     o = multi_head_attention_forward(x, x, x, W, ...)   q, k, v = linear(x, W, b)...; o = linear(sdpa(q, k, v), ...)
@@ -9,7 +9,7 @@
     y = getitem(tag_activation_checkpoint(f, x), 0)     the nodes of f
     o = getitem(flex_attention(q, k, v, f, ...), 0)     see flex.py
 
-What a composite computes stands in `composites.py`, in plain torch; tracing it on the node's own fake values gives the
+`composites.py` computes each composite in plain torch; tracing it on the node's own fake values gives the
 nodes to write. A size that is a symbol stays one. `match` traces, so that `rewrite` cannot fail. A composite inside a
 written one is a candidate in its turn.
 """
@@ -40,13 +40,13 @@ BODIES = {  # higher-order op -> (place of its body, of the body's first argumen
     "wrap_with_set_grad_enabled": (1, 2),
     "wrap_with_autocast": (4, 5),
 }
-HINTS = ("softmax", "attention", "attn", "encoder_layer")  # in a name: there may be attention around it
+HINTS = ("softmax", "attention", "attn", "encoder_layer")  # parts of names that show attention
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass
 class Expansion:
-    """A composite and what it stands for: `body`, a graph with fake values whose placeholders are bound to `inputs`."""
+    """A composite and its decomposition: `body`, a graph with fake values whose placeholders are bound to `inputs`."""
 
     node: fx.Node
     body: fx.Graph
@@ -56,7 +56,7 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Decompose:
-    """The pass. With `inline_checkpoints` off, activation checkpoints keep their memory saving and hide attention."""
+    """The pass `decompose`. inline_checkpoints: off, activation checkpoints keep saving memory and hide attention."""
 
     name: str = "decompose"
     inline_checkpoints: bool = True
@@ -96,15 +96,15 @@ class Decompose:
 
     def _called_body(self, node: fx.Node, program: Program, name: str) -> Expansion:
         if "checkpoint" in name and not self.inline_checkpoints:
-            raise Miss("attention inside a checkpointed block is left alone while training", node)
+            raise Miss("attention inside an activation checkpoint is not rewritten while training", node)
         if name not in BODIES:
-            raise Miss(f"attention inside {name} is left alone", node)
+            raise Miss(f"attention inside {name} is not rewritten", node)
         place, first = BODIES[name]
         graph = body_of(node.args[place], program).graph
         arguments = tuple(node.args[first:])
         expected = sum(n.op == "placeholder" for n in graph.nodes)
         if len(arguments) != expected:
-            raise Miss(f"{name} gives {len(arguments)} arguments to a body of {expected}", node)
+            raise Miss(f"{name} passes {len(arguments)} arguments to its body; expected {expected}", node)
         _check_users(node, graph.output_node().args[0])
         graph = _framed(graph, node) if name.startswith("wrap_with") else graph
         assert isinstance(node.args[place], fx.Node)
@@ -190,7 +190,9 @@ def _check_results(node: fx.Node, body: fx.Graph) -> None:
     pairs = [(result, expected)] if isinstance(result, fx.Node) else zip(result, expected, strict=False)
     for found, value in pairs:
         if isinstance(found, fx.Node) and isinstance(value, Tensor) and fake(found).dtype != value.dtype:
-            raise Miss(f"{op_name(node)} gives {value.dtype}, its plain operations {fake(found).dtype}", node)
+            raise Miss(
+                f"the plain operations of {op_name(node)} return {fake(found).dtype}; expected {value.dtype}", node
+            )
 
 
 def _check_users(node: fx.Node, result: Any) -> None:
@@ -199,10 +201,10 @@ def _check_users(node: fx.Node, result: Any) -> None:
         return
     for user in node.users:
         if user.target is not operator.getitem:
-            raise Miss(f"the results of {op_name(node)} are used as one tuple", user)
+            raise Miss(f"the results of {op_name(node)} are used as a tuple; expected uses of single results", user)
         index = user.args[1]
         if not (isinstance(index, int) and index < len(result) and isinstance(result[index], fx.Node)):
-            raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not give", user)
+            raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not compute", user)
 
 
 # --------------------------------------------------------------------------------------------------- writing

@@ -108,7 +108,7 @@ def _per_query_head(fields: dict[str, Any], field: str, proxy: Callable[[str], A
     """Repeat the heads of keys or values: [B, G, T, D] -> [B, H, T, D]."""
     heads, groups = (_constant(fake(fields[name]).shape[1]) for name in ("query", field))
     if not heads or not groups:
-        raise Miss("the number of heads is a symbol; expected a number")
+        raise Miss("the number of heads is symbolic; expected a number")
     return proxy(field) if heads == groups else torch.repeat_interleave(proxy(field), int(heads // groups), 1)
 
 
@@ -165,7 +165,7 @@ def body_of(node: Any, program: Program) -> fx.GraphModule:
     """Return the graph module that a get_attr node names. Raises Miss when it is something else."""
     found = graph_at(node, program)
     if found is None:
-        raise Miss(f"the body {node} is not a graph of the program", node if isinstance(node, fx.Node) else None)
+        raise Miss(f"{node} is not a graph of the program", node if isinstance(node, fx.Node) else None)
     return found
 
 

@@ -54,7 +54,7 @@ class Functionalized:
 
 @dataclass(frozen=True)
 class Functionalize:
-    """The pass: exact, one walk back and one forth. All writes of a storage are replaced, or none."""
+    """The pass `functionalize`: exact, one walk back and one forth. All writes of a storage are replaced, or none."""
 
     name: str = "functionalize"
 

@@ -70,7 +70,7 @@ def named_callable(name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Write:
-    """What one node changes in place. reason: why that cannot be done to another tensor, "" when it can."""
+    """The tensors that a node changes in place. reason: why it cannot change another tensor instead, or ""."""
 
     targets: tuple[fx.Node, ...]
     reason: str = ""
@@ -143,9 +143,9 @@ def _inplace_position(target: Any) -> int | None:
 def _why_not(node: fx.Node, targets: tuple[fx.Node, ...]) -> str:
     name = op_name(node)
     if any(overload.namespace != "aten" for overload in _overloads(node)):
-        return f"the custom op {node.target} must get the tensor itself"
+        return f"the custom op {node.target} changes its argument in place; it needs the tensor itself"
     if name in _FORM and not is_idle(node):
-        return f"{name} changes what the tensor is, not what it holds"
+        return f"{name} changes the form of the tensor, not its values"
     if len(targets) > 1 or not isinstance(fake(targets[0]), (Tensor, type(None))):
         return f"{name} changes several tensors at once"
     if not called_name(node) or targets[0] not in (first_tensor(node), node.kwargs.get("out")):
@@ -214,7 +214,7 @@ def _function_without_underscore(node: fx.Node) -> Any:
 
 
 class Memory:
-    """Which nodes share memory: a tree of views for each storage, and the nodes that write it.
+    """The memory of a graph: a tree of views for each storage, and the nodes that write it.
 
     storage: node -> its storage. roots: storage -> the node that made it. parent, depth: the tree. same: node -> the
     node that is the very same tensor (an in-place result has its argument, a view that changes nothing its source).

@@ -3,7 +3,7 @@
     trace_composite(composites.baddbmm, node, program)  -> graph(input, batch1, batch2): bmm, mul, add
     trace_flex(node, program)                           -> graph(q, k, v, ...): matmul, mul, softmax, matmul
 
-The placeholders of a graph stand for `node.all_input_nodes`, in that order, and every node has its fake value. Tracing
+The placeholders of a graph are `node.all_input_nodes`, in that order, and every node has its fake value. Tracing
 happens above autograd, autocast and the decompositions of torch: dropout, `linear` and SDPA stay what they are, and
 gradients flow. A size that is a symbol becomes a node that asks its tensor for it.
 """
@@ -40,7 +40,7 @@ def trace_composite(composite: Composite, node: fx.Node, program: Program) -> fx
         _make_out_of_place(graph)
         _restore_layout(graph, node)
     if any(n.op == "get_attr" for n in graph.nodes):
-        raise Miss(f"{op_name(node)} makes a constant tensor", node)
+        raise Miss(f"{op_name(node)} creates a constant tensor; expected operations on its inputs", node)
     return graph
 
 
@@ -68,7 +68,7 @@ def _on_fakes(node: fx.Node, program: Program) -> Iterator[None]:
     """Run operations within on the program's fake values; what they raise becomes a Miss."""
     mode = fake_mode(program)
     if mode is None:
-        raise Miss(f"the graph around {op_name(node)} has no fake values", node)
+        raise Miss(f"the graph around {op_name(node)} has no fake values; expected a traced graph", node)
     with contextlib.ExitStack() as stack:
         contexts = (_explained(node), torch._guards.tracing(None), on_fakes(mode), *_autocasts(node))
         for context in contexts:
@@ -83,7 +83,7 @@ def _explained(node: fx.Node) -> Iterator[None]:
         yield
     except Miss as miss:
         raise Miss(f"{op_name(node)}: {miss.reason}", node) from miss
-    except Exception as error:  # whatever the composite's own code raises
+    except Exception as error:  # the composite's own code may raise anything
         first = (str(error).splitlines() or [""])[0]
         raise Miss(f"{op_name(node)} could not be traced ({type(error).__name__}: {first})", node) from error
 

@@ -1,4 +1,4 @@
-"""Which axis of queries, keys, values and scores is batch, heads, tokens, channels.
+"""The meaning of each axis of queries, keys, values and scores: batch, heads, tokens, channels.
 
     scores [B*H, S, T] of a bmm         (batch heads) (queries) (keys)
     scores "bgnst" of an einsum         (batch) (kv heads) (query heads of a kv head) (queries) (keys)
@@ -67,7 +67,7 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
         probe = coordinates(example_shape(product.node), position)
         placed = moved(base, {product.node: probe}, region.nodes, softmax.scores)
         if placed is None:
-            raise Miss("the product of queries and keys is not followed to the softmax", softmax.scores)
+            raise Miss("the path from the product of queries and keys to the softmax is unknown", softmax.scores)
         row = line(placed, softmax.axis)
         row = row[row >= 0]
         if row.numel() == probe.shape[position] and bool((row == torch.arange(row.numel())).all()):
@@ -121,7 +121,7 @@ def _split(axes: Axes, label: str, where: Origin, rows: list[str], heads: list[s
 
 @dataclass(frozen=True)
 class Origin:
-    """What the places along one axis come from: "heads", "rows", both with the first one outside, or "" (unknown)."""
+    """The origin of the places along one axis: "heads", "rows", both with the first one outside, or "" (unknown)."""
 
     kind: str = ""
     heads: int = 1
@@ -176,7 +176,7 @@ def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -
     for atom, position, split in _places(product.axes, axes):
         placed = moved(base, {product.node: coordinates(sizes, position, split)}, region.nodes, end)
         if placed is None:
-            raise Miss("the weights are not followed to the second product", end)
+            raise Miss("the path of the weights to the second product is unknown", end)
         probes[atom] = placed
     return _with_single(read_layout(probes), probes, example_shape(end), end)
 
@@ -199,7 +199,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
     """
     placed = [a for axis in layout for a in axis]
     if len(set(placed)) != len(placed):
-        raise Miss("one axis of the scores is cut in two before the second product", node)
+        raise Miss("an axis of the scores is split before the second product", node)
     left = [a for a in probes if a not in placed and not bool(probes[a].any())]
     axes = [[left.pop(0)] if not a and size == 1 and left else [*a] for a, size in zip(layout, sizes, strict=True)]
     order = [*probes]

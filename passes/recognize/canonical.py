@@ -1,7 +1,7 @@
 """One recognized attention: what a rewrite needs, its check by execution, and the canonical node that replaces it.
 
     before                                              after
-    scores = ...; weights = softmax(scores)             m = <the way of the scores, on zeros>
+    scores = ...; weights = softmax(scores)             m = <the score function of zeros>
     o = weights @ v                                     o = fhopt.attention(q, k, v, m, scale=c)
 
 The check runs the old region and the canonical op on the same random numbers, in float64, before anything is changed.
@@ -31,7 +31,7 @@ from fhopt.passes.recognize.scores import LEAST, Scores, random_sides
 
 @dataclass
 class Core:
-    """What a rewrite needs: the operands, the score function, and the node whose users take the result.
+    """One recognized attention: its operands, its score function, and the node whose users take the result.
 
     order: query heads sorted by kv head, None where they are sorted already. bias_steps: how a computed bias becomes
     [B, H, S, T]. bias_is_small: it is computed from one element of zeros, else from zeros of full size.
@@ -75,7 +75,7 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
     if core.dropout:
         if core.is_call:
             return  # the call says what it does, and two random masks never agree
-        raise Miss("dropout on the attention weights is active; expected evaluation or dropout 0", core.output)
+        raise Miss("attention dropout is active; expected evaluation or dropout 0", core.output)
     operands = tuple(dict.fromkeys((core.query.node, core.key.node, core.value.node)))
     differences = []
     try:
@@ -101,10 +101,12 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
         raise
     except Exception as error:
         raise Miss(
-            f"the region could not be run for the check ({type(error).__name__}: {error})", core.output
+            f"the attention could not be run for the check ({type(error).__name__}: {error})", core.output
         ) from error
     difference = min(differences)
-    raise Miss(f"the canonical op differs by {difference:.1e} relative, more than {tolerance:.0e}", core.output)
+    raise Miss(
+        f"the canonical op differs by {difference:.1e} (relative); expected at most {tolerance:.0e}", core.output
+    )
 
 
 def _facts(core: Core, region: Region) -> tuple[Any, ...]:
@@ -123,7 +125,10 @@ def _check_untouched(region: Region, roles: Roles) -> None:
     for node in (*region.inputs, *region.nodes) if roles.changed else ():
         writer = roles.changed.get(storage_root(node))
         if writer is not None:
-            raise Miss(f"{op_name(writer)} changes {node.name} in place in a way that is not followed", writer)
+            raise Miss(
+                f"{op_name(writer)} changes {node.name} in place; expected a change that functionalize can replace",
+                writer,
+            )
 
 
 def _difference(old: Tensor, new: Tensor, seen: Tensor) -> float:
@@ -313,7 +318,7 @@ def _insert_bias(program: Program, core: Core) -> tuple[fx.Node | None, fx.Node 
         return bias, None
     columns = shape(bias)[-1]  # type: ignore[index]
     if not isinstance(columns, int):
-        raise Miss("sinks beside a symbolic number of keys", core.output)
+        raise Miss("sink columns with a symbolic number of keys; expected a fixed number", core.output)
     keys, start = columns - core.scores.sinks, core.scores.start
     sinks = call(program, _around, (bias, start, keys))
     return (call_method(program, "narrow", bias, -1, start, keys) if core.scores.form else None), sinks

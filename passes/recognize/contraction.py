@@ -28,7 +28,7 @@ Axes = tuple[str, ...]  # one label an axis; "" for an axis of size one that is 
 
 @dataclass(frozen=True)
 class Contraction:
-    """result[labels] = sum over the labels that are missing there of left[left_axes] * right[right_axes]."""
+    """A product result[axes] = sum of left[left_axes] * right[right_axes] over the labels that `axes` lacks."""
 
     node: fx.Node
     left: fx.Node
@@ -39,7 +39,7 @@ class Contraction:
 
     @property
     def summed(self) -> frozenset[str]:
-        """Labels over which the products are added up."""
+        """Labels that are summed over."""
         return (frozenset(self.left_axes) & frozenset(self.right_axes)) - frozenset(self.axes) - {""}
 
     @property
@@ -172,7 +172,7 @@ def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[list[Axes], Axes]
     operands = [labels(t, r) for t, r in zip(terms, ranks, strict=True)]
     if any(len(set(o)) != len(o) for o in operands):
         return None
-    if not arrow:  # implicit result: every label that stands once, in alphabetical order
+    if not arrow:  # implicit result: every label that occurs once, in alphabetical order
         once = [x for x in string.ascii_letters if inputs.count(x) == 1]
         output = ("..." if "..." in inputs else "") + "".join(sorted(once))
     return operands, labels(output, len(output.replace("...", "")) + len(dots))

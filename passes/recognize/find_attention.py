@@ -27,12 +27,12 @@ from fhopt.passes.recognize.node_roles import ATTENTION, Cut, Kind, Projection, 
 from fhopt.plan.site import AttentionSite, Rope
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
-FORWARD = 24  # nodes looked at on the way from a core to its output projection
+FORWARD = 24  # nodes that are searched between a core and its output projection
 
 
 @dataclass(frozen=True)
 class FindAttention:
-    """The pass: it only reads. `tolerance` is relative, for the tests on float64 numbers with float32 side inputs."""
+    """The pass `find_attention`, which only reads. tolerance: relative, for float64 runs with float32 side inputs."""
 
     name: str = "find_attention"
     tolerance: float = 1e-5
@@ -51,7 +51,10 @@ class FindAttention:
         latent = _latent_width(cuts, roles)
         if latent:
             full = int(k[1]) * (int(k[3]) + int(v[3]))
-            raise Miss(f"already latent: {latent} numbers a token stand for {full} of keys and values", node)
+            raise Miss(
+                f"already latent: keys and values of {full} numbers per token come from {latent}; expected wider ones",
+                node,
+            )
         affine, rope = self._classify(key, cuts["k"], roles, base)
         mask, window = _mask_kind(node, roles, base)
         return AttentionSite(
@@ -80,7 +83,7 @@ class FindAttention:
         region = Region(base, [p.node for p in cut.projections], key)
         features = tuple(p.features for p in cut.projections)
         structure = (
-            "way",
+            "path",
             signature(region, lambda s: _describe_side(s, roles)),
             features,
             region.inputs.index(key) if key in region.inputs else -1,
@@ -99,8 +102,8 @@ class FindAttention:
             }
             try:
                 return region.run(values) if region.nodes else values[key]
-            except Exception as error:  # whatever a user's node may raise
-                raise Miss(f"the way from the key projection could not be run ({error})", key) from error
+            except Exception as error:  # a user's node may raise anything
+                raise Miss(f"the part between key projection and attention could not be run ({error})", key) from error
 
         first, second, zero, both = run(1, 0), run(0, 1), run(0, 0), run(1, 1)
         largest = first.abs().max().clamp_min(1e-30)
@@ -144,11 +147,11 @@ def _check_cuts(node: fx.Node, cuts: dict[str, Cut], names: dict[str, tuple[str,
     """Raise Miss where nothing projects: similarities of a tensor with itself, pooling, lookups."""
     for role, what in (("q", "queries"), ("k", "keys")):
         if not names[role] and not (role == "k" and cuts["k"].caches):
-            source = "they are embeddings" if cuts[role].lookups else "they are an input or a constant"
-            raise Miss(f"attention without projections: nothing projects the {what}, {source}", node)
+            source = "which are embeddings" if cuts[role].lookups else "which are an input or a constant"
+            raise Miss(f"no projection of the {what}, {source}; expected projected queries and keys", node)
     query, key, value = node.args[:3]
     if query is key and key is value:
-        raise Miss("attention without projections: queries, keys and values are one tensor", node)
+        raise Miss("queries, keys and values are one tensor; expected a projection of each", node)
 
 
 def _site_name(names: dict[str, tuple[str, ...]]) -> str:

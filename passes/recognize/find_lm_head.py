@@ -32,7 +32,7 @@ NEAR = 1e-3  # one that it leaves alone
 
 @dataclass(frozen=True)
 class HeadSite:
-    """A head: logits = cap(scale * (x W^T + b)).
+    """A language-model head: logits = cap(scale * (x W^T + b)).
 
     weight: qualified name of the parameter [vocabulary, width]. bias: of the parameter [vocabulary], "" without one;
     where it is added to the product in another call, it is found by its value. module: path of the module in whose
@@ -56,7 +56,7 @@ class HeadSite:
 
 @dataclass(frozen=True)
 class FindHead:
-    """The pass: it only reads. `tolerance` is relative, for the tests on float64 numbers with float32 weights."""
+    """The pass `find_head`, which only reads. tolerance: relative, for float64 runs with float32 weights."""
 
     name: str = "find_head"
     tolerance: float = 1e-5
@@ -97,7 +97,7 @@ class FindHead:
         if example_shape(hidden)[-1] != weight.shape[1] or example_shape(node)[-1] != weight.shape[0]:
             raise Miss(
                 f"the weight of the head is stored as {tuple(weight.shape)}; expected one row of "
-                f"{example_shape(hidden)[-1]} numbers for each of {example_shape(node)[-1]} words",
+                f"{example_shape(hidden)[-1]} numbers for each of {example_shape(node)[-1]} tokens of the vocabulary",
                 node,
             )
         region, x = Region(base, [hidden], node), random_like(hidden)
@@ -114,26 +114,29 @@ class FindHead:
             region = Region(base, [product], logits)
             zeros = torch.zeros_like(random_like(product))
             start = region.run({product: zeros})
-        except Exception as error:  # whatever a user's node may raise
-            raise Miss(f"what follows the product of the head could not be run ({error})", logits) from error
+        except Exception as error:  # a user's node may raise anything
+            raise Miss(f"the part between head and logits could not be run ({error})", logits) from error
         if start.numel() != zeros.numel() or start.shape[-1] != zeros.shape[-1]:
-            raise Miss(f"of the products {tuple(zeros.shape)} only {tuple(start.shape)} become logits", logits)
+            shapes = f"the products have shape {tuple(zeros.shape)}, the logits {tuple(start.shape)}"
+            raise Miss(f"{shapes}; expected one logit per product", logits)
         added = start.reshape(-1, start.shape[-1])
         if not bool(added.isfinite().all()) or not self._same(added, added[:1].expand_as(added)):
-            raise Miss("what is added to the products differs from position to position or is not finite", logits)
+            raise Miss(
+                "what is added to the products differs between positions or is not finite; expected one bias", logits
+            )
         x = random_like(product)
         slope = float(((region.run({product: NEAR * x}) - start).flatten() / (NEAR * x).flatten()).median())
         scale, cap = slope, float((region.run({product: torch.full_like(x, FAR)}) - start).flatten()[0])
         if not slope > 0:
-            raise Miss(f"logits grow by {slope:.3g} where products grow by 1; expected a positive factor", logits)
+            raise Miss(f"the logits are {slope:.3g} times the products; expected a positive factor", logits)
         softcap = cap if cap < 0.5 * slope * FAR else 0.0
         for size in (1.0, 30.0):  # on both sides of the bend of a cap
             found = region.run({product: size * x}) - start
             scaled = scale * size * x.reshape(found.shape)
             if not self._same(found, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
-                raise Miss("logits are not the products of the head, scaled and capped", logits)
+                raise Miss("the logits are not softcap * tanh(scale * product / softcap) or scale * product", logits)
         if softcap and bool((added != 0).any()):
-            raise Miss("something is added to logits that are capped", logits)
+            raise Miss("a bias is added to logits with a softcap; expected no bias", logits)
         return _plain(scale), _plain(softcap), added[0] if bool((added != 0).any()) else None
 
     def _same(self, found: Tensor, expected: Tensor) -> bool:
@@ -143,7 +146,7 @@ class FindHead:
 def _only_projection(node: fx.Node, roles: Roles) -> Projection:
     cut = roles.cut(node)
     if not cut.projections:
-        raise Miss("nothing projects onto the logits", node)
+        raise Miss("no projection leads to the logits; expected a language-model head", node)
     if len(cut.projections) > 1:
         names = ", ".join(cut.names[:4])
         raise Miss(f"logits come from {len(cut.projections)} products ({names}); expected one head", node)
@@ -153,14 +156,17 @@ def _only_projection(node: fx.Node, roles: Roles) -> Projection:
 def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
     """Return the placeholders of weight and bias ("" without one) of the product. Raises Miss."""
     if len(projection.names) != 1:
-        raise Miss(f"the weight of the head is made of {', '.join(projection.names[:4])}", projection.node)
+        raise Miss(
+            f"the weight of the head is computed from {', '.join(projection.names[:4])}; expected one parameter",
+            projection.node,
+        )
     (name,) = projection.names
     weights = [node for node, known in program.parameters.items() if known == name]
     if not weights or program.values[weights[0]].dim() != 2:
-        raise Miss(f"{name} is no matrix of parameters", projection.node)
+        raise Miss(f"{name} is not a matrix; expected a weight [vocabulary, width]", projection.node)
     vocabulary = example_shape(projection.node)[-1]
     if vocabulary < LEAST_VOCABULARY:
-        raise Miss(f"the last product has {vocabulary} outputs: no vocabulary", projection.node)
+        raise Miss(f"the last product has {vocabulary} outputs; expected a vocabulary", projection.node)
     place = {"linear": 2, "addmm": 0}.get(op_name(projection.node))
     bias = None if place is None else argument(projection.node, place, "bias")
     root = view_root(bias) if isinstance(bias, fx.Node) else None
@@ -175,7 +181,7 @@ def _added_bias(product: fx.Node, logits: fx.Node, program: Program, value: Tens
             if known:
                 break
             return name
-    raise Miss("something is added to the products that is no parameter, or is added twice", logits)
+    raise Miss("a tensor that is not one parameter is added to the products; expected one bias", logits)
 
 
 def _is_tied(program: Program, weight: str) -> bool:

@@ -6,7 +6,7 @@
 
 A latent has one row for each token, and keys and values follow from it by affine steps. The latents are a minimum cut
 of the graph behind keys and values, nearest to the attention where several cuts are as narrow. No spelling of a step is
-matched: each node is run on random float64 numbers, and belongs to the way if it is affine.
+matched: each node is run on random float64 numbers, and is part of the expansion if it is affine.
 
 Letters: B batch, T tokens, R latent width, P width of a rotated part.
 """

@@ -1,4 +1,4 @@
-"""Undo the repetition of kv heads: keys and values are taken from before it, whatever spells it.
+"""Undo the repetition of kv heads in any spelling: keys and values are read from before it.
 
     before                                              after
     k = repeat_kv(k)   [B, G, T, D] -> [B, H, T, D]     o = fhopt.attention(q, k, v)      with k, v [B, G, T, D]
@@ -22,7 +22,7 @@ from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 
 TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
 EQUAL = 1e-12  # relative; a factor that is made of several rounds in float64
-DEPTH = 10  # nodes looked at on the way back from a repeated key
+DEPTH = 10  # nodes that are searched behind a repeated key
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Repeated:
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """Query heads sorted by kv head; None where they are sorted as they stand."""
+        """Query heads sorted by kv head; None where they are sorted already."""
         order = tuple(sorted(range(len(self.heads)), key=lambda h: self.heads[h]))
         return order if order != tuple(range(len(order))) else None
 

@@ -144,7 +144,7 @@ def _measure(
     """Return the facts for the fewest tokens and the first choice of axes that hold, else the last failure."""
     tokens = example_shape(key)[2]
     others = [_random(w.shape, i, w.device) if w.is_floating_point() else w for i, w in enumerate(weights)]
-    miss = Miss("no axes of the latent are batch and tokens")
+    miss = Miss("the latent has no axes of batch and tokens")
     enough = max(ENOUGH, sum(numbers_per_token(n, key) for n in nodes) + 1)  # all unit vectors in one run
     for reduced in ({tokens: enough}, {}) if tokens > enough else ({},):
         with smaller(reduced):

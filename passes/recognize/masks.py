@@ -1,4 +1,4 @@
-"""What a mask means, read from its value: versions of torch and transformers spell the same mask in many ways.
+"""The kind of a mask, read from its value, because the same mask has many spellings.
 
 none | causal | sliding | block | causal block | padding | alibi | relative | additive | bool
 """

@@ -1,4 +1,4 @@
-"""What a node is to its model: a weight, an activation, a projection, a cache.
+"""The role of a node in its model: a weight, an activation, a projection, a cache.
 
 A *weight-like* value depends on parameters and buffers only, however it is computed from them (slices, concatenation,
 weight norm, dequantisation). A *projection* contracts an activation with a weight-like value. The *cut* of a node is
@@ -26,7 +26,7 @@ LOOKUP = frozenset({"embedding", "embedding_bag"})
 
 
 class Kind(IntEnum):
-    """What a value depends on, the most changeable thing first in rank."""
+    """What a value depends on: constants only, weights, or activations; the largest kind of its inputs."""
 
     CONSTANT = 0
     WEIGHT = 1
@@ -35,7 +35,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Projection:
-    """An activation contracted with weights: the node, the qualified names of the weights, where its features stand."""
+    """An activation contracted with weights: the node, the names of the weights, the axes of its features."""
 
     node: fx.Node
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a walk back from a node ended.
+    """The nodes at which a walk back from a node ended.
 
     caches: state inputs. appends: nodes that join a cache with new tokens, or write into it. lookups: embeddings of
     activations that were reached without passing a projection (then nothing projects this path).
@@ -63,13 +63,13 @@ class Cut:
 
 
 class Roles:
-    """Answers about the nodes of one program; remembers what it worked out."""
+    """The roles of the nodes of one program, each computed once."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.written = written_inputs(program)
         self.changed = {storage_root(n.all_input_nodes[0]): n for n in _writers(program)}
-        self.known: dict[Any, Any] = {}  # what passes found out about a structure, for the next layer
+        self.known: dict[Any, Any] = {}  # results for a structure, which the next layers share
         self._kinds: dict[fx.Node, Kind] = {}
         self._numbers: dict[fx.Node, int] = {}
         self._value_numbers: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Every spelling of attention becomes one `fhopt::attention` node.
+"""Normalize every spelling of attention to one `fhopt::attention` node.
 
     before                                              after
     s = q @ k.transpose(-1, -2)                         o = fhopt.attention(q, k, v, mask, sinks, scale=c)
@@ -7,7 +7,7 @@
     o = p @ v
 
 A core is a call of scaled_dot_product_attention, or a softmax between two contractions. No spelling is matched: the
-contractions are read as labelled axes (`contraction`), the way from the first to the softmax is measured by running it
+contractions are read as labelled axes (`contraction`), the path from the first to the softmax is measured by running it
 (`scores`), changes of axes are followed by coordinates (`layout`), repetition of kv heads is undone by running the
 candidates. Each rewrite is checked the same way: the old region and the new node run on the same random numbers, and
 on a mismatch the region stays as it is, with a reason.
@@ -41,12 +41,12 @@ CALL = frozenset({"scaled_dot_product_attention"})
 DROPOUT = frozenset({"dropout", "native_dropout", "feature_dropout"})
 ENOUGH = 40  # tokens that checks by execution run on
 LARGEST = 2**26  # scores at most, where a check must run at full size
-SEARCH = 200  # nodes looked at on the way back from a softmax
+SEARCH = 200  # nodes that are searched behind a softmax
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """The pass. `tolerance` is the largest relative difference that the check by execution lets through."""
+    """The pass `normalize`. tolerance: largest relative difference that the check by execution accepts."""
 
     name: str = "normalize"
     tolerance: float = 1e-6
@@ -93,7 +93,7 @@ class Normalize:
         raise max(misses, key=lambda miss: len(miss.reached))
 
     def rewrite(self, program: Program, core: Core) -> fx.Node:
-        """Put the canonical node in place of the core; returns it."""
+        """Put the canonical node in place of the core and return it."""
         return insert_canonical(program, core)
 
 
@@ -129,13 +129,13 @@ def _match_call(node: fx.Node, roles: Roles, base: Evaluator) -> Core:
 
 
 def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
-    """Read the axes of a call as those of the product that it stands for. Raises Miss."""
+    """Read the axes of a call as those of the product of queries and keys that it computes. Raises Miss."""
     nodes = (core.query.node, core.key.node, core.value.node)
     shapes = [example_shape(n) for n in nodes]
     outer = range(len(shapes[0]) - 2)
     widest = [max(s[i] for s in shapes) for i in outer]
     if any(s[i] not in (1, widest[i]) for s in shapes for i in outer):
-        raise Miss(f"batch axes of {shapes} do not broadcast", core.output)
+        raise Miss(f"operands have shapes {shapes}; expected batch axes that broadcast", core.output)
     batch = [tuple(f"b{i}" if s[i] == widest[i] else "" for i in outer) for s in shapes]
     whole = tuple(f"b{i}" for i in outer)
     product = Contraction(core.output, *nodes[:2], (*batch[0], "m", "k"), (*batch[1], "n", "k"), (*whole, "m", "n"))
@@ -160,11 +160,11 @@ def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
     found, barrier = _search_products(softmax.scores, roles)
     if found:
         return found
-    what = "nothing is multiplied before it, no product of queries and keys"
+    what = "no product precedes it; expected a product of queries and keys"
     if barrier is not None:
-        what = f"it is over the projection by {barrier.names[0]}, no product of queries and keys"
+        what = f"it is over the projection by {barrier.names[0]}; expected a product of queries and keys"
         if _search_products(barrier.activation, roles)[0]:
-            what = f"the scores pass through the weight {barrier.names[0]} first, heads are mixed"
+            what = f"the scores pass through the weight {barrier.names[0]}, which mixes heads"
     raise Miss(f"not the softmax of an attention: {what}", softmax.scores, "softmax")
 
 
@@ -208,7 +208,11 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
                 frontier.append(user)
     if found:
         return found
-    raise Miss("no product of the weights with values follows", softmax.weights, "softmax, product of queries and keys")
+    raise Miss(
+        "no product of the weights with values follows the softmax",
+        softmax.weights,
+        "softmax, product of queries and keys",
+    )
 
 
 def _other_weights(node: fx.Node, roles: Roles) -> Miss:
@@ -220,7 +224,7 @@ def _other_weights(node: fx.Node, roles: Roles) -> Miss:
         return Miss("", node)
     if any(mix.node is score.node for mix, _ in mixes for score in scores):
         return Miss("", node)
-    return Miss(f"the weights are made by {op_name(node)}; expected a softmax", node, "scores, both products")
+    return Miss(f"the weights are computed by {op_name(node)}; expected a softmax", node, "scores, both products")
 
 
 def _sides_of(product: Contraction, known: set[fx.Node]) -> Iterator[tuple[Contraction, bool]]:
@@ -303,7 +307,9 @@ def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> No
         elif same and len(end) == len(size):
             core.bias_steps = steps + gain
         elif scores.sinks or math.prod(size) != math.prod(end):
-            raise Miss("the axes of the scores change before the softmax in a way that is not followed", core.output)
+            raise Miss(
+                "the axes of the scores change before the softmax; expected the order of the product", core.output
+            )
         else:
             core.bias_steps = (("reshape", (_sizes(product.node),)), *steps, *gain)
 
@@ -311,7 +317,7 @@ def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> No
 def _sizes(node: fx.Node) -> tuple[int, ...]:
     sizes = shape(node) or ()
     if sum(not isinstance(n, int) for n in sizes) > 1:
-        raise Miss("scores of several symbolic sizes change their axes", node)
+        raise Miss("scores with several symbolic sizes change their axes; expected at most one", node)
     return tuple(n if isinstance(n, int) else -1 for n in sizes)
 
 
@@ -324,6 +330,6 @@ def _undo_repetition(core: Core, base: Evaluator) -> None:
         core.scale *= key.factor
     groups = [o.sizes[1] for o in (core.key, core.value)]
     if groups[0] != groups[1]:
-        raise Miss(f"keys have {groups[0]} heads and values {groups[1]}", core.output)
+        raise Miss(f"keys have {groups[0]} heads and values {groups[1]}; expected the same number", core.output)
     if heads % groups[0]:
-        raise Miss(f"{heads} query heads on {groups[0]} kv heads", core.output)
+        raise Miss(f"{heads} query heads on {groups[0]} kv heads; expected a multiple", core.output)

@@ -1,8 +1,8 @@
-"""What happens to q k^T before the softmax, read from what it *does*: scale, softcap, mask or bias, sinks.
+"""The score function between q k^T and the softmax, measured by running it: scale, softcap, mask or bias, sinks.
 
     scores = cap(scale * factors * q k^T) + bias          [ + columns of sinks ]
 
-The way from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
+The path from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
 it (added, filled, selected, written by index, ALiBi, tables of relative positions, tril buffers, windows); the change
 per unit of product is the scale; saturation is a softcap. Everything else that flows in (masks, bias tables,
 temperatures) is random while this is measured, for a bias that is zero today need not be so after training.
@@ -33,8 +33,8 @@ class Scores:
     """The score function of one attention.
 
     region: from the product to the softmax's input. factors: tensors (and whether they divide) that scale the product
-    and do not vary over keys. form: how `mask` is meant: "" (none), "add" (added), "keep" (bool, true may attend),
-    "fill" (bool, true may not), "computed" (the region, run on zeros, gives it). columns: where the keys stand on the
+    and do not vary over keys. form: the meaning of `mask`: "" (none), "add" (added), "keep" (bool, true may attend),
+    "fill" (bool, true may not), "computed" (the region, run on zeros, gives it). columns: where the keys are on the
     softmax's axis; the other columns are sinks.
     """
 
@@ -71,7 +71,7 @@ def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
     """Read the score function between the product and `end`. Raises Miss when it is of another form.
 
-    axis: the softmax's, in `end`. key_axis: where the keys stand in the product.
+    axis: the softmax's, in `end`. key_axis: the axis of the keys in the product.
     """
     region = Region(base, [product], end)
     if not region.nodes:
@@ -104,7 +104,7 @@ def _measured(
     numbers = random_like(product, 7)
     placed = moved(region.base, {product: numbers}, region.nodes, region.end)
     if keys is None or placed is None:
-        raise Miss(f"the scores are not followed through {_names(region)}", region.end)
+        raise Miss(f"the path of the scores through {_names(region)} is unknown", region.end)
     columns = (line(keys, axis) >= 0).nonzero().flatten()
     found.sinks, found.start = keys.shape[axis] - columns.numel(), int(columns[0]) if columns.numel() else 0
     zero = _run(region, {product: torch.zeros_like(numbers), **sides})
@@ -139,8 +139,10 @@ def _measured(
 def _run(region: Region, values: Mapping[fx.Node, Tensor]) -> Tensor:
     try:
         return region.run(values)
-    except Exception as error:  # whatever a user's node may raise
-        raise Miss(f"the scores could not be run ({type(error).__name__}: {error})", region.end) from error
+    except Exception as error:  # a user's node may raise anything
+        raise Miss(
+            f"the computation of the scores could not be run ({type(error).__name__}: {error})", region.end
+        ) from error
 
 
 def _check_sinks(
@@ -148,11 +150,11 @@ def _check_sinks(
     sides: Mapping[fx.Node, Tensor],
 ) -> None:  # fmt: skip
     if columns.numel() and int(columns[-1] - columns[0]) != columns.numel() - 1:
-        raise Miss("columns that are no keys stand among the keys; expected them before or behind", region.end)
+        raise Miss("sink columns lie between the keys; expected them before or after the keys", region.end)
     other = _run(region, {product: numbers, **sides})
     rest = torch.tensor([i for i in range(zero.shape[axis]) if i not in set(columns.tolist())])
     if not torch.equal(zero.index_select(axis, rest), other.index_select(axis, rest)):
-        raise Miss("further columns of the softmax depend on the scores", region.end)
+        raise Miss("sink columns of the softmax depend on the scores; expected columns that do not", region.end)
 
 
 def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
@@ -175,7 +177,7 @@ def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[f
     region = found.region
     last = max(node for factor, _ in found.factors for node in factor.users if node in region.nodes)
     if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes if not last < n):
-        raise Miss("a tensor scales the scores after their axes were changed", region.end)
+        raise Miss("a tensor scales the scores after their axes were changed; expected it before", region.end)
     gain = torch.ones([1] * len(shape), dtype=torch.float64)
     for node, divides in found.factors:
         value = sides.get(node, region.base.example(node))
@@ -206,7 +208,9 @@ def _fit(found: Scores, change: object, unit: Tensor, region: Region) -> None:
         if float((delta - capped).abs().max()) <= 1e-6 * size:
             found.scale, found.softcap = scale, cap
             return
-    raise Miss(f"the scores are not scale * q k + mask, nor capped by tanh: {_names(region)}", region.end)
+    raise Miss(
+        f"the scores are computed by {_names(region)}; expected scale * q k + mask, or a tanh softcap", region.end
+    )
 
 
 def _name_mask(found: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> None:

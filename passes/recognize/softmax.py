@@ -1,4 +1,4 @@
-"""Every spelling of softmax, as one fact: which tensor goes in, which comes out, over which axis.
+"""Softmax in any spelling: its input, its output, its axis.
 
     softmax(x, -1)      log_softmax(x, -1).exp()      e = exp(x - x.amax(-1, True)); e / e.sum(-1, True)
     exp(x - x.logsumexp(-1, True))                    e @ v / e.sum(-1, True)         e / (1 + e.sum(-1, True))
@@ -29,7 +29,7 @@ DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights = softmax(scores) over `axis`.
+    """A softmax, weights = softmax(scores) over `axis`.
 
     extra: logits of zero that the sum also holds (softmax plus one). divider: where the weights are normalised only
     after the second product, the node that does it. gain: by what the scores are multiplied (a base other than e).
@@ -44,7 +44,7 @@ class Softmax:
 
 
 def is_candidate(node: fx.Node) -> bool:
-    """Return whether a softmax may stand at `node`; for an exponential, whether a sum of it is taken."""
+    """Return whether a node may be a softmax; an exponential is one where a sum of it is taken."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
         return True
@@ -63,7 +63,7 @@ def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
         axis = argument(node, 1, "dim")
         source = argument(node, 0, "input", "self")
         if not isinstance(axis, int) or not isinstance(source, fx.Node):
-            raise Miss("softmax over no single axis; expected dim", node)
+            raise Miss("the softmax has no single axis; expected dim", node)
         weights = node if name in SOFTMAX else _exponential_of(node)
         axis = axis % len(example_shape(node))
         return Softmax(_without_shift(source, axis), weights, axis)
@@ -73,7 +73,7 @@ def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
 def _exponential_of(node: fx.Node) -> fx.Node:
     users = [u for u in node.users if op_name(u) == "exp"]
     if len(users) != 1:
-        raise Miss("log_softmax whose exponential is not taken: no attention weights", node)
+        raise Miss("log_softmax without an exponential; expected attention weights", node)
     return users[0]
 
 
@@ -109,14 +109,14 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
     assert total is not None, "only candidates are read"
     axis = _axis(total)
     if axis is None:
-        raise Miss("the exponentials are summed over more than one axis", total)
+        raise Miss("the exponentials are summed over several axes; expected one", total)
     scores = _without_shift(node.all_input_nodes[0], axis)
     gain = math.log(2) if op_name(node) == "exp2" else 1.0
     if op_name(total) == "logsumexp":
         return _checked(Softmax(scores, node, axis, gain=gain), base)
     weights = _post_dominator(node, total)
     if weights is None:
-        raise Miss("exponentials are summed but nothing is divided by their sum", total)
+        raise Miss("exponentials are summed but not divided by the sum; expected a softmax", total)
     if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
         return _checked(Softmax(scores, weights, axis, gain=gain), base)
     return Softmax(
@@ -172,7 +172,7 @@ def _checked(found: Softmax, base: Evaluator) -> Softmax:
     scores = random_like(found.scores, 3)
     try:
         result = run_region(base, {found.scores: scores}, found.weights)
-    except Exception as error:  # whatever a user's node may raise
+    except Exception as error:  # a user's node may raise anything
         raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", found.weights) from error
     scores = scores * found.gain
     if _close(result, torch.softmax(scores, found.axis)):
@@ -180,7 +180,9 @@ def _checked(found: Softmax, base: Evaluator) -> Softmax:
     powers = scores.exp()
     if _close(result, powers / (1 + powers.sum(found.axis, keepdim=True))):
         return replace(found, extra=1)
-    raise Miss("exponentials over their sum that do not make a softmax", found.weights)
+    raise Miss(
+        "exponentials divided by a sum are not a softmax; expected their own sum, or that plus one", found.weights
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -47,7 +47,7 @@ class KeptLatents:
 
 @dataclass(frozen=True)
 class AbsorbProjection:
-    """The pass, for inference.
+    """The pass `absorb_projection`, for inference.
 
     tolerance: relative, of the comparison with an affine map. margin: how many times fewer multiplications it must take
     where the number of queries is not fixed.
@@ -76,7 +76,7 @@ class AbsorbProjection:
         return kept
 
     def rewrite(self, program: Program, kept: KeptLatents) -> fx.Node:
-        """Attend to the latents; return the latent_attention node."""
+        """Attend to the latents and return the latent_attention node."""
         node, query = kept.node, _operands(kept.node)[0]
         mask = node.args[3] if len(node.args) > 3 else None
         with program.graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""How a graph writes new tokens into a K/V buffer and reads all of them: found by running it, not by its spelling.
+"""Writes of new tokens into a K/V buffer and reads of all tokens, recognized by running them, in any spelling.
 
     %w = written(%k_cache, [], setitem, [[:, :, %pos], %k])          write   %k is the new tokens, its axis 2 their axis
     %o = fhopt.attention(%q, %w, ...)                                read    axes 0, 1, 2, 3 are B, G, T, D
@@ -40,7 +40,7 @@ _MODULE = re.compile(r"L\['self'\](\._modules\['[^']+'\])*(\.__dict__)?(\._buffe
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """How a graph writes and reads one buffer.
+    """The use of one buffer by a graph: how it is written and read.
 
     new: the tokens that are written. writes: the nodes that do it, of which `end` is the last; `copy` puts that into
     the buffer. reads: from there to the attention. axes: of the buffer that are B, G, T, D; new_axes: of the new
@@ -87,7 +87,7 @@ def read_update(program: Program, node: fx.Node, operand: fx.Node, roles: Roles,
     return _with_axes(update, operand, roles, base)
 
 
-def way(update: Update, base: Evaluator, roles: Roles) -> tuple[Any, ...]:
+def written_slots(update: Update, base: Evaluator, roles: Roles) -> tuple[Any, ...]:
     """Describe which slots are written, in terms that keys and values share."""
     region = Region(base, (update.buffer, update.new), update.end)
     calls = signature(region, roles.describe)[0]
@@ -112,7 +112,7 @@ def _between(base: Evaluator, first: fx.Node, last: fx.Node) -> tuple[fx.Node, .
     try:
         return tuple(Region(base, (first,), last).nodes)
     except RuntimeError as error:
-        raise Miss(f"how its buffer is used is not clear: {error}", last) from error
+        raise Miss(f"the use of its buffer is not clear: {error}", last) from error
 
 
 def _new_tokens(writes: Sequence[fx.Node], buffer: fx.Node) -> fx.Node:
@@ -120,11 +120,11 @@ def _new_tokens(writes: Sequence[fx.Node], buffer: fx.Node) -> fx.Node:
     for step in writes:
         name = str(step.args[2]).rpartition(".")[2] if op_name(step) == "written" else op_name(step)
         if name not in WRITES:
-            raise Miss(f"its buffer is changed by {name}; expected tokens that are put into slots", step)
+            raise Miss(f"its buffer is changed by {name}; expected writes of tokens into slots", step)
     sides = dict.fromkeys(n for step in writes for n in step.all_input_nodes if n not in {buffer, *writes})
     new = [n for n in sides if isinstance(fake(n), Tensor) and fake(n).dtype.is_floating_point]
     if len(new) != 1:
-        raise Miss(f"{len(new)} tensors are written into its buffer; expected the new tokens", writes[-1])
+        raise Miss(f"{len(new)} tensors are written into its buffer; expected one, the new tokens", writes[-1])
     return new[0]
 
 
@@ -142,8 +142,8 @@ def _check_users(update: Update, node: fx.Node) -> None:
     for step in (update.buffer, *update.writes, *update.reads, update.copy):
         other = next((user for user in step.users if user not in own), None)
         if other is not None:
-            what = "is returned" if other.op == "output" else f"is read by {other.name} too"
-            raise Miss(f"its buffer {what}; expected this attention alone", other)
+            what = "is returned" if other.op == "output" else f"is also read by {other.name}"
+            raise Miss(f"its buffer {what}; expected this attention to be its only reader", other)
 
 
 # --------------------------------------------------------------------------------------------------- by running it
@@ -158,8 +158,8 @@ def _with_axes(update: Update, operand: fx.Node, roles: Roles, base: Evaluator) 
             roles.known[known] = _measured(update, operand, write, read)
         except Miss:
             raise
-        except Exception as error:  # whatever a user's node may raise
-            raise Miss(f"how its buffer is used could not be run ({error})", operand) from error
+        except Exception as error:  # a user's node may raise anything
+            raise Miss(f"the use of its buffer could not be run ({error})", operand) from error
     axes, new_axes = roles.known[known]
     return replace(update, axes=axes, new_axes=new_axes)
 
@@ -201,11 +201,11 @@ def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int
     held, fresh_ids = _elements(update.buffer), -1 - _elements(update.new)
     result = write.run({update.buffer: held, update.new: fresh_ids})
     if not torch.equal(torch.where(result < 0, held, result), held):
-        raise Miss("its buffer moves the tokens that it holds", update.end)
+        raise Miss("the write moves tokens within its buffer; expected them to stay in their slots", update.end)
     ordered = result.permute(axes).long().cpu()  # [B, G, T, D]
     slots = ordered[0, 0, :, 0] < 0
     if not torch.equal(ordered < 0, slots[:, None].expand_as(ordered)):
-        raise Miss("other slots of its buffer are written for each sequence or head", update.end)
+        raise Miss("sequences or heads write into different slots of its buffer; expected the same slots", update.end)
     fresh = torch.unravel_index(-1 - ordered[:, :, slots], new)
     grid = torch.meshgrid(*map(torch.arange, fresh[0].shape), indexing="ij") if new else ()
     new_axes = tuple(_matched(fresh, new, grid, "written"))
@@ -215,7 +215,7 @@ def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int
     blank = held.new_zeros([n if i == axes[2] else 1 for i, n in enumerate(sizes)])
     found = write.run({update.buffer: blank, update.new: numbered(fresh_ids, new_axes[2]).double()})
     if not torch.equal(found.flatten().long().cpu(), expected) or bool((tokens != tokens[:1, :1, :, :1]).any()):
-        raise Miss("other slots of its buffer are written for each sequence or head", update.end)
+        raise Miss("sequences or heads write into different slots of its buffer; expected the same slots", update.end)
     return new_axes
 
 

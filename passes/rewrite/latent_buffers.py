@@ -6,10 +6,10 @@
     %copy_ = copy_(%k_cache, %w)
     return [%o]                                        return [%o]
 
-`updates` tells how the buffers are used, however that is spelled. `attend_buffered`, and the parts of a cache of
-latents that it reads and changes in place, are a `Keeper`'s (fhopt/cache/module_buffers.py). The parts are bound to the
-buffers at call time: the graphs of prefill and of decoding find the same ones, and the buffers give their memory back.
-Caches of the caller are not touched: only buffers and attributes of the compiled module, and of modules in it, are.
+`buffer_updates` reads how the buffers are used. A `Keeper` (fhopt/cache/module_buffers.py) has `attend_buffered` and
+the parts of a cache of latents that it reads and changes in place. The parts are bound to the buffers at call time: the
+graphs of prefill and of decode steps find the same parts, and the buffers give their memory back. Only buffers and
+attributes of the compiled module, and of modules in it, are replaced, never caches of the caller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from fhopt.passes.graph.evaluate import Evaluator
 from fhopt.passes.graph.nodes import add_constant, call, fake, remove_dead_code
 from fhopt.passes.graph.program import Bound, Program
 from fhopt.passes.recognize.node_roles import Roles
-from fhopt.passes.rewrite.buffer_updates import Update, arranged, own_buffer, read_update, slots_read, stand_in, way
+from fhopt.passes.rewrite.buffer_updates import (
+    Update,
+    arranged,
+    own_buffer,
+    read_update,
+    slots_read,
+    stand_in,
+    written_slots,
+)
 from fhopt.passes.rewrite.compress import Compress, Fitted
 from fhopt.plan.module_buffer import Held, Places
 from fhopt.plan.site import AttentionSite
@@ -33,7 +41,7 @@ from fhopt.plan.site_plan import SitePlan
 
 
 class Keeper(Protocol):
-    """Holds latents in place of K/V buffers between the calls of graphs: `fhopt.cache.module_buffers.BufferKeeper`."""
+    """A keeper of latents in place of K/V buffers between calls: `fhopt.cache.module_buffers.BufferKeeper`."""
 
     @property
     def attend_buffered(self) -> Callable[..., Tensor]:
@@ -65,7 +73,7 @@ class Buffered:
 
 @dataclass(frozen=True)
 class LatentBuffers:
-    """The pass, by the plan of `compress`."""
+    """The pass `latent_buffers`, by the plan of `compress`."""
 
     compress: Compress
     keeper: Keeper
@@ -79,9 +87,9 @@ class LatentBuffers:
         """Read how the site at `node` uses its buffers. Raises Miss where latents cannot replace them."""
         fitted = self.compress.match(node, replace(site, cache="none"), program.weights)
         if self.compress.training:
-            raise Miss("the graph trains; buffers are replaced where nothing needs a gradient", node)
+            raise Miss("the graph is compiled for training; expected inference", node)
         if site.kind != "self":
-            raise Miss("its buffers hold what a decoder reads of its encoder; expected its own tokens", node)
+            raise Miss("its buffers hold the tokens of an encoder; expected the attention's own tokens", node)
         for operand in node.args[1:3]:
             buffer = own_buffer(program, operand)
             if buffer is not None and (reason := self.keeper.unfit(program.values[buffer.name])):
@@ -89,19 +97,22 @@ class LatentBuffers:
         operands = [a for a in node.args[1:3] if isinstance(a, fx.Node)]
         key, value = (read_update(program, node, operand, roles, base) for operand in operands)
         if key.buffer is value.buffer:
-            raise Miss("keys and values are one buffer", node)
-        if way(key, base, roles) != way(value, base, roles) or key.tokens != value.tokens:
-            raise Miss("keys and values are written into different slots", node)
+            raise Miss("keys and values share one buffer; expected one for each", node)
+        if written_slots(key, base, roles) != written_slots(value, base, roles) or key.tokens != value.tokens:
+            raise Miss("keys and values are written into different slots; expected the same", node)
         plan = self.compress.plan
         if key.tokens <= plan.sinks:
-            raise Miss(f"its buffer has {key.tokens} slots, all of which the plan keeps exact ({plan.sinks})", node)
+            raise Miss(
+                f"its buffer has {key.tokens} slots; expected more than the {plan.sinks} attention sinks of the plan",
+                node,
+            )
         places = Places(key.tokens, plan.sinks, plan.recent, plan.block, plan.window_bits)
         inputs = {name: placeholder for placeholder, name in program.parameters.items()}
         fitted = replace(fitted, sources=tuple(inputs[name] for name in fitted.sources))
         return Buffered(node, fitted, Held(fitted.site, places, key.axes, value.axes), key, value)
 
     def rewrite(self, program: Program, found: Buffered) -> fx.Node:
-        """Exchange the canonical node; returns the node that holds the result."""
+        """Replace the canonical node and return the node that holds the result."""
         node, site = found.node, found.held.site
         with program.graph.inserting_before(node):
             numbers = stand_in(program, found.key)
@@ -125,7 +136,7 @@ class LatentBuffers:
         return result
 
     def check(self, program: Program, missed: Sequence[str]) -> None:
-        """Raise FhoptError where the graph still reads a buffer that latents stand for, because of another graph."""
+        """Raise FhoptError where the graph still reads a buffer that another graph has replaced by latents."""
         for node in program.graph.nodes:
             value = program.values[node.name] if node.op == "placeholder" else None
             if node.users and isinstance(value, Tensor) and self.keeper.is_released(value):

@@ -31,9 +31,9 @@ def test_a_model_gets_a_head_that_serves_it(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     result = call("head", str(tmp_path / "model"), *SAMPLE, "--clusters", "5", "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["site"]["weight"], told["site"]["vocabulary"], told["clusters"]) == ("lm_head.weight", 97, 5)
-    measured = told["measured"]
+    printed = json.loads(result.stdout)
+    assert (printed["site"]["weight"], printed["site"]["vocabulary"], printed["clusters"]) == ("lm_head.weight", 97, 5)
+    measured = printed["measured"]
     assert measured["positions"] == 128 and measured["agreement_percent"] == 100
     assert measured["bytes_per_row"] > 0 and measured["dense_bytes_per_row"] == 97 * 64 * 4
     head, model = Head.load(tmp_path / "head"), load_model(str(tmp_path / "model")).language_model()

@@ -26,7 +26,7 @@ def test_inspect_gives_sites_and_misses_as_json(importable: str) -> None:
 def test_explain_names_the_source_line(importable: str) -> None:
     result = call("explain", importable)
     assert result.exit_code == 0
-    assert "1 sites found, 1 candidates left alone" in result.stdout
+    assert "1 sites found, 1 candidates not rewritten" in result.stdout
     assert "command_models.py:" in result.stdout
 
 

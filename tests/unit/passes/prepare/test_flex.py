@@ -131,4 +131,4 @@ def test_symbolic_heads_of_flex_attention_are_left_alone() -> None:
     (node,) = (n for n in program.graph.nodes if op_name(n) == "flex_attention")
     query = node.args[0]
     query.meta["example_value"] = fake(query).transpose(1, 2)
-    assert "number of heads is a symbol" in reason(program)
+    assert "number of heads is symbolic" in reason(program)
