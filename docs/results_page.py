@@ -190,7 +190,7 @@ def zoo(results: Results) -> str:
         ["forward passes", number(len(results.of("sites_expected")))],
         ["attentions expected", number(expected)],
         ["attentions found", number(found)],
-        ["left alone for an expected reason", number(explained)],
+        ["not rewritten, for an expected reason", number(explained)],
         ["largest difference of an output, relative", f"{max(r['value'] for r in results.of('max_error')):.1e}"],
         ["largest difference of a gradient", f"{max(r['value'] for r in results.of('max_gradient_error')):.1e}"],
     ]

@@ -1,13 +1,13 @@
 """Give every change in place a value of its own: what remains is def-use only, but for copies into inputs at the end.
 
-before                                             after
-%v = .view(%x, 16)                                 %mul = .mul(%x, 2)
-%mul_ = .mul_(%x, 2)                               %v_1 = .view(%mul, 16)
-%left = getitem(%k, [..., :16])                    %written = written(%k, [[getitem, ...]], 'copy_', [%v_1])
-%copy_ = .copy_(%left, %v)                         %index_copy = .index_copy(%cache, 0, %at, %written)
-%index_copy_ = .index_copy_(%cache, 0, %at, %k)    %sum_1 = .sum(%index_copy)
-%sum_1 = .sum(%cache)                              %copy__default = aten.copy_.default(%cache, %index_copy)
-return [%sum_1]                                    return [%sum_1]
+    before                                             after
+    %v = .view(%x, 16)                                 %mul = .mul(%x, 2)
+    %mul_ = .mul_(%x, 2)                               %v_1 = .view(%mul, 16)
+    %left = getitem(%k, [..., :16])                    %written = written(%k, [[getitem, ...]], 'copy_', [%v_1])
+    %copy_ = .copy_(%left, %v)                         %index_copy = .index_copy(%cache, 0, %at, %written)
+    %index_copy_ = .index_copy_(%cache, 0, %at, %k)    %sum_1 = .sum(%index_copy)
+    %sum_1 = .sum(%cache)                              %copy__default = aten.copy_.default(%cache, %index_copy)
+    return [%sum_1]                                    return [%sum_1]
 
 Two nodes share memory exactly when their fake values have one storage. The nodes of a storage form a tree: the node
 that made it, its views, their views. A backward walk finds for each write the smallest tensor of the tree that holds

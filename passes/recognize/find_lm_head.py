@@ -117,8 +117,8 @@ class FindHead:
         except Exception as error:  # a user's node may raise anything
             raise Miss(f"the part between head and logits could not be run ({error})", logits) from error
         if start.numel() != zeros.numel() or start.shape[-1] != zeros.shape[-1]:
-            shapes = f"the products have shape {tuple(zeros.shape)}, the logits {tuple(start.shape)}"
-            raise Miss(f"{shapes}; expected one logit per product", logits)
+            shape = tuple(zeros.shape)
+            raise Miss(f"the logits have shape {tuple(start.shape)}; expected that of the products, {shape}", logits)
         added = start.reshape(-1, start.shape[-1])
         if not bool(added.isfinite().all()) or not self._same(added, added[:1].expand_as(added)):
             raise Miss(

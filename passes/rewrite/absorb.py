@@ -1,9 +1,9 @@
 """Absorb the decoders of keys and values into queries and outputs: no keys and values are reconstructed.
 
-before                                                        after
-o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
-                          decode(z_v, D_v), mask)             o~, lse = latent_attention(q~, z_k, z_v, mask)
-                                                              o = expand(o~, D_v)
+    before                                                        after
+    o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
+                              decode(z_v, D_v), mask)             o~, lse = latent_attention(q~, z_k, z_v, mask)
+                                                                  o = expand(o~, D_v)
 
 q . (D_K z) = (D_K^T q) . z, and a weighted sum commutes with D_V (DeepSeek-V2, section 2.1.2: weight absorption).
 Where z is `unpack(packed, scale)`, the packed latents become the operands, and the scales fold into logits and

@@ -1,10 +1,10 @@
 """Attend to the latents that a model already keeps: their decoders are absorbed into queries and outputs.
 
-before (DeepSeek-V2 decodes one token)                    after
-z = cat(cache, norm(down(x)))       [B, 1, T, R]          q~ = absorb(q, D_K)                          [B, H, S, R + P]
-r = cat(cache, rope(x))             [B, 1, T, P]          o~, lse = latent_attention(q~, cat(z, r), z, mask)
-k, v = split(up(z)); k = cat(k, r)  [B, G, T, D or E]     o = expand(o~, D_V)
-o = fhopt.attention(q, k, v, mask)
+    before (DeepSeek-V2 decodes one token)                after
+    z = cat(cache, norm(down(x)))       [B, 1, T, R]      q~ = absorb(q, D_K)                          [B, H, S, R + P]
+    r = cat(cache, rope(x))             [B, 1, T, P]      o~, lse = latent_attention(q~, cat(z, r), z, mask)
+    k, v = split(up(z)); k = cat(k, r)  [B, G, T, D or E] o = expand(o~, D_V)
+    o = fhopt.attention(q, k, v, mask)
 
 `recognize.kept_latents` finds the latents, `recognize.latent_expansion` reads D_K and D_V. These are computed from the
 weights of each call (`Bound`), never baked into the graph.

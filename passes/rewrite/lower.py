@@ -1,10 +1,10 @@
 """Lower the canonical ops to torch functions, which inductor traces through and fuses, or to a kernel of fhopt.
 
-before                                       after
-fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
-  few queries on many keys, on a CPU         first(fhopt.latent_attention(q, k, None, v, None, mask))
-fhopt.latent_attention(q~, z, ...)           latent_attention_reference(...)   -> matmul, softmax, matmul
-                                             (packed latents keep the op: its kernel is generated)
+    before                                       after
+    fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
+      few queries on many keys, on a CPU         first(fhopt.latent_attention(q, k, None, v, None, mask))
+    fhopt.latent_attention(q~, z, ...)           latent_attention_reference(...)   -> matmul, softmax, matmul
+                                                 (packed latents keep the op: its kernel is generated)
 
 A CPU's scaled_dot_product_attention reads keys once for each query head: 3 to 11 times slower, with few queries, than
 reading them once for all heads that share them. The kernel for latents without bit groups does that; inductor would

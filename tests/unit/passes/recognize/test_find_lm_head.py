@@ -110,7 +110,7 @@ MISSES: dict[str, tuple[Finish, str]] = {
     "log_softmax": (lambda m, x: m.other(x).log_softmax(-1), "differs between positions|softcap \\* tanh"),
     "relu": (lambda m, x: m.other(x).relu(), "expected a positive factor|softcap \\* tanh"),
     "masked": (lambda m, x: m.other(x).masked_fill(torch.arange(V) > 40, -torch.inf), "is not finite"),
-    "part": (lambda m, x: m.other(x)[:, -1], "expected one logit per product"),
+    "part": (lambda m, x: m.other(x)[:, -1], "expected that of the products"),
     "made": (lambda m, x: F.linear(x, m.output.weight + m.other.weight), "the weight of the head is computed from"),
     "normed": (lambda m, x: F.linear(x, F.normalize(m.other.weight)), "a parameter as it is stored"),
     "stored": (lambda m, x: x[..., :8] @ m.embedding.weight.view(8, -1), "is stored as"),
