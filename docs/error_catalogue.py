@@ -238,10 +238,10 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def grouped(found: list[Message], families: tuple[Family, ...]) -> dict[Family, list[Message]]:
+def grouped(results: list[Message], families: tuple[Family, ...]) -> dict[Family, list[Message]]:
     """Group messages by family, each in the first family that names its module."""
     groups: dict[Family, list[Message]] = {}
-    for message in found:
+    for message in results:
         family = next(f for f in families if any(fnmatch(message.module, m) for m in f.modules))
         groups.setdefault(family, []).append(message)
     return {f: groups[f] for f in families if f in groups}
@@ -268,8 +268,8 @@ code. This page lists all reasons. Values that depend on the case are in ⟨angl
 def errors_page() -> str:
     """Return the text of docs/reference/errors.md."""
     parts = [_GENERATED, ERRORS_HEAD]
-    for family, found in grouped(messages(ERROR), FAMILIES).items():
-        rows = [f"| {_cell(problem)} | {_cell(cure)} |" for problem, cure in map(split, _texts(found))]
+    for family, result in grouped(messages(ERROR), FAMILIES).items():
+        rows = [f"| {_cell(problem)} | {_cell(cure)} |" for problem, cure in map(split, _texts(result))]
         parts += [
             f"## {family.title}\n",
             f"{family.about}\n",
@@ -284,9 +284,9 @@ def errors_page() -> str:
 def reasons_page() -> str:
     """Return the text of docs/reference/left_alone.md."""
     parts = [_GENERATED, REASONS_HEAD]
-    for family, found in grouped(messages(REASON), REASONS).items():
+    for family, result in grouped(messages(REASON), REASONS).items():
         rows = [
-            f"- {_cell(_sentence(text))}" for text in _texts(found) if re.search("[a-z]{3}", re.sub("⟨.*?⟩", "", text))
+            f"- {_cell(_sentence(text))}" for text in _texts(result) if re.search("[a-z]{3}", re.sub("⟨.*?⟩", "", text))
         ]
         parts += [f"## {family.title}\n", f"{family.about}\n", *rows, ""]
     return "\n".join(parts)
@@ -296,8 +296,8 @@ _GENERATED = "<!-- Made by docs/error_catalogue.py from the code. Do not edit. -
 PAGES = {"errors.md": errors_page, "left_alone.md": reasons_page}
 
 
-def _texts(found: list[Message]) -> list[str]:
-    return list(dict.fromkeys(message.text for message in found))
+def _texts(results: list[Message]) -> list[str]:
+    return list(dict.fromkeys(message.text for message in results))
 
 
 def _cell(text: str) -> str:

@@ -92,8 +92,8 @@ def rewrite(
         print_json(asdict(written) | {"path": str(out), "digest": plan.digest(), "ratio": plan.ratio()})
         return
     console = output_console(as_json)
-    for text, found in losses.items():
-        console.print(f"{text}: perplexity {found.exact:.4f} -> {found.plan:.4f} ({found.increase_percent:+.2f} %)")
+    for text, result in losses.items():
+        console.print(f"{text}: perplexity {result.exact:.4f} -> {result.plan:.4f} ({result.increase_percent:+.2f} %)")
     console.print(
         f"{written.total_bytes:,} bytes written to {out}: {written.weight_bytes:,} of weights, {written.plan_bytes:,} "
         "of the plan.",
@@ -199,18 +199,18 @@ def verify_step(folder: Path, as_json: bool) -> None:
     """
     from fhopt.export.mlir_check import verify_folder
 
-    found = verify_folder(folder)
+    result = verify_folder(folder)
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(result))
     else:
         click.echo(
-            f"multiplications: {found.macs}, T quantized tokens\n"
-            f"per token: {found.bytes_per_token:,} bytes (exact {found.exact_bytes_per_token:,}), "
-            f"{found.macs_per_token:,} multiplications\n"
-            f"largest float tensor: {found.largest_per_token:,} numbers per token"
+            f"multiplications: {result.macs}, T quantized tokens\n"
+            f"per token: {result.bytes_per_token:,} bytes (exact {result.exact_bytes_per_token:,}), "
+            f"{result.macs_per_token:,} multiplications\n"
+            f"largest float tensor: {result.largest_per_token:,} numbers per token"
         )
-        for fault in found.faults:
+        for fault in result.faults:
             click.echo(f"FAULT: {fault}")
-        click.echo(f"{len(found.faults)} faults." if found.faults else "No key or value is ever reconstructed.")
-    if found.faults:
+        click.echo(f"{len(result.faults)} faults." if result.faults else "No key or value is ever reconstructed.")
+    if result.faults:
         raise SystemExit(1)

@@ -286,7 +286,7 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
 def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fit a retrieval language-model head for MODEL, which finds the largest logits from few of its bytes.
 
-    The largest logits are certified for every hidden state. In Python: fhopt.head.apply(model, Head.load(FOLDER)).
+    The largest logits are certified for every hidden state. In Python: fhopt.lm_head.apply(model, Head.load(FOLDER)).
     """
     import torch
 
@@ -305,20 +305,20 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
     loaded = load_model(model, getattr(torch, dtype))
     with progress_bar(as_json) as progress:
         made = fit(loaded, chosen, progress)
-        found = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
+        result = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
     made.save(out)
     if as_json:
         about = {"head_path": str(out), "site": asdict(made.site), "fitted": made.about, "clusters": made.clusters}
-        print_json(about | {"probes": made.probes, "measured": asdict(found)})
+        print_json(about | {"probes": made.probes, "measured": asdict(result)})
         return
     console = output_console(as_json)
     console.print(
         f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, {dtype}\n"
-        f"{found.certified_percent:.2f} % of {found.positions:,} held-out tokens certified, "
-        f"{found.agreement_percent:.2f} % equal to the dense head\n"
-        f"bytes read per token {found.dense_bytes_per_row:,} -> {found.bytes_per_row:,.0f}, "
-        f"time {found.dense_time_ms:.2f} -> {found.time_ms:.2f} ms on {found.threads} threads\n"
-        f"without a certificate, {made.probes} of {made.clusters} clusters: {found.probed_agreement_percent:.2f} %",
+        f"{result.certified_percent:.2f} % of {result.positions:,} held-out tokens certified, "
+        f"{result.agreement_percent:.2f} % equal to the dense head\n"
+        f"bytes read per token {result.dense_bytes_per_row:,} -> {result.bytes_per_row:,.0f}, "
+        f"time {result.dense_time_ms:.2f} -> {result.time_ms:.2f} ms on {result.threads} threads\n"
+        f"without a certificate, {made.probes} of {made.clusters} clusters: {result.probed_agreement_percent:.2f} %",
         highlight=False,
     )
     console.print(f"head written to {out}", soft_wrap=True, highlight=False)

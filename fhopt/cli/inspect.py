@@ -58,19 +58,19 @@ def inspect(
     loaded = load_model(model)
     with seen.taking() if graph is not None else nullcontext():
         outcome = find_sites(loaded)
-        found = facts.inspect(loaded, outcome, plan, devices)
+        result = facts.inspect(loaded, outcome, plan, devices)
         if site is not None:
-            found.site(site)
+            result.site(site)
         if graph is not None and plan is not None:
             pipeline.optimize(outcome, plan)
     written = []
     if graph is not None:
-        written = write_graphs(seen, graph, found, stage or ("absorb" if plan else "normalize"), site)
+        written = write_graphs(seen, graph, result, stage or ("absorb" if plan else "normalize"), site)
     if as_json:
-        print_json(found.as_json() | ({"graphs": [str(path) for path in written]} if written else {}))
+        print_json(result.as_json() | ({"graphs": [str(path) for path in written]} if written else {}))
         return
     console = output_console(as_json)
-    console.print(inspection_tables(found, site))
+    console.print(inspection_tables(result, site))
     for path in written:
         console.print(f"graph written to {path}", soft_wrap=True, highlight=False, markup=False)
 

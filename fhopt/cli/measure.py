@@ -100,9 +100,9 @@ def evaluate(
         "ratio": plan.ratio() if plan else None,
         "perplexity": perplexity,
         "tasks": {
-            task: asdict(found.pop(None))
-            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in found.items() if cell]}
-            for task, found in results.items()
+            task: asdict(by_cell.pop(None))
+            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in by_cell.items() if cell]}
+            for task, by_cell in results.items()
         },
     }
     if as_json:
@@ -133,7 +133,7 @@ def _perplexities(
     """Evaluate each text: the exact model against the plan, or the exact model alone."""
     from fhopt.evaluation.perplexity import score, token_costs
 
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     total, done = sum(len(rows) for rows in ids.values()), 0
 
     def count(sequences: int) -> None:
@@ -143,11 +143,11 @@ def _perplexities(
 
     for text, rows in ids.items():
         if plan:
-            found[text] = asdict(token_costs(network, rows, plan, count, shared=True).compare())
+            results[text] = asdict(token_costs(network, rows, plan, count, shared=True).compare())
         else:
             exact = score(network, rows, None, count, shared=True)
-            found[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
-    return found
+            results[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
+    return results
 
 
 @main.command()
@@ -242,13 +242,13 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     counts = threads or tuple(dict.fromkeys((1, cores())))
     if max(counts) > cores():
         raise FhoptError(f"{max(counts)} threads were requested; expected at most {cores()}, the number of cores.")
-    found = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
+    results = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
     kernels = vector_unit()
     if as_json:
-        print_json({"kernels": kernels, "measured": [asdict(one) for one in found]})
+        print_json({"kernels": kernels, "measured": [asdict(one) for one in results]})
         return
     console = output_console(as_json)
-    console.print(machine_table(found))
+    console.print(machine_table(results))
     console.print(f"Kernels: {kernels}.", highlight=False)
 
 

@@ -29,13 +29,13 @@ def plans(context: click.Context, as_json: bool) -> None:
         _show_plans(entries(), as_json)
 
 
-def _show_plans(found: list[Entry], as_json: bool) -> None:
+def _show_plans(results: list[Entry], as_json: bool) -> None:
     from fhopt.calibration.plan_store import table
 
     if as_json:
-        print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in found]})
+        print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in results]})
     else:
-        output_console(as_json).print(table(found))
+        output_console(as_json).print(table(results))
 
 
 @plans.command("fit")
@@ -76,8 +76,8 @@ def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: A
 
     chosen = FitOptions(**options)
     with progress_bar(as_json) as progress:
-        found = fit_ratios(load_model(model), chosen, ratios, progress)
-    _show_plans(found, as_json)
+        result = fit_ratios(load_model(model), chosen, ratios, progress)
+    _show_plans(result, as_json)
 
 
 @plans.command("add")
@@ -98,11 +98,11 @@ def plan_path(name: str, as_json: bool) -> None:
     """Print the folder of the plan whose name or digest begins with NAME."""
     from fhopt.calibration.plan_store import find
 
-    found = find(name)
+    result = find(name)
     if as_json:
-        print_json(asdict(found) | {"path": str(found.path)})
+        print_json(asdict(result) | {"path": str(result.path)})
     else:
-        click.echo(found.path)
+        click.echo(result.path)
 
 
 @plans.command("verify")

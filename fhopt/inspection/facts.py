@@ -294,8 +294,8 @@ class _Inspector:
 
 
 def _pays(exact: cost_model.Cost, latent: cost_model.Cost, device: hardware_devices.Device) -> PaysFrom:
-    found = cost_model.break_even(exact, latent, device)
-    return PaysFrom(device.name, found.verdict, found.tokens)
+    result = cost_model.break_even(exact, latent, device)
+    return PaysFrom(device.name, result.verdict, result.tokens)
 
 
 def _planned_sides(plan: SitePlan, seen: Sequence[SideEvidence] | None) -> tuple[PlannedSide, ...]:

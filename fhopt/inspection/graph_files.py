@@ -15,14 +15,16 @@ def check_graph(path: Path) -> None:
     check_format(path, (*FORMATS, ENDING))
 
 
-def write_graphs(seen: Snapshots, path: Path, found: Inspection, stage: str, site: str | None = None) -> list[Path]:
+def write_graphs(
+    seen: Snapshots, path: Path, inspection: Inspection, stage: str, site: str | None = None
+) -> list[Path]:
     """Write the graph after a pass to `path`, or with the stage "all" one file for each: `path` with its name in it.
 
     A file for Model Explorer holds all stages. site: cut this one out. Raises FhoptError.
     """
     if path.suffix.lower() == ENDING:
-        return write_explorer([seen.after(name, site) for name in seen.stages], path, found)
-    title, sites = found.model, [s.site.name for s in found.sites]
+        return write_explorer([seen.after(name, site) for name in seen.stages], path, inspection)
+    title, sites = inspection.model, [s.site.name for s in inspection.sites]
     stages = seen.stages if stage == ALL else (stage,)
     written = []
     for number, name in enumerate(stages):

@@ -76,10 +76,10 @@ def build(
     """
     snapshots = Snapshots()
     with snapshots.taking():
-        found = find_sites(loaded)
-        facts = inspect(loaded, found, plan, devices, tokens)
+        result = find_sites(loaded)
+        facts = inspect(loaded, result, plan, devices, tokens)
         if plan is not None:
-            pipeline.optimize(found, plan)
+            pipeline.optimize(result, plan)
     return assemble(facts, plan, tuple(snapshots.changes()))
 
 

@@ -51,11 +51,11 @@ class Listings:
 
 def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[str] = ("cpp", "triton")) -> Listings:
     """List the kernels of a plan for each target; none where the plan keeps no latents."""
-    found, known = Listings(), dict[tuple[str, str], int]()
+    result, known = Listings(), dict[tuple[str, str], int]()
     try:
         kernels = kernels_of(plan, dtype)
     except FhoptError:  # nothing but sliding windows
-        return found
+        return result
     by_spec: dict[str, tuple[KernelSpec, list[str]]] = {}
     for (spec, *_), sites in kernels.items():
         by_spec.setdefault(spec.name, (spec, []))[1].extend(site.site.name for site in sites)
@@ -63,17 +63,17 @@ def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[st
         lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
         for name, (spec, names) in by_spec.items():
             text = render(spec, target)
-            pieces = tuple(_piece(found, known, target, lexer, piece) for piece in _pieces(text, target))
+            pieces = tuple(_piece(result, known, target, lexer, piece) for piece in _pieces(text, target))
             lines = text.count("\n")
-            found.files.append(Listing(name + _ENDINGS[target], target, tuple(names), lines, pieces))
-    return found
+            result.files.append(Listing(name + _ENDINGS[target], target, tuple(names), lines, pieces))
+    return result
 
 
-def _piece(found: Listings, known: dict[tuple[str, str], int], target: str, lexer: Lexer, text: str) -> int:
+def _piece(listings: Listings, known: dict[tuple[str, str], int], target: str, lexer: Lexer, text: str) -> int:
     key = (target, text)
     if key not in known:
-        known[key] = len(found.pieces)
-        found.pieces.append(highlight(text, lexer, HtmlFormatter(nowrap=True)).rstrip("\n"))
+        known[key] = len(listings.pieces)
+        listings.pieces.append(highlight(text, lexer, HtmlFormatter(nowrap=True)).rstrip("\n"))
     return known[key]
 
 

@@ -30,13 +30,13 @@ FORM = 1  # version of the file
 _GRADIENT = [{"stop": 0, "bgColor": "#ccfbf1"}, {"stop": 1, "bgColor": "#f43f5e"}]
 
 
-def write_explorer(graphs: Iterable[Snapshot], path: Path, found: Inspection) -> list[Path]:
+def write_explorer(graphs: Iterable[Snapshot], path: Path, inspection: Inspection) -> list[Path]:
     """Write the file, and beside it bytes, bits and expected losses of sites. Raises FhoptError."""
-    names = [site.site.name for site in found.sites]
+    names = [site.site.name for site in inspection.sites]
     boxed = {f"{i:02d} {g.stage}": with_sites(g.network, names) for i, g in enumerate(graphs)}
-    about = {site.site.name: _about(site) for site in found.sites}
-    texts = {path: {"fhopt": FORM, "model": found.model, "sites": about, "graphs": _forms(boxed)}}
-    for kind, values in _values(found).items():
+    about = {site.site.name: _about(site) for site in inspection.sites}
+    texts = {path: {"fhopt": FORM, "model": inspection.model, "sites": about, "graphs": _forms(boxed)}}
+    for kind, values in _values(inspection).items():
         if values:
             texts[path.with_name(f"{path.stem}.{kind}.json")] = _data(kind, values, boxed)
     try:
@@ -53,27 +53,27 @@ def _forms(graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
     return {name: node_link(graph) for name, graph in graphs.items()}
 
 
-def _about(found: InspectedSite) -> dict[str, str]:
+def _about(inspected: InspectedSite) -> dict[str, str]:
     """Return the facts shown beside a group that is selected."""
-    site = found.site
+    site = inspected.site
     facts = {
         "kind": site.kind,
         "H / G / D": f"{site.heads} / {site.kv_heads} / {site.key_dim}",
-        "rotation": found.rope,
-        "mask": found.mask,
-        "bytes per token, exact": f"{found.exact_bytes:,}",
+        "rotation": inspected.rope,
+        "mask": inspected.mask,
+        "bytes per token, exact": f"{inspected.exact_bytes:,}",
     }
-    if found.plan is not None:
-        facts |= {"layout": found.plan.layout, "bytes per token": f"{found.plan.bytes:,}"}
-        facts |= {side.side: side.words for side in found.plan.sides}
+    if inspected.plan is not None:
+        facts |= {"layout": inspected.plan.layout, "bytes per token": f"{inspected.plan.bytes:,}"}
+        facts |= {side.side: side.words for side in inspected.plan.sides}
     return facts
 
 
-def _values(found: Inspection) -> dict[str, dict[str, float]]:
+def _values(inspection: Inspection) -> dict[str, dict[str, float]]:
     """Return the figures of each site, by kind."""
-    planned = {site.site.name: site.plan for site in found.sites if site.plan is not None}
+    planned = {site.site.name: site.plan for site in inspection.sites if site.plan is not None}
     losses = {name: plan.expected_nats for name, plan in planned.items() if plan.expected_nats is not None}
-    sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in found.sites}
+    sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in inspection.sites}
     return {"bytes": sizes, "bits": {name: _mean_bits(plan.sides) for name, plan in planned.items()}, "nats": losses}
 
 
@@ -85,12 +85,12 @@ def _mean_bits(sides: Iterable[Any]) -> float:
 
 def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
     """Return data of nodes: a site's figure is at the last of its nodes that attends."""
-    found = {}
+    collected = {}
     for graph_id, graph in graphs.items():
         attending = {about["site"]: node for node, about in graph.nodes(data=True) if about["role"] == "attention"}
         results = {attending[site]: {"value": value} for site, value in values.items() if site in attending}
-        found[graph_id] = {"name": kind, "results": results, "gradient": _GRADIENT}
-    return found
+        collected[graph_id] = {"name": kind, "results": results, "gradient": _GRADIENT}
+    return collected
 
 
 # --------------------------------------------------------------------------------------------------- reading

@@ -67,8 +67,8 @@ class Viewer:
 
     def is_fitting(self) -> bool:
         """Return whether a fit writes its progress beside the plan."""
-        found = read_progress(beside(self.plan)) if self.plan is not None else None
-        return found is not None and found.state == RUNNING
+        result = read_progress(beside(self.plan)) if self.plan is not None else None
+        return result is not None and result.state == RUNNING
 
     def written(self) -> float:
         """Return when the plan was written, seconds since 1970; 0 where there is none."""
@@ -80,7 +80,7 @@ class Viewer:
 
     def state(self) -> dict[str, Any]:
         """Return the content of /progress.json."""
-        found = read_progress(beside(self.plan)) if self.plan is not None else None
+        result = read_progress(beside(self.plan)) if self.plan is not None else None
         is_stale = self.made_for != self.written()
         is_making = not self.failure and is_stale and (self.plan is None or self.written() > 0.0)
         return {
@@ -88,7 +88,7 @@ class Viewer:
             "ready": bool(self.page) and not is_stale,
             "making": is_making and not self.is_fitting(),
             "failure": self.failure,
-            "fit": found.as_json() if found else None,
+            "fit": result.as_json() if result else None,
         }
 
 

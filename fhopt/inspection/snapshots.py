@@ -87,12 +87,12 @@ class Snapshots:
 
     def after(self, stage: str, site: str | None = None) -> Snapshot:
         """Return the graph after a pass; of several graphs that with the site, or the largest. Raises FhoptError."""
-        found = [snapshot for snapshot in self.taken if snapshot.stage == stage]
-        if not found:
+        results = [snapshot for snapshot in self.taken if snapshot.stage == stage]
+        if not results:
             raise FhoptError(f"no pass called {stage!r} ran; expected all or one of {', '.join(self.stages)}.")
         if site is not None:
-            found = [snapshot for snapshot in found if site_nodes(snapshot.network, site)] or found
-        return max(found, key=lambda snapshot: len(snapshot.network))
+            results = [snapshot for snapshot in results if site_nodes(snapshot.network, site)] or results
+        return max(results, key=lambda snapshot: len(snapshot.network))
 
     def changes(self) -> list[StageChanges]:
         """Return what each pass changed, in order."""

@@ -52,30 +52,30 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
     return table
 
 
-def inspection_tables(found: Inspection, site: str | None = None) -> Group:
+def inspection_tables(inspection: Inspection, site: str | None = None) -> Group:
     """Show `fhopt inspect`: all sites, totals and what was not rewritten; or all facts of one site."""
     if site is not None:
-        return Group(_one_site(found.site(site)))
-    parts: list[Any] = [_sites_in_rows(found), _totals(found)]
-    return Group(*parts, *([missed_table(found.missed)] if found.missed else []))
+        return Group(_one_site(inspection.site(site)))
+    parts: list[Any] = [_sites_in_rows(inspection), _totals(inspection)]
+    return Group(*parts, *([missed_table(inspection.missed)] if inspection.missed else []))
 
 
-def _sites_in_rows(found: Inspection) -> Table:
+def _sites_in_rows(inspection: Inspection) -> Table:
     """Tabulate sites, a row each. With a plan, columns with the same cell in every row become one line."""
-    form = common_form(tuple(s.site.name for s in found.sites))
+    form = common_form(tuple(s.site.name for s in inspection.sites))
     pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
-    rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in found.sites]
-    alike = [n for n in _SITE_COLUMNS if found.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
-    table = Table(title=Text(f"Attention of {found.model}{pattern}"), title_justify="left", caption_justify="left")
+    rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in inspection.sites]
+    alike = [n for n in _SITE_COLUMNS if inspection.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
+    table = Table(title=Text(f"Attention of {inspection.model}{pattern}"), title_justify="left", caption_justify="left")
     table.add_column("site", overflow="fold")
     for name in _SITE_COLUMNS:
         if name not in alike:
             table.add_column(name, justify="right" if name == "exact B/token" else "left")
-    if found.plan is not None:
-        _add_plan_columns(table, found)
-    for site, row in zip(found.sites, rows, strict=True):
+    if inspection.plan is not None:
+        _add_plan_columns(table, inspection)
+    for site, row in zip(inspection.sites, rows, strict=True):
         cells = [row[name] for name in _SITE_COLUMNS if name not in alike]
-        planned = _plan_cells(site.plan, len(found.rooflines)) if found.plan else []
+        planned = _plan_cells(site.plan, len(inspection.rooflines)) if inspection.plan else []
         table.add_row(*map(Text, (short_name(site.site.name, form), *cells, *planned)))
     if alike:
         table.caption = Text("every site: " + ", ".join(f"{name} {rows[0][name]}" for name in alike))
@@ -85,20 +85,27 @@ def _sites_in_rows(found: Inspection) -> Table:
 _SITE_COLUMNS = ("kind", "H/G/D", "rope", "mask", "key norm", "exact B/token")
 
 
-def _add_plan_columns(table: Table, found: Inspection) -> None:
+def _add_plan_columns(table: Table, inspection: Inspection) -> None:
     for name in ("layout", "keys", "values"):
         table.add_column(name)
     for name in ("B/token", "ratio", "nats"):
         table.add_column(name, justify="right", no_wrap=True)
-    for roofline in found.rooflines:
+    for roofline in inspection.rooflines:
         table.add_column(f"faster on {roofline.device}", justify="right")
 
 
-def _site_cells(found: InspectedSite) -> list[str]:
-    site = found.site
+def _site_cells(inspected: InspectedSite) -> list[str]:
+    site = inspected.site
     dims = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}|{site.value_dim}"
     heads = f"{site.heads}/{site.kv_heads}/{dims}"
-    return [site.kind, heads, found.rope, found.mask, "yes" if site.key_norm else "no", f"{found.exact_bytes:,}"]
+    return [
+        site.kind,
+        heads,
+        inspected.rope,
+        inspected.mask,
+        "yes" if site.key_norm else "no",
+        f"{inspected.exact_bytes:,}",
+    ]
 
 
 def _plan_cells(plan: PlannedSite | None, devices: int) -> list[str]:
@@ -114,14 +121,14 @@ def _nats(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _totals(found: Inspection) -> Table:
+def _totals(inspection: Inspection) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row("sites", str(len(found.sites)))
-    table.add_row("exact KV cache", f"{found.exact_bytes:,} bytes per token in 16 bits")
-    table.add_row("exact decode step, bytes", Text(_grouped(found.formulas.bytes)))
-    table.add_row("exact decode step, operations", Text(_grouped(found.formulas.operations)))
-    if found.plan is not None:
-        plan = found.plan
+    table.add_row("sites", str(len(inspection.sites)))
+    table.add_row("exact KV cache", f"{inspection.exact_bytes:,} bytes per token in 16 bits")
+    table.add_row("exact decode step, bytes", Text(_grouped(inspection.formulas.bytes)))
+    table.add_row("exact decode step, operations", Text(_grouped(inspection.formulas.operations)))
+    if inspection.plan is not None:
+        plan = inspection.plan
         size = f"{plan.bytes_per_token:,.1f} bytes per token, everything included, at {plan.tokens:,} tokens"
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
         table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
@@ -261,13 +268,13 @@ def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def _answers(found: Mapping[str, Any]) -> list[str]:
+def _answers(results: Mapping[str, Any]) -> list[str]:
     """Return the cells of a row: items, rates, change."""
-    rates = [found["exact"], found["plan"]]
+    rates = [results["exact"], results["plan"]]
     shown = ["" if r is None else f"{100 * r['rate']:.0f} %" + _percents(r["rate_ci"]) for r in rates]
-    change = found["log_prob_change"]
-    text = "" if change is None else f"{change:+.3f}" + _between(found["log_prob_change_ci"], "+.3f")
-    return [str(found["exact"]["items"]), *shown, text]
+    change = results["log_prob_change"]
+    text = "" if change is None else f"{change:+.3f}" + _between(results["log_prob_change_ci"], "+.3f")
+    return [str(results["exact"]["items"]), *shown, text]
 
 
 def _percents(interval: tuple[float, float]) -> str:
@@ -284,13 +291,13 @@ def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
-def machine_table(found: Sequence[Measured]) -> Table:
+def machine_table(results: Sequence[Measured]) -> Table:
     """Tabulate what was measured of this machine's CPU, a row per number of threads."""
-    table = Table(title=f"{found[0].cpu}, {found[0].memory_gb:.0f} GB", title_justify="left")
+    table = Table(title=f"{results[0].cpu}, {results[0].memory_gb:.0f} GB", title_justify="left")
     columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
     for name in columns:
         table.add_column(name, justify="right")
-    for one in found:
+    for one in results:
         rates = (one.read_gb_s, one.copy_gb_s, one.float32_tflops, one.bfloat16_tflops)
         table.add_row(str(one.threads), *[f"{rate:.3g}" for rate in rates])
     return table

@@ -64,9 +64,9 @@ class Decompose:
     def candidates(self, program: Program) -> Iterator[fx.Node]:
         """Yield each composite once; those that a rewrite uncovers follow it."""
         seen: set[fx.Node] = set()
-        while found := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
-            seen.update(found)
-            yield from found
+        while new := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
+            seen.update(new)
+            yield from new
 
     def match(self, node: fx.Node, program: Program) -> Expansion:
         """Trace what `node` computes. Raises Miss."""
@@ -80,11 +80,11 @@ class Decompose:
         _check_results(node, body)
         return Expansion(node, body, tuple(node.all_input_nodes))
 
-    def rewrite(self, program: Program, found: Expansion) -> None:
+    def rewrite(self, program: Program, expansion: Expansion) -> None:
         """Write the body in place of the node."""
-        node, inputs = found.node, found.node.all_input_nodes
+        node, inputs = expansion.node, expansion.node.all_input_nodes
         with program.graph.inserting_before(node):
-            copies, result = _copy(program.graph, found)
+            copies, result = _copy(program.graph, expansion)
         for user in list(node.users) if isinstance(result, (tuple, list)) else []:
             user.replace_all_uses_with(result[user.args[1]])
             program.graph.erase_node(user)
@@ -146,8 +146,8 @@ def _bodies(node: fx.Node, program: Program) -> list[fx.GraphModule]:
     """Return the graphs that a higher-order op calls; those of flex_attention are not part of the program."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or op_name(node) == "flex_attention":
         return []
-    found = (graph_at(n, program) for n in node.all_input_nodes)
-    return [body for body in found if body is not None]
+    results = (graph_at(n, program) for n in node.all_input_nodes)
+    return [body for body in results if body is not None]
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
@@ -188,10 +188,10 @@ def _check_results(node: fx.Node, body: fx.Graph) -> None:
     expected = fake(node)
     _check_users(node, result)
     pairs = [(result, expected)] if isinstance(result, fx.Node) else zip(result, expected, strict=False)
-    for found, value in pairs:
-        if isinstance(found, fx.Node) and isinstance(value, Tensor) and fake(found).dtype != value.dtype:
+    for candidate, value in pairs:
+        if isinstance(candidate, fx.Node) and isinstance(value, Tensor) and fake(candidate).dtype != value.dtype:
             raise Miss(
-                f"the plain operations of {op_name(node)} return {fake(found).dtype}; expected {value.dtype}", node
+                f"the plain operations of {op_name(node)} return {fake(candidate).dtype}; expected {value.dtype}", node
             )
 
 
@@ -210,31 +210,31 @@ def _check_users(node: fx.Node, result: Any) -> None:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def _copy(graph: fx.Graph, found: Expansion) -> tuple[list[fx.Node], Any]:
+def _copy(graph: fx.Graph, expansion: Expansion) -> tuple[list[fx.Node], Any]:
     """Copy the body to the insertion point: (the copies, the results)."""
-    inputs = iter(found.inputs)
+    inputs = iter(expansion.inputs)
     known: dict[fx.Node, Any] = {}
     copies = []
-    for node in found.body.nodes:
+    for node in expansion.body.nodes:
         if node.op == "placeholder":
             known[node] = next(inputs)
         elif node.op != "output":
             known[node] = graph.node_copy(node, known.__getitem__)
             copies.append(known[node])
-            _describe(known[node], node, found)
-    return copies, fx.node.map_arg(found.body.output_node().args[0], known.__getitem__)
+            _describe(known[node], node, expansion)
+    return copies, fx.node.map_arg(expansion.body.output_node().args[0], known.__getitem__)
 
 
-def _describe(copy: fx.Node, original: fx.Node, found: Expansion) -> None:
+def _describe(copy: fx.Node, original: fx.Node, expansion: Expansion) -> None:
     """Set the fake value and the source of a copied node: the source of the body, else that of the composite."""
-    copy.meta = dict(original.meta) if found.prefix else {}
+    copy.meta = dict(original.meta) if expansion.prefix else {}
     if copy.op == "get_attr":
-        copy.target = f"{found.prefix}{copy.target}"
+        copy.target = f"{expansion.prefix}{copy.target}"
     if fake(original) is not None:
         copy.meta["example_value"] = copy.meta["val"] = fake(original)
     for key in KEPT_META:
-        if key not in copy.meta and key in found.node.meta:
-            copy.meta[key] = found.node.meta[key]
+        if key not in copy.meta and key in expansion.node.meta:
+            copy.meta[key] = expansion.node.meta[key]
 
 
 def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:

@@ -144,10 +144,10 @@ def _grid(fields: dict[str, Any], proxy: Callable[[str], Any], mask: fx.GraphMod
 def _constant(number: Any) -> int | float | None:
     """Return a number as it is, None for a symbol."""
     if isinstance(number, (torch.SymInt, torch.SymFloat)):
-        found: int | float | None = (
+        result: int | float | None = (
             number.node.maybe_as_int() if isinstance(number, torch.SymInt) else number.node.maybe_as_float()
         )
-        return found
+        return result
     return number
 
 
@@ -163,20 +163,20 @@ def _statistics(scores: Any, options: dict[str, Any], used: set[Any]) -> list[An
 
 def body_of(node: Any, program: Program) -> fx.GraphModule:
     """Return the graph module that a get_attr node names. Raises Miss when it is something else."""
-    found = graph_at(node, program)
-    if found is None:
+    result = graph_at(node, program)
+    if result is None:
         raise Miss(f"{node} is not a graph of the program", node if isinstance(node, fx.Node) else None)
-    return found
+    return result
 
 
 def graph_at(node: Any, program: Program) -> fx.GraphModule | None:
     """Return the graph module that a get_attr node names, None for anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    found: Any = program.module
+    result: Any = program.module
     for name in str(node.target).split("."):
-        found = getattr(found, name, None)
-    return found if isinstance(found, fx.GraphModule) else None
+        result = getattr(result, name, None)
+    return result if isinstance(result, fx.GraphModule) else None
 
 
 def _is_identity(graph: fx.Graph) -> bool:

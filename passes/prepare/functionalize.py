@@ -183,14 +183,14 @@ class _Rewriting:
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes of the trees whose value `node` reads. The output reads no input, it returns the input."""
-        found = [n for n in node.all_input_nodes if self._is_ours(n)]
+        results = [n for n in node.all_input_nodes if self._is_ours(n)]
         if node in self.targets:
-            found.remove(self.memory.writes[node].target)
+            results.remove(self.memory.writes[node].target)
         elif node in self.views:
-            found.remove(first_tensor(node))
+            results.remove(first_tensor(node))
         elif node is self.output:
-            found = [n for n in found if self.memory.storage[n] not in self.inputs]
-        return [self.memory.itself(n) for n in found]
+            results = [n for n in results if self.memory.storage[n] not in self.inputs]
+        return [self.memory.itself(n) for n in results]
 
     # ---- forward: new values
 

@@ -95,17 +95,17 @@ def _write(node: fx.Node) -> _Write | None:
 
 def _targets(node: fx.Node) -> list[Any]:
     """Return the arguments that the node changes in place, by its schema, its keywords, or the form of its name."""
-    found: list[Any] = []
+    results: list[Any] = []
     if overloads := _overloads(node):
         for position, parameter in ((i, p) for o in overloads for i, p in enumerate(o._schema.arguments)):
             if parameter.alias_info is not None and parameter.alias_info.is_write:
                 is_positional = len(node.args) > position and not parameter.kwarg_only
-                found.append(node.args[position] if is_positional else node.kwargs.get(parameter.name))
+                results.append(node.args[position] if is_positional else node.kwargs.get(parameter.name))
     elif node.kwargs.get("out") is not None:
-        found.append(node.kwargs["out"])
+        results.append(node.kwargs["out"])
     elif _is_named_in_place(node) or _asks_inplace(node):
-        found.append(first_tensor(node))
-    return list(dict.fromkeys(torch.utils._pytree.tree_leaves(found)))
+        results.append(first_tensor(node))
+    return list(dict.fromkeys(torch.utils._pytree.tree_leaves(results)))
 
 
 def _overloads(node: fx.Node) -> list[OpOverload]:

@@ -61,7 +61,7 @@ class Axes:
 def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
     """Return the label of the product over which the softmax runs. Raises Miss."""
     region = Region(base, [product.node], softmax.scores)
-    found = []
+    labels = []
     for label in (x for x in product.axes if x and x not in product.shared):
         position = product.axes.index(label)
         probe = coordinates(example_shape(product.node), position)
@@ -71,11 +71,11 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
         row = line(placed, softmax.axis)
         row = row[row >= 0]
         if row.numel() == probe.shape[position] and bool((row == torch.arange(row.numel())).all()):
-            found.append(label)
-    wide = [x for x in found if example_shape(product.node)[product.axes.index(x)] > 1]
-    if len(wide or found) != 1:
+            labels.append(label)
+    wide = [x for x in labels if example_shape(product.node)[product.axes.index(x)] > 1]
+    if len(wide or labels) != 1:
         raise Miss("the softmax does not run over the keys of this product", softmax.scores)
-    return (wide or found)[0]
+    return (wide or labels)[0]
 
 
 def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) -> Axes:
@@ -227,8 +227,8 @@ def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, S
     batch, groups, shares = tuple(axes.batch), tuple(axes.groups), tuple(axes.shares)
     repeated = any(a in axis for axis in layout for a in shares)
     value = axes.steps(layout, (batch, groups + shares if repeated else groups, (axes.keys,), last))
-    found = tuple(atoms.get(x, ()) for x in mix.axes)
+    result = tuple(atoms.get(x, ()) for x in mix.axes)
     whole = (batch, groups + shares, tuple(axes.queries), last)
-    if sorted(a for axis in found for a in axis) != sorted(a for axis in whole for a in axis):
+    if sorted(a for axis in result for a in axis) != sorted(a for axis in whole for a in axis):
         raise Miss("the second product sums over heads or queries, or adds axes", mix.node)
-    return value, axes.steps(whole, found)
+    return value, axes.steps(whole, result)

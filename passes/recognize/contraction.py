@@ -58,17 +58,17 @@ def read_contraction(node: fx.Node) -> Contraction | None:
     """Read the contraction that `node` computes, None when it is something else."""
     name = op_name(node)
     if name == "einsum":
-        found = _read_einsum(node)
+        result = _read_einsum(node)
     elif name in MATMUL:
-        found = _read_matmul(node, name)
+        result = _read_matmul(node, name)
     elif name == "tensordot":
-        found = _read_tensordot(node)
+        result = _read_tensordot(node)
     elif name == "sum":
-        found = _read_sum(node)
+        result = _read_sum(node)
     else:
         return None
-    return found and replace(
-        found, **_peeled(found.left, found.left_axes, "left"), **_peeled(found.right, found.right_axes, "right")
+    return result and replace(
+        result, **_peeled(result.left, result.left_axes, "left"), **_peeled(result.right, result.right_axes, "right")
     )
 
 
@@ -165,8 +165,8 @@ def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[list[Axes], Axes]
     dots = tuple(f"...{i}" for i in range(widest))
 
     def labels(term: str, rank: int) -> Axes:
-        head, found, tail = term.partition("...")
-        middle = dots[len(dots) - (rank - len(head) - len(tail)) :] if found else ()
+        head, result, tail = term.partition("...")
+        middle = dots[len(dots) - (rank - len(head) - len(tail)) :] if result else ()
         return (*head, *middle, *tail)
 
     operands = [labels(t, r) for t, r in zip(terms, ranks, strict=True)]

@@ -131,16 +131,16 @@ class FindHead:
             raise Miss(f"the logits are {slope:.3g} times the products; expected a positive factor", logits)
         softcap = cap if cap < 0.5 * slope * FAR else 0.0
         for size in (1.0, 30.0):  # on both sides of the bend of a cap
-            found = region.run({product: size * x}) - start
-            scaled = scale * size * x.reshape(found.shape)
-            if not self._same(found, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
+            result = region.run({product: size * x}) - start
+            scaled = scale * size * x.reshape(result.shape)
+            if not self._same(result, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
                 raise Miss("the logits are not softcap * tanh(scale * product / softcap) or scale * product", logits)
         if softcap and bool((added != 0).any()):
             raise Miss("a bias is added to logits with a softcap; expected no bias", logits)
         return _plain(scale), _plain(softcap), added[0] if bool((added != 0).any()) else None
 
-    def _same(self, found: Tensor, expected: Tensor) -> bool:
-        return bool((found - expected).abs().max() <= self.tolerance * expected.abs().max().clamp_min(1e-30))
+    def _same(self, result: Tensor, expected: Tensor) -> bool:
+        return bool((result - expected).abs().max() <= self.tolerance * expected.abs().max().clamp_min(1e-30))
 
 
 def _only_projection(node: fx.Node, roles: Roles) -> Projection:

@@ -140,22 +140,22 @@ class Roles:
         name = op_name(node)
         if name in WEIGHTED:
             return self._weighted(node, name)
-        found = read_contraction(node)
-        if found is None:
+        result = read_contraction(node)
+        if result is None:
             return None
-        for side in (found, found.swapped()):  # the weight on the right first
+        for side in (result, result.swapped()):  # the weight on the right first
             if self._is_projection(side):
                 features = tuple(i for i, x in enumerate(side.axes) if x and x in side.right_axes)
                 return self._named(node, side.left, side.right, features)
         return None
 
-    def _is_projection(self, found: Contraction) -> bool:
+    def _is_projection(self, contraction: Contraction) -> bool:
         """Return whether the right side is a weight, not a product of its own that shares batch axes with the left."""
-        if self.kind(found.right) != Kind.WEIGHT or len(example_shape(found.right)) < 2:
+        if self.kind(contraction.right) != Kind.WEIGHT or len(example_shape(contraction.right)) < 2:
             return False
-        if self.kind(found.left) == Kind.ACTIVATION:
-            return not found.shared or not self._holds_product(found.right)
-        return not found.shared and self._is_stored(found.right)
+        if self.kind(contraction.left) == Kind.ACTIVATION:
+            return not contraction.shared or not self._holds_product(contraction.right)
+        return not contraction.shared and self._is_stored(contraction.right)
 
     def _holds_product(self, node: fx.Node) -> bool:
         """Return whether a weight-like value is itself projected, as learned queries are."""
@@ -185,14 +185,14 @@ class Roles:
 
     def weight_names(self, node: fx.Node) -> tuple[str, ...]:
         """Return the qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
-        found: dict[str, bool] = {}
+        is_parameter_by_name: dict[str, bool] = {}
         for source in _with_ancestors(node):
             if source.op in {"placeholder", "get_attr"}:
                 name = self.program.parameters.get(source.name) or self.program.buffers.get(source.name)
                 if name:
-                    found[name] = source.name in self.program.parameters
-        parameters = tuple(sorted(n for n, is_parameter in found.items() if is_parameter))
-        return parameters or tuple(sorted(found))
+                    is_parameter_by_name[name] = source.name in self.program.parameters
+        parameters = tuple(sorted(n for n, is_parameter in is_parameter_by_name.items() if is_parameter))
+        return parameters or tuple(sorted(is_parameter_by_name))
 
     def is_score_product(self, node: fx.Node) -> Contraction | None:
         """Return the contraction at `node` when it multiplies two activations (or projected values), else None."""

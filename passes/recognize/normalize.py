@@ -157,9 +157,9 @@ def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
 
 def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
     """Return the products of two activations that the scores come from, nearest first. Raises Miss without one."""
-    found, barrier = _search_products(softmax.scores, roles)
-    if found:
-        return found
+    result, barrier = _search_products(softmax.scores, roles)
+    if result:
+        return result
     what = "no product precedes it; expected a product of queries and keys"
     if barrier is not None:
         what = f"it is over the projection by {barrier.names[0]}; expected a product of queries and keys"
@@ -170,7 +170,7 @@ def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
 
 def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], Projection | None]:
     """Return the products of two activations behind `start`, and the first projection that ends a path."""
-    found: list[Contraction] = []
+    results: list[Contraction] = []
     barrier: Projection | None = None
     seen, stack = {start}, [start]
     while stack and len(seen) < SEARCH:
@@ -181,17 +181,17 @@ def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], P
             continue
         product = roles.is_score_product(node)
         if product is not None:
-            found.append(product)
+            results.append(product)
         elif op_name(node) not in ATTENTION:
             sources = [n for n in node.all_input_nodes if n not in seen and roles.kind(n) != Kind.CONSTANT]
             seen.update(sources)
             stack.extend(sources)
-    return found, barrier
+    return results, barrier
 
 
 def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool]]:
     """Return the products of weights with values, and whether the weights are the left operand. Raises Miss."""
-    found: list[tuple[Contraction, bool]] = []
+    results: list[tuple[Contraction, bool]] = []
     known = {softmax.weights}
     frontier = [softmax.weights]
     for _ in range(SEARCH):
@@ -202,12 +202,12 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
         for user in node.users:
             product = roles.is_score_product(user)
             if product is not None:
-                found.extend(_sides_of(product, known))
+                results.extend(_sides_of(product, known))
             elif user not in known and _carries_weights(user, roles):
                 known.add(user)
                 frontier.append(user)
-    if found:
-        return found
+    if results:
+        return results
     raise Miss(
         "no product of the weights with values follows the softmax",
         softmax.weights,

@@ -167,21 +167,21 @@ def _contracts(start: fx.Node, end: fx.Node) -> bool:
     return any(op_name(n) != "sum" and read_contraction(n) is not None for n in between)
 
 
-def _checked(found: Softmax, base: Evaluator) -> Softmax:
+def _checked(softmax: Softmax, base: Evaluator) -> Softmax:
     """Run it against torch.softmax; with a zero logit more where that is what it is."""
-    scores = random_like(found.scores, 3)
+    scores = random_like(softmax.scores, 3)
     try:
-        result = run_region(base, {found.scores: scores}, found.weights)
+        result = run_region(base, {softmax.scores: scores}, softmax.weights)
     except Exception as error:  # a user's node may raise anything
-        raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", found.weights) from error
-    scores = scores * found.gain
-    if _close(result, torch.softmax(scores, found.axis)):
-        return found
+        raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", softmax.weights) from error
+    scores = scores * softmax.gain
+    if _close(result, torch.softmax(scores, softmax.axis)):
+        return softmax
     powers = scores.exp()
-    if _close(result, powers / (1 + powers.sum(found.axis, keepdim=True))):
-        return replace(found, extra=1)
+    if _close(result, powers / (1 + powers.sum(softmax.axis, keepdim=True))):
+        return replace(softmax, extra=1)
     raise Miss(
-        "exponentials divided by a sum are not a softmax; expected their own sum, or that plus one", found.weights
+        "exponentials divided by a sum are not a softmax; expected their own sum, or that plus one", softmax.weights
     )
 
 

@@ -49,17 +49,17 @@ class Absorb:
         assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
         return Expanded(node, key, value)
 
-    def rewrite(self, program: Program, found: Expanded) -> fx.Node:
+    def rewrite(self, program: Program, expanded: Expanded) -> fx.Node:
         """Exchange the operands and return the new latent_attention node."""
-        node = found.node
+        node = expanded.node
         with program.graph.inserting_before(node):
-            query = call(program, algebra.absorb, (node.args[0], found.key.args[1]))
-            key, key_scale, key_tiers = _packed_latent(found.key.args[0])
-            value, value_scale, value_tiers = _packed_latent(found.value.args[0])
+            query = call(program, algebra.absorb, (node.args[0], expanded.key.args[1]))
+            key, key_scale, key_tiers = _packed_latent(expanded.key.args[0])
+            value, value_scale, value_tiers = _packed_latent(expanded.value.args[0])
             options = {**node.kwargs, **_tiers("key", key_tiers), **_tiers("value", value_tiers)}
             arguments = (query, key, key_scale, value, value_scale, node.args[5])
             latent = call(program, torch.ops.fhopt.latent_attention.default, arguments, options)
-            output = call(program, algebra.expand, (call(program, algebra.first, (latent,)), found.value.args[1]))
+            output = call(program, algebra.expand, (call(program, algebra.first, (latent,)), expanded.value.args[1]))
             pair = call(program, algebra.pair, (output, call(program, algebra.second, (latent,))))
         node.replace_all_uses_with(pair)
         program.graph.erase_node(node)

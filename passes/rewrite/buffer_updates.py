@@ -184,9 +184,9 @@ def _read_axes(update: Update, operand: fx.Node, read: Region) -> tuple[int, ...
     held = _elements(update.buffer)
     seen = (read.run({update.end: held}) if read.nodes else held).long().cpu()
     grid = torch.meshgrid(*map(torch.arange, seen.shape), indexing="ij")
-    found = torch.unravel_index(seen, sizes)
-    axes = _matched(found, sizes, grid, "read")
-    if axes[2] >= 0 and not torch.equal(found[axes[2]], grid[2]):
+    result = torch.unravel_index(seen, sizes)
+    axes = _matched(result, sizes, grid, "read")
+    if axes[2] >= 0 and not torch.equal(result[axes[2]], grid[2]):
         raise Miss("its buffer is not read from the first slot on", operand)
     rest = iter([i for i in range(4) if i not in axes])
     axes = [next(rest) if axis < 0 else axis for axis in axes]
@@ -213,8 +213,8 @@ def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int
     expected = torch.zeros(len(slots), dtype=torch.int64)
     expected[slots] = tokens[0, 0, :, 0] + 1
     blank = held.new_zeros([n if i == axes[2] else 1 for i, n in enumerate(sizes)])
-    found = write.run({update.buffer: blank, update.new: numbered(fresh_ids, new_axes[2]).double()})
-    if not torch.equal(found.flatten().long().cpu(), expected) or bool((tokens != tokens[:1, :1, :, :1]).any()):
+    numbers = write.run({update.buffer: blank, update.new: numbered(fresh_ids, new_axes[2]).double()})
+    if not torch.equal(numbers.flatten().long().cpu(), expected) or bool((tokens != tokens[:1, :1, :, :1]).any()):
         raise Miss("sequences or heads write into different slots of its buffer; expected the same slots", update.end)
     return new_axes
 
@@ -225,7 +225,7 @@ def _elements(node: fx.Node) -> Tensor:
     return torch.arange(sizes.numel(), dtype=torch.float64, device=fake(node).device).view(sizes)
 
 
-def _matched(found: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tensor], how: str) -> list[int]:
+def _matched(results: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tensor], how: str) -> list[int]:
     """Match the axes of a tensor with B, G, T and D by coordinates of its elements at places of [B, G, T, D].
 
     An axis of size 1 is -1. Raises Miss.
@@ -234,7 +234,7 @@ def _matched(found: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tenso
     free = [i for i, size in enumerate(sizes) if size > 1]
     for place in (0, 1, 3):
         if grid[place].shape[place] > 1:
-            match = [i for i in free if torch.equal(found[i], grid[place])]
+            match = [i for i in free if torch.equal(results[i], grid[place])]
             if not match:
                 raise Miss(f"its buffer is not {how} as whole keys of all heads")
             axes[place] = match[0]

@@ -61,11 +61,11 @@ class Fitted:
 
     def of(self, *weights: Tensor) -> SitePlan:
         """Return the plan for these weights. Raises Stale when there is none."""
-        found = weight_print(weights)
-        if found == self.own:
+        fingerprint = weight_print(weights)
+        if fingerprint == self.own:
             return self.site
-        if found in self.others:
-            return self.others[found]
+        if fingerprint in self.others:
+            return self.others[fingerprint]
         if self.trusting or (self.site.is_exact and not self.site.is_shared):  # full width is exact for any weights
             return self.site
         raise Stale(f"the weights of {self.site.site.name} are not those that the plan was fitted for")
@@ -109,17 +109,17 @@ class Compress:
     def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> Fitted:
         """Choose a plan by the weights, which also serve a part of a model, else by the site's name. Raises Miss."""
         held = [weights.get(name) for name in site.cached_weights]
-        found = weight_print([w for w in held if w is not None]) if held and None not in held else ""
+        fingerprint = weight_print([w for w in held if w is not None]) if held and None not in held else ""
         named = next((p for p in self.plan.sites if p.site.name == site.name), None)
         known = {print_: self.plan.site(name) for name, print_ in self.plan.weights.items()}
-        plan = known.get(found) or named
+        plan = known.get(fingerprint) or named
         if plan is None:
             raise Miss(f"the site is not in the plan: {site.name}", node)
-        own = self.plan.weights.get(plan.site.name, found)
-        if found and found != own and not self.trusting:
+        own = self.plan.weights.get(plan.site.name, fingerprint)
+        if fingerprint and fingerprint != own and not self.trusting:
             raise Miss("the weights are not those that the plan was fitted for", node)
         others = {key: other for key, other in known.items() if _serves(other, plan)}
-        return Fitted(plan, site.cached_weights if found else (), own, others, self.trusting or self.training)
+        return Fitted(plan, site.cached_weights if fingerprint else (), own, others, self.trusting or self.training)
 
     def rewrite(self, program: Program, node: fx.Node, fitted: Fitted) -> fx.Node:
         """Replace the canonical node and return the node that holds the result."""

@@ -111,26 +111,28 @@ class LatentBuffers:
         fitted = replace(fitted, sources=tuple(inputs[name] for name in fitted.sources))
         return Buffered(node, fitted, Held(fitted.site, places, key.axes, value.axes), key, value)
 
-    def rewrite(self, program: Program, found: Buffered) -> fx.Node:
+    def rewrite(self, program: Program, buffered: Buffered) -> fx.Node:
         """Replace the canonical node and return the node that holds the result."""
-        node, site = found.node, found.held.site
+        node, site = buffered.node, buffered.held.site
         with program.graph.inserting_before(node):
-            numbers = stand_in(program, found.key)
-            dtype = fake(found.key.buffer).dtype
-            new = [call(program, arranged, (u.new, u.new_axes, dtype)) for u in (found.key, found.value)]
+            numbers = stand_in(program, buffered.key)
+            dtype = fake(buffered.key.buffer).dtype
+            new = [call(program, arranged, (u.new, u.new_axes, dtype)) for u in (buffered.key, buffered.value)]
             mask = node.args[3] if len(node.args) > 3 else None
-            read = slots_read(program, found.key, numbers)
-            bases = [_basis(program, found, side, kind) for side in ("key", "value") for kind in ("encode", "decode")]
-            arguments = (node.args[0], *new, mask, numbers, read, self._parts(program, found), bases)
+            read = slots_read(program, buffered.key, numbers)
+            bases = [
+                _basis(program, buffered, side, kind) for side in ("key", "value") for kind in ("encode", "decode")
+            ]
+            arguments = (node.args[0], *new, mask, numbers, read, self._parts(program, buffered), bases)
             tiers = [tuple((t.bits, t.width, t.step) for t in side.tiers) for side in (site.key, site.value)]
             options = dict(
                 is_causal=bool(node.kwargs.get("is_causal", False)), scale=node.kwargs["scale"],
-                softcap=node.kwargs.get("softcap", 0.0), is_shared=site.is_shared, places=tuple(found.held.places),
+                softcap=node.kwargs.get("softcap", 0.0), is_shared=site.is_shared, places=tuple(buffered.held.places),
                 key_tiers=tiers[0], value_tiers=tiers[1],
             )  # fmt: skip
             result = call(program, self.keeper.attend_buffered, arguments, options)
         node.replace_all_uses_with(result)
-        for gone in (node, found.key.copy, found.value.copy):
+        for gone in (node, buffered.key.copy, buffered.value.copy):
             program.graph.erase_node(gone)
         remove_dead_code(program)
         return result
@@ -143,17 +145,17 @@ class LatentBuffers:
                 raise FhoptError(
                     f"{program.buffers.get(node.name, node.name)} holds latents, and this graph needs its tokens: "
                     f"{'; '.join(missed) or 'no attention of the plan reads it'}. Compile everything that uses the "
-                    "cache with the same plan; fhopt.buffers.restore gives a buffer its memory back."
+                    "cache with the same plan; fhopt.cache.module_buffers.restore gives a buffer its memory back."
                 )
 
-    def _parts(self, program: Program, found: Buffered) -> list[fx.Node]:
-        keys, values = found.key.buffer.name, found.value.buffer.name
-        examples = self.keeper.blank(found.held, program.values[keys], program.values[values])
+    def _parts(self, program: Program, buffered: Buffered) -> list[fx.Node]:
+        keys, values = buffered.key.buffer.name, buffered.value.buffer.name
+        examples = self.keeper.blank(buffered.held, program.values[keys], program.values[values])
         bound = [
-            Bound((keys, values, *found.fitted.sources), _part(self.keeper, found.fitted, found.held, index))
+            Bound((keys, values, *buffered.fitted.sources), _part(self.keeper, buffered.fitted, buffered.held, index))
             for index in range(len(examples))
         ]
-        name = f"{found.node.name}_part"
+        name = f"{buffered.node.name}_part"
         return [add_constant(program, f"{name}_{i}", examples[i], bound[i]) for i in range(len(examples))]
 
 
@@ -167,16 +169,16 @@ def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..
     return make
 
 
-def _basis(program: Program, found: Buffered, side: str, kind: str) -> fx.Node:
+def _basis(program: Program, buffered: Buffered, side: str, kind: str) -> fx.Node:
     """Add an input for a basis: encoders as the plan has them, decoders in the dtype of the model."""
-    value = fake(found.key.buffer)
+    value = fake(buffered.key.buffer)
 
     def pick(site: SitePlan) -> Tensor:
         basis: Tensor = getattr(getattr(site, side), kind)
         return basis.to(value.device, value.dtype if kind == "decode" else basis.dtype)
 
-    bound = found.fitted.bound(pick)
-    return add_constant(program, f"{found.node.name}_{side}_{kind}", pick(found.held.site), bound)
+    bound = buffered.fitted.bound(pick)
+    return add_constant(program, f"{buffered.node.name}_{side}_{kind}", pick(buffered.held.site), bound)
 
 
 __all__ = ["Buffered", "Held", "Keeper", "LatentBuffers", "Places"]

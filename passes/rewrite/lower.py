@@ -109,9 +109,9 @@ def _may_hide_rows(program: Program, node: fx.Node) -> bool:
         if at.op == "placeholder" and at.name not in program.parameters and at.name not in program.buffers:
             return True
         sources = [] if op_name(at) in ONLY_SIZED else at.all_input_nodes
-        found = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
-        seen.update(found)
-        stack.extend(found)
+        tensors = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
+        seen.update(tensors)
+        stack.extend(tensors)
     return False
 
 
