@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from fhopt.cli.app import main
 from fhopt.cli.options import json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
-
-if TYPE_CHECKING:
-    pass
 
 
 @main.command()

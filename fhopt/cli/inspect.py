@@ -6,16 +6,12 @@ import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from fhopt.cli.app import main
 from fhopt.cli.options import device_option, json_option, output_console, print_json
 from fhopt.errors import FhoptError
-
-if TYPE_CHECKING:
-    pass
 
 
 @main.command()

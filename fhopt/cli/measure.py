@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fhopt.cli.app import main, model_weights
+from fhopt.cli.app import main
 from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
 from fhopt.errors import FhoptError
 
@@ -197,7 +197,7 @@ def cost(
     plan = LatentPlan.load(plan_path) if plan_path else None
     loaded = load_model(model)
     sites = list(find_sites(loaded).sites.values())
-    weights = model_weights(loaded)
+    weights = loaded.weights()
     parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
     costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan:

@@ -58,7 +58,7 @@ def test_people_get_lines(tmp_path: Path) -> None:
     result = call("head", str(tmp_path / "model"), *SAMPLE[:-1], "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
     assert "lm_head.weight: 97 x 64, float32" in result.output
-    assert "100.00 % as the dense head" in result.output
+    assert "100.00 % equal to the dense head" in result.output
 
 
 def test_mistakes_get_one_line(tmp_path: Path) -> None:

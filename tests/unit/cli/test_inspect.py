@@ -70,7 +70,7 @@ def test_inspect_tells_one_site_and_writes_its_graph(importable: str, tmp_path: 
     ("options", "message"),
     [
         (("--stage", "input"), "expected both, or --graph alone"),
-        (("--graph", "graph.png"), "no graph file"),
+        (("--graph", "graph.png"), "not a graph file"),
         (("--site", "nowhere"), "there is no site named 'nowhere'"),
         (("--device", "abacus"), "abacus"),
     ],

@@ -119,7 +119,7 @@ def test_the_report_waits_for_a_fit_and_is_made_anew_for_a_new_plan(tmp_path: Pa
     assert viewer.page == "page 2"
 
 
-def test_what_goes_wrong_is_told_on_the_page() -> None:
+def test_an_error_is_shown_on_the_page() -> None:
     def fail(has_plan: bool) -> str:
         raise FhoptError("the plan was fitted to another model")
 
