@@ -110,7 +110,9 @@ def rewrite(
     default="",
     help="Architecture as IREE names it: aarch64:cortex-a76, sm_90, gfx942... [default: common ones]",
 )
-@click.option("--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True)
+@click.option(
+    "--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True, help="MLIR dialect."
+)
 @click.option("--bytecode", is_flag=True, help="Write MLIR as bytecode instead of text.")
 @click.option(
     "--kv-lora-rank",

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 @click.option(
     "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
 @click.option(
     "--pages",
     help="Page selection: share of quantized tokens that a decode step reads on average, such as 1/8. [default: all]",
@@ -273,7 +273,7 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
 @click.option("--clusters", type=int, help="Clusters of rows. [default: one per 64 rows]")
 @click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads the fewest bytes.")
 @click.option("--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens to measure on.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
