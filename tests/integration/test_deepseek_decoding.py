@@ -109,7 +109,7 @@ def test_another_model_of_the_same_class_brings_its_own_weights() -> None:
             torch.testing.assert_close(compiled(module, *inputs()), module(*inputs()), rtol=0, atol=1e-10)
 
 
-def test_a_prefill_is_left_alone() -> None:
+def test_a_prefill_is_not_rewritten() -> None:
     model, backend = deepseek(), Absorbing()
     ids = torch.randint(1, VOCABULARY, (B, T))
     compiled: Any = torch.compile(model, backend=backend)
@@ -123,7 +123,7 @@ def test_a_prefill_is_left_alone() -> None:
     assert any(m.reason.startswith("already latent") for m in backend.outcomes[0].missed)
 
 
-def test_many_queries_on_a_cache_are_left_alone() -> None:
+def test_many_queries_on_a_cache_are_not_rewritten() -> None:
     model, backend = deepseek(), Absorbing()
     result = decoded(model, "dynamic", backend, steps=1, width=30)
     torch.testing.assert_close(result, decoded(model, "dynamic", None, steps=1, width=30), rtol=0, atol=NORMS)

@@ -106,7 +106,7 @@ def test_einsum_of_many_becomes_a_chain_of_two_at_a_time(equation: str) -> None:
     close(run(after)[0], run(program)[0], 1e-4)  # sums of many products
 
 
-def test_einsum_of_two_is_left_alone() -> None:
+def test_einsum_of_two_is_not_rewritten() -> None:
     program = traced(lambda q, k: torch.einsum("bqd,bkd->bqk", q, k), *torch.randn(2, B, S, D))
     assert list(Decompose().candidates(program)) == []
 

@@ -126,7 +126,7 @@ def test_inductor_compiles_the_result() -> None:
 # --------------------------------------------------------------------------------------------------- one for each Miss
 
 
-def test_symbolic_heads_of_flex_attention_are_left_alone() -> None:
+def test_symbolic_heads_of_flex_attention_are_not_rewritten() -> None:
     program = traced(flexible({}), *operands(), dynamic=True)
     (node,) = (n for n in program.graph.nodes if op_name(n) == "flex_attention")
     query = node.args[0]

@@ -103,24 +103,24 @@ def test_what_is_not_tokens_in_slots_is_not_rewritten(change: Any, reason: str) 
 
 def test_a_graph_that_trains_keeps_its_buffers() -> None:
     model = decoder()
-    with pytest.warns(RuntimeWarning, match="the graph trains"):
+    with pytest.warns(RuntimeWarning, match="the graph is compiled for training"):
         compiled_with(model, exact_plan(model))(words(5), torch.arange(5), 0)
 
 
-def test_caches_of_the_caller_are_left_alone() -> None:
+def test_caches_of_the_caller_are_not_rewritten() -> None:
     given = (torch.zeros(2, G, SLOTS, D), torch.zeros(2, G, SLOTS, D))
     assert "use LatentCache" in reasons(decoder(), words(5), torch.arange(5), 0, given)
     assert given[0].is_contiguous() and not given[0].isnan().any()
 
 
-def test_a_buffer_that_is_a_view_is_left_alone() -> None:
+def test_a_buffer_that_is_a_view_is_not_rewritten() -> None:
     model = decoder()
     for layer in model.layers:
         layer.k_cache, layer.v_cache = (torch.zeros(3, 2, G, SLOTS, D)[1] for _ in range(2))
     assert "has no memory of its own" in reasons(model)
 
 
-def test_more_sinks_than_slots_are_left_alone() -> None:
+def test_more_sinks_than_slots_are_not_rewritten() -> None:
     plan = fit_plan.exact_plan(sites_of(decoder()), sinks=SLOTS, recent=8, block=8)
     assert "attention sinks of the plan" in reasons(decoder(), plan=plan)
 
@@ -129,5 +129,7 @@ def test_a_graph_that_needs_the_tokens_of_latents_is_refused() -> None:
     model = decoder()
     plan = exact_plan(model)
     call(compiled_with(model, plan), words(20), 0)
-    with pytest.raises(Exception, match=r"k_cache holds latents, and this graph needs its tokens: the graph trains"):
+    with pytest.raises(
+        Exception, match=r"k_cache holds latents, and this graph needs its tokens: the graph is compiled for training"
+    ):
         compiled_with(model, plan)(words(1), torch.tensor([20]), 0)
