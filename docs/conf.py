@@ -56,9 +56,15 @@ def _blocks(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _escaped(line: str) -> str:
-    """Escape markup characters outside of backticks."""
-    parts = re.split(r"(`[^`]*`)", line)
-    return "".join(part if part.startswith("`") else _MARKUP.sub(r"\\\1", part) for part in parts)
+    """Escape markup characters outside of backticks, and end a literal that a letter follows, as in `Plan`s."""
+    text = ""
+    for part in re.split(r"(`[^`]*`)", line):
+        if part.startswith("`"):
+            text += part
+        else:
+            separator = "\\ " if text.endswith("`") and part[:1].isalnum() else ""
+            text += separator + _MARKUP.sub(r"\\\1", part)
+    return text
 
 
 def _on_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

@@ -17,13 +17,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
-SOURCES = ("fhopt/*.py", "fhopt/seeing/*.py", "passes/*.py", "codegen/*.py", "codegen/*/*.py")
+PACKAGES = ("fhopt", "passes", "codegen")
 ERROR, REASON = "FhoptError", "Miss"
 
 
 @dataclass(frozen=True, order=True)
 class Message:
-    """A place that raises. module: its file without suffix, `fhopt/models`. text: the message, ⟨names⟩ for values."""
+    """A message in the source.
+
+    module: its file without suffix, such as `fhopt/models/loader`. text: the message, with ⟨names⟩ in place of values.
+    """
 
     module: str
     line: int
@@ -32,7 +35,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Family:
-    """Messages about one subject. modules: those that raise them, in the order of the page."""
+    """Messages about one subject. modules: patterns of the files that raise them."""
 
     title: str
     about: str
@@ -42,65 +45,60 @@ class Family:
 FAMILIES = (
     Family(
         "Opening a model",
-        "`MODEL` of a command, and `fhopt.models.load_model`, take `demo`, a folder of Hugging Face, a GGUF file, a "
-        "`.pt2` program, or `python.module:function`. Nothing is downloaded.",
-        ("fhopt/models", "fhopt/capture", "fhopt/loading"),
+        "`MODEL` of a command, and `fhopt.models.loader.load_model`, take `demo`, a folder of Hugging Face, a GGUF "
+        "file, a `.pt2` program, or `python.module:function`. Nothing is downloaded.",
+        ("fhopt/models/loader", "fhopt/models/loaded_model", "fhopt/models/model_facts", "fhopt/models/capture",
+         "fhopt/models/example_inputs", "fhopt/models/sites", "fhopt/models/transformers_import"),
     ),
     Family(
         "Texts and batches",
         "Values of `--data`, `text=` and `batches=`. Sizes are checked before anything slow starts.",
-        ("fhopt/data", "fhopt/api", "fhopt/pipeline", "fhopt/calibrate", "fhopt/gathering"),
+        ("fhopt/texts/*", "fhopt/calibration/*"),
     ),
     Family(
         "Choosing a plan",
         "Sizes, bits, layouts, devices and limits that cannot be combined.",
-        ("fhopt/fitting", "fhopt/gate", "fhopt/cost", "fhopt/machine", "fhopt/clustering", "fhopt/cli"),
+        ("fhopt/fitting/*", "fhopt/refine/loss_target", "fhopt/hardware/*", "fhopt/cli/fit", "fhopt/cli/measure"),
     ),
     Family(
         "Healing, page selection and the retrieval head",
         "Options of `fhopt heal`, `--pages`, `--mass` and `fhopt head`.",
-        ("fhopt/healing", "fhopt/paging", "fhopt/pages", "fhopt/head", "fhopt/head_fitting", "fhopt/head_measuring",
-         "fhopt/head_module", "fhopt/head_sampling"),
+        ("fhopt/refine/*", "fhopt/lm_head/*"),
     ),
     Family(
         "Files of plans, caches and rewritten models",
-        "A file is read whole and checked before any of it is used. One that is damaged, altered, or of another model "
-        "is refused; nothing is half loaded.",
-        ("fhopt/spec", "fhopt/files", "fhopt/plans", "fhopt/cache_files", "fhopt/rewriting", "fhopt/rewritten",
-         "fhopt/quantizer"),
+        "A file is read whole and checked before any of it is used. A damaged or altered file, or one of another "
+        "model, is refused; nothing is half loaded.",
+        ("fhopt/plan/*", "fhopt/files", "fhopt/hf/prompt_cache", "fhopt/hf/quantizer", "fhopt/models/rewritten_*",
+         "fhopt/export/rewrite_folder"),
     ),
     Family(
         "Running with a plan",
         "`fhopt.apply`, KV caches, and compiled models that use them.",
-        ("fhopt/applying", "fhopt/cache", "fhopt/layers", "fhopt/attention", "fhopt/buffers", "passes/latent_buffers",
-         "fhopt/journal"),
+        ("fhopt/hf/*", "fhopt/cache/*", "fhopt/attention/*", "passes/rewrite/latent_buffers"),
     ),
     Family(
         "The compiler backend",
         'Options of `torch.compile(model, backend="flashhead", options={...})`.',
-        ("fhopt/backend", "fhopt/profiling"),
+        ("fhopt/backend/*",),
     ),
-    Family("Measuring", "`fhopt eval` and the harness.", ("fhopt/evaluate", "fhopt/tasks", "fhopt/harness")),
+    Family("Evaluation", "`fhopt eval` and the lm-eval harness.", ("fhopt/evaluation/*",)),
+    Family("Inspection", "Drawings, graphs, reports.", ("fhopt/inspection/*", "fhopt/cli/inspect")),
     Family(
-        "Inspection",
-        "Drawings, graphs, reports.",
-        ("fhopt/plots", "fhopt/seeing/*"),
+        "Engines with latent attention",
+        "Exporting a model with DeepSeek's latent attention (MLA), for engines that support it.",
+        ("fhopt/export/mla", "fhopt/export/mla_*"),
     ),
     Family(
         "Exporting and verifying",
         "`fhopt rewrite --format pt2`, `fhopt export`, `fhopt verify`.",
-        ("fhopt/exporting*", "fhopt/stepping", "fhopt/verifying"),
+        ("fhopt/export/*", "fhopt/cli/export"),
     ),
-    Family("Kernels", "Rendering, compiling, tuning.", ("codegen/*", "fhopt/kernels")),
+    Family("Kernels", "Rendering, compiling, tuning.", ("codegen/*",)),
     Family(
         "Several devices",
         "`--device-map`, and plans and caches in processes that share a model.",
-        ("fhopt/sharding", "fhopt/placing", "fhopt/dispatched"),
-    ),
-    Family(
-        "Engines with latent attention",
-        "Exporting a model with DeepSeek's latent attention (MLA), for engines that support it.",
-        ("fhopt/mla",),
+        ("fhopt/parallel/*",),
     ),
     Family("Others", "", ("*",)),
 )  # fmt: skip
@@ -108,37 +106,52 @@ FAMILIES = (
 REASONS = (
     Family(
         "The attention is not recognized",
-        "Stages `decompose`, `functionalize` and `normalize`. The graph is not changed, and runs as it would without "
+        "Passes `decompose`, `functionalize` and `normalize`. The graph is not changed, and runs as it would without "
         "fhopt.",
-        ("passes/composites", "passes/decompose", "passes/flex", "passes/functionalize", "passes/memory",
-         "passes/trace", "passes/graph", "passes/normalize", "passes/softmax", "passes/scores", "passes/contraction",
-         "passes/layout", "passes/axes", "passes/heads", "passes/masks", "passes/core"),
+        ("passes/prepare/*", "passes/graph/*", "passes/recognize/normalize", "passes/recognize/softmax",
+         "passes/recognize/scores", "passes/recognize/contraction", "passes/recognize/layout", "passes/recognize/axes",
+         "passes/recognize/kv_head_repetition", "passes/recognize/masks", "passes/recognize/canonical"),
     ),
     Family(
         "There are no keys and values to compress",
-        "Stage `find_attention`: an attention was found, without projections or caches that a plan could compress.",
-        ("passes/find_attention", "passes/roles", "passes/absorb_projection"),
+        "Pass `find_attention`: the attention has no projections or caches that a plan could compress.",
+        ("passes/recognize/find_attention", "passes/recognize/node_roles"),
     ),
-    Family("The plan does not fit it", "Stage `compress`.", ("passes/compress", "passes/absorb", "passes/lower")),
     Family(
-        "The buffers cannot become latent buffers",
-        "Stage `latent_buffers`: keys and values that a module writes by index.",
-        ("passes/latent_buffers", "passes/updates", "fhopt/buffers"),
+        "The latents that a model keeps are not absorbed",
+        "Pass `absorb_projection`: the attention reads expanded keys and values, as it would without fhopt.",
+        ("passes/recognize/kept_latents", "passes/recognize/latent_expansion", "passes/rewrite/absorb_projection"),
     ),
-    Family("No language-model head", "`fhopt head` reports the reason and stops.", ("passes/find_head",)),
+    Family(
+        "The plan does not fit the attention",
+        "Pass `compress`.",
+        ("passes/rewrite/compress", "passes/rewrite/absorb", "passes/rewrite/lower"),
+    ),
+    Family(
+        "The buffers cannot become buffers of latents",
+        "Pass `latent_buffers`: keys and values that a module writes by index.",
+        ("passes/rewrite/latent_buffers", "passes/rewrite/buffer_updates"),
+    ),
+    Family(
+        "There is no language-model head",
+        "`fhopt head` reports the reason and stops.",
+        ("passes/recognize/find_lm_head",),
+    ),
     Family("Others", "", ("*",)),
 )  # fmt: skip
 
 
 def messages(name: str = ERROR) -> list[Message]:
     """Return every message of a class, in the order of files and lines; repeated messages of a file once."""
-    found: dict[tuple[str, str], Message] = {}
-    for pattern in SOURCES:
-        for path in sorted(ROOT.glob(pattern)):
+    unique: dict[tuple[str, str], Message] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
             module = path.relative_to(ROOT).with_suffix("").as_posix()
+            if module.startswith(("fhopt/passes/", "fhopt/codegen/")):  # links to the packages beside fhopt
+                continue
             for line, text in sorted(_raised(path, name)):
-                found.setdefault((module, text), Message(module, line, text))
-    return sorted(found.values())
+                unique.setdefault((module, text), Message(module, line, text))
+    return sorted(unique.values())
 
 
 def _raised(path: Path, name: str) -> Iterator[tuple[int, str]]:
@@ -200,10 +213,10 @@ def _called(call: ast.Call) -> str:
     """Name a call by its last named argument, or by the object whose method it is."""
     name = _name(call.func)
     named = [a for a in call.args if not isinstance(a, ast.Constant) or isinstance(a.value, str)]
-    given = next(filter(None, map(_name, reversed(named))), "")
-    if not given and isinstance(call.func, ast.Attribute):
-        given = _name(call.func.value)
-    return f"number of {given}" if name in ("len", "numel") else given or name
+    described = next(filter(None, map(_name, reversed(named))), "")
+    if not described and isinstance(call.func, ast.Attribute):
+        described = _name(call.func.value)
+    return f"number of {described}" if name in ("len", "numel") else described or name
 
 
 # --------------------------------------------------------------------------------------------------- the pages
@@ -225,10 +238,10 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def grouped(found: list[Message], families: tuple[Family, ...]) -> dict[Family, list[Message]]:
+def grouped(results: list[Message], families: tuple[Family, ...]) -> dict[Family, list[Message]]:
     """Group messages by family, each in the first family that names its module."""
     groups: dict[Family, list[Message]] = {}
-    for message in found:
+    for message in results:
         family = next(f for f in families if any(fnmatch(message.module, m) for m in f.modules))
         groups.setdefault(family, []).append(message)
     return {f: groups[f] for f in families if f in groups}
@@ -236,27 +249,27 @@ def grouped(found: list[Message], families: tuple[Family, ...]) -> dict[Family, 
 
 ERRORS_HEAD = """# Exceptions raised by fhopt
 
-A mistake that a user can correct raises `fhopt.FhoptError`. Its message says what was found, what was expected, and the
+An error that a user can correct raises `fhopt.FhoptError`. Its message says what was found, what was expected, and the
 cure; the command line prints it as one line, `fhopt: ...`, and ends with exit code 2. This page lists every such
 message. Values that depend on the case are in ⟨angle brackets⟩.
 
 Any other exception is a defect of fhopt: a `PassError` names the pass that broke its contract and the node, and
 `FHOPT_DUMP=FOLDER` writes the graph after each pass, for a bug report. A graph that a pass does not recognize is not an
-error; it is left alone for [a reason](left_alone.md).
+error: it is not rewritten, for [a reason](left_alone.md).
 """
-REASONS_HEAD = """# Why an attention was left alone
+REASONS_HEAD = """# Reasons not to rewrite an attention
 
-What fhopt does not recognize is not changed, stays exact, and is reported with a reason: by `fhopt explain MODEL`, by
-`fhopt.report(compiled)`, and in an HTML report, together with the source line of the model's code. This page lists all
-reasons. Values that depend on the case are in ⟨angle brackets⟩.
+An attention that fhopt does not recognize is not rewritten, stays exact, and is reported with a reason: by
+`fhopt explain MODEL`, by `fhopt.report(compiled)`, and in an HTML report, together with the source line of the model's
+code. This page lists all reasons. Values that depend on the case are in ⟨angle brackets⟩.
 """
 
 
 def errors_page() -> str:
     """Return the text of docs/reference/errors.md."""
     parts = [_GENERATED, ERRORS_HEAD]
-    for family, found in grouped(messages(ERROR), FAMILIES).items():
-        rows = [f"| {_cell(said)} | {_cell(cure)} |" for said, cure in map(split, _texts(found))]
+    for family, result in grouped(messages(ERROR), FAMILIES).items():
+        rows = [f"| {_cell(problem)} | {_cell(cure)} |" for problem, cure in map(split, _texts(result))]
         parts += [
             f"## {family.title}\n",
             f"{family.about}\n",
@@ -271,9 +284,9 @@ def errors_page() -> str:
 def reasons_page() -> str:
     """Return the text of docs/reference/left_alone.md."""
     parts = [_GENERATED, REASONS_HEAD]
-    for family, found in grouped(messages(REASON), REASONS).items():
+    for family, result in grouped(messages(REASON), REASONS).items():
         rows = [
-            f"- {_cell(_sentence(text))}" for text in _texts(found) if re.search("[a-z]{3}", re.sub("⟨.*?⟩", "", text))
+            f"- {_cell(_sentence(text))}" for text in _texts(result) if re.search("[a-z]{3}", re.sub("⟨.*?⟩", "", text))
         ]
         parts += [f"## {family.title}\n", f"{family.about}\n", *rows, ""]
     return "\n".join(parts)
@@ -283,8 +296,8 @@ _GENERATED = "<!-- Made by docs/error_catalogue.py from the code. Do not edit. -
 PAGES = {"errors.md": errors_page, "left_alone.md": reasons_page}
 
 
-def _texts(found: list[Message]) -> list[str]:
-    return list(dict.fromkeys(message.text for message in found))
+def _texts(results: list[Message]) -> list[str]:
+    return list(dict.fromkeys(message.text for message in results))
 
 
 def _cell(text: str) -> str:

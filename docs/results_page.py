@@ -139,8 +139,8 @@ def by_case(results: Results) -> str:
     units = {row["metric"]: row["unit"] for row in results.rows}
     names = [_heading(name, units[name]) for name in metrics]
     lines = (
-        [in_words(f"{case}, {impl}" if impl != case else case), *(found.get(m, "-") for m in metrics)]
-        for (case, impl), found in cells.items()
+        [in_words(f"{case}, {impl}" if impl != case else case), *(result.get(m, "-") for m in metrics)]
+        for (case, impl), result in cells.items()
     )
     return table(["case", *names], lines)
 
@@ -156,7 +156,9 @@ def quality(results: Results) -> str:
     for row in rows:
         text, size = row["case"].split("@")
         cells.setdefault((float(size.rstrip("x")), row["impl"]), {})[text] = f"{row['value']:+.2f} %"
-    lines = ([impl, f"{size:g}x", *(found.get(t, "-") for t in texts)] for (size, impl), found in sorted(cells.items()))
+    lines = (
+        [impl, f"{size:g}x", *(result.get(t, "-") for t in texts)] for (size, impl), result in sorted(cells.items())
+    )
     return table(["cache", "size", *texts], lines)
 
 
@@ -183,14 +185,14 @@ def decode(results: Results) -> str:
 
 def zoo(results: Results) -> str:
     """Format sums over all forward passes."""
-    expected, found, explained = (
+    expected, result, explained = (
         sum(row["value"] for row in results.of(f"sites_{what}")) for what in ("expected", "found", "explained")
     )
     lines = [
         ["forward passes", number(len(results.of("sites_expected")))],
         ["attentions expected", number(expected)],
-        ["attentions found", number(found)],
-        ["left alone for an expected reason", number(explained)],
+        ["attentions found", number(result)],
+        ["not rewritten, for an expected reason", number(explained)],
         ["largest difference of an output, relative", f"{max(r['value'] for r in results.of('max_error')):.1e}"],
         ["largest difference of a gradient", f"{max(r['value'] for r in results.of('max_gradient_error')):.1e}"],
     ]
@@ -211,8 +213,8 @@ def compiled_zoo(results: Results) -> str:
         lines.append([metric, number(sum(r["value"] for r in rows)), number(sum(r["baseline"] or 0 for r in rows))])
     for metric, name in (("max_error", "an output"), ("max_gradient_error", "a gradient")):
         for words, is_half in (("float32", False), ("16 bits", True)):
-            found = [r["value"] for r in results.of(metric) if r["case"].endswith(HALVES) == is_half]
-            lines.append([f"largest difference of {name}, {words}", f"{max(found):.1e}", ""])
+            collected = [r["value"] for r in results.of(metric) if r["case"].endswith(HALVES) == is_half]
+            lines.append([f"largest difference of {name}, {words}", f"{max(collected):.1e}", ""])
     return table(["", "flashhead", "inductor"], lines)
 
 
@@ -326,9 +328,9 @@ methods were run as published, not tuned.
 
 def page(folder: Path = RESULTS) -> str:
     """Return docs/results.md, known benchmarks first, in the order of `SECTIONS`."""
-    found = {path.stem: Results.read(path) for path in sorted(folder.glob("*.json"))}
-    order = [name for name in SECTIONS if name in found] + [name for name in found if name not in SECTIONS]
-    return "\n".join([HEAD, *(section(found[name], folder) for name in order)])
+    results = {path.stem: Results.read(path) for path in sorted(folder.glob("*.json"))}
+    order = [name for name in SECTIONS if name in results] + [name for name in results if name not in SECTIONS]
+    return "\n".join([HEAD, *(section(results[name], folder) for name in order)])
 
 
 def section(results: Results, folder: Path) -> str:

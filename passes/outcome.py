@@ -1,4 +1,4 @@
-"""What the pipeline did to a program: sites, explanations of what was left alone, seconds."""
+"""The outcome of the pipeline: attention sites, explanations of what was not rewritten, seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from fhopt.plan.site import AttentionSite
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a candidate was left alone: the pass, the node, how far it came, and the line of the user's code."""
+    """Why a candidate was not rewritten.
+
+    stage: the pass. node: its name. source: the line of the user's code. reached: what was recognized until then.
+    """
 
     stage: str
     node: str
@@ -21,12 +24,17 @@ class Explanation:
 
 @dataclass
 class Outcome:
-    """What the pipeline did: sites by canonical node name, explanations of what it left alone, seconds per pass."""
+    """What the pipeline did to a program.
+
+    sites: by name of the canonical node. compressed: site name -> layout. lowered: name of an exact site -> what runs
+    it. reading: modules whose attention already reads the latents of a cache. missed: candidates that were not
+    rewritten. seconds: by pass.
+    """
 
     program: Program
     sites: dict[str, AttentionSite] = field(default_factory=dict)
-    compressed: dict[str, str] = field(default_factory=dict)  # site name -> layout
-    lowered: dict[str, str] = field(default_factory=dict)  # name of a site that stays exact -> what runs it
-    reading: tuple[str, ...] = ()  # modules whose attention reads the latents of a cache
+    compressed: dict[str, str] = field(default_factory=dict)
+    lowered: dict[str, str] = field(default_factory=dict)
+    reading: tuple[str, ...] = ()
     missed: list[Explanation] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,20 @@
-"""The pipeline: which pass runs after which."""
+"""The compiler on one page: the order of the passes.
+
+    find      decompose            MultiheadAttention(x), flex_attention(q, k, v)     ->  linear, matmul, softmax, ...
+              functionalize        k_cache[:, :, pos] = k                              ->  k_new = written(k_cache, ...)
+              normalize            softmax(q k^T * c + mask) v                         ->  fhopt::attention(q, k, v, m)
+              find_attention       fhopt::attention                                    ->  AttentionSite
+
+    absorb_projections             k, v = up(latent)                                   ->  fhopt::latent_attention
+
+    optimize  compress             fhopt::attention(q, k, v)            ->  latent_attention(q, decode(encode(k)), ...)
+              latent_buffers       K/V buffers of a module              ->  buffers of latents
+              absorb               latent_attention(q, decode(z), ...)  ->  latent_attention(q~, z, ...)
+    lower                          fhopt::attention                     ->  scaled_dot_product_attention, or a kernel
+
+Every pass works on a private copy of the graph, a `Program`. It has `candidates`, `match`, which raises `Miss` with a
+reason, and `rewrite`, which cannot fail. Only the pipeline times, verifies and dumps (`stages`).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +49,7 @@ from fhopt.plan.site import AttentionSite
 def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
     """Find every attention of `program`, in place. Exact: no number changes beyond rounding.
 
-    inline_checkpoints: look into activation checkpoints and dissolve them (else they stay, and are reported).
+    inline_checkpoints: replace activation checkpoints by their contents; else they stay, and are reported.
     """
     outcome = Outcome(program, reading=readers(program))
     dump_stage(outcome, "input")
@@ -45,44 +61,44 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
     )
     with run_stage(outcome, parts.name):
         for node in parts.candidates(program):
-            with _missing(outcome, parts.name, node):
+            with _explained(outcome, parts.name, node):
                 parts.rewrite(program, parts.match(node, program))
     with run_stage(outcome, functional.name):
         functional.run(program)
     base, roles = Evaluator(program), Roles(program)
     with run_stage(outcome, normalize.name):
         for node in normalize.candidates(program):
-            with _missing(outcome, normalize.name, node):
+            with _explained(outcome, normalize.name, node):
                 normalize.rewrite(program, normalize.match(node, roles, base))
         remove_dead_code(program)
     with run_stage(outcome, describe.name):
         for node in describe.candidates(program):
-            with _missing(outcome, describe.name, node):
+            with _explained(outcome, describe.name, node):
                 site = describe.match(node, program, roles, base)
                 outcome.sites[node.name] = _with_own_name(site, {s.name for s in outcome.sites.values()})
     return outcome
 
 
 def readers(program: Program) -> tuple[str, ...]:
-    """Module paths of attention that reads the latents of a cache: nothing is left to be done there."""
+    """Return the paths of modules whose attention already reads the latents of a cache; they need no rewriting."""
     ops = [getattr(torch.ops.fhopt, name, None) for name in ("latent_attention", "attend_latents")]
     calls = [n for n in program.graph.nodes if getattr(n.target, "overloadpacket", n.target) in ops]
     return tuple(dict.fromkeys(module_path(n) for n in calls))
 
 
 @contextlib.contextmanager
-def _missing(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
-    """A miss within leaves the candidate alone and is explained."""
+def _explained(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
+    """Turn a Miss raised within into an explanation; the candidate stays as it is."""
     at = source_line(node)
     try:
         yield
     except Miss as miss:
-        if miss.reason and not (outcome.reading and is_ours(at)):  # none: nothing like an attention
+        if miss.reason and not (outcome.reading and is_ours(at)):  # no reason: nothing like an attention
             outcome.missed.append(explain_miss(stage, miss, node, at))
 
 
 def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
-    """The site; a second one of the same module is numbered in graph order, `#2`, `#3`, ..."""
+    """Give a second site of the same module a number in graph order: `#2`, `#3`, ..."""
     return replace(site, name=_own_name(site.name, taken))
 
 
@@ -92,7 +108,7 @@ def _own_name(name: str, taken: Collection[str]) -> str:
 
 
 def merge(outcomes: list[Outcome]) -> Outcome:
-    """What was found in several graphs of one model, as one outcome; its program is that with the most sites."""
+    """Merge the outcomes of several graphs of one model; the program is that of the graph with the most sites."""
     if len(outcomes) == 1:
         return outcomes[0]
     merged = Outcome(max(outcomes, key=lambda o: len(o.sites)).program)
@@ -108,10 +124,10 @@ def merge(outcomes: list[Outcome]) -> Outcome:
 def optimize(
     outcome: Outcome, plan: LatentPlan, training: bool = False, trusting: bool = False, keeper: Keeper | None = None
 ) -> Outcome:
-    """compress, absorb and lower what `find` found, by the plan, in place.
+    """Run `compress`, `absorb` and `lower` on what `find` found, by the plan, in place.
 
-    training: keep it differentiable. trusting: use the plan for weights that have changed since it was fitted. keeper:
-    holds latents in place of K/V buffers of modules; None: these stay as they are.
+    training: keep the graph differentiable. trusting: use the plan for weights that have changed since it was fitted.
+    keeper: holds latents in place of K/V buffers of modules; None: these stay as they are.
     """
     compress, absorb = Compress(plan, training, trusting), Absorb()
     buffers = None if keeper is None else LatentBuffers(compress, keeper)
@@ -120,11 +136,11 @@ def optimize(
     with run_stage(outcome, compress.name):
         for name, site in outcome.sites.items():
             node = next(n for n in program.graph.nodes if n.name == name)
-            with _missing(outcome, compress.name, node):
+            with _explained(outcome, compress.name, node):
                 if buffers is not None and buffers.is_for(node, site, program):
-                    found = buffers.match(node, site, program, roles, base)
-                    buffers.rewrite(program, found)
-                    fitted = found.fitted
+                    buffered = buffers.match(node, site, program, roles, base)
+                    buffers.rewrite(program, buffered)
+                    fitted = buffered.fitted
                 else:
                     fitted = compress.match(node, site, weights)
                     compress.rewrite(program, node, fitted)
@@ -138,9 +154,9 @@ def optimize(
 
 
 def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outcome:
-    """Run attention on the latents that a model keeps already, in place, where that pays. For inference.
+    """Let attention read the latents that a model already keeps, in place, where it is faster. For inference.
 
-    Exact, with no plan; sites that `plan` has are left to it. What is absorbed is no site of a plan any more.
+    Exact, without a plan; sites of `plan` are left to `optimize`. An absorbed attention is not a site afterwards.
     """
     stage, program = AbsorbProjection(), outcome.program
     planned = {site.site.name for site in plan.sites} if plan is not None else set()
@@ -152,7 +168,7 @@ def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outc
                 continue
             known = [m for m in outcome.missed if m.stage == FindAttention.name and m.node == node.name]
             try:
-                found = stage.match(node, program, roles, base)
+                kept = stage.match(node, program, roles, base)
             except Miss as miss:
                 outcome.missed += [explain_miss(stage.name, miss, node)] if known else []
                 continue
@@ -161,12 +177,12 @@ def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outc
             outcome.sites.pop(node.name, None)
             outcome.missed = [m for m in outcome.missed if m not in known]
             outcome.compressed[name] = "absorbed"
-            stage.rewrite(program, found)
+            stage.rewrite(program, kept)
     return outcome
 
 
 def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
-    """Every attention by the best exact way, in place; False, and nothing done, where the `original` has it already."""
+    """Lower every attention exactly, in place; return False, and change nothing, where `original` is as fast."""
     nodes = {n.name: n for n in outcome.program.graph.nodes}
     sites = [nodes[name] for name in outcome.sites]
     pays = bool(outcome.compressed) or (not training and any(map(is_decoding, sites))) or is_spelled_out(original)
@@ -177,7 +193,7 @@ def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
 
 
 def lower(outcome: Outcome, training: bool = False) -> Outcome:
-    """Hand the canonical ops back as torch ops, so that inductor sees nothing new, or to kernels where they pay."""
+    """Lower the canonical ops to torch ops, which inductor fuses, or to kernels where these are faster."""
     stage = Lower(training)
     with run_stage(outcome, stage.name):
         for node in stage.candidates(outcome.program):

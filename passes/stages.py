@@ -1,4 +1,4 @@
-"""Running a pass: timing, verification, dumps, explanations of misses."""
+"""Runs of a pass: timing, verification, dumps, explanations of misses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fhopt.passes.verify import verify
 
 
 class run_stage:
-    """Times a pass, checks its result, dumps the graph; a failure is raised once, with the pass's name."""
+    """A context that times a pass, verifies its result, dumps the graph, and adds the pass's name to a failure."""
 
     def __init__(self, outcome: Outcome, name: str) -> None:
         self.outcome, self.name = outcome, name
@@ -43,7 +43,7 @@ _watcher: ContextVar[Callable[[Outcome, str], None] | None] = ContextVar("watche
 
 @contextlib.contextmanager
 def watched(by: Callable[[Outcome, str], None]) -> Iterator[None]:
-    """Within, `by(outcome, pass)` is called after every pass, and once with "input" before the first of a graph."""
+    """Call `by(outcome, pass)` within after every pass, and with "input" before the first pass of a graph."""
     token = _watcher.set(by)
     try:
         yield
@@ -58,7 +58,7 @@ def explain_miss(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Expla
 
 
 def dump_stage(outcome: Outcome, name: str) -> None:
-    """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, the first line says what happened."""
+    """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, whose first line sums up the pass."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher(outcome, name)

@@ -10,7 +10,7 @@ from fhopt.passes.graph.program import Program
 
 
 def verify(program: Program, after: str) -> None:
-    """Raise PassError, naming the pass, when the graph breaks the contract."""
+    """Check the contract of a pass. Raises PassError, which names the pass, when the graph breaks it."""
     try:
         program.graph.lint()
     except (RuntimeError, AssertionError) as error:

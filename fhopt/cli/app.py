@@ -1,26 +1,21 @@
 """The command line. Every command takes `--json`: one object on standard output and nothing else there.
 
-A mistake of the user's ends with one line on standard error and exit code 2.
+A user error ends with one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from fhopt.errors import FhoptError, PassError
 from fhopt.version import __version__
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fhopt.models.loaded_model import LoadedModel
-
 
 class _Commands(click.Group):
-    """Turns FhoptError into one line and exit code 2."""
+    """The group of commands, which turns FhoptError into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -36,14 +31,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fhopt")
 def main() -> None:
-    """Find attention in any PyTorch model, shrink its cache to latents, and measure what it cost.
+    """Find attention in any PyTorch model, compress its KV cache to latents, and measure the loss.
 
     MODEL is `demo`, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function.
     """
-
-
-def model_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Parameters of the module, or of the exported program, by name."""
-    owner = loaded.module if loaded.module is not None else loaded.program
-    assert owner is not None
-    return dict(owner.named_parameters())

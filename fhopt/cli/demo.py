@@ -1,33 +1,17 @@
-"""The main job on a real model: find, fit, cache, measure, and say what came of it."""
+"""The command `fhopt demo`."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
-from rich.console import Console
 
-from fhopt import progress as fhopt_progress
-from fhopt.calibration import options as calibration_options
-from fhopt.calibration import run
 from fhopt.cli.app import main
 from fhopt.cli.options import json_option, output_console, print_json, progress_bar
-from fhopt.evaluation import decode_speed
-from fhopt.evaluation import perplexity as evaluation_perplexity
-from fhopt.files import check_writable
-from fhopt.hf.apply import apply, unapply
-from fhopt.inspection import html_report
-from fhopt.inspection.tables import plan_table, sites_table, summary_table
-from fhopt.models.loader import load_model
-from fhopt.texts import tokens
 
 
 @main.command()
-@click.option("--ratio", type=float, default=4.0, show_default=True, help="How many times smaller than a 16-bit cache.")
+@click.option("--ratio", type=float, default=4.0, show_default=True, help="Compression of the 16-bit KV cache.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -37,8 +21,8 @@ from fhopt.texts import tokens
 )
 @json_option
 def demo(ratio: float, out: Path, as_json: bool) -> None:
-    """The main job on SmolLM2-135M: find, fit, cache, measure."""
-    from fhopt.cli.demo import run_demo
+    """Run the demo on SmolLM2-135M: find attention, fit a plan, generate with it, and measure."""
+    from fhopt.cli.demo_run import run_demo
 
     console = output_console(as_json)
     with progress_bar(as_json) as progress:
@@ -49,76 +33,4 @@ def demo(ratio: float, out: Path, as_json: bool) -> None:
         console.print(
             f"plan:   {result['plan_path']}\nreport: {result['report_path']}", soft_wrap=True, highlight=False
         )
-        console.print(f"done in {result['seconds']:.0f} s, of which the report took {result['report_seconds']:.1f}.")
-
-
-TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind
-CONTEXT = 2048
-QUESTION = "What is the capital of France? Answer in one sentence."
-COUNTED_AT = 8192
-
-
-def run_demo(
-    out: Path, ratio: float, console: Console, progress: fhopt_progress.Progress = fhopt_progress.silent
-) -> dict[str, Any]:
-    """Run it, writing the plan and the report below `out`; returns the figures (README: `fhopt demo --json`)."""
-    start = time.perf_counter()
-    options = calibration_options.FitOptions(ratio=ratio)
-    options.check()
-    html_report.check_installed()
-    check_writable(out)
-    loaded = load_model("demo")
-    model = loaded.language_model()
-    console.print(f"1. {loaded.name} is loaded ({sum(p.numel() for p in model.parameters()):,} parameters).")
-    plan, outcome = run.fit(loaded, options, progress)
-    console.print(sites_table(outcome.sites.values()))
-    console.print(f"2. {len(outcome.sites)} attention sites found, {len(outcome.missed)} candidates left alone.")
-    console.print(plan_table(plan))
-    plan_path = plan.save(out / "plan")
-    console.print(f"3. A {plan.ratio(COUNTED_AT):.2f}x plan is fitted and saved.")
-    reported = time.perf_counter()
-    page = html_report.build(loaded, plan)
-    reported = time.perf_counter() - reported
-    result = _measure(loaded, plan, progress)
-    result |= {"model": loaded.name, "sites_found": len(outcome.sites), "ratio": plan.ratio(COUNTED_AT)}
-    result["plan_path"] = str(plan_path)
-    result["report_path"] = str(out / "report.html")
-    result["seconds"] = time.perf_counter() - start
-    writing = time.perf_counter()
-    html_report.write(replace(page, measured=result), out / "report.html")
-    result["report_seconds"] = reported + time.perf_counter() - writing
-    console.print(summary_table(result))
-    for name in ("exact", "plan"):
-        console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)
-    return result
-
-
-def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Any]:
-    """Perplexity, answer, bytes and speed, with the exact cache and with latents."""
-    model, tokenizer = loaded.language_model(), loaded.tokenizer
-    tests = {name: tokens.halves(tokens.read_text(name))[1] for name in TEXTS}
-    ids = {n: tokens.sequences(tokenizer, t, count=1, length=CONTEXT, what=f"text {n!r}") for n, t in tests.items()}
-    notes = tokenizer.decode(ids["topics"][0][:600])
-    perplexity: dict[str, dict[str, float]] = {name: {} for name in TEXTS}
-    answers = {}
-    done, total = 0, 2 * len(TEXTS)
-    for kind, used in (("exact", None), ("plan", plan)):
-        (apply(model, plan) if used is not None else unapply(model))
-        for name in TEXTS:
-            perplexity[name][kind] = evaluation_perplexity.score(model, ids[name], used).perplexity
-            done += 1
-            progress("perplexity", done, total)
-        answers[kind] = decode_speed.answer(model, tokenizer, QUESTION, context=f"{notes}\n\n")
-    speed = decode_speed.decode_speed(model, plan, ids["topics"][0])
-    exact = plan.exact_token_bytes()
-    return {
-        "bytes_counted_at_tokens": COUNTED_AT,
-        "bytes_per_token": {"exact": exact, "plan": plan.cache_bytes(COUNTED_AT) / COUNTED_AT},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "decode_tokens": CONTEXT,
-        "cache_nbytes": speed["bytes"],
-        "perplexity": perplexity,
-        "tokens_per_second": {k: speed[k] for k in ("exact", "plan")},
-        "answer": answers,
-        "threads": torch.get_num_threads(),
-    }
+        console.print(f"done in {result['seconds']:.0f} s, of which {result['report_seconds']:.1f} s for the report.")

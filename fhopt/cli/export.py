@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,48 +12,55 @@ from fhopt.cli.app import main
 from fhopt.cli.options import json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
 
-if TYPE_CHECKING:
-    pass
-
 
 @main.command()
 @click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="What to cache.")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="The plan to apply.")
 @click.option(
     "--data",
     "texts",
     multiple=True,
     default=("topics", "source"),
     show_default=True,
-    help="Text to measure the loss on, for the model card, as in eval; repeatable.",
+    help="Text on which the loss for the model card is measured, as in eval; repeatable.",
 )
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the loss, which takes a while.")
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="To measure on, per text.")
-@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Measure the loss for the model card, which takes some time.",
+)
+@click.option(
+    "--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences to measure on, per text."
+)
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Of the weights. [default: as they are; float32 where MODEL is no Hugging Face folder]",
+    help="Dtype of the weights. [default: as stored; float32 unless MODEL is a Hugging Face folder]",
 )
-@click.option("--shard-size", default="5GB", show_default=True, help="Of files of weights that are not copied.")
+@click.option("--shard-size", default="5GB", show_default=True, help="Size of weight files that are not copied.")
 @click.option(
     "--format",
     "kind",
     type=click.Choice(["folder", "pt2"]),
     default="folder",
     show_default=True,
-    help="A model folder, or programs with latents as state that run without fhopt: a decode step, or any module.",
+    help="A model folder, or programs that run without fhopt: a decode step with latents as state, or any module.",
 )
-@click.option("--aot/--no-aot", default=True, show_default=True, help="pt2: also compile them, which takes minutes.")
+@click.option(
+    "--aot/--no-aot", default=True, show_default=True, help="pt2: compile the programs, too, which takes minutes."
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @json_option
 def rewrite(
     model: str, plan_path: Path, texts: tuple[str, ...], measure: bool, sequences: int, context: int,
     dtype: str | None, shard_size: str, kind: str, aot: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write MODEL and its plan as one folder, to be opened by fhopt.load, by transformers, and as the exact original.
+    """Write MODEL and its plan as one folder, which fhopt.load and transformers open, also as the exact original.
 
-    Weights stay as they are: those of a Hugging Face folder are copied. MODEL must generate text, but for --format pt2.
+    Weights are not changed: those of a Hugging Face folder are copied. MODEL must generate text, except with
+    --format pt2.
     """
     import torch
 
@@ -82,8 +88,8 @@ def rewrite(
         print_json(asdict(written) | {"path": str(out), "digest": plan.digest(), "ratio": plan.ratio()})
         return
     console = output_console(as_json)
-    for text, found in losses.items():
-        console.print(f"{text}: perplexity {found.exact:.4f} -> {found.plan:.4f} ({found.increase_percent:+.2f} %)")
+    for text, result in losses.items():
+        console.print(f"{text}: perplexity {result.exact:.4f} -> {result.plan:.4f} ({result.increase_percent:+.2f} %)")
     console.print(
         f"{written.total_bytes:,} bytes written to {out}: {written.weight_bytes:,} of weights, {written.plan_bytes:,} "
         "of the plan.",
@@ -99,27 +105,33 @@ def rewrite(
     required=True,
     help="mlir; a device of IREE: iree-cpu, iree-vulkan, iree-cuda, iree-rocm, iree-metal; or vllm, sglang.",
 )
-@click.option("--arch", default="", help="As IREE names it: aarch64:cortex-a76, sm_90, gfx942... [default: usual ones]")
-@click.option("--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True)
-@click.option("--bytecode", is_flag=True, help="MLIR as bytecode, not text.")
+@click.option(
+    "--arch",
+    default="",
+    help="Architecture as IREE names it: aarch64:cortex-a76, sm_90, gfx942... [default: common ones]",
+)
+@click.option(
+    "--dialect", type=click.Choice(["linalg", "torch"]), default="linalg", show_default=True, help="MLIR dialect."
+)
+@click.option("--bytecode", is_flag=True, help="Write MLIR as bytecode instead of text.")
 @click.option(
     "--kv-lora-rank",
     "rank",
     type=click.IntRange(min=1),
-    help="vllm, sglang: cut the plan to a latent of so many numbers and one rotated key. [default: as it is]",
+    help="vllm, sglang: truncate the plan to a latent of this width and one rotated key. [default: not truncated]",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for it. [default: FOLDER-TARGET]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write. [default: FOLDER-TARGET]")
 @json_option
 def export_step(
     folder: Path, target: str, arch: str, dialect: str, bytecode: bool, rank: int | None, out: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """A decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, weights beside it.
+    """Export a decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, with its weights.
 
     The latents are state that the caller keeps. Needs the extra mlir.
 
-    For vllm and sglang: a checkpoint of DeepSeek's kind with the plan in its projections; or, of a plan that changes
-    nothing but bits, what to serve the original with.
+    For vllm and sglang: a checkpoint with DeepSeek's latent attention (MLA) that has the plan in its projections. For a
+    plan that changes only bits: how to serve the original.
     """
     from fhopt.export.mla_checkpoint import ENGINES
     from fhopt.export.mlir import Target, export
@@ -129,11 +141,11 @@ def export_step(
     out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
     if target in ENGINES:
         if arch or bytecode or dialect != "linalg":
-            raise FhoptError("--arch, --dialect and --bytecode are of MLIR; expected none of them with this target.")
+            raise FhoptError("--arch, --dialect and --bytecode are for MLIR; expected none of them with this target.")
         _export_checkpoint(folder, target, rank, out, as_json)
         return
     if rank is not None:
-        raise FhoptError(f"--kv-lora-rank is of {' and '.join(ENGINES)}; expected it with one of these targets.")
+        raise FhoptError(f"--kv-lora-rank is for {' and '.join(ENGINES)}; expected it with one of these targets.")
     chosen = Target(target, arch, dialect, bytecode)
     chosen.check()
     plan = read_folder(folder).plan
@@ -148,7 +160,7 @@ def export_step(
 
 
 def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, as_json: bool) -> None:
-    """For a serving engine: a checkpoint, or what to serve the original with."""
+    """Export for a serving engine: a checkpoint, or how to serve the original."""
     from fhopt.export import mla, rewrite_folder
     from fhopt.export.mla_checkpoint import ENGINES, export
     from fhopt.models.loader import load_model
@@ -166,11 +178,11 @@ def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, a
         return
     if made:
         click.echo(
-            f"{made.token_bytes:,} bytes a token in 16 bits (exact {made.exact_token_bytes:,}); logits are the plan's "
-            f"to {made.error:.1e} of the largest\nwritten to {out}"
+            f"{made.token_bytes:,} bytes per token in 16 bits (exact {made.exact_token_bytes:,}); logits differ "
+            f"from the plan's by at most {made.error:.1e} of the largest\nwritten to {out}"
         )
     else:
-        click.echo("Nothing is written: the plan changes bits alone, and engines do that to the original.")
+        click.echo("Nothing is written: the plan changes only bits, which the engine does with the original.")
     click.echo(command)
 
 
@@ -178,25 +190,25 @@ def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, a
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def verify_step(folder: Path, as_json: bool) -> None:
-    """Prove from its code that the step in FOLDER never makes keys or values of its latents, and what a token takes.
+    """Prove that the decode step in FOLDER never reconstructs keys or values, and count its cost per token.
 
-    FOLDER was written by `fhopt export`, or by `fhopt rewrite`: then its step is lowered here. Exit code 1 where
-    something does not hold. Needs the extra mlir.
+    The proof reads the program's code. FOLDER was written by `fhopt export`, or by `fhopt rewrite`, whose decode step
+    is lowered first. Exit code 1 where the proof fails. Needs the extra mlir.
     """
     from fhopt.export.mlir_check import verify_folder
 
-    found = verify_folder(folder)
+    result = verify_folder(folder)
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(result))
     else:
         click.echo(
-            f"multiplications: {found.macs}, T sealed tokens\n"
-            f"a token takes {found.bytes_per_token:,} bytes (exact {found.exact_bytes_per_token:,}), "
-            f"{found.macs_per_token:,} multiplications\n"
-            f"largest float tensor: {found.largest_per_token:,} numbers per token"
+            f"multiplications: {result.macs}, T quantized tokens\n"
+            f"per token: {result.bytes_per_token:,} bytes (exact {result.exact_bytes_per_token:,}), "
+            f"{result.macs_per_token:,} multiplications\n"
+            f"largest float tensor: {result.largest_per_token:,} numbers per token"
         )
-        for fault in found.faults:
+        for fault in result.faults:
             click.echo(f"FAULT: {fault}")
-        click.echo(f"{len(found.faults)} faults." if found.faults else "No key or value is ever rebuilt.")
-    if found.faults:
+        click.echo(f"{len(result.faults)} faults." if result.faults else "No key or value is ever reconstructed.")
+    if result.faults:
         raise SystemExit(1)

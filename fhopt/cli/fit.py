@@ -28,27 +28,45 @@ if TYPE_CHECKING:
     show_default=True,
     help="Calibration text: file, folder, JSONL, dataset on disk, or topics, source, license, docstrings; repeatable.",
 )
-@click.option("--ratio", type=float, help="How many times smaller than a 16-bit cache. [default: 4]")
-@click.option("--bytes-per-token", type=float, help="The size instead, all counted.")
-@click.option("--max-loss", help="The smallest plan whose perplexity rises by at most this, such as 1%.")
+@click.option("--ratio", type=float, help="Compression of the 16-bit KV cache. [default: 4]")
+@click.option("--bytes-per-token", type=float, help="Size of the KV cache instead of --ratio, everything included.")
 @click.option(
-    "--gate-data", "gate_texts", multiple=True, help="Text to measure --max-loss on; its second half is read."
+    "--max-loss", help="Instead of --ratio: the smallest plan whose perplexity rises by at most this, such as 1%."
 )
-@click.option("--layout", default="auto", show_default=True, help="auto, band, freq, head, identity or input.")
+@click.option("--gate-data", "gate_texts", multiple=True, help="Text on whose second half --max-loss is measured.")
+@click.option(
+    "--layout", default="auto", show_default=True, help="Layout of latents: auto, band, freq, head, identity or input."
+)
 @click.option(
     "--device",
-    help="What it will run on (as in cost): leaves out layouts, and for GPUs mixes of bits, that are slow there.",
+    help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
 )
 @click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
-@click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")
-@click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plan is made for.")
-@click.option("--recent", type=int, default=128, show_default=True, help="Newest tokens that are never in latents.")
-@click.option("--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Of those.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--pages", help="Share of the sealed tokens that a step reads on average, such as 1/8. [default: all]")
-@click.option("--mass", help="Read less where that keeps this share of attention's weight, such as 99%, on average.")
-@click.option("--explain", type=click.Path(path_type=Path), help="Draw spectrum, bits and sensitivity to this file.")
+@click.option(
+    "--rate-sequences", type=int, default=8, show_default=True, help="Calibration sequences for the choice of bits."
+)
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Context length that the ratio refers to.")
+@click.option(
+    "--recent",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Residual window: newest tokens that are not quantized into latents.",
+)
+@click.option(
+    "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."
+)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
+@click.option(
+    "--pages",
+    help="Page selection: share of quantized tokens that a decode step reads on average, such as 1/8. [default: all]",
+)
+@click.option(
+    "--mass",
+    help="Page selection: read fewer pages as long as this share of attention weight, such as 99%, is read on average.",
+)
+@click.option("--explain", type=click.Path(path_type=Path), help="Plot spectrum, bits and sensitivity to this file.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
 @placement_options
 @json_option
@@ -60,8 +78,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Calibrate MODEL on text and write a plan.
 
-    An interrupted calibration goes on where it was when the same command is given again. Under torchrun the processes
-    share the calibration; models larger than one device: --device-map.
+    The same command resumes an interrupted calibration. Under torchrun the processes share the calibration. For models
+    larger than one device: --device-map.
     """
     import torch
 
@@ -76,7 +94,7 @@ def fit(
     from fhopt.refine import loss_target, page_budget, page_options
 
     out = Path(os.path.abspath(out))
-    if sum(given is not None for given in (ratio, bytes_per_token, max_loss)) > 1:
+    if sum(option is not None for option in (ratio, bytes_per_token, max_loss)) > 1:
         raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
     limit = _read_gate(max_loss, gate_texts)
     checkpoint = out.with_name(f".{out.name}.calibration")
@@ -111,12 +129,12 @@ def fit(
 
 
 def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
-    """What --max-loss and --gate-data ask for. Raises FhoptError."""
+    """Read the loss target of --max-loss and --gate-data. Raises FhoptError."""
     from fhopt.refine.loss_target import Gate, parse_share
 
     if max_loss is None:
         if texts:
-            raise FhoptError("--gate-data is what --max-loss is measured on; expected both or neither.")
+            raise FhoptError("--gate-data is the text for --max-loss; expected both or neither.")
         return None
     limit = Gate(parse_share(max_loss), texts)
     limit.check()
@@ -139,7 +157,7 @@ def _ratio_of(measured: Any, bytes_per_token: float) -> float:
     exact = 2 * sum(s.site.exact_numbers_per_token for s in measured.statistics.values())
     if not 0 < bytes_per_token <= exact:
         raise FhoptError(
-            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,} (the exact cache)."
+            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,} (the exact KV cache)."
         )
     return float(exact / bytes_per_token)
 
@@ -153,9 +171,9 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
         return
     console = output_console(as_json)
     console.print(plan_table(plan))
-    for ratio, found in trials.items():
-        low, high = found["increase_percent_ci"]
-        console.print(f"{ratio}x: perplexity {found['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
+    for ratio, trial in trials.items():
+        low, high = trial["increase_percent_ci"]
+        console.print(f"{ratio}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
     console.print(
         f"{plan.ratio():.2f}x plan for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
     )
@@ -170,23 +188,23 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
     multiple=True,
     default=("topics",),
     show_default=True,
-    help="Text to read, as in fit; repeatable. Its second half is measured on.",
+    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
 )
-@click.option("--tokens", type=int, default=50_000, show_default=True, help="To read, each once.")
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of a sequence.")
-@click.option("--ridge", type=float, help="How strongly decoders are drawn to those of the plan.")
+@click.option("--tokens", type=int, default=50_000, show_default=True, help="Calibration tokens, each read once.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
+@click.option("--ridge", type=float, help="Regularization towards the decoders of the plan.")
 @click.option("--held-out", type=int, default=2, show_default=True, help="Sequences to measure on.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="File that an interrupted healing goes on from. [default: beside the plan that is written]",
+    help="File from which an interrupted healing resumes. [default: beside the plan that is written]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="float32",
     show_default=True,
-    help="Of the model; the plan stays as it is.",
+    help="Dtype of the model; that of the plan does not change.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the healed plan.")
 @json_option
@@ -194,10 +212,9 @@ def heal(
     model: str, plan_path: Path, ridge: float | None, checkpoint: Path | None, dtype: str, out: Path,
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Solve for the decoders with which MODEL reads text as it does without a plan, and write a plan of the same size.
+    """Solve for decoders that bring MODEL closest to its exact outputs, and write a plan of the same size.
 
-    An interrupted healing goes on where it was when the same command is given again. MODEL must be a causal language
-    model with a tokenizer.
+    The same command resumes an interrupted healing. MODEL must be a causal language model with a tokenizer.
     """
     import torch
 
@@ -225,15 +242,15 @@ def heal(
 
 
 def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
-    told = plan.provenance["healing"]
+    healing = plan.provenance["healing"]
     if as_json:
         about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
-        print_json(about | {"healing": told})
+        print_json(about | {"healing": healing})
         return
-    before, after = told["before"], told["after"]
+    before, after = healing["before"], healing["after"]
     console = output_console(as_json)
     console.print(
-        f"{told['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
+        f"{healing['tokens']:,} tokens read, measured on {after['tokens']:,} others:\n"
         f"KL from the exact model {before['kl']:.4g} -> {after['kl']:.4g} nats per token\n"
         f"increase of perplexity  {before['increase_percent']:+.2f} -> {after['increase_percent']:+.2f} %",
         highlight=False,
@@ -249,27 +266,27 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
     multiple=True,
     default=("topics",),
     show_default=True,
-    help="Text to read, as in fit; repeatable. Its second half is measured on.",
+    help="Calibration text, as in fit; repeatable. Its second half is for measuring.",
 )
-@click.option("--sequences", type=int, default=8, show_default=True, help="To see hidden states in.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens of each.")
-@click.option("--clusters", type=int, help="Of rows. [default: one for 64 rows]")
-@click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads least.")
+@click.option("--sequences", type=int, default=8, show_default=True, help="Calibration sequences for hidden states.")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens per sequence.")
+@click.option("--clusters", type=int, help="Clusters of rows. [default: one per 64 rows]")
+@click.option("--bits", default="auto", show_default=True, help="4, 8, or auto: the mix that reads the fewest bytes.")
 @click.option("--held-out", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens to measure on.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="float32",
     show_default=True,
-    help="Of the model; the head serves the model in this one.",
+    help="Dtype of the model that the head is for.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the head.")
 @json_option
 def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Code the language-model head of MODEL, so that finding the largest logits reads few of its bytes.
+    """Fit a retrieval language-model head for MODEL, which finds the largest logits from few of its bytes.
 
-    The largest logits are certain, whatever the hidden state is. In Python: fhopt.head.apply(model, Head.load(FOLDER)).
+    The largest logits are certified for every hidden state. In Python: fhopt.lm_head.apply(model, Head.load(FOLDER)).
     """
     import torch
 
@@ -288,20 +305,20 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
     loaded = load_model(model, getattr(torch, dtype))
     with progress_bar(as_json) as progress:
         made = fit(loaded, chosen, progress)
-        found = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
+        result = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
     made.save(out)
     if as_json:
         about = {"head_path": str(out), "site": asdict(made.site), "fitted": made.about, "clusters": made.clusters}
-        print_json(about | {"probes": made.probes, "measured": asdict(found)})
+        print_json(about | {"probes": made.probes, "measured": asdict(result)})
         return
     console = output_console(as_json)
     console.print(
         f"{made.site.weight}: {made.site.vocabulary:,} x {made.site.width:,}, {dtype}\n"
-        f"{found.certified_percent:.2f} % of {found.positions:,} held-out tokens decided with certainty, "
-        f"{found.agreement_percent:.2f} % as the dense head\n"
-        f"bytes read for a token {found.dense_bytes_per_row:,} -> {found.bytes_per_row:,.0f}, "
-        f"time {found.dense_time_ms:.2f} -> {found.time_ms:.2f} ms on {found.threads} threads\n"
-        f"without certainty, {made.probes} of {made.clusters} clusters: {found.probed_agreement_percent:.2f} %",
+        f"{result.certified_percent:.2f} % of {result.positions:,} held-out tokens certified, "
+        f"{result.agreement_percent:.2f} % equal to the dense head\n"
+        f"bytes read per token {result.dense_bytes_per_row:,} -> {result.bytes_per_row:,.0f}, "
+        f"time {result.dense_time_ms:.2f} -> {result.time_ms:.2f} ms on {result.threads} threads\n"
+        f"without a certificate, {made.probes} of {made.clusters} clusters: {result.probed_agreement_percent:.2f} %",
         highlight=False,
     )
     console.print(f"head written to {out}", soft_wrap=True, highlight=False)

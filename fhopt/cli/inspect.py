@@ -1,4 +1,4 @@
-"""Commands that show: `fhopt inspect`, `fhopt explain`, `fhopt report`, `fhopt view`."""
+"""Commands of inspection: `fhopt inspect`, `fhopt explain`, `fhopt report`, `fhopt view`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,17 +13,16 @@ from fhopt.cli.app import main
 from fhopt.cli.options import device_option, json_option, output_console, print_json
 from fhopt.errors import FhoptError
 
-if TYPE_CHECKING:
-    pass
-
 
 @main.command()
 @click.argument("model")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Show this plan beside the sites.")
-@click.option("--site", help="All about one site, formulas too.")
-@click.option("--graph", type=click.Path(path_type=Path), help="Write the graph: .dot, .svg, .graphml, .json; .fhopt.")
+@click.option("--site", help="All facts of one site, with its formulas.")
 @click.option(
-    "--stage", help="Graph after this pass, input, or all: a file for each. [default: normalize; with a plan: absorb]"
+    "--graph", type=click.Path(path_type=Path), help="Write the graph: .dot, .svg, .graphml, .json, or .fhopt."
+)
+@click.option(
+    "--stage", help="The pass after which --graph is written, input, or all. [default: normalize; with a plan: absorb]"
 )
 @device_option
 @json_option
@@ -32,10 +30,12 @@ def inspect(
     model: str, plan_path: Path | None, site: str | None, graph: Path | None, stage: str | None,
     devices: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """List the attention sites of MODEL: one row each, what a plan does to them, and what was left alone.
+    """List the attention sites of MODEL, what a plan does to them, and attention that is not rewritten.
 
-    A .fhopt file holds the graphs after all passes, for Model Explorer.
-    nats: what the fit expects to lose per token. pays from: cached tokens from which on a plan is faster, by roofline.
+    A .fhopt file has the graphs after all passes, for Model Explorer.
+
+    Columns: nats, the expected loss per token; faster on DEVICE, the number of cached tokens from which on the plan is
+    faster, by roofline.
     """
     from fhopt.inspection import facts
     from fhopt.inspection.graph_files import check_graph, write_graphs
@@ -54,19 +54,19 @@ def inspect(
     loaded = load_model(model)
     with seen.taking() if graph is not None else nullcontext():
         outcome = find_sites(loaded)
-        found = facts.inspect(loaded, outcome, plan, devices)
+        result = facts.inspect(loaded, outcome, plan, devices)
         if site is not None:
-            found.site(site)
+            result.site(site)
         if graph is not None and plan is not None:
             pipeline.optimize(outcome, plan)
     written = []
     if graph is not None:
-        written = write_graphs(seen, graph, found, stage or ("absorb" if plan else "normalize"), site)
+        written = write_graphs(seen, graph, result, stage or ("absorb" if plan else "normalize"), site)
     if as_json:
-        print_json(found.as_json() | ({"graphs": [str(path) for path in written]} if written else {}))
+        print_json(result.as_json() | ({"graphs": [str(path) for path in written]} if written else {}))
         return
     console = output_console(as_json)
-    console.print(inspection_tables(found, site))
+    console.print(inspection_tables(result, site))
     for path in written:
         console.print(f"graph written to {path}", soft_wrap=True, highlight=False, markup=False)
 
@@ -75,7 +75,7 @@ def inspect(
 @click.argument("model")
 @json_option
 def explain(model: str, as_json: bool) -> None:
-    """Say why candidates in MODEL were left alone: how far each came, the reason, the source line."""
+    """Explain why attention in MODEL is not rewritten: what was recognized, the reason, the source line."""
     from fhopt.inspection.tables import missed_table
     from fhopt.models.loader import load_model
     from fhopt.models.sites import explain_sites
@@ -87,20 +87,20 @@ def explain(model: str, as_json: bool) -> None:
     console = output_console(as_json)
     if outcome.missed:
         console.print(missed_table(outcome.missed))
-    console.print(f"{len(outcome.sites)} sites found, {len(outcome.missed)} candidates left alone.")
+    console.print(f"{len(outcome.sites)} sites found, {len(outcome.missed)} candidates not rewritten.")
 
 
 @main.command()
 @click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Show this plan beside the sites.")
 @device_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
 @json_option
 def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Write what was found in MODEL, and its plan, as one HTML file that opens without a network.
+    """Write a report of MODEL and its plan as one HTML file that opens without a network.
 
-    Each site is drawn before and after; spectra, bits, sensitivity, loss against bytes, rooflines, the generated
-    kernels, what each pass changed, and what was left alone. Every number in it is in --json.
+    It shows each site before and after, spectra, bits, sensitivity, loss against bytes, rooflines, the generated
+    kernels, the changes of each pass, and attention that is not rewritten. All its numbers are in --json.
     """
     from fhopt.files import check_writable
     from fhopt.inspection import html_report as pages
@@ -120,14 +120,14 @@ def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Pa
 
 @main.command()
 @click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan, also one that is being fitted.")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan, which may still be being fitted.")
 @device_option
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="[default: any that is free]")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="[default: any free port]")
 @click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open a browser.")
 def view(model: str, plan_path: Path | None, devices: tuple[str, ...], port: int, opens: bool) -> None:
-    """Show the report of MODEL in a browser, on this machine alone, and how far a running `fhopt fit` of PLAN is.
+    """Show the report of MODEL in a browser on this machine, and the progress of a running `fhopt fit` of the plan.
 
-    When the plan is there, or another than before, the report is made anew.
+    The report is built again when the plan is written or changes.
     """
     import webbrowser
 
@@ -144,7 +144,7 @@ def view(model: str, plan_path: Path | None, devices: tuple[str, ...], port: int
     server.check_installed()
     listening = server.listen(port)
     address = f"http://{server.HOST}:{listening.getsockname()[1]}/"
-    click.echo(f"{address} shows {model}; end with Ctrl-C")
+    click.echo(f"{address} shows {model}; stop with Ctrl-C")
     if opens:
         webbrowser.open(address)
     server.serve(server.Viewer(make, Path(os.path.abspath(plan_path)) if plan_path else None), listening)

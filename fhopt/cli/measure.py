@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fhopt.cli.app import main, model_weights
+from fhopt.cli.app import main
 from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
 from fhopt.errors import FhoptError
 
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @main.command("eval")
 @click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, the exact model alone.")
+@click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(path_type=Path),
+    help="The plan to compare with. [default: the exact model alone]",
+)
 @click.option(
     "--data",
     "texts",
@@ -36,15 +41,21 @@ if TYPE_CHECKING:
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="Some of perplexity, passkey, copy, digits, arithmetic, all, with commas between.",
+    help="A list with commas of: perplexity, passkey, copy, digits, arithmetic, all.",
 )
 @click.option(
-    "--items", type=click.IntRange(min=1), default=5, show_default=True, help="Per task, length and depth of a needle."
+    "--items",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Items per task, length and depth of the needle.",
 )
-@click.option("--lengths", default="512,1024,2048", show_default=True, help="Tokens of the tasks' contexts.")
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="For perplexity.")
-@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of each.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the tasks.")
+@click.option("--lengths", default="512,1024,2048", show_default=True, help="Context lengths of the tasks, in tokens.")
+@click.option(
+    "--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences per text, for perplexity."
+)
+@click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tasks.")
 @placement_options
 @json_option
 @fails_together
@@ -52,11 +63,11 @@ def evaluate(
     model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
     context: int, seed: int, device_map: str | None, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Perplexity and tasks of MODEL with its exact cache and with the plan's, with 95 % intervals.
+    """Measure perplexity and tasks of MODEL with the exact KV cache and with the plan's, with 95 % intervals.
 
-    Perplexity is taken on the test half of each text. The tasks ask for what compressed attention loses first: strings
-    and numbers that stand far back. MODEL must be a causal language model with a tokenizer. Under torchrun the
-    processes share the sequences and items; models larger than one device: --device-map.
+    Perplexity is measured on the second half of each text. The tasks ask for what compressed attention loses first:
+    strings and numbers far back in the context. MODEL must be a causal language model with a tokenizer. Under torchrun
+    the processes share the sequences and items. For models larger than one device: --device-map.
     """
     import torch
 
@@ -82,16 +93,16 @@ def evaluate(
     with progress_bar(as_json) as progress:
         perplexity = _perplexities(network, ids, plan, progress)
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
-    if collectives.leave() > 0:  # the first process tells what all have found
+    if collectives.leave() > 0:  # the first process prints the results of all
         return
     result = {
         "model": loaded.name,
         "ratio": plan.ratio() if plan else None,
         "perplexity": perplexity,
         "tasks": {
-            task: asdict(found.pop(None))
-            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in found.items() if cell]}
-            for task, found in results.items()
+            task: asdict(by_cell.pop(None))
+            | {"cells": [{"length": cell[0], "depth": cell[1], **asdict(r)} for cell, r in by_cell.items() if cell]}
+            for task, by_cell in results.items()
         },
     }
     if as_json:
@@ -101,7 +112,7 @@ def evaluate(
 
 
 def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, context: int) -> dict[str, Tensor]:
-    """Token ids [sequences, context] of the test half of each text."""
+    """Return the token ids [sequences, context] of the test half of each text."""
     from fhopt.texts import tokens as texts_tokens
 
     return {
@@ -119,10 +130,10 @@ def _test_ids(loaded: LoadedModel, texts: tuple[str, ...], sequences: int, conte
 def _perplexities(
     network: Any, ids: dict[str, Tensor], plan: LatentPlan | None, progress: Callable[[str, int, int], None]
 ) -> dict[str, dict[str, Any]]:
-    """Of each text: the exact model against the plan, or the exact model alone."""
+    """Evaluate each text: the exact model against the plan, or the exact model alone."""
     from fhopt.evaluation.perplexity import score, token_costs
 
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     total, done = sum(len(rows) for rows in ids.values()), 0
 
     def count(sequences: int) -> None:
@@ -132,17 +143,17 @@ def _perplexities(
 
     for text, rows in ids.items():
         if plan:
-            found[text] = asdict(token_costs(network, rows, plan, count, shared=True).compare())
+            results[text] = asdict(token_costs(network, rows, plan, count, shared=True).compare())
         else:
             exact = score(network, rows, None, count, shared=True)
-            found[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
-    return found
+            results[text] = {"exact": exact.perplexity, "tokens": exact.tokens}
+    return results
 
 
 @main.command()
 @click.argument("model")
 @click.option(
-    "--plan", "plan_path", type=click.Path(path_type=Path), help="Without one, ratios 2, 4 and 8 are assumed."
+    "--plan", "plan_path", type=click.Path(path_type=Path), help="The plan. [default: hypothetical ratios 2, 4 and 8]"
 )
 @click.option(
     "--device",
@@ -150,7 +161,7 @@ def _perplexities(
     multiple=True,
     default=("h100", "cpu"),
     show_default=True,
-    help="Also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
+    help="Device; also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
 )
 @click.option(
     "--tokens",
@@ -160,20 +171,20 @@ def _perplexities(
     show_default=True,
     help="Cached tokens; repeatable.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of weights and exact keys and values.",
+    help="Dtype of weights and of exact keys and values.",
 )
 @json_option
 def cost(
     model: str, plan_path: Path | None, names: tuple[str, ...], tokens: tuple[int, ...], batch: int, dtype: str,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """What a decode step of MODEL costs on devices by their peak figures, and from which context on latents pay."""
+    """Estimate a decode step of MODEL on devices by peak figures, and from which context on latents are faster."""
     from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
     from fhopt.hardware.this_cpu import find_device
     from fhopt.inspection.tables import cost_tables
@@ -186,7 +197,7 @@ def cost(
     plan = LatentPlan.load(plan_path) if plan_path else None
     loaded = load_model(model)
     sites = list(find_sites(loaded).sites.values())
-    weights = model_weights(loaded)
+    weights = loaded.weights()
     parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
     costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan:
@@ -206,18 +217,23 @@ def cost(
     console.print(cost_tables(costs, comparison, title))
     if plan is None:
         console.print(
-            "2x, 4x and 8x are hypothetical: bytes divided, heads and widths as they are. For a real plan: "
+            "2x, 4x and 8x are hypothetical: bytes are divided, heads and widths unchanged. For a real plan: "
             "fhopt fit MODEL -o PLAN, then --plan PLAN.",
             highlight=False,
         )
 
 
 @main.command()
-@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Default: 1, and all cores; repeatable.")
-@click.option("--again", is_flag=True, help="Measure anew.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Number of threads; repeatable. [default: 1, and all cores]",
+)
+@click.option("--again", is_flag=True, help="Measure again, and replace stored figures.")
 @json_option
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
-    """What this machine's CPU can do: `--device here` in other commands. Measured once, in some seconds."""
+    """Measure this machine's CPU once, in some seconds: `--device here` in other commands."""
     from fhopt.codegen.compiler import vector_unit
     from fhopt.hardware import this_cpu
     from fhopt.inspection.tables import machine_table
@@ -225,43 +241,43 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
 
     counts = threads or tuple(dict.fromkeys((1, cores())))
     if max(counts) > cores():
-        raise FhoptError(f"{max(counts)} threads were asked for; expected at most {cores()}, the cores here.")
-    found = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
+        raise FhoptError(f"{max(counts)} threads were requested; expected at most {cores()}, the number of cores.")
+    results = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
     kernels = vector_unit()
     if as_json:
-        print_json({"kernels": kernels, "measured": [asdict(one) for one in found]})
+        print_json({"kernels": kernels, "measured": [asdict(one) for one in results]})
         return
     console = output_console(as_json)
-    console.print(machine_table(found))
+    console.print(machine_table(results))
     console.print(f"Kernels: {kernels}.", highlight=False)
 
 
 @main.command()
 @click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
-@click.option("--device", required=True, help="What it will run on, as in cost; for a CPU, C++.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens of each.")
+@click.option("--device", required=True, help="Target device, as in cost; for a CPU, C++ kernels are written.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
+@click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens per sequence.")
 @click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Cached tokens.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of queries and of uncoded latents.",
+    help="Dtype of queries, and of latents that are not quantized.",
 )
 @click.option(
     "--candidates",
     type=click.IntRange(min=0),
     default=4,
     show_default=True,
-    help="Configurations to compile where a kernel's default does not fit, some seconds each; 0: all, of all kernels.",
+    help="Configurations to compile where the default does not fit, some seconds each; 0: all, for all kernels.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
 @json_option
 def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write the generated kernels of PLAN, and a table of what they read and what they need of a device.
+    """Write the generated kernels of PLAN, and a table of the bytes that they read and the resources that they use.
 
-    Kernels for GPUs are compiled to see what they need; there need not be a GPU.
+    Kernels for GPUs are compiled to read their resources; no GPU is needed.
     """
     from fhopt.hardware.kernel_table import Options, rejected_table, table, write_kernels
     from fhopt.plan.latent_plan import LatentPlan

@@ -1,4 +1,4 @@
-"""Options that commands share, and how they print: consoles, progress bars, JSON."""
+"""Options that commands share; output: consoles, progress bars, JSON."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PIPED_WIDTH = 120  # columns where there is no terminal to ask
+PIPED_WIDTH = 120  # columns without a terminal
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
 def _is_first() -> bool:
-    """True for the process that speaks, of those that torchrun has started; for any other process too."""
+    """Return whether this process prints: the first of those that torchrun started, or any other process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def fails_together(command: Callable[..., None]) -> Callable[..., None]:
-    """Under torchrun, what fails in one process ends all of them with its error, which the first one prints."""
+    """End all processes of torchrun with the error of the one that fails, which the first process prints."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ def fails_together(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def output_console(as_json: bool) -> Console:
-    """People read standard output; with --json it belongs to the program that reads it."""
+    """Return the console for people, on standard output; on standard error with --json."""
     console = Console(stderr=as_json, quiet=as_json)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
@@ -53,7 +53,7 @@ def output_console(as_json: bool) -> Console:
 
 @contextmanager
 def progress_bar(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage on standard error."""
+    """Show a progress bar for each stage on standard error."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     is_seen = sys.stderr.isatty() and _is_first() and not as_json
     with Progress(*columns, console=Console(stderr=True), disable=not is_seen) as bar:
@@ -73,7 +73,7 @@ def print_json(value: Any) -> None:
 
 
 def placement_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where a model's weights go, and in what dtype."""
+    """Add the options that say where a model's weights go, and in which dtype."""
     spread = click.option(
         "--device-map",
         help="Where the weights go: auto, cpu, cuda, or a JSON file of modules and devices. [default: cpu]",
@@ -83,12 +83,12 @@ def placement_options(command: Callable[..., None]) -> Callable[..., None]:
         type=click.Choice(["bfloat16", "float16", "float32"]),
         default="float32",
         show_default=True,
-        help="Of the model while it is read.",
+        help="Dtype of the model.",
     )
     return spread(dtype(command))
 
 
 device_option = click.option(
     "--device", "devices", multiple=True, default=("h100", "cpu"), show_default=True,
-    help="For break-even contexts and rooflines, as in cost; repeatable.",
+    help="Device for break-even contexts and rooflines, as in cost; repeatable.",
 )  # fmt: skip

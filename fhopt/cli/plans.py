@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.pass_context
 @json_option
 def plans(context: click.Context, as_json: bool) -> None:
-    """Plans that are kept on this machine: list them, or fit, add, find, verify and prune them.
+    """List the plans stored on this machine, or fit, add, find, verify and prune them.
 
     In other commands: --plan "$(fhopt plans path NAME)".
     """
@@ -29,29 +29,46 @@ def plans(context: click.Context, as_json: bool) -> None:
         _show_plans(entries(), as_json)
 
 
-def _show_plans(found: list[Entry], as_json: bool) -> None:
+def _show_plans(results: list[Entry], as_json: bool) -> None:
     from fhopt.calibration.plan_store import table
 
     if as_json:
-        print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in found]})
+        print_json({"plans": [asdict(e) | {"path": str(e.path)} for e in results]})
     else:
-        output_console(as_json).print(table(found))
+        output_console(as_json).print(table(results))
 
 
 @plans.command("fit")
 @click.argument("model")
-@click.option("--ratio", "ratios", type=float, multiple=True, default=(4.0, 8.0), show_default=True, help="Repeatable.")
-@click.option("--data", "texts", multiple=True, default=("topics",), show_default=True, help="As in fit; repeatable.")
-@click.option("--device", help="What it will run on, as in fit.")
+@click.option(
+    "--ratio",
+    "ratios",
+    type=float,
+    multiple=True,
+    default=(4.0, 8.0),
+    show_default=True,
+    help="Compression of the 16-bit KV cache; repeatable.",
+)
+@click.option(
+    "--data",
+    "texts",
+    multiple=True,
+    default=("topics",),
+    show_default=True,
+    help="Calibration text, as in fit; repeatable.",
+)
+@click.option("--device", help="Target device, as in fit.")
 @click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
-@click.option("--rate-sequences", type=int, default=8, show_default=True, help="More of them, for the bits.")
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of each.")
-@click.option("--tokens", type=int, default=8192, show_default=True, help="Context that the plans are made for.")
+@click.option(
+    "--rate-sequences", type=int, default=8, show_default=True, help="Calibration sequences for the choice of bits."
+)
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
+@click.option("--tokens", type=int, default=8192, show_default=True, help="Context length that the ratios refer to.")
 @json_option
 def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
-    """Fit plans of several ratios for MODEL from one calibration, and keep them.
+    """Fit plans of several ratios for MODEL from one calibration, and store them.
 
-    What was fitted before is not fitted again, and a calibration that was interrupted goes on.
+    Stored plans are not fitted again. The same command resumes an interrupted calibration.
     """
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.plan_store import fit_ratios
@@ -59,15 +76,15 @@ def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: A
 
     chosen = FitOptions(**options)
     with progress_bar(as_json) as progress:
-        found = fit_ratios(load_model(model), chosen, ratios, progress)
-    _show_plans(found, as_json)
+        result = fit_ratios(load_model(model), chosen, ratios, progress)
+    _show_plans(result, as_json)
 
 
 @plans.command("add")
 @click.argument("paths", metavar="PLAN...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @json_option
 def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
-    """Keep copies of plans that `fhopt fit` wrote."""
+    """Store copies of plans that `fhopt fit` wrote."""
     from fhopt.calibration.plan_store import add
     from fhopt.plan.latent_plan import LatentPlan
 
@@ -78,22 +95,22 @@ def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def plan_path(name: str, as_json: bool) -> None:
-    """The folder of the plan whose name or digest begins with NAME."""
+    """Print the folder of the plan whose name or digest begins with NAME."""
     from fhopt.calibration.plan_store import find
 
-    found = find(name)
+    result = find(name)
     if as_json:
-        print_json(asdict(found) | {"path": str(found.path)})
+        print_json(asdict(result) | {"path": str(result.path)})
     else:
-        click.echo(found.path)
+        click.echo(result.path)
 
 
 @plans.command("verify")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--model", help="Also say which plans were fitted to another model.")
+@click.option("--model", help="Also report plans that were fitted to another model.")
 @json_option
 def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
-    """Read all bytes of plans and say which cannot be used; exit code 1 where there are such."""
+    """Check all bytes of plans and report damaged ones; exit code 1 where there are any."""
     from fhopt.calibration.plan_store import entries, find, verify
     from fhopt.models.loader import load_model
 
@@ -105,11 +122,11 @@ def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> No
 
 
 @plans.command("prune")
-@click.option("--keep", type=click.IntRange(min=0), help="Keep only the newest so many plans of each model.")
-@click.option("--dry-run", is_flag=True, help="Remove nothing, only tell.")
+@click.option("--keep", type=click.IntRange(min=0), help="Keep only this many plans of each model, the newest.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing, only list.")
 @json_option
 def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
-    """Remove damaged plans and what interrupted commands left behind more than a day ago."""
+    """Remove damaged plans, and files that interrupted commands left more than a day ago."""
     from fhopt.calibration.plan_store import prune
 
     done = prune(keep, dry_run)
@@ -118,5 +135,5 @@ def prune_plans(keep: int | None, dry_run: bool, as_json: bool) -> None:
         return
     for name in done.names:
         click.echo(name)
-    told = "would be removed" if dry_run else "removed"
-    click.echo(f"{len(done.names)} {told}, {done.nbytes / 1e6:.1f} MB.")
+    action = "would be removed" if dry_run else "removed"
+    click.echo(f"{len(done.names)} {action}, {done.nbytes / 1e6:.1f} MB.")

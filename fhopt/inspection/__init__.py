@@ -1,20 +1,22 @@
-"""To look into fhopt: what is in a model, what a plan does to it, what every pass changed, how a fit is getting on.
+"""Inspection of models and plans: attention sites, what a plan does to them, what each pass changes, running fits.
 
-| module | one question |
+| module | contents |
 |---|---|
-| `inspection` | which facts are there, of each site and of the whole? Everything that is shown is in its JSON |
-| `snapshots` | what did the graph look like after each pass, and what changed? |
-| `graphs` | how does a graph become a file: dot, svg, graphml, json? |
-| `drawing` | how does one site look before and after? Graphviz lays it out |
-| `kernel_listing` | which kernels run, as highlighted text? |
-| `charts` | which charts are there? Vega-Lite draws them |
-| `report` | how does all of it become one page? |
-| `notebook` | how do sites, plans and journals look in a notebook? |
-| `progress` | how far is a fit that runs in another process? |
-| `server` | how is that served on this machine alone? |
-| `explorer`, `model_explorer_extension` | how does Google's Model Explorer read it? |
+| `facts` | facts of each site and of the whole model; everything that is shown is in their JSON |
+| `tables` | tables that commands print |
+| `snapshots` | the graph after each pass, and what changed |
+| `graphs`, `graph_files` | graphs as files: dot, svg, graphml, json |
+| `drawing` | one site before and after, laid out by Graphviz |
+| `kernel_listing` | the generated kernels as highlighted text |
+| `charts` | the charts of a report, drawn by Vega-Lite |
+| `plots` | spectrum, bits and sensitivity of a plan, drawn by matplotlib |
+| `html_report` | the report as one HTML page |
+| `progress_file` | the progress of a fit that runs in another process |
+| `server` | report and progress in a browser, on this machine only |
+| `model_explorer`, `model_explorer_extension` | files for Google's Model Explorer |
+| `optional` | imports of optional packages |
 
-Only `report`, `drawing` and `server` need the extra `view`.
+`html_report`, `drawing`, `kernel_listing` and `server` need the extra `view`.
 """
 
 from fhopt.inspection.drawing import Drawing, draw

@@ -36,7 +36,7 @@ def _side_colour() -> Spec:
 
 
 def _ticks(form: str) -> Spec:
-    """Of a logarithmic axis, which has too many for a grid."""
+    """Return the ticks of a logarithmic axis, which has too many for a grid."""
     return {"format": form, "grid": False, "tickCount": 5}
 
 
@@ -45,13 +45,13 @@ def _log() -> Spec:
 
 
 def size() -> Spec:
-    """Bytes per sealed token of each site, keys above values. Rows: site, index, side, bytes, exact."""
+    """Chart bytes per quantized token of each site, keys and values stacked. Rows: site, index, side, bytes, exact."""
     return _spec(
         "size",
         mark={"type": "bar"},
         encoding={
             "x": _site_axis(),
-            "y": _quantity("bytes", "bytes per sealed token", stack=True),
+            "y": _quantity("bytes", "bytes per quantized token", stack=True),
             "color": _side_colour(),
             "tooltip": _tips(site="site", side="side", bytes="bytes", exact="exact, both sides"),
         },
@@ -59,7 +59,7 @@ def size() -> Spec:
 
 
 def sensitivity() -> Spec:
-    """What 2 bits in every channel would lose, and what the plan loses. Rows: site, index, side, kind, nats."""
+    """Chart the loss with 2 bits in every channel, and that of the plan. Rows: site, index, side, kind, nats."""
     return _spec(
         "sensitivity",
         mark={"type": "point", "filled": True, "size": 45},
@@ -74,9 +74,9 @@ def sensitivity() -> Spec:
 
 
 def curve() -> Spec:
-    """Expected loss against size, the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
+    """Chart the expected loss against size, with the chosen plan marked. Rows: ratio, bytes_per_token, nats, chosen."""
     encoding = {
-        "x": _quantity("bytes_per_token", "bytes per token, all counted", scale=_log(), axis=_ticks("~s")),
+        "x": _quantity("bytes_per_token", "bytes per token, everything included", scale=_log(), axis=_ticks("~s")),
         "y": _quantity("nats", "expected loss, nats per token", scale=_log(), axis=_ticks(".0e")),
         "tooltip": _tips(ratio="ratio", bytes_per_token="bytes per token", nats="nats per token"),
     }
@@ -97,7 +97,7 @@ def curve() -> Spec:
 
 
 def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
-    """A value for each chunk of channels of each site. Rows: site, index, side, chunk, value."""
+    """Chart a value for each chunk of channels of each site. Rows: site, index, side, chunk, value."""
     scale = _log() | {"scheme": "viridis"} if is_logarithmic else {"scheme": "viridis", "domain": [0, 8], "clamp": True}
     shown = {"format": ".0e"} if is_logarithmic else {}
     return _spec(
@@ -107,7 +107,7 @@ def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
             "x": {
                 "field": "chunk",
                 "type": "ordinal",
-                "title": "chunk of 8 channels, dearest first",
+                "title": "chunk of 8 channels, by decreasing loss",
                 "axis": {"labelOverlap": True, "labelAngle": 0},
             },
             "y": _site_axis(),
@@ -118,7 +118,7 @@ def heat(rows: str, title: str, is_logarithmic: bool) -> Spec:
 
 
 def spectrum() -> Spec:
-    """One side of one site: what dropping a channel costs, coloured by the bits it got. Rows: channel, nats, bits."""
+    """Chart one side of one site: the loss of dropping a channel, coloured by its bits. Rows: channel, nats, bits."""
     return _spec(
         "spectrum",
         mark={"type": "bar", "tooltip": True},
@@ -126,7 +126,7 @@ def spectrum() -> Spec:
             "x": {
                 "field": "channel",
                 "type": "ordinal",
-                "title": "channel, dearest first",
+                "title": "channel, by decreasing loss",
                 "axis": {"labelOverlap": True, "labelAngle": 0},
             },
             "y": _quantity("exponent", "nats per token, 10^", axis={"tickCount": 5}, scale={"zero": False}),
@@ -144,9 +144,9 @@ def spectrum() -> Spec:
 
 
 def roofline() -> Spec:
-    """A device's roof and where attention stands under it. Rows: `roof` (intensity, tflops); `points` (and cache)."""
+    """Chart a device's roofline and attention below it. Rows: `roof` (intensity, tflops); `points` (and cache)."""
     x = _quantity("intensity", "operations per byte", scale=_log(), axis=_ticks("~g"))
-    y = _quantity("tflops", "TFLOP/s that can be reached", scale=_log(), axis=_ticks("~g"))
+    y = _quantity("tflops", "attainable TFLOP/s", scale=_log(), axis=_ticks("~g"))
     tips = _tips(cache="cache", intensity="operations per byte", tflops="TFLOP/s", seconds="seconds", bound="bound by")
     colour = {"field": "cache", "type": "nominal", "title": None, "scale": _CACHES, "legend": {"orient": "top"}}
     return {
@@ -169,7 +169,7 @@ def _tips(**fields: str) -> list[Spec]:
 
 
 def all_charts() -> dict[str, Spec]:
-    """Every chart by its name in a page."""
+    """Return every chart by its name in a page."""
     return {
         "size": size(),
         "sensitivity": sensitivity(),
@@ -182,6 +182,6 @@ def all_charts() -> dict[str, Spec]:
 
 
 def standalone(spec: Spec, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int = 560) -> Spec:
-    """A chart that needs no page: with its data, a width, and a white ground."""
+    """Return a chart that needs no page: with its data, a width, and a white background."""
     form = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "background": "white"}
     return form | spec | {"width": width, "datasets": {name: list(rows) for name, rows in data.items()}}

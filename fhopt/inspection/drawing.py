@@ -1,10 +1,10 @@
-"""One attention as a picture: as it is, and as a plan makes it. `fhopt.draw(site)` shows it in a notebook.
+"""Drawings of one attention site: exact, and with a plan. `fhopt.draw(site)` shows them in a notebook.
 
-    as it is     x -> projections -> rotation -> cache of keys and values -> attention -> output projection
-    by a plan    x -> projections -> rotation -> encode -> cache of latents -> latent attention -> decode -> output
+    exact        x -> projections -> rotation -> cache of keys and values -> attention -> output projection
+    with a plan  x -> projections -> rotation -> encode -> cache of latents -> latent attention -> decode -> output
                                   query -> absorb ->
 
-Every arrow carries a shape. Graphviz places what is drawn; its engine comes inside the package pygraphviz.
+Every arrow has a shape as its label. Graphviz lays the drawing out; the package pygraphviz contains it.
 
 Letters: B batch, H query heads, G kv heads, S new queries, T cached tokens, D head size, J latent heads, R width.
 """
@@ -42,7 +42,7 @@ _EDGE = dict(fontname=FONT, fontsize="10", arrowsize="0.6", color="#71717a", fon
 
 @dataclass(frozen=True)
 class Diagram:
-    """What is to be drawn: nodes (id -> role, lines of text) and arrows (from, to, text on it)."""
+    """A diagram to be drawn: nodes (id -> role, lines of text) and arrows (from, to, label)."""
 
     nodes: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     edges: list[tuple[str, str, str]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Diagram:
 
     @property
     def svg(self) -> str:
-        """The picture, laid out. Raises FhoptError where pygraphviz is not installed."""
+        """The diagram as SVG. Raises FhoptError where pygraphviz is not installed."""
         return clean_svg(self._agraph().draw(format="svg", prog="dot").decode())
 
     def _agraph(self) -> Any:
@@ -83,14 +83,14 @@ class Drawing:
 
     @property
     def svg(self) -> str:
-        """What the plan makes of it; without a plan, the site as it is."""
+        """The site with the plan; without a plan, the exact site."""
         return self.after or self.before
 
     def save(self, path: str | Path) -> Path:
         """Write the SVG. Raises FhoptError."""
         path = Path(path)
         if path.suffix.lower() != ".svg":
-            raise FhoptError(f"{path} is no SVG file; expected a name that ends in .svg.")
+            raise FhoptError(f"{path} is not an SVG file; expected a name that ends in .svg.")
         try:
             with appearing(path) as staging:
                 staging.write_text(self.svg, encoding="utf-8")
@@ -99,13 +99,13 @@ class Drawing:
         return path
 
     def _repr_html_(self) -> str:
-        parts = [("as it is", self.before)] + ([("by the plan", self.after)] if self.after else [])
+        parts = [("exact", self.before)] + ([("with the plan", self.after)] if self.after else [])
         shown = "".join(f"<figure><figcaption>{title}</figcaption>{svg}</figure>" for title, svg in parts)
         return f"<b>{html.escape(self.name)}</b>{shown}"
 
 
 def draw(site: AttentionSite | SitePlan, plan: LatentPlan | None = None) -> Drawing:
-    """The drawing of a site, or of the plan of one. Raises FhoptError where `plan` has no such site."""
+    """Draw a site, or the plan of one. Raises FhoptError where `plan` has no such site."""
     if isinstance(site, AttentionSite) and plan is not None:
         site = plan.site(site.name)
     if isinstance(site, SitePlan):
@@ -117,9 +117,9 @@ def draw(site: AttentionSite | SitePlan, plan: LatentPlan | None = None) -> Draw
 
 
 def before(site: AttentionSite) -> Diagram:
-    """The site with exact keys and values."""
+    """Draw the site with exact keys and values."""
     drawn = _projected(site)
-    drawn.node("cache", "cache", "keys and values", f"{2 * site.exact_numbers_per_token:,} bytes/token in 16 bits")
+    drawn.node("cache", "cache", "KV cache", f"{2 * site.exact_numbers_per_token:,} bytes/token in 16 bits")
     drawn.edge(_last(drawn, "k"), "cache", f"k [B, {site.kv_heads}, S, {site.key_dim}]")
     drawn.edge("v", "cache", f"v [B, {site.kv_heads}, S, {site.value_dim}]")
     drawn.node("core", "attention", "attention", *_core_facts(site))
@@ -130,7 +130,7 @@ def before(site: AttentionSite) -> Diagram:
 
 
 def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
-    """The site as its plan makes it."""
+    """Draw the site as its plan changes it."""
     site, drawn = site_plan.site, _projected(site_plan.site)
     drawn.node("ek", "latent", "encode keys", _matrix(site_plan.key.encode))
     drawn.edge(_last(drawn, "k"), "ek", f"k [B, {site.kv_heads}, S, {site.key_dim}]")
@@ -138,7 +138,9 @@ def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
     if not site_plan.is_shared:
         drawn.node("ev", "latent", "encode values", _matrix(site_plan.value.encode))
     drawn.edge("v", value_encoder, f"v [B, {site.kv_heads}, S, {site.value_dim}]")
-    drawn.node("cache", "cache", f"latents ({site_plan.layout})", *_stored(site_plan), *_window(site_plan, plan))
+    drawn.node(
+        "cache", "cache", f"KV cache of latents ({site_plan.layout})", *_stored(site_plan), *_window(site_plan, plan)
+    )
     drawn.edge("ek", "cache", f"z_K [B, {site_plan.key.groups}, S, {site_plan.key.width}]")
     if not site_plan.is_shared:
         drawn.edge("ev", "cache", f"z_V [B, {site_plan.value.groups}, S, {site_plan.value.width}]")
@@ -156,7 +158,7 @@ def after(site_plan: SitePlan, plan: LatentPlan | None = None) -> Diagram:
 
 
 def _projected(site: AttentionSite) -> Diagram:
-    """Input, projections and what stands between these and the core."""
+    """Draw input, projections, and what lies between projections and core attention."""
     drawn = Diagram()
     is_cross = site.kind == "cross"
     drawn.node("x", "io", "hidden states")
@@ -188,7 +190,7 @@ def _output(drawn: Diagram, site: AttentionSite, source: str) -> None:
 
 
 def _projection(site: AttentionSite, role: str) -> str:
-    """The module that projects, by the last part of its path."""
+    """Return the last part of the path of the module that projects."""
     names = site.projections.get(role, ())
     modules = dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] or name for name in names)
     return " + ".join(modules) or role
@@ -196,7 +198,11 @@ def _projection(site: AttentionSite, role: str) -> str:
 
 def _core_facts(site: AttentionSite) -> list[str]:
     window = f" of {site.window}" if site.window else ""
-    facts = [f"{site.heads} heads read {site.kv_heads}", f"scale {site.scale:.4g}", f"mask: {site.mask}{window}"]
+    facts = [
+        f"{site.heads} query heads, {site.kv_heads} kv heads",
+        f"scale {site.scale:.4g}",
+        f"mask: {site.mask}{window}",
+    ]
     facts += [f"softcap {site.softcap:g}"] if site.softcap else []
     return facts + (["attention sinks"] if site.sinks else [])
 
@@ -210,9 +216,9 @@ def _window(site: SitePlan, plan: LatentPlan | None) -> list[str]:
     if plan is None:
         return []
     sinks, recent = site.site.exact_tokens(plan.sinks, plan.recent)
-    kept = [f"first {sinks} exact, newest {recent} in {plan.window_bits} bits"] if recent else []
+    kept = [f"{sinks} attention sinks; residual window of {recent} in {plan.window_bits} bits"] if recent else []
     share = plan.page_share(site)
-    read = f"{plan.page_read(site):.0%} of the pages are read, at most {share:.0%}"
+    read = f"reads {plan.page_read(site):.0%} of the pages, at most {share:.0%}"
     return kept + ([read] if share < 1 else [])
 
 
@@ -228,12 +234,12 @@ def _dims(key: int, value: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Graphviz shows as it is: it reads entities and backslashes in labels, and HTML between < and >."""
+    """Escape a text for Graphviz, which reads entities and backslashes in labels, and HTML between < and >."""
     return html.escape(text, quote=False).replace("\\", "\\\\")
 
 
 def clean_svg(svg: str) -> str:
-    """The SVG element alone, sized by its box, without ids, which would collide in a page of many."""
+    """Return the SVG element alone, sized by its box, without ids, which would collide on a page of many drawings."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<title>[^<]*</title>\n?", "", svg)  # ids of nodes, which browsers would show as tooltips

@@ -1,4 +1,4 @@
-"""Every fact of a model's attention that is shown anywhere, as one object with a JSON form.
+"""Facts of a model's attention, as one object with a JSON form, from which tables and pages are made.
 
     inspect(loaded, outcome, plan)  ->  Inspection      what `fhopt inspect` shows, its --json, the numbers of a report
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 DEVICES = ("h100", "cpu")
-TOKENS = 8192  # cached tokens at which sizes and times are told
+TOKENS = 8192  # cached tokens for which sizes and times are shown
 DTYPES = {2: "bfloat16", 4: "float32"}
 
 
@@ -46,7 +46,7 @@ class Formulas:
 
 @dataclass(frozen=True)
 class PaysFrom:
-    """From how many cached tokens on a plan is faster than exact attention on a device, by roofline.
+    """The number of cached tokens from which on a plan is faster than exact attention on a device, by roofline.
 
     verdict: "from", "always" or "never"; tokens: where it is "from".
     """
@@ -63,7 +63,7 @@ class PaysFrom:
 
 @dataclass(frozen=True)
 class PlannedSide:
-    """Keys or values of a site under a plan: J latent heads of R channels, [bits, channels] of each tier."""
+    """Keys or values of a site under a plan: J latent heads of R channels, [bits, channels] of each bit group."""
 
     side: str
     latent_heads: int
@@ -76,10 +76,11 @@ class PlannedSide:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """What a plan does to a site. bytes: of a sealed token. expected_nats: per token; None where nobody measured.
+    """A site under a plan.
 
-    page_read: share of its pages that decode steps read on average, as far as calibration knows; page_share: at most;
-    1: all. Formulas and break-even contexts count all pages.
+    bytes: of a quantized token. expected_nats: expected loss per token, None where it was not measured. page_read:
+    share of the pages that a decode step reads on average, measured in calibration; page_share: at most; 1: all.
+    Formulas and break-even contexts count all pages.
     """
 
     layout: str
@@ -95,7 +96,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class InspectedSite:
-    """A site in words and numbers. exact_bytes: keys and values of a token, in 16 bits."""
+    """A site as text and numbers. exact_bytes: of keys and values of a token, in 16 bits."""
 
     site: AttentionSite
     rope: str
@@ -105,7 +106,7 @@ class InspectedSite:
     plan: PlannedSite | None
 
     def as_json(self) -> dict[str, Any]:
-        """The site's own fields, beside them what follows from them and from the plan."""
+        """Return the site's own fields, with what follows from them and from the plan."""
         words = {"rope_words": self.rope, "mask_words": self.mask, "exact_bytes": self.exact_bytes}
         planned = asdict(self.plan) if self.plan else None
         return asdict(self.site) | words | {"formulas": asdict(self.formulas), "plan": planned}
@@ -113,7 +114,7 @@ class InspectedSite:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """The plan as a whole. bytes_per_token: all counted, at `tokens` cached tokens; nats as the fit expects them."""
+    """The plan as a whole. bytes_per_token: everything included, at `tokens` cached tokens. nats: expected loss."""
 
     ratio: float
     bytes_per_token: float
@@ -126,12 +127,12 @@ class PlanFacts:
     digest: str
     formulas: Formulas
     curve: tuple[Size, ...]
-    provenance: Mapping[str, Any]  # without what is told elsewhere
+    provenance: Mapping[str, Any]  # without what other fields show
 
 
 @dataclass(frozen=True)
 class Missed:
-    """A candidate that was left alone. code: the line of the user's code, where tracing kept it."""
+    """A candidate that was not rewritten. code: the line of the user's code, "" where tracing did not keep it."""
 
     stage: str
     node: str
@@ -143,7 +144,7 @@ class Missed:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device's peaks, and where attention stands on it with each cache, behind `tokens` cached tokens."""
+    """A device's peak figures, and attention on it with each KV cache, with `tokens` cached tokens."""
 
     device: str
     bandwidth_gb_s: float
@@ -167,7 +168,7 @@ class RooflinePoint:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found out."""
+    """The facts that `inspect` collects."""
 
     model: str
     parameters: int
@@ -180,7 +181,7 @@ class Inspection:
     missed: tuple[Missed, ...]
 
     def site(self, name: str) -> InspectedSite:
-        """The site called `name`. Raises FhoptError when there is none."""
+        """Return the site called `name`. Raises FhoptError when there is none."""
         for site in self.sites:
             if site.site.name == name:
                 return site
@@ -190,7 +191,7 @@ class Inspection:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """One object for programs."""
+        """Return one object for programs."""
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -211,10 +212,10 @@ def inspect(
     loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
     tokens: int = TOKENS,
 ) -> Inspection:  # fmt: skip
-    """All facts of the sites of `outcome`, and of `plan` where there is one.
+    """Collect the facts of the sites of `outcome`, and of `plan` where there is one.
 
-    devices: those that break-even contexts and rooflines are told for. tokens: cached tokens of the latter. Raises
-    FhoptError for devices that are unknown and a plan of another model.
+    devices: for break-even contexts and rooflines. tokens: cached tokens of the rooflines. Raises FhoptError for an
+    unknown device and for a plan of another model.
     """
     weights = loaded.weights()
     if plan is not None:
@@ -227,7 +228,7 @@ def inspect_sites(
     model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
     tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
 ) -> Inspection:  # fmt: skip
-    """The same of sites without a graph. itemsize: bytes of an exact number."""
+    """Collect the facts of sites without a graph. itemsize: bytes of an exact number."""
     targets = [find_device(name) for name in devices]
     costs = {"exact": cost_model.model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan is not None:
@@ -247,7 +248,7 @@ def inspect_sites(
 
 
 class _Inspector:
-    """Facts of one site after the other; what sites of the same shapes share is worked out once."""
+    """Facts of site after site; what sites of equal shapes share is computed once."""
 
     def __init__(self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device], itemsize: int) -> None:
         self.plan, self.devices, self.itemsize = plan, devices, itemsize
@@ -293,8 +294,8 @@ class _Inspector:
 
 
 def _pays(exact: cost_model.Cost, latent: cost_model.Cost, device: hardware_devices.Device) -> PaysFrom:
-    found = cost_model.break_even(exact, latent, device)
-    return PaysFrom(device.name, found.verdict, found.tokens)
+    result = cost_model.break_even(exact, latent, device)
+    return PaysFrom(device.name, result.verdict, result.tokens)
 
 
 def _planned_sides(plan: SitePlan, seen: Sequence[SideEvidence] | None) -> tuple[PlannedSide, ...]:
@@ -310,13 +311,13 @@ def _planned_sides(plan: SitePlan, seen: Sequence[SideEvidence] | None) -> tuple
     )  # fmt: skip
 
 
-def _formulas(found: cost_model.Cost) -> Formulas:
-    return Formulas(cost_model.pretty(found.bytes), cost_model.pretty(found.operations))
+def _formulas(cost: cost_model.Cost) -> Formulas:
+    return Formulas(cost_model.pretty(cost.bytes), cost_model.pretty(cost.operations))
 
 
 def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, tokens: int) -> PlanFacts:
     seen: Evidence | None = evidence_of(plan)
-    told = {name: value for name, value in plan.provenance.items() if name not in (KEY, "weights")}
+    provenance = {name: value for name, value in plan.provenance.items() if name not in (KEY, "weights")}
     return PlanFacts(
         ratio=plan.ratio(tokens),
         bytes_per_token=plan.cache_bytes(tokens) / tokens,
@@ -329,7 +330,7 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, tokens: int) -> Plan
         digest=plan.digest(),
         formulas=_formulas(planned),
         curve=seen.curve if seen else (),
-        provenance=told,
+        provenance=provenance,
     )
 
 
@@ -353,7 +354,7 @@ def _missed(outcome: Outcome) -> list[Missed]:
 
 
 def _code(node: Any, missed: Explanation) -> str:
-    """The text of the line that `missed.source` names, from the node's stack trace."""
+    """Return the text of the line that `missed.source` names, from the node's stack trace."""
     trace = (node.meta.get("stack_trace") or "") if node is not None else ""
     frames = re.findall(r'File "[^"]+", line (\d+)[^\n]*\n([^\n]*)', trace)
     return next((text.strip() for line, text in reversed(frames) if missed.source.endswith(f":{line}")), "")
@@ -361,7 +362,7 @@ def _code(node: Any, missed: Explanation) -> str:
 
 @functools.cache
 def common_form(names: tuple[str, ...]) -> tuple[str, str]:
-    """(start, end) that all names share, cut at dots, so that what differs stands between; ("", "") for one name."""
+    """Return the (start, end) that all names share, cut at dots; ("", "") for one name."""
     if len(names) < 2:
         return "", ""
     split = [name.split(".") for name in names]
@@ -372,7 +373,7 @@ def common_form(names: tuple[str, ...]) -> tuple[str, str]:
 
 
 def short_name(name: str, form: tuple[str, str]) -> str:
-    """What stands between the start and end of `common_form`."""
+    """Return the part of a name between the start and the end of `common_form`."""
     start, end = form
     cut = name[len(start) + 1 :] if start else name
     return cut[: len(cut) - len(end) - 1] if end else cut

@@ -1,4 +1,4 @@
-"""Writing graphs of sites to files: dot, svg, graphml, json."""
+"""Files of graphs: dot, svg, graphml, json, and .fhopt for Model Explorer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ def check_graph(path: Path) -> None:
     check_format(path, (*FORMATS, ENDING))
 
 
-def write_graphs(seen: Snapshots, path: Path, found: Inspection, stage: str, site: str | None = None) -> list[Path]:
+def write_graphs(
+    seen: Snapshots, path: Path, inspection: Inspection, stage: str, site: str | None = None
+) -> list[Path]:
     """Write the graph after a pass to `path`, or with the stage "all" one file for each: `path` with its name in it.
 
     A file for Model Explorer holds all stages. site: cut this one out. Raises FhoptError.
     """
     if path.suffix.lower() == ENDING:
-        return write_explorer([seen.after(name, site) for name in seen.stages], path, found)
-    title, sites = found.model, [s.site.name for s in found.sites]
+        return write_explorer([seen.after(name, site) for name in seen.stages], path, inspection)
+    title, sites = inspection.model, [s.site.name for s in inspection.sites]
     stages = seen.stages if stage == ALL else (stage,)
     written = []
     for number, name in enumerate(stages):
@@ -30,5 +32,5 @@ def write_graphs(seen: Snapshots, path: Path, found: Inspection, stage: str, sit
         graph = with_sites(snapshot.network, [site] if site else sites)
         target = path.with_name(f"{path.stem}.{number:02d}-{name}{path.suffix}") if stage == ALL else path
         shown = site_graph(graph, site) if site else graph
-        written.append(write_graph(shown, target, f"{title}, {f'after {name}' if name != 'input' else 'as it came'}"))
+        written.append(write_graph(shown, target, f"{title}, {f'after {name}' if name != 'input' else 'as captured'}"))
     return written

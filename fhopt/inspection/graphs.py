@@ -1,9 +1,9 @@
-"""Graphs as files: what a model computes, as a whole or one site of it, before and after each pass.
+"""Graphs as files: the computation of a model, or of one site, before and after each pass.
 
     .json     node-link form of networkx        .graphml    for yEd, Gephi, Cytoscape
     .dot      Graphviz                          .svg        laid out by Graphviz
 
-Nodes carry op, role, shape, dtype, module and site; edges carry the shape of what flows.
+Nodes have op, role, shape, dtype, module and site; edges have the shape of the tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PROJECTIONS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "c
 
 
 def network(program: Program) -> nx.DiGraph:
-    """The graph of a program. Node attributes: op, role, shape, dtype, module, source, and `order` in the program."""
+    """Build the graph of a program. Node attributes: op, role, shape, dtype, module, source, order (in the program)."""
     graph: nx.DiGraph = nx.DiGraph()
     for order, node in enumerate(program.graph.nodes):
         value = fake(node)
@@ -52,7 +52,7 @@ def network(program: Program) -> nx.DiGraph:
 
 
 def _role(node: fx.Node, program: Program) -> str:
-    """A key of drawing.COLOURS."""
+    """Return the role of a node, a key of drawing.COLOURS."""
     if program.is_parameter(node) or node.name in program.buffers:
         return "weight"
     if node.op in ("placeholder", "output"):
@@ -66,7 +66,7 @@ def _role(node: fx.Node, program: Program) -> str:
 
 
 def with_sites(graph: nx.DiGraph, names: Iterable[str]) -> nx.DiGraph:
-    """A copy in which every node that belongs to one of the sites has it as its attribute `site`, others ""."""
+    """Copy a graph with an attribute `site` on each node: the name of the site that it belongs to, or ""."""
     graph = graph.copy()
     nx.set_node_attributes(graph, "", "site")
     for name in names:
@@ -76,7 +76,7 @@ def with_sites(graph: nx.DiGraph, names: Iterable[str]) -> nx.DiGraph:
 
 
 def site_nodes(graph: nx.DiGraph, name: str) -> set[str]:
-    """Nodes of one site: those traced in its module, and what passes put between them."""
+    """Return the nodes of one site: those traced in its module, and those that passes put between them."""
     path = name.partition("#")[0]
     seeds = {n for n, module in graph.nodes(data="module") if module == path or module.startswith(f"{path}.")}
     if not seeds:
@@ -90,18 +90,20 @@ def site_nodes(graph: nx.DiGraph, name: str) -> set[str]:
 
 
 def site_graph(graph: nx.DiGraph, name: str) -> nx.DiGraph:
-    """One site with what flows into it and out of it. Raises FhoptError where nothing of it is in the graph."""
+    """Return one site with its inputs and outputs. Raises FhoptError where no node of it is in the graph."""
     inside = site_nodes(graph, name)
     if not inside:
-        raise FhoptError(f"nothing in this graph was traced in {name!r}; its site cannot be cut out. Leave out --site.")
+        raise FhoptError(
+            f"no node of this graph was traced in {name!r}; its site cannot be selected. Leave out --site."
+        )
     around = {m for n in inside for m in (*graph.predecessors(n), *graph.successors(n))}
     return graph.subgraph(inside | around).copy()
 
 
 def check_format(path: Path, formats: Sequence[str] = FORMATS) -> None:
-    """Raise FhoptError for a file that is none of `formats`."""
+    """Raise FhoptError for a file whose format is not in `formats`."""
     if path.suffix.lower() not in formats or path.is_dir():
-        raise FhoptError(f"{path} is no graph file; expected a name that ends in {', '.join(formats)}.")
+        raise FhoptError(f"{path} is not a graph file; expected a name that ends in {', '.join(formats)}.")
 
 
 def write_graph(graph: nx.DiGraph, path: Path, title: str) -> Path:
@@ -123,7 +125,7 @@ def write_graph(graph: nx.DiGraph, path: Path, title: str) -> Path:
 
 
 def node_link(graph: nx.DiGraph) -> dict[str, Any]:
-    """The graph in the node-link form of networkx."""
+    """Return the graph in the node-link form of networkx."""
     form: dict[str, Any] = nx.node_link_data(graph, edges="edges")
     return form
 
@@ -139,7 +141,7 @@ def _drawn(graph: nx.DiGraph, title: str, kind: str) -> str:
 
 
 def agraph_of(graph: nx.DiGraph, title: str) -> Any:
-    """The graph as Graphviz takes it, sites as boxes around their nodes."""
+    """Build the graph for Graphviz, with sites as boxes around their nodes."""
     agraph = need("pygraphviz", "a drawing").AGraph(
         directed=True, label=plain(title), labelloc="t", fontname=FONT, nodesep="0.2", ranksep="0.3"
     )

@@ -1,10 +1,10 @@
-"""One self-contained page of everything: it opens from a disk, without a network, and can be mailed.
+"""The report of a model and its plan: one HTML file that loads nothing else, and opens without a network.
 
     build(loaded, outcome, plan, ...)  ->  Report        facts, drawings, kernels, changes by passes
     write(report, path)                                   the page
 
-The facts stand in the page as JSON, and what the page shows is made of them. What is long and seldom looked at
-(drawings, kernels, changes of graphs) is compressed, and unfolded by the browser when somebody looks.
+The page contains the facts as JSON and shows values from it. Drawings, kernels and changes of graphs are compressed;
+the browser decompresses them when they are opened.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows.
+    """The contents of a report.
 
     drawings: SVG, each once. drawn: (before, after) of each site as places in `drawings`, -1 where there is none.
-    measured: figures that somebody measured, such as those of `fhopt demo`; empty where nobody did.
+    measured: measured figures, such as those of `fhopt demo`; empty without a measurement.
     """
 
     inspection: Inspection
@@ -58,7 +58,7 @@ class Report:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Every number that the page shows. The texts of drawings, kernels and changes are not in it."""
+        """Return every number that the page shows, without the texts of drawings, kernels and changes."""
         stages = [asdict(stage) | {"changes": [change.times for change in stage.changes]} for stage in self.stages]
         kernels = [
             {"file": k.file, "language": k.language, "lines": k.lines, "sites": k.sites} for k in self.listings.files
@@ -70,18 +70,24 @@ class Report:
 def build(
     loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = DEVICES, tokens: int = TOKENS
 ) -> Report:
-    """Everything about a model and its plan. Raises FhoptError when there is no attention or the plan is another's."""
+    """Collect the report of a model and its plan.
+
+    Raises FhoptError when there is no attention or the plan is for another model.
+    """
     snapshots = Snapshots()
     with snapshots.taking():
-        found = find_sites(loaded)
-        facts = inspect(loaded, found, plan, devices, tokens)
+        result = find_sites(loaded)
+        facts = inspect(loaded, result, plan, devices, tokens)
         if plan is not None:
-            pipeline.optimize(found, plan)
+            pipeline.optimize(result, plan)
     return assemble(facts, plan, tuple(snapshots.changes()))
 
 
 def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChanges, ...] = ()) -> Report:
-    """A report from facts, with drawings and kernels. Raises FhoptError where the extra `view` is not installed."""
+    """Make a report from facts, with drawings and kernels.
+
+    Raises FhoptError where the extra `view` is not installed.
+    """
     drawings, drawn = _drawings([site.site for site in facts.sites], plan)
     listings = list_kernels(plan) if plan is not None else Listings()
     return Report(facts, drawings, drawn, listings, stages)
@@ -90,7 +96,7 @@ def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChan
 def _drawings(
     sites: Sequence[AttentionSite], plan: LatentPlan | None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Drawings and their places; sites that look alike share one."""
+    """Return the drawings and their places; equal drawings are shared."""
     planned = {p.site.name: p for p in plan.sites} if plan else {}
     places: dict[str, int] = {}
     known: dict[str, int] = {}
@@ -118,7 +124,7 @@ def check_installed() -> None:
 
 
 def page(report: Report) -> str:
-    """The HTML. Raises FhoptError where the extra `view` is not installed."""
+    """Render the HTML page. Raises FhoptError where the extra `view` is not installed."""
     facts = json.loads(json.dumps(report.as_json()))  # as a reader of the JSON has it
     form = common_form(tuple(site["name"] for site in facts["sites"]))
     shorts = [short_name(site["name"], form) for site in facts["sites"]]
@@ -126,14 +132,14 @@ def page(report: Report) -> str:
         number=lambda path, form: _number(facts, path, form), report=facts,
         form=form, shorts=shorts, languages=LANGUAGES, policy=POLICY, notice=_file("NOTICE.txt"),
         data=for_script(facts | {"shorts": shorts, "drawn": report.drawn, "charts": charts.all_charts()}),
-        folded=fold(_seldom(report)), vega=vega(), style=_file("report.css") + _highlighting(),
+        folded=fold(_compressed_parts(report)), vega=vega(), style=_file("report.css") + _highlighting(),
         script=_file("report.js"),
     )  # fmt: skip
     return text
 
 
 def template(name: str) -> Any:
-    """A template of this package; what is put into it is escaped. Raises FhoptError where jinja2 is not installed."""
+    """Load a template of this package, which escapes its values. Raises FhoptError where jinja2 is not installed."""
     jinja2 = need("jinja2", "a page")
     loader = jinja2.PackageLoader("fhopt.inspection")
     undefined = jinja2.StrictUndefined
@@ -154,8 +160,8 @@ def write(report: Report, path: Path) -> Path:
     return path
 
 
-def _seldom(report: Report) -> dict[str, Any]:
-    """What is unfolded when somebody looks."""
+def _compressed_parts(report: Report) -> dict[str, Any]:
+    """Return what the page decompresses when a reader opens it."""
     return {
         "drawings": report.drawings,
         "pieces": report.listings.pieces,
@@ -165,20 +171,20 @@ def _seldom(report: Report) -> dict[str, Any]:
 
 
 def for_script(value: Any) -> str:
-    """JSON that may stand in a script element, whatever strings are in it."""
+    """Write JSON for a script element, with characters of HTML escaped."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def fold(value: Any) -> str:
-    """JSON, deflated, in base64; `unfold` of report.js reads it."""
+    """Write JSON, deflated, in base64; `unfold` of report.js reads it."""
     squeezed = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = squeezed.compress(json.dumps(value, separators=(",", ":")).encode()) + squeezed.flush()
     return base64.b64encode(data).decode()
 
 
 def vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, made once by vl-convert and kept in the folder of kernels."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, made once by vl-convert and stored in the kernel folder."""
     converter = need("vl_convert", "a report")
     versions = (
         f"{converter.get_vega_version()} {converter.get_vegalite_versions()} {converter.get_vega_embed_version()}"
@@ -204,12 +210,12 @@ def _highlighting() -> str:
 
 
 def _fixed(value: float, digits: int) -> str:
-    """So many digits behind the point, halves away from zero as JavaScript rounds them, thousands set apart."""
+    """Format a number with `digits` decimals, halves away from zero as in JavaScript, thousands grouped."""
     return f"{Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):,f}"
 
 
 def _three_digits(value: float) -> str:
-    """Three digits in all, of small numbers as 1.2e-05."""
+    """Format a number with three digits, small numbers as 1.2e-05."""
     return f"{float(Context(prec=3, rounding=ROUND_HALF_UP).create_decimal(Decimal(value))):.3g}"
 
 
@@ -223,14 +229,14 @@ FORMS: dict[str, Callable[[Any], str]] = {
 
 
 def at(facts: Any, path: str) -> Any:
-    """What stands in the JSON at a path such as `sites.3.plan.bytes`."""
+    """Return the value in the JSON at a path such as `sites.3.plan.bytes`."""
     for key in path.split("."):
         facts = facts[int(key)] if isinstance(facts, list) else facts[key]
     return facts
 
 
 def _number(facts: Any, path: str, form: str) -> Any:
-    """A number of the JSON as the page shows it, marked with where it stands there."""
+    """Return a number of the JSON as the page shows it, marked with its path."""
     markup = need("markupsafe", "a report").Markup
     return markup('<span data-path="{}" data-form="{}">{}</span>').format(path, form, FORMS[form](at(facts, path)))
 

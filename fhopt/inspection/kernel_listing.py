@@ -1,6 +1,6 @@
 """The generated kernels of a plan as highlighted text, by Pygments.
 
-Kernels of one model differ in a few lines. Texts are cut where no comment or string can go on, equal pieces are
+Kernels of one model differ in a few lines. Texts are cut outside of comments and strings, equal pieces are
 highlighted once, and a listing is a list of pieces.
 """
 
@@ -45,17 +45,17 @@ class Listings:
     pieces: list[str] = field(default_factory=list)
 
     def html(self, listing: Listing) -> str:
-        """The highlighted text of one file, to stand in a `pre`."""
+        """Return the highlighted text of one file, for a `pre` element."""
         return "\n\n".join(self.pieces[i] for i in listing.pieces)
 
 
 def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[str] = ("cpp", "triton")) -> Listings:
-    """The kernels of a plan for each target; none where the plan keeps no latents."""
-    found, known = Listings(), dict[tuple[str, str], int]()
+    """List the kernels of a plan for each target; none where the plan keeps no latents."""
+    result, known = Listings(), dict[tuple[str, str], int]()
     try:
         kernels = kernels_of(plan, dtype)
     except FhoptError:  # nothing but sliding windows
-        return found
+        return result
     by_spec: dict[str, tuple[KernelSpec, list[str]]] = {}
     for (spec, *_), sites in kernels.items():
         by_spec.setdefault(spec.name, (spec, []))[1].extend(site.site.name for site in sites)
@@ -63,34 +63,34 @@ def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[st
         lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
         for name, (spec, names) in by_spec.items():
             text = render(spec, target)
-            pieces = tuple(_piece(found, known, target, lexer, piece) for piece in _pieces(text, target))
+            pieces = tuple(_piece(result, known, target, lexer, piece) for piece in _pieces(text, target))
             lines = text.count("\n")
-            found.files.append(Listing(name + _ENDINGS[target], target, tuple(names), lines, pieces))
-    return found
+            result.files.append(Listing(name + _ENDINGS[target], target, tuple(names), lines, pieces))
+    return result
 
 
-def _piece(found: Listings, known: dict[tuple[str, str], int], target: str, lexer: Lexer, text: str) -> int:
+def _piece(listings: Listings, known: dict[tuple[str, str], int], target: str, lexer: Lexer, text: str) -> int:
     key = (target, text)
     if key not in known:
-        known[key] = len(found.pieces)
-        found.pieces.append(highlight(text, lexer, HtmlFormatter(nowrap=True)).rstrip("\n"))
+        known[key] = len(listings.pieces)
+        listings.pieces.append(highlight(text, lexer, HtmlFormatter(nowrap=True)).rstrip("\n"))
     return known[key]
 
 
 def _pieces(text: str, target: str) -> Iterator[str]:
-    """The text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
+    """Yield the text cut at empty lines; a string in triple quotes, or a comment of C, stays whole."""
     opened, closed = ("/*", "*/") if target == "cpp" else ('"""', "")
-    held = ""
+    piece = ""
     for part in re.split(r"\n\n", text):
-        held = f"{held}\n\n{part}" if held else part
-        is_whole = held.count(opened) == held.count(closed) if closed else held.count(opened) % 2 == 0
+        piece = f"{piece}\n\n{part}" if piece else part
+        is_whole = piece.count(opened) == piece.count(closed) if closed else piece.count(opened) % 2 == 0
         if is_whole:
-            yield held
-            held = ""
-    if held:
-        yield held
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
 
 
 def style_sheet(selector: str, style: str) -> str:
-    """Pygments' own colours as CSS below a selector."""
+    """Return Pygments' colours as CSS below a selector."""
     return str(HtmlFormatter(style=style).get_style_defs(selector))

@@ -1,11 +1,10 @@
-"""For Google's Model Explorer: the graphs of all passes in one file, sites as groups, and what each site costs.
+"""Files for Google's Model Explorer: the graphs of all passes, with sites as groups, and figures of each site.
 
     fhopt inspect MODEL --plan PLAN --graph model.fhopt
-    model-explorer model.fhopt --extensions=fhopt.seeing.model_explorer_extension --node_data_paths=model.bytes.json
+    model-explorer model.fhopt --extensions=fhopt.inspection.model_explorer_extension --node_data_paths=model.bytes.json
 
-The file has one graph for each pass, to be put side by side. Beside it stand data of nodes, which colour the sites:
-bytes per token, mean bits of a channel, and expected loss. Writing needs nothing else; reading needs the extra
-`explorer`.
+The file has one graph for each pass, to be shown side by side. Data of nodes are written beside it, which colour the
+sites: bytes per token, mean bits of a channel, and expected loss. Only reading needs the extra `explorer`.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ FORM = 1  # version of the file
 _GRADIENT = [{"stop": 0, "bgColor": "#ccfbf1"}, {"stop": 1, "bgColor": "#f43f5e"}]
 
 
-def write_explorer(graphs: Iterable[Snapshot], path: Path, found: Inspection) -> list[Path]:
+def write_explorer(graphs: Iterable[Snapshot], path: Path, inspection: Inspection) -> list[Path]:
     """Write the file, and beside it bytes, bits and expected losses of sites. Raises FhoptError."""
-    names = [site.site.name for site in found.sites]
+    names = [site.site.name for site in inspection.sites]
     boxed = {f"{i:02d} {g.stage}": with_sites(g.network, names) for i, g in enumerate(graphs)}
-    about = {site.site.name: _about(site) for site in found.sites}
-    texts = {path: {"fhopt": FORM, "model": found.model, "sites": about, "graphs": _forms(boxed)}}
-    for kind, values in _values(found).items():
+    about = {site.site.name: _about(site) for site in inspection.sites}
+    texts = {path: {"fhopt": FORM, "model": inspection.model, "sites": about, "graphs": _forms(boxed)}}
+    for kind, values in _values(inspection).items():
         if values:
             texts[path.with_name(f"{path.stem}.{kind}.json")] = _data(kind, values, boxed)
     try:
@@ -54,51 +53,51 @@ def _forms(graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
     return {name: node_link(graph) for name, graph in graphs.items()}
 
 
-def _about(found: InspectedSite) -> dict[str, str]:
-    """What stands beside a group that is selected."""
-    site = found.site
+def _about(inspected: InspectedSite) -> dict[str, str]:
+    """Return the facts shown beside a group that is selected."""
+    site = inspected.site
     facts = {
         "kind": site.kind,
         "H / G / D": f"{site.heads} / {site.kv_heads} / {site.key_dim}",
-        "rotation": found.rope,
-        "mask": found.mask,
-        "bytes per token, exact": f"{found.exact_bytes:,}",
+        "rotation": inspected.rope,
+        "mask": inspected.mask,
+        "bytes per token, exact": f"{inspected.exact_bytes:,}",
     }
-    if found.plan is not None:
-        facts |= {"layout": found.plan.layout, "bytes per token": f"{found.plan.bytes:,}"}
-        facts |= {side.side: side.words for side in found.plan.sides}
+    if inspected.plan is not None:
+        facts |= {"layout": inspected.plan.layout, "bytes per token": f"{inspected.plan.bytes:,}"}
+        facts |= {side.side: side.words for side in inspected.plan.sides}
     return facts
 
 
-def _values(found: Inspection) -> dict[str, dict[str, float]]:
-    """Figures of each site, by kind."""
-    planned = {site.site.name: site.plan for site in found.sites if site.plan is not None}
+def _values(inspection: Inspection) -> dict[str, dict[str, float]]:
+    """Return the figures of each site, by kind."""
+    planned = {site.site.name: site.plan for site in inspection.sites if site.plan is not None}
     losses = {name: plan.expected_nats for name, plan in planned.items() if plan.expected_nats is not None}
-    sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in found.sites}
+    sizes = {site.site.name: float(site.plan.bytes if site.plan else site.exact_bytes) for site in inspection.sites}
     return {"bytes": sizes, "bits": {name: _mean_bits(plan.sides) for name, plan in planned.items()}, "nats": losses}
 
 
 def _mean_bits(sides: Iterable[Any]) -> float:
-    """Bits of a channel on average; uncoded channels have 16."""
+    """Return the mean number of bits of a channel; channels without bit groups have 16."""
     tiers = [pair for side in sides for pair in (side.tiers or ((16, side.width),))]
     return sum(bits * width for bits, width in tiers) / sum(width for _, width in tiers)
 
 
 def _data(kind: str, values: Mapping[str, float], graphs: Mapping[str, nx.DiGraph]) -> dict[str, Any]:
-    """Data of nodes: a site's figure stands at the last of its nodes that attends."""
-    found = {}
+    """Return data of nodes: a site's figure is at the last of its nodes that attends."""
+    collected = {}
     for graph_id, graph in graphs.items():
         attending = {about["site"]: node for node, about in graph.nodes(data=True) if about["role"] == "attention"}
         results = {attending[site]: {"value": value} for site, value in values.items() if site in attending}
-        found[graph_id] = {"name": kind, "results": results, "gradient": _GRADIENT}
-    return found
+        collected[graph_id] = {"name": kind, "results": results, "gradient": _GRADIENT}
+    return collected
 
 
 # --------------------------------------------------------------------------------------------------- reading
 
 
 def convert(path: Path) -> dict[str, Any]:
-    """The file as Model Explorer's graphs. Raises FhoptError where it is none of ours."""
+    """Convert a file to Model Explorer's graphs. Raises FhoptError where fhopt did not write it."""
     from model_explorer import graph_builder as build
 
     try:
@@ -106,7 +105,7 @@ def convert(path: Path) -> dict[str, Any]:
         graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FhoptError(
-            f"{path} is no {ENDING} file ({error}); expected one that fhopt inspect MODEL --graph NAME{ENDING} wrote."
+            f"{path} is not a {ENDING} file ({error}); expected one of fhopt inspect MODEL --graph NAME{ENDING}."
         ) from error
     return {"graphCollections": [build.GraphCollection(label=held["model"], graphs=graphs, graphSorting="name_asc")]}
 
@@ -132,5 +131,5 @@ def _node(build: Any, graph: nx.DiGraph, name: str, about: Mapping[str, Any]) ->
 
 
 def namespace(module: str) -> str:
-    """A module's path as Model Explorer nests groups."""
+    """Return a module's path as Model Explorer nests groups."""
     return module.partition("#")[0].replace("/", "_").replace(".", "/")

@@ -1,4 +1,4 @@
-"""What `model-explorer --extensions=fhopt.seeing.model_explorer_extension` imports: the adapter for .fhopt files.
+"""The adapter for .fhopt files: `model-explorer --extensions=fhopt.inspection.model_explorer_extension` imports it.
 
 Importing it needs the extra `explorer`: Model Explorer registers every class that derives from its Adapter.
 """
@@ -14,12 +14,12 @@ from fhopt.inspection.model_explorer import ENDING, convert
 
 
 class FhoptAdapter(Adapter):  # type: ignore[misc]
-    """Opens .fhopt files in Model Explorer."""
+    """The adapter that opens .fhopt files in Model Explorer."""
 
     metadata = AdapterMetadata(
         id="fhopt", name="fhopt", description="Graphs of fhopt after each pass", fileExts=[ENDING.lstrip(".")]
     )
 
     def convert(self, model_path: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """The graphs of a file, by Model Explorer's own data classes."""
+        """Convert a file to graphs of Model Explorer's own data classes."""
         return convert(Path(model_path))

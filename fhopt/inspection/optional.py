@@ -1,4 +1,4 @@
-"""Packages of the extra `view`, imported where they are needed, with the cure where they are not installed."""
+"""Imports of optional packages, with the way to install a missing one in the error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fhopt.errors import FhoptError
 
 
 def need(module: str, what: str, extra: str = "view") -> Any:
-    """The module called `module`. Raises FhoptError that says what needs it and how to install it."""
+    """Import a module. Raises FhoptError that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

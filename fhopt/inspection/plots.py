@@ -1,4 +1,4 @@
-"""Pictures of a plan, drawn by matplotlib: what the channels of each layer are worth, and what the plan gives them."""
+"""Plots of a plan, drawn by matplotlib: spectrum and bits of the channels of each layer, sensitivity, size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_picture(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
     if path.suffix.lower() not in FORMATS or path.is_dir():
-        raise FhoptError(f"{path} is no picture; expected a file that ends in {', '.join(FORMATS)}.")
+        raise FhoptError(f"{path} is not a picture; expected a file that ends in {', '.join(FORMATS)}.")
     check_writable(path.parent)
 
 
@@ -45,13 +45,13 @@ def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
     for column, side in enumerate(SIDES):
         _spectrum(figure, axes[0][column], measured, plan, column)
         _bits(figure, axes[1][column], plan, column)
-        axes[0][column].set_title(f"what dropping channels of {side} costs (nats per token)")
-        axes[1][column].set_title(f"bits of channels of {side}")
+        axes[0][column].set_title(f"spectrum of {side}: loss of dropping a channel (nats per token)")
+        axes[1][column].set_title(f"bits per channel of {side}")
     _sensitivity(axes[2][0], measured, plan)
     _size(axes[2][1], plan)
     figure.suptitle(
         f"{plan.provenance.get('model', 'plan')}: {plan.ratio():.2f}x, "
-        f"predicted loss {plan.provenance.get('predicted_nats', 0.0):.2g} nats per token"
+        f"expected loss {plan.provenance.get('predicted_nats', 0.0):.2g} nats per token"
     )
     try:
         with appearing(path) as staging:
@@ -62,7 +62,7 @@ def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
 
 
 def _grid(rows: list[list[float]]) -> Matrix:
-    """Rows of different length as one matrix, with gaps."""
+    """Return rows of different length as one matrix, with gaps."""
     width = max(map(len, rows))
     return np.array([row + [np.nan] * (width - len(row)) for row in rows])
 
@@ -80,7 +80,7 @@ def _spectrum(figure: Figure, axes: Axes, measured: Measured, plan: LatentPlan, 
         np.maximum(matrix, top * 1e-8), aspect="auto", norm=LogNorm(top * 1e-8, top), interpolation="nearest"
     )
     figure.colorbar(image, ax=axes)
-    axes.set(xlabel="channel, dearest first", ylabel="site")
+    axes.set(xlabel="channel, by decreasing loss", ylabel="site")
 
 
 def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
@@ -90,11 +90,11 @@ def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
     ]
     image = axes.imshow(_grid(rows), aspect="auto", interpolation="nearest", vmin=0, vmax=8, cmap="viridis")
     figure.colorbar(image, ax=axes)
-    axes.set(xlabel=f"chunk of {TIER_QUANTUM} channels (those with no bits are blank)", ylabel="site")
+    axes.set(xlabel=f"chunk of {TIER_QUANTUM} channels (blank: 0 bits)", ylabel="site")
 
 
 def _sensitivity(axes: Axes, measured: Measured, plan: LatentPlan) -> None:
-    """Per site: what keys and values cost with 2 bits in every channel, as measured on calibration tokens."""
+    """Plot for each site what keys and values lose with 2 bits in every channel, measured on calibration tokens."""
     position = np.arange(len(plan.sites))
     for column, side in enumerate(SIDES):
         heights = []
@@ -103,7 +103,12 @@ def _sensitivity(axes: Axes, measured: Measured, plan: LatentPlan) -> None:
             measured_cost = basis.costs[2] / int(basis.tokens) if int(basis.tokens) else DISTORTION[2] * basis.variance
             heights.append(float(0.5 * measured_cost.sum()))
         axes.bar(position + (column - 0.5) * 0.4, heights, 0.4, label=side)
-    axes.set(yscale="log", xlabel="site", ylabel="nats per token", title="sensitivity: 2 bits for every channel")
+    axes.set(
+        yscale="log",
+        xlabel="site",
+        ylabel="nats per token",
+        title="sensitivity: expected loss with 2 bits in every channel",
+    )
     axes.legend()
 
 
@@ -113,7 +118,7 @@ def _size(axes: Axes, plan: LatentPlan) -> None:
     for side, sizes in zip(SIDES, _sizes(plan), strict=True):
         axes.bar(position, sizes, bottom=bottom, label=side)
         bottom += sizes
-    axes.set(xlabel="site", ylabel="bytes per sealed token", title="what each site takes")
+    axes.set(xlabel="site", ylabel="bytes per quantized token", title="size of each site")
     axes.legend()
 
 

@@ -1,10 +1,10 @@
-"""How far a long run is, in a file that another process may read: `fhopt view` shows a `fhopt fit` by it.
+"""Progress of a long run, in a file that another process can read: `fhopt view` shows a running `fhopt fit` from it.
 
-    with ProgressFile(beside(plan)).kept() as tell:
-        tell("moments", 3, 12)
+    with ProgressFile(beside(plan)).kept() as report:
+        report("moments", 3, 12)
 
-The file stands beside the plan that is being made, `.NAME.progress.json`. It is written whole or not at all, is gone
-when the run is done, and stays to say why where it failed. Under torchrun the first process writes it.
+The file is beside the plan that is being made, `.NAME.progress.json`. It is written whole or not at all, is removed
+when the run is done, and stays, with the reason, where the run failed. Under torchrun the first process writes it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 from fhopt.files import appearing
 
 RUNNING, FAILED, STOPPED = "running", "failed", "stopped"
-Tell = Callable[[str, int, int], None]
+Report = Callable[[str, int, int], None]
 
 
 @dataclass
 class Stage:
-    """One part of a run: so many of `total` done after `seconds`; its first step ended after `first_seconds`."""
+    """One part of a run: `done` of `total` steps after `seconds`; its first step ended after `first_seconds`."""
 
     name: str
     total: int
@@ -37,14 +37,14 @@ class Stage:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace since the first step; None before there is one."""
+        """Remaining seconds at the pace since the first step; None before a second step."""
         steps = self.done - self.first_done
         return (self.seconds - self.first_seconds) / steps * (self.total - self.done) if steps > 0 else None
 
 
 @dataclass
 class Progress:
-    """What the file says. state: RUNNING, FAILED, or STOPPED where the process is gone."""
+    """The content of a progress file. state: RUNNING, FAILED, or STOPPED where the process has ended."""
 
     state: str
     process: int
@@ -53,18 +53,18 @@ class Progress:
     stages: list[Stage] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For the page."""
+        """Return one object for the page."""
         stages = [asdict(stage) | {"seconds_left": stage.seconds_left} for stage in self.stages]
         return asdict(self) | {"stages": stages, "seconds": time.time() - self.started}
 
 
 def beside(plan: Path) -> Path:
-    """Where the progress of making `plan` stands."""
+    """Return the progress file of making `plan`."""
     return plan.with_name(f".{plan.name}.progress.json")
 
 
 class ProgressFile:
-    """Writes the file. What cannot be written is let go: a run does not fail for want of an onlooker."""
+    """The writer of a progress file. A failure to write it is ignored, so that it does not end the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,16 +72,16 @@ class ProgressFile:
         self.since = time.monotonic()
 
     @contextmanager
-    def kept(self, also: Tell | None = None) -> Iterator[Tell]:
-        """A function that takes progress down, and tells it to `also`. What fails at once leaves nothing."""
+    def kept(self, also: Report | None = None) -> Iterator[Report]:
+        """Yield a function that records progress and passes it to `also`. What fails at once leaves no file."""
 
-        def tell(stage: str, done: int, total: int) -> None:
-            self.tell(stage, done, total)
+        def report(stage: str, done: int, total: int) -> None:
+            self.record(stage, done, total)
             if also is not None:
                 also(stage, done, total)
 
         try:
-            yield tell
+            yield report
         except BaseException as error:
             self.now.state, self.now.message = FAILED, " ".join(str(error).split()) or type(error).__name__
             if self.now.stages:
@@ -91,8 +91,8 @@ class ProgressFile:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
-    def tell(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` steps of a stage are done."""
+    def record(self, stage: str, done: int, total: int) -> None:
+        """Record that `done` of `total` steps of a stage are done."""
         now, stages = time.monotonic(), self.now.stages
         if not stages or stages[-1].name != stage:
             stages.append(Stage(stage, total, first_done=done))
@@ -112,11 +112,11 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """What a file says; None where there is none, or none that can be read."""
+    """Read a progress file; None where there is none, or none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        stages = [Stage(**stage) for stage in found.pop("stages")]
-        progress = Progress(**found, stages=stages)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stages = [Stage(**stage) for stage in content.pop("stages")]
+        progress = Progress(**content, stages=stages)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     if progress.state == RUNNING and not _is_alive(progress.process):
@@ -129,6 +129,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user, and there
+    except PermissionError:  # it runs as another user
         return True
     return True

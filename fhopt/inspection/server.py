@@ -1,7 +1,7 @@
-"""`fhopt view`: the report and the progress of a running fit, on this machine alone.
+"""`fhopt view`: the report and the progress of a running fit in a browser, on this machine only.
 
-It listens on 127.0.0.1 only. A page elsewhere cannot read it: requests whose Host is another name are refused (a name
-that is made to point here would carry its own), and no answer allows another origin.
+It listens on 127.0.0.1 only. Other sites cannot read it: requests with another Host are refused (which stops DNS
+rebinding), and no answer allows another origin.
 
     /             the report; while there is none, the progress
     /progress     the progress of the fit that makes the plan
@@ -38,7 +38,7 @@ Make = Callable[[bool], str]  # (is there a plan?) -> the page
 
 @dataclass
 class Viewer:
-    """What is served. make: builds the page, slowly. plan: its folder, which may come to be while this runs."""
+    """The state of the server. make: builds the page, slowly. plan: its folder, which may be written meanwhile."""
 
     make: Make
     plan: Path | None = None
@@ -48,7 +48,7 @@ class Viewer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def refresh(self) -> None:
-        """Make the page anew if the plan is another than it shows; not while a fit is running, nor twice at once."""
+        """Build the page again if the plan has changed; not while a fit is running, nor twice at once."""
         if not self.lock.acquire(blocking=False):
             return
         try:
@@ -59,19 +59,19 @@ class Viewer:
                 self.page, self.failure = self.make(written > 0.0), ""
             except FhoptError as error:
                 self.failure = str(error)
-            except Exception:  # shown on the page: nobody looks at the terminal
+            except Exception:  # shown on the page
                 self.failure = traceback.format_exc()
             self.made_for = written
         finally:
             self.lock.release()
 
     def is_fitting(self) -> bool:
-        """True while a fit writes its progress beside the plan."""
-        found = read_progress(beside(self.plan)) if self.plan is not None else None
-        return found is not None and found.state == RUNNING
+        """Return whether a fit writes its progress beside the plan."""
+        result = read_progress(beside(self.plan)) if self.plan is not None else None
+        return result is not None and result.state == RUNNING
 
     def written(self) -> float:
-        """When the plan was written, seconds since 1970; 0 where there is none."""
+        """Return when the plan was written, seconds since 1970; 0 where there is none."""
         if self.plan is None:
             return 0.0
         with contextlib.suppress(OSError):
@@ -79,8 +79,8 @@ class Viewer:
         return 0.0
 
     def state(self) -> dict[str, Any]:
-        """What /progress.json says."""
-        found = read_progress(beside(self.plan)) if self.plan is not None else None
+        """Return the content of /progress.json."""
+        result = read_progress(beside(self.plan)) if self.plan is not None else None
         is_stale = self.made_for != self.written()
         is_making = not self.failure and is_stale and (self.plan is None or self.written() > 0.0)
         return {
@@ -88,7 +88,7 @@ class Viewer:
             "ready": bool(self.page) and not is_stale,
             "making": is_making and not self.is_fitting(),
             "failure": self.failure,
-            "fit": found.as_json() if found else None,
+            "fit": result.as_json() if result else None,
         }
 
 
@@ -99,7 +99,7 @@ def check_installed() -> None:
 
 
 def application(viewer: Viewer) -> Any:
-    """The ASGI application. Raises FhoptError where starlette is not installed."""
+    """Make the ASGI application. Raises FhoptError where starlette is not installed."""
     need("starlette", "fhopt view")
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
@@ -131,12 +131,12 @@ def application(viewer: Viewer) -> Any:
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A socket on 127.0.0.1; port 0 takes any that is free. Raises FhoptError where it is taken."""
+    """Open a socket on 127.0.0.1; port 0 takes any free port. Raises FhoptError where the port is taken."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
-        listening.listen()  # from now on, who connects waits for the first answer
+        listening.listen()  # from now on connections wait for the first answer
     except OSError as error:
         listening.close()
         raise FhoptError(f"port {port} cannot be used: {error.strerror}. Give another --port, or none.") from error
@@ -144,7 +144,7 @@ def listen(port: int = 0) -> socket.socket:
 
 
 def serve(viewer: Viewer, listening: socket.socket) -> None:
-    """Answer until the process is told to end."""
+    """Serve until the process is interrupted."""
     uvicorn = need("uvicorn", "fhopt view")
     config = uvicorn.Config(application(viewer), log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

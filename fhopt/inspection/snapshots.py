@@ -3,8 +3,8 @@
 seen = Snapshots()
 with seen.taking():
     outcome = passes.find(program)
-seen.taken          the graphs, one a pass
-seen.changes()      what each pass took away and put in, alike changes of many layers told once
+seen.taken          the graphs, one for each pass
+seen.changes()      what each pass removed and added; equal changes of many layers once
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAME, _NUMBER = re.compile(r"%\w+"), re.compile(r"_?\d+")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One graph after one pass; "input" is the graph as it came. graph: which one of the model's, from 0."""
+    """One graph after one pass; "input" is the captured graph. graph: its number among the model's graphs, from 0."""
 
     graph: int
     stage: str
@@ -41,7 +41,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Change:
-    """Lines of a unified diff, and how often the same change occurs but for numbers in names."""
+    """Lines of a unified diff, and how often the same change occurs, apart from numbers in names."""
 
     lines: tuple[str, ...]
     times: int
@@ -49,7 +49,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StageChanges:
-    """What one pass did to one graph. nodes: before and after it."""
+    """The changes of one pass to one graph. nodes: their number before and after."""
 
     graph: int
     stage: str
@@ -62,14 +62,14 @@ class StageChanges:
 
 @dataclass
 class Snapshots:
-    """Graphs in the order in which passes made them. The graph of nodes is kept only where it is wanted."""
+    """Graphs in the order in which passes made them. keep_networks: keep the graph of nodes, too."""
 
     keep_networks: bool = False
     taken: list[Snapshot] = field(default_factory=list)
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Within, a snapshot is taken after every pass."""
+        """Take a snapshot after every pass within."""
         with passes_stages.watched(self._take):
             yield
 
@@ -86,16 +86,16 @@ class Snapshots:
         return tuple(dict.fromkeys(snapshot.stage for snapshot in self.taken))
 
     def after(self, stage: str, site: str | None = None) -> Snapshot:
-        """The graph after a pass; of several graphs that with the site, or the largest. Raises FhoptError."""
-        found = [snapshot for snapshot in self.taken if snapshot.stage == stage]
-        if not found:
+        """Return the graph after a pass; of several graphs that with the site, or the largest. Raises FhoptError."""
+        results = [snapshot for snapshot in self.taken if snapshot.stage == stage]
+        if not results:
             raise FhoptError(f"no pass called {stage!r} ran; expected all or one of {', '.join(self.stages)}.")
         if site is not None:
-            found = [snapshot for snapshot in found if site_nodes(snapshot.network, site)] or found
-        return max(found, key=lambda snapshot: len(snapshot.network))
+            results = [snapshot for snapshot in results if site_nodes(snapshot.network, site)] or results
+        return max(results, key=lambda snapshot: len(snapshot.network))
 
     def changes(self) -> list[StageChanges]:
-        """What each pass changed, in order."""
+        """Return what each pass changed, in order."""
         pairs = zip(self.taken, self.taken[1:], strict=False)
         return [_changes(before, after) for before, after in pairs if before.graph == after.graph]
 
@@ -119,12 +119,12 @@ def _changes(before: Snapshot, after: Snapshot) -> StageChanges:
 
 
 def _unnumbered(name: re.Match[str]) -> str:
-    """A node's name as its counterparts in other layers share it; shapes and constants keep their numbers."""
+    """Return a node's name without its number, as in other layers; shapes and constants keep their numbers."""
     return _NUMBER.sub("", name[0])
 
 
 def _hunks(old: list[str], new: list[str]) -> Iterator[tuple[str, ...]]:
-    """Hunks of a unified diff without their heads; every line begins with a space, "-" or "+"."""
+    """Yield the hunks of a unified diff without their heads; every line begins with a space, "-" or "+"."""
     hunk: list[str] = []
     for line in difflib.unified_diff(old, new, lineterm="", n=CONTEXT):
         if line.startswith(("---", "+++")):

@@ -1,4 +1,4 @@
-"""Tables for people, made with rich: sites, plans, and the demo's summary."""
+"""Tables that commands print, made with rich: sites, plans, misses, costs, evaluations."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fhopt.plan.site import AttentionSite
 
 
 def describe(plan: LatentPlan) -> list[dict[str, Any]]:
-    """One row a site: layout, widths and bits of each side, bytes per token against 16-bit keys and values."""
+    """Tabulate latent plans, a row per site: layout, widths and bits of each side, bytes per token and ratio."""
     return [
         {
             "site": p.site.name,
             "layout": p.layout,
-            "key": " + ".join(f"{t.width}x{t.bits}" for t in p.key.tiers) or f"{p.key.width} uncoded",
-            "value": " + ".join(f"{t.width}x{t.bits}" for t in p.value.tiers) or f"{p.value.width} uncoded",
+            "key": " + ".join(f"{t.width}x{t.bits}" for t in p.key.tiers) or f"{p.key.width} not quantized",
+            "value": " + ".join(f"{t.width}x{t.bits}" for t in p.value.tiers) or f"{p.value.width} not quantized",
             "bytes": p.token_bytes(),
             "exact_bytes": 2 * p.site.exact_numbers_per_token,
         }
@@ -37,7 +37,7 @@ def describe(plan: LatentPlan) -> list[dict[str, Any]]:
 
 
 def sites_table(sites: Iterable[AttentionSite]) -> Table:
-    """One row a site: shapes, rotation, mask, norm, and bytes that an exact 16-bit cache keeps per token."""
+    """Tabulate sites, a row each: shapes, rotation, mask, norm, and bytes per token of an exact 16-bit KV cache."""
     table = Table(title="Attention sites", title_justify="left")
     for name, justify in (
         ("site", "left"), ("kind", "left"), ("H", "right"), ("G", "right"), ("D", "right"), ("rope", "left"),
@@ -52,30 +52,30 @@ def sites_table(sites: Iterable[AttentionSite]) -> Table:
     return table
 
 
-def inspection_tables(found: Inspection, site: str | None = None) -> Group:
-    """What `fhopt inspect` shows: every site in a row, totals, what was left alone; or all about one site."""
+def inspection_tables(inspection: Inspection, site: str | None = None) -> Group:
+    """Show `fhopt inspect`: all sites, totals and what was not rewritten; or all facts of one site."""
     if site is not None:
-        return Group(_one_site(found.site(site)))
-    parts: list[Any] = [_sites_in_rows(found), _totals(found)]
-    return Group(*parts, *([missed_table(found.missed)] if found.missed else []))
+        return Group(_one_site(inspection.site(site)))
+    parts: list[Any] = [_sites_in_rows(inspection), _totals(inspection)]
+    return Group(*parts, *([missed_table(inspection.missed)] if inspection.missed else []))
 
 
-def _sites_in_rows(found: Inspection) -> Table:
-    """One row a site. With a plan, which needs the room, columns that say the same in every row become one line."""
-    form = common_form(tuple(s.site.name for s in found.sites))
+def _sites_in_rows(inspection: Inspection) -> Table:
+    """Tabulate sites, a row each. With a plan, columns with the same cell in every row become one line."""
+    form = common_form(tuple(s.site.name for s in inspection.sites))
     pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
-    rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in found.sites]
-    alike = [n for n in _SITE_COLUMNS if found.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
-    table = Table(title=Text(f"Attention of {found.model}{pattern}"), title_justify="left", caption_justify="left")
+    rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in inspection.sites]
+    alike = [n for n in _SITE_COLUMNS if inspection.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
+    table = Table(title=Text(f"Attention of {inspection.model}{pattern}"), title_justify="left", caption_justify="left")
     table.add_column("site", overflow="fold")
     for name in _SITE_COLUMNS:
         if name not in alike:
             table.add_column(name, justify="right" if name == "exact B/token" else "left")
-    if found.plan is not None:
-        _add_plan_columns(table, found)
-    for site, row in zip(found.sites, rows, strict=True):
+    if inspection.plan is not None:
+        _add_plan_columns(table, inspection)
+    for site, row in zip(inspection.sites, rows, strict=True):
         cells = [row[name] for name in _SITE_COLUMNS if name not in alike]
-        planned = _plan_cells(site.plan, len(found.rooflines)) if found.plan else []
+        planned = _plan_cells(site.plan, len(inspection.rooflines)) if inspection.plan else []
         table.add_row(*map(Text, (short_name(site.site.name, form), *cells, *planned)))
     if alike:
         table.caption = Text("every site: " + ", ".join(f"{name} {rows[0][name]}" for name in alike))
@@ -85,20 +85,27 @@ def _sites_in_rows(found: Inspection) -> Table:
 _SITE_COLUMNS = ("kind", "H/G/D", "rope", "mask", "key norm", "exact B/token")
 
 
-def _add_plan_columns(table: Table, found: Inspection) -> None:
+def _add_plan_columns(table: Table, inspection: Inspection) -> None:
     for name in ("layout", "keys", "values"):
         table.add_column(name)
     for name in ("B/token", "ratio", "nats"):
         table.add_column(name, justify="right", no_wrap=True)
-    for roofline in found.rooflines:
-        table.add_column(f"pays on {roofline.device}", justify="right")
+    for roofline in inspection.rooflines:
+        table.add_column(f"faster on {roofline.device}", justify="right")
 
 
-def _site_cells(found: InspectedSite) -> list[str]:
-    site = found.site
+def _site_cells(inspected: InspectedSite) -> list[str]:
+    site = inspected.site
     dims = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}|{site.value_dim}"
     heads = f"{site.heads}/{site.kv_heads}/{dims}"
-    return [site.kind, heads, found.rope, found.mask, "yes" if site.key_norm else "no", f"{found.exact_bytes:,}"]
+    return [
+        site.kind,
+        heads,
+        inspected.rope,
+        inspected.mask,
+        "yes" if site.key_norm else "no",
+        f"{inspected.exact_bytes:,}",
+    ]
 
 
 def _plan_cells(plan: PlannedSite | None, devices: int) -> list[str]:
@@ -114,24 +121,25 @@ def _nats(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _totals(found: Inspection) -> Table:
+def _totals(inspection: Inspection) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row("sites", str(len(found.sites)))
-    table.add_row("exact cache", f"{found.exact_bytes:,} bytes per token in 16 bits")
-    table.add_row("exact step, bytes", Text(_grouped(found.formulas.bytes)))
-    table.add_row("exact step, operations", Text(_grouped(found.formulas.operations)))
-    if found.plan is not None:
-        plan = found.plan
-        size = f"{plan.bytes_per_token:,.1f} bytes per token, all counted, at {plan.tokens:,} tokens"
+    table.add_row("sites", str(len(inspection.sites)))
+    table.add_row("exact KV cache", f"{inspection.exact_bytes:,} bytes per token in 16 bits")
+    table.add_row("exact decode step, bytes", Text(_grouped(inspection.formulas.bytes)))
+    table.add_row("exact decode step, operations", Text(_grouped(inspection.formulas.operations)))
+    if inspection.plan is not None:
+        plan = inspection.plan
+        size = f"{plan.bytes_per_token:,.1f} bytes per token, everything included, at {plan.tokens:,} tokens"
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
         table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
-        table.add_row("kept exact", f"first {plan.sinks} tokens; newest {plan.recent} in {plan.window_bits} bits")
-        table.add_row("B batch, S queries, T tokens", "T_sealed of them sealed. Formulas of a site: --site NAME")
+        table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
+        table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
+        table.add_row("B batch, S queries, T tokens", "T_sealed of them quantized. Formulas of a site: --site NAME")
     return table
 
 
 def _one_site(site: InspectedSite) -> Table:
-    """All about one site, one fact a line."""
+    """Tabulate the facts of one site, a row each."""
     table = Table(title=Text(site.site.name), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -141,8 +149,8 @@ def _one_site(site: InspectedSite) -> Table:
         table.add_row(f"projection {role}", Text(" + ".join(parameters)))
     table.add_row("cache", site.site.cache)
     table.add_row("source", Text(site.site.source or "unknown"))
-    table.add_row("exact step, bytes", Text(_grouped(site.formulas.bytes)))
-    table.add_row("exact step, operations", Text(_grouped(site.formulas.operations)))
+    table.add_row("exact decode step, bytes", Text(_grouped(site.formulas.bytes)))
+    table.add_row("exact decode step, operations", Text(_grouped(site.formulas.operations)))
     if site.plan is not None:
         _add_plan(table, site.plan)
     return table
@@ -156,18 +164,18 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
         table.add_row(
             side.side, f"{side.latent_heads} latent heads of {side.width}: {side.words}, {side.bytes:,} bytes{lost}"
         )
-    table.add_row("bytes per sealed token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
+    table.add_row("bytes per quantized token", f"{plan.bytes:,}, {plan.ratio:.2f}x smaller")
     table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
     if plan.page_share < 1:
-        table.add_row("pages that are read", f"{plan.page_read:.0%}, at most {plan.page_share:.0%}; formulas count all")
-    table.add_row("plan's step, bytes", Text(_grouped(plan.formulas.bytes)))
-    table.add_row("plan's step, operations", Text(_grouped(plan.formulas.operations)))
+        table.add_row("pages read", f"{plan.page_read:.0%}, at most {plan.page_share:.0%}; formulas count all pages")
+    table.add_row("decode step with the plan, bytes", Text(_grouped(plan.formulas.bytes)))
+    table.add_row("decode step with the plan, operations", Text(_grouped(plan.formulas.operations)))
     for pays in plan.pays:
         table.add_row(f"faster on {pays.device}", pays.words)
 
 
 def plan_table(plan: LatentPlan) -> Table:
-    """One row a site: layout, channels x bits of keys and values, bytes per sealed token."""
+    """Tabulate a plan, a row per site: layout, channels x bits of keys and values, bytes per quantized token."""
     table = Table(title="Latent plan (channels x bits)", title_justify="left")
     for name in ("site", "layout", "keys", "values"):
         table.add_column(name, overflow="fold")
@@ -188,9 +196,9 @@ def plan_table(plan: LatentPlan) -> Table:
 
 
 def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
-    """Candidates that were left alone: how far they came, why, and where they stand in the user's code."""
-    table = Table(title="Left alone", title_justify="left")
-    for name in ("pass", "recognised", "reason", "source"):
+    """Tabulate attention that is not rewritten: what was recognized, the reason, and its place in the user's code."""
+    table = Table(title="Not rewritten", title_justify="left")
+    for name in ("pass", "recognized", "reason", "source"):
         table.add_column(name, overflow="fold")
     for miss in missed:
         table.add_row(*map(Text, (miss.stage, miss.reached or "-", miss.reason, miss.source or miss.node)))
@@ -198,22 +206,22 @@ def missed_table(missed: Iterable[Explanation | Missed]) -> Table:
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
-    """The demo's figures, before and after."""
-    table = Table(title=f"{result['model']}: exact cache against latents", title_justify="left")
+    """Tabulate the demo's figures, exact and with the plan."""
+    table = Table(title=f"{result['model']}: exact KV cache and latents", title_justify="left")
     table.add_column("")
     for name in ("exact", "plan", "change"):
         table.add_column(name, justify="right")
     tokens = result["bytes_counted_at_tokens"]
     per_token = result["bytes_per_token"]
     table.add_row(
-        f"cache bytes per token, all counted, at {tokens:,} tokens (16-bit)",
+        f"KV cache bytes per token, everything included, at {tokens:,} tokens (16-bit)",
         f"{per_token['exact']:,.0f}",
         f"{per_token['plan']:,.0f}",
         f"{per_token['exact'] / per_token['plan']:.2f}x smaller",
     )
     held = result["cache_nbytes"]
     table.add_row(
-        f"cache bytes held behind {result['decode_tokens']:,} tokens ({result['dtype']})", f"{held['exact']:,}",
+        f"KV cache bytes after {result['decode_tokens']:,} tokens ({result['dtype']})", f"{held['exact']:,}",
         f"{held['plan']:,}", f"{held['exact'] / held['plan']:.2f}x smaller",
     )  # fmt: skip
     for text, values in result["perplexity"].items():
@@ -221,14 +229,14 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         table.add_row(f"perplexity, {text}", f"{values['exact']:.4f}", f"{values['plan']:.4f}", f"{change:+.2%}")
     speed = result["tokens_per_second"]
     table.add_row(
-        f"tokens per second behind {result['decode_tokens']:,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
+        f"tokens per second after {result['decode_tokens']:,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
         f"{speed['plan'] / speed['exact']:.2f}x",
     )  # fmt: skip
     return table
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> Group:
-    """The figures of `fhopt eval`: perplexity of each text; each task as a whole, then by length and depth."""
+    """Tabulate `fhopt eval`: perplexity of each text; each task as a whole, then by length and depth."""
     title = result["model"] + (f", {result['ratio']:.2f}x plan" if result["ratio"] else ", exact")
     parts = [_perplexity_table(result["perplexity"], title)] if result["perplexity"] else []
     parts += [_tasks_table(result["tasks"], title)] if result["tasks"] else []
@@ -249,7 +257,7 @@ def _perplexity_table(texts: Mapping[str, Mapping[str, Any]], title: str) -> Tab
 
 
 def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    table = Table(title=f"Right answers: {title} (95 % intervals)", title_justify="left")
+    table = Table(title=f"Correct answers: {title} (95 % intervals)", title_justify="left")
     for name in ("task", "tokens", "depth", "items", "exact", "plan", "log-probability, plan - exact"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, whole in tasks.items():
@@ -260,13 +268,13 @@ def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def _answers(found: Mapping[str, Any]) -> list[str]:
-    """Cells of a row: items, rates, change."""
-    rates = [found["exact"], found["plan"]]
+def _answers(results: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row: items, rates, change."""
+    rates = [results["exact"], results["plan"]]
     shown = ["" if r is None else f"{100 * r['rate']:.0f} %" + _percents(r["rate_ci"]) for r in rates]
-    change = found["log_prob_change"]
-    text = "" if change is None else f"{change:+.3f}" + _between(found["log_prob_change_ci"], "+.3f")
-    return [str(found["exact"]["items"]), *shown, text]
+    change = results["log_prob_change"]
+    text = "" if change is None else f"{change:+.3f}" + _between(results["log_prob_change_ci"], "+.3f")
+    return [str(results["exact"]["items"]), *shown, text]
 
 
 def _percents(interval: tuple[float, float]) -> str:
@@ -278,18 +286,18 @@ def _between(interval: tuple[float, float] | None, digits: str) -> str:
 
 
 def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -> Group:
-    """The formulas of a decode step, its figures on devices, and what a whole step can gain at most."""
-    bound = "At most so much faster can a whole step become where memory is the bound: (W + KV) / (W + KV/c)"
+    """Tabulate the formulas of a decode step, its figures on devices, and the largest possible gain of a whole step."""
+    bound = "Largest possible speedup of a whole decode step that is bound by memory: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
-def machine_table(found: Sequence[Measured]) -> Table:
-    """One row a number of threads: what was measured of this machine's CPU."""
-    table = Table(title=f"{found[0].cpu}, {found[0].memory_gb:.0f} GB", title_justify="left")
+def machine_table(results: Sequence[Measured]) -> Table:
+    """Tabulate what was measured of this machine's CPU, a row per number of threads."""
+    table = Table(title=f"{results[0].cpu}, {results[0].memory_gb:.0f} GB", title_justify="left")
     columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
     for name in columns:
         table.add_column(name, justify="right")
-    for one in found:
+    for one in results:
         rates = (one.read_gb_s, one.copy_gb_s, one.float32_tflops, one.bfloat16_tflops)
         table.add_row(str(one.threads), *[f"{rate:.3g}" for rate in rates])
     return table
@@ -299,22 +307,22 @@ def _formulas(costs: Mapping[str, Cost]) -> Table:
     table = Table.grid(padding=(0, 2))
     latent = max(costs.values(), key=lambda c: c.open_tokens)
     legend = f"B batch, T cached tokens, S new queries (here 1), T_sealed = max(0, T - {latent.open_tokens}) on average"
-    table.add_row("where", "", legend)
+    table.add_row("symbols", "", legend)
     for name, cost in costs.items():
         table.add_row(name, "bytes", _grouped(pretty(cost.bytes)))
         table.add_row("", "operations", _grouped(pretty(cost.operations)))
     weights = costs["exact"].weights
     table.add_row("weights", "bytes", _grouped(pretty(weights.bytes)))
     table.add_row("", "operations", _grouped(pretty(weights.operations)))
-    table.add_row("time", "", "max(bytes / bandwidth, operations / throughput) of each operation, added up")
-    table.add_row("pays from", "T =", f"{latent.open_tokens} + bases / (exact token - sealed token), in time")
+    table.add_row("time", "", "sum over operations of max(bytes / bandwidth, operations / throughput)")
+    table.add_row("faster from", "T =", f"{latent.open_tokens} + bases / (exact token - quantized token), in time")
     return table
 
 
 def _figures(comparison: Comparison, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("device", "cached tokens", "cache", "read", "operations", "attention", "faster", "bound by", "step",
-                 "faster", "pays from"):  # fmt: skip
+                 "faster", "faster from"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("device", "cache", "bound by") else "right")
     for (device, tokens), rows in groupby(comparison.rows, key=lambda r: (r.device, r.tokens)):
         labels = [device, f"{tokens:,}"]
@@ -329,9 +337,9 @@ def _figures(comparison: Comparison, title: str) -> Table:
             )  # fmt: skip
             labels = ["", ""]
         table.add_section()
-    table.caption, table.caption_justify = "Bounds, not promises: kernels reach a part of the peaks.", "left"
+    table.caption, table.caption_justify = "Upper bounds: kernels reach a part of the peak figures.", "left"
     if not all(row.figures.fits for row in comparison.rows):
-        table.caption += " ! weights and cache do not fit into the device's memory."
+        table.caption += " ! weights and KV cache do not fit into the device's memory."
     return table
 
 
@@ -340,7 +348,7 @@ def _bounds(comparison: Comparison) -> Table:
     table.add_column("cached tokens", justify="right")
     rows = [(tokens, list(bounds)) for tokens, bounds in groupby(comparison.bounds, key=lambda b: b.tokens)]
     for bound in rows[0][1]:
-        table.add_column("no cache at all" if bound.cache == "none" else bound.cache, justify="right")
+        table.add_column("no KV cache" if bound.cache == "none" else bound.cache, justify="right")
     for tokens, bounds in rows:
         cells = ["no limit" if b.step_speedup is None else f"{b.step_speedup:.2f}x" for b in bounds]
         table.add_row(f"{tokens:,}", *cells)
@@ -348,12 +356,12 @@ def _bounds(comparison: Comparison) -> Table:
 
 
 def _grouped(formula: str) -> str:
-    """Thousands of long numbers set apart."""
+    """Group the thousands of long numbers in a formula."""
     return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", formula)
 
 
 def _unit(value: float, unit: str) -> str:
-    """Three digits and a prefix: 1.28 ms, 653 MB."""
+    """Format a number with three digits and a prefix: 1.28 ms, 653 MB."""
     power = min(4, max(-3, math.floor(math.log10(value) / 3))) if value > 0 else 0
     scaled = value / 1000**power
     digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0

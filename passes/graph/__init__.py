@@ -1,1 +1,1 @@
-"""Graphs: programs, nodes, evaluation, printing."""
+"""Graphs: programs, their nodes, evaluation of parts, printing."""

@@ -21,8 +21,10 @@ _smaller: ContextVar[Mapping[int, int]] = ContextVar("smaller", default=MappingP
 
 @contextlib.contextmanager
 def smaller(sizes: Mapping[int, int]) -> Iterator[None]:
-    """Within, everything that is run on numbers has these sizes in place of the example's: 40 tokens say as much as
-    8,192. Where a size means two things at once, the run fails, and has to be done at full size."""
+    """Run everything within on tensors of these sizes in place of the example's: 40 tokens show as much as 8,192.
+
+    sizes: size of the example -> smaller size. Where one size has two meanings the run fails; repeat it at full size.
+    """
     token = _smaller.set(sizes)
     try:
         yield
@@ -31,32 +33,32 @@ def smaller(sizes: Mapping[int, int]) -> Iterator[None]:
 
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:
-    """Shape that the example inputs give a tensor node (see `smaller`): symbols become their hints. Nothing is run."""
-    found = shape(node)
-    if found is None:
+    """Return the shape of a tensor node in the example (see `smaller`), symbols as their hints. Runs nothing."""
+    sizes = shape(node)
+    if sizes is None:
         raise Miss(f"{node.name} is not a tensor", node)
-    sizes = _smaller.get()
-    full = (size_hint(d) for d in found)
-    return tuple(sizes.get(d, d) for d in full)
+    replaced = _smaller.get()
+    full = (size_hint(d) for d in sizes)
+    return tuple(replaced.get(d, d) for d in full)
 
 
 # --------------------------------------------------------------------------------------------------- running parts
 
 
 class Evaluator(fx.Interpreter):
-    """Runs any part of a program on its example values, each node once, on demand.
+    """An interpreter that runs any part of a program on its example values, each node once, on demand.
 
     Inputs that are not parameters are cloned first, so that in-place nodes cannot touch the caller's tensors.
     """
 
-    def __init__(self, program: Program, given: Mapping[fx.Node, Any] | None = None, promote: bool = False) -> None:
+    def __init__(self, program: Program, values: Mapping[fx.Node, Any] | None = None, promote: bool = False) -> None:
         super().__init__(program.module, garbage_collect_values=False)
         self.program = program
         self.promote = promote
-        self.env = dict(given or {})
+        self.env = dict(values or {})
 
     def run_node(self, n: fx.Node) -> Any:
-        """A placeholder gives its example value (SymInts their hint), any other node is run."""
+        """Return the example value of a placeholder (the hint of a symbol), or run the node."""
         if n.op != "placeholder":
             value = super().run_node(n)
             return _promote(value) if self.promote else value
@@ -66,14 +68,14 @@ class Evaluator(fx.Interpreter):
         return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value  # int() would guard
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it; where numbers are promoted, a cast to another float type is one to float64, a view may copy."""
+        """Call a function; with `promote`, casts to other float types become casts to float64, and a view may copy."""
         if self.promote and target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             target = torch.ops.aten.reshape.default
         name = str(getattr(target, "__name__", target)).partition(".")[0]
         return super().call_function(target, *(self.sized(name, args, kwargs) if self.promote else (args, kwargs)))
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Likewise."""
+        """Call a method; with `promote`, casts to other float types become casts to float64, and a view may copy."""
         if not self.promote:
             return super().call_method(target, args, kwargs)
         name = "double" if target in {"float", "half", "bfloat16"} else target
@@ -82,7 +84,7 @@ class Evaluator(fx.Interpreter):
 
     @staticmethod
     def sized(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments with float types promoted and sizes made `smaller`."""
+        """Return the arguments of a call with float types promoted and sizes replaced as `smaller` says."""
         sizes = _smaller.get() if name in SIZED else {}
 
         def widen(value: Any) -> Any:
@@ -97,7 +99,7 @@ class Evaluator(fx.Interpreter):
         return tuple(widen(a) for a in args), {k: widen(v) for k, v in kwargs.items()}
 
     def example(self, node: fx.Node) -> Any:
-        """Value of `node`; of a tensor, as much as `example_shape` says."""
+        """Return the value of `node`; of a tensor, the part that `example_shape` names."""
         value = self.value(node)
         if type(value) is int:
             return _smaller.get().get(value, value)
@@ -109,13 +111,13 @@ class Evaluator(fx.Interpreter):
 
     @torch.no_grad()
     def value(self, node: fx.Node) -> Any:
-        """Value of `node`; computes its ancestors that are not known yet."""
+        """Return the value of `node`, computing ancestors that have no value yet."""
         for ancestor in self._needed(node):
             self.env[ancestor] = self.run_node(ancestor)
         return self.env[node]
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
-        """Unknown ancestors of `node` and itself, inputs first."""
+        """Return `node` and its ancestors without a value, inputs first."""
         order: list[fx.Node] = []
         seen: set[fx.Node] = set()
         stack = [(node, False)]
@@ -131,26 +133,26 @@ class Evaluator(fx.Interpreter):
 
 
 class Region:
-    """The nodes between some nodes and one that depends on them: a function that can be run on other values.
+    """The nodes between some inputs and one that depends on them, as a function that can be run on other values.
 
-    given: where values are put in. end: what comes out. nodes: in graph order. sides: what else flows in. Raises
-    RuntimeError when there are more than `limit` nodes.
+    inputs: nodes whose values are replaced. end: the result. nodes: in graph order. sides: other nodes that are read.
+    Raises RuntimeError when there are more than `limit` nodes.
     """
 
-    def __init__(self, base: Evaluator, given: Iterable[fx.Node], end: fx.Node, limit: int = 600) -> None:
+    def __init__(self, base: Evaluator, inputs: Iterable[fx.Node], end: fx.Node, limit: int = 600) -> None:
         self.base, self.end = base, end
-        self.given = tuple(dict.fromkeys(given))
-        self.nodes = _between(self.given, end)
+        self.inputs = tuple(dict.fromkeys(inputs))
+        self.nodes = _between(self.inputs, end)
         if len(self.nodes) > limit:
             raise RuntimeError(f"{len(self.nodes)} nodes between the inputs and {end.name}, more than {limit}")
-        inside = {*self.nodes, *self.given}
+        inside = {*self.nodes, *self.inputs}
         self.sides = tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
 
     def run(self, values: Mapping[fx.Node, Any]) -> Tensor:
-        """Value of `end` for these values of the given nodes, and of any sides; other sides have their example value.
+        """Return the value of `end` for these values of inputs and sides; other sides have their example value.
 
-        Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
-        RuntimeError when the result is no tensor.
+                Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
+        RuntimeError when the result is not a tensor.
         """
         env: dict[fx.Node, Any] = dict(values)
         for side in self.sides:
@@ -166,12 +168,12 @@ class Region:
         return result
 
 
-def signature(region: Region, tell: Callable[[fx.Node], Any]) -> tuple[Any, ...]:
-    """What a region computes, in terms that two layers of one model share.
+def signature(region: Region, describe: Callable[[fx.Node], Any]) -> tuple[Any, ...]:
+    """Describe what a region computes, in terms that two layers of one model share.
 
-    Equal for two regions that do the same to inputs of the same shapes, where `tell` says what matters about a side.
+    Equal for two regions that do the same to inputs of the same shapes; `describe` says what matters about a side.
     """
-    places = {node: index for index, node in enumerate((*region.given, *region.sides, *region.nodes))}
+    places = {node: index for index, node in enumerate((*region.inputs, *region.sides, *region.nodes))}
 
     def place(node: fx.Node) -> str:
         return f"%{places[node]}"
@@ -180,24 +182,24 @@ def signature(region: Region, tell: Callable[[fx.Node], Any]) -> tuple[Any, ...]
         (n.op, str(n.target), repr(fx.node.map_arg((n.args, n.kwargs), lambda m: _Place(place(m)))))
         for n in region.nodes
     ]
-    shapes = tuple((example_shape(n), str(fake(n).dtype)) for n in region.given)
-    return (tuple(calls), shapes, tuple(tell(side) for side in region.sides))
+    shapes = tuple((example_shape(n), str(fake(n).dtype)) for n in region.inputs)
+    return (tuple(calls), shapes, tuple(describe(side) for side in region.sides))
 
 
 class _Place(str):
-    """Prints as it is, so that it can stand in for a node."""
+    """A node's place in a region; prints without quotes, like a node."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
-def run_region(base: Evaluator, given: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
-    """Value of `end` when the nodes in `given` hold other values; see Region.run."""
-    return Region(base, given, end).run(given)
+def run_region(base: Evaluator, values: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
+    """Return the value of `end` when the nodes in `values` hold these values; see Region.run."""
+    return Region(base, values, end).run(values)
 
 
 def window(first: fx.Node, last: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Edges of data flow among the nodes from `first` to `last` in graph order: a part small enough to search."""
+    """Return the edges of data flow among the nodes from `first` to `last` in graph order."""
     edges: list[tuple[fx.Node, fx.Node]] = []
     lowest, node = _position(first), last
     while _position(node) > lowest:
@@ -206,22 +208,22 @@ def window(first: fx.Node, last: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return edges
 
 
-def _between(given: tuple[fx.Node, ...], end: fx.Node) -> list[fx.Node]:
-    """Nodes on a path from a given node to `end` (which is one of them), in graph order."""
-    fixed = set(given)
+def _between(inputs: tuple[fx.Node, ...], end: fx.Node) -> list[fx.Node]:
+    """Return the nodes on a path from an input to `end`, and `end`, in graph order."""
+    fixed = set(inputs)
     if end in fixed:
         return []
-    first = min(given, key=_position)
+    first = min(inputs, key=_position)
     flow: nx.DiGraph = nx.DiGraph((u, v) for u, v in window(first, end) if v not in fixed)
     if end not in flow:
         return []
     flow.add_edges_from(("start", node) for node in fixed)
-    found = nx.descendants(flow, "start") & (nx.ancestors(flow, end) | {end})
-    return sorted(found - fixed, key=_position)
+    between = nx.descendants(flow, "start") & (nx.ancestors(flow, end) | {end})
+    return sorted(between - fixed, key=_position)
 
 
 def random_like(node: fx.Node, seed: int = 0) -> Tensor:
-    """Random float64 numbers of the shape of `node`, on its device."""
+    """Draw random float64 numbers of the shape of `node`, on its device."""
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(example_shape(node), generator=generator, dtype=torch.float64)
     return value.to(fake(node).device)

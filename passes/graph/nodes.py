@@ -1,8 +1,4 @@
-"""Graphs as every pass sees them: a program that can be copied, printed, searched, and run in part.
-
-A `Program` is an fx graph whose parameters, buffers and inputs are all placeholders with real example values: the form
-of Dynamo's graphs and of `torch.export`'s lifted graphs alike, so one implementation of each pass serves both.
-"""
+"""Nodes of a graph: what a node calls, its fake value, shape and source line; inserting calls, constants and copies."""
 
 from __future__ import annotations
 
@@ -42,7 +38,10 @@ def size_hint(number: Any) -> int:
 
 
 def op_name(node: fx.Node) -> str:
-    """Bare name of what a node calls, the same for `torch.matmul`, `@`, `Tensor.matmul` and `aten.matmul.default`."""
+    """Return the bare name of what a node calls.
+
+    The same for `torch.matmul`, `@`, `Tensor.matmul` and `aten.matmul.default`.
+    """
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -56,25 +55,25 @@ def op_name(node: fx.Node) -> str:
 
 
 def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
-    """An argument of a call, given by position or by one of its names (a method's own tensor is position 0)."""
+    """Return an argument of a call by its position or by one of its names (a method's own tensor is position 0)."""
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), default)
 
 
 def fake(node: fx.Node) -> Any:
-    """The fake value that tracing left on the node, or None."""
+    """Return the fake value that tracing left on the node, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def shape(node: fx.Node) -> tuple[Any, ...] | None:
-    """Shape of a tensor node (ints or symbols), None for anything else."""
+    """Return the shape of a tensor node (ints or symbols), None for anything else."""
     value = fake(node)
     return tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else None
 
 
 def source_line(node: fx.Node) -> str:
-    """`folder/file.py:line` of the user code that made the node, "" when unknown."""
+    """Return `folder/file.py:line` of the user code that made the node, "" when unknown."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     if not frames:
@@ -84,7 +83,7 @@ def source_line(node: fx.Node) -> str:
 
 
 def is_ours(source: str) -> bool:
-    """True for a `source_line` in this package: what attention on latents consists of."""
+    """Return whether a `source_line` is in this package, as those of attention on latents are."""
     return source.startswith("fhopt/")
 
 
@@ -92,7 +91,7 @@ def is_ours(source: str) -> bool:
 
 
 def remove_dead_code(program: Program) -> None:
-    """Remove calls whose values nobody takes; what acts otherwise (contexts, checks, changes in place) stays."""
+    """Remove calls whose values are not used; contexts, checks and changes in place stay."""
     for node in reversed(program.graph.nodes):
         calls = node.op in {"call_function", "call_method"} and not node.is_impure() and not is_in_place(node)
         if calls and not node.users and _is_data(fake(node)):
@@ -105,7 +104,7 @@ def _is_data(value: Any) -> bool:
 
 
 def storage_root(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` may share: back through views and in-place results."""
+    """Return the node whose memory `node` may share, back through views and in-place results."""
     while (op_name(node) in VIEWS or is_in_place(node)) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
@@ -146,14 +145,14 @@ def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -
 
 
 def fake_mode(program: Program) -> FakeTensorMode | None:
-    """The mode of the fake values that tracing left on the graph."""
+    """Return the mode of the fake values that tracing left on the graph."""
     values = (fake(n) for n in program.graph.nodes)
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 @contextlib.contextmanager
 def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
-    """The state in which operations run on fake values, without gradients; `mode` None: on whatever values there are.
+    """Run operations within on fake values of `mode`, without gradients; None: on whatever values there are.
 
     Composite operations are decomposed in Python, as when Dynamo traces: C++ may ask for a size as a number (matmul did
     until torch 2.12), and the graph would be for that size alone.
@@ -166,7 +165,7 @@ def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
 
 
 def add_constant(program: Program, name: str, tensor: Tensor, bound: Bound | None = None) -> fx.Node:
-    """A new placeholder behind the others; inductor treats it like a parameter.
+    """Add a placeholder behind the others, which inductor treats like a parameter.
 
     Its value is `tensor`, or what `bound` makes of other inputs, of which `tensor` is an example.
     """
@@ -190,7 +189,7 @@ IN_PLACE_OPERATORS = frozenset(
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """True when running the node changes one of its inputs."""
+    """Return whether running the node changes one of its inputs."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if isinstance(node.target, torch._ops.OpOverload):

@@ -1,4 +1,4 @@
-"""The one printer of graphs: dumps, golden texts, equality in tests."""
+"""The printer of graphs, for dumps, golden texts and comparisons in tests."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from torch import Tensor, fx
 
 from fhopt.passes.graph.nodes import fake, op_name
 
-# --------------------------------------------------------------------------------------------------- printing
-
 
 def print_graph(graph: fx.Graph) -> str:
-    """One line a node: `%name: dtype[shape] = op(args)`. The dump, the golden text and the equality of tests."""
+    """Print a graph, one line per node: `%name: dtype[shape] = op(args)`. Used for dumps, goldens and comparisons."""
     return "\n".join(_line(node) for node in graph.nodes) + "\n"
 
 

@@ -1,4 +1,7 @@
-"""Programs: graphs whose parameters, buffers and inputs are placeholders with example values."""
+"""Programs: graphs whose parameters, buffers and inputs are placeholders with example values.
+
+This is the form of graphs from Dynamo and of lifted graphs from torch.export: one implementation of a pass serves both.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['(
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """How the value of an extra input follows from other inputs: made at call time, never baked into a graph.
+    """How the value of an extra input is computed from other inputs, in each call.
 
-    sources: placeholders that it is made of (weights, caches of the user). make: their values -> a tensor of the shape,
-    dtype and device of the example. It is asked again when one of the sources is another tensor or was changed; it
-    raises `errors.Stale` when nothing is right for these sources.
+    sources: placeholders that it depends on (weights, caches of the user). make: their values -> a tensor of the shape,
+    dtype and device of the example. It is called again when one of the sources is another tensor or was changed, and
+    raises `errors.Stale` when no value is right for these sources.
     """
 
     sources: tuple[str, ...]
@@ -32,8 +35,8 @@ class Program:
 
     module: the graph module, owned by this object (passes change it in place).
     values: real example value of each placeholder, by node name (parameters are the model's own, never changed).
-    parameters: placeholder name -> qualified parameter name. buffers: likewise, for registered buffers.
-    bound: of extra inputs (`add_constant`) whose values depend on others, how.
+    parameters: placeholder name -> qualified parameter name. buffers: placeholder name -> qualified buffer name.
+    bound: name of an extra input (`add_constant`) -> how its value is computed from other inputs.
     """
 
     module: fx.GraphModule
@@ -53,12 +56,12 @@ class Program:
         return {name: self.values[node] for node, name in self.parameters.items()}
 
     def is_parameter(self, node: fx.Node) -> bool:
-        """True for a placeholder that is a parameter of the model."""
+        """Return whether a node is a placeholder for a parameter of the model."""
         return node.op == "placeholder" and node.name in self.parameters
 
 
 def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Program:
-    """A private copy of a Dynamo graph: the incoming one is re-read by Dynamo and must not change."""
+    """Copy a Dynamo graph, which Dynamo reads again later and which must not change."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -79,7 +82,7 @@ def copy_program(module: fx.GraphModule, example_inputs: Iterable[Any]) -> Progr
 
 
 def source_name(node: fx.Node) -> str:
-    """Qualified name of a Dynamo placeholder, from where Dynamo read it: `L['self']._modules['a']...` -> `a.weight`."""
+    """Return the qualified name of a Dynamo placeholder: `L['self']._modules['a']...` -> `a.weight`."""
     text = _source_text(node)
     root = re.match(r"[LG]\['[^']*'\](?:\[\d+\])?", text)
     fields = _SOURCE_FIELD.findall(text[root.end() :] if root else text)
@@ -93,7 +96,7 @@ def _source_text(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """Qualified name of the module in whose forward a node was traced, "" where tracing did not tell."""
+    """Return the qualified name of the module in whose forward a node was traced, "" where it is not known."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     text = stack[-1][0] if stack else ""
     return re.sub(r"^[LG]\['[^']*'\](?:\[\d+\])?\.?", "", str(text))

@@ -42,7 +42,7 @@ def native_multi_head_attention(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, S, E] -> [B, S, E], weights. A row that may attend to nothing is nan, as in the composite."""
+    """Compute multi-head attention: [B, S, E] -> [B, S, E], weights. A fully masked row is nan, as in the composite."""
     if query is key and key is value:
         projected = F.linear(query, qkv_weight, qkv_bias).chunk(3, -1)
     else:
@@ -61,7 +61,7 @@ def native_multi_head_attention(
 
 
 def _forbidden(mask: Tensor, mask_type: int | None) -> Tensor:
-    """True = may not attend. The composite reads numbers as truth values: every one but 0 forbids."""
+    """Return where the mask forbids attention (True), bool: of a mask in numbers every number but 0 forbids."""
     forbidden = mask.to(torch.bool)
     if mask_type == 1:  # keys: [B, S]
         return forbidden.view(forbidden.shape[0], 1, 1, forbidden.shape[1])
@@ -90,7 +90,7 @@ def transformer_encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """[B, S, E] -> [B, S, E]: attention and feed-forward, each with its residual and norm."""
+    """Compute an encoder layer, [B, S, E] -> [B, S, E]: attention and feed-forward, each with residual and norm."""
 
     def attend(x: Tensor) -> Tensor:
         projections = (qkv_weight, qkv_bias, proj_weight, proj_bias)
@@ -121,7 +121,7 @@ def transformer_encoder_layer(
 
 
 def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    """Alpha batch1 batch2 + beta input. With beta 0 the input is not read, whatever it holds."""
+    """Compute alpha batch1 batch2 + beta input. With beta 0 the input is not read, whatever it holds."""
     product = torch.bmm(batch1, batch2)
     product = product if _is(alpha, 1) else product * alpha
     if _is(beta, 0):
@@ -130,14 +130,14 @@ def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alp
 
 
 def _is(number: Any, expected: int) -> bool:
-    """Equality that puts no guard on a symbol."""
+    """Return whether a number equals `expected`, without a guard on a symbol."""
     return isinstance(number, (int, float)) and number == expected
 
 
 def einsum(equation: Any, *operands: Any, tensors: Any = None, path: Any = None) -> Tensor:
-    """The contraction as a chain of two operands each, left to right: "bhst,bhtd,hde->bse" mixes, then projects."""
+    """Contract operands two at a time from left to right: "bhst,bhtd,hde->bse" mixes values, then projects."""
     if not isinstance(equation, str):
-        raise Miss("einsum with lists of axis numbers; expected an equation")
+        raise Miss("einsum has lists of axis numbers; expected an equation")
     if tensors is None:
         tensors = operands[0] if isinstance(operands[0], (list, tuple)) else operands
     terms, output = _labels(equation, [t.dim() for t in tensors])
@@ -151,7 +151,7 @@ def einsum(equation: Any, *operands: Any, tensors: Any = None, path: Any = None)
 
 
 def _labels(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """(labels of each operand, of the result): the ellipsis spelled out, the implicit result written down."""
+    """Return the labels of each operand and of the result, with the ellipsis and an implicit result written out."""
     left, arrow, output = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     hidden = [rank - len(term) + 3 if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)]
@@ -182,9 +182,9 @@ def scaled_dot_product(
     return_debug_mask: bool = False,
     enable_gqa: bool = False,
 ) -> tuple[Tensor]:
-    """The forms that `F.scaled_dot_product_attention` takes after dispatch: their first result."""
+    """Compute `F.scaled_dot_product_attention`, for the operators to which it is dispatched: their first result."""
     if dropout_mask is not None:
-        raise Miss("a dropout mask is given; expected a dropout probability")
+        raise Miss("a dropout mask is passed; expected a dropout probability")
     mask = attn_bias if attn_mask is None else attn_mask
     return (_sdpa(query, key, value, mask, dropout_p, is_causal, scale),)
 
@@ -192,7 +192,7 @@ def scaled_dot_product(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """[B, H, S, D] with kv heads repeated where there are fewer."""
+    """Compute attention [B, H, S, D], with kv heads repeated where there are fewer."""
     grouped = bool(q.dim() > 3 and q.shape[-3] != k.shape[-3])  # a symbol decides it with a guard
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=grouped)
 
@@ -202,9 +202,9 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Tensor:  # fmt: skip
-    """FlashAttention-2: [B, S, H, D] x [B, T, G, D] -> [B, S, H, D]; the last query sees the last key."""
+    """Compute FlashAttention-2: [B, S, H, D] x [B, T, G, D] -> [B, S, H, D]; the last query sees the last key."""
     if return_attn_probs:
-        raise Miss("the attention probabilities are asked for")
+        raise Miss("the attention probabilities are requested; expected the output alone")
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, D]
     left, right = window_size[0], 0 if causal else window_size[1]
     if not softcap and alibi_slopes is None:
@@ -222,32 +222,32 @@ def flash_attn_func(
 
 
 def _is_square(q: Tensor, k: Tensor) -> bool:
-    """As many queries as keys, for sure: nothing is asked of a symbol."""
+    """Return whether there are as many queries as keys, without a guard on a symbol."""
     return isinstance(q.shape[2], int) and isinstance(k.shape[2], int) and q.shape[2] == k.shape[2]
 
 
 def _distance(q: Tensor, k: Tensor, from_the_end: bool = True) -> Tensor:
-    """[S, T]: position of the key minus that of the query, where their last (or first) ones are at the same place."""
+    """Return key position minus query position, [S, T], aligned at the last (or the first) query and key."""
     queries, keys = q.shape[2], k.shape[2]
     position = torch.arange(queries, device=q.device) + (keys - queries if from_the_end else 0)
     return torch.arange(keys, device=q.device) - position[:, None]
 
 
 def _band(distance: Tensor, left: int, right: int) -> Tensor | None:
-    """Bool [S, T]: a query sees keys from `left` before it to `right` after it; negative: no limit."""
+    """Return which keys a query sees, bool [S, T]: `left` before it to `right` after it; negative: no limit."""
     if left < 0:
         return distance <= right if right >= 0 else None
     return (distance >= -left) & (distance <= right) if right >= 0 else distance >= -left
 
 
 def _repeated(t: Tensor, q: Tensor) -> Tensor:
-    """Kv heads repeated for the query heads: [B, G, T, D] -> [B, H, T, D]."""
+    """Repeat kv heads for the query heads: [B, G, T, D] -> [B, H, T, D]."""
     repeats = q.shape[1] // t.shape[1]
     return t if repeats == 1 else t.repeat_interleave(repeats, 1)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T in at least float32: [B, H, S, T]."""
+    """Compute q k^T [B, H, S, T] in at least float32."""
     precision = torch.promote_types(q.dtype, torch.float32)
     return q.to(precision) @ _repeated(k, q).to(precision).transpose(-2, -1)
 
@@ -257,7 +257,7 @@ def flash_attn_forward(
     window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, return_softmax: bool = False,
 ) -> tuple[Tensor]:  # fmt: skip
-    """The registered form of `flash_attn_func`: its first result."""
+    """Compute the registered form of `flash_attn_func`: its first result."""
     window = (window_size_left, window_size_right)
     return (flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes),)
 
@@ -267,12 +267,15 @@ def efficient_attention(
     dropout_p: float = 0.0, custom_mask_type: int = 0, scale: float | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None, compute_log_sumexp: bool = False, compute_logsumexp: bool = False, **rest: Any,
 ) -> tuple[Tensor]:  # fmt: skip
-    """xFormers: [B, S, H, D] -> [B, S, H, D]. custom_mask_type: 0 none, 1 causal from the start, 2 from the end."""
-    given = [name for name, option in rest.items() if option is not None]
-    if given:
-        raise Miss(f"{given[0]} is given; expected sequences of equal length without a window")
+    """Compute xFormers attention, [B, S, H, D] -> [B, S, H, D].
+
+    custom_mask_type: 0 none, 1 causal, aligned at the first query and key, 2 causal, aligned at the last ones.
+    """
+    passed = [name for name, option in rest.items() if option is not None]
+    if passed:
+        raise Miss(f"{passed[0]} is passed; expected sequences of equal length without a window")
     if query.dim() != 4:
-        raise Miss(f"operands of rank {query.dim()}; expected 4: [batch, tokens, heads, head size]")
+        raise Miss(f"operands have rank {query.dim()}; expected 4: [batch, tokens, heads, head size]")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     mask = attn_bias if bias is None else bias
     causal = mask is None and (custom_mask_type == 1 or (custom_mask_type == 2 and _is_square(q, k)))
@@ -286,15 +289,15 @@ def sageattn(
     q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False,
     sm_scale: float | None = None, return_lse: bool = False, **quantisation: Any,
 ) -> Tensor:  # fmt: skip
-    """SageAttention without its rounding. Layouts: HND [B, H, S, D], NHD [B, S, H, D]."""
+    """Compute SageAttention without its rounding. Layouts: HND [B, H, S, D], NHD [B, S, H, D]."""
     if return_lse:
-        raise Miss("the log-sum-exp is asked for")
+        raise Miss("the log-sum-exp is requested; expected the output alone")
     if quantisation.get("attn_mask") is not None:
-        raise Miss("a mask is given; expected none")
+        raise Miss("a mask is passed; expected none")
     tokens_first = tensor_layout == "NHD"
     q, k, v = (t.transpose(1, 2) if tokens_first else t for t in (q, k, v))
     if is_causal and q.shape[2] != k.shape[2]:
-        raise Miss(f"causal with {q.shape[2]} queries on {k.shape[2]} keys; expected as many")
+        raise Miss(f"causal attention of {q.shape[2]} queries on {k.shape[2]} keys; expected equal numbers")
     out = _sdpa(q, k, v, None, 0.0, is_causal, sm_scale)
     return out.transpose(1, 2) if tokens_first else out
 

@@ -1,4 +1,4 @@
-"""Opaque composites become the plain torch operations they stand for, in the same graph, with the same numbers.
+"""Decompose opaque composites into plain torch operations, in the same graph, with the same numbers.
 
     before                                              after
     o = multi_head_attention_forward(x, x, x, W, ...)   q, k, v = linear(x, W, b)...; o = linear(sdpa(q, k, v), ...)
@@ -9,7 +9,7 @@
     y = getitem(tag_activation_checkpoint(f, x), 0)     the nodes of f
     o = getitem(flex_attention(q, k, v, f, ...), 0)     see flex.py
 
-What a composite computes stands in `composites.py`, in plain torch; tracing it on the node's own fake values gives the
+`composites.py` computes each composite in plain torch; tracing it on the node's own fake values gives the
 nodes to write. A size that is a symbol stays one. `match` traces, so that `rewrite` cannot fail. A composite inside a
 written one is a candidate in its turn.
 """
@@ -40,13 +40,13 @@ BODIES = {  # higher-order op -> (place of its body, of the body's first argumen
     "wrap_with_set_grad_enabled": (1, 2),
     "wrap_with_autocast": (4, 5),
 }
-HINTS = ("softmax", "attention", "attn", "encoder_layer")  # in a name: there may be attention around it
+HINTS = ("softmax", "attention", "attn", "encoder_layer")  # parts of names that show attention
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass
 class Expansion:
-    """A composite and what it stands for: `body`, a graph with fake values whose placeholders are bound to `inputs`."""
+    """A composite and its decomposition: `body`, a graph with fake values whose placeholders are bound to `inputs`."""
 
     node: fx.Node
     body: fx.Graph
@@ -56,20 +56,20 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Decompose:
-    """The pass. With `inline_checkpoints` off, activation checkpoints keep their memory saving and hide attention."""
+    """The pass `decompose`. inline_checkpoints: off, activation checkpoints keep saving memory and hide attention."""
 
     name: str = "decompose"
     inline_checkpoints: bool = True
 
     def candidates(self, program: Program) -> Iterator[fx.Node]:
-        """Composites, each once; those that a rewrite brings to light come after it."""
+        """Yield each composite once; those that a rewrite uncovers follow it."""
         seen: set[fx.Node] = set()
-        while found := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
-            seen.update(found)
-            yield from found
+        while new := [n for n in program.graph.nodes if n not in seen and _is_candidate(n, program)]:
+            seen.update(new)
+            yield from new
 
     def match(self, node: fx.Node, program: Program) -> Expansion:
-        """What `node` stands for, traced. Raises Miss."""
+        """Trace what `node` computes. Raises Miss."""
         name = qualified_name(node)
         if any(isinstance(value, Tensor) and value.is_nested for value in map(fake, node.all_input_nodes)):
             raise Miss(f"{name} takes nested tensors; expected dense ones", node)
@@ -80,11 +80,11 @@ class Decompose:
         _check_results(node, body)
         return Expansion(node, body, tuple(node.all_input_nodes))
 
-    def rewrite(self, program: Program, found: Expansion) -> None:
+    def rewrite(self, program: Program, expansion: Expansion) -> None:
         """Write the body in place of the node."""
-        node, inputs = found.node, found.node.all_input_nodes
+        node, inputs = expansion.node, expansion.node.all_input_nodes
         with program.graph.inserting_before(node):
-            copies, result = _copy(program.graph, found)
+            copies, result = _copy(program.graph, expansion)
         for user in list(node.users) if isinstance(result, (tuple, list)) else []:
             user.replace_all_uses_with(result[user.args[1]])
             program.graph.erase_node(user)
@@ -96,15 +96,15 @@ class Decompose:
 
     def _called_body(self, node: fx.Node, program: Program, name: str) -> Expansion:
         if "checkpoint" in name and not self.inline_checkpoints:
-            raise Miss("attention inside a checkpointed block is left alone while training", node)
+            raise Miss("attention inside an activation checkpoint is not rewritten while training", node)
         if name not in BODIES:
-            raise Miss(f"attention inside {name} is left alone", node)
+            raise Miss(f"attention inside {name} is not rewritten", node)
         place, first = BODIES[name]
         graph = body_of(node.args[place], program).graph
         arguments = tuple(node.args[first:])
         expected = sum(n.op == "placeholder" for n in graph.nodes)
         if len(arguments) != expected:
-            raise Miss(f"{name} gives {len(arguments)} arguments to a body of {expected}", node)
+            raise Miss(f"{name} passes {len(arguments)} arguments to its body; expected {expected}", node)
         _check_users(node, graph.output_node().args[0])
         graph = _framed(graph, node) if name.startswith("wrap_with") else graph
         assert isinstance(node.args[place], fx.Node)
@@ -115,7 +115,7 @@ class Decompose:
 
 
 def qualified_name(node: fx.Node) -> str:
-    """Bare name of what a node calls where it is torch's own, `package::name` where it is another package's."""
+    """Return the bare name of a function of torch that a node calls, `package::name` of another package's."""
     target: Any = node.target
     if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
         return op_name(node)
@@ -143,11 +143,11 @@ def _operand_count(node: fx.Node) -> int:
 
 
 def _bodies(node: fx.Node, program: Program) -> list[fx.GraphModule]:
-    """Graphs that a higher-order op calls, but for those of flex_attention, which are no part of the program."""
+    """Return the graphs that a higher-order op calls; those of flex_attention are not part of the program."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or op_name(node) == "flex_attention":
         return []
-    found = (graph_at(n, program) for n in node.all_input_nodes)
-    return [body for body in found if body is not None]
+    results = (graph_at(n, program) for n in node.all_input_nodes)
+    return [body for body in results if body is not None]
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
@@ -163,7 +163,7 @@ def _hints(node: fx.Node) -> bool:
 
 
 def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
-    """A copy of `body` between the calls that set the grad mode or autocast for it, and set it back."""
+    """Copy `body` between calls that set the gradient mode or autocast for it and reset it."""
     graph = fx.Graph()
     known = {n: graph.node_copy(n) for n in body.nodes if n.op == "placeholder"}
     if op_name(node) == "wrap_with_autocast":
@@ -183,56 +183,58 @@ def _framed(body: fx.Graph, node: fx.Node) -> fx.Graph:
 
 
 def _check_results(node: fx.Node, body: fx.Graph) -> None:
-    """The results that are used are there, of the composite's own form. Raises Miss."""
+    """Check that the body gives all results that are used, in the composite's dtype. Raises Miss."""
     result: Any = body.output_node().args[0]
     expected = fake(node)
     _check_users(node, result)
     pairs = [(result, expected)] if isinstance(result, fx.Node) else zip(result, expected, strict=False)
-    for found, value in pairs:
-        if isinstance(found, fx.Node) and isinstance(value, Tensor) and fake(found).dtype != value.dtype:
-            raise Miss(f"{op_name(node)} gives {value.dtype}, its plain operations {fake(found).dtype}", node)
+    for candidate, value in pairs:
+        if isinstance(candidate, fx.Node) and isinstance(value, Tensor) and fake(candidate).dtype != value.dtype:
+            raise Miss(
+                f"the plain operations of {op_name(node)} return {fake(candidate).dtype}; expected {value.dtype}", node
+            )
 
 
 def _check_users(node: fx.Node, result: Any) -> None:
-    """Every use of the node can be served by `result`. Raises Miss."""
+    """Check that `result` serves every use of the node. Raises Miss."""
     if isinstance(result, fx.Node):
         return
     for user in node.users:
         if user.target is not operator.getitem:
-            raise Miss(f"the results of {op_name(node)} are used as one tuple", user)
+            raise Miss(f"the results of {op_name(node)} are used as a tuple; expected uses of single results", user)
         index = user.args[1]
         if not (isinstance(index, int) and index < len(result) and isinstance(result[index], fx.Node)):
-            raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not give", user)
+            raise Miss(f"result {index} of {op_name(node)} is used, which its plain operations do not compute", user)
 
 
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def _copy(graph: fx.Graph, found: Expansion) -> tuple[list[fx.Node], Any]:
+def _copy(graph: fx.Graph, expansion: Expansion) -> tuple[list[fx.Node], Any]:
     """Copy the body to the insertion point: (the copies, the results)."""
-    inputs = iter(found.inputs)
+    inputs = iter(expansion.inputs)
     known: dict[fx.Node, Any] = {}
     copies = []
-    for node in found.body.nodes:
+    for node in expansion.body.nodes:
         if node.op == "placeholder":
             known[node] = next(inputs)
         elif node.op != "output":
             known[node] = graph.node_copy(node, known.__getitem__)
             copies.append(known[node])
-            _describe(known[node], node, found)
-    return copies, fx.node.map_arg(found.body.output_node().args[0], known.__getitem__)
+            _describe(known[node], node, expansion)
+    return copies, fx.node.map_arg(expansion.body.output_node().args[0], known.__getitem__)
 
 
-def _describe(copy: fx.Node, original: fx.Node, found: Expansion) -> None:
-    """Fake values under both names; what is known of the user's code: the body's own, else the composite's."""
-    copy.meta = dict(original.meta) if found.prefix else {}
+def _describe(copy: fx.Node, original: fx.Node, expansion: Expansion) -> None:
+    """Set the fake value and the source of a copied node: the source of the body, else that of the composite."""
+    copy.meta = dict(original.meta) if expansion.prefix else {}
     if copy.op == "get_attr":
-        copy.target = f"{found.prefix}{copy.target}"
+        copy.target = f"{expansion.prefix}{copy.target}"
     if fake(original) is not None:
         copy.meta["example_value"] = copy.meta["val"] = fake(original)
     for key in KEPT_META:
-        if key not in copy.meta and key in found.node.meta:
-            copy.meta[key] = found.node.meta[key]
+        if key not in copy.meta and key in expansion.node.meta:
+            copy.meta[key] = expansion.node.meta[key]
 
 
 def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:

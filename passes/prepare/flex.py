@@ -37,7 +37,7 @@ CONSTANTS = frozenset({"new_ones", "new_full", "ones_like", "full_like"})  # rea
 
 
 def score_mod(scores: Tensor, body: Callable[..., Tensor], *buffers: Any) -> Tensor:
-    """`body(score, b, h, q, k, *buffers)` at every place of scores [B, H, S, T]."""
+    """Compute `body(score, b, h, q, k, *buffers)` at every place of scores [B, H, S, T]."""
     over_grid = _over_grid(lambda score, *index: body(score, *index, *buffers), (0,))
     index = (torch.arange(size, device=scores.device) for size in scores.shape)
     with _tensor_indices():
@@ -47,14 +47,14 @@ def score_mod(scores: Tensor, body: Callable[..., Tensor], *buffers: Any) -> Ten
 def mask_mod(
     body: Callable[..., Tensor], batch: int, heads: int, queries: int, keys: int, device: torch.device, *buffers: Any
 ) -> Tensor:
-    """`body(b, h, q, k, *buffers)` at every place: bool [B, H, S, T], True = may attend."""
+    """Compute `body(b, h, q, k, *buffers)` at every place: bool [B, H, S, T], True = may attend."""
     over_grid = _over_grid(lambda *index: body(*index, *buffers), ())
     with _tensor_indices():
         return over_grid(*(torch.arange(size, device=device) for size in (batch, heads, queries, keys)))
 
 
 def _over_grid(function: Callable[..., Tensor], leading: tuple[int, ...]) -> Callable[..., Tensor]:
-    """vmap over key, query, head and batch, the key innermost."""
+    """Map a function over key, query, head and batch by vmap, the key innermost."""
     for axis in (3, 2, 1, 0):
         index_axes = tuple(0 if i == axis else None for i in range(4))
         function = torch.vmap(function, in_dims=(*leading, *index_axes))
@@ -62,7 +62,7 @@ def _over_grid(function: Callable[..., Tensor], leading: tuple[int, ...]) -> Cal
 
 
 def _tensor_indices() -> Any:
-    """`buffer[q]` with a scalar tensor indexes by tensor; without this it would ask for a number."""
+    """Make `buffer[q]` with a scalar tensor index by tensor instead of asking for a number."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     return TransformGetItemToIndex()
@@ -72,8 +72,8 @@ def _tensor_indices() -> Any:
 
 
 def plain_flex(node: fx.Node, program: Program) -> fx.Graph:
-    """The plain operations of a flex_attention node; placeholders in the order of `node.all_input_nodes`."""
-    given: dict[str, Any] = dict(zip(FIELDS, node.args, strict=False)) | dict(node.kwargs)
+    """Write a flex_attention node in plain operations; placeholders in the order of `node.all_input_nodes`."""
+    fields: dict[str, Any] = dict(zip(FIELDS, node.args, strict=False)) | dict(node.kwargs)
     used = {user.args[1] for user in node.users if user.target is operator.getitem}
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
@@ -81,56 +81,56 @@ def plain_flex(node: fx.Node, program: Program) -> fx.Graph:
 
     def proxy(field: str) -> Any:
         known: Callable[[fx.Node], Any] = proxies.__getitem__
-        return fx.node.map_arg(given[field], known)
+        return fx.node.map_arg(fields[field], known)
 
-    plain = _contract(given, proxy)
-    scores = _modify(given, proxy, plain, tracer, program)
+    plain = _contract(fields, proxy)
+    scores = _modify(fields, proxy, plain, tracer, program)
     weights = torch.softmax(scores, -1) if scores is plain else torch._safe_softmax(scores, -1)
-    value = _per_query_head(given, "value", proxy)
-    dtype = fake(given["query"]).dtype
+    value = _per_query_head(fields, "value", proxy)
+    dtype = fake(fields["query"]).dtype
     output = torch.matmul(weights if dtype in EXACT else weights.to(dtype), value)
-    results = (output, *_statistics(scores, given["options"], used))
+    results = (output, *_statistics(scores, fields["options"], used))
     graph.output(fx.node.map_aggregate(results, lambda r: r.node if isinstance(r, fx.Proxy) else r))
     return graph
 
 
-def _contract(given: dict[str, Any], proxy: Callable[[str], Any]) -> Any:
-    """Scale q k^T [B, H, S, T], in float32 at least."""
-    query, key = proxy("query"), _per_query_head(given, "key", proxy)
-    dtype = fake(given["query"]).dtype
+def _contract(fields: dict[str, Any], proxy: Callable[[str], Any]) -> Any:
+    """Compute scale q k^T [B, H, S, T] in at least float32."""
+    query, key = proxy("query"), _per_query_head(fields, "key", proxy)
+    dtype = fake(fields["query"]).dtype
     if dtype not in EXACT:
         query, key = query.to(torch.float32), key.to(torch.float32)
-    scale = _constant(fake(given["scale"]) if isinstance(given["scale"], fx.Node) else given["scale"])
+    scale = _constant(fake(fields["scale"]) if isinstance(fields["scale"], fx.Node) else fields["scale"])
     return torch.matmul(query, key.transpose(-2, -1)) * (proxy("scale") if scale is None else scale)
 
 
-def _per_query_head(given: dict[str, Any], field: str, proxy: Callable[[str], Any]) -> Any:
-    """Keys or values [B, G, T, D] -> [B, H, T, D]."""
-    heads, groups = (_constant(fake(given[name]).shape[1]) for name in ("query", field))
+def _per_query_head(fields: dict[str, Any], field: str, proxy: Callable[[str], Any]) -> Any:
+    """Repeat the heads of keys or values: [B, G, T, D] -> [B, H, T, D]."""
+    heads, groups = (_constant(fake(fields[name]).shape[1]) for name in ("query", field))
     if not heads or not groups:
-        raise Miss("the number of heads is a symbol; expected a number")
+        raise Miss("the number of heads is symbolic; expected a number")
     return proxy(field) if heads == groups else torch.repeat_interleave(proxy(field), int(heads // groups), 1)
 
 
 def _modify(
-    given: dict[str, Any], proxy: Callable[[str], Any], scores: Any, tracer: fx.proxy.TracerBase, program: Program
+    fields: dict[str, Any], proxy: Callable[[str], Any], scores: Any, tracer: fx.proxy.TracerBase, program: Program
 ) -> Any:
-    """The scores with what the two graphs do to them; nothing where they do nothing."""
-    body = body_of(given["score_mod"], program)
+    """Apply the score and mask graphs to the scores, where they change anything."""
+    body = body_of(fields["score_mod"], program)
     if not _is_identity(body.graph):
         arguments = (scores, proxy("score_mod"), *proxy("score_buffers"))
         scores = tracer.create_proxy("call_function", score_mod, arguments, {})
-    mask = body_of(given["block_mask"][-1], program)
+    mask = body_of(fields["block_mask"][-1], program)
     if _allows_all(mask):
         return scores
-    arguments = (proxy("block_mask")[-1], *_grid(given, proxy, mask), *proxy("mask_buffers"))
+    arguments = (proxy("block_mask")[-1], *_grid(fields, proxy, mask), *proxy("mask_buffers"))
     allowed: Any = tracer.create_proxy("call_function", mask_mod, arguments, {})
     return torch.where(allowed, scores, -math.inf)
 
 
-def _grid(given: dict[str, Any], proxy: Callable[[str], Any], mask: fx.GraphModule) -> tuple[Any, ...]:
-    """(B, H, S, T, device) for `mask_mod`; batch and head are 1 where the mask does not ask for them."""
-    query, key = fake(given["query"]), fake(given["key"])
+def _grid(fields: dict[str, Any], proxy: Callable[[str], Any], mask: fx.GraphModule) -> tuple[Any, ...]:
+    """Return (B, H, S, T, device) for `mask_mod`; batch and head are 1 where the mask does not read them."""
+    query, key = fake(fields["query"]), fake(fields["key"])
     batch, head = [n for n in mask.graph.nodes if n.op == "placeholder"][:2]
     axes = (("query", 0, bool(batch.users)), ("query", 1, bool(head.users)), ("query", 2, True), ("key", 2, True))
     known = [_constant((query if field == "query" else key).shape[axis]) for field, axis, _ in axes]
@@ -142,17 +142,17 @@ def _grid(given: dict[str, Any], proxy: Callable[[str], Any], mask: fx.GraphModu
 
 
 def _constant(number: Any) -> int | float | None:
-    """The number itself, None for a symbol."""
+    """Return a number as it is, None for a symbol."""
     if isinstance(number, (torch.SymInt, torch.SymFloat)):
-        found: int | float | None = (
+        result: int | float | None = (
             number.node.maybe_as_int() if isinstance(number, torch.SymInt) else number.node.maybe_as_float()
         )
-        return found
+        return result
     return number
 
 
 def _statistics(scores: Any, options: dict[str, Any], used: set[Any]) -> list[Any]:
-    """(log-sum-exp, largest score) of each query, as far as they are used; the composite gives base-2 logarithms."""
+    """Return (log-sum-exp, largest score) of each query as far as used; those of the composite are in base 2."""
     unit = 1.0 if options.get("BACKEND") == "FLASH" else math.log(2)
     lse = torch.logsumexp(scores, -1) / unit if 1 in used else None
     return [lse, torch.amax(scores, -1) / unit if 2 in used else None]
@@ -162,30 +162,30 @@ def _statistics(scores: Any, options: dict[str, Any], used: set[Any]) -> list[An
 
 
 def body_of(node: Any, program: Program) -> fx.GraphModule:
-    """The graph module that a get_attr node names. Raises Miss when it is something else."""
-    found = graph_at(node, program)
-    if found is None:
-        raise Miss(f"the body {node} is not a graph of the program", node if isinstance(node, fx.Node) else None)
-    return found
+    """Return the graph module that a get_attr node names. Raises Miss when it is something else."""
+    result = graph_at(node, program)
+    if result is None:
+        raise Miss(f"{node} is not a graph of the program", node if isinstance(node, fx.Node) else None)
+    return result
 
 
 def graph_at(node: Any, program: Program) -> fx.GraphModule | None:
-    """The graph module that a get_attr node names, None for anything else."""
+    """Return the graph module that a get_attr node names, None for anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    found: Any = program.module
+    result: Any = program.module
     for name in str(node.target).split("."):
-        found = getattr(found, name, None)
-    return found if isinstance(found, fx.GraphModule) else None
+        result = getattr(result, name, None)
+    return result if isinstance(result, fx.GraphModule) else None
 
 
 def _is_identity(graph: fx.Graph) -> bool:
-    """True when the result is the first argument as it came."""
+    """Return whether a graph returns its first argument unchanged."""
     return graph.output_node().args[0] is next(n for n in graph.nodes if n.op == "placeholder")
 
 
 def _allows_all(body: fx.GraphModule) -> bool:
-    """True when the result depends on no value of an argument and is True: then it is run once."""
+    """Return whether a mask graph allows everything: it reads no value of an argument, and running it gives True."""
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     if any(op_name(user) not in CONSTANTS for n in placeholders for user in n.users):
         return False
@@ -211,7 +211,7 @@ def remove_makers(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _needed_outside(region: set[fx.Node]) -> set[fx.Node]:
-    """Nodes of `region` that one outside reads, through other nodes or through memory that they write."""
+    """Return the nodes of `region` that a node outside reads, through other nodes or through memory that they write."""
     needed: set[fx.Node] = set()
     while True:
         memory = {storage_root(n) for n in needed}

@@ -1,13 +1,13 @@
 """Give every change in place a value of its own: what remains is def-use only, but for copies into inputs at the end.
 
-before                                             after
-%v = .view(%x, 16)                                 %mul = .mul(%x, 2)
-%mul_ = .mul_(%x, 2)                               %v_1 = .view(%mul, 16)
-%left = getitem(%k, [..., :16])                    %written = written(%k, [[getitem, ...]], 'copy_', [%v_1])
-%copy_ = .copy_(%left, %v)                         %index_copy = .index_copy(%cache, 0, %at, %written)
-%index_copy_ = .index_copy_(%cache, 0, %at, %k)    %sum_1 = .sum(%index_copy)
-%sum_1 = .sum(%cache)                              %copy__default = aten.copy_.default(%cache, %index_copy)
-return [%sum_1]                                    return [%sum_1]
+    before                                             after
+    %v = .view(%x, 16)                                 %mul = .mul(%x, 2)
+    %mul_ = .mul_(%x, 2)                               %v_1 = .view(%mul, 16)
+    %left = getitem(%k, [..., :16])                    %written = written(%k, [[getitem, ...]], 'copy_', [%v_1])
+    %copy_ = .copy_(%left, %v)                         %index_copy = .index_copy(%cache, 0, %at, %written)
+    %index_copy_ = .index_copy_(%cache, 0, %at, %k)    %sum_1 = .sum(%index_copy)
+    %sum_1 = .sum(%cache)                              %copy__default = aten.copy_.default(%cache, %index_copy)
+    return [%sum_1]                                    return [%sum_1]
 
 Two nodes share memory exactly when their fake values have one storage. The nodes of a storage form a tree: the node
 that made it, its views, their views. A backward walk finds for each write the smallest tensor of the tree that holds
@@ -46,7 +46,7 @@ from fhopt.passes.prepare.memory import (
 
 @dataclass(frozen=True)
 class Functionalized:
-    """What `run` did: how many in-place nodes are gone, and those that stayed, with the reason."""
+    """The result of `Functionalize.run`: how many in-place nodes are gone, and those that stayed, with the reason."""
 
     changed: int
     left: tuple[Miss, ...]
@@ -54,12 +54,12 @@ class Functionalized:
 
 @dataclass(frozen=True)
 class Functionalize:
-    """The pass: exact, one walk back and one forth. All writes of a storage are replaced, or none."""
+    """The pass `functionalize`: exact, one walk back and one forth. All writes of a storage are replaced, or none."""
 
     name: str = "functionalize"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Nodes that change a tensor in place, but for copies into inputs at the very end."""
+        """Return the nodes that change a tensor in place, without copies into inputs at the very end."""
         memory = Memory(program)
         return [node for node in memory.writes if node not in memory.final]
 
@@ -85,24 +85,24 @@ def written(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """A copy of `base` in which `operation` has changed the view that `path` leads to; `base` stays as it is.
+    """Copy `base` and apply `operation` to the view of the copy that `path` leads to; `base` stays as it is.
 
     path: views, first to last. operation: name of what changes its first argument in place, or its `out` where `kwargs`
     has one. A name without a dot is a method's, any other is qualified. Traceable and differentiable.
     """
-    given = dict(kwargs or {})
+    options = dict(kwargs or {})
     view = result = _copy(base)
-    for name, others, options in path:
-        view = named_callable(name)(view, *others, **options)
-    if "out" in given:
-        named_callable(operation)(*args, **{**given, "out": view})
+    for name, others, view_options in path:
+        view = named_callable(name)(view, *others, **view_options)
+    if "out" in options:
+        named_callable(operation)(*args, **{**options, "out": view})
     else:
-        named_callable(operation)(view, *args, **given)
+        named_callable(operation)(view, *args, **options)
     return result
 
 
 def _copy(base: Tensor) -> Tensor:
-    """A copy with the same strides: with others, a view of `base` could be a copy here, or a copy of it a view.
+    """Copy a tensor with its strides: with others, a view of it could become a copy, or a copy a view.
 
     An expanded tensor gets memory for all its elements: later passes may put one in the place of what was written.
     """
@@ -116,7 +116,7 @@ def _copy(base: Tensor) -> Tensor:
 
 
 class _Rewriting:
-    """Replaces all writes to the storages in `chosen`.
+    """The rewriting of all writes to the storages in `chosen`.
 
     targets: write -> the node of the tree that it changes. bases: write -> the node of which it makes a new value; a
     write without a base is not read by anything. version: storage -> number of its values so far. base: storage -> the
@@ -166,7 +166,7 @@ class _Rewriting:
                 needed[key] = self.memory.common(needed.get(key, read), read)
 
     def _plan_view(self, node: fx.Node, needed: dict[int, fx.Node]) -> None:
-        """Before a view exists, its source must be up to date in its place."""
+        """Require a view's source in place of the view before the view exists."""
         later = needed.get(self.memory.storage[node])
         if later is not None and self.memory.common(later, node) is node:
             needed[self.memory.storage[node]] = self.memory.parent[node]
@@ -182,15 +182,15 @@ class _Rewriting:
         self.bases[node] = needed[key] = base
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
-        """Nodes of the trees whose value `node` needs. The output needs none of an input: it returns the input."""
-        found = [n for n in node.all_input_nodes if self._is_ours(n)]
+        """Return the nodes of the trees whose value `node` reads. The output reads no input, it returns the input."""
+        results = [n for n in node.all_input_nodes if self._is_ours(n)]
         if node in self.targets:
-            found.remove(self.memory.writes[node].target)
+            results.remove(self.memory.writes[node].target)
         elif node in self.views:
-            found.remove(first_tensor(node))
+            results.remove(first_tensor(node))
         elif node is self.output:
-            found = [n for n in found if self.memory.storage[n] not in self.inputs]
-        return [self.memory.itself(n) for n in found]
+            results = [n for n in results if self.memory.storage[n] not in self.inputs]
+        return [self.memory.itself(n) for n in results]
 
     # ---- forward: new values
 
@@ -220,9 +220,10 @@ class _Rewriting:
         self.base[key], self.known[base] = base, (self.version[key], value)
 
     def _as_plain(self, node: fx.Node, base: fx.Node) -> fx.Node | None:
-        """The plain operation, where it gives a tensor of the same form. Autocast would change its type.
+        """Insert the plain operation where it gives a tensor of the same form.
 
-        An input that the operation saves for its gradient could not be written back: `written` saves a copy.
+        Not under autocast, which would change its dtype, nor where the operation saves an input for its gradient, which
+        could then not be written back: `written` saves a copy.
         """
         plain = plain_operation(node) if base is self.targets[node] and node not in self.memory.autocast else None
         saved = self._current(base).op == "placeholder" and any(map(needs_gradient, node.all_input_nodes))
@@ -238,7 +239,7 @@ class _Rewriting:
         return self._make(op, target, args, kwargs, value, node) if fits else None
 
     def _as_written(self, node: fx.Node, base: fx.Node) -> fx.Node:
-        """A call of `written`, which works on a copy of the base."""
+        """Insert a call of `written`, which works on a copy of the base."""
         args, kwargs = self._updated((node.args, node.kwargs))
         if self.memory.writes[node].target is node.kwargs.get("out"):
             kwargs = {**kwargs, "out": None}
@@ -246,10 +247,10 @@ class _Rewriting:
             args, kwargs = behind_first(args, kwargs)
         steps = self.memory.path(base, self.targets[node])
         path = [(called_name(step), *behind_first(step.args, step.kwargs)) for step in steps]
-        given = (self._current(base), path, called_name(node), args, kwargs)
+        arguments = (self._current(base), path, called_name(node), args, kwargs)
         with on_fakes(self.mode):
             value = _copy(fake(base))
-        return self._make("call_function", written, given, {}, value, node)
+        return self._make("call_function", written, arguments, {}, value, node)
 
     def _write_back(self) -> None:
         """Copy the last values into the inputs; what the output shares with an input is made from the input again."""
@@ -265,12 +266,12 @@ class _Rewriting:
     # ---- nodes
 
     def _is_current(self, node: fx.Node) -> bool:
-        """True when the value of a node of a tree is up to date, or can be made from one that is."""
+        """Return whether the value of a node of a tree is up to date, or follows from one that is."""
         base = self.base[self.memory.storage[node]]
         return self.memory.common(base, node) is base
 
     def _current(self, node: fx.Node) -> fx.Node:
-        """The node that holds the value of `node` now: a view is made again, right behind what it is a view of."""
+        """Return the node that holds the value of `node` now; a view is repeated right behind what it views."""
         node = self.memory.itself(node)
         version = self.version[self.memory.storage[node]]
         known, current = self.known.get(node, (-1, node))
@@ -290,19 +291,19 @@ class _Rewriting:
         node.args, node.kwargs = self._updated((node.args, node.kwargs))
 
     def _evaluate(self, op: str, target: Any, args: Any, kwargs: Any) -> Any:
-        """Fake value of a call."""
+        """Compute the fake value of a call."""
         known, options = fx.node.map_arg((args, kwargs), fake)
         function = named_callable(target) if op == "call_method" else target
         with on_fakes(self.mode):
             return function(*known, **options)
 
     def _make(self, op: str, target: Any, args: Any, kwargs: Any, value: Any, origin: fx.Node) -> fx.Node:
-        """A new node with its fake value, and where it comes from in the user's code."""
+        """Create a node with its fake value and its place in the user's code."""
         node = self.graph.create_node(op, target, tuple(args), dict(kwargs))
         node.meta = {**origin.meta, "example_value": value, "val": value}
         return node
 
 
 def _draws(node: fx.Node) -> bool:
-    """True for a node that draws random numbers."""
+    """Return whether a node draws random numbers."""
     return op_name(node) in RANDOM or "dropout" in op_name(node)

@@ -1,4 +1,4 @@
-"""Who shares whose memory, and what each node changes: the facts behind `functionalize`.
+"""Memory of a graph: which nodes share it, and what each node changes; for `functionalize`.
 
 Aliasing is decided by the identity of the storages of fake values, and nothing else. Each storage has a tree of views;
 what cannot be followed has a reason.
@@ -36,13 +36,15 @@ _FORM_NAMES = (
 )
 RANDOM, _FORM = frozenset(_RANDOM_NAMES.split()), frozenset(_FORM_NAMES.split())
 _RUNNING_STATISTICS = frozenset({"batch_norm", "instance_norm"})
-_NOT_REPEATABLE = frozenset({"as_strided", "data", "_get_data_attr"})  # they see more than the tensor they are given
+_NOT_REPEATABLE = frozenset(
+    {"as_strided", "data", "_get_data_attr"}
+)  # they see more than the tensor that they are called with
 Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]  # op, target, args, kwargs of a node
 Step = tuple[str, tuple[Any, ...], Mapping[str, Any]]  # name, arguments behind the tensor, keyword arguments of a view
 
 
 def called_name(node: fx.Node) -> str:
-    """Name by which `written` finds what a node calls, "" when it cannot."""
+    """Return the name by which `written` finds what a node calls, "" when it cannot."""
     target: Any = node.target
     if node.op != "call_function" or isinstance(target, HigherOrderOperator):
         return str(target) if node.op == "call_method" else ""
@@ -56,7 +58,7 @@ def called_name(node: fx.Node) -> str:
 
 @functools.cache
 def named_callable(name: str) -> Callable[..., Any]:
-    """What `called_name` named: a function, or for a bare name the method of a tensor."""
+    """Return what `called_name` named: a function, or for a bare name the method of a tensor."""
     module, *path = name.split(".")
     if not path:
         return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
@@ -68,7 +70,7 @@ def named_callable(name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Write:
-    """What one node changes in place. reason: why that cannot be done to another tensor, "" when it can."""
+    """The tensors that a node changes in place. reason: why it cannot change another tensor instead, or ""."""
 
     targets: tuple[fx.Node, ...]
     reason: str = ""
@@ -80,7 +82,7 @@ class _Write:
 
 
 def _write(node: fx.Node) -> _Write | None:
-    """What the node changes in place, None for nothing."""
+    """Return what the node changes in place, None for nothing."""
     name = op_name(node)
     if _runs_hidden_code(node):
         return _Write(tuple(node.all_input_nodes), f"{name or node.op} changes its inputs inside", hidden=True)
@@ -92,22 +94,22 @@ def _write(node: fx.Node) -> _Write | None:
 
 
 def _targets(node: fx.Node) -> list[Any]:
-    """Arguments that the node changes in place, by its schema, its keywords, or the form of its name."""
-    found: list[Any] = []
+    """Return the arguments that the node changes in place, by its schema, its keywords, or the form of its name."""
+    results: list[Any] = []
     if overloads := _overloads(node):
         for position, parameter in ((i, p) for o in overloads for i, p in enumerate(o._schema.arguments)):
             if parameter.alias_info is not None and parameter.alias_info.is_write:
-                given = len(node.args) > position and not parameter.kwarg_only
-                found.append(node.args[position] if given else node.kwargs.get(parameter.name))
+                is_positional = len(node.args) > position and not parameter.kwarg_only
+                results.append(node.args[position] if is_positional else node.kwargs.get(parameter.name))
     elif node.kwargs.get("out") is not None:
-        found.append(node.kwargs["out"])
+        results.append(node.kwargs["out"])
     elif _is_named_in_place(node) or _asks_inplace(node):
-        found.append(first_tensor(node))
-    return list(dict.fromkeys(torch.utils._pytree.tree_leaves(found)))
+        results.append(first_tensor(node))
+    return list(dict.fromkeys(torch.utils._pytree.tree_leaves(results)))
 
 
 def _overloads(node: fx.Node) -> list[OpOverload]:
-    """The op that the node calls; all that it may be where the graph names a packet, `torch.ops.aten.add_`."""
+    """Return the op that the node calls, or all overloads where the graph names a packet, `torch.ops.aten.add_`."""
     target: Any = node.target
     if isinstance(target, OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
@@ -122,7 +124,7 @@ def _is_named_in_place(node: fx.Node) -> bool:
 
 
 def _asks_inplace(node: fx.Node) -> bool:
-    """True when the node passes `inplace=True` to a function."""
+    """Return whether the node passes `inplace=True` to a function."""
     position = _inplace_position(node.target) if node.op == "call_function" else None
     if position is None:
         return False
@@ -141,9 +143,9 @@ def _inplace_position(target: Any) -> int | None:
 def _why_not(node: fx.Node, targets: tuple[fx.Node, ...]) -> str:
     name = op_name(node)
     if any(overload.namespace != "aten" for overload in _overloads(node)):
-        return f"the custom op {node.target} must get the tensor itself"
+        return f"the custom op {node.target} changes its argument in place; it needs the tensor itself"
     if name in _FORM and not is_idle(node):
-        return f"{name} changes what the tensor is, not what it holds"
+        return f"{name} changes the form of the tensor, not its values"
     if len(targets) > 1 or not isinstance(fake(targets[0]), (Tensor, type(None))):
         return f"{name} changes several tensors at once"
     if not called_name(node) or targets[0] not in (first_tensor(node), node.kwargs.get("out")):
@@ -152,12 +154,12 @@ def _why_not(node: fx.Node, targets: tuple[fx.Node, ...]) -> str:
 
 
 def is_idle(node: fx.Node) -> bool:
-    """True for a `detach_` of a tensor without gradient: torch.export puts one behind each constant."""
+    """Return whether a node is a `detach_` of a tensor without gradient: torch.export puts one behind each constant."""
     return op_name(node) == "detach_" and not needs_gradient(first_tensor(node))
 
 
 def _runs_hidden_code(node: fx.Node) -> bool:
-    """True for a call of code outside this graph that changes a tensor, or may."""
+    """Return whether a node calls code outside this graph that changes, or may change, a tensor."""
     if not isinstance(node.target, HigherOrderOperator):
         return node.op == "call_module"
     names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
@@ -167,17 +169,17 @@ def _runs_hidden_code(node: fx.Node) -> bool:
 
 
 def first_tensor(node: fx.Node) -> Any:
-    """The tensor that a call works on."""
+    """Return the tensor that a call works on."""
     return argument(node, 0, "input", "self")
 
 
 def behind_first(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call but for the first."""
+    """Return the arguments of a call without the first."""
     return tuple(args[1:]), {k: v for k, v in kwargs.items() if args or k not in ("input", "self")}
 
 
 def plain_operation(node: fx.Node) -> Call | None:
-    """The operation that returns what the node writes, None where torch has none."""
+    """Return the operation that returns what the node writes, None where torch has none."""
     name, args, kwargs = op_name(node), node.args, dict(node.kwargs)
     if name in RANDOM:
         return None
@@ -212,7 +214,7 @@ def _function_without_underscore(node: fx.Node) -> Any:
 
 
 class Memory:
-    """Which nodes share memory: a tree of views for each storage, and the nodes that write it.
+    """The memory of a graph: a tree of views for each storage, and the nodes that write it.
 
     storage: node -> its storage. roots: storage -> the node that made it. parent, depth: the tree. same: node -> the
     node that is the very same tensor (an in-place result has its argument, a view that changes nothing its source).
@@ -242,11 +244,11 @@ class Memory:
         self.final = self._final_copies(program.graph)
 
     def itself(self, node: fx.Node) -> fx.Node:
-        """The node that stands for `node` in the tree."""
+        """Return the node that stands for `node` in the tree."""
         return self.same.get(node, node)
 
     def common(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        """The last node of the tree of which both are views."""
+        """Return the last node of the tree of which both are views."""
         while a is not b:
             if self.depth[a] >= self.depth[b]:
                 a = self.parent[a]
@@ -255,7 +257,7 @@ class Memory:
         return a
 
     def path(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """The views that lead from `start` to `end`."""
+        """Return the views that lead from `start` to `end`."""
         steps: list[fx.Node] = []
         while end is not start:
             steps.append(end)
@@ -263,7 +265,7 @@ class Memory:
         return steps[::-1]
 
     def reason(self, node: fx.Node) -> str:
-        """Why an in-place node must stay, "" when it need not."""
+        """Return why an in-place node must stay, "" when it need not."""
         write = self.writes[node]
         if write.target not in self.storage:
             return write.reason or f"the memory of {write.target.name} is not known"
@@ -277,7 +279,7 @@ class Memory:
             self.problems.setdefault(key, reason)
 
     def _place(self, node: fx.Node, write: _Write | None) -> None:
-        """Find the place of a node in the tree of its storage, and note what it changes."""
+        """Add a node to the tree of its storage, and record what it changes."""
         visible = write is not None and not write.hidden
         value, source = fake(node), write.target if write and visible else first_tensor(node)
         keys = set() if node.op == "output" else _storages(value)
@@ -309,7 +311,7 @@ class Memory:
             self.parent[node], self.depth[node] = source, self.depth[source] + 1
 
     def _find_problems(self, program: Program) -> None:
-        """Storages that are not the graph's own, or whose gradient depends on where they are written."""
+        """Record storages that are not the graph's own, or whose gradient depends on where they are written."""
         pointers = Counter(_pointer(value) for value in program.values.values())
         for key in self._keys(write.target for write in self.writes.values()):
             root = self.roots[key]
@@ -330,7 +332,7 @@ class Memory:
                 self._spoil(self._keys([node]), f"the view {node.name} cannot be made again from another tensor")
 
     def _final_copies(self, graph: fx.Graph) -> set[fx.Node]:
-        """Copies into inputs behind which only views for the output follow: what this pass itself leaves."""
+        """Return copies into inputs that only views for the output follow, as this pass itself leaves them."""
         *nodes, output = graph.nodes
         views: set[fx.Node] = set()
         while nodes and nodes[-1] in self.parent:
@@ -347,7 +349,7 @@ class Memory:
 
 
 def _with_modes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any, int]]:
-    """Nodes with the gradient mode that they run under and the depth of autocast."""
+    """Yield nodes with the gradient mode and the depth of autocast that they run under."""
     grad: Any = next((not n.args[0] for n in graph.nodes if op_name(n) == "_set_grad_enabled"), True)
     autocast = 0
     for node in graph.nodes:
@@ -362,12 +364,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def needs_gradient(node: fx.Node) -> bool:
-    """True when a gradient flows into what the node computes."""
+    """Return whether a gradient flows into what the node computes."""
     return any(tensor.requires_grad for tensor in _tensors(fake(node)))
 
 
 def _storages(value: Any) -> set[int]:
-    """Storages of the tensors in a fake value; none where a tensor has no storage."""
+    """Return the storages of the tensors in a fake value; none where a tensor has no storage."""
     try:
         return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
     except (RuntimeError, NotImplementedError):
@@ -375,7 +377,7 @@ def _storages(value: Any) -> set[int]:
 
 
 def _pointer(value: Any) -> int:
-    """Where the memory of a real tensor starts, 0 when that is not known."""
+    """Return the address of a real tensor's memory, 0 when it is not known."""
     try:
         real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
         return value.untyped_storage().data_ptr() if real else 0
@@ -384,13 +386,13 @@ def _pointer(value: Any) -> int:
 
 
 def form_of(value: Tensor) -> tuple[Any, ...]:
-    """Type, sizes and strides; symbols by their text, because comparing them would guard."""
+    """Return dtype, sizes and strides of a tensor, symbols as text, because comparing them would add a guard."""
     sizes = [str(size) for size in (*value.shape, *value.stride())]
     return value.dtype, value.device, value.is_conj(), value.is_neg(), *sizes
 
 
 def _is_same(value: Any, source: Any) -> bool:
-    """True for two fake values, of one storage, that are the same tensor."""
+    """Return whether two fake values of one storage are the same tensor."""
     if not isinstance(value, Tensor) or not isinstance(source, Tensor):
         return False
     return form_of(value) == form_of(source) and str(value.storage_offset()) == str(source.storage_offset())

@@ -1,9 +1,9 @@
-"""Composites run on fake values: the plain operations they are made of, as a graph.
+"""Tracing of composites on fake values: the plain operations they consist of, as a graph.
 
     trace_composite(composites.baddbmm, node, program)  -> graph(input, batch1, batch2): bmm, mul, add
     trace_flex(node, program)                           -> graph(q, k, v, ...): matmul, mul, softmax, matmul
 
-The placeholders of a graph stand for `node.all_input_nodes`, in that order, and every node has its fake value. Tracing
+The placeholders of a graph are `node.all_input_nodes`, in that order, and every node has its fake value. Tracing
 happens above autograd, autocast and the decompositions of torch: dropout, `linear` and SDPA stay what they are, and
 gradients flow. A size that is a symbol becomes a node that asks its tensor for it.
 """
@@ -27,7 +27,7 @@ from fhopt.passes.prepare.flex import body_of, plain_flex
 
 
 def trace_composite(composite: Composite, node: fx.Node, program: Program) -> fx.Graph:
-    """The graph of `composite` on the fake values of the node's arguments. Raises Miss."""
+    """Trace `composite` on the fake values of the node's arguments. Raises Miss."""
     nodes = node.all_input_nodes
     args, kwargs = _bound_by_name(node)
 
@@ -40,12 +40,12 @@ def trace_composite(composite: Composite, node: fx.Node, program: Program) -> fx
         _make_out_of_place(graph)
         _restore_layout(graph, node)
     if any(n.op == "get_attr" for n in graph.nodes):
-        raise Miss(f"{op_name(node)} makes a constant tensor", node)
+        raise Miss(f"{op_name(node)} creates a constant tensor; expected operations on its inputs", node)
     return graph
 
 
 def trace_flex(node: fx.Node, program: Program) -> fx.Graph:
-    """The plain form of a flex_attention node, with fake values. Raises Miss."""
+    """Trace the plain form of a flex_attention node, with fake values. Raises Miss."""
     with _explained(node):
         graph = plain_flex(node, program)
     with _on_fakes(node, program):
@@ -56,7 +56,7 @@ def trace_flex(node: fx.Node, program: Program) -> fx.Graph:
 
 
 class _Annotate(fx.Interpreter):
-    """Leaves each value on its node."""
+    """An interpreter that stores each value on its node."""
 
     def run_node(self, n: fx.Node) -> Any:
         n.meta["val"] = super().run_node(n)
@@ -65,10 +65,10 @@ class _Annotate(fx.Interpreter):
 
 @contextlib.contextmanager
 def _on_fakes(node: fx.Node, program: Program) -> Iterator[None]:
-    """The state in which operations on the program's fake values may run; what they raise becomes a Miss."""
+    """Run operations within on the program's fake values; what they raise becomes a Miss."""
     mode = fake_mode(program)
     if mode is None:
-        raise Miss(f"the graph around {op_name(node)} has no fake values", node)
+        raise Miss(f"the graph around {op_name(node)} has no fake values; expected a traced graph", node)
     with contextlib.ExitStack() as stack:
         contexts = (_explained(node), torch._guards.tracing(None), on_fakes(mode), *_autocasts(node))
         for context in contexts:
@@ -78,18 +78,18 @@ def _on_fakes(node: fx.Node, program: Program) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(node: fx.Node) -> Iterator[None]:
-    """Whatever is raised becomes a Miss."""
+    """Turn whatever is raised within into a Miss."""
     try:
         yield
     except Miss as miss:
         raise Miss(f"{op_name(node)}: {miss.reason}", node) from miss
-    except Exception as error:  # whatever the composite's own code raises
+    except Exception as error:  # the composite's own code may raise anything
         first = (str(error).splitlines() or [""])[0]
         raise Miss(f"{op_name(node)} could not be traced ({type(error).__name__}: {first})", node) from error
 
 
 def _autocasts(node: fx.Node) -> list[Any]:
-    """The autocast regions of the graph in which the node stands."""
+    """Return the autocast regions of the graph that contain the node."""
     regions: list[Any] = []
     for before in node.graph.nodes:
         if before is node:
@@ -102,22 +102,22 @@ def _autocasts(node: fx.Node) -> list[Any]:
 
 
 def _bound_by_name(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the node; those of a registered operator by name, whatever the order in its version."""
+    """Return the arguments of a node, those of a registered operator by name, whatever their order in its version."""
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
     if not isinstance(target, torch._ops.OpOverload):
         return node.args, dict(node.kwargs)
     names = [argument.name for argument in target._schema.arguments]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return (given.pop("self"),) if "self" in given else (), given
+    named: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return (named.pop("self"),) if "self" in named else (), named
 
 
 # --------------------------------------------------------------------------------------------------- afterwards
 
 
 def _make_out_of_place(graph: fx.Graph) -> None:
-    """`zeros_like(m).masked_fill_(...)` -> `masked_fill`: writes to a new tensor that nothing else reads."""
+    """Replace in-place writes to new tensors that nothing else reads: `zeros(n).masked_fill_(m)` -> `masked_fill`."""
     for node in graph.nodes:
         if not is_in_place(node) or not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -128,7 +128,7 @@ def _make_out_of_place(graph: fx.Graph) -> None:
 
 
 def _restore_layout(graph: fx.Graph, node: fx.Node) -> None:
-    """Give each result the order of strides that the composite gave it: a `view` behind it may rely on that."""
+    """Give each result the stride order of the composite's result, on which a later `view` may rely."""
     output, known = graph.output_node(), fake(node)
     results, expected = (r if isinstance(r, (tuple, list)) else (r,) for r in (output.args[0], known))
     with graph.inserting_before(output):
@@ -149,7 +149,7 @@ def _in_order_of(result: Any, expected: Tensor) -> Any:
 
 
 def _order(value: Tensor, whole: bool = False) -> list[int]:
-    """Axes from the largest stride to the smallest, those of size 1 only in the `whole` order."""
+    """Return the axes from the largest stride to the smallest, axes of size 1 only with `whole`."""
     sizes, strides = ([size_hint(n) for n in numbers] for numbers in (value.shape, value.stride()))
     axes = [axis for axis in range(value.dim()) if whole or sizes[axis] != 1]
     return sorted(axes, key=lambda axis: -strides[axis])

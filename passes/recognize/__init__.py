@@ -1,1 +1,1 @@
-"""Passes that only read: every spelling of attention, its projections, positions and masks."""
+"""Recognition of attention in any spelling: products, softmax, scores, layouts, projections, masks, latents, heads."""

@@ -1,4 +1,4 @@
-"""Which axis of queries, keys, values and scores is batch, heads, tokens, channels.
+"""The meaning of each axis of queries, keys, values and scores: batch, heads, tokens, channels.
 
     scores [B*H, S, T] of a bmm         (batch heads) (queries) (keys)
     scores "bgnst" of an einsum         (batch) (kv heads) (query heads of a kv head) (queries) (keys)
@@ -40,18 +40,18 @@ class Axes:
     inner: dict[str, int] = field(default_factory=dict)  # label -> size of its second atom in the example
 
     def layout(self, labels: tuple[str, ...]) -> Layout:
-        """Labels of a contraction as atoms."""
+        """Return the labels of a contraction as atoms."""
         return tuple(self.split.get(x, (x,) if x else ()) for x in labels)
 
     def canonical(self, kind: str) -> Layout:
-        """[batch, heads, tokens, channels] of "query" or "key", [batch, heads, queries, keys] of "scores"."""
+        """Return [batch, heads, tokens, channels] of "query" or "key", [batch, heads, queries, keys] of "scores"."""
         heads = tuple(self.groups) + (tuple(self.shares) if kind != "key" else ())
         tokens = (self.keys,) if kind == "key" else tuple(self.queries)
         last = (self.keys,) if kind == "scores" else tuple(self.channels)
         return (tuple(self.batch), heads, tokens, last)
 
     def steps(self, source: Layout, target: Layout) -> Steps:
-        """Methods from one layout to another. Raises Miss when that needs a symbolic size."""
+        """Return the methods that lead from one layout to another. Raises Miss when they need a symbolic size."""
         try:
             return arrangement(source, target, self.sizes)
         except KeyError as error:
@@ -59,23 +59,23 @@ class Axes:
 
 
 def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
-    """The label of the product over which the softmax runs. Raises Miss."""
+    """Return the label of the product over which the softmax runs. Raises Miss."""
     region = Region(base, [product.node], softmax.scores)
-    found = []
+    labels = []
     for label in (x for x in product.axes if x and x not in product.shared):
         position = product.axes.index(label)
         probe = coordinates(example_shape(product.node), position)
         placed = moved(base, {product.node: probe}, region.nodes, softmax.scores)
         if placed is None:
-            raise Miss("the product of queries and keys is not followed to the softmax", softmax.scores)
+            raise Miss("the path from the product of queries and keys to the softmax is unknown", softmax.scores)
         row = line(placed, softmax.axis)
         row = row[row >= 0]
         if row.numel() == probe.shape[position] and bool((row == torch.arange(row.numel())).all()):
-            found.append(label)
-    wide = [x for x in found if example_shape(product.node)[product.axes.index(x)] > 1]
-    if len(wide or found) != 1:
+            labels.append(label)
+    wide = [x for x in labels if example_shape(product.node)[product.axes.index(x)] > 1]
+    if len(wide or labels) != 1:
         raise Miss("the softmax does not run over the keys of this product", softmax.scores)
-    return (wide or found)[0]
+    return (wide or labels)[0]
 
 
 def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) -> Axes:
@@ -105,9 +105,9 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
 
 
 def _is_head_by_place(label: str, shared: list[str], part: Mapping[str, Origin]) -> bool:
-    """Where nothing tells, the last of several shared axes are the heads."""
-    told = any("heads" in part[x].kind for x in shared)
-    return not part[label].kind and not told and len(shared) > 1 and label == shared[-1]
+    """Return whether a label is the last of several shared axes, which are the heads where nothing else shows them."""
+    is_known = any("heads" in part[x].kind for x in shared)
+    return not part[label].kind and not is_known and len(shared) > 1 and label == shared[-1]
 
 
 def _split(axes: Axes, label: str, where: Origin, rows: list[str], heads: list[str]) -> None:
@@ -121,7 +121,7 @@ def _split(axes: Axes, label: str, where: Origin, rows: list[str], heads: list[s
 
 @dataclass(frozen=True)
 class Origin:
-    """What the places along one axis come from: "heads", "rows", both with the first one outside, or "" (unknown)."""
+    """The origin of the places along one axis: "heads", "rows", both with the first one outside, or "" (unknown)."""
 
     kind: str = ""
     heads: int = 1
@@ -129,15 +129,15 @@ class Origin:
 
 
 def origins(query: fx.Node, roles: Roles, base: Evaluator) -> dict[int, Origin]:
-    """For each axis of the queries, whether it comes from features or from rows of the projection."""
+    """Return for each axis of the queries whether it comes from features or from rows of the projection."""
     projections = [p for p in roles.cut(query).projections if isinstance(fake(p.node), Tensor)]
     if not projections:
         return {}
     region = Region(base, [p.node for p in projections], query)
     placed = []
     for of_features in (True, False):
-        given = {p.node: _numbered(example_shape(p.node), p.features, of_features) for p in projections}
-        placed.append(moved(base, given, region.nodes, query) if query not in given else given[query])
+        values = {p.node: _numbered(example_shape(p.node), p.features, of_features) for p in projections}
+        placed.append(moved(base, values, region.nodes, query) if query not in values else values[query])
     features, rows = placed
     if features is None or rows is None:
         return {}
@@ -145,7 +145,7 @@ def origins(query: fx.Node, roles: Roles, base: Evaluator) -> dict[int, Origin]:
 
 
 def _numbered(sizes: tuple[int, ...], features: tuple[int, ...], of_features: bool) -> Tensor:
-    """Numbers 0, 1, ... over the feature axes, or over the others, constant along the rest."""
+    """Return numbers 0, 1, ... over the feature axes, or over the others, constant along the rest."""
     chosen = [i for i in range(len(sizes)) if (i in features) == of_features]
     count = math.prod(sizes[i] for i in chosen)
     numbers = torch.arange(count).reshape([n if i in chosen else 1 for i, n in enumerate(sizes)])
@@ -165,7 +165,7 @@ def _origin(features: Tensor, rows: Tensor) -> Origin:
 
 
 def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -> Layout:
-    """Atoms of what becomes of the scores of `product` at `end`. Raises Miss when they cannot be followed."""
+    """Return the atoms of each axis of `end`, behind the scores of `product`. Raises Miss when it is not followed."""
     region = Region(base, [product.node], end)
     sizes, sources = example_shape(product.node), axes.layout(product.axes)
     if all(example_shape(n) == sizes for n in region.nodes if isinstance(fake(n), Tensor)) and not any(
@@ -176,13 +176,13 @@ def layout_at(end: fx.Node, product: Contraction, axes: Axes, base: Evaluator) -
     for atom, position, split in _places(product.axes, axes):
         placed = moved(base, {product.node: coordinates(sizes, position, split)}, region.nodes, end)
         if placed is None:
-            raise Miss("the weights are not followed to the second product", end)
+            raise Miss("the path of the weights to the second product is unknown", end)
         probes[atom] = placed
     return _with_single(read_layout(probes), probes, example_shape(end), end)
 
 
 def _places(labels: tuple[str, ...], axes: Axes) -> Iterator[tuple[str, int, tuple[int, int] | None]]:
-    """Each atom, the axis of the product that holds it, and which part of the index along it is its own."""
+    """Yield each atom, the axis of the product that holds it, and its (divisor, modulus) within the index along it."""
     for position, label in enumerate(labels):
         if label in axes.split:
             outer, inner = axes.split[label]
@@ -199,7 +199,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
     """
     placed = [a for axis in layout for a in axis]
     if len(set(placed)) != len(placed):
-        raise Miss("one axis of the scores is cut in two before the second product", node)
+        raise Miss("an axis of the scores is split before the second product", node)
     left = [a for a in probes if a not in placed and not bool(probes[a].any())]
     axes = [[left.pop(0)] if not a and size == 1 and left else [*a] for a, size in zip(layout, sizes, strict=True)]
     order = [*probes]
@@ -213,7 +213,7 @@ def _with_single(layout: Layout, probes: Mapping[str, Tensor], sizes: tuple[int,
 
 
 def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, Steps]:
-    """Steps of the values, and from the canonical result to the product's own layout. Raises Miss."""
+    """Return the steps for the values, and from the canonical result to the product's layout. Raises Miss."""
     held = dict(zip(mix.left_axes, weights, strict=True))
     if len(mix.summed) != 1 or held[next(iter(mix.summed))] != (axes.keys,):
         raise Miss("the second product does not sum over the keys alone", mix.node)
@@ -227,8 +227,8 @@ def value_steps(mix: Contraction, weights: Layout, axes: Axes) -> tuple[Steps, S
     batch, groups, shares = tuple(axes.batch), tuple(axes.groups), tuple(axes.shares)
     repeated = any(a in axis for axis in layout for a in shares)
     value = axes.steps(layout, (batch, groups + shares if repeated else groups, (axes.keys,), last))
-    found = tuple(atoms.get(x, ()) for x in mix.axes)
+    result = tuple(atoms.get(x, ()) for x in mix.axes)
     whole = (batch, groups + shares, tuple(axes.queries), last)
-    if sorted(a for axis in found for a in axis) != sorted(a for axis in whole for a in axis):
+    if sorted(a for axis in result for a in axis) != sorted(a for axis in whole for a in axis):
         raise Miss("the second product sums over heads or queries, or adds axes", mix.node)
-    return value, axes.steps(whole, found)
+    return value, axes.steps(whole, result)

@@ -1,7 +1,7 @@
-"""One recognised attention: what a rewrite needs, its check by execution, and the canonical node that replaces it.
+"""One recognized attention: what a rewrite needs, its check by execution, and the canonical node that replaces it.
 
     before                                              after
-    scores = ...; weights = softmax(scores)             m = <the way of the scores, on zeros>
+    scores = ...; weights = softmax(scores)             m = <the score function of zeros>
     o = weights @ v                                     o = fhopt.attention(q, k, v, m, scale=c)
 
 The check runs the old region and the canonical op on the same random numbers, in float64, before anything is changed.
@@ -31,10 +31,10 @@ from fhopt.passes.recognize.scores import LEAST, Scores, random_sides
 
 @dataclass
 class Core:
-    """What a rewrite needs: the operands, the score function, and the node whose users take the result.
+    """One recognized attention: its operands, its score function, and the node whose users take the result.
 
-    order: query heads in the order in which the kv heads serve them, where it is not the given one. bias_steps and
-    blank_rank tell how a computed bias becomes [B, H, S, T]: from scores of zeros of full size, or from one number.
+    order: query heads sorted by kv head, None where they are sorted already. bias_steps: how a computed bias becomes
+    [B, H, S, T]. bias_is_small: it is computed from one element of zeros, else from zeros of full size.
     """
 
     output: fx.Node
@@ -75,7 +75,7 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
     if core.dropout:
         if core.is_call:
             return  # the call says what it does, and two random masks never agree
-        raise Miss("dropout on the attention weights is active; expected evaluation or dropout 0", core.output)
+        raise Miss("attention dropout is active; expected evaluation or dropout 0", core.output)
     operands = tuple(dict.fromkeys((core.query.node, core.key.node, core.value.node)))
     differences = []
     try:
@@ -84,13 +84,13 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
         inside = set(region.nodes)
         beside = [s for s in core.scores.region.sides if s in inside] if core.scores else []  # a bias made of queries
         region = Region(base, (*operands, *beside), core.output)
-        key = ("verified", signature(region, roles.tell), _facts(core, region))
+        key = ("verified", signature(region, roles.describe), _facts(core, region))
         if key in roles.known:
             return
-        given = {n: random_like(n, i) + 0.1 * i for i, n in enumerate((*operands, *beside))}
+        values = {n: random_like(n, i) + 0.1 * i for i, n in enumerate((*operands, *beside))}
         for is_random in (True, False):
             sides = random_sides(region, roles) if is_random else {}
-            known = {n: v for n, v in sides.items() if v.dtype != torch.bool} | given  # rows that see something
+            known = {n: v for n, v in sides.items() if v.dtype != torch.bool} | values  # rows that see something
             old, (new, seen) = region.run(known), _canonical(core, known, base)
             differences.append(_difference(old, new, seen))
             if differences[-1] <= tolerance:
@@ -101,15 +101,17 @@ def check_canonical(core: Core, roles: Roles, base: Evaluator, tolerance: float)
         raise
     except Exception as error:
         raise Miss(
-            f"the region could not be run for the check ({type(error).__name__}: {error})", core.output
+            f"the attention could not be run for the check ({type(error).__name__}: {error})", core.output
         ) from error
     difference = min(differences)
-    raise Miss(f"the canonical op differs by {difference:.1e} relative, more than {tolerance:.0e}", core.output)
+    raise Miss(
+        f"the canonical op differs by {difference:.1e} (relative); expected at most {tolerance:.0e}", core.output
+    )
 
 
 def _facts(core: Core, region: Region) -> tuple[Any, ...]:
-    """All of a core that the check depends on, in terms that another layer shares."""
-    places = {n: i for i, n in enumerate((*region.given, *region.sides, *region.nodes))}
+    """Return everything about a core that the check depends on, in terms that layers share."""
+    places = {n: i for i, n in enumerate((*region.inputs, *region.sides, *region.nodes))}
     operands = [(places.get(o.node), o.steps) for o in (core.query, core.key, core.value)]
     mask = (places.get(core.mask.node), core.mask.steps) if core.mask else None
     scores = core.scores and (core.scores.form, core.scores.sinks, core.scores.start)
@@ -120,14 +122,17 @@ def _facts(core: Core, region: Region) -> tuple[Any, ...]:
 
 def _check_untouched(region: Region, roles: Roles) -> None:
     """Raise Miss where something that could not be made functional changes a tensor of the region in place."""
-    for node in (*region.given, *region.nodes) if roles.changed else ():
+    for node in (*region.inputs, *region.nodes) if roles.changed else ():
         writer = roles.changed.get(storage_root(node))
         if writer is not None:
-            raise Miss(f"{op_name(writer)} changes {node.name} in place in a way that is not followed", writer)
+            raise Miss(
+                f"{op_name(writer)} changes {node.name} in place; expected a change that functionalize can replace",
+                writer,
+            )
 
 
 def _difference(old: Tensor, new: Tensor, seen: Tensor) -> float:
-    """Largest relative difference, of queries that see something."""
+    """Return the largest relative difference over queries that attend to something."""
     if old.shape != new.shape:
         return math.inf
     known = seen & old.isfinite()
@@ -138,28 +143,28 @@ def _difference(old: Tensor, new: Tensor, seen: Tensor) -> float:
 
 
 def _canonical(core: Core, values: Mapping[fx.Node, Tensor], base: Evaluator) -> tuple[Tensor, Tensor]:
-    """Result of the canonical op for these values, in the layout of the old one, and where its query sees anything."""
+    """Compute the canonical op for these values in the old layout, and which of its rows attend to anything."""
 
     def value(node: fx.Node) -> Tensor:
         known = values[node] if node in values else base.example(node)
         known = torch.as_tensor(known)
         return known.double() if known.is_floating_point() else known
 
-    query, key, given = (arrange(value(o.node), o.steps) for o in (core.query, core.key, core.value))
+    query, key, values_in_order = (arrange(value(o.node), o.steps) for o in (core.query, core.key, core.value))
     for node, divides in core.factors:
         query = query / value(node) if divides else query * value(node)
     mask, sinks = _canonical_mask(core, value)
     if core.order is not None:
         query = query[:, list(core.order)]
         mask, sinks = (None if m is None else _by_head(m, core.order) for m in (mask, sinks))
-    result = attention_reference(query, key, given, mask, sinks, **core.options)
+    result = attention_reference(query, key, values_in_order, mask, sinks, **core.options)
     if core.order is not None:
         result = result[:, list(_inverse(core.order))]
     return arrange(result, core.output_steps), arrange(_seen(mask, result), core.output_steps)
 
 
 def _seen(mask: Tensor | None, result: Tensor) -> Tensor:
-    """Bool, of the shape of the result: rows whose query may attend to at least one key."""
+    """Return which rows of the result have a query that may attend to at least one key, bool."""
     if mask is None:
         return torch.ones_like(result, dtype=torch.bool)
     allowed = mask if mask.dtype == torch.bool else mask > -LEAST
@@ -196,7 +201,7 @@ def _split_sinks(bias: Tensor, scores: Scores) -> tuple[Tensor | None, Tensor | 
 
 
 def _around(bias: Tensor, start: int, keys: int) -> Tensor:
-    """The columns before and behind those of the keys."""
+    """Return the columns before and behind those of the keys."""
     return torch.cat((bias[..., :start], bias[..., start + keys :]), -1)
 
 
@@ -237,14 +242,14 @@ def _insert(program: Program, node: fx.Node, steps: Steps) -> fx.Node:
 
 
 def _scaled(program: Program, query: fx.Node, core: Core) -> fx.Node:
-    """Factors of the scores go onto the queries, and heads into the order of their kv heads."""
+    """Apply the factors of the scores to the queries, and order heads by their kv heads."""
     for node, divides in core.factors:
         query = call(program, torch.div if divides else torch.mul, (query, node))
     return query if core.order is None else call(program, _take_heads, (query, list(core.order)))
 
 
 def _only_seeing(program: Program, query: fx.Node, mask: fx.Node | None, core: Core) -> fx.Node:
-    """Queries that may attend to nothing become zeros, where a filled mask lets no gradient through for them.
+    """Set queries that may attend to nothing to zero, where a filled mask lets no gradient through for them.
 
     Their scores are all equal either way.
     """
@@ -255,17 +260,17 @@ def _only_seeing(program: Program, query: fx.Node, mask: fx.Node | None, core: C
 
 
 def seeing(query: Tensor, mask: Tensor) -> Tensor:
-    """query [B,H,S,D] with zeros where mask [B,H,S,T] (additive) leaves no key."""
+    """Set queries [B, H, S, D] to zero where an additive mask [B, H, S, T] leaves no key."""
     return query * (mask > -LEAST).any(-1, keepdim=True).to(query.dtype)
 
 
 def _take_heads(tensor: Tensor, order: list[int]) -> Tensor:
-    """Heads of [B, H, ., .] in another order."""
+    """Return the heads of [B, H, ., .] in another order."""
     return tensor.index_select(1, torch.tensor(order, device=tensor.device))
 
 
 def _one_dtype(program: Program, operands: list[fx.Node]) -> list[fx.Node]:
-    """Casts to the widest type, where queries, keys and values differ."""
+    """Cast queries, keys and values to their widest dtype."""
     types = [fake(n).dtype for n in operands]
     widest = types[0]
     for other in types[1:]:
@@ -298,7 +303,7 @@ def _in_order(program: Program, node: fx.Node | None, order: tuple[int, ...]) ->
 
 
 def _insert_bias(program: Program, core: Core) -> tuple[fx.Node | None, fx.Node | None]:
-    """The region again, on scores of zeros: of one element where everything broadcasts, else of full size."""
+    """Repeat the region on scores of zeros: one element where everything broadcasts, else of full size."""
     assert core.scores is not None and core.product is not None
     bias = None
     if core.bias_is_small:
@@ -313,7 +318,7 @@ def _insert_bias(program: Program, core: Core) -> tuple[fx.Node | None, fx.Node 
         return bias, None
     columns = shape(bias)[-1]  # type: ignore[index]
     if not isinstance(columns, int):
-        raise Miss("sinks beside a symbolic number of keys", core.output)
+        raise Miss("sink columns with a symbolic number of keys; expected a fixed number", core.output)
     keys, start = columns - core.scores.sinks, core.scores.start
     sinks = call(program, _around, (bias, start, keys))
     return (call_method(program, "narrow", bias, -1, start, keys) if core.scores.form else None), sinks

@@ -1,4 +1,4 @@
-"""A contraction of two tensors, whatever spells it: which axes are shared, which are summed, which belong to one side.
+"""A contraction of two tensors in any spelling: which axes are shared, which are summed, which belong to one side.
 
     torch.matmul(q, k.mT)                       left (b0, b1, m, k)   right (b0, b1, k, n)   result (b0, b1, m, n)
     torch.einsum("b i h d, b j h d -> b h i j", q, k)
@@ -28,7 +28,7 @@ Axes = tuple[str, ...]  # one label an axis; "" for an axis of size one that is 
 
 @dataclass(frozen=True)
 class Contraction:
-    """result[labels] = sum over the labels that are missing there of left[left_axes] * right[right_axes]."""
+    """A product result[axes] = sum of left[left_axes] * right[right_axes] over the labels that `axes` lacks."""
 
     node: fx.Node
     left: fx.Node
@@ -39,7 +39,7 @@ class Contraction:
 
     @property
     def summed(self) -> frozenset[str]:
-        """Labels over which the products are added up."""
+        """Labels that are summed over."""
         return (frozenset(self.left_axes) & frozenset(self.right_axes)) - frozenset(self.axes) - {""}
 
     @property
@@ -48,27 +48,27 @@ class Contraction:
         return frozenset(self.left_axes) & frozenset(self.right_axes) & frozenset(self.axes) - {""}
 
     def swapped(self) -> Contraction:
-        """The same with the operands exchanged."""
+        """Return the contraction with its operands exchanged."""
         return replace(
             self, left=self.right, right=self.left, left_axes=self.right_axes, right_axes=self.left_axes
         )  # fmt: skip
 
 
 def read_contraction(node: fx.Node) -> Contraction | None:
-    """The contraction that `node` computes, None when it is something else."""
+    """Read the contraction that `node` computes, None when it is something else."""
     name = op_name(node)
     if name == "einsum":
-        found = _read_einsum(node)
+        result = _read_einsum(node)
     elif name in MATMUL:
-        found = _read_matmul(node, name)
+        result = _read_matmul(node, name)
     elif name == "tensordot":
-        found = _read_tensordot(node)
+        result = _read_tensordot(node)
     elif name == "sum":
-        found = _read_sum(node)
+        result = _read_sum(node)
     else:
         return None
-    return found and replace(
-        found, **_peeled(found.left, found.left_axes, "left"), **_peeled(found.right, found.right_axes, "right")
+    return result and replace(
+        result, **_peeled(result.left, result.left_axes, "left"), **_peeled(result.right, result.right_axes, "right")
     )
 
 
@@ -96,23 +96,23 @@ def _read_matmul(node: fx.Node, name: str) -> Contraction | None:
 
 
 def _aligned(shape: Sequence[int], result: Sequence[int]) -> Axes:
-    """Labels b0, b1, ... of batch axes, aligned at the right as broadcasting does; "" where an axis is broadcast."""
+    """Return labels b0, b1, ... of batch axes, aligned at the right as broadcasting does; "" for a broadcast axis."""
     offset = len(result) - len(shape)
     return tuple("" if n == 1 and result[offset + i] != 1 else f"b{offset + i}" for i, n in enumerate(shape))
 
 
 def _read_tensordot(node: fx.Node) -> Contraction | None:
     left, right = argument(node, 0, "a", "self"), argument(node, 1, "b", "other")
-    given = argument(node, 2, "dims", "dims_self", default=2)
+    dims = argument(node, 2, "dims", "dims_self", default=2)
     if not _tensor(left) or not _tensor(right):
         return None
     ranks = [len(example_shape(n)) for n in (left, right)]
-    if isinstance(given, int):
-        pairs = [(ranks[0] - given + i, i) for i in range(given)]
+    if isinstance(dims, int):
+        pairs = [(ranks[0] - dims + i, i) for i in range(dims)]
     else:
         first: Any
         second: Any
-        first, second = given if node.op != "call_function" or len(given) == 2 else (given, node.args[3])
+        first, second = dims if node.op != "call_function" or len(dims) == 2 else (dims, node.args[3])
         pairs = [(i % ranks[0], j % ranks[1]) for i, j in zip(first, second, strict=True)]
     summed = {j: f"m{i}" for i, j in pairs}
     a = tuple(f"m{i}" for i in range(ranks[0]))
@@ -147,7 +147,7 @@ def _read_einsum(node: fx.Node) -> Contraction | None:
 
 
 def _from_sublists(arguments: tuple[Any, ...]) -> tuple[str, list[Any]]:
-    """einsum(a, [0, 1], b, [1, 2], [0, 2]) as an equation; "" where the result's axes are not given."""
+    """Write einsum(a, [0, 1], b, [1, 2], [0, 2]) as an equation; "" without axes of the result."""
     operands, lists = list(arguments[0::2]), list(arguments[1::2])
     if len(arguments) % 2 == 0 or not all(isinstance(i, int) for term in lists for i in term):
         return "", []
@@ -157,7 +157,7 @@ def _from_sublists(arguments: tuple[Any, ...]) -> tuple[str, list[Any]]:
 
 
 def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[list[Axes], Axes] | None:
-    """Labels of the operands and of the result; None for diagonals (a label twice in one operand)."""
+    """Return the labels of operands and result; None for diagonals (a label twice in one operand)."""
     text = equation.replace(" ", "")
     inputs, arrow, output = text.partition("->")
     terms = inputs.split(",")
@@ -165,21 +165,21 @@ def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[list[Axes], Axes]
     dots = tuple(f"...{i}" for i in range(widest))
 
     def labels(term: str, rank: int) -> Axes:
-        head, found, tail = term.partition("...")
-        middle = dots[len(dots) - (rank - len(head) - len(tail)) :] if found else ()
+        head, result, tail = term.partition("...")
+        middle = dots[len(dots) - (rank - len(head) - len(tail)) :] if result else ()
         return (*head, *middle, *tail)
 
     operands = [labels(t, r) for t, r in zip(terms, ranks, strict=True)]
     if any(len(set(o)) != len(o) for o in operands):
         return None
-    if not arrow:  # implicit result: every label that stands once, in alphabetical order
+    if not arrow:  # implicit result: every label that occurs once, in alphabetical order
         once = [x for x in string.ascii_letters if inputs.count(x) == 1]
         output = ("..." if "..." in inputs else "") + "".join(sorted(once))
     return operands, labels(output, len(output.replace("...", "")) + len(dots))
 
 
 def _read_sum(node: fx.Node) -> Contraction | None:
-    """(a * b).sum(axis), with broadcasting."""
+    """Read (a * b).sum(axis), with broadcasting."""
     product, axis = argument(node, 0, "input", "self"), argument(node, 1, "dim", "axis")
     if not isinstance(product, fx.Node) or op_name(product) not in {"mul", "multiply"} or not _tensor(product):
         return None
@@ -198,7 +198,7 @@ def _read_sum(node: fx.Node) -> Contraction | None:
 
 
 def _peeled(node: fx.Node, axes: Axes, side: str) -> dict[str, Any]:
-    """The operand before exchanges of axes: `k.transpose(-1, -2)` is k with its labels exchanged."""
+    """Return the operand before exchanges of axes: `k.transpose(-1, -2)` is k with its labels exchanged."""
     while op_name(node) in PERMUTATIONS and len(node.all_input_nodes) == 1:
         source = node.all_input_nodes[0]
         order = permutation(node, len(example_shape(source)))
@@ -212,7 +212,7 @@ def _peeled(node: fx.Node, axes: Axes, side: str) -> dict[str, Any]:
 
 
 def permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
-    """Which axis of its input stands at each axis of a node that exchanges axes; read by running it on sizes."""
+    """Return which axis of its input each axis of a node is, where it only exchanges axes; read by running it."""
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
     arguments, options = fx.node.map_arg((node.args, node.kwargs), lambda n: probe)
     try:

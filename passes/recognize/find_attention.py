@@ -27,22 +27,22 @@ from fhopt.passes.recognize.node_roles import ATTENTION, Cut, Kind, Projection, 
 from fhopt.plan.site import AttentionSite, Rope
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
-FORWARD = 24  # nodes looked at on the way from a core to its output projection
+FORWARD = 24  # nodes that are searched between a core and its output projection
 
 
 @dataclass(frozen=True)
 class FindAttention:
-    """The pass: it only reads. `tolerance` is relative, for the tests on float64 numbers with float32 side inputs."""
+    """The pass `find_attention`, which only reads. tolerance: relative, for float64 runs with float32 side inputs."""
 
     name: str = "find_attention"
     tolerance: float = 1e-5
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """The canonical attention nodes."""
+        """Return the canonical attention nodes."""
         return [n for n in program.graph.nodes if n.target is torch.ops.fhopt.attention.default]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> AttentionSite:
-        """The site at `node`. Raises Miss when no projection leads to it, or when it already reads a latent."""
+        """Describe the site at `node`. Raises Miss without projections, or when it already reads a latent."""
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
         cuts, names = _cuts(node, roles)
         _check_cuts(node, cuts, names)
@@ -51,7 +51,10 @@ class FindAttention:
         latent = _latent_width(cuts, roles)
         if latent:
             full = int(k[1]) * (int(k[3]) + int(v[3]))
-            raise Miss(f"already latent: {latent} numbers a token stand for {full} of keys and values", node)
+            raise Miss(
+                f"already latent: keys and values of {full} numbers per token come from {latent}; expected wider ones",
+                node,
+            )
         affine, rope = self._classify(key, cuts["k"], roles, base)
         mask, window = _mask_kind(node, roles, base)
         return AttentionSite(
@@ -74,16 +77,16 @@ class FindAttention:
         )
 
     def _classify(self, key: fx.Node, cut: Cut, roles: Roles, base: Evaluator) -> tuple[bool, Rope | None]:
-        """(affine in the projection?, rotation) of the segment from the key projection to the key."""
+        """Return (whether the key is affine in its projection, the rotation between them)."""
         if not cut.projections or cut.caches:
             return True, None  # the new token alone shows no rotation: prefill is where it is seen
         region = Region(base, [p.node for p in cut.projections], key)
         features = tuple(p.features for p in cut.projections)
         structure = (
-            "way",
-            signature(region, lambda s: _tell_angle(s, roles)),
+            "path",
+            signature(region, lambda s: _describe_side(s, roles)),
             features,
-            region.given.index(key) if key in region.given else -1,
+            region.inputs.index(key) if key in region.inputs else -1,
         )
         if structure not in roles.known:
             roles.known[structure] = self._measured(key, cut, region)
@@ -93,14 +96,14 @@ class FindAttention:
         rows = [[_row(p, 2 * i + j) for i, p in enumerate(cut.projections)] for j in range(2)]
 
         def run(first_share: float, second_share: float) -> Tensor:  # the same row at every token
-            given = {
+            values = {
                 p.node: (first_share * a + second_share * b).expand(example_shape(p.node))
                 for p, a, b in zip(cut.projections, *rows, strict=True)
             }
             try:
-                return region.run(given) if region.nodes else given[key]
-            except Exception as error:  # whatever a user's node may raise
-                raise Miss(f"the way from the key projection could not be run ({error})", key) from error
+                return region.run(values) if region.nodes else values[key]
+            except Exception as error:  # a user's node may raise anything
+                raise Miss(f"the part between key projection and attention could not be run ({error})", key) from error
 
         first, second, zero, both = run(1, 0), run(0, 1), run(0, 0), run(1, 1)
         largest = first.abs().max().clamp_min(1e-30)
@@ -114,16 +117,16 @@ def site_name(node: fx.Node, roles: Roles) -> str:
     return _site_name(names) if any(names.values()) else node.name
 
 
-def _tell_angle(side: fx.Node, roles: Roles) -> object:
-    """What matters about a side of the way to the keys: of a norm's weights the shape, of angles which they are."""
-    return roles.tell(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
+def _describe_side(side: fx.Node, roles: Roles) -> object:
+    """Describe a side input between projection and key: a norm's weight by its shape, an angle by its value."""
+    return roles.describe(side) if roles.kind(side) == Kind.WEIGHT else roles.number(side)
 
 
 # --------------------------------------------------------------------------------------------------- roles
 
 
 def _row(projection: Projection, seed: int) -> Tensor:
-    """Random features, the same at every token, on the projection's device."""
+    """Draw random features, the same at every token, on the projection's device."""
     sizes = example_shape(projection.node)
     generator = torch.Generator().manual_seed(seed + 1)
     kept = [n if i in projection.features else 1 for i, n in enumerate(sizes)]
@@ -131,7 +134,7 @@ def _row(projection: Projection, seed: int) -> Tensor:
 
 
 def _cuts(node: fx.Node, roles: Roles) -> tuple[dict[str, Cut], dict[str, tuple[str, ...]]]:
-    """(where queries, keys and values are cut, names of the weights of each, and of the output's) of an attention."""
+    """Return where queries, keys and values are cut, and the weights of each and of the output projection."""
     query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
     cuts = {"q": roles.cut(query), "k": roles.cut(key), "v": roles.cut(value)}
     names = {role: cut.names for role, cut in cuts.items()} | {"o": _output_projection(node, roles)}
@@ -144,11 +147,11 @@ def _check_cuts(node: fx.Node, cuts: dict[str, Cut], names: dict[str, tuple[str,
     """Raise Miss where nothing projects: similarities of a tensor with itself, pooling, lookups."""
     for role, what in (("q", "queries"), ("k", "keys")):
         if not names[role] and not (role == "k" and cuts["k"].caches):
-            source = "they are embeddings" if cuts[role].lookups else "they are an input or a constant"
-            raise Miss(f"attention without projections: nothing projects the {what}, {source}", node)
+            source = "which are embeddings" if cuts[role].lookups else "which are an input or a constant"
+            raise Miss(f"no projection of the {what}, {source}; expected projected queries and keys", node)
     query, key, value = node.args[:3]
     if query is key and key is value:
-        raise Miss("attention without projections: queries, keys and values are one tensor", node)
+        raise Miss("queries, keys and values are one tensor; expected a projection of each", node)
 
 
 def _site_name(names: dict[str, tuple[str, ...]]) -> str:
@@ -157,7 +160,7 @@ def _site_name(names: dict[str, tuple[str, ...]]) -> str:
 
 
 def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
-    """Numbers per token of a latent that keys and values are already projected from; 0 where there is none.
+    """Return the width of a latent that keys and values are already projected from, 0 where there is none.
 
     DeepSeek-V2 (section 2.1.2): keys and values come from one narrow projection of the input that the queries are
     projected from too, directly or through a narrow projection of their own; and it is this that is cached.
@@ -180,7 +183,7 @@ def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
 
 
 def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:
-    """The first projection that the result of the attention reaches, before it joins the residual stream."""
+    """Return the weights of the first projection behind the attention, before it joins the residual stream."""
     frontier, seen = [node], {node}
     for _ in range(FORWARD):
         if not frontier:
@@ -208,7 +211,7 @@ def _stays_inside(node: fx.Node, seen: set[fx.Node], roles: Roles) -> bool:
 
 
 def _kind(cuts: dict[str, Cut]) -> str:
-    """ "self" when queries and keys are projected from the same activation."""
+    """Return "self" when queries and keys are projected from the same activation, else "cross"."""
 
     def inputs(cut: Cut) -> set[fx.Node]:
         return {view_root(p.activation) for p in cut.projections}
@@ -240,7 +243,7 @@ def _mask_kind(node: fx.Node, roles: Roles, base: Evaluator) -> tuple[str, int]:
 
 
 def rotation(key: Tensor, tolerance: float) -> Rope | None:
-    """What rotates a key [B, G, T, D] that was made from the same row at every token; None if nothing does."""
+    """Return the rotation of a key [B, G, T, D] made from the same row at every token, None without one."""
     rows = key[0, 0]  # [T, D]
     if rows.shape[0] < 2:
         return None

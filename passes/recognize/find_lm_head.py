@@ -32,7 +32,7 @@ NEAR = 1e-3  # one that it leaves alone
 
 @dataclass(frozen=True)
 class HeadSite:
-    """A head: logits = cap(scale * (x W^T + b)).
+    """A language-model head: logits = cap(scale * (x W^T + b)).
 
     weight: qualified name of the parameter [vocabulary, width]. bias: of the parameter [vocabulary], "" without one;
     where it is added to the product in another call, it is found by its value. module: path of the module in whose
@@ -56,19 +56,19 @@ class HeadSite:
 
 @dataclass(frozen=True)
 class FindHead:
-    """The pass: it only reads. `tolerance` is relative, for the tests on float64 numbers with float32 weights."""
+    """The pass `find_head`, which only reads. tolerance: relative, for float64 runs with float32 weights."""
 
     name: str = "find_head"
     tolerance: float = 1e-5
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Outputs of the graph that are floating-point tensors with at least two axes."""
+        """Return the outputs of the graph that are floating-point tensors with at least two axes."""
         output = next(n for n in program.graph.nodes if n.op == "output")
         values = [(n, fake(n)) for n in output.all_input_nodes]
         return [n for n, v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2]
 
     def match(self, node: fx.Node, program: Program, roles: Roles, base: Evaluator) -> HeadSite:
-        """The head that makes the logits `node`. Raises Miss."""
+        """Describe the head that makes the logits `node`. Raises Miss."""
         projection = _only_projection(node, roles)
         weight, bias = _parameters(projection, program)
         self._check_product(projection, program.values[weight], base)
@@ -92,12 +92,12 @@ class FindHead:
         )
 
     def _check_product(self, projection: Projection, weight: Tensor, base: Evaluator) -> None:
-        """The product is x W^T (+ bias) of the parameter as it is stored. Raises Miss."""
+        """Check that the product is x W^T (+ bias) of the parameter as it is stored. Raises Miss."""
         node, hidden = projection.node, projection.activation
         if example_shape(hidden)[-1] != weight.shape[1] or example_shape(node)[-1] != weight.shape[0]:
             raise Miss(
                 f"the weight of the head is stored as {tuple(weight.shape)}; expected one row of "
-                f"{example_shape(hidden)[-1]} numbers for each of {example_shape(node)[-1]} words",
+                f"{example_shape(hidden)[-1]} numbers for each of {example_shape(node)[-1]} tokens of the vocabulary",
                 node,
             )
         region, x = Region(base, [hidden], node), random_like(hidden)
@@ -107,43 +107,46 @@ class FindHead:
             raise Miss("the head is not the product of hidden states with a parameter as it is stored", node)
 
     def _after(self, product: fx.Node, logits: fx.Node, base: Evaluator) -> tuple[float, float, Tensor | None]:
-        """(scale, softcap, what is added [V] in logits or None) between product and logits. Raises Miss."""
+        """Return (scale, softcap, what is added to the logits [V] or None) between product and logits. Raises Miss."""
         if product is logits:
             return 1.0, 0.0, None
         try:
             region = Region(base, [product], logits)
             zeros = torch.zeros_like(random_like(product))
             start = region.run({product: zeros})
-        except Exception as error:  # whatever a user's node may raise
-            raise Miss(f"what follows the product of the head could not be run ({error})", logits) from error
+        except Exception as error:  # a user's node may raise anything
+            raise Miss(f"the part between head and logits could not be run ({error})", logits) from error
         if start.numel() != zeros.numel() or start.shape[-1] != zeros.shape[-1]:
-            raise Miss(f"of the products {tuple(zeros.shape)} only {tuple(start.shape)} become logits", logits)
+            shape = tuple(zeros.shape)
+            raise Miss(f"the logits have shape {tuple(start.shape)}; expected that of the products, {shape}", logits)
         added = start.reshape(-1, start.shape[-1])
         if not bool(added.isfinite().all()) or not self._same(added, added[:1].expand_as(added)):
-            raise Miss("what is added to the products differs from position to position or is not finite", logits)
+            raise Miss(
+                "what is added to the products differs between positions or is not finite; expected one bias", logits
+            )
         x = random_like(product)
         slope = float(((region.run({product: NEAR * x}) - start).flatten() / (NEAR * x).flatten()).median())
         scale, cap = slope, float((region.run({product: torch.full_like(x, FAR)}) - start).flatten()[0])
         if not slope > 0:
-            raise Miss(f"logits grow by {slope:.3g} where products grow by 1; expected a positive factor", logits)
+            raise Miss(f"the logits are {slope:.3g} times the products; expected a positive factor", logits)
         softcap = cap if cap < 0.5 * slope * FAR else 0.0
         for size in (1.0, 30.0):  # on both sides of the bend of a cap
-            found = region.run({product: size * x}) - start
-            scaled = scale * size * x.reshape(found.shape)
-            if not self._same(found, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
-                raise Miss("logits are not the products of the head, scaled and capped", logits)
+            result = region.run({product: size * x}) - start
+            scaled = scale * size * x.reshape(result.shape)
+            if not self._same(result, softcap * torch.tanh(scaled / softcap) if softcap else scaled):
+                raise Miss("the logits are not softcap * tanh(scale * product / softcap) or scale * product", logits)
         if softcap and bool((added != 0).any()):
-            raise Miss("something is added to logits that are capped", logits)
+            raise Miss("a bias is added to logits with a softcap; expected no bias", logits)
         return _plain(scale), _plain(softcap), added[0] if bool((added != 0).any()) else None
 
-    def _same(self, found: Tensor, expected: Tensor) -> bool:
-        return bool((found - expected).abs().max() <= self.tolerance * expected.abs().max().clamp_min(1e-30))
+    def _same(self, result: Tensor, expected: Tensor) -> bool:
+        return bool((result - expected).abs().max() <= self.tolerance * expected.abs().max().clamp_min(1e-30))
 
 
 def _only_projection(node: fx.Node, roles: Roles) -> Projection:
     cut = roles.cut(node)
     if not cut.projections:
-        raise Miss("nothing projects onto the logits", node)
+        raise Miss("no projection leads to the logits; expected a language-model head", node)
     if len(cut.projections) > 1:
         names = ", ".join(cut.names[:4])
         raise Miss(f"logits come from {len(cut.projections)} products ({names}); expected one head", node)
@@ -151,16 +154,19 @@ def _only_projection(node: fx.Node, roles: Roles) -> Projection:
 
 
 def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
-    """Placeholders of weight and bias ("" without one) of the product. Raises Miss."""
+    """Return the placeholders of weight and bias ("" without one) of the product. Raises Miss."""
     if len(projection.names) != 1:
-        raise Miss(f"the weight of the head is made of {', '.join(projection.names[:4])}", projection.node)
+        raise Miss(
+            f"the weight of the head is computed from {', '.join(projection.names[:4])}; expected one parameter",
+            projection.node,
+        )
     (name,) = projection.names
     weights = [node for node, known in program.parameters.items() if known == name]
     if not weights or program.values[weights[0]].dim() != 2:
-        raise Miss(f"{name} is no matrix of parameters", projection.node)
+        raise Miss(f"{name} is not a matrix; expected a weight [vocabulary, width]", projection.node)
     vocabulary = example_shape(projection.node)[-1]
     if vocabulary < LEAST_VOCABULARY:
-        raise Miss(f"the last product has {vocabulary} outputs: no vocabulary", projection.node)
+        raise Miss(f"the last product has {vocabulary} outputs; expected a vocabulary", projection.node)
     place = {"linear": 2, "addmm": 0}.get(op_name(projection.node))
     bias = None if place is None else argument(projection.node, place, "bias")
     root = view_root(bias) if isinstance(bias, fx.Node) else None
@@ -168,14 +174,14 @@ def _parameters(projection: Projection, program: Program) -> tuple[str, str]:
 
 
 def _added_bias(product: fx.Node, logits: fx.Node, program: Program, value: Tensor, known: str) -> str:
-    """The placeholder of the parameter that is added after the product. Raises Miss."""
+    """Return the placeholder of the parameter that is added after the product. Raises Miss."""
     for name in program.parameters:
         candidate = program.values[name]
         if candidate.shape == value.shape and torch.allclose(candidate.detach().double(), value, rtol=1e-5, atol=0):
             if known:
                 break
             return name
-    raise Miss("something is added to the products that is no parameter, or is added twice", logits)
+    raise Miss("a tensor that is not one parameter is added to the products; expected one bias", logits)
 
 
 def _is_tied(program: Program, weight: str) -> bool:
@@ -184,7 +190,7 @@ def _is_tied(program: Program, weight: str) -> bool:
 
 
 def _plain(number: float) -> float:
-    """Without the rounding of the float32 numbers that it was measured through."""
+    """Round away the error of the float32 numbers that a factor was measured through."""
     return float(f"{number:.6g}")
 
 

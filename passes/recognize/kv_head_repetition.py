@@ -1,4 +1,4 @@
-"""Undo the repetition of kv heads: keys and values are taken from before it, whatever spells it.
+"""Undo the repetition of kv heads in any spelling: keys and values are read from before it.
 
     before                                              after
     k = repeat_kv(k)   [B, G, T, D] -> [B, H, T, D]     o = fhopt.attention(q, k, v)      with k, v [B, G, T, D]
@@ -22,7 +22,7 @@ from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 
 TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
 EQUAL = 1e-12  # relative; a factor that is made of several rounds in float64
-DEPTH = 10  # nodes looked at on the way back from a repeated key
+DEPTH = 10  # nodes that are searched behind a repeated key
 
 
 @dataclass
@@ -51,13 +51,13 @@ class Repeated:
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """Query heads sorted by kv head; None where they are sorted as they stand."""
+        """Query heads sorted by kv head; None where they are sorted already."""
         order = tuple(sorted(range(len(self.heads)), key=lambda h: self.heads[h]))
         return order if order != tuple(range(len(order))) else None
 
 
 def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated | None:
-    """The nearest ancestor with fewer heads from which the operand only takes heads, and which a number may scale.
+    """Return the nearest ancestor with fewer heads from which the operand takes heads, scaled by a number at most.
 
     None where there is none.
     """
@@ -79,7 +79,7 @@ def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated
 
 
 def _scale(node: fx.Node) -> float | None:
-    """The number, not 0, by which the node multiplies its one tensor; None where it does anything else."""
+    """Return the number, not 0, by which the node multiplies its one tensor; None where it does anything else."""
     divides = op_name(node) in DIVISION
     if not (divides or op_name(node) in MULTIPLICATION) or len(node.args) != 2 or node.kwargs:
         return None
@@ -90,7 +90,7 @@ def _scale(node: fx.Node) -> float | None:
 
 
 def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
-    """Exchanges of axes that make [B, fewer heads, T, D] of a tensor."""
+    """Return the exchanges of axes that make [B, fewer heads, T, D] of a tensor."""
     if len(sizes) == 3:
         return [(("unsqueeze", (1,)),)] if sizes == (final[0], final[2], final[3]) else []
     if len(sizes) != 4:
@@ -106,7 +106,7 @@ def _ways_to(sizes: tuple[int, ...], final: torch.Size) -> list[Steps]:
 def _heads_taken(
     source: fx.Node, steps: Steps, operand: Operand, factor: float, base: Evaluator
 ) -> tuple[int, ...] | None:
-    """For each head of the operand the head of `source` that it is `factor` times; None when it is anything else."""
+    """Return for each head of the operand the head of `source` that it is `factor` times; None for anything else."""
     probe = random_like(source)
     try:
         result = arrange(Region(base, [source], operand.node).run({source: probe}), operand.steps)

@@ -33,7 +33,7 @@ JOINS = frozenset({"cat", "concat", "stack", "view_as_complex", "view_as_real", 
 
 
 def arrangement(source: Layout, target: Layout, sizes: Mapping[str, int]) -> Steps:
-    """Methods that turn a tensor of layout `source` into layout `target`; none where they are equal.
+    """Return the methods that bring a tensor from layout `source` to layout `target`; none where they are equal.
 
     `sizes` gives the size of each atom that must be split from others or added (-1: whatever is left). Atoms that
     `source` lacks are added by expansion. Raises KeyError when a size that is needed is not known.
@@ -73,19 +73,22 @@ def arrange(tensor: Tensor, steps: Steps) -> Tensor:
 
 
 def coordinates(shape: Sequence[int], axis: int, split: tuple[int, int] | None = None) -> Tensor:
-    """The index along one axis at every place, a view of one row; with `split` = (divisor, modulus), a part of it."""
+    """Return the index along one axis at every place, as a view of one row.
+
+    split: (divisor, modulus) of the part of the index that is returned.
+    """
     row = torch.arange(shape[axis])
     if split is not None:
         row = row // split[0] % split[1]
     return row.reshape(-1, *[1] * (len(shape) - axis - 1)).expand(tuple(shape))
 
 
-def moved(base: Evaluator, given: Mapping[fx.Node, Tensor], path: Iterable[fx.Node], end: fx.Node) -> Tensor | None:
-    """What stands at `end` when `path` (in graph order) only moves data; None where that cannot be told.
+def moved(base: Evaluator, values: Mapping[fx.Node, Tensor], path: Iterable[fx.Node], end: fx.Node) -> Tensor | None:
+    """Return which numbers arrive at `end` when `path` (in graph order) only moves data; None where it is not known.
 
     Places that hold something else (joined from elsewhere) are -1.
     """
-    known: dict[fx.Node, Any] = dict(given)
+    known: dict[fx.Node, Any] = dict(values)
     for node in path:
         if node in known:
             continue
@@ -149,7 +152,7 @@ def _run_movement(base: Evaluator, node: fx.Node, name: str, known: Mapping[fx.N
 
 
 def _sizes(arguments: Sequence[Any]) -> Sequence[int]:
-    """view(2, -1) and view((2, -1)) alike."""
+    """Return the sizes of view(2, -1) and of view((2, -1))."""
     return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
 
 
@@ -158,13 +161,13 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 
 def read_layout(probes: Mapping[str, Tensor]) -> Layout:
-    """Atoms of each axis of a tensor, from what the coordinates of each atom became there."""
+    """Return the atoms of each axis of a tensor, from where the coordinates of each atom arrived."""
     rank = next(iter(probes.values())).dim()
     return tuple(_axis_atoms(probes, axis) for axis in range(rank))
 
 
 def _axis_atoms(probes: Mapping[str, Tensor], axis: int) -> tuple[str, ...]:
-    """Atoms that vary along one axis, the slowest first."""
+    """Return the atoms that vary along one axis, the slowest first."""
     changes: dict[str, int] = {}
     for atom, value in probes.items():
         row = line(value, axis)
@@ -176,7 +179,7 @@ def _axis_atoms(probes: Mapping[str, Tensor], axis: int) -> tuple[str, ...]:
 
 
 def line(value: Tensor, axis: int) -> Tensor:
-    """The numbers along one axis, first places elsewhere."""
+    """Return the numbers along one axis, at the first place of all others."""
     for other in reversed(range(value.dim())):
         if other != axis:
             value = value.select(other, 0)

@@ -1,4 +1,4 @@
-"""What a mask means, read from its value: versions of torch and transformers spell the same mask in many ways.
+"""The kind of a mask, read from its value, because the same mask has many spellings.
 
 none | causal | sliding | block | causal block | padding | alibi | relative | additive | bool
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ENOUGH = 256  # tokens on which groups are told from other patterns
+ENOUGH = 256  # tokens on which groups are distinguished from other patterns
 LEAST = -1e4  # additive values below this mean "may not attend"
 
 
 def mask_kind(mask: Tensor) -> tuple[str, int]:
-    """(kind, window) of a mask broadcastable to [B, H, S, T], bool (true may attend) or additive; window 0: all."""
+    """Return (kind, window) of a mask that broadcasts to [B, H, S, T], bool (True may attend) or additive.
+
+    window: tokens that a sliding mask lets a query see; 0 without such a limit.
+    """
     allowed = mask if mask.dtype == torch.bool else mask > LEAST
     if mask.dtype != torch.bool and bool((mask[allowed] != 0).any()):
         return _bias_kind(mask.double(), allowed), 0
@@ -51,14 +54,14 @@ def _pattern_kind(allowed: Tensor) -> tuple[str, int]:
 
 
 def _is_equivalence(related: Tensor) -> bool:
-    """True when the relation is transitive (and reflexive): tokens see exactly the others of their group."""
+    """Return whether the relation is transitive and reflexive: each token sees exactly the tokens of its group."""
     numbers = related.double()
     reflexive = bool(related.diagonal(dim1=-2, dim2=-1).all())
     return reflexive and bool(((numbers @ numbers > 0) == related).all())
 
 
 def _bias_kind(bias: Tensor, allowed: Tensor) -> str:
-    """ "alibi" where the bias is linear in the key's position, "relative" where it depends on the distance alone."""
+    """Return "alibi" for a bias linear in the key's position, "relative" for one of the distance, else "additive"."""
     queries, keys = bias.shape[-2:]
     scale = bias[allowed].abs().max().clamp_min(1e-30)
     steps = bias.diff(dim=-1)

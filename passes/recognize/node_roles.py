@@ -1,4 +1,4 @@
-"""What a node is to its model: a weight, an activation, a projection, a cache.
+"""The role of a node in its model: a weight, an activation, a projection, a cache.
 
 A *weight-like* value depends on parameters and buffers only, however it is computed from them (slices, concatenation,
 weight norm, dequantisation). A *projection* contracts an activation with a weight-like value. The *cut* of a node is
@@ -26,7 +26,7 @@ LOOKUP = frozenset({"embedding", "embedding_bag"})
 
 
 class Kind(IntEnum):
-    """What a value depends on, the most changeable thing first in rank."""
+    """What a value depends on: constants only, weights, or activations; the largest kind of its inputs."""
 
     CONSTANT = 0
     WEIGHT = 1
@@ -35,7 +35,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Projection:
-    """An activation contracted with weights: the node, the qualified names of the weights, where its features stand."""
+    """An activation contracted with weights: the node, the names of the weights, the axes of its features."""
 
     node: fx.Node
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a walk back from a node ended.
+    """The nodes at which a walk back from a node ended.
 
     caches: state inputs. appends: nodes that join a cache with new tokens, or write into it. lookups: embeddings of
     activations that were reached without passing a projection (then nothing projects this path).
@@ -63,20 +63,20 @@ class Cut:
 
 
 class Roles:
-    """Answers about the nodes of one program; remembers what it worked out."""
+    """The roles of the nodes of one program, each computed once."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.written = written_inputs(program)
         self.changed = {storage_root(n.all_input_nodes[0]): n for n in _writers(program)}
-        self.known: dict[Any, Any] = {}  # what passes found out about a structure, for the next layer
+        self.known: dict[Any, Any] = {}  # results for a structure, which the next layers share
         self._kinds: dict[fx.Node, Kind] = {}
         self._numbers: dict[fx.Node, int] = {}
         self._value_numbers: dict[str, int] = {}
         self._projections: dict[fx.Node, Projection | None] = {}
 
     def kind(self, node: fx.Node) -> Kind:
-        """What the value of `node` depends on."""
+        """Return what the value of `node` depends on."""
         stack = [node]
         while stack:
             current = stack[-1]
@@ -102,7 +102,10 @@ class Roles:
         return Kind.WEIGHT if kept else Kind.ACTIVATION
 
     def number(self, node: fx.Node) -> int:
-        """The same number for nodes that compute the same value in the same way (Alpern, Wegman, Zadeck 1988)."""
+        """Return a number that nodes share which compute the same value in the same way.
+
+        Value numbering: Alpern, Wegman, Zadeck 1988.
+        """
         stack = [node]
         while stack:
             current = stack[-1]
@@ -121,14 +124,14 @@ class Roles:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{self._numbers[n]}")
         return f"{node.op} {node.target} {arguments}"
 
-    def tell(self, side: fx.Node) -> Any:
-        """What matters about a tensor that flows into a region: its shape; of a constant or a size, its value."""
+    def describe(self, side: fx.Node) -> Any:
+        """Describe a tensor that flows into a region: by its shape; a constant or a size by its value."""
         if not isinstance(fake(side), Tensor) or self.kind(side) == Kind.CONSTANT:
             return self.number(side)
         return self.kind(side), example_shape(side), str(fake(side).dtype)
 
     def projection(self, node: fx.Node) -> Projection | None:
-        """`node` as a projection, None when it is none."""
+        """Return `node` as a projection, None when it is none."""
         if node not in self._projections:
             self._projections[node] = self._read_projection(node)
         return self._projections[node]
@@ -137,25 +140,25 @@ class Roles:
         name = op_name(node)
         if name in WEIGHTED:
             return self._weighted(node, name)
-        found = read_contraction(node)
-        if found is None:
+        result = read_contraction(node)
+        if result is None:
             return None
-        for side in (found, found.swapped()):  # the weight on the right first
+        for side in (result, result.swapped()):  # the weight on the right first
             if self._is_projection(side):
                 features = tuple(i for i, x in enumerate(side.axes) if x and x in side.right_axes)
                 return self._named(node, side.left, side.right, features)
         return None
 
-    def _is_projection(self, found: Contraction) -> bool:
-        """The right side is a weight: no product of its own that shares batch axes with the left."""
-        if self.kind(found.right) != Kind.WEIGHT or len(example_shape(found.right)) < 2:
+    def _is_projection(self, contraction: Contraction) -> bool:
+        """Return whether the right side is a weight, not a product of its own that shares batch axes with the left."""
+        if self.kind(contraction.right) != Kind.WEIGHT or len(example_shape(contraction.right)) < 2:
             return False
-        if self.kind(found.left) == Kind.ACTIVATION:
-            return not found.shared or not self._holds_product(found.right)
-        return not found.shared and self._is_stored(found.right)
+        if self.kind(contraction.left) == Kind.ACTIVATION:
+            return not contraction.shared or not self._holds_product(contraction.right)
+        return not contraction.shared and self._is_stored(contraction.right)
 
     def _holds_product(self, node: fx.Node) -> bool:
-        """True when a weight-like value is itself projected: learned queries, not a weight."""
+        """Return whether a weight-like value is itself projected, as learned queries are."""
         return any(op_name(n) in WEIGHTED or read_contraction(n) is not None for n in _with_ancestors(node))
 
     def _is_stored(self, node: fx.Node) -> bool:
@@ -181,18 +184,18 @@ class Roles:
         return Projection(node, names, activation, features) if names else None
 
     def weight_names(self, node: fx.Node) -> tuple[str, ...]:
-        """Qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
-        found: dict[str, bool] = {}
+        """Return the qualified names of the parameters behind a weight-like value; of its buffers where it has none."""
+        is_parameter_by_name: dict[str, bool] = {}
         for source in _with_ancestors(node):
             if source.op in {"placeholder", "get_attr"}:
                 name = self.program.parameters.get(source.name) or self.program.buffers.get(source.name)
                 if name:
-                    found[name] = source.name in self.program.parameters
-        parameters = tuple(sorted(n for n, is_parameter in found.items() if is_parameter))
-        return parameters or tuple(sorted(found))
+                    is_parameter_by_name[name] = source.name in self.program.parameters
+        parameters = tuple(sorted(n for n, is_parameter in is_parameter_by_name.items() if is_parameter))
+        return parameters or tuple(sorted(is_parameter_by_name))
 
     def is_score_product(self, node: fx.Node) -> Contraction | None:
-        """The contraction at `node` when it multiplies two activations (or what is projected), None otherwise."""
+        """Return the contraction at `node` when it multiplies two activations (or projected values), else None."""
         if self.projection(node) is not None or self.kind(node) == Kind.CONSTANT:
             return None
         return read_contraction(node)
@@ -225,7 +228,10 @@ class Roles:
         return Cut(ordered, tuple(caches), tuple(appends), tuple(lookups))
 
     def is_cache(self, node: fx.Node) -> bool:
-        """A state input that holds tokens: it is written to, or joined with new ones, or has heads of its own."""
+        """Return whether a node is a state input that holds tokens.
+
+        It is written to, or joined with new tokens, or has heads of its own.
+        """
         value = fake(node)
         if node.op != "placeholder" or self.kind(node) != Kind.ACTIVATION or not isinstance(value, Tensor):
             return False
@@ -236,14 +242,14 @@ class Roles:
 
 
 def view_root(node: fx.Node) -> fx.Node:
-    """The node that `node` is a view of, through all views."""
+    """Return the node that `node` is a view of, through all views."""
     while op_name(node) in VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """`node` and everything that it depends on, each once."""
+    """Yield `node` and everything that it depends on, each once."""
     seen, stack = set[fx.Node](), [node]
     while stack:
         current = stack.pop()
@@ -254,7 +260,7 @@ def _with_ancestors(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def written_inputs(program: Program) -> frozenset[fx.Node]:
-    """Placeholders that the program writes back to."""
+    """Return the placeholders that the program writes back to."""
     return frozenset(
         node.all_input_nodes[0]
         for node in program.graph.nodes
@@ -263,13 +269,13 @@ def written_inputs(program: Program) -> frozenset[fx.Node]:
 
 
 def _writers(program: Program) -> list[fx.Node]:
-    """Nodes that change a tensor in place within the graph: what `functionalize` had to leave."""
+    """Return the nodes that change a tensor in place within the graph, which `functionalize` had to leave."""
     inputs = [n for n in program.graph.nodes if is_in_place(n) and n.all_input_nodes]
     return [n for n in inputs if n.all_input_nodes[0].op != "placeholder" or n.users]
 
 
 def common_path(names: Iterable[str]) -> str:
-    """Longest common module path of weights: the parameter's own name never belongs to it."""
+    """Return the longest common module path of weights, without the parameters' own names."""
     paths = [tuple(n.split(".")[:-1]) for n in names]
     if not paths:
         return ""

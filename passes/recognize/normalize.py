@@ -1,4 +1,4 @@
-"""Every spelling of attention becomes one `fhopt::attention` node.
+"""Normalize every spelling of attention to one `fhopt::attention` node.
 
     before                                              after
     s = q @ k.transpose(-1, -2)                         o = fhopt.attention(q, k, v, mask, sinks, scale=c)
@@ -7,7 +7,7 @@
     o = p @ v
 
 A core is a call of scaled_dot_product_attention, or a softmax between two contractions. No spelling is matched: the
-contractions are read as labelled axes (`contraction`), the way from the first to the softmax is measured by running it
+contractions are read as labelled axes (`contraction`), the path from the first to the softmax is measured by running it
 (`scores`), changes of axes are followed by coordinates (`layout`), repetition of kv heads is undone by running the
 candidates. Each rewrite is checked the same way: the old region and the new node run on the same random numbers, and
 on a mismatch the region stays as it is, with a reason.
@@ -41,22 +41,22 @@ CALL = frozenset({"scaled_dot_product_attention"})
 DROPOUT = frozenset({"dropout", "native_dropout", "feature_dropout"})
 ENOUGH = 40  # tokens that checks by execution run on
 LARGEST = 2**26  # scores at most, where a check must run at full size
-SEARCH = 200  # nodes looked at on the way back from a softmax
+SEARCH = 200  # nodes that are searched behind a softmax
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """The pass. `tolerance` is the largest relative difference that the check by execution lets through."""
+    """The pass `normalize`. tolerance: largest relative difference that the check by execution accepts."""
 
     name: str = "normalize"
     tolerance: float = 1e-6
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Nodes that may be the core of an attention, in graph order."""
+        """Return the nodes that may be the core of an attention, in graph order."""
         return [n for n in program.graph.nodes if op_name(n) in CALL | OTHER_WEIGHTS or is_candidate(n)]
 
     def match(self, node: fx.Node, roles: Roles, base: Evaluator) -> Core:
-        """The core at `node`, checked by execution. Raises Miss with what had been recognised by then."""
+        """Read the core at `node` and check it by execution. Raises Miss with what was recognized until then."""
         if op_name(node) in CALL:
             core = _match_call(node, roles, base)
             _undo_repetition(core, base)
@@ -93,12 +93,12 @@ class Normalize:
         raise max(misses, key=lambda miss: len(miss.reached))
 
     def rewrite(self, program: Program, core: Core) -> fx.Node:
-        """Put the canonical node in place of the core; returns it."""
+        """Put the canonical node in place of the core and return it."""
         return insert_canonical(program, core)
 
 
 def _smaller_sizes(node: fx.Node) -> dict[int, int]:
-    """Numbers of queries and keys that are enough to see what is done to them."""
+    """Return smaller numbers of queries and keys on which the core can be read as well."""
     sizes: dict[int, int] = {}
     for index, size in enumerate(dict.fromkeys(example_shape(node)[-2:])):
         if size > ENOUGH:
@@ -129,13 +129,13 @@ def _match_call(node: fx.Node, roles: Roles, base: Evaluator) -> Core:
 
 
 def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
-    """Read the axes of a call as those of the product that it stands for. Raises Miss."""
+    """Read the axes of a call as those of the product of queries and keys that it computes. Raises Miss."""
     nodes = (core.query.node, core.key.node, core.value.node)
     shapes = [example_shape(n) for n in nodes]
     outer = range(len(shapes[0]) - 2)
     widest = [max(s[i] for s in shapes) for i in outer]
     if any(s[i] not in (1, widest[i]) for s in shapes for i in outer):
-        raise Miss(f"batch axes of {shapes} do not broadcast", core.output)
+        raise Miss(f"operands have shapes {shapes}; expected batch axes that broadcast", core.output)
     batch = [tuple(f"b{i}" if s[i] == widest[i] else "" for i in outer) for s in shapes]
     whole = tuple(f"b{i}" for i in outer)
     product = Contraction(core.output, *nodes[:2], (*batch[0], "m", "k"), (*batch[1], "n", "k"), (*whole, "m", "n"))
@@ -156,21 +156,21 @@ def _bring_to_rank_4(core: Core, roles: Roles, base: Evaluator) -> None:
 
 
 def _products_before(softmax: Softmax, roles: Roles) -> list[Contraction]:
-    """Products of two activations from which the scores come, the nearest first. Raises Miss where there is none."""
-    found, barrier = _search_products(softmax.scores, roles)
-    if found:
-        return found
-    what = "nothing is multiplied before it, no product of queries and keys"
+    """Return the products of two activations that the scores come from, nearest first. Raises Miss without one."""
+    result, barrier = _search_products(softmax.scores, roles)
+    if result:
+        return result
+    what = "no product precedes it; expected a product of queries and keys"
     if barrier is not None:
-        what = f"it is over the projection by {barrier.names[0]}, no product of queries and keys"
+        what = f"it is over the projection by {barrier.names[0]}; expected a product of queries and keys"
         if _search_products(barrier.activation, roles)[0]:
-            what = f"the scores pass through the weight {barrier.names[0]} first, heads are mixed"
+            what = f"the scores pass through the weight {barrier.names[0]}, which mixes heads"
     raise Miss(f"not the softmax of an attention: {what}", softmax.scores, "softmax")
 
 
 def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], Projection | None]:
-    """Products of two activations behind `start`, and the first projection that ends a way."""
-    found: list[Contraction] = []
+    """Return the products of two activations behind `start`, and the first projection that ends a path."""
+    results: list[Contraction] = []
     barrier: Projection | None = None
     seen, stack = {start}, [start]
     while stack and len(seen) < SEARCH:
@@ -181,17 +181,17 @@ def _search_products(start: fx.Node, roles: Roles) -> tuple[list[Contraction], P
             continue
         product = roles.is_score_product(node)
         if product is not None:
-            found.append(product)
+            results.append(product)
         elif op_name(node) not in ATTENTION:
             sources = [n for n in node.all_input_nodes if n not in seen and roles.kind(n) != Kind.CONSTANT]
             seen.update(sources)
             stack.extend(sources)
-    return found, barrier
+    return results, barrier
 
 
 def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool]]:
-    """Products of the weights with values, and whether the weights are the left operand. Raises Miss."""
-    found: list[tuple[Contraction, bool]] = []
+    """Return the products of weights with values, and whether the weights are the left operand. Raises Miss."""
+    results: list[tuple[Contraction, bool]] = []
     known = {softmax.weights}
     frontier = [softmax.weights]
     for _ in range(SEARCH):
@@ -202,17 +202,21 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
         for user in node.users:
             product = roles.is_score_product(user)
             if product is not None:
-                found.extend(_sides_of(product, known))
+                results.extend(_sides_of(product, known))
             elif user not in known and _carries_weights(user, roles):
                 known.add(user)
                 frontier.append(user)
-    if found:
-        return found
-    raise Miss("no product of the weights with values follows", softmax.weights, "softmax, product of queries and keys")
+    if results:
+        return results
+    raise Miss(
+        "no product of the weights with values follows the softmax",
+        softmax.weights,
+        "softmax, product of queries and keys",
+    )
 
 
 def _other_weights(node: fx.Node, roles: Roles) -> Miss:
-    """Why a pointwise function is not the softmax of an attention; without a reason where it is nothing like one."""
+    """Return a Miss that names the function in place of a softmax; without a reason where there is no attention."""
     stand_in = Softmax(node.all_input_nodes[0], node, 0)
     try:
         scores, mixes = _products_before(stand_in, roles), _mixes_after(stand_in, roles)
@@ -220,11 +224,11 @@ def _other_weights(node: fx.Node, roles: Roles) -> Miss:
         return Miss("", node)
     if any(mix.node is score.node for mix, _ in mixes for score in scores):
         return Miss("", node)
-    return Miss(f"the weights are made by {op_name(node)}; expected a softmax", node, "scores, both products")
+    return Miss(f"the weights are computed by {op_name(node)}; expected a softmax", node, "scores, both products")
 
 
 def _sides_of(product: Contraction, known: set[fx.Node]) -> Iterator[tuple[Contraction, bool]]:
-    """Whether the weights stand on the left or on the right of a product; where on both, it is none of ours."""
+    """Yield a product and whether the weights are its left operand; nothing where they are both operands."""
     left, right = product.left in known, product.right in known
     if left != right:
         yield product, left
@@ -247,7 +251,7 @@ def _carries_weights(node: fx.Node, roles: Roles) -> bool:
 
 
 def _assemble(softmax: Softmax, product: Contraction, mix: Contraction, roles: Roles, base: Evaluator) -> Core:
-    """Roles and layouts of everything around one softmax. `mix` has the weights on the left."""
+    """Assemble the core around one softmax; `mix` has the weights on the left. Raises Miss."""
     keys = key_label(softmax, product, base)
     if keys in product.left_axes:
         product = product.swapped()
@@ -272,7 +276,7 @@ def _query_and_key(product: Contraction, axes: Axes) -> tuple[Operand, Operand]:
 
 
 def _dropout(weights: fx.Node, mix: Contraction) -> float:
-    """Probability of the dropout that is active between the softmax and the second product."""
+    """Return the probability of the dropout that is active between the softmax and the second product."""
     node, rate = mix.left, 0.0
     while node is not weights and node.all_input_nodes:
         if op_name(node) in DROPOUT and argument(node, 2, "training", "train", default=True):
@@ -282,7 +286,7 @@ def _dropout(weights: fx.Node, mix: Contraction) -> float:
 
 
 def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> None:
-    """How the mask, or a computed bias, comes to [B, H, S, T]. Raises Miss."""
+    """Set how the mask, or a computed bias, becomes [B, H, S, T]. Raises Miss."""
     scores, product = core.scores, core.product
     assert scores is not None and product is not None
     target = axes.canonical("scores")
@@ -303,7 +307,9 @@ def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> No
         elif same and len(end) == len(size):
             core.bias_steps = steps + gain
         elif scores.sinks or math.prod(size) != math.prod(end):
-            raise Miss("the axes of the scores change before the softmax in a way that is not followed", core.output)
+            raise Miss(
+                "the axes of the scores change before the softmax; expected the order of the product", core.output
+            )
         else:
             core.bias_steps = (("reshape", (_sizes(product.node),)), *steps, *gain)
 
@@ -311,7 +317,7 @@ def _place_mask(core: Core, softmax: Softmax, axes: Axes, base: Evaluator) -> No
 def _sizes(node: fx.Node) -> tuple[int, ...]:
     sizes = shape(node) or ()
     if sum(not isinstance(n, int) for n in sizes) > 1:
-        raise Miss("scores of several symbolic sizes change their axes", node)
+        raise Miss("scores with several symbolic sizes change their axes; expected at most one", node)
     return tuple(n if isinstance(n, int) else -1 for n in sizes)
 
 
@@ -324,6 +330,6 @@ def _undo_repetition(core: Core, base: Evaluator) -> None:
         core.scale *= key.factor
     groups = [o.sizes[1] for o in (core.key, core.value)]
     if groups[0] != groups[1]:
-        raise Miss(f"keys have {groups[0]} heads and values {groups[1]}", core.output)
+        raise Miss(f"keys have {groups[0]} heads and values {groups[1]}; expected the same number", core.output)
     if heads % groups[0]:
-        raise Miss(f"{heads} query heads on {groups[0]} kv heads", core.output)
+        raise Miss(f"{heads} query heads on {groups[0]} kv heads; expected a multiple", core.output)

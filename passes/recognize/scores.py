@@ -1,8 +1,8 @@
-"""What happens to q k^T before the softmax, read from what it *does*: scale, softcap, mask or bias, sinks.
+"""The score function between q k^T and the softmax, measured by running it: scale, softcap, mask or bias, sinks.
 
     scores = cap(scale * factors * q k^T) + bias          [ + columns of sinks ]
 
-The way from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
+The path from the product to the softmax is run on numbers. With a product of zeros it gives the bias, whatever spells
 it (added, filled, selected, written by index, ALiBi, tables of relative positions, tril buffers, windows); the change
 per unit of product is the scale; saturation is a softcap. Everything else that flows in (masks, bias tables,
 temperatures) is random while this is measured, for a bias that is zero today need not be so after training.
@@ -33,8 +33,8 @@ class Scores:
     """The score function of one attention.
 
     region: from the product to the softmax's input. factors: tensors (and whether they divide) that scale the product
-    and do not vary over keys. form: how `mask` is meant: "" (none), "add" (added), "keep" (bool, true may attend),
-    "fill" (bool, true may not), "computed" (the region, run on zeros, gives it). columns: where the keys stand on the
+    and do not vary over keys. form: the meaning of `mask`: "" (none), "add" (added), "keep" (bool, true may attend),
+    "fill" (bool, true may not), "computed" (the region, run on zeros, gives it). columns: where the keys are on the
     softmax's axis; the other columns are sinks.
     """
 
@@ -50,7 +50,7 @@ class Scores:
 
 
 def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.Node, Tensor]:
-    """Random numbers for the tensors that flow into a region and are not constants.
+    """Draw random numbers for the tensors that flow into a region and are not constants.
 
     With `binary`, a tensor that holds only zeros and ones today gets random zeros and ones: it is a mask in numbers.
     """
@@ -69,46 +69,46 @@ def random_sides(region: Region, roles: Roles, binary: bool = False) -> dict[fx.
 
 
 def read_scores(product: fx.Node, end: fx.Node, axis: int, key_axis: int, roles: Roles, base: Evaluator) -> Scores:
-    """The score function between the product and `end`. Raises Miss when it is of another form.
+    """Read the score function between the product and `end`. Raises Miss when it is of another form.
 
-    axis: the softmax's, in `end`. key_axis: where the keys stand in the product.
+    axis: the softmax's, in `end`. key_axis: the axis of the keys in the product.
     """
     region = Region(base, [product], end)
     if not region.nodes:
         return Scores(region)
-    key = ("scores", signature(region, roles.tell), axis, key_axis)
+    key = ("scores", signature(region, roles.describe), axis, key_axis)
     if key in roles.known:
         return _as_known(roles.known[key], region)
     for binary in (False, True):
         with contextlib.suppress(Miss):
-            found = _measured(region, product, axis, key_axis, roles, random_sides(region, roles, binary))
+            result = _measured(region, product, axis, key_axis, roles, random_sides(region, roles, binary))
             if not binary:  # nothing was read from today's values
-                roles.known[key] = found
-            return found
+                roles.known[key] = result
+            return result
     return _measured(region, product, axis, key_axis, roles, None)  # sides that belong together: as they are today
 
 
-def _as_known(found: Scores, region: Region) -> Scores:
-    """What was found about a region of the same structure, told about this one."""
-    twin = dict(zip(found.region.sides, region.sides, strict=True))
-    factors = tuple((twin[node], divides) for node, divides in found.factors)
-    return replace(found, region=region, factors=factors, mask=found.mask and twin[found.mask])
+def _as_known(scores: Scores, region: Region) -> Scores:
+    """Transfer the score function of a region to another region of the same structure."""
+    counterpart = dict(zip(scores.region.sides, region.sides, strict=True))
+    factors = tuple((counterpart[node], divides) for node, divides in scores.factors)
+    return replace(scores, region=region, factors=factors, mask=scores.mask and counterpart[scores.mask])
 
 
 def _measured(
-    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, given: Mapping[fx.Node, Tensor] | None
+    region: Region, product: fx.Node, axis: int, key_axis: int, roles: Roles, drawn: Mapping[fx.Node, Tensor] | None
 ) -> Scores:
-    found, sides = Scores(region), given or {}
+    result, sides = Scores(region), drawn or {}
     shape = example_shape(product)
     keys = moved(region.base, {product: coordinates(shape, key_axis)}, region.nodes, region.end)
     numbers = random_like(product, 7)
     placed = moved(region.base, {product: numbers}, region.nodes, region.end)
     if keys is None or placed is None:
-        raise Miss(f"the scores are not followed through {_names(region)}", region.end)
+        raise Miss(f"the path of the scores through {_names(region)} is unknown", region.end)
     columns = (line(keys, axis) >= 0).nonzero().flatten()
-    found.sinks, found.start = keys.shape[axis] - columns.numel(), int(columns[0]) if columns.numel() else 0
+    result.sinks, result.start = keys.shape[axis] - columns.numel(), int(columns[0]) if columns.numel() else 0
     zero = _run(region, {product: torch.zeros_like(numbers), **sides})
-    if found.sinks:
+    if result.sinks:
         _check_sinks(region, product, numbers, zero, axis, columns, sides)
 
     def change(factor: float) -> Tensor:
@@ -120,27 +120,29 @@ def _measured(
     if not bool(open_places.any()):
         raise Miss("every score is masked; expected some that are not", region.end)
     unit = placed.index_select(axis, columns)
-    found.factors = _factors(region, roles)
-    if found.factors:
-        unit = unit * _gain(found, shape, key_axis, sides)
-    _fit(found, change, unit[open_places], region)
+    result.factors = _factors(region, roles)
+    if result.factors:
+        unit = unit * _gain(result, shape, key_axis, sides)
+    _fit(result, change, unit[open_places], region)
     closed = allowed.isfinite() & ~open_places
     if bool(closed.any()):
         pushed = _run(region, {product: 1e30 * numbers, **sides}).index_select(axis, columns)
-        found.replaces = torch.equal(pushed[closed], allowed[closed])
-    if given is None or found.sinks:
-        found.form = "computed" if region.sides or bool((allowed != 0).any()) else ""
+        result.replaces = torch.equal(pushed[closed], allowed[closed])
+    if drawn is None or result.sinks:
+        result.form = "computed" if region.sides or bool((allowed != 0).any()) else ""
     else:
         constants = {n: region.base.example(n) for n in region.sides if n not in sides and isinstance(fake(n), Tensor)}
-        _name_mask(found, zero, {**constants, **sides}, example_shape(product))
-    return found
+        _name_mask(result, zero, {**constants, **sides}, example_shape(product))
+    return result
 
 
 def _run(region: Region, values: Mapping[fx.Node, Tensor]) -> Tensor:
     try:
         return region.run(values)
-    except Exception as error:  # whatever a user's node may raise
-        raise Miss(f"the scores could not be run ({type(error).__name__}: {error})", region.end) from error
+    except Exception as error:  # a user's node may raise anything
+        raise Miss(
+            f"the computation of the scores could not be run ({type(error).__name__}: {error})", region.end
+        ) from error
 
 
 def _check_sinks(
@@ -148,17 +150,17 @@ def _check_sinks(
     sides: Mapping[fx.Node, Tensor],
 ) -> None:  # fmt: skip
     if columns.numel() and int(columns[-1] - columns[0]) != columns.numel() - 1:
-        raise Miss("columns that are no keys stand among the keys; expected them before or behind", region.end)
+        raise Miss("sink columns lie between the keys; expected them before or after the keys", region.end)
     other = _run(region, {product: numbers, **sides})
     rest = torch.tensor([i for i in range(zero.shape[axis]) if i not in set(columns.tolist())])
     if not torch.equal(zero.index_select(axis, rest), other.index_select(axis, rest)):
-        raise Miss("further columns of the softmax depend on the scores", region.end)
+        raise Miss("sink columns of the softmax depend on the scores; expected columns that do not", region.end)
 
 
 def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
-    """Tensors and symbolic numbers by which a node of the region multiplies or divides."""
-    inside = {*region.nodes, *region.given}
-    found = []
+    """Return the tensors and symbolic numbers by which a node of the region multiplies or divides."""
+    inside = {*region.nodes, *region.inputs}
+    results = []
     for node in region.nodes:
         name = op_name(node)
         others = [a for a in node.args[:2] if isinstance(a, fx.Node) and a not in inside]
@@ -166,37 +168,37 @@ def _factors(region: Region, roles: Roles) -> tuple[tuple[fx.Node, bool], ...]:
             continue
         symbolic = not isinstance(fake(others[0]), Tensor)
         if symbolic or roles.kind(others[0]) != Kind.CONSTANT:
-            found.append((others[0], name in DIVISION))
-    return tuple(found)
+            results.append((others[0], name in DIVISION))
+    return tuple(results)
 
 
-def _gain(found: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Tensor]) -> Tensor:
-    """Product of the factors over the scores; they must not vary over keys, nor stand behind a change of axes."""
-    region = found.region
-    last = max(node for factor, _ in found.factors for node in factor.users if node in region.nodes)
+def _gain(scores: Scores, shape: tuple[int, ...], key_axis: int, sides: Mapping[fx.Node, Tensor]) -> Tensor:
+    """Return the product of the factors over the scores, which must not vary over keys or follow a change of axes."""
+    region = scores.region
+    last = max(node for factor, _ in scores.factors for node in factor.users if node in region.nodes)
     if any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in region.nodes if not last < n):
-        raise Miss("a tensor scales the scores after their axes were changed", region.end)
+        raise Miss("a tensor scales the scores after their axes were changed; expected it before", region.end)
     gain = torch.ones([1] * len(shape), dtype=torch.float64)
-    for node, divides in found.factors:
+    for node, divides in scores.factors:
         value = sides.get(node, region.base.example(node))
         factor = torch.as_tensor(value, dtype=torch.float64)
         gain = gain / factor if divides else gain * factor
     if gain.shape[key_axis - len(shape)] != 1:
         if bool((gain == gain.narrow(key_axis, 0, 1)).all()):
             return gain
-        found.factors = ()  # a mask in numbers: what it lets through counts once
+        scores.factors = ()  # a mask in numbers: what it lets through counts once
         return torch.ones([1] * len(shape), dtype=torch.float64)
     return gain
 
 
-def _fit(found: Scores, change: object, unit: Tensor, region: Region) -> None:
-    """scale and softcap from how much the scores change with the product."""
+def _fit(scores: Scores, change: object, unit: Tensor, region: Region) -> None:
+    """Fit scale and softcap to how the scores change with the product. Raises Miss."""
     assert callable(change)
     delta = change(1.0)
     scale = float((delta @ unit) / (unit @ unit).clamp_min(1e-300))
     size = float(delta.abs().max())
     if size > 0 and float((delta - scale * unit).abs().max()) <= 1e-7 * size + 1e-9:
-        found.scale = scale
+        scores.scale = scale
         return
     small = change(1e-4)
     scale = float((small @ unit) / (unit @ unit).clamp_min(1e-300)) * 1e4
@@ -204,17 +206,19 @@ def _fit(found: Scores, change: object, unit: Tensor, region: Region) -> None:
     if scale > 0 and 0 < cap < 1e6:
         capped = cap * torch.tanh(scale * unit / cap)
         if float((delta - capped).abs().max()) <= 1e-6 * size:
-            found.scale, found.softcap = scale, cap
+            scores.scale, scores.softcap = scale, cap
             return
-    raise Miss(f"the scores are not scale * q k + mask, nor capped by tanh: {_names(region)}", region.end)
+    raise Miss(
+        f"the scores are computed by {_names(region)}; expected scale * q k + mask, or a tanh softcap", region.end
+    )
 
 
-def _name_mask(found: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> None:
-    """The tensor that is the bias as it stands, where there is one; else the bias is computed by the region."""
+def _name_mask(scores: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], shape: tuple[int, ...]) -> None:
+    """Set the mask to the tensor that is the bias, where there is one; else the region computes the bias."""
     if not bool((zero != 0).any()):
         return
-    found.form = "computed"
-    if len(shape) != 4 or any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in found.region.nodes):
+    scores.form = "computed"
+    if len(shape) != 4 or any(isinstance(fake(n), Tensor) and example_shape(n) != shape for n in scores.region.nodes):
         return
     for node, value in sides.items():
         is_mask = value.dtype == torch.bool or value.dtype.is_floating_point
@@ -231,7 +235,7 @@ def _name_mask(found: Scores, zero: Tensor, sides: Mapping[fx.Node, Tensor], sha
             }  # a finite filling stays what it is: rows that see nothing differ
         for form, expected in forms.items():
             if torch.equal(expected, zero):
-                found.mask, found.form = node, form
+                scores.mask, scores.form = node, form
                 return
 
 
@@ -240,6 +244,6 @@ def _fits(value: Tensor, whole: Tensor) -> bool:
 
 
 def _names(region: Region) -> str:
-    """The operations of a region that do more than move data, for a reason."""
+    """Name the operations of a region that do more than move data."""
     names = dict.fromkeys(op_name(n) for n in region.nodes if op_name(n) not in MOVEMENT)
     return ", ".join(list(names)[:8]) or "nothing"

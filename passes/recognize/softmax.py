@@ -1,4 +1,4 @@
-"""Every spelling of softmax, as one fact: which tensor goes in, which comes out, over which axis.
+"""Softmax in any spelling: its input, its output, its axis.
 
     softmax(x, -1)      log_softmax(x, -1).exp()      e = exp(x - x.amax(-1, True)); e / e.sum(-1, True)
     exp(x - x.logsumexp(-1, True))                    e @ v / e.sum(-1, True)         e / (1 + e.sum(-1, True))
@@ -29,7 +29,7 @@ DIVISION = frozenset({"div", "truediv", "divide", "true_divide"})
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights = softmax(scores) over `axis`.
+    """A softmax, weights = softmax(scores) over `axis`.
 
     extra: logits of zero that the sum also holds (softmax plus one). divider: where the weights are normalised only
     after the second product, the node that does it. gain: by what the scores are multiplied (a base other than e).
@@ -44,7 +44,7 @@ class Softmax:
 
 
 def is_candidate(node: fx.Node) -> bool:
-    """True where a softmax may stand; an exponential only where a sum of it is taken, or was before."""
+    """Return whether a node may be a softmax; an exponential is one where a sum of it is taken."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
         return True
@@ -57,13 +57,13 @@ def is_candidate(node: fx.Node) -> bool:
 
 
 def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
-    """The softmax at a candidate. Raises Miss when what stands there is not one."""
+    """Read the softmax at a candidate. Raises Miss when it is something else."""
     name = op_name(node)
     if name in SOFTMAX | LOG_SOFTMAX:
         axis = argument(node, 1, "dim")
         source = argument(node, 0, "input", "self")
         if not isinstance(axis, int) or not isinstance(source, fx.Node):
-            raise Miss("softmax over no single axis; expected dim", node)
+            raise Miss("the softmax has no single axis; expected dim", node)
         weights = node if name in SOFTMAX else _exponential_of(node)
         axis = axis % len(example_shape(node))
         return Softmax(_without_shift(source, axis), weights, axis)
@@ -73,12 +73,12 @@ def read_softmax(node: fx.Node, base: Evaluator) -> Softmax:
 def _exponential_of(node: fx.Node) -> fx.Node:
     users = [u for u in node.users if op_name(u) == "exp"]
     if len(users) != 1:
-        raise Miss("log_softmax whose exponential is not taken: no attention weights", node)
+        raise Miss("log_softmax without an exponential; expected attention weights", node)
     return users[0]
 
 
 def _sum_after(node: fx.Node) -> fx.Node | None:
-    """A sum of the exponential over one axis, through casts."""
+    """Return a sum of the exponential over one axis, through casts."""
     stack = [(node, 0)]
     while stack:
         current, depth = stack.pop()
@@ -109,14 +109,14 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
     assert total is not None, "only candidates are read"
     axis = _axis(total)
     if axis is None:
-        raise Miss("the exponentials are summed over more than one axis", total)
+        raise Miss("the exponentials are summed over several axes; expected one", total)
     scores = _without_shift(node.all_input_nodes[0], axis)
     gain = math.log(2) if op_name(node) == "exp2" else 1.0
     if op_name(total) == "logsumexp":
         return _checked(Softmax(scores, node, axis, gain=gain), base)
     weights = _post_dominator(node, total)
     if weights is None:
-        raise Miss("exponentials are summed but nothing is divided by their sum", total)
+        raise Miss("exponentials are summed but not divided by the sum; expected a softmax", total)
     if example_shape(weights) == example_shape(node) and not _contracts(node, weights):
         return _checked(Softmax(scores, weights, axis, gain=gain), base)
     return Softmax(
@@ -125,7 +125,7 @@ def _read_hand_written(node: fx.Node, base: Evaluator) -> Softmax:
 
 
 def _without_shift(node: fx.Node, axis: int) -> fx.Node:
-    """x behind `x - f(x)` where f(x) is the same all along the axis: a softmax does not change with such a shift."""
+    """Return x behind `x - f(x)` where f(x) is constant along the axis, which does not change a softmax."""
     if op_name(node) in {"sub", "subtract"} and len(node.all_input_nodes) == 2:
         first, second = node.all_input_nodes
         shift = example_shape(second) if isinstance(fake(second), Tensor) else ()
@@ -135,7 +135,7 @@ def _without_shift(node: fx.Node, axis: int) -> fx.Node:
 
 
 def _post_dominator(node: fx.Node, total: fx.Node) -> fx.Node | None:
-    """The division at which the exponential and its sum meet again."""
+    """Return the division at which the exponential and its sum meet again."""
     frontier, seen = [total], {total}
     for _ in range(24):
         if not frontier:
@@ -159,7 +159,7 @@ def _depends(node: fx.Node, on: fx.Node) -> bool:
 
 
 def _contracts(start: fx.Node, end: fx.Node) -> bool:
-    """True when a product with another tensor lies on the way from the exponential to the numerator."""
+    """Return whether a product with another tensor lies between the exponential and the numerator."""
     from fhopt.passes.recognize.contraction import read_contraction
 
     graph = nx.DiGraph(window(start, end))
@@ -167,20 +167,22 @@ def _contracts(start: fx.Node, end: fx.Node) -> bool:
     return any(op_name(n) != "sum" and read_contraction(n) is not None for n in between)
 
 
-def _checked(found: Softmax, base: Evaluator) -> Softmax:
+def _checked(softmax: Softmax, base: Evaluator) -> Softmax:
     """Run it against torch.softmax; with a zero logit more where that is what it is."""
-    scores = random_like(found.scores, 3)
+    scores = random_like(softmax.scores, 3)
     try:
-        result = run_region(base, {found.scores: scores}, found.weights)
-    except Exception as error:  # whatever a user's node may raise
-        raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", found.weights) from error
-    scores = scores * found.gain
-    if _close(result, torch.softmax(scores, found.axis)):
-        return found
+        result = run_region(base, {softmax.scores: scores}, softmax.weights)
+    except Exception as error:  # a user's node may raise anything
+        raise Miss(f"the exponentials could not be run ({type(error).__name__}: {error})", softmax.weights) from error
+    scores = scores * softmax.gain
+    if _close(result, torch.softmax(scores, softmax.axis)):
+        return softmax
     powers = scores.exp()
-    if _close(result, powers / (1 + powers.sum(found.axis, keepdim=True))):
-        return replace(found, extra=1)
-    raise Miss("exponentials over their sum that do not make a softmax", found.weights)
+    if _close(result, powers / (1 + powers.sum(softmax.axis, keepdim=True))):
+        return replace(softmax, extra=1)
+    raise Miss(
+        "exponentials divided by a sum are not a softmax; expected their own sum, or that plus one", softmax.weights
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -1,12 +1,12 @@
-"""Move the decoders from keys and values onto queries and outputs: nothing of full length is rebuilt.
+"""Absorb the decoders of keys and values into queries and outputs: no keys and values are reconstructed.
 
-before                                                        after
-o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
-                          decode(z_v, D_v), mask)             o~, lse = latent_attention(q~, z_k, z_v, mask)
-                                                              o = expand(o~, D_v)
+    before                                                        after
+    o, lse = latent_attention(q, decode(z_k, D_k),                q~ = absorb(q, D_k)
+                              decode(z_v, D_v), mask)             o~, lse = latent_attention(q~, z_k, z_v, mask)
+                                                                  o = expand(o~, D_v)
 
 q . (D_K z) = (D_K^T q) . z, and a weighted sum commutes with D_V (DeepSeek-V2, section 2.1.2: weight absorption).
-Where z is `unpack(codes, scale)`, the codes themselves become the operands, and the scales fold into logits and
+Where z is `unpack(packed, scale)`, the packed latents become the operands, and the scales fold into logits and
 weights. Where keys and values are decoded from one z, it is both operands: latent_attention(q~, z, scale, z, scale).
 """
 
@@ -34,32 +34,32 @@ class Expanded:
 
 @dataclass(frozen=True)
 class Absorb:
-    """The pass: exact, always applicable where `compress` (or a cache) left a decode before an attention."""
+    """The pass `absorb`: exact, applicable wherever `compress` (or a cache) left a decode before an attention."""
 
     name: str = "absorb"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """latent_attention nodes with decoded keys and values."""
+        """Return the latent_attention nodes with decoded keys and values."""
         op = torch.ops.fhopt.latent_attention.default
         return [n for n in program.graph.nodes if n.target is op and _is_decode(n.args[1]) and _is_decode(n.args[3])]
 
     def match(self, node: fx.Node) -> Expanded:
-        """The operands to exchange."""
+        """Read the operands to exchange."""
         key, value = node.args[1], node.args[3]
         assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
         return Expanded(node, key, value)
 
-    def rewrite(self, program: Program, found: Expanded) -> fx.Node:
-        """Exchange them; returns the new latent_attention node."""
-        node = found.node
+    def rewrite(self, program: Program, expanded: Expanded) -> fx.Node:
+        """Exchange the operands and return the new latent_attention node."""
+        node = expanded.node
         with program.graph.inserting_before(node):
-            query = call(program, algebra.absorb, (node.args[0], found.key.args[1]))
-            key, key_scale, key_tiers = _codes(found.key.args[0])
-            value, value_scale, value_tiers = _codes(found.value.args[0])
+            query = call(program, algebra.absorb, (node.args[0], expanded.key.args[1]))
+            key, key_scale, key_tiers = _packed_latent(expanded.key.args[0])
+            value, value_scale, value_tiers = _packed_latent(expanded.value.args[0])
             options = {**node.kwargs, **_tiers("key", key_tiers), **_tiers("value", value_tiers)}
             arguments = (query, key, key_scale, value, value_scale, node.args[5])
             latent = call(program, torch.ops.fhopt.latent_attention.default, arguments, options)
-            output = call(program, algebra.expand, (call(program, algebra.first, (latent,)), found.value.args[1]))
+            output = call(program, algebra.expand, (call(program, algebra.first, (latent,)), expanded.value.args[1]))
             pair = call(program, algebra.pair, (output, call(program, algebra.second, (latent,))))
         node.replace_all_uses_with(pair)
         program.graph.erase_node(node)
@@ -71,11 +71,11 @@ def _is_decode(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and argument.target is algebra.decode
 
 
-def _codes(latent: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
-    """(rows, scale, (bits, widths, steps)) of a latent: its codes where it was unpacked from some."""
+def _packed_latent(latent: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+    """Return (packed latents or latent, scale, (bits, widths, steps)) of a latent, packed where it was unpacked."""
     if isinstance(latent, fx.Node) and latent.target is torch.ops.fhopt.unpack.default:
-        codes, scale, *tiers = latent.args
-        return codes, scale, (tiers[0], tiers[1], tiers[2])
+        packed, scale, *tiers = latent.args
+        return packed, scale, (tiers[0], tiers[1], tiers[2])
     return latent, None, ([], [], [])
 
 

@@ -1,4 +1,4 @@
-"""How a graph writes new tokens into a K/V buffer and reads all of them: found by running it, not by its spelling.
+"""Writes of new tokens into a K/V buffer and reads of all tokens, recognized by running them, in any spelling.
 
     %w = written(%k_cache, [], setitem, [[:, :, %pos], %k])          write   %k is the new tokens, its axis 2 their axis
     %o = fhopt.attention(%q, %w, ...)                                read    axes 0, 1, 2, 3 are B, G, T, D
@@ -40,7 +40,7 @@ _MODULE = re.compile(r"L\['self'\](\._modules\['[^']+'\])*(\.__dict__)?(\._buffe
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """How a graph writes and reads one buffer.
+    """The use of one buffer by a graph: how it is written and read.
 
     new: the tokens that are written. writes: the nodes that do it, of which `end` is the last; `copy` puts that into
     the buffer. reads: from there to the attention. axes: of the buffer that are B, G, T, D; new_axes: of the new
@@ -63,7 +63,7 @@ class Update:
 
 
 def own_buffer(program: Program, operand: Any) -> fx.Node | None:
-    """The buffer of a module, of the one that is compiled or of one in it, that keys or values are; None: another."""
+    """Return the buffer of the compiled module, or of a module in it, behind keys or values; None for anything else."""
     updates = _copies(program)
     end = _end(operand, updates)
     buffer: Any = None if end is None else updates[end].args[0]
@@ -73,7 +73,7 @@ def own_buffer(program: Program, operand: Any) -> fx.Node | None:
 
 
 def read_update(program: Program, node: fx.Node, operand: fx.Node, roles: Roles, base: Evaluator) -> Update:
-    """How the buffer behind keys or values of the attention at `node` is used. Raises Miss where that is not clear."""
+    """Read how the buffer behind keys or values of the attention at `node` is used. Raises Miss if not clear."""
     updates = _copies(program)
     end = _end(operand, updates)
     assert end is not None
@@ -87,44 +87,44 @@ def read_update(program: Program, node: fx.Node, operand: fx.Node, roles: Roles,
     return _with_axes(update, operand, roles, base)
 
 
-def way(update: Update, base: Evaluator, roles: Roles) -> tuple[Any, ...]:
-    """Which slots are written, in terms that keys and values share."""
+def written_slots(update: Update, base: Evaluator, roles: Roles) -> tuple[Any, ...]:
+    """Describe which slots are written, in terms that keys and values share."""
     region = Region(base, (update.buffer, update.new), update.end)
-    calls = signature(region, roles.tell)[0]
+    calls = signature(region, roles.describe)[0]
     return calls, tuple(roles.number(side) for side in region.sides), update.axes[2], update.new_axes[2]
 
 
 def _copies(program: Program) -> dict[fx.Node, fx.Node]:
-    """Value -> the node that copies it into an input."""
+    """Return the nodes that copy a value into an input, by that value."""
     copies = [n for n in program.graph.nodes if op_name(n) == "copy_" and n.all_input_nodes[0].op == "placeholder"]
     return {n.args[1]: n for n in copies if isinstance(n.args[1], fx.Node)}
 
 
 def _end(operand: Any, updates: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The last value of a buffer behind keys or values, through nodes that work on it first of all."""
+    """Return the last value of a buffer behind keys or values, through the first operands of nodes."""
     while isinstance(operand, fx.Node) and operand not in updates:
         operand = operand.args[0] if operand.op in ("call_function", "call_method") and operand.args else None
     return operand if isinstance(operand, fx.Node) else None
 
 
 def _between(base: Evaluator, first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes from behind `first` to `last`. Raises Miss."""
+    """Return the nodes behind `first` up to `last`. Raises Miss."""
     try:
         return tuple(Region(base, (first,), last).nodes)
     except RuntimeError as error:
-        raise Miss(f"how its buffer is used is not clear: {error}", last) from error
+        raise Miss(f"the use of its buffer is not clear: {error}", last) from error
 
 
 def _new_tokens(writes: Sequence[fx.Node], buffer: fx.Node) -> fx.Node:
-    """The tokens that are written. Raises Miss."""
+    """Return the tokens that are written. Raises Miss."""
     for step in writes:
         name = str(step.args[2]).rpartition(".")[2] if op_name(step) == "written" else op_name(step)
         if name not in WRITES:
-            raise Miss(f"its buffer is changed by {name}; expected tokens that are put into slots", step)
+            raise Miss(f"its buffer is changed by {name}; expected writes of tokens into slots", step)
     sides = dict.fromkeys(n for step in writes for n in step.all_input_nodes if n not in {buffer, *writes})
     new = [n for n in sides if isinstance(fake(n), Tensor) and fake(n).dtype.is_floating_point]
     if len(new) != 1:
-        raise Miss(f"{len(new)} tensors are written into its buffer; expected the new tokens", writes[-1])
+        raise Miss(f"{len(new)} tensors are written into its buffer; expected one, the new tokens", writes[-1])
     return new[0]
 
 
@@ -142,30 +142,30 @@ def _check_users(update: Update, node: fx.Node) -> None:
     for step in (update.buffer, *update.writes, *update.reads, update.copy):
         other = next((user for user in step.users if user not in own), None)
         if other is not None:
-            what = "is returned" if other.op == "output" else f"is read by {other.name} too"
-            raise Miss(f"its buffer {what}; expected this attention alone", other)
+            what = "is returned" if other.op == "output" else f"is also read by {other.name}"
+            raise Miss(f"its buffer {what}; expected this attention to be its only reader", other)
 
 
 # --------------------------------------------------------------------------------------------------- by running it
 
 
 def _with_axes(update: Update, operand: fx.Node, roles: Roles, base: Evaluator) -> Update:
-    """The update with its axes. Raises Miss where tokens are not put into slots, or not read as they were written."""
+    """Add the axes to an update. Raises Miss unless tokens are put into slots and read as they were written."""
     write, read = Region(base, (update.buffer, update.new), update.end), Region(base, (update.end,), operand)
-    known = ("update", signature(write, roles.tell), signature(read, roles.tell), example_shape(operand))
+    known = ("update", signature(write, roles.describe), signature(read, roles.describe), example_shape(operand))
     if known not in roles.known:
         try:
             roles.known[known] = _measured(update, operand, write, read)
         except Miss:
             raise
-        except Exception as error:  # whatever a user's node may raise
-            raise Miss(f"how its buffer is used could not be run ({error})", operand) from error
+        except Exception as error:  # a user's node may raise anything
+            raise Miss(f"the use of its buffer could not be run ({error})", operand) from error
     axes, new_axes = roles.known[known]
     return replace(update, axes=axes, new_axes=new_axes)
 
 
 def _measured(update: Update, operand: fx.Node, write: Region, read: Region) -> tuple[tuple[int, ...], ...]:
-    """(axes, new_axes), at small sizes where they do."""
+    """Return (axes, new_axes), measured at small sizes where possible."""
     batch, heads, _, size = example_shape(operand)
     try:
         with smaller({n: SMALL for n in (batch, heads, size) if n > SMALL}):
@@ -179,14 +179,14 @@ def _measured(update: Update, operand: fx.Node, write: Region, read: Region) -> 
 
 
 def _read_axes(update: Update, operand: fx.Node, read: Region) -> tuple[int, ...]:
-    """Axes of the buffer that are B, G, T and D. Raises Miss."""
+    """Return the axes of the buffer that are B, G, T and D. Raises Miss."""
     sizes = example_shape(update.buffer)
     held = _elements(update.buffer)
     seen = (read.run({update.end: held}) if read.nodes else held).long().cpu()
     grid = torch.meshgrid(*map(torch.arange, seen.shape), indexing="ij")
-    found = torch.unravel_index(seen, sizes)
-    axes = _matched(found, sizes, grid, "read")
-    if axes[2] >= 0 and not torch.equal(found[axes[2]], grid[2]):
+    result = torch.unravel_index(seen, sizes)
+    axes = _matched(result, sizes, grid, "read")
+    if axes[2] >= 0 and not torch.equal(result[axes[2]], grid[2]):
         raise Miss("its buffer is not read from the first slot on", operand)
     rest = iter([i for i in range(4) if i not in axes])
     axes = [next(rest) if axis < 0 else axis for axis in axes]
@@ -196,16 +196,16 @@ def _read_axes(update: Update, operand: fx.Node, read: Region) -> tuple[int, ...
 
 
 def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of the new tokens that are B, G, S and D. Raises Miss."""
+    """Return the axes of the new tokens that are B, G, S and D. Raises Miss."""
     sizes, new = example_shape(update.buffer), example_shape(update.new)
     held, fresh_ids = _elements(update.buffer), -1 - _elements(update.new)
     result = write.run({update.buffer: held, update.new: fresh_ids})
     if not torch.equal(torch.where(result < 0, held, result), held):
-        raise Miss("its buffer moves the tokens that it holds", update.end)
+        raise Miss("the write moves tokens within its buffer; expected them to stay in their slots", update.end)
     ordered = result.permute(axes).long().cpu()  # [B, G, T, D]
     slots = ordered[0, 0, :, 0] < 0
     if not torch.equal(ordered < 0, slots[:, None].expand_as(ordered)):
-        raise Miss("other slots of its buffer are written for each sequence or head", update.end)
+        raise Miss("sequences or heads write into different slots of its buffer; expected the same slots", update.end)
     fresh = torch.unravel_index(-1 - ordered[:, :, slots], new)
     grid = torch.meshgrid(*map(torch.arange, fresh[0].shape), indexing="ij") if new else ()
     new_axes = tuple(_matched(fresh, new, grid, "written"))
@@ -213,25 +213,28 @@ def _new_axes(update: Update, write: Region, axes: tuple[int, ...]) -> tuple[int
     expected = torch.zeros(len(slots), dtype=torch.int64)
     expected[slots] = tokens[0, 0, :, 0] + 1
     blank = held.new_zeros([n if i == axes[2] else 1 for i, n in enumerate(sizes)])
-    found = write.run({update.buffer: blank, update.new: numbered(fresh_ids, new_axes[2]).double()})
-    if not torch.equal(found.flatten().long().cpu(), expected) or bool((tokens != tokens[:1, :1, :, :1]).any()):
-        raise Miss("other slots of its buffer are written for each sequence or head", update.end)
+    numbers = write.run({update.buffer: blank, update.new: numbered(fresh_ids, new_axes[2]).double()})
+    if not torch.equal(numbers.flatten().long().cpu(), expected) or bool((tokens != tokens[:1, :1, :, :1]).any()):
+        raise Miss("sequences or heads write into different slots of its buffer; expected the same slots", update.end)
     return new_axes
 
 
 def _elements(node: fx.Node) -> Tensor:
-    """The elements of a tensor, numbered from 0, where it is."""
+    """Return numbers from 0 for the elements of a tensor, on its device."""
     sizes = torch.Size(example_shape(node))
     return torch.arange(sizes.numel(), dtype=torch.float64, device=fake(node).device).view(sizes)
 
 
-def _matched(found: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tensor], how: str) -> list[int]:
-    """Axis of a tensor that is B, G, T and D, by coordinates of its elements at places of [B,G,T,D]; -1: size 1."""
+def _matched(results: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tensor], how: str) -> list[int]:
+    """Match the axes of a tensor with B, G, T and D by coordinates of its elements at places of [B, G, T, D].
+
+    An axis of size 1 is -1. Raises Miss.
+    """
     axes = [-1] * 4
     free = [i for i, size in enumerate(sizes) if size > 1]
     for place in (0, 1, 3):
         if grid[place].shape[place] > 1:
-            match = [i for i in free if torch.equal(found[i], grid[place])]
+            match = [i for i in free if torch.equal(results[i], grid[place])]
             if not match:
                 raise Miss(f"its buffer is not {how} as whole keys of all heads")
             axes[place] = match[0]
@@ -246,30 +249,30 @@ def _matched(found: Sequence[Tensor], sizes: Sequence[int], grid: Sequence[Tenso
 
 
 def numbered(new: Tensor, axis: int) -> Tensor:
-    """Numbers from 1 along the axis of the tokens that are written, in their place; all other axes have size 1."""
+    """Return numbers from 1 along the axis of the tokens that are written; all other axes have size 1."""
     numbers = torch.arange(1, 1 + (new.shape[axis] if axis >= 0 else 1), device=new.device)
     return numbers.view([-1 if i == axis else 1 for i in range(new.dim())])
 
 
 def arranged(new: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tokens that are written, as [B,G,S,D]."""
+    """Arrange the tokens that are written as [B, G, S, D]."""
     known = [axis for axis in axes if axis >= 0]
     ordered = new.permute(*known, *[i for i in range(new.dim()) if i not in known])
     return ordered.to(dtype).reshape([new.shape[axis] if axis >= 0 else 1 for axis in axes])
 
 
 def no_tokens(new: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The stand-in for a buffer, before tokens are written."""
+    """Return the stand-in for a buffer before tokens are written."""
     return torch.zeros(sizes, dtype=torch.int64, device=new.device)
 
 
 def token_count(x: Tensor) -> Any:
-    """T of [B,G,T,D]."""
+    """Return T of [B, G, T, D]."""
     return x.shape[2]
 
 
 def stand_in(program: Program, update: Update) -> fx.Node:
-    """The writes again, on a stand-in: a node for which of the new tokens, counted from 1, is in each slot, 0: none."""
+    """Repeat the writes on a stand-in: which of the new tokens, counted from 1, is in each slot; 0 for none."""
     sizes = [n if i == update.axes[2] else 1 for i, n in enumerate(example_shape(update.buffer))]
     mapping = {
         update.buffer: call(program, no_tokens, (update.new, sizes)),
@@ -279,7 +282,7 @@ def stand_in(program: Program, update: Update) -> fx.Node:
 
 
 def slots_read(program: Program, update: Update, numbers: fx.Node) -> Any:
-    """How many slots are read: a number, or a node where that is another in each call."""
+    """Return how many slots are read: a number, or a node where it may change between calls."""
     last = (update.end, *update.reads)[-1]
     sizes = shape(last)
     assert sizes is not None
@@ -289,7 +292,7 @@ def slots_read(program: Program, update: Update, numbers: fx.Node) -> Any:
 
 
 def _again(program: Program, steps: Sequence[fx.Node], mapping: dict[fx.Node, fx.Node], last: fx.Node) -> fx.Node:
-    """Copies of nodes that work on something else."""
+    """Copy nodes to work on other inputs."""
     known = dict(mapping)
     for step in steps:
         known[step] = copy_node(program, step, known)

@@ -1,11 +1,11 @@
-"""Put a latent in place of keys and values, by the plan.
+"""Compress keys and values to latents, by the plan.
 
-    before                                  after, uncoded and full width
+    before                                  after, at full width without bit groups
     o = fhopt.attention(q, k, v, mask)      z_k = encode(k, E_k); z_v = encode(v, E_v)
                                             o, _ = fhopt.latent_attention(q, decode(z_k, D_k), decode(z_v, D_v), mask)
 
-    after, with tiers of fewer bits (sinks and recent tokens stay exact, as in the cache; none of a cross attention)
-                                            c_k = unpack(pack(encode(k, E_k))); c_v likewise
+    after, with bit groups (attention sinks and residual window stay exact, as in the cache; none in cross attention)
+                                            c_k = unpack(pack(encode(k, E_k))); c_v from v
                                             near, far = split_mask(mask)
                                             o = merge(latent_attention(q, decode(c_k, D_k), decode(c_v, D_v), far),
                                                       latent_attention(q, k, v, near))
@@ -15,12 +15,12 @@
 One latent is exact where its span holds all keys and values of these weights; gradients of the projections (and of the
 norm before them) are cut to that span, those of everything else are exact.
 
-Near tokens (sinks and recent ones) stay exact with any `plan.window_bits`: nothing is stored here, so there is nothing
-to round; a cache with a window of 8 bits gives slightly other numbers.
+Near tokens (attention sinks and residual window) stay exact with any `plan.window_bits`, because nothing is stored
+here; a cache with a residual window of 8 bits gives slightly different numbers.
 
-Keys and values are still expanded here, which makes the pass readable and testable on its own; `absorb` removes that.
-Bases come in as extra placeholders, bound at call time to the weights that the call brings (`Fitted`): a graph that
-several layers share gets the bases of each, and weights that the plan was not fitted for none at all.
+Keys and values are still reconstructed here, which makes the pass readable and testable on its own; `absorb` removes
+that. Bases are extra placeholders, bound to the weights of each call (`Fitted`): a graph that several layers share gets
+the bases of each layer; weights that the plan was not fitted for raise Stale.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ NO_WEIGHTS: Mapping[str, Tensor] = {}
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The plan of a site, and which weights it is for.
+    """The plan of a site, and the weights that it is for.
 
-    sources: placeholders of these weights, none where nobody can tell them. own: their print. others: plans by print
-    of sites that could stand in its place in the same graph. trusting: weights may have changed since.
+    sources: placeholders of these weights, none where they are unknown. own: their fingerprint. others: plans of sites
+    that fit the same graph, by fingerprint. trusting: accept weights that have changed since the fit.
     """
 
     site: SitePlan
@@ -60,24 +60,24 @@ class Fitted:
     trusting: bool = False
 
     def of(self, *weights: Tensor) -> SitePlan:
-        """The plan for these weights. Raises Stale when there is none."""
-        found = weight_print(weights)
-        if found == self.own:
+        """Return the plan for these weights. Raises Stale when there is none."""
+        fingerprint = weight_print(weights)
+        if fingerprint == self.own:
             return self.site
-        if found in self.others:
-            return self.others[found]
+        if fingerprint in self.others:
+            return self.others[fingerprint]
         if self.trusting or (self.site.is_exact and not self.site.is_shared):  # full width is exact for any weights
             return self.site
         raise Stale(f"the weights of {self.site.site.name} are not those that the plan was fitted for")
 
     def bound(self, pick: Callable[[SitePlan], Tensor]) -> Bound | None:
-        """What an extra input that holds a basis is made of."""
+        """Return how an extra input that holds a basis follows from the weights."""
         return Bound(self.sources, lambda *weights: pick(self.of(*weights))) if self.sources else None
 
 
 @dataclass(frozen=True)
 class Compress:
-    """The pass, for one plan. With `training`, rounding passes gradients straight through (Bengio et al. 2013).
+    """The pass `compress`, for one plan. training: rounding passes gradients straight through (Bengio et al. 2013).
 
     trusting: use the plan for weights that have changed since it was fitted.
     """
@@ -88,41 +88,41 @@ class Compress:
     name: str = "compress"
 
     def match(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor] = NO_WEIGHTS) -> Fitted:
-        """The plan for the site at `node`; `weights`: values of the program's parameters, by their names there.
+        """Choose the plan for the site at `node`. weights: values of the program's parameters, by qualified name.
 
         Raises Miss when it has none, when the weights are others, or when the graph's shapes are not the plan's.
         """
         fitted = self._fitted(node, site, weights)
         plan = fitted.site
         if site.cache != "none":
-            raise Miss("reads an ordinary cache; latents live in a LatentCache (fhopt.apply), not in this graph", node)
+            raise Miss("the graph reads an exact KV cache; for a compressed one use LatentCache (fhopt.apply)", node)
         if site.sinks:
-            raise Miss("attention sinks take weight beside the keys; latents do not hold them yet", node)
+            raise Miss("the attention has sink logits besides its keys; expected none, latents do not hold them", node)
         if node.kwargs.get("dropout"):
             raise Miss("attention dropout is active; expected evaluation or dropout 0", node)
-        found = tuple(int(d) for shaped in (shape(a) for a in node.args[1:3]) for d in (shaped[1], shaped[3]))  # type: ignore[index, arg-type]
-        wanted = (plan.site.kv_heads, plan.site.key_dim, plan.site.kv_heads, plan.site.value_dim)
-        if found != wanted:
-            raise Miss(f"keys and values have (heads, size) {found}, the plan was fitted for {wanted}", node)
+        sizes = tuple(int(d) for shaped in (shape(a) for a in node.args[1:3]) for d in (shaped[1], shaped[3]))  # type: ignore[index, arg-type]
+        expected = (plan.site.kv_heads, plan.site.key_dim, plan.site.kv_heads, plan.site.value_dim)
+        if sizes != expected:
+            raise Miss(f"keys and values have (heads, size) {sizes}; the plan was fitted for {expected}", node)
         return fitted
 
     def _fitted(self, node: fx.Node, site: AttentionSite, weights: Mapping[str, Tensor]) -> Fitted:
-        """By its name; a graph of a part of a model, whose names lack a beginning, by its weights. Raises Miss."""
+        """Choose a plan by the weights, which also serve a part of a model, else by the site's name. Raises Miss."""
         held = [weights.get(name) for name in site.cached_weights]
-        found = weight_print([w for w in held if w is not None]) if held and None not in held else ""
+        fingerprint = weight_print([w for w in held if w is not None]) if held and None not in held else ""
         named = next((p for p in self.plan.sites if p.site.name == site.name), None)
         known = {print_: self.plan.site(name) for name, print_ in self.plan.weights.items()}
-        plan = known.get(found) or named
+        plan = known.get(fingerprint) or named
         if plan is None:
-            raise Miss(f"not in the plan: {site.name}", node)
-        own = self.plan.weights.get(plan.site.name, found)
-        if found and found != own and not self.trusting:
+            raise Miss(f"the site is not in the plan: {site.name}", node)
+        own = self.plan.weights.get(plan.site.name, fingerprint)
+        if fingerprint and fingerprint != own and not self.trusting:
             raise Miss("the weights are not those that the plan was fitted for", node)
         others = {key: other for key, other in known.items() if _serves(other, plan)}
-        return Fitted(plan, site.cached_weights if found else (), own, others, self.trusting or self.training)
+        return Fitted(plan, site.cached_weights if fingerprint else (), own, others, self.trusting or self.training)
 
     def rewrite(self, program: Program, node: fx.Node, fitted: Fitted) -> fx.Node:
-        """Replace the canonical node; returns the node that holds the result."""
+        """Replace the canonical node and return the node that holds the result."""
         site = fitted.site
         query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
         mask = node.args[3] if len(node.args) > 3 else None
@@ -153,7 +153,7 @@ class Compress:
     def _through_latents(
         self, program: Program, key: fx.Node, value: fx.Node, fitted: Fitted, name: str
     ) -> tuple[fx.Node, fx.Node]:
-        """decode(encode(x)) of keys and of values, from one latent where the plan has one for both."""
+        """Insert decode(encode(x)) of keys and of values, from one latent where the plan shares it."""
         is_shared = fitted.site.is_shared
         read = call(program, torch.cat, ([key, value], -1)) if is_shared else key
         latent = self._latent(program, read, fitted, "key", name)
@@ -163,7 +163,7 @@ class Compress:
         return decoded_k, _decoded(program, latent, fitted, "value", name)
 
     def _latent(self, program: Program, node: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
-        """encode(x), with the rounding of the tiers."""
+        """Insert encode(x), with the rounding of the bit groups."""
         side: SidePlan = getattr(fitted.site, which)
         encoder = _basis(program, node, fitted, which, "encode", name)
         latent = call(program, algebra.encode, (node, encoder))
@@ -173,8 +173,8 @@ class Compress:
         if not side.tiers:
             return latent
         packed = call(program, torch.ops.fhopt.pack.default, (latent, *tiers))
-        codes, scale = (call(program, pick, (packed,)) for pick in (algebra.first, algebra.second))
-        return call(program, torch.ops.fhopt.unpack.default, (codes, scale, *tiers))
+        rows, scale = (call(program, pick, (packed,)) for pick in (algebra.first, algebra.second))
+        return call(program, torch.ops.fhopt.unpack.default, (rows, scale, *tiers))
 
 
 def _decoded(program: Program, latent: fx.Node, fitted: Fitted, which: str, name: str) -> fx.Node:
@@ -182,7 +182,7 @@ def _decoded(program: Program, latent: fx.Node, fitted: Fitted, which: str, name
 
 
 def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: str, name: str) -> fx.Node:
-    """An extra input that holds a basis, on the device of `node`."""
+    """Add an input that holds a basis, on the device of `node`."""
     value = node.meta.get("example_value", node.meta.get("val"))
     device = value.device if isinstance(value, Tensor) else torch.device("cpu")
 
@@ -194,13 +194,13 @@ def _basis(program: Program, node: fx.Node, fitted: Fitted, which: str, kind: st
 
 
 def _placed(program: Program, fitted: Fitted) -> Fitted:
-    """The same with the placeholders of the weights in place of their names."""
+    """Replace the names of the weights by their placeholders."""
     nodes = {name: node for node, name in program.parameters.items()}
     return replace(fitted, sources=tuple(nodes[name] for name in fitted.sources))
 
 
 def _serves(other: SitePlan, plan: SitePlan) -> bool:
-    """True when the bases of `other` fit the graph that `plan` made: same layout, tiers and shapes."""
+    """Return whether the bases of `other` fit the graph that `plan` made: same layout, bit groups and shapes."""
     sides = [(getattr(other, which), getattr(plan, which)) for which in ("key", "value")]
     same = all(a.tiers == b.tiers and a.encode.shape == b.encode.shape for a, b in sides)
     return same and other.layout == plan.layout and other.site.kind == plan.site.kind

@@ -6,10 +6,10 @@
     %copy_ = copy_(%k_cache, %w)
     return [%o]                                        return [%o]
 
-`updates` tells how the buffers are used, however that is spelled. `attend_buffered`, and the parts of a cache of
-latents that it reads and changes in place, are a `Keeper`'s (fhopt/cache/module_buffers.py). The parts are bound to the
-buffers at call time: the graphs of prefill and of decoding find the same ones, and the buffers give their memory back.
-Caches of the caller are not touched: only buffers and attributes of the compiled module, and of modules in it, are.
+`buffer_updates` reads how the buffers are used. A `Keeper` (fhopt/cache/module_buffers.py) has `attend_buffered` and
+the parts of a cache of latents that it reads and changes in place. The parts are bound to the buffers at call time: the
+graphs of prefill and of decode steps find the same parts, and the buffers give their memory back. Only buffers and
+attributes of the compiled module, and of modules in it, are replaced, never caches of the caller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from fhopt.passes.graph.evaluate import Evaluator
 from fhopt.passes.graph.nodes import add_constant, call, fake, remove_dead_code
 from fhopt.passes.graph.program import Bound, Program
 from fhopt.passes.recognize.node_roles import Roles
-from fhopt.passes.rewrite.buffer_updates import Update, arranged, own_buffer, read_update, slots_read, stand_in, way
+from fhopt.passes.rewrite.buffer_updates import (
+    Update,
+    arranged,
+    own_buffer,
+    read_update,
+    slots_read,
+    stand_in,
+    written_slots,
+)
 from fhopt.passes.rewrite.compress import Compress, Fitted
 from fhopt.plan.module_buffer import Held, Places
 from fhopt.plan.site import AttentionSite
@@ -33,7 +41,7 @@ from fhopt.plan.site_plan import SitePlan
 
 
 class Keeper(Protocol):
-    """Holds latents in place of K/V buffers between the calls of graphs: `fhopt.cache.module_buffers.BufferKeeper`."""
+    """A keeper of latents in place of K/V buffers between calls: `fhopt.cache.module_buffers.BufferKeeper`."""
 
     @property
     def attend_buffered(self) -> Callable[..., Tensor]:
@@ -65,23 +73,23 @@ class Buffered:
 
 @dataclass(frozen=True)
 class LatentBuffers:
-    """The pass, by the plan of `compress`."""
+    """The pass `latent_buffers`, by the plan of `compress`."""
 
     compress: Compress
     keeper: Keeper
     name: str = "latent_buffers"
 
     def is_for(self, node: fx.Node, site: AttentionSite, program: Program) -> bool:
-        """True where keys and values are what the graph writes into buffers of a module."""
+        """Return whether keys and values are what the graph writes into buffers of a module."""
         return site.cache == "in-place" and all(own_buffer(program, operand) for operand in node.args[1:3])
 
     def match(self, node: fx.Node, site: AttentionSite, program: Program, roles: Roles, base: Evaluator) -> Buffered:
-        """How the site at `node` uses its buffers. Raises Miss where latents cannot stand for them."""
+        """Read how the site at `node` uses its buffers. Raises Miss where latents cannot replace them."""
         fitted = self.compress.match(node, replace(site, cache="none"), program.weights)
         if self.compress.training:
-            raise Miss("the graph trains; buffers are replaced where nothing needs a gradient", node)
+            raise Miss("the graph is compiled for training; expected inference", node)
         if site.kind != "self":
-            raise Miss("its buffers hold what a decoder reads of its encoder; expected its own tokens", node)
+            raise Miss("its buffers hold the tokens of an encoder; expected the attention's own tokens", node)
         for operand in node.args[1:3]:
             buffer = own_buffer(program, operand)
             if buffer is not None and (reason := self.keeper.unfit(program.values[buffer.name])):
@@ -89,65 +97,70 @@ class LatentBuffers:
         operands = [a for a in node.args[1:3] if isinstance(a, fx.Node)]
         key, value = (read_update(program, node, operand, roles, base) for operand in operands)
         if key.buffer is value.buffer:
-            raise Miss("keys and values are one buffer", node)
-        if way(key, base, roles) != way(value, base, roles) or key.tokens != value.tokens:
-            raise Miss("keys and values are written into different slots", node)
+            raise Miss("keys and values share one buffer; expected one for each", node)
+        if written_slots(key, base, roles) != written_slots(value, base, roles) or key.tokens != value.tokens:
+            raise Miss("keys and values are written into different slots; expected the same", node)
         plan = self.compress.plan
         if key.tokens <= plan.sinks:
-            raise Miss(f"its buffer has {key.tokens} slots, all of which the plan keeps exact ({plan.sinks})", node)
+            raise Miss(
+                f"its buffer has {key.tokens} slots; expected more than the {plan.sinks} attention sinks of the plan",
+                node,
+            )
         places = Places(key.tokens, plan.sinks, plan.recent, plan.block, plan.window_bits)
         inputs = {name: placeholder for placeholder, name in program.parameters.items()}
         fitted = replace(fitted, sources=tuple(inputs[name] for name in fitted.sources))
         return Buffered(node, fitted, Held(fitted.site, places, key.axes, value.axes), key, value)
 
-    def rewrite(self, program: Program, found: Buffered) -> fx.Node:
-        """Exchange the canonical node; returns the node that holds the result."""
-        node, site = found.node, found.held.site
+    def rewrite(self, program: Program, buffered: Buffered) -> fx.Node:
+        """Replace the canonical node and return the node that holds the result."""
+        node, site = buffered.node, buffered.held.site
         with program.graph.inserting_before(node):
-            numbers = stand_in(program, found.key)
-            dtype = fake(found.key.buffer).dtype
-            new = [call(program, arranged, (u.new, u.new_axes, dtype)) for u in (found.key, found.value)]
+            numbers = stand_in(program, buffered.key)
+            dtype = fake(buffered.key.buffer).dtype
+            new = [call(program, arranged, (u.new, u.new_axes, dtype)) for u in (buffered.key, buffered.value)]
             mask = node.args[3] if len(node.args) > 3 else None
-            read = slots_read(program, found.key, numbers)
-            bases = [_basis(program, found, side, kind) for side in ("key", "value") for kind in ("encode", "decode")]
-            arguments = (node.args[0], *new, mask, numbers, read, self._parts(program, found), bases)
+            read = slots_read(program, buffered.key, numbers)
+            bases = [
+                _basis(program, buffered, side, kind) for side in ("key", "value") for kind in ("encode", "decode")
+            ]
+            arguments = (node.args[0], *new, mask, numbers, read, self._parts(program, buffered), bases)
             tiers = [tuple((t.bits, t.width, t.step) for t in side.tiers) for side in (site.key, site.value)]
             options = dict(
                 is_causal=bool(node.kwargs.get("is_causal", False)), scale=node.kwargs["scale"],
-                softcap=node.kwargs.get("softcap", 0.0), is_shared=site.is_shared, places=tuple(found.held.places),
+                softcap=node.kwargs.get("softcap", 0.0), is_shared=site.is_shared, places=tuple(buffered.held.places),
                 key_tiers=tiers[0], value_tiers=tiers[1],
             )  # fmt: skip
             result = call(program, self.keeper.attend_buffered, arguments, options)
         node.replace_all_uses_with(result)
-        for gone in (node, found.key.copy, found.value.copy):
+        for gone in (node, buffered.key.copy, buffered.value.copy):
             program.graph.erase_node(gone)
         remove_dead_code(program)
         return result
 
     def check(self, program: Program, missed: Sequence[str]) -> None:
-        """Raise FhoptError where the graph still reads a buffer that latents stand for, because of another graph."""
+        """Raise FhoptError where the graph still reads a buffer that another graph has replaced by latents."""
         for node in program.graph.nodes:
             value = program.values[node.name] if node.op == "placeholder" else None
             if node.users and isinstance(value, Tensor) and self.keeper.is_released(value):
                 raise FhoptError(
                     f"{program.buffers.get(node.name, node.name)} holds latents, and this graph needs its tokens: "
                     f"{'; '.join(missed) or 'no attention of the plan reads it'}. Compile everything that uses the "
-                    "cache with the same plan; fhopt.buffers.restore gives a buffer its memory back."
+                    "cache with the same plan; fhopt.cache.module_buffers.restore gives a buffer its memory back."
                 )
 
-    def _parts(self, program: Program, found: Buffered) -> list[fx.Node]:
-        keys, values = found.key.buffer.name, found.value.buffer.name
-        examples = self.keeper.blank(found.held, program.values[keys], program.values[values])
+    def _parts(self, program: Program, buffered: Buffered) -> list[fx.Node]:
+        keys, values = buffered.key.buffer.name, buffered.value.buffer.name
+        examples = self.keeper.blank(buffered.held, program.values[keys], program.values[values])
         bound = [
-            Bound((keys, values, *found.fitted.sources), _part(self.keeper, found.fitted, found.held, index))
+            Bound((keys, values, *buffered.fitted.sources), _part(self.keeper, buffered.fitted, buffered.held, index))
             for index in range(len(examples))
         ]
-        name = f"{found.node.name}_part"
+        name = f"{buffered.node.name}_part"
         return [add_constant(program, f"{name}_{i}", examples[i], bound[i]) for i in range(len(examples))]
 
 
 def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..., Tensor]:
-    """(keys, values, weights) -> one of the parts."""
+    """Return the function of (keys, values, weights) that gives one of the parts."""
 
     def make(keys: Tensor, values: Tensor, *weights: Tensor) -> Tensor:
         site = fitted.of(*weights) if weights else held.site
@@ -156,16 +169,16 @@ def _part(keeper: Keeper, fitted: Fitted, held: Held, index: int) -> Callable[..
     return make
 
 
-def _basis(program: Program, found: Buffered, side: str, kind: str) -> fx.Node:
-    """An extra input for a basis: encoders as the plan has them, decoders in the dtype of the model."""
-    value = fake(found.key.buffer)
+def _basis(program: Program, buffered: Buffered, side: str, kind: str) -> fx.Node:
+    """Add an input for a basis: encoders as the plan has them, decoders in the dtype of the model."""
+    value = fake(buffered.key.buffer)
 
     def pick(site: SitePlan) -> Tensor:
         basis: Tensor = getattr(getattr(site, side), kind)
         return basis.to(value.device, value.dtype if kind == "decode" else basis.dtype)
 
-    bound = found.fitted.bound(pick)
-    return add_constant(program, f"{found.node.name}_{side}_{kind}", pick(found.held.site), bound)
+    bound = buffered.fitted.bound(pick)
+    return add_constant(program, f"{buffered.node.name}_{side}_{kind}", pick(buffered.held.site), bound)
 
 
 __all__ = ["Buffered", "Held", "Keeper", "LatentBuffers", "Places"]

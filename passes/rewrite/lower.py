@@ -1,14 +1,14 @@
-"""Hand the canonical ops back as torch functions, which inductor traces through and fuses, or to a kernel of ours.
+"""Lower the canonical ops to torch functions, which inductor traces through and fuses, or to a kernel of fhopt.
 
-before                                       after
-fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
-  few queries on many keys, on a CPU         first(fhopt.latent_attention(q, k, None, v, None, mask))
-fhopt.latent_attention(q~, codes, ...)       latent_attention_reference(...)   -> matmul, softmax, matmul
-                                             (coded operands keep the op: its kernel is generated per tier)
+    before                                       after
+    fhopt.attention(q, k, v, mask)               attention_reference(...)          -> F.scaled_dot_product_attention
+      few queries on many keys, on a CPU         first(fhopt.latent_attention(q, k, None, v, None, mask))
+    fhopt.latent_attention(q~, z, ...)           latent_attention_reference(...)   -> matmul, softmax, matmul
+                                                 (packed latents keep the op: its kernel is generated)
 
 A CPU's scaled_dot_product_attention reads keys once for each query head: 3 to 11 times slower, with few queries, than
-reading them once for all heads that share them. The kernel of uncoded latents does that; inductor would turn plain
-products back into the slow call.
+reading them once for all heads that share them. The kernel for latents without bit groups does that; inductor would
+turn plain products back into the slow call.
 
 In training, a mask of numbers that comes in with the call keeps its plain products (see `_may_hide_rows`).
 """
@@ -27,11 +27,11 @@ from fhopt.passes.graph.evaluate import example_shape
 from fhopt.passes.graph.nodes import call, fake, op_name, shape
 from fhopt.passes.graph.program import Program
 
-FEW = 48  # rows (queries x query heads of a kv head) up to which reading keys once pays
+FEW = 48  # rows (queries x query heads of a kv head) up to which reading keys once is faster
 FEW_ABSORBED = 256  # the same where the other choice is two plain products
-MANY = 256  # keys from which on the kernel pays
+MANY = 256  # keys from which on the kernel is faster
 SIZED_NAMES = "blank_scores ones_like zeros_like full_like empty_like new_ones new_zeros new_full new_empty"
-ONLY_SIZED = frozenset(SIZED_NAMES.split())  # calls that look at no number of their tensor
+ONLY_SIZED = frozenset(SIZED_NAMES.split())  # calls that read only the form of their tensor
 _PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.attention.default: attention.attention_reference,
     torch.ops.fhopt.latent_attention.default: latent_attention.latent_attention_reference,
@@ -40,17 +40,17 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Lower:
-    """The pass. `training`: everything stays differentiable."""
+    """The pass `lower`. training: the graph stays differentiable."""
 
     training: bool = False
     name: str = "lower"
 
     def candidates(self, program: Program) -> list[fx.Node]:
-        """Canonical nodes that plain torch ops, or the kernel of uncoded latents, serve best."""
-        return [n for n in program.graph.nodes if n.target in _PLAIN and not _is_coded(n)]
+        """Return the canonical nodes that plain torch ops, or the kernel for latents without bit groups, serve best."""
+        return [n for n in program.graph.nodes if n.target in _PLAIN and not _is_packed(n)]
 
     def rewrite(self, program: Program, node: fx.Node) -> str:
-        """Exchange the target; returns "kernel" or "torch"."""
+        """Exchange the target and return "kernel" or "torch"."""
         is_exact = node.target is torch.ops.fhopt.attention.default
         if not self.training and is_exact and is_decoding(node):
             return _to_kernel(program, node)
@@ -63,13 +63,13 @@ class Lower:
 
 
 def is_decoding(node: fx.Node) -> bool:
-    """True for exact attention of few queries on many keys, on a CPU, without sinks and dropout."""
+    """Return whether a node is exact attention of few queries on many keys, on a CPU, without sinks and dropout."""
     plain = not node.kwargs.get("dropout") and (len(node.args) < 5 or node.args[4] is None)
     return plain and _is_small(node.args[0], node.args[1])
 
 
 def _is_small(query: Any, key: Any, few: int = FEW) -> bool:
-    """Few rows, of a number that is fixed in the graph, on many keys of a type that kernels read."""
+    """Return whether rows are few and fixed in number, and keys many, of a dtype that kernels read."""
     value, sizes = fake(query), shape(query)
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.float64 or sizes is None:
         return False
@@ -95,7 +95,7 @@ def _to_kernel(program: Program, node: fx.Node) -> str:
 
 
 def _may_hide_rows(program: Program, node: fx.Node) -> bool:
-    """True where a mask of numbers comes in with the call: on padded sequences it may hide all keys of a query.
+    """Return whether a mask of numbers is an input of the call: padding may then hide all keys of a query.
 
     The weights of such a row are even, but not in the backward pass of scaled_dot_product_attention: it keeps
     max + log(sum), which rounds to the max, so that gradients become T times too large.
@@ -109,16 +109,16 @@ def _may_hide_rows(program: Program, node: fx.Node) -> bool:
         if at.op == "placeholder" and at.name not in program.parameters and at.name not in program.buffers:
             return True
         sources = [] if op_name(at) in ONLY_SIZED else at.all_input_nodes
-        found = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
-        seen.update(found)
-        stack.extend(found)
+        tensors = [n for n in sources if n not in seen and isinstance(fake(n), Tensor)]  # no sizes
+        seen.update(tensors)
+        stack.extend(tensors)
     return False
 
 
-def _is_coded(node: fx.Node) -> bool:
+def _is_packed(node: fx.Node) -> bool:
     return bool(node.kwargs.get("key_bits") or node.kwargs.get("value_bits"))
 
 
 def is_spelled_out(graph: fx.Graph) -> bool:
-    """True where a graph has a softmax of its own: attention that is not a call of scaled_dot_product_attention."""
+    """Return whether a graph spells attention out with a softmax, without scaled_dot_product_attention."""
     return any("softmax" in op_name(node) for node in graph.nodes)

@@ -202,6 +202,16 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert [n for n in fhopt.__all__ if n != "__version__" and f":: fhopt.{n}\n" not in text] == []
 
 
+def test_every_module_is_on_the_page_of_its_package() -> None:
+    for package in sorted(p for p in (ROOT / "fhopt").iterdir() if (p / "__init__.py").is_file() and p.name != "cli"):
+        page = (DOCS / "reference" / "modules" / f"{package.name}.md").read_text()
+        for path in package.resolve().rglob("*.py"):
+            parts = path.relative_to(package.resolve()).with_suffix("").parts
+            name = ".".join(["fhopt", package.name, *parts]).removesuffix(".__init__")
+            is_run = parts[-1] in ("__main__", "compile_worker", "model_explorer_extension")  # run by other programs
+            assert is_run or parts[-1] == "__init__" or f".. automodule:: {name}\n" in page, name
+
+
 @pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]

@@ -62,7 +62,7 @@ def hand_made(target: Any, *args: Any, results: tuple[Tensor, ...], **kwargs: An
 
 
 def decomposed(program: Program, **options: Any) -> tuple[Program, list[Miss]]:
-    """A copy of the program after the pass, verified, and what was left alone."""
+    """A copy of the program after the pass, verified, and what was not rewritten."""
     after = copy_program(program.module, program.values.values())
     stage, missed = Decompose(**options), []
     for node in stage.candidates(after):
@@ -113,7 +113,7 @@ def check(program: Program, gradients: bool = True, **options: Any) -> Program:
 
 
 def reason(program: Program, **options: Any) -> str:
-    """Why the only candidate was left alone; the graph has not changed."""
+    """Why the only candidate was not rewritten; the graph has not changed."""
     text = print_graph(program.graph)
     after, missed = decomposed(program, **options)
     assert print_graph(after.graph) == text and len(missed) == 1

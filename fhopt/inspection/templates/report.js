@@ -1,5 +1,5 @@
 "use strict";
-// What the page does: charts, drawings, kernels and changes appear when somebody looks; search; keys; light and dark.
+// Behaviour of the page: charts, drawings, kernels and changes on demand; search; keys; light and dark.
 // Every number comes from the JSON in #data. Names and lines are set as text, never as HTML.
 (() => {
   const $ = (id) => document.getElementById(id);
@@ -13,7 +13,7 @@
     return element;
   };
 
-  // ------------------------------------------------------------------ numbers, as report.py writes them
+  // ------------------------------------------------------------------ numbers, as html_report.py writes them
   const at = (path) => path.split(".").reduce((value, key) => value[key], data);
   const groups = (value, digits) => value.toFixed(digits).replace(/\B(?<!\.\d*)(?=(\d{3})+(?!\d))/g, ",");
   const small = (value) => {
@@ -38,7 +38,7 @@
     return element;
   };
 
-  // ------------------------------------------------------------------ what is folded
+  // ------------------------------------------------------------------ compressed parts
   let folded = null;
   const unfold = () => {
     folded ??= (async () => {
@@ -126,13 +126,13 @@
       pair("projections", make("code", "", names.join("\n"))),
       pair("source", make("code", "", site.source || "unknown")),
       pair("scale, cache", show(`${path}.scale`, "small"), `, ${site.cache}`),
-      pair("exact: bytes of a step", make("code", "", site.formulas.bytes)),
+      pair("exact: bytes of a decode step", make("code", "", site.formulas.bytes)),
       pair("exact: operations", make("code", "", site.formulas.operations)));
     if (site.plan) {
       table.append(
-        pair("plan: bytes of a step", make("code", "", site.plan.formulas.bytes)),
+        pair("plan: bytes of a decode step", make("code", "", site.plan.formulas.bytes)),
         pair("plan: operations", make("code", "", site.plan.formulas.operations)));
-      if (site.plan.page_share < 1) table.append(pair("share of pages that is read", show(`${path}.plan.page_read`, "small"), ", on average; formulas count all"));
+      if (site.plan.page_share < 1) table.append(pair("share of pages read", show(`${path}.plan.page_read`, "small"), ", on average; formulas count all pages"));
       site.plan.pays.forEach((pays, i) => {
         const when = pays.tokens === null ? [pays.verdict] : ["from ", show(`${path}.plan.pays.${i}.tokens`, "count"), " cached tokens on"];
         table.append(pair(`faster on ${pays.device}`, ...when));
@@ -150,8 +150,8 @@
     const pictures = make("div", "drawings"), spectra = make("div", "charts"), code = make("div");
     panel.append(pictures, spectra, make("h3", "", "Facts"), facts(site, index), code);
     const long = await unfold();
-    if (before >= 0) pictures.append(figure("As it is", drawing(long.drawings[before])));
-    if (after >= 0) pictures.append(figure("By the plan", drawing(long.drawings[after])));
+    if (before >= 0) pictures.append(figure("Exact", drawing(long.drawings[before])));
+    if (after >= 0) pictures.append(figure("With the plan", drawing(long.drawings[after])));
     (site.plan?.sides ?? []).forEach((side, i) => {
       if (!side.evidence) return;
       const element = make("div", "chart");
@@ -162,7 +162,7 @@
     kernelsOf(site.name).forEach(({ kernel, index: k }, i) => {
       if (i === 0) code.append(make("h3", "", "Kernels"));
       const link = Object.assign(make("a", "", kernel.file), { href: `#kernel-${k}` });
-      const shown = make("details", "kernel", make("summary", "", make("code", "", kernel.file), make("span", "note", ` ${kernel.language === "cpp" ? "C++" : "Triton"}, `), show(`kernels.${k}.lines`, "count"), " lines"), make("p", "links", "All sites that run it: ", link), Object.assign(make("pre", "code"), { tabIndex: 0 }));
+      const shown = make("details", "kernel", make("summary", "", make("code", "", kernel.file), make("span", "note", ` ${kernel.language === "cpp" ? "C++" : "Triton"}, `), show(`kernels.${k}.lines`, "count"), " lines"), make("p", "links", "Sites that run it: ", link), Object.assign(make("pre", "code"), { tabIndex: 0 }));
       shown.dataset.index = k;
       shown.addEventListener("toggle", () => shown.open && fillKernel(shown));
       code.append(shown);
@@ -185,7 +185,7 @@
     const panel = details.querySelector(".panel"), index = Number(details.dataset.index);
     if (panel.childElementCount) return;
     const changes = (await unfold()).changes[index];
-    if (!changes.length) panel.append(make("p", "note", "It changed nothing here."));
+    if (!changes.length) panel.append(make("p", "note", "No change."));
     changes.forEach((lines, i) => {
       const times = data.stages[index].changes[i];
       if (times > 1) panel.append(make("p", "times", "in ", show(`stages.${index}.changes.${i}`, "count"), " places, the first:"));

@@ -35,7 +35,7 @@ class Entry:
     """One forward pass of the zoo.
 
     build makes a new, deterministic Case each time (a run changes caches). sites: attentions that must be found.
-    explained: attentions that are left alone, for one of the reasons that match `reason` (a regular expression).
+    explained: attentions that are not rewritten, for one of the reasons that match `reason` (a regular expression).
     heads, kv_heads, head_dim: what every site must say, where all sites of the entry are alike (0: not checked).
     """
 

@@ -89,7 +89,7 @@ class Result:
 
     @property
     def explanations(self) -> list[Explanation]:
-        """Attentions left alone for the reason that the entry expects."""
+        """What was not rewritten for the reason that the entry expects."""
         return [missed for missed in self.missed if re.search(self.entry.reason, missed.reason)]
 
     @property

@@ -54,7 +54,7 @@ class Model:
     kv_heads: int = HEADS
     head_dim: int = HEAD_DIM
     query_gain: float = 1.0  # on the weights named `.q.weight`, of a model that scales by its initialisation
-    reason: str | None = None  # why the sites are left alone; None: they must be found
+    reason: str | None = None  # why the sites are not rewritten; None: they must be found
     composed: tuple[tuple[str, str, Mapping[str, Any]], ...] = ()  # (field, configuration class, options)
     slow: bool = False
 

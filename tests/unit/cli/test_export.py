@@ -32,9 +32,9 @@ def test_the_command_cuts_and_writes_what_opens_and_says_how_to_serve_it(
     assert uncut.exit_code == 2 and "--kv-lora-rank" in uncut.stderr
     done = run(tmp_path / "model", "--target", "sglang", "--kv-lora-rank", 24, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["checkpoint"]["sizes"]["latent"] == 24 and told["kv_cache_dtype"] == "auto"
-    assert f"--model-path {tmp_path / 'out'}" in told["command"]
+    printed = json.loads(done.stdout)
+    assert printed["checkpoint"]["sizes"]["latent"] == 24 and printed["kv_cache_dtype"] == "auto"
+    assert f"--model-path {tmp_path / 'out'}" in printed["command"]
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "export.json", "README.md"} <= names
     assert "plan" not in names and "fhopt.json" not in names
@@ -54,14 +54,14 @@ def test_where_only_bits_change_the_command_says_which_cache_to_serve_the_origin
         assert done.exit_code == 2 and "keeps 2 complex numbers" in done.stderr
         return
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["checkpoint"] is None and told["kv_cache_dtype"] == dtype and "ORIGINAL" in told["command"]
+    printed = json.loads(done.stdout)
+    assert printed["checkpoint"] is None and printed["kv_cache_dtype"] == dtype and "ORIGINAL" in printed["command"]
     assert not (tmp_path / "out").exists()
 
 
 def test_options_of_other_targets_are_refused(tmp_path: Path) -> None:
     assert "no rewritten model" in run(tmp_path, "--target", "vllm").stderr
-    assert "of MLIR" in run(tmp_path, "--target", "vllm", "--bytecode").stderr
+    assert "are for MLIR" in run(tmp_path, "--target", "vllm", "--bytecode").stderr
     assert "vllm and sglang" in run(tmp_path, "--target", "mlir", "--kv-lora-rank", 8).stderr
     assert "iree-metal, vllm, sglang" in run(tmp_path, "--target", "nothing").stderr
 

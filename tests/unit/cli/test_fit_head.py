@@ -31,9 +31,9 @@ def test_a_model_gets_a_head_that_serves_it(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     result = call("head", str(tmp_path / "model"), *SAMPLE, "--clusters", "5", "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["site"]["weight"], told["site"]["vocabulary"], told["clusters"]) == ("lm_head.weight", 97, 5)
-    measured = told["measured"]
+    printed = json.loads(result.stdout)
+    assert (printed["site"]["weight"], printed["site"]["vocabulary"], printed["clusters"]) == ("lm_head.weight", 97, 5)
+    measured = printed["measured"]
     assert measured["positions"] == 128 and measured["agreement_percent"] == 100
     assert measured["bytes_per_row"] > 0 and measured["dense_bytes_per_row"] == 97 * 64 * 4
     head, model = Head.load(tmp_path / "head"), load_model(str(tmp_path / "model")).language_model()
@@ -58,7 +58,7 @@ def test_people_get_lines(tmp_path: Path) -> None:
     result = call("head", str(tmp_path / "model"), *SAMPLE[:-1], "-o", str(tmp_path / "head"))
     assert result.exit_code == 0, result.output
     assert "lm_head.weight: 97 x 64, float32" in result.output
-    assert "100.00 % as the dense head" in result.output
+    assert "100.00 % equal to the dense head" in result.output
 
 
 def test_mistakes_get_one_line(tmp_path: Path) -> None:

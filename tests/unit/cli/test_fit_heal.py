@@ -46,10 +46,10 @@ def test_the_command_writes_a_better_plan(folder: Path) -> None:
     arguments = ["heal", str(folder / "model"), "--plan", str(folder / "plan"), *SAMPLE, "-o", str(folder / "healed")]
     result = call(*arguments, "--json")
     assert result.exit_code == 0, result.output
-    told, healed = json.loads(result.stdout), LatentPlan.load(folder / "healed")
-    assert told["digest"] == healed.digest() and told["plan_path"] == str(folder / "healed")
-    assert told["healing"] == healed.provenance["healing"]
-    assert told["healing"]["after"]["kl"] < told["healing"]["before"]["kl"]
+    printed, healed = json.loads(result.stdout), LatentPlan.load(folder / "healed")
+    assert printed["digest"] == healed.digest() and printed["plan_path"] == str(folder / "healed")
+    assert printed["healing"] == healed.provenance["healing"]
+    assert printed["healing"]["after"]["kl"] < printed["healing"]["before"]["kl"]
     assert sorted(os.listdir(folder)) == ["healed", "model", "plan"]  # no checkpoint is left
     result = call(*arguments, "--dtype", "bfloat16")
     assert result.exit_code == 0 and "nats per token" in result.stdout, result.output

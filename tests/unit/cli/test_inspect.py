@@ -26,7 +26,7 @@ def test_inspect_gives_sites_and_misses_as_json(importable: str) -> None:
 def test_explain_names_the_source_line(importable: str) -> None:
     result = call("explain", importable)
     assert result.exit_code == 0
-    assert "1 sites found, 1 candidates left alone" in result.stdout
+    assert "1 sites found, 1 candidates not rewritten" in result.stdout
     assert "command_models.py:" in result.stdout
 
 
@@ -70,7 +70,7 @@ def test_inspect_tells_one_site_and_writes_its_graph(importable: str, tmp_path: 
     ("options", "message"),
     [
         (("--stage", "input"), "expected both, or --graph alone"),
-        (("--graph", "graph.png"), "no graph file"),
+        (("--graph", "graph.png"), "not a graph file"),
         (("--site", "nowhere"), "there is no site named 'nowhere'"),
         (("--device", "abacus"), "abacus"),
     ],

@@ -25,7 +25,7 @@ def test_without_a_plan_ratios_are_assumed_and_said_to_be(importable: str) -> No
     result = call(importable, "--tokens", "1024", "--tokens", "8192")
     assert result.exit_code == 0, result.output
     assert "2x, 4x and 8x are hypothetical" in result.stdout
-    assert "128⋅B⋅T" in result.stdout and "no cache at all" in result.stdout
+    assert "128⋅B⋅T" in result.stdout and "no KV cache" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
 
 
@@ -34,7 +34,7 @@ def test_json_has_formulas_rows_and_bounds(importable: str) -> None:
     result = call(importable, *options)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
-    assert found["parameters"] == sum(p.numel() for p in encoder()[0].parameters()) and found["hypothetical"]
+    assert found["parameters"] == 4 * (32 * 32 + 32) + 32 * 4 + 4 and found["hypothetical"]
     assert found["formulas"]["exact"]["bytes"] == "256⋅B⋅T"
     assert [(r["device"], r["cache"]) for r in found["rows"]] == [
         (d, c) for d in ("l4", "cpu:2") for c in ("exact", "2x", "4x", "8x")
@@ -68,4 +68,4 @@ def test_an_unknown_device_ends_the_command_with_one_line(importable: str) -> No
 def test_a_model_too_large_for_a_device_is_marked(importable: str) -> None:
     result = call(importable, "--device", "l4", "--tokens", "1000000000")
     assert result.exit_code == 0, result.output
-    assert "! weights and cache do not fit" in result.stdout
+    assert "! weights and KV cache do not fit" in result.stdout

@@ -24,7 +24,7 @@ def test_a_drawing_has_shapes_of_exact_and_of_latent_attention() -> None:
     exact, latent = (" ".join(texts(svg)) for svg in (drawn.before, drawn.after))
     assert "q [B, 4, S, 16]" in exact and "K, V [B, 2, T, 16 | 8]" in exact and "96 bytes/token" in exact
     assert "q~ [B, 4, S, 16]" in latent and "keys: 8x8 + 8x4" in latent and "56 bytes/token" in latent
-    assert "D_K^T [2, 16, 16]" in latent and "first 4 exact, newest 8 in 16 bits" in latent
+    assert "D_K^T [2, 16, 16]" in latent and "4 attention sinks; residual window of 8 in 16 bits" in latent
     assert drawn._repr_html_().count("<svg") == 2
 
 
@@ -45,7 +45,7 @@ def test_a_drawing_is_saved_as_svg_and_as_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("pygraphviz")
     drawn = fhopt.draw(SITE)
     assert ET.parse(drawn.save(tmp_path / "site.svg")).getroot().tag == f"{SVG}svg"
-    with pytest.raises(FhoptError, match="no SVG file"):
+    with pytest.raises(FhoptError, match="is not an SVG file"):
         drawn.save(tmp_path / "site.png")
 
 

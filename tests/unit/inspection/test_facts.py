@@ -16,7 +16,7 @@ from fhopt.inspection.facts import common_form, inspect, inspect_sites, short_na
 from fhopt.models.sites import find_sites
 
 
-def test_facts_of_a_plan_are_those_that_the_plan_and_the_cost_model_tell(llama: Fitted) -> None:
+def test_facts_of_a_plan_are_those_of_the_plan_and_of_the_cost_model(llama: Fitted) -> None:
     plan = llama.plan(4)
     found = inspect(
         sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), plan, devices=("h100",), tokens=2048

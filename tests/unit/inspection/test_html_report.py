@@ -113,10 +113,10 @@ def test_the_command_writes_one_file_and_its_json_is_that_of_the_page(tmp_path: 
     out = tmp_path / "report.html"
     result = CliRunner().invoke(main, ["report", "command_models:encoder", "-o", str(out), "--json"])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told.pop("report_path") == str(out) and list(tmp_path.iterdir()) == [out]
+    printed = json.loads(result.stdout)
+    assert printed.pop("report_path") == str(out) and list(tmp_path.iterdir()) == [out]
     data = Page(out.read_text()).data
-    assert {k: data[k] for k in told} == told and told["stages"][0]["stage"] == "decompose"
+    assert {k: data[k] for k in printed} == printed and printed["stages"][0]["stage"] == "decompose"
 
 
 def test_a_place_that_cannot_be_written_is_refused(tiny: Report, tmp_path: Path) -> None:

@@ -15,23 +15,23 @@ from fhopt.inspection.progress_file import FAILED, RUNNING, STOPPED, ProgressFil
 
 
 def test_progress_is_in_a_file_while_a_run_is_and_gone_when_it_is_done(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    steps: list[tuple[str, int, int]] = []
     path = beside(tmp_path / "plan")
-    with ProgressFile(path).kept(lambda *step: told.append(step)) as tell:
-        tell("moments", 1, 4)
-        tell("moments", 2, 4)
-        tell("rates", 1, 2)
+    with ProgressFile(path).kept(lambda *step: steps.append(step)) as report:
+        report("moments", 1, 4)
+        report("moments", 2, 4)
+        report("rates", 1, 2)
         found = read_progress(path)
     assert found is not None and found.state == RUNNING and found.process == os.getpid()
     assert [(s.name, s.done, s.total) for s in found.stages] == [("moments", 2, 4), ("rates", 1, 2)]
-    assert told == [("moments", 1, 4), ("moments", 2, 4), ("rates", 1, 2)]
+    assert steps == [("moments", 1, 4), ("moments", 2, 4), ("rates", 1, 2)]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_fails_leaves_the_reason(tmp_path: Path) -> None:
     path = beside(tmp_path / "plan")
-    with pytest.raises(FhoptError), ProgressFile(path).kept() as tell:
-        tell("moments", 1, 4)
+    with pytest.raises(FhoptError), ProgressFile(path).kept() as report:
+        report("moments", 1, 4)
         raise FhoptError("there is no\ntext")
     found = read_progress(path)
     assert found is not None and (found.state, found.message) == (FAILED, "there is no text")
@@ -46,8 +46,8 @@ def test_a_run_that_is_refused_at_once_leaves_nothing(tmp_path: Path) -> None:
 def test_a_run_whose_process_is_gone_was_stopped(tmp_path: Path) -> None:
     path = beside(tmp_path / "plan")
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    with pytest.raises(KeyboardInterrupt), ProgressFile(path).kept() as tell:
-        tell("moments", 1, 4)
+    with pytest.raises(KeyboardInterrupt), ProgressFile(path).kept() as report:
+        report("moments", 1, 4)
         raise KeyboardInterrupt
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": RUNNING, "process": int(child.stdout)}))
     found = read_progress(path)
@@ -63,10 +63,10 @@ def test_no_file_and_one_that_is_cut_short_are_no_progress(tmp_path: Path) -> No
 
 def test_a_run_goes_on_where_its_progress_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with ProgressFile(tmp_path / "file" / "below").kept() as tell:
-        tell("moments", 1, 2)
+    with ProgressFile(tmp_path / "file" / "below").kept() as report:
+        report("moments", 1, 2)
 
 
-def test_time_left_is_told_at_the_pace_since_the_first_step() -> None:
+def test_time_left_is_steps_at_the_pace_since_the_first_step() -> None:
     assert Stage("moments", 10, done=1, seconds=5, first_done=1, first_seconds=5).seconds_left is None
     assert Stage("moments", 10, done=4, seconds=11, first_done=1, first_seconds=5).seconds_left == 12

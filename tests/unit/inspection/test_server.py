@@ -105,8 +105,8 @@ def test_the_report_waits_for_a_fit_and_is_made_anew_for_a_new_plan(tmp_path: Pa
     viewer = server.Viewer(make, plan)
     viewer.refresh()
     assert not made and not viewer.state()["making"]  # there is no plan yet
-    with ProgressFile(beside(plan)).kept() as tell:
-        tell("moments", 3, 12)
+    with ProgressFile(beside(plan)).kept() as report:
+        report("moments", 3, 12)
         sample_reports.synthetic_plan(2).save(plan)
         viewer.refresh()
         state = viewer.state()
@@ -119,7 +119,7 @@ def test_the_report_waits_for_a_fit_and_is_made_anew_for_a_new_plan(tmp_path: Pa
     assert viewer.page == "page 2"
 
 
-def test_what_goes_wrong_is_told_on_the_page() -> None:
+def test_an_error_is_shown_on_the_page() -> None:
     def fail(has_plan: bool) -> str:
         raise FhoptError("the plan was fitted to another model")
 
@@ -131,13 +131,13 @@ def test_what_goes_wrong_is_told_on_the_page() -> None:
 def test_a_browser_shows_progress_and_then_the_report_by_itself(tmp_path: Path) -> None:
     plan = tmp_path / "plan"
     page = html_report.page(sample_reports.synthetic_report(3))
-    viewer, told = server.Viewer(lambda has_plan: page, plan), ProgressFile(beside(plan))
-    told.tell("moments", 3, 12)
+    viewer, progress = server.Viewer(lambda has_plan: page, plan), ProgressFile(beside(plan))
+    progress.record("moments", 3, 12)
     with chromium() as browser, serving(viewer) as address, opened(browser, address) as watched:
         shown = watched.page
         shown.get_by_text("3 of 12").wait_for()
         watched.keep_screenshot("progress")
-        told.tell("moments", 4, 12)
+        progress.record("moments", 4, 12)
         shown.get_by_text("4 of 12").wait_for()
         sample_reports.synthetic_plan(3).save(plan)
         beside(plan).unlink()

@@ -78,7 +78,7 @@ def looked_through(y: Tensor, cache: Tensor, count: Tensor) -> Any:
 
 STAYS = {
     by_custom_op: "the custom op fhopt_test.double_",
-    changed_form: "unsqueeze_ changes what the tensor is",
+    changed_form: "unsqueeze_ changes the form of the tensor",
     several_at_once: "several tensors at once",
     without_gradient: "another gradient mode",
     strided: "the view part cannot be made again",

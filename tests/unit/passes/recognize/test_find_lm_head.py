@@ -105,29 +105,29 @@ def test_a_head_that_is_a_module_is_named_and_one_that_is_not_belongs_to_the_mod
 
 MISSES: dict[str, tuple[Finish, str]] = {
     "two": (lambda m, x: m.output(x) + m.other(x), "logits come from 2 products"),
-    "none": (lambda m, x: x * m.shift[:C], "nothing projects onto the logits"),
+    "none": (lambda m, x: x * m.shift[:C], "no projection leads to the logits"),
     "negative": (lambda m, x: -m.other(x), "expected a positive factor"),
-    "log_softmax": (lambda m, x: m.other(x).log_softmax(-1), "differs from position to position|scaled and capped"),
-    "relu": (lambda m, x: m.other(x).relu(), "expected a positive factor|scaled and capped"),
+    "log_softmax": (lambda m, x: m.other(x).log_softmax(-1), "differs between positions|softcap \\* tanh"),
+    "relu": (lambda m, x: m.other(x).relu(), "expected a positive factor|softcap \\* tanh"),
     "masked": (lambda m, x: m.other(x).masked_fill(torch.arange(V) > 40, -torch.inf), "is not finite"),
-    "part": (lambda m, x: m.other(x)[:, -1], "only .* become logits"),
-    "made": (lambda m, x: F.linear(x, m.output.weight + m.other.weight), "the weight of the head is made of"),
+    "part": (lambda m, x: m.other(x)[:, -1], "expected that of the products"),
+    "made": (lambda m, x: F.linear(x, m.output.weight + m.other.weight), "the weight of the head is computed from"),
     "normed": (lambda m, x: F.linear(x, F.normalize(m.other.weight)), "a parameter as it is stored"),
     "stored": (lambda m, x: x[..., :8] @ m.embedding.weight.view(8, -1), "is stored as"),
-    "constant": (lambda m, x: m.other(x) + torch.arange(V), "no parameter, or is added twice"),
-    "twice": (lambda m, x: m.output(x) + m.shift, "no parameter, or is added twice"),
-    "capped": (lambda m, x: capped(m.other(x)) + m.shift, "something is added to logits that are capped"),
+    "constant": (lambda m, x: m.other(x) + torch.arange(V), "expected one bias"),
+    "twice": (lambda m, x: m.output(x) + m.shift, "expected one bias"),
+    "capped": (lambda m, x: capped(m.other(x)) + m.shift, "a bias is added to logits with a softcap"),
 }
 
 
 @pytest.mark.parametrize("name", MISSES)
-def test_what_is_no_plain_head_is_left_alone_with_the_reason(name: str) -> None:
+def test_what_is_not_a_plain_head_is_not_found_with_a_reason(name: str) -> None:
     finish, why = MISSES[name]
     found = reason(finish)
     assert re.search(why, found), found
 
 
-def test_a_model_without_logits_is_told_so() -> None:
+def test_a_model_without_logits_is_refused() -> None:
     class Flag(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.sum(-1) > 0

@@ -1,4 +1,4 @@
-"""Spellings of attention, one function each, and look-alikes that must be left alone."""
+"""Spellings of attention, one function each, and look-alikes that must not be rewritten."""
 
 from __future__ import annotations
 
@@ -239,21 +239,21 @@ def sigmoid_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("core", "reason", "reached"),
     [
         (softmax_over_heads, "does not run over the keys", "softmax, both products"),
-        (scores_squared, "nor capped by tanh: pow", "softmax, both products"),
-        (bias_before_softcap, "nor capped by tanh: add, tanh", "softmax, both products"),
-        (scaled_over_keys, "the scores are not scale \\* q k \\+ mask", "softmax, both products"),
+        (scores_squared, "computed by pow; expected scale", "softmax, both products"),
+        (bias_before_softcap, "computed by add, tanh; expected scale", "softmax, both products"),
+        (scaled_over_keys, "expected scale \\* q k \\+ mask", "softmax, both products"),
         (scaled_after_a_view, "after their axes were changed", "softmax, both products"),
-        (heads_mixed, "pass through the weight o.weight first, heads are mixed", "softmax"),
+        (heads_mixed, "pass through the weight o.weight, which mixes heads", "softmax"),
         (weights_without_values, "no product of the weights with values", "softmax, product of queries and keys"),
         (weights_gated, "the canonical op differs by", "softmax, both products, scores, layout"),
         (summed_over_queries, "does not sum over the keys alone", "softmax, both products"),
         (over_a_projection, "over the projection by o.weight", "softmax"),
-        (logarithm_kept, "exponential is not taken", ""),
-        (sum_that_misses, "do not make a softmax", ""),
-        (sigmoid_weights, "made by sigmoid; expected a softmax", "scores, both products"),
+        (logarithm_kept, "log_softmax without an exponential", ""),
+        (sum_that_misses, "are not a softmax", ""),
+        (sigmoid_weights, "computed by sigmoid; expected a softmax", "scores, both products"),
     ],
 )
-def test_what_is_not_understood_is_left_alone_with_a_reason(
+def test_what_is_not_recognized_is_not_rewritten_with_a_reason(
     core: Callable[..., Tensor], reason: str, reached: str
 ) -> None:
     module, x = Block(core).eval(), torch.randn(1, T, H * D)
@@ -278,7 +278,7 @@ def test_a_mixture_of_experts_router_is_not_attention() -> None:
 
     _, result = outcome(Router().eval(), torch.randn(2, 5, 16))
     assert not result.sites
-    assert "over the projection by gate.weight, no product of queries and keys" in result.missed[0].reason
+    assert "over the projection by gate.weight; expected a product of queries and keys" in result.missed[0].reason
 
 
 def test_attention_without_projections_is_not_a_site() -> None:
@@ -288,7 +288,7 @@ def test_attention_without_projections_is_not_a_site() -> None:
 
     _, result = outcome(Pooling(), torch.randn(1, 2, 5, 8))
     assert not result.sites
-    assert "without projections: nothing projects the queries" in result.missed[0].reason
+    assert "no projection of the queries" in result.missed[0].reason
 
 
 def test_normalizing_twice_changes_nothing_more() -> None:

@@ -141,15 +141,15 @@ def chosen(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 MISSES: list[tuple[Any, dict[str, Any], str]] = [
-    (normed, {}, "keys or values are not affine in a latent: rms_norm_1 is not"),
-    (wholly_normed, {}, "keys or values are not affine in a latent: normalize is not"),
-    (all_normed, {}, "nothing to gain"),
+    (normed, {}, "keys or values are not affine in a latent: rms_norm_1 is not affine"),
+    (wholly_normed, {}, "keys or values are not affine in a latent: normalize is not affine"),
+    (all_normed, {}, "no latent is narrower"),
     (mixed, {}, "not the same function of the latent at every token"),
-    (plain, {"sinks": True}, "attention sinks"),
+    (plain, {"sinks": True}, "sink logits"),
     (plain, {"dropout": 0.1}, "attention dropout is active"),
-    (biased, {"softcap": 5.0}, "keys have an offset, which a softcap does not let out"),
-    (read_twice, {}, "sum_1 reads the expanded keys or values, too"),
-    (chosen, {"heads": torch.tensor([2, 0, 1, 3])}, "beside the latent"),
+    (biased, {"softcap": 5.0}, "keys have an offset, which does not cancel"),
+    (read_twice, {}, "sum_1 also reads the expanded keys or values"),
+    (chosen, {"heads": torch.tensor([2, 0, 1, 3])}, "besides the latent"),
 ]
 
 
@@ -179,13 +179,13 @@ def test_each_miss_has_its_reason(expand: Any, options: dict[str, Any], reason: 
     assert reason in missed(Mla(expand, **options))
 
 
-def test_a_size_that_is_reckoned_with_is_a_miss() -> None:
+def test_a_computation_with_a_size_is_a_miss() -> None:
     def by_length(module: Mla, z: Tensor) -> tuple[Tensor, Tensor]:
         key, value = plain(module, z)
         return key / z.shape[1], value
 
     reason = missed(Mla(by_length), dynamic=True, tokens=T + 2)
-    assert reason.endswith("reckons with a size, which may be another at the next call")
+    assert reason.endswith("computes with a size, which may change between calls")
 
 
 def test_queries_of_another_batch_size_are_a_miss() -> None:
