@@ -31,7 +31,7 @@ MODULES = {
     "head": "lm_head.head lm_head.api",
     "head_fitting": "lm_head.fitting",
     "head_module": "lm_head.module lm_head.intercept lm_head.install",
-    "healing": "refine.heal refine.checkpoint refine.decoder_equations",
+    "healing": "refine.heal refine.decoder_equations",
     "journal": "backend.compile_report",
     "kernels": "hardware.kernel_table",
     "latents": "attention.attend attention.cache_view attention.exact_tokens attention.manual_attention "

@@ -60,7 +60,7 @@ class Wish:
         try:
             ratio = None if options.get("ratio") is None else float(options["ratio"])
             limit = options.get("max_loss", MAX_LOSS)
-            limit = loss_target.parse_share(limit) if isinstance(limit, str) else float(limit)
+            limit = loss_target.parse_loss(limit) if isinstance(limit, str) else float(limit)
             tokens = int(options.get("calibration_tokens", CALIBRATION_TOKENS))
         except (TypeError, ValueError) as error:
             raise FhoptError(

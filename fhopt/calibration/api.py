@@ -1,4 +1,4 @@
-"""The Python door to the main job."""
+"""Calibrating a model and fitting a plan from Python: `fhopt.fit`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def fit(
     """Calibrate a model and fit a plan for it.
 
     A causal language model with its tokenizer is calibrated on `text`: a file, a folder or a built-in name (see
-    `fhopt.data`), or several. Any other module is calibrated on `batches`: dicts of keyword arguments, all of the same
-    shapes; its output counts as logits where the model calls it so. options: the other fields of
-    `fhopt.pipeline.FitOptions`. Raises FhoptError for options that cannot work and models without attention.
+    `fhopt.texts.tokens`), or several. Any other module is calibrated on `batches`: dicts of keyword arguments, all of
+    the same shapes; its output counts as logits where the model calls it so. options: the other fields of
+    `fhopt.calibration.options.FitOptions`. Raises FhoptError for options that cannot work and models without attention.
     """
     texts = (text,) if isinstance(text, str) else tuple(text)
     chosen = calibration_options.FitOptions(texts=texts, ratio=ratio, **options)

@@ -1,31 +1,31 @@
-"""Checkpoints of a calibration, from which an interrupted run goes on."""
+"""Checkpoints of calibration and healing, from which interrupted work goes on: sums over batches, a file a stage."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.files import check_digest, read_tensors, write_tensors
-from fhopt.fitting.bases import Basis
+from fhopt.files import check_digest, check_writable, read_tensors, write_tensors
+from fhopt.fitting.costs import Costs
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.parallel.collectives import Sums, processes
 
-SAVE_EVERY = 4  # batches between two checkpoints
+SAVE_EVERY = 4  # batches, or sequences of a healing, between two checkpoints
+SIDES = ("key", "value")
 
 
-def moments(statistics: Mapping[str, SiteStatistics]) -> Sums:
-    """Every sum of the statistics, by name."""
+def named_moments(statistics: Mapping[str, SiteStatistics]) -> Sums:
+    """Return every sum of the statistics, by name."""
     sums: Sums = {}
     for name, s in statistics.items():
-        for which, side in (("key", s.key), ("value", s.value)):
+        for which, side in zip(SIDES, (s.key, s.value), strict=True):
             sums |= {f"{name}.{which}.moment": side.moment, f"{name}.{which}.metric": side.metric}
             sums[f"{name}.{which}.count"] = side.count
         if s.cross is not None and s.cross_metric is not None:
@@ -33,89 +33,136 @@ def moments(statistics: Mapping[str, SiteStatistics]) -> Sums:
     return sums
 
 
-def rates(found: Mapping[str, Mapping[str, tuple[Basis, ...]]], levels: Iterable[int]) -> Sums:
-    """Every cost of the bases, made zero where nothing was measured yet."""
+def named_costs(costs: Costs) -> Sums:
+    """Return every sum of the costs of channels, by name."""
     sums: Sums = {}
-    for name, table in found.items():
-        for layout, pair in table.items():
-            for which, basis in zip(("key", "value"), pair, strict=False):  # one basis may serve both
-                for bits in levels:
-                    cost = basis.costs.setdefault(bits, torch.zeros_like(basis.variance))
-                    sums[f"{name}.{layout}.{which}.{bits}"] = cost
-                sums[f"{name}.{layout}.{which}.tokens"] = basis.tokens
+    for (name, layout, side), measured in costs.items():
+        prefix = f"{name}.{layout}.{SIDES[side]}"
+        sums |= {f"{prefix}.{bits}": total for bits, total in measured.sums.items()}
+        sums[f"{prefix}.tokens"] = measured.tokens
     return sums
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stage:
+    """A stage of work that can be interrupted, as progress, files and messages name it.
+
+    name: of the stage, and the suffix of its file where `is_suffix`. work: what it belongs to, and `verb`, doing that.
+    inputs: what two runs must have in common. unit: JSON key of the number of batches in a file's description.
+    """
+
+    name: str
+    work: str
+    verb: str
+    inputs: str
+    unit: str = "batches"
+    is_suffix: bool = True
+
+
+MOMENTS, RATES = (Stage(name, "calibration", "calibrate", "model or options") for name in ("moments", "rates"))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """The file of an interrupted calibration; without a path nothing is kept. Each process has its own."""
+    """The file of an interrupted stage; without a path nothing is kept. Each process has its own.
+
+    key: JSON values that the interrupted work must have in common with the one that goes on.
+    """
 
     path: str | os.PathLike[str] | None
     key: Mapping[str, Any]
+    stage: Stage
 
-    def load(self, stage: str, sums: Sums) -> int:
-        """Fill the sums with what was saved for `stage`; how many batches they hold. Raises FhoptError."""
+    @property
+    def file(self) -> Path | None:
+        """Where the stage of this process is kept."""
+        if self.path is None or not self.stage.is_suffix:
+            return None if self.path is None else Path(self.path)
+        rank, count = processes()
+        suffix = f".{self.stage.name}" if count == 1 else f".{self.stage.name}.{rank}-of-{count}"
+        return Path(f"{os.fspath(self.path)}{suffix}")
+
+    def check(self) -> None:
+        """Raise FhoptError when the file cannot be written, is damaged, or is of other work."""
+        file = self.file
+        if file is not None:
+            check_writable(file.parent)
+            self.load()
+
+    def load(self) -> tuple[Sums, int]:
+        """Read the sums that were saved, and the number of batches in them: ({}, 0) without a file.
+
+        Raises FhoptError.
+        """
         from safetensors import SafetensorError
 
-        file = self._file(stage)
+        file = self.file
         if file is None or not file.exists():
-            return 0
+            return {}, 0
         try:
             about, tensors = read_tensors(file)
             if about["key"] != dict(self.key):
                 raise FhoptError(
-                    f"{file} is of another calibration (model or options differ). Remove it, or give the options that "
-                    "it was made with."
+                    f"{file} is of another {self.stage.work} ({self.stage.inputs} differ). Remove it, or give what it "
+                    "was made with."
                 )
             check_digest(about, tensors)
-            batches = int(about["batches"])
-            for name, total in sums.items():
-                total.copy_(tensors[name])
+            return tensors, int(about[self.stage.unit])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise FhoptError(f"{file} is damaged ({error}). Remove it to calibrate from the start.") from error
+            raise self._damaged(error) from error
+
+    def restore(self, sums: Sums) -> int:
+        """Fill `sums` with what was saved of them, and return the number of batches in them. Raises FhoptError."""
+        tensors, batches = self.load()
+        try:
+            for name, total in sums.items() if tensors else ():
+                total.copy_(tensors[name])
+        except (KeyError, RuntimeError) as error:
+            raise self._damaged(error) from error
         return batches
 
-    def save(self, stage: str, sums: Sums, batches: int) -> None:
-        """Keep the sums, whole or not at all. Raises FhoptError."""
+    def save(self, sums: Mapping[str, Tensor], batches: int) -> None:
+        """Keep the sums of so many batches, whole or not at all. Raises FhoptError."""
         from safetensors import SafetensorError
 
-        file = self._file(stage)
+        file = self.file
         if file is None:
             return
         try:
-            write_tensors(file, {"key": dict(self.key), "batches": batches}, sums)
+            write_tensors(file, {"key": dict(self.key), self.stage.unit: batches}, sums)
         except (OSError, SafetensorError) as error:
             raise FhoptError(f"cannot write {file}: {error}. Give another place for the checkpoint.") from error
 
     def remove(self) -> None:
-        """Remove the files: the calibration is done."""
-        for stage in ("moments", "rates"):
-            file = self._file(stage)
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.unlink(missing_ok=True)
+        """Remove the file: the work is done."""
+        file = self.file
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
 
-    def _file(self, stage: str) -> Path | None:
-        rank, count = processes()
-        suffix = f".{stage}" if count == 1 else f".{stage}.{rank}-of-{count}"
-        return None if self.path is None else Path(f"{os.fspath(self.path)}{suffix}")
+    def _damaged(self, error: Exception) -> FhoptError:
+        file, verb = self.file, self.stage.verb
+        return FhoptError(f"{file} is damaged ({error}). Remove it to {verb} from the start.")
 
 
-class Stage:
+class BatchPass:
     """One pass over a number of batches: this process's share, with progress and checkpoints."""
 
-    def __init__(self, name: str, total: int, progress: Callable[[str, int, int], None], saved: Checkpoint) -> None:
-        self.name, self.total, self.progress, self.saved = name, total, progress, saved
+    def __init__(self, total: int, checkpoint: Checkpoint, progress: Callable[[str, int, int], None]) -> None:
+        self.total, self.checkpoint, self.progress = total, checkpoint, progress
         self.sequences = 0  # that came, of all processes
         self.sums: Sums = {}
 
-    def batches(self, given: Iterator[Mapping[str, Tensor]], sums: Sums) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """(number, batch) of this process's share of the next `total` batches, less what a checkpoint holds."""
+    def batches(self, source: Iterator[Mapping[str, Tensor]], sums: Sums) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """Yield (number, batch) of this process's share of the next `total` batches, less what a checkpoint holds.
+
+        sums: what the batches are added to; they are restored first.
+        """
         self.sums = sums
-        already = self.saved.load(self.name, sums)
+        already = self.checkpoint.restore(sums)
         rank, count = processes()
         for number in range(self.total):
-            batch = next(given, None)
+            batch = next(source, None)
             if batch is None:
                 return
             self.sequences += next((len(x) for x in batch.values() if isinstance(x, Tensor) and x.dim()), 1)
@@ -123,8 +170,8 @@ class Stage:
                 yield number, batch
 
     def done(self, number: int) -> None:
-        """A batch was added to the sums."""
-        self.progress(self.name, number + 1, self.total)
+        """Count a batch that was added to the sums, and save them now and then."""
+        self.progress(self.checkpoint.stage.name, number + 1, self.total)
         count = processes()[1]
         if (number // count + 1) % SAVE_EVERY == 0 or number + count >= self.total:
-            self.saved.save(self.name, self.sums, number + 1)
+            self.checkpoint.save(self.sums, number + 1)

@@ -1,4 +1,4 @@
-"""Calibration: second moments of keys and values, what an error in them costs, and what coding them costs.
+"""Calibration: second moments of keys and values, what an error in them costs, and what quantizing them costs.
 
 The captured graph is run on calibration batches with every `fhopt::attention` node instrumented; a model that is spread
 over several devices runs as it is (fhopt/calibration/offloaded_probe.py). Nothing per token is kept; two passes stream
@@ -6,19 +6,19 @@ sums in float64:
 
     collect         moment  sum over tokens of x x^T         what is there
                     metric  sum over tokens of g g^T         what an error costs: g = d log p(y) / d x, y drawn from p
-    measure_rates   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
+    measure_costs   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
 
 The metric is the Fisher information of the key (value): to second order, an error e of a cached key changes the
 predicted distribution by KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy,
 softmax, the spread of values, the output projection, and all layers above. One backward pass gives it for all sites at
-once. Only positions that a cache would see compressed count: the gradient through sinks and recent tokens, which stay
-exact, is left out.
+once. Only positions that a cache would see compressed count: the gradient through attention sinks and recent tokens,
+which stay exact, is left out.
 
-The metric takes errors of tokens for independent. They are not: a dropped channel is wrong in the same direction in all
-tokens that attention reads together, and a clipped one is wrong where it matters most. So bits are chosen by the second
-pass, which sums over a sequence *before* it squares: labels of different positions are independent given their
-contexts, so this square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token
-scale and coherence included.
+The metric assumes that errors of tokens are independent. They are not: a dropped channel is wrong in the same direction
+in all tokens that attention reads together, and a clipped one is wrong where it matters most. So bits are chosen by the
+second pass, which sums over a sequence *before* it squares: labels of different positions are independent given their
+contexts, so this square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token scale
+and coherence included.
 
 Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
 """
@@ -30,8 +30,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fhopt.calibration.probe import Batch, Found, Probed, run_probed
-from fhopt.fitting.bases import Basis
+from fhopt.calibration.probe import Batch, OnGradients, Probed, run_probed
+from fhopt.fitting.bases import Basis, CandidateBases
+from fhopt.fitting.costs import Costs, SideCosts, empty_costs
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics, joined
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
@@ -49,33 +50,33 @@ def collect(
     into: dict[str, SiteStatistics] | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> dict[str, SiteStatistics]:
-    """Statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
+    """Collect statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
 
-    Labels are drawn from the model itself. `into`: add to these (to resume, or to merge). `done(number)` is called
-    behind each batch. Raises FhoptError when a batch does not fit the graph.
+    Labels are drawn from the model itself. into: add to these (to resume, or to merge). `done(number)` is called
+    after each batch. Raises FhoptError when a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into
 
-    def see(name: str, k: Tensor, v: Tensor) -> Found:
+    def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         stats, count = statistics[name], k.shape[0] * k.shape[2]
         for side, x in ((stats.key, k), (stats.value, v)):
             _add(side.moment, x, side.groups)
             side.count += count
         _add_cross(stats.cross, k, v)
 
-        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
+        def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
             _add(stats.key.metric, key_gradient, stats.key.groups)
             _add(stats.value.metric, value_gradient, stats.value.groups)
             _add_cross(stats.cross_metric, key_gradient, value_gradient)
 
-        return found
+        return add
 
     run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
     return statistics
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
-    """x [B,G,T,D] -> float64 [J, B*T, n*D]."""
+    """Stack tokens in float64: [B,G,T,D] -> [J, B*T, n*D]."""
     return joined(x, groups).flatten(1, 2).double()
 
 
@@ -91,48 +92,48 @@ def _add_cross(total: Tensor | None, left: Tensor, right: Tensor) -> None:
         total += (_rows(left, 1)[0].mT @ _rows(right, 1)[0]).to(total.device)
 
 
-# --------------------------------------------------------------------------------------------------- rates
+# --------------------------------------------------------------------------------------------------- costs
 
 
-# site -> layout -> bases of keys and values, or one basis of both side by side
-Candidates = Mapping[str, Mapping[str, tuple[Basis, ...]]]
-
-
-def measure_rates(
+def measure_costs(
     captured: Captured | Probed,
     outcome: Outcome,
     batches: Iterable[tuple[int, Batch]],
-    candidates: Candidates,
+    bases: CandidateBases,
     steps: Mapping[int, float],
     *,
     sinks: int,
     recent: int,
     seed: int = 0,
+    into: Costs | None = None,
     done: Callable[[int], None] = lambda number: None,
-) -> None:
-    """Add to every basis what its channels cost at 0 bits and at each number of bits in `steps` (bits -> step).
+) -> Costs:
+    """Measure what channels of every basis cost at 0 bits and at each number of bits in `steps` (bits -> step).
 
-    Batches as in `collect`; use others than the bases were fitted to.
+    batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. into: add to
+    these costs, which have the same bases and numbers of bits (to resume, or to merge). Raises FhoptError when a batch
+    does not fit the graph.
     """
     levels = {0: 0.0, **steps}
+    costs = empty_costs(bases, levels) if into is None else into
 
-    def see(name: str, k: Tensor, v: Tensor) -> Found:
-        def found(key_gradient: Tensor, value_gradient: Tensor) -> None:
-            for bases in candidates[name].values():
-                if len(bases) == 1:
-                    both = torch.cat([k, v], -1), torch.cat([key_gradient, value_gradient], -1)
-                    _add_costs(bases[0], *both, levels)
-                else:
-                    _add_costs(bases[0], k, key_gradient, levels)
-                    _add_costs(bases[1], v, value_gradient, levels)
+    def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
+        def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            for layout, sides in bases[name].items():
+                read = [(k, key_gradient), (v, value_gradient)]
+                if len(sides) == 1:
+                    read = [(torch.cat([k, v], -1), torch.cat([key_gradient, value_gradient], -1))]
+                for i, (basis, (x, gradient)) in enumerate(zip(sides, read, strict=True)):
+                    _add_costs(costs[name, layout, i], basis, x, gradient, levels)
 
-        return found
+        return add
 
     run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
+    return costs
 
 
 @torch.no_grad()
-def _add_costs(basis: Basis, x: Tensor, gradient: Tensor, levels: Mapping[int, float]) -> None:
+def _add_costs(costs: SideCosts, basis: Basis, x: Tensor, gradient: Tensor, levels: Mapping[int, float]) -> None:
     groups, exact = basis.groups, torch.promote_types(x.dtype, torch.float32)  # a latent is made in float32
     x, gradient = x.to(exact), gradient.to(exact)
     latent = joined(x, groups) @ basis.encode.to(x).unsqueeze(1).mT  # [J, B, T, R]
@@ -143,6 +144,5 @@ def _add_costs(basis: Basis, x: Tensor, gradient: Tensor, levels: Mapping[int, f
     effect = effect * scale
     for bits, step in levels.items():
         error = packing.rounded(unit, bits, step) - unit if bits else -unit
-        total = (effect * error).double().sum(2).square().sum(1).cpu()  # [J, R]
-        basis.costs.setdefault(bits, torch.zeros_like(total)).add_(total)
-    basis.tokens += x.shape[0] * x.shape[2]
+        costs.sums[bits].add_((effect * error).double().sum(2).square().sum(1).cpu())  # [J, R]
+    costs.tokens.add_(x.shape[0] * x.shape[2])

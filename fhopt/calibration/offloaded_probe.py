@@ -1,7 +1,7 @@
 """Calibration of models that accelerate has spread over several devices, CPU memory or disk (`device_map`).
 
     outline    the model's graph, with weights that take no memory   -> its attention sites: shapes, rotation, mask
-    probe      the model itself, attention by `calibrate.Watch`      -> the same sums as of a captured graph
+    probe      the model itself, attention by `probe.Watch`          -> the same sums as of a captured graph
 
 Hooks that move weights while a model runs cannot be captured, and a graph of the whole would need all of its weights at
 once. Neither is needed: sites are a matter of the configuration, and numbers come from running the model through
@@ -36,15 +36,15 @@ OUTLINE_WEIGHT = 0.01  # any that keeps numbers finite: what weights are does no
 
 
 def is_dispatched(model: torch.nn.Module) -> bool:
-    """True for a model that hooks of accelerate run."""
+    """Return whether hooks of accelerate run the model."""
     return any(hooks(module) for module in model.modules())
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A `calibrate.Probed`: a model of transformers that accelerate runs, and the sites that were found in its outline.
+    """A transformers model that accelerate runs, with the sites of its outline: one kind of `probe.Probed`.
 
-    modules: those that run attention, by the name of the site.
+    modules: those that run attention, by the name of the site. is_logits: whether the main output is logits.
     """
 
     model: Any
@@ -53,7 +53,7 @@ class Dispatched:
     is_logits: bool
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
-        """As `calibrate.Probed.probe`."""
+        """Run forward on a batch, and backward from `likelihood` of the main output to the watch."""
         with self._watched(watch), _blocks_run_again(self.model, self.modules.values()), torch.enable_grad():
             result = self.model(**batch, **_without_cache(self.model))
             output = result.logits if self.is_logits else torch.utils._pytree.tree_leaves(result)[0]
@@ -61,7 +61,7 @@ class Dispatched:
 
     @contextlib.contextmanager
     def _watched(self, watch: Watch) -> Iterator[None]:
-        """Inside, attention of the sites is run by `watch`."""
+        """Run attention of the sites by `watch` inside the context."""
         register()
         before = implementations(self.model.config)
         self.model.set_attn_implementation(before | {text_key(self.model.config): IMPLEMENTATION})
@@ -83,14 +83,14 @@ def _attend(
 
 
 def find_dispatched(model: Any, batch: Batch) -> Dispatched:
-    """The model with its sites, found in its outline on a batch. Raises FhoptError where that cannot be."""
+    """Find the sites of a model in its outline, on a batch. Raises FhoptError where that cannot be."""
     if not hasattr(model, "set_attn_implementation"):
         raise FhoptError(
-            f"{type(model).__name__} is run by hooks of accelerate and is no model of transformers; expected one. "
+            f"{type(model).__name__} is run by hooks of accelerate and is not a model of transformers; expected one. "
             "Calibrate it on one device."
         )
-    given = {name: value.cpu() for name, value in batch.items()}
-    captured = capture(outline(model), (), {**given, **_without_cache(model)})
+    inputs = {name: value.cpu() for name, value in batch.items()}
+    captured = capture(outline(model), (), {**inputs, **_without_cache(model)})
     outcome = pipeline.find(captured.program)
     modules = {site.name: model.get_submodule(site.name.partition("#")[0]) for site in outcome.sites.values()}
     by_hand = [name for name, module in modules.items() if not uses_interface(module)]
@@ -110,22 +110,22 @@ def _without_cache(model: Any) -> dict[str, Any]:
 
 
 def outline(model: Any) -> torch.nn.Module:
-    """A model of the same configuration whose weights, all of one number, take no memory. Buffers are the model's.
+    """Make a model of the same configuration whose weights, all of one number, take no memory.
 
-    Wherever the model is, it is on the CPU, in float32.
+    Its buffers are those of the model. Wherever the model is, it is on the CPU, in float32.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     with torch.device("meta"):
-        twin: torch.nn.Module = type(model)(config)
-    for module in twin.modules():
+        empty: torch.nn.Module = type(model)(config)
+    for module in empty.modules():
         for name, weight in module.named_parameters(recurse=False):
             number = torch.full((), OUTLINE_WEIGHT)
             setattr(module, name, torch.nn.Parameter(number.expand(weight.shape), requires_grad=False))
     for name, buffer in named_buffers(model):
         path, _, key = name.rpartition(".")
         held = buffer.detach().cpu()
-        twin.get_submodule(path)._buffers[key] = held.float() if held.is_floating_point() else held
-    return twin.eval()
+        empty.get_submodule(path)._buffers[key] = held.float() if held.is_floating_point() else held
+    return empty.eval()
 
 
 # --------------------------------------------------------------------------------------------------- memory
@@ -133,9 +133,9 @@ def outline(model: Any) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def _blocks_run_again(model: torch.nn.Module, modules: Any) -> Iterator[None]:
-    """Inside, blocks around attention keep nothing for the backward pass but what goes in, and run again in it.
+    """Checkpoint blocks around attention inside the context: they keep their inputs alone, and run again in backward.
 
-    To the end: where they stopped early, weights would stay where they were fetched to.
+    They run to their ends: where they stopped early, weights would stay where they were fetched to.
     """
     blocks = [block for block in _blocks(model) if any(m in modules for m in block.modules())]
     before = [vars(block).get("forward") for block in blocks]
@@ -154,13 +154,13 @@ def _blocks_run_again(model: torch.nn.Module, modules: Any) -> Iterator[None]:
 
 
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that transformers itself would run again, none inside another."""
+    """Return the blocks that transformers itself would run again, none inside another."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found: list[torch.nn.Module] = []
+    blocks: list[torch.nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
-            found.append(module)
+            blocks.append(module)
             inside |= {id(part) for part in module.modules()}
-    return found
+    return blocks

@@ -16,12 +16,12 @@ LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What `fit` needs beside a model.
+    """Options of calibration and fitting, beside the model.
 
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. checkpoint:
-    file that lets an interrupted calibration go on. The rest as in `fitting.fit`.
+    file that lets an interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
 
     texts: tuple[str, ...] = ("topics",)
@@ -52,7 +52,7 @@ class FitOptions:
             )
 
     def check_sizes(self) -> None:
-        """The part of it that does not depend on the sample: sizes, layout, device."""
+        """Check what does not depend on the sample: sizes, layout, device. Raises FhoptError."""
         if self.device is not None:
             find_device(self.device)
         check_options(self.ratio, self.layout, self.bits, self.device)
@@ -69,5 +69,5 @@ class FitOptions:
 
     @property
     def is_lossless(self) -> bool:
-        """True when no bits are to be chosen."""
+        """Whether no bits are to be chosen."""
         return self.ratio == 1 or (self.layout == "input" and self.ratio <= 2)

@@ -1,7 +1,7 @@
-"""Plans on disk, many of them: what was fitted once is found again, checked, and thrown away when it is no use.
+"""The store of fitted plans on disk: adding, finding, verifying and pruning them.
 
     <cache folder>/plans/<model>-<ratio>x-<digest>/     one plan, as `LatentPlan.save` writes it
-    <cache folder>/plans/.<request>.calibration...      of a fit that was interrupted
+    <cache folder>/plans/.<request>.calibration...      checkpoints of an interrupted calibration
 
 A plan appears whole or not at all, and is never written to again. Its name says what it is; the first letters of a name
 or of a digest are enough to find it. `fit_ratios` fits several sizes from one calibration and goes on where it stopped.
@@ -33,17 +33,17 @@ from fhopt.progress import Progress, silent
 from fhopt.system import cache_folder
 from fhopt.version import __version__
 
-LEFT_BEHIND = 24 * 3600.0  # seconds after which what an interrupted command left is nobody's any more
+LEFT_BEHIND = 24 * 3600.0  # seconds after which files of an interrupted command may be removed
 
 
 def plans_folder() -> Path:
-    """Where plans are kept: below the folder of everything that fhopt keeps."""
+    """Return the folder of plans, below the cache folder."""
     return cache_folder() / "plans"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One plan, as its description tells it; `fault` says why it cannot be used, "" where nothing is known against it.
+    """One plan, as described in its plan.json. fault: why it cannot be used, "" where no reason is known.
 
     ratio and bytes_per_token are the plan's own count at 8,192 tokens. modified: seconds since 1970.
     """
@@ -62,10 +62,10 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every plan that is kept, by model and size; damaged ones too, as far as their description can be read."""
+    """List all plans of the store by model and size; damaged ones too, as far as their description can be read."""
     folder = plans_folder()
-    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
-    return sorted(map(_entry, found), key=lambda e: (e.model, e.ratio, e.name))
+    paths = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
+    return sorted(map(_entry, paths), key=lambda e: (e.model, e.ratio, e.name))
 
 
 def _entry(path: Path) -> Entry:
@@ -84,20 +84,20 @@ def _entry(path: Path) -> Entry:
 
 
 def find(name: str) -> Entry:
-    """The plan whose name or digest begins with `name`. Raises FhoptError when there is none, or more than one."""
+    """Find the plan whose name or digest begins with `name`. Raises FhoptError unless there is exactly one."""
     known = entries()
-    found = [e for e in known if e.name == name] or [
+    matches = [e for e in known if e.name == name] or [
         e for e in known if name and (e.name.startswith(name) or e.digest.startswith(name))
     ]
-    if len(found) != 1:
-        several = ", ".join(e.name for e in found[:4])
-        told = f"{len(found)} plans begin so: {several}" if found else f"{len(known)} plans are kept, none begins so"
-        raise FhoptError(f"{name!r} names no plan: {told}. `fhopt plans` lists them.")
-    return found[0]
+    if len(matches) != 1:
+        several = ", ".join(e.name for e in matches[:4])
+        why = f"it matches {len(matches)} plans: {several}" if matches else f"it matches none of {len(known)} plans"
+        raise FhoptError(f"{name!r} does not name one plan: {why}. `fhopt plans` lists them.")
+    return matches[0]
 
 
 def add(plan: LatentPlan) -> Entry:
-    """Keep a plan; one that is there already stays as it is. Raises FhoptError when it cannot be written."""
+    """Add a plan to the store; one that is there stays as it is. Raises FhoptError when it cannot be written."""
     path = plans_folder() / _name(plan)
     if not (path.is_dir() and not verify(_entry(path)).fault):
         plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may come to lie there, too
@@ -110,13 +110,13 @@ def _name(plan: LatentPlan) -> str:
     return f"{model}-{plan.ratio():.2f}x-{plan.digest()[:12]}"
 
 
-def table(found: Iterable[Entry]) -> Table:
-    """One row a plan."""
+def table(plans: Iterable[Entry]) -> Table:
+    """Make a table with one row a plan."""
     rows = Table(title=f"Plans in {plans_folder()}", title_justify="left")
     for name, justify in (("name", "left"), ("model", "left"), ("sites", "right"), ("ratio", "right"), ("MB", "right")):
         rows.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     rows.add_column("fault", overflow="fold")
-    for e in found:
+    for e in plans:
         rows.add_row(e.name, e.model, str(e.sites), f"{e.ratio:.2f}x", f"{e.nbytes / 1e6:.1f}", e.fault)
     return rows
 
@@ -125,9 +125,9 @@ def table(found: Iterable[Entry]) -> Table:
 
 
 def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
-    """The entry after all bytes of its plan have been read, with what is wrong in `fault`.
+    """Read all bytes of a plan and return its entry, with what is wrong in `fault`.
 
-    model: also say when the plan was fitted to another one.
+    model: also report when the plan was fitted to another one.
     """
     from fhopt.plan.fingerprint import check_model
 
@@ -146,7 +146,7 @@ def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` removed, or would remove: names, and bytes."""
+    """Plans and files that `prune` removed, or would remove: names, and bytes."""
 
     names: tuple[str, ...]
     nbytes: int
@@ -155,7 +155,7 @@ class Pruned:
 def prune(keep: int | None = None, dry: bool = False) -> Pruned:
     """Remove damaged plans, what interrupted commands left a day ago, and all but the `keep` newest of each model.
 
-    A folder that holds anything but files of a plan is never removed. dry: remove nothing, only tell.
+    A folder that holds anything but files of a plan is never removed. dry: remove nothing, only report.
     """
     checked = [verify(e) for e in entries()]
     doomed = [e.path for e in checked if e.fault and _is_ours(e.path)]
@@ -197,7 +197,7 @@ def _size(path: Path) -> int:
 def fit_ratios(
     loaded: LoadedModel, options: FitOptions, ratios: Iterable[float], progress: Progress = silent
 ) -> list[Entry]:
-    """Plans of several ratios from one calibration, all kept; those that were fitted before are not fitted again.
+    """Fit plans of several ratios to one calibration and keep them; those in the store are not fitted again.
 
     A calibration that was interrupted goes on. Raises FhoptError for options that cannot work.
     """
@@ -210,23 +210,23 @@ def fit_ratios(
     known = {e.request: e for e in entries() if e.request and not verify(e).fault}
     missing = [ratio for ratio in wanted if requests[ratio] not in known]
     if missing:
-        calibration = _request(replace(options, ratio=1.0), weights)  # the same whatever the ratios
-        measured = _measured(loaded, asked[max(missing)], calibration, progress)
+        name = _request(replace(options, ratio=1.0), weights)  # the same whatever the ratios
+        calibration = _calibrate(loaded, asked[max(missing)], name, progress)
         for ratio in missing:
-            plan = run.plan_for(measured, asked[ratio]).with_provenance(request=requests[ratio])
+            plan = run.plan_for(calibration, asked[ratio]).with_provenance(request=requests[ratio])
             known[requests[ratio]] = add(plan)
     return [known[requests[ratio]] for ratio in wanted]
 
 
-def _measured(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> run.Measured:
-    """The calibration, which is kept beside the plans while it runs."""
+def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> run.Calibration:
+    """Calibrate with checkpoints beside the plans."""
     folder = plans_folder()
     check_writable(folder)
     return run.measure(loaded, replace(options, checkpoint=folder / f".{name}.calibration"), progress)
 
 
 def _request(options: FitOptions, weights: str) -> str:
-    """What a plan was asked for: the same request gives the same plan."""
+    """Return a hash of what a plan is fitted by: equal requests give equal plans."""
     about: dict[str, Any] = {k: v for k, v in asdict(options).items() if k != "checkpoint"}
     text = json.dumps(about | {"weights": weights, "version": __version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -21,22 +21,22 @@ from fhopt.plan.site import AttentionSite
 QUERIES = 128  # rows of the attention matrix that exist at once
 EVERY = slice(None)
 Batch = Mapping[str, Tensor]
-Found = Callable[[Tensor, Tensor], None]
+OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of keys and of values
 
 
 # --------------------------------------------------------------------------------------------------- the probe
 
 
 class _ProbedAttention(torch.autograd.Function):
-    """Attention whose backward pass also hands out the gradient that reaches far keys and values only.
+    """Attention whose backward pass also gives the gradient that reaches far keys and values only to `observe`.
 
-    Works on QUERIES rows at a time and leaves out the columns that none of them sees.
+    It works on QUERIES rows at a time and leaves out the columns that none of them sees.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, far: Tensor, scale: float,
-        softcap: float, found: Callable[..., None],
+        softcap: float, observe: Callable[..., None],
     ) -> Tensor:  # fmt: skip
         parts = []
         for rows, columns in _tiles(q, k, bias):
@@ -44,7 +44,7 @@ class _ProbedAttention(torch.autograd.Function):
             p, _ = _weights(q[:, :, rows], k[:, :, columns], *masks, scale, softcap)
             parts.append(attention.grouped_mix(p, v[:, :, columns]))
         ctx.save_for_backward(q, k, v, bias, sinks)
-        ctx.far, ctx.options, ctx.found = far, (scale, softcap), found
+        ctx.far, ctx.options, ctx.observe = far, (scale, softcap), observe
         return torch.cat(parts, 2)
 
     @staticmethod
@@ -66,12 +66,12 @@ class _ProbedAttention(torch.autograd.Function):
             far = _cut(ctx.far, rows, columns)
             far_k[:, :, columns] += _to_keys(d_s * far, part, groups)
             far_v[:, :, columns] += _to_keys(p * far, grad, groups)
-        ctx.found(k.detach(), v.detach(), far_k, far_v)
+        ctx.observe(k.detach(), v.detach(), far_k, far_v)
         return d_q, d_k, d_v, None, None, None, None, None, None
 
 
 def _tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
-    """(queries, keys that any of them sees) of each tile."""
+    """Return (queries, keys that any of them sees) of each tile."""
     queries, keys = q.shape[2], k.shape[2]
     out = []
     for start in range(0, queries, QUERIES):
@@ -85,12 +85,12 @@ def _tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
+    """Return a mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
     return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
 
 
 def _cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
-    """A mask broadcastable to [..., S, T], cut to a tile."""
+    """Cut a mask broadcastable to [..., S, T] to a tile."""
     if mask is None:
         return None
     mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
@@ -100,7 +100,7 @@ def _cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
 def _weights(
     q: Tensor, k: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor | None]:
-    """(softmax weights [B,H,S,T], zero where a query sees nothing; slope of the softcap or None)."""
+    """Return (softmax weights [B,H,S,T], zero where a query sees nothing; slope of the softcap or None)."""
     logits = attention.grouped_scores(q * scale, k)
     slope = None
     if softcap:
@@ -113,21 +113,21 @@ def _weights(
 
 
 def _to_keys(weights: Tensor, rows: Tensor, groups: int) -> Tensor:
-    """sum over queries and over the heads of a group: weights [B,H,S,T], rows [B,H,S,D] -> [B,G,T,D]."""
+    """Sum over queries and over the heads of a group: weights [B,H,S,T], rows [B,H,S,D] -> [B,G,T,D]."""
     b, h, s, t = weights.shape
     grouped = weights.reshape(b, groups, h // groups * s, t)
     return grouped.mT @ rows.reshape(b, groups, h // groups * s, rows.shape[-1])
 
 
 class Watch:
-    """What attention of known sites is run by: it gives the same numbers, and shows keys, values and their gradients.
+    """Runs attention of known sites: with the same numbers, and it shows keys, values and their gradients.
 
-    `see(site name, k, v)` gives what is called with the gradients of far keys and values, all [B,G,T,D] without the
-    sinks; both happen in the backward pass, once. far: sinks, and newest tokens that stay exact. leaf: what the
-    gradient of the output is to be taken of.
+    `see(site name, k, v)` returns a function that is called with the gradients of far keys and values, all [B,G,T,D]
+    without the sinks; both calls happen in the backward pass, once. far: attention sinks, and newest tokens that stay
+    exact. leaf: with respect to which the gradient of the output is to be taken.
     """
 
-    def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], Found]) -> None:
+    def __init__(self, far: tuple[int, int], see: Callable[[str, Tensor, Tensor], OnGradients]) -> None:
         self.far, self.see = far, see
         self.leaf = torch.zeros((), requires_grad=True)
 
@@ -136,16 +136,16 @@ class Watch:
         extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """As `ops.attention_reference`."""
+        """Compute `ops.attention.attention_reference`, observed."""
         sinks, recent = site.exact_tokens(*self.far)
         _, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
         bias, extra = _additive(ops_masks.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
 
-        def found(*tensors: Tensor) -> None:
+        def observe(*tensors: Tensor) -> None:
             key, value, key_gradient, value_gradient = [x[:, :, sinks:] for x in tensors]
             self.see(site.name, key, value)(key_gradient, value_gradient)
 
-        result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, extra, far, scale, softcap, found)
+        result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, extra, far, scale, softcap, observe)
         return result
 
 
@@ -154,10 +154,10 @@ class Probed(Protocol):
 
     @property
     def is_logits(self) -> bool:
-        """The main output are logits."""
+        """Whether the main output is logits."""
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
-        """Forward on a batch, and backward from `likelihood` of the main output to the watch."""
+        """Run forward on a batch, and backward from `likelihood` of the main output to the watch."""
 
 
 class _Instrumented(fx.Interpreter):
@@ -168,7 +168,7 @@ class _Instrumented(fx.Interpreter):
         self.sites, self.watch = outcome.sites, watch
 
     def run_node(self, n: fx.Node) -> Any:
-        """An attention node of a site is watched, everything else runs as it is."""
+        """Run an attention node of a site by the watch, any other as it is."""
         if n.name not in self.sites:
             return super().run_node(n)
         with self._set_current_node(n):
@@ -185,22 +185,26 @@ class ProbedGraph:
 
     @property
     def is_logits(self) -> bool:
-        """The main output are logits."""
+        """Whether the main output is logits."""
         return self.captured.is_logits
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
-        """As `Probed.probe`. Raises FhoptError when the batch does not fit the graph."""
+        """Run forward and backward on a batch. Raises FhoptError when the batch does not fit the graph."""
         runner = _Instrumented(self.captured, self.outcome, watch)
         with torch.enable_grad():
-            output = runner.run(*_arguments(self.captured, batch))[self.captured.result]
+            output = runner.run(*graph_arguments(self.captured, batch))[self.captured.result]
             torch.autograd.grad(likelihood(output), watch.leaf)
 
 
 def run_probed(
     captured: Captured | Probed, outcome: Outcome, batches: Iterable[tuple[int, Batch]], far: tuple[int, int],
-    seed: int, see: Callable[[str, Tensor, Tensor], Found], done: Callable[[int], None],
+    seed: int, see: Callable[[str, Tensor, Tensor], OnGradients], done: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Forward and backward over numbered batches. The labels of a batch depend on its number and the seed alone."""
+    """Run forward and backward over numbered batches.
+
+    The labels of a batch depend on its number and the seed alone. far, see: as of `Watch`. `done(number)` is called
+    after each batch. Raises FhoptError when a batch does not fit the graph.
+    """
     model = ProbedGraph(captured, outcome) if isinstance(captured, Captured) else captured
     for number, batch in batches:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -212,7 +216,11 @@ def run_probed(
 # --------------------------------------------------------------------------------------------------- arguments
 
 
-def _arguments(captured: Captured, batch: Batch) -> list[Any]:
+def graph_arguments(captured: Captured, batch: Batch) -> list[Any]:
+    """Return values of all placeholders of a graph: those of a batch, and example values for the others.
+
+    Raises FhoptError when a batch has another shape than the graph was captured with.
+    """
     values: list[Any] = []
     for name, example in captured.program.values.items():
         argument = captured.inputs.get(name)
@@ -224,7 +232,7 @@ def _arguments(captured: Captured, batch: Batch) -> list[Any]:
 
 
 def _sampled_likelihood(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
-    """A scalar whose gradient, squared, has the Fisher information as its expectation.
+    """Return a scalar whose gradient, squared, has the Fisher information as its expectation.
 
     For logits [..., V]: sum over positions of log p(y), y ~ p. Any other output counts as the mean of a unit Gaussian
     around itself.

@@ -1,4 +1,12 @@
-"""The main job as one call: find, calibrate, fit. `fhopt.fit`, `fhopt fit` and `fhopt demo` all come through here."""
+"""Calibration and fitting as one call, for `fhopt.fit`, `fhopt fit` and `fhopt demo`.
+
+    statistics   collected over the first batches             fhopt/calibration/collect.py
+    bases        fitted to the statistics                     fhopt/fitting/candidates.py
+    costs        of the bases' channels, over other batches   fhopt/calibration/collect.py
+    plan         bits allocated by the costs                  fhopt/fitting/fit_plan.py
+
+Statistics, bases and costs of one calibration serve plans of any size.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.calibration import checkpoint as calibration_checkpoint
-from fhopt.calibration import collect
+from fhopt.calibration.checkpoint import MOMENTS, RATES, BatchPass, Checkpoint, named_costs, named_moments
+from fhopt.calibration.collect import collect, measure_costs
 from fhopt.calibration.offloaded_probe import Dispatched, find_dispatched, is_dispatched
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
-from fhopt.fitting import statistics as fitting_statistics
-from fhopt.fitting.statistics import SiteStatistics
+from fhopt.fitting.allocation import STEPS
+from fhopt.fitting.bases import CandidateBases
+from fhopt.fitting.candidates import fit_bases
+from fhopt.fitting.costs import Costs, empty_costs
+from fhopt.fitting.statistics import SiteStatistics, empty_statistics
 from fhopt.models.capture import Captured, capture
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import check_length, encoder_path, is_inside
@@ -38,11 +49,12 @@ Source = Captured | Dispatched  # what calibration runs
 
 
 @dataclass
-class Measured:
-    """What calibration found out about a model: enough for plans of any size."""
+class Calibration:
+    """Result of calibrating a model: enough for plans of any size."""
 
     statistics: dict[str, SiteStatistics]
-    found: allocation.Candidates
+    bases: CandidateBases
+    costs: Costs
     outcome: passes_outcome.Outcome
     provenance: dict[str, Any]
     weights: Mapping[str, Tensor]
@@ -52,23 +64,23 @@ def fit(
     loaded: LoadedModel, options: FitOptions, progress: Progress = silent
 ) -> tuple[LatentPlan, passes_outcome.Outcome]:
     """Calibrate `loaded` (a causal language model) and fit a plan. Raises FhoptError."""
-    measured = measure(loaded, options, progress)
-    return plan_for(measured, options), measured.outcome
+    calibration = measure(loaded, options, progress)
+    return plan_for(calibration, options), calibration.outcome
 
 
-def plan_for(measured: Measured, options: FitOptions) -> LatentPlan:
-    """A plan from what was measured, with its provenance. Raises FhoptError."""
+def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
+    """Fit a plan to a calibration, with its provenance. Raises FhoptError."""
     plan = fit_plan.fit(
-        measured.statistics, found=measured.found, ratio=options.ratio, layout=options.layout, bits=options.bits,
-        sinks=options.sinks, recent=options.recent, block=options.block, window_bits=options.window_bits,
-        tokens=options.tokens, device=options.device,
+        calibration.statistics, bases=calibration.bases, costs=calibration.costs, ratio=options.ratio,
+        layout=options.layout, bits=options.bits, sinks=options.sinks, recent=options.recent, block=options.block,
+        window_bits=options.window_bits, tokens=options.tokens, device=options.device,
     )  # fmt: skip
-    sites = [s.site for s in plan.sites]
-    prints = dict(fingerprint=fingerprint(measured.weights, sites), weights=weight_prints(measured.weights, sites))
-    return plan.with_provenance(**prints, **measured.provenance)
+    sites, weights = [s.site for s in plan.sites], calibration.weights
+    prints = dict(fingerprint=fingerprint(weights, sites), weights=weight_prints(weights, sites))
+    return plan.with_provenance(**prints, **calibration.provenance)
 
 
-def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> Measured:
+def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> Calibration:
     """Calibrate a causal language model on the first halves of the texts. Raises FhoptError."""
     options.check()
     model = loaded.language_model()
@@ -86,14 +98,14 @@ def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silen
         "context": options.context,
     }
     weights, digest = Weights(model), provenance["text_sha256"]
-    measured = measure_batches(captured, batches, options, weights, loaded.name, progress, digest)
-    measured.provenance |= provenance
-    return measured
+    calibration = measure_batches(captured, batches, options, weights, loaded.name, progress, digest)
+    calibration.provenance |= provenance
+    return calibration
 
 
 def measure_module(
     model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, progress: Progress = silent
-) -> Measured:
+) -> Calibration:
     """Calibrate any module on batches of keyword arguments, all of the same shapes. Raises FhoptError.
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
@@ -101,12 +113,12 @@ def measure_module(
     """
     options.check_sizes()
     check_whole(model)
-    given = iter(batches)
-    first = next(given, None)
+    source = iter(batches)
+    first = next(source, None)
     if first is None:
         raise FhoptError("there are no batches; expected an iterable of dicts of keyword arguments.")
     captured: Source = find_dispatched(model, first) if is_dispatched(model) else capture(model, (), first)
-    chained = itertools.chain([first], given)
+    chained = itertools.chain([first], source)
     weights, name = Weights(model), type(model).__name__
     return measure_batches(captured, chained, options, weights, name, progress, encoder=encoder_path(model))
 
@@ -114,12 +126,12 @@ def measure_module(
 def measure_batches(
     captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
     name: str, progress: Progress = silent, data_digest: Any = "", encoder: str | None = None,
-) -> Measured:  # fmt: skip
-    """The two calibration passes over batches. Under torchrun, each process takes its share and all get the sum.
+) -> Calibration:  # fmt: skip
+    """Calibrate in two passes over batches. Under torchrun, each process takes its share and all get the sum.
 
-    What fails in one process fails in all (`gathering.together`). data_digest tells the data of one calibration from
-    another's, for checkpoints. encoder: path of a module of which nothing is cached, so that its sites get no bytes; a
-    model that is nothing else keeps them.
+    What fails in one process fails in all (`collectives.together`). data_digest distinguishes the data of calibrations,
+    for checkpoints. encoder: path of a module of which nothing is cached, so that its sites get no bytes; a model that
+    is nothing else keeps them.
     """
     with collectives.together():
         return _measure_batches(captured, batches, options, weights, name, progress, data_digest, encoder)
@@ -128,59 +140,61 @@ def measure_batches(
 def _measure_batches(
     captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
     name: str, progress: Progress, data_digest: Any, encoder: str | None,
-) -> Measured:  # fmt: skip
-    outcome = captured.outcome if isinstance(captured, Dispatched) else pipeline.find(captured.program)
-    decoding = {node: site for node, site in outcome.sites.items() if not is_inside(site.name, encoder)}
-    outcome = replace(outcome, sites=decoding or outcome.sites)
-    if not outcome.sites:
-        raise_nothing_found(name, outcome)
+) -> Calibration:  # fmt: skip
+    outcome = _sites(captured, name, encoder)
     if not options.is_lossless:
         budget = allocation.Budget(
             options.ratio, options.sinks, options.recent, options.block, options.window_bits, options.tokens
         )
         allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
-    far = dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
-    given = iter(batches)
-    saved = calibration_checkpoint.Checkpoint(options.checkpoint, _key(options, name, data_digest, weights, outcome))
-    statistics = fitting_statistics.empty_statistics(outcome.sites.values())
-    stage = calibration_checkpoint.Stage("moments", options.sequences, progress, saved)
-    collect.collect(
-        captured,
-        outcome,
-        stage.batches(given, calibration_checkpoint.moments(statistics)),
-        into=statistics,
-        done=stage.done,
-        **far,
-    )
-    collectives.share(calibration_checkpoint.moments(statistics))
+    key = _key(options, name, data_digest, weights, outcome)
+    checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
+    source, far = iter(batches), dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
+
+    moments = BatchPass(options.sequences, checkpoints[0], progress)
+    statistics = empty_statistics(outcome.sites.values())
+    sums = named_moments(statistics)
+    collect(captured, outcome, moments.batches(source, sums), into=statistics, done=moments.done, **far)
+    collectives.share(sums)
     if not any(int(s.key.count) for s in statistics.values()):
         raise FhoptError("no calibration batch was given; expected at least one.")
-    context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, stage.sequences)
-    found = fit_plan.candidates(
-        statistics, options.layout, context=context, tokens=options.tokens, device=options.device
-    )
+
+    context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, moments.sequences)
+    bases = fit_bases(statistics, options.layout, context=context, tokens=options.tokens, device=options.device)
+    costs: Costs = {}
     if not options.is_lossless:
-        stage = calibration_checkpoint.Stage("rates", options.rate_sequences, progress, saved)
-        rates = calibration_checkpoint.rates(found, (0, *allocation.STEPS))
-        collect.measure_rates(
-            captured, outcome, stage.batches(given, rates), found, allocation.STEPS, done=stage.done, **far
-        )
-        collectives.share(rates)
-        if not stage.sequences:
+        rates = BatchPass(options.rate_sequences, checkpoints[1], progress)
+        costs = empty_costs(bases, (0, *STEPS))
+        sums = named_costs(costs)
+        rated = rates.batches(source, sums)
+        measure_costs(captured, outcome, rated, bases, STEPS, into=costs, done=rates.done, **far)
+        collectives.share(sums)
+        if not rates.sequences:
             raise FhoptError(
                 f"the {options.sequences} batches for the bases took all there were, and bits are chosen by others; "
                 "give more batches, or a smaller number of sequences."
             )
-    saved.remove()
+    for checkpoint in checkpoints:
+        checkpoint.remove()
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
-    return Measured(statistics, found, outcome, provenance, weights)
+    return Calibration(statistics, bases, costs, outcome, provenance, weights)
+
+
+def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:
+    """Find the sites that are to be fitted. Raises FhoptError when there are none."""
+    outcome = captured.outcome if isinstance(captured, Dispatched) else pipeline.find(captured.program)
+    decoding = {node: site for node, site in outcome.sites.items() if not is_inside(site.name, encoder)}
+    outcome = replace(outcome, sites=decoding or outcome.sites)
+    if not outcome.sites:
+        raise_nothing_found(name, outcome)
+    return outcome
 
 
 def _key(
     options: FitOptions, name: str, data_digest: Any, weights: Mapping[str, Tensor], outcome: passes_outcome.Outcome
 ) -> dict[str, Any]:
-    """What an interrupted calibration must have in common with the one that goes on."""
+    """Return what an interrupted calibration must have in common with the one that goes on; JSON values only."""
     irrelevant = {"ratio", "bits", "block", "window_bits", "checkpoint"}
     about = {"model": name, "data": str(data_digest), "version": __version__}
     if options.checkpoint is not None:

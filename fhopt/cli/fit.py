@@ -130,13 +130,13 @@ def fit(
 
 def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
     """Read the loss target of --max-loss and --gate-data. Raises FhoptError."""
-    from fhopt.refine.loss_target import Gate, parse_share
+    from fhopt.refine.loss_target import Gate, parse_loss
 
     if max_loss is None:
         if texts:
             raise FhoptError("--gate-data is the text for --max-loss; expected both or neither.")
         return None
-    limit = Gate(parse_share(max_loss), texts)
+    limit = Gate(parse_loss(max_loss), texts)
     limit.check()
     return limit
 

@@ -1,4 +1,4 @@
-"""Timing decode steps with an exact KV cache and with latents, in turns."""
+"""Timing of decode steps with an exact KV cache and with latents, in turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 @torch.inference_mode()
 def cached_bytes(model: Any, ids: Tensor, plan: LatentPlan | None) -> tuple[Any, int]:
-    """(the cache after reading ids [T] and one more step, its bytes)."""
+    """Read token ids [T] into a new KV cache; returns (the cache, its bytes)."""
     from fhopt.cache.report import tensor_bytes
 
     cache, name = new_cache(model, plan), cache_argument(model)
@@ -28,9 +28,9 @@ def cached_bytes(model: Any, ids: Tensor, plan: LatentPlan | None) -> tuple[Any,
 
 @torch.inference_mode()
 def decode_speed(model: Any, plan: LatentPlan, ids: Tensor, steps: int = 12, rounds: int = 4) -> dict[str, Any]:
-    """Tokens per second behind the tokens ids [T], exact cache against latents; medians, interleaved.
+    """Measure tokens per second behind token ids [T], exact KV cache against latents: medians of interleaved rounds.
 
-    The plan is applied and taken back for each round; returns {"exact", "plan"} and the bytes each cache held.
+    The plan is applied and removed in each round. Returns {"exact", "plan"}, and under "bytes" the size of each cache.
     """
     caches: dict[str, Any] = {}
     held: dict[str, int] = {}
@@ -48,7 +48,7 @@ def decode_speed(model: Any, plan: LatentPlan, ids: Tensor, steps: int = 12, rou
 
 
 def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
-    """Seconds of each of `steps` single-token steps; the tokens are taken off again."""
+    """Time `steps` decode steps, in seconds each; their tokens are cropped from the cache again."""
     name, out = cache_argument(model), []
     token = torch.tensor([[1]], device=model.device)
     for _ in range(steps):
@@ -61,7 +61,7 @@ def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:
 
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, question: str, context: str = "", new_tokens: int = 32) -> str:
-    """Greedy answer of a chat model to `question` after `context`."""
+    """Generate the greedy answer of a chat model to `question` after `context`."""
     messages = [{"role": "user", "content": f"{context}{question}"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs.to(model.device), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)

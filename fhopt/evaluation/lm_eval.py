@@ -1,12 +1,12 @@
-"""The lm-eval harness on latents: its model `fhopt`, which reads everything through a stepped latent cache.
+"""The lm-eval harness on latents: its model `fhopt`, which reads everything in steps through a latent cache.
 
     python -m fhopt.evaluation.lm_eval --model fhopt --model_args pretrained=demo,plan=PLAN --tasks TASK
 
-takes what `lm_eval` takes. `pretrained` is a MODEL of fhopt's commands; without `plan` the exact cache is read in the
-same steps. From Python: `lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"), tasks=[...])`.
+takes the options of `lm_eval`. `pretrained` is a MODEL of fhopt's commands; without `plan` the exact KV cache is read
+in the same steps. From Python: `lm_eval.simple_evaluate(harness_model()(pretrained="demo", plan="PLAN"), tasks=[...])`.
 
-lm-eval itself would read a context in one call, in which tokens are exact to each other: it would find a plan without
-cost. Everything is read in the steps of `fhopt.evaluate` instead, as token-by-token decoding would.
+lm-eval itself would prefill a context in one call, in which tokens are exact to each other: every plan would seem
+lossless. Everything is read in the steps of `fhopt.evaluation.perplexity` instead, as token-by-token decoding would.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 @cache
 def harness_model() -> Any:
-    """The model class, registered with lm-eval as `fhopt`. Raises FhoptError when lm-eval is not installed."""
+    """Register the model class with lm-eval as `fhopt`, and return it. Raises FhoptError without lm-eval."""
     try:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
@@ -41,7 +41,7 @@ def harness_model() -> Any:
         ) from error
 
     class LatentLM(HFLM):  # type: ignore[misc]
-        """A causal language model whose cache holds latents; further options are those of lm-eval's HFLM."""
+        """A causal language model whose KV cache holds latents; further options are those of lm-eval's HFLM."""
 
         def __init__(
             self, pretrained: Any, plan: LatentPlan | str | os.PathLike[str] | None = None, **options: Any
@@ -56,7 +56,7 @@ def harness_model() -> Any:
                 apply(self.model, self.latent_plan)
 
         def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
-            """Logits [B, S, V] of token ids [B, S], padded at their ends."""
+            """Return logits [B, S, V] of token ids [B, S], padded at their ends."""
             with torch.no_grad():
                 steps = self._steps(inps, new_cache(self.model, self.latent_plan))
                 return torch.cat([logits for _, (logits,) in steps], 1)
@@ -64,7 +64,7 @@ def harness_model() -> Any:
         def _model_generate(
             self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor | None = None, **kwargs: Any
         ) -> Tensor:
-            """[B, S + new] from token ids [B, S]. Row by row: padding before a context would shift its steps."""
+            """Generate [B, S + new] from token ids [B, S] by rows: padding before a context would shift its steps."""
             rows = []
             for index, row in enumerate(context):
                 padding = 0 if attention_mask is None else int((attention_mask[index] == 0).sum())
@@ -72,29 +72,29 @@ def harness_model() -> Any:
                 with torch.no_grad():
                     for _ in self._steps(alone[:, :-1], held, first=alone.shape[1] - 2):
                         pass
-                given = {cache_argument(self.model): held}
-                out = super()._model_generate(alone, max_length - padding, stop, **given, **kwargs)
+                caches = {cache_argument(self.model): held}
+                out = super()._model_generate(alone, max_length - padding, stop, **caches, **kwargs)
                 rows.append(torch.cat([row[:padding], out[0]]))
             value = self.tokenizer.pad_token_id or 0
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
         def _steps(self, ids: Tensor, held: Any, first: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
-            """The steps over token ids [B, S] from an empty cache on; none when there are no tokens."""
+            """Read token ids [B, S] in steps, from an empty cache on; no steps when there are no tokens."""
             return read_steps(self.model, ids, [held], self.latent_plan, first) if ids.numel() else iter(())
 
     return register_model("fhopt")(LatentLM)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:
-    """The type of numbers that lm-eval's option `dtype` names; `auto` is float32, in which plans are measured."""
-    found = torch.float32 if name == "auto" else getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise FhoptError(f"dtype {name!r} is no type of numbers; expected float32, bfloat16, float16 or auto.")
-    return found
+    """Resolve lm-eval's option `dtype`; `auto` is float32, in which plans are measured. Raises FhoptError."""
+    dtype = torch.float32 if name == "auto" else getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise FhoptError(f"dtype {name!r} is unknown; expected float32, bfloat16, float16 or auto.")
+    return dtype
 
 
 def main() -> None:
-    """lm-eval's own command line, which then knows the model `fhopt`."""
+    """Run lm-eval's own command line, with the model `fhopt` registered."""
     try:
         harness_model()
         from lm_eval.__main__ import cli_evaluate

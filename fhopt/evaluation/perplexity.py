@@ -1,9 +1,9 @@
-"""What a plan costs and gives, measured on the model itself with its real cache.
+"""Perplexity and KL divergence of a plan, measured on the model itself with its real KV cache.
 
 Tokens are read in steps of the plan's block, aligned so that every query sees exactly what it would see when decoding
-token by token: `recent` to `recent + block` exact tokens, the sinks, and latents of all others, or of the pages that it
-chooses. The exact model is read in the same steps, its cache beside the plan's; only one step's logits of each are
-held. Several processes may share the sequences (fhopt/parallel/collectives.py).
+token by token: a residual window of `recent` to `recent + block` tokens, the attention sinks, and latents of all
+others, or of the pages that it selects. The exact model is read in the same steps, its KV cache beside the plan's; only
+one step's logits of each are held. Several processes may share the sequences (fhopt/parallel/collectives.py).
 
 Intervals are percentiles of a bootstrap over blocks of 64 tokens, because tokens close to each other go wrong together
 (blocks that do not overlap: Carlstein 1986, "The use of subseries values for estimating the variance of a general
@@ -27,14 +27,14 @@ from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.latent_plan import LatentPlan
 
-FIRST_STEP, STEP = 196, 64  # of an exact cache alone: those of a plan with the usual sinks and window
+FIRST_STEP, STEP = 196, 64  # tokens, for an exact cache alone: those of a plan with the default sinks and window
 
 
 def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -> Any:
-    """An empty cache: of latents by `plan` (which must be applied to the model), or an exact one for any model.
+    """Make an empty KV cache: of latents by `plan` (which must be applied to the model), or an exact one for any model.
 
-    each_query: of the plan's pages each query reads those that it would choose alone (see `LatentCache`). The exact one
-    is no `DynamicCache`, although it has its layers: a model with a plan would put latents into that.
+    each_query: of the plan's pages each query reads those that it would select alone (see `LatentCache`). The exact
+    cache is not a `DynamicCache`, although it has its layers: a model with a plan would put latents into that.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import Cache
@@ -48,7 +48,7 @@ def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -
 
 @contextmanager
 def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
-    """`plan` applied to the model inside (None: no plan at all), and what was applied before again afterwards."""
+    """Apply `plan` inside the context (None: no plan at all), and afterwards what was applied before."""
     before = getattr(model, "_fhopt_applied", None)
     try:
         (unapply(model) if plan is None else apply(model, plan))
@@ -58,7 +58,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
 
 
 def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:
-    """(start, stop) of each step over `tokens` tokens: a step ends where the plan seals a block."""
+    """Return (start, stop) of each step over `tokens` tokens: a step ends where the plan quantizes a block."""
     first, step = (plan.sinks + plan.window, plan.block) if plan is not None else (FIRST_STEP, STEP)
     cuts = [0, *range(first, tokens, step), tokens]
     return list(itertools.pairwise(cuts))
@@ -77,8 +77,8 @@ def read_steps(
     for start, stop in step_bounds(ids.shape[1], plan):
         at = min(max(start, first), stop - 1)
         options = {"use_cache": True} | ({"logits_to_keep": stop - at} if can_skip else {})
-        chunk = ids[:, start:stop].to(model.device)
-        logits = [model(chunk, **{name: cache}, **options).logits[:, at - stop :] for cache in caches]
+        tokens = ids[:, start:stop].to(model.device)
+        logits = [model(tokens, **{name: cache}, **options).logits[:, at - stop :] for cache in caches]
         if stop > first:
             yield at, logits
 
@@ -88,7 +88,7 @@ def score(
     model: Any, ids: Tensor, plan: LatentPlan | None, progress: Callable[[int], None] = lambda n: None,
     *, shared: bool = False,
 ) -> Score:  # fmt: skip
-    """Likelihood of token ids [N, T] under the model with the cache of `plan` (None: an exact cache).
+    """Measure the likelihood of token ids [N, T] under the model with the KV cache of `plan` (None: an exact one).
 
     shared: each process reads its share, and all know the result; all must call it, with a whole model each.
     """
@@ -112,16 +112,17 @@ def token_costs(
     model: Any, ids: Tensor, plan: LatentPlan, progress: Callable[[int], None] = lambda n: None,
     *, shared: bool = False,
 ) -> TokenCosts:  # fmt: skip
-    """What each of token ids [N, T] costs with the exact cache and with the plan's, in one pass.
+    """Measure what each of token ids [N, T] costs with the exact KV cache and with the plan's, in one pass.
 
-    Applies the plan, and leaves the model as it was. shared as in `score`. Raises FhoptError when the plan is not for
+    Applies the plan, and leaves the model as it was. shared: each process reads its share, and all know the result; all
+    must call it, with a whole model each. Raises FhoptError when the plan is not for
     this model.
     """
 
     def measure(sequence: Tensor) -> Tensor:
         caches = [new_cache(model, None), new_cache(model, plan)]
         steps = read_steps(model, sequence[None, :-1], caches, plan)
-        parts = [paired(exact[0], coded[0], sequence[at + 1 :]) for at, (exact, coded) in steps]
+        parts = [paired(exact[0], planned[0], sequence[at + 1 :]) for at, (exact, planned) in steps]
         progress(processes()[1] if shared else 1)
         return torch.cat(parts, -1)  # [3, T-1]
 
@@ -129,17 +130,17 @@ def token_costs(
         return TokenCosts(*torch.stack(_each(ids, measure, shared), 1))
 
 
-def paired(exact: Tensor, coded: Tensor, following: Tensor) -> Tensor:
-    """[3, S] from logits [S, V] of both and the tokens that follow: cost of the exact model, of the plan, KL.
+def paired(exact: Tensor, planned: Tensor, following: Tensor) -> Tensor:
+    """Return costs of the exact model and of the plan, and the KL, [3, S], from logits [S, V] and following tokens.
 
     float64: the difference of two close distributions is small beside what float32 rounds off.
     """
-    p, q = exact.double().log_softmax(-1), coded.double().log_softmax(-1)
+    p, q = exact.double().log_softmax(-1), planned.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).clamp(min=0).cpu()  # below zero by rounding only
     return torch.stack([_costs(p, following), _costs(q, following), kl])
 
 
 def _costs(log_p: Tensor, following: Tensor) -> Tensor:
-    """Negative log-likelihood [S] from log-probabilities [S, V] and at least S tokens that follow."""
+    """Return the negative log-likelihood [S] from log-probabilities [S, V] and at least S tokens that follow."""
     target = following[: len(log_p), None].to(log_p.device)
     return -log_p.gather(-1, target)[:, 0].cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 BOOTSTRAP_TOKENS = 64
 RESAMPLES = 2000
-SEED = 0  # of the resampling: the same figures give the same interval
+SEED = 0  # of the resampling: equal figures give equal intervals
 Interval = tuple[float, float]
 
 
@@ -23,7 +23,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean."""
+        """Exponential of the mean."""
         return math.exp(self.nats)
 
 
@@ -56,7 +56,7 @@ class TokenCosts:
     kl: Tensor
 
     def compare(self) -> Comparison:
-        """Means over all tokens, and their intervals."""
+        """Average over all tokens, with intervals."""
         increase = self.plan - self.exact
         exact, interval = float(self.exact.mean()), _block_interval(increase)
         return Comparison(
@@ -71,18 +71,18 @@ class TokenCosts:
 
 
 def _percent(nats: float) -> float:
-    """Increase of perplexity, in percent, for an increase of the mean in nats."""
+    """Return the increase of perplexity, in percent, for an increase of the mean in nats."""
     return 100 * math.expm1(nats)
 
 
 def _block_interval(x: Tensor) -> Interval | None:
-    """Interval of the mean of x [N, T], resampled by blocks of tokens within a sequence."""
+    """Return the interval of the mean of x [N, T], resampled by blocks of tokens within a sequence."""
     blocks = [block for row in x for block in row.split(BOOTSTRAP_TOKENS)]
     return bootstrap_interval([float(b.sum()) for b in blocks], [len(b) for b in blocks])
 
 
 def bootstrap_interval(sums: list[float], counts: list[int]) -> Interval | None:
-    """95 % interval of sum(sums) / sum(counts), resampling the pairs; None for fewer than two pairs."""
+    """Return the 95 % interval of sum(sums) / sum(counts), resampling the pairs; None for fewer than two pairs."""
     if len(sums) < 2:
         return None
     generator, total, count = np.random.default_rng(SEED), np.array(sums), np.array(counts)

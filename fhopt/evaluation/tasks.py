@@ -1,4 +1,4 @@
-"""Tasks that compressed attention is known to be bad at, each scored by name: exact strings and numbers from afar.
+"""Retrieval tasks that compressed attention is known to be bad at: exact strings and numbers from afar.
 
     [sinks | filler | needle | filler .......... | question] answer
                       ^ in latents when the question is read
@@ -10,9 +10,10 @@
 | `digits` | a table of names and four-digit numbers | the number of one name |
 | `arithmetic` | additions of small numbers with their sums | the sum of two that are not among them |
 
-Depth is the place of the needle between the sinks and the last position that is sealed before the question begins, in
-percent: a needle at any depth is in latents. The passkey is that of Mohtashami and Jaggi 2023, "Landmark Attention",
-section 4.2. Only `arithmetic` can be answered without its needle, by a model that can add: it is there to show harm.
+Depth is the place of the needle between the attention sinks and the last position that is quantized before the question
+begins, in percent: a needle at any depth is in latents. The passkey is that of Mohtashami and Jaggi 2023, "Landmark
+Attention", section 4.2. Only `arithmetic` can be answered without its needle, by a model that can add: it is there to
+show harm.
 
 An item is right when each token of its answer is the most likely one, which is when greedy decoding would write it.
 """
@@ -61,8 +62,8 @@ class Wording:
 class Item:
     """Token ids of a context that ends with a question, and of its answer.
 
-    needle: its positions [start, stop). question: the position at which it begins. others: questions that may stand
-    there instead, with their answers, for who reads a context once and asks often.
+    needle: its positions [start, stop). question: the position at which it begins. others: questions that may be asked
+    instead, with their answers, so that a context is read once for several questions.
     """
 
     context: tuple[int, ...]
@@ -73,13 +74,16 @@ class Item:
 
     @property
     def questions(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """All that can be asked, each with its answer; first what `context` ends with."""
+        """All questions, each with its answer; first the one that `context` ends with."""
         return ((self.context[self.question :], self.answer), *self.others)
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """lengths: tokens of the contexts. items: per length and depth. sinks, window: tokens a plan keeps exact."""
+    """Options of the tasks.
+
+    lengths: tokens of the contexts. items: per length and depth. sinks, window: tokens that a plan keeps exact.
+    """
 
     lengths: tuple[int, ...] = (512, 1024, 2048)
     items: int = 5
@@ -89,17 +93,17 @@ class TaskOptions:
 
 
 def choose(names: str) -> list[str]:
-    """Tasks from a list with commas, in order, each once; `all` is all of them and perplexity. Raises FhoptError."""
+    """Read tasks from a list with commas, in order, each once; `all` adds perplexity to all. Raises FhoptError."""
     known = ["perplexity", *TASKS]
     chosen = [name.strip() for name in names.split(",")]
     wrong = [name for name in chosen if name not in (*known, "all")]
     if wrong:
-        raise FhoptError(f"{wrong[0]!r} is no task; expected some of {', '.join(known)}, all, with commas between.")
+        raise FhoptError(f"unknown task {wrong[0]!r}; expected some of {', '.join(known)}, all, with commas between.")
     return [name for name in known if name in chosen or "all" in chosen]
 
 
 def read_lengths(text: str) -> tuple[int, ...]:
-    """Lengths from a list with commas: 512,1024. Raises FhoptError."""
+    """Read lengths from a list with commas: 512,1024. Raises FhoptError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise FhoptError(f"lengths {text!r} are not numbers of tokens; expected some like 512,1024.")
@@ -108,7 +112,7 @@ def read_lengths(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Task:
-    """How to word one item from random numbers, and the depths, in percent, at which its needle stands."""
+    """How an item is worded from random numbers, and the depths, in percent, at which its needle stands."""
 
     word: Callable[[random.Random], Wording]
     depths: tuple[int, ...] = (10,)
@@ -159,7 +163,7 @@ TASKS = {
 
 
 class ItemWriter:
-    """Writes items with the words of one tokenizer: the same items for the same options."""
+    """Writes items with the words of one tokenizer; equal options give equal items."""
 
     def __init__(self, tokenizer: Any, options: TaskOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
@@ -168,7 +172,7 @@ class ItemWriter:
         self.start = whole[: -len(plain)] if whole[-len(plain) :] == plain else []  # what stands before every text
 
     def items(self, task: str, length: int, depth: int) -> list[Item]:
-        """The items of one cell. Raises FhoptError when `length` is too short for the task."""
+        """Write the items of one cell. Raises FhoptError when `length` is too short for the task."""
         seeds = (f"{self.options.seed} {task} {length} {depth} {number}" for number in range(self.options.items))
         return [self._item(task, length, depth, random.Random(seed)) for seed in seeds]
 
@@ -185,7 +189,7 @@ class ItemWriter:
         return Item(context, answer, (at, at + len(needle)), length - len(question), others)
 
     def _place(self, task: str, length: int, depth: int, needle: int, question: int) -> int:
-        """Position of a needle of so many tokens at `depth` percent."""
+        """Return the position of a needle of so many tokens at `depth` percent. Raises FhoptError."""
         sinks, window = self.options.sinks, self.options.window
         first, last = max(len(self.start), sinks), length - question - window - needle
         if last < first:
@@ -201,7 +205,7 @@ class ItemWriter:
 
 @dataclass(frozen=True)
 class Answered:
-    """How well answers were known: hits are exact ones; log_prob is the mean per token of an answer, in nats."""
+    """Scores of answers: hits are exact ones; log_prob is the mean per token of an answer, in nats."""
 
     hits: int
     items: int
@@ -212,7 +216,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task, or one of its cells, with the exact cache and with the plan's (None: there was no plan).
+    """Scores of a task, or one of its cells, with the exact KV cache and with the plan's (None: there was no plan).
 
     log_prob_change: mean of plan minus exact over the items, with its 95 % interval (None for a single item).
     """
@@ -224,18 +228,21 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """One item with one cache."""
+class _ItemScore:
+    """Score of one item with one cache."""
 
     is_exact: bool
     log_prob: float
 
 
-_Pair = tuple[_Known, ...]  # with the exact cache; with the plan's, when there is one
+_Pair = tuple[_ItemScore, ...]  # with the exact cache; with the plan's, when there is one
 
 
 def wilson_interval(hits: int, items: int) -> Interval:
-    """95 % interval of a rate (Wilson 1927, "Probable inference, the law of succession, and statistical inference")."""
+    """Return the 95 % interval of a rate.
+
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
     z = 1.959963984540054
     rate, spread = hits / items, z * z / items
     middle = (rate + spread / 2) / (1 + spread)
@@ -244,7 +251,7 @@ def wilson_interval(hits: int, items: int) -> Interval:
 
 
 def write_items(tokenizer: Any, tasks: Sequence[str], options: TaskOptions) -> dict[str, dict[Cell, list[Item]]]:
-    """The items of each task by cell. Raises FhoptError when a length is too short for a task."""
+    """Write the items of each task by cell. Raises FhoptError when a length is too short for a task."""
     writer = ItemWriter(tokenizer, options)
     cells = {task: [(length, depth) for length in options.lengths for depth in TASKS[task].depths] for task in tasks}
     return {task: {cell: writer.items(task, *cell) for cell in cells[task]} for task in tasks}
@@ -260,9 +267,10 @@ def run_tasks(
     model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plan: LatentPlan | None, progress: Progress = silent,
     *, shared: bool = False,
 ) -> dict[str, dict[Cell | None, TaskResult]]:  # fmt: skip
-    """Each task by cell, and under None all its cells together.
+    """Run each task; returns its results by cell, and under None those of all its cells together.
 
-    Applies the plan, and leaves the model as it was. shared as in `evaluate.score`. Raises FhoptError when the plan or
+    Applies the plan, and leaves the model as it was. shared: each process takes its share of the items, and all know
+    the results; all must call it, with a whole model each. Raises FhoptError when the plan or
     a length is not for this model.
     """
     check_items(model, tasks)
@@ -283,19 +291,21 @@ def _run_task(
         progress(task, done, total)
         return torch.nn.functional.pad(answered, (0, 0, 0, 0, 0, BATCH - len(batch[1])))  # all alike
 
-    found = by_process(batches, measure) if shared else [measure(batch) for batch in batches]
-    known: dict[Cell, list[_Pair]] = {cell: [] for cell in cells}
-    for (cell, some), answered in zip(batches, found, strict=True):
-        known[cell] += [tuple(_Known(bool(hit), float(nats)) for hit, nats in row) for row in answered[: len(some)]]
-    together = [pair for pairs in known.values() for pair in pairs]
-    return {None: _summary(together)} | {cell: _summary(pairs) for cell, pairs in known.items()}
+    measured = by_process(batches, measure) if shared else [measure(batch) for batch in batches]
+    scores: dict[Cell, list[_Pair]] = {cell: [] for cell in cells}
+    for (cell, some), answered in zip(batches, measured, strict=True):
+        scores[cell] += [
+            tuple(_ItemScore(bool(hit), float(nats)) for hit, nats in row) for row in answered[: len(some)]
+        ]
+    together = [pair for pairs in scores.values() for pair in pairs]
+    return {None: _summary(together)} | {cell: _summary(pairs) for cell, pairs in scores.items()}
 
 
 @torch.inference_mode()
 def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
-    """Read items of one length at once, into an exact cache and into that of the plan.
+    """Read items of one length at once, into an exact KV cache and into that of the plan.
 
-    Of each item and cache whether the answer was exact, and its log-probability: float64 [B, caches, 2].
+    Returns of each item and cache whether the answer was exact, and its log-probability: float64 [B, caches, 2].
     """
     used = [None] if plan is None else [None, plan]
     longest = max(len(item.answer) for item in items)
@@ -304,11 +314,11 @@ def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
     steps = read_steps(model, ids[:, :-1], [new_cache(model, p) for p in used], plan, first)
     read = list(zip(*(logits for _, logits in steps), strict=True))
     caches = [torch.cat(parts, 1).double().log_softmax(-1).cpu() for parts in read]  # [B, longest, V] each
-    return torch.stack([torch.stack([_known(p[i], item.answer) for p in caches]) for i, item in enumerate(items)])
+    return torch.stack([torch.stack([_score(p[i], item.answer) for p in caches]) for i, item in enumerate(items)])
 
 
-def _known(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
-    """[2] as above, from log-probabilities [A or more, V] of the tokens of an answer of A tokens."""
+def _score(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
+    """Return [is exact, mean log-probability] from log-probabilities [A or more, V] of an answer of A tokens."""
     target = torch.tensor(answer)
     log_p = log_p[: len(answer)]
     values = log_p.gather(-1, target[:, None])
@@ -316,15 +326,15 @@ def _known(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
 
 
 def _summary(pairs: list[_Pair]) -> TaskResult:
-    exact, *coded = [_answered(side) for side in zip(*pairs, strict=True)]
-    if not coded:
+    exact, *planned = [_answered(side) for side in zip(*pairs, strict=True)]
+    if not planned:
         return TaskResult(exact, None, None, None)
     changes = [plan.log_prob - before.log_prob for before, plan in pairs]
     interval = bootstrap_interval(changes, [1] * len(changes))
-    return TaskResult(exact, coded[0], sum(changes) / len(changes), interval)
+    return TaskResult(exact, planned[0], sum(changes) / len(changes), interval)
 
 
-def _answered(known: Sequence[_Known]) -> Answered:
-    hits, items = sum(k.is_exact for k in known), len(known)
-    log_prob = sum(k.log_prob for k in known) / items
+def _answered(scores: Sequence[_ItemScore]) -> Answered:
+    hits, items = sum(s.is_exact for s in scores), len(scores)
+    log_prob = sum(s.log_prob for s in scores) / items
     return Answered(hits, items, hits / items, wilson_interval(hits, items), log_prob)

@@ -8,8 +8,8 @@ from fhopt.import_hook import lazily
 
 if TYPE_CHECKING:
     from fhopt.fitting.allocation import Budget as Budget
-    from fhopt.fitting.allocation import Candidates as Candidates
     from fhopt.fitting.allocation import check_options as check_options
+    from fhopt.fitting.bases import Candidates as Candidates
     from fhopt.fitting.fit_plan import fit as fit
     from fhopt.plan.fingerprint import check_model as check_model
     from fhopt.plan.fingerprint import fingerprint as fingerprint
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "fit": "fhopt.fitting.fit_plan",
     "Budget": "fhopt.fitting.allocation",
-    "Candidates": "fhopt.fitting.allocation",
+    "Candidates": "fhopt.fitting.bases",
     "check_options": "fhopt.fitting.allocation",
     "check_model": "fhopt.plan.fingerprint",
     "fingerprint": "fhopt.plan.fingerprint",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.fitting.bases import Basis
+from fhopt.fitting.bases import Basis, CandidateBases
+from fhopt.fitting.costs import Costs, SideCosts, SideKey
 from fhopt.hardware.this_cpu import find_device
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import LAYOUTS, SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
@@ -22,20 +23,15 @@ from fhopt.plan.window import sealed_tokens
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.00009, 16: 0.0}
 STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
 
-
 # Tokens are not Gaussian, and what is clipped costs more than what is rounded: measured on SmolLM2 by the effect on
 # the likelihood, per number of bits. At 8 bits the Gaussian's range makes clipping 20 times as dear as rounding.
 WIDER = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.2, 5: 1.3, 6: 1.4, 8: 2.0}
 STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 GPU_BITS = (2, 4, 8)  # of one plane: nothing is read twice
-PLANE = 16  # bytes: for a GPU every tier of a row is a multiple of it, which is what a thread reads at once
+PLANE = 16  # bytes: for a GPU every bit group of packed latents is a multiple of it, what a thread reads at once
 AUTO = "auto"
 ROUNDS = 4  # of choosing layouts at the price that the last choice led to
-
-
-# site -> layout -> bases of keys and values; "input" has one for both
-Candidates = dict[str, dict[str, tuple[Basis, ...]]]
 
 
 # --------------------------------------------------------------------------------------------------- plans
@@ -43,7 +39,7 @@ Candidates = dict[str, dict[str, tuple[Basis, ...]]]
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a cache may be: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted."""
+    """Size of a KV cache: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted."""
 
     ratio: float
     sinks: int = 4
@@ -52,10 +48,11 @@ class Budget:
     window_bits: int = 8
     tokens: int = 8192
 
-    def code_bits(self, sites: Iterable[AttentionSite]) -> int:
-        """Bits of codes and scales per sealed token. Raises FhoptError when every token is exact.
+    def quantized_token_bits(self, sites: Iterable[AttentionSite]) -> int:
+        """Return the bits of a quantized token: values and scales. Raises FhoptError when every token is exact.
 
-        With cross attention, whose tokens are all sealed, that of the others is counted as if it were sealed as far.
+        Where there is cross attention, all of whose tokens are quantized, the tokens of other attention count as
+        quantized to the same length.
         """
         plans = [_blank(site) for site in sites]
         own = [p for p in plans if p.site.kind == "self"]
@@ -64,14 +61,14 @@ class Budget:
         total = self.tokens * sum(p.open_bytes() for p in plans) / self.ratio
         if not own:
             return int(8 * total / self.tokens)
-        sealed = sealed_tokens(self.tokens, self.sinks, self.recent, self.block)
-        if sealed == 0:
+        quantized = sealed_tokens(self.tokens, self.sinks, self.recent, self.block)
+        if quantized == 0:
             raise FhoptError(
                 f"{self.tokens} tokens are all exact (sinks {self.sinks}, recent {self.recent}); expected a longer "
                 "context."
             )
-        fixed = self.sinks * exact + (self.tokens - self.sinks - sealed) * window
-        return int(8 * (total - fixed) / (sealed if len(own) == len(plans) else self.tokens))
+        fixed = self.sinks * exact + (self.tokens - self.sinks - quantized) * window
+        return int(8 * (total - fixed) / (quantized if len(own) == len(plans) else self.tokens))
 
 
 def _blank(site: AttentionSite) -> SitePlan:
@@ -81,20 +78,20 @@ def _blank(site: AttentionSite) -> SitePlan:
 
 def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int], device: str | None = None) -> None:
     """Raise FhoptError when the budget is below the least that each side of each site must get."""
-    asked, sides = budget.code_bits(sites), 2 * len(sites)
+    asked, sides = budget.quantized_token_bits(sites), 2 * len(sites)
     _check_reached(sides * (grain_of(bits, device).least + 8 * SCALE_BYTES), asked)
 
 
 def _check_reached(least: int, asked: int) -> None:
     if least > asked:
         raise FhoptError(
-            f"the size leaves {asked / 8:.0f} bytes for a sealed token, the least possible is {least / 8:.0f} (sinks "
-            "and window are counted). Lower the ratio, or make the plan for a longer context."
+            f"the size leaves {asked / 8:.0f} bytes for a quantized token, the least possible is {least / 8:.0f} "
+            "(sinks and window are counted). Lower the ratio, or make the plan for a longer context."
         )
 
 
 def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | None = None) -> None:
-    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits, on a device if one is given."""
+    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits, on a device if one is named."""
     if not 1 <= ratio < 1000:
         raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
     if layout not in (AUTO, *LAYOUTS):
@@ -113,19 +110,19 @@ def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | 
 
 @dataclass(frozen=True)
 class Grain:
-    """How finely bits are given: numbers of bits in rising order, and the bytes of a plane, 0 where none are fixed."""
+    """Units in which bits are allocated: numbers of bits in rising order; bytes of a plane, 0 where none are fixed."""
 
     levels: tuple[int, ...]
     plane: int
 
     @property
     def least(self) -> int:
-        """Bits of one latent head of a side that has the fewest."""
+        """Bits of one latent head of a side that has the fewest possible."""
         return 8 * self.plane or TIER_QUANTUM * min(self.levels)
 
 
 def grain_of(bits: Sequence[int], device: str | None) -> Grain:
-    """Chunks of any bits, or for a GPU whole planes of those that its kernels read well."""
+    """Return chunks of any bits, or for a GPU whole planes of those that its kernels read well."""
     if device is None or find_device(device).kind != "gpu":
         return Grain(tuple(sorted(set(bits))), 0)
     return Grain(tuple(b for b in GPU_BITS if b in bits), PLANE)
@@ -141,17 +138,17 @@ class Allocation:
 
 
 class _Part(Protocol):
-    """What gets bits at once: amounts of them, rising from 0, over J latent heads, and the loss that each leaves."""
+    """Channels that get bits together: amounts of bits over J latent heads, rising from 0, and the loss with each."""
 
     bits: list[int]
     nats: list[float]
 
     def chunks(self, n: int) -> list[int]:
-        """Bits of each chunk with `bits[n]` in all."""
+        """Return the bits of each chunk with `bits[n]` in all."""
 
 
 class _Chunk:
-    """One chunk, on any of the levels. unit: what one bit per channel takes."""
+    """One chunk with any of the numbers of bits. unit: bits that one bit per channel takes."""
 
     def __init__(self, costs: Mapping[int, float], unit: int) -> None:
         self.levels = list(costs)
@@ -159,22 +156,22 @@ class _Chunk:
         self.nats = list(costs.values())
 
     def chunks(self, n: int) -> list[int]:
-        """As above."""
+        """Return the bits of the chunk with `bits[n]` in all."""
         return [self.levels[n]]
 
 
 class _Planes:
-    """A side whose tiers are whole planes: the least loss for every number of planes that are filled.
+    """A side whose bit groups are whole planes: the least loss for every number of planes that are filled.
 
-    Chunks go into tiers in order of what dropping them costs. With the levels b that were gone through, the highest
-    first, least[p, u] is the loss of the first p chunks in u planes:
+    Chunks go into bit groups in order of what dropping them costs. With the levels b that were gone through, the
+    highest first, least[p, u] is the loss of the first p chunks in u planes:
     least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p), c chunks to a plane.
     """
 
     def __init__(self, costs: Mapping[int, Sequence[float]], groups: int, plane: int) -> None:
         self.levels = sorted(set(costs) - {0}, reverse=True)
         self.steps = [8 * plane // (TIER_QUANTUM * b) for b in self.levels]
-        count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last tier may reach past the last chunk
+        count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last group may reach past the last chunk
         self.order = sorted(range(count), key=lambda i: -costs[0][i] if i < len(costs[0]) else 0.0)
         sums = {b: self._sums(c, count) for b, c in costs.items()}
         planes = count // self.steps[0]
@@ -192,12 +189,12 @@ class _Planes:
         self.nats = nats.tolist()
 
     def _sums(self, costs: Sequence[float], count: int) -> Tensor:
-        """Costs of the first p chunks in order, p from 0."""
+        """Sum the costs of the first p chunks in order, p from 0."""
         ordered = [costs[i] if i < len(costs) else 0.0 for i in self.order]
         return torch.tensor([0.0, *ordered], dtype=torch.float64).cumsum(0)
 
     def chunks(self, n: int) -> list[int]:
-        """As above."""
+        """Return the bits of each chunk with `bits[n]` in all."""
         bits, p, u = [0] * len(self.order), int(self.ends[n]), n
         for at in reversed(range(len(self.levels))):
             while self.least[at + 1][p, u] < self.least[at][p, u]:
@@ -209,46 +206,47 @@ class _Planes:
 
 @dataclass
 class _Side:
-    """What a side costs, in the parts that get bits, and the bits of its scales per token."""
+    """Costs of a side in the parts that get bits, and the bits of its scales per token."""
 
     parts: Sequence[_Part]
     fixed: int
 
 
-Sides = Mapping[tuple[str, str, int], _Side]  # by site, layout, and which of the layout's sides
+Sides = Mapping[SideKey, _Side]
 
 
-def candidate_sides(found: Candidates, grain: Grain) -> Sides:
-    """Collect the sides of every candidate layout, in chunks of `grain`."""
+def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain) -> Sides:
+    """Divide the sides of every candidate layout into parts of `grain`; where `costs` has none, costs are Gaussian."""
     return {
-        (name, which, i): _side(basis, grain)
-        for name, table in found.items()
-        for which, pair in table.items()
+        (name, which, i): _side(basis, costs.get((name, which, i)), grain)
+        for name, layouts in bases.items()
+        for which, pair in layouts.items()
         for i, basis in enumerate(pair)
     }
 
 
-def choose_layouts(found: Candidates, sides: Sides, budget: int, grain: Grain) -> tuple[dict[str, str], Allocation]:
-    """(layout of each site, bits): allocate, let layouts compete at the price of the last bit, repeat while it helps.
+def choose_layouts(bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> tuple[dict[str, str], Allocation]:
+    """Choose (layout of each site, bits) for a budget of bits per token.
 
-    The first layouts of each site must fit the budget; others are taken only where the whole plan costs less.
+    Bits are allocated, layouts compete at the price of the last bit, and both are repeated while it helps. The first
+    layouts of each site must fit the budget; others are taken only where the whole plan costs less.
     """
 
     def allocate(layouts: Mapping[str, str]) -> Allocation:
-        used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(found[n][w]))}
+        used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(bases[n][w]))}
         return _allocate(used, budget, fill=grain.plane > 0)
 
     def cheapest(name: str, price: float) -> str:
         worth = {
             which: sum(_least(sides[name, which, i], price) for i in range(len(pair)))
-            for which, pair in found[name].items()
+            for which, pair in bases[name].items()
         }
         return min(worth, key=lambda w: worth[w])
 
-    chosen = {name: next(iter(table)) for name, table in found.items()}
+    chosen = {name: next(iter(table)) for name, table in bases.items()}
     allocation = allocate(chosen)
     for _ in range(ROUNDS):
-        others = {name: cheapest(name, allocation.price) for name in found}
+        others = {name: cheapest(name, allocation.price) for name in bases}
         if others == chosen:
             break
         try:
@@ -262,24 +260,25 @@ def choose_layouts(found: Candidates, sides: Sides, budget: int, grain: Grain) -
 
 
 def _least(side: _Side, price: float) -> float:
-    """Least of nats plus what its bits are worth, for one side."""
+    """Return the least sum of nats and worth of bits, at `price` nats a bit, of one side."""
     best = (min(nats + price * b for nats, b in zip(p.nats, p.bits, strict=True)) for p in side.parts)
     return sum(best) + price * side.fixed
 
 
-def chunk_costs(basis: Basis, levels: Sequence[int]) -> dict[int, list[float]]:
-    """Nats per token of each chunk with 0 bits and with each of `levels`: measured, or of a Gaussian."""
-    costs, tokens = {}, int(basis.tokens)
-    for b in (0, *levels):
-        per_channel = basis.variance * DISTORTION[b]
-        if tokens and b in basis.costs:
-            per_channel = basis.costs[b] / tokens
-        costs[b] = _per_chunk(0.5 * per_channel)
-    return costs
+def channel_nats(basis: Basis, costs: SideCosts | None, bits: int) -> Tensor:
+    """Return what each channel costs with `bits` bits, [J, R] nats per token: as measured, or of a Gaussian."""
+    if costs is not None and bits in costs.sums and int(costs.tokens):
+        return 0.5 * (costs.sums[bits] / int(costs.tokens))
+    return 0.5 * (basis.variance * DISTORTION[bits])
 
 
-def _side(basis: Basis, grain: Grain) -> _Side:
-    costs = chunk_costs(basis, grain.levels)
+def chunk_nats(basis: Basis, costs: SideCosts | None, levels: Sequence[int]) -> dict[int, list[float]]:
+    """Return nats per token of each chunk with 0 bits and with each of `levels`."""
+    return {bits: _per_chunk(channel_nats(basis, costs, bits)) for bits in (0, *levels)}
+
+
+def _side(basis: Basis, measured: SideCosts | None, grain: Grain) -> _Side:
+    costs = chunk_nats(basis, measured, grain.levels)
     fixed, unit = 8 * SCALE_BYTES * basis.groups, TIER_QUANTUM * basis.groups
     if grain.plane:
         return _Side([_Planes(costs, basis.groups, grain.plane)], fixed)
@@ -287,7 +286,7 @@ def _side(basis: Basis, grain: Grain) -> _Side:
 
 
 def _per_chunk(per_channel: Tensor) -> list[float]:
-    """[J, R] -> sums over latent heads and over each chunk of TIER_QUANTUM channels."""
+    """Sum [J, R] over latent heads and over each chunk of TIER_QUANTUM channels."""
     total = per_channel.sum(0)
     padded = torch.nn.functional.pad(total, (0, -len(total) % TIER_QUANTUM))
     return [float(c) for c in padded.unflatten(0, (-1, TIER_QUANTUM)).sum(1)]
@@ -297,7 +296,7 @@ _At = tuple[tuple[str, int], int]  # (site, side), part
 
 
 def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, fill: bool) -> Allocation:
-    """Bits per chunk: always the largest fall of loss per bit. fill: use up what is left of the budget then."""
+    """Allocate bits to chunks, always where the loss falls most per bit. fill: use up the rest of the budget then."""
     parts: dict[_At, _Part] = {(key, i): part for key, side in sides.items() for i, part in enumerate(side.parts)}
     now = {at: int(at[1] == 0) for at in parts}  # every side keeps the least: a latent of no channels is no latent
     used = sum(side.fixed for side in sides.values()) + sum(parts[at].bits[n] for at, n in now.items())
@@ -330,7 +329,7 @@ def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, fill: bool) -
 
 
 def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, int]]:
-    """(fall of loss per bit, which) of all larger amounts for which there is room."""
+    """Return (fall of loss per bit, which) of all larger amounts of bits that fit into `room`."""
     nats, bits = part.nats[now], part.bits[now]
     return [
         ((nats - part.nats[n]) / (part.bits[n] - bits), n)
@@ -340,8 +339,8 @@ def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, i
 
 
 def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: int) -> None:
-    """Give what is left, less than the next step of any part that is worth it, to where it helps most."""
-    while gains := [(*max(found), at) for at in parts if (found := _gains(parts[at], now[at], room))]:
+    """Allocate the rest of the budget, too little for the next best amount of any part, to where it helps most."""
+    while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], room))]:
         gain, n, at = max(gains)
         if gain <= 0:
             return

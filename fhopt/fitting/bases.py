@@ -25,7 +25,8 @@ threshold between the two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,36 +35,37 @@ from fhopt.fitting.statistics import SiteStatistics
 from fhopt.plan.site import AttentionSite, Rope
 
 SHRINKAGE = 0.01
-FAINT = 1e-4  # of the mean variance: channels below it keep less than unit variance, for a few thousand tokens say too
-
-
-# little of them, and one that is far louder on other text would spoil the scale of the whole token
+# Of the mean variance: channels below it keep less than unit variance, for a few thousand tokens say too little of
+# them, and one that is far louder on other text would spoil the scale of the whole token.
+FAINT = 1e-4
 RANK_CUT = 1e-12  # of the largest eigenvalue of the joint moment: float32 keys and values are exact to 1e-7
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Basis:
     """A basis before bits are chosen: channels in order of falling cost, all latent heads alike in length.
 
     encode [J, R, n*D], decode [J, n*D, R], float64; channels have unit variance, faint ones less.
     variance [J, R]: twice the nats per token that dropping a channel costs, if errors of tokens were independent.
-    costs: bits -> [J, R], summed over `tokens` tokens: twice the nats that were measured (`calibrate.measure_rates`).
     """
 
     encode: Tensor
     decode: Tensor
     variance: Tensor
-    costs: dict[int, Tensor] = field(default_factory=dict)
-    tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     @property
     def groups(self) -> int:
-        """J."""
+        """Number of latent heads, J."""
         return int(self.encode.shape[0])
 
 
+# site -> layout -> bases of keys and of values; the layout `input` has one for both
+CandidateBases = Mapping[str, Mapping[str, tuple[Basis, ...]]]
+Candidates = CandidateBases  # its name in `fhopt.fitting`
+
+
 def fit_basis(statistics: SiteStatistics, side: str, layout: str, tokens: int, context: int) -> Basis:
-    """The basis of one side ("key" or "value") in a layout other than `input`.
+    """Fit the basis of one side ("key" or "value") in a layout other than `input`.
 
     tokens: length of context that the plan is made for; context: that of the calibration.
     """
@@ -84,10 +86,10 @@ def fit_basis(statistics: SiteStatistics, side: str, layout: str, tokens: int, c
 
 
 def fit_joint(statistics: SiteStatistics) -> Basis | None:
-    """The basis of the layout `input`, [1, R, G*(D+E)] and [1, G*(D+E), R]; None where `joint_basis` is.
+    """Fit the basis of the layout `input`; None where `joint_basis` gives none.
 
-    Keys and values that are maps of one input of half their width hold each of its numbers twice: coded together they
-    get twice the bits.
+    Its matrices are [1, R, G*(D+E)] and [1, G*(D+E), R]. Keys and values that are maps of one input of half their width
+    hold each of its numbers twice: quantized together they get twice the bits.
     """
     rows = joint_basis(statistics)
     if rows is None or statistics.cross is None or statistics.cross_metric is None:
@@ -101,13 +103,13 @@ def fit_joint(statistics: SiteStatistics) -> Basis | None:
 
 
 def _joined(key: Tensor, cross: Tensor, value: Tensor, order: Tensor) -> Tensor:
-    """One matrix over keys and values, heads side by side."""
+    """Return one matrix over keys and values, heads side by side."""
     joint = torch.cat([torch.cat([key, cross], 1), torch.cat([cross.T, value], 1)])
     return joint[order][:, order]
 
 
 def joint_basis(statistics: SiteStatistics) -> Tensor | None:
-    """Orthonormal rows [R, G*(D+E)] that hold every key and value of the site: the layout `input`.
+    """Return orthonormal rows [R, G*(D+E)] that hold every key and value of the site: the layout `input`.
 
     Heads side by side, the key of a head before its value. None where the statistics do not allow it, or where keys
     and values have more than half of their numbers as rank.
@@ -126,14 +128,14 @@ def joint_basis(statistics: SiteStatistics) -> Tensor | None:
 
 
 def _head_order(site: AttentionSite) -> Tensor:
-    """Columns [all keys | all values] in the order [key of head 0, value of head 0, key of head 1, ...]."""
+    """Order columns [all keys | all values] as [key of head 0, value of head 0, key of head 1, ...]."""
     keys = torch.arange(site.kv_heads * site.key_dim).view(site.kv_heads, -1)
     values = torch.arange(site.kv_heads * site.value_dim).view(site.kv_heads, -1) + keys.numel()
     return torch.cat([keys, values], 1).flatten()
 
 
 def _per_head(matrix: Tensor, dim: int) -> Tensor:
-    """[J, n*D, n*D] -> [G, D, D]: each head alone."""
+    """Cut each head out of the blocks: [J, n*D, n*D] -> [G, D, D]."""
     groups, width, _ = matrix.shape
     heads = width // dim
     blocks = matrix.view(groups, heads, dim, heads, dim)
@@ -141,7 +143,7 @@ def _per_head(matrix: Tensor, dim: int) -> Tensor:
 
 
 class _Average:
-    """M -> mean over t in [0, span] of R(t) M R(t)^T, for keys of `heads` heads of `dim` channels side by side.
+    """The map M -> mean over t in [0, span] of R(t) M R(t)^T, for keys of `heads` heads of `dim` channels side by side.
 
     R(t) turns the pair (a, b) of a frequency by its angle times t: x_a' = x_a cos - x_b sin, x_b' = x_b cos + x_a sin.
     Channels that do not turn have the angle 0. With an infinite span only products of equal speed are left.
@@ -168,14 +170,14 @@ class _Average:
 
 
 def _mean_cos(speed: Tensor, span: float) -> Tensor:
-    """Mean of cos(speed t) over t in [0, span]."""
+    """Return the mean of cos(speed t) over t in [0, span]."""
     if span == float("inf"):
         return (speed.abs() < 1e-12).double()
     return torch.sinc(speed * span / torch.pi)
 
 
 def _mean_sin(speed: Tensor, span: float) -> Tensor:
-    """Mean of sin(speed t) over t in [0, span]."""
+    """Return the mean of sin(speed t) over t in [0, span]."""
     if span == float("inf"):
         return torch.zeros_like(speed)
     half = speed * span / 2
@@ -190,7 +192,7 @@ def _transform(moment: Tensor, metric: Tensor) -> Basis:
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """Signs [J, 1, R] that make the largest entry of every column positive: the same basis on every machine."""
+    """Return signs [J, 1, R] that make the largest entry of every column positive: the same basis on every machine."""
     largest = vectors.abs().argmax(1, keepdim=True)
     return torch.sign(vectors.gather(1, largest))
 
@@ -202,7 +204,7 @@ def _scaled(moment: Tensor, metric: Tensor) -> Basis:
 
 
 def _sorted(encode: Tensor, decode: Tensor, variance: Tensor) -> Basis:
-    """Channels in falling order of variance within each latent head, scaled to unit variance."""
+    """Sort channels by falling variance within each latent head, and scale them to unit variance."""
     order = torch.argsort(variance, dim=1, descending=True, stable=True)  # [J, R]
     variance = variance.gather(1, order)
     deviation = torch.maximum(variance, FAINT * variance.mean(1, keepdim=True) + 1e-300).sqrt()
@@ -212,7 +214,7 @@ def _sorted(encode: Tensor, decode: Tensor, variance: Tensor) -> Basis:
 
 
 def _shrunk(matrix: Tensor) -> Tensor:
-    """(1 - s) A + s tr(A)/c I per block, and a floor far below the largest block: never singular."""
+    """Return (1 - s) A + s tr(A)/c I per block, and a floor far below the largest block: never singular."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)  # [J]
     floor = mean.max() * 1e-9 + 1e-300
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -220,7 +222,7 @@ def _shrunk(matrix: Tensor) -> Tensor:
 
 
 def _square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A^{1/2} and A^{-1/2} of positive symmetric blocks."""
+    """Return A^{1/2} and A^{-1/2} of positive symmetric blocks."""
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp_min(1e-300).sqrt().unsqueeze(-2)
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

@@ -1,4 +1,4 @@
-"""What a fit has seen, kept with the plan so that it can be shown: spectra, bits, expected losses, other sizes.
+"""Evidence of a fit, kept with the plan so that it can be shown: spectra, bits, expected losses, other sizes.
 
 It stands in the plan's provenance under "evidence", as JSON values, and changes no number of the plan:
 
@@ -45,7 +45,7 @@ class SideEvidence:
 
 @dataclass(frozen=True)
 class Size:
-    """A plan that the same calibration would give: its ratio, its bytes per token all counted, its expected loss."""
+    """A plan of another size from one calibration: its ratio, its bytes per token all counted, its expected loss."""
 
     ratio: float
     bytes_per_token: float
@@ -60,11 +60,11 @@ class Evidence:
     curve: tuple[Size, ...]
 
     def nats(self, site: str) -> float:
-        """Expected loss of a site."""
+        """Return the expected loss of a site, nats per token."""
         return sum(side.nats for side in self.sites[site])
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in a plan's provenance."""
+        """Return the JSON values that stand in a plan's provenance."""
         return {
             "sites": {name: [_side_json(side) for side in sides] for name, sides in self.sites.items()},
             "curve": [vars(size) for size in self.curve],
@@ -76,16 +76,17 @@ def _side_json(side: SideEvidence) -> dict[str, Any]:
 
 
 def short(number: float) -> float:
-    """The number with as many digits as are kept."""
+    """Round a number to DIGITS significant digits."""
     return float(f"{number:.{DIGITS}g}")
 
 
 def side_evidence(
     side: str, variance: Tensor, costs: Mapping[int, Sequence[float]], bits: Sequence[int]
 ) -> SideEvidence:
-    """One side from the `variance` [J, R] of its basis, the `costs` per chunk of each number of bits, and its bits.
+    """Summarize one side.
 
-    Bits of chunks past the last channel are left out.
+    variance [J, R]: of its basis. costs: bits -> nats of each chunk. bits: of each chunk of the plan. Bits of chunks
+    past the last channel are left out.
     """
     chunks = len(costs[0])
     least = 2 if 2 in costs else min(b for b in costs if b)
@@ -96,7 +97,7 @@ def side_evidence(
 
 
 def evidence_of(plan: LatentPlan) -> Evidence | None:
-    """What the plan's provenance holds; None for plans that were not fitted, or fitted before it was kept."""
+    """Read the evidence from a plan's provenance; None for plans that were not fitted, or fitted before it was kept."""
     held = plan.provenance.get(KEY)
     if held is None:
         return None

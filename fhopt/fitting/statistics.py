@@ -1,4 +1,4 @@
-"""Statistics that calibration gives: second moments of keys and values, metrics of their errors."""
+"""Statistics that calibration collects: second moments of keys and values, metrics of their errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from fhopt.plan.site import AttentionSite
 
 MIX_LIMIT = 1024  # widest real space (heads x channels) that one basis mixes
-PLAIN_LIMIT = 2048  # the same for keys that do not rotate, where the layout `input` may halve the cache without loss
+PLAIN_LIMIT = 2048  # for keys that do not rotate, where the layout `input` may halve the cache without loss
 
 
 def latent_groups(site: AttentionSite) -> int:
-    """J: as few latent heads as keep the mixed space within the limit."""
+    """Return J: as few latent heads as keep the mixed space within the limit."""
     dim, limit = max(site.key_dim, site.value_dim), PLAIN_LIMIT if site.rope is None else MIX_LIMIT
     return next(
         j
@@ -25,7 +25,7 @@ def latent_groups(site: AttentionSite) -> int:
 
 
 def joined(x: Tensor, groups: int) -> Tensor:
-    """x [B,G,T,D] -> [J, B, T, n*D]: the n = G/J heads of a latent head side by side, as `ops.encode` reads them."""
+    """Join the n = G/J heads of a latent head side by side, as `ops.encode` reads them: [B,G,T,D] -> [J, B, T, n*D]."""
     b, g, t, d = x.shape
     return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)
 
@@ -34,7 +34,7 @@ def joined(x: Tensor, groups: int) -> Tensor:
 
 
 def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics]:
-    """Statistics with nothing in them, by site name."""
+    """Return statistics with nothing collected yet, by site name."""
     out = {}
     for site in sites:
         groups = latent_groups(site)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fhopt.calibration.run import Measured
+from fhopt.calibration.run import Calibration
 from fhopt.errors import FhoptError
 from fhopt.files import appearing, check_writable
-from fhopt.fitting.allocation import DISTORTION
+from fhopt.fitting.allocation import channel_nats
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import TIER_QUANTUM
 
@@ -35,7 +35,7 @@ def check_picture(path: Path) -> None:
     check_writable(path.parent)
 
 
-def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
+def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path:
     """Draw spectrum, bits and sensitivity of each layer to `path` (.png, .svg or .pdf). Raises FhoptError."""
     check_picture(path)
     from matplotlib.figure import Figure
@@ -43,11 +43,11 @@ def explain_plan(measured: Measured, plan: LatentPlan, path: Path) -> Path:
     figure = Figure(figsize=(12, 11), layout="constrained")
     axes = figure.subplots(3, 2)
     for column, side in enumerate(SIDES):
-        _spectrum(figure, axes[0][column], measured, plan, column)
+        _spectrum(figure, axes[0][column], calibration, plan, column)
         _bits(figure, axes[1][column], plan, column)
         axes[0][column].set_title(f"spectrum of {side}: loss of dropping a channel (nats per token)")
         axes[1][column].set_title(f"bits per channel of {side}")
-    _sensitivity(axes[2][0], measured, plan)
+    _sensitivity(axes[2][0], calibration, plan)
     _size(axes[2][1], plan)
     figure.suptitle(
         f"{plan.provenance.get('model', 'plan')}: {plan.ratio():.2f}x, "
@@ -67,12 +67,12 @@ def _grid(rows: list[list[float]]) -> Matrix:
     return np.array([row + [np.nan] * (width - len(row)) for row in rows])
 
 
-def _spectrum(figure: Figure, axes: Axes, measured: Measured, plan: LatentPlan, column: int) -> None:
+def _spectrum(figure: Figure, axes: Axes, calibration: Calibration, plan: LatentPlan, column: int) -> None:
     from matplotlib.colors import LogNorm  # type: ignore[import-not-found, unused-ignore]
 
     rows = []
     for site in plan.sites:
-        basis = measured.found[site.site.name][site.layout][0 if site.is_shared else column]
+        basis = calibration.bases[site.site.name][site.layout][0 if site.is_shared else column]
         rows.append((0.5 * basis.variance.sum(0)).tolist())
     matrix = _grid(rows)
     top = float(np.nanmax(matrix))
@@ -93,15 +93,16 @@ def _bits(figure: Figure, axes: Axes, plan: LatentPlan, column: int) -> None:
     axes.set(xlabel=f"chunk of {TIER_QUANTUM} channels (blank: 0 bits)", ylabel="site")
 
 
-def _sensitivity(axes: Axes, measured: Measured, plan: LatentPlan) -> None:
+def _sensitivity(axes: Axes, calibration: Calibration, plan: LatentPlan) -> None:
     """Plot for each site what keys and values lose with 2 bits in every channel, measured on calibration tokens."""
     position = np.arange(len(plan.sites))
     for column, side in enumerate(SIDES):
         heights = []
         for site in plan.sites:
-            basis = measured.found[site.site.name][site.layout][0 if site.is_shared else column]
-            measured_cost = basis.costs[2] / int(basis.tokens) if int(basis.tokens) else DISTORTION[2] * basis.variance
-            heights.append(float(0.5 * measured_cost.sum()))
+            at = 0 if site.is_shared else column
+            basis = calibration.bases[site.site.name][site.layout][at]
+            costs = calibration.costs.get((site.site.name, site.layout, at))
+            heights.append(float(channel_nats(basis, costs, 2).sum()))
         axes.bar(position + (column - 0.5) * 0.4, heights, 0.4, label=side)
     axes.set(
         yscale="log",

@@ -1,4 +1,4 @@
-"""Normal equations of the decoders that lose least of what attention reads (least squares)."""
+"""Normal equations of the decoders that lose least of what attention reads, by least squares."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fhopt.calibration.probe import graph_arguments
 from fhopt.errors import FhoptError, Miss
 from fhopt.models.capture import Captured
 from fhopt.ops import algebra, attention, packing
@@ -20,6 +21,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
 QUERIES = 128  # rows of the attention matrix that exist at once
+_PARTS = (".error", ".moment")  # ends of names of sums in a checkpoint
 
 
 # --------------------------------------------------------------------------------------------------- equations
@@ -36,15 +38,26 @@ class Equations:
     error: dict[str, Tensor] = field(default_factory=dict)
     moment: dict[str, Tensor] = field(default_factory=dict)
 
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Equations:
+        """Return the equations whose sums `tensors` holds by name."""
+        error, moment = ({n.removesuffix(p): x for n, x in tensors.items() if n.endswith(p)} for p in _PARTS)
+        return Equations(error, moment)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all sums by name: `<site>.<side>.error` and `<site>.<side>.moment`."""
+        parts = zip(_PARTS, (self.error, self.moment), strict=True)
+        return {f"{name}{part}": total for part, sums in parts for name, total in sums.items()}
+
     def add(self, name: str, error: Tensor, latent: Tensor, weight: Tensor | None = None) -> None:
-        """Rows of error [G,N,D] and of latents [G,N,R], each counted `weight` [G,N] times, or once."""
+        """Add rows of error [G,N,D] and of latents [G,N,R], each counted `weight` [G,N] times, or once."""
         counted = latent if weight is None else latent * weight.unsqueeze(-1)
         for sums, rows in ((self.error, error), (self.moment, latent)):
             total = (rows.double().mT @ counted.double()).cpu()
             sums[name] = sums[name] + total if name in sums else total
 
     def solution(self, name: str, decode: Tensor, ridge: float) -> Tensor:
-        """The decoder [G,D,R] of least error, drawn to `decode` by the ridge; a site never read keeps it."""
+        """Solve for the decoder [G,D,R] of least error, drawn to `decode` by the ridge; a site never read keeps it."""
         used = (decode != 0).double()  # [G, D, R]
         mixed = ((used.mT @ used) > 0).double()  # channels that reach a number in common
         moment = self.moment[name] * mixed
@@ -55,7 +68,7 @@ class Equations:
 
 
 def solved(plan: LatentPlan, equations: Equations, ridge: float) -> LatentPlan:
-    """The plan with the decoders that solve the equations; sites that have none stay as they are."""
+    """Return the plan with the decoders that solve the equations; sites that have none stay as they are."""
 
     def side(site: SitePlan, name: str) -> SidePlan:
         old: SidePlan = getattr(site, name)
@@ -73,7 +86,7 @@ def solved(plan: LatentPlan, equations: Equations, ridge: float) -> LatentPlan:
 
 @dataclass(frozen=True)
 class Reader:
-    """A captured language model, and the plans of its attention nodes that lose anything by `plan`."""
+    """A captured language model, and the plans of its attention nodes that are not exact in `plan`."""
 
     captured: Captured
     plan: LatentPlan
@@ -81,7 +94,7 @@ class Reader:
 
     @staticmethod
     def of(captured: Captured, plan: LatentPlan) -> Reader:
-        """The reader of a plan. Raises FhoptError when no site of the graph loses anything by the plan."""
+        """Match the plan to the graph. Raises FhoptError when no site of the graph loses anything by the plan."""
         outcome, compress = pipeline.find(captured.program), Compress(plan)
         nodes = {n.name: n for n in outcome.program.graph.nodes}
         sites, reasons = {}, set[str]()
@@ -94,48 +107,43 @@ class Reader:
             if not plan.site(site.name).is_exact:
                 sites[name] = plan.site(site.name)
         if not sites:
-            told = "; ".join(sorted(reasons)) or "every site of the plan is exact"
-            raise FhoptError(f"there is nothing to heal: {told}. Expected a plan for this model that loses something.")
+            why = "; ".join(sorted(reasons)) or "every site of the plan is exact"
+            raise FhoptError(f"there is nothing to heal: {why}. Expected a plan for this model that loses something.")
         return Reader(captured, plan, sites)
 
     @torch.no_grad()
     def read(self, ids: Tensor, equations: Equations) -> None:
         """Add what the exact model reads in token ids [B, T]. Raises FhoptError when that is not finite."""
-        _Runner(self, equations).run(*_arguments(self.captured, ids))
-
-
-def _arguments(captured: Captured, ids: Tensor) -> list[Any]:
-    """Values of all placeholders, the token ids in their place."""
-    values: list[Any] = []
-    for name, example in captured.program.values.items():
-        is_ids = captured.inputs.get(name) == "input_ids"
-        values.append(ids.to(example.device) if is_ids else example)
-    return values
+        _Runner(self, equations).run(*graph_arguments(self.captured, {"input_ids": ids}))
 
 
 class _Runner(fx.Interpreter):
-    """Runs the graph as it is, and takes down what its attention nodes read."""
+    """Runs the graph as it is, and adds what its attention nodes read to the equations."""
 
     def __init__(self, reader: Reader, equations: Equations) -> None:
         super().__init__(reader.captured.program.module)
         self.reader, self.equations = reader, equations
 
     def run_node(self, n: fx.Node) -> Any:
-        """One node."""
+        """Run a node, of a site of the reader after adding its operands to the equations."""
         site = self.reader.sites.get(n.name)
         if site is not None:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             far = site.site.exact_tokens(self.reader.plan.sinks, self.reader.plan.recent)
-            take_down(self.equations, site, far, *args, **kwargs)
+            add_attention(self.equations, site, far, *args, **kwargs)
         return super().run_node(n)
 
 
-def take_down(
+def add_attention(
     equations: Equations, plan: SitePlan, exact: tuple[int, int], q: Tensor, k: Tensor, v: Tensor,
     mask: Tensor | None = None, extra: Tensor | None = None, *, scale: float, is_causal: bool = False,
     softcap: float = 0.0, dropout: float = 0.0,
 ) -> None:  # fmt: skip
-    """Add attention of q [B,H,S,D] on keys k [B,G,T,D] and values v [B,G,T,E]; exact: (sinks, recent tokens)."""
+    """Add the attention of q [B,H,S,D] to keys k [B,G,T,D] and values v [B,G,T,E] to the equations of a site.
+
+    exact: (attention sinks, recent tokens) that are not read through latents. The other arguments are those of the op
+    `fhopt::attention`.
+    """
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     near, far = (
         torch.atleast_2d(ops_masks.additive(m, q.dtype)) for m in ops_masks.split_mask(q, k, mask, is_causal, *exact)
@@ -154,11 +162,11 @@ def take_down(
 
 
 def _coded(plan: SitePlan, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of keys and of values: (latents [B,G,T,R] as a cache keeps them, what decoding leaves [B,G,T,D])."""
+    """Return of keys and of values (latents [B,G,T,R] as a KV cache keeps them, errors of decoding [B,G,T,D])."""
     read = (torch.cat([k, v], -1), None) if plan.is_shared else (k, v)
     out, latent = [], k
-    for x, given, side in zip((k, v), read, (plan.key, plan.value), strict=True):
-        latent = latent if given is None else _rounded(algebra.encode(given, side.encode.to(x.device)), side)
+    for x, source, side in zip((k, v), read, (plan.key, plan.value), strict=True):
+        latent = latent if source is None else _rounded(algebra.encode(source, side.encode.to(x.device)), side)
         decode = side.decode.to(x.device)
         repeated = latent.repeat_interleave(len(decode) // latent.shape[1], 1)
         out.append((repeated, x - algebra.decode(latent, decode)))
@@ -170,18 +178,18 @@ def _rounded(latent: Tensor, side: SidePlan) -> Tensor:
 
 
 def _last(near: Tensor, far: Tensor) -> int:
-    """How many keys lie before the last that a row of the masks [.., n, T] sees; at least 1."""
+    """Count the keys up to the last that a row of the masks [.., n, T] sees; at least 1."""
     seen = (torch.maximum(near, far) > -math.inf).flatten(0, -2).any(0).nonzero()
     return int(seen.max()) + 1 if len(seen) else 1
 
 
 def _far_weights(q: Tensor, k: Tensor, near: Tensor, far: Tensor, softcap: float) -> Tensor:
-    """Attention [B,H,n,T] of the exact model to the tokens that are seen through latents, zero to others."""
+    """Return the exact model's attention [B,H,n,T] to tokens that are seen through latents, zero to others."""
     logits = attention.grouped_scores(q, k)
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     return attention.safe_softmax(logits + torch.maximum(near, far))[0] * (far > -math.inf)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B,G,T,D] -> [G, B*T, D]."""
+    """Stack the sequences of each head: [B,G,T,D] -> [G, B*T, D]."""
     return x.transpose(0, 1).flatten(1, 2)

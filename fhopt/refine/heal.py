@@ -1,21 +1,21 @@
-"""Heal a plan: give it the decoders that lose least of what attention reads in a text.
+"""Healing: recomputing the decoder matrices of a plan by least squares on what attention reads in a text.
 
     keys    least  sum over tokens   w |k - D z|^2                    w: all the attention that the token gets
     values  least  sum over queries  |sum over tokens p (v - D z)|^2  p: the attention of this query to each token
 
 Nothing but `decode` of each side of each site changes, so the healed plan has the size of the one it came from; z is
-the rounded latent as the cache keeps it. A plan is fitted as if errors of tokens were independent. They are not: what
-rounding does averages out over the tokens that a query reads together, and what all of them lack does not. So the
+the rounded latent as the KV cache keeps it. A plan is fitted as if errors of tokens were independent. They are not:
+rounding errors average out over the tokens that a query reads together, and what all of them lack does not. So the
 decoder of values is solved for the averages that attention makes. A key acts before the softmax, one token at a time:
 there it is enough to count a token as often as it is read.
 
 Both are linear least squares. Their normal equations are sums over what the exact model reads, once and forward only:
-no gradient, no learning rate, and the order of the text is all the same. A ridge draws the solution to the decoder that
+no gradient, no learning rate, and the order of the text does not matter. A ridge draws the solution to the decoder that
 the plan had, because a text holds few averages that differ: solved for the values of 4 sequences with next to no ridge,
 SmolLM2 loses 40 % less on these and 15 % more on others. Only tokens that a cache would see compressed count. Channels
 that reach nothing in common stay apart, so a layout stays what it is.
 
-Least squares on what a layer gives out, as for weights in AdaRound (2004.10568) and GPTQ (2210.17323).
+Least squares on the output of a layer, as for weights in AdaRound (2004.10568) and GPTQ (2210.17323).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fhopt.calibration.checkpoint import SAVE_EVERY, Checkpoint, Stage
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import switched, token_costs
 from fhopt.evaluation.statistics import Comparison
@@ -36,18 +37,17 @@ from fhopt.models.model_facts import check_length
 from fhopt.plan.fingerprint import check_model, fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
-from fhopt.refine.checkpoint import HealingCheckpoint
 from fhopt.refine.decoder_equations import Equations, Reader, solved
 from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
 
 LEAST_SEQUENCES = 4  # fewer say nothing of other text
-SAVE_EVERY = 4  # sequences between two checkpoints
+HEALING = Stage("heal", "healing", "heal", "model, plan, text or version", unit="sequences", is_suffix=False)
 
 
 @dataclass(frozen=True)
 class HealOptions:
-    """What `heal` needs beside a model and a plan.
+    """Options of healing, beside a model and a plan.
 
     texts: read in turn, their first halves to solve, their second to measure. tokens: to solve for, in sequences of
     `context` tokens, each read once. ridge: how strongly a decoder is drawn to the one it was, in mean squares of what
@@ -64,7 +64,7 @@ class HealOptions:
 
     @property
     def sequences(self) -> int:
-        """How many sequences the tokens make."""
+        """Number of sequences that the tokens make."""
         return self.tokens // self.context
 
     def check(self) -> None:
@@ -98,10 +98,10 @@ class HealOptions:
 def heal(
     loaded: LoadedModel, plan: LatentPlan, options: HealOptions | None = None, progress: Progress = silent
 ) -> LatentPlan:
-    """A plan of the same size with decoders that are solved for a text; its provenance says under `healing` how.
+    """Return a plan of the same size with decoders that are solved for a text; its provenance says under `healing` how.
 
     `loaded` is a causal language model with its tokenizer, and is not changed. The losses in the provenance are
-    measured through the real cache. Raises FhoptError for options that cannot work, for another model's plan or
+    measured through the real KV cache. Raises FhoptError for options that cannot work, for another model's plan or
     checkpoint, and when the loss did not fall.
     """
     options = options or HealOptions()
@@ -111,31 +111,31 @@ def heal(
     check_length(network, options.context)
     check_model(plan, dict(network.named_parameters()), loaded.name)
     ids, test = _texts(loaded, options)
-    saved = HealingCheckpoint(options.checkpoint, _key(loaded, plan, ids))
-    saved.check()
+    checkpoint = Checkpoint(options.checkpoint, _key(loaded, plan, ids), HEALING)
+    checkpoint.check()
     with switched(network, None):
         reader = Reader.of(loaded.capture(options.context), plan)
     before = _measure(network, test, plan, "before", progress)
-    healed = solved(plan, read(reader, ids, saved, progress), options.ridge)
+    healed = solved(plan, read(reader, ids, checkpoint, progress), options.ridge)
     after = _measure(network, test, healed, "after", progress)
-    saved.remove()
+    checkpoint.remove()
     if not after.kl < before.kl:
         raise FhoptError(
             f"healing moved the loss from {before.kl:.4g} to {after.kl:.4g} nats per held-out token; expected it to "
             "fall. Read more tokens, or text that is more like the model's use, or raise the ridge."
         )
-    return _with_provenance(healed, _told(plan, options, ids, before, after))
+    return _with_provenance(healed, _record(plan, options, ids, before, after))
 
 
 def _texts(loaded: LoadedModel, options: HealOptions) -> tuple[Tensor, Tensor]:
-    """Token ids (to solve for [N, T], held out [M, T])."""
+    """Return token ids (to solve for [N, T], held out [M, T])."""
     length = options.context
     ids = texts_tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=length)
     return ids, texts_tokens.held_out_ids(loaded.tokenizer, options.texts, count=options.held_out, length=length)
 
 
 def _measure(network: nn.Module, ids: Tensor, plan: LatentPlan, stage: str, progress: Progress) -> Comparison:
-    """The plan against the exact model on ids [N, T], through the real cache."""
+    """Compare the plan with the exact model on ids [N, T], through the real KV cache."""
     done = 0
 
     def count(sequences: int) -> None:
@@ -146,8 +146,14 @@ def _measure(network: nn.Module, ids: Tensor, plan: LatentPlan, stage: str, prog
     return token_costs(network, ids, plan, count).compare()
 
 
-def _told(plan: LatentPlan, options: HealOptions, ids: Tensor, before: Comparison, after: Comparison) -> dict[str, Any]:
-    """The entry of the provenance; JSON values only."""
+def _record(
+    plan: LatentPlan,
+    options: HealOptions,
+    ids: Tensor,
+    before: Comparison,
+    after: Comparison,
+) -> dict[str, Any]:
+    """Return the entry of the provenance; JSON values only."""
     return {
         "texts": list(options.texts),
         "text_sha256": texts_tokens.digest(ids),
@@ -161,26 +167,27 @@ def _told(plan: LatentPlan, options: HealOptions, ids: Tensor, before: Compariso
     }
 
 
-def _with_provenance(plan: LatentPlan, told: dict[str, Any]) -> LatentPlan:
-    """What a gate measured is true of the decoders of before only."""
+def _with_provenance(plan: LatentPlan, record: dict[str, Any]) -> LatentPlan:
+    """Add the record of the healing and drop that of a gate, which measured other decoders."""
     kept = {name: value for name, value in plan.provenance.items() if name != "gate"}
-    return replace(plan, provenance=kept | {"healing": told})
+    return replace(plan, provenance=kept | {"healing": record})
 
 
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def read(reader: Reader, ids: Tensor, saved: HealingCheckpoint, progress: Progress = silent) -> Equations:
-    """The equations of all rows of ids [N, T]. Raises FhoptError when the model gives numbers that are not finite."""
-    equations, done = saved.load()
+def read(reader: Reader, ids: Tensor, checkpoint: Checkpoint, progress: Progress = silent) -> Equations:
+    """Sum the equations of all rows of ids [N, T]. Raises FhoptError when numbers of the model are not finite."""
+    tensors, done = checkpoint.load()
+    equations = Equations.of(tensors)
     for row in range(done, len(ids)):
         reader.read(ids[row : row + 1], equations)
         if not all(bool(x.isfinite().all()) for x in equations.error.values()):
-            saved.remove()
+            checkpoint.remove()
             raise FhoptError("keys or values of the model are not finite on this text. Use another dtype or text.")
-        progress("heal", row + 1, len(ids))
+        progress(HEALING.name, row + 1, len(ids))
         if (row + 1) % SAVE_EVERY == 0 or row + 1 == len(ids):
-            saved.save(equations, row + 1)
+            checkpoint.save(equations.tensors(), row + 1)
     return equations
 
 
@@ -188,7 +195,7 @@ def read(reader: Reader, ids: Tensor, saved: HealingCheckpoint, progress: Progre
 
 
 def _key(loaded: LoadedModel, plan: LatentPlan, ids: Tensor) -> dict[str, Any]:
-    """What an interrupted healing must have in common with the one that goes on; JSON values only."""
+    """Return what an interrupted healing must have in common with the one that goes on; JSON values only."""
     weights = dict(loaded.language_model().named_parameters())
     return {
         "model": loaded.name,

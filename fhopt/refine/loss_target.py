@@ -1,8 +1,8 @@
-"""The smallest plan that passes: `fit --max-loss 1%` searches sizes and measures each on held-out tokens.
+"""Search for the smallest plan within a loss: `fit --max-loss 1%` measures sizes on held-out tokens.
 
 A plan passes when the upper end of the 95 % interval of its increase of perplexity is at most the limit, through the
-real cache, on tokens that did not calibrate it. Sizes form a geometric grid; loss grows with the ratio, so a bisection
-finds the largest ratio that passes in few measurements. What was measured goes into the plan's provenance.
+real KV cache, on tokens that did not calibrate it. Sizes form a geometric grid; loss grows with the ratio, so a
+bisection finds the largest ratio that passes in few measurements. What was measured goes into the plan's provenance.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import Measured, plan_for
+from fhopt.calibration.run import Calibration, plan_for
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.evaluation.statistics import Comparison
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
+from fhopt.refine.shares import parse_share
 from fhopt.texts import tokens
 
 RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12 %
@@ -28,10 +29,10 @@ RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a plan must pass.
+    """The largest loss that a plan may have, and the held-out text on which it is measured.
 
     max_loss: increase of perplexity, as a share (0.01 = 1 %). texts: their second halves are read; none: those of the
-    calibration. sequences of `context` tokens, over all texts.
+    calibration. sequences: of `context` tokens, over all texts.
     """
 
     max_loss: float
@@ -43,31 +44,31 @@ class Gate:
         """Raise FhoptError for limits that no plan or every plan passes."""
         if not 0 < self.max_loss < 1:
             raise FhoptError(
-                f"a loss of {self.max_loss:.3g} is no limit; expected a share above 0 and below 1, such as 1% or 0.01."
+                f"a loss of {self.max_loss:.3g} is not possible; expected a share above 0 and below 1, such as 1% or "
+                "0.01."
             )
 
 
-def parse_share(text: str) -> float:
-    """`1%` or `0.01` as 0.01. Raises FhoptError."""
+def parse_loss(text: str) -> float:
+    """Read a loss such as `1%` or `0.01` as a share. Raises FhoptError."""
     try:
-        number = text.strip()
-        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+        return parse_share(text)
     except ValueError:
-        raise FhoptError(f"{text!r} is no share; expected a number such as 1% or 0.01.") from None
+        raise FhoptError(f"{text!r} is not a share; expected a number such as 1% or 0.01.") from None
 
 
 def smallest_plan(
     loaded: LoadedModel,
-    measured: Measured,
+    calibration: Calibration,
     options: FitOptions,
     gate: Gate,
     ids: Tensor,
     progress: Progress = silent,
     ratios: tuple[float, ...] = RATIOS,
 ) -> tuple[LatentPlan, dict[float, Comparison]]:
-    """(plan of the largest of the rising `ratios` that passes, what was measured by ratio) on ids [N, T] of `held_out`.
+    """Find the plan of the largest of the rising `ratios` that passes on ids [N, T] of `held_out`.
 
-    Raises FhoptError when none passes.
+    Returns (plan, what was measured by ratio). Raises FhoptError when none passes.
     """
     gate.check()
     network = loaded.language_model()
@@ -76,7 +77,7 @@ def smallest_plan(
 
     def passes(ratio: float) -> bool:
         try:
-            plan = plan_for(measured, replace(options, ratio=ratio))
+            plan = plan_for(calibration, replace(options, ratio=ratio))
         except FhoptError:  # so small that sinks and window alone take more
             if not trials:
                 raise
@@ -94,7 +95,7 @@ def smallest_plan(
             f"{trials[mildest].increase_percent:+.2f} % ({_range(trials[mildest])}) on {ids.numel()} held-out tokens. "
             "Allow more loss, measure on more tokens, or calibrate on more text."
         )
-    plan = plan_for(measured, replace(options, ratio=best))
+    plan = plan_for(calibration, replace(options, ratio=best))
     progress("gate", rounds, rounds)
     passed: dict[str, Any] = asdict(trials[best]) | {
         "max_loss": gate.max_loss,
@@ -104,7 +105,7 @@ def smallest_plan(
 
 
 def held_out(loaded: LoadedModel, options: FitOptions, gate: Gate) -> Tensor:
-    """Token ids [N, T] from the second halves of the texts, in turn, no longer than the model reads at once.
+    """Read token ids [N, T] from the second halves of the texts, in turn, no longer than the model reads at once.
 
     Raises FhoptError when the texts are too short.
     """
@@ -114,13 +115,13 @@ def held_out(loaded: LoadedModel, options: FitOptions, gate: Gate) -> Tensor:
     return tokens.held_out_ids(loaded.tokenizer, gate.texts or options.texts, count=gate.sequences, length=length)
 
 
-def _range(found: Comparison) -> str:
-    low, high = found.increase_percent_ci or (float("nan"), float("nan"))
+def _range(comparison: Comparison) -> str:
+    low, high = comparison.increase_percent_ci or (float("nan"), float("nan"))
     return f"95 % between {low:+.2f} and {high:+.2f}"
 
 
 def _largest(values: tuple[float, ...], passes: Callable[[float], bool]) -> float | None:
-    """The largest of the rising `values` that passes, by bisection; None when the smallest does not."""
+    """Find the largest of the rising `values` that passes, by bisection; None when the smallest does not."""
     if not passes(values[0]):
         return None
     low, high = 0, len(values)

@@ -1,4 +1,4 @@
-"""Sharing a budget of pages among the layers of a plan."""
+"""Allocation of a budget of pages among the layers of a plan."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves, measure
 from fhopt.refine.page_sketches import with_sketches
 from fhopt.texts import tokens as texts_tokens
 
+ECHO_COSTS = "echo_costs"  # key of saved plans for costs with the repeated-token probe
+
 # --------------------------------------------------------------------------------------------------- budgets
 
 
-def share_out(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, int]:
-    """Which of LIFTS, or ALL, each site gets, so that `share` of the bytes of all sealed tokens is read on average.
+def allocate_lifts(curves: Mapping[str, Curves], sites: Sequence[SitePlan], share: float) -> dict[str, int]:
+    """Choose one of LIFTS, or ALL, for each site, so that `share` of the bytes of quantized tokens is read on average.
 
-    Always the largest fall of cost per byte next, from half the share on: fewer pages would say little about longer
-    contexts. Sites that were not measured read all their pages, and count. Raises FhoptError where the least that sites
-    can read is more.
+    From half the share on, the largest fall of cost per byte always comes next: fewer pages would say little about
+    longer contexts. Sites that were not measured read all their pages, and count. Returns indexes into LIFTS. Raises
+    FhoptError where the least that sites can read is more.
     """
     size = {site.site.name: site.token_bytes() for site in sites}
-    now = {name: _first(found, share / 2) if found.count else ALL for name, found in curves.items()}
+    now = {name: _first(c, share / 2) if c.count else ALL for name, c in curves.items()}
     now |= {name: ALL for name in size if name not in now}
     budget, used = share * sum(size.values()), sum(size[n] * _share(curves.get(n), now[n]) for n in size)
     if used > budget * (1 + 1e-9):
@@ -48,45 +50,45 @@ def _share(curves: Curves | None, at: int) -> float:
 
 
 def _first(curves: Curves, share: float) -> int:
-    """The least of LIFTS that reads at most that share; the largest, where each reads more."""
+    """Return the least of LIFTS that reads at most that share; the largest, where each reads more."""
     return max([i for i in range(len(LIFTS)) if curves.share(i) <= share], default=0)
 
 
 def _gains(curves: Curves, now: int, size: int, room: float, name: str) -> list[tuple[float, str, int]]:
-    """(fall of cost per byte, name, which) for all lower LIFTS of a site, and ALL, that there is room for."""
+    """Return (fall of cost per byte, name, which) of all lower LIFTS of a site, and ALL, that there is room for."""
     steps = [(n, size * (curves.share(n) - curves.share(now))) for n in range(now + 1, ALL + 1)]
     fits = [(n, more) for n, more in steps if 0 < more <= room * (1 + 1e-9)]
     return [((curves.loss(now) - curves.loss(n)) / more, name, n) for n, more in fits]
 
 
 def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOptions) -> LatentPlan:
-    """The plan with pages by what was measured; provenance says what they leave out. Raises FhoptError."""
-    given = share_out(curves, plan.sites, options.share)
+    """Return the plan with pages by what was measured; provenance says what they leave out. Raises FhoptError."""
+    lift_of = allocate_lifts(curves, plan.sites, options.share)
     names = [site.site.name for site in plan.sites]
     masses = dict.fromkeys(names, 1.0)
     measured = {name: curves[name] for name in names if name in curves and curves[name].count}
     if options.mass is not None:
-        masses |= {name: MASSES[found.mass_for(1 - options.mass)] for name, found in measured.items()}
-    shares = tuple(1.0 if given[name] == ALL else options.room for name in names)
-    lifts = tuple(0.0 if given[name] == ALL else LIFTS[given[name]] for name in names)
+        masses |= {name: MASSES[c.mass_for(1 - options.mass)] for name, c in measured.items()}
+    shares = tuple(1.0 if lift_of[name] == ALL else options.room for name in names)
+    lifts = tuple(0.0 if lift_of[name] == ALL else LIFTS[lift_of[name]] for name in names)
     fill = tuple(curves[s.site.name].fill if s.site.name in measured else (0.0,) * s.site.heads for s in plan.sites)
     kept = tuple(masses[n] for n in names)
     paged = PagePlan(
         options.tokens, shares, kept, options.least, options.limit, fill if options.limit == 1 else (), lifts
     )
-    told = {
+    record = {
         "share": options.share,
         "mass": options.mass,
-        "read": {name: found.share(given[name]) for name, found in measured.items()},
-        "left_out": {name: found.left_out(given[name]) for name, found in measured.items()},
-        "costs": {name: found.cost for name, found in measured.items()},
-        "echo_costs": {name: found.echo.cost for name, found in measured.items() if found.echo is not None},
+        "read": {name: c.share(lift_of[name]) for name, c in measured.items()},
+        "left_out": {name: c.left_out(lift_of[name]) for name, c in measured.items()},
+        "costs": {name: c.cost for name, c in measured.items()},
+        ECHO_COSTS: {name: c.repeated.cost for name, c in measured.items() if c.repeated is not None},
     }
-    return replace(plan, pages=paged).with_provenance(pages=told)
+    return replace(plan, pages=paged).with_provenance(pages=record)
 
 
 def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent) -> LatentPlan:
-    """`plan` with pages, calibrated on the first halves of the texts. Raises FhoptError."""
+    """Return the plan with page selection, calibrated on the first halves of the texts. Raises FhoptError."""
     options.check(plan.block, plan.sinks + plan.window)
     model = loaded.language_model()
     check_length(model, options.context)

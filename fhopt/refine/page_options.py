@@ -1,31 +1,30 @@
-"""Options of page selection, as a user writes them."""
+"""Options of page selection."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import positions_of
+from fhopt.refine.shares import parse_share
 from fhopt.texts import tokens as texts_tokens
 
-MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is asked for
+MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is set
 PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
 LAST = 256  # tokens of a sequence in which sites read less, one after the other
 WORD = 4  # bytes of a row of a sketch that are read at once
-LEAST_PAGES = 16  # behind which a probe says something
+LEAST_PAGES = 16  # with fewer, a probe says nothing
 
 
 @dataclass(frozen=True)
 class PagingOptions:
-    """What `calibrate` needs beside a model and a plan.
+    """Options of calibrating page selection, beside a model and a plan.
 
-    share: of the bytes of sealed tokens that a step reads on average. mass: of attention's weight that is to be kept,
-    with at most that share; None: the share is used up. tokens: of a page. sketch: bytes of codes of a token in each
-    latent head. least, limit: see `PagePlan`. texts: calibration texts, of which `sequences` sequences of `context`
-    tokens are read.
+    share: of the bytes of quantized tokens that a decode step reads on average. mass: of attention's weight that is to
+    be kept, with at most that share; None: the share is used up. tokens: of a page. sketch: bytes of quantized values
+    of a token's sketch in each latent head. least, limit: see `PagePlan`. texts: calibration texts, of which
+    `sequences` sequences of `context` tokens are read.
     """
 
     share: float = 1 / 8
@@ -46,7 +45,7 @@ class PagingOptions:
     def check(self, block: int, exact: int) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts.
 
-        block: of the plan. exact: tokens that it keeps outside of latents, sinks and window.
+        block: of the plan. exact: tokens that it keeps outside of latents, attention sinks and residual window.
         """
         if not 0 < self.share <= 1 or not 0 < self.limit <= 1 or not 0 < (self.mass or 1.0) <= 1:
             raise FhoptError(
@@ -64,25 +63,26 @@ class PagingOptions:
             )
 
     def needed(self, exact: int, block: int) -> int:
-        """Tokens of a sequence that has pages to choose from, sealed in blocks."""
+        """Return how many tokens a sequence needs to have pages to choose from, quantized in blocks."""
         return exact + -(-LEAST_PAGES * self.tokens // block) * block + PIECE + LAST
 
 
 def read_options(pages: str | None, mass: str | None, texts: tuple[str, ...]) -> PagingOptions | None:
-    """From shares as a user writes them; None where neither is given. With a mass alone, half of the pages may be read.
+    """Make options from shares as a user writes them; None without any. A mass alone may read half of the pages.
 
     Raises FhoptError.
     """
     if pages is None and mass is None:
         return None
-    share = MASS_SHARE if pages is None else parse_share(pages)
-    return PagingOptions(share=share, mass=None if mass is None else parse_share(mass), texts=texts)
+    share = MASS_SHARE if pages is None else parse_page_share(pages)
+    return PagingOptions(share=share, mass=None if mass is None else parse_page_share(mass), texts=texts)
 
 
 def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: int) -> PagingOptions:
-    """`options` with no longer sequences than the model has positions for; block, exact: as of `PagingOptions.check`.
+    """Limit the sequences of `options` to the positions of the model.
 
-    Raises FhoptError, before anything slow starts, where positions or texts do not suffice.
+    block: of the plan. exact: tokens that it keeps outside of latents, attention sinks and residual window. Raises
+    FhoptError, before anything slow starts, where positions or texts do not suffice.
     """
     positions = positions_of(loaded.language_model())
     if positions is not None and positions < options.needed(exact, block):
@@ -90,19 +90,18 @@ def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: in
             f"{loaded.name} has {positions} positions; expected {options.needed(exact, block)} or more to calibrate "
             "pages on. Leave --pages and --mass out."
         )
-    found = options if positions is None else replace(options, context=min(options.context, positions))
-    found.check(block, exact)
-    texts_tokens.calibration_ids(loaded.tokenizer, found.texts, count=found.sequences, length=found.context)
-    return found
+    limited = options if positions is None else replace(options, context=min(options.context, positions))
+    limited.check(block, exact)
+    texts_tokens.calibration_ids(loaded.tokenizer, limited.texts, count=limited.sequences, length=limited.context)
+    return limited
 
 
-def parse_share(text: str) -> float:
-    """A share from "1/8", "0.125" or "12.5%". Raises FhoptError."""
+def parse_page_share(text: str) -> float:
+    """Read a share of pages or of weight: "1/8", "0.125" or "12.5%". Raises FhoptError."""
     try:
-        number = text.strip()
-        share = float(Fraction(number[:-1]) / 100 if number.endswith("%") else Fraction(number))
-    except (ValueError, ZeroDivisionError):
-        share = math.nan
+        share = parse_share(text)
+    except ValueError:
+        share = 0.0
     if not 0 < share <= 1:
-        raise FhoptError(f"{text!r} is no share; expected one such as 1/8, 0.125 or 12.5%, above 0 and at most 1.")
+        raise FhoptError(f"{text!r} is not a share; expected one such as 1/8, 0.125 or 12.5%, above 0 and at most 1.")
     return share

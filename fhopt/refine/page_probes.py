@@ -1,33 +1,34 @@
-"""How many pages each attention may read: measured on probe queries, then shared out (attention/paged.py reads them).
+"""Calibration of page selection: probe queries measure what each attention site loses by reading fewer pages.
 
-    sketches   what key latents are like (mean, deviation) and what queries ask of each channel tell which to keep
-    curves     every PIECE tokens of a calibration sequence some queries compare, at each site and for each lift, what
-               the pages that are expected to weigh so much really weigh, and what all tokens do, open ones included
-    fill       for each head, the part of the weight left out with which the mean of values brings the probes' outputs
-               closest to those of all pages: where heads park weight on tokens of small values, all of it is too much
-    costs      each site alone reads the share that was asked for, filled so, in the last tokens of a sequence: what
-               that does to the model's predictions (KL), for the square of the weight that it left out: twice the share
-               of SmolLM2's pages leaves out 0.43 of the weight, and costs 0.17 of the KL
-    echo       both again where some of a text's tokens, without order, are said twice: of the second time, only heads
-               that look back know anything (Olsson et al. 2022, arXiv 2209.11895)
-    budgets    sites get lower lifts where the cost falls most for a byte, until the share is used up
-    mass       where the weight is to be kept rather than the number: the smallest expected weight with which a site
-               really kept as much as was asked for
+    sketches    means and deviations of key latents, and the energy of queries in each channel, tell which channels to
+                keep (page_sketches.py)
+    curves      every PIECE tokens of a calibration sequence some queries compare, at each site and for each lift, the
+                expected weight of the selected pages with their true weight, and with the weight of all tokens
+    fill        for each head, the factor of value-mean fill that brings the probes' outputs closest to those of all
+                pages: where heads park weight on tokens of small values, the whole weight left out is too much
+    costs       each site alone reads the share that was asked for, with fill, in the last tokens of a sequence: the KL
+                of the model's predictions over the square of the weight left out; twice the share of SmolLM2's pages
+                leaves out 0.43 of the weight, and costs 0.17 of the KL
+    repeated    curves and costs again on the repeated-token probe: tokens of a text in random order, twice; in the
+                second half, only heads that look back can predict (Olsson et al. 2022, arXiv 2209.11895)
+    budgets     sites get lower lifts where the cost falls most for a byte, until the share is used up (page_budget.py)
+    mass        where the weight that is kept is set rather than the share: the smallest expected weight with which a
+                site really kept as much as was asked for
 
 The share is a mean. What queries read differs: by a lift, one that looks for a token reads little, and one that looks
 at everything reads as much as a list has room for. SmolLM2, 4x plan, source at 8,192 tokens, one page in eight; costs
 times squares of the weight left out, summed over sites: as many pages for every query 0.0130, at sites by budgets
-0.0073; ranked by shares in the weight of all tokens rather than of sealed ones 0.0067; pages above a lift 0.0038;
+0.0073; ranked by shares in the weight of all tokens rather than of quantized ones 0.0067; pages above a lift 0.0038;
 sketches from 4,096 instead of 2,048 tokens of a sequence 0.0025. Knowing true weights, the last two would be 0.0015.
 
 Costs differ between sites by two orders of magnitude for the same weight left out: heads that copy from afar read one
-token, and if its page is missing, everything. A text has little that can only be copied; hence the echo. One layer of
-SmolLM2 has a copying head that sketches serve badly: the page it wants is the 50th to 120th of 492 pages of 16 tokens.
-That layer costs 7 times as much in the echo as in text, reads 0.40 of its pages in place of 0.27, and answers that are
-copied from 8,064 tokens lose 0.017 nats a token in place of 0.098 (12 questions). Costs of several sites are taken to
-add up.
+token, and if its page is missing, everything. A text has little that can only be copied; hence the repeated-token
+probe. One layer of SmolLM2 has a copying head that sketches serve badly: the page it needs is the 50th to 120th of 492
+pages of 16 tokens. That layer costs 7 times as much in this probe as in text, reads 0.40 of its pages in place of 0.27,
+and answers that are copied from 8,064 tokens lose 0.017 nats a token in place of 0.098 (12 questions). Costs of several
+sites are taken to add up.
 
-Letters: B batch, H query heads, U units, S queries, P pages, T sealed tokens.
+Letters: B batch, H query heads, U units, S queries, P pages, T quantized tokens.
 """
 
 from __future__ import annotations
@@ -56,22 +57,22 @@ from fhopt.plan.site_plan import PagePlan
 from fhopt.refine.page_options import LAST, LEAST_PAGES, PIECE, QUERIES, PagingOptions
 
 LIFTS = (*(2.0 ** (n / 2) for n in range(12, -13, -1)), 0.0)  # that sites may get
-ALL = len(LIFTS)  # and beyond these: a site reads all its pages
-MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # likewise
+ALL = len(LIFTS)  # the index behind these: a site reads all its pages
+MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)  # that sites may keep
 LEAST_KL, LEAST_LEFT = 1e-9, 1e-12  # nats, and the square of weight left out, of rounding
 FILLS = (*(i / 8 for i in range(9)), 1.25, 1.5, 2.0)  # that heads may have, see `PagePlan.fill`
-
 
 # --------------------------------------------------------------------------------------------------- probes
 
 
 @dataclass
 class Curves:
-    """What one site leaves out with each of LIFTS, as shares of all weight, summed over queries, sequences and units.
+    """Weight that one site leaves out, as shares of all weight, summed over queries, sequences and units.
 
-    left: with each of LIFTS; squares: its squares; read: the share of pages that were read. by_mass, used: the first
-    and the last with each of MASSES. cost: nats per token and square of the weight left out; 1 where it was not
-    measured. errors [FILLS, H]: squared, of what heads give. echo: the same of the second half of an `echo`.
+    left [LIFTS]: weight left out with each lift; squares: its squares; read: share of pages that were read. by_mass,
+    used [MASSES]: weight left out and share of pages read with each mass. cost: nats per token and square of the weight
+    left out; 1 where it was not measured. errors [FILLS, H]: squared errors of the heads' outputs. repeated: curves of
+    the second half of a repeated-token probe.
     """
 
     left: Tensor = field(default_factory=lambda: torch.zeros(len(LIFTS), dtype=torch.float64))
@@ -82,15 +83,15 @@ class Curves:
     count: int = 0
     cost: float = 1.0
     errors: Tensor | float = 0.0
-    echo: Curves | None = None
+    repeated: Curves | None = None
 
     @property
     def fill(self) -> tuple[float, ...]:
-        """Of each head, the one of FILLS with the least error."""
+        """The one of FILLS with the least error, of each head; empty where none was measured."""
         return tuple(FILLS[i] for i in self.errors.argmin(0).tolist()) if isinstance(self.errors, Tensor) else ()
 
     def add(self, expected: Tensor, weights: Tensor, room: float) -> None:
-        """Probes: expected and true weights [B,U,S,P] of pages, shares of all weight. room: share of pages at most."""
+        """Add probes: expected and true weights [B,U,S,P] of pages, as shares of all weight. room: of pages at most."""
         count = expected.shape[-1]
         best, order = expected.double().sort(-1, descending=True)
         kept = torch.nn.functional.pad(weights.double().gather(-1, order).cumsum(-1), (1, 0))  # [..., P+1]
@@ -112,32 +113,32 @@ class Curves:
         self.count += expected.numel() // count
 
     def share(self, at: int) -> float:
-        """Mean share of pages that is read with one of LIFTS, or ALL."""
+        """Return the mean share of pages that is read with one of LIFTS, or ALL."""
         return 1.0 if at == ALL else float(self.read[at]) / self.count
 
     def left_out(self, at: int) -> float:
-        """Mean weight that is left out with one of LIFTS, or ALL."""
+        """Return the mean weight that is left out with one of LIFTS, or ALL."""
         return 0.0 if at == ALL else float(self.left[at]) / self.count
 
     def loss(self, at: int) -> float:
-        """What that costs, in nats per token: the mean of text and echo."""
+        """Return the cost of the weight left out, in nats per token: the mean over text and repeated-token probe."""
         if at == ALL:
             return 0.0
         own = self.cost * float(self.squares[at]) / self.count
-        return own if self.echo is None else (own + self.echo.loss(at)) / 2
+        return own if self.repeated is None else (own + self.repeated.loss(at)) / 2
 
     def lift_for(self, share: float) -> int:
-        """Which of LIFTS reads a share of the pages that is nearest to this one."""
+        """Choose the one of LIFTS that reads the share of pages nearest to this one; returns its index."""
         return int((self.read / max(1, self.count) - share).abs().argmin())
 
     def mass_for(self, left_out: float) -> int:
-        """Which of MASSES is the least that leaves out at most so much; the last leaves out nothing."""
+        """Choose the least of MASSES that leaves out at most so much, the last nothing; returns its index."""
         means = (self.by_mass / self.count).tolist()
         return next(i for i, mean in enumerate(means) if mean <= left_out or i == len(MASSES) - 1)
 
 
 def _needed_by_lift(best: Tensor, most: int) -> Iterator[Tensor]:
-    """How many pages each query reads, of expected weights in falling order [..., P], with each of LIFTS: [..., 1]."""
+    """Yield how many pages each query reads with each of LIFTS, [..., 1], of falling expected weights [..., P]."""
     count = best.shape[-1]
     fewest = torch.arange(count) < page_choice.FEWEST
     for lift in LIFTS:
@@ -145,7 +146,7 @@ def _needed_by_lift(best: Tensor, most: int) -> Iterator[Tensor]:
 
 
 def _needed_by_mass(best: Tensor, mass: float) -> Tensor:
-    """The same with a mass: the others have at most the rest of the weight."""
+    """Count the pages [..., 1] without which at most 1 - mass is left out, of falling expected weights [..., P]."""
     if mass == 1:
         return torch.full_like(best[..., :1], best.shape[-1], dtype=torch.int64)
     before = best.cumsum(-1) - best
@@ -153,36 +154,37 @@ def _needed_by_mass(best: Tensor, mass: float) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Everything:
-    """Attention of probes to all tokens: every query is taken to see all sealed tokens and all open ones before it.
+class _FullAttention:
+    """Attention of probes to all tokens: to all quantized ones, and all in the residual window before the query.
 
-    logits [B,H,S,T] of the sealed ones; near: (output [B,H,S,E], lse [B,H,S]) of the open ones.
+    logits [B,H,S,T]: of the quantized tokens. near: (output [B,H,S,E], lse [B,H,S]) of attention sinks and residual
+    window.
     """
 
     logits: Tensor
     near: tuple[Tensor, Tensor]
 
     @staticmethod
-    def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _Everything:
-        """query [B,H,S,D], open keys and values; numbers: scale and softcap."""
+    def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _FullAttention:
+        """Attend with query [B,H,S,D] to exact keys and values and to latents; numbers: scale and softcap."""
         far = far_logits(query, latents, **numbers)
-        return _Everything(far, open_part(query, key, value, latents, **numbers))
+        return _FullAttention(far, open_part(query, key, value, latents, **numbers))
 
     def page_weights(self, tokens: int) -> Tensor:
-        """Share of each page in all weight: [B,H,S,P]."""
+        """Return the share of each page in all weight, [B,H,S,P]."""
         sums = algebra.page_logits(self.logits, tokens)
         total = torch.logaddexp(sums.logsumexp(-1), self.near[1])
         return (sums - total.unsqueeze(-1)).exp()
 
 
 def fill_errors(
-    everything: _Everything, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex
+    full: _FullAttention, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex
 ) -> Tensor:
-    """Squared errors of what each head gives with each of FILLS, where it reads the pages that `index` lets it choose.
+    """Sum squared errors of each head's output with each of FILLS, where it reads the pages that `index` selects.
 
-    absorbed [B,H,S,R]: queries; estimates [B,H,S,P] of `index` -> [FILLS, H].
+    absorbed [B,H,S,R]: queries; estimates [B,H,S,P]: logits of pages from sketches -> [FILLS, H].
     """
-    logits, near, key, value = everything.logits, everything.near, latents.key, latents.value
+    logits, near, key, value = full.logits, full.near, latents.key, latents.value
     heads, values = absorbed.shape[1], value.rebuild()
     expected = page_choice.expected_weights(estimates, index.units, near[1])
     chosen = attention_paged.keep_best(expected, index, index.count)
@@ -193,7 +195,7 @@ def fill_errors(
         weights, lse = attention.safe_softmax(x)
         return attention.grouped_mix(weights, values.to(weights.dtype)), lse
 
-    read, every = part(logits.masked_fill(~seen, -math.inf)), algebra.merge([near, part(logits)])
+    read, whole = part(logits.masked_fill(~seen, -math.inf)), algebra.merge([near, part(logits)])
     rows: Any = (key.rows, key.scale, value.rows, value.scale, None, None, index.tokens)
     tiers: Any = algebra.tier_options(key.tiers, value.tiers)
     mean = mean_values(absorbed, *rows, **tiers).to(read[0].dtype)
@@ -201,13 +203,13 @@ def fill_errors(
     errors = []
     for fill in FILLS:
         parts = torch.full((heads,), fill, device=absorbed.device).log()
-        found = algebra.merge([near, page_choice.stand_in(*read, algebra.expand(mean, value.decode), odds, parts)])
-        errors.append((found - every).double().square().sum((0, 2, 3)))
+        filled = algebra.merge([near, page_choice.stand_in(*read, algebra.expand(mean, value.decode), odds, parts)])
+        errors.append((filled - whole).double().square().sum((0, 2, 3)))
     return torch.stack(errors)
 
 
 class _Probe:
-    """Watches the attention of one site. fills: also how well the mean of values stands in for pages left out."""
+    """Observes the attention of one site. fills: also measures value-mean fill for pages that are not read."""
 
     def __init__(self, curves: Curves, options: PagingOptions, fills: bool = True) -> None:
         self.curves, self.options, self.fills = curves, options, fills
@@ -215,7 +217,7 @@ class _Probe:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
     ) -> None:
-        """See the last QUERIES queries of a call."""
+        """Add the last QUERIES queries of a call to the curves."""
         index, query = latents.index, query[:, :, -QUERIES:]
         if index is None or index.count < LEAST_PAGES:
             return
@@ -224,82 +226,84 @@ class _Probe:
         estimates = algebra.page_logits(
             attention_paged.token_logits(absorbed, index, None, None, **numbers), index.tokens
         )
-        everything = _Everything.of(query, key, value, latents, **numbers)
-        weights = everything.page_weights(index.tokens)
-        expected = page_choice.expected_weights(estimates, index.units, everything.near[1])
+        full = _FullAttention.of(query, key, value, latents, **numbers)
+        weights = full.page_weights(index.tokens)
+        expected = page_choice.expected_weights(estimates, index.units, full.near[1])
         self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2), self.options.room)
         if self.fills:
             lift = LIFTS[self.curves.lift_for(self.options.share)]
-            asked = replace(index, share=self.options.room, lift=lift)
-            self.curves.errors += fill_errors(everything, absorbed, latents, estimates, asked)
+            selecting = replace(index, share=self.options.room, lift=lift)
+            self.curves.errors += fill_errors(full, absorbed, latents, estimates, selecting)
 
 
 @torch.inference_mode()
 def measure(
     model: Any, plan: LatentPlan, ids: Tensor, options: PagingOptions, progress: Callable[[int], None] = lambda n: None
 ) -> dict[str, Curves]:
-    """What each site of `plan` that has sketches leaves out, and what that costs, on token ids [N, T] and their echo.
+    """Measure what each site of `plan` that has sketches leaves out, and what that costs.
 
-    progress counts sequences and, in the first one and in the echo, sites. Raises FhoptError when the plan is not for
-    this model.
+    ids [N, T]: sequences of token ids; the repeated-token probe is made of the first. progress counts sequences and, in
+    the first one and in the probe, sites. Raises FhoptError when the plan is not for this model.
     """
     names = [site.site.name for site in plan.sites if site.sketch is not None]
-    found, echoes = {name: Curves() for name in names}, {name: Curves() for name in names}
+    on_text, on_probe = {name: Curves() for name in names}, {name: Curves() for name in names}
     everywhere = tuple(0.5 if site.sketch is not None else 1.0 for site in plan.sites)
     plan = replace(plan, pages=PagePlan(options.tokens, everywhere, (1.0,) * len(everywhere), least=0))
     name, end = cache_argument(model), ids.shape[1] - LAST
     with switched(model, plan):
-        for number, row in enumerate([*ids, echo(ids[0])]):
+        for number, row in enumerate([*ids, repeated_tokens(ids[0])]):
             repeats = number == len(ids)
-            seen = echoes if repeats else found
+            measured = on_probe if repeats else on_text
             cache = new_cache(model, plan, each_query=False)
-            probes = {x: _Probe(seen[x.site.site.name], options, fills=not repeats) for _, x in _choosing(cache)}
+            probes = {x: _Probe(measured[x.site.site.name], options, fills=not repeats) for _, x in _selecting(cache)}
             for start in range(0, end, PIECE):
                 stop = min(end, start + PIECE)
-                looks = not repeats or stop - QUERIES >= len(row) // 2  # of an echo, at what only copying knows
+                looks = not repeats or stop - QUERIES >= len(row) // 2  # of the probe, at what only copying knows
                 for layer, probe in probes.items():
                     layer.observer = probe if looks else None
                 model(row[None, start:stop].to(model.device), **{name: cache}, use_cache=True)
             progress(1)
             if number == 0 or repeats:
-                _measure_costs(model, cache, row[end:], found, seen, options, progress)
-    return {name: replace(curves, echo=echoes[name] if echoes[name].count else None) for name, curves in found.items()}
+                _measure_costs(model, cache, row[end:], on_text, measured, options, progress)
+    return {name: replace(c, repeated=on_probe[name] if on_probe[name].count else None) for name, c in on_text.items()}
 
 
-def echo(ids: Tensor) -> Tensor:
-    """Token ids [T] of which the second half repeats the first: some of those given, in an order without meaning,
-    behind the first of all, which may be one that a model wants in front."""
+def repeated_tokens(ids: Tensor) -> Tensor:
+    """Make a repeated-token probe [T] of token ids [T]: its second half repeats the first.
+
+    The tokens are some of `ids` in random order, behind the first of all, which models may need in front.
+    """
     half = len(ids) // 2
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-    said = ids[order[order != 0][:half]]
-    return torch.cat([ids[:1], said[1:], said, ids[: len(ids) - 2 * half]])
+    drawn = ids[order[order != 0][:half]]
+    return torch.cat([ids[:1], drawn[1:], drawn, ids[: len(ids) - 2 * half]])
 
 
-def _choosing(cache: Any) -> list[tuple[int, LatentLayer]]:
-    """Layers of a cache that have sketches, and where they are."""
+def _selecting(cache: Any) -> list[tuple[int, LatentLayer]]:
+    """Return the layers of a cache that have sketches, with their indexes."""
     return [(i, x) for i, x in enumerate(cache.layers) if isinstance(x, LatentLayer) and x.sketches is not None]
 
 
 def _measure_costs(
-    model: Any, cache: Any, ids: Tensor, found: Mapping[str, Curves], seen: Mapping[str, Curves],
+    model: Any, cache: Any, ids: Tensor, on_text: Mapping[str, Curves], measured: Mapping[str, Curves],
     options: PagingOptions, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """KL of the predictions on token ids [LAST] behind a cache, when one site after the other reads its share.
+    """Set the costs of `measured` to the KL on token ids [LAST] behind a cache, when one site alone reads its share.
 
-    found: of texts, by which sites choose; seen: of the sequence, which get the costs.
+    on_text: curves of texts, by which sites select pages. measured: curves of the sequence, which get the costs.
     """
-    choosing = _choosing(cache)
-    for _, layer in choosing:
+    selecting = _selecting(cache)
+    for _, layer in selecting:
         layer.observer, layer.share = None, 1.0
     expected = _predictions(model, copy.deepcopy(cache), ids)
-    for at, layer in choosing:
-        told, curves = found[layer.site.site.name], seen[layer.site.site.name]
-        nearest = told.lift_for(options.share)
+    for at, layer in selecting:
+        text, curves = on_text[layer.site.site.name], measured[layer.site.site.name]
+        nearest = text.lift_for(options.share)
         trial = copy.deepcopy(cache)
-        chooses = trial.layers[at]
-        chooses.share, chooses.lift, chooses.each_query = options.room, LIFTS[nearest], True
+        reader = trial.layers[at]
+        reader.share, reader.lift, reader.each_query = options.room, LIFTS[nearest], True
         if options.limit == 1:
-            chooses.fill = attention_paged.log_fill(told.fill, layer.device)
+            reader.fill = attention_paged.log_fill(text.fill, layer.device)
         changed = _predictions(model, trial, ids)
         kl = float((expected.exp() * (expected - changed)).sum(-1).mean())
         if curves.count:
@@ -308,7 +312,7 @@ def _measure_costs(
 
 
 def _predictions(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Log-probabilities [LAST, V] behind a cache, in steps of what a block seals, float64."""
+    """Return log-probabilities [LAST, V] behind a cache, float64, read in steps of the plan's block."""
     name, step = cache_argument(model), cache.plan.block
     cuts = range(0, len(ids), step)
     parts = [model(ids[None, i : i + step].to(model.device), **{name: cache}, use_cache=True).logits[0] for i in cuts]

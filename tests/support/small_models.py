@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fhopt.calibration import collect, probe
 from fhopt.fitting import allocation, fit_plan
+from fhopt.fitting.bases import CandidateBases
+from fhopt.fitting.candidates import COMPETING, fit_bases
 from fhopt.models.capture import Captured, capture
 from fhopt.models.model_facts import cache_argument
 from fhopt.passes import outcome, pipeline
@@ -64,7 +66,7 @@ def found(model: Any, tokens: int = 16) -> tuple[Captured, outcome.Outcome]:
 
 def run(captured: Captured, batch: probe.Batch | None = None) -> Tensor:
     """Main output of the graph on a batch, or on its example inputs."""
-    result = torch.fx.Interpreter(captured.program.module).run(*probe._arguments(captured, batch or {}))
+    result = torch.fx.Interpreter(captured.program.module).run(*probe.graph_arguments(captured, batch or {}))
     output: Tensor = result[captured.result]
     return output
 
@@ -74,25 +76,27 @@ TOKENS = 2048  # length of context that plans of `Fitted` are made for
 
 
 class Fitted:
-    """A model with statistics and measured bases of every layout, from which plans are cheap."""
+    """A model with statistics, bases of every layout and their measured costs, from which plans are cheap."""
 
     def __init__(self, name: str) -> None:
         self.model = MAKERS[name]()
         self.captured, self.outcome = found(self.model, 96)
         self.statistics = collect.collect(self.captured, self.outcome, numbered(6), **FAR)
-        self.found: allocation.Candidates = {name: {} for name in self.statistics}
+        self.bases: CandidateBases = {name: {} for name in self.statistics}
         for layout in (allocation.AUTO, "freq", "head"):
-            more = fit_plan.candidates(self.statistics, layout, context=96, tokens=TOKENS)
-            self.found = {name: table | more[name] for name, table in self.found.items()}
+            more = fit_bases(self.statistics, layout, context=96, tokens=TOKENS)
+            self.bases = {name: {**layouts, **more[name]} for name, layouts in self.bases.items()}
         others = numbered(4, start=6)
-        collect.measure_rates(self.captured, self.outcome, others, self.found, allocation.STEPS, **FAR)
+        self.costs = collect.measure_costs(
+            self.captured, self.outcome, others, self.bases, allocation.STEPS, **FAR
+        )  # fmt: skip
 
     def plan(self, ratio: float, layout: str = "band", **options: Any) -> LatentPlan:
-        wanted = ("input", *fit_plan.COMPETING) if layout == allocation.AUTO else (layout,)
-        table = {name: {w: bases for w, bases in t.items() if w in wanted} for name, t in self.found.items()}
+        wanted = ("input", *COMPETING) if layout == allocation.AUTO else (layout,)
+        bases = {name: {w: pair for w, pair in t.items() if w in wanted} for name, t in self.bases.items()}
         chosen: dict[str, Any] = dict(recent=8, block=8, tokens=TOKENS) | options
-        given = table if all(table.values()) else None  # no site of this model has the layout `input`
-        return fit_plan.fit(self.statistics, found=given, ratio=ratio, layout=layout, **chosen)
+        known = bases if all(bases.values()) else None  # no site of this model has the layout `input`
+        return fit_plan.fit(self.statistics, bases=known, costs=self.costs, ratio=ratio, layout=layout, **chosen)
 
 
 def numbered(count: int, tokens: int = 96, start: int = 0) -> list[tuple[int, dict[str, Tensor]]]:

@@ -15,7 +15,7 @@ from lm_heads import made, weights
 from small_models import Fitted, token_ids
 
 import fhopt
-from fhopt.calibration.checkpoint import Checkpoint
+from fhopt.calibration.checkpoint import MOMENTS, Checkpoint
 from fhopt.export import rewrite_folder
 from fhopt.hf.apply import latent_cache
 from fhopt.lm_head.head import Head
@@ -92,12 +92,12 @@ def rewritten_write(folder: Path, llama: Fitted) -> Write:
 
 def checkpoint_write(folder: Path, _: Fitted) -> Write:
     place = folder / "state.moments"
-    checkpoint = Checkpoint(folder / "state", {"model": "x"})
+    checkpoint = Checkpoint(folder / "state", {"model": "x"}, MOMENTS)
 
     def read() -> int | None:
-        return checkpoint.load("moments", {"sum": torch.zeros(50, 50)}) if place.exists() else None
+        return checkpoint.restore({"sum": torch.zeros(50, 50)}) if place.exists() else None
 
-    return Write(place, lambda n: checkpoint.save("moments", {"sum": torch.full((50, 50), float(n))}, n), read)
+    return Write(place, lambda n: checkpoint.save({"sum": torch.full((50, 50), float(n))}, n), read)
 
 
 WRITES = {

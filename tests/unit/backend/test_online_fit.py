@@ -168,7 +168,7 @@ def test_training_is_not_watched() -> None:
     [
         ({"calibration_tokens": 10}, "at least 4,096"),
         ({"max_loss": 2}, "expected a share"),
-        ({"max_loss": "much"}, "is no share"),
+        ({"max_loss": "much"}, "is not a share"),
         ({"ratio": 0.5}, "expected 1"),
         ({"ratio": "four"}, "expected numbers"),
         ({"weights": "maybe"}, "'check' or 'trust'"),

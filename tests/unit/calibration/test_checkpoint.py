@@ -9,34 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted_calibration import OPTIONS, measure, sequences
-from safetensors.torch import save_file
+from interruptions import DAMAGES, Interrupted, stop_at
 from small_models import Fitted
 from torch import Tensor
 
-from fhopt import progress as fhopt_progress
 from fhopt.calibration import checkpoint, run
 from fhopt.calibration import options as calibration_options
 from fhopt.errors import FhoptError
-from fhopt.fitting import allocation
 
 
-class Interrupted(Exception):
-    """What a user's Ctrl-C is to these tests."""
-
-
-def sums(measured: run.Measured) -> dict[str, Tensor]:
-    levels = (0, *allocation.STEPS)
-    return checkpoint.moments(measured.statistics) | checkpoint.rates(measured.found, levels)
-
-
-def stop_at(stage: str, number: int) -> fhopt_progress.Progress:
-    """Progress that is interrupted behind batch `number` of a stage."""
-
-    def progress(now: str, done: int, total: int) -> None:
-        if (now, done) == (stage, number):
-            raise Interrupted
-
-    return progress
+def sums(calibration: run.Calibration) -> dict[str, Tensor]:
+    return checkpoint.named_moments(calibration.statistics) | checkpoint.named_costs(calibration.costs)
 
 
 def interrupted(llama: Fitted, folder: Path, stage: str = "moments") -> calibration_options.FitOptions:
@@ -51,10 +34,10 @@ def interrupted(llama: Fitted, folder: Path, stage: str = "moments") -> calibrat
 def test_an_interrupted_calibration_goes_on_and_gives_the_same_sums(llama: Fitted, tmp_path: Path, stage: str) -> None:
     options = interrupted(llama, tmp_path, stage)
     assert (tmp_path / f"state.{stage}").exists()
-    told: list[tuple[str, int]] = []
-    again = measure(llama.captured, options, lambda now, done, total: told.append((now, done)))
+    seen: list[tuple[str, int]] = []
+    again = measure(llama.captured, options, lambda now, done, total: seen.append((now, done)))
     rest = [("moments", 5), ("moments", 6)] if stage == "moments" else []
-    assert told == [*rest, *(("rates", i) for i in ((1, 2, 3, 4, 5) if stage == "moments" else (5,)))]
+    assert seen == [*rest, *(("rates", i) for i in ((1, 2, 3, 4, 5) if stage == "moments" else (5,)))]
     whole = sums(measure(llama.captured))
     for name, total in sums(again).items():
         assert torch.equal(total, whole[name]), name
@@ -86,26 +69,10 @@ def test_a_checkpoint_of_other_options_is_refused(llama: Fitted, tmp_path: Path)
 
 def test_a_checkpoint_serves_another_size_of_plan(llama: Fitted, tmp_path: Path) -> None:
     options = replace(interrupted(llama, tmp_path), ratio=2.0, bits=(4, 8), block=16, window_bits=16)
-    assert measure(llama.captured, options).found
+    assert measure(llama.captured, options).costs
 
 
-def _cut_short(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _without_a_key(file: Path) -> None:
-    save_file({"x": torch.zeros(1)}, file)
-
-
-def _of_fewer_sums(file: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        about = opened.metadata()
-    save_file({"x": torch.zeros(1)}, file, about)
-
-
-@pytest.mark.parametrize("damage", [_cut_short, _without_a_key, _of_fewer_sums])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused(llama: Fitted, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     options = interrupted(llama, tmp_path)
     damage(tmp_path / "state.moments")

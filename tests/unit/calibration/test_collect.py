@@ -1,11 +1,9 @@
-"""Statistics of calibration: sums over batches, rates, every kind of attention."""
+"""Statistics of calibration: sums over batches, costs, every kind of attention."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +16,8 @@ from fhopt.calibration import checkpoint, collect, probe
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
 from fhopt.fitting.bases import Basis
+from fhopt.fitting.candidates import fit_bases
+from fhopt.fitting.costs import SideCosts, empty_costs
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.models.capture import capture
 from fhopt.ops import packing
@@ -30,7 +30,7 @@ SITE = "model.layers.1.self_attn"
 
 
 def sums(statistics: dict[str, SiteStatistics]) -> list[Tensor]:
-    return list(checkpoint.moments(statistics).values())
+    return list(checkpoint.named_moments(statistics).values())
 
 
 def test_moments_and_metrics_sum_over_batches(fitted: Fitted) -> None:
@@ -50,7 +50,7 @@ def test_moments_are_those_of_the_keys_that_stand_behind_the_sinks(llama: Fitted
     """Against keys and values seen in the graph; heads of a latent head stand side by side."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def see(name: str, k: Tensor, v: Tensor) -> probe.Found:
+    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
         seen[name] = k, v
         return lambda a, b: None
 
@@ -98,89 +98,87 @@ def test_a_batch_of_another_shape_is_refused(llama: Fitted) -> None:
         collect.collect(llama.captured, llama.outcome, numbered(1, 95), **FAR)
 
 
-def test_what_is_done_is_told_batch_by_batch(llama: Fitted) -> None:
+def test_progress_is_reported_batch_by_batch(llama: Fitted) -> None:
     done: list[int] = []
     collect.collect(llama.captured, llama.outcome, numbered(2, start=5), done=done.append, **FAR)
     assert done == [5, 6]
 
 
-# ---- rates
+# ---- costs
 
 
 def test_what_dropping_costs_is_the_square_of_a_sum_over_the_sequence(llama: Fitted) -> None:
     """One sequence, computed directly: ((sum over tokens of g x^T) applied to each channel's direction)^2."""
-    found = deepcopy({name: {"band": table["band"]} for name, table in llama.found.items()})
-    for pair in found[SITE].values():
-        for basis in pair:
-            basis.costs.clear()
-            basis.tokens.zero_()
+    bases = {name: {"band": layouts["band"]} for name, layouts in llama.bases.items()}
     batches, seen = numbered(1), []
-    collect.measure_rates(llama.captured, llama.outcome, batches, found, {4: 0.4}, **FAR)
+    costs = collect.measure_costs(llama.captured, llama.outcome, batches, bases, {4: 0.4}, **FAR)
 
-    def see(name: str, k: Tensor, v: Tensor) -> probe.Found:
+    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
         return lambda a, b: seen.append((k, a, v, b)) if name == SITE else None
 
     probe.run_probed(llama.captured, llama.outcome, batches, (4, 8), 0, see, lambda n: None)
     k, dk, v, dv = (x[0].transpose(0, 1).flatten(1).double() for x in seen[0])  # [T, 32]
-    for basis, x, g in zip(found[SITE]["band"], (k, v), (dk, dv), strict=True):
+    for i, (basis, x, g) in enumerate(zip(bases[SITE]["band"], (k, v), (dk, dv), strict=True)):
+        measured = costs[SITE, "band", i]
         direct = torch.einsum("rc,tc,td,dr->r", basis.encode[0], x, g, basis.decode[0]) ** 2
         scale = float(direct.max())
-        torch.testing.assert_close(basis.costs[0][0], direct, rtol=1e-3, atol=1e-5 * scale)  # float32 sums of 92 tokens
+        # float32 sums of 92 tokens
+        torch.testing.assert_close(measured.sums[0][0], direct, rtol=1e-3, atol=1e-5 * scale)
         latent = x @ basis.encode[0].mT
         token = latent[:, :16].square().mean(1, keepdim=True).sqrt()
         error = packing.rounded(latent / token, 4, 0.4) * token - latent
         coded = ((g @ basis.decode[0]) * error).sum(0) ** 2
         # a number within float32 rounding of a threshold falls to the other side: rare, a step of one token each
-        torch.testing.assert_close(basis.costs[4][0], coded, rtol=0.05, atol=1e-3 * float(coded.max()))
-        assert int(basis.tokens) == 92
+        torch.testing.assert_close(measured.sums[4][0], coded, rtol=0.05, atol=1e-3 * float(coded.max()))
+        assert int(measured.tokens) == 92
 
 
 def test_one_latent_of_keys_and_values_costs_what_both_errors_do_together(gpt2: Fitted) -> None:
     """At 0 bits, one sequence: the effects of a channel on keys and on values add up before they are squared."""
-    name, table = next(iter(gpt2.found.items()))
-    basis = replace(table["input"][0], costs={}, tokens=torch.zeros((), dtype=torch.int64))
-    found: dict[str, dict[str, tuple[Basis, ...]]] = {n: {} for n in gpt2.found} | {name: {"input": (basis,)}}
+    name, layouts = next(iter(gpt2.bases.items()))
+    (basis,) = layouts["input"]
+    bases: dict[str, dict[str, tuple[Basis, ...]]] = {n: {} for n in gpt2.bases} | {name: {"input": (basis,)}}
     batches, seen = numbered(1), []
-    collect.measure_rates(gpt2.captured, gpt2.outcome, batches, found, {}, **FAR)
+    costs = collect.measure_costs(gpt2.captured, gpt2.outcome, batches, bases, {}, **FAR)
 
-    def see(site: str, k: Tensor, v: Tensor) -> probe.Found:
+    def see(site: str, k: Tensor, v: Tensor) -> probe.OnGradients:
         return lambda a, b: seen.append((torch.cat([k, v], -1), torch.cat([a, b], -1))) if site == name else None
 
     probe.run_probed(gpt2.captured, gpt2.outcome, batches, (4, 8), 0, see, lambda n: None)
     x, g = (part[0].transpose(0, 1).flatten(1).double() for part in seen[0])  # [T, G*(D+E)]
     direct = torch.einsum("rc,tc,td,dr->r", basis.encode[0], x, g, basis.decode[0]) ** 2
     # float32 sums of 92 tokens
-    torch.testing.assert_close(basis.costs[0][0], direct, rtol=1e-3, atol=1e-5 * float(direct.max()))
+    torch.testing.assert_close(costs[name, "input", 0].sums[0][0], direct, rtol=1e-3, atol=1e-5 * float(direct.max()))
 
 
 def test_more_bits_cost_less_from_2_to_8(fitted: Fitted) -> None:
-    for table in fitted.found.values():
-        for pair in table.values():
-            for basis in pair:
-                totals = [float(basis.costs[b].sum()) for b in (0, 2, 4, 6, 8)]
-                assert totals == sorted(totals, reverse=True)
+    for measured in fitted.costs.values():
+        totals = [float(measured.sums[b].sum()) for b in (0, 2, 4, 6, 8)]
+        assert totals == sorted(totals, reverse=True)
 
 
-def test_rates_sum_over_batches(llama: Fitted) -> None:
-    batches = numbered(2)
+def test_costs_sum_over_batches(llama: Fitted) -> None:
+    batches, bases = numbered(2), fit_bases(llama.statistics, context=96)
 
-    def measured(*parts: list[Any]) -> list[tuple[Tensor, Tensor]]:
-        found = fit_plan.candidates(llama.statistics, context=96)
+    def measured(*parts: list[Any]) -> dict[str, Tensor]:
+        costs = empty_costs(bases, (0, *allocation.STEPS))
         for part in parts:
-            collect.measure_rates(llama.captured, llama.outcome, part, found, allocation.STEPS, **FAR)
-        bases = [basis for table in found.values() for pair in table.values() for basis in pair]
-        return [(basis.costs[4], basis.tokens) for basis in bases]
+            collect.measure_costs(llama.captured, llama.outcome, part, bases, allocation.STEPS, into=costs, **FAR)
+        return checkpoint.named_costs(costs)
 
-    for (a, tokens), (b, same) in zip(measured(batches), measured(batches[:1], batches[1:]), strict=True):
-        assert torch.equal(a, b) and torch.equal(tokens, same)
+    whole, parts = measured(batches), measured(batches[:1], batches[1:])
+    assert whole.keys() == parts.keys()
+    for name, total in whole.items():
+        assert torch.equal(total, parts[name]) and total.any(), name
 
 
 def test_costs_of_a_model_in_bfloat16_are_those_of_latents_in_float32(llama: Fitted) -> None:
     x, gradient = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(2))
-    one, two = (deepcopy(llama.found[SITE]["band"][0]) for _ in range(2))
-    collect._add_costs(one, x, gradient, {0: 0.0, 8: 0.03})
-    collect._add_costs(two, x.float(), gradient.float(), {0: 0.0, 8: 0.03})
-    assert torch.equal(one.costs[8], two.costs[8])
+    basis = llama.bases[SITE]["band"][0]
+    one, two = (SideCosts({bits: torch.zeros_like(basis.variance) for bits in (0, 8)}) for _ in range(2))
+    collect._add_costs(one, basis, x, gradient, {0: 0.0, 8: 0.03})
+    collect._add_costs(two, basis, x.float(), gradient.float(), {0: 0.0, 8: 0.03})
+    assert torch.equal(one.sums[8], two.sums[8]) and one.sums[8].any()
 
 
 # ---- kinds of attention
@@ -253,9 +251,9 @@ def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None
             assert side.moment.shape == side.metric.shape == (side.groups, width, width)
             for matrix in (side.moment, side.metric):
                 assert bool(matrix.isfinite().all()) and float(matrix.abs().max()) > 0
-    found = fit_plan.candidates(statistics, context=64, tokens=2048)
-    collect.measure_rates(captured, outcome, [(2, inputs())], found, allocation.STEPS, **FAR)
-    plan = fit_plan.fit(statistics, found=found, ratio=4, tokens=2048, recent=8, block=8)
+    bases = fit_bases(statistics, context=64, tokens=2048)
+    costs = collect.measure_costs(captured, outcome, [(2, inputs())], bases, allocation.STEPS, **FAR)
+    plan = fit_plan.fit(statistics, bases=bases, costs=costs, ratio=4, tokens=2048, recent=8, block=8)
     assert 4 <= plan.ratio(2048) < 5
     assert math.isfinite(plan.provenance["predicted_nats"])
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from fhopt.calibration import checkpoint, options, probe, run
 from fhopt.calibration.offloaded_probe import find_dispatched, is_dispatched, outline
 from fhopt.errors import FhoptError
-from fhopt.fitting import allocation
 
 OPTIONS = options.FitOptions(sequences=6, rate_sequences=5, context=96, recent=8, block=8, tokens=2048)
 
@@ -39,7 +38,7 @@ def test_a_model_on_disk_gives_the_plan_of_one_in_memory(folder: Path) -> None:
     whole, away = tiny_llama().double(), offloaded(folder)
     assert is_dispatched(away) and not is_dispatched(whole)
     measured = [run.measure_module(model, batches, OPTIONS) for model in (whole, away)]
-    one, two = [checkpoint.moments(m.statistics) | checkpoint.rates(m.found, allocation.STEPS) for m in measured]
+    one, two = [checkpoint.named_moments(m.statistics) | checkpoint.named_costs(m.costs) for m in measured]
     assert largest_difference(two, one) < 1e-9  # float64, in the same order
     plans = [run.plan_for(m, OPTIONS) for m in measured]
     assert plans[0].provenance == plans[1].provenance
@@ -83,20 +82,20 @@ def tiny_qwen() -> Any:
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_qwen])
 def test_the_outline_of_a_model_has_its_sites_and_no_memory(make: Callable[[], Any]) -> None:
     model = make()
-    twin = outline(model)
-    for one, other in zip(*(found(m)[1].sites.values() for m in (model, twin)), strict=True):
+    empty = outline(model)
+    for one, other in zip(*(found(m)[1].sites.values() for m in (model, empty)), strict=True):
         angles = [site.rope.angles if site.rope else () for site in (one, other)]
         assert angles[0] == pytest.approx(angles[1], rel=1e-9)  # measured in float64
         assert replace(one, rope=None) == replace(other, rope=None)
-    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in twin.parameters()}
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in empty.parameters()}
     assert max(memory.values()) <= 4
 
 
-def test_a_dispatched_module_that_is_no_model_of_transformers_is_refused() -> None:
+def test_a_dispatched_module_that_is_not_a_model_of_transformers_is_refused() -> None:
     from accelerate import cpu_offload
 
     module = cpu_offload(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.device("cpu"))
-    with pytest.raises(FhoptError, match=r"no model of transformers.*Calibrate it on one device"):
+    with pytest.raises(FhoptError, match=r"not a model of transformers.*Calibrate it on one device"):
         run.measure_module(module, [{"input": torch.zeros(1, 4)}], OPTIONS)
 
 

@@ -34,11 +34,11 @@ def test_a_plan_is_kept_and_found_by_the_beginning_of_its_name_or_digest() -> No
     assert LatentPlan.load(first.path).digest() == plan(1).digest()
     assert first.name.startswith("a-model-") and plan_store.add(plan(1)) == first
     for wrong in ("a-model", "nothing", ""):
-        with pytest.raises(FhoptError, match="names no plan"):
+        with pytest.raises(FhoptError, match="does not name one plan"):
             plan_store.find(wrong)
 
 
-def test_a_damaged_plan_is_told_and_written_anew_when_it_is_added_again() -> None:
+def test_a_damaged_plan_is_reported_and_written_anew_when_it_is_added_again() -> None:
     kept = plan_store.add(plan())
     content = (kept.path / "plan.safetensors").read_bytes()
     (kept.path / "plan.safetensors").write_bytes(content[:-1] + b"x")
@@ -46,7 +46,7 @@ def test_a_damaged_plan_is_told_and_written_anew_when_it_is_added_again() -> Non
     assert not plan_store.verify(plan_store.add(plan())).fault
 
 
-def test_plans_of_another_model_are_told(llama: Fitted, gpt2: Fitted) -> None:
+def test_plans_of_another_model_are_reported(llama: Fitted, gpt2: Fitted) -> None:
     from fhopt.plan.fingerprint import fingerprint
 
     fitted = llama.plan(4)
@@ -66,10 +66,10 @@ def test_pruning_removes_the_damaged_the_old_and_what_was_left_behind(own_folder
     for file in (old, new):
         file.write_bytes(b"1234")
     os.utime(old, (0, 0))
-    told = plan_store.prune(keep=1, dry=True)
+    planned = plan_store.prune(keep=1, dry=True)
     assert len(plan_store.entries()) == 5 and old.exists()
-    assert plan_store.prune(keep=1) == told and told.nbytes > 4
-    assert set(told.names) == {broken.name, old.name, kept[0].name, kept[1].name}
+    assert plan_store.prune(keep=1) == planned and planned.nbytes > 4
+    assert set(planned.names) == {broken.name, old.name, kept[0].name, kept[1].name}
     assert {e.name for e in plan_store.entries()} == {kept[2].name, kept[3].name} and new.exists()
 
 

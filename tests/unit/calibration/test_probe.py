@@ -59,7 +59,7 @@ def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
     _, far = masks.split_mask(q, k, None, False, 2, 5)
     seen: list[Tensor] = []
     probe: Any = calibration_probe._ProbedAttention
-    out = probe.apply(q, k, v, bias, sinks, far, 0.3, softcap, lambda *given: seen.extend(given))
+    out = probe.apply(q, k, v, bias, sinks, far, 0.3, softcap, lambda *tensors: seen.extend(tensors))
     weight = torch.randn_like(out)
     own = torch.autograd.grad((out * weight).sum(), (q, k, v))
 
@@ -68,15 +68,15 @@ def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
     gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v, dk, dv))
     torch.testing.assert_close(out, expected)
     assert torch.equal(seen.pop(0), k) and torch.equal(seen.pop(0), v)
-    for found_gradient, gradient in zip((*own, *seen), gradients, strict=True):
-        torch.testing.assert_close(found_gradient, gradient)
+    for probed_gradient, gradient in zip((*own, *seen), gradients, strict=True):
+        torch.testing.assert_close(probed_gradient, gradient)
 
 
 def _attention(
     q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], bias: Tensor | None, sinks: Tensor | None,
     far: Tensor, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """The obvious way; far keys and values are (number, change), near ones the number alone."""
+    """Attend the obvious way; far keys and values are (number, change), near ones the number alone."""
     (k, dk), (v, dv) = ([x.repeat_interleave(2, 1) for x in pair] for pair in (keys, values))
     logits = torch.where(far, q @ (k + dk).mT, q @ k.mT) * 0.3
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -94,7 +94,7 @@ def test_the_metric_is_made_of_gradients_of_the_sampled_likelihood(llama: Fitted
     """Each sequence's gradient with respect to the values of the last layer, when no query is near: recent is 0."""
     seen: list[Tensor] = []
 
-    def see(name: str, k: Tensor, v: Tensor) -> calibration_probe.Found:
+    def see(name: str, k: Tensor, v: Tensor) -> calibration_probe.OnGradients:
         return lambda a, b: seen.append(b) if name == SITE else None
 
     batches = numbered(1)

@@ -18,8 +18,8 @@ from command_models import call, save_tiny_model
     [
         (("--ratio", "4", "--max-loss", "1%"), "each choose the size"),
         (("--ratio", "4", "--bytes-per-token", "100"), "each choose the size"),
-        (("--max-loss", "much"), "is no share"),
-        (("--max-loss", "0"), "is no limit"),
+        (("--max-loss", "much"), "is not a share"),
+        (("--max-loss", "0"), "is not possible"),
         (("--layout", "mla"), "is unknown"),
         (("--sequences", "1", "--context", "200"), "more or longer sequences"),
         (("--rate-sequences", "0"), "one more sequence"),

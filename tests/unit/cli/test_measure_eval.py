@@ -33,7 +33,7 @@ def call(*arguments: object) -> Any:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "an unknown task": (["--tasks", "copy,poetry"], "'poetry' is no task; expected some of perplexity, passkey"),
+    "an unknown task": (["--tasks", "copy,poetry"], "unknown task 'poetry'; expected some of perplexity, passkey"),
     "lengths that are words": (["--lengths", "long"], "lengths 'long' are not numbers of tokens"),
     "a length of 0": (["--lengths", "0"], "not numbers of tokens"),
     "a context without room": (["--tasks", "digits", "--lengths", "200"], "Give longer --lengths"),

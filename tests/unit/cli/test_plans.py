@@ -34,4 +34,4 @@ def test_the_commands(tmp_path: Path) -> None:
     assert json.loads(call("prune", "--dry-run", "--json").stdout)["names"] == [added["name"]]
     assert "1 removed" in call("prune").stdout and json.loads(call("--json").stdout)["plans"] == []
     missing = call("path", "x")
-    assert missing.exit_code == 2 and "names no plan" in missing.stderr
+    assert missing.exit_code == 2 and "does not name one plan" in missing.stderr

@@ -30,7 +30,7 @@ def test_a_missing_harness_is_named_with_the_command_that_installs_it(monkeypatc
 
 def test_an_unknown_type_of_numbers_is_named() -> None:
     assert _dtype("auto") is torch.float32 and _dtype("torch.bfloat16") is _dtype(torch.bfloat16) is torch.bfloat16
-    with pytest.raises(FhoptError, match="dtype 'fp99' is no type of numbers; expected float32"):
+    with pytest.raises(FhoptError, match="dtype 'fp99' is unknown; expected float32"):
         _dtype("fp99")
 
 

@@ -14,7 +14,8 @@ from small_models import TOKENS, Fitted
 
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
-from fhopt.fitting.bases import Basis
+from fhopt.fitting.bases import Basis, CandidateBases
+from fhopt.fitting.costs import SideCosts
 from fhopt.fitting.statistics import SideStatistics, SiteStatistics
 from fhopt.ops import algebra
 from fhopt.plan.site_plan import TIER_QUANTUM
@@ -39,15 +40,15 @@ def test_sinks_and_window_count(llama: Fitted, options: dict[str, Any]) -> None:
     ("window_bits", "bits"),
     [(8, 186), (16, 182)],
     # 1000 tokens of 2 * (16 + 8) numbers: 96 bytes exact, 48 + 2 * 2 scales of 2 bytes = 56 in an 8-bit window.
-    # 4 sinks, 984 sealed (988 // 8 blocks), 12 open. A quarter of 96,000 bytes is 24,000:
+    # 4 sinks, 984 quantized (988 // 8 blocks), 12 open. A quarter of 96,000 bytes is 24,000:
     # 8 * (24,000 - 4 * 96 - 12 * 56) / 984 = 186.5; 8 * (24,000 - 16 * 96) / 984 = 182.6
 )
-def test_bits_of_a_sealed_token_are_what_sinks_and_window_leave(window_bits: int, bits: int) -> None:
+def test_bits_of_a_quantized_token_are_what_sinks_and_window_leave(window_bits: int, bits: int) -> None:
     budget = allocation.Budget(4.0, sinks=4, recent=8, block=8, window_bits=window_bits, tokens=1000)
-    assert budget.code_bits([SITE]) == bits
+    assert budget.quantized_token_bits([SITE]) == bits
 
 
-def test_a_context_without_sealed_tokens_is_refused(llama: Fitted) -> None:
+def test_a_context_without_quantized_tokens_is_refused(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match=r"19 tokens are all exact .* longer context"):
         llama.plan(2, tokens=19)
 
@@ -66,9 +67,9 @@ def test_tiers_fall_in_bits_and_cover_whole_chunks(fitted: Fitted, layout: str, 
 
 def test_channels_go_into_tiers_with_their_bits() -> None:
     """The second chunk costs most, so it stands first; the one that costs nothing is dropped."""
-    found_pair: tuple[Basis, ...] = basis(1, 0.01, 1.0, 1e-12, 1e-12), basis(1, 1.0, 1e-12, 1e-12, 1e-12)
+    pair: tuple[Basis, ...] = basis(1, 0.01, 1.0, 1e-12, 1e-12), basis(1, 1.0, 1e-12, 1e-12, 1e-12)
     plan = fit_plan.fit(
-        statistics("a"), found={"a": {"band": found_pair}}, ratio=10, layout="band", sinks=0, recent=1, block=1,
+        statistics("a"), bases={"a": {"band": pair}}, ratio=10, layout="band", sinks=0, recent=1, block=1,
         tokens=100_000,
     )  # fmt: skip
     key = plan.sites[0].key
@@ -102,16 +103,16 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
 def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ratio: float) -> None:
     plan = wide(groups, channels, ratio)
     budget = allocation.Budget(ratio, sinks=0, recent=1, block=1, tokens=100_000)
-    asked = budget.code_bits([s.site for s in plan.sites])
-    given = sum(8 * s.token_bytes() for s in plan.sites)
-    assert 0 <= asked - given < 8 * allocation.PLANE * groups
+    asked = budget.quantized_token_bits([s.site for s in plan.sites])
+    used = sum(8 * s.token_bytes() for s in plan.sites)
+    assert 0 <= asked - used < 8 * allocation.PLANE * groups
 
 
 @pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])
 def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
     """Against all numbers of planes of each tier, channels in order of what they cost."""
     side = spectrum(88, 1, 300.0, 2)
-    part = allocation._side(side, allocation.Grain(levels, allocation.PLANE)).parts[0]
+    part = allocation._side(side, None, allocation.Grain(levels, allocation.PLANE)).parts[0]
     dropped = side.variance[0].unflatten(0, (-1, TIER_QUANTUM)).sum(1) / 2
     costs = torch.cat([dropped.sort(descending=True).values, torch.zeros(5)])
     best = dict.fromkeys(range(len(part.bits)), float("inf"))
@@ -125,10 +126,10 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
     assert part.bits == [8 * allocation.PLANE * n for n in best]
     assert part.nats == pytest.approx(list(best.values()))
     for n, nats in best.items():  # and the chunks are those that the loss was counted for
-        given = part.chunks(n)
-        assert sum(given) * TIER_QUANTUM == part.bits[n]
-        padded = torch.cat([dropped, torch.zeros(len(given) - 11)])
-        assert sum(float(c) * allocation.DISTORTION[b] for c, b in zip(padded, given, strict=True)) == pytest.approx(
+        bits = part.chunks(n)
+        assert sum(bits) * TIER_QUANTUM == part.bits[n]
+        padded = torch.cat([dropped, torch.zeros(len(bits) - 11)])
+        assert sum(float(c) * allocation.DISTORTION[b] for c, b in zip(padded, bits, strict=True)) == pytest.approx(
             nats
         )
 
@@ -166,7 +167,7 @@ def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
     allocation.check_reach(
         sites, budget, allocation.BITS
     )  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
-    with pytest.raises(FhoptError, match="21 bytes for a sealed token, the least possible is 36"):
+    with pytest.raises(FhoptError, match="21 bytes for a quantized token, the least possible is 36"):
         allocation.check_reach(sites, budget, allocation.BITS, "h100")
 
 
@@ -182,10 +183,10 @@ def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: Fitted) -> 
     zero = torch.zeros(1, 12, 12, dtype=torch.float64)
     eye = torch.eye(12, dtype=torch.float64).unsqueeze(0)
     whole = Basis(eye, eye, torch.ones(1, 12, dtype=torch.float64))
-    given: allocation.Candidates = {"a": {"band": (whole, whole)}}
+    bases: CandidateBases = {"a": {"band": (whole, whole)}}
     sides = SideStatistics(1, zero, zero), SideStatistics(1, zero, zero)
     plan = fit_plan.fit(
-        {"a": SiteStatistics(odd, *sides)}, found=given, ratio=1.5, layout="band", sinks=0, recent=1, block=1
+        {"a": SiteStatistics(odd, *sides)}, bases=bases, ratio=1.5, layout="band", sinks=0, recent=1, block=1
     )
     side = plan.sites[0].key
     assert side.width == 16
@@ -199,9 +200,8 @@ def test_a_head_size_that_is_no_multiple_of_a_chunk_is_padded(llama: Fitted) -> 
 def test_measured_costs_count_per_token() -> None:
     """Half of 0.5 nats a channel at 0 bits over 10 tokens, 8 channels to a chunk; an unmeasured level is Gaussian."""
     side = basis(1, 1.0, 1.0)
-    side.costs[0] = torch.full((1, 16), 0.5, dtype=torch.float64)
-    side.tokens += 10
-    parts = allocation._side(side, allocation.Grain((2, 16), 0)).parts
+    measured = SideCosts({0: torch.full((1, 16), 0.5, dtype=torch.float64)}, torch.tensor(10))
+    parts = allocation._side(side, measured, allocation.Grain((2, 16), 0)).parts
     for part in parts:
         assert part.bits == [0, 2 * 8, 16 * 8]
         assert part.nats == pytest.approx([0.2, 4 * allocation.DISTORTION[2], 0.0])

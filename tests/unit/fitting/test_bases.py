@@ -12,7 +12,6 @@ from small_models import FAR, Fitted, found, numbered, tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from fhopt.calibration import collect, probe
-from fhopt.fitting import fit_plan
 from fhopt.fitting.bases import Basis, _Average, fit_basis, fit_joint, joint_basis
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.ops import algebra
@@ -262,10 +261,3 @@ def test_full_width_plans_give_back_keys_and_values_in_float32(fitted: Fitted) -
             for side in (site.key, site.value):
                 back = algebra.decode(algebra.encode(x, side.encode), side.decode)
                 torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)  # float32 bases with a spread of about 100
-
-
-def test_candidates_are_the_layouts_that_compete_unless_one_is_named(llama: Fitted) -> None:
-    auto = fit_plan.candidates(llama.statistics, context=96)
-    named = fit_plan.candidates(llama.statistics, "head", context=96)
-    assert {tuple(t) for t in auto.values()} == {fit_plan.COMPETING}  # keys rotate: no `input`
-    assert {tuple(t) for t in named.values()} == {("head",)}

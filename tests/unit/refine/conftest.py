@@ -1,15 +1,30 @@
-"""Fixtures of pages for short texts."""
+"""Fixtures of pages for short texts, and of a plan that is healed."""
 
 from __future__ import annotations
 
 import pytest
+from healed_plans import loaded
+from small_models import Fitted, tiny_llama
 
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.plan.latent_plan import LatentPlan
 from fhopt.refine import page_options, page_probes, page_sketches
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few hundred tokens are a context."""
-    for module, names in ((page_options, "PIECE LAST"), (page_probes, "PIECE LAST"), (page_sketches, "PIECE")):
-        for name in names.split():
-            monkeypatch.setattr(module, name, {"PIECE": 64, "LAST": 16}[name])
+    """Read in small pieces, so that a few hundred tokens are a context."""
+    for module in (page_options, page_probes, page_sketches):
+        monkeypatch.setattr(module, "PIECE", 64)
+    for module in (page_options, page_probes):
+        monkeypatch.setattr(module, "LAST", 16)
+
+
+@pytest.fixture
+def plan(llama: Fitted) -> LatentPlan:
+    return llama.plan(8.0)
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    return loaded(tiny_llama())

@@ -9,28 +9,19 @@ from typing import Any
 import pytest
 import torch
 from hand_plans import shared_plan
-from healed_plans import CODED, CONTEXT, loaded
-from small_models import FAR, Fitted, found, tiny_gpt2, tiny_llama, token_ids
+from healed_plans import CODED, CONTEXT
+from small_models import FAR, found, tiny_gpt2, tiny_llama, token_ids
 from torch import Tensor
 
+from fhopt.calibration.checkpoint import Checkpoint
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
-from fhopt.refine import checkpoint, decoder_equations
+from fhopt.refine import decoder_equations
 from fhopt.refine.decoder_equations import Equations, Reader
-from fhopt.refine.heal import read
+from fhopt.refine.heal import HEALING, read
 
 pytestmark = pytest.mark.usefixtures("without_compiling")
-
-
-@pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
-    return llama.plan(8.0)
-
-
-@pytest.fixture
-def model() -> LoadedModel:
-    return loaded(tiny_llama())
 
 
 @functools.cache
@@ -50,7 +41,7 @@ def inputs(plan: SitePlan, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def taken(plan: SitePlan, q: Tensor, k: Tensor, v: Tensor, exact: tuple[int, int], **options: Any) -> Equations:
     equations = Equations()
-    decoder_equations.take_down(equations, plan, exact, q, k, v, scale=0.5, **options)
+    decoder_equations.add_attention(equations, plan, exact, q, k, v, scale=0.5, **options)
     return equations
 
 
@@ -150,8 +141,18 @@ def test_channels_that_reach_nothing_in_common_stay_apart() -> None:
 
 def test_equations_of_a_text_are_those_of_its_sequences(model: LoadedModel, plan: LatentPlan) -> None:
     reader, ids = Reader.of(model.capture(CONTEXT), plan), token_ids(4, CONTEXT)
-    saved = checkpoint.HealingCheckpoint(None, {})
-    whole, backwards = read(reader, ids, saved), read(reader, ids.flip(0), saved)
+    checkpoint = Checkpoint(None, {}, HEALING)
+    whole, backwards = read(reader, ids, checkpoint), read(reader, ids.flip(0), checkpoint)
     for name in whole.error:
         torch.testing.assert_close(backwards.error[name], whole.error[name])
     assert set(whole.error) == {f"{p.site.name}.{side}" for p in plan.sites for side in ("key", "value")}
+
+
+def test_equations_come_back_from_their_tensors() -> None:
+    plan = site_plan()
+    equations = taken(plan, *inputs(plan, 24), (2, 3), is_causal=True)
+    again = Equations.of(equations.tensors())
+    assert again.error.keys() == again.moment.keys() == {f"{plan.site.name}.{side}" for side in ("key", "value")}
+    for name in again.error:
+        assert torch.equal(again.error[name], equations.error[name])
+        assert torch.equal(again.moment[name], equations.moment[name])

@@ -13,43 +13,20 @@ import pytest
 import torch
 from hand_plans import shared_plan
 from healed_plans import CODED, CONTEXT, COUNT, loaded
-from safetensors.torch import save_file
-from small_models import FAR, Fitted, found, tiny_gpt2, tiny_llama, token_ids
+from interruptions import DAMAGES, Interrupted, stop_at
+from small_models import FAR, found, tiny_gpt2, tiny_llama, token_ids
 
+from fhopt.calibration.checkpoint import Checkpoint
 from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan import fingerprint
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.progress import Progress
-from fhopt.refine import checkpoint
 from fhopt.refine.decoder_equations import Reader
-from fhopt.refine.heal import HealOptions, heal, read
+from fhopt.refine.heal import HEALING, HealOptions, heal, read
 
 pytestmark = pytest.mark.usefixtures("without_compiling")
 OPTIONS = HealOptions(texts=("license",), tokens=COUNT * CONTEXT, context=CONTEXT, held_out=4)
-
-
-@pytest.fixture
-def plan(llama: Fitted) -> LatentPlan:
-    return llama.plan(8.0)
-
-
-@pytest.fixture
-def model() -> LoadedModel:
-    return loaded(tiny_llama())
-
-
-class Interrupted(Exception):
-    """What a user's Ctrl-C is to these tests."""
-
-
-def stop_at(number: int) -> Progress:
-    def progress(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("heal", number):
-            raise Interrupted
-
-    return progress
 
 
 # ---- what healing does
@@ -57,10 +34,10 @@ def stop_at(number: int) -> Progress:
 
 def test_the_loss_falls_and_the_plan_keeps_its_size(model: LoadedModel, plan: LatentPlan) -> None:
     healed = heal(model, plan, OPTIONS)
-    told = healed.provenance["healing"]
-    assert told["after"]["kl"] < told["before"]["kl"]
-    assert (told["tokens"], told["texts"]) == (COUNT * CONTEXT, ["license"])
-    assert told["healed_from"] == plan.digest() != healed.digest()
+    record = healed.provenance["healing"]
+    assert record["after"]["kl"] < record["before"]["kl"]
+    assert (record["tokens"], record["texts"]) == (COUNT * CONTEXT, ["license"])
+    assert record["healed_from"] == plan.digest() != healed.digest()
     assert healed.cache_bytes(4096) == plan.cache_bytes(4096)
     for old, new in zip(plan.sites, healed.sites, strict=True):
         assert (new.site, new.layout) == (old.site, old.layout)
@@ -114,7 +91,7 @@ def interrupted(model: LoadedModel, plan: LatentPlan, folder: Path) -> HealOptio
     """Options of a healing that was interrupted with 4 sequences in its checkpoint."""
     options = replace(OPTIONS, checkpoint=folder / "state")
     with pytest.raises(Interrupted):
-        heal(model, plan, options, stop_at(6))
+        heal(model, plan, options, stop_at("heal", 6))
     return options
 
 
@@ -141,23 +118,7 @@ def test_a_checkpoint_of_another_healing_is_refused(model: LoadedModel, plan: La
         heal(replace(model, name="other"), plan, options)
 
 
-def _cut_short(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _without_a_key(file: Path) -> None:
-    save_file({"x": torch.zeros(1)}, file)
-
-
-def _of_fewer_sites(file: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        about = opened.metadata()
-    save_file({"x": torch.zeros(1)}, file, about)
-
-
-@pytest.mark.parametrize("damage", [_cut_short, _without_a_key, _of_fewer_sites])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused(
     model: LoadedModel, plan: LatentPlan, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -221,4 +182,4 @@ def test_keys_that_are_not_finite_are_refused(model: LoadedModel, plan: LatentPl
         next(model.language_model().parameters()).fill_(float("nan"))
     reader = Reader.of(model.capture(CONTEXT), plan)
     with pytest.raises(FhoptError, match="are not finite on this text"):
-        read(reader, token_ids(4, CONTEXT), checkpoint.HealingCheckpoint(None, {}))
+        read(reader, token_ids(4, CONTEXT), Checkpoint(None, {}, HEALING))

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, Fitted
+from healed_plans import Letters
+from small_models import Fitted
 
 from fhopt.calibration.options import FitOptions
-from fhopt.calibration.run import Measured
+from fhopt.calibration.run import Calibration
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.refine import loss_target
-from fhopt.refine.loss_target import Gate, parse_share, smallest_plan
-
-
-class Letters:
-    """A tokenizer: one token a character."""
-
-    def __call__(self, text: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=torch.tensor([[1 + ord(c) % (VOCABULARY - 1) for c in text]]))
-
+from fhopt.refine.loss_target import Gate, parse_loss, smallest_plan
 
 OPTIONS = FitOptions(texts=("topics",), sinks=4, recent=8, block=8, tokens=2048, context=96)
 SMALL = Gate(0.01, sequences=2, context=200)
 
 
 @pytest.fixture(scope="module")
-def measured(llama: Fitted) -> Measured:
+def calibration(llama: Fitted) -> Calibration:
     weights = dict(llama.model.named_parameters())
-    return Measured(llama.statistics, llama.found, llama.outcome, {"model": "tiny"}, weights)
+    return Calibration(llama.statistics, llama.bases, llama.costs, llama.outcome, {"model": "tiny"}, weights)
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +33,20 @@ def loaded(llama: Fitted) -> LoadedModel:
     return LoadedModel("tiny", llama.model, Letters())
 
 
-@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02)])
-def test_a_share_is_read_in_percent_or_as_a_number(text: str, share: float) -> None:
-    assert parse_share(text) == pytest.approx(share)
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 0.5 % ", 0.005), ("0.02", 0.02), ("1/50", 0.02)])
+def test_a_loss_is_read_in_percent_or_as_a_number(text: str, share: float) -> None:
+    assert parse_loss(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["", "one", "1%%", "%"])
-def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(FhoptError, match="is no share"):
-        parse_share(text)
+def test_a_text_that_is_not_a_loss_is_refused(text: str) -> None:
+    with pytest.raises(FhoptError, match="is not a share"):
+        parse_loss(text)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.0, float("nan")])
 def test_a_limit_that_says_nothing_is_refused(share: float) -> None:
-    with pytest.raises(FhoptError, match="is no limit"):
+    with pytest.raises(FhoptError, match=r"a loss of .* is not possible"):
         Gate(share).check()
 
 
@@ -72,10 +64,10 @@ def test_bisection_finds_the_last_that_passes_in_few_trials(last: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel, measured: Measured) -> None:
+def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel, calibration: Calibration) -> None:
     limit = replace(SMALL, max_loss=0.02)
-    plan, trials = smallest_plan(loaded, measured, OPTIONS, limit, loss_target.held_out(loaded, OPTIONS, limit))
-    passed = {r for r, found in trials.items() if found.increase_percent_ci and found.increase_percent_ci[1] <= 2}
+    plan, trials = smallest_plan(loaded, calibration, OPTIONS, limit, loss_target.held_out(loaded, OPTIONS, limit))
+    passed = {r for r, c in trials.items() if c.increase_percent_ci and c.increase_percent_ci[1] <= 2}
     assert plan.provenance["ratio"] == max(passed)
     assert all(r > max(passed) for r in trials if r not in passed)
     assert plan.provenance["gate"]["max_loss"] == 0.02
@@ -83,7 +75,7 @@ def test_the_plan_passes_its_gate_and_the_next_size_does_not(loaded: LoadedModel
 
 
 def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
-    loaded: LoadedModel, measured: Measured, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dear(model: Any, ids: torch.Tensor, plan: Any) -> TokenCosts:
         exact = torch.rand(2, 199, dtype=torch.float64)
@@ -91,13 +83,13 @@ def test_a_gate_that_no_plan_passes_says_how_far_the_mildest_came(
 
     monkeypatch.setattr(loss_target, "token_costs", dear)
     with pytest.raises(FhoptError, match=r"no plan passes 1.00%: at 2x perplexity rises by \+64"):
-        smallest_plan(loaded, measured, OPTIONS, SMALL, loss_target.held_out(loaded, OPTIONS, SMALL))
+        smallest_plan(loaded, calibration, OPTIONS, SMALL, loss_target.held_out(loaded, OPTIONS, SMALL))
 
 
-def test_a_size_that_cannot_be_had_does_not_pass(loaded: LoadedModel, measured: Measured) -> None:
+def test_a_size_that_cannot_be_had_does_not_pass(loaded: LoadedModel, calibration: Calibration) -> None:
     """At 400 tokens sinks and window alone are a twentieth of the cache; every size that exists passes a loose gate."""
     options, limit = replace(OPTIONS, tokens=400, window_bits=16), replace(SMALL, max_loss=0.99)
-    plan, trials = smallest_plan(loaded, measured, options, limit, loss_target.held_out(loaded, options, limit))
+    plan, trials = smallest_plan(loaded, calibration, options, limit, loss_target.held_out(loaded, options, limit))
     assert plan.provenance["ratio"] == max(trials) < loss_target.RATIOS[-1]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from page_options import _plan, falling
 
 from fhopt.errors import FhoptError
-from fhopt.refine.page_budget import share_out
+from fhopt.refine.page_budget import allocate_lifts
 from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -37,29 +37,29 @@ def test_budgets_stay_within_the_share_and_above_half_of_it(seed: int, share: fl
     generator = torch.Generator().manual_seed(seed)
     costs = [1.0, 5.0]
     curves = {s.site.name: falling(c, 0.1, generator) for s, c in zip(plan.sites, costs, strict=True)}
-    given_ = share_out(curves, plan.sites, share)
+    lifts = allocate_lifts(curves, plan.sites, share)
     size = {s.site.name: s.token_bytes() for s in plan.sites}
-    used = sum(size[n] * curves[n].share(at) for n, at in given_.items())
+    used = sum(size[n] * curves[n].share(at) for n, at in lifts.items())
     assert used <= share * sum(size.values()) * (1 + 1e-6)
-    larger = [curves[n].share(at + 1) - curves[n].share(at) for n, at in given_.items() if at < ALL]
+    larger = [curves[n].share(at + 1) - curves[n].share(at) for n, at in lifts.items() if at < ALL]
     assert used + min((size[n] * x for n, x in zip(size, larger, strict=False)), default=0) > share * sum(
         size.values()
     ) * (1 - 1e-6)  # nothing more fits
-    for name, at in given_.items():
+    for name, at in lifts.items():
         assert at == ALL or curves[name].share(at + 1) > share / 2
 
 
-@pytest.mark.parametrize("where", ["text", "echo"])
+@pytest.mark.parametrize("where", ["text", "probe"])
 def test_a_site_that_costs_more_gets_more(where: str) -> None:
     plan = _plan()
     a, b = [s.site.name for s in plan.sites]
     generator = torch.Generator().manual_seed(0)
     same = falling(1.0, 0.1, generator)
-    heard = replace(same, read=torch.zeros(len(LIFTS)))  # what an echo reads is no budget's
-    same = replace(same, echo=heard)
-    dear = replace(same, cost=20.0) if where == "text" else replace(same, echo=replace(heard, cost=20.0))
-    given_ = share_out({a: same, b: dear}, plan.sites, 1 / 4)
-    assert given_[b] > given_[a]
+    repeated = replace(same, read=torch.zeros(len(LIFTS)))  # what is read of a probe does not count in budgets
+    same = replace(same, repeated=repeated)
+    dear = replace(same, cost=20.0) if where == "text" else replace(same, repeated=replace(repeated, cost=20.0))
+    lifts = allocate_lifts({a: same, b: dear}, plan.sites, 1 / 4)
+    assert lifts[b] > lifts[a]
     assert dear.loss(3) == pytest.approx(10.5 * float(same.squares[3])) and dear.loss(ALL) == 0
 
 
@@ -67,6 +67,6 @@ def test_sites_that_were_not_measured_read_everything_and_leave_less_to_others()
     plan = _plan()
     a, b = [s.site.name for s in plan.sites]
     curves = {a: falling(1.0, 0.1, torch.Generator().manual_seed(0)), b: Curves()}
-    assert share_out(curves, plan.sites, 0.9)[b] == ALL
+    assert allocate_lifts(curves, plan.sites, 0.9)[b] == ALL
     with pytest.raises(FhoptError, match="sites read at least"):
-        share_out(curves, plan.sites, 0.25)
+        allocate_lifts(curves, plan.sites, 0.25)

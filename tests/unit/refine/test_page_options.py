@@ -10,7 +10,7 @@ from small_models import tiny_llama
 
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.refine.page_options import PagingOptions, for_model, parse_share
+from fhopt.refine.page_options import PagingOptions, for_model, parse_page_share
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
@@ -36,13 +36,13 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 
 @pytest.mark.parametrize(("text", "share"), [("1/8", 0.125), ("0.125", 0.125), ("12.5%", 0.125), ("1", 1.0)])
 def test_shares_are_read_in_three_ways(text: str, share: float) -> None:
-    assert parse_share(text) == share
+    assert parse_page_share(text) == share
 
 
 @pytest.mark.parametrize("text", ["0", "1/0", "9/8", "-1", "all", "nan", ""])
-def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(FhoptError, match="is no share"):
-        parse_share(text)
+def test_a_text_that_is_not_a_share_is_refused(text: str) -> None:
+    with pytest.raises(FhoptError, match="is not a share"):
+        parse_page_share(text)
 
 
 def test_sequences_are_as_long_as_the_model_and_the_texts_allow(lettered: Any) -> None:
@@ -59,11 +59,11 @@ def test_sequences_are_as_long_as_the_model_and_the_texts_allow(lettered: Any) -
         for_model(short, PagingOptions(), 16, exact)
 
 
-def test_the_command_refuses_a_mass_that_is_none(tmp_path: Path) -> None:
+def test_the_command_refuses_a_mass_above_one(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from fhopt.cli.app import main
 
     result = CliRunner().invoke(main, ["fit", "demo", "--mass", "2", "-o", str(tmp_path / "plan")])
-    assert result.exit_code == 2 and "is no share" in result.stderr
+    assert result.exit_code == 2 and "is not a share" in result.stderr
     assert not (tmp_path / "plan").exists()

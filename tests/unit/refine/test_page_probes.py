@@ -1,4 +1,4 @@
-"""What a choice of pages leaves out, as probes see it."""
+"""What a selection of pages leaves out, as probes see it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = dict(tokens=4, sketch=4, context=480, sequences=1, least
 
 
 def naive_left_out(expected: Tensor, weights: Tensor, count: int) -> float:
-    """The weight of all but the `count` pages that are expected to have most, of one query."""
+    """Sum the weight of all but the `count` pages that are expected to have most, of one query."""
     best = sorted(range(len(expected)), key=lambda p: -float(expected[p]))[:count]
     return float(weights.sum()) - sum(float(weights[p]) for p in best)
 
@@ -75,7 +75,7 @@ def test_curves_count_what_a_choice_reads() -> None:
 
 
 def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> None:
-    """Against one softmax over rebuilt keys."""
+    """Against one softmax over dequantized keys."""
     plan, seen = llama.plan(4, window_bits=16), []
     model = llama.model
     with torch.no_grad(), switched(model, plan):
@@ -86,24 +86,24 @@ def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> Non
         layer.observer = lambda *arguments: seen.append(arguments)
         model(token_ids(1, 3), past_key_values=cache)
     (query, key, value, latents, scale, softcap) = seen[0]
-    found = page_probes._Everything.of(query, key, value, latents, scale=scale, softcap=softcap).page_weights(4)
+    shares = page_probes._FullAttention.of(query, key, value, latents, scale=scale, softcap=softcap).page_weights(4)
     keys = torch.cat([latents.key.rebuild(), latents.key.open(key, latents.sinks)], 2)
     logits = attention.grouped_scores(query, keys) * scale
     mask = torch.ones(3, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - 3)
     weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)[..., : latents.visible]
-    torch.testing.assert_close(found, weights.unflatten(-1, (-1, 4)).sum(-1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(shares, weights.unflatten(-1, (-1, 4)).sum(-1), rtol=1e-3, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- budgets
 
 
 @pytest.mark.parametrize("length", [10, 11])
-def test_an_echo_says_tokens_of_a_text_twice(length: int) -> None:
+def test_a_repeated_token_probe_has_tokens_of_a_text_twice(length: int) -> None:
     ids = torch.arange(100, 100 + length)
-    said = page_probes.echo(ids)
+    probe = page_probes.repeated_tokens(ids)
     half = length // 2
-    again = said[half : 2 * half]
-    assert said.shape == ids.shape and said[0] == ids[0] and torch.equal(said[1:half], again[1:])
+    again = probe[half : 2 * half]
+    assert probe.shape == ids.shape and probe[0] == ids[0] and torch.equal(probe[1:half], again[1:])
     assert len(set(again.tolist())) == half and set(again.tolist()) <= set(ids[1:].tolist())
     assert not torch.equal(again, ids[1 : half + 1])
 
@@ -119,39 +119,40 @@ def test_calibrated_pages_say_what_they_leave_out(llama: Fitted) -> None:
         assert site.sketch is not None and site.sketch.row_bytes == options.sketch
     curves = page_probes.measure(llama.model, sketched, ids, options)
     assert all(c.count > 50 and c.cost > 0 for c in curves.values())
-    assert all(c.echo and 0 < c.echo.count < c.count and c.echo.cost not in (1.0, c.cost) for c in curves.values())
+    for c in curves.values():
+        assert c.repeated and 0 < c.repeated.count < c.count and c.repeated.cost not in (1.0, c.cost)
     assert all(0 < c.left_out(ALL - 1) < c.left_out(0) < 1 for c in curves.values())
     made = with_pages(sketched, curves, options)
     assert made.pages is not None and made.pages.tokens == 4 and max(made.pages.shares) <= 1
-    told = made.provenance["pages"]
-    assert set(told["left_out"]) == set(told["echo_costs"]) == {s.site.name for s in plan.sites}
-    assert 0.25 < sum(told["read"].values()) / len(plan.sites) <= 0.5 and len(made.pages.lifts) == len(plan.sites)
+    record = made.provenance["pages"]
+    assert set(record["left_out"]) == set(record["echo_costs"]) == {s.site.name for s in plan.sites}
+    assert 0.25 < sum(record["read"].values()) / len(plan.sites) <= 0.5 and len(made.pages.lifts) == len(plan.sites)
     kept = with_pages(sketched, curves, replace(options, mass=0.95))
     assert kept.pages is not None and any(m < 1 for m in kept.pages.masses)
 
 
-def test_the_mean_of_values_takes_the_part_that_brings_each_head_closest(llama: Fitted) -> None:
+def test_value_mean_fill_takes_the_part_that_brings_each_head_closest(llama: Fitted) -> None:
     """Errors of probes are those of attention itself; the chosen part has the least, and some heads want some of it."""
     plan, ids = llama.plan(4, window_bits=16), token_ids(1, 480)
     options, seen = PagingOptions(share=0.25, **SMALL), []
     sketched = page_sketches.with_sketches(llama.model, plan, ids[:, :200], options.sketch)
-    found, probe = page_probes.fill_errors, page_probes._Probe.__call__
+    fill_errors, probe = page_probes.fill_errors, page_probes._Probe.__call__
     asked: Any = None
 
-    def remember(self: Any, *given: Any) -> None:
+    def remember(self: Any, *arguments: Any) -> None:
         nonlocal asked
-        query, key, value, _, scale, softcap = given
+        query, key, value, _, scale, softcap = arguments
         asked = (query[:, :, -page_options.QUERIES :], key, value), dict(scale=scale, softcap=softcap)
-        probe(self, *given)
+        probe(self, *arguments)
 
-    def watch(everything: Any, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex) -> Tensor:
+    def watch(full: Any, absorbed: Tensor, latents: Latents, estimates: Tensor, index: PageIndex) -> Tensor:
         (query, key, value), numbers = asked
-        errors = found(everything, absorbed, latents, estimates, index)
+        errors = fill_errors(full, absorbed, latents, estimates, index)
         for fill, row in zip(FILLS, errors, strict=True):
-            chooses = replace(index, each_query=True, fill=torch.full((4,), fill).log())
+            selecting = replace(index, each_query=True, fill=torch.full((4,), fill).log())
             a, b = (
                 attend(query, key, value, replace(latents, index=i, observer=None), None, **numbers)
-                for i in (chooses, None)
+                for i in (selecting, None)
             )
             torch.testing.assert_close((a - b).double().square().sum((0, 2, 3)), row, rtol=1e-3, atol=1e-6)
         seen.append(errors)

@@ -48,8 +48,8 @@ def test_bits_of_sketches_are_those_that_lose_least(falls: float, size: int) -> 
                 lost += [1.0] * (40 - len(lost))
                 error = sum(x * float(w) for x, w in zip(lost, wrong, strict=True))
                 best = min(best or (error, four, two), (error, four, two))
-    found = {t.bits: t.width for t in page_sketches.sketch_tiers(wrong, size)}
-    assert best is not None and (found.get(4, 0), found.get(2, 0)) == best[1:]
+    widths = {t.bits: t.width for t in page_sketches.sketch_tiers(wrong, size)}
+    assert best is not None and (widths.get(4, 0), widths.get(2, 0)) == best[1:]
 
 
 def test_too_few_channels_have_no_sketch() -> None:

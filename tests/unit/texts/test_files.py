@@ -192,7 +192,7 @@ def datasets() -> Any:
 
 @pytest.fixture(params=["folder", "splits", "Parquet", "folder of Parquet"])
 def save(request: pytest.FixtureRequest, datasets: Any, tmp_path: Path) -> Save:
-    """Writes columns in one of the forms of a table, and gives its name."""
+    """Write columns in one of the forms of a table, and return its name."""
 
     def written_as_table(columns: dict[str, list[Any]]) -> str:
         table, path = datasets.Dataset.from_dict(columns), tmp_path / "table"
