@@ -6,17 +6,12 @@ A mistake of the user's ends with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from fhopt.errors import FhoptError, PassError
 from fhopt.version import __version__
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fhopt.models.loaded_model import LoadedModel
 
 
 class _Commands(click.Group):
@@ -40,10 +35,3 @@ def main() -> None:
 
     MODEL is `demo`, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function.
     """
-
-
-def model_weights(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Parameters of the module, or of the exported program, by name."""
-    owner = loaded.module if loaded.module is not None else loaded.program
-    assert owner is not None
-    return dict(owner.named_parameters())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fhopt.cli.app import main, model_weights
+from fhopt.cli.app import main
 from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
 from fhopt.errors import FhoptError
 
@@ -175,7 +175,7 @@ def cost(
 ) -> None:  # fmt: skip
     """What a decode step of MODEL costs on devices by their peak figures, and from which context on latents pay."""
     from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
-    from fhopt.hardware.this_cpu import find_device
+    from fhopt.hardware.devices import find_device
     from fhopt.inspection.tables import cost_tables
     from fhopt.models.loader import load_model
     from fhopt.models.sites import find_sites
@@ -186,7 +186,7 @@ def cost(
     plan = LatentPlan.load(plan_path) if plan_path else None
     loaded = load_model(model)
     sites = list(find_sites(loaded).sites.values())
-    weights = model_weights(loaded)
+    weights = loaded.weights()
     parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
     costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan:

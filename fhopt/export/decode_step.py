@@ -121,17 +121,10 @@ def _serve(site: SitePlan) -> str:
     """Name of the kernel of a site, built. Raises FhoptError where there is no compiler."""
     from fhopt.codegen.cpu import graph_kernels
 
-    spec = kernel_spec(site)
+    spec = KernelSpec.of(site, "float32")
     if not graph_kernels.serve(spec):
         raise FhoptError("the kernels could not be compiled; expected g++ or clang++ on PATH. Install one.")
     return spec.name
-
-
-def kernel_spec(site: SitePlan) -> KernelSpec:
-    """The kernel that reads the rows of a site for float32 queries."""
-    key, value = ([(t.bits, t.width, t.step) for t in side.tiers] for side in (site.key, site.value))
-    widths = (site.key.width, site.value.width)
-    return KernelSpec(tuple(key), tuple(value), *widths, "float32", site.site.softcap != 0.0)
 
 
 def _split(state: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[Tensor]]:

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
-from fhopt.export.decode_step import Seal, Step, kernel_spec, unrounded
+from fhopt.export.decode_step import Seal, Step, unrounded
 from fhopt.export.kernel_library import compile_library
 from fhopt.export.step_attention import StateTensor
 from fhopt.files import appearing_folder
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.rewritten_folder import PLAN, describe_files
+from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.version import __version__
 
@@ -147,7 +148,7 @@ def check_out(out: Path, *descriptions: str) -> None:
 
 def _write_compiled(model: nn.Module, plan: LatentPlan, staging: Path) -> None:
     compile_program(export_step(model, plan, kernels=True).step, staging / "step-aot.pt2")
-    compile_library([kernel_spec(site) for site in plan.sites], staging / "fhopt_kernels.so")
+    compile_library([KernelSpec.of(site, "float32") for site in plan.sites], staging / "fhopt_kernels.so")
 
 
 def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:

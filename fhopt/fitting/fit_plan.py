@@ -48,8 +48,7 @@ from fhopt.fitting.fit_summary import (
     side_evidence,
 )
 from fhopt.fitting.statistics import SiteStatistics
-from fhopt.hardware.devices import Device, layout_time
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import TIER_QUANTUM, SidePlan, SitePlan, Tier

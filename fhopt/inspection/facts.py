@@ -19,7 +19,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidence_of
 from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import find_device
 from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.display import mask_words, rope_words, tiers
 from fhopt.plan.fingerprint import check_model

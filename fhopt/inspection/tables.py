@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fhopt.hardware.cost_model import Comparison, Cost, pretty
-from fhopt.hardware.this_cpu import Measured
+from fhopt.hardware.this_cpu import CpuRates
 from fhopt.inspection.facts import InspectedSite, Inspection, Missed, PlannedSite, common_form, short_name
 from fhopt.passes.outcome import Explanation
 from fhopt.plan.display import mask_words, rope_words
@@ -283,7 +283,7 @@ def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
-def machine_table(found: Sequence[Measured]) -> Table:
+def machine_table(found: Sequence[CpuRates]) -> Table:
     """One row a number of threads: what was measured of this machine's CPU."""
     table = Table(title=f"{found[0].cpu}, {found[0].memory_gb:.0f} GB", title_justify="left")
     columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
