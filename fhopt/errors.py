@@ -19,6 +19,7 @@ class Miss(Exception):
         reason: what was expected and what was found, one sentence.
         node: the node at which matching stopped (`torch.fx.Node`), or None.
         reached: what had been recognised before, "" when the pass has no steps.
+
     """
 
     def __init__(self, reason: str, node: Any = None, reached: str = "") -> None:
@@ -37,6 +38,7 @@ class Stale(Exception):
 
     Attributes:
         is_settled: no other graph of the plan is right for these weights.
+
     """
 
     is_settled = False

@@ -158,7 +158,7 @@ def test_vllm_gets_the_widths_of_its_kernels_and_the_same_logits(tmp_path: Path)
 
 def test_a_fitted_plan_is_cut_to_one_complex_latent_a_frequency(llama: Fitted, tmp_path: Path) -> None:
     full = fit_plan.fit(llama.statistics, ratio=1, layout="freq")
-    plan = mla.cut(full, 24)
+    plan = mla.truncate(full, 24)
     assert [(s.key.width, s.value.width) for s in plan.sites] == [(16, 24), (16, 24)]
     out = deepseek.export(LoadedModel("small", llama.model), plan, tmp_path / "out", ANY)
     assert out.error < ROUNDING and out.token_bytes == 2 * 2 * (24 + 16)
@@ -174,7 +174,7 @@ def test_halves_of_the_width_go_to_keys_and_values_that_do_not_rotate() -> None:
     sites = sites_of(model)
     eyes = [SidePlan(torch.eye(32).unsqueeze(0), torch.eye(32).unflatten(0, (2, 16)), ()) for _ in sites]
     plan = LatentPlan(tuple(SitePlan(s, "freq", e, e) for s, e in zip(sites, eyes, strict=True)), 0, 1, 1)
-    assert [(s.key.width, s.value.width) for s in mla.cut(plan, 21).sites] == [(11, 10)] * 2
+    assert [(s.key.width, s.value.width) for s in mla.truncate(plan, 21).sites] == [(11, 10)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,7 +228,7 @@ def test_what_engines_have_no_place_for_is_refused(why: str, tmp_path: Path) -> 
 
 
 def test_plans_that_are_no_latent_attention_are_refused(llama: Fitted, tmp_path: Path) -> None:
-    cut = mla.cut(fit_plan.fit(llama.statistics, ratio=1, layout="freq"), 24)
+    cut = mla.truncate(fit_plan.fit(llama.statistics, ratio=1, layout="freq"), 24)
 
     def refused(plan: LatentPlan, message: str, **options: Any) -> None:
         with pytest.raises(FhoptError, match=message):
@@ -242,7 +242,7 @@ def test_plans_that_are_no_latent_attention_are_refused(llama: Fitted, tmp_path:
     refused(LatentPlan(cut.sites[:1], 0, 1, 1), "1 of 2 layers")
     refused(cut, "too narrow", dtype=torch.float16)
     with pytest.raises(FhoptError, match="layout 'band'"):
-        mla.cut(LatentPlan(tuple(bare), 0, 1, 1), 8)
+        mla.truncate(LatentPlan(tuple(bare), 0, 1, 1), 8)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     refused(cut, "holds other things")

@@ -184,7 +184,7 @@ HARM: dict[Callable[[Path], None], str] = {
     steps: "steps",
     text_for_a_number: "no attention",
     many_layers: "layers have",
-    nested: "no JSON",
+    nested: "not JSON",
 }
 
 
@@ -221,7 +221,7 @@ def test_pickles_and_code_beside_the_model_are_never_read(name: str, forged: Pat
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match="no rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten model"):
         fhopt.load(tmp_path)
-    with pytest.raises(FhoptError, match="no rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten model"):
         fhopt.load(tmp_path / "absent")
