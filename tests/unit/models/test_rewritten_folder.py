@@ -167,7 +167,7 @@ HARM: dict[Callable[[Path], None], str] = {
     not_numbers: "non-finite",
     other_shapes: "shapes",
     other_types: "float32",
-    huge_header: "no safetensors file",
+    huge_header: "not a safetensors file",
     index_outside: "other.safetensors",
     manifest_outside: "not a file of this folder",
     absolute_manifest: "not a file of this folder",
@@ -182,7 +182,7 @@ HARM: dict[Callable[[Path], None], str] = {
     other_plan: "not the one",
     fingerprint: "fitted to another model",
     steps: "steps",
-    text_for_a_number: "no attention",
+    text_for_a_number: "impossible attention",
     many_layers: "layers have",
     nested: "not JSON",
 }
