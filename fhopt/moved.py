@@ -68,6 +68,22 @@ MODULES = {
     "verifying": "export.mlir_check",
 }
 
+# Names that are others in the new modules.
+NAMES = {
+    "cost.Bound": "SpeedupBound",
+    "cost.Comparison": "CostComparison",
+    "cost.Row": "CostRow",
+    "cost.Rows": "LatentSizes",
+    "journal.Journal": "CompileReport",
+    "journal.journal_of": "report_of",
+    "machine.Measured": "CpuRates",
+    "profiling.Profile": "OnlineFit",
+    "profiling.Stream": "TokenStream",
+    "profiling.Wish": "FitTarget",
+    "profiling.watched": "recording",
+    "verifying.Found": "CountedOperation",
+}
+
 
 class _Finder(MetaPathFinder):
     """A finder of old names. It stands last, so that a module that exists under the name is found before."""
@@ -106,10 +122,11 @@ def _find(module: str, places: Sequence[str], name: str) -> Any:
     Special names are nobody's: Python's `inspect` asks every module for its `__file__`, at any time.
     """
     if not (name.startswith("__") and name.endswith("__")):
+        current = NAMES.get(f"{module.partition('.')[2]}.{name}", name)
         for place in places:
             replacement = importlib.import_module(place)
-            if hasattr(replacement, name):
-                return getattr(replacement, name)
+            if hasattr(replacement, current):
+                return getattr(replacement, current)
     raise AttributeError(f"module {module!r} has no attribute {name!r}; it has moved to {places[0]}")
 
 

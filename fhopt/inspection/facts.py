@@ -38,7 +38,7 @@ DTYPES = {2: "bfloat16", 4: "float32"}
 
 @dataclass(frozen=True)
 class Formulas:
-    """Bytes and operations of attention in a decode step, in B, S, T and T_sealed."""
+    """Bytes and operations of attention in a decode step, in B, S, T and T_quantized."""
 
     bytes: str
     operations: str
@@ -273,7 +273,7 @@ class _Inspector:
         return PlannedSite(plan.layout, _planned_sides(plan, seen), size, ratio, nats, *pages, formulas, pays)
 
     def _costs(self, site: AttentionSite, plan: SitePlan | None) -> tuple[Formulas, tuple[PaysFrom, ...]]:
-        rows = cost_model.Rows.planned(plan, self.itemsize) if plan else None
+        rows = cost_model.LatentSizes.planned(plan, self.itemsize) if plan else None
         unnamed = replace(site, name="", projections=(), source="", rope=None)  # type: ignore[arg-type]
         key = (repr(unnamed), rows)
         if key not in self.known:

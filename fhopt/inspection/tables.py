@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fhopt.hardware.cost_model import Comparison, Cost, pretty
+from fhopt.hardware.cost_model import Cost, CostComparison, pretty
 from fhopt.hardware.this_cpu import CpuRates
 from fhopt.inspection.facts import InspectedSite, Inspection, Missed, PlannedSite, common_form, short_name
 from fhopt.passes.outcome import Explanation
@@ -126,7 +126,7 @@ def _totals(found: Inspection) -> Table:
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
         table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
         table.add_row("kept exact", f"first {plan.sinks} tokens; newest {plan.recent} in {plan.window_bits} bits")
-        table.add_row("B batch, S queries, T tokens", "T_sealed of them sealed. Formulas of a site: --site NAME")
+        table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized. Formulas of a site: --site NAME")
     return table
 
 
@@ -277,7 +277,7 @@ def _between(interval: tuple[float, float] | None, digits: str) -> str:
     return "" if interval is None else f" ({interval[0]:{digits}} to {interval[1]:{digits}})"
 
 
-def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -> Group:
+def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: str) -> Group:
     """The formulas of a decode step, its figures on devices, and what a whole step can gain at most."""
     bound = "At most so much faster can a whole step become where memory is the bound: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
@@ -298,7 +298,9 @@ def machine_table(found: Sequence[CpuRates]) -> Table:
 def _formulas(costs: Mapping[str, Cost]) -> Table:
     table = Table.grid(padding=(0, 2))
     latent = max(costs.values(), key=lambda c: c.open_tokens)
-    legend = f"B batch, T cached tokens, S new queries (here 1), T_sealed = max(0, T - {latent.open_tokens}) on average"
+    legend = (
+        f"B batch, T cached tokens, S new queries (here 1), T_quantized = max(0, T - {latent.open_tokens}) on average"
+    )
     table.add_row("where", "", legend)
     for name, cost in costs.items():
         table.add_row(name, "bytes", _grouped(pretty(cost.bytes)))
@@ -311,7 +313,7 @@ def _formulas(costs: Mapping[str, Cost]) -> Table:
     return table
 
 
-def _figures(comparison: Comparison, title: str) -> Table:
+def _figures(comparison: CostComparison, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("device", "cached tokens", "cache", "read", "operations", "attention", "faster", "bound by", "step",
                  "faster", "pays from"):  # fmt: skip
@@ -335,7 +337,7 @@ def _figures(comparison: Comparison, title: str) -> Table:
     return table
 
 
-def _bounds(comparison: Comparison) -> Table:
+def _bounds(comparison: CostComparison) -> Table:
     table = Table()
     table.add_column("cached tokens", justify="right")
     rows = [(tokens, list(bounds)) for tokens, bounds in groupby(comparison.bounds, key=lambda b: b.tokens)]

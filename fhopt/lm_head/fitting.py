@@ -179,9 +179,9 @@ def fit_weight(
         rows, count, capacity, options.iterations, options.seed, lambda done, total: report("clusters", done, total)
     )
     del rows
-    report("codes", 0, 1)
+    report("quantize", 0, 1)
     codes = quantize_weight(weight, basis, centre, clusters)
-    report("codes", 1, 1)
+    report("quantize", 1, 1)
     probes, spread, recall = _choose_probes(weight, bias, basis, clusters, codes.radii, hidden)
     metadata = {
         "gain": balanced.gain, "expected_rows": survivors, "cluster_spread": clusters.spread, "probe_recall": recall,

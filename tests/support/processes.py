@@ -19,8 +19,8 @@ import torch
 
 SECONDS = 240
 NOT_RUN = "not run: a check before it failed"
-IMPORTS = ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "fhopt.cache_files", "fhopt.cli"]
-IMPORTS += ["fhopt.pipeline", "fhopt.tasks"]
+IMPORTS = ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "fhopt.hf.prompt_cache", "fhopt.cli"]
+IMPORTS += ["fhopt.calibration.run", "fhopt.evaluation.tasks"]
 
 
 def launch(file: str, count: int, folder: Path, *arguments: str, may_end: bool = False) -> None:

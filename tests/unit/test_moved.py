@@ -10,7 +10,7 @@ import pytest
 
 import fhopt
 from fhopt.cache import LatentCache
-from fhopt.moved import MODULES
+from fhopt.moved import MODULES, NAMES
 from fhopt.plan import LatentPlan
 
 
@@ -44,6 +44,12 @@ def test_looking_through_all_modules_imports_none_behind_an_old_name() -> None:
     )
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
     assert done.stdout == "[False, False] False\n", done.stderr
+
+
+@pytest.mark.parametrize("old", sorted(NAMES))
+def test_a_renamed_class_or_function_keeps_its_old_name_in_the_old_module(old: str) -> None:
+    module, _, name = old.partition(".")
+    assert getattr(importlib.import_module(f"fhopt.{module}"), name).__name__ == NAMES[old]
 
 
 def test_a_name_that_was_never_there_is_an_error_that_names_the_new_place() -> None:

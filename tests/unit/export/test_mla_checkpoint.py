@@ -156,15 +156,18 @@ def test_vllm_gets_the_widths_of_its_kernels_and_the_same_logits(tmp_path: Path)
     assert difference(made, projected(model, plan)) < ROUNDING
 
 
-def test_a_fitted_plan_is_cut_to_one_complex_latent_a_frequency(llama: Fitted, tmp_path: Path) -> None:
+def test_a_fitted_plan_is_truncated_to_one_complex_latent_a_frequency(llama: Fitted, tmp_path: Path) -> None:
     full = fit_plan.fit(llama.statistics, ratio=1, layout="freq")
     plan = mla.truncate(full, 24)
     assert [(s.key.width, s.value.width) for s in plan.sites] == [(16, 24), (16, 24)]
     out = deepseek.export(LoadedModel("small", llama.model), plan, tmp_path / "out", ANY)
     assert out.error < ROUNDING and out.token_bytes == 2 * 2 * (24 + 16)
     for before, after in zip(full.sites, plan.sites, strict=True):  # the strongest of each frequency
-        blocks = [mla._turning(torch.einsum("gdr,rhe->gdhe", *reversed(mla._whole(s.key, 2))), s.site.rope.pairs)  # type: ignore[union-attr]
-                  for s in (before, after)]  # fmt: skip
+        blocks = []
+        for site in (before, after):
+            encode, decode = mla._merge_heads(site.key, 2)
+            assert site.site.rope is not None
+            blocks.append(mla._rotated_part(torch.einsum("gdr,rhe->gdhe", decode, encode), site.site.rope.pairs))
         assert torch.allclose(blocks[0], torch.eye(2, dtype=torch.complex128).expand(8, 2, 2), atol=1e-4)
         assert int(torch.linalg.matrix_rank(blocks[1], rtol=1e-4).max()) == 1
 
@@ -202,7 +205,7 @@ def test_bfloat16_weights_are_stored_and_the_logits_are_near(tmp_path: Path) -> 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "biases": (lambda: tiny("Qwen2", num_key_value_heads=1), "k_proj.bias and .* more .*engines read no biases"),
-    "normed keys": (lambda: tiny("Qwen3", num_key_value_heads=1), "normalises its keys"),
+    "normed keys": (lambda: tiny("Qwen3", num_key_value_heads=1), "normalizes its keys"),
     "scaled rotation": (
         lambda: tiny("Llama", num_key_value_heads=1, rope_parameters={
             "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -238,9 +241,9 @@ def test_plans_that_are_no_latent_attention_are_refused(llama: Fitted, tmp_path:
     assert exported(llama.model, with_tiers(cut, 16), tmp_path / "halves") is not None
     mixing = SidePlan(torch.randn(1, 20, 32), torch.randn(2, 16, 20), ())
     bare = [SitePlan(s.site, "band", mixing, mixing) for s in cut.sites]
-    refused(LatentPlan(tuple(bare), 0, 1, 1), "rotate at different speeds")
+    refused(LatentPlan(tuple(bare), 0, 1, 1), "of different rotary frequencies")
     refused(LatentPlan(cut.sites[:1], 0, 1, 1), "1 of 2 layers")
-    refused(cut, "too narrow", dtype=torch.float16)
+    refused(cut, "float16 is too small", dtype=torch.float16)
     with pytest.raises(FhoptError, match="layout 'band'"):
         mla.truncate(LatentPlan(tuple(bare), 0, 1, 1), 8)
     (tmp_path / "out").mkdir()

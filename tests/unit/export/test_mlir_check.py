@@ -22,7 +22,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 pytest.importorskip("torch_mlir.ir", reason="the extra mlir is not installed")
 
-verifying: Any = pytest.importorskip("fhopt.verifying")
+verifying: Any = pytest.importorskip("fhopt.export.mlir_check")
 
 
 def text_of(model: Any, plan: LatentPlan) -> str:

@@ -66,8 +66,8 @@ def test_a_window_of_codes_may_pay_before_anything_is_sealed() -> None:
 
 
 def test_shared_rows_count_once_in_bytes_and_codes_and_twice_in_products() -> None:
-    rows = cost_model.Rows.planned(SHARED, itemsize=2)
-    assert rows == cost_model.Rows(16, 16, token_bytes=18, codes=16, encode=768, decode=768)
+    rows = cost_model.LatentSizes.planned(SHARED, itemsize=2)
+    assert rows == cost_model.LatentSizes(16, 16, token_bytes=18, quantized=16, encode=768, decode=768)
     for itemsize, bits in ((2, 8), (2, 16), (4, 8)):
         plan = LatentPlan((SHARED,), 4, 64, 64, window_bits=bits)
         latent = model_cost([SITE], plan, itemsize=itemsize)
@@ -133,7 +133,7 @@ def test_latents_pay_from_where_the_two_times_cross(device: Device, latent: Cost
 def test_uncoded_latents_of_full_width_never_pay_and_latents_without_bases_always_do() -> None:
     plan = fit_plan.exact_plan([SITE])
     assert break_even(EXACT, model_cost([SITE], plan), DEVICES["h100"]) == cost_model.BreakEven("never")
-    free = cost_model.site_cost(SITE, cost_model.Rows(0, 0, 1, 0, 0, 0), open_tokens=100)
+    free = cost_model.site_cost(SITE, cost_model.LatentSizes(0, 0, 1, 0, 0, 0), open_tokens=100)
     assert break_even(EXACT, free, DEVICES["h100"]) == cost_model.BreakEven("always")
 
 
