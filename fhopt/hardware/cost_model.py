@@ -2,15 +2,15 @@
 
     exact    bytes B T G (Dk + Dv) itemsize        operations 2 B H S T (Dk + Dv)
     latents  bytes B T_quantized (rows + scales)   operations 2 B H S T_quantized (R_K + R_V), and one a value unpacked
-    window   the exact formulas, for the T - T_quantized tokens of sinks and residual window; with a window of 8 bits, all
-             but the sinks count the bytes of their quantized values and scales, and one operation for each value
+    window   the exact formulas, for the T - T_quantized tokens of sinks and residual window; with a window of 8 bits,
+             all but the sinks count the bytes of their quantized values and scales, and one operation a value
     bases    bytes encode and decode, once a step  operations absorb, expand, and encode of the new tokens
     weights  bytes parameters itemsize, once       operations 2 B S parameters
 
-T_quantized is the number of quantized tokens. Time is the roofline's: each line takes max(bytes / bandwidth, operations /
-throughput), one after the other. Peak figures of devices make the results bounds: kernels reach a part of the peaks,
-and softmax, launches and matrix tiles that few queries fill in part are not counted. Every parameter counts as read
-once a step, those of idle experts too. For cross attention T is the length of the encoder's output.
+T_quantized is the number of quantized tokens. Time is the roofline's: each line takes max(bytes / bandwidth,
+operations / throughput), one after the other. Peak figures of devices make the results bounds: kernels reach a part of
+the peaks, and softmax, launches and matrix tiles that few queries fill in part are not counted. Every parameter counts
+as read once a step, those of idle experts too. For cross attention T is the length of the encoder's output.
 
 Latents that keys and values share count once in bytes and unpacked values, and twice in products.
 

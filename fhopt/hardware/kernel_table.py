@@ -29,7 +29,7 @@ from fhopt.codegen.gpu.resources import Occupancy, triton_version
 from fhopt.codegen.gpu.tuning import Choice, choose_each
 from fhopt.errors import FhoptError
 from fhopt.files import check_folder, check_writable, write_folder
-from fhopt.hardware.cost_model import BATCH, ITEMSIZES, QUERIES, QUANTIZED, Cost, Work, site_cost
+from fhopt.hardware.cost_model import BATCH, ITEMSIZES, QUANTIZED, QUERIES, Cost, Work, site_cost
 from fhopt.hardware.devices import Device, find_device
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan

@@ -18,9 +18,10 @@ from needs import needs_triton
 from fhopt.cli.app import main
 from fhopt.codegen import build
 from fhopt.codegen.build import render
-from fhopt.codegen.gpu import resources
+from fhopt.codegen.gpu import resources, tuning
 from fhopt.codegen.gpu.gpus import GPUS
 from fhopt.codegen.gpu.resources import Request, Resources
+from fhopt.hardware import kernel_table
 from fhopt.hardware.devices import DEVICES
 from fhopt.hardware.kernel_table import Options, cells, kernels_of, write_kernels
 from fhopt.plan.kernel_spec import KernelSpec
@@ -60,9 +61,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         good = Resources(4, 100, 0, 9000, 0, {"mma.sync": 12}, 200, {"16": 2, "4": 1}, {"16": 2})
         return [good if i % 2 == 0 else dataclasses.replace(good, spilled=12) for i in range(len(requests))]
 
-    monkeypatch.setattr(resources, "compile_kernels", compile_them)
-    monkeypatch.setattr(resources, "triton_version", lambda: "3")
-    monkeypatch.setattr(resources, "triton_version", lambda: "3")
+    monkeypatch.setattr(tuning, "compile_kernels", compile_them)
+    monkeypatch.setattr(kernel_table, "triton_version", lambda: "3")
 
 
 def markdown_rows(text: str) -> list[list[str]]:
@@ -77,13 +77,13 @@ def test_json_says_what_the_table_says(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = call(saved, "--device", "h100", "--out", out, "--batch", "2", "--candidates", "0", "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["folder"] == str(out)
-    assert told == {"folder": str(out)} | json.loads((out / "kernels.json").read_text())
-    assert (told["device"], told["batch"], told["tokens"], told["triton"]) == ("h100", 2, 32_768, "3")
+    content = json.loads(result.stdout)
+    assert content["folder"] == str(out)
+    assert content == {"folder": str(out)} | json.loads((out / "kernels.json").read_text())
+    assert (content["device"], content["batch"], content["tokens"], content["triton"]) == ("h100", 2, 32_768, "3")
     head, *rows = markdown_rows((out / "kernels.md").read_text())
-    assert len(rows) == len(told["kernels"]) == 2
-    for cell, row in zip(rows, told["kernels"], strict=True):
+    assert len(rows) == len(content["kernels"]) == 2
+    for cell, row in zip(rows, content["kernels"], strict=True):
         shown, found = dict(zip(head, cell, strict=True)), row["compiled"]
         config = found["config"]
         assert shown == {
@@ -108,7 +108,7 @@ def test_json_says_what_the_table_says(saved: Path, tmp_path: Path) -> None:
         }
         assert len(row["rejected"]) > 2 and {x["reason"] for x in row["rejected"]} == {"spills 12 bytes a thread"}
     lines = (out / "kernels.md").read_text().count("| spills 12 bytes a thread |")
-    assert lines == sum(len(row["rejected"]) for row in told["kernels"])
+    assert lines == sum(len(row["rejected"]) for row in content["kernels"])
 
 
 @pytest.mark.usefixtures("compiled")
@@ -153,10 +153,10 @@ def test_for_a_cpu_the_files_are_c_and_nothing_is_compiled(saved: Path, tmp_path
     out = tmp_path / "out"
     result = call(saved, "--device", "cpu:2", "--out", out, "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["triton"] == "" and [row["compiled"] for row in told["kernels"]] == [None, None]
+    content = json.loads(result.stdout)
+    assert content["triton"] == "" and [row["compiled"] for row in content["kernels"]] == [None, None]
     for name, (spec, *_) in zip(
-        told["files"], sorted(kernels_of(plan, "bfloat16"), key=lambda k: k[0].name), strict=True
+        content["files"], sorted(kernels_of(plan, "bfloat16"), key=lambda k: k[0].name), strict=True
     ):
         assert (out / name).read_text() == render(spec, "cpp")
     assert "registers" not in (out / "kernels.md").read_text().splitlines()[4]
@@ -176,7 +176,7 @@ def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(saved: Path, tmp_path: Pa
 def test_where_nothing_fits_the_table_says_so(
     plan: LatentPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "compile_kernels", lambda requests, *_: [Resources(error="no")] * len(requests))
+    monkeypatch.setattr(tuning, "compile_kernels", lambda requests, *_: [Resources(error="no")] * len(requests))
     made = write_kernels(plan, tmp_path / "out", Options("h100", candidates=2))
     assert [row.compiled for row in made.rows] == [None, None]
     text = (tmp_path / "out" / "kernels.md").read_text()
@@ -197,7 +197,7 @@ def test_more_than_the_default_is_compiled_only_where_it_does_not_fit(
         asked.extend(request.text for request in requests)
         return [bad if r.text == first and (known == 0 or i == 0) else good for i, r in enumerate(requests)]
 
-    monkeypatch.setattr(resources, "compile_kernels", compile_them)
+    monkeypatch.setattr(tuning, "compile_kernels", compile_them)
     made = write_kernels(plan, tmp_path / "out", Options("h100", candidates=3))
     assert [text == first for text in asked] == [True, False, True, True, True]
     assert [len(row.rejected) for row in made.rows] == [1, 0] and all(row.compiled for row in made.rows)

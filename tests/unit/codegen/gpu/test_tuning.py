@@ -12,7 +12,7 @@ from gpu_kernels import H100, SMALL
 from needs import needs_triton
 
 from fhopt.codegen.build import render
-from fhopt.codegen.gpu import configs, resources
+from fhopt.codegen.gpu import configs, tuning
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.gpus import GPUS, gpu_named
 from fhopt.codegen.gpu.launch import MOST_SPLITS
@@ -113,10 +113,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiler:
             ]  # fmt: skip
             return [blocks[key] for key in keys]
 
-        monkeypatch.setattr(resources, "compile_kernels", compile_them)
-        monkeypatch.setattr(configs, "candidates", lambda *_: tuple(found))
-        monkeypatch.setattr(configs, "default_config", lambda *_: next(iter(found)))
-        monkeypatch.setattr(resources, "triton_version", lambda: "3")
+        monkeypatch.setattr(tuning, "compile_kernels", compile_them)
+        monkeypatch.setattr(tuning, "candidates", lambda *_: tuple(found))
+        monkeypatch.setattr(tuning, "default_config", lambda *_: next(iter(found)))
+        monkeypatch.setattr(configs, "triton_version", lambda: "3")
         return tuple(found)
 
     return plant
