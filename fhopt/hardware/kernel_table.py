@@ -135,10 +135,10 @@ def write_kernels(
     rows = tuple(_row(kernel, kernels[kernel], choices[kernel], plan, device, options) for kernel in kernels)
     version = triton_version() if device.kind == "gpu" else ""
     texts = {name: render(spec, "triton" if device.kind == "gpu" else "cpp") for name, spec in files.items()}
-    made = Kernels(options, version, rows, texts)
-    tables = dict(zip(TABLE_FILES, (markdown(made), json.dumps(made.as_json(), indent=1) + "\n"), strict=True))
+    written = Kernels(options, version, rows, texts)
+    tables = dict(zip(TABLE_FILES, (markdown(written), json.dumps(written.as_json(), indent=1) + "\n"), strict=True))
     write_folder(out, {name: text.encode() for name, text in (texts | tables).items()})
-    return made
+    return written
 
 
 def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
@@ -226,7 +226,7 @@ def _compiled(choice: Choice) -> Compiled | None:
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
+def cells(kernels: Kernels) -> tuple[list[str], list[list[str]]]:
     """Write the head and the cells of the table."""
     head = [
         "file",
@@ -235,11 +235,11 @@ def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
         "J",
         "bytes/token",
         "operations/token",
-        f"roofline at {made.options.tokens:,}",
+        f"roofline at {kernels.options.tokens:,}",
         "bound by",
     ]
-    rows = [_cost_cells(row) for row in made.rows]
-    if made.triton:
+    rows = [_cost_cells(row) for row in kernels.rows]
+    if kernels.triton:
         head += [
             "registers",
             "spilled",
@@ -250,7 +250,7 @@ def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
             "tensor cores",
         ]
         head += ["configuration", "rejected"]
-        rows = [cells + _resource_cells(row) for cells, row in zip(rows, made.rows, strict=True)]
+        rows = [cells + _resource_cells(row) for cells, row in zip(rows, kernels.rows, strict=True)]
     return head, rows
 
 
@@ -282,20 +282,20 @@ def words(config: Config) -> str:
     return f"{config.block_t} x {config.block_m}, {config.num_warps} warps, {config.num_stages} stages"
 
 
-def _rejections(made: Kernels) -> list[tuple[str, str, str]]:
+def _rejections(kernels: Kernels) -> list[tuple[str, str, str]]:
     """List file, configuration and reason of each rejected configuration."""
-    return [(row.file, words(x.config), x.reason) for row in made.rows for x in row.rejected]
+    return [(row.file, words(x.config), x.reason) for row in kernels.rows for x in row.rejected]
 
 
-def _about(made: Kernels) -> str:
-    chosen = made.options
+def _about(kernels: Kernels) -> str:
+    chosen = kernels.options
     return f"{chosen.device}, batch {chosen.batch}, queries {chosen.queries}, {chosen.dtype}"
 
 
-def table(made: Kernels) -> Table:
+def table(kernels: Kernels) -> Table:
     """Make the table for a terminal, one line for each cell: a kernel has more of them than fit side by side."""
-    head, rows = cells(made)
-    shown = Table(title=f"Attention on latents: {_about(made)}", title_justify="left", show_header=False)
+    head, rows = cells(kernels)
+    shown = Table(title=f"Attention on latents: {_about(kernels)}", title_justify="left", show_header=False)
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
     for row in rows:
@@ -305,32 +305,32 @@ def table(made: Kernels) -> Table:
     return shown
 
 
-def rejected_table(made: Kernels) -> Table:
+def rejected_table(kernels: Kernels) -> Table:
     """Make the table of configurations that do not fit the device."""
     shown = Table(title="Rejected", title_justify="left")
     for name in ("file", "configuration", "reason"):
         shown.add_column(name, overflow="fold")
-    for row in _rejections(made):
+    for row in _rejections(kernels):
         shown.add_row(*row)
     return shown
 
 
-def markdown(made: Kernels) -> str:
+def markdown(kernels: Kernels) -> str:
     """Write the text of `kernels.md`."""
     lines = [
-        f"# Attention on latents: {_about(made)}",
+        f"# Attention on latents: {_about(kernels)}",
         "",
         "Bytes and operations: of one cached token at one site. Roofline: one step at one site by the peak figures of "
         "the device, a bound.",
     ]
-    if made.triton:
+    if kernels.triton:
         lines.append(
-            f"Registers of a thread, shared memory of a block, instructions: as Triton {made.triton} compiled them. "
+            f"Registers of a thread, shared memory of a block, instructions: as Triton {kernels.triton} compiled them. "
             "Instructions: of warps, for one cached token in one latent head. Reads: of global memory, in a round of "
             "the loop. Configuration: tokens x query rows of a tile."
         )
-    lines += ["", *_markdown_table(*cells(made))]
-    if rejected := _rejections(made):
+    lines += ["", *_markdown_table(*cells(kernels))]
+    if rejected := _rejections(kernels):
         lines += ["", "## Rejected", "", *_markdown_table(["file", "configuration", "reason"], rejected)]
     return "\n".join(lines) + "\n"
 

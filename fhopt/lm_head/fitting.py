@@ -249,8 +249,8 @@ def _choose_lead(
         upper = _upper(basis, tried.double() - centre.double(), sample) + (sample @ centre).unsqueeze(1)
         upper = upper if bias is None else upper + bias[picked].float()
         survivors = float((upper >= best.unsqueeze(1)).sum(1).double().mean()) * len(weight) / len(tried)
-        codes = len(weight) * (lead + (rank - lead) / 2)
-        costs[lead] = (codes + STRAY * survivors * width * weight.element_size(), survivors)
+        quantized_bytes = len(weight) * (lead + (rank - lead) / 2)
+        costs[lead] = (quantized_bytes + STRAY * survivors * width * weight.element_size(), survivors)
     lead = min(costs, key=lambda n: costs[n][0])
     return lead, costs[lead][1]
 

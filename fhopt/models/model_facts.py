@@ -20,8 +20,8 @@ def text_key(config: Any) -> str:
 def implementations(config: Any) -> dict[str, str]:
     """Return the attention implementation of a configuration ("") and of each of its parts."""
     parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", {})}
-    found = {key: part._attn_implementation for key, part in parts.items() if part is not None}
-    return found | {"": config._attn_implementation}
+    implementation = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return implementation | {"": config._attn_implementation}
 
 
 def uses_interface(module: torch.nn.Module) -> bool:

@@ -180,11 +180,11 @@ def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         if not (path / name).is_file() or size != about.get("bytes"):
             raise damaged(path, f"{name} has {size} bytes, expected {str(about.get('bytes'))[:20]}")
     try:
-        found = describe_files(path, files)
+        present = describe_files(path, files)
     except OSError as error:
         raise damaged(path, f"{error.filename} cannot be read ({error.strerror})") from error
     for name, about in files.items():
-        if found[name]["sha256"] != about.get("sha256"):
+        if present[name]["sha256"] != about.get("sha256"):
             raise damaged(path, f"the SHA-256 of {name} is another")
 
 

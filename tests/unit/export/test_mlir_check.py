@@ -55,7 +55,7 @@ def test_multiplications_are_counted_exactly(llama: Fitted) -> None:
 
 def decompressing(self: SiteAttention, query: Tensor, rows: Any, count: Tensor) -> Tensor:
     """What must be caught: keys rebuilt at full length."""
-    latent = torch.cat([v for _, v, _ in step_attention._tiers(rows)], -1) * rows.scale.float().unsqueeze(-1)
+    latent = torch.cat([v for _, v, _ in step_attention._bit_groups(rows)], -1) * rows.scale.float().unsqueeze(-1)
     n = rows.decode.shape[0] // latent.shape[1]
     parts = [torch.matmul(latent[:, g // n], rows.decode[g].T) for g in range(rows.decode.shape[0])]
     keys = torch.stack(parts, 1)  # [B, G, T, D]

@@ -18,7 +18,7 @@ from needs import needs_triton
 from fhopt.cli.app import main
 from fhopt.codegen import build
 from fhopt.codegen.build import render
-from fhopt.codegen.gpu import resources, tuning
+from fhopt.codegen.gpu import configs, resources, tuning
 from fhopt.codegen.gpu.gpus import GPUS
 from fhopt.codegen.gpu.resources import Request, Resources
 from fhopt.hardware import kernel_table
@@ -37,15 +37,15 @@ def call(*arguments: str | Path) -> Result:
 @pytest.fixture
 def plan() -> LatentPlan:
     """Two sites of one kernel, a third with half of its channels in other codes, one that slides."""
-    coded = random_plan("head", CODED)
-    (site,) = coded.sites
+    quantized = random_plan("head", CODED)
+    (site,) = quantized.sites
     other = random_plan("head", tuple(reversed(CODED))).sites[0]
 
     def named(name: str, like: Any, **changes: Any) -> Any:
         return dataclasses.replace(like, site=dataclasses.replace(like.site, name=name, **changes))
 
     sites = (site, named("layers.1", site), named("layers.2", other), named("layers.3", site, mask="sliding", window=8))
-    return dataclasses.replace(coded, sites=sites)
+    return dataclasses.replace(quantized, sites=sites)
 
 
 @pytest.fixture
@@ -63,6 +63,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tuning, "compile_kernels", compile_them)
     monkeypatch.setattr(kernel_table, "triton_version", lambda: "3")
+    monkeypatch.setattr(configs, "triton_version", lambda: "3")
 
 
 def markdown_rows(text: str) -> list[list[str]]:
@@ -137,7 +138,7 @@ def test_there_is_a_file_for_each_kernel(plan: LatentPlan, tmp_path: Path) -> No
 
 def test_figures_are_those_of_the_plan_and_of_the_cost_model(plan: LatentPlan, tmp_path: Path) -> None:
     made = write_kernels(plan, tmp_path / "out", Options("cpu", batch=3, tokens=10_000, queries=2))
-    sealed = 10_000 - plan.sinks - plan.recent - plan.block // 2
+    quantized = 10_000 - plan.sinks - plan.recent - plan.block // 2
     for row in made.rows:
         site = plan.site(row.sites[0])
         assert row.bytes_per_token == site.token_bytes()
@@ -145,7 +146,7 @@ def test_figures_are_those_of_the_plan_and_of_the_cost_model(plan: LatentPlan, t
         assert row.operations_per_token == 2 * 2 * 4 * (16 + 16) + codes
         assert row.rows == 2 * 2 and row.compiled is None and not row.rejected
         cpu = DEVICES["cpu"]
-        operations = 3 * sealed * (2 * 2 * 4 * 32 / cpu.matrix_tflops + codes / cpu.vector_tflops)
+        operations = 3 * quantized * (2 * 2 * 4 * 32 / cpu.matrix_tflops + codes / cpu.vector_tflops)
         assert row.roofline_seconds == pytest.approx(operations / 1e12, rel=1e-9) and row.bound == "arithmetic"
 
 
