@@ -20,7 +20,7 @@ SMALL = {
     "compile_any_module": r"largest difference: \d(\.\d+)?(e-0[5-9])?\n",
     "cross_attention": r"encoder_attn: input, 128 numbers a token, now 6[0-4]\n(?s:.*)same tokens: True of 2[4-9]\n",
     "custom_kernel": r"58 bytes of codes a token instead of 224\nlargest difference \D+ \d\.\de-0[6-9]\n",
-    "export_a_step": r"40 tokens, 24 of them sealed; largest difference of a logit \d\.\de-0[5-9]\n",
+    "export_a_step": r"40 tokens, 24 of them quantized; largest difference of a logit \d\.\de-0[5-9]\n",
 }
 COMPILED = {
     "encoder_speed": r"fhopt, exact +\d+\.\d ms +least cosine with eager 1\.0000\n",

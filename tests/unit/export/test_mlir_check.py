@@ -66,7 +66,7 @@ def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = llama.plan(4)
-    monkeypatch.setattr(SiteAttention, "_sealed_logits", decompressing)
+    monkeypatch.setattr(SiteAttention, "_latent_logits", decompressing)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
     assert any("a contraction makes" in fault and "stepping.py:" in fault for fault in found.faults)
     assert any("multiplications" in fault for fault in found.faults)

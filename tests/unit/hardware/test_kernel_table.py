@@ -16,7 +16,6 @@ from hand_plans import CODED, random_plan
 from needs import needs_triton
 
 from fhopt.cli.app import main
-from fhopt.codegen import build
 from fhopt.codegen.build import render
 from fhopt.codegen.gpu import configs, resources, tuning
 from fhopt.codegen.gpu.gpus import GPUS
@@ -259,7 +258,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
     def fail(*_: Any) -> str:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(build, "render", fail)
+    monkeypatch.setattr(kernel_table, "render", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         write_kernels(plan, tmp_path / "new", Options("h100"))
     assert not (tmp_path / "new").exists()
