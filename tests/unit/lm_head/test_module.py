@@ -36,10 +36,6 @@ def test_generation_is_that_of_the_dense_head(make: Any, dtype: torch.dtype) -> 
     report = api.report(model)
     assert report.rows >= 60 and report.certified > 0.9
     assert report.dense_rows == round((1 - report.certified) * report.rows)
-        report.rows >= 60
-        and report.certified > 0.9
-        and report.dense_rows == round((1 - report.certified) * report.rows)
-    )
     api.unapply(model)
     assert type(model.get_output_embeddings()) is nn.Linear and torch.equal(model.generate(prompt, **options), expected)
 
