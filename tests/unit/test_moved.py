@@ -49,7 +49,8 @@ def test_looking_through_all_modules_imports_none_behind_an_old_name() -> None:
 @pytest.mark.parametrize("old", sorted(NAMES))
 def test_a_renamed_class_or_function_keeps_its_old_name_in_the_old_module(old: str) -> None:
     module, _, name = old.partition(".")
-    assert getattr(importlib.import_module(f"fhopt.{module}"), name).__name__ == NAMES[old]
+    values = [getattr(importlib.import_module(f"fhopt.{place}"), NAMES[old], None) for place in MODULES[module].split()]
+    assert getattr(importlib.import_module(f"fhopt.{module}"), name) in values
 
 
 def test_a_name_that_was_never_there_is_an_error_that_names_the_new_place() -> None:
