@@ -49,7 +49,7 @@ def main() -> None:
     for token in ids.split(1, 1):
         wanted = model(token, cache=cache).logits
         difference = max(difference, float((state.step(token) - wanted).abs().max()))
-    print(f"{state.tokens} tokens, {state.sealed} of them quantized; largest difference of a logit {difference:.1e}")
+    print(f"{state.tokens} tokens, {state.quantized} of them quantized; largest difference of a logit {difference:.1e}")
     for tensor in exported.state:
         print(f"  {tensor.name} {tensor.shape} {tensor.dtype}")
 

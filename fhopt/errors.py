@@ -1,4 +1,4 @@
-"""How fhopt says no: an error the user can cure, a site that does not fit a pass, weights that are not the plan's."""
+"""Exceptions raised by fhopt."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from typing import Any
 
 
 class FhoptError(Exception):
-    """A mistake that the user can cure. The message says what was found, what was expected, and the cure.
+    """An error that the user can correct. The message says what was found, what was expected, and the cure.
 
     The command line prints it as one line and ends with exit code 2; from Python it is an ordinary exception.
     """
 
 
 class Miss(Exception):
-    """A pass looked at a node and left it alone.
+    """Raised where a pass leaves a node as it is.
 
     Attributes:
         reason: what was expected and what was found, one sentence.
         node: the node at which matching stopped (`torch.fx.Node`), or None.
-        reached: what had been recognised by then, "" when the pass has no steps.
+        reached: what had been recognised before, "" when the pass has no steps.
+
     """
 
     def __init__(self, reason: str, node: Any = None, reached: str = "") -> None:
@@ -29,13 +30,15 @@ class Miss(Exception):
 
 
 class PassError(RuntimeError):
-    """A pass broke its contract: names the pass and the node; the cause is kept in `__cause__`."""
+    """Raised where a pass breaks its contract: names the pass and the node; the cause is kept in `__cause__`."""
 
 
 class Stale(Exception):
-    """What was fitted does not belong to the weights that a compiled graph is called with: it must run exactly.
+    """Raised where a compiled graph is called with other weights than its plan was fitted for: it must run exactly.
 
-    is_settled: it was looked for another graph that is right for them, and there is none.
+    Attributes:
+        is_settled: no other graph of the plan is right for these weights.
+
     """
 
     is_settled = False

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; files of tensors have a digest, by which damage is noticed."""
+"""Atomic writes of files and folders, and files of tensors with a digest that shows damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, renamed to it if the block succeeds and removed if it does not.
+    """Yield a path beside `path`, renamed to it if the block succeeds and removed if it does not.
 
     A reader of `path` sees the old file, the new one or none. OSError passes through.
     """
@@ -38,11 +38,11 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a description, JSON values, and of tensors: names, types, shapes and every byte."""
+    """Compute the SHA-256 of a description, JSON values, and of tensors: names, types, shapes and every byte."""
     import torch
 
-    told = json.loads(json.dumps(about))  # as who reads it sees it
-    h = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    description = json.loads(json.dumps(about))  # as it is read back: tuples are lists then
+    h = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -64,7 +64,7 @@ def write_tensors(file: Path, about: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def read_tensors(file: Path, key: str = "fhopt") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description, empty where there is none, and the tensors of a file; `check_digest` looks at both.
+    """Read the description, empty where there is none, and the tensors of a file; `check_digest` checks both.
 
     OSError, SafetensorError, ValueError and RecursionError pass through.
     """
@@ -78,13 +78,13 @@ def read_tensors(file: Path, key: str = "fhopt") -> tuple[dict[str, Any], dict[s
 
 def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError when description or tensors are not what `write_tensors` wrote."""
-    told = {name: value for name, value in about.items() if name != "digest"}
-    if about.get("digest") != digest(told, tensors):
+    description = {name: value for name, value in about.items() if name != "digest"}
+    if about.get("digest") != digest(description, tensors):
         raise ValueError("its content is not what was written")
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if need be, and raise FhoptError when nothing can be written to it."""
+    """Create `folder` where it does not exist. Raises FhoptError when nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -94,13 +94,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_folder(path: Path, names: Iterable[str]) -> None:
-    """Raise FhoptError when `path` is there and holds anything but files of these names."""
+    """Raise FhoptError when `path` exists and holds anything but files of these names."""
     if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - set(names)):
         raise FhoptError(f"{path} exists and holds other things; expected a new folder or an older plan. Give another.")
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into the folder `path` so that a reader sees all of them or none. Raises FhoptError.
+    """Write `files` to the folder `path` so that a reader sees all of them or none. Raises FhoptError.
 
     A folder that exists is replaced only if it holds nothing but files of these names.
     """
@@ -112,10 +112,10 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place if the block succeeds, and is removed if it does not.
+    """Yield a new folder beside `path` that replaces it if the block succeeds, and is removed if it does not.
 
-    Raises FhoptError when something cannot be written, in the block too. What stood at `path` is gone afterwards; when
-    the block or the change of places fails, it stands there as before.
+    A folder that existed at `path` stays as it was when the block or the replacement fails. Raises FhoptError when
+    something cannot be written, in the block too.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
-        _take_place(staging, path, former)
+        _replace_folder(staging, path, former)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
@@ -137,8 +137,8 @@ def appearing_folder(path: Path) -> Iterator[Path]:
         _remove(former)
 
 
-def _take_place(staging: Path, path: Path, former: Path) -> None:
-    """Two renames, so that a process that is killed leaves the old folder, the new one, or none for a moment."""
+def _replace_folder(staging: Path, path: Path, former: Path) -> None:
+    """Replace a folder by two renames: a process that is killed between them leaves none, else the old or the new."""
     if path.exists():
         os.replace(path, former)
     try:

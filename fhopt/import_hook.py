@@ -1,4 +1,4 @@
-"""Imports at the last moment: when another package has been imported, and when a name is asked for."""
+"""Deferred imports: a callback after another package has been imported, and names of a package on first use."""
 
 from __future__ import annotations
 
@@ -12,18 +12,10 @@ from types import ModuleType
 from typing import Any
 
 
-def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Call `then` once after the module `name` has been imported: at once where it is there already."""
-    if name in sys.modules:
-        then()
-    else:
-        sys.meta_path.insert(0, _Watch(name, then))
-
-
 def lazily(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a package that hands on names of its modules when they are asked for.
+    """Make the `__getattr__` of a package whose names are imported from its modules on first use.
 
-    where: module of each name. The names are then attributes of the package, like those that are imported at once.
+    where: module of each name. Raises AttributeError for any other name.
     """
 
     def find(name: str) -> Any:
@@ -34,38 +26,46 @@ def lazily(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
     return find
 
 
-class _Watch(MetaPathFinder):
-    """Finds nothing itself: it lets the others find the module, and is told when that has run."""
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call `callback` once after the module `name` has been imported: at once where it is imported already."""
+    if name in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _Watcher(name, callback))
 
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self.name, self.then = name, then
+
+class _Watcher(MetaPathFinder):
+    """A finder that leaves finding to the others, and wraps the loader of one module so that it calls back."""
+
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self.name, self.callback = name, callback
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that others find for the module that is watched, None for any other."""
+        """Return the other finders' spec of the watched module, its loader wrapped; None for any other module."""
         if fullname != self.name or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Telling(spec.loader, self.then)
+            spec.loader = _CallingLoader(spec.loader, self.callback)
         return spec
 
 
-class _Telling(Loader):
-    """A loader that calls `then` behind another."""
+class _CallingLoader(Loader):
+    """A loader that calls back once the module has run."""
 
-    def __init__(self, loader: Loader, then: Callable[[], None]) -> None:
-        self.loader, self.then = loader, then
+    def __init__(self, loader: Loader, callback: Callable[[], None]) -> None:
+        self.loader, self.callback = loader, callback
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the loader does."""
+        """Create the module by the wrapped loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """As the loader does; then `then`."""
+        """Run the module by the wrapped loader, then call back."""
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        self.then()
+        self.callback()

@@ -1,10 +1,12 @@
-"""Modules under the names that they had before the packages: imports of them still work, with a DeprecationWarning.
+"""Old names of modules: imports of them still work, with a DeprecationWarning.
 
-`from fhopt.spec import LatentPlan` finds the class in `fhopt.plan`; nothing is imported before it is asked for.
+`from fhopt.spec import LatentPlan` finds the class in `fhopt.plan`. Where several modules took the place of one, each
+is imported when one of its names is first used.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -21,6 +23,7 @@ MODULES = {
     "cache_files": "hf.prompt_cache",
     "calibrate": "calibration.collect calibration.probe fitting.statistics",
     "capture": "models.capture",
+    "codegen.tuning": "codegen.gpu.tuning codegen.gpu.configs",
     "cost": "hardware.cost_model hardware.devices",
     "data": "texts.tokens texts.built_in texts.files",
     "evaluate": "evaluation.perplexity evaluation.statistics evaluation.decode_speed models.model_facts",
@@ -38,7 +41,7 @@ MODULES = {
     "attention.paged",
     "layers": "cache.base_layer cache.dynamic_layer cache.static_layer cache.cross_layer",
     "loading": "hf.load models.rewritten_model",
-    "machine": "hardware.this_cpu",
+    "machine": "hardware.this_cpu hardware.devices",
     "page_ops": "ops.page_selection ops.page_choice",
     "pages": "attention.paged attention.sketches",
     "paging": "refine.page_probes refine.page_sketches refine.page_options refine.page_budget",
@@ -53,6 +56,7 @@ MODULES = {
     "seeing.drawing": "inspection.drawing plan.display",
     "seeing.graphs": "inspection.graphs",
     "seeing.inspection": "inspection.facts plan.display",
+    "seeing.model_explorer_extension": "inspection.model_explorer_extension",
     "seeing.report": "inspection.html_report",
     "seeing.snapshots": "inspection.snapshots inspection.graph_files",
     "spec": "plan.latent_plan plan.site plan.site_plan plan.kernel_spec plan.window plan.plan_files plan.validation "
@@ -64,9 +68,31 @@ MODULES = {
     "verifying": "export.mlir_check",
 }
 
+# Names that are others in the new modules.
+NAMES = {
+    "cost.Bound": "SpeedupBound",
+    "cost.Comparison": "CostComparison",
+    "cost.Row": "CostRow",
+    "cost.Rows": "LatentSizes",
+    "cost.SEALED": "QUANTIZED",
+    "cost.USUAL_OPEN_TOKENS": "DEFAULT_OPEN_TOKENS",
+    "head_module.Products": "ProductMode",
+    "head_module.Report": "HeadReport",
+    "journal.Journal": "CompileReport",
+    "journal.journal_of": "report_of",
+    "machine.Measured": "CpuRates",
+    "profiling.Profile": "OnlineFit",
+    "profiling.Stream": "TokenStream",
+    "profiling.Wish": "FitTarget",
+    "profiling.trimmed": "without_padding",
+    "profiling.twin": "shared_weight_copy",
+    "profiling.watched": "recording",
+    "verifying.Found": "CountedOperation",
+}
+
 
 class _Finder(MetaPathFinder):
-    """Finds old names. It stands last: a module of that name that exists is found before."""
+    """A finder of old names. It stands last, so that a module that exists under the name is found before."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -79,30 +105,38 @@ class _Finder(MetaPathFinder):
 
 
 class _Moved(Loader):
-    """Makes a module whose names are those of the modules that took its place."""
+    """A loader of modules that are empty but for a `__getattr__`, which looks into the modules that replace them."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Return None: an ordinary module."""
+        """Return None, which makes an ordinary module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its `__getattr__`, and warn."""
-        places = tuple(f"fhopt.{place}" for place in MODULES[module.__name__.partition(".")[2]].split())
+        """Warn, and give the module its `__getattr__`; the module of a single new place is imported at once."""
+        places = [f"fhopt.{place}" for place in MODULES[module.__name__.partition(".")[2]].split()]
         warnings.warn(
             f"{module.__name__} has moved: import from {' or '.join(places)}.", DeprecationWarning, stacklevel=2
         )
+        if len(places) == 1:
+            importlib.import_module(places[0])
+        module.__getattr__ = functools.partial(_find, module.__name__, places)  # type: ignore[method-assign]
 
-        def find(name: str) -> Any:
-            for place in () if name.startswith("__") else places:  # the import system asks for `__path__`
-                found = importlib.import_module(place)
-                if hasattr(found, name):
-                    return getattr(found, name)
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}; it has moved to {places[0]}")
 
-        module.__getattr__ = find  # type: ignore[method-assign]
+def _find(module: str, places: Sequence[str], name: str) -> Any:
+    """Return the object `name` from the first of `places` that has it. Raises AttributeError.
+
+    Special names are nobody's: Python's `inspect` asks every module for its `__file__`, at any time.
+    """
+    if not (name.startswith("__") and name.endswith("__")):
+        current = NAMES.get(f"{module.partition('.')[2]}.{name}", name)
+        for place in places:
+            replacement = importlib.import_module(place)
+            if hasattr(replacement, current):
+                return getattr(replacement, current)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}; it has moved to {places[0]}")
 
 
 def install() -> None:
-    """Let the import system find old names. Calling it again changes nothing."""
+    """Let the import system find old names; a second call changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -1,8 +1,8 @@
 """The file cache, the CPUs of this process, and whether Triton is installed.
 
-Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, where nobody else may
-write: generated code in it is run. They appear whole (written aside, then renamed) and are made under a lock, so that
-processes that need the same file at once make it once.
+Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, which no other user may
+write to: generated code in it is run. They are written atomically (to another name, then renamed) and under a lock, so
+that processes that need the same file at once make it once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def text_digest(*parts: str) -> str:
 
 
 def warn_once(about: str, message: str) -> None:
-    """Warn once in a process, not once a kernel."""
+    """Warn about a subject once in a process."""
     if about not in _warned:
         _warned.add(about)
         warnings.warn(message, RuntimeWarning, stacklevel=2)

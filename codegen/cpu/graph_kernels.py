@@ -25,7 +25,6 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
+from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,6 @@ def _latent_kernel_fake(
     return query.new_empty((*shape, value_width)), query.new_empty(shape, dtype=torch.float32)
 
 
-def _pack_kernel_fake(
-    latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
-    shape = latent.shape[:-1]
-    return latent.new_empty((*shape, size), dtype=torch.uint8), latent.new_empty(shape, dtype=torch.float16)
-
-
 torch.library.register_fake("fhopt::latent_kernel", _latent_kernel_fake, lib=_LIB)
 
 
@@ -87,7 +79,7 @@ def _attend_kernel_fake(
 
 
 torch.library.register_fake("fhopt::attend_kernel", _attend_kernel_fake, lib=_LIB)
-torch.library.register_fake("fhopt::pack_kernel", _pack_kernel_fake, lib=_LIB)
+torch.library.register_fake("fhopt::pack_kernel", empty_packed, lib=_LIB)
 
 
 def _skinny_linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -295,17 +287,19 @@ def render() -> str:
     return read_source("fhopt.codegen.cpu", "graph_kernels.cpp").substitute(page_quantum=PAGE_QUANTUM)
 
 
+def torch_flags() -> tuple[str, ...]:
+    """Return the flags that compile against the stable part of torch's C++ interface."""
+    root = Path(torch.__file__).parent
+    return "-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Compile and load the library of C++ ops; None where it cannot be built."""
     functions = packing.library()
     if functions is None:
         return None
-    root = Path(torch.__file__).parent
-    flags = (
-        "-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        f"-DFHOPT_TORCH=\"{torch.__version__}\"",  # a file for each version of torch
-    )  # fmt: skip
+    flags = (*torch_flags(), f'-DFHOPT_TORCH="{torch.__version__}"')  # a file for each version of torch
     try:
         loaded = load("ops", render(), flags, ("-ltorch_cpu",))
     except CompileError as error:

@@ -31,7 +31,6 @@ from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu import attention
 from fhopt.codegen.gpu.configs import Config, candidates, default_config, write_config
 from fhopt.codegen.gpu.gpus import Gpu, gpu_named
-from fhopt.codegen.gpu.launch import MOST_SPLITS
 from fhopt.codegen.gpu.resources import Occupancy, Request, Resources, compile_kernels, objection, occupancy
 from fhopt.codegen.gpu.signatures import attention_example
 from fhopt.codegen.tiers import Tiers, is_scaled
@@ -40,7 +39,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SCALE_BYTES
 
 ENOUGH_BYTES = 32 * 1024  # under way for each multiprocessor; a choice, to be overruled by `tune`
-KERNEL, MERGING = "attention_kernel", "merge_kernel"
+KERNEL = "attention_kernel"
 
 
 # --------------------------------------------------------------------------------------------------- without a GPU
@@ -114,12 +113,6 @@ def request(text: str, spec: KernelSpec, config: Config, gpu: Gpu, texts: tuple[
     types, constants, attrs = attention_example(spec, config, packed=gpu.backend == "cuda")[KERNEL]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Request(text, KERNEL, types, constants, attrs, options, texts)
-
-
-def merge_request(text: str, spec: KernelSpec) -> Request:
-    """Request the kernel that merges ranges of tokens, for as many as there may be."""
-    types, constants, attrs = attention_example(spec, default_config(spec, 1))[MERGING]
-    return Request(text, MERGING, types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
 
 
 def row_bytes(spec: KernelSpec) -> int:

@@ -1,18 +1,18 @@
-"""`torch.compile(model, backend="flashhead")`: find attention, apply a plan if there is one, hand the rest to inductor.
+"""`torch.compile(model, backend="flashhead")`: find attention, apply a plan, and compile the graph by inductor.
 
 Registered through the entry point group `torch_dynamo_backends`, so no import is needed. Options:
 
-    plan                 a LatentPlan or the path of one: what it names runs on latents
-    ratio                1: nothing is approximated; attention takes the best exact way. Another number: profile, and
-                         fit a plan of that size
-    max_loss             without plan and ratio: profile, and fit the smallest plan that passes (default 0.01, 1 %)
-    calibration_tokens   that are watched before a plan is fitted (default 16,384)
-    weights              "check" (default): a plan is used for the weights that it was fitted for; "trust": for any
+    plan                 a LatentPlan or its path: the sites that it names run on latents
+    ratio                1: exact mode, attention in its fastest exact implementation. Another number: fit a plan of
+                         that ratio online, to the calls of the model
+    max_loss             without plan and ratio: fit the smallest plan within that loss online (default 0.01, 1 %)
+    calibration_tokens   tokens of the calls to which a plan is fitted online (default 16,384)
+    weights              "check" (default): a plan is used only for the weights that it was fitted for; "trust": for any
     skinny_products      on CPUs, products of up to 16 rows with a weight go to a kernel that reads the weight once
                          (default: True; False: to inductor)
-    strict               raise FhoptError when a plan is given and no site of the graph is in it (default: warn)
+    strict               raise FhoptError when a plan compresses no site of a graph (default: warn)
 
-Every other option goes to inductor. `fhopt.report(compiled)` tells what became of each attention, and why.
+All other options go to inductor. `fhopt.report(compiled)` shows what each attention was compiled to, and why.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 
 from fhopt.backend import compile_report, compiled_generate, online_fit
 from fhopt.backend.bound_inputs import Binder
-from fhopt.backend.compile_report import Journal
+from fhopt.backend.compile_report import CompileReport
 from fhopt.backend.inductor import Compiled, Compiler, takes_gradients
 from fhopt.backend.settings import Settings, loaded_plans
 from fhopt.cache import module_buffers
@@ -45,7 +45,7 @@ _outcomes: list[passes_outcome.Outcome] = []
 
 
 def last_outcome() -> passes_outcome.Outcome | None:
-    """What the most recent compilation in this process found, compressed and missed."""
+    """Return the sites of the most recently compiled graph: found, compressed and left alone; None before the first."""
     return _outcomes[0] if _outcomes else None
 
 
@@ -56,28 +56,28 @@ def flashhead(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Compile one Dynamo graph. Raises FhoptError for options that are wrong."""
+    """Compile one Dynamo graph. Raises FhoptError for invalid options."""
     settings, theirs = Settings.parse(options or {})
     compiler = Compiler(mode, theirs, settings.products)
     program = copy_program(module, example_inputs)
     training = takes_gradients(module.graph) and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     root = compile_report.owner(program.weights.values())
-    notes = compile_report.journal_of(root)
+    report = compile_report.report_of(root)
     outcome = _find(program, training, settings.plan)
     if settings.plan is not None and outcome.sites:
-        compiled = _by_plan(module, example_inputs, outcome, training, settings, compiler, notes)
+        compiled = _compile_with_plan(module, example_inputs, outcome, training, settings, compiler, report)
     else:
-        compiled = _exactly(module, example_inputs, outcome, training, compiler)
-    if settings.profile is not None and root is not None and not training:
-        compiled = online_fit.watched(compiled, module, example_inputs, root, settings.profile, notes)
-    notes.add(outcome, training)
+        compiled = _compile_exactly(module, example_inputs, outcome, training, compiler)
+    if settings.target is not None and root is not None and not training:
+        compiled = online_fit.recording(compiled, module, example_inputs, root, settings.target, report)
+    report.add_graph(outcome, training)
     outcome.program.values.clear()  # holds weights and caches
     _outcomes[:] = [outcome]
     return compiled
 
 
 def reset() -> None:
-    """What `torch.compiler.reset` does to this backend: journals and unfinished profiles are forgotten."""
+    """Discard compile reports, loaded plans and unfinished online fits; `torch.compiler.reset` calls it."""
     _outcomes.clear()
     loaded_plans.clear()
     compile_report.forget()
@@ -88,10 +88,10 @@ flashhead.reset = reset  # type: ignore[attr-defined]  # where torch looks for i
 
 
 def _find(program: Program, training: bool, plan: LatentPlan | None = None) -> passes_outcome.Outcome:
-    """Sites of the graph; a graph that the finder cannot read is left to inductor, and says so.
+    """Find the sites of the graph; one on which a pass fails is left to inductor, with a warning.
 
-    Models that keep latents by themselves read them directly, where `plan` does not say otherwise. In training,
-    activation checkpoints keep their memory saving, and what is inside them is left alone.
+    Models that cache latents themselves read them directly, unless `plan` names the site. In training, activation
+    checkpoints keep their memory saving, and attention inside them is left alone.
     """
     try:
         outcome = pipeline.find(program, inline_checkpoints=not training)
@@ -104,14 +104,14 @@ def _find(program: Program, training: bool, plan: LatentPlan | None = None) -> p
 # --------------------------------------------------------------------------------------------------- exact
 
 
-def _exactly(
+def _compile_exactly(
     module: fx.GraphModule,
     example_inputs: list[Any],
     outcome: passes_outcome.Outcome,
     training: bool,
     compiler: Compiler,
 ) -> Compiled:
-    """Every attention by the best exact way; a graph that gains nothing goes to inductor as it came."""
+    """Compile every attention to its fastest exact implementation; a graph without gain goes to inductor unchanged."""
     if not (outcome.sites or outcome.compressed) or not pipeline.exact(outcome, module.graph, training):
         return compiler.now(module, example_inputs)
     dispatch.install()
@@ -119,91 +119,92 @@ def _exactly(
     return _bind(outcome.program, example_inputs, compiler, lambda inputs, stale: later(*inputs))
 
 
-# --------------------------------------------------------------------------------------------------- by a plan
+# --------------------------------------------------------------------------------------------------- with a plan
 
 
-def _by_plan(
+def _compile_with_plan(
     module: fx.GraphModule, example_inputs: list[Any], outcome: passes_outcome.Outcome, training: bool,
-    settings: Settings, compiler: Compiler, notes: Journal,
+    settings: Settings, compiler: Compiler, report: CompileReport,
 ) -> Compiled:  # fmt: skip
-    """The graph with everything on latents that the plan names."""
+    """Compile the graph with the sites that the plan names on latents."""
     plan = settings.plan
     assert plan is not None
     if not plan.weights and not settings.trusting:
         check_model(plan, outcome.program.weights, "the model that is compiled")
     dispatch.install()
-    pristine = copy_program(module, example_inputs).module
+    original = copy_program(module, example_inputs).module
     pipeline.optimize(outcome, plan, training, settings.trusting, keeper=module_buffers.BufferKeeper())
     if not outcome.compressed:
         if not outcome.reading:
-            _report_unused(outcome, settings, notes)
+            _report_unused(outcome, settings, report)
         return compiler.now(module, example_inputs)
-    notes.state = compile_report.PLANNED
-    others = _Others(pristine, training, settings, compiler, notes)
+    report.state = compile_report.PLANNED
+    others = _OtherWeights(original, training, settings, compiler, report)
     return _bind(outcome.program, example_inputs, compiler, others)
 
 
-def _report_unused(outcome: passes_outcome.Outcome, settings: Settings, notes: Journal) -> None:
+def _report_unused(outcome: passes_outcome.Outcome, settings: Settings, report: CompileReport) -> None:
+    """Warn that the plan compressed nothing. Raises FhoptError where the option `strict` is set."""
     reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "no attention was found"
     message = f"the plan changed nothing in this graph: {reasons}."
     if settings.strict:
         raise FhoptError(message + " Fit a plan for this model, or drop the option strict.")
-    notes.say(message)
+    report.add_event(message)
     warnings.warn("fhopt: " + message, RuntimeWarning, stacklevel=2)
 
 
-class _Others:
-    """Graphs for weights that the first one is not for: another layer of the class, or none of the plan's.
+class _OtherWeights:
+    """Graphs for other weights than those of the first call: another layer of the class, or none of the plan's.
 
-    Dynamo does not come back for them, so they are compiled when they are called.
+    Dynamo does not call the backend for them, so they are compiled when they are first called.
     """
 
     def __init__(
-        self, pristine: fx.GraphModule, training: bool, settings: Settings, compiler: Compiler, notes: Journal
+        self, original: fx.GraphModule, training: bool, settings: Settings, compiler: Compiler, report: CompileReport
     ) -> None:
-        self.pristine, self.training, self.settings = pristine, training, settings
-        self.compiler, self.notes = compiler, notes
-        self.known: list[_Variant] = []
+        self.original, self.training, self.settings = original, training, settings
+        self.compiler, self.report = compiler, report
+        self.variants: list[_Variant] = []
         self.exact: Compiled | None = None
 
     def __call__(self, inputs: Sequence[Any], stale: Stale) -> Any:
-        """Run the graph that is right for these inputs."""
+        """Run the graph for the weights of these inputs, compiled at the first call."""
         if stale.is_settled and self.exact is not None:
             return self.exact(*inputs)
-        for variant in self.known:
+        for variant in self.variants:
             try:
                 return variant(inputs)
             except Stale:
                 continue
-        module_buffers.restore(inputs)  # what runs next may read caches as they were
-        made = self._variant(inputs)
-        if made is not None:
-            self.known.append(made)
-            return made(inputs)
+        module_buffers.restore(inputs)  # the next graph may read caches as they were
+        compiled = self._compile_variant(inputs)
+        if compiled is not None:
+            self.variants.append(compiled)
+            return compiled(inputs)
         stale.is_settled = True
         if self.exact is None:
-            self._tell(stale)
-            self.exact = self.compiler.later(self.pristine)
+            self._warn(stale)
+            self.exact = self.compiler.later(self.original)
         return self.exact(*inputs)
 
-    def _variant(self, inputs: Sequence[Any]) -> _Variant | None:
+    def _compile_variant(self, inputs: Sequence[Any]) -> _Variant | None:
         assert self.settings.plan is not None
-        if not self.settings.plan.weights:  # it does not know whose its bases are: those of the first call
+        if not self.settings.plan.weights:  # without fingerprints its bases are those of the first call's weights
             return None
-        program = copy_program(self.pristine, inputs)
+        program = copy_program(self.original, inputs)
         outcome = _find(program, self.training, self.settings.plan)
         pipeline.optimize(outcome, self.settings.plan, self.training, keeper=module_buffers.BufferKeeper())
         if not outcome.compressed:
             return None
-        self.notes.add(outcome, self.training)
+        self.report.add_graph(outcome, self.training)
         return _Variant(self.compiler.later(program.module), Binder(program, len(inputs)))
 
-    def _tell(self, stale: Stale) -> None:
+    def _warn(self, stale: Stale) -> None:
         message = (
-            f"{stale}: this graph runs exactly for them. Fit a plan for the new weights, or say "
+            f"{stale}: this graph runs exactly for them. Fit a plan for the new weights, or set "
             "options={'weights': 'trust'} if they changed little."
         )
-        self.notes.say(message)
+        self.report.add_event(message)
         warnings.warn("fhopt: " + message, RuntimeWarning, stacklevel=2)
 
 
@@ -215,14 +216,14 @@ class _Variant:
     binder: Binder
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
-        """Run it. Raises Stale when it is not for these inputs."""
+        """Run the graph. Raises Stale when it is not for the weights of these inputs."""
         return self.compiled(*inputs, *self.binder(inputs))
 
 
 def _bind(
     program: Program, example_inputs: list[Any], compiler: Compiler, others: Callable[[Sequence[Any], Stale], Any]
 ) -> Compiled:
-    """Compile the rewritten graph; its extra inputs are bound at every call."""
+    """Compile the rewritten graph and bind its extra inputs at every call."""
     extra = list(program.values.values())[len(example_inputs) :]
     _keep_static(extra)
     compiled = compiler.now(program.module, [*example_inputs, *extra])
@@ -240,7 +241,7 @@ def _bind(
 
 
 def _keep_static(tensors: list[Tensor]) -> None:
-    """Tell AOTAutograd that the sizes of these inputs never change: Dynamo has no source to guard them by."""
+    """Mark the sizes of these inputs as static for AOTAutograd: Dynamo has no source to guard them by."""
     context = TracingContext.try_get()
     if context is not None:
         for index, tensor in enumerate(tensors):

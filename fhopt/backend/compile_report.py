@@ -1,8 +1,8 @@
-"""What became of the models that were compiled: per model, per graph, per site, with reasons. `fhopt.report` shows it.
+"""Compile reports: how each attention of a compiled model runs, by model, graph and site, with reasons.
 
     print(fhopt.report(compiled))       a table;      fhopt.report(compiled).as_dict()       for programs
 
-The backend writes it. Nothing of a model is held: journals are kept by the module that was compiled, weakly.
+The backend writes them. They hold no part of a model, and are kept in a weak dictionary by compiled module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXACT, PLANNED, GATHERING, COMPRESSED, REJECTED = "exact", "by a plan", "gatheri
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One attention in one graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone"."""
+    """An attention in a graph. how: "latent (LAYOUT)", "absorbed", "kernel", "torch", or "left alone"."""
 
     name: str
     how: str
@@ -39,7 +39,7 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One compiled graph. seconds: of fhopt's own passes."""
+    """A compiled graph. seconds: of fhopt's own passes."""
 
     training: bool
     sites: tuple[SiteRecord, ...]
@@ -47,11 +47,11 @@ class GraphRecord:
 
 
 @dataclass
-class Journal:
-    """What happened to one model.
+class CompileReport:
+    """The compile report of one model.
 
-    state: EXACT, PLANNED, or of a model that is profiled GATHERING, COMPRESSED, REJECTED. events: what was done and
-    why, in order.
+    state: EXACT or PLANNED; GATHERING, COMPRESSED or REJECTED where a plan is fitted online. events: decisions of the
+    backend with their reasons, in order.
     """
 
     model: str
@@ -59,23 +59,21 @@ class Journal:
     graphs: list[GraphRecord] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
-    def add(self, outcome: Outcome, training: bool) -> None:
-        """Take down one graph."""
+    def add_graph(self, outcome: Outcome, training: bool) -> None:
+        """Record a compiled graph."""
         self.graphs.append(GraphRecord(training, tuple(_sites(outcome)), sum(outcome.seconds.values())))
 
-    def say(self, event: str) -> None:
-        """Take down an event, once where it repeats."""
+    def add_event(self, event: str) -> None:
+        """Record an event, once where it repeats."""
         if event not in self.events:
             self.events.append(event)
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: model, state, graphs (training, sites, seconds), events."""
+        """Return model, state, graphs (training, sites, seconds) and events as JSON values."""
         return asdict(self)
 
     def _repr_html_(self) -> str:
-        from fhopt.backend.compile_report import journal_html
-
-        return journal_html(self)
+        return report_html(self)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140)
@@ -87,7 +85,7 @@ class Journal:
 
 
 def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
-    """What became of each site, and of what was no site."""
+    """Yield a record of each site, and of each attention that was left alone."""
     reasons: dict[str, Explanation] = {m.node: m for m in outcome.missed}
     for node, site in outcome.sites.items():
         missed = reasons.pop(node, None)
@@ -101,12 +99,12 @@ def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
         yield SiteRecord(missed.node, "left alone", missed.reason, missed.source)
 
 
-def _table(journal: Journal) -> Table:
-    table = Table(title=f"{journal.model}: {journal.state}, graphs: {len(journal.graphs)}", title_justify="left")
+def _table(report: CompileReport) -> Table:
+    table = Table(title=_title(report), title_justify="left")
     for heading in ("site", "graphs", "became", "because"):
         table.add_column(heading, overflow="fold")
     counted: dict[SiteRecord, int] = {}
-    for graph in journal.graphs:
+    for graph in report.graphs:
         for site in graph.sites:
             counted[site] = counted.get(site, 0) + 1
     for site, count in counted.items():
@@ -114,50 +112,63 @@ def _table(journal: Journal) -> Table:
     return table
 
 
-# --------------------------------------------------------------------------------------------------- whose
+def _title(report: CompileReport) -> str:
+    return f"{report.model}: {report.state}, graphs: {len(report.graphs)}"
 
 
-_journals: weakref.WeakKeyDictionary[torch.nn.Module, Journal] = weakref.WeakKeyDictionary()
-_unowned = Journal("graphs of functions")
+def report_html(report: CompileReport) -> str:
+    """Write the HTML of a report for notebooks: sites and events."""
+    rows = dict.fromkeys((s.name, s.how, s.reason, s.source) for graph in report.graphs for s in graph.sites)
+    events = "".join(f"<li>{html.escape(event)}</li>" for event in report.events)
+    return html_titled(_title(report), html_table(("site", "became", "because", "source"), rows)) + (
+        f"<ul>{events}</ul>" if events else ""
+    )
 
 
-def journal_of(module: torch.nn.Module | None) -> Journal:
-    """The journal of a module, begun where there is none; None: of graphs that no module owns."""
+# --------------------------------------------------------------------------------------------------- by module
+
+
+_reports: weakref.WeakKeyDictionary[torch.nn.Module, CompileReport] = weakref.WeakKeyDictionary()
+_unowned = CompileReport("graphs of functions")
+
+
+def report_of(module: torch.nn.Module | None) -> CompileReport:
+    """Return the report of a module, a new one where there is none; None: that of graphs that no module owns."""
     if module is None:
         return _unowned
-    return _journals.setdefault(module, Journal(type(module).__name__))
+    return _reports.setdefault(module, CompileReport(type(module).__name__))
 
 
 def forget() -> None:
-    """Begin all journals anew."""
-    _journals.clear()
+    """Discard all reports."""
+    _reports.clear()
     _unowned.graphs.clear()
     _unowned.events.clear()
 
 
-def report(compiled: Any) -> Journal:
-    """What became of a compiled model: `torch.compile(model, ...)`, or a model after `model.compile(...)`.
+def report(compiled: Any) -> CompileReport:
+    """Return the report of a compiled model: `torch.compile(model, ...)`, or a model after `model.compile(...)`.
 
-    A model of which parts were compiled gets one journal of all parts; a function that of the models that it calls.
-    Raises FhoptError when nothing of it has run yet through this backend.
+    The reports of compiled parts of a model are merged; a function has the reports of the models that it calls. Raises
+    FhoptError when nothing of it has been compiled by this backend.
     """
     target = getattr(compiled, "_orig_mod", None) or getattr(compiled, "_torchdynamo_orig_callable", compiled)
     target = getattr(target, "__self__", target)
     if isinstance(target, torch.nn.Module):
-        found = [_journals[m] for m in target.modules() if m in _journals]
+        parts = [_reports[m] for m in target.modules() if m in _reports]
     else:
-        found = [*(_journals[m] for root in _called(target) for m in root.modules() if m in _journals), _unowned]
-    found = [one for one in found if one.graphs or one.events]
-    if not found:
+        parts = [*(_reports[m] for root in _called(target) for m in root.modules() if m in _reports), _unowned]
+    parts = [part for part in parts if part.graphs or part.events]
+    if not parts:
         raise FhoptError(
             f"nothing of {type(target).__name__} has been compiled by fhopt yet. Compile it with "
             'model.compile(backend="flashhead") and call it once.'
         )
-    return found[0] if len(found) == 1 else _merged(type(target).__name__, found)
+    return parts[0] if len(parts) == 1 else _merge(type(target).__name__, parts)
 
 
 def _called(function: Any) -> list[torch.nn.Module]:
-    """Modules that a function reaches by its closure or as globals."""
+    """List the modules in the closure and the globals of a function."""
     try:
         names = inspect.getclosurevars(inspect.unwrap(function))
     except (TypeError, ValueError):
@@ -165,20 +176,20 @@ def _called(function: Any) -> list[torch.nn.Module]:
     return [v for v in (*names.nonlocals.values(), *names.globals.values()) if isinstance(v, torch.nn.Module)]
 
 
-def _merged(name: str, parts: list[Journal]) -> Journal:
+def _merge(name: str, parts: list[CompileReport]) -> CompileReport:
     events = [event for part in parts for event in part.events]
     state = next((p.state for p in parts if p.state != EXACT), EXACT)
-    return Journal(name, state, [g for p in parts for g in p.graphs], list(dict.fromkeys(events)))
+    return CompileReport(name, state, [g for p in parts for g in p.graphs], list(dict.fromkeys(events)))
 
 
 def owner(parameters: Iterable[Tensor]) -> torch.nn.Module | None:
-    """The module whose call Dynamo is tracing and that owns these parameters; None where there is no such module.
+    """Find the module whose call Dynamo is tracing and that owns these parameters; None where there is no such module.
 
-    Of several, such as two models that share an embedding, the one with the fewest parameters.
+    Of several, such as two models that share an embedding, it is the one with the fewest parameters.
     """
-    wanted = {id(p) for p in parameters}
+    identities = {id(p) for p in parameters}
     owned = [(m, {id(p) for p in m.parameters()}) for m in _modules_in(_traced_locals())]
-    fitting = [(len(own), i) for i, (_, own) in enumerate(owned) if wanted <= own]
+    fitting = [(len(own), i) for i, (_, own) in enumerate(owned) if identities <= own]
     return owned[min(fitting)[1]][0] if fitting else None
 
 
@@ -186,23 +197,13 @@ def _traced_locals() -> dict[str, Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        found: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals
+        names: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals
     except AttributeError:  # nothing is being traced
         return {}
-    return found
+    return names
 
 
 def _modules_in(values: dict[str, Any]) -> Iterator[torch.nn.Module]:
     for value in values.values():
         parts = value if isinstance(value, (tuple, list)) else [getattr(value, "__self__", value)]
         yield from (part for part in parts if isinstance(part, torch.nn.Module))
-
-
-def journal_html(journal: Journal) -> str:
-    """What became of a compiled model: sites and events."""
-    rows = dict.fromkeys((s.name, s.how, s.reason, s.source) for graph in journal.graphs for s in graph.sites)
-    events = "".join(f"<li>{html.escape(event)}</li>" for event in journal.events)
-    title = f"{journal.model}: {journal.state}, graphs: {len(journal.graphs)}"
-    return html_titled(title, html_table(("site", "became", "because", "source"), rows)) + (
-        f"<ul>{events}</ul>" if events else ""
-    )

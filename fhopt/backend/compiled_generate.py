@@ -1,9 +1,9 @@
-"""`torch.compile(model, backend="flashhead").generate(...)` runs compiled code.
+"""Compiled `generate` of transformers models: `torch.compile(model, backend="flashhead").generate(...)`.
 
-`torch.compile(model)` gives a wrapper whose methods are those of the model inside: they call the model, which knows
-nothing of the wrapper, so `generate` silently runs uncompiled code. `install` makes methods that a wrapper of this
-backend hands out run with the model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.compile()`
-sets for good). Outside of such a method the model inside stays as it is. Other backends are left alone.
+`torch.compile(model)` returns a wrapper whose methods are those of the wrapped model: they call the model and not the
+wrapper, so that `generate` silently runs uncompiled code. After `install`, methods of wrappers of this backend run with
+the model's calls compiled (`torch.nn.Module._compiled_call_impl`, which `model.compile()` sets permanently). Outside of
+such a method the wrapped model is not changed. Wrappers of other backends are not changed either.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _inside: ContextVar[Mapping[int, Any]] = ContextVar("inside", default=MappingPro
 
 
 def install() -> None:
-    """Let wrappers of this backend hand out methods that call compiled code; done once in a process."""
+    """Make methods of this backend's wrappers call compiled code; a second call changes nothing."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     before = OptimizedModule.__getattr__
-    if getattr(before, "_is_fhopt_door", False):
+    if getattr(before, "_is_of_fhopt", False):
         return
 
     @functools.wraps(before)
-    def hand_out(self: Any, name: str) -> Any:
-        found = before(self, name)
-        is_method = isinstance(found, MethodType) and not hasattr(torch.nn.Module, name)
-        if is_method and found.__self__ is self._modules.get("_orig_mod") and _is_ours(self):
-            return _compiling(found, self)
-        return found
+    def compiled_attribute(self: Any, name: str) -> Any:
+        value = before(self, name)
+        is_method = isinstance(value, MethodType) and not hasattr(torch.nn.Module, name)
+        if is_method and value.__self__ is self._modules.get("_orig_mod") and _is_ours(self):
+            return _compiling(value, self)
+        return value
 
-    hand_out._is_fhopt_door = True  # type: ignore[attr-defined]
-    OptimizedModule.__getattr__ = hand_out  # type: ignore[method-assign]
+    compiled_attribute._is_of_fhopt = True  # type: ignore[attr-defined]
+    OptimizedModule.__getattr__ = compiled_attribute  # type: ignore[method-assign]
 
 
 def _is_ours(wrapper: Any) -> bool:
@@ -51,7 +51,7 @@ def _is_ours(wrapper: Any) -> bool:
 
 
 def _compiling(method: MethodType, wrapper: Any) -> Callable[..., Any]:
-    """The method, with every call of its module compiled while it runs."""
+    """Wrap a method so that every call of its module is compiled while it runs."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -63,21 +63,21 @@ def _compiling(method: MethodType, wrapper: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _compiled_calls(model: Any, wrapper: Any) -> Iterator[None]:
-    """Within, in this thread, calls of `model` run as `model.compile()` would have them, with the wrapper's settings.
+    """Within the context, in this thread, run calls of `model` compiled with the wrapper's settings.
 
-    A model that was compiled in place keeps that.
+    A model that was compiled in place stays compiled as it was.
     """
-    _open_door(model)
+    _begin_dispatch(model)
     inside = _inside.get()
     token = _inside.set({**inside, id(model): _compiled_call(model, wrapper)})
     try:
         yield
     finally:
         _inside.reset(token)
-        _close_door(model)
+        _end_dispatch(model)
 
 
-def _open_door(model: Any) -> None:
+def _begin_dispatch(model: Any) -> None:
     with _lock:
         if model._compiled_call_impl is None:
             model._compiled_call_impl = _Dispatch(model)
@@ -85,7 +85,7 @@ def _open_door(model: Any) -> None:
             model._compiled_call_impl.users += 1
 
 
-def _close_door(model: Any) -> None:
+def _end_dispatch(model: Any) -> None:
     with _lock:
         dispatch = model._compiled_call_impl
         if isinstance(dispatch, _Dispatch):
@@ -95,7 +95,7 @@ def _close_door(model: Any) -> None:
 
 
 class _Dispatch:
-    """A model's call: compiled by the wrapper whose method runs in this thread, or as it is where none does."""
+    """A model's call: compiled by the wrapper whose method runs in this thread, else uncompiled."""
 
     def __init__(self, model: Any) -> None:
         self.plain, self.key, self.users = model._call_impl, id(model), 0

@@ -1,4 +1,4 @@
-"""Calling inductor on rewritten graphs, and what its cache of compiled graphs depends on."""
+"""Compilation of rewritten graphs by inductor, and the keys for its cache of compiled graphs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,21 @@ Compiled = Callable[..., Any]
 
 
 def takes_gradients(graph: fx.Graph) -> bool:
-    """True where gradients are on, or are turned on somewhere in the graph."""
+    """Return True where gradients are enabled, or are enabled somewhere in the graph."""
     turns_on = any(n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes)
     return turns_on or torch.is_grad_enabled()
 
 
-# --------------------------------------------------------------------------------------------------- inductor
-
-
 @dataclass(frozen=True)
 class Compiler:
-    """Inductor with the user's mode and options."""
+    """Inductor with the user's mode and options. products: small products may go to fhopt's kernel."""
 
     mode: str | None
     options: Mapping[str, Any]
     products: bool = True
 
     def now(self, module: fx.GraphModule, example_inputs: list[Any]) -> Compiled:
-        """Compile what Dynamo is tracing."""
+        """Compile the graph that Dynamo is tracing."""
         from torch._inductor.compile_fx import compile_fx
 
         if not takes_gradients(module.graph):
@@ -50,16 +47,17 @@ class Compiler:
         return torch.compile(module, backend="inductor", options=self._patches(module) or None)
 
     def _products(self) -> bool:
-        """Where inductor is asked to make products itself, they are left to it."""
+        """Return True where products may go to fhopt's kernel: the options do not make inductor tune or freeze them."""
+        options = self._all_options()
+        return self.products and not any(options.get(k) for k in ("max_autotune", "max_autotune_gemm", "freezing"))
+
+    def _all_options(self) -> dict[str, Any]:
         from torch._inductor import list_mode_options
 
-        wanted = {**(list_mode_options(self.mode) if self.mode else {}), **self.options}
-        return self.products and not any(wanted.get(k) for k in ("max_autotune", "max_autotune_gemm", "freezing"))
+        return {**(list_mode_options(self.mode) if self.mode else {}), **self.options}
 
     def _patches(self, module: fx.GraphModule) -> dict[str, Any]:
-        from torch._inductor import list_mode_options
-
-        patches = {**(list_mode_options(self.mode) if self.mode else {}), **self.options}
+        patches = self._all_options()
         ours = cacheable(module.graph)
         if ours:
             patches["unsafe_marked_cacheable_functions"] = {
@@ -69,9 +67,9 @@ class Compiler:
 
 
 def cacheable(graph: fx.Graph) -> dict[str, str]:
-    """Functions of ours that the graph calls, with what their behaviour depends on: so caches of graphs keep working.
+    """Map the functions of fhopt that a graph calls to cache keys, so that inductor can cache compiled graphs.
 
-    Everything else that a plan decides stands in the graph as a number, or comes in as an input.
+    All else that a plan determines is a number in the graph or an input of it.
     """
     targets: dict[Any, None] = {n.target: None for n in graph.nodes if n.op == "call_function"}
     ours = [t for t in targets if str(getattr(t, "__module__", "")).startswith("fhopt") and hasattr(t, "__name__")]

@@ -19,38 +19,39 @@ OPTIONS = frozenset({"plan", "ratio", "max_loss", "calibration_tokens", "weights
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that are ours, checked. ratio None: the smallest plan whose loss is at most `max_loss`."""
+    """The checked options of fhopt. target: of a plan that is fitted online; None: no plan is fitted."""
 
     plan: LatentPlan | None = None
-    profile: online_fit.Wish | None = None  # None: nothing is approximated but by a plan
+    target: online_fit.FitTarget | None = None
     trusting: bool = False
     products: bool = True
     strict: bool = False
 
     @staticmethod
     def parse(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-        """(ours, inductor's). Raises FhoptError."""
+        """Split and check options: (settings, options of inductor). Raises FhoptError."""
         ours = {k: v for k, v in options.items() if k in OPTIONS}
         theirs = {k: v for k, v in options.items() if k not in OPTIONS}
         if ours.get("weights", "check") not in ("check", "trust"):
             raise FhoptError(f"option weights is {ours['weights']!r}; expected 'check' or 'trust'.")
         plan = _plan(ours.get("plan"))
         if plan is not None and (clash := [k for k in ("ratio", "max_loss", "calibration_tokens") if k in ours]):
-            raise FhoptError(f"option {clash[0]} is for fitting a plan, and one is given. Drop one of both.")
-        wish = None if plan is not None or ours.get("ratio") == 1 else online_fit.Wish.parse(ours)
+            raise FhoptError(f"options plan and {clash[0]} exclude each other; expected one of them. Leave one out.")
+        is_exact = plan is not None or ours.get("ratio") == 1
+        target = None if is_exact else online_fit.FitTarget.parse(ours)
         trusting, products = ours.get("weights") == "trust", bool(ours.get("skinny_products", True))
-        return Settings(plan, wish, trusting, products, bool(ours.get("strict"))), theirs
+        return Settings(plan, target, trusting, products, bool(ours.get("strict"))), theirs
 
 
-def _plan(given: Any) -> LatentPlan | None:
-    if given is None or isinstance(given, LatentPlan):
-        return given
-    if isinstance(given, (str, os.PathLike)):
-        return _loaded(os.path.realpath(given))
-    raise FhoptError(f"option plan is a {type(given).__name__}; expected a LatentPlan or the path of one.")
+def _plan(option: Any) -> LatentPlan | None:
+    if option is None or isinstance(option, LatentPlan):
+        return option
+    if isinstance(option, (str, os.PathLike)):
+        return _loaded(os.path.realpath(option))
+    raise FhoptError(f"option plan is a {type(option).__name__}; expected a LatentPlan or the path of one.")
 
 
-loaded_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first read: all graphs of a process have the same
+loaded_plans: dict[str, tuple[LatentPlan, list[int]]] = {}  # as first read, so that all graphs of a process agree
 
 
 def _loaded(path: str) -> LatentPlan:
@@ -60,8 +61,8 @@ def _loaded(path: str) -> LatentPlan:
     plan, stamps = loaded_plans[path]
     if _stamps(path) != stamps:
         warnings.warn(
-            f"{path} has changed since it was read; graphs go on with the plan as it was. Call torch.compiler.reset() "
-            "to compile with the new one.",
+            f"{path} has changed since it was read; graphs use the plan as it was. Call torch.compiler.reset() to "
+            "compile with the new one.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation
 from fhopt.fitting.allocation import check_options
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import find_device
 from fhopt.plan.window import sealed_tokens
 
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model

@@ -167,8 +167,8 @@ def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, a
     from fhopt.models.rewritten_folder import read_folder
 
     plan, engine, made = read_folder(folder).plan, ENGINES[target], None
-    plan = plan if rank is None else mla.cut(plan, rank)
-    if not mla.is_coded_at_full_width(plan):
+    plan = plan if rank is None else mla.truncate(plan, rank)
+    if not mla.is_quantized_at_full_width(plan):
         made = export(load_model(str(folder)), plan, out, engine, folder, rewrite_folder.stored_dtype(folder))
     dtype = engine.cache_dtypes["auto" if made else mla.cache_dtype(plan)]
     command = engine.serve.format(path=out if made else "ORIGINAL", dtype=dtype)

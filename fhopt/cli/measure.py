@@ -186,7 +186,7 @@ def cost(
 ) -> None:  # fmt: skip
     """Estimate a decode step of MODEL on devices by peak figures, and from which context on latents are faster."""
     from fhopt.hardware.cost_model import ITEMSIZES, RATIOS, compare, hypothetical_cost, model_cost, pretty
-    from fhopt.hardware.this_cpu import find_device
+    from fhopt.hardware.devices import find_device
     from fhopt.inspection.tables import cost_tables
     from fhopt.models.loader import load_model
     from fhopt.models.sites import find_sites

@@ -1,1 +1,1 @@
-"""Rewritten folders and exported decode steps: pt2, MLIR, kernel libraries, MLA checkpoints."""
+"""Export: rewritten folders, decode steps as pt2 or MLIR, kernel libraries, checkpoints for serving engines."""

@@ -1,24 +1,26 @@
-"""A decode step with the cache as explicit state: what is exported to run elsewhere.
+"""A decode step with the KV cache as explicit state, to be exported.
 
     step(ids [B,S], counts [2], state...)  ->  logits [B,S,V], new keys and values [B,G,S,D] of each site
-    seal(keys [B,G,n,D], values [B,G,n,D] of each site)  ->  rows of each site
+    seal(keys [B,G,n,D], values [B,G,n,D] of each site)  ->  packed latents of each site
 
-The state is read and never written: the caller puts new tokens behind the open ones and, when the window is full, rows
-of its oldest block behind the sealed ones (`State` does so). counts says how many open and how many sealed places of
-the state are in use, so that buffers may be larger than what they hold.
+The state is read and never written: the caller appends new tokens to the residual window and, when it is full, the
+packed latents of its oldest block to those of the quantized tokens (`State` does so). counts says how many places of
+the window (with the sinks) and how many of quantized tokens are in use, so that buffers may be larger than their
+content.
 
 Per site the state is
 
-    open_key [B,G,N,D], open_value [B,G,N,E]    sinks, then the window; N = sinks + recent + block, in the model's dtype
-    key_rows, value_rows [B,J,T,bytes]          codes of the plan's tiers (uint8), or uncoded latents [B,J,T,R]
-    key_scale, value_scale [B,J,T]              float16, where there are codes
+    open_key [B,G,N,D], open_value [B,G,N,E]    sinks, then the residual window; N = sinks + recent + block, in the
+                                                model's dtype
+    key_rows, value_rows [B,J,T,bytes]          packed latents (uint8), or unquantized latents [B,J,T,R]
+    key_scale, value_scale [B,J,T]              float16, where latents are quantized
 
-T is the only size that grows. Attention reads the rows where they lie: queries are absorbed, each tier is one product,
-and keys and values are never rebuilt (`fhopt verify` proves it of what was exported). With `kernels=True` the sealed
-part is the C++ op of codegen/cpu/graph_kernels.py in place of torch operations.
+T is the only size that grows. Attention reads packed latents directly: queries are absorbed, each bit group is one
+product, and keys and values are never reconstructed (`fhopt verify` proves it for an exported step). With
+`kernels=True` attention on quantized tokens is the C++ op of codegen/cpu/graph_kernels.py in place of torch operations.
 
-Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N open places, T sealed places, D and E head
-sizes, R latent width, V vocabulary.
+Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N places of sinks and window, T places of
+quantized tokens, D and E head sizes, R latent width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,11 +47,8 @@ from fhopt.plan.site_plan import SitePlan
 IMPLEMENTATION = "fhopt_step"
 
 
-# --------------------------------------------------------------------------------------------------- modules
-
-
 class Step(nn.Module):
-    """The module docstring's `step`, of a transformers model whose attention goes through transformers' interface."""
+    """A decode step as in the module docstring, of a model that calls transformers' attention interface."""
 
     def __init__(self, model: nn.Module, plan: LatentPlan, kernels: bool = False) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Step(nn.Module):
         self.sizes = [sum(t.name.rpartition(".")[0] == s.site.name for t in self.tensors) for s in plan.sites]
 
     def forward(self, ids: Tensor, counts: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """ids [B,S] int64, counts [2] int64 -> (logits [B,S,V], key and value of each site)."""
+        """Compute the logits [B,S,V], and new keys and values of each site, from ids [B,S] and counts [2], int64."""
         cache = _new_tokens(len(self.layers), self.layers)
         parts = dict(zip(self.layers, zip(self.sites, _split(state, self.sizes), strict=True), strict=True))
         positions = (torch.arange(ids.shape[1], device=ids.device) + counts.sum()).unsqueeze(0).expand(ids.shape)
@@ -80,20 +79,20 @@ class Step(nn.Module):
 
 
 class Seal(nn.Module):
-    """The module docstring's `seal`."""
+    """The quantization of a block of tokens as in the module docstring; a program named `seal` in exports."""
 
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.sites = step.sites
 
     def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values [B,G,n,D] of each site -> their rows, in the order of the state."""
+        """Quantize keys and values [B,G,n,D] of each site to packed latents, in the order of the state."""
         pairs = zip(self.sites, tokens[::2], tokens[1::2], strict=True)
-        return tuple(rows for site, key, value in pairs for rows in site.seal(key, value))  # type: ignore[operator]
+        return tuple(rows for site, key, value in pairs for rows in site.quantize(key, value))  # type: ignore[operator]
 
 
 def _check(model: Any, plan: LatentPlan) -> None:
-    """Raise FhoptError for models and plans of which no step can be made."""
+    """Raise FhoptError for models and plans of which no decode step can be exported."""
     if (
         not hasattr(model, "set_attn_implementation")
         or "position_ids" not in inspect.signature(model.forward).parameters
@@ -104,34 +103,28 @@ def _check(model: Any, plan: LatentPlan) -> None:
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
     module = inspect.getmodule(type(model))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
-        raise FhoptError(f"{type(model).__name__} writes its attention out; expected one that calls transformers' own.")
+        raise FhoptError(
+            f"{type(model).__name__} computes attention in its own code; expected a call of transformers' interface."
+        )
     layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    for plan_ in plan.sites:
-        site = plan_.site
+    for site in (site_plan.site for site_plan in plan.sites):
         if site.kind != "self" or site.mask != "causal" or site.sinks or site.window:
             raise FhoptError(
-                f"{site.name} has a mask of kind {site.mask!r} or reads an encoder; a decode step can be exported of "
-                "causal self-attention alone. Use `fhopt.apply` for this model."
+                f"{site.name} has a mask of kind {site.mask!r}, sink logits or an encoder; a decode step is exported "
+                "with causal self-attention only. Use `fhopt.apply` for this model."
             )
     if len(plan.sites) != layers:
         raise FhoptError(f"the plan has {len(plan.sites)} sites for {layers} layers; expected one for each layer.")
 
 
 def _serve(site: SitePlan) -> str:
-    """Name of the kernel of a site, built. Raises FhoptError where there is no compiler."""
+    """Build the kernel of a site and return its name. Raises FhoptError where there is no compiler."""
     from fhopt.codegen.cpu import graph_kernels
 
-    spec = kernel_spec(site)
+    spec = KernelSpec.of(site, "float32")
     if not graph_kernels.serve(spec):
         raise FhoptError("the kernels could not be compiled; expected g++ or clang++ on PATH. Install one.")
     return spec.name
-
-
-def kernel_spec(site: SitePlan) -> KernelSpec:
-    """The kernel that reads the rows of a site for float32 queries."""
-    key, value = ([(t.bits, t.width, t.step) for t in side.tiers] for side in (site.key, site.value))
-    widths = (site.key.width, site.value.width)
-    return KernelSpec(tuple(key), tuple(value), *widths, "float32", site.site.softcap != 0.0)
 
 
 def _split(state: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[Tensor]]:
@@ -142,11 +135,11 @@ def _split(state: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[Sequence[T
 
 
 def _new_tokens(count: int, layers: Sequence[int]) -> Any:
-    """A cache that gives back what it gets, and remembers it."""
+    """Make a cache whose `update` returns its arguments and records them."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class NewTokens(Cache):  # type: ignore[misc]
-        """`taken`: keys and values by layer."""
+        """A cache of new tokens only. `taken`: their keys and values by layer."""
 
         def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             self.taken[layer_idx] = key, value
@@ -159,7 +152,7 @@ def _new_tokens(count: int, layers: Sequence[int]) -> Any:
 
 @contextmanager
 def attending(model: Any, parts: dict[int, Any], counts: Tensor) -> Iterator[None]:
-    """The model's attention reads the state inside."""
+    """Within the context, let the model's attention read the state of each layer, `parts`."""
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         site, state = parts[module.layer_idx]
@@ -171,5 +164,5 @@ def attending(model: Any, parts: dict[int, Any], counts: Tensor) -> Iterator[Non
 
 
 def unrounded(plan: LatentPlan) -> LatentPlan:
-    """The same plan with a window that stays as it came, as the state keeps it."""
+    """Return the plan with an unrounded residual window, as the state holds it."""
     return replace(plan, window_bits=16)

@@ -1,10 +1,10 @@
-"""One library with an op and all its kernels, for processes that know nothing of fhopt.
+"""One library with an op and all its kernels, for processes without fhopt.
 
     torch.ops.load_library("fhopt_kernels.so")      fhopt::latent_kernel(kernel, query, key, ...) and its kernels
 
-In a process of fhopt the op is defined in Python, and kernels are made known to it when a graph needs them
-(codegen/cpu/graph_kernels.py). Here both happen when the library is loaded. The name is one that nobody imports:
-`kernels.so` in a working directory would be taken for the package `kernels`.
+In a process with fhopt the op is defined in Python, and kernels are registered with it when a graph needs them
+(codegen/cpu/graph_kernels.py). Here both happen when the library is loaded. Its name cannot be mistaken for a module:
+a file `kernels.so` in a working directory would be imported in place of the package `kernels`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from string import Template
 
 import torch
 
-from fhopt.codegen.compiler import FLAGS as COMPILER_FLAGS
-from fhopt.codegen.compiler import CompileError, find_compiler, native_flag
+from fhopt.codegen.compiler import FLAGS, CompileError, find_compiler, native_flag
 from fhopt.codegen.cpu import attention, graph_kernels
 from fhopt.codegen.tiers import is_scaled
 from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
 
-_FLAGS = (*COMPILER_FLAGS, "-std=c++20", "-fopenmp")
 _ENTRY = 'extern "C" void latent_attention('  # of every kernel's text
 
 
 def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
-    """The C++ files of the library by name: one for the op and one for each kernel. Same specs, same texts."""
+    """Render the C++ files of the library by name: one for the op and one for each kernel. Same specs, same texts."""
     unique = list({spec.name: spec for spec in specs}.values())
     files = {"op.cpp": _op(unique)}
     for number, spec in enumerate(unique):
@@ -43,7 +41,7 @@ def _symbol(number: int) -> str:
 
 
 def _op(specs: Sequence[KernelSpec]) -> str:
-    """The library of graph_kernels.py with the one op that exported programs call, its schema, and who serves it."""
+    """Render the one op of graph_kernels.py that exported programs call, its schema, and the table of its kernels."""
     head = graph_kernels.render().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
     numbered = list(enumerate(specs))
     return head + _TAIL.substitute(
@@ -60,7 +58,10 @@ def _serve(number: int, spec: KernelSpec) -> str:
 
 
 def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
-    """Compile it to `path`, its texts in a folder beside it. Raises FhoptError where no compiler takes them."""
+    """Compile the library of `specs` to `path`, its texts to a folder beside it. Raises FhoptError.
+
+    The error says whether there is no compiler, or what it refused.
+    """
     folder = path.with_suffix("")
     folder.mkdir()
     files = render(specs)
@@ -70,12 +71,8 @@ def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
         compiler = find_compiler()
     except CompileError as error:
         raise FhoptError(f"{error} Install g++ (or clang++), or leave compiled programs out: --no-aot.") from error
-    root = Path(torch.__file__).parent
-    command = [
-        compiler, *_FLAGS, native_flag(), f"-I{root / 'include'}", f"-L{root / 'lib'}",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", *(str(folder / name) for name in files), "-o", str(path),
-        "-ltorch_cpu",
-    ]  # fmt: skip
+    flags = (*FLAGS, "-fopenmp", native_flag(), *graph_kernels.torch_flags())
+    command = [compiler, *flags, *(str(folder / name) for name in files), "-o", str(path), "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")

@@ -1,23 +1,23 @@
-"""`fhopt export --target vllm|sglang`: a model and its plan as a checkpoint of DeepSeek's kind, which engines serve.
+"""`fhopt export --target vllm|sglang`: a model and its plan as a DeepSeek-V2 checkpoint, which serving engines open.
 
     config.json                     model_type "deepseek_v2", dense in every layer
     model*.safetensors              its weights: projections with the plan in them
     tokenizer files, generation_config.json, licences, README.md
     export.json                     sizes, the plan's digest, bytes and SHA-256 of the files
 
-The plan goes into the projections by fhopt/export/mla.py. What the class does beside that is undone in the weights,
-exactly:
+The plan goes into the projections by fhopt/export/mla.py. Everything else that the class computes is compensated in
+the weights, exactly:
 
-- Its norm of the latent c, c / sqrt(mean(c^2) + eps), which cannot be left out. The rows that make c are scaled by
-  2^-40, so that the root sees eps alone (to float32's last bit, for any c below 1e5): the norm is a constant then.
-- Engines give that norm the eps of all others, transformers always 1e-6. So all have 1e-6, and a model of another eps
-  gets its residual stream scaled by sqrt(1e-6 / eps): embeddings, output and down projections.
+- It normalizes the latent c, c / sqrt(mean(c^2) + eps), which cannot be left out. The rows that make c are scaled by
+  2^-40, so that eps dominates under the root (to float32's last bit, for any c below 1e5): the norm is a constant then.
+- Engines use the eps of all other norms for that norm, transformers always 1e-6. So all have 1e-6, and in a model with
+  another eps the residual stream is scaled by sqrt(1e-6 / eps): embeddings, output and down projections.
 - The scale of attention is one over the root of the keys' size: the difference goes into the queries.
-- Rotation is by pairs that stand side by side, with the plain table of frequencies, as long as the rotated part is. A
-  model's own frequencies are every n-th of a table n times as long.
+- Rotation acts on neighbouring channels, with the plain table of frequencies, as long as the rotated part. A model's
+  own frequencies are every n-th of a table n times as long.
 
-Biases cannot be undone: engines read none. Everything is checked at the end: the written folder is opened by
-transformers, and must give the logits of the model with every token's keys and values taken from the plan's latents.
+Biases cannot be expressed: engines read none. At the end everything is checked: transformers opens the written folder,
+and its logits must be those of the model with every token's keys and values reconstructed from the plan's latents.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ DESCRIPTION = "export.json"
 VERSION = 1
 IMPLEMENTATION = "fhopt_every_token"
 CHECKED_TOKENS = 48
-ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit: rounding of weights, not more
+ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit: the rounding of weights
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A serving engine. widths: (c, rotated part) that its kernels are written for, in rising order; none: any."""
+    """A serving engine. widths: (c, rotated part) that its kernels support, in rising order; empty: any."""
 
     widths: tuple[tuple[int, int], ...]
     serve: str
@@ -77,7 +77,7 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class ExportedCheckpoint:
-    """What was written. error: the largest difference of a logit from the plan's, as a share of the largest logit."""
+    """A written checkpoint. error: the largest difference of a logit from the plan's, as a share of the largest."""
 
     path: Path
     sizes: Sizes
@@ -92,9 +92,8 @@ def export(
 ) -> ExportedCheckpoint:  # fmt: skip
     """Write the module docstring's files to the folder `out`, whole or not at all.
 
-    source: the folder whose tokenizer and settings are copied. dtype: of the weights; that of the model unless it is
-    given. Raises FhoptError when the model or the plan cannot be expressed, or `out` holds anything but an older export
-    of this kind.
+    source: the folder whose tokenizer and settings are copied. dtype: of the weights; None: that of the model. Raises
+    FhoptError when the model or the plan cannot be expressed, or `out` holds anything but an older export of this kind.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -103,8 +102,8 @@ def export(
     dtype = dtype or next(iter(loaded.weights().values())).dtype
     if dtype not in ERROR:
         raise FhoptError(
-            f"{dtype} is too narrow for what undoes the norm of the latent; expected bfloat16 or float32. Rewrite the "
-            "model with --dtype bfloat16."
+            f"the range of {dtype} is too small for the factors that compensate the norm of the latent; expected "
+            "bfloat16 or float32. Rewrite the model with --dtype bfloat16."
         )
     with appearing_folder(out) as staging:
         if source is not None:
@@ -118,24 +117,24 @@ def export(
         written = ExportedCheckpoint(out, converted.sizes, converted.token_bytes, plan.exact_token_bytes(), error)
         _describe(loaded, plan, written, staging)
         for file in staging.iterdir():
-            file.chmod(0o644)  # for everybody, whatever wrote them
+            file.chmod(0o644)  # readable by all users
     return written
 
 
-# --------------------------------------------------------------------------------------------------- proof
+# --------------------------------------------------------------------------------------------------- check
 
 
 @contextmanager
 def every_token_in_latents(model: Any, plan: LatentPlan) -> Iterator[None]:
-    """Inside, the model's attention takes the keys and values of every token from uncoded latents of the plan.
+    """Within the context, compute attention with every token's keys and values reconstructed from unquantized latents.
 
-    No token is exact, not the newest either: an engine's cache has no other place for it. Whole sequences only.
+    There are no exact sinks and no residual window, since an engine's cache has none. For whole sequences only.
     """
     sites = dict(enumerate(sites_by_layer(plan, int(model.config.num_hidden_layers))))
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         site = sites[module.layer_idx]
-        key, value = _through_latents(site, key, value)
+        key, value = _reconstruct(site, key, value)
         out = ops_attention.attention_reference(query, key, value, scale=site.site.scale, is_causal=True)
         return out.transpose(1, 2), None
 
@@ -143,30 +142,30 @@ def every_token_in_latents(model: Any, plan: LatentPlan) -> Iterator[None]:
         yield
 
 
-def _through_latents(site: SitePlan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _reconstruct(site: SitePlan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode and decode keys and values by the plan of a site."""
     if site.is_shared:
-        rows = algebra.encode(torch.cat([key, value], -1), site.key.encode)
-        return algebra.decode(rows, site.key.decode), algebra.decode(rows, site.value.decode)
-    sides = ((key, site.key), (value, site.value))
-    found = [algebra.decode(algebra.encode(x, side.encode), side.decode) for x, side in sides]
-    return found[0], found[1]
+        latent = algebra.encode(torch.cat([key, value], -1), site.key.encode)
+        return algebra.decode(latent, site.key.decode), algebra.decode(latent, site.value.decode)
+    key = algebra.decode(algebra.encode(key, site.key.encode), site.key.decode)
+    return key, algebra.decode(algebra.encode(value, site.value.encode), site.value.decode)
 
 
 @torch.no_grad()
 def _check_logits(model: Any, plan: LatentPlan, folder: Path, dtype: torch.dtype) -> float:
-    """How far the logits of the written model are from the plan's. Raises FhoptError when they are others."""
+    """Compare the logits of the written model with the plan's; see `ExportedCheckpoint.error`. Raises FhoptError."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(int(model.config.vocab_size), (1, CHECKED_TOKENS), generator=generator)
     with every_token_in_latents(model, plan):
-        wanted = model(ids.to(model.device), use_cache=False).logits.float().cpu()
+        expected = model(ids.to(model.device), use_cache=False).logits.float().cpu()
     with QuietProgress():
         opened = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    found = opened.eval()(ids, use_cache=False).logits
-    error = float((found - wanted).abs().max() / wanted.abs().max())
+    logits = opened.eval()(ids, use_cache=False).logits
+    error = float((logits - expected).abs().max() / expected.abs().max())
     if not error < ERROR[dtype]:
         raise FhoptError(
-            f"as DeepSeek's class the model gives other logits (by {error:.2g} of the largest, expected below "
-            f"{ERROR[dtype]:g}): {type(model).__name__} computes more than a block of Llama's kind. Serve the original."
+            f"as a DeepSeek-V2 model it computes other logits (by {error:.2g} of the largest, expected below "
+            f"{ERROR[dtype]:g}): {type(model).__name__} computes more than a Llama block. Serve the original."
         )
     return error
 
@@ -189,12 +188,12 @@ latent, no first or newest one stays exact. Measure what that costs: `fhopt eval
 
 
 def _write_config(config: Any, dtype: torch.dtype, staging: Path) -> None:
-    """With the rotary base where older versions of transformers look for it, too."""
+    """Write the configuration, with the rotary base also where older versions of transformers read it."""
     config.dtype = dtype
     config.save_pretrained(staging)
-    told = json.loads((staging / "config.json").read_text())
-    told |= {"rope_theta": told["rope_parameters"]["rope_theta"], "rope_scaling": None}
-    (staging / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    content = json.loads((staging / "config.json").read_text())
+    content |= {"rope_theta": content["rope_parameters"]["rope_theta"], "rope_scaling": None}
+    (staging / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _describe(loaded: LoadedModel, plan: LatentPlan, written: ExportedCheckpoint, staging: Path) -> None:

@@ -1,4 +1,8 @@
-"""Weights of multi-head latent attention (MLA, the DeepSeek layout) made from a model's and a plan's."""
+"""Conversion of a model and its plan to the weights of multi-head latent attention, as in DeepSeek-V2.
+
+Letters: H query heads, G kv heads, D and E sizes of keys and values, F rotary frequencies, C width of the latent c, X
+hidden size.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +25,18 @@ from fhopt.plan.layer_index import layer_indices
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
 
-EPSILON = 1e-6  # of all norms, see above
+EPSILON = 1e-6  # of all norms (fhopt/export/mla_checkpoint.py)
 SHRINK, WEIGHT = 2.0**-40, 2.0**30  # of the rows that make c, and of its norm: powers of two change no digit
-GAIN = math.sqrt(EPSILON) / (SHRINK * WEIGHT)  # what the decoder of c makes up for
-ALIGNED = 8  # numbers that the latent is a multiple of: behind it the class reads pairs as complex numbers
-FREQUENCY_ERROR = 1e-3  # of measured angles against the table
+GAIN = math.sqrt(EPSILON) / (SHRINK * WEIGHT)  # of the decoder of c, which compensates both
+ALIGNED = 8  # the latent's width is a multiple of it: the class reads the pairs behind it as complex numbers
+FREQUENCY_ERROR = 1e-3  # largest relative difference of a measured angle from the table
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of the configuration. latent: of c; rotated and still: of a key's two parts; value: of a value.
+    """Sizes in the configuration. latent: of c; rotated and still: of a key's two parts; value: of a value.
 
-    stride: every so many-th frequency of the class's table is one of the model's.
+    stride: the model's frequencies are every `stride`-th of the class's table.
     """
 
     latent: int
@@ -43,13 +47,13 @@ class Sizes:
 
     @property
     def scale(self) -> float:
-        """What the class multiplies logits by."""
+        """Factor of the logits in the class."""
         return float((self.still + self.rotated) ** -0.5)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A configuration of the class, and its weights by name, float32."""
+    """A DeepSeek-V2 configuration, and its weights by name, float32."""
 
     config: Any
     sizes: Sizes
@@ -57,7 +61,7 @@ class Converted:
 
     @property
     def token_bytes(self) -> int:
-        """Of a cached token in 16 bits, over all layers."""
+        """Bytes of a cached token in 16 bits, over all layers."""
         return 2 * int(self.config.num_hidden_layers) * (self.sizes.latent + self.sizes.rotated)
 
 
@@ -65,9 +69,10 @@ class Converted:
 
 
 def convert(loaded: LoadedModel, plan: LatentPlan, widths: Sequence[tuple[int, int]] = ()) -> Converted:
-    """A model with a plan in the form of the class. Raises FhoptError where that form has no place for something.
+    """Convert a model and its plan to DeepSeek-V2's class. Raises FhoptError for what the class cannot express.
 
-    widths: (latent, rotated) to choose from, the first that holds them; where none does, they are as they are.
+    widths: supported (latent, rotated) in rising order, of which the first that is large enough is taken; the sizes are
+    not padded where none is.
     """
     model: Any = loaded.module
     _check_class(model)
@@ -79,10 +84,10 @@ def convert(loaded: LoadedModel, plan: LatentPlan, widths: Sequence[tuple[int, i
     sizes = _sizes(sites, factors, widths)
     scale = math.sqrt(EPSILON / float(model.config.rms_norm_eps))
     tensors = weights.outer(scale)
-    for layer, (site, found) in enumerate(zip(sites, factors, strict=True)):
+    for layer, (site, factor) in enumerate(zip(sites, factors, strict=True)):
         tensors |= weights.block(layer, scale)
-        made = _attention(site.site, found, sizes, *weights.projections(layer, site.site, scale))
-        tensors |= {f"model.layers.{layer}.self_attn.{name}.weight": x for name, x in made.items()}
+        attention = _attention(site.site, factor, sizes, *weights.projections(layer, site.site, scale))
+        tensors |= {f"model.layers.{layer}.self_attn.{name}.weight": x for name, x in attention.items()}
     weights.check_all_used()
     config = _config(model.config, sizes, theta, is_tied="lm_head.weight" not in tensors)
     return Converted(config, sizes, {name: tensor.float() for name, tensor in tensors.items()})
@@ -90,12 +95,12 @@ def convert(loaded: LoadedModel, plan: LatentPlan, widths: Sequence[tuple[int, i
 
 def _check_class(model: Any) -> None:
     config = getattr(model, "config", None)
-    wanted = ("rms_norm_eps", "hidden_act", "rope_parameters", "max_position_embeddings")
-    is_known = all(hasattr(config, name) for name in wanted) and config.hidden_act in ("silu", "swish")  # type: ignore[union-attr]
+    required = ("rms_norm_eps", "hidden_act", "rope_parameters", "max_position_embeddings")
+    is_known = all(hasattr(config, name) for name in required) and config.hidden_act in ("silu", "swish")  # type: ignore[union-attr]
     if not is_known or not hasattr(inspect.getmodule(type(model)), "ALL_ATTENTION_FUNCTIONS"):
         raise FhoptError(
             f"{type(model).__name__} is not built like Llama (RMSNorm, gated SiLU, attention by transformers' "
-            "interface); engines have latent attention for such blocks alone. Serve the original."
+            "interface); engines have latent attention for such blocks only. Serve the original."
         )
 
 
@@ -110,33 +115,32 @@ def sites_by_layer(plan: LatentPlan, layers: int) -> list[SitePlan]:
 
 
 def _theta(model: Any, sites: Sequence[AttentionSite]) -> float:
-    """The base of the model's rotary table. Raises FhoptError for tables that engines do not make."""
-    told = model.config.rope_parameters
-    theta = told.get("rope_theta") if isinstance(told, dict) else None
-    turning = [site.rope for site in sites if site.rope is not None]
-    if not turning:
+    """Return the base of the model's rotary table. Raises FhoptError for tables that engines do not have."""
+    parameters = model.config.rope_parameters
+    theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
+    ropes = [site.rope for site in sites if site.rope is not None]
+    if not ropes:
         return 10_000.0
-    rope = turning[0]
-    if theta is None or any(other.pairs != rope.pairs for other in turning):
+    rope = ropes[0]
+    if theta is None or any(other.pairs != rope.pairs for other in ropes):
         raise FhoptError(
-            "its layers rotate in different ways; expected the same angles in all, as DeepSeek's attention has one "
-            "table. Serve the original."
+            "its layers have different rotary embeddings; expected the same angles in all, as DeepSeek's attention has "
+            "one table. Serve the original."
         )
     plain = [float(theta) ** (-2 * i / rope.rotary_dim) for i in range(len(rope.angles))]
-    found = [pair for other in turning for pair in zip(other.angles, plain, strict=True)]
-    if any(abs(angle - wanted) > FREQUENCY_ERROR * wanted for angle, wanted in found):
+    pairs = [pair for other in ropes for pair in zip(other.angles, plain, strict=True)]
+    if any(abs(angle - expected) > FREQUENCY_ERROR * expected for angle, expected in pairs):
         raise FhoptError(
-            f"its rotary table is not the plain one (rope_type {told.get('rope_type')!r}); engines give DeepSeek's "
-            "attention the plain table or their own YaRN. Expected rope_type 'default'. Serve the original."
+            f"its rotary table is not the plain one (rope_type {parameters.get('rope_type')!r}); engines use the plain "
+            "table or their own YaRN for DeepSeek's attention. Expected rope_type 'default'. Serve the original."
         )
     return float(theta)
 
 
 def _sizes(sites: Sequence[SitePlan], factors: Sequence[mla.Factors], widths: Sequence[tuple[int, int]]) -> Sizes:
-    """One configuration serves all layers: the largest of each."""
+    """Compute the sizes of the one configuration of all layers: the largest of each."""
     latent = -(-max(f.width for f in factors) // ALIGNED) * ALIGNED
-    turning = 2 * max(len(f.shared) for f in factors)
-    least = turning or 2  # the class has a rotated part, whether there is anything in it or not
+    least = 2 * max(len(f.shared) for f in factors) or 2  # the class has a rotated part even where nothing rotates
     fitting = ((c, r) for c, r in widths if latent <= c and r % least == 0)
     latent, rotated = next(fitting, (latent, least))
     value = max(site.site.value_dim for site in sites)
@@ -162,15 +166,15 @@ def _config(old: Any, sizes: Sizes, theta: float, is_tied: bool) -> Any:
 def _attention(
     site: AttentionSite, factors: mla.Factors, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, output: Tensor
 ) -> dict[str, Tensor]:
-    """The class's five weights, float64, from query [H,D,X], key [G,D,X], value [G,E,X] and output [X,H*E].
+    """Compute the class's five weights, float64, from query [H,D,X], key [G,D,X], value [G,E,X] and output [X,H*E].
 
-    X: the hidden size. Rows of queries are [what does not rotate | what does] for each head.
+    Rows of queries are [channels without rotation | rotated channels] for each head.
     """
     heads, still = torch.arange(site.heads) * site.kv_heads // site.heads, list(factors.still)
     pad = torch.nn.functional.pad
-    quiet = pad(query[:, still], (0, 0, 0, sizes.still - len(still)))  # [H, still, X]
-    turning, shared = _turning(site, factors, sizes, query, key, heads)
-    queries = torch.cat([quiet, turning], 1) * (site.scale / sizes.scale)
+    unrotated = pad(query[:, still], (0, 0, 0, sizes.still - len(still)))  # [H, still, X]
+    rotated, shared = _rotated_rows(site, factors, sizes, query, key, heads)
+    queries = torch.cat([unrotated, rotated], 1) * (site.scale / sizes.scale)
     latent = torch.einsum("cgn,gnx->cx", factors.encode_key, key[:, still])
     latent = latent + torch.einsum("cge,gex->cx", factors.encode_value, value)
     room = sizes.latent - factors.width
@@ -185,10 +189,10 @@ def _attention(
     }
 
 
-def _turning(
+def _rotated_rows(
     site: AttentionSite, factors: mla.Factors, sizes: Sizes, query: Tensor, key: Tensor, heads: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rows [H, rotated, X] of the queries and [rotated, X] of the key that all heads share, in side-by-side pairs."""
+    """Compute the rows [H, rotated, X] of queries and [rotated, X] of the shared key, with pairs in adjacent rows."""
     pairs = () if site.rope is None else site.rope.pairs
     real, imaginary = [a for a, _ in pairs], [b for _, b in pairs]
     queries = torch.complex(query[:, real], query[:, imaginary])  # [H, F, X]
@@ -205,22 +209,22 @@ def _turning(
 
 
 class _Weights:
-    """Weights of a model of Llama's kind by their names there; what nobody asks for has no place in the class."""
+    """The weights of a model built like Llama, by name, and which of them have been used: the others would be lost."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self.named, self.used = named, set[str]()
 
     def take(self, name: str) -> Tensor:
-        """One weight, float64. Raises FhoptError when the model has none of this name."""
+        """Return one weight, float64, and mark it as used. Raises FhoptError when the model has none of this name."""
         if name not in self.named:
             raise FhoptError(
-                f"the model has no {name}; expected the weights of a model of Llama's kind. Serve the original."
+                f"the model has no {name}; expected the weights of a model built like Llama. Serve the original."
             )
         self.used.add(name)
         return self.named[name].detach().double().cpu()
 
     def outer(self, scale: float) -> dict[str, Tensor]:
-        """Embeddings, last norm and head, where there is one of its own; the residual stream is scaled."""
+        """Return embeddings, last norm and the head that is not tied to them, with the residual stream scaled."""
         head = {"lm_head.weight": self.take("lm_head.weight")} if "lm_head.weight" in self.named else {}
         norm = self.take("model.norm.weight")
         embedded = self.take("model.embed_tokens.weight")
@@ -230,7 +234,7 @@ class _Weights:
         }
 
     def block(self, layer: int, scale: float) -> dict[str, Tensor]:
-        """All of a layer but its attention."""
+        """Return the weights of a layer without its attention."""
         prefix = f"model.layers.{layer}."
         names = [f"{prefix}{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
         gate, up = self._parts(f"{prefix}mlp.gate_up_proj.weight", ("gate_proj", "up_proj"), (1, 1))
@@ -241,7 +245,7 @@ class _Weights:
         }
 
     def projections(self, layer: int, site: AttentionSite, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query [H,D,X], key [G,D,X], value [G,E,X] and output [X,H*E], the last scaled."""
+        """Return query [H,D,X], key [G,D,X], value [G,E,X] and output [X,H*E], the last scaled."""
         prefix = f"model.layers.{layer}.self_attn."
         sizes = (site.heads * site.key_dim, site.kv_heads * site.key_dim, site.kv_heads * site.value_dim)
         names = ("q_proj", "k_proj", "v_proj")
@@ -252,7 +256,7 @@ class _Weights:
         )  # fmt: skip
 
     def _parts(self, fused: str, names: Sequence[str], shares: Sequence[int]) -> list[Tensor]:
-        """Several weights, from one that holds them all in these shares where the model has that."""
+        """Return several weights, split in these shares from the fused one where the model has that."""
         if fused not in self.named:
             prefix = fused.rsplit(".", 2)[0]
             return [self.take(f"{prefix}.{name}.weight") for name in names]
@@ -260,9 +264,9 @@ class _Weights:
         return list(whole.split([share * len(whole) // sum(shares) for share in shares]))
 
     def check_all_used(self) -> None:
-        """Raise FhoptError when a weight was not asked for."""
+        """Raise FhoptError when a weight was not used."""
         left = sorted(self.named.keys() - self.used)
         if not left:
             return
-        why = "engines read no biases there" if left[0].endswith("bias") else "DeepSeek's block has no place for it"
+        why = "engines read no biases there" if left[0].endswith("bias") else "DeepSeek's block has no such weight"
         raise FhoptError(f"{left[0]} and {len(left) - 1} more weights would be lost: {why}. Serve the original.")

@@ -1,13 +1,14 @@
 """`fhopt export`: a decode step as MLIR, and as an IREE module for this machine or another.
 
-    step.mlir, seal.mlir            the two functions of fhopt/export/decode_step.py, in linalg on tensors (or the torch
-    dialect) step.vmfb, seal.vmfb            the same compiled by IREE, where the target is one of its devices
-    weights.safetensors             what both read beside tokens and state: weights of the model and bases of the plan
-    step.json                       their names in the order of arguments, and the state plan/
-    the plan
+    step.mlir, seal.mlir            the two functions of fhopt/export/decode_step.py, in linalg on tensors or in the
+                                    torch dialect
+    step.vmfb, seal.vmfb            both functions compiled by IREE, where the target is one of its devices
+    weights.safetensors             weights of the model and bases of the plan
+    step.json                       names of the weights in the order of arguments, and the state
+    plan/                           the plan
 
-`step` takes the weights, ids, counts and state; `seal` the bases and a block of tokens. Nothing is baked in, so that
-the functions are small, and the same for all weights of one model and plan.
+`step` takes the weights, ids, counts and state; `seal` takes the bases and a block of tokens. Weights are arguments, so
+that the functions are small, and the same for all weights of one model and plan.
 
 torch-mlir imports the exported program, IREE compiles it: `pip install 'fhopt[mlir]'`.
 """
@@ -48,8 +49,7 @@ from fhopt.plan.latent_plan import LatentPlan
 DIALECTS = {"linalg": "linalg-on-tensors", "torch": "torch"}
 WEIGHTS = "weights.safetensors"
 
-
-# Back end of IREE, and its options where nothing else is asked for, by target. `{arch}` is what --arch says.
+# Back end of IREE, its default architecture, and its options, by target. `{arch}` is the value of --arch.
 TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "iree-cpu": ("llvm-cpu", "host", ()),
     "iree-vulkan": ("vulkan-spirv", "", ("--iree-vulkan-target={arch}",)),
@@ -67,7 +67,7 @@ _TRIPLES = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """The two functions as modules of MLIR, with what they take: weights in order, and the state."""
+    """Both functions as MLIR modules, with the weights and the state that they take, in order."""
 
     step: Any
     seal: Any
@@ -76,20 +76,20 @@ class Lowered:
     state: tuple[StateTensor, ...]
 
 
-class _Free(nn.Module):
+class _Functional(nn.Module):
     """A module whose parameters and buffers are its first argument."""
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.hidden, self.names = (module,), list(names)  # in a tuple: they are no parameters of this module
+        self.hidden, self.names = (module,), list(names)  # in a tuple, so that its parameters are not this module's
 
     def forward(self, weights: list[Tensor], inputs: list[Tensor]) -> Any:
-        """The module on `inputs`."""
+        """Call the module with these weights on `inputs`."""
         return torch.func.functional_call(self.hidden[0], dict(zip(self.names, weights, strict=True)), tuple(inputs))
 
 
 def lower(model: nn.Module, plan: LatentPlan, dialect: str = "linalg") -> Lowered:
-    """The step of a causal language model, for one sequence and a token at a time, as MLIR. Raises FhoptError."""
+    """Lower the decode step of a causal language model, for one sequence and token, to MLIR. Raises FhoptError."""
     step = Step(model, unrounded(plan)).eval()
     ids, counts, state = example_inputs(step)
     weights = {n: t.detach() for n, t in [*step.named_parameters(), *step.named_buffers()]}
@@ -99,8 +99,8 @@ def lower(model: nn.Module, plan: LatentPlan, dialect: str = "linalg") -> Lowere
     bases = tuple(name for name, _ in seal.named_buffers() if name.endswith("_encode"))
     blocks = [t.empty(0)[:, :, : plan.block].clone() for t in step.tensors if None not in t.shape]
     return Lowered(
-        _imported(_Free(step, list(weights)), list(weights.values()), inputs, sizes, dialect, "step"),
-        _imported(_Free(seal, bases), [weights[n] for n in bases], blocks, None, dialect, "seal"),
+        _imported(_Functional(step, list(weights)), list(weights.values()), inputs, sizes, dialect, "step"),
+        _imported(_Functional(seal, bases), [weights[n] for n in bases], blocks, None, dialect, "seal"),
         weights,
         bases,
         tuple(step.tensors),
@@ -138,7 +138,7 @@ def _package(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Target:
-    """What to write: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the usual one."""
+    """The target of an export: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the default."""
 
     name: str
     arch: str = ""
@@ -146,13 +146,13 @@ class Target:
     bytecode: bool = False
 
     def check(self) -> None:
-        """Raise FhoptError for what there is not."""
+        """Raise FhoptError for an unknown target and for options that it does not take."""
         if self.name != "mlir" and self.name not in TARGETS:
-            raise FhoptError(f"{self.name!r} is no target; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
+            raise FhoptError(f"unknown target {self.name!r}; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
         if self.name == "mlir" and self.arch:
-            raise FhoptError("--arch is of a device; expected it with an iree target.")
+            raise FhoptError("--arch names a device's architecture; expected it with an iree target.")
         if self.name != "mlir" and self.dialect != "linalg":
-            raise FhoptError("IREE is given linalg; expected --dialect torch with --target mlir alone.")
+            raise FhoptError("IREE compiles linalg; expected --dialect torch only with --target mlir.")
 
 
 def export(loaded: LoadedModel, plan: LatentPlan, target: Target, out: Path) -> Path:
@@ -182,25 +182,25 @@ def _write_module(module: Any, path: Path, target: Target) -> None:
 
 
 def compile_module(text: str, target: Target) -> bytes:
-    """An IREE module of the functions in `text`. Raises FhoptError."""
+    """Compile the functions in `text` to an IREE module. Raises FhoptError."""
     compiler = _package("iree.compiler")
-    backend, usual, options = TARGETS[target.name]
-    arch = target.arch or usual
+    backend, default, options = TARGETS[target.name]
+    arch = target.arch or default
     extra = [option.format(arch=arch) for option in options if arch]
     extra += _cpu_options(arch) if target.name == "iree-cpu" else []
     try:
         made: bytes = compiler.compile_str(text, target_backends=[backend], input_type="auto", extra_args=extra)
     except Exception as error:  # the compiler is another program
-        told = [line for line in str(error).splitlines() if "error" in line.lower()]
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise FhoptError(
-            f"IREE could not compile for {backend} {arch}: {(told or [str(error)])[0][:300]}. Give `--arch` as IREE "
+            f"IREE could not compile for {backend} {arch}: {(lines or [str(error)])[0][:300]}. Give `--arch` as IREE "
             "names it, or another target."
         ) from error
     return made
 
 
 def _cpu_options(arch: str) -> list[str]:
-    """`host`, or an architecture, with a CPU behind a colon: aarch64:cortex-a76."""
+    """Make the options for `host`, or for an architecture with a CPU after a colon: aarch64:cortex-a76."""
     if arch == "host":
         return ["--iree-llvmcpu-target-cpu=host"]
     name, _, cpu = arch.partition(":")
@@ -225,7 +225,7 @@ def _describe(loaded: LoadedModel, plan: LatentPlan, lowered: Lowered, target: T
 
 
 def open_module(folder: Path) -> State:
-    """The state of an exported IREE module for this CPU, ready to take tokens. Raises FhoptError."""
+    """Open an exported IREE module for this CPU as a `State` that takes tokens. Raises FhoptError."""
     from safetensors.torch import load_file
 
     about, plan = read_description(folder), LatentPlan.load(folder / PLAN)
@@ -239,7 +239,7 @@ def open_module(folder: Path) -> State:
 
 
 class _Function:
-    """A function of an IREE module on this CPU, its weights given once."""
+    """A function of an IREE module on this CPU, with its weights."""
 
     def __init__(self, path: Path, name: str, weights: Sequence[Tensor]) -> None:
         runtime = _package("iree.runtime")
@@ -249,16 +249,16 @@ class _Function:
         self.weights = [runtime.asdevicearray(config.device, w.numpy()) for w in weights]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        given = [_signless(x.contiguous().numpy()) for x in inputs]
-        found = self.function(*self.weights, *given)
-        results = found if isinstance(found, (tuple, list)) else [found]
-        return [torch.from_numpy(_bytes(np.array(r.to_host()))) for r in results]
+        arrays = [_signed_bytes(x.contiguous().numpy()) for x in inputs]
+        results = self.function(*self.weights, *arrays)
+        results = results if isinstance(results, (tuple, list)) else [results]
+        return [torch.from_numpy(_unsigned_bytes(np.array(r.to_host()))) for r in results]
 
 
-def _signless(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """MLIR's bytes have no sign; IREE takes them as signed ones."""
+def _signed_bytes(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """View unsigned bytes as signed ones: MLIR's i8 has no sign, and IREE takes it for a signed type."""
     return x.view(np.int8) if x.dtype == np.uint8 else x
 
 
-def _bytes(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _unsigned_bytes(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return x.view(np.uint8) if x.dtype == np.int8 else x

@@ -1,16 +1,16 @@
-"""`fhopt verify`: proof, from the code of an exported step alone, that it reads latents and what that costs.
+"""`fhopt verify`: proof, from the code of an exported decode step, that it reads latents, and what that costs.
 
-The functions are walked in linalg, where every operation states its loops and every tensor its sizes; the one size that
-grows is T, the sealed tokens. What must hold:
+The functions are walked in linalg, where every operation states its loops and every tensor its sizes; the only size
+that grows is T, the number of quantized tokens. What must hold:
 
-    no contraction yields more than H x S numbers per token     scores are all that is made of a token by multiplying;
+    no contraction yields more than H x S numbers per token     the only products with a token are scores;
                                                                 D_K z or D_V z would be a key or a value
     no float tensor has more numbers per token than scores,     nothing of the size of keys or values is ever written
-    or than one tier of one side has
-    what a token adds to the arguments                          = the bytes that the plan says
+    or than one bit group of one side has
+    bytes that a token adds to the arguments                    = those of the plan
     multiplications that grow with T                            = H (R_K + R_V) S over all sites, nothing else
 
-Counts are polynomials in T (sympy). Nothing is run, and no other part of fhopt is asked but the plan.
+Counts are polynomials in T (sympy). Nothing is run, and no part of fhopt is used but the plan.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NAMED = {  # (loops of both sides, of the left, summed, of the right) as positi
 
 
 @dataclass(frozen=True)
-class Found:
+class CountedOperation:
     """One operation: its name, the line of the Python code that it comes from, and a count (numbers, or MACs)."""
 
     operation: str
@@ -56,21 +56,21 @@ class Found:
 
 @dataclass
 class Walk:
-    """What a function consists of. All counts are polynomials in T.
+    """Counts of the operations of a function, polynomials in T.
 
-    macs: multiplications and additions of contractions. results: what contractions yield that grows with T. tensors:
-    the largest float results that do, by any operation. argument_bytes: of all arguments.
+    macs: multiply-adds of contractions. results: results of contractions that grow with T. tensors: float results of
+    any operation that grow with T. argument_bytes: of all arguments.
     """
 
     macs: Any = 0
-    results: list[Found] = field(default_factory=list)
-    tensors: list[Found] = field(default_factory=list)
+    results: list[CountedOperation] = field(default_factory=list)
+    tensors: list[CountedOperation] = field(default_factory=list)
     argument_bytes: Any = 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`faults` is empty where everything holds. Numbers per sealed token; macs as text."""
+    """The result of a check: `faults` is empty where everything holds. Numbers per quantized token; macs as text."""
 
     macs: str
     macs_per_token: int
@@ -82,55 +82,55 @@ class Verdict:
 
 
 def verify_folder(folder: Path) -> Verdict:
-    """The verdict on what `fhopt export` wrote, or on a rewritten folder, whose step is lowered. Raises FhoptError."""
+    """Check an export of `fhopt export`, or a rewritten folder, whose step is lowered first. Raises FhoptError."""
     from fhopt.export import mlir
     from fhopt.export.pt2_step import read_description
     from fhopt.models import rewritten_folder
     from fhopt.models.rewritten_model import load_exact
 
     if rewritten_folder.is_rewritten(folder):
-        found = rewritten_folder.read_folder(folder)
-        model = load_exact(found).eval()
-        step = mlir.lower(model, found.plan).step
+        rewritten = rewritten_folder.read_folder(folder)
+        model = load_exact(rewritten).eval()
+        step = mlir.lower(model, rewritten.plan).step
         text = step.operation.get_asm(enable_debug_info=True)
-        return verify_text(text, found.plan, next(model.parameters()).element_size())
+        return verify_text(text, rewritten.plan, next(model.parameters()).element_size())
     about = read_description(folder)
     files = [folder / name for name in ("step.mlir", "step.mlirbc") if (folder / name).is_file()]
     if not files:
         raise FhoptError(f"{folder} holds no MLIR; expected what `fhopt export FOLDER --target mlir` wrote.")
     plan = LatentPlan.load(folder / rewritten_folder.PLAN)
-    uncoded = [t["dtype"] for t in about["state"] if None not in t["shape"]]
-    return verify_text(files[0].read_bytes(), plan, getattr(torch, uncoded[0]).itemsize)
+    window_dtypes = [t["dtype"] for t in about["state"] if None not in t["shape"]]
+    return verify_text(files[0].read_bytes(), plan, getattr(torch, window_dtypes[0]).itemsize)
 
 
 def verify_text(text: str | bytes, plan: LatentPlan, itemsize: int = 4) -> Verdict:
-    """The verdict on a step in linalg (text or bytecode as MLIR prints it), for a plan.
+    """Check a step in linalg (text or bytecode as MLIR prints it) against a plan.
 
-    itemsize: bytes of a number of uncoded latents. Raises FhoptError for what is no linalg.
+    itemsize: bytes of a number of unquantized latents. Raises FhoptError for anything but linalg.
     """
     return verdict(walk(text), plan, itemsize)
 
 
 def walk(text: str | bytes) -> Walk:
-    """Walk the functions of a module. Raises FhoptError when it cannot be read, or grows in more than one way."""
+    """Count the operations of a module's functions. Raises FhoptError where it cannot be read or counted."""
     ir = _bindings()
     context = ir.Context()
     importlib.import_module("torch_mlir.dialects.torch").register_dialect(context)
     try:
         module = ir.Module.parse(text, context)
     except Exception as error:  # the parser's own, which is no public class
-        raise FhoptError(f"this is no MLIR ({str(error).splitlines()[0][:200]}). Export it again.") from error
-    found = Walk()
+        raise FhoptError(f"this is not MLIR ({str(error).splitlines()[0][:200]}). Export it again.") from error
+    counts = Walk()
     for function in module.body.operations:
         if function.operation.name == "func.func":
             for argument in function.regions[0].blocks[0].arguments:
-                found.argument_bytes += _numbers(argument.type) * _bytes(argument.type)
+                counts.argument_bytes += _numbers(argument.type) * _bytes(argument.type)
             _check_dialects(function.operation)
             for operation in _operations(function.operation):
-                _count(ir, operation, found)
-    if not found.macs:
+                _count(ir, operation, counts)
+    if not counts.macs:
         raise FhoptError("there is no contraction in it; expected a step in linalg. Export with --dialect linalg.")
-    return found
+    return counts
 
 
 def _bindings() -> Any:
@@ -151,7 +151,7 @@ def _operations(operation: Any) -> Iterator[Any]:
 
 
 def _check_dialects(function: Any) -> None:
-    """Raise FhoptError for operations whose loops nobody can see."""
+    """Raise FhoptError for operations of dialects that do not state their loops."""
     seen = {operation.name.partition(".")[0] for operation in _operations(function)}
     if unknown := seen - {"linalg", "tensor", "arith", "math", "func", "cf", "affine", "scf", "tm_tensor"}:
         raise FhoptError(
@@ -162,11 +162,11 @@ def _check_dialects(function: Any) -> None:
 # --------------------------------------------------------------------------------------------------- counting
 
 
-def _count(ir: Any, operation: Any, found: Walk) -> None:
-    """Add an operation to what was found."""
+def _count(ir: Any, operation: Any, counts: Walk) -> None:
+    """Add an operation to the counts."""
     is_contraction = operation.name in _NAMED or (operation.name == "linalg.generic" and _multiplies(operation))
     if is_contraction:
-        found.macs += _named_loops(operation) if operation.name in _NAMED else _generic_loops(ir, operation)
+        counts.macs += _named_loops(operation) if operation.name in _NAMED else _generic_loops(ir, operation)
     for result in operation.results:
         if not str(result.type).startswith("tensor<"):
             continue
@@ -177,15 +177,15 @@ def _count(ir: Any, operation: Any, found: Walk) -> None:
             )
         if not numbers.has(T):
             continue
-        here = Found(operation.name, _source(operation), numbers)
+        here = CountedOperation(operation.name, _source(operation), numbers)
         if is_contraction:
-            found.results.append(here)
+            counts.results.append(here)
         if _is_float(result.type):
-            found.tensors.append(here)
+            counts.tensors.append(here)
 
 
 def _multiplies(operation: Any) -> bool:
-    """True for a generic that sums products."""
+    """Return True for a generic operation that sums products."""
     inside = {inner.name for inner in _operations(operation)}
     reduces = "reduction" in str(operation.attributes["iterator_types"])
     return reduces and "arith.mulf" in inside and "arith.addf" in inside
@@ -198,7 +198,7 @@ def _named_loops(operation: Any) -> Any:
 
 
 def _generic_loops(ir: Any, operation: Any) -> Any:
-    """The product of the sizes of all loops, which operands tell."""
+    """Multiply the sizes of all loops, which follow from the shapes of the operands."""
     sizes: dict[int, Any] = {}
     maps = [ir.AffineMapAttr(m) for m in operation.attributes["indexing_maps"]]
     for operand, attribute in zip(operation.operands, maps, strict=True):
@@ -211,7 +211,7 @@ def _generic_loops(ir: Any, operation: Any) -> Any:
 
 
 def _shape(kind: Any) -> list[Any]:
-    """Sizes of a tensor type, T for what grows."""
+    """Return the sizes of a tensor type, T for a dynamic one."""
     text = str(kind).partition("tensor<")[2].partition(">")[0].partition(",")[0]
     return [T if part == "?" else sympy.Integer(int(part)) for part in text.split("x")[:-1]]
 
@@ -233,7 +233,7 @@ def _bytes(kind: Any) -> int:
 
 
 def _source(operation: Any) -> str:
-    """file:line of the innermost Python code that an operation comes from."""
+    """Return file:line of the innermost Python code that an operation comes from."""
     text = str(operation.location)
     path, _, rest = text.partition('"')[2].partition('"')
     line = rest.lstrip(":").partition(":")[0]
@@ -243,34 +243,34 @@ def _source(operation: Any) -> str:
 # --------------------------------------------------------------------------------------------------- verdict
 
 
-def verdict(found: Walk, plan: LatentPlan, itemsize: int = 4) -> Verdict:
-    """What was found against what a plan says."""
+def verdict(counts: Walk, plan: LatentPlan, itemsize: int = 4) -> Verdict:
+    """Compare the counts of a step with those of a plan."""
     scores = max(site.site.heads for site in plan.sites)
-    most = max(scores, *(_largest_tier(site) for site in plan.sites))
-    wanted_bytes = sum(site.token_bytes(itemsize) for site in plan.sites)
-    wanted_macs = sum(site.site.heads * (site.key.width + site.value.width) for site in plan.sites)
-    macs, bytes_ = (int(sympy.Poly(p, T).coeff_monomial(T)) for p in (found.macs, found.argument_bytes))
-    largest = max((int(f.count.coeff(T, 1)) for f in found.tensors), default=0)
+    most = max(scores, *(_widest_group(site) for site in plan.sites))
+    expected_bytes = sum(site.token_bytes(itemsize) for site in plan.sites)
+    expected_macs = sum(site.site.heads * (site.key.width + site.value.width) for site in plan.sites)
+    macs, bytes_ = (int(sympy.Poly(p, T).coeff_monomial(T)) for p in (counts.macs, counts.argument_bytes))
+    largest = max((int(f.count.coeff(T, 1)) for f in counts.tensors), default=0)
     faults = [
         f"a contraction makes {f.count} numbers, more than {scores} scores per token: {f.operation} ({f.source})"
-        for f in found.results
+        for f in counts.results
         if int(f.count.coeff(T, 1)) > scores
     ]
     faults += [
         f"a tensor has {f.count} numbers, expected at most {most} per token: {f.operation} ({f.source})"
-        for f in found.tensors
+        for f in counts.tensors
         if int(f.count.coeff(T, 1)) > most
     ]
-    if bytes_ != wanted_bytes:
-        faults.append(f"a token takes {bytes_} bytes, the plan says {wanted_bytes}")
-    if macs != wanted_macs:
-        faults.append(f"a token takes {macs:,} multiplications, attention on the plan's latents {wanted_macs:,}")
+    if bytes_ != expected_bytes:
+        faults.append(f"a token takes {bytes_} bytes, expected {expected_bytes} as in the plan")
+    if macs != expected_macs:
+        faults.append(f"a token takes {macs:,} multiplications, expected {expected_macs:,} for attention on latents")
     unique = tuple(dict.fromkeys(faults))
     exact = plan.exact_token_bytes(itemsize)
-    return Verdict(str(sympy.expand(found.macs)), macs, bytes_, largest, scores, exact, unique)
+    return Verdict(str(sympy.expand(counts.macs)), macs, bytes_, largest, scores, exact, unique)
 
 
-def _largest_tier(site: SitePlan) -> int:
-    """Numbers per token of the widest run of channels that is read at once."""
+def _widest_group(site: SitePlan) -> int:
+    """Count the numbers per token of the widest bit group."""
     sides: Sequence[Any] = (site.key, site.value)
     return max(side.groups * max((t.width for t in side.tiers), default=side.width) for side in sides)

@@ -1,4 +1,4 @@
-"""The model card of a rewritten folder: how to open it, where it comes from, what it loses, what it holds."""
+"""The model card of a rewritten folder: how to open it, its loss, its bytes, its provenance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.version import __version__
 
 COUNTED_AT = (1024, 8192, 32768)  # tokens
-LICENSES = ("LICENSE", "LICENCE", "NOTICE")  # how names of files begin that say what may be done with a model
+LICENSES = ("LICENSE", "LICENCE", "NOTICE")  # beginnings of the names of licence files
 _OPENING = """
 # {name}, latent cache {ratio:.2f}x
 
@@ -33,7 +33,7 @@ opens the exact original, with a warning that the method `fhopt` is unknown.
 
 
 def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison], source: Path | None) -> str:
-    """The text of README.md."""
+    """Write the text of README.md."""
     network: Any = loaded.module
     auto = "AutoModelForSeq2SeqLM" if network.config.is_encoder_decoder else "AutoModelForCausalLM"
     parts = [
@@ -47,23 +47,23 @@ def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison]
 
 
 def _metadata(loaded: LoadedModel, source: Path | None) -> str:
-    """YAML that hubs read; licence and languages are the original card's, where there is one."""
+    """Write the YAML that hubs read; licence and languages are the original card's, where there is one."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    told: dict[str, Any] = {}
+    licence: dict[str, Any] = {}
     if source is not None and (source / "README.md").is_file():
         try:
             known = ModelCard.load(source / "README.md").data.to_dict()
-        except Exception:  # somebody's text, of any kind
+        except Exception:  # a card is free text, and its metadata may be malformed
             known = {}
-        told = {k: known[k] for k in ("license", "license_name", "license_link", "language") if known.get(k)}
+        licence = {k: known[k] for k in ("license", "license_name", "license_link", "language") if known.get(k)}
     task = "text-generation"
-    data = ModelCardData(library_name="transformers", tags=["fhopt", "kv-cache"], pipeline_tag=task, **told)
+    data = ModelCardData(library_name="transformers", tags=["fhopt", "kv-cache"], pipeline_tag=task, **licence)
     return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _loss(plan: LatentPlan, losses: Mapping[str, Comparison]) -> str:
-    rows = [_loss_row(name, found) for name, found in losses.items()]
+    rows = [_loss_row(name, comparison) for name, comparison in losses.items()]
     gate = plan.provenance.get("gate")
     if isinstance(gate, dict) and isinstance(gate.get("texts"), list):
         rows.append(_loss_row(f"{', '.join(map(str, gate['texts']))} (when it was fitted)", _comparison(gate)))
@@ -75,16 +75,16 @@ def _loss(plan: LatentPlan, losses: Mapping[str, Comparison]) -> str:
     )
 
 
-def _comparison(told: Mapping[str, Any]) -> Comparison:
-    return Comparison(**{name: told.get(name) for name in Comparison.__dataclass_fields__})  # type: ignore[arg-type]
+def _comparison(gate: Mapping[str, Any]) -> Comparison:
+    return Comparison(**{name: gate.get(name) for name in Comparison.__dataclass_fields__})  # type: ignore[arg-type]
 
 
-def _loss_row(text: str, found: Comparison) -> str:
-    interval = found.increase_percent_ci
+def _loss_row(text: str, loss: Comparison) -> str:
+    interval = loss.increase_percent_ci
     between = f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else ""
     return (
-        f"| {text} | {found.tokens:,} | {found.exact:.4f} | {found.plan:.4f} "
-        f"| {found.increase_percent:+.2f} %{between} | {found.kl:.4f} |"
+        f"| {text} | {loss.tokens:,} | {loss.exact:.4f} | {loss.plan:.4f} "
+        f"| {loss.increase_percent:+.2f} %{between} | {loss.kl:.4f} |"
     )
 
 

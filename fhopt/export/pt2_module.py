@@ -1,20 +1,19 @@
-"""`fhopt rewrite --format pt2` of any other module: its forward pass with the plan in it, as a program of torch alone.
+"""`fhopt rewrite --format pt2` of any other module: its forward pass with the plan in it, as a program of torch only.
 
     program.pt2                     an exported program of torch operations: torch.export.load(...).module()
-    start.pt2                       another one, where there is a state
-    program-aot.pt2                 the program compiled by AOTInductor, attention on coded latents as a C++ op
+    start.pt2                       an exported program that returns the first state, where there is one
+    program-aot.pt2                 the program compiled by AOTInductor, attention on quantized latents as a C++ op
     fhopt_kernels.so                that op and its kernels, where there are any (see fhopt/export/pt2_step.py)
     program.json                    inputs and state in order: names, shapes, dtypes
     plan/                           the plan
 
-    program(inputs..., state...)  ->  outputs..., the state afterwards
-    start()                       ->  the state before the first call
+    program(inputs..., state...)  ->  outputs..., state after the call
+    start()                       ->  state before the first call
 
-A module that keeps nothing between calls has no state. One that writes keys and values into buffers of its own has
-latents of these as state (fhopt/cache/module_buffers.py), empty at the start; any other buffer that it writes is state,
-too. Inputs are the tensors of the example that the module came with, and have its shapes: a decoding step is the
-program of an example of one token. Nothing that is given is changed. Outputs are the tensors of what the module
-returns, in order.
+A module that keeps nothing between calls has no state. Where it writes keys and values to buffers of its own, their
+latents are state (fhopt/cache/module_buffers.py), empty at the start; any other buffer that it writes is state, too.
+Inputs are the tensors of the module's example arguments, and have their shapes: a decode step is the program of an
+example of one token. Arguments are not changed. Outputs are the tensors of the module's result, in order.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.attend_latents.default: attention_attend.attend_parts,
     torch.ops.fhopt.encode_rows.default: encode_rows.encode_rows_reference,
     torch.ops.fhopt.rebuilt_attention.default: prefill_attention.rebuilt_attention_reference,
-}  # in operations of torch, so that a process without fhopt knows what to do
+}  # in operations of torch, which a process without fhopt has
 _README = """# {name}: a program with latents
 
 ```python
@@ -65,18 +64,18 @@ program = torch.export.load("program.pt2").module()
 {call}
 ```
 
-It needs torch alone. `program.json` lists the inputs, with their shapes, {state}.
+It needs only torch. `program.json` lists the inputs, with their shapes, {state}.
 
 {compiled}The plan keeps {ratio:.2f}x fewer bytes at 8,192 tokens.
 """
 _STATELESS = "outputs = program(*inputs)"
 _STATEFUL = """state = torch.export.load("start.pt2").module()()
-found = program(*inputs, *state)
-outputs, state = found[:{outputs}], found[{outputs}:]"""
-_STATE = """and the state: behind its {outputs} outputs the
-program gives the {states} tensors of the state, to be handed to the next call"""
-_COMPILED = """`program-aot.pt2` is the program compiled for this kind of CPU (machine code: load it only from those
-whom you trust):
+results = program(*inputs, *state)
+outputs, state = results[:{outputs}], results[{outputs}:]"""
+_STATE = """and the state: after its {outputs} outputs the
+program returns the {states} tensors of the state, to be passed to the next call"""
+_COMPILED = """`program-aot.pt2` is the program compiled for this kind of CPU (machine code: load it only from sources
+that you trust):
 
 ```python
 {library}program = torch._inductor.aoti_load_package("program-aot.pt2")
@@ -88,10 +87,10 @@ _LIBRARY = 'torch.ops.load_library("fhopt_kernels.so")  # not in a process that 
 
 @dataclass(frozen=True)
 class ExportedModule:
-    """A module's forward pass as exported programs. kernels: what `program` calls of fhopt, none for torch alone."""
+    """A module's forward pass as exported programs. kernels: those of fhopt that `program` calls, if any."""
 
     program: torch.export.ExportedProgram
-    start: torch.export.ExportedProgram | None  # None: there is no state
+    start: torch.export.ExportedProgram | None  # None without a state
     inputs: tuple[StateTensor, ...]
     state: tuple[StateTensor, ...]
     outputs: int
@@ -99,15 +98,15 @@ class ExportedModule:
 
 
 def export_module(loaded: LoadedModel, plan: LatentPlan, kernels: bool = False) -> ExportedModule:
-    """The programs of a module with a plan, for inputs of the shapes that it came with.
+    """Export the programs of a module with a plan, for inputs of the shapes of its example arguments.
 
-    kernels: attention on coded latents is the op of C++ kernels. Raises FhoptError where the module cannot be exported
-    or the plan is for something that is not in it.
+    kernels: attention on quantized latents is the op of C++ kernels. Raises FhoptError where the module cannot be
+    exported or the plan names sites that it does not have.
     """
     check_model(plan, loaded.weights(), loaded.name)
     rewritten = _rewritten(loaded, plan)
     specs: list[KernelSpec] = []
-    table = _REFERENCES | ({torch.ops.fhopt.latent_attention.default: _calling(specs)} if kernels else {})
+    table = _REFERENCES | ({torch.ops.fhopt.latent_attention.default: _kernel_call(specs)} if kernels else {})
     program = _exported(loaded.name, rewritten, (*rewritten.inputs, *rewritten.state)).run_decompositions(table)
     _check_targets(program, kernels)
     return ExportedModule(
@@ -138,35 +137,38 @@ def _exported(
 
 
 def _check_targets(program: torch.export.ExportedProgram, kernels: bool) -> None:
-    """Raise FhoptError for an op that a process without fhopt would not know."""
+    """Raise FhoptError for an op that a process without fhopt does not have."""
     known = {torch.ops.fhopt.latent_kernel.default} if kernels else set[Any]()
     for node in program.graph.nodes:
         if getattr(node.target, "namespace", "") == "fhopt" and node.target not in known:
             raise FhoptError(f"{node.target} has no form in operations of torch; expected another plan or layout.")
 
 
-def _calling(specs: list[KernelSpec]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`fhopt::latent_attention` by the C++ op where rows are coded; what is called is added to `specs`."""
+def _kernel_call(specs: list[KernelSpec]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Make the decomposition of `fhopt::latent_attention` to the C++ op, which adds the kernels it calls to `specs`.
+
+    Attention on unquantized latents becomes operations of torch.
+    """
 
     def attend(
         query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
         mask: Tensor | None, *, scale: float, softcap: float = 0.0, lengths: Tensor | None = None, **options: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        given = (query, key, key_scale, value, value_scale, mask)
+        operands = (query, key, key_scale, value, value_scale, mask)
         spec = _spec(query, options, softcap)
         readable = mask is None or mask.dtype in (torch.bool, torch.float32)
         if spec is None or not readable or not graph_kernels.serve(spec):
             return latent_attention.latent_attention_reference(
-                *given, scale=scale, softcap=softcap, lengths=lengths, **options
+                *operands, scale=scale, softcap=softcap, lengths=lengths, **options
             )
         specs.append(spec)
-        return torch.ops.fhopt.latent_kernel(spec.name, *given, lengths, None, 0, scale, softcap, spec.value_width)
+        return torch.ops.fhopt.latent_kernel(spec.name, *operands, lengths, None, 0, scale, softcap, spec.value_width)
 
     return attend
 
 
 def _spec(query: Tensor, options: dict[str, Any], softcap: float) -> KernelSpec | None:
-    """The kernel for rows of which both sides are coded; None for others."""
+    """Return the kernel for latents that are quantized on both sides; None for others."""
     tiers = [
         tuple(zip(*(options[f"{side}_{what}"] for what in ("bits", "widths", "steps")), strict=True))
         for side in ("key", "value")
@@ -181,7 +183,7 @@ def _spec(query: Tensor, options: dict[str, Any], softcap: float) -> KernelSpec 
 
 
 class _Rewritten(nn.Module):
-    """A rewritten graph as a module: inputs and state in, outputs and state out."""
+    """A rewritten graph as a module that maps inputs and state to outputs and state."""
 
     def __init__(self, program: Program, inputs: Sequence[str], state: Sequence[str]) -> None:
         super().__init__()
@@ -204,22 +206,22 @@ class _Rewritten(nn.Module):
         self.input_names: tuple[str, ...] = ()
         self.outputs = 0
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """(inputs..., state...) -> (outputs..., state...)."""
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph on (inputs..., state...) and return (outputs..., state...)."""
         count = len(self.input_placeholders)
-        state = [x.clone() for x in given[count:]]
-        known = dict(zip(self.input_placeholders, given, strict=False))
+        state = [x.clone() for x in tensors[count:]]
+        known = dict(zip(self.input_placeholders, tensors, strict=False))
         known |= dict(zip(self.state_placeholders, state, strict=True))
         arguments = [
             known[n] if n in known else self.fixed[n] if n in self.fixed else getattr(self, f"value_{n}")
             for n in self.placeholders
         ]
-        found = [x for x in self.graph(*arguments) if isinstance(x, Tensor)]
-        return (*found, *state)
+        outputs = [x for x in self.graph(*arguments) if isinstance(x, Tensor)]
+        return (*outputs, *state)
 
 
 class _Start(nn.Module):
-    """The state of a module that has seen nothing."""
+    """The state before the first call, as a module without inputs."""
 
     def __init__(self, state: Sequence[Tensor]) -> None:
         super().__init__()
@@ -227,36 +229,36 @@ class _Start(nn.Module):
             self.register_buffer(f"part_{index}", tensor)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Every tensor of the state."""
+        """Return every tensor of the state."""
         return tuple(part.clone() for part in self.buffers())
 
 
 def _rewritten(loaded: LoadedModel, plan: LatentPlan) -> _Rewritten:
-    """The module's graph after all passes. Raises FhoptError where the plan does not reach all of its sites."""
+    """Run all passes over the module's graph. Raises FhoptError where a site of the plan is not compressed."""
     exported = loaded.program or _exported(loaded.name, cast(nn.Module, loaded.module), *loaded.inputs)
     captured = from_exported(exported)
     program = captured.program
     _mark_buffers(program)
     with torch.no_grad():
         outcome = pipeline.find(program)
-        _remove_replaced(program)
+        _remove_dead_attention(program)
         pipeline.optimize(outcome, plan, keeper=_ProgramKeeper())
     left = sorted({site.site.name for site in plan.sites} - outcome.compressed.keys())
     if left:
         reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "no attention of this name was found"
-        raise FhoptError(f"the plan's {left[0]} stays as it is in {loaded.name}: {reasons}. See fhopt explain.")
+        raise FhoptError(f"the plan's {left[0]} was not compressed in {loaded.name}: {reasons}. See fhopt explain.")
     return _as_module(program, captured.inputs)
 
 
 class _ProgramKeeper(module_buffers.BufferKeeper):
-    """Keeps the latents of a program: the module's own buffers keep their memory and are never written."""
+    """A keeper of latents for exported programs, which never writes the module's own buffers."""
 
     unfit = staticmethod(lambda buffer: "")
     parts = staticmethod(module_buffers.blank)
 
 
 def _mark_buffers(program: Program) -> None:
-    """Say where buffers come from, as Dynamo does of its own graphs: the passes take those of a module only."""
+    """Set the source of buffers as Dynamo does in its graphs: the passes only rewrite buffers of a module."""
     for node in program.graph.nodes:
         if node.name in program.buffers:
             *path, name = program.buffers[node.name].split(".")
@@ -264,8 +266,8 @@ def _mark_buffers(program: Program) -> None:
             node._dynamo_source = types.SimpleNamespace(name=f"L['self']{modules}._buffers['{name}']")
 
 
-def _remove_replaced(program: Program) -> None:
-    """Calls of attention that the canonical one stands for: since they may draw dropout, nobody takes them for dead."""
+def _remove_dead_attention(program: Program) -> None:
+    """Remove unused attention calls, which dead-code elimination keeps because they may draw random dropout."""
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default and not node.users:
             program.graph.erase_node(node)
@@ -273,15 +275,15 @@ def _remove_replaced(program: Program) -> None:
 
 
 def _as_module(program: Program, inputs: dict[str, str]) -> _Rewritten:
-    given = [name for name in inputs if isinstance(program.values[name], Tensor)]
+    tensors = [name for name in inputs if isinstance(program.values[name], Tensor)]
     parts = [name for name, bound in program.bound.items() if any(s in program.buffers for s in bound.sources)]
     written = [name for name in program.buffers if any(_writes(n, name) for n in program.graph.nodes)]
-    made = _Rewritten(program, given, [*parts, *written])
-    made.input_names = tuple(inputs[name] for name in given)
-    made.state_names = (*(_part_name(program, parts, name) for name in parts), *(program.buffers[n] for n in written))
+    module = _Rewritten(program, tensors, [*parts, *written])
+    module.input_names = tuple(inputs[name] for name in tensors)
+    module.state_names = (*(_part_name(program, parts, name) for name in parts), *(program.buffers[n] for n in written))
     outputs: Any = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    made.outputs = sum(isinstance(x, fx.Node) for x in outputs)
-    return made
+    module.outputs = sum(isinstance(x, fx.Node) for x in outputs)
+    return module
 
 
 def _writes(node: fx.Node, name: str) -> bool:
@@ -290,7 +292,7 @@ def _writes(node: fx.Node, name: str) -> bool:
 
 
 def _part_name(program: Program, parts: Sequence[str], name: str) -> str:
-    """`buffer of keys, buffer of values: number`."""
+    """Name a tensor of the state: `buffer of keys, buffer of values: number`."""
     keys, values = program.bound[name].sources[:2]
     alike = [other for other in parts if program.bound[other].sources[:2] == (keys, values)]
     return f"{program.buffers[keys]}, {program.buffers[values]}: {alike.index(name)}"
@@ -302,7 +304,8 @@ def _part_name(program: Program, parts: Sequence[str], name: str) -> str:
 def write_module(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: bool = True) -> Path:
     """Write the module docstring's files to the folder `out`, whole or not at all. Returns it.
 
-    compiled: by AOTInductor, too, which takes minutes. An older folder of this kind is replaced. Raises FhoptError.
+    compiled: also write the program compiled by AOTInductor, which takes minutes. An older export is replaced. Raises
+    FhoptError.
     """
     check_out(out, DESCRIPTION)
     with appearing_folder(out) as staging:
@@ -312,9 +315,9 @@ def write_module(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: boo
             torch.export.save(plain.start, staging / "start.pt2")
         called: tuple[KernelSpec, ...] = ()
         if compiled:
-            native_ = export_module(loaded, plan, kernels=True)
-            called = native_.kernels
-            compile_program(native_.program, staging / "program-aot.pt2")
+            with_kernels = export_module(loaded, plan, kernels=True)
+            called = with_kernels.kernels
+            compile_program(with_kernels.program, staging / "program-aot.pt2")
             if called:
                 compile_library(called, staging / "fhopt_kernels.so")
         plan.save(staging / PLAN)
@@ -336,6 +339,6 @@ def _describe(loaded: LoadedModel, plan: LatentPlan, made: ExportedModule, stagi
     text = _README.format(
         name=loaded.name, compiled=compiled, ratio=plan.ratio(),
         call=_STATEFUL.format(**counts) if made.state else _STATELESS,
-        state=_STATE.format(**counts) if made.state else f"and gives {made.outputs} outputs; it keeps no state",
+        state=_STATE.format(**counts) if made.state else f"and returns {made.outputs} outputs; it has no state",
     )  # fmt: skip
     (staging / "README.md").write_text(text)

@@ -1,15 +1,15 @@
-"""`fhopt rewrite --format pt2`: a decode step that runs without fhopt, with latents as explicit state in and out.
+"""`fhopt rewrite --format pt2`: a decode step that runs without fhopt, with latents as explicit state.
 
-    step.pt2, seal.pt2              exported programs of torch operations alone: torch.export.load(...).module()
+    step.pt2, seal.pt2              exported programs of torch operations only: torch.export.load(...).module()
     step-aot.pt2                    the step compiled by AOTInductor, attention on latents as a C++ op
     fhopt_kernels.so                that op and its kernels: torch.ops.load_library before the first call
-    step.json                       the state: names, shapes, dtypes, and when a block is sealed
+    step.json                       the state: names, shapes, dtypes, and the sizes of sinks, window and block
     plan/                           the plan
 
-What the two programs take and give, and what the caller does in between, is said in fhopt/export/decode_step.py and in
-the folder's README.md. `seal` runs once in a block of tokens and is not compiled. The library and the compiled program
-are machine code for this kind of CPU: unlike a rewritten folder, load them only from those whom you trust. A process
-that has imported fhopt has the op already.
+fhopt/export/decode_step.py and the folder's README.md describe arguments and results of the two programs, and what the
+caller does between them. `seal` runs once for each block of tokens and is not compiled. The library and the compiled
+program are machine code for this kind of CPU: unlike a rewritten folder, load them only from sources that you trust. A
+process that has imported fhopt has the op already.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
-from fhopt.export.decode_step import Seal, Step, kernel_spec, unrounded
+from fhopt.export.decode_step import Seal, Step, unrounded
 from fhopt.export.kernel_library import compile_library
 from fhopt.export.step_attention import StateTensor
 from fhopt.files import appearing_folder
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.rewritten_folder import PLAN, describe_files
+from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.version import __version__
 
 DESCRIPTION = "step.json"
 VERSION = 1
-EXAMPLE_BLOCKS = 2  # of sealed tokens in example inputs: a size of 0 or 1 would become part of the graph
+EXAMPLE_BLOCKS = 2  # of quantized tokens in example inputs: a size of 0 or 1 would become part of the graph
 _README = """# {name}: a decode step with latents as state
 
-`step.pt2` and `seal.pt2` need torch alone:
+`step.pt2` and `seal.pt2` need only torch:
 
 ```python
 import torch
@@ -46,18 +47,19 @@ import torch
 step, seal = (torch.export.load(f"{{name}}.pt2").module() for name in ("step", "seal"))
 ```
 
-{compiled}`step(ids [1,1], counts [2], *state)` gives the logits of one new token, then its key and value for each
-attention. counts: how many open and how many sealed places of the state hold tokens. `step.json` lists the state.
+{compiled}`step(ids [1,1], counts [2], *state)` returns the logits of one new token, then its key and value for each
+attention. counts: how many tokens the sinks and the residual window (tensors `open_key` and `open_value`) hold, and how
+many are quantized (`key_rows`, `value_rows` and their scales). `step.json` lists the state.
 
-1. Write the new keys and values behind the open tokens (dimension 2, at counts[0]).
-2. When {sinks} + {recent} + {block} tokens are open, give places {sinks} to {last} of all open tensors to `seal`, write
-   what it gives behind the sealed rows (at counts[1]; make them longer when they are full), and move the open tokens
-   behind that block {block} places down.
+1. Append the new keys and values to the window (dimension 2, at counts[0]).
+2. When sinks and window hold {sinks} + {recent} + {block} tokens, pass places {sinks} to {last} of all their tensors to
+   `seal`, append what it returns to the packed latents (at counts[1]; make these longer when they are full), and move
+   the tokens behind that block {block} places down.
 
-The plan keeps {ratio:.2f}x fewer bytes at 8,192 tokens: {token_bytes:,} bytes for a sealed token, exact {exact:,}.
+The plan keeps {ratio:.2f}x fewer bytes at 8,192 tokens: {token_bytes:,} bytes for a quantized token, exact {exact:,}.
 """
-_COMPILED = """`step-aot.pt2` is the step compiled for this kind of CPU (machine code: load it only from those whom you
-trust):
+_COMPILED = """`step-aot.pt2` is the step compiled for this kind of CPU (machine code: load it only from sources that
+you trust):
 
 ```python
 torch.ops.load_library("fhopt_kernels.so")  # not in a process that imports fhopt
@@ -69,7 +71,7 @@ step = torch._inductor.aoti_load_package("step-aot.pt2")
 
 @dataclass(frozen=True)
 class Exported:
-    """A decode step as exported programs. `state`: the tensors of `Step`, in order."""
+    """A decode step as exported programs. `state`: the state tensors of `Step`, in order."""
 
     step: torch.export.ExportedProgram
     seal: torch.export.ExportedProgram
@@ -77,9 +79,9 @@ class Exported:
 
 
 def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Exported:
-    """The step and seal programs of a causal language model for one sequence, a token at a time.
+    """Export the programs `step` and `seal` of a causal language model for one sequence, a token at a time.
 
-    kernels: attention on sealed tokens is the op of C++ kernels. Raises FhoptError where there can be no such step.
+    kernels: attention on quantized tokens is the op of C++ kernels. Raises FhoptError where no step can be exported.
     """
     step = Step(model, unrounded(plan), kernels).eval()
     ids, counts, state = example_inputs(step)
@@ -100,7 +102,7 @@ def export_step(model: nn.Module, plan: LatentPlan, kernels: bool = False) -> Ex
 
 
 def example_inputs(step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(ids, counts, state) to export a step with."""
+    """Make the inputs (ids, counts, state) that a step is exported with."""
     rows = EXAMPLE_BLOCKS * step.plan.block
     return (
         torch.zeros(1, 1, dtype=torch.int64),
@@ -110,20 +112,21 @@ def example_inputs(step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def dynamic_rows(step: Step) -> tuple[dict[int, Any] | None, ...]:
-    """Which dimension of each tensor of the state grows: one size for all."""
+    """Return the dynamic dimensions of each tensor of the state: one size for all of them."""
     rows = torch.export.Dim("rows", min=2)
     return tuple({2: rows} if None in t.shape else None for t in step.tensors)
 
 
 def short(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Return the first line of an error's message."""
     return (str(error).strip() or "no message").splitlines()[0][:200]
 
 
 def write_programs(loaded: LoadedModel, plan: LatentPlan, out: Path, compiled: bool = True) -> Path:
     """Write the module docstring's files to the folder `out`, whole or not at all. Returns it.
 
-    compiled: by AOTInductor, too, which takes minutes. An older folder of this kind is replaced. Raises FhoptError.
+    compiled: also write the program compiled by AOTInductor, which takes minutes. An older export is replaced. Raises
+    FhoptError.
     """
     check_out(out, DESCRIPTION)
     model = loaded.language_model()
@@ -147,7 +150,7 @@ def check_out(out: Path, *descriptions: str) -> None:
 
 def _write_compiled(model: nn.Module, plan: LatentPlan, staging: Path) -> None:
     compile_program(export_step(model, plan, kernels=True).step, staging / "step-aot.pt2")
-    compile_library([kernel_spec(site) for site in plan.sites], staging / "fhopt_kernels.so")
+    compile_library([KernelSpec.of(site, "float32") for site in plan.sites], staging / "fhopt_kernels.so")
 
 
 def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -159,18 +162,18 @@ def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def describe_state(tensors: Sequence[StateTensor]) -> list[dict[str, Any]]:
-    """Tensors of a program's state or input, as a description has them."""
+    """Describe the tensors of a program's state or input as JSON values."""
     return [asdict(t) | {"dtype": str(t.dtype).removeprefix("torch.")} for t in tensors]
 
 
 def write_description(
     staging: Path, name: str, version: int, loaded: LoadedModel, plan: LatentPlan, about: Mapping[str, Any]
 ) -> None:
-    """Write the JSON file `name` of an export: what was exported by what, `about`, and the files that are there."""
+    """Write the JSON file `name` of an export: model, plan, version, the values `about`, and its files."""
     names = [str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file()]
     common = {"version": version, "fhopt": __version__, "model": loaded.name, "plan": plan.digest()}
-    told = {**common, **about, "files": describe_files(staging, names)}
-    (staging / name).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+    content = {**common, **about, "files": describe_files(staging, names)}
+    (staging / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _describe(
@@ -193,7 +196,7 @@ def _describe(
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `step.json` says. Raises FhoptError when it is absent, damaged or of another version."""
+    """Read `step.json`. Raises FhoptError when it is absent, damaged or of another version."""
     from fhopt.models.rewritten_folder import read_json
 
     if not (folder / DESCRIPTION).is_file():

@@ -1,11 +1,11 @@
-"""Offline rewriting: a model and its plan as one folder that others can load.
+"""`fhopt rewrite`: a model and its plan as one folder that transformers opens.
 
-The folder opens in three ways: `fhopt.load(FOLDER)`; `AutoModelForCausalLM.from_pretrained(FOLDER)` after `import
-fhopt`, already latent; and the same without fhopt, as the exact original. The last is why no basis is folded into a
-projection: the weights must give the original's keys, and so must the first and newest tokens, which a latent cache
-keeps exactly. Encoding a sealed token is two small products once in its life; there is nothing to win by folding.
+The folder opens in three ways: by `fhopt.load(FOLDER)`; by `AutoModelForCausalLM.from_pretrained(FOLDER)` after `import
+fhopt`, with a cache of latents; and by `from_pretrained` without fhopt, as the exact original. The last is why no basis
+is folded into a projection: the weights must give the original's keys, which attention sinks and residual window also
+keep exactly. Quantizing a token takes two small products, once; folding them into projections would save nothing.
 
-Of a Hugging Face folder the weights are copied byte for byte. Any other model is saved in shards of safetensors.
+Weights of a Hugging Face folder are copied byte for byte. Any other model is saved in shards of safetensors.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _NOT_COPIED = (MANIFEST, CONFIG, INDEX, *rewritten_folder.FORBIDDEN)
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was written: bytes of the weights, of the plan's tensors and descriptions, and of everything."""
+    """A written folder: bytes of the weights, of the plan's files, and of everything."""
 
     path: Path
     weight_bytes: int
     plan_bytes: int
     total_bytes: int
-    copied: bool  # the weights are the files of the original
+    copied: bool  # the files of weights are those of the original
     losses: Mapping[str, Comparison] = field(default_factory=dict)
 
 
@@ -58,9 +58,9 @@ def rewrite(
 ) -> Rewritten:  # fmt: skip
     """Write `loaded` and its plan to the folder `out`, whole or not at all.
 
-    source: the Hugging Face folder that `loaded` came from, whose files are copied. losses: what was measured, by text,
-    for the model card. An older rewritten folder at `out` is replaced. Raises FhoptError when the plan does not fit the
-    model, the model cannot be written, or `out` holds anything else.
+    source: the Hugging Face folder of `loaded`, whose files are copied. losses: measured losses by text, for the model
+    card. An older rewritten folder at `out` is replaced. Raises FhoptError when the plan does not fit the model, the
+    model cannot be written, or `out` holds anything else.
     """
     out = Path(out)
     model = check(loaded, plan, out, source)
@@ -76,14 +76,14 @@ def rewrite(
         _write_manifest(model, plan, staging)
         (staging / "README.md").write_text(card(loaded, plan, losses or {}, source), encoding="utf-8")
         for file in staging.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # for everybody, whatever wrote them
-        return _measured(staging, out, copied, losses or {})
+            file.chmod(0o755 if file.is_dir() else 0o644)  # readable by all users
+        return _sizes(staging, out, copied, losses or {})
 
 
 def stored_dtype(source: Path) -> torch.dtype | None:
-    """What transformers opens a Hugging Face folder in: what its configuration says, else its first safetensors file.
+    """Return the dtype in which transformers opens a Hugging Face folder: of its configuration, else of its weights.
 
-    None where it has no safetensors.
+    None where it has no safetensors files. Raises FhoptError where the first of them cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -91,38 +91,38 @@ def stored_dtype(source: Path) -> torch.dtype | None:
     if not files or not (source / CONFIG).is_file():
         return None
     config = rewritten_folder.read_json(source, CONFIG)
-    told = config.get("dtype") or config.get("torch_dtype")
-    if isinstance(told, str):
-        return _dtype(told.removeprefix("torch."))
+    name = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(name, str):
+        return _dtype(name.removeprefix("torch."))
     try:
         with safe_open(files[0], "pt") as opened:
-            found = [opened.get_tensor(name).dtype for name in opened.keys()]  # noqa: SIM118
+            dtypes = [opened.get_tensor(name).dtype for name in opened.keys()]  # noqa: SIM118
     except SafetensorError as error:
-        raise FhoptError(f"{files[0]} is no safetensors file ({error}). Copy the model again.") from error
-    return next((dtype for dtype in found if dtype.is_floating_point), None)
+        raise FhoptError(f"{files[0]} is not a safetensors file ({error}). Copy the model again.") from error
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    found = getattr(torch, name, None)
-    return found if isinstance(found, torch.dtype) else None
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def check(loaded: LoadedModel, plan: LatentPlan, out: Path, source: Path | None = None) -> Any:
-    """The model, when it can be written to `out` with this plan. Raises FhoptError."""
+    """Return the model. Raises FhoptError unless it can be written to `out` with this plan."""
     model: Any = loaded.module
     if not hasattr(model, "save_pretrained") or not getattr(model, "can_generate", lambda: False)():
         raise FhoptError(
-            f"{loaded.name} is no model of transformers that generates text; expected one. Of any other module, write "
-            "an exported program: --format pt2."
+            f"{loaded.name} is not a generative model of transformers; expected one. Export any other module as a "
+            "program: --format pt2."
         )
     quantized = getattr(model.config, "quantization_config", None)
     if quantized is not None:
         raise FhoptError(
-            f"{loaded.name} is quantized ({getattr(quantized, 'quant_method', 'unknown')}), and a configuration names "
-            "one quantizer. Use fhopt.apply(model, plan) on it, or rewrite the model that was not quantized."
+            f"{loaded.name} is quantized ({getattr(quantized, 'quant_method', 'unknown')}), and a configuration can "
+            "name one quantizer. Use fhopt.apply(model, plan) on it, or rewrite the model that was not quantized."
         )
     if model.is_remote_code():
-        raise FhoptError(f"{loaded.name} brings code of its own; expected a model that is part of transformers.")
+        raise FhoptError(f"{loaded.name} has code of its own; expected a model that is part of transformers.")
     if source is not None and source.resolve() == out.resolve():
         raise FhoptError(f"{out} is the model itself. Write to another folder.")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not rewritten_folder.is_rewritten(out))):
@@ -135,28 +135,28 @@ def losses(
     loaded: LoadedModel, plan: LatentPlan, texts: Sequence[str], sequences: int, context: int,
     progress: Progress = silent,
 ) -> dict[str, Comparison]:  # fmt: skip
-    """What the plan loses on the held-out half of each text; nothing for a model without a tokenizer.
+    """Measure the loss of the plan on the held-out half of each text; no loss for a model without a tokenizer.
 
     Raises FhoptError when a text is too short or the context too long.
     """
     if loaded.tokenizer is None or not texts:
         return {}
-    model, found = loaded.language_model(), {}
+    model, comparisons = loaded.language_model(), {}
     check_length(model, context - 1)
     for number, text in enumerate(texts):
         held_out = tokens.halves(tokens.read_text(text))[1]
         what = f"the second half of {text!r}"
         ids = tokens.sequences(loaded.tokenizer, held_out, count=sequences, length=context, what=what)
-        found[text] = token_costs(model, ids, plan).compare()
+        comparisons[text] = token_costs(model, ids, plan).compare()
         progress("loss", number + 1, len(texts))
-    return found
+    return comparisons
 
 
 # --------------------------------------------------------------------------------------------------- files
 
 
 def copy_settings(source: Path, staging: Path) -> None:
-    """Tokenizer, generation settings and licences: files of text, none of code."""
+    """Copy tokenizer, generation settings and licences: files of text, not of code."""
     for file in source.iterdir():
         is_settings = file.suffix in _COPIED and file.name not in _NOT_COPIED and not file.name.endswith(".index.json")
         if file.is_file() and (is_settings or file.name.upper().startswith(LICENSES)):
@@ -164,7 +164,7 @@ def copy_settings(source: Path, staging: Path) -> None:
 
 
 def _copy_weights(source: Path, staging: Path) -> None:
-    """The files that transformers reads: one, or those that an index names."""
+    """Copy the files of weights that transformers reads: one, or those that an index names."""
     names = {rewritten_folder.ONE_FILE}
     if not (source / rewritten_folder.ONE_FILE).is_file():
         listed = rewritten_folder.read_json(source, INDEX).get("weight_map")
@@ -185,7 +185,7 @@ def _save_weights(model: Any, staging: Path, shard_size: str) -> None:
 
 
 def _write_config(model: Any, source: Path | None, staging: Path) -> None:
-    """The original's configuration, with the method that opens it."""
+    """Write the original's configuration with the method that opens it."""
     config = rewritten_folder.read_json(source or staging, CONFIG)
     config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
     config.setdefault("architectures", [type(model).__name__])
@@ -209,7 +209,7 @@ def _write_manifest(model: torch.nn.Module, plan: LatentPlan, staging: Path) -> 
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _measured(staging: Path, out: Path, copied: bool, losses: Mapping[str, Comparison]) -> Rewritten:
+def _sizes(staging: Path, out: Path, copied: bool, losses: Mapping[str, Comparison]) -> Rewritten:
     def size(pattern: str) -> int:
         return sum(file.stat().st_size for file in staging.glob(pattern) if file.is_file())
 

@@ -1,4 +1,8 @@
-"""Attention of an exported decode step at one site, in operations that export and MLIR know."""
+"""Attention of an exported decode step at one site, in operations that torch.export and MLIR support.
+
+Letters: B batch, H query heads, G kv heads, J latent heads, S new tokens, N places of sinks and residual window, T
+places of quantized tokens, D and E head sizes, R latent width.
+"""
 
 from __future__ import annotations
 
@@ -14,49 +18,49 @@ from fhopt.ops import algebra, packing
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
-_MASKED = -1e30  # a logit that takes no weight and, unlike -inf, no part of NaN
+_MASKED = -1e30  # a logit whose weight is 0; unlike -inf it never makes NaN
 _HALF_EXPONENTS = [2.0 ** (e - 25) for e in range(32)]
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One tensor of the state. `shape` has None for T."""
+    """Name, shape and dtype of a tensor of the state. `shape` has None for T."""
 
     name: str
     shape: tuple[int | None, ...]
     dtype: torch.dtype
 
     def empty(self, rows: int) -> Tensor:
-        """Zeros with room for `rows` sealed tokens."""
+        """Allocate zeros with room for `rows` quantized tokens."""
         return torch.zeros([rows if n is None else n for n in self.shape], dtype=self.dtype)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one sealed token; 0 for what does not grow."""
+        """Bytes of one quantized token; 0 for a tensor that does not grow."""
         if None not in self.shape:
             return 0
         return math.prod(n for n in self.shape if n is not None) * self.dtype.itemsize
 
 
 def state_tensors(plan: LatentPlan, dtype: torch.dtype, batch: int = 1) -> list[StateTensor]:
-    """The state of every site, in the order in which `Step` takes it."""
-    found = []
+    """List the state of every site in the order in which `Step` takes it."""
+    tensors = []
     for site_plan in plan.sites:
         site, name = site_plan.site, site_plan.site.name
         for side, dim in (("key", site.key_dim), ("value", site.value_dim)):
             places = plan.sinks + plan.window
-            found.append(StateTensor(f"{name}.open_{side}", (batch, site.kv_heads, places, dim), dtype))
+            tensors.append(StateTensor(f"{name}.open_{side}", (batch, site.kv_heads, places, dim), dtype))
         for side, one in _row_sides(site_plan):
             width = one.row_bytes() if one.tiers else one.width
             kind = torch.uint8 if one.tiers else dtype
-            found.append(StateTensor(f"{name}.{side}_rows", (batch, one.groups, None, width), kind))
+            tensors.append(StateTensor(f"{name}.{side}_rows", (batch, one.groups, None, width), kind))
             if one.tiers:
-                found.append(StateTensor(f"{name}.{side}_scale", (batch, one.groups, None), torch.float16))
-    return found
+                tensors.append(StateTensor(f"{name}.{side}_scale", (batch, one.groups, None), torch.float16))
+    return tensors
 
 
 def _row_sides(site: SitePlan) -> list[tuple[str, SidePlan]]:
-    """The sides that have rows of their own: one where keys and values are read from the same."""
+    """List the sides that have packed latents of their own: one where keys and values share them."""
     return [("key", site.key)] if site.is_shared else [("key", site.key), ("value", site.value)]
 
 
@@ -65,7 +69,7 @@ def _row_sides(site: SitePlan) -> list[tuple[str, SidePlan]]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows [B,J,T,...] of one side, their scales, and the decoder [G,D,R] as a tensor of the graph."""
+    """Packed latents [B,J,T,...] of one side, their scales, and the decoder [G,D,R] as a tensor of the graph."""
 
     plan: SidePlan
     rows: Tensor
@@ -74,7 +78,7 @@ class _Rows:
 
 
 class SiteAttention(nn.Module):
-    """Attention of one site on its state and on the new tokens. `kernel`: name of the C++ kernel, "" for torch ops."""
+    """Attention of one site over its state and the new tokens. `kernel`: name of the C++ kernel, "" for torch ops."""
 
     def __init__(self, site: SitePlan, plan: LatentPlan, kernel: str = "") -> None:
         super().__init__()
@@ -87,44 +91,46 @@ class SiteAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor, state: Sequence[Tensor], scale: float
     ) -> Tensor:
-        """query [B,H,S,D], new key and value [B,G,S,D] -> [B,H,S,E] in float32; the mask is causal."""
-        open_key, open_value, *rows = state
+        """Attend with query [B,H,S,D], new key and value [B,G,S,D], causally: [B,H,S,E] in float32."""
+        window_key, window_value, *rows = state
         rows_of_key, rows_of_value = self._rows(rows)
         query = query.float() * scale
-        opened = self._open_logits(query, torch.cat([open_key, key], 2).float(), counts[0], open_key.shape[2])
-        values = torch.cat([open_value, value], 2).float()
+        near_logits = self._window_logits(
+            query, torch.cat([window_key, key], 2).float(), counts[0], window_key.shape[2]
+        )
+        values = torch.cat([window_value, value], 2).float()
         if self.kernel:
-            return self._by_kernel(query, opened, values, counts[1], rows_of_key, rows_of_value)
-        sealed = self._sealed_logits(query, rows_of_key, counts[1])
-        top = torch.maximum(opened.amax(-1, keepdim=True), sealed.amax(-1, keepdim=True))
-        near, far = torch.exp(opened - top), torch.exp(sealed - top)
+            return self._attend_by_kernel(query, near_logits, values, counts[1], rows_of_key, rows_of_value)
+        far_logits = self._latent_logits(query, rows_of_key, counts[1])
+        top = torch.maximum(near_logits.amax(-1, keepdim=True), far_logits.amax(-1, keepdim=True))
+        near, far = torch.exp(near_logits - top), torch.exp(far_logits - top)
         total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
         mixed = algebra.expand(self._mix(far, rows_of_value), rows_of_value.decode)
         return (_grouped(near, values) + mixed) / total
 
     def _rows(self, rows: Sequence[Tensor]) -> tuple[_Rows, _Rows]:
-        found = []
-        given = iter(rows)
+        pairs = []
+        tensors = iter(rows)
         for _, side in _row_sides(self.site):
-            found.append((next(given), next(given) if side.tiers else None))
+            pairs.append((next(tensors), next(tensors) if side.tiers else None))
         decoders: Any = (self.key_decode, self.value_decode)
-        key = _Rows(self.site.key, *found[0], decoders[0])
-        return key, _Rows(self.site.value, *found[-1], decoders[1])
+        key = _Rows(self.site.key, *pairs[0], decoders[0])
+        return key, _Rows(self.site.value, *pairs[-1], decoders[1])
 
-    def _open_logits(self, query: Tensor, keys: Tensor, count: Tensor, places: int) -> Tensor:
-        """[B,H,S,N+S], masked where a place holds no token or one that follows its query."""
+    def _window_logits(self, query: Tensor, keys: Tensor, count: Tensor, places: int) -> Tensor:
+        """Compute logits [B,H,S,N+S], masked where a place holds no token or one that follows its query."""
         logits = _capped(_grouped(query, keys.transpose(-1, -2)), self.site.site.softcap)
         place = torch.arange(keys.shape[2], device=keys.device)
         row = torch.arange(query.shape[2], device=keys.device).unsqueeze(1)
         is_seen = torch.where(place < places, place < count, place - places <= row)  # [S, N+S]
         return torch.where(is_seen, logits, _MASKED)
 
-    def _sealed_logits(self, query: Tensor, rows: _Rows, count: Tensor) -> Tensor:
-        """[B,H,S,T]: one product for each tier of the rows."""
+    def _latent_logits(self, query: Tensor, rows: _Rows, count: Tensor) -> Tensor:
+        """Compute logits [B,H,S,T] of quantized tokens: one product for each bit group."""
         absorbed = algebra.absorb(query, rows.decode)
         parts: list[Tensor] = []
         scaled: list[Tensor] = []
-        for channels, values, has_scale in _tiers(rows):
+        for channels, values, has_scale in _bit_groups(rows):
             logits = _grouped(absorbed[..., channels], values.transpose(-1, -2))
             (scaled if has_scale else parts).append(logits)
         if scaled:
@@ -135,34 +141,34 @@ class SiteAttention(nn.Module):
         return torch.where(place < count, logits, _MASKED)
 
     def _mix(self, weights: Tensor, rows: _Rows) -> Tensor:
-        """[B,H,S,T] -> [B,H,S,R]: what the weights make of the values' latents."""
+        """Sum the latents of values by attention weights: [B,H,S,T] -> [B,H,S,R]."""
         heads = weights.shape[1]
         scaled = weights if rows.scale is None else weights * _per_head(rows.scale, heads)
-        parts = [_grouped(scaled if has_scale else weights, values) for _, values, has_scale in _tiers(rows)]
+        parts = [_grouped(scaled if has_scale else weights, values) for _, values, has_scale in _bit_groups(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def _by_kernel(
-        self, query: Tensor, opened: Tensor, values: Tensor, count: Tensor, keys: _Rows, mixed: _Rows
+    def _attend_by_kernel(
+        self, query: Tensor, near_logits: Tensor, values: Tensor, count: Tensor, keys: _Rows, mixed: _Rows
     ) -> Tensor:
-        """The same with the sealed part in C++."""
+        """Attend to quantized tokens by the C++ kernel, and merge the result with attention to the window."""
         absorbed = algebra.absorb(query, keys.decode)
         latent, lse = torch.ops.fhopt.latent_kernel(
             self.kernel, absorbed, keys.rows, keys.scale, mixed.rows, mixed.scale, None, count, None, 0, 1.0,
             self.site.site.softcap, mixed.plan.width,
         )  # fmt: skip
-        near_lse = torch.logsumexp(opened, -1)
-        near = _grouped(torch.exp(opened - near_lse.unsqueeze(-1)), values)
+        near_lse = torch.logsumexp(near_logits, -1)
+        near = _grouped(torch.exp(near_logits - near_lse.unsqueeze(-1)), values)
         return algebra.merge([(near, near_lse), (algebra.expand(latent, mixed.decode), lse)])
 
-    def seal(self, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Rows of keys and values [B,G,n,D]: codes and scales, or latents as they are."""
+    def quantize(self, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Encode keys and values [B,G,n,D] to packed latents and scales, or to unquantized latents."""
         encoders: Any = {"key": self.key_encode, "value": self.value_encode}
-        given = {"key": torch.cat([key, value], -1) if self.site.is_shared else key, "value": value}
-        made: list[Tensor] = []
+        inputs = {"key": torch.cat([key, value], -1) if self.site.is_shared else key, "value": value}
+        rows: list[Tensor] = []
         for side, one in _row_sides(self.site):
-            latent = algebra.encode(given[side].float(), encoders[side])
-            made += list(_packed(latent, one)) if one.tiers else [latent.to(key.dtype)]
-        return made
+            latent = algebra.encode(inputs[side].float(), encoders[side])
+            rows += list(_packed(latent, one)) if one.tiers else [latent.to(key.dtype)]
+        return rows
 
 
 def _packed(latent: Tensor, side: SidePlan) -> tuple[Tensor, Tensor]:
@@ -178,21 +184,21 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def _per_head(scale: Tensor, heads: int) -> Tensor:
-    """Scales [B,J,T] -> float32 [B,H,1,T]."""
+    """Expand scales [B,J,T] to float32 [B,H,1,T]."""
     return scale.float().repeat_interleave(heads // scale.shape[1], 1).unsqueeze(2)
 
 
 def _grouped(rows: Tensor, latents: Tensor) -> Tensor:
-    """[B,H,S,m] x [B,J,m,n] -> [B,H,S,n] by one bmm: a matmul would spread `latents` over heads where sizes grow."""
+    """Multiply [B,H,S,m] x [B,J,m,n] -> [B,H,S,n] by one bmm: matmul would copy `latents` for every head if n grows."""
     b, h, s, m = rows.shape
     j, n = latents.shape[1], latents.shape[3]
     return torch.bmm(rows.reshape(b * j, h // j * s, m), latents.flatten(0, 1)).view(b, h, s, n)
 
 
-def _tiers(rows: _Rows) -> Iterator[tuple[slice, Tensor, bool]]:
-    """(channels, numbers [B,J,T,width] without the token's scale, whether that scale belongs to them) of each tier.
+def _bit_groups(rows: _Rows) -> Iterator[tuple[slice, Tensor, bool]]:
+    """Yield (channels, dequantized values [B,J,T,width] before the token's scale, whether they have one) of each group.
 
-    Codes stay bytes until the last step, which goes into the product that reads them.
+    Quantized values stay bytes until the last operation, which compilers fuse with the product that reads them.
     """
     if not rows.plan.tiers:
         yield slice(0, rows.plan.width), rows.rows.float(), False
@@ -205,25 +211,25 @@ def _tiers(rows: _Rows) -> Iterator[tuple[slice, Tensor, bool]]:
         if tier.bits == 16:
             yield channels, _halves(piece), False
         else:
-            yield channels, (_codes(piece, tier.bits).float() - (2**tier.bits - 1) / 2) * tier.step, True
+            yield channels, (_quantized_values(piece, tier.bits).float() - (2**tier.bits - 1) / 2) * tier.step, True
         byte, channel = byte + size, channel + tier.width
 
 
-def _codes(piece: Tensor, bits: int) -> Tensor:
-    """Bit planes [..., W*bits/8] -> codes int32 [..., W], by operations that every compiler knows."""
-    found: Tensor | None = None
+def _quantized_values(piece: Tensor, bits: int) -> Tensor:
+    """Unpack bit planes [..., W*bits/8] to int32 [..., W], by operations that every compiler supports."""
+    values: Tensor | None = None
     start, widths = 0, packing.planes(bits)
     count = piece.shape[-1] // bits  # bytes of a plane of one bit
     for width in widths:
         plane = _lanes(piece[..., start : start + count * width].int(), width)
-        found = plane if found is None else (found << width) | plane
+        values = plane if values is None else (values << width) | plane
         start += count * width
-    assert found is not None
-    return found
+    assert values is not None
+    return values
 
 
 def _lanes(plane: Tensor, width: int) -> Tensor:
-    """Bytes [..., n], int32 -> codes int32 [..., n * 8/width], low-order ones first."""
+    """Split bytes [..., n], int32, into fields [..., n * 8/width] of `width` bits, low-order ones first."""
     if width == 8:
         return plane
     lanes = [(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)]
@@ -231,7 +237,7 @@ def _lanes(plane: Tensor, width: int) -> Tensor:
 
 
 def _halves(piece: Tensor) -> Tensor:
-    """Bytes [..., 2n] that hold float16 -> float32 [..., n], by arithmetic: few compilers know how to view bytes."""
+    """Convert bytes [..., 2n] of float16 to float32 [..., n] by arithmetic: few compilers support views of bytes."""
     low, high = piece.unflatten(-1, (-1, 2)).int().unbind(-1)
     exponent, fraction = (high >> 2) & 31, ((high & 3) * 256 + low).float()
     table = torch.tensor(_HALF_EXPONENTS, device=piece.device)

@@ -1,4 +1,4 @@
-"""The state of an exported decode step: tensors that the caller hands from step to step."""
+"""The state of an exported decode step, which the caller passes from step to step."""
 
 from __future__ import annotations
 
@@ -12,52 +12,51 @@ from fhopt.export.step_attention import StateTensor
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.window import sealed_tokens
 
-# --------------------------------------------------------------------------------------------------- state
-
 
 class State:
-    """The caller's side: buffers, and what to do with the results of a step. `capacity`: sealed places from the start.
+    """The caller's side of an exported step: the buffers, and how the results of a step are written to them.
 
-    run_step and run_seal are anything that computes what `Step` and `Seal` do, in torch tensors.
+    run_step and run_seal compute what `Step` and `Seal` do, on torch tensors. tokens: tokens in the state; quantized:
+    how many of them are packed latents.
     """
 
     def __init__(self, plan: LatentPlan, tensors: Sequence[StateTensor], run_step: Any, run_seal: Any) -> None:
         self.plan, self.run_step, self.run_seal = plan, run_step, run_seal
         self.names = [t.name for t in tensors]
         self.buffers = [t.empty(plan.block) for t in tensors]
-        self.tokens = self.sealed = 0
+        self.tokens = self.quantized = 0
 
     @property
     def counts(self) -> Tensor:
-        """Open and sealed tokens."""
-        return torch.tensor([self.tokens - self.sealed, self.sealed])
+        """Number of tokens in sinks and window, and of quantized tokens."""
+        return torch.tensor([self.tokens - self.quantized, self.quantized])
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """Logits [B,S,V] of new tokens [B,S], which are in the state afterwards."""
+        """Compute the logits [B,S,V] of new tokens [B,S], and add these to the state."""
         logits, *new = self.run_step(ids, self.counts, *self.buffers)
-        opened = [i for i, name in enumerate(self.names) if ".open_" in name]
-        at = self.tokens - self.sealed
-        for i, tokens in zip(opened, new, strict=True):
+        windows = [i for i, name in enumerate(self.names) if ".open_" in name]
+        at = self.tokens - self.quantized
+        for i, tokens in zip(windows, new, strict=True):
             self.buffers[i][:, :, at : at + ids.shape[1]] = tokens
         self.tokens += ids.shape[1]
-        while sealed_tokens(self.tokens, self.plan.sinks, self.plan.recent, self.plan.block) > self.sealed:
-            self._seal(opened)
+        while sealed_tokens(self.tokens, self.plan.sinks, self.plan.recent, self.plan.block) > self.quantized:
+            self._quantize_block(windows)
         result: Tensor = logits
         return result
 
-    def _seal(self, opened: Sequence[int]) -> None:
-        """Put the oldest block of the window behind the sealed rows."""
+    def _quantize_block(self, windows: Sequence[int]) -> None:
+        """Quantize the oldest block of the window and append it to the packed latents."""
         first, block = self.plan.sinks, self.plan.block
-        rows = self.run_seal(*(self.buffers[i][:, :, first : first + block].contiguous() for i in opened))
-        grown = [i for i in range(len(self.buffers)) if i not in opened]
+        rows = self.run_seal(*(self.buffers[i][:, :, first : first + block].contiguous() for i in windows))
+        grown = [i for i in range(len(self.buffers)) if i not in windows]
         for i, new in zip(grown, rows, strict=True):
             buffer = self.buffers[i]
-            if buffer.shape[2] < self.sealed + block:  # twice the room, so that moving costs little
+            if buffer.shape[2] < self.quantized + block:  # doubled, so that few copies are made in all
                 buffer = torch.cat([buffer, torch.zeros_like(buffer)], 2)
-            buffer[:, :, self.sealed : self.sealed + block] = new
+            buffer[:, :, self.quantized : self.quantized + block] = new
             self.buffers[i] = buffer
-        for i in opened:
+        for i in windows:
             buffer = self.buffers[i]
             buffer[:, :, first : buffer.shape[2] - block] = buffer[:, :, first + block :].clone()
-        self.sealed += block
+        self.quantized += block

@@ -14,7 +14,7 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, SideKey
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import find_device
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import LAYOUTS, SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
 from fhopt.plan.window import sealed_tokens

@@ -1,1 +1,1 @@
-"""Devices, the cost model, and which kernel runs where."""
+"""Devices, the cost model of a decode step, and the table of a plan's kernels on a device."""

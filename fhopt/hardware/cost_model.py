@@ -1,20 +1,20 @@
-"""What one decode step costs with exact keys and values and with latents: bytes and operations as formulas.
+"""Cost of a decode step with exact keys and values and with latents: bytes and operations as formulas.
 
     exact    bytes B T G (Dk + Dv) itemsize        operations 2 B H S T (Dk + Dv)
-    latents  bytes B T_sealed (codes + scales)     operations 2 B H S T_sealed (R_K + R_V), and one a code unpacked
-    window   the exact formulas, over the T - T_sealed first and newest tokens; with a window of 8 bits all but the
-             first count the bytes of their codes and scales, and one operation a code
+    latents  bytes B T_quantized (rows + scales)   operations 2 B H S T_quantized (R_K + R_V), and one a value unpacked
+    window   the exact formulas, for the T - T_quantized tokens of sinks and residual window; with a window of 8 bits,
+             all but the sinks count the bytes of their quantized values and scales, and one operation a value
     bases    bytes encode and decode, once a step  operations absorb, expand, and encode of the new tokens
     weights  bytes parameters itemsize, once       operations 2 B S parameters
 
-Time is the roofline's: each of these takes max(bytes / bandwidth, operations / throughput), one after the other. Peak
-figures of devices go in, so bounds come out, not promises: kernels reach a part of the peaks, and softmax, launches
-and matrix tiles that few queries leave half empty are not counted. Every parameter counts as read once a step, those
-of experts that stand idle too. Of a cross attention T is the length of what it reads.
+T_quantized is the number of quantized tokens. Time is the roofline's: each line takes max(bytes / bandwidth,
+operations / throughput), one after the other. Peak figures of devices make the results bounds: kernels reach a part of
+the peaks, and softmax, launches and matrix tiles that few queries fill in part are not counted. Every parameter counts
+as read once a step, those of idle experts too. For cross attention T is the length of the encoder's output.
 
-Rows that keys and values share count once in bytes and codes, and twice in products: they are read for both.
+Latents that keys and values share count once in bytes and unpacked values, and twice in products.
 
-The newest `recent` to `recent + block` tokens are open; formulas use the middle, so that T_sealed = max(0, T - sinks
+The residual window holds `recent` to `recent + block` tokens; formulas use the middle, T_quantized = max(0, T - sinks
 - recent - block // 2), where `LatentPlan.cache_bytes` counts whole blocks: they differ by at most half a block.
 
 Roofline: Williams, Waterman, Patterson 2009. Letters: B batch, H query heads, G kv heads, S new queries, T cached
@@ -38,10 +38,10 @@ from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
 
 BATCH, QUERIES, TOKENS = sympy.symbols("B S T", positive=True)
-SEALED = sympy.Symbol("T_sealed", nonnegative=True)
+QUANTIZED = sympy.Symbol("T_quantized", nonnegative=True)
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-RATIOS = (2, 4, 8)  # of hypothetical caches, where there is no plan
-USUAL_OPEN_TOKENS = 4 + 64 + 64 // 2  # sinks, recent tokens and half a block of a plan fitted without further options
+RATIOS = (2, 4, 8)  # of hypothetical caches, without a plan
+DEFAULT_OPEN_TOKENS = 4 + 64 + 64 // 2  # sinks, recent tokens and half a block of a plan with default options
 
 
 # --------------------------------------------------------------------------------------------------- formulas
@@ -49,7 +49,7 @@ USUAL_OPEN_TOKENS = 4 + 64 + 64 // 2  # sinks, recent tokens and half a block of
 
 @dataclass(frozen=True)
 class Work:
-    """One operation of a step: expressions in B, S, T and T_sealed, one pass over `bytes`."""
+    """An operation of a decode step: expressions in B, S, T and T_quantized, one pass over `bytes`."""
 
     name: str
     bytes: Any
@@ -59,21 +59,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Figures:
-    """A step in numbers. `bound` names what takes most of the attention's time: "memory" or "arithmetic"."""
+    """A decode step in numbers. `bound`: what takes most of the attention's time, "memory" or "arithmetic"."""
 
     bytes: float
     operations: float
     attention_seconds: float
     step_seconds: float
     bound: str
-    fits: bool  # weights and cache into the device's memory
+    fits: bool  # weights and KV cache fit into the device's memory
 
 
 @dataclass(frozen=True)
 class Cost:
     """Formulas of one site or of a model: `works` of attention, and the model's `weights`.
 
-    open_tokens is the number of tokens beyond which they are sealed; 0 for an exact cache, which seals none.
+    open_tokens: tokens in attention sinks and residual window; 0 for an exact cache.
     """
 
     works: tuple[Work, ...]
@@ -88,11 +88,11 @@ class Cost:
 
     @property
     def operations(self) -> Any:
-        """Operations of attention in a step, conversions of codes included."""
+        """Operations of attention in a step, with conversions of quantized values."""
         return sympy.Add(*(w.operations + w.conversions for w in self.works))
 
     def time(self, device: Device) -> Any:
-        """Seconds of attention in a step."""
+        """Write the seconds of attention in a step as an expression."""
         terms = []
         for work, count in Counter(self.works).items():
             seconds = device.roofline(work.bytes, work.operations, work.conversions, self.itemsize)
@@ -100,12 +100,12 @@ class Cost:
         return sympy.Add(*terms)
 
     def number(self, expression: Any, tokens: int, batch: int = 1, queries: int = 1) -> float:
-        """An expression of this cost in numbers."""
-        sealed = max(0, tokens - self.open_tokens)
-        return float(expression.subs({TOKENS: tokens, SEALED: sealed, BATCH: batch, QUERIES: queries}))
+        """Evaluate an expression of this cost."""
+        quantized = max(0, tokens - self.open_tokens)
+        return float(expression.subs({TOKENS: tokens, QUANTIZED: quantized, BATCH: batch, QUERIES: queries}))
 
     def on(self, device: Device, tokens: int, batch: int = 1, queries: int = 1) -> Figures:
-        """The step on a device, behind `tokens` cached tokens of each of `batch` sequences."""
+        """Evaluate the step on a device, after `tokens` cached tokens of each of `batch` sequences."""
         size = operations = seconds = in_memory = 0.0
         for work, count in Counter(self.works).items():
             parts = (work.bytes, work.operations, work.conversions)
@@ -122,73 +122,73 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a site's latents are to the cost model: numbers of one token over all latent heads, and of the bases."""
+class LatentSizes:
+    """Sizes of a site's latents: numbers of one token over all latent heads, and of the bases."""
 
     key_width: int  # R_K
     value_width: int  # R_V
     token_bytes: int
-    codes: int  # numbers to unpack
-    encode: int  # numbers of the encoders
+    quantized: int  # values to unpack
+    encode: int  # numbers of the encoder matrices
     decode: int
 
     @staticmethod
-    def planned(plan: SitePlan, itemsize: int) -> Rows:
-        """Those of a plan."""
+    def planned(plan: SitePlan, itemsize: int) -> LatentSizes:
+        """Compute the sizes of a plan."""
         sides = (plan.key, plan.value)
         encode = sum(int(side.encode.numel()) for side in sides)
         decode = sum(int(side.decode.numel()) for side in sides)
         stored = sides[:1] if plan.is_shared else sides
-        codes = sum(side.groups * t.width for side in stored for t in side.tiers if t.bits < 16)
-        return Rows(plan.key.width, plan.value.width, plan.token_bytes(itemsize), codes, encode, decode)
+        quantized = sum(side.groups * t.width for side in stored for t in side.tiers if t.bits < 16)
+        return LatentSizes(plan.key.width, plan.value.width, plan.token_bytes(itemsize), quantized, encode, decode)
 
     @staticmethod
-    def divided(site: AttentionSite, ratio: int, itemsize: int) -> Rows:
-        """Hypothetical: one latent head per kv head, full width, `ratio` times fewer bytes (rounded up)."""
+    def divided(site: AttentionSite, ratio: int, itemsize: int) -> LatentSizes:
+        """Compute hypothetical sizes: a latent head per kv head, full width, `ratio` times fewer bytes (rounded up)."""
         numbers, bases = site.exact_numbers_per_token, site.kv_heads * (site.key_dim**2 + site.value_dim**2)
         size = -(-numbers * itemsize // ratio)
-        return Rows(site.key_dim, site.value_dim, size, numbers if ratio > 1 else 0, bases, bases)
+        return LatentSizes(site.key_dim, site.value_dim, size, numbers if ratio > 1 else 0, bases, bases)
 
 
 def site_cost(
-    site: AttentionSite, latents: SitePlan | Rows | None = None, *, open_tokens: int = 0, itemsize: int = 2,
+    site: AttentionSite, latents: SitePlan | LatentSizes | None = None, *, open_tokens: int = 0, itemsize: int = 2,
     window_bits: int = 16, sinks: int = 0,
 ) -> Cost:  # fmt: skip
-    """Cost of one site: exact without `latents`; a sliding window is always exact, as in the cache.
+    """Compute the cost of one site: exact without `latents`; a sliding window is always exact, as in the cache.
 
-    itemsize: bytes of one exact number and of one number of the bases. window_bits: of the open window of a plan, but
-    for its first `sinks` tokens, which are exact.
+    itemsize: bytes of one exact number and of one number of the bases. window_bits: of a plan's residual window; the
+    first `sinks` tokens are exact.
     """
     slides = site.mask == "sliding" and site.window > 0
     if latents is None or slides:
         return Cost((_exact(site, sympy.Min(TOKENS, site.window) if slides else TOKENS, itemsize),), itemsize)
-    rows = Rows.planned(latents, itemsize) if isinstance(latents, SitePlan) else latents
+    sizes = LatentSizes.planned(latents, itemsize) if isinstance(latents, SitePlan) else latents
     per_query = 2 * BATCH * site.heads * QUERIES
-    sealed = Work(
+    quantized = Work(
         "latents",
-        BATCH * SEALED * rows.token_bytes,
-        per_query * SEALED * (rows.key_width + rows.value_width),
-        BATCH * SEALED * rows.codes,
+        BATCH * QUANTIZED * sizes.token_bytes,
+        per_query * QUANTIZED * (sizes.key_width + sizes.value_width),
+        BATCH * QUANTIZED * sizes.quantized,
     )
     bases = Work(
         "bases",
-        sympy.Integer((rows.encode + rows.decode) * itemsize),
-        per_query * (site.key_dim * rows.key_width + site.value_dim * rows.value_width)
-        + 2 * BATCH * QUERIES * rows.encode,
+        sympy.Integer((sizes.encode + sizes.decode) * itemsize),
+        per_query * (site.key_dim * sizes.key_width + site.value_dim * sizes.value_width)
+        + 2 * BATCH * QUERIES * sizes.encode,
     )
-    opened: tuple[Work, ...] = (_exact(site, TOKENS - SEALED, itemsize),)
+    window: tuple[Work, ...] = (_exact(site, TOKENS - QUANTIZED, itemsize),)
     if isinstance(latents, SitePlan) and window_bits < 16:
-        opened = _rounded(latents, window_bits, sinks, itemsize)
-    return Cost((*opened, sealed, bases), itemsize, open_tokens)
+        window = _rounded_window(latents, window_bits, sinks, itemsize)
+    return Cost((*window, quantized, bases), itemsize, open_tokens)
 
 
-def _rounded(plan: SitePlan, window_bits: int, sinks: int, itemsize: int) -> tuple[Work, ...]:
-    """The open tokens where all but the first `sinks` are codes."""
-    first = sympy.Min(TOKENS - SEALED, sinks)
-    codes = BATCH * (TOKENS - SEALED - first)
-    products = _exact(plan.site, TOKENS - SEALED - first, itemsize).operations
+def _rounded_window(plan: SitePlan, window_bits: int, sinks: int, itemsize: int) -> tuple[Work, ...]:
+    """Compute the work of sinks and of a residual window that is rounded to `window_bits`."""
+    first = sympy.Min(TOKENS - QUANTIZED, sinks)
+    rounded = BATCH * (TOKENS - QUANTIZED - first)
+    products = _exact(plan.site, TOKENS - QUANTIZED - first, itemsize).operations
     numbers, size = plan.site.exact_numbers_per_token, plan.open_bytes(window_bits, itemsize)
-    return _exact(plan.site, first, itemsize), Work("window", codes * size, products, codes * numbers)
+    return _exact(plan.site, first, itemsize), Work("window", rounded * size, products, rounded * numbers)
 
 
 def _exact(site: AttentionSite, tokens: Any, itemsize: int) -> Work:
@@ -199,29 +199,29 @@ def _exact(site: AttentionSite, tokens: Any, itemsize: int) -> Work:
 def model_cost(
     sites: Iterable[AttentionSite], plan: LatentPlan | None = None, *, parameters: int = 0, itemsize: int = 2
 ) -> Cost:
-    """Cost of all sites, with those of `plan` latent, and of `parameters` weights of `itemsize` bytes.
+    """Compute the cost of all sites, those of `plan` on latents, and of `parameters` weights of `itemsize` bytes.
 
     Raises FhoptError when the plan has a site that is not among `sites`.
     """
     planned = {p.site.name: p for p in plan.sites} if plan else {}
-    found = list(sites)
-    unknown = set(planned) - {s.name for s in found}
+    all_sites = list(sites)
+    unknown = set(planned) - {s.name for s in all_sites}
     if unknown:
         raise FhoptError(
             f"the plan has {len(unknown)} sites that the model lacks, such as {min(unknown)!r}; "
-            f"expected some of the model's {len(found)}. Fit a plan for this model: fhopt fit MODEL."
+            f"expected some of the model's {len(all_sites)}. Fit a plan for this model: fhopt fit MODEL."
         )
     if plan is None:
-        return _sum([site_cost(s, itemsize=itemsize) for s in found], 0, parameters, itemsize)
+        return _sum([site_cost(s, itemsize=itemsize) for s in all_sites], 0, parameters, itemsize)
     window: dict[str, int] = dict(window_bits=plan.window_bits, sinks=plan.sinks, itemsize=itemsize)
-    costs = [site_cost(s, planned.get(s.name), **window) for s in found]
+    costs = [site_cost(s, planned.get(s.name), **window) for s in all_sites]
     return _sum(costs, plan.sinks + plan.recent + plan.block // 2, parameters, itemsize)
 
 
 def hypothetical_cost(sites: Iterable[AttentionSite], ratio: int, *, parameters: int = 0, itemsize: int = 2) -> Cost:
-    """The same where no plan exists: latents of `ratio` times fewer bytes (see `Rows.divided`), the usual window."""
-    costs = [site_cost(s, Rows.divided(s, ratio, itemsize), itemsize=itemsize) for s in sites]
-    return _sum(costs, USUAL_OPEN_TOKENS, parameters, itemsize)
+    """Compute the cost with hypothetical latents of `ratio` times fewer bytes, and a window of default size."""
+    costs = [site_cost(s, LatentSizes.divided(s, ratio, itemsize), itemsize=itemsize) for s in sites]
+    return _sum(costs, DEFAULT_OPEN_TOKENS, parameters, itemsize)
 
 
 def _sum(costs: Sequence[Cost], open_tokens: int, parameters: int, itemsize: int) -> Cost:
@@ -230,12 +230,12 @@ def _sum(costs: Sequence[Cost], open_tokens: int, parameters: int, itemsize: int
     return Cost(works, itemsize, open_tokens, weights)
 
 
-# --------------------------------------------------------------------------------------------------- answers
+# --------------------------------------------------------------------------------------------------- comparisons
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """From which context on latents are faster than exact keys and values.
+    """The context from which latents are faster than exact keys and values.
 
     verdict: "from" (`tokens`, and `formula` in B), "always" (latents are never slower) or "never".
     """
@@ -246,21 +246,21 @@ class BreakEven:
 
 
 def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1, queries: int = 1) -> BreakEven:
-    """Where attention takes equally long with both, by roofline.
+    """Compute the context at which attention takes equally long with both, by roofline.
 
-    Beyond the open window both times are lines in T_sealed, which start apart by the time of the bases:
+    Beyond the residual window both times are linear in T_quantized, and differ at its end by the time of the bases:
 
-        T = open tokens + time of the bases / (time of an exact token - time of a sealed token)
+        T = open tokens + time of the bases / (time of an exact token - time of a quantized token)
 
-    Where a window of 8 bits has already saved more than that, the two cross within it, at a like formula.
+    Where a window of 8 bits has already saved more than that, they cross within it, by a similar formula.
     """
     gap, window = (latent.time(device) - exact.time(device)).subs(QUERIES, queries), latent.open_tokens
-    start = gap.subs({TOKENS: window, SEALED: 0})
-    slope = sympy.expand(gap.subs({TOKENS: window + 1, SEALED: 1}) - start)
+    start = gap.subs({TOKENS: window, QUANTIZED: 0})
+    slope = sympy.expand(gap.subs({TOKENS: window + 1, QUANTIZED: 1}) - start)
     if slope.subs(BATCH, batch) >= 0:
         return BreakEven("never")
     if start.subs(BATCH, batch) <= 0:
-        slope = sympy.expand(start - gap.subs({TOKENS: window - 1, SEALED: 0}))
+        slope = sympy.expand(start - gap.subs({TOKENS: window - 1, QUANTIZED: 0}))
         if slope.subs(BATCH, batch) >= 0:
             return BreakEven("always")
     formula = latent.open_tokens - start / slope
@@ -268,17 +268,17 @@ def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1, querie
 
 
 def upper_bound(weights: float, cache: float, ratio: float = math.inf) -> float:
-    """How much faster a step can become at most when only its cache shrinks `ratio` times: (W + KV) / (W + KV/c).
+    """Compute the largest speedup of a step whose cache alone is `ratio` times smaller: (W + KV) / (W + KV/c).
 
-    weights, cache: bytes read in a step, or seconds. Infinite where there is nothing but a cache that vanishes.
+    weights, cache: bytes read in a step, or seconds. Infinite for no weights and an infinite ratio.
     """
     rest = weights + cache / ratio
     return (weights + cache) / rest if rest else math.inf
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cache on one device behind so many tokens, against the exact cache there."""
+class CostRow:
+    """A cache on a device after a number of tokens, compared with the exact cache there."""
 
     device: str
     tokens: int
@@ -286,13 +286,13 @@ class Row:
     figures: Figures
     attention_speedup: float
     step_speedup: float
-    pays: str  # as BreakEven.verdict; "" for the exact cache
+    pays: str  # `BreakEven.verdict`; "" for the exact cache
     pays_from: float | None
 
 
 @dataclass(frozen=True)
-class Bound:
-    """`upper_bound` of a cache in bytes; None where it is infinite. "none" is a cache of no bytes."""
+class SpeedupBound:
+    """The `upper_bound` of a cache by bytes; None where it is infinite. "none" is a cache of no bytes."""
 
     tokens: int
     cache: str
@@ -300,15 +300,17 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Everything that `fhopt cost` shows in numbers."""
+class CostComparison:
+    """The numbers that `fhopt cost` shows."""
 
-    rows: tuple[Row, ...]
-    bounds: tuple[Bound, ...]
+    rows: tuple[CostRow, ...]
+    bounds: tuple[SpeedupBound, ...]
 
 
-def compare(costs: Mapping[str, Cost], devices: Iterable[Device], tokens: Sequence[int], batch: int = 1) -> Comparison:
-    """Costs by name, the one called "exact" among them, on each device and behind each number of tokens."""
+def compare(
+    costs: Mapping[str, Cost], devices: Iterable[Device], tokens: Sequence[int], batch: int = 1
+) -> CostComparison:
+    """Compare costs by name, one of them "exact", on each device and after each number of tokens."""
     rows, bounds, exact = [], [], costs["exact"]
     for device in devices:
         pays = {n: break_even(exact, c, device, batch) for n, c in costs.items() if c is not exact}
@@ -317,18 +319,18 @@ def compare(costs: Mapping[str, Cost], devices: Iterable[Device], tokens: Sequen
             for name, cost in costs.items():
                 now, paying = cost.on(device, count, batch), pays.get(name, BreakEven(""))
                 faster = base.attention_seconds / now.attention_seconds, base.step_seconds / now.step_seconds
-                rows.append(Row(device.name, count, name, now, *faster, paying.verdict, paying.tokens))
+                rows.append(CostRow(device.name, count, name, now, *faster, paying.verdict, paying.tokens))
     for count in tokens:
         weights, cache = (exact.number(e, count, batch) for e in (exact.weights.bytes, exact.bytes))
         rest = {n: sum(c.number(w.bytes, count, batch) for w in c.works if w.name != "bases") for n, c in costs.items()}
         ratios = {n: cache / size for n, size in rest.items() if n != "exact"} | {"none": math.inf}
         for name, ratio in ratios.items():
             bound = upper_bound(weights, cache, ratio)
-            bounds.append(Bound(count, name, bound if bound < math.inf else None))
-    return Comparison(tuple(rows), tuple(bounds))
+            bounds.append(SpeedupBound(count, name, bound if bound < math.inf else None))
+    return CostComparison(tuple(rows), tuple(bounds))
 
 
 def pretty(expression: Any) -> str:
-    """An expression on one line."""
+    """Print an expression on one line."""
     text: str = sympy.pretty(expression, wrap_line=False, use_unicode=True)
     return text

@@ -1,13 +1,15 @@
-"""Devices that the cost model knows: bandwidth, arithmetic, memory."""
+"""Devices of the cost model: bandwidth, arithmetic throughput, memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fhopt.errors import FhoptError
+import torch
 
-# --------------------------------------------------------------------------------------------------- devices
+from fhopt.errors import FhoptError
+from fhopt.hardware import this_cpu
+from fhopt.system import cores
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class Device:
     kind: str
     bandwidth_gb_s: float
     matrix_tflops: float  # multiply-adds of 16-bit numbers, two operations each
-    vector_tflops: float  # the same of float32; conversions of codes run here too
+    vector_tflops: float  # multiply-adds of float32, two operations each; quantized values are converted here too
     memory_gb: float
 
     def roofline(self, size: Any, operations: Any, conversions: Any, itemsize: int) -> tuple[Any, Any]:
-        """Seconds for `size` bytes and seconds for the arithmetic, of numbers or of expressions."""
+        """Compute the seconds for `size` bytes and those for the arithmetic, of numbers or of expressions."""
         throughput = self.matrix_tflops if itemsize == 2 else self.vector_tflops
         arithmetic = operations / round(1e12 * throughput) + conversions / round(1e12 * self.vector_tflops)
         return size / round(1e9 * self.bandwidth_gb_s), arithmetic
@@ -47,8 +49,24 @@ SOCKET_GB_S = 460.8  # twelve channels of DDR5-4800: more threads than fill them
 
 
 def find_device(name: str) -> Device:
-    """The device called `name`; "cpu:16" is a CPU with 16 threads. Raises FhoptError, listing the names."""
+    """Return the device called `name`. Raises FhoptError that lists the names.
+
+    "cpu:16" is the table's CPU with 16 threads; "here" and "here:16" are this machine's CPU, measured at the first use.
+    """
     base, _, threads = name.partition(":")
+    return _this_cpu(threads) if base == this_cpu.NAME else _known_device(name, base, threads)
+
+
+def _this_cpu(threads: str) -> Device:
+    name = this_cpu.NAME
+    if threads and not (threads.isdecimal() and 1 <= int(threads) <= cores()):
+        raise FhoptError(f"device '{name}:{threads}' is unknown; expected {name}:THREADS with 1 to {cores()} threads.")
+    rates = this_cpu.measured(int(threads) if threads else torch.get_num_threads())
+    matrix = max(rates.bfloat16_tflops, rates.float32_tflops)
+    return Device(f"{name}:{rates.threads}", "cpu", rates.read_gb_s, matrix, rates.float32_tflops, rates.memory_gb)
+
+
+def _known_device(name: str, base: str, threads: str) -> Device:
     device = DEVICES.get(base)
     if device is None or (threads and (device.kind != "cpu" or not threads.isdecimal() or int(threads) < 1)):
         raise FhoptError(
@@ -71,11 +89,11 @@ def layout_time(
     device: Device, heads: int, latent_heads: int, key_width: int, value_width: int, row_bytes: float, tokens: int,
     *, itemsize: int = 2, shared: bool = False,
 ) -> float:  # fmt: skip
-    """Seconds in which `heads` query heads read `tokens` latents of one sequence, for choosing between layouts.
+    """Estimate the seconds in which `heads` query heads read `tokens` latents of one sequence, to compare layouts.
 
-    key_width and value_width (R_K, R_V) and row_bytes (codes and scales of both) are of one token in one latent head.
-    Queries and uncoded latents have `itemsize` bytes a number; smaller rows are unpacked first. `shared` rows serve
-    keys and values alike, R_K = R_V: row_bytes has them once, and they are unpacked once.
+    key_width and value_width (R_K, R_V) and row_bytes (packed latents and scales of both) are of one token in one
+    latent head. Queries and unquantized latents have `itemsize` bytes a number; smaller rows are unpacked first.
+    `shared` rows are read for keys and for values, R_K = R_V: row_bytes counts them once, and they are unpacked once.
     """
     row = key_width if shared else key_width + value_width
     conversions = latent_heads * row if row_bytes < itemsize * row else 0

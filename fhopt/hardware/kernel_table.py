@@ -1,10 +1,10 @@
-"""`fhopt kernels`: the generated files of a plan's attention on latents, and what each needs on a device.
+"""`fhopt kernels`: the generated kernels of a plan's attention on latents, and their resources on a device.
 
     kernel = (KernelSpec, H, J)     one file for each spec; one row of the table for each kernel
 
-Bytes, operations and the roofline are those of the work "latents" in cost.py: sealed tokens alone, without the open
-window, the bases and the weights. Registers, shared memory and instructions are read from compiled machine code, which
-needs no GPU. For a CPU there are C++ files, and nothing to read.
+Bytes, operations and the roofline are those of the work "latents" in cost_model.py: quantized tokens only, without
+residual window, bases and weights. Registers, shared memory and instructions are read from compiled machine code, which
+needs no GPU. For a CPU there are C++ files, without resources.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, M rows (S queries of the heads that share a latent
 head).
@@ -29,9 +29,8 @@ from fhopt.codegen.gpu.resources import Occupancy, triton_version
 from fhopt.codegen.gpu.tuning import Choice, choose_each
 from fhopt.errors import FhoptError
 from fhopt.files import check_folder, check_writable, write_folder
-from fhopt.hardware.cost_model import BATCH, ITEMSIZES, QUERIES, SEALED, Cost, Work, site_cost
-from fhopt.hardware.devices import Device
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.cost_model import BATCH, ITEMSIZES, QUANTIZED, QUERIES, Cost, Work, site_cost
+from fhopt.hardware.devices import Device, find_device
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
@@ -42,7 +41,7 @@ MOST_NAMES = 3  # of sites in a cell
 
 @dataclass(frozen=True)
 class Options:
-    """What `fhopt kernels` is asked for.
+    """Options of `fhopt kernels`.
 
     candidates: configurations to compile of a kernel whose default does not fit; 0: all, of every kernel.
     """
@@ -57,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A configuration that does not fit the device."""
+    """A configuration that does not fit the device, and why."""
 
     config: Config
     reason: str
@@ -65,7 +64,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the chosen configuration of a kernel needs; see `Resources` and `Verdict` of codegen."""
+    """Resources of the chosen configuration of a kernel; see `Resources` and `Verdict` of codegen."""
 
     config: Config
     registers: int
@@ -80,10 +79,10 @@ class Compiled:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One kernel: its file, the sites that run it, what they cost, and what it needs.
+    """A kernel: its file, the sites that run it, their cost, and its resources.
 
     bytes_per_token, operations_per_token: of one cached token at one site, for all its heads and `queries` queries.
-    roofline_seconds: of one step at one site behind `tokens` cached tokens. compiled: None on a CPU, and where no
+    roofline_seconds: of one step at one site after `tokens` cached tokens. compiled: None on a CPU, and where no
     configuration fits.
     """
 
@@ -110,7 +109,7 @@ class Kernels:
     files: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the text of the files."""
+        """Return everything but the text of the files as JSON values."""
         kernels = [asdict(row) for row in self.rows]
         return asdict(self.options) | {"triton": self.triton, "kernels": kernels, "files": sorted(self.files)}
 
@@ -118,7 +117,7 @@ class Kernels:
 Kernel = tuple[KernelSpec, int, int, int]  # the spec, H, J of keys and of values
 
 
-# --------------------------------------------------------------------------------------------------- making them
+# --------------------------------------------------------------------------------------------------- files
 
 
 def write_kernels(
@@ -127,39 +126,39 @@ def write_kernels(
     """Write the kernels of `plan` and their table into the folder `out`, whole or not at all. Raises FhoptError."""
     device = find_device(options.device)
     if device.kind == "gpu":
-        triton_version()  # refuses early where there is none
-    found = kernels_of(plan, options.dtype)
-    files = {_file(kernel[0], device): kernel[0] for kernel in found}
+        triton_version()  # raises early where Triton is not installed
+    kernels = kernels_of(plan, options.dtype)
+    files = {_file(kernel[0], device): kernel[0] for kernel in kernels}
     check_folder(out, (*files, *TABLE_FILES))
     check_writable(out.parent)
-    choices = _choices(list(found), device, options, progress)
-    rows = tuple(_row(kernel, found[kernel], choices[kernel], plan, device, options) for kernel in found)
+    choices = _choices(list(kernels), device, options, progress)
+    rows = tuple(_row(kernel, kernels[kernel], choices[kernel], plan, device, options) for kernel in kernels)
     version = triton_version() if device.kind == "gpu" else ""
     texts = {name: render(spec, "triton" if device.kind == "gpu" else "cpp") for name, spec in files.items()}
-    made = Kernels(options, version, rows, texts)
-    tables = dict(zip(TABLE_FILES, (markdown(made), json.dumps(made.as_json(), indent=1) + "\n"), strict=True))
+    written = Kernels(options, version, rows, texts)
+    tables = dict(zip(TABLE_FILES, (markdown(written), json.dumps(written.as_json(), indent=1) + "\n"), strict=True))
     write_folder(out, {name: text.encode() for name, text in (texts | tables).items()})
-    return made
+    return written
 
 
 def kernels_of(plan: LatentPlan, dtype: str) -> dict[Kernel, list[SitePlan]]:
-    """The sites that run each kernel. Raises FhoptError where no site has latents."""
-    found: dict[Kernel, list[SitePlan]] = {}
+    """Group sites by the kernel that they run. Raises FhoptError where no site has latents."""
+    sites: dict[Kernel, list[SitePlan]] = {}
     for site in plan.sites:
         if _latents(site, dtype) is None:
             continue
         kernel = KernelSpec.of(site, dtype), site.site.heads, site.key.groups, site.value.groups
-        found.setdefault(kernel, []).append(site)
-    if not found:
+        sites.setdefault(kernel, []).append(site)
+    if not sites:
         raise FhoptError(
             f"none of the plan's {len(plan.sites)} sites keeps latents; there is no kernel to write. Fit a plan with a "
             "ratio above 1."
         )
-    return found
+    return sites
 
 
 def _latents(site: SitePlan, dtype: str) -> Work | None:
-    """The work of a site's sealed tokens; None where it has none, as with a sliding window."""
+    """Return the work of a site's quantized tokens; None where it has none, as with a sliding window."""
     works = site_cost(site.site, site, itemsize=ITEMSIZES[dtype]).works
     return next((work for work in works if work.name == "latents"), None)
 
@@ -171,20 +170,20 @@ def _file(spec: KernelSpec, device: Device) -> str:
 def _choices(
     kernels: Sequence[Kernel], device: Device, options: Options, progress: Callable[[str, int, int], None]
 ) -> dict[Kernel, Choice]:
-    """The configuration of each kernel; none on a CPU."""
+    """Choose the configuration of each kernel; none on a CPU."""
     if device.kind != "gpu":
         return dict.fromkeys(kernels, Choice(None, ()))
-    found = dict[Kernel, Choice]()
+    chosen = dict[Kernel, Choice]()
     for stage, most in (("compile", min(1, options.candidates)), ("compile more", options.candidates)):
-        left = [kernel for kernel in kernels if kernel not in found or found[kernel].best is None]
-        asked = [(kernel[0], _tile_rows(kernel, options)) for kernel in left]
-        choices = choose_each(asked, find_gpu(device.name), most, functools.partial(progress, stage))
-        found |= dict(zip(left, choices, strict=True))
-    return found
+        left = [kernel for kernel in kernels if kernel not in chosen or chosen[kernel].best is None]
+        requests = [(kernel[0], _tile_rows(kernel, options)) for kernel in left]
+        choices = choose_each(requests, find_gpu(device.name), most, functools.partial(progress, stage))
+        chosen |= dict(zip(left, choices, strict=True))
+    return chosen
 
 
 def _tile_rows(kernel: Kernel, options: Options) -> int:
-    """M."""
+    """Compute the rows of a tile, M."""
     _, heads, key_heads, value_heads = kernel
     return gcd(heads // key_heads, heads // value_heads) * options.queries
 
@@ -197,7 +196,7 @@ def _row(
     assert work is not None
     cost = Cost((work,), ITEMSIZES[options.dtype], plan.sinks + plan.recent + plan.block // 2)
     figures = cost.on(device, options.tokens, options.batch, options.queries)
-    one = {SEALED: 1, BATCH: 1, QUERIES: options.queries}
+    one = {QUANTIZED: 1, BATCH: 1, QUERIES: options.queries}
     return KernelRow(
         file=_file(spec, device),
         sites=tuple(site.site.name for site in sites),
@@ -217,18 +216,18 @@ def _compiled(choice: Choice) -> Compiled | None:
     best = choice.best
     if best is None or best.occupancy is None:
         return None
-    found = best.resources
+    resources = best.resources
     return Compiled(
-        best.config, found.registers, found.spilled, found.shared, best.occupancy, best.bytes_ahead,
-        best.token_instructions, dict(found.tensor_cores), dict(found.loop_reads),
+        best.config, resources.registers, resources.spilled, resources.shared, best.occupancy, best.bytes_ahead,
+        best.token_instructions, dict(resources.tensor_cores), dict(resources.loop_reads),
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------- showing them
+# --------------------------------------------------------------------------------------------------- tables
 
 
-def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
-    """The table in words: its head and its rows."""
+def cells(kernels: Kernels) -> tuple[list[str], list[list[str]]]:
+    """Write the head and the cells of the table."""
     head = [
         "file",
         "sites",
@@ -236,11 +235,11 @@ def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
         "J",
         "bytes/token",
         "operations/token",
-        f"roofline at {made.options.tokens:,}",
+        f"roofline at {kernels.options.tokens:,}",
         "bound by",
     ]
-    rows = [_figures(row) for row in made.rows]
-    if made.triton:
+    rows = [_cost_cells(row) for row in kernels.rows]
+    if kernels.triton:
         head += [
             "registers",
             "spilled",
@@ -251,11 +250,11 @@ def cells(made: Kernels) -> tuple[list[str], list[list[str]]]:
             "tensor cores",
         ]
         head += ["configuration", "rejected"]
-        rows = [cells + _needs(row) for cells, row in zip(rows, made.rows, strict=True)]
+        rows = [cells + _resource_cells(row) for cells, row in zip(rows, kernels.rows, strict=True)]
     return head, rows
 
 
-def _figures(row: KernelRow) -> list[str]:
+def _cost_cells(row: KernelRow) -> list[str]:
     names = ", ".join(row.sites[:MOST_NAMES])
     more = f" and {len(row.sites) - MOST_NAMES} more" if len(row.sites) > MOST_NAMES else ""
     key, value = row.latent_heads
@@ -265,38 +264,38 @@ def _figures(row: KernelRow) -> list[str]:
     ]  # fmt: skip
 
 
-def _needs(row: KernelRow) -> list[str]:
-    found = row.compiled
-    if found is None:
+def _resource_cells(row: KernelRow) -> list[str]:
+    compiled = row.compiled
+    if compiled is None:
         return ["-", "-", "-", "-", "-", "-", "-", "none fits", str(len(row.rejected))]
-    cores = ", ".join(f"{count} {kind}" for kind, count in found.tensor_cores.items()) or "none"
-    reads = ", ".join(f"{count} x {size} B" for size, count in found.loop_reads.items()) or "none"
-    held = f"{found.occupancy.warps} ({found.occupancy.share:.0%}, {found.occupancy.limit})"
+    cores = ", ".join(f"{count} {kind}" for kind, count in compiled.tensor_cores.items()) or "none"
+    reads = ", ".join(f"{count} x {size} B" for size, count in compiled.loop_reads.items()) or "none"
+    warps = f"{compiled.occupancy.warps} ({compiled.occupancy.share:.0%}, {compiled.occupancy.limit})"
     return [
-        str(found.registers), f"{found.spilled} B", f"{found.shared:,} B", held,
-        f"{found.token_instructions:.3g}", reads, cores, words(found.config), str(len(row.rejected)),
+        str(compiled.registers), f"{compiled.spilled} B", f"{compiled.shared:,} B", warps,
+        f"{compiled.token_instructions:.3g}", reads, cores, words(compiled.config), str(len(row.rejected)),
     ]  # fmt: skip
 
 
 def words(config: Config) -> str:
-    """A configuration in a few words."""
+    """Describe a configuration in a few words."""
     return f"{config.block_t} x {config.block_m}, {config.num_warps} warps, {config.num_stages} stages"
 
 
-def _rejections(made: Kernels) -> list[tuple[str, str, str]]:
-    """(file, configuration, reason) of each."""
-    return [(row.file, words(x.config), x.reason) for row in made.rows for x in row.rejected]
+def _rejections(kernels: Kernels) -> list[tuple[str, str, str]]:
+    """List file, configuration and reason of each rejected configuration."""
+    return [(row.file, words(x.config), x.reason) for row in kernels.rows for x in row.rejected]
 
 
-def _about(made: Kernels) -> str:
-    chosen = made.options
+def _about(kernels: Kernels) -> str:
+    chosen = kernels.options
     return f"{chosen.device}, batch {chosen.batch}, queries {chosen.queries}, {chosen.dtype}"
 
 
-def table(made: Kernels) -> Table:
-    """For a terminal: a kernel below the other, since there is more to say of each than a line holds."""
-    head, rows = cells(made)
-    shown = Table(title=f"Attention on latents: {_about(made)}", title_justify="left", show_header=False)
+def table(kernels: Kernels) -> Table:
+    """Make the table for a terminal, one line for each cell: a kernel has more of them than fit side by side."""
+    head, rows = cells(kernels)
+    shown = Table(title=f"Attention on latents: {_about(kernels)}", title_justify="left", show_header=False)
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
     for row in rows:
@@ -306,32 +305,32 @@ def table(made: Kernels) -> Table:
     return shown
 
 
-def rejected_table(made: Kernels) -> Table:
-    """Configurations that do not fit the device."""
+def rejected_table(kernels: Kernels) -> Table:
+    """Make the table of configurations that do not fit the device."""
     shown = Table(title="Rejected", title_justify="left")
     for name in ("file", "configuration", "reason"):
         shown.add_column(name, overflow="fold")
-    for row in _rejections(made):
+    for row in _rejections(kernels):
         shown.add_row(*row)
     return shown
 
 
-def markdown(made: Kernels) -> str:
-    """`kernels.md`."""
+def markdown(kernels: Kernels) -> str:
+    """Write the text of `kernels.md`."""
     lines = [
-        f"# Attention on latents: {_about(made)}",
+        f"# Attention on latents: {_about(kernels)}",
         "",
         "Bytes and operations: of one cached token at one site. Roofline: one step at one site by the peak figures of "
         "the device, a bound.",
     ]
-    if made.triton:
+    if kernels.triton:
         lines.append(
-            f"Registers of a thread, shared memory of a block, instructions: as Triton {made.triton} compiled them. "
+            f"Registers of a thread, shared memory of a block, instructions: as Triton {kernels.triton} compiled them. "
             "Instructions: of warps, for one cached token in one latent head. Reads: of global memory, in a round of "
             "the loop. Configuration: tokens x query rows of a tile."
         )
-    lines += ["", *_markdown_table(*cells(made))]
-    if rejected := _rejections(made):
+    lines += ["", *_markdown_table(*cells(kernels))]
+    if rejected := _rejections(kernels):
         lines += ["", "## Rejected", "", *_markdown_table(["file", "configuration", "reason"], rejected)]
     return "\n".join(lines) + "\n"
 

@@ -1,12 +1,12 @@
-"""What this machine's CPU can do, measured once: the device called "here" in every command.
+"""Rates of this machine's CPU, measured once: the device called "here" in every command.
 
     read      sum of a vector that no cache holds         bytes read / seconds
     copy      one such vector to another                  bytes read and written / seconds
     float32   product of two square matrices by torch     operations / seconds
-    bfloat16  the same
+    bfloat16  product of two square matrices by torch     operations / seconds
 
-Each is the best of a few seconds' runs: the machine may be busy, never faster than it is. Figures are kept in the
-kernels' cache folder (FHOPT_CACHE_DIR), one file for each CPU, version of torch and number of threads.
+Each is the fastest of repeated runs: other load slows a run down, nothing speeds it up. Figures are kept in the cache
+folder of kernels (FHOPT_CACHE_DIR), one file for each CPU, version of torch and number of threads.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from fhopt.errors import FhoptError
 from fhopt.files import appearing
-from fhopt.hardware import devices
-from fhopt.hardware.devices import Device
 from fhopt.system import cache_folder, cores, make_private
 
 NAME = "here"
@@ -37,7 +34,7 @@ SECONDS = 0.6  # of each measurement
 
 
 @dataclass(frozen=True)
-class Measured:
+class CpuRates:
     """Rates of `threads` threads. GB/s are 10^9 bytes, TFLOP/s 10^12 operations, two for a multiply-add."""
 
     cpu: str
@@ -48,37 +45,20 @@ class Measured:
     bfloat16_tflops: float
     memory_gb: float
 
-    @property
-    def device(self) -> Device:
-        """As the cost model sees it."""
-        name = f"{NAME}:{self.threads}"
-        matrix = max(self.bfloat16_tflops, self.float32_tflops)
-        return Device(name, "cpu", self.read_gb_s, matrix, self.float32_tflops, self.memory_gb)
-
-
-def find_device(name: str) -> Device:
-    """`cost.find_device`, and "here" or "here:THREADS": this CPU, measured at the first use. Raises FhoptError."""
-    base, _, threads = name.partition(":")
-    if base != NAME:
-        return devices.find_device(name)
-    if threads and not (threads.isdecimal() and 1 <= int(threads) <= cores()):
-        raise FhoptError(f"device {name!r} is unknown; expected {NAME}:THREADS with 1 to {cores()} threads.")
-    return measured(int(threads) if threads else torch.get_num_threads()).device
-
 
 @functools.cache
-def measured(threads: int) -> Measured:
-    """The figures of this CPU from the cache folder; measured, in some 3 seconds, when they are not there."""
+def measured(threads: int) -> CpuRates:
+    """Return the rates of this CPU from the cache folder; measured, in some 3 seconds, when they are not there."""
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
-        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        return CpuRates(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):  # not there, damaged, or of another version
         return measure(threads)
 
 
-def measure(threads: int) -> Measured:
-    """Measure, and keep the figures where the cache folder can be written."""
-    found = Measured(
+def measure(threads: int) -> CpuRates:
+    """Measure the rates of this CPU, and keep them where the cache folder can be written."""
+    rates = CpuRates(
         cpu=cpu_name(),
         threads=threads,
         read_gb_s=round(measure_read(threads), 1),
@@ -91,30 +71,30 @@ def measure(threads: int) -> Measured:
     try:
         make_private(path.parent)
         with appearing(path) as target:
-            target.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+            target.write_text(json.dumps(asdict(rates)) + "\n", encoding="utf-8")
     except OSError:
         pass  # measured again next time
     measured.cache_clear()
-    return found
+    return rates
 
 
 # --------------------------------------------------------------------------------------------------- measurements
 
 
 def measure_read(threads: int) -> float:
-    """GB/s of reading memory once."""
+    """Measure the GB/s of reading memory once."""
     x = torch.ones(VECTOR)
     return _size(x) / _shortest(threads, lambda: x.sum()) / 1e9
 
 
 def measure_copy(threads: int) -> float:
-    """GB/s of copying memory: bytes read and bytes written."""
+    """Measure the GB/s of copying memory: bytes read and bytes written."""
     x, y = torch.ones(VECTOR), torch.zeros(VECTOR)
     return 2 * _size(x) / _shortest(threads, lambda: y.copy_(x)) / 1e9
 
 
 def measure_products(threads: int, dtype: torch.dtype) -> float:
-    """TFLOP/s of a product of matrices."""
+    """Measure the TFLOP/s of a product of matrices."""
     x, y = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
     return 2 * SIDE**3 / _shortest(threads, lambda: torch.mm(x, y)) / 1e12
 
@@ -124,16 +104,16 @@ def _size(x: torch.Tensor) -> int:
 
 
 def _shortest(threads: int, call: Callable[[], object]) -> float:
-    """Seconds of the fastest call of those that fit into SECONDS; five at least."""
-    taken: list[float] = []
+    """Measure the seconds of the fastest of the calls that fit into SECONDS, at least five."""
+    times: list[float] = []
     with _threads(threads):
         call()
         end = time.perf_counter() + SECONDS
-        while len(taken) < 5 or time.perf_counter() < end:
+        while len(times) < 5 or time.perf_counter() < end:
             start = time.perf_counter()
             call()
-            taken.append(time.perf_counter() - start)
-    return min(taken)
+            times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @contextmanager
@@ -150,7 +130,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """Return the name of the CPU as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

@@ -19,7 +19,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidence_of
 from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import find_device
 from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.display import mask_words, rope_words, tiers
 from fhopt.plan.fingerprint import check_model
@@ -38,7 +38,7 @@ DTYPES = {2: "bfloat16", 4: "float32"}
 
 @dataclass(frozen=True)
 class Formulas:
-    """Bytes and operations of attention in a decode step, in B, S, T and T_sealed."""
+    """Bytes and operations of attention in a decode step, in B, S, T and T_quantized."""
 
     bytes: str
     operations: str
@@ -274,7 +274,7 @@ class _Inspector:
         return PlannedSite(plan.layout, _planned_sides(plan, seen), size, ratio, nats, *pages, formulas, pays)
 
     def _costs(self, site: AttentionSite, plan: SitePlan | None) -> tuple[Formulas, tuple[PaysFrom, ...]]:
-        rows = cost_model.Rows.planned(plan, self.itemsize) if plan else None
+        rows = cost_model.LatentSizes.planned(plan, self.itemsize) if plan else None
         unnamed = replace(site, name="", projections=(), source="", rope=None)  # type: ignore[arg-type]
         key = (repr(unnamed), rows)
         if key not in self.known:

@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fhopt.hardware.cost_model import Comparison, Cost, pretty
-from fhopt.hardware.this_cpu import Measured
+from fhopt.hardware.cost_model import Cost, CostComparison, pretty
+from fhopt.hardware.this_cpu import CpuRates
 from fhopt.inspection.facts import InspectedSite, Inspection, Missed, PlannedSite, common_form, short_name
 from fhopt.passes.outcome import Explanation
 from fhopt.plan.display import mask_words, rope_words
@@ -134,7 +134,7 @@ def _totals(inspection: Inspection) -> Table:
         table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
         table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
-        table.add_row("B batch, S queries, T tokens", "T_sealed of them quantized. Formulas of a site: --site NAME")
+        table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized. Formulas of a site: --site NAME")
     return table
 
 
@@ -285,13 +285,13 @@ def _between(interval: tuple[float, float] | None, digits: str) -> str:
     return "" if interval is None else f" ({interval[0]:{digits}} to {interval[1]:{digits}})"
 
 
-def cost_tables(costs: Mapping[str, Cost], comparison: Comparison, title: str) -> Group:
+def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: str) -> Group:
     """Tabulate the formulas of a decode step, its figures on devices, and the largest possible gain of a whole step."""
     bound = "Largest possible speedup of a whole decode step that is bound by memory: (W + KV) / (W + KV/c)"
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
-def machine_table(results: Sequence[Measured]) -> Table:
+def machine_table(results: Sequence[CpuRates]) -> Table:
     """Tabulate what was measured of this machine's CPU, a row per number of threads."""
     table = Table(title=f"{results[0].cpu}, {results[0].memory_gb:.0f} GB", title_justify="left")
     columns = ("threads", "read, GB/s", "copy, GB/s", "float32, TFLOP/s", "bfloat16, TFLOP/s")
@@ -306,7 +306,7 @@ def machine_table(results: Sequence[Measured]) -> Table:
 def _formulas(costs: Mapping[str, Cost]) -> Table:
     table = Table.grid(padding=(0, 2))
     latent = max(costs.values(), key=lambda c: c.open_tokens)
-    legend = f"B batch, T cached tokens, S new queries (here 1), T_sealed = max(0, T - {latent.open_tokens}) on average"
+    legend = f"B batch, T cached tokens, S new queries (here 1), T_quantized = max(0, T - {latent.open_tokens}) on average"
     table.add_row("symbols", "", legend)
     for name, cost in costs.items():
         table.add_row(name, "bytes", _grouped(pretty(cost.bytes)))
@@ -319,7 +319,7 @@ def _formulas(costs: Mapping[str, Cost]) -> Table:
     return table
 
 
-def _figures(comparison: Comparison, title: str) -> Table:
+def _figures(comparison: CostComparison, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("device", "cached tokens", "cache", "read", "operations", "attention", "faster", "bound by", "step",
                  "faster", "faster from"):  # fmt: skip
@@ -343,7 +343,7 @@ def _figures(comparison: Comparison, title: str) -> Table:
     return table
 
 
-def _bounds(comparison: Comparison) -> Table:
+def _bounds(comparison: CostComparison) -> Table:
     table = Table()
     table.add_column("cached tokens", justify="right")
     rows = [(tokens, list(bounds)) for tokens, bounds in groupby(comparison.bounds, key=lambda b: b.tokens)]

@@ -1,17 +1,18 @@
-"""A language-model head that reads few of its rows: found, coded, saved, and put into a model.
+"""The retrieval head: a language-model head that reads quantized values of all rows, and exactly only few rows.
 
     loaded = load_model("demo")
-    head = fit(loaded, HeadOptions())               find the head, see hidden states, code its rows
+    head = fit(loaded, HeadOptions())               find the head, collect hidden states, quantize its rows
     head.save("head"); head = Head.load("head")
     apply(loaded.module, head)                      generate() as before; the largest logits are certain
-    report(loaded.module)                           rows by certificate, rows by the dense head, bytes
+    report(loaded.module)                           hidden states with a certificate, those of the dense head, bytes
     unapply(loaded.module)
 
-The dense head reads every row of the weight for every token. This one reads codes of all rows, some 4 bits a number,
-which give a bound of every logit, and then the exact rows whose bounds reach the largest exact logit (Cauchy-Schwarz;
-codegen/cpu/lm_head.py has the equations, fhopt/lm_head/quantize.py the basis that makes the bounds tight). The largest
-logits are found for certain, whatever the hidden state is; one whose bounds exclude too little goes to the dense head,
-and is counted. With `probes`, only codes of the clusters that come first are read: fewer bytes and no certificate.
+The dense head reads every row of the weight for every token. The retrieval head reads quantized values of all rows,
+some 4 bits each, which give an upper bound of every logit, and then the exact rows whose bounds reach the largest exact
+logit (Cauchy-Schwarz; codegen/cpu/lm_head.py has the equations, fhopt/lm_head/quantize.py the basis that makes the
+bounds tight). The largest logits are certain for any hidden state; hidden states whose bounds exclude too few rows go
+to the dense head, and are counted. With `probes`, only quantized values of the highest-ranked clusters are read: fewer
+bytes and no certificate.
 
 Vocabularies as inner-product indices: maximum inner-product search with bounds (Ram & Gray 2012, arXiv 1202.6101);
 retrieval heads: FlashHead (arXiv 2603.14591).

@@ -1,4 +1,4 @@
-"""What `fhopt.lm_head` offers: fit, apply, unapply, report."""
+"""The functions of `fhopt.lm_head`, each of which imports its module when it is called."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from fhopt.lm_head.head import Head
 
 if TYPE_CHECKING:
     from fhopt.lm_head.fitting import HeadOptions
-    from fhopt.lm_head.module import Report
+    from fhopt.lm_head.module import HeadReport
 
 
 def fit(loaded: Any, options: HeadOptions | None = None, progress: Any = None) -> Head:
-    """Find the head of a `LoadedModel` and code it; see `fhopt.head_fitting.fit`."""
+    """Find the head of a `LoadedModel` and quantize it; see `fhopt.lm_head.fitting.fit`."""
     from fhopt.lm_head import fitting
 
     return fitting.fit(loaded, options or fitting.HeadOptions(), progress)
 
 
 def apply(model: torch.nn.Module, head: Head, **options: Any) -> torch.nn.Module:
-    """Let `model` compute its logits by `head`; see `fhopt.head_module.apply`."""
+    """Make `model` compute its logits by `head`; see `fhopt.lm_head.install.apply`."""
     from fhopt.lm_head import install
 
     return install.apply(model, head, **options)
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:
-    """Take `apply` back; a model without it is left as it is. Returns the model."""
+    """Undo `apply`, also where it was not called. Returns the model."""
     from fhopt.lm_head import install
 
     return install.unapply(model)
 
 
-def report(model: torch.nn.Module) -> Report:
-    """What the applied head has done so far; see `fhopt.head_module.Report`. Raises FhoptError without one."""
+def report(model: torch.nn.Module) -> HeadReport:
+    """Return counts and bytes of the applied head so far. Raises FhoptError where none is applied."""
     from fhopt.lm_head import install
 
     return install.report(model)

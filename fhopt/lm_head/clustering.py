@@ -1,11 +1,11 @@
-"""Clusters of equal size: k-means in which no cluster has more than its share of the rows.
+"""Balanced k-means: clusters of at most equal size.
 
     assign   every row to the nearest of its 32 nearest centroids that has room, the nearest rows first
     move     every centroid to the mean of its rows
 
-Equal sizes make what a probe reads predictable, and rows of a cluster lie together in memory. The exact assignment is a
-minimum-cost flow (Bradley, Bennett & Demiriz 2000), which takes hours for the 49,152 rows of a small vocabulary; the
-greedy one takes seconds, and what it costs in distance is told by `Clusters.spread`.
+With equal sizes every probe reads the same number of bytes, and the rows of a cluster are contiguous in memory. The
+exact assignment is a minimum-cost flow (Bradley, Bennett & Demiriz 2000), which takes hours for the 49,152 rows of a
+small vocabulary; the greedy one takes seconds, and `Clusters.spread` measures its cost in distance.
 
 Letters: N rows, W their width, K clusters.
 """
@@ -21,15 +21,18 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-NEAREST = 32  # centroids that a row may go to before it takes any with room
-CHUNK = 4096  # rows whose distances exist at once
-SAMPLE = 96  # rows for each cluster that its centroid is found from
+NEAREST = 32  # centroids tried for a row before any with room
+CHUNK = 4096  # rows whose distances are computed at once
+SAMPLE = 96  # rows for each cluster that centroids are computed from
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """labels: int64 [N]; centroids: float32 [K, W], means of the rows; spread: mean squared distance of a row to its
-    centroid, of that to the mean of all rows (1: clusters explain nothing)."""
+    """A clustering of rows.
+
+    labels: int64 [N]. centroids: float32 [K, W], means of the rows. spread: mean squared distance of a row to its
+    centroid, divided by that to the mean of all rows (1: clusters explain nothing).
+    """
 
     labels: Tensor
     centroids: Tensor
@@ -44,16 +47,16 @@ def balanced_kmeans(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Clusters:
-    """`count` clusters of rows [N, W] (float32), of at most `capacity` rows each.
+    """Cluster rows [N, W] (float32) into `count` clusters of at most `capacity` rows.
 
-    Centroids move on a sample of at most 96 rows for each; all rows are assigned to them at the end. progress is called
-    with (steps done, steps in all). Raises FhoptError when the clusters cannot hold the rows.
+    Centroids are computed from a sample of 96 rows for each; all rows are assigned to them at the end. progress is
+    called with (steps done, steps in all). Raises FhoptError when the clusters cannot hold the rows.
     """
     total = rows.shape[0]
     if not 1 <= count <= total or count * capacity < total:
         raise FhoptError(
             f"{count} clusters of {capacity} cannot hold {total} rows; expected 1 to {total} clusters with room for "
-            "all. Give more clusters or none."
+            "all. Choose more clusters, or leave the number out."
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
@@ -72,29 +75,29 @@ def balanced_kmeans(
 
 
 def _assign(rows: Tensor, centroids: Tensor, capacity: int) -> Tensor:
-    """Labels [N], at most `capacity` of each."""
+    """Assign rows to centroids: labels [N], at most `capacity` of each."""
     values, indices = _nearest(rows, centroids)
     labels = torch.full((rows.shape[0],), -1)
     room = torch.full((centroids.shape[0],), capacity)
     while True:
-        open_rows = (labels < 0).nonzero().flatten()
-        free = (room > 0)[indices[open_rows]]  # [open, NEAREST]
-        wanting = free.any(1)
-        if not bool(wanting.any()):
+        unassigned = (labels < 0).nonzero().flatten()
+        free = (room > 0)[indices[unassigned]]  # [unassigned, NEAREST]
+        has_choice = free.any(1)
+        if not bool(has_choice.any()):
             break
-        open_rows, column = open_rows[wanting], free[wanting].to(torch.int8).argmax(1, keepdim=True)
-        wanted = indices[open_rows].gather(1, column).flatten()
-        _accept(open_rows, wanted, values[open_rows].gather(1, column).flatten(), labels, room)
-    left = (labels < 0).nonzero().flatten()  # rows whose neighbours are all full
+        unassigned, column = unassigned[has_choice], free[has_choice].to(torch.int8).argmax(1, keepdim=True)
+        nearest = indices[unassigned].gather(1, column).flatten()
+        _accept(unassigned, nearest, values[unassigned].gather(1, column).flatten(), labels, room)
+    left = (labels < 0).nonzero().flatten()  # rows whose nearest clusters are all full
     labels[left] = torch.repeat_interleave(torch.arange(len(room)), room)[: len(left)]
     return labels
 
 
-def _accept(rows: Tensor, wanted: Tensor, values: Tensor, labels: Tensor, room: Tensor) -> None:
-    """Every cluster takes the nearest of the rows that want it, as many as it has room for."""
+def _accept(rows: Tensor, nearest: Tensor, values: Tensor, labels: Tensor, room: Tensor) -> None:
+    """Assign to every cluster the closest of the rows that it is nearest to, as many as it has room for."""
     order = values.argsort(descending=True)
-    order = order[wanted[order].argsort(stable=True)]
-    clusters = wanted[order]
+    order = order[nearest[order].argsort(stable=True)]
+    clusters = nearest[order]
     begins = torch.searchsorted(clusters, torch.arange(len(room)))
     taken = torch.arange(len(order)) - begins[clusters] < room[clusters]
     labels[rows[order[taken]]] = clusters[taken]
@@ -102,7 +105,7 @@ def _accept(rows: Tensor, wanted: Tensor, values: Tensor, labels: Tensor, room: 
 
 
 def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the nearest centroids: (x.m - |m|^2/2, which grows as the distance falls, index), both [N, 32]."""
+    """Find the nearest centroids of each row: (x.m - |m|^2/2, which grows as distance falls, index), both [N, 32]."""
     norms = centroids.square().sum(1) / 2
     count = min(NEAREST, centroids.shape[0])
     parts = [(part @ centroids.T - norms).topk(count, dim=1) for part in rows.split(CHUNK)]
@@ -110,7 +113,7 @@ def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _means(rows: Tensor, labels: Tensor, before: Tensor) -> Tensor:
-    """Means of the rows of each cluster [K, W]; a cluster without rows stays where it was."""
+    """Compute the means of the rows of each cluster [K, W]; a cluster without rows keeps its centroid."""
     sizes = torch.bincount(labels, minlength=before.shape[0]).unsqueeze(1)
     sums = torch.zeros_like(before).index_add_(0, labels, rows)
     return torch.where(sizes > 0, sums / sizes.clamp_min(1), before)

@@ -1,4 +1,4 @@
-"""What a coded head does on text that did not calibrate it: certificates, agreement, bytes, time beside the dense head.
+"""Measurement of a retrieval head on held-out text: certificates, agreement, bytes and time beside the dense head.
 
 Letters: M hidden states, C their width.
 """
@@ -23,16 +23,19 @@ from fhopt.lm_head.sampling import top_k
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.texts import tokens
 
-TIMED = 30  # calls of one hidden state each, in turns with the dense head
-SWEPT = 1 << 24  # float32 numbers read before each call, so that no weight is still in a cache
+TIMED = 30  # timed calls with one hidden state each, in turns with the dense head
+SWEPT = 1 << 24  # float32 numbers read before each call, so that no weight is in a CPU cache
 
 
 @dataclass(frozen=True)
-class Measured:
-    """positions: hidden states that were read. agreement_percent: with the arg-max of torch's dense head.
-    certified_percent: decided by the search, with certainty; the dense head did the others. probed_agreement_percent:
-    where the fitted number of clusters is looked at, without certainty. exact_rows: of the weight, a position, on
-    average. bytes_per_row, time_ms and those of the dense head: for one hidden state alone."""
+class HeadMetrics:
+    """Metrics of a retrieval head.
+
+    positions: hidden states. agreement_percent: with the arg-max of torch's dense head. certified_percent: hidden
+    states with a certificate; the dense head decides the others. probed_agreement_percent: agreement where only the
+    fitted number of clusters is read. exact_rows: rows of the weight read exactly, mean over positions. bytes_per_row,
+    time_ms and those of the dense head: for one hidden state at a time.
+    """
 
     positions: int
     agreement_percent: float
@@ -54,8 +57,8 @@ def measure(
     positions: int,
     context: int,
     progress: Progress | None = None,
-) -> Measured:
-    """Run the head on the hidden states of `loaded` on the second halves of the texts: at least `positions` of them.
+) -> HeadMetrics:
+    """Measure the head on hidden states of `loaded` over the second halves of the texts, at least `positions` of them.
 
     Raises FhoptError when the texts are too short, and where no kernel can be compiled.
     """
@@ -70,28 +73,28 @@ def measure(
     certain, probed = RetrievalHead(head, weight, bias), RetrievalHead(head, weight, bias, probes=-1)
     expected = _ids(hidden, lambda x: torch.nn.functional.linear(x, weight, bias))
     agreement = [float((_ids(hidden, module) == expected).double().mean()) for module in (certain, probed)]
-    told = certain.report()
-    searched = max(told.rows - told.dense_rows, 1)
+    report = certain.report()
+    searched = max(report.rows - report.dense_rows, 1)
     ours, theirs = _times(hidden, lambda x: top_k(certain, x)[1], lambda x: dense(x, weight, bias).argmax(-1))
-    return Measured(
-        len(hidden), 100 * agreement[0], 100 * told.certified, 100 * agreement[1], told.exact_rows / searched,
-        told.bytes_per_row, told.dense_bytes_per_row, ours, theirs, torch.get_num_threads(),
+    return HeadMetrics(
+        len(hidden), 100 * agreement[0], 100 * report.certified, 100 * agreement[1], report.exact_rows / searched,
+        report.bytes_per_row, report.dense_bytes_per_row, ours, theirs, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _ids(hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """The arg-max of each position, a few at a time."""
+    """Compute the arg-max of each position, a few at a time."""
     return torch.cat([logits(part).argmax(-1) for part in hidden.split(MOST_ROWS)])
 
 
-def _times(hidden: Tensor, *contenders: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
-    """Milliseconds of each contender on one hidden state, medians of calls in turns."""
-    swept, seconds = torch.zeros(SWEPT), [list[float]() for _ in contenders]
+def _times(hidden: Tensor, *functions: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
+    """Measure the milliseconds of each function on one hidden state, medians of calls in turns."""
+    swept, seconds = torch.zeros(SWEPT), [list[float]() for _ in functions]
     for turn in range(TIMED + 2):
         x = hidden[turn % len(hidden)].unsqueeze(0)
-        for run, found in zip(contenders, seconds, strict=True):
+        for run, times in zip(functions, seconds, strict=True):
             swept.sum()
             start = time.perf_counter()
             run(x)
-            found.append(time.perf_counter() - start)
-    return tuple(1e3 * statistics.median(found[2:]) for found in seconds)
+            times.append(time.perf_counter() - start)
+    return tuple(1e3 * statistics.median(times[2:]) for times in seconds)

@@ -1,10 +1,10 @@
-"""Code the head of a model: find it, see what hidden states look like, choose basis, bits and clusters.
+"""Fitting of a retrieval head: find the head, collect hidden states, choose basis, bits and clusters, quantize.
 
     hidden states of calibration text -> their second moments, and a sample
     moments of hidden states and rows -> the basis                                    fhopt/lm_head/quantize.py
-    sample, rows                      -> how many coordinates get 8 bits: what reads fewest bytes in all
+    sample, rows                      -> how many coordinates have 8 bits, so that the fewest bytes are read
     rows in the basis                 -> clusters of equal size                       fhopt/lm_head/clustering.py
-    sample                            -> clusters to probe where no certificate is wanted
+    sample                            -> how many clusters to probe where no certificate is required
 
 Letters: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
 """
@@ -23,7 +23,7 @@ from fhopt.codegen.cpu.lm_head import BLOCK, WIDEST
 from fhopt.errors import FhoptError, Miss
 from fhopt.lm_head.clustering import Clusters, balanced_kmeans
 from fhopt.lm_head.head import Head, fingerprint
-from fhopt.lm_head.quantize import QUANTUM, Balance, Basis, balance, code_rows, encode, tiered
+from fhopt.lm_head.quantize import QUANTUM, Balance, Basis, balance, quantize_rows, quantize_weight, with_bit_groups
 from fhopt.models.capture import Captured
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.passes.graph.evaluate import Evaluator
@@ -35,18 +35,21 @@ from fhopt.texts import tokens
 CHUNK = 4096  # rows of the weight whose moments are summed at once
 BITS = ("auto", "4", "8")
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the coordinates in 8 bits that `auto` tries
-SPREADS = (0.0, 0.05, 0.1, 0.15)  # how much of a cluster's radius counts for its rank
+SPREADS = (0.0, 0.05, 0.1, 0.15)  # share of a cluster's radius that counts for its rank
 TRIED_ROWS, TRIED_STATES = 4096, 64  # rows and hidden states that bits are chosen with
-STRAY = 32.0  # a byte of a row read alone counts as so many of codes: other texts exclude less, some next to nothing
+STRAY = 32.0  # cost of a byte of an exact row in bytes of quantized values: on other texts bounds exclude fewer rows
 RECALL = 0.999  # share of the sample whose best row is in a probed cluster
-ROOM = 1.5  # times as many clusters as that takes: hidden states of other texts are spread wider
+ROOM = 1.5  # factor of the number of clusters for that recall: hidden states of other texts are spread wider
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """texts, sequences, context: what hidden states are collected from. clusters: None for one for each 64 rows. bits:
-    4, 8, or auto for the mix that reads least. iterations: of k-means."""
+    """Options of `fit`.
+
+    texts, sequences, context: where hidden states are collected from. clusters: None: one for each 64 rows. bits: 4, 8,
+    or auto for the mix that reads the fewest bytes. iterations: of k-means.
+    """
 
     texts: Sequence[str] = ("topics",)
     sequences: int = 8
@@ -57,7 +60,7 @@ class HeadOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise FhoptError for options that mean nothing."""
+        """Raise FhoptError for options out of range."""
         if self.bits not in BITS:
             raise FhoptError(f"bits {self.bits!r} is not possible; expected one of {', '.join(BITS)}.")
         for name in ("sequences", "context", "iterations"):
@@ -68,7 +71,7 @@ class HeadOptions:
 
 
 def find(captured: Captured) -> HeadSite:
-    """The head behind the main output of a captured graph. Raises FhoptError with the reason where there is none."""
+    """Find the head of a captured graph's main output. Raises FhoptError with the reason where there is none."""
     program, stage = captured.program, FindHead()
     if captured.result < 0:
         raise FhoptError(
@@ -80,7 +83,7 @@ def find(captured: Captured) -> HeadSite:
     node = output.args[0][captured.result]
     if node not in stage.candidates(program):
         raise FhoptError(
-            "no head was found: the main output of the model is no matrix of logits. Expected one product of hidden "
+            "no head was found: the main output of the model is not a matrix of logits. Expected one product of hidden "
             "states with a parameter."
         )
     try:
@@ -92,9 +95,9 @@ def find(captured: Captured) -> HeadSite:
 
 
 def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = None) -> Head:
-    """The head of a causal language model, coded for the hidden states that it has on text.
+    """Fit the retrieval head of a causal language model to its hidden states on text.
 
-    Raises FhoptError when the model has none that is understood, or the texts are too short.
+    Raises FhoptError when no head is recognized, or the texts are too short.
     """
     options.check()
     module = loaded.language_model()
@@ -108,38 +111,38 @@ def fit(loaded: LoadedModel, options: HeadOptions, progress: Progress | None = N
 
 
 def site_and_graph(loaded: LoadedModel, context: int) -> tuple[Captured, HeadSite]:
-    """A captured graph of the model on `context` tokens, and the head in it. Raises FhoptError."""
+    """Capture the model's graph on `context` tokens, and find the head in it. Raises FhoptError."""
     captured = loaded.capture(context)
     return captured, find(captured)
 
 
 def hidden_states(captured: Captured, site: HeadSite, ids: Tensor, progress: Progress | None = None) -> Tensor:
-    """What the head of a captured graph is given on ids [n, T]: float32 [n * T, C]."""
+    """Run a captured graph on ids [n, T] and return the inputs of its head: float32 [n * T, C]."""
     runner, rows = _Recorder(captured.program.module, site.hidden), []
     for number, sequence in enumerate(ids):
         batch = {"input_ids": sequence.unsqueeze(0)}
         values = [batch.get(captured.inputs.get(n, ""), v) for n, v in captured.program.values.items()]
         with torch.no_grad():
             runner.run(*values)
-        rows.append(runner.found.flatten(0, -2).float())
+        rows.append(runner.value.flatten(0, -2).float())
         if progress is not None:
             progress("states", number + 1, len(ids))
     return torch.cat(rows)
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the value of one node."""
+    """An interpreter that keeps the value of one node."""
 
     def __init__(self, module: fx.GraphModule, name: str) -> None:
         super().__init__(module)
-        self.wanted = name
-        self.found: Tensor
+        self.name = name
+        self.value: Tensor
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run the node."""
+        """Run the node, and keep its value where it is the recorded one."""
         value = super().run_node(n)
-        if n.name == self.wanted:
-            self.found = value.detach().clone()
+        if n.name == self.name:
+            self.value = value.detach().clone()
         return value
 
 
@@ -152,7 +155,7 @@ def fit_weight(
     progress: Progress | None = None,
     about: dict[str, Any] | None = None,
 ) -> Head:
-    """The head of weight [V, C] and bias [V], coded for hidden states like `hidden` [M, C]; None: of any direction.
+    """Fit the head of weight [V, C] and bias [V] to hidden states [M, C]; None: to hidden states of any direction.
 
     Raises FhoptError for weights that are not finite or too wide.
     """
@@ -163,10 +166,10 @@ def fit_weight(
     vocabulary, width = weight.shape
     centre = weight.double().mean(0).float()
     report("basis", 0, 1)
-    found = balance(_moment(hidden), _row_moment(weight, centre))
+    balanced = balance(_moment(hidden), _row_moment(weight, centre))
     sample = _sample(hidden, width, options.seed)
-    lead, survivors = _choose_lead(found, weight, bias, centre, sample, options)
-    basis = tiered(found, width, lead, options.seed)
+    lead, survivors = _choose_lead(balanced, weight, bias, centre, sample, options)
+    basis = with_bit_groups(balanced, width, lead, options.seed)
     report("basis", 1, 1)
     rows = torch.cat([basis.rows(part.double() - centre.double()).float() for part in weight.split(CHUNK)])
     count = options.clusters or max(1, round(vocabulary / 64))
@@ -176,20 +179,20 @@ def fit_weight(
         rows, count, capacity, options.iterations, options.seed, lambda done, total: report("clusters", done, total)
     )
     del rows
-    report("codes", 0, 1)
-    codes = encode(weight, basis, centre, clusters)
-    report("codes", 1, 1)
+    report("quantize", 0, 1)
+    codes = quantize_weight(weight, basis, centre, clusters)
+    report("quantize", 1, 1)
     probes, spread, recall = _choose_probes(weight, bias, basis, clusters, codes.radii, hidden)
-    told = {
-        "gain": found.gain, "expected_rows": survivors, "cluster_spread": clusters.spread, "probe_recall": recall,
+    metadata = {
+        "gain": balanced.gain, "expected_rows": survivors, "cluster_spread": clusters.spread, "probe_recall": recall,
         "seed": options.seed, "bits": options.bits,
     }  # fmt: skip
     dtype = str(weight.dtype).removeprefix("torch.")
-    return Head(site, codes, dtype, fingerprint(weight, bias), probes, spread, told | (about or {}))
+    return Head(site, codes, dtype, fingerprint(weight, bias), probes, spread, metadata | (about or {}))
 
 
 def site_for(weight: Tensor, name: str = "weight", bias: str = "") -> HeadSite:
-    """A site for a weight [V, C] that no graph was searched for."""
+    """Make a site for a weight [V, C] without a graph."""
     vocabulary, width = weight.shape
     return HeadSite(name, bias, "", vocabulary, width, False, 1.0, 0.0, "", "", "", "")
 
@@ -197,9 +200,9 @@ def site_for(weight: Tensor, name: str = "weight", bias: str = "") -> HeadSite:
 def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise FhoptError(f"the head is {weight.dtype}; expected float32, bfloat16 or float16. Load the model in one.")
-    given = [weight] if bias is None else [weight, bias]
-    if not all(bool(part.isfinite().all()) for x in given for part in x.split(CHUNK)):
-        raise FhoptError("the weight of the head holds numbers that are not finite. Load a sound checkpoint.")
+    tensors = [weight] if bias is None else [weight, bias]
+    if not all(bool(part.isfinite().all()) for x in tensors for part in x.split(CHUNK)):
+        raise FhoptError("the weight of the head holds numbers that are not finite. Load an undamaged checkpoint.")
     if weight.shape[1] > WIDEST:
         raise FhoptError(f"hidden states of {weight.shape[1]} numbers are too wide; expected at most {WIDEST}.")
 
@@ -217,7 +220,7 @@ def _row_moment(weight: Tensor, centre: Tensor) -> Tensor:
 
 
 def _sample(hidden: Tensor | None, width: int, seed: int) -> Tensor:
-    """Hidden states [64, C] to choose bits with: some of those seen, or random directions."""
+    """Sample hidden states [64, C] to choose bits with: some of the collected ones, or random directions."""
     generator = torch.Generator().manual_seed(seed + 0x48454144)  # not the numbers that a random weight was made of
     if hidden is None:
         return torch.randn(TRIED_STATES, width, generator=generator)
@@ -228,9 +231,9 @@ def _sample(hidden: Tensor | None, width: int, seed: int) -> Tensor:
 
 
 def _choose_lead(
-    found: Balance, weight: Tensor, bias: Tensor | None, centre: Tensor, sample: Tensor, options: HeadOptions
+    balanced: Balance, weight: Tensor, bias: Tensor | None, centre: Tensor, sample: Tensor, options: HeadOptions
 ) -> tuple[int, float]:
-    """(coordinates in 8 bits, rows that are expected to be read exactly): what reads the fewest bytes in all."""
+    """Choose how many coordinates have 8 bits, to read the fewest bytes; also return the expected exact rows."""
     width = weight.shape[1]
     rank = math.ceil(width / QUANTUM) * QUANTUM
     shares = {"4": (0,), "8": (1,), "auto": SHARES}[options.bits]
@@ -242,12 +245,12 @@ def _choose_lead(
     tried = weight[picked]
     costs: dict[int, tuple[float, float]] = {}
     for lead in leads:
-        basis = tiered(found, width, lead, options.seed)
+        basis = with_bit_groups(balanced, width, lead, options.seed)
         upper = _upper(basis, tried.double() - centre.double(), sample) + (sample @ centre).unsqueeze(1)
         upper = upper if bias is None else upper + bias[picked].float()
         survivors = float((upper >= best.unsqueeze(1)).sum(1).double().mean()) * len(weight) / len(tried)
-        codes = len(weight) * (lead + (rank - lead) / 2)
-        costs[lead] = (codes + STRAY * survivors * width * weight.element_size(), survivors)
+        quantized_bytes = len(weight) * (lead + (rank - lead) / 2)
+        costs[lead] = (quantized_bytes + STRAY * survivors * width * weight.element_size(), survivors)
     lead = min(costs, key=lambda n: costs[n][0])
     return lead, costs[lead][1]
 
@@ -257,12 +260,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
-    """Upper bounds [M, n] of h.w for centred rows [n, C], without those of the rounding of h."""
+    """Compute upper bounds [M, n] of h.w for centred rows [n, C], without the rounding of h."""
     coordinates, hidden = basis.rows(rows), basis.hidden(sample)
     out = hidden @ coordinates.float().T
     for part, bits in ((slice(basis.lead), 8), (slice(basis.lead, None), 4)):
         if coordinates[:, part].shape[1]:
-            error = code_rows(coordinates[:, part], bits).error.float()
+            error = quantize_rows(coordinates[:, part], bits).error.float()
             out = out + hidden[:, part].norm(dim=1, keepdim=True) * error
     return out
 
@@ -273,7 +276,7 @@ def _upper(basis: Basis, rows: Tensor, sample: Tensor) -> Tensor:
 def _choose_probes(
     weight: Tensor, bias: Tensor | None, basis: Basis, clusters: Clusters, radii: Tensor, hidden: Tensor | None
 ) -> tuple[int, float, float]:
-    """(probes, spread, recall): half as many clusters again as hold the best row of 99.9 % of the hidden states."""
+    """Choose (probes, spread, recall) for which probed clusters hold the best row of RECALL of the hidden states."""
     count = len(radii)
     if hidden is None:
         return count, 0.0, 1.0
@@ -282,13 +285,13 @@ def _choose_probes(
     rotated = basis.hidden(states)
     scores = rotated @ clusters.centroids.T
     reach = rotated.norm(dim=1, keepdim=True) * radii
-    found = []
+    choices = []
     for spread in SPREADS:
         ranked = scores + spread * reach
         rank = (ranked > ranked.gather(1, clusters.labels[best].unsqueeze(1))).sum(1) + 1  # [M]
         probes = min(count, math.ceil(ROOM * int(rank.sort().values[math.ceil(RECALL * len(rank)) - 1])))
-        found.append((probes, spread, float((rank <= probes).double().mean())))
-    return min(found)
+        choices.append((probes, spread, float((rank <= probes).double().mean())))
+    return min(choices)
 
 
 def _best(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

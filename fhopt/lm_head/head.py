@@ -1,22 +1,9 @@
-"""A language-model head that reads few of its rows: found, coded, saved, and put into a model.
+"""A fitted retrieval head as data, and its folder on disk.
 
-    loaded = load_model("demo")
-    head = fit(loaded, HeadOptions())               find the head, see hidden states, code its rows
-    head.save("head"); head = Head.load("head")
-    apply(loaded.module, head)                      generate() as before; the largest logits are certain
-    report(loaded.module)                           rows by certificate, rows by the dense head, bytes
-    unapply(loaded.module)
+    head.json            version, site, sizes, dtype, fingerprint of the weight, how it was fitted, digest
+    head.safetensors     quantized values and bounds of all rows, basis, centre, centroids and radii of clusters
 
-The dense head reads every row of the weight for every token. This one reads codes of all rows, some 4 bits a number,
-which give a bound of every logit, and then the exact rows whose bounds reach the largest exact logit (Cauchy-Schwarz;
-codegen/cpu/lm_head.py has the equations, fhopt/lm_head/quantize.py the basis that makes the bounds tight). The largest
-logits are found for certain, whatever the hidden state is; one whose bounds exclude too little goes to the dense head,
-and is counted. With `probes`, only codes of the clusters that come first are read: fewer bytes and no certificate.
-
-Vocabularies as inner-product indices: maximum inner-product search with bounds (Ram & Gray 2012, arXiv 1202.6101);
-retrieval heads: FlashHead (arXiv 2603.14591).
-
-Letters: M hidden states, C their width, R width of the basis, V vocabulary, K clusters.
+Letters: C width of the hidden states, R width of the basis, V vocabulary, K clusters.
 """
 
 from __future__ import annotations
@@ -45,11 +32,11 @@ _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
 
 @dataclass(frozen=True)
 class Head:
-    """The codes of one head, and what they belong to.
+    """A language-model head with quantized rows.
 
-    site: where the head is in its model. dtype: of the weight that was coded. fingerprint: of that weight and bias.
-    probes, spread: clusters to look at when no certificate is wanted, and how they are ranked. about: what the codes
-    were fitted on and what was measured then.
+    site: where the head is in its model. codes: the quantized rows with their bounds. dtype, fingerprint: of the weight
+    and bias that were quantized. probes, spread: how many clusters are read where no certificate is required, and how
+    they are ranked. about: texts and measurements of the fit.
     """
 
     site: HeadSite
@@ -62,24 +49,24 @@ class Head:
 
     @property
     def clusters(self) -> int:
-        """K."""
+        """Number of clusters, K."""
         return int(self.codes.centroids.shape[0])
 
     @property
     def bytes_read(self) -> int:
-        """By a hidden state, or up to 8 at once: codes of all rows and the basis, exact rows not counted."""
+        """Bytes read for one hidden state, or up to 8 at once: quantized rows and basis, without exact rows."""
         basis = self.codes.transform.numel() * 2 if self.codes.transform is not None else 0
         return self.codes.codes.numel() + basis
 
     @property
     def dense_bytes(self) -> int:
-        """Of the weight."""
+        """Bytes of the weight."""
         return self.site.vocabulary * self.site.width * getattr(torch, self.dtype).itemsize
 
     def search(self, **options: Any) -> Search:
-        """A `Search` in this head; `probes=-1`: as many as were fitted."""
-        wanted = Search(spread=self.spread, softcap=self.site.softcap / self.site.scale, **options)
-        return replace(wanted, probes=self.probes) if wanted.probes < 0 else wanted
+        """Make the options of a search in this head; `probes=-1`: the fitted number of clusters."""
+        search = Search(spread=self.spread, softcap=self.site.softcap / self.site.scale, **options)
+        return replace(search, probes=self.probes) if search.probes < 0 else search
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the folder `path`, whole or not at all. Raises FhoptError."""
@@ -103,7 +90,7 @@ class Head:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Head:
-        """Read what `save` wrote. Raises FhoptError when it is no head, damaged, or of another version."""
+        """Load a folder that `save` wrote. Raises FhoptError when it is not a head, damaged, or of another version."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -118,17 +105,19 @@ class Head:
         except (SafetensorError, ValueError, RecursionError) as error:
             raise FhoptError(f"{folder} is damaged ({error}). Make the head again with: fhopt head") from error
         if not isinstance(content, dict) or content.get("version") != VERSION:
-            found = content.get("version") if isinstance(content, dict) else None
-            raise FhoptError(f"{folder} has version {found}, expected {VERSION}. Make the head again with: fhopt head")
+            version = content.get("version") if isinstance(content, dict) else None
+            raise FhoptError(
+                f"{folder} has version {version}, expected {VERSION}. Make the head again with: fhopt head"
+            )
         try:
             if content.pop("digest", None) != digest(content, tensors):
                 raise ValueError("its content is not what was written")
-            return _checked(_made(content, tensors))
+            return _checked(_from_content(content, tensors))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise FhoptError(f"{folder} is damaged ({error!r}). Make the head again with: fhopt head") from error
 
 
-def _made(content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+def _from_content(content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
     parts: dict[str, Any] = {name: tensors.get(name) for name in TENSORS}
     return Head(
         HeadSite(**content["site"]),
@@ -138,7 +127,7 @@ def _made(content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
 
 
 def _checked(head: Head) -> Head:
-    """The head, when every size fits. Raises ValueError: machine code trusts them."""
+    """Return the head. Raises ValueError unless all sizes and numbers fit, which kernels do not check."""
     codes, site = head.codes, head.site
     count, blocks = codes.centroids.shape[0], codes.codes.shape[0]
     shapes = {
@@ -163,12 +152,12 @@ def _checked(head: Head) -> Head:
     tensors = (numbers, codes.centre, codes.centroids, codes.radii, codes.transform)
     finite = all(bool(x.isfinite().all()) for x in tensors if x is not None)
     if not finite or not all(math.isfinite(x) and x >= 0 for x in (codes.transform_norm, codes.largest, head.spread)):
-        raise ValueError("numbers that are not finite")  # a bound that is NaN excludes what it should not
+        raise ValueError("numbers that are not finite")  # a bound that is NaN would exclude rows wrongly
     return head
 
 
 def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
-    """Hash of every number of weight and bias: bounds hold for the weight that was coded and for no other."""
+    """Hash every number of weight and bias: bounds hold for the quantized weight and for no other."""
     h = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}{bias is not None}".encode())
     for part in (*weight.detach().split(4096), *([] if bias is None else [bias.detach()])):
         h.update(part.cpu().contiguous().view(torch.uint8).numpy())

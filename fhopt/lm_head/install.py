@@ -1,4 +1,4 @@
-"""Putting a retrieval head into a model, and taking it out."""
+"""Installation of a retrieval head in a model, and its removal."""
 
 from __future__ import annotations
 
@@ -12,38 +12,35 @@ from fhopt.codegen.cpu import lm_head as cpu_lm_head
 from fhopt.errors import FhoptError
 from fhopt.lm_head.head import Head, fingerprint
 from fhopt.lm_head.intercept import HeadHooks
-from fhopt.lm_head.module import Report, RetrievalHead
+from fhopt.lm_head.module import HeadReport, RetrievalHead
 from fhopt.passes.recognize.find_lm_head import HeadSite
 
 KEPT = "_fhopt_head"  # attribute of a model with a head applied
 log = logging.getLogger(__name__)
 
 
-# --------------------------------------------------------------------------------------------------- models
-
-
 @dataclass(frozen=True)
 class _Replaced:
-    """A head in the place of a linear layer."""
+    """A linear layer and the retrieval head that replaces it."""
 
     parent: nn.Module
     name: str
-    before: nn.Module
-    after: RetrievalHead
+    layer: nn.Module
+    head: RetrievalHead
 
     def remove(self) -> None:
-        """Put the layer back."""
-        setattr(self.parent, self.name, self.before)
+        """Restore the linear layer."""
+        setattr(self.parent, self.name, self.layer)
 
 
 def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
-    """Let `model` compute its logits by a `RetrievalHead` (see there for the options); returns the model.
+    """Make `model` compute its logits by a `RetrievalHead`, whose options these are. Returns the model.
 
-    It takes the place of the linear layer of the head; where a module makes logits in its own forward, products with
-    the weight are searched there. Greedy decoding gives the tokens of the dense head, and so does sampling with `top_k`
-    where `keep` is no less. Beams and sampling without top-k also need `estimates`, and differ by those. Weights stay
-    where they are. Applying another head replaces the first. Raises FhoptError when the model has another head, or one
-    whose bias is added in a call of its own.
+    The retrieval head replaces the linear layer; where a module computes logits in its own forward, products with the
+    weight are intercepted there. Greedy decoding gives the tokens of the dense head, and so does sampling with a
+    `top_k` of at most `keep`. Beam search and sampling without top-k also need `estimates`, and differ by those.
+    Weights stay where they are. Applying another head replaces the first. Raises FhoptError when the head was made for
+    another weight, or the bias is added outside of the linear layer.
     """
     unapply(model)
     site = head.site
@@ -52,48 +49,48 @@ def apply(model: nn.Module, head: Head, **options: Any) -> nn.Module:
     assert weight is not None
     if head.fingerprint != fingerprint(weight, bias):
         raise FhoptError(
-            f"the head was coded for another {site.weight} ({head.dtype}, {head.site.vocabulary} rows) than this "
+            f"the head was made for another {site.weight} ({head.dtype}, {head.site.vocabulary} rows) than this "
             f"{str(weight.dtype).removeprefix('torch.')} one. Make one for these weights with: fhopt head"
         )
     if isinstance(owner, nn.Linear) and owner.weight is weight and owner.bias is not bias:
         raise FhoptError(
-            f"{site.bias} is added to what {site.module} gives in a call of its own. Expected it as the bias of that "
-            "layer, where a search knows of it."
+            f"{site.bias} is added to the output of {site.module} by another operation. Expected it as the bias of "
+            "that layer, where the search includes it."
         )
     if cpu_lm_head.library() is None:
         log.warning("No C++ compiler was found: the head stays dense. Install g++ (or clang++) and start again.")
-    after = RetrievalHead(head, weight, bias, **options)
-    setattr(model, KEPT, _put(model, owner, site, after))
+    module = RetrievalHead(head, weight, bias, **options)
+    setattr(model, KEPT, _install(model, owner, site, module))
     return model
 
 
-def _put(model: nn.Module, owner: nn.Module, site: HeadSite, after: RetrievalHead) -> _Replaced | HeadHooks:
-    """The head where `owner` makes the logits: in its place, or in its forward."""
-    after.train(owner.training)
-    if isinstance(owner, nn.Linear) and owner.weight is after.weight:
+def _install(model: nn.Module, owner: nn.Module, site: HeadSite, head: RetrievalHead) -> _Replaced | HeadHooks:
+    """Install the head where `owner` computes the logits: in its place, or in its forward."""
+    head.train(owner.training)
+    if isinstance(owner, nn.Linear) and owner.weight is head.weight:
         parent, _, name = site.module.rpartition(".")
-        replaced = _Replaced(model.get_submodule(parent), name, owner, after)
-        setattr(replaced.parent, name, after)
+        replaced = _Replaced(model.get_submodule(parent), name, owner, head)
+        setattr(replaced.parent, name, head)
         return replaced
     own = {id(weight): name for name, weight in owner.named_parameters(remove_duplicate=False)}
-    if id(after.weight) not in own:  # the weight is of a module beside: watch the whole model
-        return _put(model, model, replace(site, module=""), after)
-    return HeadHooks(owner, own[id(after.weight)], after)
+    if id(head.weight) not in own:  # the weight belongs to another module: intercept products in the whole model
+        return _install(model, model, replace(site, module=""), head)
+    return HeadHooks(owner, own[id(head.weight)], head)
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
-    """The module in whose forward the product is. Raises FhoptError."""
+    """Return the module that computes the product in its forward. Raises FhoptError."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
         raise FhoptError(
-            f"the head is of a model with the module {path}, which {type(model).__name__} has not. Make one for this "
-            "model with: fhopt head"
+            f"the head was made for a model with the module {path}, which {type(model).__name__} does not have. Make "
+            "one for this model with: fhopt head"
         ) from error
 
 
 def unapply(model: nn.Module) -> nn.Module:
-    """Take `apply` back; a model without it is left as it is. Returns the model."""
+    """Undo `apply`, also where it was not called. Returns the model."""
     applied: _Replaced | HeadHooks | None = getattr(model, KEPT, None)
     if applied is not None:
         applied.remove()
@@ -102,15 +99,15 @@ def unapply(model: nn.Module) -> nn.Module:
 
 
 def applied_head(model: nn.Module) -> RetrievalHead:
-    """The module that `apply` put into the model. Raises FhoptError without one."""
+    """Return the module that `apply` installed in the model. Raises FhoptError without one."""
     applied: _Replaced | HeadHooks | None = getattr(model, KEPT, None)
     if applied is None:
-        raise FhoptError(f"no head is applied to {type(model).__name__}. Call fhopt.head.apply(model, head) first.")
-    return applied.after
+        raise FhoptError(f"no head is applied to {type(model).__name__}. Call fhopt.lm_head.apply(model, head) first.")
+    return applied.head
 
 
-def report(model: nn.Module) -> Report:
-    """What the applied head has done so far. Raises FhoptError without one."""
+def report(model: nn.Module) -> HeadReport:
+    """Return counts and bytes of the applied head so far. Raises FhoptError without one."""
     return applied_head(model).report()
 
 
@@ -121,6 +118,6 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
         return model.get_parameter(name)
     except AttributeError as error:
         raise FhoptError(
-            f"the head is of a model with the parameter {name}, which {type(model).__name__} has not. "
+            f"the head was made for a model with the parameter {name}, which {type(model).__name__} does not have. "
             "Make one for this model with: fhopt head"
         ) from error

@@ -1,13 +1,12 @@
-"""A coded head in a model: the op, and the module that takes the place of the dense head.
+"""A retrieval head in a model: the op `fhopt::head_logits`, and the module that replaces the dense head.
 
     before                                      after `apply`
     logits = lm_head(x)      [B,S,V]            logits = fhopt::head_logits(x, weight, codes...)     [B,S,V]
-    logits = x @ embedding.weight.T             the same, where a forward writes the product out
+    logits = x @ embedding.weight.T             logits = fhopt::head_logits(x, weight, codes...), by interception
 
-The logits that were not computed are -inf (or estimates): they are smaller than the `keep` largest for certain. Up to
-16 hidden states are searched, more (a prompt whose logits are all wanted, training) go to the dense head, as do
-gradients and weights that have changed since. Where nothing can be compiled, everything does. On GPUs the search is
-Triton's.
+Logits that are not computed are -inf (or estimates): they are certainly smaller than the `keep` largest. Up to 16
+hidden states are searched at once; more of them (all logits of a prompt, training), gradients, and weights that have
+changed go to the dense head, and so does everything where no compiler is found. On GPUs the search runs in Triton.
 
 Letters: M hidden states, C their width, V vocabulary.
 """
@@ -41,30 +40,30 @@ def head_logits(
     centroids: Tensor, radii: Tensor, counts: Tensor, sizes: list[int], norms: list[float], wanted: list[int],
     limits: list[float], stamp: list[int],
 ) -> Tensor:  # fmt: skip
-    """Logits [M, V] of hidden [M, C] and weight [V, C] (+ bias [V]): the largest exactly, -inf where none was computed.
+    """Compute logits [M, V] of hidden [M, C], weight [V, C] and bias [V]: the largest exactly, -inf for the others.
 
     codes to radii, sizes (rank, lead) and norms (transform_norm, largest): of `Codes`. wanted (keep, probes, budget,
-    estimates: 1 to have them for -inf) and limits (margin, spread, softcap): of `Search`. counts: int64 [3], of rows,
-    of those that went to the dense head, and of rows of the weight that the others read; added to. stamp: that the
-    weight must have (`stamp_of`).
+    estimates: 1 to have them for -inf) and limits (margin, spread, softcap): of `Search`. counts: int64 [3], to which
+    are added the hidden states, those that went to the dense head, and the rows of the weight that the others read.
+    stamp: the stamp that the weight must have (`stamp_of`).
     """
     (rank, lead), (transform_norm, largest) = sizes, norms
-    coded = Codes(codes, transform, centre, centroids, radii, rank, lead, weight.shape[0], transform_norm, largest)
+    quantized = Codes(codes, transform, centre, centroids, radii, rank, lead, weight.shape[0], transform_norm, largest)
     keep, probes, budget, estimates = wanted
     margin, spread, softcap = limits
-    asked = Search(keep, margin, probes, spread, budget, softcap, bounds=bool(estimates), logits=True)
+    options = Search(keep, margin, probes, spread, budget, softcap, bounds=bool(estimates), logits=True)
     counts[0] += len(hidden)
     if not can_search(hidden, weight) or not _is_fresh(weight, stamp):
         counts[1] += len(hidden)
         return dense(hidden, weight, bias)
-    found = candidates(hidden, weight, bias, coded, asked)
-    logits = found.logits
+    result = candidates(hidden, weight, bias, quantized, options)
+    logits = result.logits
     assert logits is not None
-    if found.estimates is not None:  # below the certain ones: their bounds are
-        logits = torch.where(logits > -math.inf, logits, found.estimates.to(logits.dtype))
-    left = (found.counts < 0).nonzero().flatten()
+    if result.estimates is not None:  # they are below the certain logits, as their bounds are
+        logits = torch.where(logits > -math.inf, logits, result.estimates.to(logits.dtype))
+    left = (result.counts < 0).nonzero().flatten()
     counts[1] += len(left)
-    counts[2] += found.counts.clamp_min(0).sum()
+    counts[2] += result.counts.clamp_min(0).sum()
     if len(left):
         logits[left] = dense(hidden[left], weight, bias)
     return logits
@@ -76,7 +75,7 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> Tensor:
 
 
 def stamp_of(weight: Tensor) -> list[int]:
-    """[version, address]: they change with the numbers of a weight."""
+    """Return [version, address] of a weight, which change with its numbers."""
     return [-1 if weight.is_inference() else weight._version, weight.data_ptr()]
 
 
@@ -89,12 +88,12 @@ def _is_fresh(weight: Tensor, stamp: list[int]) -> bool:
 
 @functools.cache
 def _warn_of_change() -> None:
-    """Once in a process."""
-    log.warning("The weight of a head has changed since it was coded: it is read densely. Code it again: fhopt head.")
+    """Warn, once in a process, that a head does not fit its weight any more."""
+    log.warning("The weight of a head has changed since it was fitted: it is read densely. Fit it again: fhopt head.")
 
 
 def can_search(hidden: Tensor, weight: Tensor) -> bool:
-    """True for hidden states that a kernel serves: a few, of the type of the weight, where it is."""
+    """Return True for hidden states that a kernel accepts: few, on the device and of the dtype of the weight."""
     typed = hidden.device == weight.device and hidden.dtype == weight.dtype and weight.dtype in cpu_lm_head.TYPES
     if not typed or not 1 <= len(hidden) <= MOST_ROWS or weight.stride(1) != 1:
         return False
@@ -103,17 +102,17 @@ def can_search(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.is_cuda and has_triton()
 
 
-def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, wanted: Search) -> Candidates:
-    """What the kernel for the device of the hidden states finds; `can_search` must hold."""
+def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes, options: Search) -> Candidates:
+    """Search by the kernel for the device of the hidden states; `can_search` must hold."""
     if hidden.is_cpu:
-        return cpu_lm_head.search(hidden, weight, bias, codes, wanted)
+        return cpu_lm_head.search(hidden, weight, bias, codes, options)
     from fhopt.codegen.gpu import lm_head as gpu_lm_head  # late: importing Triton takes a second, and only GPUs need it
 
-    return gpu_lm_head.search(hidden, weight, bias, codes, wanted)
+    return gpu_lm_head.search(hidden, weight, bias, codes, options)
 
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits of all rows: [M, C] -> [M, V], by the kernel for few rows where it serves."""
+    """Compute all logits, [M, C] -> [M, V], by the kernel for few hidden states where it can."""
     few = hidden.is_cpu and 1 <= len(hidden) <= MOST_ROWS and hidden.dtype == weight.dtype
     if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_skinny():
         return torch.ops.fhopt.skinny_linear(hidden, weight, bias)
@@ -124,11 +123,14 @@ def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a head has done. rows: hidden states. dense_rows: of them, those that the dense head did (many at once, too
-    few excluded, not finite). exact_rows: rows of the weight that the others read, in all. certified: with a
-    certificate, of all. bytes_per_row: read for one hidden state alone, on average; dense_bytes_per_row: by the dense
-    head."""
+class HeadReport:
+    """Counts and bytes of a head.
+
+    rows: hidden states. dense_rows: those that the dense head decided (many at once, too few rows excluded, not
+    finite). exact_rows: rows of the weight that the search read exactly, in all. certified: share of hidden states with
+    a certificate. bytes_per_row: read for one hidden state at a time, on average; dense_bytes_per_row: by the dense
+    head.
+    """
 
     rows: int
     dense_rows: int
@@ -139,12 +141,13 @@ class Report:
 
 
 class RetrievalHead(nn.Module):
-    """In place of the linear layer of a head: the same weight and bias, logits by search.
+    """A module in place of a linear layer, with the same weight and bias, that computes the largest logits by search.
 
-    keep: so many of the largest logits are certain. margin: and all that are at most so much below the least of them.
-    probes: 0 for certainty; else so many clusters are looked at, -1: as many as were fitted. budget: rows of the weight
-    that are read for a hidden state at most; one that needs more goes to the dense head. estimates: the other logits
-    are estimates from codes, not -inf: for beams, whose scores are normalised, and for sampling without top-k.
+    keep: number of the largest logits that are certain. margin: logits at most this far below the least of them are
+    certain, too. probes: 0 for certainty; else the number of clusters that are read, -1: the fitted number. budget:
+    largest number of rows of the weight that are read for a hidden state; one that needs more goes to the dense head.
+    estimates: the other logits are estimates from quantized values, not -inf: for beam search, whose scores are
+    normalized, and for sampling without top-k.
     """
 
     def __init__(
@@ -165,30 +168,30 @@ class RetrievalHead(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """C, as a linear layer tells it."""
+        """Width of hidden states, C, as of a linear layer."""
         return self.head.site.width
 
     @property
     def out_features(self) -> int:
-        """V, as a linear layer tells it."""
+        """Size of the vocabulary, V, as of a linear layer."""
         return self.head.site.vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden [..., C], before scale and cap, -inf where none was computed."""
+        """Compute logits [..., V] of hidden [..., C], before scale and softcap, -inf where none was computed."""
         rows = math.prod(hidden.shape[:-1])
         if rows > MOST_ROWS or rows < 1 or torch.is_grad_enabled() or hidden.dtype != self.weight.dtype:
             return F.linear(hidden, self.weight, self.bias)
-        codes, wanted = self.head.codes, self.search
+        codes, search = self.head.codes, self.search
         logits = torch.ops.fhopt.head_logits(
             hidden.reshape(rows, hidden.shape[-1]), self.weight, self.bias, self.codes, self.transform, self.centre,
             self.centroids, self.radii, self.counts, [codes.rank, codes.lead], [codes.transform_norm, codes.largest],
-            [wanted.keep, wanted.probes, wanted.budget, self.estimates], [wanted.margin, wanted.spread, wanted.softcap],
+            [search.keep, search.probes, search.budget, self.estimates], [search.margin, search.spread, search.softcap],
             self.stamp,
         )  # fmt: skip
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> RetrievalHead:
-        """Move the module; codes keep their types. A weight that becomes one of another type is read densely."""
+        """Move the module; quantized values keep their dtypes. A weight whose dtype changes is read densely."""
         dtype = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in TENSORS:
@@ -198,41 +201,42 @@ class RetrievalHead(nn.Module):
         return self
 
     def is_fresh(self) -> bool:
-        """True while the weight is as it was when the head was put here."""
+        """Return True while the weight is as it was when the head was installed."""
         return _is_fresh(self.weight, self.stamp)
 
     @property
-    def coded(self) -> Codes:
-        """The codes where the module is."""
+    def quantized(self) -> Codes:
+        """Quantized rows on the module's device."""
         tensors = {name: getattr(self, name) for name in TENSORS}
         return replace(self.head.codes, **tensors)
 
-    def wanted(self, **options: Any) -> Search:
-        """The search of this module with other options."""
+    def search_with(self, **options: Any) -> Search:
+        """Return the search options of this module with some of them changed."""
         return replace(self.search, **options)
 
     def extra_repr(self) -> str:
-        """What a linear layer says, and the bits."""
+        """Describe the module as a linear layer, with its bits."""
         bits = 4 + 4 * self.head.codes.lead / self.head.codes.rank
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits:.3g}"
 
-    def report(self) -> Report:
-        """What it has done so far."""
+    def report(self) -> HeadReport:
+        """Return counts and bytes so far."""
         rows, dense_rows, exact = self.counts.tolist()
         searched = rows - dense_rows
         one = self.in_features * self.weight.element_size()
         read = (searched * self.head.bytes_read + exact * one + dense_rows * self.head.dense_bytes) / max(rows, 1)
         certified = searched / max(rows, 1) if self.search.probes == 0 else 0.0
-        return Report(rows, dense_rows, exact, certified, read, self.head.dense_bytes)
+        return HeadReport(rows, dense_rows, exact, certified, read, self.head.dense_bytes)
 
 
-def _check_search(wanted: Search, head: Head) -> None:
+def _check_search(search: Search, head: Head) -> None:
     vocabulary = head.site.vocabulary
-    if not 1 <= wanted.keep <= vocabulary or wanted.budget < wanted.keep:
+    if not 1 <= search.keep <= vocabulary or search.budget < search.keep:
         raise FhoptError(
-            f"keep={wanted.keep} and budget={wanted.budget} are not possible; expected 1 to {vocabulary} and no less."
+            f"keep={search.keep} and budget={search.budget} are not possible; expected a keep of 1 to {vocabulary} "
+            "and a budget that is not smaller."
         )
-    if not 0 <= wanted.margin < math.inf:
-        raise FhoptError(f"margin={wanted.margin} is not possible; expected a number of at least 0.")
-    if not 0 <= wanted.probes <= head.clusters:
-        raise FhoptError(f"probes={wanted.probes} is not possible; expected at most {head.clusters}, the clusters.")
+    if not 0 <= search.margin < math.inf:
+        raise FhoptError(f"margin={search.margin} is not possible; expected a number of at least 0.")
+    if not 0 <= search.probes <= head.clusters:
+        raise FhoptError(f"probes={search.probes} is not possible; expected at most {head.clusters}, the clusters.")

@@ -1,7 +1,8 @@
-"""From the weight of a language-model head to codes with bounds: the basis, the tiers, the blocks.
+"""Quantization of a language-model head with bounds of its logits: the basis, the bit groups, the blocks.
 
-    w - m = A^T w'      h.(w - m) = (A h).w' = h'.w'                m: mean of the rows, A: basis, both kept as they are
-    w' = w^ + e         |h'.e| <= |h'_1| |e_1| + |h'_2| |e_2|       w^: codes, 8 bits in the first tier, 4 in the second
+    w - m = A^T w'      h.(w - m) = (A h).w' = h'.w'                m: mean of the rows, A: basis, both unquantized
+    w' = w^ + e         |h'.e| <= |h'_1| |e_1| + |h'_2| |e_2|       w^: dequantized, 8 bits in the first bit group, 4 in
+                                                                    the second
 
 Any invertible A gives the same logits and a valid bound, and the bound is as small as |h'| |w'| is. Among all bases the
 product of the expected squares is least where both have the same covariance: with M = E h h^T and S = E (w-m)(w-m)^T,
@@ -9,8 +10,8 @@ product of the expected squares is least where both have the same covariance: wi
     A = S' M^(-1/2),   S' = L^(1/4) U^T,   M^(1/2) S M^(1/2) = U L U^T         |h'|^2 |w'|^2 -> (tr L^(1/2))^2
 
 (the nuclear norm of M^(1/2) S^(1/2), in place of tr M tr S). On SmolLM2 that is 2.3 times less than in the basis of the
-model, and 4 bits exclude all but some tens of 49,152 rows in place of all but thousands. It is balancing as of control
-theory (Moore 1981). Within a tier a random rotation makes all coordinates alike, which is what uniform codes want.
+model, and 4 bits exclude all but some tens of 49,152 rows in place of all but thousands. It is balanced realization of
+control theory (Moore 1981). Within a bit group a random rotation equalizes the coordinates for uniform quantization.
 
 Letters: V vocabulary, C width of the hidden states, R width of the basis, K clusters.
 """
@@ -26,18 +27,19 @@ from torch import Tensor
 from fhopt.codegen.cpu.lm_head import BLOCK, Codes, block_bytes
 from fhopt.lm_head.clustering import Clusters
 
-CHUNK = 4096  # rows that are coded at once
-QUANTUM = 8  # coordinates of a tier are a multiple of it
+CHUNK = 4096  # rows that are quantized at once
+QUANTUM = 8  # the coordinates of a bit group are a multiple of it
 SHRINKAGE = 0.01  # of the moments of hidden states, towards their mean diagonal
-WORTH_A_BASIS = 0.9  # |h'| |w'| in the basis, of that without one, above which none is used
-CLIPS = {8: (1.0, 0.9), 4: (1.0, 0.9, 0.8, 0.7)}  # of the largest magnitude, as ends of the range of codes
+WORTH_A_BASIS = 0.9  # |h'| |w'| in the basis, as a share of that without one, above which none is used
+CLIPS = {8: (1.0, 0.9), 4: (1.0, 0.9, 0.8, 0.7)}  # ends of the quantized range, as shares of the largest magnitude
 
 
 @dataclass(frozen=True)
 class Basis:
-    """transform: bfloat16 [R, C] or None; inverse: float64 [R, C], w' = inverse (w - m); lead: coordinates of 8 bits.
+    """The basis of a head.
 
-    The inverse belongs to the transform as it was rounded.
+    transform: bfloat16 [R, C] or None; inverse: float64 [R, C], w' = inverse (w - m), of the rounded transform; lead:
+    number of coordinates with 8 bits.
     """
 
     transform: Tensor | None
@@ -46,11 +48,11 @@ class Basis:
     lead: int
 
     def hidden(self, x: Tensor) -> Tensor:
-        """x [..., C] -> h' [..., R], float32."""
+        """Transform hidden states [..., C] to h' [..., R], float32."""
         return _padded(x.float(), self.rank) if self.transform is None else x.float() @ self.transform.float().T
 
     def rows(self, x: Tensor) -> Tensor:
-        """x [..., C], rows less their mean -> w' [..., R], float64."""
+        """Transform rows [..., C], their mean subtracted, to w' [..., R], float64."""
         return _padded(x.double(), self.rank) if self.inverse is None else x.double() @ self.inverse.T
 
 
@@ -63,8 +65,11 @@ def _padded(x: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Balance:
-    """What `balance` found. forward, backward: float64 [C, C], h' = forward h, w' = backward w, the coordinates of the
-    largest products first; None where the model's own basis is nearly as good. gain: |h'| |w'| of that without."""
+    """A balanced basis.
+
+    forward, backward: float64 [C, C], h' = forward h, w' = backward w, the coordinates of the largest products first;
+    None where the model's own basis is nearly as good. gain: |h'| |w'| as a share of that without the basis.
+    """
 
     forward: Tensor | None
     backward: Tensor | None
@@ -72,7 +77,7 @@ class Balance:
 
 
 def balance(hidden: Tensor | None, rows: Tensor) -> Balance:
-    """The balanced basis for second moments [C, C] (float64) of hidden states (None: unknown) and of centred rows."""
+    """Compute the balanced basis of moments [C, C] (float64) of hidden states (None: unknown) and centred rows."""
     width = rows.shape[0]
     eye = torch.eye(width, dtype=torch.float64)
     rows = rows + 1e-6 * _scale(rows) * eye
@@ -89,20 +94,20 @@ def balance(hidden: Tensor | None, rows: Tensor) -> Balance:
 
 
 def _scale(moment: Tensor) -> float:
-    """The mean of the diagonal; 1 for a moment of zeros."""
+    """Compute the mean of the diagonal; 1 for a moment of zeros."""
     return float(moment.diagonal().mean()) or 1.0
 
 
-def tiered(found: Balance, width: int, lead: int, seed: int = 0) -> Basis:
-    """The basis with its first `lead` coordinates (a multiple of 8; the rank: all of them) in 8 bits."""
+def with_bit_groups(balanced: Balance, width: int, lead: int, seed: int = 0) -> Basis:
+    """Make the basis with its first `lead` coordinates (a multiple of 8; the rank: all of them) in 8 bits."""
     rank = math.ceil(width / QUANTUM) * QUANTUM
     lead = min(lead, rank)
-    if found.forward is None:
+    if balanced.forward is None:
         return Basis(None, None, rank, lead)
     generator = torch.Generator().manual_seed(seed)
-    parts = [part for part in found.forward.split([min(lead, width), width - min(lead, width)]) if len(part)]
-    turned = torch.cat([_rotation(len(part), generator) @ part for part in parts])
-    transform = turned.to(torch.bfloat16)
+    parts = [part for part in balanced.forward.split([min(lead, width), width - min(lead, width)]) if len(part)]
+    rotated = torch.cat([_rotation(len(part), generator) @ part for part in parts])
+    transform = rotated.to(torch.bfloat16)
     inverse = torch.linalg.inv(transform.double()).T.contiguous()
     extra = torch.zeros(rank - width, width)
     return Basis(torch.cat([transform, extra.bfloat16()]), torch.cat([inverse, extra.double()]), rank, lead)
@@ -112,51 +117,51 @@ def _rotation(size: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
-# --------------------------------------------------------------------------------------------------- codes
+# --------------------------------------------------------------------------------------------------- quantization
 
 
 @dataclass(frozen=True)
-class Tier:
-    """Rows [n, W] of one tier in codes: uint8 codes, scale bfloat16 [n], and norms [n] (float64) of error and value."""
+class QuantizedGroup:
+    """One bit group of n rows: uint8 values [n, W], bfloat16 scale [n], and norms [n] (float64) of error and row."""
 
-    codes: Tensor
+    values: Tensor
     scale: Tensor
     error: Tensor
     norm: Tensor
 
 
-def code_rows(x: Tensor, bits: int) -> Tier:
-    """x [n, W] (float64): value = scale (u - (2^b - 1)/2), of the clips that are tried the one that loses least."""
+def quantize_rows(x: Tensor, bits: int) -> QuantizedGroup:
+    """Quantize x [n, W] (float64) to u, x ~ scale (u - (2^b - 1)/2), for each row by the clip of the smallest error."""
     top = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
     levels, best = 2**bits, None
     for clip in CLIPS[bits]:
         scale = (top * (2 * clip / levels)).to(torch.bfloat16)
         s = scale.double().unsqueeze(1)
-        codes = torch.floor(x * torch.where(s > 0, 1 / s, 0)).add_(levels // 2).clamp_(0, levels - 1)
-        value = (codes - (levels - 1) / 2) * s
-        tier = Tier(codes.to(torch.uint8), scale, (x - value).norm(dim=1), value.norm(dim=1))
-        best = tier if best is None else _better(best, tier)
+        quantized = torch.floor(x * torch.where(s > 0, 1 / s, 0)).add_(levels // 2).clamp_(0, levels - 1)
+        value = (quantized - (levels - 1) / 2) * s
+        group = QuantizedGroup(quantized.to(torch.uint8), scale, (x - value).norm(dim=1), value.norm(dim=1))
+        best = group if best is None else _better(best, group)
     assert best is not None
     return best
 
 
-def _better(a: Tier, b: Tier) -> Tier:
-    """Row by row what loses less."""
+def _better(a: QuantizedGroup, b: QuantizedGroup) -> QuantizedGroup:
+    """Select, row by row, the one of the smaller error."""
     first = a.error <= b.error
-    codes = torch.where(first.unsqueeze(1), a.codes, b.codes)
-    return Tier(
-        codes, *(torch.where(first, *pair) for pair in ((a.scale, b.scale), (a.error, b.error), (a.norm, b.norm)))
+    values = torch.where(first.unsqueeze(1), a.values, b.values)
+    return QuantizedGroup(
+        values, *(torch.where(first, *pair) for pair in ((a.scale, b.scale), (a.error, b.error), (a.norm, b.norm)))
     )
 
 
 def rounded_up(x: Tensor) -> Tensor:
-    """Norms as bfloat16 that are not below them, with room for the arithmetic of the kernel."""
+    """Round norms up to bfloat16, with a margin for the arithmetic of the kernel."""
     bits = (x * (1 + 1e-6)).float().nextafter(torch.tensor(math.inf)).view(torch.int32)
     return ((bits + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def encode(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clusters) -> Codes:
-    """The codes of weight [V, C], rows less `centre` (float32 [C]), in the order of their clusters."""
+def quantize_weight(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clusters) -> Codes:
+    """Quantize weight [V, C], `centre` (float32 [C]) subtracted from its rows, in the order of the clusters."""
     count = clusters.centroids.shape[0]
     blocks = math.ceil(int(torch.bincount(clusters.labels, minlength=count).max()) / BLOCK)
     order = slots(clusters.labels, count, blocks * BLOCK)
@@ -167,11 +172,11 @@ def encode(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clusters) -> 
     for begin in range(0, len(order), step):
         part = order[begin : begin + step]
         rows = basis.rows(weight[part.clamp_min(0)].double() - centre.double())
-        first, second = code_rows(rows[:, : basis.lead], 8), code_rows(rows[:, basis.lead :], 4)
+        first, second = quantize_rows(rows[:, : basis.lead], 8), quantize_rows(rows[:, basis.lead :], 4)
         packed[begin // BLOCK : (begin + len(part)) // BLOCK] = _blocks(first, second, part)
         cluster = torch.arange(begin, begin + len(part)) // (blocks * BLOCK)
-        apart = torch.where(part >= 0, (rows - centroids[cluster].double()).norm(dim=1), 0)
-        radii.scatter_reduce_(0, cluster, apart, "amax")
+        distance = torch.where(part >= 0, (rows - centroids[cluster].double()).norm(dim=1), 0)
+        radii.scatter_reduce_(0, cluster, distance, "amax")
     radii = (radii + 1e-5 * centroids.double().norm(dim=1)) * (1 + 1e-5)  # sums in float32 are within it
     norms = [float(part.double().norm(dim=1).max()) for part in weight.split(CHUNK)]
     transform_norm = float(basis.transform.double().norm()) if basis.transform is not None else math.sqrt(basis.rank)
@@ -182,7 +187,7 @@ def encode(weight: Tensor, basis: Basis, centre: Tensor, clusters: Clusters) -> 
 
 
 def slots(labels: Tensor, count: int, size: int) -> Tensor:
-    """Rows in the order of memory, int64 [count * size]: those of a cluster together, -1 where there is none."""
+    """Order rows by cluster, int64 [count * size]: `size` places for each cluster, -1 where a place is empty."""
     order = labels.argsort(stable=True)
     sorted_labels = labels[order]
     begins = torch.searchsorted(sorted_labels, torch.arange(count))
@@ -191,28 +196,28 @@ def slots(labels: Tensor, count: int, size: int) -> Tensor:
     return out
 
 
-def _blocks(first: Tier, second: Tier, rows: Tensor) -> Tensor:
-    """Blocks of 16 rows as the kernel reads them (codegen/cpu/lm_head.py), uint8 [n / 16, bytes]."""
+def _blocks(first: QuantizedGroup, second: QuantizedGroup, rows: Tensor) -> Tensor:
+    """Pack blocks of 16 rows as the kernel reads them (codegen/cpu/lm_head.py), uint8 [n / 16, bytes]."""
     count = len(rows) // BLOCK
-    lead = _in_lanes(first.codes, count)
-    low, high = second.codes.unflatten(1, (-1, 2, 4)).unbind(2)  # [n, groups, 4]
+    lead = _in_lanes(first.values, count)
+    low, high = second.values.unflatten(1, (-1, 2, 4)).unbind(2)  # [n, groups, 4]
     rest = _in_lanes((low | high << 4).flatten(1), count)
     numbers = [first.scale, second.scale, *map(rounded_up, (first.error, second.error, first.norm, second.norm))]
     about = [_bytes(x, count) for x in numbers] + [_bytes(rows.to(torch.int32), count)]
     return torch.cat([lead, rest, *about], 1)
 
 
-def _in_lanes(codes: Tensor, count: int) -> Tensor:
-    """[16 count, W] -> [count, W/4, 16, 4], flat: four coordinates of each of 16 rows after the other."""
-    return codes.view(count, BLOCK, -1, 4).transpose(1, 2).reshape(count, codes.shape[1] * BLOCK)
+def _in_lanes(values: Tensor, count: int) -> Tensor:
+    """Permute [16 count, W] to [count, W/4, 16, 4], flat: four coordinates of each of 16 rows after the other."""
+    return values.view(count, BLOCK, -1, 4).transpose(1, 2).reshape(count, values.shape[1] * BLOCK)
 
 
 def _bytes(x: Tensor, count: int) -> Tensor:
     return x.contiguous().view(count, BLOCK).view(torch.uint8)
 
 
-def decode(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """What the codes say: (rows int64 [n], values float64 [n, R], numbers float64 [n, 6] as in the blocks)."""
+def dequantize(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """Dequantize all rows: (rows int64 [n], values float64 [n, R], numbers float64 [n, 6] as in the blocks)."""
     rank, lead = codes.rank, codes.lead
     sizes = [BLOCK * lead, BLOCK * (rank - lead) // 2, BLOCK * 12, BLOCK * 4]
     first, rest, numbers, rows = codes.codes.split(sizes, 1)

@@ -1,9 +1,9 @@
-"""Turn a module and its inputs into a `Program`: Dynamo's graph, or one that `torch.export` made.
+"""Capture of a module and its inputs as a `Program`: Dynamo's graph, or one that `torch.export` made.
 
     capture(model, (), {"input_ids": ids})            -> Captured: the graph, its real inputs, which output is which
     from_exported(torch.export.load("model.pt2"))     -> Captured
 
-Dynamo's graphs hold every parameter as a placeholder (so do lifted export graphs): the passes see one form.
+Dynamo's graphs have a placeholder for every parameter, and so have lifted export graphs: the passes see one form.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fhopt.passes.graph.program import Program, copy_program
 class Captured:
     """A captured forward pass.
 
-    inputs: placeholder name -> name of the argument it stands for. result: index of the main output (logits, or the
-    first tensor) among the graph's outputs. is_logits: the model calls that output its logits.
+    inputs: placeholder name -> name of its argument. result: index of the main output (logits, or the first tensor)
+    among the graph's outputs. is_logits: the model returns that output as its logits.
     """
 
     program: Program
@@ -38,7 +38,7 @@ def capture(
 ) -> Captured:
     """Run `model(*args, **kwargs)` once under Dynamo and keep its graph. Raises FhoptError when it is not one graph.
 
-    reset: forget what Dynamo has compiled in this process; False where it is in use.
+    reset: discard what Dynamo has compiled in this process; False where that is in use.
     """
     captured = capture_graphs(model, args, kwargs, reset)
     if len(captured) != 1:
@@ -57,15 +57,15 @@ def capture_graphs(
 ) -> list[Captured]:
     """Run `model(*args, **kwargs)` once under Dynamo and keep every graph that it falls into, in the order of running.
 
-    reset as in `capture`. `result` is -1 for a graph that does not compute the model's main output. Raises FhoptError
-    when nothing runs.
+    reset: discard what Dynamo has compiled in this process; False where that is in use. `result` is -1 for a graph that
+    does not compute the model's main output. Raises FhoptError when the model cannot be run or traced.
     """
-    given = dict(kwargs or {})
+    keywords = dict(kwargs or {})
     seen: list[tuple[Program, list[Any]]] = []
 
     def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         outputs: list[Any] = []
-        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears what it lent to a backend
+        seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears the inputs of a backend
 
         def run(*inputs: Any) -> Any:
             outputs[:] = module(*inputs)
@@ -76,7 +76,7 @@ def capture_graphs(
     was_training = model.training
     model.eval()
     try:
-        result = _run(model, keep, args, given, reset)
+        result = _run(model, keep, args, keywords, reset)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise FhoptError(
             f"{type(model).__name__} could not be captured ({str(error).splitlines()[0]}). Rewrite what is named "
@@ -96,7 +96,7 @@ def capture_graphs(
     captured = [
         Captured(
             program,
-            _name_inputs(program, args, given),
+            _name_inputs(program, args, keywords),
             _main_output(result, outputs),
             getattr(result, "logits", None) is not None,
         )
@@ -117,7 +117,7 @@ def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def from_exported(exported: torch.export.ExportedProgram) -> Captured:
-    """The lifted graph of an exported program, with its own example inputs. Raises FhoptError when it has none."""
+    """Return the lifted graph of an exported program with its example inputs. Raises FhoptError when it has none."""
     if exported.example_inputs is None:
         raise FhoptError("the .pt2 program holds no example inputs; expected one saved by torch.export.save.")
     signature = exported.graph_signature
@@ -138,7 +138,7 @@ def from_exported(exported: torch.export.ExportedProgram) -> Captured:
 
 
 def _name_parameters(program: Program, model: torch.nn.Module) -> None:
-    """Names by identity, which is surer than by source text."""
+    """Set the names of parameters by the identity of tensors, which is more reliable than source text."""
     known = {id(p): name for name, p in model.named_parameters()}
     for name, value in program.values.items():
         if id(value) in known:
@@ -146,14 +146,14 @@ def _name_parameters(program: Program, model: torch.nn.Module) -> None:
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    given = {
-        id(v): k for k, v in [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()] if isinstance(v, Tensor)
-    }
-    return {name: given[id(value)] for name, value in program.values.items() if id(value) in given}
+    """Map placeholders to arguments: their keywords, or their positions as text."""
+    arguments = [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]
+    names = {id(value): name for name, value in arguments if isinstance(value, Tensor)}
+    return {name: names[id(value)] for name, value in program.values.items() if id(value) in names}
 
 
 def _main_output(result: Any, outputs: list[Any]) -> int:
-    """Which graph output is the model's result: its logits if it has some, else its first tensor; -1: none is."""
+    """Find the graph output that is the model's result, its logits or else its first tensor; -1: none is."""
     main = getattr(result, "logits", None)
     if main is None:
         leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]

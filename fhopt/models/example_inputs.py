@@ -13,12 +13,11 @@ from fhopt.errors import FhoptError
 
 
 def example_arguments(model: Any, tokens: int = 16) -> dict[str, Tensor]:
-    """Arguments for one forward pass of a transformers model that is no causal language model.
+    """Make arguments for one forward pass of a transformers model that is not a causal language model.
 
-    Text, images and sound of the sizes that its configuration tells. Raises FhoptError when the model takes something
-    else.
+    Text, images and sound have the sizes of its configuration. Raises FhoptError when the model takes something else.
     """
-    config, wanted = model.config, inspect.signature(model.forward).parameters
+    config, accepted = model.config, inspect.signature(model.forward).parameters
     text, vision = config.get_text_config(), getattr(config, "vision_config", config)
     ids = torch.arange(1, tokens + 1).remainder(getattr(text, "vocab_size", tokens + 1)).unsqueeze(0)
     side = getattr(vision, "image_size", 224)
@@ -32,15 +31,16 @@ def example_arguments(model: Any, tokens: int = 16) -> dict[str, Tensor]:
         "input_values": lambda: torch.linspace(-1, 1, 8000).sin().unsqueeze(0),
         "input_features": lambda: torch.linspace(-1, 1, frames).expand(1, getattr(config, "num_mel_bins", 80), frames),
     }
-    given = {n: make() for n, make in makers.items() if n in wanted and (n == model.main_input_name or n in _PAIRED)}
-    if model.main_input_name not in given:
+    main = model.main_input_name
+    arguments = {n: make() for n, make in makers.items() if n in accepted and (n == main or n in _PAIRED)}
+    if main not in arguments:
         raise FhoptError(
-            f"{type(model).__name__} takes {model.main_input_name}, for which fhopt has no example; expected one of "
+            f"{type(model).__name__} takes {main}, for which fhopt has no example; expected one of "
             f"{', '.join(makers)}. Write a function that returns (module, args, kwargs): MODEL may be module:function."
         )
-    if config.is_encoder_decoder and "decoder_input_ids" in wanted:
-        given |= {"decoder_input_ids": ids[:, :4]}
-    return given
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        arguments |= {"decoder_input_ids": ids[:, :4]}
+    return arguments
 
 
 _PAIRED = frozenset({"pixel_values", "input_ids"})  # models of text and images take both

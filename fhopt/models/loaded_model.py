@@ -1,4 +1,4 @@
-"""A model that was loaded: module or program, tokenizer, name."""
+"""A loaded model: module or exported program, tokenizer, name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fhopt.models.capture import Captured, capture, capture_graphs, from_exporte
 class LoadedModel:
     """A model ready to be captured.
 
-    module is None for an exported program; tokenizer is None for models without one. `inputs` are the example
-    arguments of models that bring their own.
+    module is None for an exported program; tokenizer is None for models without one. `inputs` are example arguments
+    (args, kwargs) of models that are not called with token ids.
     """
 
     name: str
@@ -28,14 +28,17 @@ class LoadedModel:
     program: torch.export.ExportedProgram | None = None
 
     def capture(self, tokens: int = 16) -> Captured:
-        """The graph of one forward pass: on `tokens` tokens for language models, else on the model's own inputs."""
+        """Capture the graph of one forward pass. Raises FhoptError when it is not one graph.
+
+        Language models read `tokens` token ids, any other model its example inputs.
+        """
         if self.program is not None:
             return from_exported(self.program)
         assert self.module is not None
         return capture(self.module, *self._call(tokens))
 
     def captures(self, tokens: int = 16) -> list[Captured]:
-        """The same, in as many graphs as the forward pass falls into."""
+        """Capture every graph that one forward pass falls into: on `tokens` token ids, or on the example inputs."""
         if self.program is not None:
             return [from_exported(self.program)]
         assert self.module is not None
@@ -49,18 +52,18 @@ class LoadedModel:
         return (), self.arguments(ids)
 
     def arguments(self, ids: Tensor) -> dict[str, Any]:
-        """Keyword arguments for a forward pass over token ids [B, T] without a cache."""
+        """Make the keyword arguments of a forward pass over token ids [B, T] without a KV cache."""
         is_decoder = hasattr(self.module, "generate")
         return {"input_ids": ids, "use_cache": False} if is_decoder else {"input_ids": ids}
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters of the module, or of the exported program, by name."""
+        """Return the parameters of the module, or of the exported program, by name."""
         owner = self.module if self.module is not None else self.program
         assert owner is not None
         return dict(owner.named_parameters())
 
     def language_model(self) -> torch.nn.Module:
-        """The module, when it is a causal language model with a tokenizer. Raises FhoptError."""
+        """Return the module. Raises FhoptError unless it is a causal language model with a tokenizer."""
         if self.module is None or self.tokenizer is None or not hasattr(self.module, "generate"):
             raise FhoptError(
                 f"{self.name} is not a causal language model with a tokenizer; expected one, such as `demo`."

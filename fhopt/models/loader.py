@@ -1,4 +1,4 @@
-"""What MODEL means in a command: `demo`, a Hugging Face folder, a GGUF file, a `.pt2` program, `module:function`.
+"""Loading MODEL of a command: `demo`, a Hugging Face folder, a GGUF file, a `.pt2` program, `module:function`.
 
 Nothing is downloaded: every form names something that is already on this machine.
 """
@@ -32,9 +32,10 @@ _FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.mo
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, placement: Mapping[str, Any] | None = None
 ) -> LoadedModel:
-    """Load MODEL. Raises FhoptError with the cure when it is absent or of no known form.
+    """Load MODEL. Raises FhoptError when it does not exist, is damaged or has no known form.
 
-    placement: options of `from_pretrained` that say where weights go (`fhopt.placing`), for Hugging Face folders.
+    placement: options of `from_pretrained` that say where weights go (fhopt/parallel/device_map.py), for Hugging Face
+    folders.
     """
     if placement:
         return _load_placed(name, dtype, placement)
@@ -49,11 +50,11 @@ def load_model(
         return _load_folder(path, dtype)
     if ":" in name and not path.exists():
         return _load_function(name)
-    raise FhoptError(f"{name!r} is no model: there is no such folder or file. Expected {_FORMS}.")
+    raise FhoptError(f"unknown model {name!r}: there is no such folder or file. Expected {_FORMS}.")
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder that MODEL names; None where it is anything else, as `demo` is beside a folder of that name."""
+    """Return the folder that MODEL names; None for any other form. `demo` is the demo model, not a folder."""
     path = Path(name).expanduser()
     return path if name != "demo" and path.is_dir() else None
 
@@ -70,7 +71,7 @@ def _load_demo(dtype: torch.dtype) -> LoadedModel:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """A GGUF file, dequantised, and rebuilt from a configuration without `quantization_config`."""
+    """Load a GGUF file, dequantized; the model is built again from a configuration without `quantization_config`."""
     hf = transformers()
     if not path.is_file():
         raise FhoptError(f"{path} does not exist; expected a GGUF file.")
@@ -99,7 +100,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """transformers parses a GGUF file anew for tokenizer, configuration and weights, and its names for each module."""
+    """Cache gguf's readers and name maps, which transformers makes again for tokenizer, configuration and weights."""
     gguf: Any = importlib.import_module("gguf")
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, make in before.items():
@@ -115,7 +116,7 @@ def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) ->
     path = folder_of(name)
     if path is None:
         raise FhoptError(
-            f"{name!r} is no folder; --device-map spreads models of Hugging Face folders. Save it as one, or leave "
+            f"{name!r} is not a folder; --device-map places models of Hugging Face folders. Save it as one, or leave "
             "--device-map out."
         )
     return _load_folder(path, dtype, placement)
@@ -143,7 +144,7 @@ def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = 
 
 
 def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:
-    """The exact model of a folder that `fhopt rewrite` wrote: commands take its plan by --plan FOLDER/plan."""
+    """Load the exact model of a folder that `fhopt rewrite` wrote: commands take its plan by --plan FOLDER/plan."""
     from fhopt.models.rewritten_folder import read_folder
     from fhopt.models.rewritten_model import load_exact
 
@@ -160,7 +161,7 @@ def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]
 def _load_exported(path: Path) -> LoadedModel:
     if not path.is_file():
         raise FhoptError(f"{path} does not exist; expected a program saved by torch.export.save.")
-    log = logging.getLogger("torch.export")  # says more than once what is said below
+    log = logging.getLogger("torch.export")  # it repeats the error that is raised below
     before, log.disabled = log.disabled, True
     try:
         program = torch.export.load(path)
@@ -175,7 +176,7 @@ def _load_exported(path: Path) -> LoadedModel:
 
 
 def _load_function(name: str) -> LoadedModel:
-    """`package.module:function`: the function returns (module, args) or (module, args, kwargs)."""
+    """Call the function of `package.module:function`, which returns (module, args) or (module, args, kwargs)."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:  # a script's own folder is there in its place
         sys.path.insert(0, os.getcwd())
@@ -188,23 +189,22 @@ def _load_function(name: str) -> LoadedModel:
     if not callable(function):
         raise FhoptError(f"{name} is a {type(function).__name__}; expected a function that returns (module, args).")
     try:
-        found = function()
+        result = function()
     except Exception as error:  # the user's own code may raise anything
         raise FhoptError(
             f"{name}() failed ({type(error).__name__}: {_one_line(error)}). Call it in Python to see where."
         ) from error
-    if isinstance(found, tuple) and len(found) > 1 and not isinstance(found[1], (tuple, list)):
-        raise FhoptError(f"{name} returned args of type {type(found[1]).__name__}; expected (module, (tensor, ...)).")
-    if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], torch.nn.Module):
-        raise FhoptError(f"{name} returned {type(found).__name__}; expected (module, args) or (module, args, kwargs).")
-    return LoadedModel(
-        function_name, found[0].eval(), inputs=(tuple(found[1]), dict(found[2] if len(found) == 3 else {}))
-    )
+    if isinstance(result, tuple) and len(result) > 1 and not isinstance(result[1], (tuple, list)):
+        raise FhoptError(f"{name} returned args of type {type(result[1]).__name__}; expected (module, (tensor, ...)).")
+    if not isinstance(result, tuple) or len(result) not in (2, 3) or not isinstance(result[0], torch.nn.Module):
+        raise FhoptError(f"{name} returned {type(result).__name__}; expected (module, args) or (module, args, kwargs).")
+    inputs = tuple(result[1]), dict(result[2] if len(result) == 3 else {})
+    return LoadedModel(function_name, result[0].eval(), inputs=inputs)
 
 
 def _not_loaded(path: Path, error: Exception) -> FhoptError:
     return FhoptError(
-        f"{path} could not be loaded ({_one_line(error)}). Expected a whole folder of a model that transformers knows."
+        f"{path} could not be loaded ({_one_line(error)}). Expected a complete folder of a model that transformers has."
     )
 
 

@@ -1,4 +1,4 @@
-"""Facts of a loaded model: positions, cache argument, attention implementations, encoder."""
+"""Facts about a transformers model: positions, cache argument, attention implementations, encoder."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from fhopt.errors import FhoptError
 
 
 def text_key(config: Any) -> str:
-    """Name of the part of a configuration that is the decoder's, "" where it is the whole."""
+    """Return the name of the decoder's part of a configuration, "" where that is the whole configuration."""
     text = config.get_text_config(decoder=True)
     return next((key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), "")
 
 
 def implementations(config: Any) -> dict[str, str]:
-    """Attention implementation of a configuration ("") and of each of its parts."""
+    """Return the attention implementation of a configuration ("") and of each of its parts."""
     parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", {})}
-    found = {key: part._attn_implementation for key, part in parts.items() if part is not None}
-    return found | {"": config._attn_implementation}
+    implementation = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return implementation | {"": config._attn_implementation}
 
 
 def uses_interface(module: torch.nn.Module) -> bool:
-    """False for attention that is written out in the model's own code, whatever implementation is chosen."""
+    """Return True where attention goes through transformers' interface, False where a model's own code computes it."""
     return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 def cache_argument(model: torch.nn.Module | type[torch.nn.Module]) -> str:
-    """What this version of transformers calls the cache."""
+    """Return the name of the cache argument, which depends on the version of transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def positions_of(model: Any) -> int | None:
-    """How many tokens the model can read; None where its configuration does not say."""
-    found: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found
+    """Return how many positions the model has; None where its configuration does not say."""
+    positions: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions
 
 
 def check_length(model: Any, tokens: int) -> None:
-    """Raise FhoptError when `tokens` are more than the model has positions."""
+    """Raise FhoptError when `tokens` is larger than the number of the model's positions."""
     positions = positions_of(model)
     if positions is not None and tokens > positions:
         raise FhoptError(
@@ -51,7 +51,7 @@ def check_length(model: Any, tokens: int) -> None:
 
 
 def encoder_path(model: torch.nn.Module) -> str | None:
-    """Module path of the encoder of an encoder-decoder of transformers, None for any other module."""
+    """Return the module path of the encoder of a transformers encoder-decoder, None for any other module."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder = model.get_encoder()  # type: ignore[operator]
@@ -59,5 +59,5 @@ def encoder_path(model: torch.nn.Module) -> str | None:
 
 
 def is_inside(name: str, path: str | None) -> bool:
-    """True when the module `name` is `path` or a part of it."""
+    """Return True when the module `name` is `path` or lies below it."""
     return path is not None and f"{name}.".startswith(f"{path}.")

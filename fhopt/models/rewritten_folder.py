@@ -1,12 +1,12 @@
-"""A rewritten folder: what is in it, and how a damaged or hostile one is refused before anything of it is used.
+"""Rewritten folders: their content, and the checks that refuse a damaged or hostile one before anything of it is used.
 
     config.json                 of the model; "quantization_config" says {"quant_method": "fhopt", "version": 1}
-    model*.safetensors          its weights, not changed
+    model*.safetensors          its weights, unchanged
     plan/                       the plan, as `LatentPlan.save` writes it
-    fhopt.json                  bytes and SHA-256 of all that decides numbers, the plan's digest, a print of the weights
+    fhopt.json                  bytes and SHA-256 of all files that affect numbers, digest of the plan, hash of weights
     tokenizer files, generation_config.json, README.md
 
-Everything is JSON, safetensors or text. Nothing in the folder is code, and nothing of it is ever run.
+Everything is JSON, safetensors or text. Nothing in the folder is code, and nothing of it is run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class RewrittenFolder:
-    """A folder that has been checked: `config` is its configuration as JSON, `tensors` the names of its weights."""
+    """A checked folder: `config` is its configuration as JSON, `tensors` are the names of its weights."""
 
     path: Path
     plan: LatentPlan
@@ -58,12 +58,12 @@ class RewrittenFolder:
 
 
 def is_rewritten(path: Path) -> bool:
-    """True for a folder that says of itself that it was rewritten, whatever its state."""
+    """Return True for a folder that has the manifest of a rewritten one, whatever its state."""
     return (path / MANIFEST).is_file()
 
 
 def read_folder(path: Path) -> RewrittenFolder:
-    """Check the folder `path`, all of its bytes, and read its plan. Raises FhoptError for anything out of order."""
+    """Check all bytes of the folder `path` and read its plan. Raises FhoptError for anything that is not as written."""
     manifest = _read_manifest(path)
     config = _read_config(path)
     files = manifest["files"]
@@ -76,7 +76,7 @@ def read_folder(path: Path) -> RewrittenFolder:
 
 
 def damaged(path: Path, why: str) -> FhoptError:
-    """The one error for a folder that cannot be used."""
+    """Make the error for a folder that cannot be used."""
     return FhoptError(
         f"{path} is damaged or was altered: {why}. Expected what `fhopt rewrite` wrote; write or copy it again."
     )
@@ -86,7 +86,7 @@ def damaged(path: Path, why: str) -> FhoptError:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """The JSON object in the file `name` of the folder. Raises FhoptError."""
+    """Read the JSON object in the file `name` of the folder. Raises FhoptError."""
     try:
         with (path / name).open("rb") as file:
             text = file.read(JSON_BYTES + 1)
@@ -96,7 +96,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise damaged(path, f"{name} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"{name} is no JSON ({type(error).__name__})") from error
+        raise damaged(path, f"{name} is not JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise damaged(path, f"{name} holds a {type(value).__name__}, expected an object")
     return value
@@ -105,8 +105,8 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not is_rewritten(path):
         raise FhoptError(
-            f"{path} is no rewritten model: it has no {MANIFEST}. Expected a folder that `fhopt rewrite MODEL --plan "
-            "PLAN -o FOLDER` wrote."
+            f"{path} is not a rewritten model: it has no {MANIFEST}. Expected a folder that `fhopt rewrite MODEL "
+            "--plan PLAN -o FOLDER` wrote."
         )
     manifest = read_json(path, MANIFEST)
     if manifest.get("version") != VERSION:
@@ -116,9 +116,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):
         raise damaged(path, f"{MANIFEST} lists no files")
-    wanted = {CONFIG, *(f"{PLAN}/{name}" for name in PLAN_FILES)}
-    if lost := wanted - files.keys():
-        raise damaged(path, f"{MANIFEST} does not list {min(lost)}")
+    required = {CONFIG, *(f"{PLAN}/{name}" for name in PLAN_FILES)}
+    if missing := required - files.keys():
+        raise damaged(path, f"{MANIFEST} does not list {min(missing)}")
     if not _weight_files(files):
         raise damaged(path, f"{MANIFEST} lists no weights")
     if not isinstance(manifest.get("plan"), str) or not isinstance(manifest.get("weights"), str):
@@ -141,7 +141,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise damaged(path, f"{CONFIG} names other weights (transformers_weights)")
     for name in FORBIDDEN:
         if (path / name).exists():
-            raise damaged(path, f"{name} stands beside the model")
+            raise damaged(path, f"it contains {name}, which makes transformers load another model")
     return config
 
 
@@ -149,7 +149,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def describe_files(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of files of a folder, for the manifest."""
+    """Compute bytes and SHA-256 of files of a folder, for the manifest."""
     ordered = sorted(names)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda name: _sha256(path / name), ordered))
@@ -166,7 +166,7 @@ def _sha256(path: Path) -> str:
 
 
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise FhoptError for a file that is outside the folder, absent, cut short or altered. Sizes first: they are free.
+    """Raise FhoptError for a file that is outside the folder, absent, truncated or altered; sizes are compared first.
 
     Symbolic links are followed, since the cache of the hub is made of them.
     """
@@ -180,23 +180,23 @@ def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         if not (path / name).is_file() or size != about.get("bytes"):
             raise damaged(path, f"{name} has {size} bytes, expected {str(about.get('bytes'))[:20]}")
     try:
-        found = describe_files(path, files)
+        present = describe_files(path, files)
     except OSError as error:
         raise damaged(path, f"{error.filename} cannot be read ({error.strerror})") from error
     for name, about in files.items():
-        if found[name]["sha256"] != about.get("sha256"):
+        if present[name]["sha256"] != about.get("sha256"):
             raise damaged(path, f"the SHA-256 of {name} is another")
 
 
 def _is_plain(name: str) -> bool:
-    """True for a file of the folder itself or of its folder `plan`."""
+    """Return True for the name of a file in the folder itself or in its folder `plan`."""
     parts = PurePosixPath(name).parts
     is_simple = not any(c in name for c in "\\:\0") and ".." not in parts and "/".join(parts) == name
     return is_simple and (len(parts) == 1 or (len(parts) == 2 and parts[0] == PLAN))
 
 
 def _check_weights(path: Path, names: frozenset[str]) -> frozenset[str]:
-    """Names of all tensors. Raises FhoptError for headers that lie and for an index that leads elsewhere."""
+    """Return the names of all tensors. Raises FhoptError for broken headers and an index that does not match them."""
     from safetensors import SafetensorError, safe_open
 
     held: dict[str, str] = {}
@@ -205,9 +205,9 @@ def _check_weights(path: Path, names: frozenset[str]) -> frozenset[str]:
             with safe_open(path / name, "pt") as opened:
                 keys = list(opened.keys())
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise damaged(path, f"{name} is no safetensors file ({error})") from error
+            raise damaged(path, f"{name} is not a safetensors file ({error})") from error
         if repeated := held.keys() & set(keys):
-            raise damaged(path, f"{min(repeated)[:60]!r} stands in two files")
+            raise damaged(path, f"{min(repeated)[:60]!r} is in two files")
         held |= dict.fromkeys(keys, name)
     _check_index(path, held, names)
     return frozenset(held)
@@ -234,7 +234,7 @@ def _check_index(path: Path, held: Mapping[str, str], names: frozenset[str]) -> 
 
 
 def _read_plan(path: Path) -> LatentPlan:
-    """The plan. `LatentPlan.load` looks at shapes and finiteness of bases; here at what only a forger would write."""
+    """Read the plan, which `LatentPlan.load` checks, and check values that only a forged plan has."""
     for name in PLAN_FILES:
         if name.endswith(".json"):
             read_json(path / PLAN, name)
@@ -243,15 +243,15 @@ def _read_plan(path: Path) -> LatentPlan:
     except FhoptError as error:
         raise damaged(path, str(error).rstrip(".")) from error
     except Exception as error:  # a forged plan makes Python and torch raise many kinds
-        raise damaged(path, f"its plan is none ({type(error).__name__})") from error
+        raise damaged(path, f"its plan cannot be read ({type(error).__name__})") from error
     sizes = (plan.sinks, plan.recent, plan.block)
     if not all(type(n) is int and n < 1 << 31 for n in sizes) or not isinstance(plan.provenance, dict):
-        raise damaged(path, "its plan has no such sinks, window or provenance")
+        raise damaged(path, "its plan has impossible sinks, window or provenance")
     for site_plan in plan.sites:
         _check_site(path, site_plan.site)
         tiers = (*site_plan.key.tiers, *site_plan.value.tiers)
         if not all(math.isfinite(t.step) and t.step > 0 for t in tiers if t.bits < 16):
-            raise damaged(path, f"{site_plan.site.name} has steps that are no steps")
+            raise damaged(path, f"{site_plan.site.name} has quantization steps that are not positive numbers")
         bases = (site_plan.key.encode, site_plan.key.decode, site_plan.value.encode, site_plan.value.decode)
         if not all(b.dtype == torch.float32 for b in bases):
             raise damaged(path, f"{site_plan.site.name} has bases of other types than float32")
@@ -272,7 +272,7 @@ def _check_site(path: Path, site: AttentionSite) -> None:
         and _is_rope(site.rope)
     )
     if not is_sound:
-        raise damaged(path, f"its plan describes no attention that there can be ({str(site.name)[:60]!r})")
+        raise damaged(path, f"its plan describes an impossible attention ({str(site.name)[:60]!r})")
 
 
 def _is_rope(rope: Rope | None) -> bool:
@@ -287,7 +287,7 @@ def _is_rope(rope: Rope | None) -> bool:
 
 
 def weights_print(model: torch.nn.Module) -> str:
-    """Identity of all parameters of a model: names, shapes and sampled signs, which a change of dtype leaves."""
+    """Hash all parameters of a model: names, shapes and sampled signs, which a change of dtype does not alter."""
     digest = hashlib.sha256()
     for name, weight in named_weights(model):
         digest.update(name.encode() + shape_and_signs(weight))
@@ -295,10 +295,10 @@ def weights_print(model: torch.nn.Module) -> str:
 
 
 def check_weights(folder: RewrittenFolder, model: torch.nn.Module) -> None:
-    """Raise FhoptError unless the model holds the weights that the folder was written with, all of them numbers.
+    """Raise FhoptError unless the model holds the weights that the folder was written with, all of them finite.
 
-    In float16 the smallest numbers of another dtype have no sign: weights that were not float16 are only looked at for
-    numbers there.
+    In float16 the smallest numbers of another dtype lose their sign: weights that were written in another dtype and
+    loaded in float16 are only checked for finite numbers.
     """
     for name, weight in named_weights(model):
         if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):

@@ -13,14 +13,14 @@ from fhopt.models.transformers_import import QuietProgress, transformers
 
 
 def load_exact(folder: RewrittenFolder, **options: Any) -> torch.nn.Module:
-    """The original model of a checked folder. Raises FhoptError."""
+    """Load the original model of a checked folder. Raises FhoptError."""
     kind = _model_class(folder)
     try:
         with QuietProgress():
             config = kind.config_class.from_pretrained(folder.path, local_files_only=True)
             _check_size(folder, config)
             del config.quantization_config
-            model, told = kind.from_pretrained(
+            model, loading = kind.from_pretrained(
                 folder.path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
                 **options,
             )  # fmt: skip
@@ -29,15 +29,15 @@ def load_exact(folder: RewrittenFolder, **options: Any) -> torch.nn.Module:
     except Exception as error:  # a forged configuration makes transformers raise many kinds
         raise rewritten_folder.damaged(folder.path, f"{type(error).__name__}: {_short(error)}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if told.get(what):
-            raise rewritten_folder.damaged(folder.path, f"{what.replace('_', ' ')} in its weights: {min(told[what])!r}")
+        if names := loading.get(what):
+            raise rewritten_folder.damaged(folder.path, f"{what.replace('_', ' ')} in its weights: {min(names)!r}")
     rewritten_folder.check_weights(folder, model)
     loaded: torch.nn.Module = model
     return loaded
 
 
 def _model_class(folder: RewrittenFolder) -> Any:
-    """The class of transformers that the configuration names."""
+    """Return the transformers class that the configuration names."""
     hf = transformers()
     names = folder.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
@@ -46,15 +46,15 @@ def _model_class(folder: RewrittenFolder) -> Any:
     if not is_model or kind.config_class is None:
         raise FhoptError(
             f"{folder.path} is a {name[:60]!r}, which transformers {hf.__version__} does not have. Expected one of its "
-            "models; a newer version may know it."
+            "models; a newer version may have it."
         )
     if folder.config.get("model_type") != kind.config_class.model_type:
-        raise rewritten_folder.damaged(folder.path, f"{name} is no {str(folder.config.get('model_type'))[:40]!r}")
+        raise rewritten_folder.damaged(folder.path, f"{name} is not a {str(folder.config.get('model_type'))[:40]!r}")
     return kind
 
 
 def _check_size(folder: RewrittenFolder, config: Any) -> None:
-    """A model of more layers than there are tensors would take for ever to build."""
+    """Raise FhoptError for more layers than there are tensors, which would take for ever to build."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > len(folder.tensors):
         raise rewritten_folder.damaged(folder.path, f"{str(layers)[:20]} layers have {len(folder.tensors)} tensors")

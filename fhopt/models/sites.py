@@ -1,4 +1,4 @@
-"""Finding the attention sites of a loaded model, over all graphs of its forward pass."""
+"""Search for the attention sites of a loaded model, over all graphs of its forward pass."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def find_sites(loaded: LoadedModel, tokens: int = 16) -> passes_outcome.Outcome:
 
 
 def raise_nothing_found(name: str, outcome: passes_outcome.Outcome) -> None:
-    """Raise FhoptError: no attention was found, and why."""
+    """Raise the FhoptError that says that no attention was found, and why."""
     reasons = "; ".join(sorted({m.reason for m in outcome.missed})) or "there is no softmax between two contractions"
     raise FhoptError(f"no attention was found in {name}: {reasons}. See fhopt explain.")
 
 
 def explain_sites(loaded: LoadedModel, tokens: int = 16) -> passes_outcome.Outcome:
-    """Capture the model and find its attention, over all graphs that its forward pass falls into."""
+    """Capture the model and find its attention, which may be none, over all graphs of its forward pass."""
     captured = loaded.captures(tokens)
     if not captured:
         raise FhoptError(f"{loaded.name} computes nothing that can be captured; expected a module that uses tensors.")

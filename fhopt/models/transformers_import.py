@@ -1,4 +1,4 @@
-"""Importing transformers, without its progress bars, or saying what to install."""
+"""Import of transformers, without its progress bars, or an error that says what to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fhopt.errors import FhoptError
 
 
 def transformers() -> Any:
-    """The transformers module, quiet. Raises FhoptError when the extra is not installed."""
+    """Import transformers without its warnings and progress bars. Raises FhoptError where it is not installed."""
     try:
         module = importlib.import_module("transformers")
     except ImportError as error:
@@ -22,7 +22,7 @@ def transformers() -> Any:
 
 
 class QuietProgress:
-    """Loaders print their own progress bars; the command line has one of its own."""
+    """A context without the progress bars of transformers' loaders: the command line has its own."""
 
     def __enter__(self) -> None:
         import tqdm

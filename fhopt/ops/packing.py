@@ -131,9 +131,10 @@ def _lanes(plane: Tensor, width: int) -> Tensor:
     return ((plane.unsqueeze(-1) >> shifts) & (2**width - 1)).flatten(-2)
 
 
-def _pack_fake(
+def empty_packed(
     latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
+    """Allocate what `fhopt::pack` returns for latents [..., R]: uint8 [..., bytes] and the scale, float16 [...]."""
     size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
     shape = latent.shape[:-1]
     return latent.new_empty((*shape, size), dtype=torch.uint8), latent.new_empty(shape, dtype=torch.float16)
@@ -163,7 +164,7 @@ for _name in ("pack", "unpack"):
     _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through codes
 
 
-torch.library.register_fake("fhopt::pack", _pack_fake, lib=_LIB)
+torch.library.register_fake("fhopt::pack", empty_packed, lib=_LIB)
 torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
 
 

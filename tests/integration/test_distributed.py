@@ -184,7 +184,7 @@ def test_two_processes_evaluate_as_one_and_one_speaks(here: Path) -> None:
 def test_a_mistake_in_one_process_is_told_once_and_ends_all(here: Path) -> None:
     first, second = acted(here, "no model")
     assert (first.code, second.code, first.out, second.out, second.err) == (2, 2, "", "", "")
-    assert first.err.startswith("fhopt: process 1 of 2:") and "absent' is no model" in first.err
+    assert first.err.startswith("fhopt: process 1 of 2:") and "unknown model '" in first.err
     assert len(first.err.splitlines()) == 1
 
 

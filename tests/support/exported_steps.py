@@ -61,9 +61,9 @@ state = [torch.zeros([2 * block if n is None else n for n in t["shape"]], dtype=
          for t in about["state"]]
 opened = [i for i, t in enumerate(about["state"]) if None not in t["shape"]]
 grown = [i for i in range(len(state)) if i not in opened]
-held, sealed, found = 0, 0, []
+held, quantized, found = 0, 0, []
 for token in ids[0]:
-    logits, *new = step(token.view(1, 1), torch.tensor([held, sealed]), *state)
+    logits, *new = step(token.view(1, 1), torch.tensor([held, quantized]), *state)
     found.append(logits)
     for i, x in zip(opened, new):
         state[i][:, :, held] = x[:, :, 0]
@@ -71,10 +71,10 @@ for token in ids[0]:
     if held == limit:
         rows = seal(*[state[i][:, :, sinks : sinks + block].contiguous() for i in opened])
         for i, x in zip(grown, rows):
-            state[i] = torch.cat([state[i][:, :, :sealed], x, torch.zeros_like(x)], 2)
+            state[i] = torch.cat([state[i][:, :, :quantized], x, torch.zeros_like(x)], 2)
         for i in opened:
             state[i][:, :, sinks : -block] = state[i][:, :, sinks + block :].clone()
-        held, sealed = held - block, sealed + block
+        held, quantized = held - block, quantized + block
 assert "fhopt" not in sys.modules and "transformers" not in sys.modules
 torch.save(torch.stack(found), wanted)
 """

@@ -56,7 +56,7 @@ def made(weight: Tensor, hidden: Tensor | None = None, bias: Tensor | None = Non
 
 
 def applied(model: Any, **options: Any) -> tuple[Any, Head]:
-    """The model with a head of its own applied, coded for the hidden states that it has on random tokens."""
+    """The model with a head of its own applied, quantized for its hidden states on random tokens."""
     captured = capture(model, (), {"input_ids": token_ids(1, 16), "use_cache": False})
     site = find(captured)
     weight = model.get_parameter(site.weight).detach()

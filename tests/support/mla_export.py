@@ -20,10 +20,10 @@ def sites_of(model: Any) -> list[AttentionSite]:
 
 
 def with_tiers(plan: LatentPlan, bits: int) -> LatentPlan:
-    def coded(side: SidePlan) -> SidePlan:
+    def quantized(side: SidePlan) -> SidePlan:
         return SidePlan(side.encode, side.decode, (Tier(bits, side.width, 0.1),))
 
-    sites = tuple(SitePlan(s.site, s.layout, coded(s.key), coded(s.value)) for s in plan.sites)
+    sites = tuple(SitePlan(s.site, s.layout, quantized(s.key), quantized(s.value)) for s in plan.sites)
     return LatentPlan(sites, plan.sinks, plan.recent, plan.block)
 
 

@@ -1,4 +1,4 @@
-"""Every way to open the door: wrappers, functions, layers, `model.compile`, transformers' own configuration."""
+"""Every way to compiled generation: wrappers, functions, layers, `model.compile`, transformers' own configuration."""
 
 from __future__ import annotations
 

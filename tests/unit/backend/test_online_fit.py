@@ -1,4 +1,4 @@
-"""Without a plan: watch, fit, gate, swap; or stay exact and say why."""
+"""Online fit: record, fit, gate, apply; or stay exact with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from small_models import tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.backend import compile_report
-from fhopt.backend.online_fit import Stream, Wish, trimmed
+from fhopt.backend.online_fit import FitTarget, TokenStream, without_padding
 from fhopt.cache.report import cache_report
 from fhopt.hf.apply import applied_plan
 
@@ -34,7 +34,7 @@ def gather(model: Any, calls: int) -> None:
 
 
 def test_tokens_go_behind_the_sequence_that_they_continue() -> None:
-    stream = Stream()
+    stream = TokenStream()
     stream.add(torch.tensor([[1, 2, 3], [4, 5, 6]]), None)
     stream.add(torch.tensor([[7], [8]]), None)
     stream.add(torch.tensor([[9, 10]]), None)
@@ -43,15 +43,19 @@ def test_tokens_go_behind_the_sequence_that_they_continue() -> None:
 
 
 def test_padding_is_left_out() -> None:
-    stream = Stream()
+    stream = TokenStream()
     stream.add(torch.tensor([[0, 0, 3], [4, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]]))
     stream.add(torch.tensor([[7], [8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
     assert stream.rows == [[3, 7], [4, 5, 6, 8]] and stream.count == 6
 
 
 def test_what_fills_a_batch_up_is_no_text() -> None:
-    assert trimmed([0, 0, 5, 6, 0, 0, 0], 0) == [5, 6, 0] and trimmed([5, 6], 0) == [5, 6] and trimmed([0, 0], 0) == []
-    stream = Stream(padding=0)
+    assert (
+        without_padding([0, 0, 5, 6, 0, 0, 0], 0) == [5, 6, 0]
+        and without_padding([5, 6], 0) == [5, 6]
+        and without_padding([0, 0], 0) == []
+    )
+    stream = TokenStream(padding=0)
     stream.add(torch.tensor([[0] * 8 + [7] * 40, [8] * 40 + [0] * 8, [0] * 40 + [9] * 8]), None)
     assert stream.cut(81, 0, 1).tolist() == [[7] * 40 + [8] * 40 + [0]]
 
@@ -71,8 +75,8 @@ def test_a_model_is_exact_until_its_plan_passes_and_then_new_sequences_are_laten
     assert torch.equal(generate(compiled, ids), exact)
     with caplog.at_level(logging.WARNING, logger="fhopt"):
         gather(compiled, 5)
-    told = [r.message for r in caplog.records if r.name == "fhopt"]
-    assert len(told) == 1 and "new sequences are cached as latents" in told[0] and "perplexity" in told[0]
+    messages = [r.message for r in caplog.records if r.name == "fhopt"]
+    assert len(messages) == 1 and "new sequences are cached as latents" in messages[0] and "perplexity" in messages[0]
     found = fhopt.report(compiled)
     assert found.state == compile_report.COMPRESSED and "held-out tokens" in found.events[-1]
     plan = applied_plan(model)
@@ -107,14 +111,14 @@ def test_where_no_plan_passes_the_model_stays_exact_and_says_so(caplog: pytest.L
     assert torch.equal(generate(model, ids), exact) and not hasattr(model, "_fhopt_applied")
 
 
-def test_a_model_whose_cache_no_plan_could_shrink_is_not_watched() -> None:
+def test_a_model_without_a_cache_is_not_recorded() -> None:
     module = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
     compiled = torch.compile(module, backend="flashhead")
     x = torch.randn(1, 5, 16)
     with torch.no_grad():
         compiled(x, x, x)
     found = fhopt.report(compiled)
-    assert found.state == compile_report.EXACT and "no language model of transformers" in found.events[0]
+    assert found.state == compile_report.EXACT and "not a language model of transformers" in found.events[0]
 
 
 def test_a_failing_fit_does_not_fail_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +134,7 @@ def test_a_failing_fit_does_not_fail_the_call(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_a_profiled_model_is_freed_with_its_weights_and_keeps_the_modes_of_its_parts() -> None:
+def test_a_model_with_an_online_fit_is_freed_with_its_weights_and_keeps_the_modes_of_its_parts() -> None:
     model = tiny_llama()
     model.model.layers[0].train()
     model.compile(backend="flashhead", options={"calibration_tokens": 4096, "max_loss": 0.9})
@@ -143,7 +147,7 @@ def test_a_profiled_model_is_freed_with_its_weights_and_keeps_the_modes_of_its_p
     assert weight() is None
 
 
-def test_two_models_that_share_an_embedding_are_told_apart() -> None:
+def test_two_models_that_share_an_embedding_have_reports_of_their_own() -> None:
     teacher, student = tiny_llama(), tiny_llama()
     student.set_input_embeddings(teacher.get_input_embeddings())
     compiled = torch.compile(lambda teacher, student, ids: student(ids).logits, backend="flashhead")
@@ -154,7 +158,7 @@ def test_two_models_that_share_an_embedding_are_told_apart() -> None:
         fhopt.report(teacher)
 
 
-def test_training_is_not_watched() -> None:
+def test_training_is_not_recorded() -> None:
     model = tiny_llama()
     compiled: Any = torch.compile(model, backend="flashhead", options={"calibration_tokens": 4096})
     for _ in range(18):
@@ -183,4 +187,4 @@ def test_wrong_options_are_refused_with_the_cure(options: dict[str, Any], messag
 
 
 def test_defaults_are_those_that_the_documentation_names() -> None:
-    assert Wish.parse({}) == Wish(None, 0.01, 16384)
+    assert FitTarget.parse({}) == FitTarget(None, 0.01, 16384)

@@ -15,7 +15,7 @@ from fhopt.errors import FhoptError
 from fhopt.texts import tokens
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "an unknown model": (["inspect", "nowhere"], "is no model"),
+    "an unknown model": (["inspect", "nowhere"], "unknown model"),
     "a folder without a model": (["inspect", "{tmp}"], "has no config.json"),
     "a missing GGUF file": (["inspect", "{tmp}/a.gguf"], "does not exist"),
     "a broken program": (["inspect", "{tmp}/broken.pt2"], "could not be read"),

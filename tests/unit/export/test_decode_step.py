@@ -23,7 +23,7 @@ def check_step(model: Any, plan: LatentPlan, kernels: bool) -> None:
     step = decode_step.Step(model, decode_step.unrounded(plan), kernels)
     state = step_state.State(plan, step.tensors, step, decode_step.Seal(step))
     assert difference(state, ids, by_the_model(model, plan, ids)) < ROUNDING
-    assert (state.tokens, state.sealed) == (60, 48)
+    assert (state.tokens, state.quantized) == (60, 48)
 
 
 @pytest.mark.usefixtures("without_compiling")

@@ -126,7 +126,7 @@ def test_vllm_gets_the_widths_of_its_kernels_and_the_same_logits(tmp_path: Path)
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "biases": (lambda: tiny("Qwen2", num_key_value_heads=1), "k_proj.bias and .* more .*engines read no biases"),
-    "normed keys": (lambda: tiny("Qwen3", num_key_value_heads=1), "normalises its keys"),
+    "normed keys": (lambda: tiny("Qwen3", num_key_value_heads=1), "normalizes its keys"),
     "scaled rotation": (
         lambda: tiny("Llama", num_key_value_heads=1, rope_parameters={
             "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -152,7 +152,7 @@ def test_what_engines_have_no_place_for_is_refused(why: str, tmp_path: Path) -> 
 
 
 def test_plans_that_are_no_latent_attention_are_refused(llama: Fitted, tmp_path: Path) -> None:
-    cut = mla.cut(fit_plan.fit(llama.statistics, ratio=1, layout="freq"), 24)
+    cut = mla.truncate(fit_plan.fit(llama.statistics, ratio=1, layout="freq"), 24)
 
     def refused(plan: LatentPlan, message: str, **options: Any) -> None:
         with pytest.raises(FhoptError, match=message):
@@ -162,11 +162,11 @@ def test_plans_that_are_no_latent_attention_are_refused(llama: Fitted, tmp_path:
     assert exported(llama.model, with_tiers(cut, 16), tmp_path / "halves") is not None
     mixing = SidePlan(torch.randn(1, 20, 32), torch.randn(2, 16, 20), ())
     bare = [SitePlan(s.site, "band", mixing, mixing) for s in cut.sites]
-    refused(LatentPlan(tuple(bare), 0, 1, 1), "rotate at different speeds")
+    refused(LatentPlan(tuple(bare), 0, 1, 1), "of different rotary frequencies")
     refused(LatentPlan(cut.sites[:1], 0, 1, 1), "1 of 2 layers")
-    refused(cut, "too narrow", dtype=torch.float16)
+    refused(cut, "float16 is too small", dtype=torch.float16)
     with pytest.raises(FhoptError, match="layout 'band'"):
-        mla.cut(LatentPlan(tuple(bare), 0, 1, 1), 8)
+        mla.truncate(LatentPlan(tuple(bare), 0, 1, 1), 8)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     refused(cut, "holds other things")

@@ -49,7 +49,7 @@ def test_multiplications_are_counted_exactly(llama: Fitted) -> None:
 
 def decompressing(self: SiteAttention, query: Tensor, rows: Any, count: Tensor) -> Tensor:
     """What must be caught: keys rebuilt at full length."""
-    latent = torch.cat([v for _, v, _ in step_attention._tiers(rows)], -1) * rows.scale.float().unsqueeze(-1)
+    latent = torch.cat([v for _, v, _ in step_attention._bit_groups(rows)], -1) * rows.scale.float().unsqueeze(-1)
     n = rows.decode.shape[0] // latent.shape[1]
     parts = [torch.matmul(latent[:, g // n], rows.decode[g].T) for g in range(rows.decode.shape[0])]
     keys = torch.stack(parts, 1)  # [B, G, T, D]
@@ -60,7 +60,7 @@ def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = llama.plan(4)
-    monkeypatch.setattr(SiteAttention, "_sealed_logits", decompressing)
+    monkeypatch.setattr(SiteAttention, "_latent_logits", decompressing)
     found = verifying.verify_text(text_of(llama.model, plan), plan)
     assert any("a contraction makes" in fault and "stepping.py:" in fault for fault in found.faults)
     assert any("multiplications" in fault for fault in found.faults)
@@ -68,7 +68,7 @@ def test_a_planted_decompressing_graph_is_caught_with_its_source_line(
 
 def test_a_state_of_other_bytes_than_the_plans_is_caught(llama: Fitted) -> None:
     found = verifying.verify_text(text_of(llama.model, llama.plan(4)), llama.plan(2))
-    assert any("the plan says" in fault for fault in found.faults)
+    assert any("as in the plan" in fault for fault in found.faults)
 
 
 def test_what_is_no_linalg_is_refused(llama: Fitted) -> None:

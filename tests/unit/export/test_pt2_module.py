@@ -119,9 +119,9 @@ def test_a_stateful_program_runs_in_a_process_without_fhopt(tmp_path: Path) -> N
     got, exact = alone(folder, ids, tmp_path / "plain.pt", STATEFUL), by_the_module(loaded.module, ids)
     assert float((got - by_the_program(pt2_module.export_module(loaded, plan), ids)).abs().max()) < ROUNDING
     assert 1e-4 < float((got - exact).abs().max() / exact.abs().max()) < 0.2  # rounded to 8 and 4 bits
-    told = json.loads((folder / "program.json").read_text())
-    assert [t["name"] for t in told["inputs"]] == ["ids", "at"] and told["outputs"] == 1
-    rows = [t["shape"] for t in told["state"] if t["dtype"] == "uint8"]
+    content = json.loads((folder / "program.json").read_text())
+    assert [t["name"] for t in content["inputs"]] == ["ids", "at"] and content["outputs"] == 1
+    rows = [t["shape"] for t in content["state"] if t["dtype"] == "uint8"]
     assert rows == [[1, 2, SLOTS - 2 + 1, 12]] * 2  # 8 channels of 8 bits and 8 of 4; a spare row takes what has none
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "plan", "program.json", "program.pt2", "start.pt2"]
 
@@ -134,10 +134,10 @@ def test_a_compiled_stateful_program_calls_the_kernels_in_a_process_without_fhop
     plan = plan_of(loaded, CODES)
     folder = pt2_module.write_module(loaded, plan, tmp_path / "out")
     got = alone(folder, ids, tmp_path / "aot.pt", STATEFUL)
-    coded = (got - by_the_module(loaded.module, ids)).abs()
+    quantized = (got - by_the_module(loaded.module, ids)).abs()
     difference = (got - by_the_compiled_module(loaded.module, plan, ids, monkeypatch)).abs()
     assert float(difference.median()) < 1e-4  # but of a number between two codes of 4 bits, rounding decides
-    assert float(difference.max()) < float(coded.max()) / 4
+    assert float(difference.max()) < float(quantized.max()) / 4
 
 
 class Branching(nn.Module):
@@ -150,5 +150,5 @@ def test_modules_that_cannot_be_exported_and_plans_of_others_are_refused(llama: 
     plan = plan_of(loaded)
     with pytest.raises(FhoptError, match="cannot be exported"):
         pt2_module.export_module(LoadedModel("branching", Branching(), inputs=((torch.ones(2),), {})), plan)
-    with pytest.raises(FhoptError, match=r"model.layers.0.self_attn stays as it is in module: .*"):
+    with pytest.raises(FhoptError, match=r"model.layers.0.self_attn was not compressed in module: .*"):
         pt2_module.export_module(loaded, llama.plan(1).with_provenance(fingerprint=None))

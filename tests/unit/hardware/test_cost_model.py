@@ -38,7 +38,7 @@ def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None
     exact = EXACT.on(DEVICES["h100"], 200)
     assert exact.bytes == 200 * 2 * (16 + 8) * 2
     assert exact.operations == 2 * 4 * 200 * (16 + 8)
-    latent = LATENT.on(DEVICES["h100"], 200)  # 4 + 64 + 32 tokens are exact, 100 are sealed
+    latent = LATENT.on(DEVICES["h100"], 200)  # 4 + 64 + 32 tokens are exact, 100 are quantized
     key_row, value_row = 2 * (8 * 4 // 8 + 8 * 2 // 8 + 2), 8 * 2
     assert latent.bytes == 100 * (key_row + value_row) + 100 * 96 + BASES
     products = 2 * 4 * 100 * (16 + 8) + 2 * 4 * 100 * (16 + 8)
@@ -47,7 +47,9 @@ def test_bytes_and_operations_of_one_site_are_those_worked_out_by_hand() -> None
 
 
 def test_a_window_of_codes_costs_a_byte_a_number_its_scales_and_an_operation_a_code() -> None:
-    exact, rounded = (c.on(DEVICES["h100"], 200) for c in (LATENT, WINDOW_OF_CODES))  # 4 sinks, 96 tokens, 100 sealed
+    exact, rounded = (
+        c.on(DEVICES["h100"], 200) for c in (LATENT, WINDOW_OF_CODES)
+    )  # 4 sinks, 96 tokens, 100 quantized
     assert exact.bytes - rounded.bytes == 96 * (96 - (48 + 2 * 2 * 2))
     assert rounded.operations - exact.operations == 96 * 48
     first = [c.on(DEVICES["h100"], 3) for c in (LATENT, WINDOW_OF_CODES)]
@@ -66,8 +68,8 @@ def test_a_window_of_codes_may_pay_before_anything_is_sealed() -> None:
 
 
 def test_shared_rows_count_once_in_bytes_and_codes_and_twice_in_products() -> None:
-    rows = cost_model.Rows.planned(SHARED, itemsize=2)
-    assert rows == cost_model.Rows(16, 16, token_bytes=18, codes=16, encode=768, decode=768)
+    rows = cost_model.LatentSizes.planned(SHARED, itemsize=2)
+    assert rows == cost_model.LatentSizes(16, 16, token_bytes=18, quantized=16, encode=768, decode=768)
     for itemsize, bits in ((2, 8), (2, 16), (4, 8)):
         plan = LatentPlan((SHARED,), 4, 64, 64, window_bits=bits)
         latent = model_cost([SITE], plan, itemsize=itemsize)
@@ -122,8 +124,8 @@ def test_latents_pay_from_where_the_two_times_cross(device: Device, latent: Cost
 
     slack = 1 + 1e-9  # rounding of floats
     if found.tokens is None:
-        exact, coded = seconds(10**6)
-        assert found.verdict == "never" and exact <= coded * slack
+        exact, quantized = seconds(10**6)
+        assert found.verdict == "never" and exact <= quantized * slack
         return
     (exact_before, coded_before), (exact_after, coded_after) = map(seconds, (int(found.tokens), ceil(found.tokens)))
     assert exact_before <= coded_before * slack and coded_after <= exact_after * slack
@@ -133,7 +135,7 @@ def test_latents_pay_from_where_the_two_times_cross(device: Device, latent: Cost
 def test_uncoded_latents_of_full_width_never_pay_and_latents_without_bases_always_do() -> None:
     plan = fit_plan.exact_plan([SITE])
     assert break_even(EXACT, model_cost([SITE], plan), DEVICES["h100"]) == cost_model.BreakEven("never")
-    free = cost_model.site_cost(SITE, cost_model.Rows(0, 0, 1, 0, 0, 0), open_tokens=100)
+    free = cost_model.site_cost(SITE, cost_model.LatentSizes(0, 0, 1, 0, 0, 0), open_tokens=100)
     assert break_even(EXACT, free, DEVICES["h100"]) == cost_model.BreakEven("always")
 
 

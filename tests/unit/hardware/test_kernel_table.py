@@ -36,15 +36,15 @@ def call(*arguments: str | Path) -> Result:
 @pytest.fixture
 def plan() -> LatentPlan:
     """Two sites of one kernel, a third with half of its channels in other codes, one that slides."""
-    coded = random_plan("head", CODED)
-    (site,) = coded.sites
+    quantized = random_plan("head", CODED)
+    (site,) = quantized.sites
     other = random_plan("head", tuple(reversed(CODED))).sites[0]
 
     def named(name: str, like: Any, **changes: Any) -> Any:
         return dataclasses.replace(like, site=dataclasses.replace(like.site, name=name, **changes))
 
     sites = (site, named("layers.1", site), named("layers.2", other), named("layers.3", site, mask="sliding", window=8))
-    return dataclasses.replace(coded, sites=sites)
+    return dataclasses.replace(quantized, sites=sites)
 
 
 @pytest.fixture
@@ -77,13 +77,13 @@ def test_json_says_what_the_table_says(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = call(saved, "--device", "h100", "--out", out, "--batch", "2", "--candidates", "0", "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["folder"] == str(out)
-    assert told == {"folder": str(out)} | json.loads((out / "kernels.json").read_text())
-    assert (told["device"], told["batch"], told["tokens"], told["triton"]) == ("h100", 2, 32_768, "3")
+    content = json.loads(result.stdout)
+    assert content["folder"] == str(out)
+    assert content == {"folder": str(out)} | json.loads((out / "kernels.json").read_text())
+    assert (content["device"], content["batch"], content["tokens"], content["triton"]) == ("h100", 2, 32_768, "3")
     head, *rows = markdown_rows((out / "kernels.md").read_text())
-    assert len(rows) == len(told["kernels"]) == 2
-    for cell, row in zip(rows, told["kernels"], strict=True):
+    assert len(rows) == len(content["kernels"]) == 2
+    for cell, row in zip(rows, content["kernels"], strict=True):
         shown, found = dict(zip(head, cell, strict=True)), row["compiled"]
         config = found["config"]
         assert shown == {
@@ -108,7 +108,7 @@ def test_json_says_what_the_table_says(saved: Path, tmp_path: Path) -> None:
         }
         assert len(row["rejected"]) > 2 and {x["reason"] for x in row["rejected"]} == {"spills 12 bytes a thread"}
     lines = (out / "kernels.md").read_text().count("| spills 12 bytes a thread |")
-    assert lines == sum(len(row["rejected"]) for row in told["kernels"])
+    assert lines == sum(len(row["rejected"]) for row in content["kernels"])
 
 
 @pytest.mark.usefixtures("compiled")
@@ -137,7 +137,7 @@ def test_there_is_a_file_for_each_kernel(plan: LatentPlan, tmp_path: Path) -> No
 
 def test_figures_are_those_of_the_plan_and_of_the_cost_model(plan: LatentPlan, tmp_path: Path) -> None:
     made = write_kernels(plan, tmp_path / "out", Options("cpu", batch=3, tokens=10_000, queries=2))
-    sealed = 10_000 - plan.sinks - plan.recent - plan.block // 2
+    quantized = 10_000 - plan.sinks - plan.recent - plan.block // 2
     for row in made.rows:
         site = plan.site(row.sites[0])
         assert row.bytes_per_token == site.token_bytes()
@@ -145,7 +145,7 @@ def test_figures_are_those_of_the_plan_and_of_the_cost_model(plan: LatentPlan, t
         assert row.operations_per_token == 2 * 2 * 4 * (16 + 16) + codes
         assert row.rows == 2 * 2 and row.compiled is None and not row.rejected
         cpu = DEVICES["cpu"]
-        operations = 3 * sealed * (2 * 2 * 4 * 32 / cpu.matrix_tflops + codes / cpu.vector_tflops)
+        operations = 3 * quantized * (2 * 2 * 4 * 32 / cpu.matrix_tflops + codes / cpu.vector_tflops)
         assert row.roofline_seconds == pytest.approx(operations / 1e12, rel=1e-9) and row.bound == "arithmetic"
 
 
@@ -153,10 +153,10 @@ def test_for_a_cpu_the_files_are_c_and_nothing_is_compiled(saved: Path, tmp_path
     out = tmp_path / "out"
     result = call(saved, "--device", "cpu:2", "--out", out, "--json")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["triton"] == "" and [row["compiled"] for row in told["kernels"]] == [None, None]
+    content = json.loads(result.stdout)
+    assert content["triton"] == "" and [row["compiled"] for row in content["kernels"]] == [None, None]
     for name, (spec, *_) in zip(
-        told["files"], sorted(kernels_of(plan, "bfloat16"), key=lambda k: k[0].name), strict=True
+        content["files"], sorted(kernels_of(plan, "bfloat16"), key=lambda k: k[0].name), strict=True
     ):
         assert (out / name).read_text() == render(spec, "cpp")
     assert "registers" not in (out / "kernels.md").read_text().splitlines()[4]

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from fhopt.cli.app import main
 from fhopt.codegen.compiler import vector_unit
 from fhopt.errors import FhoptError
-from fhopt.hardware import devices, this_cpu
+from fhopt.hardware import this_cpu
+from fhopt.hardware.devices import find_device
 from fhopt.system import cores
 
 
@@ -58,19 +59,18 @@ def test_threads_are_as_they_were_after_a_measurement() -> None:
 
 
 def test_here_is_a_device_with_the_measured_rates() -> None:
-    found = this_cpu.find_device("here:1")
+    found = find_device("here:1")
     measured = this_cpu.measured(1)
     assert (found.name, found.kind) == ("here:1", "cpu")
     assert (found.bandwidth_gb_s, found.vector_tflops) == (measured.read_gb_s, measured.float32_tflops)
     assert found.matrix_tflops >= found.vector_tflops
-    assert this_cpu.find_device("here").name == f"here:{torch.get_num_threads()}"
-    assert this_cpu.find_device("h100") is devices.find_device("h100")
+    assert find_device("here").name == f"here:{torch.get_num_threads()}"
 
 
 @pytest.mark.parametrize("name", ["here:0", "here:many", f"here:{cores() + 1}", "her"])
 def test_another_name_is_refused(name: str) -> None:
     with pytest.raises(FhoptError, match=r"is unknown; expected .*here"):
-        this_cpu.find_device(name)
+        find_device(name)
 
 
 def test_the_command_prints_what_was_measured() -> None:

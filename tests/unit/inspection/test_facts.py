@@ -11,7 +11,7 @@ from small_models import Fitted
 
 from fhopt.errors import FhoptError
 from fhopt.hardware import cost_model
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import find_device
 from fhopt.inspection.facts import common_form, inspect, inspect_sites, short_name
 from fhopt.models.sites import find_sites
 

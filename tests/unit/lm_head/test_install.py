@@ -20,9 +20,9 @@ pytestmark = needs_compiler
 def test_a_head_of_other_weights_is_refused() -> None:
     model, other = tiny_llama(), tiny_llama(vocab_size=98)
     _, head = applied(model)
-    with pytest.raises(FhoptError, match=r"coded for another lm_head\.weight"):
+    with pytest.raises(FhoptError, match=r"made for another lm_head\.weight"):
         api.apply(other, head)
-    with pytest.raises(FhoptError, match=r"parameter lm_head\.weight, which Linear has not"):
+    with pytest.raises(FhoptError, match=r"parameter lm_head\.weight, which Linear does not have"):
         api.apply(nn.Linear(2, 2), head)
     with pytest.raises(FhoptError, match="no head is applied"):
         api.report(other)
@@ -41,5 +41,5 @@ def test_a_bias_that_is_added_behind_the_layer_is_refused_with_the_cure() -> Non
     model = Behind()
     site = find(capture(model, (torch.randint(0, 60, (1, 4)),)))
     head = fit_weight(site, model.output.weight.detach(), model.shift.detach())
-    with pytest.raises(FhoptError, match=r"shift is added to what output gives.*Expected it as the bias"):
+    with pytest.raises(FhoptError, match=r"shift is added to the output of output.*Expected it as the bias"):
         api.apply(model, head)

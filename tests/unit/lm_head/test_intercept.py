@@ -120,7 +120,7 @@ def test_a_watched_head_is_dense_in_compiled_graphs() -> None:
 
 @torch.no_grad()
 def test_a_product_that_is_not_watched_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    intercept._warn_of_spelling.cache_clear()
+    intercept._warn_unrecognized.cache_clear()
     model = Words(lambda m, x: (x.unsqueeze(-2) * m.embedding.weight).sum(-1)).requires_grad_(False)
     site = find(capture(Words(WRITTEN["product"]), (torch.randint(0, 60, (1, 4)),)))
     api.apply(model, fit_weight(site, model.embedding.weight))

@@ -33,8 +33,9 @@ def test_generation_is_that_of_the_dense_head(make: Any, dtype: torch.dtype) -> 
     expected = model.generate(prompt, **options)
     applied(model)
     assert torch.equal(model.generate(prompt, **options), expected)
-    told = api.report(model)
-    assert told.rows >= 60 and told.certified > 0.9 and told.dense_rows == round((1 - told.certified) * told.rows)
+    report = api.report(model)
+    assert report.rows >= 60 and report.certified > 0.9
+    assert report.dense_rows == round((1 - report.certified) * report.rows)
     api.unapply(model)
     assert type(model.get_output_embeddings()) is nn.Linear and torch.equal(model.generate(prompt, **options), expected)
 
@@ -83,8 +84,8 @@ def test_any_batch_has_the_logits_of_the_dense_head(batch: int) -> None:
     assert torch.equal(logits.topk(4).indices, exact.topk(4).indices)
     known = logits > -math.inf
     torch.testing.assert_close(logits[known], exact[known], rtol=1e-5, atol=1e-6)  # sums in another order
-    told = module.report()
-    assert told.rows == (batch if batch <= MOST_ROWS else 0)
+    report = module.report()
+    assert report.rows == (batch if batch <= MOST_ROWS else 0)
 
 
 @torch.no_grad()

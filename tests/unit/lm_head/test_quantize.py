@@ -17,7 +17,7 @@ from fhopt.codegen.cpu.lm_head import Candidates, search
 from fhopt.errors import FhoptError
 from fhopt.lm_head import quantize
 from fhopt.lm_head.module import dense
-from fhopt.lm_head.quantize import balance, code_rows, decode, rounded_up, tiered
+from fhopt.lm_head.quantize import balance, dequantize, quantize_rows, rounded_up, with_bit_groups
 
 pytestmark = needs_compiler
 KINDS = ("random", "zeros", "equal", "one large", "tiny", "huge", "sparse", "nearly equal")
@@ -72,7 +72,7 @@ def test_estimates_and_bounds_are_those_of_the_equations(bits: str) -> None:
     head, hidden = made(weight, states, bits=bits), skewed(3, 40)
     found = search(hidden, weight, None, head.codes, head.search(bounds=True))
     assert found.bounds is not None and found.estimates is not None and head.codes.transform is not None
-    rows, values, numbers = decode(head.codes)
+    rows, values, numbers = dequantize(head.codes)
     order = rows[rows >= 0].argsort()
     values, numbers = values[rows >= 0][order], numbers[rows >= 0][order]
     turned = hidden.double() @ head.codes.transform.double().T
@@ -93,7 +93,7 @@ def test_estimates_and_bounds_are_those_of_the_equations(bits: str) -> None:
 def test_what_is_coded_decodes_to_the_rows() -> None:
     weight, states = weights("random", 77, 21), skewed(100, 21)
     head = made(weight, states, bits="8")
-    rows, values, numbers = decode(head.codes)
+    rows, values, numbers = dequantize(head.codes)
     kept = rows >= 0
     assert sorted(rows[kept].tolist()) == list(range(77))
     assert head.codes.transform is not None
@@ -123,12 +123,12 @@ def test_the_basis_gives_hidden_states_and_rows_the_same_covariance(monkeypatch:
 def test_no_basis_is_used_where_there_is_nothing_to_gain() -> None:
     rows = weights("random", 4000, 24).double()
     assert balance(None, rows.T @ rows / len(rows)).forward is None
-    assert tiered(balance(None, torch.eye(13).double()), 13, 8).rank == 16
+    assert with_bit_groups(balance(None, torch.eye(13).double()), 13, 8).rank == 16
 
 
 def test_the_inverse_belongs_to_the_basis_as_it_is_kept() -> None:
     states, rows = skewed(400, 30).double(), weights("random", 500, 30).double()
-    basis = tiered(balance(states.T @ states / 400, rows.T @ rows / 500), 30, 8)
+    basis = with_bit_groups(balance(states.T @ states / 400, rows.T @ rows / 500), 30, 8)
     assert basis.transform is not None
     logits = basis.hidden(states.float()).double() @ basis.rows(rows).T
     exact = (states.float().double() @ basis.transform.double().T) @ basis.rows(rows).T
@@ -139,13 +139,13 @@ def test_the_inverse_belongs_to_the_basis_as_it_is_kept() -> None:
 def test_codes_lose_what_they_say() -> None:
     x = torch.cat([torch.randn(50, 16), torch.zeros(2, 16)]).double()
     for bits in (4, 8):
-        tier = code_rows(x, bits)
-        value = (tier.codes.double() - (2**bits - 1) / 2) * tier.scale.double().unsqueeze(1)
-        torch.testing.assert_close((x - value).norm(dim=1), tier.error)
-        torch.testing.assert_close(value.norm(dim=1), tier.norm)
-        assert float(tier.error[50:].max()) == 0
+        group = quantize_rows(x, bits)
+        value = (group.values.double() - (2**bits - 1) / 2) * group.scale.double().unsqueeze(1)
+        torch.testing.assert_close((x - value).norm(dim=1), group.error)
+        torch.testing.assert_close(value.norm(dim=1), group.norm)
+        assert float(group.error[50:].max()) == 0
         widest = x.abs().amax(1) * (2 / 2**bits) * (1 + 2**-8)  # a step without clipping, as bfloat16
-        assert bool((tier.error <= widest / 2 * 16**0.5 + 2**-8 * x.norm(dim=1)).all())
+        assert bool((group.error <= widest / 2 * 16**0.5 + 2**-8 * x.norm(dim=1)).all())
 
 
 @given(st.floats(0, 1e30))

@@ -54,7 +54,7 @@ def test_what_is_missing_is_at_most_what_is_said() -> None:
     module, hidden, exact = module_for()
     for temperature in (0.7, 1.0, 1.5):
         found = sample(module, hidden, temperature)
-        computed = search(hidden, module.weight, None, module.head.codes, module.wanted(keep=64, budget=800))
+        computed = search(hidden, module.weight, None, module.head.codes, module.search_with(keep=64, budget=800))
         p = (exact / temperature).softmax(-1)
         for m, count in enumerate(computed.counts.tolist()):
             outside = 1 - float(p[m, computed.ids[m, :count].long()].sum())

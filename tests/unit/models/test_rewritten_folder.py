@@ -167,7 +167,7 @@ HARM: dict[Callable[[Path], None], str] = {
     not_numbers: "non-finite",
     other_shapes: "shapes",
     other_types: "float32",
-    huge_header: "no safetensors file",
+    huge_header: "not a safetensors file",
     index_outside: "other.safetensors",
     manifest_outside: "not a file of this folder",
     absolute_manifest: "not a file of this folder",
@@ -182,9 +182,9 @@ HARM: dict[Callable[[Path], None], str] = {
     other_plan: "not the one",
     fingerprint: "fitted to another model",
     steps: "steps",
-    text_for_a_number: "no attention",
+    text_for_a_number: "impossible attention",
     many_layers: "layers have",
-    nested: "no JSON",
+    nested: "not JSON",
 }
 
 
@@ -221,7 +221,7 @@ def test_pickles_and_code_beside_the_model_are_never_read(name: str, forged: Pat
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match="no rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten model"):
         fhopt.load(tmp_path)
-    with pytest.raises(FhoptError, match="no rewritten model"):
+    with pytest.raises(FhoptError, match="not a rewritten model"):
         fhopt.load(tmp_path / "absent")

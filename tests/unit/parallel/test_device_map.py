@@ -40,4 +40,4 @@ def test_places_that_are_none_are_refused(text: str) -> None:
 
 def test_a_device_map_needs_a_folder() -> None:
     done = CliRunner().invoke(main, ["eval", "demo", "--device-map", "cpu"])
-    assert done.exit_code == 2 and "'demo' is no folder" in done.output
+    assert done.exit_code == 2 and "'demo' is not a folder" in done.output

@@ -19,7 +19,7 @@ import math
 import torch
 from fhopt.lm_head import fitting as head_fitting
 from fhopt.codegen.gpu.lm_head import SCORED, bound, search
-from fhopt.lm_head.quantize import decode
+from fhopt.lm_head.quantize import dequantize
 from fhopt.lm_head.fitting import HeadOptions, fit_weight, site_for
 
 torch.manual_seed(0)
@@ -43,7 +43,7 @@ for bits in ("4", "8", "mixed"):
         estimates, bounds = bound(hidden, weight, bias, head.codes)
         exact = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())
         assert (bounds.double() >= exact).all(), bits
-        rows, values, numbers = decode(head.codes)
+        rows, values, numbers = dequantize(head.codes)
         order = rows[rows >= 0].argsort()
         values, numbers = values[rows >= 0][order], numbers[rows >= 0][order]
         turned = hidden.double() @ head.codes.transform.double().T

@@ -15,8 +15,10 @@ from fhopt.codegen.build import render
 from fhopt.codegen.gpu import configs, tuning
 from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
 from fhopt.codegen.gpu.gpus import GPUS, gpu_named
+from fhopt.codegen.gpu.launch import MOST_SPLITS
 from fhopt.codegen.gpu.resources import Request, Resources, compile_kernels, fits, objection, occupancy
-from fhopt.codegen.gpu.tuning import Workload, choose, choose_each, merge_request, row_bytes, tune
+from fhopt.codegen.gpu.signatures import attention_example
+from fhopt.codegen.gpu.tuning import Workload, choose, choose_each, row_bytes, tune
 from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import STEPS
 from fhopt.plan.kernel_spec import KernelSpec
@@ -73,6 +75,12 @@ def test_rows_that_are_fitted_for_a_gpu_fit_it_with_the_default(name: str) -> No
 PLANED = KernelSpec(((6, 64, 0.08), (3, 64, 0.5)), ((5, 64, 0.15), (16, 64, 0.0)), 128, 128, "float16", True)
 
 
+def merge_request(spec: KernelSpec) -> Request:
+    """Request the kernel that merges ranges of tokens, for as many as there may be."""
+    types, constants, attrs = attention_example(spec, default_config(spec, 1))["merge_kernel"]
+    return Request(render(spec, "triton"), "merge_kernel", types, constants | {"BLOCK_S": MOST_SPLITS}, attrs)
+
+
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a100-80", "l4", "h100"])
@@ -80,7 +88,7 @@ def test_ranges_of_tokens_can_be_merged_whatever_the_rows_are(name: str) -> None
     every = (PLANED, *SPECS, *(spec for spec, _ in FITTED))
     first = ("h100", "l4", "a100-80").index(name)
     specs = every[first::3]  # no tensor cores, little memory: processors hardly matter
-    requests = [merge_request(render(spec, "triton"), spec) for spec in specs]
+    requests = [merge_request(spec) for spec in specs]
     for spec, found in zip(specs, compile_kernels(requests, GPUS[name]), strict=True):
         assert not objection(found, GPUS[name]), (spec.name, found)
         assert not found.tensor_cores and found.shared < 4096, (spec.name, found)
