@@ -148,8 +148,8 @@ def coded(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[]
     shape = (case.batch, groups, case.tokens)
     codes = [torch.randint(0, 256, (*shape, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(shape).add(0.5).to(torch.float16) for _ in range(2)]
-    table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    options: dict[str, Any] = algebra.tier_options(table, table) | dict(scale=dim**-0.5)
+    table = algebra.BitGroups(*map(list, zip(*tiers, strict=True)))
+    options: dict[str, Any] = algebra.group_options(table, table) | dict(scale=dim**-0.5)
     absorbed = query[..., :width].contiguous()
     operands: Any = (absorbed, codes[0], scales[0], codes[1], scales[1], None)
 
@@ -166,7 +166,7 @@ def coded(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callable[[]
 
 def uncoded(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
     """Latents as numbers, and the reference."""
-    options: dict[str, Any] = algebra.latent_options(None, None) | dict(scale=key.shape[-1] ** -0.5)
+    options: dict[str, Any] = algebra.uncoded_options() | dict(scale=key.shape[-1] ** -0.5)
 
     def attend() -> Tensor:
         return torch.ops.fhopt.latent_attention(query, key, None, value, None, None, **options)[0]

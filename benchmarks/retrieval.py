@@ -32,8 +32,9 @@ from attention import SHAPES, spectrum_tiers
 from recording import Row, is_quick, record
 from torch import Tensor
 
-from fhopt.attention import paged
-from fhopt.attention.paged import mean_values
+from fhopt.attention.cache_view import SideRows
+from fhopt.attention.operands import PartMasks
+from fhopt.attention.paged import attend_single_query, mean_values
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.calibration.options import FitOptions
@@ -45,7 +46,7 @@ from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, write_
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument, check_length
-from fhopt.ops import algebra, page_choice
+from fhopt.ops import algebra, page_selection
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SketchPlan
 from fhopt.refine import page_budget, page_options, page_sketches
@@ -191,26 +192,23 @@ def operator(tokens: int) -> list[Row]:
     row, width = sum(b * w for b, w, _ in tiers) // 8, sum(w for _, w, _ in tiers)
     codes = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
-    table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    tiers_of_both: Any = algebra.tier_options(table, table)
-    options: dict[str, Any] = tiers_of_both | dict(scale=dim**-0.5)
+    table = algebra.BitGroups(*map(list, zip(*tiers, strict=True)))
+    options: dict[str, Any] = algebra.group_options(table, table) | dict(scale=dim**-0.5)
     operands: Any = (query[..., :width].contiguous(), codes[0], scales[0], codes[1], scales[1], None)
     near = torch.zeros(1, heads, 1)
-    sampled: Any = (*operands, None, PAGE_TOKENS)
-    mean = mean_values(*sampled, **tiers_of_both)  # a cache stores it, and updates it when it quantizes a block
+    key, value = (SideRows(table, *rows, torch.zeros(0)) for rows in zip(codes, scales, strict=True))
+    mean = mean_values(operands[0], key, value, None, None, PAGE_TOKENS)  # a cache stores it until it quantizes a block
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     chosen = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
-    lists = page_choice.page_lists(chosen.squeeze(2), index.most)
+    lists = page_selection.page_lists(chosen.squeeze(2), index.most)
 
     def read(which: Tensor | None) -> tuple[Tensor, Tensor]:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def choose() -> Tensor:
-        return paged.attend(
-            operands[0], operands[1:5], index, None, None, near, mean, scale=dim**-0.5, **tiers_of_both
-        )[0]
+        return attend_single_query(operands[0], key, value, index, PartMasks(), near, mean, scale=dim**-0.5)[0]
 
     exact = [torch.randn(groups, tokens, dim) for _ in range(2)]
 

@@ -25,7 +25,7 @@ from fhopt.ops import registry
 from fhopt.ops.encode_rows import empty_rows
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, learns
 from fhopt.ops.masks import listed, within
-from fhopt.ops.page_selection import PageStep
+from fhopt.ops.paged_attention import PageStep
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores, has_triton
 
@@ -136,7 +136,7 @@ def _known_kernel(
 def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
     """Select pages, attend to them and let the mean of values stand for the others, in one call of machine code.
 
-    The reference is `page_ops.attend_pages_reference`. None where one of the kernels does not serve.
+    The reference is `fhopt.ops.paged_attention.attend_pages_reference`. None where one of the kernels does not serve.
     """
     if learns(step.query, step.key, step.value):
         return None

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import AnyLatents
-from fhopt.attention.manual_attention import mix, rebuilt, scores
+from fhopt.attention.manual_attention import mix, reconstructed, scores
 from fhopt.errors import FhoptError
 
 
@@ -53,10 +53,10 @@ class LatentTensor(torch.Tensor):
             self.folded if folded is None else folded, self.swapped if swapped is None else swapped,
         )  # fmt: skip
 
-    def rebuild(self) -> Tensor:
+    def reconstruct(self) -> Tensor:
         """An ordinary tensor of the same shape: what the latents kept."""
         side = self.latents.key if self.is_key else self.latents.value
-        whole = rebuilt(self.opened, side, self.latents)
+        whole = reconstructed(self.opened, side, self.latents)
         whole = whole.flatten(0, 1) if self.folded else whole
         return whole.transpose(-1, -2) if self.swapped else whole
 
@@ -93,7 +93,7 @@ def _on_rebuilt(func: Any, args: Any, kwargs: Any) -> Any:
             "fhopt.unapply(model), or make the cache with absorb=False."
         )
     _warn(name)
-    args, kwargs = tree_map(lambda x: x.rebuild() if isinstance(x, LatentTensor) else x, (args, kwargs))
+    args, kwargs = tree_map(lambda x: x.reconstruct() if isinstance(x, LatentTensor) else x, (args, kwargs))
     return func(*args, **kwargs)
 
 

@@ -62,7 +62,7 @@ def absorbed_operations(heads: int, queries: int, key: tuple[int, int], value: t
     return 2 * heads * queries * width + (CONVERSION * tiles * width if coded else 0)
 
 
-def rebuilt_operations(
+def reconstructed_operations(
     heads: int, queries: int, key: tuple[int, int, int], value: tuple[int, int, int], coded: bool
 ) -> float:
     """The same with keys and values rebuilt. key, value: (G, D, R) of the decoder of each side."""
@@ -72,7 +72,7 @@ def rebuilt_operations(
     return 2 * heads * queries * (key_size + value_size) + groups * (rebuilding + unpacking)
 
 
-def rebuilds(
+def should_reconstruct(
     query: Tensor,
     key: Tensor,
     key_decode: Tensor,
@@ -86,16 +86,16 @@ def rebuilds(
     key, value: rows [B,J,T,..]; decoders [G,D,R]. Only on GPUs of NVIDIA, for numbers of 16 bits, and where no gradient
     is asked for.
     """
-    if not serves(query, key, key_decode, value, value_decode, mask):
+    if not is_gpu_prefill(query, key, key_decode, value, value_decode, mask):
         return False
     (heads, queries), decoders = query.shape[1:3], (key_decode, value_decode)
     sides = [(x.shape[1], decode.shape[2]) for x, decode in zip((key, value), decoders, strict=True)]
     sizes = [(decode.shape[0], decode.shape[1], decode.shape[2]) for decode in decoders]
     absorbed = absorbed_operations(heads, queries, sides[0], sides[1], coded)
-    return rebuilt_operations(heads, queries, sizes[0], sizes[1], coded) < absorbed
+    return reconstructed_operations(heads, queries, sizes[0], sizes[1], coded) < absorbed
 
 
-def serves(query: Tensor, *others: Tensor | None) -> bool:
+def is_gpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
     """True for several queries [B,H,S,D] that the ops of this file are for; `others` is what they attend to."""
     return (
         _on_nvidia(query)
@@ -144,7 +144,7 @@ def rebuilt_attention_reference(
     values = _rebuilt(value, value_scale, value_decode, (value_bits, value_widths, value_steps), query.dtype)
     if query.shape[1] % keys.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} kv heads; give one site's.")
-    options: Any = algebra.latent_options(None, None)
+    options: Any = algebra.uncoded_options()
     return latent_attention.latent_attention_reference(
         query, keys, None, values, None, mask, **options, scale=scale, softcap=softcap, lengths=lengths
     )
@@ -198,8 +198,8 @@ def open_attention(
     """
     if softcap == 0.0 and (causal or mask is None) and _flashes(query, key, value):
         return _by_flash(query, key, value, causal and query.shape[2] > 1, scale)
-    options: Any = dict(**algebra.latent_options(None, None), scale=scale, softcap=softcap)
-    if serves(query, key, value, mask) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
+    options: Any = dict(**algebra.uncoded_options(), scale=scale, softcap=softcap)
+    if is_gpu_prefill(query, key, value, mask) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
         return torch.ops.fhopt.rebuilt_attention(query, key, None, None, value, None, None, mask, None, **options)
     return latent_attention.latent_attention(query, key, None, value, None, mask, **options)
 
@@ -209,7 +209,7 @@ def _flashes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     rows, size = query.shape[2] * (query.shape[1] // key.shape[1]), query.shape[3]
     shaped = size == value.shape[3] and size in FLASH_SIZES and key.shape[2] >= query.shape[2]
     alike = query.dtype == key.dtype == value.dtype
-    return shaped and alike and rows >= FEWEST_ROWS and serves(query, key, value) and _has_flash(query.device)
+    return shaped and alike and rows >= FEWEST_ROWS and is_gpu_prefill(query, key, value) and _has_flash(query.device)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,8 @@ from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.attention.paged import SAMPLE, mean_values
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.codegen import dispatch
-from fhopt.ops import algebra, attention, masks, packing, page_choice, page_selection
-from fhopt.ops.page_choice import FEWEST
+from fhopt.ops import algebra, attention, masks, packing, page_selection, paged_attention
+from fhopt.ops.page_selection import FEWEST
 from fhopt.parallel.tensor_parallel import Share, _local_pages
 from fhopt.plan.site_plan import PagePlan, Tier
 
@@ -30,7 +29,7 @@ from fhopt.plan.site_plan import PagePlan, Tier
 
 def test_the_weight_of_a_page_is_that_of_its_tokens() -> None:
     logits = torch.randn(2, 3, 1, 10)
-    found = algebra.page_logits(logits, 4)
+    found = page_selection.page_logits(logits, 4)
     for p, tokens in enumerate((slice(0, 4), slice(4, 8), slice(8, 10))):
         torch.testing.assert_close(found[..., p], logits[..., tokens].exp().sum(-1).log())
 
@@ -68,10 +67,10 @@ def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
     logits[0, :, :, torch.rand(count, generator=generator) < hidden] = -math.inf
     index = index_of(torch.zeros(2, 3, count * TOKENS, 8), share=share, mass=mass, lift=lift)
     others = torch.randn(2, 6, 1, generator=generator) + 3 if near else None
-    weights = page_choice.expected_weights(logits, 3, others)
-    kept = attention_paged.keep_best(weights, index, count)
-    assert index.counters.tolist() == [6, 0, int(kept.sum()), 6 * count]
-    lists = page_choice.page_lists(kept.squeeze(2), index.most)
+    weights = page_selection.expected_weights(logits, 3, others)
+    kept, counts = page_selection.select_pages(logits, index.rule, count, others)
+    assert counts.tolist() == [6, 0, int(kept.sum()), 6 * count]
+    lists = page_selection.page_lists(kept.squeeze(2), index.most)
     for b in range(2):
         for u in range(3):
             wanted = sorted(naive_choice(weights[b, u, 0].tolist(), share, mass, lift, count))
@@ -82,16 +81,16 @@ def test_the_pages_that_are_kept_are_those_of_a_plain_loop(
 def test_shares_are_of_all_weight_that_of_open_tokens_included() -> None:
     logits, near = torch.randn(2, 4, 3, 9), torch.randn(2, 4, 3)
     both = torch.cat([logits, near.unsqueeze(-1)], -1).softmax(-1)
-    torch.testing.assert_close(page_choice.expected_weights(logits, 4, near), both[..., :-1])
-    torch.testing.assert_close(page_choice.expected_weights(logits, 4), logits.softmax(-1))
+    torch.testing.assert_close(page_selection.expected_weights(logits, 4, near), both[..., :-1])
+    torch.testing.assert_close(page_selection.expected_weights(logits, 4), logits.softmax(-1))
     nothing = torch.full_like(logits, -math.inf)
-    assert page_choice.expected_weights(nothing, 2).eq(0).all()
-    assert page_choice.expected_weights(nothing, 2, near).eq(0).all()
+    assert page_selection.expected_weights(nothing, 2).eq(0).all()
+    assert page_selection.expected_weights(nothing, 2, near).eq(0).all()
 
 
 def test_units_choose_by_the_weight_that_all_their_heads_expect() -> None:
     logits = torch.tensor([[8.0, 0.0, 0.0], [0.0, 0.0, 9.0], [0.0, 8.0, 0.0], [0.0, 8.0, 0.0]]).view(1, 4, 1, 3)
-    weights = page_choice.expected_weights(logits, 2)
+    weights = page_selection.expected_weights(logits, 2)
     assert weights.shape == (1, 2, 1, 3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 1))
     torch.testing.assert_close(weights[0, 0, 0], (logits[0, 0, 0].softmax(-1) + logits[0, 1, 0].softmax(-1)) / 2)
@@ -108,7 +107,7 @@ def test_masked_tokens_and_those_beyond_the_length_have_no_weight(additive: bool
     assert torch.equal(logits > -math.inf, seen.expand_as(logits))
     free = attention_paged.token_logits(query, index, None, None, scale=0.3)
     assert torch.equal(logits.masked_fill(~seen, 0), free.masked_fill(~seen, 0))
-    kept = attention_paged.keep_best(page_choice.expected_weights(algebra.page_logits(logits, TOKENS), 2), index, 12)
+    kept, _ = page_selection.select_pages(page_selection.page_logits(logits, TOKENS), index.rule, 12)
     assert not kept[0, ..., :5].any() and kept[0, ..., 5:].any()
 
 
@@ -122,15 +121,15 @@ def test_the_mean_is_that_of_values_which_a_query_may_see(
     tiers: tuple[Tier, ...], length: int | None, masked: str | None
 ) -> None:
     """Against a plain loop: B=2, H=4, two latent heads of values [R=16], 3 queries."""
-    shape = [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
+    shape = algebra.BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
     latents = torch.randn(2, 2, 500, 16) + 1
     rows, scale = packing.pack_reference(latents, *shape) if tiers else (latents, None)
     held = packing.unpack_reference(rows, scale, *shape) if scale is not None else latents
     seen = torch.rand(2, 1, 3, 500) > 0.5
     far = None if masked is None else seen if masked == "bool" else masks.additive(seen, torch.float32)
     lengths = None if length is None else torch.tensor(length)
-    options: Any = algebra.tier_options(shape, shape)
-    mean = mean_values(torch.randn(2, 4, 3, 16), rows, scale, rows, scale, far, lengths, TOKENS, **options)
+    side = SideRows(shape, rows, scale, torch.zeros(0))
+    mean = mean_values(torch.randn(2, 4, 3, 16), side, side, far, lengths, TOKENS)
     count = -(-(length or 500) // TOKENS)
     listed = [i * count // SAMPLE for i in range(SAMPLE)]
     assert len(set(listed)) == SAMPLE and max(listed) < count
@@ -147,7 +146,7 @@ def test_a_mean_takes_its_part_of_the_odds_as_a_part_of_attention_would() -> Non
     output, lse, mean = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 1, 8)
     odds, fill = 3 * torch.randn(2, 4, 3), torch.tensor([0.25, 0.5, 1.0, 0.0])
     lse[0, 0, 0] = odds[0, 0, 0] = -math.inf
-    found = page_choice.stand_in(output, lse, mean, odds, fill.log())
+    found = page_selection.fill_with_mean(output, lse, mean, odds, fill.log())
     weight = odds.exp() * fill[:, None]
     wanted = (output + weight[..., None] * mean) / (1 + weight[..., None])
     torch.testing.assert_close(found[0], wanted)
@@ -169,11 +168,11 @@ def test_attention_to_values_that_are_all_the_same_gives_that_value() -> None:
     layer = LatentLayer(plan, plan.sites[0])
     value = layer.site.value.decode.float() @ torch.randn(2, 16, 1)  # [G, E, 1], one that latents can hold
     layer.update(torch.randn(1, 2, 200, 16), value.mT.expand(1, 2, 200, 8))
-    side = SideRows(([], [], []), torch.randn(1, 2, 160, 16), None, layer.site.key.decode.float())
+    side = SideRows(algebra.bit_groups(None), torch.randn(1, 2, 160, 16), None, layer.site.key.decode.float())
     same = replace(side, rows=torch.randn(1, 2, 1, 16).expand(1, 2, 160, 16), decode=layer.site.value.decode.float())
     index = layer._index(160)
     assert index is not None and index.fill is not None and index.most < index.count
-    value = same.rebuild()[:, :, :10]
+    value = same.reconstruct()[:, :, :10]
     query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 10, 16)
     found = attend(query, key, value, Latents(side, same, 2, 160, index), None, scale=0.3)
     torch.testing.assert_close(found, value[:, :, :1].repeat_interleave(2, 1), rtol=1e-4, atol=1e-4)
@@ -187,15 +186,17 @@ def test_the_bound_is_never_below_what_is_left_out() -> None:
     index = index_of(latents, limit=0.5)
     logits = attention.grouped_scores(query, latents).flatten(0, 2)  # [H, T]
     expected, most = (
-        algebra.page_logits(attention_paged.token_logits(query, index, None, None, scale=1.0, at_most=which), TOKENS)
+        page_selection.page_logits(
+            attention_paged.token_logits(query, index, None, None, scale=1.0, at_most=which), TOKENS
+        )
         for which in (False, True)
     )
-    kept = attention_paged.keep_best(page_choice.expected_weights(expected, 2), index, 40)
+    kept, _ = page_selection.select_pages(expected, index.rule, 40)
     seen = attention_paged.page_mask(kept, TOKENS, 4, 40 * TOKENS).flatten(0, 2)
     lse = logits.masked_fill(~seen, -math.inf).logsumexp(-1).view(1, 4, 1)
     true = (logits.softmax(-1) * ~seen).sum(-1)
-    assert bool((attention_paged.left_out(most, kept, lse).flatten() >= true).all()) and bool((true > 0).all())
-    assert attention_paged.left_out(most, torch.ones_like(kept), lse).eq(0).all()
+    assert bool((attention_paged.left_out_bound(most, kept, lse).flatten() >= true).all()) and bool((true > 0).all())
+    assert attention_paged.left_out_bound(most, torch.ones_like(kept), lse).eq(0).all()
 
 
 # --------------------------------------------------------------------------------------------------- the kernel
@@ -203,7 +204,7 @@ def test_the_bound_is_never_below_what_is_left_out() -> None:
 
 def test_a_list_without_room_reads_nothing() -> None:
     step = page_step({4: 16}, 200, False, None, most=0, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
-    expected = page_selection.attend_pages_reference(step._replace(query=step.query.double()))
+    expected = paged_attention.attend_pages_reference(step._replace(query=step.query.double()))
     with kernels(True), page_kernel():
         assert dispatch.attend_pages(step) is None
         found = torch.ops.fhopt.attend_pages(*step)
