@@ -8,7 +8,7 @@ or, where an upper bound on their weight exceeds the plan's limit, the pages the
 are always read, and so are all pages of short sequences.
 
 One query of each sequence on plain masks runs as one op, `fhopt::attend_pages`; other calls select and read in torch
-operations, by the same functions. Why sketches and pages are as they are, docs/explanation/page_selection.md measures.
+operations, by the same functions. The measurements behind sketches, pages and fill: docs/explanation/page_selection.md.
 
 Letters: B batch, H query heads, J latent heads, U units (a common divisor of J on both sides), S queries, T quantized
 tokens, P pages, N pages of a list, R latent width.
@@ -56,16 +56,16 @@ def attend_selected_pages(operands: AttentionOperands, index: PageIndex) -> Tens
         return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates = _page_estimates(absorbed, operands, index)
     available = _available_pages(index, mask.lengths)
-    chosen, counts = page_selection.select_pages(estimates, index.rule, available, near)
+    selected, counts = page_selection.select_pages(estimates, index.rule, available, near)
     index.counters.add_(counts)
-    output, lse = _read_pages(absorbed, operands, index, chosen, index.most)
+    output, lse = _read_pages(absorbed, operands, index, selected, index.most)
     if index.fill is not None:
-        odds = page_selection.odds_left_out(estimates, chosen)
+        odds = page_selection.odds_left_out(estimates, selected)
         mean = _fill_mean(absorbed, operands, index)
         output, lse = page_selection.fill_with_mean(output, lse, mean, odds, index.fill)
     parts = [(algebra.expand(output, value.decode), lse), *exact]
     if index.limit < 1:
-        others = _pages_beyond_limit(absorbed, operands, index, chosen, parts)
+        others = _pages_beyond_limit(absorbed, operands, index, selected, parts)
         output, lse = _read_pages(absorbed, operands, index, others, index.count)
         parts.append((algebra.expand(output, value.decode), lse))
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
@@ -105,7 +105,7 @@ def _has_plain_masks(query: Tensor, mask: PartMasks, softcap: float) -> bool:
 
 
 def _read_pages(
-    absorbed: Tensor, operands: AttentionOperands, index: PageIndex, chosen: Tensor, most: int
+    absorbed: Tensor, operands: AttentionOperands, index: PageIndex, selected: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
     """Attend to the latents of selected pages, bool [B,U,S,P], at most `most`: by page lists, or masks of many queries.
 
@@ -114,17 +114,17 @@ def _read_pages(
     key, value, far = operands.key_side, operands.value_side, operands.masks.latents
     options: dict[str, Any] = operands.numbers | {"lengths": operands.masks.lengths}
     if absorbed.shape[2] == 1:
-        lists = page_selection.page_lists(chosen.squeeze(2), most)
+        lists = page_selection.page_lists(selected.squeeze(2), most)
         return attend_latents(absorbed, key, value, far, **options, pages=lists, page_tokens=index.tokens)
-    mask = page_mask(chosen, index.tokens, absorbed.shape[1], key.rows.shape[2])
+    mask = page_mask(selected, index.tokens, absorbed.shape[1], key.rows.shape[2])
     mask = mask if far is None else masks.restricted(far, mask)
     return attend_latents(absorbed, key, value, mask, **options)
 
 
-def page_mask(chosen: Tensor, page_tokens: int, heads: int, tokens: int) -> Tensor:
+def page_mask(selected: Tensor, page_tokens: int, heads: int, tokens: int) -> Tensor:
     """Convert selected pages, bool [B,U,S,P], to a mask of their tokens: bool [B,H,S,T], T = `tokens`."""
-    seen = chosen.repeat_interleave(page_tokens, -1)[..., :tokens]
-    return seen.repeat_interleave(heads // chosen.shape[1], 1)
+    seen = selected.repeat_interleave(page_tokens, -1)[..., :tokens]
+    return seen.repeat_interleave(heads // selected.shape[1], 1)
 
 
 # --------------------------------------------------------------------------------------------------- estimates
@@ -214,23 +214,27 @@ def sampled_pages(count: Tensor | int, device: torch.device) -> Tensor:
 
 
 def _pages_beyond_limit(
-    absorbed: Tensor, operands: AttentionOperands, index: PageIndex, chosen: Tensor, parts: list[tuple[Tensor, Tensor]]
+    absorbed: Tensor,
+    operands: AttentionOperands,
+    index: PageIndex,
+    selected: Tensor,
+    parts: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Select all pages left out, for units for which they might weigh more than the limit: bool [B,U,S,P]."""
     lse = joint_lse(parts)
     assert lse is not None, "pages were read"
     far, lengths = operands.masks.latents, operands.masks.lengths
     bounds = token_logits(absorbed, index, far, lengths, **operands.numbers, at_most=True)
-    share = left_out_bound(page_selection.page_logits(bounds, index.tokens), chosen, lse)
-    return ~chosen & exceeds_limit(share, index).unsqueeze(-1)
+    share = left_out_bound(page_selection.page_logits(bounds, index.tokens), selected, lse)
+    return ~selected & exceeds_limit(share, index).unsqueeze(-1)
 
 
-def left_out_bound(bounds: Tensor, chosen: Tensor, lse: Tensor) -> Tensor:
+def left_out_bound(bounds: Tensor, selected: Tensor, lse: Tensor) -> Tensor:
     """Bound the share of a query's weight on pages that are not selected, [B,H,S].
 
-    bounds [B,H,S,P]: on the log of the weight of pages; chosen bool [B,U,S,P]; lse [B,H,S]: of all that was read.
+    bounds [B,H,S,P]: on the log of the weight of pages; selected bool [B,U,S,P]; lse [B,H,S]: of all that was read.
     """
-    heads = chosen.repeat_interleave(bounds.shape[1] // chosen.shape[1], 1)
+    heads = selected.repeat_interleave(bounds.shape[1] // selected.shape[1], 1)
     others = bounds.masked_fill(heads, -math.inf).logsumexp(-1)
     return torch.sigmoid(others - lse).masked_fill(others == -math.inf, 0.0)
 

@@ -52,8 +52,7 @@ class Sketcher:
     @property
     def bit_groups(self) -> BitGroups:
         """Bit groups of a sketch."""
-        tiers = self.plan.tiers
-        return BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
+        return BitGroups.of(self.plan.tiers)
 
     def encode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Encode latents [B,J,T,R] to sketches: quantized values uint8 [B,J,T,bytes], scales float16 [B,J,T]."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fhopt.ops.attention import safe_softmax
-from fhopt.plan.site_plan import SidePlan
+from fhopt.plan.site_plan import SidePlan, Tier
 
 # --------------------------------------------------------------------------------------------------- building blocks
 
@@ -87,11 +87,15 @@ class BitGroups(NamedTuple):
     widths: list[int]
     steps: list[float]
 
+    @staticmethod
+    def of(tiers: Sequence[Tier]) -> BitGroups:
+        """Return the bit groups of a plan as arguments of ops."""
+        return BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
+
 
 def bit_groups(side: SidePlan | None) -> BitGroups:
     """Return the bit groups of a side of a plan; None: of exact keys or values, which have none."""
-    tiers = side.tiers if side is not None else ()
-    return BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
+    return BitGroups.of(side.tiers if side is not None else ())
 
 
 def group_options(key: BitGroups, value: BitGroups) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def select_pages(
     estimates [B,H,S,P] and near [B,H,S]: as in `expected_weights`. available: how many pages there are to select from,
     a number, or integers broadcastable to [B,U,S,1].
     """
-    chosen = top_pages(expected_weights(estimates, rule.units, near), rule, available)
-    return chosen, list_counts(chosen, available)
+    selected = top_pages(expected_weights(estimates, rule.units, near), rule, available)
+    return selected, list_counts(selected, available)
 
 
 def top_pages(weights: Tensor, rule: SelectionRule, available: Tensor | int) -> Tensor:
@@ -144,34 +144,34 @@ def top_pages(weights: Tensor, rule: SelectionRule, available: Tensor | int) -> 
     return torch.zeros(weights.shape, dtype=torch.bool, device=weights.device).scatter(-1, order, kept)
 
 
-def page_lists(chosen: Tensor, length: int) -> Tensor:
+def page_lists(selected: Tensor, length: int) -> Tensor:
     """List selected pages in ascending order, -1 behind them: bool [B,U,P] -> int32 [B,U,N], N = `length`."""
-    count = chosen.shape[-1]
-    numbers = torch.where(chosen, torch.arange(count, device=chosen.device), count)
+    count = selected.shape[-1]
+    numbers = torch.where(selected, torch.arange(count, device=selected.device), count)
     lists = numbers.topk(length, -1, largest=False, sorted=True).values if length < count else numbers.sort(-1).values
     return torch.where(lists < count, lists, -1).to(torch.int32)
 
 
-def list_counts(chosen: Tensor, available: Tensor | int) -> Tensor:
+def list_counts(selected: Tensor, available: Tensor | int) -> Tensor:
     """Count what was selected, for the counters of a `PageIndex`: lists, 0, pages in lists, pages to select from.
 
-    chosen bool [B,U,S,P]; available: a number of pages, or one for each sequence -> int64 [4].
+    selected bool [B,U,S,P]; available: a number of pages, or one for each sequence -> int64 [4].
     """
-    lists = chosen.shape[0] * chosen.shape[1] * chosen.shape[2]
-    there = torch.as_tensor(available, device=chosen.device).expand(chosen.shape[0], 1, 1, 1).sum()
+    lists = selected.shape[0] * selected.shape[1] * selected.shape[2]
+    there = torch.as_tensor(available, device=selected.device).expand(selected.shape[0], 1, 1, 1).sum()
     made = there.new_tensor(lists)
-    return torch.stack([made, made * 0, chosen.sum(), there * (lists // max(1, chosen.shape[0]))]).to(torch.int64)
+    return torch.stack([made, made * 0, selected.sum(), there * (lists // max(1, selected.shape[0]))]).to(torch.int64)
 
 
 # --------------------------------------------------------------------------------------------------- value-mean fill
 
 
-def odds_left_out(estimates: Tensor, chosen: Tensor) -> Tensor:
+def odds_left_out(estimates: Tensor, selected: Tensor) -> Tensor:
     """Compute the log of the weight of pages left out over that of the selected ones, -inf where there are none.
 
-    estimates [B,H,S,P]: logs of the weights of pages; chosen bool [B,U,S,P] -> [B,H,S].
+    estimates [B,H,S,P]: logs of the weights of pages; selected bool [B,U,S,P] -> [B,H,S].
     """
-    taken = chosen.repeat_interleave(estimates.shape[1] // chosen.shape[1], 1)
+    taken = selected.repeat_interleave(estimates.shape[1] // selected.shape[1], 1)
     left, read = (estimates.masked_fill(mask, -math.inf).logsumexp(-1) for mask in (taken, ~taken))
     return torch.where(read > -math.inf, left - read, -math.inf)
 

@@ -105,7 +105,7 @@ def page_weights_reference(
 
 def page_weights(weights: Tensor, *operands: Any) -> Tensor:
     """Run `fhopt::page_weights`, or its reference where a gradient is asked for."""
-    run: Any = page_weights_reference if latent_attention.learns(weights) else torch.ops.fhopt.page_weights
+    run: Any = page_weights_reference if latent_attention.needs_gradient(weights) else torch.ops.fhopt.page_weights
     result: Tensor = run(weights, *operands)
     return result
 
@@ -154,14 +154,14 @@ def list_selected_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
         weights * step.scale, constant * step.scale, *sketches, step.page_tokens, step.far, step.lengths
     )
     estimates = logits.reshape(logits.shape[0], -1, 1, logits.shape[3])
-    chosen, counts = page_selection.select_pages(estimates, step.rule, step.available(), step.near)
-    lists = page_selection.page_lists(chosen.squeeze(2), step.most)
-    return lists, page_selection.odds_left_out(estimates, chosen), counts
+    selected, counts = page_selection.select_pages(estimates, step.rule, step.available(), step.near)
+    lists = page_selection.page_lists(selected.squeeze(2), step.most)
+    return lists, page_selection.odds_left_out(estimates, selected), counts
 
 
 def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor]:
     """Run `fhopt::attend_pages`, or its reference where a gradient is asked for."""
-    if latent_attention.learns(step.query, step.key, step.value):
+    if latent_attention.needs_gradient(step.query, step.key, step.value):
         return attend_pages_reference(step)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)
     return result

@@ -1,7 +1,7 @@
-"""The one registry of kernels: which function runs an op of `torch.ops.fhopt` on which type of device.
+"""Registry of kernels: which function runs an op of `torch.ops.fhopt` on which type of device.
 
-The references of this package need no entry. `fhopt.codegen.install` enters generated kernels; tests and users enter
-their own by `use`. A kernel has the signature of the op's reference, and is called only inside of the op.
+The references of this package need no entry. `fhopt.codegen.install` enters generated kernels; tests and users
+enter their own by `use`. A kernel has the signature of the op's reference, and is called only inside the op.
 """
 
 from __future__ import annotations
