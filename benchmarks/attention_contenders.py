@@ -71,7 +71,7 @@ def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callabl
     packed = [torch.randint(0, 256, (*shape, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(shape).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    options: dict[str, Any] = algebra.tier_options(table, table) | dict(scale=dim**-0.5)
+    options: dict[str, Any] = algebra.group_options(table, table) | dict(scale=dim**-0.5)
     absorbed = query[..., :width].contiguous()
     operands: Any = (absorbed, packed[0], scales[0], packed[1], scales[1], None)
 
@@ -88,7 +88,7 @@ def quantized(case: Case, ratio: int, query: Tensor) -> tuple[Contender, Callabl
 
 def unquantized(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Contender, Callable[[], Tensor]]:
     """Return attention on unquantized latents, and the reference."""
-    options: dict[str, Any] = algebra.latent_options(None, None) | dict(scale=key.shape[-1] ** -0.5)
+    options: dict[str, Any] = algebra.uncoded_options() | dict(scale=key.shape[-1] ** -0.5)
 
     def attend() -> Tensor:
         return torch.ops.fhopt.latent_attention(query, key, None, value, None, None, **options)[0]

@@ -225,7 +225,7 @@ def expected(
     """Compute the reference in float64."""
     query, key, key_scale, value, value_scale, _ = arguments
     key, value = (x if x.dtype == torch.uint8 else x.double() for x in (key, value))
-    options = options | algebra.tier_options(_columns(spec.key_tiers), _columns(spec.value_tiers))
+    options = options | algebra.group_options(_columns(spec.key_tiers), _columns(spec.value_tiers))
     output, lse = latent_attention.latent_attention_reference(
         query.double(), key, key_scale, value, value_scale, question.mask, **options
     )
@@ -235,7 +235,7 @@ def expected(
     return output * torch.exp(lse - total).unsqueeze(-1), total
 
 
-def _columns(side: Tiers) -> algebra.TierArguments:
+def _columns(side: Tiers) -> algebra.BitGroups:
     return [b for b, _, _ in side], [w for _, w, _ in side], [s for _, _, s in side]
 
 

@@ -33,8 +33,9 @@ from attention_shapes import SHAPES
 from recording import Row, is_quick, record
 from torch import Tensor
 
-from fhopt.attention import paged
-from fhopt.attention.paged import mean_values
+from fhopt.attention.cache_view import SideRows
+from fhopt.attention.operands import PartMasks
+from fhopt.attention.paged import attend_single_query, mean_values
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.calibration.options import FitOptions
@@ -46,7 +47,7 @@ from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, write_
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument, check_length
-from fhopt.ops import algebra, page_choice
+from fhopt.ops import algebra, page_selection, paged_attention
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SketchPlan
 from fhopt.refine import page_budget, page_options, page_sketches
@@ -195,16 +196,16 @@ def operator(tokens: int) -> list[Row]:
     packed = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
     table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    tiers_of_both: Any = algebra.tier_options(table, table)
+    tiers_of_both: Any = algebra.group_options(table, table)
     options: dict[str, Any] = tiers_of_both | dict(scale=dim**-0.5)
     operands: Any = (query[..., :width].contiguous(), packed[0], scales[0], packed[1], scales[1], None)
     near = torch.zeros(1, heads, 1)
-    sampled: Any = (*operands, None, PAGE_TOKENS)
-    mean = mean_values(*sampled, **tiers_of_both)  # a cache stores it, and updates it when it quantizes a block
+    key, value = (SideRows(table, *rows, torch.zeros(0)) for rows in zip(codes, scales, strict=True))
+    mean = mean_values(operands[0], key, value, None, None, PAGE_TOKENS)  # a cache stores it until it quantizes a block
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
     selected = torch.zeros(1, groups, 1, index.count, dtype=torch.bool).scatter(-1, drawn, True)
-    lists = page_choice.page_lists(selected.squeeze(2), index.most)
+    lists = page_selection.page_lists(selected.squeeze(2), index.most)
 
     def read(which: Tensor | None) -> tuple[Tensor, Tensor]:
         listed = {} if which is None else dict(pages=which, page_tokens=PAGE_TOKENS)

@@ -119,6 +119,6 @@ def _through(x: Tensor, side: SidePlan) -> Tensor:
     latent = algebra.encode(x.to(side.encode.dtype), side.encode)
     if not side.tiers:
         return latent.to(x.dtype)
-    bits, widths, steps = algebra.tier_arguments(side)
+    bits, widths, steps = algebra.bit_groups(side)
     packed, scale = packing.pack_reference(latent, bits, widths, steps)
     return packing.unpack_reference(packed, scale, bits, widths, steps).to(x.dtype)

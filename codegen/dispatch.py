@@ -23,9 +23,9 @@ from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import registry
 from fhopt.ops.encode_rows import empty_rows
-from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, learns
+from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, needs_gradient
 from fhopt.ops.masks import listed, within
-from fhopt.ops.page_selection import PageStep
+from fhopt.ops.paged_attention import PageStep
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores, has_triton
 
@@ -100,7 +100,7 @@ def latent_attention(
     """
     sides = key_bits, key_widths, key_steps, value_bits, value_widths, value_steps
     kernel = _known_kernel(query, key, value, sides, softcap != 0.0)
-    if kernel is latent_attention_reference or learns(query, key, value, mask):
+    if kernel is latent_attention_reference or needs_gradient(query, key, value, mask):
         return latent_attention_reference(
             query, key, key_scale, value, value_scale, mask,
             key_bits=key_bits, key_widths=key_widths, key_steps=key_steps,
@@ -136,9 +136,9 @@ def _known_kernel(
 def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
     """Select pages, attend to them and let the mean of values stand for the others, in one call of machine code.
 
-    The reference is `page_ops.attend_pages_reference`. None where one of the kernels does not serve.
+    The reference is `fhopt.ops.paged_attention.attend_pages_reference`. None where one of the kernels does not serve.
     """
-    if learns(step.query, step.key, step.value):
+    if needs_gradient(step.query, step.key, step.value):
         return None
     sides = step.key_bits, step.key_widths, step.key_steps, step.value_bits, step.value_widths, step.value_steps
     kernel = _known_kernel(step.query, step.key, step.value, sides, False)

@@ -42,7 +42,7 @@ MODULES = {
     "layers": "cache.base_layer cache.dynamic_layer cache.static_layer cache.cross_layer",
     "loading": "hf.load models.rewritten_model",
     "machine": "hardware.this_cpu hardware.devices",
-    "page_ops": "ops.page_selection ops.page_choice",
+    "page_ops": "ops.paged_attention ops.page_selection",
     "pages": "attention.paged attention.sketches",
     "paging": "refine.page_probes refine.page_sketches refine.page_options refine.page_budget",
     "pipeline": "calibration.run progress calibration.options models.sites",

@@ -7,7 +7,7 @@ at a time, a token in each lane: their rows are turned into words of four values
 in 8 bits, for all query heads that share the latent head. Either the logs of the weights are the result, or the pages
 of each unit that weigh most are handed to the attention kernel, and the mean of values stands for the others: selecting
 and reading are one call, since what lies between two calls of Python costs as much as half of the selection.
-`fhopt.pages` says what the numbers mean, `fhopt.page_ops` has the reference.
+`fhopt.attention.sketches` says what the numbers mean, `fhopt.ops.paged_attention` has the reference.
 
 Letters: B batch, J latent heads, M query rows of a latent head, T tokens, P pages, r channels of a sketch, U units, N
 pages of a list, R latent width.
@@ -30,8 +30,8 @@ from fhopt.codegen.compiler import CompileError, load
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
-from fhopt.ops.page_choice import FEWEST, pages_read
-from fhopt.ops.page_selection import PageStep
+from fhopt.ops.page_selection import FEWEST, pages_read
+from fhopt.ops.paged_attention import PageStep
 
 MOST_TOKENS = 1024  # of a page
 MOST_WORDS = 64  # of four bytes of codes, of a token
@@ -90,7 +90,7 @@ def weigh_pages(
 
 
 def attend_pages(step: PageStep, kernel: LibraryKernel) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Select pages and attend to them by `kernel`, as `page_ops.attend_pages_reference`; None where it cannot serve."""
+    """Select pages and attend to them by `kernel`, as `attend_pages_reference` does; None where it cannot serve."""
     library = _compiled()
     words = _words(tuple(step.bits), tuple(step.widths), tuple(step.steps))
     if library is None or words is None or not _fits(step, words):

@@ -1,20 +1,14 @@
-"""What attention may read of a cache: open keys and values, and latents of sealed tokens; and attention that reads it.
+"""Attention on a KV cache: exact tokens, a residual window in 8 bits and packed latents, merged by log-sum-exp.
 
-    attend     softmax(q K^T) V    latents and open tokens apart, through the canonical op, merged by log-sum-exp
-    scores     q K^T               for attention that is written out, in order of position
-    mix        p V
+    attend         softmax(q K^T) V, from the operands of attention and what the cache offers
+    attend_parts   the same once masks are split over the parts; as an op of compiled graphs fhopt::attend_latents
 
-K and V are never rebuilt: queries are absorbed (q . D z = D^T q . z), outputs expanded. Both kinds of `Latents` say
-which places of [sinks | sealed | window] are open and which are latents: `split` cuts what has a number per token,
-`place` puts it together again.
+K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries on a
+GPU may run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a
+single query reads the latents of the pages that it selects (fhopt/attention/paged.py).
 
-Where there is an index of pages, a query alone reads the latents of those that it chooses (fhopt/attention/paged.py).
-
-Where the window is rounded to 8 bits, its tokens are rows too, and those of the open tokens that are given as numbers
-are the others: the sinks and what is new. `SideRows.open` gives all of them as numbers.
-
-Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N open ones, M of these in the
-window, V rows of latents, D head size, R latent width.
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N exact tokens, M tokens of the
+window in 8 bits, V packed latents, D and E head size of keys and values, R latent width.
 """
 
 from __future__ import annotations
@@ -25,73 +19,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.attention.cache_view import AnyLatents, Latents
+from fhopt.attention.cache_view import AnyLatents, Latents, SideRows
 from fhopt.attention.exact_tokens import exact_parts, split_off
+from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents
 from fhopt.attention.paged import attend_selected_pages, selects_pages
-from fhopt.ops import algebra, latent_attention, prefill_attention
+from fhopt.ops import algebra, prefill_attention
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, latents: AnyLatents, mask: Tensor | None, *, scale: float,
     softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention over open keys and values [B,G,N,D] and over latents. query [B,H,S,D] -> [B,H,S,E].
+    """Attend to exact keys [B,G,N,D] and values [B,G,N,E] and to latents. query [B,H,S,D] -> [B,H,S,E].
 
     mask, broadcastable to [B,H,S,T]: bool or additive, over all tokens in order of position; None: causal. sinks,
     broadcastable to [B,H,S]: one further logit that takes weight and gives nothing.
     """
-    near, far = _masks(query, key, latents, mask)
-    near, inside = split_off(near, latents.sinks, latents.key.rounded)
-    sides = latents.key, latents.value
-    operands: Any = (
-        query, key, value,
-        *[x for side in sides for x in (side.rows, side.scale, side.decode)],
-        *[x for side in sides for x in (side.window or (None, None))],
-        near, inside, far, latents.lengths,
+    operands = AttentionOperands(
+        query, key, value, latents.key, latents.value, _part_masks(query, key, latents, mask), scale, softcap, sinks,
+        causal=mask is None and isinstance(latents, Latents),
     )  # fmt: skip
-    options: dict[str, Any] = dict(
-        **algebra.tier_options(*[side.tiers for side in sides]), scale=scale, softcap=softcap
-    )
-    causal = mask is None and isinstance(latents, Latents)
     index = latents.index
     observer = latents.observer if isinstance(latents, Latents) else None
     if observer is not None:
         observer(query, key, value, latents, scale, softcap)
     elif index is not None and selects_pages(query, index):
-        return attend_selected_pages(*operands, index=index, sinks=sinks, causal=causal, **options)
-    if sinks is None and _is_step(query, key, latents):
-        output: Tensor = torch.ops.fhopt.attend_latents(*operands, **options)
-        return output
-    return attend_parts(*operands, **options, sinks=sinks, causal=causal)
+        return attend_selected_pages(operands, index)
+    if sinks is None and _is_compiled_decode_step(query, key, latents):
+        return _attend_by_op(operands)
+    return attend_parts(operands)
 
 
-def attend_parts(
-    query: Tensor, key: Tensor, value: Tensor,
-    key_rows: Tensor, key_scale: Tensor | None, key_decode: Tensor,
-    value_rows: Tensor, value_scale: Tensor | None, value_decode: Tensor,
-    window_keys: Tensor | None, window_key_scale: Tensor | None,
-    window_values: Tensor | None, window_value_scale: Tensor | None,
-    near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
-    *, sinks: Tensor | None = None, causal: bool = False, scale: float, softcap: float = 0.0, **tiers: Any,
-) -> Tensor:  # fmt: skip
-    """Attention over latents, a window of codes and open tokens, merged. Masks: near of the open tokens, inside of the
-    window, far of the latents, of which the first `lengths` count. causal: near and inside say nothing more."""
-    numbers, parts, coded = dict(scale=scale, softcap=softcap), [], bool(tiers["key_bits"] or tiers["value_bits"])
-    if key_rows.shape[2] and prefill_attention.rebuilds(
-        query, key_rows, key_decode, value_rows, value_decode, far, coded
-    ):
-        sides = key_rows, key_scale, key_decode, value_rows, value_scale, value_decode
-        parts.append(torch.ops.fhopt.rebuilt_attention(query, *sides, far, lengths, **tiers, **numbers))
-    elif key_rows.shape[2]:
-        output, lse = latent_attention.latent_attention(
-            algebra.absorb(query, key_decode), key_rows, key_scale, value_rows, value_scale, far,
-            **tiers, **numbers, lengths=lengths,
+def attend_parts(operands: AttentionOperands) -> Tensor:
+    """Attend to packed latents, to the window in 8 bits and to exact tokens, and merge: [B,H,S,E]."""
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+    parts = []
+    if key.rows.shape[2] and _reconstructs(operands):
+        output, lse = torch.ops.fhopt.rebuilt_attention(
+            query, key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths,
+            **algebra.group_options(key.bit_groups, value.bit_groups), **operands.numbers,
         )  # fmt: skip
-        parts.append((algebra.expand(output, value_decode), lse))
-    window = window_keys, window_key_scale, window_values, window_value_scale
-    parts += exact_parts(query, key, value, window, (near, inside), sinks, causal, numbers)
+        parts.append((output, lse))
+    elif key.rows.shape[2]:
+        absorbed = algebra.absorb(query, key.decode)
+        output, lse = attend_latents(absorbed, key, value, masks.latents, lengths=masks.lengths, **operands.numbers)
+        parts.append((algebra.expand(output, value.decode), lse))
+    parts += exact_parts(operands)
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
 
+
+def _reconstructs(operands: AttentionOperands) -> bool:
+    """Return True where K/V are reconstructed from packed latents for these queries."""
+    key, value = operands.key_side, operands.value_side
+    return prefill_attention.should_reconstruct(
+        operands.query, key.rows, key.decode, value.rows, value.decode, operands.masks.latents,
+        bool(key.bit_groups[0] or value.bit_groups[0]),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- the op
 
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(
@@ -103,29 +89,74 @@ _LIB.define(
 )
 
 
+def _attend_by_op(operands: AttentionOperands) -> Tensor:
+    """Run `fhopt::attend_latents`: the operands, flattened in the order of its schema."""
+    sides, masks = (operands.key_side, operands.value_side), operands.masks
+    output: Tensor = torch.ops.fhopt.attend_latents(
+        operands.query, operands.key, operands.value,
+        *[x for side in sides for x in (side.rows, side.scale, side.decode)],
+        *[x for side in sides for x in (side.window or (None, None))],
+        masks.exact, masks.window, masks.latents, masks.lengths,
+        **algebra.group_options(*[side.bit_groups for side in sides]), **operands.numbers,
+    )  # fmt: skip
+    return output
+
+
+def attend_latents_reference(
+    query: Tensor, key: Tensor, value: Tensor,
+    key_rows: Tensor, key_scale: Tensor | None, key_decode: Tensor,
+    value_rows: Tensor, value_scale: Tensor | None, value_decode: Tensor,
+    window_keys: Tensor | None, window_key_scale: Tensor | None,
+    window_values: Tensor | None, window_value_scale: Tensor | None,
+    near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
+    *, key_bits: list[int], key_widths: list[int], key_steps: list[float],
+    value_bits: list[int], value_widths: list[int], value_steps: list[float], scale: float, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
+
+    near, inside and far are the masks of exact tokens, window and latents.
+    """
+    key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
+    value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
+    key_groups = algebra.BitGroups(key_bits, key_widths, key_steps)
+    value_groups = algebra.BitGroups(value_bits, value_widths, value_steps)
+    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window)
+    value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window)
+    masks = PartMasks(near, inside, far, lengths)
+    return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, scale, softcap))
+
+
 def _attend_latents_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-_LIB.impl("attend_latents", attend_parts, "CompositeExplicitAutograd")
+_LIB.impl("attend_latents", attend_latents_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
 
 
-def _is_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
-    """True in compiled graphs where all of it is one op (`codegen.cpu.graph_kernels`): decoding on a CPU."""
+def _is_compiled_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
+    """Return True in compiled graphs of decode steps on a CPU.
+
+    There all parts are one op, which `codegen.cpu.graph_kernels` replaces by one call of compiled kernels.
+    """
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or query.device.type != "cpu":
         return False
     typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return typed and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
 
 
-def _masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(mask of the open tokens, mask of the latents)."""
+# --------------------------------------------------------------------------------------------------- masks
+
+
+def _part_masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | None) -> PartMasks:
+    """Split a mask over all tokens, None for causal, into the masks of the parts."""
     if mask is None:
-        return latents.causal(query.shape[2], key)
-    if mask.shape[-1] == 1:  # one rule for all tokens
-        mask = mask.expand(*mask.shape[:-1], latents.length(key))
-    near, far = latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
-    if latents.lengths is not None:  # says the rest
-        far = mask[..., latents.sinks : latents.sinks + latents.key.rows.shape[2]]
-    return near, far
+        exact, far = latents.causal(query.shape[2], key)
+    else:
+        if mask.shape[-1] == 1:  # one rule for all tokens
+            mask = mask.expand(*mask.shape[:-1], latents.length(key))
+        exact, far = latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
+        if latents.lengths is not None:  # they hide the other rows
+            far = mask[..., latents.sinks : latents.sinks + latents.key.rows.shape[2]]
+    exact, window = split_off(exact, latents.sinks, latents.key.rounded)
+    return PartMasks(exact, window, far, latents.lengths)

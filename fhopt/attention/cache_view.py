@@ -1,4 +1,13 @@
-"""Views of a KV cache that attention reads: packed latents, the residual window, attention sinks, pages."""
+"""What attention reads of a KV cache: packed latents, residual window, attention sinks, page index.
+
+A cache lays its tokens out as [sinks | quantized tokens | window, new tokens]. Sinks, window and new tokens are open,
+their keys and values at hand; quantized tokens are packed latents, a row each. Where the window is rounded to 8 bits it
+belongs to `SideRows`, and the other open tokens are exact. `Latents` and `StaticLatents` say which places are which:
+`split` cuts what has a number for each token, `place` puts it together again.
+
+Letters: B batch, G kv heads, J latent heads, T all tokens, N open tokens (of which exact ones are stored as they came),
+M tokens of the window in 8 bits, V packed latents, D head size, R latent width.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +24,14 @@ from fhopt.ops import masks as ops_masks
 
 @dataclass(frozen=True, eq=False)
 class SideRows:
-    """Latent rows of keys or values, as the canonical op takes them, and their decoder [G, D, R].
+    """Packed latents of keys or of values, and their decoder.
 
-    window: codes [B,G,M,D] and scales [B,G,M] of open tokens in the window, as `ops.round_rows` gives them.
+    bit_groups: none for uncoded latents. rows: quantized values uint8 [B,J,V,bytes] with scale float16 [B,J,V], or
+    uncoded latents [B,J,V,R] without a scale. decode [G,D,R]. window: quantized values uint8 [B,G,M,D] and scales
+    float16 [B,G,M] of the window in 8 bits, as from `ops.packing.round_rows`; None: the window is exact.
     """
 
-    tiers: algebra.TierArguments
+    bit_groups: algebra.BitGroups
     rows: Tensor
     scale: Tensor | None
     decode: Tensor
@@ -28,28 +39,34 @@ class SideRows:
 
     @property
     def rounded(self) -> int:
-        """M."""
+        """M, 0 where the window is exact."""
         return 0 if self.window is None else self.window[0].shape[2]
 
-    def open(self, opened: Tensor, sinks: int) -> Tensor:
-        """All open tokens [B,G,N,D], from those that are given as numbers."""
+    def open(self, exact: Tensor, sinks: int) -> Tensor:
+        """Return all open tokens [B,G,N,D]: the exact ones, and those of the window behind the first `sinks`."""
         if self.window is None:
-            return opened
-        window = packing.unround_rows(*self.window, opened.dtype)
-        return torch.cat([opened[:, :, :sinks], window, opened[:, :, sinks:]], 2)
+            return exact
+        window = packing.unround_rows(*self.window, exact.dtype)
+        return torch.cat([exact[:, :, :sinks], window, exact[:, :, sinks:]], 2)
 
-    def rebuild(self) -> Tensor:
-        """Keys or values [B,G,V,D]: what the latents kept."""
-        latent = self.rows if self.scale is None else torch.ops.fhopt.unpack(self.rows, self.scale, *self.tiers)
-        return algebra.decode(latent.to(self.decode.dtype), self.decode)
+    def unpacked(self, part: slice | None = None) -> Tensor:
+        """Return latents as numbers [B,J,V,R]: of all rows, or of a part of them."""
+        rows, scale = self.rows, self.scale
+        if part is not None:
+            rows, scale = rows[:, :, part], None if scale is None else scale[:, :, part]
+        return rows if scale is None else torch.ops.fhopt.unpack(rows, scale, *self.bit_groups)
+
+    def reconstruct(self) -> Tensor:
+        """Reconstruct the keys or values of quantized tokens from their latents: [B,G,V,D]."""
+        return algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Rows for `visible` tokens that stand behind the first `sinks` open ones and before the others.
+    """Latents of a cache that grows: `visible` quantized tokens, behind the first `sinks` open tokens.
 
-    index: what pages of them are chosen by; None: all are read. observer: called before attention, which then reads all
-    pages (fhopt/refine/page_probes.py).
+    index: by which pages are selected; None: all of them are read. observer: called before attention, which then reads
+    all pages (fhopt/refine/page_probes.py).
     """
 
     key: SideRows
@@ -61,35 +78,39 @@ class Latents:
 
     @property
     def lengths(self) -> None:
-        """All rows stand for tokens."""
+        """None: all rows stand for tokens."""
         return None
 
-    def length(self, opened: Tensor) -> int:
-        """T: all tokens. opened: those that are given as numbers."""
-        return self.visible + self.key.rounded + opened.shape[2]
+    def length(self, exact: Tensor) -> int:
+        """Return T, the number of all tokens. exact: the exact ones [B,G,_,D]."""
+        return self.visible + self.key.rounded + exact.shape[2]
 
     def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-        """x [..., T], numbers of tokens in order of position -> [..., N] of the open ones, [..., V] of the latents."""
+        """Split numbers of tokens in order of position, [..., T], into [..., N] of open tokens and [..., V] of latents.
+
+        fill: not used; every place has a token.
+        """
         end = self.sinks + self.visible
         return torch.cat([x[..., : self.sinks], x[..., end:]], -1), x[..., self.sinks : end]
 
     def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
-        """The inverse of `split`, along `dim`."""
+        """Join numbers of open tokens and of latents along `dim`, in order of position: the inverse of `split`."""
         first, rest = opened.narrow(dim, 0, self.sinks), opened.narrow(dim, self.sinks, opened.shape[dim] - self.sinks)
         return torch.cat([first, latent.to(opened.dtype), rest], dim)
 
-    def causal(self, queries: int, opened: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Masks (open, latents) of the newest `queries` tokens where none is given: none sees what follows it."""
-        count = self.key.rounded + opened.shape[2]
-        return (ops_masks.causal_mask(queries, count, opened.device) if queries > 1 else None), None
+    def causal(self, queries: int, exact: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return causal masks of the newest `queries` tokens: (over open tokens [S,N], over latents)."""
+        count = self.key.rounded + exact.shape[2]
+        return (ops_masks.causal_mask(queries, count, exact.device) if queries > 1 else None), None
 
 
 @dataclass(frozen=True, eq=False)
 class StaticLatents:
-    """The same with fixed sizes: what stands where is told by tensors.
+    """Latents of a cache of fixed size, where tensors say which places hold tokens.
 
     positions [N]: of the open places, -1 where there is no token. seen: which rows stand for their token, which is
-    `sinks` + row; bool [V], or int64 [], how many first ones. All T places have a score, those without a token 0.
+    `sinks` + row; bool [V], or int64 [], how many first ones. tokens: T, places of the cache; all of them have a score,
+    those without a token 0. index: by which pages are selected; None: all of them are read.
     """
 
     key: SideRows
@@ -102,36 +123,39 @@ class StaticLatents:
 
     @property
     def lengths(self) -> Tensor | None:
-        """How many first rows stand for tokens, where that is all there is to say."""
+        """How many first rows stand for tokens, int64 []; None where `seen` is a mask."""
         return None if self.seen.dtype == torch.bool else self.seen
 
     def seen_rows(self) -> Tensor:
-        """Bool [V]."""
+        """Return which rows stand for tokens, bool [V]."""
         rows = self.key.rows.shape[2]
         return self.seen if self.lengths is None else torch.arange(rows, device=self.seen.device) < self.seen
 
-    def length(self, opened: Tensor) -> int:
-        """T: places."""
+    def length(self, exact: Tensor) -> int:
+        """Return T, the number of places."""
         return self.tokens
 
     def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-        """As above; `fill` where there is no token."""
+        """Split numbers of places in order of position, [..., T], into [..., N] of open places and [..., V] of latents.
+
+        fill: what places without a token get.
+        """
         opened = x.index_select(-1, self.positions.clamp(min=0)).masked_fill(self.positions < 0, fill)
         rows = x[..., self.sinks : self.sinks + self.key.rows.shape[2]]
         return opened, rows.masked_fill(~self.seen_rows(), fill)
 
     def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
-        """As above."""
+        """Join numbers of open places and of latents along `dim`, in order of position: the inverse of `split`."""
         shape = list(opened.shape)
-        shape[dim] = self.tokens + 1  # the last for what is no token
+        shape[dim] = self.tokens + 1  # the last one takes what belongs to no token
         whole, rows = opened.new_zeros(shape), self.key.rows.shape[2]
         if rows:
             whole.narrow(dim, self.sinks, rows).copy_(latent)
         whole.index_copy_(dim, torch.where(self.positions < 0, self.tokens, self.positions), opened)
         return whole.narrow(dim, 0, self.tokens)
 
-    def causal(self, queries: int, opened: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """As above."""
+    def causal(self, queries: int, exact: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return causal masks of the newest `queries` tokens: (over open places [S,N], over latents [S,V])."""
         asking = self.positions[-queries:, None]
         far = self.seen.expand(queries, -1) if self.lengths is None else None
         return (self.positions >= 0) & (self.positions <= asking), far

@@ -1,17 +1,17 @@
-"""Attention on what a `LatentCache` gives: for transformers' `AttentionInterface`, and for models that attend by hand.
+"""Attention on what a `LatentCache` returns: for transformers' `AttentionInterface`, and for models that spell it out.
 
 A cache layer returns `LatentTensor`s in place of keys and values of full length. They have the shape, dtype and device
-of these and no memory; attention reads the open tokens and the latents behind them:
+of these but no memory; attention reads the exact tokens and the latents behind them:
 
-    attention of the interface ("fhopt", what `fhopt.apply` sets)    latent_attention(module, q, k, v, mask)
-    F.scaled_dot_product_attention(q, k, v)                          the same, in a model that calls it itself
-    q @ k.transpose(-1, -2), bmm, baddbmm; p @ v                     scores and mix, in a model that writes it out
+    attention of the interface ("fhopt", set by `fhopt.apply`)       latent_attention(module, q, k, v, mask)
+    F.scaled_dot_product_attention(q, k, v)                          `attend`, in a model that calls it itself
+    q @ k.transpose(-1, -2), bmm, baddbmm; p @ v                     `scores` and `mix`, in a model that spells it out
 
-Any other operation gets rebuilt keys or values, with a warning: right, but of full length. Under torch.compile the
-tensors are the open tokens themselves, with the latents as an attribute that Dynamo follows; only the attention of the
-interface reads it.
+Any other operation gets reconstructed keys or values, with a warning: right, but of full length. Under torch.compile
+the tensors are the exact tokens themselves, with the latents as an attribute that Dynamo follows; only the attention of
+the interface reads it.
 
-Letters: B batch, H query heads, G kv heads, S queries, T all tokens, N open ones, D head size.
+Letters: B batch, H query heads, G kv heads, S queries, T all tokens, N exact tokens, D head size.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from fhopt.attention.latent_tensor import LatentTensor, joined_latents
 from fhopt.errors import FhoptError
 from fhopt.ops import attention, masks
 
-ATTRIBUTE = "fhopt_latents"  # of open keys, under torch.compile
-WATCH = "fhopt_watch"  # of a module: what its attention is run by where there are no latents (offloaded_probe.py)
+ATTRIBUTE = "fhopt_latents"  # of exact keys, under torch.compile
+WATCH = "fhopt_watch"  # of a module: the function that computes its attention where there are no latents
 
 
 class Reader:
-    """What the layers of a cache know of the attention that reads them.
+    """The attention that reads the layers of a cache, as far as these know it.
 
-    active: it is `latent_attention`, which reads latents in compiled graphs too. pending: there, latents were offered
-    that have not been read yet.
+    active: it is `latent_attention`, which reads latents in compiled graphs, too. pending: in a compiled graph, latents
+    were offered and have not been read yet.
     """
 
     def __init__(self, active: bool = False) -> None:
@@ -50,17 +50,17 @@ def latent_attention(
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     position_bias: Tensor | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The 'fhopt' attention of transformers' `AttentionInterface`.
+    """Compute attention on a latent cache: 'fhopt' of transformers' `AttentionInterface`.
 
     query [B,H,S,D], key and value [B,G,T,D] as the cache returned them, mask [B,1,S,T] or None, position_bias
-    broadcastable to [B,H,S,T], s_aux [H] (attention sinks); returns [B,S,H,D] and no weights. Raises FhoptError for
-    what it does not know.
+    broadcastable to [B,H,S,T], s_aux [H] (attention sinks). Returns [B,S,H,D], and None in place of weights. Raises
+    FhoptError for options that it does not support.
     """
     unknown = [name for name in ("head_mask", "output_attentions") if kwargs.get(name) not in (None, False)]
     if unknown:
         raise FhoptError(f"attention on latents has no {unknown[0]}. Call fhopt.unapply(model), or leave it out.")
-    opened, values, latents = _open(key, value)
-    queries, tokens = query.shape[2], opened.shape[2] if latents is None else latents.length(opened)
+    keys, values, latents = _exact_tokens(key, value)
+    queries, tokens = query.shape[2], keys.shape[2] if latents is None else latents.length(keys)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     several = True if queries > 1 else False  # noqa: SIM210  # a symbol becomes a guard
@@ -77,17 +77,17 @@ def latent_attention(
         sinks=None if s_aux is None else s_aux.reshape(1, -1, 1),
     )
     if latents is None:
-        output = getattr(module, WATCH, _exact)(
-            query, opened, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **options
+        output = getattr(module, WATCH, _attend_exactly)(
+            query, keys, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **options
         )
     else:
         if mask is None and not causal:
             mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-        output = attend(query, opened, values, latents, mask, **options)
+        output = attend(query, keys, values, latents, mask, **options)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _exact(
+def _attend_exactly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None, **options: Any
 ) -> Tensor:
     return attention.attention_reference(
@@ -95,10 +95,10 @@ def _exact(
     )
 
 
-def _open(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None]:
-    """(open keys, open values, latents)."""
+def _exact_tokens(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None]:
+    """Return exact keys and values [B,G,N,D], and the latents behind them; without latents, all keys and values."""
     if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
-        return key.opened, value.opened, joined_latents(key, value)
+        return key.exact, value.exact, joined_latents(key, value)
     latents, reader = getattr(key, ATTRIBUTE, (None, None))
     if reader is not None:
         reader.pending = False
@@ -106,10 +106,10 @@ def _open(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, AnyLatents | None
 
 
 def offer(key: Tensor, value: Tensor, latents: AnyLatents, reader: Reader) -> tuple[Tensor, Tensor]:
-    """Open keys and values [B,G,N,D] with latents behind them, as a cache gives them to attention.
+    """Offer exact keys and values [B,G,N,D] with latents behind them to attention.
 
-    Raises FhoptError in a compiled graph where those of the layer before have not been read: an operation on the keys
-    has lost them.
+    Raises FhoptError in a compiled graph where the latents of the layer before have not been read: an operation on its
+    keys has lost them.
     """
     if not torch.compiler.is_compiling():
         return LatentTensor(key, latents, True), LatentTensor(value, latents, False)

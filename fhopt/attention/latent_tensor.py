@@ -1,4 +1,4 @@
-"""Keys and values that stand for latents: a tensor subclass that reaches attention unread, or reconstructs K/V."""
+"""Keys and values that stand for latents: a tensor subclass that attention reads as latents, other code as K/V."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils._pytree import tree_map
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import AnyLatents
-from fhopt.attention.manual_attention import mix, rebuilt, scores
+from fhopt.attention.manual_attention import mix, reconstructed, scores
 from fhopt.errors import FhoptError
 
 
 class LatentTensor(torch.Tensor):
-    """Keys or values [B,G,T,D] of which the sealed tokens are latents; see the module docstring.
+    """Keys or values [B,G,T,D] of which the quantized tokens are latents, without memory of that size.
 
-    `opened` [B,G,N,D] and `latents` say what is there, `is_key` which of both this is. `folded`: batch and heads are
-    one dimension, [B*G,T,D]. `swapped`: the last two dimensions are.
+    exact [B,G,N,D]: the tokens kept as they came; latents: the others. is_key: True for keys, False for values. folded:
+    batch and heads are one dimension, [B*G,T,D]. swapped: the last two dimensions are, [B,G,D,T].
     """
 
-    opened: Tensor
+    exact: Tensor
     latents: AnyLatents
     is_key: bool
     folded: bool
@@ -32,59 +32,62 @@ class LatentTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, opened: Tensor, latents: AnyLatents, is_key: bool, folded: bool = False, swapped: bool = False
+        cls, exact: Tensor, latents: AnyLatents, is_key: bool, folded: bool = False, swapped: bool = False
     ) -> LatentTensor:
-        """As the class says."""
-        b, g, _, d = opened.shape
-        shape = [*([b * g] if folded else [b, g]), latents.length(opened), d]
+        """Make a tensor of the shape, dtype and device of all tokens, and store the arguments as attributes."""
+        b, g, _, d = exact.shape
+        shape = [*([b * g] if folded else [b, g]), latents.length(exact), d]
         if swapped:
             shape[-2:] = shape[:-3:-1]
-        self: LatentTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=opened.dtype, device=opened.device)
-        self.opened, self.latents, self.is_key, self.folded, self.swapped = opened, latents, is_key, folded, swapped
+        self: LatentTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=exact.dtype, device=exact.device)
+        self.exact, self.latents, self.is_key, self.folded, self.swapped = exact, latents, is_key, folded, swapped
         return self
 
     def __init__(self, *_args: object, **_options: object) -> None:
         super().__init__()
 
-    def seen_as(self, *, folded: bool | None = None, swapped: bool | None = None) -> LatentTensor:
-        """The same with other dimensions."""
+    def viewed(self, *, folded: bool | None = None, swapped: bool | None = None) -> LatentTensor:
+        """Return these keys or values as a tensor of other dimensions."""
         return LatentTensor(
-            self.opened, self.latents, self.is_key,
+            self.exact, self.latents, self.is_key,
             self.folded if folded is None else folded, self.swapped if swapped is None else swapped,
         )  # fmt: skip
 
-    def rebuild(self) -> Tensor:
-        """An ordinary tensor of the same shape: what the latents kept."""
+    def reconstruct(self) -> Tensor:
+        """Reconstruct all tokens: an ordinary tensor of the same shape, with what the latents kept."""
         side = self.latents.key if self.is_key else self.latents.value
-        whole = rebuilt(self.opened, side, self.latents)
+        whole = reconstructed(self.exact, side, self.latents)
         whole = whole.flatten(0, 1) if self.folded else whole
         return whole.transpose(-1, -2) if self.swapped else whole
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         what = "key" if self.is_key else "value"
-        return f"LatentTensor({what}, shape={tuple(self.shape)}, open={self.opened.shape[2]}, dtype={self.dtype})"
+        return f"LatentTensor({what}, shape={tuple(self.shape)}, exact={self.exact.shape[2]}, dtype={self.dtype})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Operations that need no rebuilt tensor; the others go on to `__torch_dispatch__`."""
+        """Run an operation on latents where a handler knows it, else on reconstructed tensors."""
         kwargs, handler = kwargs or {}, _HANDLERS.get(func)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **kwargs)
             try:
-                found = handler(*args, **kwargs) if handler is not None else NotImplemented
+                result = handler(*args, **kwargs) if handler is not None else NotImplemented
             except TypeError:  # spelled in another way than handlers know
-                found = NotImplemented
-            return _on_rebuilt(func, args, kwargs) if found is NotImplemented else found
+                result = NotImplemented
+            return _on_reconstructed(func, args, kwargs) if result is NotImplemented else result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """What comes around `__torch_function__`, on rebuilt tensors."""
-        return args[0] if func is torch.ops.aten.detach.default else _on_rebuilt(func, args, kwargs or {})
+        """Run an operation that does not pass `__torch_function__` on reconstructed tensors."""
+        return args[0] if func is torch.ops.aten.detach.default else _on_reconstructed(func, args, kwargs or {})
 
 
-def _on_rebuilt(func: Any, args: Any, kwargs: Any) -> Any:
-    """Any operation, on rebuilt tensors. Raises FhoptError for one that would change them: nobody would see it."""
+def _on_reconstructed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run any operation on reconstructed tensors.
+
+    Raises FhoptError for one that would change them in place: the cache would not change.
+    """
     name = getattr(func, "__name__", str(func))
     changes = (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
     if (changes and args and isinstance(args[0], LatentTensor)) or isinstance(kwargs.get("out"), LatentTensor):
@@ -93,7 +96,7 @@ def _on_rebuilt(func: Any, args: Any, kwargs: Any) -> Any:
             "fhopt.unapply(model), or make the cache with absorb=False."
         )
     _warn(name)
-    args, kwargs = tree_map(lambda x: x.rebuild() if isinstance(x, LatentTensor) else x, (args, kwargs))
+    args, kwargs = tree_map(lambda x: x.reconstruct() if isinstance(x, LatentTensor) else x, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -105,22 +108,22 @@ def _warn(operation: str) -> None:
     if operation not in _warned:
         _warned.add(operation)
         warnings.warn(
-            f"The model calls {operation} on cached keys or values, which fhopt cannot do on latents: they are rebuilt "
-            "at full length for it, in every call. Expected scaled_dot_product_attention, products with queries or "
-            "weights, or transformers' attention interface. fhopt.apply(model, plan) sets the last.",
+            f"The model calls {operation} on cached keys or values, which fhopt cannot do on latents: they are "
+            "reconstructed at full length for it, in every call. Expected scaled_dot_product_attention, products with "
+            "queries or weights, or transformers' attention interface. fhopt.apply(model, plan) sets the last.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-# --------------------------------------------------------------------------------------------------- by hand
+# --------------------------------------------------------------------------------------------------- handlers
 
-# A handler takes the arguments of its function and returns NotImplemented where it does not know what to do.
+# A handler takes the arguments of its function and returns NotImplemented where it does not support them.
 
 
 def _transpose(x: Tensor, dim0: int, dim1: int) -> Any:
     if isinstance(x, LatentTensor) and {dim0 % x.dim(), dim1 % x.dim()} == {x.dim() - 2, x.dim() - 1}:
-        return x.seen_as(swapped=not x.swapped)
+        return x.viewed(swapped=not x.swapped)
     return NotImplemented
 
 
@@ -136,12 +139,12 @@ def _adjoint(x: Tensor) -> Any:
 def _reshape(x: Tensor, *shape: Any) -> Any:
     if not isinstance(x, LatentTensor) or x.swapped or x.folded:
         return NotImplemented
-    wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    target = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
     whole = list(x.shape)
     folded = [whole[0] * whole[1], *whole[2:]]
     for sizes, answer in ((whole, x), (folded, None)):
-        if len(sizes) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, sizes, strict=True)):
-            return answer if answer is not None else x.seen_as(folded=True)
+        if len(sizes) == len(target) and all(n in (-1, s) for n, s in zip(target, sizes, strict=True)):
+            return answer if answer is not None else x.viewed(folded=True)
     return NotImplemented
 
 
@@ -150,25 +153,25 @@ def _same(x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _to(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    given = [*args, *kwargs.values()]
+    arguments = [*args, *kwargs.values()]
     is_same = all(
-        a in (x.dtype, x.device, False, None) for a in given if isinstance(a, (torch.dtype, torch.device, bool))
+        a in (x.dtype, x.device, False, None) for a in arguments if isinstance(a, (torch.dtype, torch.device, bool))
     )
-    plain = all(isinstance(a, (torch.dtype, torch.device, bool)) for a in given)
+    plain = all(isinstance(a, (torch.dtype, torch.device, bool)) for a in arguments)
     return x if isinstance(x, LatentTensor) and plain and is_same else NotImplemented
 
 
 def _matmul(left: Tensor, right: Tensor) -> Any:
-    """q k^T or p v; a folded right side takes a folded left one."""
+    """Compute scores q k^T or weighted sums p v; a folded right side takes a folded left one."""
     if not isinstance(right, LatentTensor) or isinstance(left, LatentTensor) or right.is_key != right.swapped:
         return NotImplemented
-    groups, folded = right.opened.shape[1], right.folded
+    groups, folded = right.exact.shape[1], right.folded
     if left.dim() != right.dim() or (folded and left.shape[0] != right.shape[0]):
         return NotImplemented
     if not folded and (left.shape[0] != right.shape[0] or (groups not in (1, left.shape[1]))):
         return NotImplemented
     rows = left.unflatten(0, (-1, groups)) if folded else left
-    out = (scores if right.is_key else mix)(rows, right.opened, right.latents)
+    out = (scores if right.is_key else mix)(rows, right.exact, right.latents)
     return out.flatten(0, 1) if folded else out
 
 
@@ -195,7 +198,7 @@ def _sdpa(
     elif attn_mask is None:
         attn_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attend(query, key.opened, value.opened, joined_latents(key, value), attn_mask, scale=scale)
+    return attend(query, key.exact, value.exact, joined_latents(key, value), attn_mask, scale=scale)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -231,7 +234,7 @@ _METADATA |= {
 
 
 def joined_latents(key: LatentTensor, value: LatentTensor) -> AnyLatents:
-    """The latents of a pair that may have been read one after the other."""
+    """Join the latents of keys and of values, which may be of two calls of a cache layer."""
     if key.latents is value.latents:
         return key.latents
     return replace(key.latents, value=value.latents.value)

@@ -1,4 +1,8 @@
-"""Attention spelled out in torch operations, on latents: scores, weighted sums, reconstructed keys and values."""
+"""Attention spelled out in torch operations, on latents: scores, weighted sums, reconstructed keys and values.
+
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N open tokens, V packed latents,
+D and E head size of keys and values, R latent width.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from torch import Tensor
 from fhopt.attention.cache_view import AnyLatents, SideRows
 from fhopt.ops import algebra, attention
 
-TILE = 1024  # tokens that are unpacked at a time where attention is written out
+TILE = 1024  # tokens that are unpacked at a time
 
 
-def far_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0) -> Tensor:
-    """Logits of all latent rows: query [B,H,S,D] -> [B,H,S,V], float32 or more exact."""
+def latent_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0) -> Tensor:
+    """Compute logits of all quantized tokens: query [B,H,S,D] -> [B,H,S,V], float32 or more exact."""
     queries = algebra.absorb(query, latents.key.decode)
     exact = torch.promote_types(query.dtype, torch.float32)
     tiles = [attention.grouped_scores(queries.to(exact) * scale, tile.to(exact)) for _, tile in _tiles(latents.key)]
@@ -23,7 +27,7 @@ def far_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: flo
 
 
 def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
-    """q k^T for all tokens in order of position. query [B,H,S,D], open keys [B,G,N,D] -> [B,H,S,T]."""
+    """Compute q k^T for all tokens in order of position: query [B,H,S,D], exact keys [B,G,_,D] -> [B,H,S,T]."""
     side = latents.key
     near = attention.grouped_scores(query, side.open(key, latents.sinks))
     queries = algebra.absorb(query, side.decode)
@@ -32,7 +36,7 @@ def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
 
 
 def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
-    """p v over all tokens. weights [B,H,S,T], open values [B,G,N,E] -> [B,H,S,E]."""
+    """Compute p v over all tokens: weights [B,H,S,T], exact values [B,G,_,E] -> [B,H,S,E]."""
     near, far = latents.split(weights)
     side = latents.value
     output = attention.grouped_mix(near, side.open(value, latents.sinks))
@@ -41,13 +45,12 @@ def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
 
 
 def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
-    """Latents as numbers [B,J,TILE,R], a tile at a time where they are codes: never all of them at once."""
+    """Unpack latents a tile at a time, never all of them at once: places, and numbers [B,J,TILE,R]."""
     for start in range(0, side.rows.shape[2], TILE):
-        cut = slice(start, start + TILE)
-        rows = side.rows[:, :, cut]
-        yield cut, rows if side.scale is None else torch.ops.fhopt.unpack(rows, side.scale[:, :, cut], *side.tiers)
+        part = slice(start, start + TILE)
+        yield part, side.unpacked(part)
 
 
-def rebuilt(opened: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
-    """All keys or values [B,G,T,D] from the open ones and the latents: what the latents kept."""
-    return latents.place(side.open(opened, latents.sinks), side.rebuild(), 2)
+def reconstructed(exact: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
+    """Reconstruct all keys or values [B,G,T,D], in order of position, from the exact ones and the latents."""
+    return latents.place(side.open(exact, latents.sinks), side.reconstruct(), 2)

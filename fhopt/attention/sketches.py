@@ -1,4 +1,16 @@
-"""Sketches of quantized tokens: a few channels at low precision, by which pages are selected."""
+"""Sketches of quantized tokens: a few channels in 2 or 4 bits, by which pages are selected; the index of a layer.
+
+    sketch   of a token's key latent z: (z_c - mean_c) / deviation_c = scale u_c, u_c in 2 or 4 bits, for the channels c
+             that move logits most; one scale for each token, so large that nothing is clipped
+    logit    q~ . mean + scale sum over c of q~_c deviation_c u_c          of a token, to within what the sketch lost
+    weight   sum over a page's tokens of exp(logit)                        by which pages are selected
+
+A token's logit differs from its sketch's by at most |q~ w| |(z - sketch) / w| for any weights w (Cauchy-Schwarz); where
+a plan has a limit, the second factor of every token is stored with its sketch.
+
+Letters: B batch, H query heads, J latent heads, S queries, T quantized tokens, P pages, N pages of a list, R latent
+width, r channels of a sketch, n any number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fhopt.ops import packing, page_choice
-from fhopt.ops.page_choice import pages_read, sketch_logits
+from fhopt.ops import packing, page_selection
+from fhopt.ops.algebra import BitGroups
 from fhopt.plan.site_plan import SketchPlan, Tier
 
-LOST = {2: 0.35, 4: 0.11}  # deviation of what rounding takes from a unit normal channel, about, by bits
+LOST = {2: 0.35, 4: 0.11}  # standard deviation of the rounding error of a unit normal channel, about, by bits
 SketchRows = tuple[Tensor, Tensor, Tensor | None]
+"""Quantized values uint8 [B,J,T,bytes], scales float16 [B,J,T], and |(z - sketch) / w| float16 [B,J,T] with a limit."""
 
 
 # --------------------------------------------------------------------------------------------------- sketches
@@ -21,7 +34,7 @@ SketchRows = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Sketcher:
-    """The tensors of a `SketchPlan` where a model needs them."""
+    """The tensors of a `SketchPlan` on the device of a model: channels [J,r], mean and deviation [J,R]."""
 
     plan: SketchPlan
     channels: Tensor
@@ -30,21 +43,20 @@ class Sketcher:
 
     @staticmethod
     def on(plan: SketchPlan, device: torch.device) -> Sketcher:
-        """On that device."""
+        """Copy a plan's tensors to `device`."""
         return Sketcher(plan, *[x.to(device) for x in (plan.channels, plan.mean, plan.deviation)])
 
     def __deepcopy__(self, memo: object) -> Sketcher:
         return self
 
     @property
-    def tiers(self) -> tuple[list[int], list[int], list[float]]:
-        """Bits, widths and steps."""
-        tiers = self.plan.tiers
-        return [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
+    def bit_groups(self) -> BitGroups:
+        """Bit groups of a sketch."""
+        return BitGroups.of(self.plan.tiers)
 
-    def codes(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Sketches of latents [B,J,T,R]: codes uint8 [B,J,T,bytes], scales float16 [B,J,T]."""
-        unit = self.kept((latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1))
+    def encode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode latents [B,J,T,R] to sketches: quantized values uint8 [B,J,T,bytes], scales float16 [B,J,T]."""
+        unit = self.kept(self._normalized(latents))
         parts = unit.split([tier.width for tier in self.plan.tiers], -1)
         farthest = [x.abs().amax(-1) / (tier.step * 2 ** (tier.bits - 1)) for x, tier in self._each(parts)]
         scale = (torch.stack(farthest).amax(0) * (1 + 2.0**-11)).clamp(2.0**-14, 65504.0).to(torch.float16)
@@ -54,59 +66,66 @@ class Sketcher:
         ]
         return torch.cat(rows, -1), scale
 
+    def _normalized(self, latents: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation: [B,J,T,R] float32."""
+        return (latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1)
+
     def _each(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tier]]:
         return zip(parts, self.plan.tiers, strict=True)
 
     def kept(self, x: Tensor) -> Tensor:
-        """The channels that are kept: [..., J, n, R] -> [..., J, n, r]."""
+        """Return the channels that a sketch keeps: [..., J, n, R] -> [..., J, n, r]."""
         index = self.channels.unsqueeze(1)
         return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
     def lost(self, latents: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        """|(z - sketch) / w| [B,J,T], float16 and never below."""
-        unit = (latents.to(torch.float32) - self.mean.unsqueeze(1)) / self.deviation.unsqueeze(1)
+        """Compute |(z - sketch) / w| [B,J,T] of latents [B,J,T,R] and their sketches: float16, never rounded down."""
+        unit = self._normalized(latents)
         index = self.channels.unsqueeze(1).expand(*unit.shape[:-1], -1)
-        units = packing.unscaled(codes, *self.tiers) * scale.to(torch.float32).unsqueeze(-1)
+        units = packing.unscaled(codes, *self.bit_groups) * scale.to(torch.float32).unsqueeze(-1)
         error = unit.scatter_add(-1, index, -units) / self._weights().unsqueeze(1)
         return (error.norm(dim=-1) * (1 + 2.0**-9)).clamp(2.0**-14, 65504.0).to(torch.float16)
 
     def _weights(self) -> Tensor:
-        """w, in deviations, [J, R]: what a channel is wrong by, about."""
+        """Return w [J, R], the expected error of each channel in deviations."""
         lost = [LOST[tier.bits] for tier in self.plan.tiers for _ in range(tier.width)]
         ones = torch.ones_like(self.mean)
         return ones.scatter(-1, self.channels, ones.new_tensor(lost).expand(ones.shape[0], -1))
 
     def logits(self, query: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        """q~ . sketch: query [B,H,S,R] (absorbed), codes and scales of T tokens -> [B,H,S,T], float32 or more exact."""
+        """Estimate q~ . z from sketches: query [B,H,S,R] (absorbed), sketches of T tokens -> [B,H,S,T].
+
+        The result is float32 or more exact.
+        """
         weights, constant = self.factors(query)
-        found = sketch_logits(weights, constant, codes, scale, *self.tiers)
-        return found.reshape(*query.shape[:3], -1)
+        logits = page_selection.sketch_logits(weights, constant, codes, scale, *self.bit_groups)
+        return logits.reshape(*query.shape[:3], -1)
 
     def factors(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """What channels of a sketch and 1 are multiplied by: [B,H,S,R] -> [B,J,H/J*S,r], [B,J,H/J*S]."""
-        return page_choice.factors(query, self.mean, self.deviation, self.channels)
+        """Compute `page_selection.factors` of absorbed queries [B,H,S,R] -> [B,J,H/J*S,r], [B,J,H/J*S]."""
+        return page_selection.factors(query, self.mean, self.deviation, self.channels)
 
-    def uncertain(self, query: Tensor, lost: Tensor) -> Tensor:
-        """How much larger than that a logit may be at most: lost [B,J,T] -> [B,H,S,T]."""
+    def uncertainty(self, query: Tensor, lost: Tensor) -> Tensor:
+        """Bound how far true logits may exceed those of `logits`: query [B,H,S,R], lost [B,J,T] -> [B,H,S,T]."""
         b, h, s, _ = query.shape
-        rows, sizes = page_choice.grouped(query, self.mean.shape[0]), self.deviation * self._weights()
+        rows, sizes = page_selection.grouped(query, self.mean.shape[0]), self.deviation * self._weights()
         size = (rows * sizes.unsqueeze(1)).norm(dim=-1, keepdim=True)
         return (size * lost.to(size.dtype).unsqueeze(2)).reshape(b, h, s, -1)
 
 
-# --------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------------------- the index
 
 
 @dataclass(frozen=True, eq=False)
 class PageIndex:
-    """What a layer gives attention to choose pages by.
+    """What attention of a layer selects pages by.
 
-    rows: sketches of T tokens. fill: log of `PagePlan.fill` of this site, float32 [H]; None: nothing takes the place of
-    pages that are not read. tokens: of a page. share, mass, lift, limit: as in `PagePlan`, of this site; least: pages
-    that a list has room for in any case. units: U. each_query: every query of a call reads what it would choose alone;
-    False: calls of several queries read all pages. counters: int64 [4], added to: lists made, those that the limit made
-    complete, pages in lists, and pages that there were to choose from. mean: of values, as of `latents.mean_values`,
-    for calls in which all queries see all rows; None: it is not known yet.
+    rows: sketches of T tokens. tokens: of a page. share, mass, lift, limit: as in `PagePlan`, of this site; least:
+    pages that a list has room for in any case. units: U. each_query: every query of a call reads what it would select
+    alone; False: calls of several queries read all pages. counters: int64 [4], added to: lists made, those that the
+    limit made complete, pages in lists, and pages to select from. fill: log of `PagePlan.fill` of this site, float32
+    [H]; None: nothing takes the place of pages that are not read. mean: of values, as from `paged.mean_values`, for
+    calls in which all queries see all rows; None: it is not known yet.
     """
 
     sketcher: Sketcher
@@ -125,10 +144,15 @@ class PageIndex:
 
     @property
     def count(self) -> int:
-        """P."""
+        """P, pages of the index."""
         return -(-self.rows[0].shape[2] // self.tokens)
 
     @property
     def most(self) -> int:
-        """N: pages that a list has room for."""
-        return pages_read(self.count, self.share, self.least)
+        """N, pages that a list has room for."""
+        return page_selection.pages_read(self.count, self.share, self.least)
+
+    @property
+    def rule(self) -> page_selection.SelectionRule:
+        """What decides which pages are read."""
+        return page_selection.SelectionRule(self.units, self.most, self.share, self.least, self.mass, self.lift)

@@ -33,7 +33,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from fhopt.attention.cache_view import AnyLatents, SideRows
 from fhopt.attention.interface import Reader, offer
-from fhopt.attention.manual_attention import rebuilt
+from fhopt.attention.manual_attention import reconstructed
 from fhopt.attention.paged import SAMPLE, log_fill
 from fhopt.attention.sketches import PageIndex, Sketcher
 from fhopt.cache.quantized_rows import SealedRows, Sketches, StaticRows, StaticSketches
@@ -127,7 +127,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Open keys and values with latents behind them, as the attention that follows wants them."""
         if self.absorb and (self.reader.active or not torch.compiler.is_compiling()):
             return offer(keys, values, latents, self.reader)
-        return rebuilt(keys, latents.key, latents), rebuilt(values, latents.value, latents)
+        return reconstructed(keys, latents.key, latents), reconstructed(values, latents.value, latents)
 
     # ---- what transformers asks of a layer
 

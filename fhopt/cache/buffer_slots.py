@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import SideRows, StaticLatents
-from fhopt.attention.manual_attention import rebuilt
+from fhopt.attention.manual_attention import reconstructed
 from fhopt.cache.quantized_rows import StaticRows
 from fhopt.cache.residual_window import StaticTokens
 from fhopt.cache.store import Bases, Store, Window
@@ -149,7 +149,7 @@ class Slots:
         """Keys and values [B,G,T,D] of all slots: what is left of them."""
         key, value = (opened.parts[0][:, :, :0] for opened in (self.open_keys, self.open_values))
         keys, values, latents = self.read(key, value, self.ring[:0], self.ring.new_zeros(()))
-        return rebuilt(keys, latents.key, latents), rebuilt(values, latents.value, latents)
+        return reconstructed(keys, latents.key, latents), reconstructed(values, latents.value, latents)
 
 
 # --------------------------------------------------------------------------------------------------- in the graph

@@ -14,7 +14,6 @@ from fhopt.attention.sketches import PageIndex
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_rows, named_stores
 from fhopt.cache.quantized_rows import SealedRows, Sketches
 from fhopt.cache.residual_window import OpenTokens, RoundedTokens
-from fhopt.ops import algebra
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
@@ -73,9 +72,7 @@ class LatentLayer(LatentLayerBase):
         held = self.value_rows.parts, self.sealed
         if self._mean is None or self._mean[0] is not held[0] or self._mean[1] != held[1]:
             query = self.open_keys.parts[0].new_zeros((self.batch_size, self.site.site.heads, 1, key.decode.shape[2]))
-            rows = key.rows, key.scale, value.rows, value.scale
-            tiers: Any = algebra.tier_options(key.tiers, value.tiers)
-            self._mean = *held, mean_values(query, *rows, None, None, index.tokens, **tiers)
+            self._mean = *held, mean_values(query, key, value, None, None, index.tokens)
         return replace(index, mean=self._mean[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -158,7 +155,7 @@ class LatentLayer(LatentLayerBase):
         keep = min(self.sealed, max(0, target - self.plan.sinks) // self.plan.block * self.plan.block)
         if self.sealed > keep:
             for opened, side in zip((self.open_keys, self.open_values), self._sides(keep, self.sealed), strict=True):
-                opened.insert(side.rebuild())
+                opened.insert(side.reconstruct())
         self.open_keys.crop(target - keep)
         self.open_values.crop(target - keep)
         self.sealed = keep

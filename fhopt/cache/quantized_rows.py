@@ -32,17 +32,17 @@ class SealedRows(Store):
     def __init__(self, plan: SidePlan) -> None:
         self.plan = plan
         keep_static(plan.encode, plan.decode)
-        self._tiers = algebra.tier_arguments(plan)
+        self._tiers = algebra.bit_groups(plan)
         self._text = "|".join(",".join(map(repr, numbers)) for numbers in self._tiers)
         self.bases: Bases | None = None  # before the first tokens come
 
     @property
-    def tiers(self) -> algebra.TierArguments:
+    def tiers(self) -> algebra.BitGroups:
         """Bits, widths and steps; in a compiled graph from one text, which costs one guard and not one a number."""
         if not torch.compiler.is_compiling():
             return self._tiers
         bits, widths, steps = [part.split(",") if part else [] for part in self._text.split("|")]
-        return [int(b) for b in bits], [int(w) for w in widths], [float(s) for s in steps]
+        return algebra.BitGroups([int(b) for b in bits], [int(w) for w in widths], [float(s) for s in steps])
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Parts that stand for x [B,G,N,D]. No gradient goes through codes."""
@@ -86,7 +86,7 @@ class Sketches(Store):
 
     def make(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Parts that stand for latents [B,J,N,R]."""
-        codes, scale = self.sketcher.codes(latents)
+        codes, scale = self.sketcher.encode(latents)
         return (codes, scale, self.sketcher.lost(latents, codes, scale)) if self.limited else (codes, scale)
 
     def seal(self, latents: Tensor, at: int, block: int) -> None:

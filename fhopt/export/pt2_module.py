@@ -51,7 +51,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
     torch.ops.fhopt.pack.default: packing.pack_reference,
     torch.ops.fhopt.unpack.default: packing.unpack_reference,
     torch.ops.fhopt.latent_attention.default: latent_attention.latent_attention_reference,
-    torch.ops.fhopt.attend_latents.default: attention_attend.attend_parts,
+    torch.ops.fhopt.attend_latents.default: attention_attend.attend_latents_reference,
     torch.ops.fhopt.encode_rows.default: encode_rows.encode_rows_reference,
     torch.ops.fhopt.rebuilt_attention.default: prefill_attention.rebuilt_attention_reference,
 }  # in operations of torch, which a process without fhopt has

@@ -172,7 +172,7 @@ class SiteAttention(nn.Module):
 
 
 def _packed(latent: Tensor, side: SidePlan) -> tuple[Tensor, Tensor]:
-    return packing.pack_reference(latent, *algebra.tier_arguments(side))
+    return packing.pack_reference(latent, *algebra.bit_groups(side))
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

@@ -1,6 +1,18 @@
-"""The operations `torch.ops.fhopt.*` and their eager references. Importing this package registers all of them."""
+"""Operations `torch.ops.fhopt.*` and their eager references. Importing this package registers all of them.
 
-from fhopt.ops import attention, encode_rows, latent_attention, packing, page_selection, prefill_attention
+attention          fhopt::attention: grouped-query attention, the canonical node of graphs
+latent_attention   fhopt::latent_attention: attention on latents, packed or not
+prefill_attention  fhopt::rebuilt_attention, fhopt::open_attention: many queries on a GPU
+packing            fhopt::pack, fhopt::unpack: latents to packed latents and back
+encode_rows        fhopt::encode_rows: keys or values to packed latents at once
+page_selection     which pages a query reads, in torch operations
+paged_attention    fhopt::page_weights, fhopt::attend_pages: one query on the pages that it selects
+algebra            encode, decode, absorb, expand, merge; bit groups as arguments of ops
+masks              masks: additive, causal, by length, by page list
+registry           kernels that run the operations on this machine
+"""
+
+from fhopt.ops import attention, encode_rows, latent_attention, packing, paged_attention, prefill_attention
 from fhopt.ops.algebra import absorb, decode, encode, expand, merge
 from fhopt.ops.attention import attention_reference
 from fhopt.ops.latent_attention import latent_attention_reference
@@ -19,7 +31,7 @@ __all__ = [
     "merge",
     "pack_reference",
     "packing",
-    "page_selection",
+    "paged_attention",
     "prefill_attention",
     "unpack_reference",
 ]

@@ -1,4 +1,7 @@
-"""`fhopt::attention`: grouped-query attention q [B,H,S,D], k [B,G,T,D], v [B,G,T,E] -> o [B,H,S,E]."""
+"""`fhopt::attention`: grouped-query attention q [B,H,S,D], k [B,G,T,D], v [B,G,T,E] -> o [B,H,S,E].
+
+Letters: B batch, H query heads, G kv heads, S queries, T keys, D and E head size of keys and values.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ _LIB.define(
 def blank_scores(
     left: Tensor, right: Tensor, left_axes: Sequence[str], right_axes: Sequence[str], axes: Sequence[str]
 ) -> Tensor:
-    """Zeros of the shape of a contraction of `left` and `right` (labels as in `passes.contraction`), in no memory."""
+    """Return zeros of the shape of a contraction of `left` and `right`, without memory of that size.
+
+    left_axes, right_axes, axes: a label for each axis of the operands and of the result, "" for one of size 1.
+    """
     sizes = dict((*zip(left_axes, left.shape, strict=True), *zip(right_axes, right.shape, strict=True)))
     dtype = torch.promote_types(left.dtype, right.dtype)
     return left.new_zeros((), dtype=dtype).expand([sizes[x] if x else 1 for x in axes])
@@ -42,12 +48,12 @@ def attention_reference(
     dropout: float = 0.0,
     fused: bool = True,
 ) -> Tensor:
-    """softmax(cap(scale q k^T) + mask) v with grouped kv heads; differentiable. Shapes in the module docstring.
+    """Compute softmax(cap(scale q k^T) + mask) v with grouped kv heads; differentiable. Shapes: module docstring.
 
     `is_causal` aligns the first query with the first key, as `F.scaled_dot_product_attention` does. `sinks`,
     broadcastable to [B,H,S,n], are n further logits that take weight and give nothing (attention sinks, softmax plus
-    one). fused: False, never by `F.scaled_dot_product_attention` (see `passes.lower`). Raises ValueError when H is
-    not a multiple of G.
+    one). softcap: 0 for none, else logits become softcap tanh(logits / softcap). fused: False, never by
+    `F.scaled_dot_product_attention` (see `passes.rewrite.lower`). Raises ValueError when H is not a multiple of G.
     """
     heads, groups = query.shape[1], key.shape[1]
     if heads % groups:
@@ -73,7 +79,7 @@ def attention_reference(
 
 
 def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
-    """q [B,H,S,D] . k [B,G,T,D] -> [B,H,S,T]: the H/G query heads of a kv head become extra queries."""
+    """Compute scores q [B,H,S,D] . k [B,G,T,D] -> [B,H,S,T]; the H/G query heads of a kv head are extra queries."""
     b, h, s, d = query.shape
     g, t = key.shape[1], key.shape[2]
     grouped = query.reshape(b, g, h // g * s, d)
@@ -81,14 +87,17 @@ def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def grouped_mix(weights: Tensor, value: Tensor) -> Tensor:
-    """p [B,H,S,T] . v [B,G,T,E] -> [B,H,S,E]."""
+    """Compute weighted sums of values: p [B,H,S,T] . v [B,G,T,E] -> [B,H,S,E]."""
     b, h, s, t = weights.shape
     g, e = value.shape[1], value.shape[3]
     return torch.matmul(weights.reshape(b, g, h // g * s, t), value).reshape(b, h, s, e)
 
 
 def safe_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights, lse) over the last axis; a row of -inf gives zeros and -inf, and no NaN in the backward pass."""
+    """Compute softmax and log-sum-exp over the last axis: (weights [..., T], lse [...]).
+
+    A row of -inf gives weights of zero and an lse of -inf, and no NaN in the backward pass.
+    """
     if not logits.shape[-1]:
         return logits, logits.new_full(logits.shape[:-1], -math.inf)
     top = logits.detach().amax(-1, keepdim=True)

@@ -1,11 +1,10 @@
-"""`fhopt::encode_rows`: new keys or values become rows of a cache in one kernel, where there is one.
+"""`fhopt::encode_rows`: keys or values to packed latents in one kernel, where this machine has one.
 
-    x [B,G,T,D]   basis [J,R,n*D]   ->   codes [B,J,T,bytes]   scale [B,J,T]          pack(E x), see
-    fhopt/ops/latent_attention.py
+    x [B,G,T,D]   basis [J,R,n*D]   ->   codes [B,J,T,bytes]   scale [B,J,T]       pack(E x), see fhopt/ops/packing.py
 
-On GPUs that is the Triton kernel of codegen/gpu/encode_rows.py, which reads keys and writes rows, and stores no latents
-in between. It reckons each latent twice, for the scale and for the codes, and by vector units, since a code is the
-floor of a product; many tokens at once (LARGEST) go through `encode` and `pack` instead.
+On GPUs that is the Triton kernel of codegen/gpu/encode_rows.py, which reads keys and writes packed latents, and stores
+no latents in between. It computes each latent twice, for the scale and for the quantized values, on vector units, since
+a quantized value is the floor of a product; many tokens at once (LARGEST) go through `encode` and `pack` instead.
 
 Letters: B batch, G kv heads, T new tokens, D head size, J latent heads, n = G/J, R latent width.
 """
@@ -19,13 +18,13 @@ from torch import Tensor
 
 from fhopt.ops import algebra, registry
 
-LARGEST = 2**29  # operations reckoned twice at most: 8 us at the 67 TFLOP/s of an H100. A choice, not measured
+LARGEST = 2**29  # operations at most that are computed twice: 8 us at the 67 TFLOP/s of an H100. A choice, not measured
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define("encode_rows(Tensor x, Tensor basis, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
 
 def encodes_at_once(x: Tensor, basis: Tensor) -> bool:
-    """True where `fhopt::encode_rows` shall make the rows of x [B,G,T,D]: there is a kernel, and tokens are few."""
+    """Return True where x [B,G,T,D] shall run through `fhopt::encode_rows`: there is a kernel, and tokens are few."""
     if not x.is_cuda and (torch.compiler.is_compiling() or registry.kernel_of("encode_rows", x.device.type) is None):
         return False  # asked in this order, a compiled graph has no guard on the registry
     return 2 * x.shape[0] * x.shape[2] * basis.numel() <= LARGEST
@@ -34,7 +33,7 @@ def encodes_at_once(x: Tensor, basis: Tensor) -> bool:
 def encode_rows_reference(
     x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """x [B,G,T,D], basis [J,R,n*D] -> codes uint8 [B,J,T,bytes], scale float16 [B,J,T]: `encode`, then `pack`."""
+    """Encode, then pack: x [B,G,T,D], basis [J,R,n*D] -> codes uint8 [B,J,T,bytes], scale float16 [B,J,T]."""
     codes, scale = torch.ops.fhopt.pack(algebra.encode(x.to(basis.dtype), basis), list(bits), list(widths), list(steps))
     return codes, scale
 
@@ -49,12 +48,12 @@ def _encode_rows(
 def empty_rows(
     x: Tensor, basis: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Allocate rows: codes uint8 [B,J,T,bytes] and scale float16 [B,J,T], without values."""
+    """Allocate packed latents without values: codes uint8 [B,J,T,bytes] and scale float16 [B,J,T]."""
     shape = (x.shape[0], basis.shape[0], x.shape[2])
     size = sum(b * w for b, w in zip(bits, widths, strict=True)) // 8
     return x.new_empty((*shape, size), dtype=torch.uint8), x.new_empty(shape, dtype=torch.float16)
 
 
 _LIB.impl("encode_rows", _encode_rows, "CompositeExplicitAutograd")
-_LIB.impl("encode_rows", torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through codes
+_LIB.impl("encode_rows", torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through quantized values
 torch.library.register_fake("fhopt::encode_rows", empty_rows, lib=_LIB)

@@ -1,10 +1,10 @@
-"""`fhopt::latent_attention`, the canonical operation, with an eager reference and a fake.
+"""`fhopt::latent_attention`, the canonical operation on latents, with its eager reference.
 
     q~ [B,H,S,R_K]   z_K [B,J,T,..]   z_V [B,J',T,..]   ->   o~ [B,H,S,R_V], lse [B,H,S]
 
-Latent attention *is* grouped-query attention over J latent heads, so the exact part of a cache (attention sinks,
-residual window, new tokens) runs through the same op with uncoded keys and values; parts are merged by log-sum-exp
-(`fhopt.ops.algebra.merge`).
+Latent attention *is* grouped-query attention over J latent heads, so the exact part of a KV cache (attention sinks,
+residual window, new tokens) runs through the same op, its keys and values taken as uncoded latents; parts are merged by
+log-sum-exp (`fhopt.ops.algebra.merge`).
 
 Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, J latent heads, R latent width.
 """
@@ -54,15 +54,16 @@ def latent_attention_reference(
     pages: Tensor | None = None,
     page_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on latents; keys and values are never rebuilt.
+    """Compute attention on latents, without reconstructing keys and values.
 
-    query [B,H,S,R_K] (absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R_K] with no
-    bits and no scale; value likewise with its own J; mask bool or additive, broadcastable to [B,H,S,T]; lengths int64,
-    [B] or one number: only so many first tokens may be attended to. pages int32 [B,U,N], U a divisor of both J: only
-    tokens of listed pages may be, page p being the `page_tokens` tokens from p * page_tokens on. Query head h goes by
-    list h*U//H; numbers ascend, each once, and -1 at the end of a list is no page.
-    Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, which are
-    reckoned in it): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
+    query [B,H,S,R_K] is absorbed. key: quantized values uint8 [B,J,T,bytes] with key_scale [B,J,T], or uncoded latents
+    [B,J,T,R_K] without bit groups and scale; value: in the same two forms, with a J of its own. mask: bool or additive,
+    broadcastable to [B,H,S,T]. lengths int64, [B] or one number: only so many first tokens may be attended to. pages
+    int32 [B,U,N], U a divisor of both J: only tokens of listed pages may be, page p being the `page_tokens` tokens from
+    p * page_tokens on. Query head h reads list h*U//H; numbers ascend, each once, and -1 at the end of a list is no
+    page.
+    Returns o~ [B,H,S,R_V] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64, for which all
+    is computed in float64): the log of the sum of exponentials, -inf (and o~ = 0) where a query may attend to nothing.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     mask = within(lengths, key.shape[2], listed(pages, page_tokens, query.shape[1], key.shape[2], mask))
@@ -86,18 +87,22 @@ def _operand(
     rows: Tensor, scale: Tensor | None, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Latents to multiply, and the factor per token that may be applied to the product instead of to them."""
+    """Return latents [B,J,T,R] to multiply with, and a factor for each token [B,J,T] to multiply the product with.
+
+    The factor is None where the latents have it already. Quantized values are unpacked without their scale where they
+    can be, since the scale of a token costs less on the product.
+    """
     if not bits:
         return rows, None
     if any(b == 16 for b in bits) or scale is None or dtype == torch.float64:
-        assert scale is not None, "coded latents need a scale"
+        assert scale is not None, "packed latents have a scale"
         latents = unpack_reference(rows, scale, bits, widths, steps)
         return (latents.double() if dtype == torch.float64 else latents), None
     return unscaled(rows, bits, widths, steps), scale.to(torch.float32)
 
 
 def _per_head(factor: Tensor, heads: int) -> Tensor:
-    """[B, J, T] -> [B, H, 1, T]."""
+    """Repeat a factor of each latent head for its query heads: [B,J,T] -> [B,H,1,T]."""
     return factor.repeat_interleave(heads // factor.shape[1], 1).unsqueeze(2)
 
 
@@ -126,8 +131,11 @@ def _latent_attention(
     return kernel(query, *args, **options)
 
 
-def learns(*tensors: Tensor | None) -> bool:
-    """True where a gradient is asked for. Ops have none in compiled graphs: their references are called then."""
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return True where a gradient is asked for.
+
+    Ops have no gradient in compiled graphs; their references are called instead.
+    """
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -135,10 +143,12 @@ def latent_attention(
     query: Tensor, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None,
     mask: Tensor | None, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`fhopt::latent_attention`, or its reference where a gradient is asked for."""
-    run: Any = latent_attention_reference if learns(query, key, value, mask) else torch.ops.fhopt.latent_attention
-    found: tuple[Tensor, Tensor] = run(query, key, key_scale, value, value_scale, mask, **options)
-    return found
+    """Run `fhopt::latent_attention`, or its reference where a gradient is asked for."""
+    run: Any = (
+        latent_attention_reference if needs_gradient(query, key, value, mask) else torch.ops.fhopt.latent_attention
+    )
+    result: tuple[Tensor, Tensor] = run(query, key, key_scale, value, value_scale, mask, **options)
+    return result
 
 
 _LIB.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")

@@ -1,4 +1,7 @@
-"""Attention masks: additive, causal, by length, by page list, split over parts of the keys."""
+"""Attention masks: additive, causal, by length, by page list, split over parts of the keys.
+
+Letters: B batch, H query heads, G kv heads, S queries, T keys, D head size, U units, N pages of a list.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,22 @@ import math
 import torch
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------- masks
-
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as numbers to add to logits: bool (True = may attend) becomes 0 and -inf."""
+    """Convert a mask to numbers of `dtype` that are added to logits: bool (True = may attend) becomes 0 and -inf."""
     if mask is None or mask.dtype != torch.bool:
         return mask if mask is None else mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Bool [S, T]: query i may see key j where j <= i + T - S (the last query sees everything)."""
+    """Build a causal mask, bool [S,T]: query i sees key j where j <= i + T - S (the last query sees everything)."""
     ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return ones.tril(keys - queries)
 
 
 def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor | None:
-    """`mask` [B,H,S,T] restricted to the first `lengths` (int64, [B] or one number) of T = `tokens` tokens."""
+    """Restrict `mask` [B,H,S,T] to the first `lengths` (int64, [B] or one number) of T = `tokens` tokens."""
     if lengths is None:
         return mask
     seen = torch.arange(tokens, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
@@ -32,10 +33,10 @@ def within(lengths: Tensor | None, tokens: int, mask: Tensor | None) -> Tensor |
 
 
 def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask: Tensor | None) -> Tensor | None:
-    """`mask` [B,H,S,T] restricted to the tokens of listed pages.
+    """Restrict `mask` [B,H,S,T] to the tokens of listed pages.
 
     pages, integers [B,U,N]: page p is the tokens from p * page_tokens on, -1 is none; query head h reads list h*U//H.
-    Raises ValueError for pages without tokens, or of units that query heads cannot be shared out to.
+    Raises ValueError for pages without tokens, and where U does not divide H.
     """
     if pages is None:
         return mask
@@ -45,15 +46,20 @@ def listed(pages: Tensor | None, page_tokens: int, heads: int, tokens: int, mask
             "divisor of the heads, and pages of at least one token."
         )
     count = -(-tokens // page_tokens)
-    places = torch.where(pages < 0, count, pages).long()  # the last for what is no page
-    chosen = torch.zeros((*pages.shape[:2], count + 1), dtype=torch.bool, device=pages.device).scatter_(2, places, True)
-    seen = chosen[..., :count].repeat_interleave(page_tokens, 2)[..., :tokens]
+    places = torch.where(pages < 0, count, pages).long()  # the last one takes -1
+    selected = torch.zeros((*pages.shape[:2], count + 1), dtype=torch.bool, device=pages.device).scatter_(
+        2, places, True
+    )
+    seen = selected[..., :count].repeat_interleave(page_tokens, 2)[..., :tokens]
     seen = seen.repeat_interleave(heads // pages.shape[1], 1).unsqueeze(2)  # [B, H, 1, T]
     return seen if mask is None else restricted(mask, seen)
 
 
 def total_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """One mask for q [B,H,S,D] on k [B,G,T,D] from a mask and a flag; causal means j <= i, as SDPA has it."""
+    """Combine a mask and the flag `is_causal` to one mask for q [B,H,S,D] on k [B,G,T,D]; None: all is seen.
+
+    Causal means j <= i, as in `F.scaled_dot_product_attention`.
+    """
     if not is_causal:
         return mask
     triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -63,7 +69,7 @@ def total_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool)
 def split_mask(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, sinks: int, recent: int
 ) -> tuple[Tensor, Tensor]:
-    """(near, far) masks for keys that stay exact and keys that are seen through latents.
+    """Split a mask in two: for keys that stay exact, and for keys that are seen through latents.
 
     Query i stands at key position p = i + T - S. Exact: the first `sinks` keys and those with |p - j| < recent.
     """
@@ -76,5 +82,5 @@ def split_mask(
 
 
 def restricted(mask: Tensor, allowed: Tensor) -> Tensor:
-    """A bool or additive mask restricted to `allowed` (bool)."""
+    """Restrict a bool or additive mask to `allowed` (bool)."""
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)

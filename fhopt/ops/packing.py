@@ -1,15 +1,19 @@
-"""`fhopt::pack` and `fhopt::unpack`: latents to packed rows and back, with eager references and fakes.
+"""`fhopt::pack` and `fhopt::unpack`: latents to packed latents and back, with their eager references.
 
-    fhopt::pack      z [...,R]        -> codes [...,bytes], scale [...]
-    fhopt::unpack    codes, scale     -> z [...,R]
+    fhopt::pack      z [...,R] float            -> codes [...,bytes] uint8, scale [...] float16
+    fhopt::unpack    codes, scale               -> z [...,R] float32
 
-A row of codes holds its bit groups one after the other, each group as bit planes. Their widths are the powers of two
-that sum to the group's bits, widest first, and the widest holds the high-order bits: 3 = 2 + 1, 5 = 4 + 1 and
-6 = 4 + 2 bits are two planes; 1, 2, 4 and 8 bits are one. A plane holds its part of all codes of the group, low-order
-codes first within a byte, and starts on a whole byte: kernels only meet lanes of 1, 2, 4 and 8 bits. The codes 5, 3, 0,
-0, 0, 0, 0, 4 of 3 bits are 10|1, 01|1, 00|0, ..., 10|0, hence
+A code is a quantized value as an unsigned integer. The row of a token holds its bit groups one after the other, each
+group as bit planes. Their widths are the powers of two that sum to the group's bits, widest first, and the widest holds
+the high-order bits: 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2 bits are two planes; 1, 2, 4 and 8 bits are one. A plane holds
+its part of all codes of the group, low-order codes first within a byte, and starts on a whole byte: kernels only meet
+lanes of 1, 2, 4 and 8 bits. The codes 5, 3, 0, 0, 0, 0, 0, 4 of 3 bits are 10|1, 01|1, 00|0, ..., 10|0, hence
 
     plane of 2 bits  00000110 10000000      plane of 1 bit  00000011
+
+Arguments of both ops, for each bit group: bits, widths (channels), steps (quantization steps, as shares of the scale).
+
+Letters: B batch, G kv heads, T tokens, D head size, R latent width, W channels of a bit group.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ _LIB.define("unpack(Tensor codes, Tensor scale, int[] bits, int[] widths, float[
 def pack_reference(
     latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Round latents to codes. latent [..., R] -> codes uint8 [..., sum(bits*widths)/8], scale float16 [...].
+    """Quantize and pack latents [..., R] -> codes uint8 [..., sum(bits*widths)/8], scale float16 [...].
 
     The scale of a token is the root mean square of its channels with fewer than 16 bits. Codes are stored as bit planes
     (module docstring), channels of 16 bits as float16 bytes.
@@ -54,7 +58,7 @@ def pack_reference(
 
 
 def rounded(x: Tensor, bits: int, step: float) -> Tensor:
-    """Numbers as a mid-rise quantiser of `bits` bits and this step leaves them; the token scale is the caller's."""
+    """Round numbers, already divided by their scale, to the values of a mid-rise quantizer of `bits` bits."""
     half = 2 ** (bits - 1)
     return (torch.floor(x / step).clamp(-half, half - 1) + 0.5) * step
 
@@ -64,12 +68,12 @@ def _half_bytes(x: Tensor) -> Tensor:
 
 
 def planes(bits: int) -> tuple[int, ...]:
-    """Widths of the bit planes that hold a tier of `bits` < 16 bits, widest (high-order bits) first: 6 -> (4, 2)."""
+    """Return the widths of the bit planes of a group of `bits` < 16 bits, high-order bits first: 6 -> (4, 2)."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
-    """Uniform mid-rise quantiser, then bit planes. x [..., W] -> uint8 [..., W*bits/8]."""
+    """Quantize by a uniform mid-rise quantizer, then split into bit planes: x [..., W] -> uint8 [..., W*bits/8]."""
     levels = 2**bits
     codes = (torch.floor(x / step) + levels // 2).clamp(0, levels - 1).to(torch.uint8)
     widths = planes(bits)
@@ -78,7 +82,7 @@ def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
 
 
 def _plane_bytes(codes: Tensor, width: int) -> Tensor:
-    """The low `width` bits of each code, 8/width codes to a byte. uint8 [..., W] -> uint8 [..., W*width/8]."""
+    """Pack the low `width` bits of each code, 8/width codes to a byte: uint8 [..., W] -> uint8 [..., W*width/8]."""
     if width == 8:
         return codes
     lanes = (codes & (2**width - 1)).unflatten(-1, (-1, 8 // width))
@@ -91,7 +95,7 @@ def _plane_bytes(codes: Tensor, width: int) -> Tensor:
 def unpack_reference(
     codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]
 ) -> Tensor:
-    """Inverse of `pack_reference` up to rounding: codes uint8 [..., bytes], scale [...] -> float32 [..., R]."""
+    """Unpack and dequantize latents: codes uint8 [..., bytes], scale [...] -> float32 [..., R]."""
     unit = unscaled(codes, bits, widths, steps)
     factors = scale.to(torch.float32).unsqueeze(-1)
     if all(b < 16 for b in bits):
@@ -101,7 +105,10 @@ def unpack_reference(
 
 
 def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
-    """Codes as float32 [..., R] without the token scale: (u - (2^bits - 1)/2) * step, or the float16 value."""
+    """Unpack codes uint8 [..., bytes] without their scale: float32 [..., R].
+
+    A code u of fewer than 16 bits is (u - (2^bits - 1)/2) * step; channels of 16 bits are their float16 value.
+    """
     rows = codes.split([w * b // 8 for w, b in zip(widths, bits, strict=True)], -1)
     parts = [_values(row, b, step) for row, b, step in zip(rows, bits, steps, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -114,7 +121,7 @@ def _values(row: Tensor, bits: int, step: float) -> Tensor:
 
 
 def _codes(row: Tensor, bits: int) -> Tensor:
-    """Bit planes -> codes. uint8 [..., W*bits/8] -> uint8 [..., W]."""
+    """Join bit planes to codes: uint8 [..., W*bits/8] -> uint8 [..., W]."""
     widths = planes(bits)
     sizes = [row.shape[-1] // bits * width for width in widths]
     codes, *rest = [_lanes(plane, width) for plane, width in zip(row.split(sizes, -1), widths, strict=True)]
@@ -124,7 +131,7 @@ def _codes(row: Tensor, bits: int) -> Tensor:
 
 
 def _lanes(plane: Tensor, width: int) -> Tensor:
-    """Inverse of `_plane_bytes`. uint8 [..., W*width/8] -> uint8 [..., W]."""
+    """Unpack the values of a bit plane: uint8 [..., W*width/8] -> uint8 [..., W], the inverse of `_plane_bytes`."""
     if width == 8:
         return plane
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
@@ -161,7 +168,7 @@ _LIB.impl("unpack", _unpack, "CompositeExplicitAutograd")
 
 
 for _name in ("pack", "unpack"):
-    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through codes
+    _LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient goes through quantized values
 
 
 torch.library.register_fake("fhopt::pack", empty_packed, lib=_LIB)
@@ -169,10 +176,10 @@ torch.library.register_fake("fhopt::unpack", _unpack_fake, lib=_LIB)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers as rows of one tier of 8 bits and step 1. x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
+    """Quantize to one bit group of 8 bits and step 1: x [B,G,T,D] -> codes uint8 [B,G,T,D], scale float16 [B,G,T].
 
-    A row's scale is its largest magnitude / 127.5, at least the least float16, so that a row of zeros has one too. No
-    number moves by more than half a scale. Attention reads such rows as they are. No gradient goes through them.
+    A row's scale is its largest magnitude / 127.5, at least the smallest float16, so that a row of zeros has one too.
+    No number changes by more than half a scale. Attention reads such rows as they are. No gradient goes through them.
     """
     x = x.detach().to(torch.float32)
     scale = (x.abs().amax(-1) / 127.5).clamp(2.0**-24, 65504.0).to(torch.float16)
@@ -181,12 +188,12 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unround_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `round_rows` up to rounding: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
+    """Dequantize what `round_rows` returned: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
     return ((codes.to(torch.float32) - 127.5) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
 
 
 def straight_through(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
-    """Latents [..., R] as coding leaves them, in the dtype they came in; the gradient passes as if nothing was done."""
+    """Quantize and dequantize latents [..., R], in their dtype; the gradient passes unchanged (straight-through)."""
     with torch.no_grad():
         codes, scale = torch.ops.fhopt.pack(latent.detach(), list(bits), list(widths), list(steps))
         rounded = torch.ops.fhopt.unpack(codes, scale, list(bits), list(widths), list(steps)).to(latent.dtype)

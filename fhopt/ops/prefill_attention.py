@@ -1,22 +1,23 @@
-"""Attention of many queries on a cache: whether keys and values are rebuilt for it, and what attends to open tokens.
+"""Attention of many queries on a KV cache: whether K/V are reconstructed for it, and attention to exact tokens.
 
     fhopt::rebuilt_attention  q [B,H,S,D]  rows [B,J,T,..] and decoders of keys and values   -> o [B,H,S,E], lse [B,H,S]
     fhopt::open_attention     q [B,H,S,D]  k [B,G,N,D]  v [B,G,N,E]                          -> o [B,H,S,E], lse [B,H,S]
 
-A decode step absorbs the decoder into its query and reads latents as they are. A chunk of a prompt has M = S H/G rows
-of every kv head for the same tokens. For one of them, in operations of tensor cores, CONVERSION for a code unpacked:
+A decode step absorbs the decoder into its query and reads latents as they are. A prefill has M = S H/G rows of every kv
+head for the same tokens. For one token, in operations of tensor cores, CONVERSION for a quantized value unpacked:
 
-    absorbed   2 M (R_K + R_V) + c (R_K + R_V) tiles       tiles of STEP_ROWS rows, each of which unpacks all codes
-    rebuilt    2 M (D + E) + 2 (R_K D + R_V E) + c (R_K + R_V)
+    absorbed        2 M (R_K + R_V) + c (R_K + R_V) tiles    tiles of STEP_ROWS rows, each of which unpacks all values
+    reconstructed   2 M (D + E) + 2 (R_K D + R_V E) + c (R_K + R_V)
 
-so that rebuilding pays from some number of rows on, whatever T is: where latents are wider than heads because products
-are shorter, else because codes are unpacked once. Never where neither holds, as with few latents of 16 bits. Rows of
-memory are the same for both; keys and values are rebuilt 32 MB at a time (codegen/gpu/prefill.py), never all of them.
+so that reconstructing pays from some number of rows on, whatever T is: where latents are wider than heads because
+products are shorter, else because values are unpacked once. It never pays where neither holds, as with few latents of
+16 bits. Both read the same bytes; keys and values are reconstructed 32 MB at a time (codegen/gpu/prefill.py), never all
+of them.
 
-Both ops are for GPUs of NVIDIA. On a CPU nothing calls them; their references say what they give.
+Both ops are for GPUs of NVIDIA. On a CPU nothing calls them; their references define the results.
 
-Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T latent tokens, N open ones, D and E head size
-of keys and values, R latent width, M rows of a kv head.
+Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T quantized tokens, N exact tokens, D and E head
+size of keys and values, R latent width, M rows of a kv head.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from torch import Tensor
 
 from fhopt.ops import algebra, latent_attention, packing, registry
 
-CONVERSION = 15  # what tensor cores do while a code is unpacked: 989 / 67 of an H100, 312 / 19.5 of an A100 (cost.py)
-STEP_ROWS, STEP_STATE = 32, 12288  # of a program of a decode step: rows at most, and what it keeps of all of them
-FEWEST_ROWS = 32  # of a kv head from which open tokens are read by kernels for many
+CONVERSION = 15  # operations of tensor cores while a value is unpacked: H100 989 / 67, A100 312 / 19.5 (data sheets)
+STEP_ROWS, STEP_STATE = 32, 12288  # of a program of a decode step: most rows, and most numbers that it keeps of them
+FEWEST_ROWS = 32  # of a kv head, from which exact tokens are read by kernels for many rows
 FLASH_SIZES = range(8, 257, 8)  # of heads that flash attention takes
 HALVES = (torch.bfloat16, torch.float16)
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
@@ -49,11 +50,11 @@ _LIB.define(
 )
 
 
-# --------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------------------- which op runs
 
 
 def absorbed_operations(heads: int, queries: int, key: tuple[int, int], value: tuple[int, int], coded: bool) -> float:
-    """Operations of attention on one latent token, for all H query heads. key, value: (J, R) of each side."""
+    """Count operations of absorbed attention on one token, for all H query heads. key, value: (J, R) of each side."""
     shared = math.gcd(heads // key[0], heads // value[0])  # query heads of a program
     width, rows = key[1] + value[1], STEP_ROWS
     while rows > 8 and rows * width > STEP_STATE:
@@ -62,17 +63,20 @@ def absorbed_operations(heads: int, queries: int, key: tuple[int, int], value: t
     return 2 * heads * queries * width + (CONVERSION * tiles * width if coded else 0)
 
 
-def rebuilt_operations(
+def reconstructed_operations(
     heads: int, queries: int, key: tuple[int, int, int], value: tuple[int, int, int], coded: bool
 ) -> float:
-    """The same with keys and values rebuilt. key, value: (G, D, R) of the decoder of each side."""
+    """Count operations of attention on one token whose key and value are reconstructed, for all H query heads.
+
+    key, value: (G, D, R) of the decoder of each side.
+    """
     (groups, key_size, key_width), (_, value_size, value_width) = key, value
-    rebuilding = 2 * (key_size * key_width + value_size * value_width)
+    reconstructing = 2 * (key_size * key_width + value_size * value_width)
     unpacking = CONVERSION * (key_width + value_width) if coded else 0
-    return 2 * heads * queries * (key_size + value_size) + groups * (rebuilding + unpacking)
+    return 2 * heads * queries * (key_size + value_size) + groups * (reconstructing + unpacking)
 
 
-def rebuilds(
+def should_reconstruct(
     query: Tensor,
     key: Tensor,
     key_decode: Tensor,
@@ -81,27 +85,30 @@ def rebuilds(
     mask: Tensor | None,
     coded: bool,
 ) -> bool:
-    """True where attention of `query` shall run through `fhopt::rebuilt_attention`, by devices and by operations.
+    """Return True where attention of `query` shall run through `fhopt::rebuilt_attention`: where that costs less.
 
-    key, value: rows [B,J,T,..]; decoders [G,D,R]. Only on GPUs of NVIDIA, for numbers of 16 bits, and where no gradient
-    is asked for.
+    key, value: rows [B,J,T,..]; decoders [G,D,R]; coded: rows are quantized values. Only on GPUs of NVIDIA, for queries
+    of 16 bits, and where no gradient is asked for.
     """
-    if not serves(query, key, key_decode, value, value_decode, mask):
+    if not is_gpu_prefill(query, key, key_decode, value, value_decode, mask):
         return False
     (heads, queries), decoders = query.shape[1:3], (key_decode, value_decode)
     sides = [(x.shape[1], decode.shape[2]) for x, decode in zip((key, value), decoders, strict=True)]
     sizes = [(decode.shape[0], decode.shape[1], decode.shape[2]) for decode in decoders]
     absorbed = absorbed_operations(heads, queries, sides[0], sides[1], coded)
-    return rebuilt_operations(heads, queries, sizes[0], sizes[1], coded) < absorbed
+    return reconstructed_operations(heads, queries, sizes[0], sizes[1], coded) < absorbed
 
 
-def serves(query: Tensor, *others: Tensor | None) -> bool:
-    """True for several queries [B,H,S,D] that the ops of this file are for; `others` is what they attend to."""
+def is_gpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
+    """Return True for queries [B,H,S,D] that the ops of this module are for: several, of 16 bits, on a GPU of NVIDIA.
+
+    others: the tensors that they attend to, none of which may ask for a gradient.
+    """
     return (
         _on_nvidia(query)
         and query.shape[2] > 1
         and query.dtype in HALVES
-        and not latent_attention.learns(query, *others)
+        and not latent_attention.needs_gradient(query, *others)
     )
 
 
@@ -109,7 +116,7 @@ def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-# --------------------------------------------------------------------------------------------------- rebuilt attention
+# --------------------------------------------------------------------------------------------------- reconstructed K/V
 
 
 def rebuilt_attention_reference(
@@ -132,41 +139,44 @@ def rebuilt_attention_reference(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on keys and values that are rebuilt from latents.
+    """Compute attention on keys and values that are reconstructed from latents.
 
-    query [B,H,S,D] (not absorbed); key uint8 codes [B,J,T,bytes] with key_scale [B,J,T], or uncoded [B,J,T,R] with no
-    bits and no scale; key_decode [G,D,R], None where the rows are keys [B,G,T,D]; value likewise with its own J; mask
-    bool or additive, broadcastable to [B,H,S,T]; lengths integers, [B] or one: only so many first tokens count.
+    query [B,H,S,D] is not absorbed. key: quantized values uint8 [B,J,T,bytes] with key_scale [B,J,T], or uncoded
+    latents [B,J,T,R] without bit groups and scale; key_decode [G,D,R], None where the rows are keys [B,G,T,D]; value:
+    in the same forms, with a J of its own. mask: bool or additive, broadcastable to [B,H,S,T]; lengths: integers, [B]
+    or one: only so many first tokens count.
     Returns o [B,H,S,E] in the dtype of query and lse [B,H,S] float32 (float64 for queries of float64): -inf, and o = 0,
-    where a query may attend to nothing. Raises ValueError where H is no multiple of G.
+    where a query may attend to nothing. Raises ValueError where H is not a multiple of G.
     """
-    keys = _rebuilt(key, key_scale, key_decode, (key_bits, key_widths, key_steps), query.dtype)
-    values = _rebuilt(value, value_scale, value_decode, (value_bits, value_widths, value_steps), query.dtype)
+    keys = _reconstructed(key, key_scale, key_decode, (key_bits, key_widths, key_steps), query.dtype)
+    values = _reconstructed(value, value_scale, value_decode, (value_bits, value_widths, value_steps), query.dtype)
     if query.shape[1] % keys.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads are no multiple of {keys.shape[1]} kv heads; give one site's.")
-    options: Any = algebra.latent_options(None, None)
+        raise ValueError(
+            f"{query.shape[1]} query heads are not a multiple of {keys.shape[1]} kv heads; expected both of one site."
+        )
+    options: Any = algebra.uncoded_options()
     return latent_attention.latent_attention_reference(
         query, keys, None, values, None, mask, **options, scale=scale, softcap=softcap, lengths=lengths
     )
 
 
-def _rebuilt(
+def _reconstructed(
     rows: Tensor, scale: Tensor | None, decode: Tensor | None,
-    tiers: tuple[Sequence[int], Sequence[int], Sequence[float]], dtype: torch.dtype,
+    groups: tuple[Sequence[int], Sequence[int], Sequence[float]], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Keys or values [B,G,T,D] of `dtype`."""
+    """Reconstruct keys or values [B,G,T,D] of `dtype` from rows; groups: their bits, widths and steps."""
     exact = torch.promote_types(dtype, torch.float32)
-    latent = rows if scale is None else packing.unpack_reference(rows, scale, *tiers)
+    latent = rows if scale is None else packing.unpack_reference(rows, scale, *groups)
     return (latent if decode is None else algebra.decode(latent.to(exact), decode.to(exact))).to(dtype)
 
 
 def _rebuilt_attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     tensors = [x for x in (query, *args) if isinstance(x, Tensor)]
     kernel = registry.kernel_of("rebuilt_attention", query.device.type)
-    if kernel is None or query.dtype == torch.float64 or latent_attention.learns(*tensors):
+    if kernel is None or query.dtype == torch.float64 or latent_attention.needs_gradient(*tensors):
         return rebuilt_attention_reference(query, *args, **options)
-    found: tuple[Tensor, Tensor] = kernel(query, *args, **options)
-    return found
+    result: tuple[Tensor, Tensor] = kernel(query, *args, **options)
+    return result
 
 
 def _rebuilt_attention_fake(
@@ -177,50 +187,52 @@ def _rebuilt_attention_fake(
 
 
 def _blank(query: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Results without numbers: o [B,H,S,E], lse [B,H,S]."""
+    """Allocate results without values: o [B,H,S,E], lse [B,H,S]."""
     exact = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty((*query.shape[:3], size)), query.new_empty(query.shape[:3], dtype=exact)
 
 
-# --------------------------------------------------------------------------------------------------- open tokens
+# --------------------------------------------------------------------------------------------------- exact tokens
 
 
 def open_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of the newest S queries on keys and values [B,G,N,D] that are not coded.
+    """Compute attention of the newest S queries on exact keys and values [B,G,N,D].
 
-    mask, bool or additive, broadcastable to [B,H,S,N]. causal: the mask is no other than that the last query sees
-    everything, the one before all but the last, and so on. Returns o [B,H,S,E] in the dtype of query and lse [B,H,S]
-    float32, as `fhopt::latent_attention` does. By flash attention where there is nothing else to be masked, by the
-    kernel for many rows of a kv head where there is, and otherwise by that of a step.
+    mask: bool or additive, broadcastable to [B,H,S,N]. causal: the mask says that the last query sees everything, the
+    one before all but the last key, and so on, and nothing else. Returns o [B,H,S,E] in the dtype of query and lse
+    [B,H,S] float32, as `fhopt::latent_attention` does. Runs flash attention where nothing else is masked, else the
+    kernel for many rows of a kv head, and for few rows that of a decode step.
     """
     if softcap == 0.0 and (causal or mask is None) and _flashes(query, key, value):
         return _by_flash(query, key, value, causal and query.shape[2] > 1, scale)
-    options: Any = dict(**algebra.latent_options(None, None), scale=scale, softcap=softcap)
-    if serves(query, key, value, mask) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
+    options: Any = dict(**algebra.uncoded_options(), scale=scale, softcap=softcap)
+    if is_gpu_prefill(query, key, value, mask) and query.shape[2] * (query.shape[1] // key.shape[1]) >= FEWEST_ROWS:
         return torch.ops.fhopt.rebuilt_attention(query, key, None, None, value, None, None, mask, None, **options)
     return latent_attention.latent_attention(query, key, None, value, None, mask, **options)
 
 
 def _flashes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """True where torch's flash attention takes these tensors. Only the newest keys may be masked by it."""
+    """Return True where torch's flash attention takes these tensors. It masks only the newest keys."""
     rows, size = query.shape[2] * (query.shape[1] // key.shape[1]), query.shape[3]
     shaped = size == value.shape[3] and size in FLASH_SIZES and key.shape[2] >= query.shape[2]
     alike = query.dtype == key.dtype == value.dtype
-    return shaped and alike and rows >= FEWEST_ROWS and serves(query, key, value) and _has_flash(query.device)
+    return shaped and alike and rows >= FEWEST_ROWS and is_gpu_prefill(query, key, value) and _has_flash(query.device)
 
 
 @functools.cache
 def _has_flash(device: torch.device) -> bool:
-    """True from Ampere on."""
+    """Return True for GPUs from Ampere on."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The keys before those of the queries are seen by all, so that a causal part is square: kernels differ in what
-    "causal" means where it is not."""
+    """Attend by flash attention: apart to the keys of the queries, causally, and to those before, which all see.
+
+    So the causal part is square; where it is not, kernels differ in what "causal" means.
+    """
     if not causal:
         return _folded_flash(query, key, value, scale)
     before, copies = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
@@ -236,19 +248,20 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 
 
 def _folded_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Without a mask, the H/G query heads of a kv head are further queries."""
+    """Attend by flash attention without a mask, the H/G query heads of a kv head as further queries."""
     (b, heads, s, d), groups = query.shape, key.shape[1]
     output, lse = _flash(query.reshape(b, groups, heads // groups * s, d), key, value, False, scale)
     return output.reshape(b, heads, s, -1), lse.reshape(b, heads, s)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's flash attention with as many heads of all: o [B,H,S,D], lse [B,H,S] float32."""
+    """Run torch's flash attention on as many kv heads as query heads: o [B,H,S,D], lse [B,H,S] float32."""
     if query.is_cuda:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+        results = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
     else:
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    return found[0], found[1][..., : query.shape[2]]
+        flash_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        results = flash_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    return results[0], results[1][..., : query.shape[2]]
 
 
 def _open_attention_fake(

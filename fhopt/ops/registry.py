@@ -1,7 +1,7 @@
-"""The one registry of kernels: which function runs an op of `torch.ops.fhopt` on which type of device.
+"""Registry of kernels: which function runs an op of `torch.ops.fhopt` on which type of device.
 
-The references of this package need no entry. `fhopt.codegen.install` enters generated kernels; tests and users enter
-their own by `use`. A kernel has the signature of the op's reference, and is called only inside of the op.
+The references of this package need no entry. `fhopt.codegen.install` enters generated kernels; tests and users
+enter their own by `use`. A kernel has the signature of the op's reference, and is called only inside the op.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ OPS = {
     "unpack": "fhopt.ops.packing.unpack_reference",
     "encode_rows": "fhopt.ops.encode_rows.encode_rows_reference",
     "rebuilt_attention": "fhopt.ops.prefill_attention.rebuilt_attention_reference",
-    "page_weights": "fhopt.ops.page_selection.page_weights_reference",
-    "attend_pages": "fhopt.ops.page_selection.attend_pages_reference",
+    "page_weights": "fhopt.ops.paged_attention.page_weights_reference",
+    "attend_pages": "fhopt.ops.paged_attention.attend_pages_reference",
 }
 _kernels: dict[tuple[str, str], Kernel] = {}
 

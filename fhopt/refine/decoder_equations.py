@@ -174,7 +174,7 @@ def _coded(plan: SitePlan, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _rounded(latent: Tensor, side: SidePlan) -> Tensor:
-    return packing.straight_through(latent, *algebra.tier_arguments(side)) if side.tiers else latent
+    return packing.straight_through(latent, *algebra.bit_groups(side)) if side.tiers else latent
 
 
 def _last(near: Tensor, far: Tensor) -> int:

@@ -44,14 +44,14 @@ from torch import Tensor
 
 from fhopt.attention import paged as attention_paged
 from fhopt.attention.cache_view import Latents
-from fhopt.attention.exact_tokens import open_part
-from fhopt.attention.manual_attention import far_logits
+from fhopt.attention.exact_tokens import attend_open_tokens
+from fhopt.attention.manual_attention import latent_logits
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.models.model_facts import cache_argument
-from fhopt.ops import algebra, attention, page_choice
+from fhopt.ops import algebra, attention, page_selection
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan
 from fhopt.refine.page_options import LAST, LEAST_PAGES, PIECE, QUERIES, PagingOptions
@@ -95,7 +95,7 @@ class Curves:
         count = expected.shape[-1]
         best, order = expected.double().sort(-1, descending=True)
         kept = torch.nn.functional.pad(weights.double().gather(-1, order).cumsum(-1), (1, 0))  # [..., P+1]
-        most = page_choice.pages_read(count, room, page_choice.FEWEST)
+        most = page_selection.pages_read(count, room, page_selection.FEWEST)
 
         def without(needed: Tensor) -> tuple[Tensor, Tensor]:
             left = kept[..., -1:] - kept.gather(-1, needed)
@@ -140,7 +140,7 @@ class Curves:
 def _needed_by_lift(best: Tensor, most: int) -> Iterator[Tensor]:
     """Yield how many pages each query reads with each of LIFTS, [..., 1], of falling expected weights [..., P]."""
     count = best.shape[-1]
-    fewest = torch.arange(count) < page_choice.FEWEST
+    fewest = torch.arange(count) < page_selection.FEWEST
     for lift in LIFTS:
         yield ((best * count >= lift) | fewest).sum(-1, keepdim=True).clamp(max=most)
 
@@ -167,12 +167,12 @@ class _FullAttention:
     @staticmethod
     def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _FullAttention:
         """Attend with query [B,H,S,D] to exact keys and values and to latents; numbers: scale and softcap."""
-        far = far_logits(query, latents, **numbers)
-        return _FullAttention(far, open_part(query, key, value, latents, **numbers))
+        far = latent_logits(query, latents, **numbers)
+        return _FullAttention(far, attend_open_tokens(query, key, value, latents, **numbers))
 
     def page_weights(self, tokens: int) -> Tensor:
         """Return the share of each page in all weight, [B,H,S,P]."""
-        sums = algebra.page_logits(self.logits, tokens)
+        sums = page_selection.page_logits(self.logits, tokens)
         total = torch.logaddexp(sums.logsumexp(-1), self.near[1])
         return (sums - total.unsqueeze(-1)).exp()
 
@@ -185,25 +185,24 @@ def fill_errors(
     absorbed [B,H,S,R]: queries; estimates [B,H,S,P]: logits of pages from sketches -> [FILLS, H].
     """
     logits, near, key, value = full.logits, full.near, latents.key, latents.value
-    heads, values = absorbed.shape[1], value.rebuild()
-    expected = page_choice.expected_weights(estimates, index.units, near[1])
-    chosen = attention_paged.keep_best(expected, index, index.count)
+    heads, values = absorbed.shape[1], value.reconstruct()
+    chosen, _ = page_selection.select_pages(estimates, index.rule, index.count, near[1])
     seen = attention_paged.page_mask(chosen, index.tokens, heads, logits.shape[-1])
-    odds = page_choice.odds_left_out(estimates, chosen)
+    odds = page_selection.odds_left_out(estimates, chosen)
 
     def part(x: Tensor) -> tuple[Tensor, Tensor]:
         weights, lse = attention.safe_softmax(x)
         return attention.grouped_mix(weights, values.to(weights.dtype)), lse
 
     read, whole = part(logits.masked_fill(~seen, -math.inf)), algebra.merge([near, part(logits)])
-    rows: Any = (key.rows, key.scale, value.rows, value.scale, None, None, index.tokens)
-    tiers: Any = algebra.tier_options(key.tiers, value.tiers)
-    mean = mean_values(absorbed, *rows, **tiers).to(read[0].dtype)
+    mean = mean_values(absorbed, key, value, None, None, index.tokens).to(read[0].dtype)
     mean = mean.repeat_interleave(heads // mean.shape[1], 1)
     errors = []
     for fill in FILLS:
         parts = torch.full((heads,), fill, device=absorbed.device).log()
-        filled = algebra.merge([near, page_choice.stand_in(*read, algebra.expand(mean, value.decode), odds, parts)])
+        filled = algebra.merge(
+            [near, page_selection.fill_with_mean(*read, algebra.expand(mean, value.decode), odds, parts)]
+        )
         errors.append((filled - whole).double().square().sum((0, 2, 3)))
     return torch.stack(errors)
 
@@ -223,12 +222,12 @@ class _Probe:
             return
         absorbed = algebra.absorb(query, latents.key.decode)
         numbers: Any = dict(scale=scale, softcap=softcap)
-        estimates = algebra.page_logits(
+        estimates = page_selection.page_logits(
             attention_paged.token_logits(absorbed, index, None, None, **numbers), index.tokens
         )
         full = _FullAttention.of(query, key, value, latents, **numbers)
         weights = full.page_weights(index.tokens)
-        expected = page_choice.expected_weights(estimates, index.units, full.near[1])
+        expected = page_selection.expected_weights(estimates, index.units, full.near[1])
         self.curves.add(expected, weights.unflatten(1, (index.units, -1)).mean(2), self.options.room)
         if self.fills:
             lift = LIFTS[self.curves.lift_for(self.options.share)]

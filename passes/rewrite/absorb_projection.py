@@ -86,7 +86,7 @@ class AbsorbProjection:
             decode_k = _constant(program, node, kept.key, "key_decode", 0)
             absorbed = call(program, algebra.absorb, (query, decode_k))
             shared = dict(scale=node.kwargs["scale"], softcap=node.kwargs.get("softcap", 0.0))
-            options = {**algebra.latent_options(None, None), **shared}
+            options = {**algebra.uncoded_options(), **shared}
             arguments = (absorbed, key, None, value, None, mask)
             latent = call(program, torch.ops.fhopt.latent_attention.default, arguments, options)
             decode_v = _constant(program, node, kept.value, "value_decode", 0)

@@ -167,7 +167,7 @@ class Compress:
         side: SidePlan = getattr(fitted.site, which)
         encoder = _basis(program, node, fitted, which, "encode", name)
         latent = call(program, algebra.encode, (node, encoder))
-        tiers = algebra.tier_arguments(side)
+        tiers = algebra.bit_groups(side)
         if side.tiers and self.training:
             return call(program, packing.straight_through, (latent, *tiers))
         if not side.tiers:
@@ -209,5 +209,5 @@ def _serves(other: SitePlan, plan: SitePlan) -> bool:
 def _attend(
     program: Program, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None, shared: dict[str, Any]
 ) -> fx.Node:
-    options = {**algebra.latent_options(None, None), **shared}
+    options = {**algebra.uncoded_options(), **shared}
     return call(program, torch.ops.fhopt.latent_attention.default, (query, key, None, value, None, mask), options)

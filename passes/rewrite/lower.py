@@ -86,7 +86,7 @@ def _to_kernel(program: Program, node: fx.Node) -> str:
     with program.graph.inserting_before(node):
         if node.kwargs.get("is_causal"):
             mask = call(program, masks.total_mask, (query, key, mask, True))
-        options = {**algebra.latent_options(None, None), **numbers}
+        options = {**algebra.uncoded_options(), **numbers}
         pair = call(program, torch.ops.fhopt.latent_attention.default, (query, key, None, value, None, mask), options)
         result = call(program, algebra.first, (pair,))
     node.replace_all_uses_with(result)

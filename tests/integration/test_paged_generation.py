@@ -18,8 +18,8 @@ from fhopt.cache.latent_cache import LatentCache
 from fhopt.cache.static_layer import StaticLatentLayer
 from fhopt.evaluation.perplexity import new_cache, read_steps, score, switched
 from fhopt.hf.apply import latent_cache
-from fhopt.ops import page_selection
-from fhopt.ops.page_choice import FEWEST
+from fhopt.ops import paged_attention
+from fhopt.ops.page_selection import FEWEST
 
 # --------------------------------------------------------------------------------------------------- caches
 
@@ -68,15 +68,15 @@ def test_bytes_of_a_step_are_those_of_the_pages_that_queries_chose(llama: Fitted
     """With a lift that most pages do not reach."""
     plan, ids = paged(llama.plan(4), share=0.5, lift=2.0), token_ids(2, LONG)
     listed = []
-    chosen = page_selection.choose_pages
+    chosen = paged_attention.list_selected_pages
 
-    def watch(step: page_selection.PageStep) -> Any:
+    def watch(step: paged_attention.PageStep) -> Any:
         found = chosen(step)
         listed.append(found[0])
         return found
 
     with torch.no_grad(), switched(llama.model, plan), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_selection, "choose_pages", watch)
+        patch.setattr(paged_attention, "list_selected_pages", watch)
         cache = LatentCache(plan, llama.model.config, max_cache_len=max_cache_len)
         llama.model(ids[:, :140], past_key_values=cache)
         assert not listed

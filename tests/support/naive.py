@@ -16,7 +16,7 @@ def naive_latent(x: Tensor, plan: SidePlan) -> Tensor:
     latent = algebra.encode(x, plan.encode)
     if not plan.tiers:
         return latent
-    bits, widths, steps = algebra.tier_arguments(plan)
+    bits, widths, steps = algebra.bit_groups(plan)
     codes, scale = packing.pack_reference(latent, bits, widths, steps)
     return packing.unpack_reference(codes, scale, bits, widths, steps).to(x.dtype)
 

@@ -16,7 +16,7 @@ from fhopt.codegen.cpu.pages import weigh_pages
 from fhopt.evaluation.perplexity import switched
 from fhopt.fitting.allocation import STEPS
 from fhopt.hf.apply import latent_cache
-from fhopt.ops import algebra, packing, page_selection, registry
+from fhopt.ops import algebra, packing, paged_attention, registry
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan, SidePlan, SketchPlan, Tier
 
@@ -52,7 +52,7 @@ def index_of(latents: Tensor, share: float = 0.25, limit: float = 1.0, **changes
     """An index over latents [B,J,T,R], as many units as latent heads."""
     key = SidePlan(torch.zeros(latents.shape[1], latents.shape[3], 1), torch.zeros(1, 1, 1), ())
     sketcher = Sketcher.on(sketch(key), latents.device)
-    coded = sketcher.codes(latents)
+    coded = sketcher.encode(latents)
     options: dict[str, Any] = dict(tokens=TOKENS, mass=1.0, lift=0.0, least=4, units=latents.shape[1], each_query=False)
     rows = *coded, sketcher.lost(latents, *coded) if limit < 1 else None
     counters = torch.zeros(4, dtype=torch.int64)
@@ -122,7 +122,7 @@ def page_kernel() -> Iterator[None]:
 
 def page_step(
     tiers: dict[int, int], tokens: int, masked: bool, length: int | None, size: int = 32, **changes: Any
-) -> page_selection.PageStep:
+) -> paged_attention.PageStep:
     """B=2, H=12, J=4, R=40, R_V=16, numbers for latents, pages of `size` tokens; queries that the kernel need not
     round."""
     (weights, _), options = page_operands(tiers, 3, tokens, masked, length, size)
@@ -134,11 +134,11 @@ def page_step(
     given: dict[str, Any] = dict(
         query=query.reshape(2, 12, 1, 40), key=torch.randn(2, 4, tokens, 40), key_scale=None,
         value=torch.randn(2, 4, tokens, 16), value_scale=None, far=far, lengths=lengths,
-        **algebra.latent_options(None, None), scale=0.25, codes=codes, scales=scales, bits=bits, widths=widths,
+        **algebra.uncoded_options(), scale=0.25, codes=codes, scales=scales, bits=bits, widths=widths,
         steps=steps, channels=channels, mean=mean, deviation=deviation, near=None, page_tokens=page_tokens, units=4,
         most=max(2, -(-tokens // size) // 4), share=0.2, least=2, mass=1.0, lift=0.0, fill=None, values=None,
     )  # fmt: skip
-    return page_selection.PageStep(**given | changes)
+    return paged_attention.PageStep(**given | changes)
 
 
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

@@ -23,7 +23,7 @@ def latent_pair(**options: Any) -> tuple[Any, Tensor]:
     layer = LatentLayer(random_plan("head", CODED, **options), random_plan("head", CODED).sites[0])
     layer.update(torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 8))
     keys = layer.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8))[0]
-    return keys, keys.rebuild()  # type: ignore[attr-defined]
+    return keys, keys.reconstruct()  # type: ignore[attr-defined]
 
 
 def test_products_of_latents_are_understood_in_every_spelling() -> None:

@@ -15,7 +15,7 @@ from fhopt.attention import paged as attention_paged
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.evaluation.perplexity import switched
 from fhopt.hf.apply import latent_cache
-from fhopt.ops import page_choice
+from fhopt.ops import page_selection
 
 # --------------------------------------------------------------------------------------------------- caches
 
@@ -31,7 +31,7 @@ def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
 ) -> None:
     """The same tokens decoded again choose the same pages, some of all, and what they read is another than all."""
     plan, ids, seen = paged(llama.plan(4)), token_ids(2, LONG), []
-    found, page_lists = decoded(double, plan, ids, 120), page_choice.page_lists
+    found, page_lists = decoded(double, plan, ids, 120), page_selection.page_lists
 
     def watch(chosen: Tensor, length: int) -> Tensor:
         lists = page_lists(chosen, length)
@@ -39,7 +39,7 @@ def test_a_step_reads_some_pages_and_chooses_them_anew_in_the_same_way(
         return lists
 
     with monkeypatch.context() as patch:
-        patch.setattr(page_choice, "page_lists", watch)
+        patch.setattr(page_selection, "page_lists", watch)
         again = decoded(double, plan, ids, 120)
     assert torch.equal(found, again) and len(seen) == 2 * (LONG - 120)
     assert all(0 < int((lists >= 0).sum(-1).max()) < 32 for lists in seen)
@@ -94,6 +94,6 @@ def test_all_pages_are_dense_attention_to_the_bit(llama: Fitted) -> None:
 def test_only_units_beyond_the_limit_read_the_other_pages_and_are_counted() -> None:
     index = index_of(torch.randn(2, 2, 8 * TOKENS, 8), limit=0.25)
     share = torch.tensor([[0.1, 0.2, 0.25, 0.3], [0.0, 0.0, 0.9, 0.9]]).view(2, 4, 1)
-    assert attention_paged.to_complete(share, index).flatten().tolist() == [False, True, False, True]
-    assert attention_paged.to_complete(torch.zeros(2, 4, 1), index).any().item() is False
+    assert attention_paged.exceeds_limit(share, index).flatten().tolist() == [False, True, False, True]
+    assert attention_paged.exceeds_limit(torch.zeros(2, 4, 1), index).any().item() is False
     assert index.counters.tolist() == [0, 2, 0, 0]

@@ -49,7 +49,7 @@ def test_logits_of_sketches_are_those_of_the_latents_they_stand_for(dtype: torch
     latents, query = torch.randn(2, 3, 5, 16), torch.randn(2, 6, 2, 16, dtype=dtype)
     plan = sketch(SidePlan(torch.zeros(3, 16, 1), torch.zeros(3, 1, 16), ()), bits=bits)
     sketcher = Sketcher.on(plan, latents.device)
-    found = sketcher.logits(query, *sketcher.codes(latents))
+    found = sketcher.logits(query, *sketcher.encode(latents))
     for b in range(2):
         for h in range(6):
             stands = torch.stack([naive_sketch(latents[b, h // 2, t], plan, h // 2) for t in range(5)])
@@ -108,7 +108,7 @@ def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, ki
     def check() -> None:
         assert layer.sketches is not None
         sealed = layer.sealed_rows
-        wanted = layer.sketches.sketcher.codes(layer.key_rows.latents(0, sealed))
+        wanted = layer.sketches.sketcher.encode(layer.key_rows.latents(0, sealed))
         codes, scales, _ = layer.sketches.read(sealed)
         assert torch.equal(codes, wanted[0]) and torch.equal(scales, wanted[1])
 
@@ -165,8 +165,8 @@ def test_the_mean_of_values_follows_what_happens_to_a_cache(llama: Fitted) -> No
 
 @pytest.mark.parametrize("count", [1, SAMPLE - 1, SAMPLE, 50])
 def test_sampled_pages_differ_and_are_all_where_there_are_few(count: int) -> None:
-    lists = attention_paged.sampled(count, torch.device("cpu"))
+    lists = attention_paged.sampled_pages(count, torch.device("cpu"))
     assert lists.dtype == torch.int32 and len(lists) == SAMPLE
     chosen = [p for p in lists.tolist() if p >= 0]
     assert chosen == sorted(set(chosen)) and len(chosen) == min(count, SAMPLE) and max(chosen) < count
-    assert torch.equal(attention_paged.sampled(torch.tensor([3, count]), lists.device)[1], lists)
+    assert torch.equal(attention_paged.sampled_pages(torch.tensor([3, count]), lists.device)[1], lists)

@@ -148,7 +148,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
         for opened, side, past, fresh in zip(
             (keys, values), (latents.key, latents.value), wanted, (key, value), strict=True
         ):
-            held = side.rebuild().double().masked_fill(~latents.seen[:, None], math.nan)  # who reads it sees NaN
+            held = side.reconstruct().double().masked_fill(~latents.seen[:, None], math.nan)  # who reads it sees NaN
             torch.testing.assert_close(latents.place(opened, held, 2), past.index_copy(2, at, fresh), **CLOSE)
         assert latents.positions[latents.positions >= 0].unique().numel() == (latents.positions >= 0).sum()
 

@@ -30,4 +30,4 @@ def test_cross_layers_take_their_tokens_once() -> None:
     with pytest.raises(FhoptError, match="Is this the model"):
         layer.update(keys[:, :3], values)
     layer.update(keys, values)
-    torch.testing.assert_close(layer.keys.rebuild(), keys)
+    torch.testing.assert_close(layer.keys.reconstruct(), keys)

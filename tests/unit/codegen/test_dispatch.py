@@ -39,7 +39,7 @@ def test_kernels_that_are_expected_are_built_with_the_first_of_them(monkeypatch:
 
     def read(width: int) -> None:
         rows = torch.randn(1, 1, 3, width)
-        options: Any = algebra.latent_options(None, None)
+        options: Any = algebra.uncoded_options()
         latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)
 
     monkeypatch.setattr(DISPATCH, "build", watched)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fhopt.ops import algebra
 
 pytestmark = pytest.mark.usefixtures("references")
-NO_TIERS = algebra.latent_options(None, None)
+NO_TIERS = algebra.uncoded_options()
 
 
 def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:

@@ -13,7 +13,7 @@ from fhopt.fitting.allocation import STEP
 from fhopt.ops import algebra, latent_attention, packing
 
 pytestmark = pytest.mark.usefixtures("references")
-NO_TIERS = algebra.latent_options(None, None)
+NO_TIERS = algebra.uncoded_options()
 
 
 def test_uncoded_latent_attention_is_grouped_query_attention() -> None:
@@ -37,10 +37,10 @@ def test_where_there_is_no_token_the_result_is_zero_and_minus_infinity(dtype: to
     """As of a window that a crop has emptied."""
     q, nothing = torch.randn(1, 2, 3, 8, dtype=dtype), torch.randn(1, 2, 0, 8, dtype=dtype)
     codes = packing.round_rows(nothing)
-    byte = [8], [8], [1.0]
+    byte = algebra.BitGroups([8], [8], [1.0])
     both: tuple[Any, ...] = (
         ((nothing, None, nothing, None), NO_TIERS),
-        ((*codes, *codes), algebra.tier_options(byte, byte)),
+        ((*codes, *codes), algebra.group_options(byte, byte)),
     )
     for operands, options in both:
         reference: Any = latent_attention.latent_attention_reference

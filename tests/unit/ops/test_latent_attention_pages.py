@@ -17,8 +17,8 @@ from fhopt.plan.site_plan import Tier
 def operands(tiers: tuple[Tier, ...], tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `fhopt::latent_attention`: B=2, H=8, J=4 for keys and 2 for values, R=16."""
     query, keys, values = torch.randn(2, 8, 1, 16), torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16)
-    shape = [t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers]
-    options = algebra.tier_options(shape, shape) | {"scale": 0.3}
+    shape = algebra.BitGroups([t.bits for t in tiers], [t.width for t in tiers], [t.step for t in tiers])
+    options = algebra.group_options(shape, shape) | {"scale": 0.3}
     if not tiers:
         return (query, keys, None, values, None), options
     return (query, *packing.pack_reference(keys, *shape), *packing.pack_reference(values, *shape)), options

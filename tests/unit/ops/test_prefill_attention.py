@@ -40,7 +40,7 @@ def pays_from(heads: int, groups: int, latent_heads: int, size: int, width: int,
     """The fewest queries from which rebuilding is cheaper, and stays so."""
     side, decoder = (latent_heads, width), (groups, size, width)
     found = [
-        prefill_attention.rebuilt_operations(heads, s, decoder, decoder, coded)
+        prefill_attention.reconstructed_operations(heads, s, decoder, decoder, coded)
         < prefill_attention.absorbed_operations(heads, s, side, side, coded)
         for s in range(1, 4097)
     ]
@@ -64,7 +64,7 @@ def test_operations_are_those_of_the_formula() -> None:
     absorbed = prefill_attention.absorbed_operations(heads, queries, (groups, width), (groups, width), True)
     assert absorbed == groups * (2 * m * 2 * width + c * 2 * width * m / 32)
     decoder = groups, size, width
-    rebuilt = prefill_attention.rebuilt_operations(heads, queries, decoder, decoder, True)
+    rebuilt = prefill_attention.reconstructed_operations(heads, queries, decoder, decoder, True)
     assert rebuilt == groups * (2 * m * 2 * size + 2 * 2 * size * width + c * 2 * width)
 
 
@@ -72,7 +72,7 @@ def test_operations_are_those_of_the_formula() -> None:
 
 
 B, H, G, J, S, T, D, E = 2, 6, 3, 1, 33, 40, 24, 24
-TIERS: algebra.TierArguments = [8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7]
+TIERS = algebra.BitGroups([8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7])
 
 
 def sides(dtype: torch.dtype) -> list[Any]:
@@ -95,7 +95,7 @@ def test_rebuilt_attention_is_absorbed_attention(kind: int, softcap: float, leng
     rows, query = sides(torch.float64), torch.randn(B, H, S, D, dtype=torch.float64)
     mask = [None, torch.rand(S, T) > 0.5, torch.randn(B, 1, S, T).double(), torch.rand(B, 1, 1, T) > 0.5][kind]
     lengths = None if length is None else torch.tensor(length)
-    options: Any = {**algebra.tier_options(TIERS, TIERS), "scale": 0.3, "softcap": softcap}
+    options: Any = {**algebra.group_options(TIERS, TIERS), "scale": 0.3, "softcap": softcap}
     found = torch.ops.fhopt.rebuilt_attention(query, *rows, mask, lengths, **options)
     key, key_scale, key_decode, value, value_scale, value_decode = rows
     output, lse = latent_attention.latent_attention_reference(
@@ -107,7 +107,7 @@ def test_rebuilt_attention_is_absorbed_attention(kind: int, softcap: float, leng
 
 def test_fakes_have_the_shapes_and_types_of_results() -> None:
     rows, query = sides(torch.float32), torch.randn(B, H, S, D)
-    options: Any = {**algebra.tier_options(TIERS, TIERS), "scale": 0.3, "softcap": 0.0}
+    options: Any = {**algebra.group_options(TIERS, TIERS), "scale": 0.3, "softcap": 0.0}
     kinds = torch.library.opcheck(
         torch.ops.fhopt.rebuilt_attention.default, (query, *rows, None, None), options,
         test_utils=("test_schema", "test_faketensor"),
@@ -133,7 +133,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         return call
 
-    monkeypatch.setattr(prefill_attention, "serves", lambda query, *others: query.shape[2] > 1)
+    monkeypatch.setattr(prefill_attention, "is_gpu_prefill", lambda query, *others: query.shape[2] > 1)
     monkeypatch.setattr(prefill_attention, "_has_flash", lambda device: True)
     monkeypatch.setattr(prefill_attention, "_flash", noted("flash", prefill_attention._flash))
     monkeypatch.setattr(
@@ -155,7 +155,7 @@ def test_open_tokens_are_read_by_flash_attention_where_only_the_newest_are_maske
     mask = masks.causal_mask(S, tokens, query.device)
     options: Any = dict(scale=0.3, softcap=softcap)
     exact = [x.double() for x in (query, key, value)]
-    plain: Any = algebra.latent_options(None, None)
+    plain: Any = algebra.uncoded_options()
     for causal, given_mask in ((True, mask), (False, None), (False, mask)):
         on_a_gpu.clear()
         found = prefill_attention.open_attention(query, key, value, given_mask, causal=causal, **options)
@@ -189,7 +189,7 @@ def test_what_flash_attention_does_not_take_goes_elsewhere(
     found = prefill_attention.open_attention(query, key, value, None, scale=0.3)
     assert on_a_gpu == [way]
     exact = [x.double() for x in (query, key, value)]
-    plain: Any = algebra.latent_options(None, None)
+    plain: Any = algebra.uncoded_options()
     near(
         found[0],
         latent_attention.latent_attention_reference(exact[0], exact[1], None, exact[2], None, None, **plain, scale=0.3)[
@@ -223,7 +223,7 @@ def test_a_chunk_gives_the_same_whichever_way_it_goes(
     codes = ["step"] * bool(window)
     assert on_a_gpu == ["rebuilt", *codes, *(["rebuilt"] if masked else ["flash", "flash"])]
     on_a_gpu.clear()
-    monkeypatch.setattr(prefill_attention, "rebuilds", lambda *_: False)
+    monkeypatch.setattr(prefill_attention, "should_reconstruct", lambda *_: False)
     other = attend.attend(query, key, value, cache, mask, scale=0.3)
     assert on_a_gpu[0] == "step"
     monkeypatch.undo()
@@ -237,8 +237,8 @@ def test_a_chunk_gives_the_same_whichever_way_it_goes(
 def test_nothing_changes_on_a_cpu_in_other_types_or_where_something_learns() -> None:
     query = torch.randn(B, H, S, D)
     rows = sides(torch.float32)
-    assert not prefill_attention.rebuilds(query, rows[0], rows[2], rows[3], rows[5], None, True)
-    assert not prefill_attention.serves(query.bfloat16())
+    assert not prefill_attention.should_reconstruct(query, rows[0], rows[2], rows[3], rows[5], None, True)
+    assert not prefill_attention.is_gpu_prefill(query.bfloat16())
 
     class There:
         """A tensor on a GPU, as far as the choice looks."""
@@ -249,6 +249,6 @@ def test_nothing_changes_on_a_cpu_in_other_types_or_where_something_learns() -> 
             self.dtype = dtype
 
     with torch.no_grad():
-        assert prefill_attention.serves(There(torch.bfloat16))  # type: ignore[arg-type]
-        assert not prefill_attention.serves(There(torch.float32))  # type: ignore[arg-type]
-    assert not prefill_attention.serves(There(torch.bfloat16))  # type: ignore[arg-type]
+        assert prefill_attention.is_gpu_prefill(There(torch.bfloat16))  # type: ignore[arg-type]
+        assert not prefill_attention.is_gpu_prefill(There(torch.float32))  # type: ignore[arg-type]
+    assert not prefill_attention.is_gpu_prefill(There(torch.bfloat16))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from paged_plans import TOKENS, paged, sketch
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 from fhopt.inspection import drawing
-from fhopt.ops import page_choice
+from fhopt.ops import page_selection
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan, Tier
 
@@ -35,7 +35,7 @@ def test_pages_of_either_layout_are_counted_to_the_byte(
     assert row["bytes"] - row["spare"] == plan.cache_bytes(100, itemsize=4)
     assert row["index"] == plan.sketch_bytes() * row["sealed_tokens"] > 0
     count = row["sealed_tokens"] // TOKENS
-    read = row["sealed"] * (page_choice.pages_read(count, 0.25, 4) + (3 if fill else 0)) // count
+    read = row["sealed"] * (page_selection.pages_read(count, 0.25, 4) + (3 if fill else 0)) // count
     assert row["dense_step_bytes"] - row["step_bytes"] == row["sealed"] - read - row["index"]
 
 

@@ -15,8 +15,8 @@ from fhopt.attention.cache_view import Latents
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.evaluation.perplexity import new_cache, switched
-from fhopt.ops import attention, page_choice
-from fhopt.ops.page_choice import FEWEST
+from fhopt.ops import attention, page_selection
+from fhopt.ops.page_selection import FEWEST
 from fhopt.refine import page_options, page_probes, page_sketches
 from fhopt.refine.page_budget import with_pages
 from fhopt.refine.page_options import PagingOptions
@@ -63,13 +63,13 @@ def test_curves_are_sums_over_queries_of_what_a_plain_loop_leaves_out() -> None:
 
 
 def test_curves_count_what_a_choice_reads() -> None:
-    """Pages that `keep_best` lists, with the lift and the room of a plan."""
+    """Pages that `top_pages` selects, with the lift and the room of a plan."""
     expected = torch.randn(2, 2, 4, 40).softmax(-1) * 0.8
     curves = Curves()
     curves.add(expected, expected, 0.3)
     for at, lift in enumerate(LIFTS):
-        threshold = page_choice.Threshold(1.0, lift, 40)
-        kept = page_choice.best_of(expected, 12, 12, threshold)
+        rule = page_selection.SelectionRule(2, 12, share=0.3, least=FEWEST, mass=1.0, lift=lift)
+        kept = page_selection.top_pages(expected, rule, 40)
         assert curves.share(at) == pytest.approx(float(kept.double().mean()))
         assert curves.left_out(at) == pytest.approx(float((expected * ~kept).sum(-1).mean()), abs=1e-6)
 

@@ -298,7 +298,7 @@ def test_a_row_that_a_finite_mask_hides_whole_attends_evenly(dtype: torch.dtype)
     query, key, value = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (3, 300, 300))
     mask = torch.zeros(1, 1, 3, 300, dtype=dtype)
     mask[:, :, 1] = torch.finfo(dtype).min
-    options = algebra.latent_options(None, None)
+    options = algebra.uncoded_options()
     expected, _ = torch.ops.fhopt.latent_attention(
         query.double(), key.double(), None, value.double(), None, mask, scale=0.25, **options
     )

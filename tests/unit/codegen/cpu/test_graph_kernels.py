@@ -14,7 +14,7 @@ from small_models import Fitted, cached, token_ids
 from torch import Tensor, fx
 
 import fhopt
-from fhopt.attention.attend import attend_parts
+from fhopt.attention.attend import attend_latents_reference
 from fhopt.codegen import dispatch
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.hf.apply import latent_cache
@@ -36,9 +36,9 @@ pytestmark = needs_compiler
 dispatch.install()
 
 
-def side(tiers: Any, dtype: torch.dtype) -> tuple[algebra.TierArguments, tuple[Tensor, Tensor | None], int]:
+def side(tiers: Any, dtype: torch.dtype) -> tuple[algebra.BitGroups, tuple[Tensor, Tensor | None], int]:
     """(tiers, rows, width) of random latents."""
-    arguments = [b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers]
+    arguments = algebra.BitGroups([b for b, _ in tiers], [w for _, w in tiers], [STEPS[b] for b, _ in tiers])
     width = sum(arguments[1]) or 24
     latent = torch.randn(B, J, T, width, dtype=dtype)
     return arguments, torch.ops.fhopt.pack(latent, *arguments) if tiers else (latent, None), width
@@ -69,7 +69,7 @@ def test_a_kernel_gives_what_its_op_gives(
     query = torch.randn(B, S, H, width, dtype=dtype).transpose(1, 2)
     mask, lengths = masks(kind), None if length is None else torch.tensor(length)
     cap, paging = 3.0 if softcap else 0.0, lists(listed)
-    options: Any = algebra.tier_options(kt, vt)
+    options: Any = algebra.group_options(kt, vt)
     expected = torch.ops.fhopt.latent_attention(
         query, *key, *value, mask, **options, scale=0.2, softcap=cap, lengths=lengths, pages=paging, page_tokens=PAGE
     )
@@ -104,7 +104,7 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
     (tiers, rows, _), query = side(TIERS[2], torch.float32), torch.randn(B, H, S, 32)
     lengths = torch.tensor([length, 7] if several else length)
     mask = torch.rand(B, 1, S, T) > 0.3
-    options: Any = {**algebra.tier_options(tiers, tiers), "scale": 0.3}
+    options: Any = {**algebra.group_options(tiers, tiers), "scale": 0.3}
     found = torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, lengths=lengths)
     seen = mask & (torch.arange(T) < lengths.reshape(-1, 1, 1, 1))
     expected = latent_attention.latent_attention_reference(query.double(), *rows, *rows, seen, **options)
@@ -123,7 +123,9 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     """Every part may be hidden whole; then the others count alone."""
     torch.manual_seed(seed)
     d, e, heads = 24, 24, 1 if shared else J  # the uncoded kernels are those of the test above
-    key_tiers, value_tiers = (([b for b, _ in t], [w for _, w in t], [STEPS[b] for b, _ in t]) for t in TIERS[2:])
+    key_tiers, value_tiers = (
+        algebra.BitGroups([b for b, _ in t], [w for _, w in t], [STEPS[b] for b, _ in t]) for t in TIERS[2:]
+    )
     rows = [
         torch.ops.fhopt.pack(torch.randn(B, heads, T, sum(t[1]), dtype=dtype), *t) for t in (key_tiers, value_tiers)
     ]
@@ -138,8 +140,8 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
         *(x for pair in rounded for x in (pair if window else (None, None))),
         *masks, torch.tensor(length),
     )  # fmt: skip
-    options: Any = algebra.tier_options(key_tiers, value_tiers)
-    expected = attend_parts(*operands, **options, scale=0.3)
+    options: Any = algebra.group_options(key_tiers, value_tiers)
+    expected = attend_latents_reference(*operands, **options, scale=0.3)
     table: Any = [tuple(zip(*t, strict=True)) for t in (key_tiers, value_tiers)]
     specs = (
         KernelSpec(table[0], table[1], 32, 32, "float32", False),
@@ -157,9 +159,9 @@ class Latent(torch.nn.Module):
     """Codes a latent and attends to it, as a compiled cache layer does."""
 
     def forward(self, query: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
-        tiers = [b for b, _ in TIERS[2]], [w for _, w in TIERS[2]], [STEPS[b] for b, _ in TIERS[2]]
+        tiers = algebra.BitGroups([b for b, _ in TIERS[2]], [w for _, w in TIERS[2]], [STEPS[b] for b, _ in TIERS[2]])
         rows = torch.ops.fhopt.pack(latent, *tiers)
-        options: Any = algebra.tier_options(tiers, tiers)
+        options: Any = algebra.group_options(tiers, tiers)
         return torch.ops.fhopt.latent_attention(query, *rows, *rows, mask, **options, scale=0.2)[0]
 
 

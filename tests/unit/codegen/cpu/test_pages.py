@@ -15,7 +15,7 @@ from torch import Tensor
 from fhopt.codegen.compiler import load
 from fhopt.codegen.cpu import pages
 from fhopt.codegen.cpu.pages import weigh_pages
-from fhopt.ops import packing, page_choice, page_selection
+from fhopt.ops import packing, page_selection, paged_attention
 from fhopt.plan.site_plan import Tier
 
 
@@ -32,17 +32,17 @@ def test_the_kernel_weighs_pages_as_the_reference_does(
     rows: int, tokens: int, length: int | None, masked: bool, size: int, tiers: dict[int, int]
 ) -> None:
     (weights, constant), options = page_operands(tiers, rows, tokens, masked, length, size)
-    expected = page_selection.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
+    expected = paged_attention.page_weights_reference(rounded(weights, options).double(), constant.double(), *options)
     with page_kernel():
         found = torch.ops.fhopt.page_weights(weights, constant, *options)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
 
 
-def attended(step: page_selection.PageStep) -> tuple[Tensor, Tensor, Tensor]:
+def attended(step: paged_attention.PageStep) -> tuple[Tensor, Tensor, Tensor]:
     """By the kernel, which has to serve."""
     with kernels(True), page_kernel(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_selection, "attend_pages_reference", None)
+        patch.setattr(paged_attention, "attend_pages_reference", None)
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.fhopt.attend_pages(*step)
     return found
 
@@ -66,18 +66,18 @@ def test_the_kernel_reads_the_pages_that_the_reference_chooses(
 ) -> None:
     step = page_step({4: 16, 2: 16}, tokens, masked, length, size, units=units, mass=mass, lift=lift)
     if near:
-        _, constant = page_choice.factors(step.query, step.mean, step.deviation, step.channels)
+        _, constant = page_selection.factors(step.query, step.mean, step.deviation, step.channels)
         step = step._replace(near=(constant * step.scale).reshape(2, 12, 1) + 5 + torch.randn(2, 12, 1))
     filled = step._replace(fill=torch.rand(12).log(), values=torch.randn(2, 2, 1, 16))
     for each in (step, filled):
-        expected = page_selection.attend_pages_reference(each._replace(query=each.query.double()))
+        expected = paged_attention.attend_pages_reference(each._replace(query=each.query.double()))
         found = attended(each)
         torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-3)
         assert found[2].tolist() == expected[2].tolist()
     assert found[2][2] > 0 or mass == 0.5  # what is read in any case may suffice
     if mass == 1 and not masked and not lift:
-        assert found[2][2] == 2 * units * page_choice.pages_read(-(-tokens // size), 0.2, 2)
+        assert found[2][2] == 2 * units * page_selection.pages_read(-(-tokens // size), 0.2, 2)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_sequence_of_which_nothing_may_be_read_has_an_empty_list() -> None:
     step = page_step({4: 16}, 200, True, None, fill=torch.zeros(12), values=torch.randn(2, 4, 1, 16))
     assert step.far is not None
     step.far[1] = False
-    lists, odds, _ = page_selection.choose_pages(step)
+    lists, odds, _ = paged_attention.list_selected_pages(step)
     assert bool((lists[0] >= 0).all()) and bool((lists[1] == -1).all())
     assert bool(odds[0].isfinite().all()) and bool((odds[1] == -math.inf).all())
     output, lse, counts = attended(step)
@@ -152,4 +152,4 @@ def test_other_layouts_of_operands_are_read_right(tiers: tuple[Tier, ...]) -> No
         found = attended(step)
     finally:
         torch.set_num_threads(threads)
-    same(found, page_selection.attend_pages_reference(step._replace(query=step.query.double())))
+    same(found, paged_attention.attend_pages_reference(step._replace(query=step.query.double())))

@@ -1,0 +1,64 @@
+"""What attention on a KV cache reads: exact tokens, a residual window in 8 bits, packed latents, and their masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fhopt.attention.cache_view import SideRows
+from fhopt.ops import algebra, latent_attention
+
+
+@dataclass(frozen=True, eq=False)
+class PartMasks:
+    """Masks of the parts of a cache, bool or additive; None: every query sees the whole part.
+
+    exact [..., N]: of tokens kept as they came; window [..., M]: of the window in 8 bits; latents [..., V]: of packed
+    latents, of which the first `lengths` count (int64, one number or [B]; None: all of them).
+    """
+
+    exact: Tensor | None = None
+    window: Tensor | None = None
+    latents: Tensor | None = None
+    lengths: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOperands:
+    """Operands of attention on a KV cache.
+
+    query [B,H,S,D]; key [B,G,N,D] and value [B,G,N,E] of exact tokens; key_side, value_side: latents and windows.
+    softcap: 0 for none. sinks, broadcastable to [B,H,S]: one further logit that takes weight and gives nothing. causal:
+    the masks of exact tokens and window say no more than that no query sees what follows it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_side: SideRows
+    value_side: SideRows
+    masks: PartMasks
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    causal: bool = False
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Scale and softcap, as keyword arguments."""
+        return {"scale": self.scale, "softcap": self.softcap}
+
+
+def attend_latents(
+    query: Tensor, key: SideRows, value: SideRows, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Attend to packed latents: query [B,H,S,R] (absorbed) -> (output [B,H,S,R_V] (not expanded), lse [B,H,S]).
+
+    mask broadcastable to [B,H,S,V]; options: other keyword arguments of `fhopt::latent_attention`.
+    """
+    groups = algebra.group_options(key.bit_groups, value.bit_groups)
+    return latent_attention.latent_attention(
+        query, key.rows, key.scale, value.rows, value.scale, mask, **groups, **options
+    )
