@@ -135,9 +135,7 @@ def _measure_batches(
     if not outcome.sites:
         raise_nothing_found(name, outcome)
     if not options.is_lossless:
-        budget = allocation.Budget(
-            options.ratio, options.sinks, options.recent, options.block, options.window_bits, options.tokens
-        )
+        budget = allocation.Budget(options.ratio, options.window, options.tokens)
         allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
     far = dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
     given = iter(batches)

@@ -53,6 +53,7 @@ from fhopt.hardware.this_cpu import find_device
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import TIER_QUANTUM, SidePlan, SitePlan, Tier
+from fhopt.plan.window import ResidualWindow
 
 COMPETING = ("band", "identity")  # what "auto" chooses from
 SLOWER = 1.5  # for a device, layouts that take more than this many times the fastest one's time do not compete
@@ -139,7 +140,7 @@ def fit(
             which = next(w for w in table if w != "input")
             plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in table[which]]))
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
-    budget = Budget(ratio, sinks, recent, block, window_bits, tokens)
+    budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens)
     grain = grain_of(bits, device)
     sides_of = candidate_sides(found, grain)
     chosen, allocation = choose_layouts(found, sides_of, budget.code_bits(sites.values()), grain)

@@ -187,7 +187,7 @@ def _rounded(plan: SitePlan, window_bits: int, sinks: int, itemsize: int) -> tup
     first = sympy.Min(TOKENS - SEALED, sinks)
     codes = BATCH * (TOKENS - SEALED - first)
     products = _exact(plan.site, TOKENS - SEALED - first, itemsize).operations
-    numbers, size = plan.site.exact_numbers_per_token, plan.open_bytes(window_bits, itemsize)
+    numbers, size = plan.site.exact_numbers_per_token, plan.window_bytes(window_bits, itemsize)
     return _exact(plan.site, first, itemsize), Work("window", codes * size, products, codes * numbers)
 
 

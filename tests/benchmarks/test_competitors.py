@@ -80,7 +80,7 @@ def test_sinks_and_window_are_exact_and_sealed_tokens_are_not(llama: Any) -> Non
     _, cache = read(llama, Kivi(2), ids)
     _, exact = read(llama, Kivi(2), ids, Schedule(recent=1000))
     sealed = SCHEDULE.sealed(170)
-    assert sealed == 128 and cache.layers[0].sealed == sealed and exact.layers[0].sealed == 0
+    assert sealed == 128 and cache.layers[0].quantized == sealed and exact.layers[0].quantized == 0
     for side in ("keys", "values"):
         found, expected = (
             getattr(cache.layers[0], side),

@@ -87,12 +87,12 @@ def test_every_question_that_may_be_asked_of_a_context_is_answered_by_its_needle
 def test_the_whole_needle_is_in_latents_when_the_question_begins(task: str, tokenizer: Any, llama: Fitted) -> None:
     plan = llama.plan(4)
     for item in items_of(task, tokenizer):
-        ids, sealed = torch.tensor([item.context[: item.question + 1]]), [0]
+        ids, quantized = torch.tensor([item.context[: item.question + 1]]), [0]
         with torch.no_grad(), switched(llama.model, plan):
             cache = new_cache(llama.model, plan)
             for _ in read_steps(llama.model, ids, [cache], plan):
-                sealed.append(cache.layers[0].sealed)
-        assert plan.sinks <= item.needle[0] and item.needle[1] <= plan.sinks + sealed[-2]  # before the last step
+                quantized.append(cache.layers[0].quantized)
+        assert plan.sinks <= item.needle[0] and item.needle[1] <= plan.sinks + quantized[-2]  # before the last step
 
 
 def test_the_passkey_stands_at_its_depth(tokenizer: Any) -> None:

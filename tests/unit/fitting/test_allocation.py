@@ -18,6 +18,7 @@ from fhopt.fitting.bases import Basis
 from fhopt.fitting.statistics import SideStatistics, SiteStatistics
 from fhopt.ops import algebra
 from fhopt.plan.site_plan import TIER_QUANTUM
+from fhopt.plan.window import ResidualWindow
 
 # ---- sizes
 
@@ -43,7 +44,7 @@ def test_sinks_and_window_count(llama: Fitted, options: dict[str, Any]) -> None:
     # 8 * (24,000 - 4 * 96 - 12 * 56) / 984 = 186.5; 8 * (24,000 - 16 * 96) / 984 = 182.6
 )
 def test_bits_of_a_sealed_token_are_what_sinks_and_window_leave(window_bits: int, bits: int) -> None:
-    budget = allocation.Budget(4.0, sinks=4, recent=8, block=8, window_bits=window_bits, tokens=1000)
+    budget = allocation.Budget(4.0, ResidualWindow(4, 8, 8, window_bits), tokens=1000)
     assert budget.code_bits([SITE]) == bits
 
 
@@ -101,7 +102,7 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
 @pytest.mark.parametrize("ratio", [2.5, 4.0, 6.0])
 def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ratio: float) -> None:
     plan = wide(groups, channels, ratio)
-    budget = allocation.Budget(ratio, sinks=0, recent=1, block=1, tokens=100_000)
+    budget = allocation.Budget(ratio, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     asked = budget.code_bits([s.site for s in plan.sites])
     given = sum(8 * s.token_bytes() for s in plan.sites)
     assert 0 <= asked - given < 8 * allocation.PLANE * groups
@@ -162,7 +163,7 @@ def test_bits_that_make_no_kernel_for_a_gpu_are_refused() -> None:
 
 
 def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
-    sites, budget = [site("a")], allocation.Budget(6.0, sinks=0, recent=1, block=1, tokens=100_000)
+    sites, budget = [site("a")], allocation.Budget(6.0, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     allocation.check_reach(
         sites, budget, allocation.BITS
     )  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
