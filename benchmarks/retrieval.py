@@ -122,7 +122,8 @@ def left_out(plan: LatentPlan) -> list[Row]:
 
 def task_rates(loaded: LoadedModel, plan: LatentPlan, tasks: tuple[str, ...], length: int, items: int) -> Iterator[Row]:
     """Yield the share of correct answers, and their likelihood, with all and with selected pages."""
-    model, options = loaded.language_model(), TaskOptions((length,), items, sinks=plan.sinks, window=plan.window)
+    model = loaded.language_model()
+    options = TaskOptions((length,), items, sinks=plan.sinks, window=plan.window.capacity)
     for task in tasks:
         enough = replace(options, items=items if len(TASKS[task].depths) > 1 else 5 * items)
         written = write_items(loaded.tokenizer, [task], enough)

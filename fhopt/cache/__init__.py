@@ -1,4 +1,4 @@
-"""The KV cache of latents: layers, the residual window, quantized rows, reports of bytes."""
+"""The KV cache of latents: layers, the residual window, packed latents, reports of bytes."""
 
 from __future__ import annotations
 

@@ -1,24 +1,24 @@
 """Layers of a `LatentCache`.
 
-    LatentLayer         [ sinks, exact | sealed blocks of latents | open window, exact or 8-bit ], growing
-    StaticLatentLayer   the same in places of fixed number, for torch.compile and CUDA graphs
-    CrossLatentLayer    latents of everything that a decoder reads of its encoder
+    LatentLayer         [ attention sinks | packed latents of quantized tokens | residual window ], growing
+    StaticLatentLayer   these in places of fixed number, for torch.compile and CUDA graphs
+    CrossLatentLayer    packed latents of everything that a decoder reads of its encoder
 
-An `update` appends to the window; when the window holds `recent + block` tokens, its oldest block is encoded, packed
-and sealed. Tokens of the call itself are always exact to each other; with `window_bits` 8 they are rounded, once, when
-the call has read them, so later calls see them in 8 bits. Where a plan has one latent for keys and values (layout
-"input"), its rows are stored once.
+An `update` appends to the residual window; when the window holds `recent + block` tokens, its oldest block is encoded,
+quantized and packed. Tokens of the call itself are always exact to each other; with `window_bits` 8 they are rounded,
+once, when the call has read them, so later calls see them in 8 bits. Where a plan has one latent for keys and values
+(layout "input"), it is stored once.
 
-With `absorb=True` layers give `LatentTensor`s, on which attention runs without anything of full length
-(fhopt/attention/interface.py); with `absorb=False` ordinary tensors of full length, rebuilt in every call.
+With `absorb=True` layers return `LatentTensor`s, on which attention runs without anything of full length
+(fhopt/attention/interface.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
 
-Where the plan lets a site choose pages, a sketch of each row lies beside it, and what a layer gives says how attention
-is to choose (fhopt/attention/paged.py).
+At a site with page selection, a sketch of each packed latent is stored beside it, and the index that a layer returns
+says how attention selects pages (fhopt/attention/paged.py).
 
-A static layer codes a token when it arrives and keeps it in the ring too; how many rows are read as latents, and which
-of the ring's places are read, is told by two numbers on the device. So an update is the same operations at any length.
+A static layer quantizes a token when it arrives and keeps it in the ring too; two numbers on the device say how many
+tokens are read as latents, and which of the ring's places are read. So an update is the same operations at any length.
 
-Letters: B batch, G kv heads, S new tokens, N open tokens, D head size.
+Letters: B batch, G kv heads, S new tokens, D head size.
 """
 
 from __future__ import annotations
@@ -36,9 +36,15 @@ from fhopt.attention.interface import Reader, offer
 from fhopt.attention.manual_attention import reconstructed
 from fhopt.attention.paged import SAMPLE, log_fill
 from fhopt.attention.sketches import PageIndex, Sketcher
-from fhopt.cache.quantized_rows import SealedRows, Sketches, StaticRows, StaticSketches
-from fhopt.cache.residual_window import OpenTokens, StaticTokens
-from fhopt.cache.store import Store, Window, place_bases
+from fhopt.cache.quantized_rows import (
+    PackedLatents,
+    Sketches,
+    StaticPackedLatents,
+    StaticSketches,
+    encoder_inputs,
+)
+from fhopt.cache.residual_window import ExactWindow, StaticWindow
+from fhopt.cache.store import PACKED, QUANTIZED, SKETCHES, RoundedPart, Store, place_bases
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
@@ -50,18 +56,18 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
     site: SitePlan
-    key_rows: SealedRows
-    value_rows: SealedRows  # those of the keys, where one latent serves both
-    sketches: Sketches | None = None  # where the plan lets the site choose pages
-    lists: Tensor  # see `PageIndex.counters`, where it does
-    stores: dict[str, Store]  # by region and side
+    packed_keys: PackedLatents
+    packed_values: PackedLatents  # those of the keys, where one latent serves both
+    sketches: Sketches | None = None  # where the plan has page selection at the site
+    lists: Tensor  # see `PageIndex.counters`, where it has
+    stores: dict[str, Store]  # by their names in files, see `named_stores`
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool) -> None:
         # Without the parent's `__init__`, which sets `keys` and `values`: here they are properties.
-        self.plan, self.site, self.absorb = plan, site, absorb
+        self.plan, self.window, self.site, self.absorb = plan, plan.window, site, absorb
         self.reader = Reader()  # of the model that the cache is for, where a plan is applied
         self.is_initialized = False
-        self.each_query = False  # of a call of several chooses pages, as it would alone
+        self.each_query = False  # whether each query of a call of several has its own pages, as it would alone
         self.observer: Callable[..., None] | None = None  # see `Latents`
         self.share, self.mass, self.lift = plan.page_share(site), plan.page_mass(site), plan.page_lift(site)
         self.fill: Tensor | None = None  # see `PageIndex`
@@ -69,12 +75,12 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise FhoptError when the tokens do not fit the plan."""
         site = self.site.site
-        found = (key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
-        wanted = (site.kv_heads, site.key_dim, site.kv_heads, site.value_dim)
-        if found != wanted:
+        sizes = (key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
+        expected = (site.kv_heads, site.key_dim, site.kv_heads, site.value_dim)
+        if sizes != expected:
             raise FhoptError(
-                f"{site.name}: keys and values have (heads, size) {found[:2]} and {found[2:]}, the plan expects "
-                f"{wanted[:2]} and {wanted[2:]}. Is this the model that the plan was fitted for?"
+                f"{site.name}: keys and values have (heads, size) {sizes[:2]} and {sizes[2:]}, the plan expects "
+                f"{expected[:2]} and {expected[2:]}. Is this the model that the plan was fitted for?"
             )
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -94,37 +100,40 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             self.sketches.sketcher = Sketcher.on(self.site.sketch, self.device)
             self.lists = self.lists.to(self.device)
             self.fill = log_fill(self.plan.page_fill(self.site), self.device)
-        self.key_bases = self.key_rows.bases = place_bases(self.site.key, key_states)
+        self.key_bases = self.packed_keys.bases = place_bases(self.site.key, key_states)
         self.value_bases = place_bases(self.site.value, value_states)
         if not self.site.is_shared:
-            self.value_rows.bases = self.value_bases
+            self.packed_values.bases = self.value_bases
 
-    def _sides(self, start: int, stop: int, *windows: Window) -> tuple[SideRows, SideRows]:
-        """Rows of keys and of values, as attention reads them, with the windows of both where they are rounded."""
-        key, value = windows or (None, None)
+    def _sides(self, start: int, stop: int, *rounded: RoundedPart) -> tuple[SideRows, SideRows]:
+        """Return quantized tokens `start` to `stop` as attention reads them: keys and values.
+
+        rounded: of the residual windows of both, where they are.
+        """
+        key, value = rounded or (None, None)
         return (
-            SideRows(self.key_rows.tiers, *self.key_rows.read(start, stop), self.key_bases.decode, key),
-            SideRows(self.value_rows.tiers, *self.value_rows.read(start, stop), self.value_bases.decode, value),
+            self.packed_keys.side(start, stop, self.key_bases.decode, key),
+            self.packed_values.side(start, stop, self.value_bases.decode, value),
         )
 
     def _use_pages(self, make: Callable[[bool], Sketches]) -> None:
-        """Keep sketches where the plan lets the site choose pages; `make` is told whether there is a limit."""
+        """Keep sketches where the plan has page selection at the site. `make`: of whether there is a limit."""
         if self.plan.pages is not None and self.share < 1:
-            self.sketches = self.stores["sketches"] = make(self.plan.pages.limit < 1)
+            self.sketches = self.stores[SKETCHES] = make(self.plan.pages.limit < 1)
             self.lists = torch.zeros(4, dtype=torch.int64)
 
-    def _index(self, rows: int) -> PageIndex | None:
-        """What pages of the first `rows` rows are chosen by; None where all are read."""
+    def _index(self, tokens: int) -> PageIndex | None:
+        """Return what pages of the first `tokens` quantized tokens are selected by; None where all are read."""
         pages, sketches = self.plan.pages, self.sketches
         if sketches is None or pages is None:
             return None
         units = math.gcd(self.site.key.groups, self.site.value.groups)
         least = -(-pages.least // pages.tokens)
         numbers = (pages.tokens, self.share, self.mass, self.lift, least, pages.limit, units)
-        return PageIndex(sketches.sketcher, sketches.read(rows), *numbers, self.each_query, self.lists, self.fill)
+        return PageIndex(sketches.sketcher, sketches.read(tokens), *numbers, self.each_query, self.lists, self.fill)
 
-    def _give(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
-        """Open keys and values with latents behind them, as the attention that follows wants them."""
+    def _for_attention(self, keys: Tensor, values: Tensor, latents: AnyLatents) -> tuple[Tensor, Tensor]:
+        """Return keys and values that are not quantized, with latents behind them, as the next attention reads them."""
         if self.absorb and (self.reader.active or not torch.compiler.is_compiling()):
             return offer(keys, values, latents, self.reader)
         return reconstructed(keys, latents.key, latents), reconstructed(values, latents.value, latents)
@@ -163,15 +172,15 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     # ---- files
 
     def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs, without spare room. Expects a layer with tokens."""
-        used = self.sealed_rows
+        """Return everything that `restore` needs, without spare capacity. Expects a layer with tokens."""
+        used = self.quantized_tokens
         parts = {
             name: [part[:, :, : _used(store, used)] for part in store.parts] for name, store in self.stores.items()
         }
         return {"parts": parts, "blank": list(self._blank()), **self._counters()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Hold what another layer's `state` said, on the device of its tensors.
+        """Hold what another layer's `state` returned, on the device of its tensors.
 
         Raises FhoptError or ValueError when it is not the state of such a layer, which is empty then.
         """
@@ -188,36 +197,39 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
     def _fill(self, name: str, store: Store, parts: list[Tensor]) -> None:
         """Put loaded parts into a store, in place where it has a fixed size. Raises ValueError."""
-        is_fixed = isinstance(store, (StaticRows, StaticTokens, StaticSketches))
-        wanted = list(store.parts)
+        is_fixed = isinstance(store, (StaticPackedLatents, StaticWindow, StaticSketches))
+        expected = list(store.parts)
         if type(store) is Sketches and parts:
             blank, key = self._blank()[0], self.site.key
-            wanted = list(store.make(blank.new_zeros(blank.shape[0], key.groups, 0, key.width)))
-        if type(store) is SealedRows and parts:
-            encode_sides(self.site, *self._blank(), lambda side, x: wanted.extend(self._encoded(side, name, x)))
-        for given, like in zip(parts, wanted, strict=True):
-            same = given.shape == like.shape if is_fixed else _but_tokens(given) == _but_tokens(like)
-            if not same or given.dtype != like.dtype:
-                raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, not {like.dtype} {tuple(like.shape)}")
+            expected = list(store.make(blank.new_zeros(blank.shape[0], key.groups, 0, key.width)))
+        if type(store) is PackedLatents and parts:
+            encode_sides(self.site, *self._blank(), lambda side, x: expected.extend(self._encoded(side, name, x)))
+        for part, like in zip(parts, expected, strict=True):
+            same = part.shape == like.shape if is_fixed else _but_tokens(part) == _but_tokens(like)
+            if not same or part.dtype != like.dtype:
+                raise ValueError(f"{name} is {part.dtype} {tuple(part.shape)}, not {like.dtype} {tuple(like.shape)}")
             if is_fixed:
-                like.copy_(given)
+                like.copy_(part)
         if not is_fixed:
             store.parts = tuple(parts)
 
     def _encoded(self, side: str, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        rows: SealedRows = getattr(self, f"{side}_rows")
-        return rows.encode(x) if name == f"{side}_rows" else ()
+        """Return the parts of x where `name` is that of the packed latents of `side`, otherwise nothing."""
+        return self._packed(side).encode(x) if name == PACKED[side] else ()
+
+    def _packed(self, side: str) -> PackedLatents:
+        return self.packed_keys if side == "key" else self.packed_values
 
     def _blank(self) -> tuple[Tensor, Tensor]:
-        """Keys [B,G,0,D] and values [B,G,0,E] of no tokens."""
+        """Return keys [B,G,0,D] and values [B,G,0,E] of no tokens."""
         raise NotImplementedError
 
     def _counters(self) -> dict[str, Any]:
-        """What tells how the parts are read."""
+        """Return the numbers by which the parts are read, by their names in files."""
         raise NotImplementedError
 
     def _count(self, counters: dict[str, Any]) -> None:
-        """The inverse of `_counters`. Raises ValueError when the parts have other tokens."""
+        """Take over what `_counters` returned. Raises ValueError when the parts have other tokens."""
         raise NotImplementedError
 
     # ---- bytes
@@ -229,78 +241,70 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage behind the tokens: codes, scales, sinks, window, spare room."""
+        """Bytes of storage behind the tokens: quantized values, scales, sinks, window, spare capacity."""
         return sum(self.regions().values())
 
     def regions(self) -> dict[str, int]:
-        """Bytes of sinks, sealed rows, their sketches, window, and of spare room."""
-        out = dict(sinks=0, sealed=0, index=0, window=0, spare=0)
-        sealed = self.sealed_rows
+        """Return the bytes of sinks, packed latents, their sketches, window, and spare capacity (see `REGIONS`)."""
+        out = {"sinks": 0, QUANTIZED: 0, "index": 0, "window": 0, "spare": 0}
+        quantized = self.quantized_tokens
         for store in self.stores.values():
-            if isinstance(store, (SealedRows, Sketches)):
-                used = sum(part[:, :, :sealed].nbytes for part in store.parts)
-                out["sealed" if isinstance(store, SealedRows) else "index"] += used
+            if isinstance(store, (PackedLatents, Sketches)):
+                used = sum(part[:, :, :quantized].nbytes for part in store.parts)
+                out[QUANTIZED if isinstance(store, PackedLatents) else "index"] += used
                 out["spare"] += store.nbytes - used
-            elif isinstance(store, (OpenTokens, StaticTokens)):
+            elif isinstance(store, (ExactWindow, StaticWindow)):
                 out["sinks"] += store.sink_bytes
                 out["window"] += store.nbytes - store.sink_bytes
         return out
 
     @property
     def completed(self) -> float:
-        """Share of the lists of pages that the plan's limit made complete."""
+        """Share of the page selections in which the plan's limit made all pages be read."""
         lists, complete, *_ = (0, 0) if self.sketches is None else self.lists.tolist()
         return float(complete / max(1, lists))
 
-    def step_bytes(self) -> tuple[int, int]:
-        """Bytes that attention of the next token reads of the cache: (with all pages, with as large a part of them as
-        it read so far on average, or the most that it may read where it has not chosen yet)."""
-        held, index = self.regions(), self._index(self.sealed_rows) if self.sealed_rows else None
-        every = held["sinks"] + held["sealed"] + held["window"]
+    def decode_step_bytes(self) -> tuple[int, int]:
+        """Return the bytes that attention of the next token reads of the cache: (with all pages, with selected ones).
+
+        Of selected pages it is the share that was read so far on average; before the first selection, the largest.
+        """
+        held, index = self.regions(), self._index(self.quantized_tokens) if self.quantized_tokens else None
+        every = held["sinks"] + held[QUANTIZED] + held["window"]
         if index is None or index.most == index.count:
             return every, every
         _, _, listed, available = self.lists.tolist()
         part = listed / available if available else index.most / index.count
         sampled = 0.0 if index.fill is None else min(1.0, SAMPLE / index.count)
-        return every, every - held["sealed"] + held["index"] + int(held["sealed"] * min(1.0, part + sampled))
+        return every, every - held[QUANTIZED] + held["index"] + int(held[QUANTIZED] * min(1.0, part + sampled))
 
     @property
-    def sealed_rows(self) -> int:
+    def quantized_tokens(self) -> int:
         """Tokens that are read as latents."""
         raise NotImplementedError
 
 
-def make_rows(site: SitePlan, make: Callable[[SidePlan], Any]) -> tuple[Any, Any]:
-    """Rows of keys and of values, the same where one latent serves both."""
-    rows = make(site.key)
-    return rows, rows if site.is_shared else make(site.value)
-
-
-def named_stores(keys: Store | None, values: Store | None, key_rows: Store, value_rows: Store) -> dict[str, Store]:
-    """Everything that holds tokens, each once."""
-    named = {"open_keys": keys, "open_values": values, "key_rows": key_rows, "value_rows": value_rows}
-    if value_rows is key_rows:
-        del named["value_rows"]
-    return {name: store for name, store in named.items() if store is not None}
+def make_packed(site: SitePlan, make: Callable[[SidePlan], Any]) -> tuple[Any, Any]:
+    """Make the packed latents of keys and of values, the same where one latent serves both."""
+    packed = make(site.key)
+    return packed, packed if site.is_shared else make(site.value)
 
 
 def encode_sides(site: SitePlan, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
-    """Hand what each encoder reads to `use(side, x)`: keys and values, or both side by side."""
+    """Call `use(side, x)` with what each encoder matrix reads: keys and values, or both side by side."""
     if site.gather is not None:
         keys, values = site.gather(keys, values)
-    if site.is_shared:
-        return use("key", torch.cat([keys, values], -1))
-    use("key", keys)
-    return use("value", values)
+    for side, x in encoder_inputs(keys, values, site.is_shared):
+        use(side, x)
 
 
-def _used(store: Store, sealed: int) -> int | None:
-    """How much of a store that grows stands for `sealed` tokens; None: all of any other."""
-    return sealed if type(store) in (SealedRows, Sketches) else None
+def _used(store: Store, quantized: int) -> int | None:
+    """Return how much of a store that grows stands for `quantized` tokens; None: all of any other."""
+    return quantized if type(store) in (PackedLatents, Sketches) else None
 
 
 def _but_tokens(x: Tensor) -> tuple[int, ...]:
-    """The shape without the dimension of tokens."""
+    """Return the shape without the dimension of tokens."""
     return (*x.shape[:2], *x.shape[3:])
 
 

@@ -7,25 +7,27 @@ from typing import Any
 from torch import Tensor
 
 from fhopt.attention.cache_view import Latents
-from fhopt.cache.base_layer import LatentLayerBase, encode_sides, make_rows, named_stores
-from fhopt.cache.quantized_rows import SealedRows
+from fhopt.cache.base_layer import LatentLayerBase, encode_sides, make_packed
+from fhopt.cache.quantized_rows import PackedLatents
+from fhopt.cache.store import named_stores
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
 
 class CrossLatentLayer(LatentLayerBase):
-    """Keys and values that a decoder reads of its encoder: all of them as latents, written once.
+    """Keys and values that a decoder reads of its encoder: all of them as packed latents, written once.
 
-    The first call attends to them exactly. Shapes do not change from step to step, so that it serves static caches too.
+    The first call attends to them exactly. Shapes are the same in each decode step, so that it serves static caches
+    too.
     """
 
     is_compileable = True
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool = True) -> None:
         super().__init__(plan, site, absorb)
-        self.key_rows, self.value_rows = make_rows(site, SealedRows)
-        self.stores = named_stores(None, None, self.key_rows, self.value_rows)
+        self.packed_keys, self.packed_values = make_packed(site, PackedLatents)
+        self.stores = named_stores(None, (self.packed_keys, self.packed_values))
         self.count = 0
         self.shapes: tuple[Tensor, Tensor] | None = None  # no tokens, of the shapes and dtype of keys and values
 
@@ -53,7 +55,7 @@ class CrossLatentLayer(LatentLayerBase):
         return key_states, value_states
 
     def _append(self, side: str, x: Tensor) -> None:
-        (self.key_rows if side == "key" else self.value_rows).seal(x, 0, 1)
+        self._packed(side).append(x, 0, 1)
 
     @property
     def keys(self) -> Tensor | None:
@@ -72,7 +74,7 @@ class CrossLatentLayer(LatentLayerBase):
         if not self.count:
             return None, None
         keys, values = self._blank()
-        return self._give(keys, values, Latents(*self._sides(0, self.count), 0, self.count))
+        return self._for_attention(keys, values, Latents(*self._sides(0, self.count), 0, self.count))
 
     def _blank(self) -> tuple[Tensor, Tensor]:
         assert self.shapes is not None
@@ -85,23 +87,23 @@ class CrossLatentLayer(LatentLayerBase):
     def _count(self, counters: dict[str, Any]) -> None:
         self.count = int(counters["count"])
         if {part.shape[2] for store in self.stores.values() for part in store.parts} != {self.count}:
-            raise ValueError(f"rows for other than {self.count} tokens")
+            raise ValueError(f"packed latents for other than {self.count} tokens")
 
     @property
-    def sealed_rows(self) -> int:
+    def quantized_tokens(self) -> int:
         """Tokens that are read as latents."""
         return self.count
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the number of tokens held."""
         return self.count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask."""
+        """Return (length, offset) of the mask."""
         return self.count, 0
 
     def get_max_length(self) -> int:
-        """-1: as many as the encoder gives."""
+        """Return -1: as many as the encoder has."""
         return -1
 
     def reset(self) -> None:
@@ -111,4 +113,4 @@ class CrossLatentLayer(LatentLayerBase):
         self.count, self.is_initialized, self.shapes = 0, False, None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing: a decoder that goes back reads the same encoder."""
+        """Change nothing: a decoder that goes back reads the same encoder."""

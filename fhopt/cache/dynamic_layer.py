@@ -11,33 +11,33 @@ from torch import Tensor
 from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
-from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_rows, named_stores
-from fhopt.cache.quantized_rows import SealedRows, Sketches
-from fhopt.cache.residual_window import OpenTokens, RoundedTokens
+from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_packed
+from fhopt.cache.quantized_rows import PackedLatents, Sketches
+from fhopt.cache.residual_window import growing_windows
+from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
 
 class LatentLayer(LatentLayerBase):
-    """A layer that grows. `sealed` tokens are latents, the others open."""
+    """A layer that grows. `quantized` tokens are latents, the others attention sinks and residual window."""
 
     is_compileable = False
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool = True) -> None:
         super().__init__(plan, site, absorb)
-        self.key_rows, self.value_rows = make_rows(site, SealedRows)
-        kind = OpenTokens if plan.window_bits == 16 else RoundedTokens
-        self.open_keys, self.open_values = kind(plan.sinks), kind(plan.sinks)
-        self.stores = named_stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
+        self.packed_keys, self.packed_values = make_packed(site, PackedLatents)
+        self.window_keys, self.window_values = growing_windows(self.window)
+        self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(Sketches)
-        self.sealed = 0
+        self.quantized = 0
         self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # of values, and what it is the mean of
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty open parts with the shapes and dtype of the first tokens."""
+        """Start without tokens, with the shapes and dtype of the first ones."""
         self._place_bases(key_states, value_states)
-        self.open_keys.start(key_states)
-        self.open_values.start(value_states)
+        self.window_keys.start(key_states)
+        self.window_values.start(value_states)
         self.is_initialized = True
 
     @property
@@ -53,97 +53,98 @@ class LatentLayer(LatentLayerBase):
     def _read(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.is_initialized:
             return None, None
-        return self._given((), ())
+        return self._with_new((), ())
 
-    def _given(self, new_keys: tuple[Tensor, ...], new_values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """What attention reads of the tokens and of new ones."""
-        if not self.sealed:
-            return self.open_keys.read(*new_keys), self.open_values.read(*new_values)
-        keys, key_window = self.open_keys.give(*new_keys)
-        values, value_window = self.open_values.give(*new_values)
-        sides = self._sides(0, self.sealed, key_window, value_window)
-        index = self._with_mean(self._index(self.sealed), *sides)
-        return self._give(keys, values, Latents(*sides, self.plan.sinks, self.sealed, index, self.observer))
+    def _with_new(self, new_keys: tuple[Tensor, ...], new_values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return what attention reads of the tokens held and of new ones."""
+        if not self.quantized:
+            return self.window_keys.read(*new_keys), self.window_values.read(*new_values)
+        keys, rounded_keys = self.window_keys.for_attention(*new_keys)
+        values, rounded_values = self.window_values.for_attention(*new_values)
+        sides = self._sides(0, self.quantized, rounded_keys, rounded_values)
+        index = self._with_mean(self._index(self.quantized), *sides)
+        latents = Latents(*sides, self.window.sinks, self.quantized, index, self.observer)
+        return self._for_attention(keys, values, latents)
 
     def _with_mean(self, index: PageIndex | None, key: SideRows, value: SideRows) -> PageIndex | None:
-        """The same with the mean of values, which is made anew when rows were sealed, moved or dropped."""
+        """Return `index` with the mean of values, made anew when packed latents were added, moved or dropped."""
         if index is None or index.fill is None or index.most == index.count or torch.compiler.is_compiling():
             return index
-        held = self.value_rows.parts, self.sealed
+        held = self.packed_values.parts, self.quantized
         if self._mean is None or self._mean[0] is not held[0] or self._mean[1] != held[1]:
-            query = self.open_keys.parts[0].new_zeros((self.batch_size, self.site.site.heads, 1, key.decode.shape[2]))
+            query = self.window_keys.parts[0].new_zeros((self.batch_size, self.site.site.heads, 1, key.decode.shape[2]))
             self._mean = *held, mean_values(query, key, value, None, None, index.tokens)
         return replace(index, mean=self._mean[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append k, v [B,G,S,D]; returns all keys and values for attention (see the module docstring).
+        """Append k, v [B,G,S,D]; returns all keys and values for attention (see fhopt/cache/base_layer.py).
 
         Raises FhoptError, and changes nothing, when the tokens do not fit the plan or the cache.
         """
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        given = self._given((key_states,), (value_states,))
+        read = self._with_new((key_states,), (value_states,))
         self._keep(key_states, value_states)
-        return given
+        return read
 
     def _keep(self, new_keys: Tensor, new_values: Tensor) -> None:
-        """Keep new tokens; move whole blocks that left the recent tokens into the sealed rows."""
-        plan, opened = self.plan, self.open_keys.count + new_keys.shape[2]
-        ready = max(0, opened - plan.sinks - plan.recent) // plan.block * plan.block
+        """Keep new tokens; quantize whole blocks that are older than the recent tokens."""
+        window = self.window
+        ready = window.quantized_tokens(self.window_keys.count + new_keys.shape[2])
         if ready:
-            out = slice(plan.sinks, plan.sinks + ready)
-            keys, values = self.open_keys.read(new_keys), self.open_values.read(new_values)
+            out = slice(window.sinks, window.sinks + ready)
+            keys, values = self.window_keys.read(new_keys), self.window_values.read(new_values)
             encode_sides(self.site, keys[:, :, out], values[:, :, out], self._append)
             if self.sketches is not None:
-                latents = self.key_rows.latents(self.sealed, self.sealed + ready)
-                self.sketches.seal(latents, self.sealed, plan.block)
-            self.sealed += ready
-        self.open_keys.keep(new_keys, ready)
-        self.open_values.keep(new_values, ready)
+                latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
+                self.sketches.append(latents, self.quantized, window.block)
+            self.quantized += ready
+        self.window_keys.keep(new_keys, ready)
+        self.window_values.keep(new_values, ready)
 
     def _append(self, side: str, x: Tensor) -> None:
-        (self.key_rows if side == "key" else self.value_rows).seal(x, self.sealed, self.plan.block)
+        self._packed(side).append(x, self.quantized, self.window.block)
 
     def _blank(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.open_keys.parts[0], self.open_values.parts[0]
+        keys, values = self.window_keys.parts[0], self.window_values.parts[0]
         return keys[:, :, :0], values[:, :, :0]
 
     def _counters(self) -> dict[str, Any]:
-        return {"sealed": self.sealed}
+        return {QUANTIZED: self.quantized}
 
     def _count(self, counters: dict[str, Any]) -> None:
-        self.sealed = int(counters["sealed"])
-        stores = [s for s in self.stores.values() if isinstance(s, (SealedRows, Sketches))]
-        held = {part.shape[2] for rows in stores for part in rows.parts} or {0}
-        if held != {self.sealed} or self.open_keys.count != self.open_values.count:
-            raise ValueError(f"{self.sealed} sealed tokens, rows for {sorted(held)}")
+        self.quantized = int(counters[QUANTIZED])
+        stores = [s for s in self.stores.values() if isinstance(s, (PackedLatents, Sketches))]
+        held = {part.shape[2] for store in stores for part in store.parts} or {0}
+        if held != {self.quantized} or self.window_keys.count != self.window_values.count:
+            raise ValueError(f"{self.quantized} quantized tokens, packed latents for {sorted(held)}")
 
     @property
-    def sealed_rows(self) -> int:
+    def quantized_tokens(self) -> int:
         """Tokens that are read as latents."""
-        return self.sealed
+        return self.quantized
 
     def get_seq_length(self) -> int:
-        """Tokens held, open and sealed."""
-        return self.sealed + self.open_keys.count if self.is_initialized else 0
+        """Return the number of tokens held, quantized and not."""
+        return self.quantized + self.window_keys.count if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask: all tokens, in order of position."""
+        """Return (length, offset) of the mask: all tokens, in order of position."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: grows without a limit."""
+        """Return -1: the layer grows without a limit."""
         return -1
 
     def reset(self) -> None:
         """Forget all tokens."""
         for store in self.stores.values():
             store.parts = ()
-        self.sealed, self.is_initialized = 0, False
+        self.quantized, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest -`tokens_to_remove` tokens; a block that is cut is rebuilt into the window.
+        """Remove the newest -`tokens_to_remove` tokens; a block that is cut is dequantized into the window.
 
         Raises FhoptError for a positive number or for more tokens than are held.
         """
@@ -151,15 +152,16 @@ class LatentLayer(LatentLayerBase):
         check_crop(tokens_to_remove, length)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        target = length + tokens_to_remove
-        keep = min(self.sealed, max(0, target - self.plan.sinks) // self.plan.block * self.plan.block)
-        if self.sealed > keep:
-            for opened, side in zip((self.open_keys, self.open_values), self._sides(keep, self.sealed), strict=True):
-                opened.insert(side.reconstruct())
-        self.open_keys.crop(target - keep)
-        self.open_values.crop(target - keep)
-        self.sealed = keep
-        self.key_rows.trim(keep, self.plan.block)
-        self.value_rows.trim(keep, self.plan.block)
+        target, block = length + tokens_to_remove, self.window.block
+        keep = min(self.quantized, max(0, target - self.window.sinks) // block * block)
+        if self.quantized > keep:
+            windows = self.window_keys, self.window_values
+            for window, side in zip(windows, self._sides(keep, self.quantized), strict=True):
+                window.insert(side.reconstruct())
+        self.window_keys.crop(target - keep)
+        self.window_values.crop(target - keep)
+        self.quantized = keep
+        self.packed_keys.trim(keep, block)
+        self.packed_values.trim(keep, block)
         if self.sketches is not None:
-            self.sketches.trim(keep, self.plan.block)
+            self.sketches.trim(keep, block)

@@ -22,23 +22,23 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 class LatentCache(DynamicCache):  # type: ignore[misc]
-    """A cache for one model and plan.
+    """A KV cache for one model and plan.
+
+    Raises FhoptError when the plan does not fit the model.
 
     Args:
         plan: what to keep of each layer; layers that it does not name stay exact.
         config: the model's configuration; needed when the plan leaves layers out.
-        absorb: give what attention can run on without rebuilding (fhopt/attention/interface.py); False: ordinary
-        tensors of full
-            length, rebuilt in each call.
+        absorb: return tensors on which attention runs without reconstructed K/V (fhopt/attention/interface.py); False:
+            ordinary tensors of full length, reconstructed in each call.
         max_cache_len: room for so many tokens, in tensors that never change their shape (for torch.compile and CUDA
             graphs); None: grow.
         kind: "self", or "cross" for what a decoder reads of its encoder.
         layers: index of the layer that each site (by its name) belongs to; None: read from the names.
         offloading: keep the layers in CPU memory between their turns.
-        each_query: where the plan has pages, let each query of a call of several choose its own, as it would in a call
-            of its own; False: such calls, as of a prompt, read all pages.
+        each_query: where the plan has pages, select pages for each query of a call of several, as in calls of one
+            query; False: such calls, as in prefill, read all pages.
 
-    Raises FhoptError when the plan does not fit the model.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
                     f"the model caches a layer {layer_idx}, the plan and this cache know {len(self.layers)}. Give the "
                     "configuration of the model too: LatentCache(plan, model.config)."
                 )
-            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            result: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except FhoptError:
             if self._first_pass:  # layers before this one have taken the tokens already
                 self.reset()
             raise
-        return found
+        return result
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -91,10 +91,10 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         return cache_bytes(self)
 
     def report(self) -> list[dict[str, Any]]:
-        """One row a layer: kind, tokens, how many of them are sealed, bytes in all and by region (REGIONS).
+        """Return a row for each layer: kind, tokens, quantized tokens, bytes in all and by region (REGIONS).
 
         step_bytes: of these, what attention of the next token reads; dense_step_bytes: what it would, if it read all
-        pages; completed: share of its lists of pages that the plan's limit made complete.
+        pages; completed: share of its page selections in which the plan's limit made all pages be read.
         """
         return cache_report(self)
 
@@ -103,7 +103,7 @@ class LatentEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
     """Two latent caches: of what the decoder wrote, and of what it reads of the encoder."""
 
     def check_dynamic_cache(self, method: str) -> None:
-        """Latent caches can do all that dynamic ones can."""
+        """Raise nothing: latent caches can do all that dynamic ones can."""
 
     @property
     def nbytes(self) -> int:
@@ -111,12 +111,12 @@ class LatentEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
         return cache_bytes(self)
 
     def report(self) -> list[dict[str, Any]]:
-        """As `LatentCache.report`: the layers of the decoder, then those that read the encoder."""
+        """Return rows as `LatentCache.report` does: layers of the decoder, then those that read the encoder."""
         return cache_report(self)
 
 
 def encoder_decoder_cache(plan: LatentPlan, config: Any, **options: Any) -> LatentEncoderDecoderCache:
-    """A cache for an encoder-decoder model; options as of `LatentCache`."""
+    """Return a cache for an encoder-decoder model; options as of `LatentCache`."""
     cross = {k: v for k, v in options.items() if k != "max_cache_len"}
     return LatentEncoderDecoderCache(
         LatentCache(plan, config, **options), LatentCache(plan, config, kind="cross", **cross)

@@ -25,9 +25,10 @@ def latent_layers(
     plan: LatentPlan, plain: list[Any] | None, *, absorb: bool = True, max_cache_len: int | None = None,
     kind: str = "self", layers: Mapping[str, int] | None = None,
 ) -> list[Any]:  # fmt: skip
-    """The layers `plain` with latent ones where the plan has a site and the layer holds all tokens of full attention.
+    """Return the layers `plain`, with latent ones where the plan has a site and a layer holds all tokens.
 
-    plain None: as many as the plan has. A layer that is static becomes a static one. Raises FhoptError.
+    plain: None for as many as the plan has. A layer that is static becomes a static one. kind, layers: as of
+    `cached_sites`. Raises FhoptError.
     """
     sites = cached_sites(plan, kind, layers)
     last = max([-1, *sites])
@@ -50,7 +51,7 @@ def _latent_layer(plan: LatentPlan, site: SitePlan, plain: Any, kind: str, absor
 
 
 def plain_layers(config: Any, max_cache_len: int | None = None) -> list[Any]:
-    """The layers that transformers makes for a model, growing or of `max_cache_len` tokens."""
+    """Return the layers that transformers makes for a model, growing or of `max_cache_len` tokens."""
     decoder = config.get_text_config(decoder=True)
     made = DynamicCache(config=decoder) if max_cache_len is None else StaticCache(decoder, max_cache_len)
     return list(made.layers)

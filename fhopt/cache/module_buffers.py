@@ -1,19 +1,20 @@
 """Latents in place of the K/V buffers that a user's module keeps: what compiled graphs hold between their calls.
 
     register_buffer("k_cache", zeros(B, G, T, D))     the buffer    a few NaN, seen as [B,G,T,D]
-                                                ->    its state     [ sinks | ring, exact | a row of codes a slot ]
+                                                ->    its state     [ sinks | ring | a packed latent for each slot ]
 
 The state of a pair of buffers (keys, values) is found by the identity of the tensors, so that all graphs of a module
-share it, and dies with them. Tokens that the buffers hold when they come first are coded; then their memory is given
-back. What reads them outside of a compiled graph gets NaN; what writes them there is found, and refused, by the next
+share it, and dies with them. Tokens that the buffers hold when they come first are quantized; then their memory is
+released. Code that reads them outside of a compiled graph gets NaN; a write there is detected, and refused, by the next
 call of a graph (until then, uncompiled code that reads what it wrote gets wrong numbers). `buffer.zero_()` forgets all
 tokens, `restore` brings the memory back.
 
-There are no counters. Each slot of a buffer has one row. A token is coded when it arrives, and the newest ones are kept
-in a ring too, with their slots. A slot is read exactly where the call itself writes it, where it is a sink, or where
-the ring holds it and it is not sealed (`spec.sealed_tokens` of the slots before the first that the call writes); any
-other as a latent. So going back, starting again at slot 0, chunks and gaps are right. Slots that were never written are
-zeros, as they are in the buffer: which slots a query sees is told by the mask.
+There are no counters. Each slot of a buffer has one packed latent. A token is quantized when it arrives, and the newest
+ones are kept in a ring too, with their slots. A slot is read exactly where the call itself writes it, where it is an
+attention sink, or where the ring holds it and it is not quantized (`ResidualWindow.quantized_tokens` of the slots
+before the first that the call writes); any other as a latent. So going back, starting again at slot 0, chunked prefill
+and gaps are right. Slots that were never written are zeros, as they are in the buffer: the mask says which slots a
+query sees.
 
 Letters: B batch, H query heads, G kv heads, S new tokens, T slots of a buffer, D head size.
 """
@@ -50,11 +51,11 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, sinks and ring."""
+        """Bytes of quantized values, scales, sinks and ring."""
         return sum(part.nbytes for part in self.slots.parts)
 
     def is_for(self, held: Held, values: Tensor) -> bool:
-        """True when it stands for these values, in the same places and by the same plan."""
+        """Return whether it stands for these values, in the same places and by the same plan."""
         alike = (held.places, held.key_axes, held.value_axes) == (
             self.held.places, self.held.key_axes, self.held.value_axes,
         )  # fmt: skip
@@ -65,19 +66,19 @@ _states = WeakTensorKeyDictionary()  # keys' buffer -> State
 
 
 def state_of(keys: Tensor) -> State | None:
-    """The state that stands for a buffer of keys, None when it still holds its tokens itself."""
+    """Return the state that stands for a buffer of keys, None when it still holds its tokens itself."""
     state: State | None = _states.get(keys)
     return state
 
 
 def blank(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """Parts of `Slots` for such buffers, without tokens."""
+    """Return parts of `Slots` for such buffers, without tokens."""
     with torch.inference_mode(False), torch.no_grad():
         return State(held, keys, values).slots.parts
 
 
 def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """What stands for these buffers, which are taken over when they come first or have new contents.
+    """Return the parts that stand for these buffers, which are taken over when they are new or have new contents.
 
     Raises Stale for buffers that cannot be taken over, FhoptError when their tokens are lost.
     """
@@ -103,24 +104,24 @@ def parts(held: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
 
 
 def restore(tensors: Iterable[Any]) -> None:
-    """Give buffers among these their memory back, with what their states kept of the tokens."""
-    given = {id(x): x for x in tensors if isinstance(x, Tensor)}
+    """Bring back the memory of buffers among these, with the tokens that their states hold."""
+    distinct = {id(x): x for x in tensors if isinstance(x, Tensor)}
     with torch.inference_mode(False), torch.no_grad():
-        for keys in given.values():
+        for keys in distinct.values():
             state = state_of(keys)
             if state is None or (values := state.values()) is None or not (is_released(keys) and is_released(values)):
                 continue
-            rebuilt = state.held.in_place(*state.slots.rebuild())
-            for buffer, x in zip((keys, values), rebuilt, strict=True):
+            reconstructed = state.held.in_place(*state.slots.reconstruct())
+            for buffer, x in zip((keys, values), reconstructed, strict=True):
                 whole = x.to(buffer.dtype).contiguous()
                 buffer.set_(whole.untyped_storage(), 0, whole.shape, whole.stride())
             del _states[keys]
 
 
 def unfit(buffer: Tensor) -> str:
-    """Why the memory of a buffer cannot be given back, "" where it can."""
+    """Return why the memory of a buffer cannot be released, "" where it can."""
     if buffer.is_inference():
-        return "was made in inference mode: nobody can tell when it changes"
+        return "was made in inference mode: its changes are not counted"
     if buffer.requires_grad:
         return "needs a gradient"
     is_whole = is_released(buffer) or buffer.untyped_storage().nbytes() == buffer.nbytes
@@ -128,7 +129,7 @@ def unfit(buffer: Tensor) -> str:
 
 
 def release(buffer: Tensor) -> None:
-    """Give the memory of a buffer back: its elements share a few numbers, which are NaN.
+    """Release the memory of a buffer: its elements share a few numbers, which are NaN.
 
     All strides are 1. With strides of 0 eager writes of slices would raise, but Dynamo could not trace them either.
     """
@@ -137,14 +138,14 @@ def release(buffer: Tensor) -> None:
 
 
 def is_released(buffer: Tensor) -> bool:
-    """True for a buffer that has given its memory back."""
+    """Return whether a buffer has released its memory."""
     if buffer.layout is not torch.strided or buffer.is_nested or buffer.dim() < 2:
         return False
     return set(buffer.stride()) == {1} and buffer.untyped_storage().nbytes() < buffer.nbytes
 
 
 def _content(site: SitePlan, buffer: Tensor) -> str:
-    """ "released", "zeros" or "tokens". Raises FhoptError for what is neither."""
+    """Return what a buffer has: "released", "zeros" or "tokens". Raises FhoptError for anything else."""
     gone = is_released(buffer)
     numbers = buffer.as_strided((sum(buffer.shape) - buffer.dim() + 1,), (1,)) if gone else buffer
     if not bool(numbers.any()):  # NaN is true
@@ -155,13 +156,13 @@ def _content(site: SitePlan, buffer: Tensor) -> str:
     if gone:
         raise _lost(site, "its buffer was written outside of a compiled graph")
     if bool(nothing.any()):
-        raise _lost(site, "its buffer holds NaN, as a copy of a buffer does that gave its memory back")
+        raise _lost(site, "its buffer holds NaN, as a copy of a buffer does whose memory was released")
     return "tokens"
 
 
 def _known(state: State | None, held: Held, values: Tensor) -> State:
     if state is None:
-        raise _lost(held.site, "its buffer is a copy of one that gave its memory back")
+        raise _lost(held.site, "its buffer is a copy of one whose memory was released")
     if not state.is_for(held, values):
         raise _lost(held.site, "its buffers hold latents of another plan")
     return state
@@ -175,7 +176,7 @@ def _lost(site: SitePlan, reason: str) -> FhoptError:
 
 
 def _is_same(a: SitePlan, b: SitePlan) -> bool:
-    """True for the same plan of a site, also when it was loaded twice."""
+    """Return whether two plans of a site are the same, also when it was loaded twice."""
     return a is b or (
         a.layout == b.layout
         and a.site.name == b.site.name

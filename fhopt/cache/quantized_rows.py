@@ -1,16 +1,15 @@
-"""What a latent cache layer keeps its tokens in: open tokens as they came or in 8 bits, sealed tokens as rows of codes.
+"""Quantized tokens of a cache layer: packed latents of one encoder matrix, and their sketches.
 
-    dynamic   [ sinks | window ]  as long as it has tokens;   rows  grow in place, by 1/GROWTH of their number
-    static    [ sinks | ring ]    of fixed size;              rows  of fixed size
+    dynamic   grow in place, by 1/GROWTH of their number
+    static    of fixed size, written by index, without a look at how many tokens there are
 
-Where a plan has pages, sketches of the sealed tokens (fhopt/attention/paged.py) are a store of their own, of the same
-length.
+A store is a tuple of tensors `parts` with sequences in dimension 0 and tokens in dimension 2, so that beams, batch
+selection and offloading are one line each. Packed latents are bytes uint8 [B,J,N,bytes] and scales float16 [B,J,N], or
+latents [B,J,N,R] as numbers where the plan has no bit groups. Where a plan has pages, sketches of the quantized tokens
+(fhopt/attention/paged.py) are a store of their own, of the same length. Each part of a static store has one place more
+than it needs, the last, for tokens that are not to be kept.
 
-Every store is a tuple of tensors `parts` with sequences in dimension 0 and tokens in dimension 2, so that beams, batch
-selection and offloading are one line each. The static stores are written by index, without a look at how many tokens
-there are; each part of theirs has one place more than it needs, the last, for tokens that are not to be kept.
-
-Letters: B batch, G kv heads, N tokens, D head size, J latent heads, R latent width.
+Letters: B batch, G kv heads, S new tokens, N tokens, D head size, J latent heads, R latent width.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fhopt.attention.cache_view import SideRows
 from fhopt.attention.sketches import Sketcher, SketchRows
-from fhopt.cache.store import Bases, Store, keep_static
+from fhopt.cache.store import Bases, RoundedPart, Store, keep_static
 from fhopt.ops import algebra, encode_rows
 from fhopt.plan.site_plan import SidePlan
 
-GROWTH = 64  # sealed rows grow by 1/GROWTH of their number, at least one block: at most that share is spare
+GROWTH = 64  # storage grows by 1/GROWTH of its tokens, at least one block: at most that share is spare
 
 
-class SealedRows(Store):
-    """Sealed rows of one encoder, grown in place: codes [B,J,capacity,bytes] and scales [B,J,capacity], or numbers."""
+class PackedLatents(Store):
+    """Packed latents of one encoder matrix, grown in place."""
 
     def __init__(self, plan: SidePlan) -> None:
         self.plan = plan
@@ -45,7 +45,7 @@ class SealedRows(Store):
         return algebra.BitGroups([int(b) for b in bits], [int(w) for w in widths], [float(s) for s in steps])
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Parts that stand for x [B,G,N,D]. No gradient goes through codes."""
+        """Return the parts that stand for x [B,G,N,D]. No gradient goes through quantized values."""
         assert self.bases is not None
         basis = self.bases.encode
         tiers = self.tiers
@@ -55,29 +55,36 @@ class SealedRows(Store):
         latent = algebra.encode(x.to(basis.dtype), basis)
         return torch.ops.fhopt.pack(latent, *tiers) if tiers[0] else (latent.to(x.dtype),)
 
-    def seal(self, x: Tensor, at: int, block: int) -> None:
-        """Encode x [B,G,N,D] and store it at rows `at` to `at + N`."""
-        self.parts = _written(self.parts, self.encode(x), at, block)
+    def append(self, x: Tensor, at: int, block: int) -> None:
+        """Quantize x [B,G,N,D] and store it behind the first `at` tokens. block: tokens by which storage grows."""
+        self.parts = _appended(self.parts, self.encode(x), at, block)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Rows and their scales (None for uncoded latents), as views."""
-        rows, *scale = [part[:, :, start:stop] for part in self.parts]
-        return rows, scale[0] if scale else None
+        """Return packed latents and their scales (None without bit groups) of tokens `start` to `stop`, as views."""
+        packed, *scale = [part[:, :, start:stop] for part in self.parts]
+        return packed, scale[0] if scale else None
 
-    def latents(self, start: int, stop: int) -> Tensor:
-        """The latents [B,J,stop-start,R] that rows stand for."""
+    def side(self, start: int, stop: int, decode: Tensor, rounded: RoundedPart = None) -> SideRows:
+        """Return tokens `start` to `stop` as attention reads them.
+
+        decode [G,D,R]: the decoder matrix, of keys or of values. rounded: of the residual window, where it is.
+        """
+        return SideRows(self.tiers, *self.read(start, stop), decode, rounded)
+
+    def unpack(self, start: int, stop: int) -> Tensor:
+        """Return the latents [B,J,stop-start,R] of tokens `start` to `stop`."""
         return self._unpacked(*self.read(start, stop))
 
-    def _unpacked(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
-        return rows if scale is None else torch.ops.fhopt.unpack(rows, scale, *self.tiers)
+    def _unpacked(self, packed: Tensor, scale: Tensor | None = None) -> Tensor:
+        return packed if scale is None else torch.ops.fhopt.unpack(packed, scale, *self.tiers)
 
     def trim(self, count: int, block: int) -> None:
-        """Give back what `count` rows leave spare, beyond what growing would have taken."""
+        """Give back what `count` tokens leave spare, beyond what growing would have taken."""
         self.parts = _trimmed(self.parts, count, block)
 
 
 class Sketches(Store):
-    """Sketches of sealed rows, grown in place: codes [B,J,capacity,bytes], scales, with a limit what they lost."""
+    """Sketches of quantized tokens, grown in place: values uint8 [B,J,N,bytes], scales, with a limit what they lost."""
 
     sketcher: Sketcher  # before the first tokens come, there is none
 
@@ -85,21 +92,21 @@ class Sketches(Store):
         self.limited = limited
 
     def make(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """Parts that stand for latents [B,J,N,R]."""
-        codes, scale = self.sketcher.encode(latents)
-        return (codes, scale, self.sketcher.lost(latents, codes, scale)) if self.limited else (codes, scale)
+        """Return the parts that stand for latents [B,J,N,R]."""
+        values, scale = self.sketcher.encode(latents)
+        return (values, scale, self.sketcher.lost(latents, values, scale)) if self.limited else (values, scale)
 
-    def seal(self, latents: Tensor, at: int, block: int) -> None:
-        """Sketch the latents [B,J,N,R] of rows `at` to `at + N`."""
-        self.parts = _written(self.parts, self.make(latents), at, block)
+    def append(self, latents: Tensor, at: int, block: int) -> None:
+        """Sketch latents [B,J,N,R] and store the sketches behind those of the first `at` tokens."""
+        self.parts = _appended(self.parts, self.make(latents), at, block)
 
     def read(self, stop: int) -> SketchRows:
-        """Of the first `stop` rows, as views."""
-        codes, scale, *lost = [part[:, :, :stop] for part in self.parts]
-        return codes, scale, lost[0] if lost else None
+        """Return the sketches of the first `stop` tokens, as views."""
+        values, scale, *lost = [part[:, :, :stop] for part in self.parts]
+        return values, scale, lost[0] if lost else None
 
     def trim(self, count: int, block: int) -> None:
-        """As of rows."""
+        """Give back what `count` tokens leave spare, beyond what growing would have taken."""
         self.parts = _trimmed(self.parts, count, block)
 
 
@@ -109,13 +116,13 @@ def _trimmed(parts: tuple[Tensor, ...], count: int, block: int) -> tuple[Tensor,
     return tuple([part[:, :, :count].clone() for part in parts])
 
 
-def _written(parts: tuple[Tensor, ...], new: tuple[Tensor, ...], at: int, block: int) -> tuple[Tensor, ...]:
-    """Every part with its new rows from row `at` on."""
-    return tuple([_write(o, n, at, block) for o, n in zip(parts or [None] * len(new), new, strict=True)])
+def _appended(parts: tuple[Tensor, ...], new: tuple[Tensor, ...], at: int, block: int) -> tuple[Tensor, ...]:
+    """Return every part with its new tokens behind the first `at`."""
+    return tuple([_append(o, n, at, block) for o, n in zip(parts or [None] * len(new), new, strict=True)])
 
 
-def _write(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
-    """Write `new` [B,J,N,...] behind row `at`, growing the storage when it is full."""
+def _append(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
+    """Write `new` [B,J,N,...] behind the first `at` tokens, growing the storage when it is full."""
     need = at + new.shape[2]
     if storage is None or storage.shape[2] < need:
         capacity = need if storage is None else max(need, _room(at, block))
@@ -128,35 +135,35 @@ def _write(storage: Tensor | None, new: Tensor, at: int, block: int) -> Tensor:
 
 
 def _room(count: int, block: int) -> int:
-    """Rows that storage for `count` rows may have: 1/GROWTH more, in whole blocks."""
+    """Return for how many tokens the storage of `count` may have room: 1/GROWTH more, in whole blocks."""
     return -(-(count + count // GROWTH) // block) * block
 
 
-class StaticRows(SealedRows):
-    """Rows in fixed places: the same parts, with `capacity` + 1 rows."""
+class StaticPackedLatents(PackedLatents):
+    """Packed latents in fixed places: the parts of `PackedLatents`, with `capacity` + 1 places."""
 
     def __init__(self, plan: SidePlan, capacity: int) -> None:
         super().__init__(plan)
         self.capacity = capacity
 
     def start(self, like: Tensor) -> None:
-        """Reserve the rows for tokens like `like` [B,G,N,D]."""
+        """Reserve the places for tokens like `like` [B,G,N,D]."""
         parts = self.encode(like[:, :, :0])
         self.parts = tuple([p.new_zeros((*p.shape[:2], self.capacity + 1, *p.shape[3:])) for p in parts])
         keep_static(*[part for part in self.parts if part.dim() == 4], axis=3)  # the plan's; others are the caller's
 
     def write(self, x: Tensor, places: Tensor) -> None:
-        """Encode x [B,G,S,D] into rows `places` [S]."""
+        """Quantize x [B,G,S,D] into `places` [S]."""
         for part, new in zip(self.parts, self.encode(x), strict=True):
             part.index_copy_(2, places, new)
 
-    def gather(self, places: Tensor) -> Tensor:
-        """The latents [B,J,N,R] that the rows `places` [N] stand for."""
+    def unpack_at(self, places: Tensor) -> Tensor:
+        """Return the latents [B,J,N,R] of the tokens in `places` [N]."""
         return self._unpacked(*[part.index_select(2, places) for part in self.parts])
 
 
 class StaticSketches(Sketches):
-    """Sketches in fixed places: the same parts, with `capacity` + 1 rows."""
+    """Sketches in fixed places: the parts of `Sketches`, with `capacity` + 1 places."""
 
     def __init__(self, limited: bool, capacity: int) -> None:
         super().__init__(limited)
@@ -168,6 +175,11 @@ class StaticSketches(Sketches):
         self.parts = tuple([p.new_zeros((*p.shape[:2], self.capacity + 1, *p.shape[3:])) for p in parts])
 
     def write(self, latents: Tensor, places: Tensor) -> None:
-        """Sketch the latents [B,J,S,R] of the rows `places` [S]."""
+        """Sketch the latents [B,J,S,R] into `places` [S]."""
         for part, new in zip(self.parts, self.make(latents), strict=True):
             part.index_copy_(2, places, new)
+
+
+def encoder_inputs(keys: Tensor, values: Tensor, is_shared: bool) -> list[tuple[str, Tensor]]:
+    """Return what each encoder matrix reads, by its side: keys and values, or both side by side."""
+    return [("key", torch.cat([keys, values], -1))] if is_shared else [("key", keys), ("value", values)]

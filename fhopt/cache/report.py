@@ -8,20 +8,19 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
 
 from fhopt.cache.layer_map import LATENT_LAYERS
-
-REGIONS = ("sinks", "sealed", "index", "window", "exact", "spare")
-
+from fhopt.cache.store import QUANTIZED_TOKENS
+from fhopt.cache.store import REGIONS as REGIONS
 
 # --------------------------------------------------------------------------------------------------- bytes
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of storage that any transformers cache holds."""
+    """Return the bytes of storage that any transformers cache holds."""
     return sum(row["bytes"] for row in cache_report(cache))
 
 
 def cache_report(cache: Any) -> list[dict[str, Any]]:
-    """The rows of `LatentCache.report` for any transformers cache; all that is not latent is exact."""
+    """Return what `LatentCache.report` does for any transformers cache; all that is not latent is exact."""
     if isinstance(cache, EncoderDecoderCache):
         rows = [("self", cache.self_attention_cache), ("cross", cache.cross_attention_cache)]
         return [{"part": part, **row} for part, one in rows for row in cache_report(one)]
@@ -36,23 +35,23 @@ def _report(index: int, layer: Any) -> dict[str, Any]:
         "layer": index,
         "kind": layer.site.layout if latent else "exact",
         "tokens": int(tokens),
-        "sealed_tokens": layer.sealed_rows if latent else 0,
+        QUANTIZED_TOKENS: layer.quantized_tokens if latent else 0,
         "bytes": sum(regions.values()),
         **regions,
-        **_read_in_a_step(layer if latent else None, sum(regions.values())),
+        **_read_in_decode_step(layer if latent else None, sum(regions.values())),
     }
 
 
-def _read_in_a_step(layer: Any, held: int) -> dict[str, float]:
-    """layer None: an exact one."""
+def _read_in_decode_step(layer: Any, held: int) -> dict[str, float]:
+    """Return the bytes that the next decode step reads of a layer of `held` bytes. layer None: an exact one."""
     if layer is None:
         return {"dense_step_bytes": held, "step_bytes": held, "completed": 0.0}
-    dense, chosen = layer.step_bytes()
-    return {"dense_step_bytes": dense, "step_bytes": chosen, "completed": layer.completed}
+    dense, selected = layer.decode_step_bytes()
+    return {"dense_step_bytes": dense, "step_bytes": selected, "completed": layer.completed}
 
 
 def tensor_bytes(layer: Any) -> int:
-    """Bytes of storage of an ordinary cache layer, whatever it holds."""
+    """Return the bytes of storage of an ordinary cache layer, whatever it holds."""
     held: list[Any] = list(vars(layer).values())
     held += [x for value in held if isinstance(value, (dict, list, tuple)) for x in _items(value)]
     tensors = [t for t in held if isinstance(t, Tensor) and t.dim() > 0]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fhopt.attention.cache_view import StaticLatents
-from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_rows, named_stores
-from fhopt.cache.quantized_rows import StaticRows, StaticSketches
-from fhopt.cache.residual_window import StaticTokens
+from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_packed
+from fhopt.cache.quantized_rows import StaticPackedLatents, StaticSketches
+from fhopt.cache.residual_window import StaticWindow
+from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
-from fhopt.plan.window import sealed_tokens
 
 
 class StaticLatentLayer(LatentLayerBase):
@@ -25,35 +25,35 @@ class StaticLatentLayer(LatentLayerBase):
     def __init__(self, plan: LatentPlan, site: SitePlan, max_cache_len: int, absorb: bool = True) -> None:
         super().__init__(plan, site, absorb)
         self.max_cache_len = max_cache_len
-        self.capacity = sealed_tokens(max_cache_len, plan.sinks, plan.recent, plan.block)
-        self.key_rows, self.value_rows = make_rows(site, lambda side: StaticRows(side, self.capacity))
-        places = (plan.sinks, plan.window, plan.window_bits)
-        self.open_keys, self.open_values = StaticTokens(*places), StaticTokens(*places)
-        self.stores = named_stores(self.open_keys, self.open_values, self.key_rows, self.value_rows)
+        self.capacity = self.window.quantized_tokens(max_cache_len)
+        self.packed_keys, self.packed_values = make_packed(site, lambda side: StaticPackedLatents(side, self.capacity))
+        self.window_keys, self.window_values = StaticWindow(self.window), StaticWindow(self.window)
+        self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(lambda limited: StaticSketches(limited, self.capacity))
         self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
-        self.sealed = torch.zeros((), dtype=torch.int64)
+        self.quantized = torch.zeros((), dtype=torch.int64)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve the memory, with the shapes and dtype of the first tokens."""
         self._place_bases(key_states, value_states)
-        self.open_keys.start(key_states)
-        self.open_values.start(value_states)
-        encode_sides(self.site, key_states, value_states, lambda side, x: self._rows_of(side).start(x))
+        self.window_keys.start(key_states)
+        self.window_values.start(value_states)
+        encode_sides(self.site, key_states, value_states, lambda side, x: self._packed_at(side).start(x))
         if isinstance(self.sketches, StaticSketches):
-            self.sketches.start(self.key_rows.latents(0, 0))
-        self.cumulative_length, self.sealed = self.cumulative_length.to(self.device), self.sealed.to(self.device)
+            self.sketches.start(self.packed_keys.unpack(0, 0))
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.quantized = self.quantized.to(self.device)
         if not torch.compiler.is_compiling():
-            counters = (self.cumulative_length, self.sealed, *([] if self.sketches is None else [self.lists]))
+            counters = (self.cumulative_length, self.quantized, *([] if self.sketches is None else [self.lists]))
             for tensor in (*self.tensors, *counters):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
-    def _rows_of(self, side: str) -> StaticRows:
-        rows = self.key_rows if side == "key" else self.value_rows
-        assert isinstance(rows, StaticRows)
-        return rows
+    def _packed_at(self, side: str) -> StaticPackedLatents:
+        packed = self._packed(side)
+        assert isinstance(packed, StaticPackedLatents)
+        return packed
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k, v [B,G,S,D]; returns what attention reads: where it can, the new tokens alone in the first call.
@@ -69,12 +69,12 @@ class StaticLatentLayer(LatentLayerBase):
         if is_first:
             self.lazy_initialization(key_states, value_states)
         is_alone = is_first and self.reader.active
-        given = (key_states, value_states) if is_alone else self._give(*self._read(key_states, value_states))
+        result = (key_states, value_states) if is_alone else self._for_attention(*self._read(key_states, value_states))
         self._write(key_states, value_states)
-        return given
+        return result
 
     def _fit_again(self, key_states: Tensor) -> None:
-        """An empty layer takes another batch, dtype or device: its memory is reserved anew."""
+        """Let an empty layer take another batch, dtype or device: its memory is reserved anew."""
         if not self.is_initialized or torch.compiler.is_compiling():
             return
         same = (self.batch_size, self.dtype, self.device) == (key_states.shape[0], key_states.dtype, key_states.device)
@@ -89,92 +89,91 @@ class StaticLatentLayer(LatentLayerBase):
             raise FhoptError(f"{message}, it holds {held}. Make it longer (max_cache_len), or crop or reset it.")
 
     def _read(self, *new: Tensor) -> tuple[Tensor, Tensor, StaticLatents]:
-        """(open keys, open values, latents), the `new` tokens (keys, values) behind."""
+        """Return (keys and values that are not quantized, latents), the `new` tokens (keys, values) behind."""
         key, value = new or (None, None)
-        keys, key_window = self.open_keys.give(*([] if key is None else [key]))
-        values, value_window = self.open_values.give(*([] if value is None else [value]))
+        keys, rounded_keys = self.window_keys.for_attention(*([] if key is None else [key]))
+        values, rounded_values = self.window_values.for_attention(*([] if value is None else [value]))
         positions = self._positions()
         if key is not None:
             arriving = torch.arange(key.shape[2], device=self.device) + self.cumulative_length
             positions = torch.cat([positions, arriving])
-        sides = self._sides(0, self.capacity, key_window, value_window)
-        sealed = self.sealed.clone()  # what `_write` changes later
+        sides = self._sides(0, self.capacity, rounded_keys, rounded_values)
+        quantized = self.quantized.clone()  # what `_write` changes later
         index = self._index(self.capacity)
-        return keys, values, StaticLatents(*sides, self.plan.sinks, positions, sealed, self.max_cache_len, index)
+        return keys, values, StaticLatents(*sides, self.window.sinks, positions, quantized, self.max_cache_len, index)
 
     def _positions(self) -> Tensor:
-        """Of the token in each open place [sinks + window], -1 where there is none."""
-        sinks, window = self.plan.sinks, self.plan.window
+        """Return the position of the token in each place of sinks and ring, -1 where there is none."""
+        sinks, ring = self.window.sinks, self.window.capacity
         first = torch.arange(sinks, device=self.device)
         first = torch.where(first < self.cumulative_length, first, -1)
-        place, newest = torch.arange(window, device=self.device), self.cumulative_length - sinks - 1
-        rest = newest - (newest - place) % window  # the newest token whose place this is, counted behind the sinks
-        return torch.cat([first, torch.where(rest >= self.sealed, rest + sinks, -1)])
+        place, newest = torch.arange(ring, device=self.device), self.cumulative_length - sinks - 1
+        rest = newest - (newest - place) % ring  # the newest token whose place this is, counted behind the sinks
+        return torch.cat([first, torch.where(rest >= self.quantized, rest + sinks, -1)])
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Put new tokens into their places, and their codes into their rows."""
-        plan, count = self.plan, key_states.shape[2]
+        """Put new tokens into their places, and their packed latents into theirs."""
+        (sinks, ring), count = (self.window.sinks, self.window.capacity), key_states.shape[2]
         index = torch.arange(count, device=self.device)
-        behind = index + self.cumulative_length - plan.sinks  # the sinks
-        in_sinks = torch.where(behind < 0, behind + plan.sinks, plan.sinks)
-        is_kept = (behind >= 0) & (index >= count - plan.window)
-        in_ring = torch.where(is_kept, behind % plan.window, plan.window)
-        in_rows = torch.where((behind >= 0) & (behind < self.capacity), behind, self.capacity)
-        self.open_keys.write(key_states, in_sinks, in_ring)
-        self.open_values.write(value_states, in_sinks, in_ring)
-        encode_sides(self.site, key_states, value_states, lambda side, x: self._rows_of(side).write(x, in_rows))
+        behind = index + self.cumulative_length - sinks
+        in_sinks = torch.where(behind < 0, behind + sinks, sinks)
+        is_kept = (behind >= 0) & (index >= count - ring)
+        in_ring = torch.where(is_kept, behind % ring, ring)
+        packed_at = torch.where((behind >= 0) & (behind < self.capacity), behind, self.capacity)
+        self.window_keys.write(key_states, in_sinks, in_ring)
+        self.window_values.write(value_states, in_sinks, in_ring)
+        encode_sides(self.site, key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at))
         if isinstance(self.sketches, StaticSketches):
-            self.sketches.write(self._rows_of("key").gather(in_rows), in_rows)
+            self.sketches.write(self._packed_at("key").unpack_at(packed_at), packed_at)
         self.cumulative_length.add_(count)
-        ready = (self.cumulative_length - plan.sinks - plan.recent).clamp(min=0) // plan.block * plan.block
-        self.sealed.copy_(torch.maximum(self.sealed, ready))
+        self.quantized.copy_(torch.maximum(self.quantized, self.window.quantized_tokens(self.cumulative_length)))
 
     @property
     def keys(self) -> Tensor | None:
         """All keys [B,G,max_cache_len,D] as attention reads them, None before the first tokens."""
-        return self._give(*self._read())[0] if self.is_initialized else None
+        return self._for_attention(*self._read())[0] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:
         """All values [B,G,max_cache_len,E] as attention reads them, None before the first tokens."""
-        return self._give(*self._read())[1] if self.is_initialized else None
+        return self._for_attention(*self._read())[1] if self.is_initialized else None
 
     def _blank(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.open_keys.parts[0], self.open_values.parts[0]
+        keys, values = self.window_keys.parts[0], self.window_values.parts[0]
         return keys[:, :, :0], values[:, :, :0]
 
     def _counters(self) -> dict[str, Any]:
-        return {"cumulative_length": int(self.cumulative_length), "sealed": int(self.sealed)}
+        return {"cumulative_length": int(self.cumulative_length), QUANTIZED: int(self.quantized)}
 
     def _count(self, counters: dict[str, Any]) -> None:
-        length, sealed = int(counters["cumulative_length"]), int(counters["sealed"])
-        if not (0 <= length <= self.max_cache_len and 0 <= sealed <= self.capacity):
-            raise ValueError(f"{length} tokens, {sealed} of them sealed")
+        length, quantized = int(counters["cumulative_length"]), int(counters[QUANTIZED])
+        if not (0 <= length <= self.max_cache_len and 0 <= quantized <= self.capacity):
+            raise ValueError(f"{length} tokens, {quantized} of them quantized")
         self.cumulative_length.fill_(length)
-        self.sealed.fill_(sealed)
+        self.quantized.fill_(quantized)
 
     @property
-    def sealed_rows(self) -> int:
+    def quantized_tokens(self) -> int:
         """Tokens that are read as latents."""
-        return int(self.sealed)
+        return int(self.quantized)
 
     def get_seq_length(self) -> int | Tensor:
-        """Tokens held, as a number on the device that the next update changes; 0 before the first tokens."""
+        """Return the number of tokens held, on the device, where updates change it; 0 before the first tokens."""
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask: all places."""
+        """Return (length, offset) of the mask: all places."""
         return self.max_cache_len, 0
 
     def get_max_length(self) -> int:
-        """Tokens that fit in."""
+        """Return how many tokens fit in."""
         return self.max_cache_len
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays where it is."""
         self._each(lambda t: t.zero_())
         self.cumulative_length.zero_()
-        self.sealed.zero_()
+        self.quantized.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest -`tokens_to_remove` tokens; what the ring no longer holds is read as latents.
@@ -182,9 +181,9 @@ class StaticLatentLayer(LatentLayerBase):
         Raises FhoptError for a positive number or for more tokens than are held.
         """
         check_crop(tokens_to_remove, int(self.cumulative_length))
-        behind = self.cumulative_length - self.plan.sinks
-        oldest = torch.maximum(self.sealed, behind - self.plan.window)  # in the ring
-        self.sealed.copy_(torch.minimum(oldest, behind + tokens_to_remove).clamp(min=0))
+        behind = self.cumulative_length - self.window.sinks
+        oldest = torch.maximum(self.quantized, behind - self.window.capacity)  # in the ring
+        self.quantized.copy_(torch.minimum(oldest, behind + tokens_to_remove).clamp(min=0))
         self.cumulative_length.add_(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

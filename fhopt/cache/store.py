@@ -27,7 +27,7 @@ class Bases:
 
 
 def keep_static(*tensors: Tensor, axis: int | None = None) -> None:
-    """Never let Dynamo take sizes of these for numbers that change, as it does where another plan has other ones.
+    """Keep Dynamo from taking sizes of these for numbers that change, as it does where another plan has other ones.
 
     axis: the one whose size is meant; None: all.
     """
@@ -42,7 +42,7 @@ _placed: weakref.WeakKeyDictionary[SidePlan, dict[tuple[torch.device, torch.dtyp
 
 
 def place_bases(plan: SidePlan, like: Tensor) -> Bases:
-    """The bases of `plan` on the device of `like`, made once for each device and dtype."""
+    """Return the bases of `plan` on the device of `like`, made once for each device and dtype."""
     if torch.compiler.is_compiling():  # the table is not for Dynamo to guard
         return Bases(plan.encode.to(like.device), plan.decode.to(like.device, like.dtype))
     table, key = _placed.setdefault(plan, {}), (like.device, like.dtype)
@@ -59,7 +59,8 @@ def place_bases(plan: SidePlan, like: Tensor) -> Bases:
 # --------------------------------------------------------------------------------------------------- stores
 
 
-Window = tuple[Tensor, Tensor] | None  # codes uint8 [B,G,M,D] and scales [B,G,M], None where tokens are as they came
+# Quantized values uint8 [B,G,M,D] and scales [B,G,M] of a residual window; None where its tokens are as they came.
+RoundedPart = tuple[Tensor, Tensor] | None
 
 
 class Store:
@@ -73,5 +74,27 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory behind the parts, spare room included."""
+        """Bytes of memory behind the parts, spare capacity included."""
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.parts}.values())
+
+
+# --------------------------------------------------------------------------------------------------- names
+
+# Keys of saved prompt caches and of reports, which stay as they were first written.
+WINDOW_KEYS, WINDOW_VALUES = "open_keys", "open_values"  # attributes window_keys, window_values of a layer
+PACKED = {"key": "key_rows", "value": "value_rows"}  # attributes packed_keys, packed_values
+SKETCHES = "sketches"
+QUANTIZED = "sealed"  # the counter `quantized` of a layer; in reports the bytes of packed latents
+QUANTIZED_TOKENS = "sealed_tokens"  # in reports
+REGIONS = ("sinks", QUANTIZED, "index", "window", "exact", "spare")  # of bytes, in reports
+
+
+def named_stores(window: tuple[Store, Store] | None, packed: tuple[Store, Store]) -> dict[str, Store]:
+    """Return the stores of a layer by their names in files.
+
+    window: of keys and of values, None where all tokens are quantized. packed: of keys and of values, the same twice
+    where one latent serves both.
+    """
+    stores = {} if window is None else dict(zip((WINDOW_KEYS, WINDOW_VALUES), window, strict=True))
+    stores[PACKED["key"]] = packed[0]
+    return stores if packed[1] is packed[0] else stores | {PACKED["value"]: packed[1]}

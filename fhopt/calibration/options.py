@@ -9,7 +9,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting import allocation
 from fhopt.fitting.allocation import check_options
 from fhopt.hardware.devices import find_device
-from fhopt.plan.window import sealed_tokens
+from fhopt.plan.window import ResidualWindow
 
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 
@@ -56,16 +56,16 @@ class FitOptions:
         if self.device is not None:
             find_device(self.device)
         check_options(self.ratio, self.layout, self.bits, self.device)
-        if self.recent < 1 or self.block < 1 or self.sinks < 0 or self.window_bits not in (8, 16):
-            raise FhoptError(
-                f"sinks={self.sinks}, recent={self.recent}, block={self.block}, window_bits={self.window_bits}: "
-                "expected sinks of at least 0, recent and block of at least 1, and a window of 8 or 16 bits."
-            )
-        if sealed_tokens(self.tokens, self.sinks, self.recent, self.block) == 0:
+        if self.window.quantized_tokens(self.tokens) == 0:
             raise FhoptError(
                 f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "
-                f"{self.sinks + self.recent + self.block}. Make the plan for a longer context."
+                f"{self.window.first_length}. Make the plan for a longer context."
             )
+
+    @property
+    def window(self) -> ResidualWindow:
+        """Which tokens of a sequence are not quantized. Raises FhoptError for sizes that cannot be."""
+        return ResidualWindow(self.sinks, self.recent, self.block, self.window_bits)
 
     @property
     def is_lossless(self) -> bool:

@@ -143,9 +143,7 @@ def _measure_batches(
 ) -> Calibration:  # fmt: skip
     outcome = _sites(captured, name, encoder)
     if not options.is_lossless:
-        budget = allocation.Budget(
-            options.ratio, options.sinks, options.recent, options.block, options.window_bits, options.tokens
-        )
+        budget = allocation.Budget(options.ratio, options.window, options.tokens)
         allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
     key = _key(options, name, data_digest, weights, outcome)
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]

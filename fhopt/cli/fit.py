@@ -103,7 +103,7 @@ def fit(
     )
     chosen.check()
     paged = page_options.read_options(pages, mass, chosen.texts)
-    exact = chosen.sinks + chosen.recent + chosen.block
+    exact = chosen.window.first_length
     if paged is not None:
         paged.check(chosen.block, exact)
     _check_places(out, explain)

@@ -81,7 +81,7 @@ def evaluate(
 
     chosen, cells = choose(tasks), read_lengths(lengths)
     plan = LatentPlan.load(plan_path) if plan_path else None
-    kept = {"sinks": plan.sinks, "window": plan.window} if plan else {}
+    kept = {"sinks": plan.sinks, "window": plan.window.capacity} if plan else {}
     loaded = load_model(model, getattr(torch, dtype), placement(device_map))
     network = loaded.language_model()
     asked = [name for name in chosen if name != "perplexity"]

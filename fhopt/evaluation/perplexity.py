@@ -59,7 +59,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
 
 def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:
     """Return (start, stop) of each step over `tokens` tokens: a step ends where the plan quantizes a block."""
-    first, step = (plan.sinks + plan.window, plan.block) if plan is not None else (FIRST_STEP, STEP)
+    first, step = (plan.window.first_length, plan.block) if plan is not None else (FIRST_STEP, STEP)
     cuts = [0, *range(first, tokens, step), tokens]
     return list(itertools.pairwise(cuts))
 

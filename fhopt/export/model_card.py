@@ -94,7 +94,7 @@ def _bytes(plan: LatentPlan) -> str:
     lines = [
         "## What it holds\n",
         f"{len(plan.sites)} attentions: {kinds}. The first {plan.sinks} tokens stay exact, the newest {plan.recent} to "
-        f"{plan.window} are kept in {plan.window_bits} bits. All counted, against 16-bit keys and values:\n",
+        f"{plan.window.capacity} are kept in {plan.window_bits} bits. All counted, against 16-bit keys and values:\n",
         "| tokens | exact bytes per token | latent bytes per token | ratio |\n|---|---|---|---|",
     ]
     for tokens in COUNTED_AT:

@@ -48,7 +48,7 @@ def state_tensors(plan: LatentPlan, dtype: torch.dtype, batch: int = 1) -> list[
     for site_plan in plan.sites:
         site, name = site_plan.site, site_plan.site.name
         for side, dim in (("key", site.key_dim), ("value", site.value_dim)):
-            places = plan.sinks + plan.window
+            places = plan.window.first_length
             tensors.append(StateTensor(f"{name}.open_{side}", (batch, site.kv_heads, places, dim), dtype))
         for side, one in _row_sides(site_plan):
             width = one.row_bytes() if one.tiers else one.width

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fhopt.export.step_attention import StateTensor
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.window import sealed_tokens
 
 
 class State:
@@ -40,7 +39,7 @@ class State:
         for i, tokens in zip(windows, new, strict=True):
             self.buffers[i][:, :, at : at + ids.shape[1]] = tokens
         self.tokens += ids.shape[1]
-        while sealed_tokens(self.tokens, self.plan.sinks, self.plan.recent, self.plan.block) > self.quantized:
+        while self.plan.window.quantized_tokens(self.tokens) > self.quantized:
             self._quantize_block(windows)
         result: Tensor = logits
         return result

@@ -17,7 +17,7 @@ from fhopt.fitting.costs import Costs, SideCosts, SideKey
 from fhopt.hardware.devices import find_device
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import LAYOUTS, SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
-from fhopt.plan.window import sealed_tokens
+from fhopt.plan.window import ResidualWindow
 
 # Of a unit Gaussian under its best uniform quantiser (Max 1960): distortion, and the step in standard deviations.
 DISTORTION = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 8: 0.00009, 16: 0.0}
@@ -42,10 +42,7 @@ class Budget:
     """Size of a KV cache: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted."""
 
     ratio: float
-    sinks: int = 4
-    recent: int = 128
-    block: int = 64
-    window_bits: int = 8
+    window: ResidualWindow
     tokens: int = 8192
 
     def quantized_token_bits(self, sites: Iterable[AttentionSite]) -> int:
@@ -56,18 +53,16 @@ class Budget:
         """
         plans = [_blank(site) for site in sites]
         own = [p for p in plans if p.site.kind == "self"]
-        exact = sum(p.open_bytes() for p in own)
-        window = sum(p.open_bytes(self.window_bits) for p in own)
-        total = self.tokens * sum(p.open_bytes() for p in plans) / self.ratio
+        total = self.tokens * sum(p.window_bytes() for p in plans) / self.ratio
         if not own:
             return int(8 * total / self.tokens)
-        quantized = sealed_tokens(self.tokens, self.sinks, self.recent, self.block)
+        window, quantized = self.window, self.window.quantized_tokens(self.tokens)
         if quantized == 0:
             raise FhoptError(
-                f"{self.tokens} tokens are all exact (sinks {self.sinks}, recent {self.recent}); expected a longer "
+                f"{self.tokens} tokens are all exact (sinks {window.sinks}, recent {window.recent}); expected a longer "
                 "context."
             )
-        fixed = self.sinks * exact + (self.tokens - self.sinks - quantized) * window
+        fixed = window.bytes(self.tokens, own)
         return int(8 * (total - fixed) / (quantized if len(own) == len(plans) else self.tokens))
 
 

@@ -52,6 +52,7 @@ from fhopt.fitting.statistics import SiteStatistics
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import TIER_QUANTUM, SidePlan, SitePlan, Tier
+from fhopt.plan.window import ResidualWindow
 
 
 def fit(
@@ -93,7 +94,7 @@ def fit(
             which = next(w for w in layouts if w != "input")
             plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
-    budget = Budget(ratio, sinks, recent, block, window_bits, tokens)
+    budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens)
     grain = grain_of(bits, device)
     candidates = candidate_sides(bases, costs, grain)
     chosen, allocation = choose_layouts(bases, candidates, budget.quantized_token_bits(sites.values()), grain)

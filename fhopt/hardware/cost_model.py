@@ -187,7 +187,7 @@ def _rounded_window(plan: SitePlan, window_bits: int, sinks: int, itemsize: int)
     first = sympy.Min(TOKENS - QUANTIZED, sinks)
     rounded = BATCH * (TOKENS - QUANTIZED - first)
     products = _exact(plan.site, TOKENS - QUANTIZED - first, itemsize).operations
-    numbers, size = plan.site.exact_numbers_per_token, plan.open_bytes(window_bits, itemsize)
+    numbers, size = plan.site.exact_numbers_per_token, plan.window_bytes(window_bits, itemsize)
     return _exact(plan.site, first, itemsize), Work("window", rounded * size, products, rounded * numbers)
 
 

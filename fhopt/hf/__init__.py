@@ -1,1 +1,1 @@
-"""The seams of transformers: apply, load, the quantizer, saved prompt caches."""
+"""The interfaces of transformers: apply, load, the quantizer, saved prompt caches."""

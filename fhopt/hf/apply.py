@@ -1,8 +1,8 @@
-"""`apply` makes a transformers model use latents by itself; `unapply` takes it back.
+"""`apply` makes a transformers model cache latents; `unapply` restores it.
 
-Only transformers' own seams are used: the attention implementation registry, the cache class, and a forward hook that
-puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched: a
-model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention/interface.py).
+Only transformers' own interfaces are used: the attention implementation registry, the cache class, and a forward hook
+that puts a `LatentCache` where the model (or `generate`) would start with an ordinary one. No model source is patched:
+a model that writes its attention out reads the latents through `LatentTensor` (fhopt/attention/interface.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ IMPLEMENTATION = "fhopt"
 
 @dataclass
 class _Applied:
-    given: LatentPlan
+    whole_plan: LatentPlan
     plan: LatentPlan  # this process's part of it, where the model is spread over several
     hook: Any
     before: dict[str, str]  # attention implementation of each part of the configuration
     layers: dict[str, int]  # index of the layer of each site whose keys and values are cached
-    cache: str  # what the model's forward calls the cache
+    cache: str  # name of the cache among the arguments of the model's forward
     parameters: tuple[str, ...]  # of the model's forward
-    interface: bool  # attention is asked for by the interface, and nothing before it needs keys of full length
+    interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
     reader: Any  # of the caches of this model
     config: Any  # of the model
 
@@ -45,9 +45,9 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
 
     `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
-    of an encoder are left alone: nothing of them is cached. Where the model's heads are spread over processes
+    of an encoder are left alone: they have no KV cache. Where the model's heads are spread over processes
     (fhopt/parallel/tensor_parallel.py), all of them must call this with the same plan. Raises FhoptError when the model
-    is of another kind, not the one that the plan was fitted for, or spread in a way that the plan cannot follow.
+    is of another kind, not the one that the plan was fitted for, or spread in a way that the plan does not allow.
     """
     import fhopt.codegen
     from fhopt.attention.interface import Reader
@@ -59,7 +59,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
-    given, weights = plan, Weights(model)
+    whole_plan, weights = plan, Weights(model)
     if weights.absent:
         raise FhoptError(
             f"{weights.absent[0]} of {type(model).__name__} is on the meta device: it has no numbers. Load the weights "
@@ -84,7 +84,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
     parameters = tuple(inspect.signature(model.forward).parameters)
     network._fhopt_applied = _Applied(
-        given, plan, hook, before, layers, cache_argument(model), parameters,
+        whole_plan, plan, hook, before, layers, cache_argument(model), parameters,
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
     fhopt.codegen.install()
@@ -93,7 +93,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
 
 
 def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:
-    """What the latents of sites are read by on a CPU; none where the model is elsewhere."""
+    """Return the specifications of the kernels that read the latents of sites on a CPU; none on other devices."""
     weight = next(model.parameters(), None)
     if weight is None or weight.device.type != "cpu":
         return set()
@@ -102,8 +102,8 @@ def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:
-    """Take `apply` back; a model without it is left as it is. Returns the model."""
-    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    """Undo `apply`; a model without a plan is left as it is. Returns the model."""
+    applied = _record(model)
     if applied is not None:
         applied.hook.remove()
         network: Any = model
@@ -116,7 +116,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def attended_by(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the model attends by `attention`, known to transformers as `name`; no mask is made, no plan applied."""
+    """Let the model attend by `attention` inside, under `name` in transformers; no mask is made, no plan applied."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -159,53 +159,61 @@ def register() -> None:
 
 
 def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook: a latent cache in place of none; an ordinary cache that is still empty gets latent layers.
+    """Pass a latent cache to a forward without one, and give latent layers to an ordinary cache that is empty.
 
-    Raises FhoptError for a latent cache of another model.
+    A forward pre-hook. Raises FhoptError for a latent cache of another model.
     """
     applied: _Applied = model._fhopt_applied  # type: ignore[assignment]
     applied.reader.active = applied.interface and _uses_latents(applied.config)
     named = {**dict(zip(applied.parameters, args, strict=False)), **kwargs}
-    given = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
-    if given is not None:
-        _convert(given, applied)
+    cache = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
+    if cache is not None:
+        _convert(cache, applied)
         return args, kwargs
-    wanted = named.get("use_cache")
-    if wanted is None:
-        wanted = getattr(applied.config.get_text_config(decoder=True), "use_cache", True) and not model.training
-    if wanted:
+    uses_cache = named.get("use_cache")
+    if uses_cache is None:
+        uses_cache = getattr(applied.config.get_text_config(decoder=True), "use_cache", True) and not model.training
+    if uses_cache:
         kwargs = {**kwargs, applied.cache: latent_cache(model)}
     return args, kwargs
 
 
 def site_layers(model: torch.nn.Module) -> dict[str, int]:
-    """Index of the layer of each site that a cache of `model` has. Raises FhoptError when no plan is applied."""
+    """Return the index of the layer of each site in a cache of `model`. Raises FhoptError when no plan is applied."""
     return dict(_applied(model).layers)
 
 
 def held_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
-    """What a cache of `model` keeps by `plan`: this process's part of it where the model is spread over several."""
-    applied: _Applied | None = getattr(model, "_fhopt_applied", None)
-    return applied.plan if applied is not None and applied.given is plan else local_plan(model, plan)
+    """Return the part of `plan` that a cache of `model` keeps in this process: all of it for a model in one process."""
+    applied = _record(model)
+    return applied.plan if applied is not None and applied.whole_plan is plan else local_plan(model, plan)
 
 
 def applied_plan(model: torch.nn.Module) -> LatentPlan:
-    """The plan that is applied to `model`; of a model that is spread over processes, this process's part of it.
+    """Return the plan that is applied to `model`; for a model that is spread over processes, the local part of it.
 
     Raises FhoptError when none is.
     """
     return _applied(model).plan
 
 
-def _applied(model: torch.nn.Module) -> _Applied:
+def _record(model: torch.nn.Module) -> _Applied | None:
     applied: _Applied | None = getattr(model, "_fhopt_applied", None)
+    return applied
+
+
+def _applied(model: torch.nn.Module) -> _Applied:
+    applied = _record(model)
     if applied is None:
         raise FhoptError(f"no plan is applied to {type(model).__name__}. Call fhopt.apply(model, plan) first.")
     return applied
 
 
 def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
-    """An empty cache for a model with a plan applied; options as of `LatentCache`. Raises FhoptError without a plan."""
+    """Make an empty cache for a model with a plan applied; options as of `LatentCache`.
+
+    Raises FhoptError without a plan.
+    """
     from fhopt.cache.latent_cache import LatentCache, encoder_decoder_cache
 
     applied, network = _applied(model), cast(Any, model)
@@ -216,7 +224,7 @@ def latent_cache(model: torch.nn.Module, **options: Any) -> Any:
 
 
 def _convert(cache: Any, applied: _Applied, kind: str = "self") -> None:
-    """Give an ordinary cache that is still empty latent layers; the caller keeps its object."""
+    """Put latent layers into an ordinary cache that is still empty; the caller keeps its object."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
     from fhopt.cache.latent_cache import LatentCache
@@ -252,5 +260,5 @@ def _check_plan(held: LatentPlan, applied: LatentPlan) -> None:
     if held is not applied and len({p.sites[0].site.kv_heads for p in (held, applied)}) > 1:
         raise FhoptError(
             f"the cache keeps {held.sites[0].site.kv_heads} kv heads, the model has {applied.sites[0].site.kv_heads} "
-            "of them in this process. Make the cache by fhopt.applying.latent_cache(model)."
+            "of them in this process. Make the cache by fhopt.hf.apply.latent_cache(model)."
         )

@@ -1,12 +1,12 @@
-"""Caches on disk, for prompts that come again: one safetensors file with what the cache holds and what it belongs to.
+"""Prompt caches on disk: one safetensors file with what a KV cache holds and what it belongs to.
 
     save_cache(model, cache, "system-prompt.safetensors")
     cache = load_cache(model, "system-prompt.safetensors")
     model.generate(ids_that_begin_with_the_prompt, past_key_values=cache)
 
-Latent layers are saved as they are: codes, scales, sinks and window, without spare room. Layers that stayed exact are
-saved too, whatever transformers keeps in them. A file says which plan and which weights it was made with; it is loaded
-only for the same, and only where a digest shows that nothing in it is damaged.
+Latent layers are saved as they are: quantized values, scales, attention sinks and residual window, without spare
+capacity. Layers that stayed exact are saved too, whatever transformers keeps in them. A file names the plan and the
+weights that it was made with; it is loaded only for these, and only where a digest shows that nothing in it is damaged.
 """
 
 from __future__ import annotations
@@ -63,27 +63,27 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
 def load_cache(
     model: torch.nn.Module, path: str | os.PathLike[str], device: torch.device | str | None = None, **options: Any
 ) -> Any:
-    """The cache in the file `path`, for `model` with the same plan applied; options as of `LatentCache`.
+    """Read the cache in the file `path`, for `model` with the same plan applied; options as of `LatentCache`.
 
     device: where its tensors go; None: where the model is, of each layer for itself. Raises FhoptError when the file is
-    no cache, is damaged, or belongs to another plan, model or version.
+    not a cache, is damaged, or belongs to another plan, model or version.
     """
     file = Path(path)
     devices = _devices(model)
     first = next(iter(devices.values()), next(model.parameters()).device)
     about, tensors = _read(file)
     _check(file, about, _identity(model, applied_plan(model)))
-    places = about.get("max_cache_len")
-    if options.get("max_cache_len", places) != places:
-        raise FhoptError(f"{file} has max_cache_len={places}, not {options['max_cache_len']}. Leave the option out.")
+    length = about.get("max_cache_len")
+    if options.get("max_cache_len", length) != length:
+        raise FhoptError(f"{file} has max_cache_len={length}, not {options['max_cache_len']}. Leave the option out.")
     try:
-        cache = latent_cache(model, **({"max_cache_len": places} | options))
+        cache = latent_cache(model, **({"max_cache_len": length} | options))
         layers = _layers(cache)
         if layers.keys() != about["layers"].keys():
             raise ValueError(f"{len(about['layers'])} layers, the cache of this model has {len(layers)}")
         for name, layer in layers.items():
-            place = torch.device(device or devices.get(name, first))
-            own = {n: t.to(place) for n, t in tensors.items() if n.startswith(f"{name}.")}
+            target = torch.device(device or devices.get(name, first))
+            own = {n: t.to(target) for n, t in tensors.items() if n.startswith(f"{name}.")}
             _restore(file, name, layer, about["layers"][name], own)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FhoptError(f"{file} is damaged ({type(error).__name__}: {error}). Fill the cache again.") from error
@@ -97,12 +97,12 @@ def load_cache(
 
 
 def _identity(model: torch.nn.Module, plan: LatentPlan) -> dict[str, Any]:
-    """What the file must have in common with the model that reads it."""
+    """Return what the file must have in common with the model that reads it."""
     return {"plan": plan.digest(), "model": _weights(model), "dtype": str(next(model.parameters()).dtype)}
 
 
 def _weights(model: torch.nn.Module) -> str:
-    """Hash of the names and shapes of all parameters, and of up to 64 numbers of each, spread over it."""
+    """Return a hash of the names and shapes of all parameters, and of up to 64 numbers of each, spread over it."""
     h = hashlib.sha256()
     for name, weight in named_weights(model):
         own: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor: a file a process
@@ -112,28 +112,28 @@ def _weights(model: torch.nn.Module) -> str:
     return h.hexdigest()
 
 
-def _check(file: Path, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check(file: Path, about: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     cures = {
         "plan": ("plan", "Apply the plan that it was made with."),
         "dtype": ("dtype", "Load the model in the dtype that it had."),
         "model": ("model", "Load the model that filled it."),
     }
     for key, (what, cure) in cures.items():
-        if about.get(key) != wanted[key]:
+        if about.get(key) != expected[key]:
             raise FhoptError(
-                f"{file} belongs to another {what} ({str(about.get(key))[:14]}, expected {wanted[key][:14]}). {cure}"
+                f"{file} belongs to another {what} ({str(about.get(key))[:14]}, expected {expected[key][:14]}). {cure}"
             )
 
 
 def _devices(model: torch.nn.Module) -> dict[str, torch.device]:
-    """Where the layers of a cache are read that have latents, by their names in the file."""
-    found = {}
+    """Return the device on which each latent layer of a cache is read, by its name in the file."""
+    devices = {}
     for site in applied_plan(model).sites:
         index = site_layers(model).get(site.site.name)
         if index is not None:
             module = model.get_submodule(site.site.name.partition("#")[0])
-            found[f"{site.site.kind}.{index}"] = execution_device(module)
-    return found
+            devices[f"{site.site.kind}.{index}"] = execution_device(module)
+    return devices
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,14 +142,16 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         about, tensors = read_tensors(file, KEY)
         if not about:
-            raise FhoptError(f"{file} is no cache of fhopt; expected what save_cache wrote.")
+            raise FhoptError(f"{file} is not a cache of fhopt; expected a file that save_cache wrote.")
         if about.get("version") != VERSION:
             raise FhoptError(
                 f"{file} has version {about.get('version')}, this fhopt reads version {VERSION}. Fill the cache again."
             )
         check_digest(about, tensors)
     except OSError as error:
-        raise FhoptError(f"cannot read {file}: {error.strerror or error}. Expected what save_cache wrote.") from error
+        raise FhoptError(
+            f"cannot read {file}: {error.strerror or error}. Expected a file that save_cache wrote."
+        ) from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FhoptError(f"{file} is damaged ({error}). Fill the cache again.") from error
     return about, tensors
@@ -159,7 +161,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _layers(cache: Any) -> dict[str, Any]:
-    """Every layer by its name in the file."""
+    """Return every layer by its name in the file."""
     if hasattr(cache, "is_updated"):
         parts = {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
     else:
@@ -168,7 +170,7 @@ def _layers(cache: Any) -> dict[str, Any]:
 
 
 def _describe(name: str, layer: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What JSON can hold of a layer; its tensors go to `tensors`."""
+    """Describe a layer in values of JSON; its tensors go to `tensors`."""
     state = layer.state() if isinstance(layer, LATENT_LAYERS) else vars(layer)
     return {"class": type(layer).__name__, "state": {k: _pack(f"{name}.{k}", v, tensors) for k, v in state.items()}}
 
@@ -186,7 +188,7 @@ def _restore(file: Path, name: str, layer: Any, item: Mapping[str, Any], tensors
 
 
 def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON can hold it: ["tensor", name], ["dict", [[key, value], ...]], ["list", [...]], ["plain", x]..."""
+    """Describe a value in JSON: ["tensor", name], ["dict", [[key, value], ...]], ["list", [...]], ["plain", x]..."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return ["tensor", name]
@@ -200,7 +202,7 @@ def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
         return ["plain", value]
     raise FhoptError(
         f"a cache with {name} of type {type(value).__name__} cannot be saved. Save one that `generate()` or "
-        "`fhopt.applying.latent_cache` made."
+        "`fhopt.hf.apply.latent_cache` made."
     )
 
 

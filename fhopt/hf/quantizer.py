@@ -1,8 +1,8 @@
-"""transformers' own door: `AutoModelForCausalLM.from_pretrained(FOLDER)` opens a rewritten folder, already latent.
+"""A quantizer for transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)` opens a rewritten folder.
 
-transformers asks its registry of quantizers for the method that a configuration names. Ours leaves weights as they are:
-it checks the folder before they are read, and applies the plan behind. Without fhopt the method is unknown, which
-transformers says in a warning, and the model opens as the exact original.
+transformers looks up the method that a configuration names in its registry of quantizers. This one leaves weights as
+they are: it checks the folder before they are read, and applies the plan afterwards. Without fhopt the method is
+unknown, of which transformers warns, and the model opens as the exact original.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fhopt.models import rewritten_folder
 
 
 class FhoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What config.json says in `quantization_config`: the method and the version of the folder.
+    """The `quantization_config` of config.json: the method and the version of the folder.
 
-    `dequantize` tells transformers that weights are ordinary ones: the model can be moved, cast and trained.
+    `dequantize` marks weights as ordinary ones: the model can be moved, cast and trained.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class FhoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class FhoptQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Checks a rewritten folder, and applies its plan."""
+    """A quantizer that checks a rewritten folder, and applies its plan."""
 
     requires_calibration = True
     is_trainable = True
@@ -59,12 +59,12 @@ class FhoptQuantizer(HfQuantizer):  # type: ignore[misc]
         return apply(model, self.folder.plan)
 
     def is_serializable(self) -> bool:
-        """False; the model itself forgets its quantizer once it is loaded, and saves as the exact original."""
+        """Return False; a model drops its quantizer once it is loaded, and saves as the exact original."""
         return False
 
 
 def register() -> None:
-    """Enter both into transformers' registry, once."""
+    """Enter configuration and quantizer into transformers' registry, once."""
     if rewritten_folder.METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(rewritten_folder.METHOD)(FhoptConfig)
         register_quantizer(rewritten_folder.METHOD)(FhoptQuantizer)

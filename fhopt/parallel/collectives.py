@@ -1,12 +1,11 @@
-"""Sums that grow over calibration batches: shared between processes, and kept so that a calibration can go on.
+"""Sums over calibration batches that several processes share, and errors that end all of them.
 
 A sum is a tensor that is added to in place. Under `torchrun` each process takes every world-size-th batch, and `share`
-adds up what all have: one process or many, the sums are the same up to the order of addition. `by_process` splits rows
-likewise. A checkpoint is one safetensors file, written whole; it is refused when it belongs to another model or other
-options.
+adds up the sums of all: with one process or many, they are the same up to the order of addition. `by_process` splits
+rows between processes in the same way.
 
-When a process fails, all end with its error: before they send each other numbers they tell each other whether they
-can (`agree`), and one that cannot says so in place of that (`together`).
+When a process fails, all end with its error: before they send each other numbers they exchange whether they can
+(`agree`), and one that cannot sends its error there (`together`).
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 
-MESSAGE_BYTES = 2048  # of an error that is told to other processes
+MESSAGE_BYTES = 2048  # of an error that is sent to other processes
 Sums = dict[str, Tensor]
 Row = TypeVar("Row")
 _has_left = False  # the group that torchrun describes, which cannot be joined twice
 
 
 def processes() -> tuple[int, int]:
-    """(rank, how many): joins the group that torchrun describes when nobody has. (0, 1) where there is none."""
+    """Return (rank, how many), and join the group that torchrun describes where none is; (0, 1) without a group."""
     is_described = "TORCHELASTIC_RUN_ID" in os.environ and not _has_left
     if not dist.is_available() or not (dist.is_initialized() or is_described):
         return 0, 1
@@ -39,7 +38,7 @@ def processes() -> tuple[int, int]:
 
 
 def leave() -> int:
-    """This process's rank; the group is left, all at once: what follows is for each alone. Raises OtherFailed."""
+    """Leave the group, all processes at once; returns the own rank. Raises OtherFailed."""
     global _has_left
     rank, _ = processes()
     agree()
@@ -50,7 +49,7 @@ def leave() -> int:
 
 
 def share(sums: Sums) -> None:
-    """Add up over all processes; each then has the same. Nothing for one process. Raises OtherFailed."""
+    """Add up over all processes, in place; each then has the same. Raises OtherFailed."""
     if processes()[1] == 1:
         return
     agree()
@@ -64,7 +63,7 @@ def share(sums: Sums) -> None:
 
 
 def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Tensor]:
-    """`measure` of each row, in order, each measured by one process and known to all. The results have one shape.
+    """Return `measure` of each row, in order, each measured by one process and sent to all, all of one shape.
 
     Raises OtherFailed in all processes when one raises.
     """
@@ -74,7 +73,7 @@ def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Te
     with together():
         own = [measure(row) for row in rows[rank::count]]
         shape = torch.zeros(16, dtype=torch.int64)
-        if rank == 0 and own:  # it has one where anybody has
+        if rank == 0 and own:  # it has a row where any process has
             shape[: own[0].dim() + 1] = torch.tensor([own[0].dim(), *own[0].shape])
         share({"shape": shape})
         every = torch.zeros(len(rows), *shape[1 : 1 + int(shape[0])].tolist(), dtype=torch.float64)
@@ -88,18 +87,18 @@ def by_process(rows: Sequence[Row], measure: Callable[[Row], Tensor]) -> list[Te
 
 
 class OtherFailed(FhoptError):
-    """What all processes raise when one of them has failed: its error, and which it was."""
+    """The error of all processes when one of them has failed: its error, and which it was."""
 
 
 class Lost(OtherFailed):
-    """Another process is gone without a word."""
+    """Another process has ended without an error that it could send."""
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What fails inside in one process fails in all: they wait for each other in `agree` and nowhere else.
+    """Fail in all processes where one fails inside: they wait for each other in `agree` and nowhere else.
 
-    The process that failed raises its own error where it is no FhoptError, so that its traceback is not lost.
+    The process that failed raises its own error unless that is a FhoptError, so that its traceback is not lost.
     """
     try:
         yield
@@ -108,9 +107,9 @@ def together() -> Iterator[None]:
     except Exception as error:
         if processes()[1] == 1:
             raise
-        told = str(error) if isinstance(error, FhoptError) else f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, FhoptError) else f"{type(error).__name__}: {error}"
         try:
-            agree(told)
+            agree(message)
         except Lost:
             raise error from None
         except OtherFailed as failed:
@@ -120,16 +119,16 @@ def together() -> Iterator[None]:
 
 
 def agree(failure: str = "") -> None:
-    """Wait for all processes. Raises OtherFailed in all of them when one has a failure to tell. Nothing for one."""
+    """Wait for all processes. Raises OtherFailed in all of them when one passes a failure."""
     count = processes()[1]
     if count == 1:
         return
-    told = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+    own = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
     text = failure.encode()[:MESSAGE_BYTES]
-    told[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    every = [torch.empty_like(told, device=_device()) for _ in range(count)]
+    own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    every = [torch.empty_like(own, device=_device()) for _ in range(count)]
     try:
-        dist.all_gather(every, told.to(_device()))
+        dist.all_gather(every, own.to(_device()))
     except RuntimeError as error:
         raise _lost(error) from error
     messages = [bytes(one.cpu().tolist()).rstrip(b"\0").decode(errors="replace") for one in every]
@@ -142,13 +141,13 @@ def agree(failure: str = "") -> None:
 
 
 def _lost(error: RuntimeError) -> Lost:
-    found = (str(error).strip() or "no message").splitlines()[0][:200]
+    reason = (str(error).strip() or "no message").splitlines()[0][:200]
     return Lost(
-        f"another process has ended, or cannot be reached ({found}). Look at its own output; then start all again: "
+        f"another process has ended, or cannot be reached ({reason}). Look at its own output; then start all again: "
         "a calibration goes on where it was."
     )
 
 
 def _device() -> torch.device:
-    """Where tensors must be to be sent."""
+    """Return the device from which tensors are sent."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

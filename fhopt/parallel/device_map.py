@@ -1,4 +1,4 @@
-"""Where the weights of a model go that one device cannot hold: `--device-map` of the command line.
+"""Placement of a model that is larger than one device: `--device-map` of the command line.
 
     auto, balanced, sequential    over this process's devices by accelerate: GPUs first, then CPU memory, then disk
     cpu, cuda, cuda:1, ...        whole on one device; cuda alone is the GPU of the process's number
@@ -22,16 +22,16 @@ import torch
 from fhopt.errors import FhoptError
 
 BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
-Memory = Mapping[int | str, int]  # bytes by device, as accelerate tells them
+Memory = Mapping[int | str, int]  # bytes by device, as accelerate reports them
 
 
 def placement(text: str | None) -> dict[str, Any]:
-    """Options of `from_pretrained` for a device map in words; none for None. Raises FhoptError."""
+    """Return options of `from_pretrained` for the value of `--device-map`; none for None. Raises FhoptError."""
     if text is None:
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise FhoptError("--device-map needs accelerate. Install it with: pip install 'fhopt[hf]'")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of weights that are where they were sent
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it logs weights that are where they were placed
     if text.endswith(".json"):
         return {"device_map": _read(Path(text))}
     rank, count = _local()
@@ -43,7 +43,7 @@ def placement(text: str | None) -> dict[str, Any]:
 
 
 def share_memory(memory: Memory, rank: int, count: int) -> dict[int | str, int]:
-    """The part of a machine's memory that process `rank` of `count` may use. Raises FhoptError for too few GPUs."""
+    """Return the memory of a machine that process `rank` of `count` may use. Raises FhoptError for too few GPUs."""
     numbers = sorted(d for d in memory if isinstance(d, int))
     if numbers and len(numbers) < count:
         raise FhoptError(
@@ -56,7 +56,7 @@ def share_memory(memory: Memory, rank: int, count: int) -> dict[int | str, int]:
 
 
 def _local() -> tuple[int, int]:
-    """(number of this process on its machine, how many there are)."""
+    """Return (number of this process on its machine, how many there are)."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -68,7 +68,7 @@ def _device(text: str, rank: int) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise FhoptError(
-            f"{text!r} is no device of this machine ({str(error).splitlines()[0]}); expected {', '.join(BY_ACCELERATE)}"
+            f"unknown device {text!r} ({str(error).splitlines()[0]}); choose from {', '.join(BY_ACCELERATE)}"
             ", cpu, cuda, or a JSON file that maps modules to devices."
         ) from error
     return device
@@ -76,9 +76,9 @@ def _device(text: str, rank: int) -> torch.device:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        modules = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FhoptError(f"{path} is no JSON file ({error}); expected one object of modules and devices.") from error
-    if not isinstance(found, dict) or not all(isinstance(v, (int, str)) for v in found.values()):
+        raise FhoptError(f"{path} is not a JSON file ({error}); expected one object of modules and devices.") from error
+    if not isinstance(modules, dict) or not all(isinstance(v, (int, str)) for v in modules.values()):
         raise FhoptError(f'{path} holds no device map; expected {{"model.layers.0": 0, "lm_head": "cpu", ...}}.')
-    return found
+    return modules

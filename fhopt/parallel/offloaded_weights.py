@@ -1,4 +1,4 @@
-"""Weights that accelerate has put elsewhere: to the CPU or to disk, until their layer runs."""
+"""Weights that accelerate has offloaded to CPU memory or disk until their layer runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 class Weights(Mapping[str, Tensor]):
-    """Every parameter of a model by name, in the order of names; what accelerate has put elsewhere is read when asked
-    for, and not kept."""
+    """Every parameter of a model by name, in the order of names.
+
+    What accelerate has offloaded is read when it is accessed, and not kept.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._held = dict(sorted(model.named_parameters()))
@@ -29,17 +31,17 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def absent(self) -> list[str]:
-        """Names of weights that are nowhere: on the meta device, with no hook that knows of them."""
+        """Names of weights without numbers: on the meta device, without a hook that has them."""
         return [name for name, weight in self._held.items() if weight.is_meta and name not in self._hooks]
 
 
 def named_weights(model: torch.nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Every parameter by name, in the order of names, each read when its turn comes."""
+    """Return every parameter by name, in the order of names, each read when its turn comes."""
     return Weights(model).items()
 
 
 def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every buffer by name; what accelerate has put elsewhere is read from there."""
+    """Yield every buffer by name; what accelerate has offloaded is read from there."""
     for path, module in model.named_modules():
         maps = [hook.weights_map for hook in hooks(module) if getattr(hook, "weights_map", None) is not None]
         for key, buffer in module.named_buffers(recurse=False):
@@ -47,14 +49,14 @@ def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _away(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, hook of accelerate) of each parameter of a module that is not in memory."""
+    """Yield (name, hook of accelerate) of each parameter of a module that is not in memory."""
     for hook in hooks(module):
         if getattr(hook, "weights_map", None) is not None:
             yield from ((key, hook) for key, p in module.named_parameters(recurse=False) if p.is_meta)
 
 
 def execution_device(module: torch.nn.Module) -> torch.device:
-    """The device that a module runs on, wherever its weights are in between. Expects a module with weights."""
+    """Return the device that a module runs on, wherever its weights are in between. Expects a module with weights."""
     for part in module.modules():
         for hook in hooks(part):
             if getattr(hook, "execution_device", None) is not None:
@@ -63,6 +65,6 @@ def execution_device(module: torch.nn.Module) -> torch.device:
 
 
 def hooks(module: torch.nn.Module) -> list[Any]:
-    """Hooks of accelerate on a module."""
+    """Return the hooks of accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

@@ -2,17 +2,18 @@
 
     keys and values of a process   [B, G/W, T, D]     kv heads [r G/W, (r+1) G/W) of G, for process r of W
     W divides J                    E[J/W own heads]   D[G/W own heads]    nothing is sent
-    J divides W                    E[1 own head]      D[G/W own heads]    encoders read the heads of all processes:
+    J divides W                    E[1 own head]      D[G/W own heads]    encoder matrices read heads of all processes:
                                                                           their keys and values are gathered first
 
-Which of both it is follows from J, for keys and for values alone. Where keys and values are gathered, the G/J heads of
-a latent head lie in W/J processes, and each of these keeps the same latent, made of the same numbers: the cache of a
-process is smaller by J only, and not by W. What is gathered is what an encoder reads: a block when it is sealed, or, by
-static caches, each token. Attention itself, open tokens, and everything else of a plan are local in both.
+Which of both applies follows from J, for keys and for values separately. Where keys and values are gathered, the G/J
+heads of a latent head lie in W/J processes, and each of these keeps the same latent, made of the same numbers: the
+cache of a process is smaller by J only, and not by W. What is gathered is what an encoder matrix reads: a block when it
+is quantized, or, by static caches, each token. Attention itself, attention sinks and residual window, and everything
+else of a plan are local in both.
 
 How a model is spread is read from the placements of its weights (`DTensor`, by transformers' `tp_plan` or
-`parallelize_module`), and from the width of what its projections give. The whole product of all this is an ordinary
-plan for a model with G/W kv heads; caches and kernels know of no processes.
+`parallelize_module`), and from the width of the outputs of its projections. The result is an ordinary plan for a model
+with G/W kv heads; caches and kernels are the same as in one process.
 
 Letters: B batch, H query heads, G kv heads, T tokens, D head size, J latent heads, W processes. Splitting attention by
 heads: Megatron-LM (1909.08053), section 3.
@@ -44,21 +45,21 @@ class Share:
     group: Any = None
 
     def part(self, number: int) -> slice:
-        """This process's part of `number` things, which `count` divides."""
+        """Return the part of this process in `number` things, which `count` divides."""
         size = number // self.count
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 @dataclass(frozen=True, eq=False)
 class GatheredHeads:
-    """A `spec.HeadGather` over the processes of a share: the heads that this process's encoders read, of all G."""
+    """A `HeadGather` over the processes of a share: the heads that this process's encoder matrices read, of all G."""
 
     share: Share
     key_heads: slice
     value_heads: slice
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Own k, v [B,G/W,T,D] -> those of `key_heads` and `value_heads`. All processes must call it."""
+        """Gather own k, v [B,G/W,T,D] to those of `key_heads` and `value_heads`. All processes must call it."""
         if not keys.shape[2]:
             return _blank(keys, self.key_heads), _blank(values, self.value_heads)
         own = torch.cat([keys, values], -1)
@@ -76,9 +77,9 @@ def _blank(x: Tensor, heads: slice) -> Tensor:
 
 
 def local_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
-    """This process's part of `plan`, by how `model` is spread; `plan` itself where no head is elsewhere.
+    """Return the part of `plan` that this process needs of a spread `model`; `plan` itself where no head is elsewhere.
 
-    All processes must call it. Raises FhoptError where heads cannot be shared out so.
+    All processes must call it. Raises FhoptError where heads cannot be divided so.
     """
     shares = [find_share(model, site.site) for site in plan.sites]
     if not any(shares):
@@ -88,7 +89,7 @@ def local_plan(model: torch.nn.Module, plan: LatentPlan) -> LatentPlan:
 
 
 def _local_pages(pages: PagePlan | None, shares: Sequence[Share | None]) -> PagePlan | None:
-    """The same with the numbers of this process's query heads alone."""
+    """Return `pages` with the numbers of this process's query heads alone."""
     if pages is None or not pages.fill:
         return pages
     parts = [h if share is None else h[share.part(len(h))] for h, share in zip(pages.fill, shares, strict=True)]
@@ -96,7 +97,7 @@ def _local_pages(pages: PagePlan | None, shares: Sequence[Share | None]) -> Page
 
 
 def shard_site(plan: SitePlan, share: Share) -> SitePlan:
-    """The part of a site's plan that process `share.rank` needs. Raises FhoptError where heads do not divide."""
+    """Return the part of a site's plan that process `share.rank` needs. Raises FhoptError where heads do not divide."""
     site, count = plan.site, share.count
     if site.kv_heads % count or site.heads % count:
         raise FhoptError(
@@ -113,7 +114,7 @@ def shard_site(plan: SitePlan, share: Share) -> SitePlan:
 
 
 def _shard_side(side: SidePlan, share: Share, site: AttentionSite) -> tuple[SidePlan, slice]:
-    """(bases of this process's heads, the kv heads that its encoder reads)."""
+    """Return (bases of this process's heads, the kv heads that its encoder matrix reads)."""
     groups, count, n = side.groups, share.count, site.kv_heads // side.groups
     if groups % count and count % groups:
         raise FhoptError(
@@ -126,7 +127,7 @@ def _shard_side(side: SidePlan, share: Share, site: AttentionSite) -> tuple[Side
 
 
 def _latent_heads(groups: int, share: Share) -> slice:
-    """The latent heads, of `groups`, that this process's kv heads are decoded from."""
+    """Return the latent heads, of `groups`, that this process's kv heads are decoded from."""
     first = share.rank * groups // share.count
     return slice(first, first + max(1, groups // share.count))
 
@@ -139,12 +140,12 @@ def _shard_sketch(sketch: SketchPlan, latent: slice) -> SketchPlan:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """True when some weights of the model are in other processes."""
+    """Return whether some weights of the model are in other processes."""
     return any(isinstance(p, DTensor) and any(map(_splits, p.placements)) for p in model.parameters())
 
 
 def check_whole(model: torch.nn.Module) -> None:
-    """Raise FhoptError for a model of which this process has a part only."""
+    """Raise FhoptError for a model of which this process has only a part."""
     if is_sharded(model):
         raise FhoptError(
             f"{type(model).__name__} is spread over several processes; calibration expects a whole model in each. Load "
@@ -157,19 +158,19 @@ def _splits(placement: Any) -> bool:
 
 
 def find_share(model: torch.nn.Module, site: AttentionSite) -> Share | None:
-    """Which part of a site's heads the projections of `model` give in this process; None: all.
+    """Find which part of a site's heads the projections of `model` compute in this process; None: all.
 
-    Projections whose weights are spread are run on zeros: some gather what they give. Raises FhoptError where queries
+    Projections whose weights are spread are run on zeros: some gather their outputs. Raises FhoptError where queries
     and keys are spread in different ways, or in a way that is not by heads.
     """
-    found = {role: _share_of(model, site, role) for role in ("k", "v", "q")}
-    if len({None if share is None else (share.rank, share.count) for share in found.values()}) > 1:
-        counts = ", ".join(f"{role} over {1 if s is None else s.count}" for role, s in found.items())
+    shares = {role: _share_of(model, site, role) for role in ("k", "v", "q")}
+    if len({None if share is None else (share.rank, share.count) for share in shares.values()}) > 1:
+        counts = ", ".join(f"{role} over {1 if s is None else s.count}" for role, s in shares.items())
         raise FhoptError(
             f"{site.name}: projections are spread over different numbers of processes ({counts}); expected all alike, "
             f"by heads. Spread q, k and v column by column over a divisor of the {site.kv_heads} kv heads."
         )
-    return found["k"]
+    return shares["k"]
 
 
 def _share_of(model: torch.nn.Module, site: AttentionSite, role: str) -> Share | None:
@@ -181,15 +182,15 @@ def _share_of(model: torch.nn.Module, site: AttentionSite, role: str) -> Share |
     assert isinstance(weight, DTensor)
     inputs, outputs = _sizes(module, weight)
     with torch.no_grad():
-        given: Any = module(torch.zeros(1, 1, inputs, dtype=weight.dtype, device=weight.to_local().device))
-    if isinstance(given, DTensor):
-        given = given.to_local()
-    width = int(given.shape[-1])
+        result: Any = module(torch.zeros(1, 1, inputs, dtype=weight.dtype, device=weight.to_local().device))
+    if isinstance(result, DTensor):
+        result = result.to_local()
+    width = int(result.shape[-1])
     return None if width == outputs else _share_by(weight, outputs, width, site, spread[0])
 
 
 def _is_spread(model: torch.nn.Module, name: str) -> bool:
-    """True for a weight of which other processes have parts; False also where the model has none of that name."""
+    """Return whether other processes have parts of a weight; False also where the model has none of that name."""
     try:
         weight = model.get_parameter(name)
     except AttributeError:  # the plan is for a part of this model, or for another one: others check that
@@ -198,13 +199,16 @@ def _is_spread(model: torch.nn.Module, name: str) -> bool:
 
 
 def _sizes(module: torch.nn.Module, weight: DTensor) -> tuple[int, int]:
-    """(inputs, outputs) of the whole projection: `nn.Linear` keeps outputs first, transformers' `Conv1D` last."""
+    """Return (inputs, outputs) of the whole projection.
+
+    `nn.Linear` keeps outputs first, transformers' `Conv1D` last.
+    """
     sizes: Sequence[int] = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
     return int(sizes[1]), int(sizes[0])
 
 
 def _share_by(weight: DTensor, outputs: int, width: int, site: AttentionSite, name: str) -> Share:
-    """The dimension of the mesh over which a projection with `width` of `outputs` features here is spread."""
+    """Return the share by that dimension of the mesh over which `width` of `outputs` features are in this process."""
     mesh, placements = weight.device_mesh, weight.placements
     dims = [d for d, p in enumerate(placements) if _splits(p) and mesh.size(d) * width == outputs]
     if len(dims) != 1 or site.kv_heads % mesh.size(dims[0]):

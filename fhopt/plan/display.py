@@ -1,4 +1,4 @@
-"""How sites, plans and journals look in a notebook: small HTML tables that need nothing but a browser.
+"""Sites, plans and journals in a notebook: small HTML tables that need nothing but a browser.
 
 The classes call these from their `_repr_html_`. Names and reasons are the user's: all of them are escaped.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tiers(side: SidePlan) -> str:
-    """Channels x bits of one latent head: `8x6 + 40x3`, or `64 uncoded`."""
+    """Describe the bit groups of one latent head as channels x bits: `8x6 + 40x3`, or `64 uncoded`."""
     return " + ".join(f"{t.width}x{t.bits}" for t in side.tiers) or f"{side.width} uncoded"
 
 
@@ -24,7 +24,7 @@ def tiers(side: SidePlan) -> str:
 
 
 def rope_words(site: AttentionSite) -> str:
-    """The rotation in a few words: `half 64`."""
+    """Describe the rotation in a few words: `half 64`."""
     if site.rope is None:
         return "none"
     grid = ", grid" if site.rope.positions == "grid" else ""
@@ -32,7 +32,7 @@ def rope_words(site: AttentionSite) -> str:
 
 
 def mask_words(site: AttentionSite) -> str:
-    """The mask in a few words: `sliding 512, cap 50, sinks`."""
+    """Describe the mask in a few words: `sliding 512, cap 50, sinks`."""
     parts = [f"{site.mask} {site.window}" if site.window else site.mask]
     parts += [f"cap {site.softcap:g}"] if site.softcap else []
     return ", ".join([*parts, "sinks"] if site.sinks else parts)

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: does a plan belong to this model?"""
+"""Fingerprints of weights, which show whether a plan belongs to a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fhopt.plan.site import AttentionSite
 
 
 def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[AttentionSite]) -> str:
-    """Identity of a model as a plan sees it: names, shapes and sampled signs of the projections of its sites.
+    """Return the identity of a model for a plan: names, shapes and sampled signs of the projections of its sites.
 
     Signs survive a change of dtype, so a plan fitted in float32 serves the same model in bfloat16.
     """
@@ -30,23 +30,23 @@ def fingerprint(parameters: Mapping[str, Tensor], plan_sites: Iterable[Attention
 
 
 def weight_prints(parameters: Mapping[str, Tensor], sites: Iterable[AttentionSite]) -> dict[str, str]:
-    """Identity of the weights that the bases of each site belong to, of the sites whose weights are all known."""
+    """Return `weight_print` of what projects keys and values, for each site whose weights are all known."""
     known = {s.name: [parameters.get(n) for n in s.cached_weights] for s in sites}
     return {n: weight_print([w for w in ws if w is not None]) for n, ws in known.items() if ws and None not in ws}
 
 
 def check_model(plan: LatentPlan, parameters: Mapping[str, Tensor], model: str) -> None:
     """Raise FhoptError when the plan carries a fingerprint and the model's is another."""
-    wanted = plan.provenance.get("fingerprint")
-    if wanted is not None and fingerprint(parameters, [s.site for s in plan.sites]) != wanted:
+    expected = plan.provenance.get("fingerprint")
+    if expected is not None and fingerprint(parameters, [s.site for s in plan.sites]) != expected:
         raise FhoptError(
-            f"the plan was fitted to another model than {model} (fingerprint {str(wanted)[:12]} does not match). "
+            f"the plan was fitted to another model than {model} (fingerprint {str(expected)[:12]} does not match). "
             "Fit a plan for this one: fhopt fit MODEL."
         )
 
 
 def weight_print(weights: Iterable[Tensor]) -> str:
-    """Identity of some weights: shapes and sampled signs, which survive a change of dtype and small updates."""
+    """Return the identity of weights: shapes and sampled signs, which survive a change of dtype and small updates."""
     h = hashlib.sha256()
     for weight in weights:
         h.update(shape_and_signs(weight))
@@ -54,9 +54,9 @@ def weight_print(weights: Iterable[Tensor]) -> str:
 
 
 def shape_and_signs(weight: Tensor) -> bytes:
-    """The shape of a weight and the signs of up to 256 of its numbers, evenly spread.
+    """Return the shape of a weight and the signs of up to 256 of its numbers, evenly spread.
 
-    Of a weight that is spread over processes, those of the whole: all of them must call it.
+    Of a weight that is spread over processes, these are of the whole weight; all processes must call it.
     """
     whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a DTensor
     flat = whole.detach().reshape(-1)

@@ -12,7 +12,8 @@ from fhopt.plan.site_plan import SidePlan, SitePlan
 class KernelSpec:
     """All and only what the text of a latent attention kernel depends on.
 
-    Tiers are (bits, width, step) per side; dtype is that of queries and of uncoded latents ("float32", ...).
+    Tiers are bit groups (bits, width, quantization step) per side; dtype is that of queries and of latents without bit
+    groups ("float32", ...).
     """
 
     key_tiers: tuple[tuple[int, int, float], ...]
@@ -24,7 +25,7 @@ class KernelSpec:
 
     @staticmethod
     def of(site: SitePlan, dtype: str) -> KernelSpec:
-        """Of the kernel that reads the latents of a site, for queries of `dtype`."""
+        """Return the specification of the kernel that reads the latents of a site, for queries of `dtype`."""
 
         def tiers(side: SidePlan) -> tuple[tuple[int, int, float], ...]:
             return tuple((t.bits, t.width, t.step) for t in side.tiers)

@@ -1,6 +1,6 @@
-"""Data that crosses a boundary: sites, statistics, plans, kernel specs.
+"""`LatentPlan`: what to do at every attention site of a model, and its files.
 
-Frozen dataclasses without behaviour beyond counting and checking. Plans are saved as one safetensors file (tensors) and
+A frozen dataclass without behaviour beyond counting and checking. A plan is saved as one safetensors file (tensors) and
 one JSON file (everything else) in a folder; never pickle.
 
 Letters: B batch, H query heads, G kv heads (H % G == 0), S queries, T keys, D head size, J latent heads, R width,
@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,16 @@ from fhopt.files import write_folder
 from fhopt.plan.plan_files import damage_named, describe_plan, plan_tensors, read_plan
 from fhopt.plan.site_plan import PagePlan, SitePlan
 from fhopt.plan.validation import check_plan
-from fhopt.plan.window import sealed_tokens
+from fhopt.plan.window import ResidualWindow
 
 
 @dataclass(frozen=True, eq=False)
 class LatentPlan:
     """What to do at every site of one model, and where that came from.
 
-    sinks: first tokens kept exact. recent: newest tokens that are never in latents. block: tokens sealed at once.
-    window_bits: 16 keeps the open window as it came, 8 rounds it to 8 bits with a scale per token, head and side.
+    sinks, recent, block, window_bits: see `ResidualWindow`, which `window` has of them.
     provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
-    pages: what decoding reads of the sealed tokens; None: all of them.
+    pages: what decoding reads of the quantized tokens; None: all of them.
     """
 
     sites: tuple[SitePlan, ...]
@@ -56,13 +56,13 @@ class LatentPlan:
 
         return plan_html(self)
 
-    @property
-    def window(self) -> int:
-        """Tokens in the open window at which its oldest block is sealed."""
-        return self.recent + self.block
+    @cached_property
+    def window(self) -> ResidualWindow:
+        """Which tokens of a sequence are not quantized."""
+        return ResidualWindow(self.sinks, self.recent, self.block, self.window_bits)
 
     def site(self, name: str) -> SitePlan:
-        """The plan of the site called `name`. Raises FhoptError when the plan has none."""
+        """Return the plan of the site called `name`. Raises FhoptError when the plan has none."""
         for plan in self.sites:
             if plan.site.name == name:
                 return plan
@@ -72,65 +72,65 @@ class LatentPlan:
         )
 
     def page_share(self, site: SitePlan) -> float:
-        """Share of its sealed pages that a site of this plan reads at most; 1 where it reads all."""
+        """Return the largest share of its pages that a site of this plan reads; 1 where it reads all."""
         return 1.0 if self.pages is None else self.pages.shares[self.sites.index(site)]
 
     def page_read(self, site: SitePlan) -> float:
-        """Share of its sealed pages that a site of this plan read on average where its pages were calibrated; the most
-        that it reads where that is not known."""
-        told = self.provenance.get("pages") or {}
-        return float(told.get("read", {}).get(site.site.name, self.page_share(site)))
+        """Return the share of its pages that a site of this plan read on average where its pages were calibrated.
+
+        Where that is not known: the largest share that it reads.
+        """
+        calibrated = self.provenance.get("pages") or {}
+        return float(calibrated.get("read", {}).get(site.site.name, self.page_share(site)))
 
     def page_fill(self, site: SitePlan) -> tuple[float, ...]:
-        """See `PagePlan.fill`: of the query heads of a site of this plan; empty where nothing takes their place."""
+        """Return `PagePlan.fill` of the query heads of a site of this plan; empty where nothing is filled in."""
         return self.pages.fill[self.sites.index(site)] if self.pages is not None and self.pages.fill else ()
 
     def page_mass(self, site: SitePlan) -> float:
-        """Share of attention's weight with which a site of this plan has read enough; 1: never."""
+        """Return the share of the attention weight with which a site of this plan has read enough; 1: never."""
         return 1.0 if self.pages is None else self.pages.masses[self.sites.index(site)]
 
     def page_lift(self, site: SitePlan) -> float:
-        """See `PagePlan.lifts`: of a site of this plan; 0 where pages need not weigh anything."""
+        """Return `PagePlan.lifts` of a site of this plan; 0 where pages need no weight."""
         return self.pages.lifts[self.sites.index(site)] if self.pages is not None and self.pages.lifts else 0.0
 
     def sketch_bytes(self) -> int:
-        """Bytes of the sketches of one sealed token, over all sites that choose pages."""
+        """Return the bytes of the sketches of one quantized token, over all sites with page selection."""
         if self.pages is None:
             return 0
         shares = zip(self.sites, self.pages.shares, strict=True)
         return sum(self.pages.sketch_bytes(site) for site, share in shares if share < 1)
 
     def exact_token_bytes(self, itemsize: int = 2) -> int:
-        """Bytes per token of an ordinary cache over all sites, `itemsize` bytes a number."""
+        """Return the bytes per token of an ordinary KV cache over all sites, `itemsize` bytes a number."""
         return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
 
     def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
-        """Bytes that a latent cache of one sequence needs for `tokens` tokens: codes, scales, sinks, window, sketches.
+        """Return the bytes of a latent cache of one sequence of `tokens` tokens.
 
-        source: tokens of the encoder, for a decoder that reads one; as many as `tokens` unless it is given.
+        They are those of quantized values, scales, sketches, attention sinks and residual window. source: tokens of the
+        encoder, for a decoder that reads one; None: as many as `tokens`.
         """
-        sealed = sealed_tokens(tokens, self.sinks, self.recent, self.block)
-        first = min(tokens, self.sinks)
         own = [p for p in self.sites if p.site.kind == "self"]
-        coded = sum(p.token_bytes(itemsize) for p in own) + self.sketch_bytes()
-        exact = sum(p.open_bytes(16, itemsize) for p in own)
-        window = sum(p.open_bytes(self.window_bits, itemsize) for p in own)
+        packed = sum(p.token_bytes(itemsize) for p in own) + self.sketch_bytes()
         read = sum(p.token_bytes(itemsize) for p in self.sites if p.site.kind != "self")
         source = tokens if source is None else source
-        return sealed * coded + first * exact + (tokens - first - sealed) * window + source * read
+        quantized = self.window.quantized_tokens(tokens)
+        return quantized * packed + self.window.bytes(tokens, own, itemsize) + source * read
 
     def ratio(self, tokens: int = 8192) -> float:
-        """How many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
+        """Return how many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
         return tokens * self.exact_token_bytes() / self.cache_bytes(tokens)
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """`weight_print` of what projects the keys and values of each site; empty where nobody took it down."""
-        found: Mapping[str, str] = self.provenance.get("weights", {})
-        return found
+        """`weight_print` of what projects the keys and values of each site; empty where it was not recorded."""
+        prints: Mapping[str, str] = self.provenance.get("weights", {})
+        return prints
 
     def digest(self) -> str:
-        """Hash of everything that changes numbers (not of the provenance)."""
+        """Return a hash of everything that changes numbers (not of the provenance)."""
         h = hashlib.sha256(json.dumps(describe_plan(self), sort_keys=True).encode())
         for name, tensor in sorted(plan_tensors(self).items()):
             h.update(name.encode())
@@ -138,7 +138,7 @@ class LatentPlan:
         return h.hexdigest()
 
     def with_provenance(self, **items: Any) -> LatentPlan:
-        """The same plan with `items` added to its provenance."""
+        """Return this plan with `items` added to its provenance."""
         return replace(self, provenance={**self.provenance, **items})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -12,35 +12,39 @@ from fhopt.plan.site_plan import SitePlan
 
 
 def cached_sites(plan: LatentPlan, kind: str = "self", layers: Mapping[str, int] | None = None) -> dict[int, SitePlan]:
-    """The plan's sites of a decoder by the index of their layer. Raises FhoptError when two are of the same layer."""
+    """Return the plan's sites of a decoder by the index of their layer.
+
+    kind: "self" or "cross". layers: index of the layer of each site that is cached, by its name; None: read from the
+    names, without sites of an encoder. Raises FhoptError when two sites belong to the same layer.
+    """
     sites = [p for p in plan.sites if p.site.kind == kind]
     if layers is None:
         decoding = [p for p in sites if "encoder" not in p.site.name.split(".")]
         layers = layer_indices([p.site for p in decoding])
-    found: dict[int, SitePlan] = {}
+    by_index: dict[int, SitePlan] = {}
     for site in (p for p in sites if p.site.name in layers):
         index = layers[site.site.name]
-        if index in found:
+        if index in by_index:
             raise FhoptError(
-                f"the plan names two sites of layer {index}, {found[index].site.name} and {site.site.name}; a cache "
+                f"the plan names two sites of layer {index}, {by_index[index].site.name} and {site.site.name}; a cache "
                 "keeps one. Use torch.compile(model, backend='flashhead') for this model."
             )
-        found[index] = site
-    return found
+        by_index[index] = site
+    return by_index
 
 
 def layer_indices(sites: Iterable[AttentionSite]) -> dict[str, int]:
-    """Index of the layer of each site, by its name: the number in its module path in which the sites differ.
+    """Return the index of the layer of each site: the number in its module path in which the sites differ.
 
     Raises FhoptError for a name without a number.
     """
     numbers = {site.name: [int(n) for n in re.findall(r"(?:^|\.)(\d+)(?=\.|#|$)", site.name)] for site in sites}
-    for name, found in numbers.items():
-        if not found:
+    for name, path in numbers.items():
+        if not path:
             raise FhoptError(
                 f"site {name!r} has no layer number in its name; expected one like 'model.layers.3.self_attn'."
             )
     columns = range(min(map(len, numbers.values()), default=0))
-    distinct = [c for c in columns if len({found[c] for found in numbers.values()}) == len(numbers)]
+    distinct = [c for c in columns if len({path[c] for path in numbers.values()}) == len(numbers)]
     column = distinct[-1] if distinct and len(numbers) > 1 else 0
-    return {name: found[column] for name, found in numbers.items()}
+    return {name: path[column] for name, path in numbers.items()}

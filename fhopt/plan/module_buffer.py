@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from fhopt.plan.site_plan import SitePlan
+from fhopt.plan.window import ResidualWindow
 
 
-class Places(NamedTuple):
-    """Where the tokens of a buffer of `tokens` slots stand in a cache of latents."""
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a buffer of `tokens` slots stand in a latent cache."""
 
     tokens: int
-    sinks: int
-    recent: int
-    block: int
-    window_bits: int
+    window: ResidualWindow
 
     @property
-    def window(self) -> int:
-        """Places of the ring."""
-        return self.recent + self.block
+    def packed(self) -> int:
+        """Slots that have a packed latent."""
+        return self.tokens - self.window.sinks
 
     @property
-    def rows(self) -> int:
-        """Rows of latents."""
-        return self.tokens - self.sinks
+    def numbers(self) -> tuple[int, ...]:
+        """What `of` makes these places of: an argument of a graph's node, in the order that saved graphs have."""
+        window = self.window
+        return self.tokens, window.sinks, window.recent, window.block, window.bits
 
-    def sealed(self, length: Tensor) -> Tensor:
-        """`spec.sealed_tokens` of a number on the device."""
-        return (length - self.sinks - self.recent).clamp(min=0) // self.block * self.block
+    @staticmethod
+    def of(numbers: Sequence[int]) -> Places:
+        """Return the places that have these `numbers`."""
+        return Places(numbers[0], ResidualWindow(*numbers[1:]))
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What stands for a pair of buffers: the plan, the places, and which axes of the buffers are B, G, T and D."""
+    """What a pair of buffers is held by: the plan, the places, and which axes of the buffers are B, G, T and D."""
 
     site: SitePlan
     places: Places
@@ -44,10 +45,10 @@ class Held:
     value_axes: tuple[int, ...]
 
     def in_order(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers as [B,G,T,D]."""
+        """Return buffers as [B,G,T,D]."""
         return keys.permute(self.key_axes), values.permute(self.value_axes)
 
     def in_place(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `in_order`."""
+        """Return tensors [B,G,T,D] with the axes of the buffers, the inverse of `in_order`."""
         back = [sorted(range(4), key=axes.__getitem__) for axes in (self.key_axes, self.value_axes)]
         return keys.permute(back[0]), values.permute(back[1])

@@ -28,15 +28,15 @@ PLAN_FILES = ("plan.json", "plan.safetensors")
 
 
 def plan_tensors(plan: LatentPlan) -> dict[str, Tensor]:
-    """Every basis by name, each in memory of its own: safetensors refuses tensors that share some."""
+    """Return every basis by name, each in memory of its own: safetensors refuses tensors that share some."""
     out: dict[str, Tensor] = {}
     held: set[int] = set()
     for site in plan.sites:
         named = {f"{n}.{part}": getattr(getattr(site, n), part) for n in ("key", "value") for part in _BASES}
         if site.sketch is not None:
             named |= {f"sketch.{part}": getattr(site.sketch, part) for part in _SKETCH}
-        for name, given in named.items():
-            tensor = given.contiguous()
+        for name, value in named.items():
+            tensor = value.contiguous()
             tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in held else tensor
             held.add(tensor.untyped_storage().data_ptr())
             out[f"{site.site.name}.{name}"] = tensor
@@ -47,7 +47,7 @@ _BASES, _SKETCH = ("encode", "decode"), ("channels", "mean", "deviation")
 
 
 def describe_plan(plan: LatentPlan) -> dict[str, Any]:
-    """Collect everything of a plan that is no tensor, as JSON values."""
+    """Collect everything of a plan that is not a tensor, as JSON values."""
     paged: dict[str, Any] = {} if plan.pages is None else {"pages": asdict(plan.pages)}
     for name in ("fill", "lifts"):
         if plan.pages is not None and not getattr(plan.pages, name):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotation found by running the segment from the projection to the core.
+    """A rotary embedding, measured by running the graph from the projection to the core.
 
     `pairing` is "half" (i and i + n/2 of a block of n channels form one complex number) or "interleaved" (2i, 2i + 1).
     `rotary_dim` channels from `offset` on rotate, cut into `blocks` blocks of n (axial rotation: one block an axis).
@@ -37,7 +37,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention of a model: what reads what, in which shapes, with which extras.
+    """One attention of a model: projections, shapes, rotation, mask.
 
     `name` is the longest common module path of the projections, so that the graphs of prefill and decode agree on it.
     `projections` maps "q", "k", "v", "o" to the qualified parameter names that were found (possibly several: LoRA).
@@ -58,7 +58,7 @@ class AttentionSite:
     cache: str  # "none", "cat", "in-place", "bare" (filled elsewhere)
     source: str  # file:line of the core
     window: int = 0  # keys that a query sees with a "sliding" mask
-    sinks: bool = False  # further logits take weight and give nothing
+    sinks: bool = False  # sink logits: learned columns of the softmax without a value
 
     def _repr_html_(self) -> str:
         from fhopt.plan.display import site_html
@@ -66,7 +66,7 @@ class AttentionSite:
         return site_html(self)
 
     def exact_tokens(self, sinks: int, recent: int) -> tuple[int, int]:
-        """(first, newest) tokens that stay exact: none of those that a decoder reads of its encoder."""
+        """Return how many (first, newest) tokens stay exact: none of those that a decoder reads of its encoder."""
         return (sinks, recent) if self.kind == "self" else (0, 0)
 
     @property

@@ -29,18 +29,15 @@ def check_plan(plan: LatentPlan) -> None:
         raise FhoptError("the plan has no sites; expected at least one. Was attention found in the model?")
     if len({s.site.name for s in plan.sites}) < len(plan.sites):
         raise FhoptError("two sites of the plan have the same name. Fit the plan again.")
-    if plan.sinks < 0 or plan.recent < 1 or plan.block < 1:
-        raise FhoptError(
-            f"sinks={plan.sinks}, recent={plan.recent}, block={plan.block}: expected sinks >= 0, others >= 1."
-        )
-    if plan.window_bits not in (8, 16):
-        raise FhoptError(f"window_bits={plan.window_bits}: expected 8 or 16.")
+    _ = plan.window  # raises for numbers that cannot be
     for site in plan.sites:
         if site.layout not in LAYOUTS:
             raise FhoptError(f"{site.site.name} has the layout {site.layout!r}; expected one of {', '.join(LAYOUTS)}.")
         _check_sides(site)
         if site.is_shared and (site.key.groups != 1 or site.key.tiers != site.value.tiers):
-            raise FhoptError(f"{site.site.name}: keys and values must share one latent head and its tiers. Fit again.")
+            raise FhoptError(
+                f"{site.site.name}: keys and values must share one latent head and its bit groups. Fit again."
+            )
         if site.sketch is not None:
             _check_sketch(site.site.name, site.key, site.sketch)
     if plan.pages is not None:
@@ -67,16 +64,16 @@ def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:
         if share < 1 and site.site.kind != "self":
             raise FhoptError(f"{site.site.name} reads an encoder, all of it; expected a share of 1. Leave it out.")
         if share < 1 and site.sketch is None:
-            raise FhoptError(f"{site.site.name} has no sketches to choose pages by. Calibrate pages for this plan.")
+            raise FhoptError(f"{site.site.name} has no sketches to select pages by. Calibrate pages for this plan.")
 
 
 def _check_fill(plan: LatentPlan, pages: PagePlan) -> None:
     if not pages.fill:
         return
-    found, wanted = [len(heads) for heads in pages.fill], [site.site.heads for site in plan.sites]
-    if found != wanted or not all(0 <= x < math.inf for heads in pages.fill for x in heads):
+    filled, expected = [len(heads) for heads in pages.fill], [site.site.heads for site in plan.sites]
+    if filled != expected or not all(0 <= x < math.inf for heads in pages.fill for x in heads):
         raise FhoptError(
-            f"pages are filled for {found} heads; expected numbers from 0 on for {wanted}. Calibrate pages again."
+            f"pages are filled for {filled} heads; expected numbers from 0 on for {expected}. Calibrate pages again."
         )
     if pages.limit < 1:
         raise FhoptError("pages with a limit are read or bounded, not filled; expected one of both. Leave fill out.")
@@ -84,10 +81,10 @@ def _check_fill(plan: LatentPlan, pages: PagePlan) -> None:
 
 def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
     groups, width = key.groups, key.width
-    found = tuple(sketch.channels.shape), tuple(sketch.mean.shape), tuple(sketch.deviation.shape)
+    shapes = tuple(sketch.channels.shape), tuple(sketch.mean.shape), tuple(sketch.deviation.shape)
     expected = (groups, sketch.width), (groups, width), (groups, width)
-    if found != expected or sketch.channels.dtype != torch.int64:
-        raise FhoptError(f"{name}: sketches have shapes {found}, expected {expected}. Calibrate pages again.")
+    if shapes != expected or sketch.channels.dtype != torch.int64:
+        raise FhoptError(f"{name}: sketches have shapes {shapes}, expected {expected}. Calibrate pages again.")
     for tier in sketch.tiers:
         if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not tier.step > 0:
             raise FhoptError(f"{name}: sketches of {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}.")
@@ -108,20 +105,23 @@ def _check_sides(plan: SitePlan) -> None:
 
 
 def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tuple[int, int]) -> None:
-    """encoded, decoded: (heads, numbers of each) that the encoders read, and that the decoders give."""
+    """Check the bases and bit groups of one side.
+
+    encoded, decoded: (heads, numbers of each) that the encoder matrices read, and that the decoder matrices give.
+    """
     groups, width = side.groups, side.width
     expected = (groups, width, encoded[0] // groups * encoded[1]), (*decoded, width)
-    found = tuple(side.encode.shape), tuple(side.decode.shape)
-    if found != expected:
-        raise FhoptError(f"{name}: bases have shapes {found}, expected {expected}. Fit the plan again.")
+    shapes = tuple(side.encode.shape), tuple(side.decode.shape)
+    if shapes != expected:
+        raise FhoptError(f"{name}: bases have shapes {shapes}, expected {expected}. Fit the plan again.")
     if not (side.encode.isfinite().all() and side.decode.isfinite().all()):
         raise FhoptError(f"{name}: bases hold non-finite numbers. Fit the plan again.")
     if any(t.bits not in SUPPORTED_BITS or t.width < 1 or t.width % TIER_QUANTUM for t in side.tiers):
         raise FhoptError(
-            f"{name}: tiers {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}. Fit the plan "
-            "again."
+            f"{name}: bit groups {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}. "
+            "Fit the plan again."
         )
     if side.tiers and sum(t.width for t in side.tiers) != width:
         raise FhoptError(
-            f"{name}: tiers cover {sum(t.width for t in side.tiers)} channels of {width}. Fit the plan again."
+            f"{name}: bit groups cover {sum(t.width for t in side.tiers)} channels of {width}. Fit the plan again."
         )

@@ -70,7 +70,7 @@ def with_sketches(model: Any, plan: LatentPlan, ids: Tensor, size: int) -> Laten
             for piece in row.split(PIECE):
                 model(piece[None].to(model.device), **{cache_argument(model): cache}, use_cache=True)
             for layer in layers:
-                seen[layer.site.site.name].see(layer.key_rows.latents(0, layer.sealed))
+                seen[layer.site.site.name].see(layer.packed_keys.unpack(0, layer.quantized))
     if all(moments.energy is None for moments in seen.values()):
         raise FhoptError(
             f"no attention of {type(model).__name__} could be watched: it is written out in the model's code, where "

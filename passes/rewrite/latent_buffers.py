@@ -106,7 +106,7 @@ class LatentBuffers:
                 f"its buffer has {key.tokens} slots; expected more than the {plan.sinks} attention sinks of the plan",
                 node,
             )
-        places = Places(key.tokens, plan.sinks, plan.recent, plan.block, plan.window_bits)
+        places = Places(key.tokens, plan.window)
         inputs = {name: placeholder for placeholder, name in program.parameters.items()}
         fitted = replace(fitted, sources=tuple(inputs[name] for name in fitted.sources))
         return Buffered(node, fitted, Held(fitted.site, places, key.axes, value.axes), key, value)
@@ -127,7 +127,7 @@ class LatentBuffers:
             tiers = [tuple((t.bits, t.width, t.step) for t in side.tiers) for side in (site.key, site.value)]
             options = dict(
                 is_causal=bool(node.kwargs.get("is_causal", False)), scale=node.kwargs["scale"],
-                softcap=node.kwargs.get("softcap", 0.0), is_shared=site.is_shared, places=tuple(buffered.held.places),
+                softcap=node.kwargs.get("softcap", 0.0), is_shared=site.is_shared, places=buffered.held.places.numbers,
                 key_tiers=tiers[0], value_tiers=tiers[1],
             )  # fmt: skip
             result = call(program, self.keeper.attend_buffered, arguments, options)

@@ -48,7 +48,7 @@ def test_the_answer_stays_sensible(demo: dict[str, Any]) -> None:
 def test_the_bytes_reported_are_those_of_the_plan(demo: dict[str, Any]) -> None:
     plan = LatentPlan.load(demo["plan_path"])
     held, needed = demo["cache_nbytes"]["plan"], plan.cache_bytes(2048, itemsize=4)  # the demo runs in float32
-    assert needed <= held <= needed * 1.15  # spare room of the sealed blocks
+    assert needed <= held <= needed * 1.15  # spare capacity of the quantized blocks
     assert demo["cache_nbytes"]["exact"] == 2048 * plan.exact_token_bytes(itemsize=4)
 
 
@@ -84,6 +84,6 @@ def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:
         cache = LatentCache(plan, absorb=True)
         cached = [model(ids[:, :290], cache=cache).logits]
         cached += [model(ids[:, i : i + 1], cache=cache).logits for i in range(290, 300)]
-    assert cache.layers[0].sealed == 128
+    assert cache.layers[0].quantized == 128
     for found in (graph, torch.cat(cached, 1)):
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4

@@ -94,7 +94,7 @@ def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
     latent = [layer for layer in layers if isinstance(layer, LATENT_LAYERS)]
     sliding = [layer for layer in layers if layer.is_sliding]
     assert len(latent) + len(sliding) == len(layers) and (latent or name == "mistral")
-    assert all(int(layer.sealed_rows) > 0 for layer in latent)
+    assert all(int(layer.quantized_tokens) > 0 for layer in latent)
     assert not any(isinstance(x, LatentTensor) for layer in latent for x in layer.tensors)
 
 
@@ -159,7 +159,7 @@ def test_parts_of_a_model_keep_their_attention_and_get_it_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon"])
-def test_static_caches_without_a_sealed_block_serve_attention_that_is_written_out(name: str) -> None:
+def test_static_caches_without_a_quantized_block_serve_attention_that_is_written_out(name: str) -> None:
     from fhopt.hf.apply import latent_cache
 
     model, prompt, _ = prepared(name)

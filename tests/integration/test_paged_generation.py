@@ -159,7 +159,7 @@ def test_codes_in_a_cache_keep_no_history(llama: Fitted, fixed: dict[str, int]) 
         cache = latent_cache(model, **fixed)
         model(ids, past_key_values=cache).logits.square().sum().backward()
     for layer in cache.layers:
-        parts = *layer.key_rows.parts, *layer.value_rows.parts, *layer.sketches.parts
+        parts = *layer.packed_keys.parts, *layer.packed_values.parts, *layer.sketches.parts
         assert parts and not any(part.requires_grad for part in parts)
 
 

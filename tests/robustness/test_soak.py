@@ -35,10 +35,10 @@ def test_a_cache_that_loses_a_token_is_found_out(monkeypatch: pytest.MonkeyPatch
     crop = LatentLayer.crop
 
     def one_too_many(self: Any, tokens_to_remove: int) -> None:
-        held = self.open_keys.parts
+        held = self.window_keys.parts
         crop(self, tokens_to_remove)
-        if held and self.open_keys.count > 8:
-            self.open_keys.parts = (self.open_keys.parts[0].roll(1, 2),)
+        if held and self.window_keys.count > 8:
+            self.window_keys.parts = (self.window_keys.parts[0].roll(1, 2),)
 
     monkeypatch.setattr(LatentLayer, "crop", one_too_many)
     course = soak_runs.run(soak_runs.VARIANTS[0], 400, seed=1)

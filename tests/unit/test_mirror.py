@@ -70,7 +70,6 @@ WITHOUT_A_FILE = {
     "fhopt/plan/module_buffer": "unit/passes/rewrite/test_latent_buffers.py",
     "fhopt/plan/site": PLANS,
     "fhopt/plan/site_plan": PLANS,
-    "fhopt/plan/window": CACHES,
     "fhopt/progress": "unit/inspection/test_progress_file.py",
     "fhopt/version": "every file that names a version",
     "fhopt/refine/checkpoint": "unit/refine/test_heal.py, interrupted",

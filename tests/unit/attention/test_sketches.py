@@ -91,8 +91,8 @@ def test_sketches_do_not_depend_on_how_tokens_came(llama: Fitted, limit: float) 
     for cut in range(0, 90, 3):
         single.update(*[x[:, :, cut : cut + 3] for x in tokens])
     assert growing.sketches is not None and whole.sketches is not None and single.sketches is not None
-    assert growing.sealed == int(whole.sealed) > 40
-    held = [store.read(growing.sealed) for store in (growing.sketches, whole.sketches, single.sketches)]
+    assert growing.quantized == int(whole.quantized) > 40
+    held = [store.read(growing.quantized) for store in (growing.sketches, whole.sketches, single.sketches)]
     assert all((x[2] is None) == (limit == 1) for x in held)
     for other in held[1:]:
         for a, b in zip(held[0], other, strict=True):
@@ -107,9 +107,9 @@ def test_sketches_stay_right_through_crops_beams_and_selection(llama: Fitted, ki
 
     def check() -> None:
         assert layer.sketches is not None
-        sealed = layer.sealed_rows
-        wanted = layer.sketches.sketcher.encode(layer.key_rows.latents(0, sealed))
-        codes, scales, _ = layer.sketches.read(sealed)
+        quantized = layer.quantized_tokens
+        wanted = layer.sketches.sketcher.encode(layer.packed_keys.unpack(0, quantized))
+        codes, scales, _ = layer.sketches.read(quantized)
         assert torch.equal(codes, wanted[0]) and torch.equal(scales, wanted[1])
 
     def grow(count: int) -> None:

@@ -31,6 +31,7 @@ from fhopt.cache.store import Bases
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.module_buffer import Places
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.window import ResidualWindow
 
 pytestmark = pytest.mark.usefixtures("traced_only")
 
@@ -110,10 +111,10 @@ class Written:
 
     def read(self, start: int) -> tuple[Tensor, Tensor]:
         """All keys and values as a call sees them whose first new token goes into slot `start`."""
-        p = self.places
-        sealed = max(0, start - p.sinks - p.recent) // p.block * p.block
-        opened = {s for s in self.ring.values() if s >= p.sinks + sealed} | set(range(p.sinks))
-        pairs = [(self.exact if s in opened else self.coded)[s] for s in range(p.tokens)]
+        p = self.places.window
+        quantized = max(0, start - p.sinks - p.recent) // p.block * p.block
+        opened = {s for s in self.ring.values() if s >= p.sinks + quantized} | set(range(p.sinks))
+        pairs = [(self.exact if s in opened else self.coded)[s] for s in range(self.places.tokens)]
         return torch.cat([k for k, _ in pairs], 2), torch.cat([v for _, v in pairs], 2)
 
     def write(self, slots: list[int], keys: Tensor, values: Tensor) -> None:
@@ -121,15 +122,15 @@ class Written:
         for slot, *pair in zip(slots, keys.split(1, 2), values.split(1, 2), strict=True):
             self.exact[slot] = (pair[0], pair[1])
             self.coded[slot] = naive_code(pair[0], pair[1], self.plan)
-            behind = slot - self.places.sinks
-            if behind >= 0 and slot > max(slots) - self.places.window:
-                self.ring[behind % self.places.window] = slot
+            behind = slot - self.places.window.sinks
+            if behind >= 0 and slot > max(slots) - self.places.window.capacity:
+                self.ring[behind % self.places.window.capacity] = slot
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    places = Places(tokens=50, sinks=3, recent=6, block=4, window_bits=16)
+    places = Places(50, ResidualWindow(sinks=3, recent=6, block=4))
     plan = random_site(CODED if seed % 2 else ())
     slots, slow = buffer_slots.Slots(plan.key, plan.value, False, places), Written(plan, places)
     slots.place(*[Bases(side.encode, side.decode) for side in (plan.key, plan.value)])
@@ -141,7 +142,7 @@ def test_any_sequence_of_writes_leaves_what_a_slow_reference_holds(seed: int) ->
         if torch.rand((), generator=generator) < 0.7:  # tokens in a row
             at = torch.arange(count) + torch.randint(places.tokens - count, (), generator=generator)
         key, value = (torch.randn(1, G, count, D, generator=generator, dtype=torch.float64) for _ in range(2))
-        keys, values, latents = slots.read(key, value, at, places.sealed(at.min()))
+        keys, values, latents = slots.read(key, value, at, places.window.quantized_tokens(at.min()))
         wanted = slow.read(int(at.min()))
         slots.write(key, value, at)
         slow.write(at.tolist(), key, value)

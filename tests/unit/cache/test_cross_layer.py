@@ -10,7 +10,7 @@ from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 
 
-def test_a_plan_counts_cross_tokens_as_sealed() -> None:
+def test_a_plan_counts_cross_tokens_as_quantized() -> None:
     plan = fitted("bart", 4)
     assert not [p.site.name for p in plan.sites if ".encoder." in p.site.name]  # nothing of it is cached
     assert plan.ratio(2048) == pytest.approx(4, rel=0.02)

@@ -34,7 +34,7 @@ class CacheStates(RuleBasedStateMachine):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.rounded: list[bool] = []
-        self.sealed, self.batch = 0, batch
+        self.quantized, self.batch = 0, batch
 
     @rule(count=st.integers(1, 40), seed=st.integers(0, 9999))
     def append(self, count: int, seed: int) -> None:
@@ -46,17 +46,17 @@ class CacheStates(RuleBasedStateMachine):
         found = self.layer.update(*[torch.cat(tokens[-count:], 2) for tokens in (self.keys, self.values)])
         for side, tokens in zip(found, (self.keys, self.values), strict=True):
             torch.testing.assert_close(side, torch.cat(tokens, 2), rtol=1e-3, atol=1e-3)
-        while len(self.keys) - self.plan.sinks - self.sealed >= self.plan.recent + self.plan.block:
-            for i in range(self.plan.sinks + self.sealed, self.plan.sinks + self.sealed + self.plan.block):
+        while len(self.keys) - self.plan.sinks - self.quantized >= self.plan.recent + self.plan.block:
+            for i in range(self.plan.sinks + self.quantized, self.plan.sinks + self.quantized + self.plan.block):
                 self.keys[i], self.values[i] = naive_code(self.keys[i], self.values[i], plan)
                 self.rounded[i] = False
-            self.sealed += self.plan.block
+            self.quantized += self.plan.block
         self.round_window()
         self.check()
 
     def round_window(self) -> None:
         if self.plan.window_bits == 8:
-            for i in range(self.plan.sinks + self.sealed, len(self.keys)):
+            for i in range(self.plan.sinks + self.quantized, len(self.keys)):
                 if not self.rounded[i]:
                     self.keys[i], self.values[i] = naive_round(self.keys[i]), naive_round(self.values[i])
                     self.rounded[i] = True
@@ -71,7 +71,7 @@ class CacheStates(RuleBasedStateMachine):
             del tokens[length - count :]
         keep = max(0, length - count - self.plan.sinks) // self.plan.block * self.plan.block
         if count:
-            self.sealed = min(self.sealed, keep)
+            self.quantized = min(self.quantized, keep)
         self.round_window()
         self.check()
 
@@ -107,15 +107,15 @@ class CacheStates(RuleBasedStateMachine):
 
     def check(self) -> None:
         assert self.layer.get_seq_length() == len(self.keys)
-        assert self.layer.sealed == self.sealed
+        assert self.layer.quantized == self.quantized
         assert self.layer.get_mask_sizes(3) == (len(self.keys) + 3, 0)
         for held, tokens in ((self.layer.keys, self.keys), (self.layer.values, self.values)):
             if tokens and held is not None:
                 torch.testing.assert_close(held, torch.cat(tokens, 2), rtol=1e-3, atol=1e-3)
         plan, itemsize = self.plan.sites[0], self.plan.sites[0].key.encode.itemsize
         first = min(self.plan.sinks, len(self.keys))
-        window = (len(self.keys) - first - self.sealed) * plan.open_bytes(self.plan.window_bits, itemsize)
-        needed = window + first * plan.open_bytes(16, itemsize) + self.sealed * plan.token_bytes(itemsize)
+        window = (len(self.keys) - first - self.quantized) * plan.window_bytes(self.plan.window_bits, itemsize)
+        needed = window + first * plan.window_bytes(16, itemsize) + self.quantized * plan.token_bytes(itemsize)
         assert self.layer.nbytes >= self.batch * needed
 
 

@@ -43,9 +43,9 @@ def test_keys_and_values_from_one_latent_survive_a_crop(absorb: bool) -> None:
         fhopt.apply(model, plan)
     cache = LatentCache(plan, model.config, absorb=absorb)
     logits(model, cache, torch.cat([ids[:, :33], token_ids(1, 20)], 1), [40])
-    assert cache.layers[0].sealed == 40
-    cache.crop(-20)  # behind token 33 and in a sealed block
-    assert cache.layers[0].sealed == 24 and cache.get_seq_length() == 33
+    assert cache.layers[0].quantized == 40
+    cache.crop(-20)  # behind token 33 and in a quantized block
+    assert cache.layers[0].quantized == 24 and cache.get_seq_length() == 33
     behind = logits(model, cache, ids[:, 33:], [10])
     torch.testing.assert_close(behind, expected[:, 33:], rtol=1e-4, atol=1e-4)
 

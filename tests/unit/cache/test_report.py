@@ -52,7 +52,7 @@ def decoding(model: Any, cache: Any, steps: int) -> Callable[[], None]:
 def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
     llama: Fitted, static: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """3,000 tokens, steps over a block that is sealed, every allocation: none is as large as one layer's latents as
+    """3,000 tokens, steps over a block that is quantized, every allocation: none is as large as one layer's latents as
     numbers, let alone its keys. What does grow are logits and masks, a few numbers a token."""
     if kernel == "torch":
         monkeypatch.setattr(dispatch, "build", build_torch)
@@ -66,11 +66,11 @@ def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
     decoding(model, cache, 2)()
     blocks = allocated(decoding(model, cache, plan.block))
     fhopt.unapply(model)
-    sealed = int(cache.layers[0].sealed_rows)
+    quantized = int(cache.layers[0].quantized_tokens)
     site = plan.sites[0]
-    keys = sealed * site.site.kv_heads * site.site.key_dim * 4
-    rows = sealed * (site.key.row_bytes() + 2) * (site.key.groups + 1) * 1.1  # storage of codes, when it grows
-    assert blocks and sealed > 2900
+    keys = quantized * site.site.kv_heads * site.site.key_dim * 4
+    rows = quantized * (site.key.row_bytes() + 2) * (site.key.groups + 1) * 1.1  # storage of codes, when it grows
+    assert blocks and quantized > 2900
     assert max(blocks) < max(rows, keys / 3)
 
 
@@ -89,7 +89,7 @@ def test_nor_in_models_that_write_their_attention_out(name: str, monkeypatch: py
     decoding(model, cache, 2)()
     blocks = allocated(decoding(model, cache, plan.block))
     site = plan.sites[0].site
-    assert max(blocks) < cache.layers[0].sealed * site.kv_heads * site.key_dim * 4 / (1 if site.kv_heads == 1 else 3)
+    assert max(blocks) < cache.layers[0].quantized * site.kv_heads * site.key_dim * 4 / (1 if site.kv_heads == 1 else 3)
 
 
 # ---- bytes
@@ -104,7 +104,7 @@ def test_the_cache_holds_what_the_plan_says(fitted: Fitted) -> None:
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for row in cache.layers for t in row.tensors}
     assert cache.nbytes == sum(held.values()) == sum(r["bytes"] for r in cache.report())
     needed = plan.cache_bytes(400, itemsize=4)
-    spare = sum(p.token_bytes() for p in plan.sites) * (cache.layers[0].sealed / 8 + plan.block)
+    spare = sum(p.token_bytes() for p in plan.sites) * (cache.layers[0].quantized / 8 + plan.block)
     assert needed <= cache.nbytes <= needed + spare
     assert cache.nbytes < 0.5 * 400 * plan.exact_token_bytes(itemsize=4)
 
@@ -136,7 +136,7 @@ def test_the_report_is_what_the_allocator_handed_out(
         cache = fill()
     events: Any = trace.profiler.kineto_results.events()
     held = sum(e.nbytes() for e in events if e.name() == "[memory]")
-    counters = 16 if static else 0  # how many tokens, how many sealed
+    counters = 16 if static else 0  # how many tokens, how many quantized
     assert cache.nbytes + counters == held
     (row,) = cache.report()
     assert row["bytes"] == cache.nbytes == sum(row[region] for region in REGIONS)
@@ -145,11 +145,11 @@ def test_the_report_is_what_the_allocator_handed_out(
     site, size = plan.sites[0], dtype.itemsize
     assert row["sealed"] == 2 * row["sealed_tokens"] * site.token_bytes(size)
     if static:
-        assert row["sinks"] == 2 * (3 + 1) * site.open_bytes(16, size)
-        assert row["window"] == 2 * (plan.window + 1) * site.open_bytes(window_bits, size)
+        assert row["sinks"] == 2 * (3 + 1) * site.window_bytes(16, size)
+        assert row["window"] == 2 * (plan.window.capacity + 1) * site.window_bytes(window_bits, size)
     else:
-        assert row["sinks"] == 2 * 3 * site.open_bytes(16, size)
-        assert row["window"] == 2 * (tokens - 3 - row["sealed_tokens"]) * site.open_bytes(window_bits, size)
+        assert row["sinks"] == 2 * 3 * site.window_bytes(16, size)
+        assert row["window"] == 2 * (tokens - 3 - row["sealed_tokens"]) * site.window_bytes(window_bits, size)
         assert row["spare"] <= 2 * (row["sealed_tokens"] // 64 + plan.block) * site.token_bytes(size)
 
 
@@ -172,11 +172,11 @@ def test_without_spare_rows_the_bytes_are_those_of_the_formula(window_bits: int,
 # ---- one latent for keys and values
 
 
-def test_one_latent_of_d_model_numbers_halves_the_sealed_bytes() -> None:
+def test_one_latent_of_d_model_numbers_halves_the_bytes_of_packed_latents() -> None:
     model = gpt2_with_biases()
     plan = shared()
     assert plan.sites[0].is_exact and 2 * plan.sites[0].token_bytes() == plan.exact_token_bytes() // 2
     cache = LatentCache(plan, absorb=False)
     logits(model, cache, token_ids(1, 92), [])
-    assert cache.layers[0].sealed == 80
+    assert cache.layers[0].quantized == 80
     assert cache.nbytes == plan.cache_bytes(92, itemsize=4)

@@ -32,7 +32,7 @@ PLACES = 90
 
 class StaticStates(RuleBasedStateMachine):
     """The naive reference keeps both forms of every token [B,G,1,D] and says which one is read: the coded one when the
-    token is sealed, which tokens are by the plan's rule, and those that a crop finds no longer in the ring."""
+    token is quantized, which tokens are by the plan's rule, and those that a crop finds no longer in the ring."""
 
     plan: LatentPlan
 
@@ -42,7 +42,7 @@ class StaticStates(RuleBasedStateMachine):
         self.batch = batch
         self.exact: list[tuple[Tensor, Tensor]] = []
         self.coded: list[tuple[Tensor, Tensor]] = []
-        self.sealed = 0
+        self.quantized = 0
 
     @rule(count=st.integers(1, 40), seed=st.integers(0, 9999))
     def append(self, count: int, seed: int) -> None:
@@ -65,7 +65,7 @@ class StaticStates(RuleBasedStateMachine):
             self.exact.append(tuple(map(naive_round, pair)) if rounds else pair)  # type: ignore[arg-type]
             self.coded.append(naive_code(pair[0], pair[1], site))
         ready = max(0, len(self.exact) - self.plan.sinks - self.plan.recent) // self.plan.block * self.plan.block
-        self.sealed = max(self.sealed, ready)
+        self.quantized = max(self.quantized, ready)
         return self.check()
 
     def refuse(self) -> None:
@@ -81,7 +81,7 @@ class StaticStates(RuleBasedStateMachine):
         count = round(share * len(self.exact))
         self.layer.crop(-count)
         del self.exact[len(self.exact) - count :], self.coded[len(self.coded) - count :]
-        self.sealed = max(0, min(max(self.sealed, length - self.plan.window), length - count))
+        self.quantized = max(0, min(max(self.quantized, length - self.plan.window.capacity), length - count))
         self.check()
 
     @precondition(lambda self: self.exact)
@@ -106,7 +106,7 @@ class StaticStates(RuleBasedStateMachine):
         addresses = [t.data_ptr() for t in self.layer.tensors]
         self.layer.reset()
         assert [t.data_ptr() for t in self.layer.tensors] == addresses
-        self.exact, self.coded, self.sealed = [], [], 0
+        self.exact, self.coded, self.quantized = [], [], 0
         self.check()
 
     def _take(self, index: Tensor) -> None:
@@ -118,13 +118,15 @@ class StaticStates(RuleBasedStateMachine):
     def read(self) -> tuple[Tensor, Tensor]:
         """What a call would see, [B,G,T,D]."""
         site, first = self.plan.sites[0].site, self.plan.sinks
-        pairs = [self.coded[i] if first <= i < first + self.sealed else self.exact[i] for i in range(len(self.exact))]
+        pairs = [
+            self.coded[i] if first <= i < first + self.quantized else self.exact[i] for i in range(len(self.exact))
+        ]
         blank = [torch.zeros(self.batch, site.kv_heads, 0, d).double() for d in (site.key_dim, site.value_dim)]
         return torch.cat([blank[0], *[k for k, _ in pairs]], 2), torch.cat([blank[1], *[v for _, v in pairs]], 2)
 
     def check(self) -> None:
         assert int(self.layer.get_seq_length()) == len(self.exact)
-        assert int(self.layer.sealed) == self.sealed
+        assert int(self.layer.quantized) == self.quantized
         assert self.layer.get_mask_sizes(3) == (PLACES, 0)
         for held, wanted in zip((self.layer.keys, self.layer.values), self.read(), strict=True):
             if held is not None:
@@ -189,7 +191,7 @@ def test_a_static_cache_takes_the_bytes_of_its_places_at_once(llama: Fitted) -> 
         before = cache.nbytes
         llama.model(token_ids(2, 300), **cached(cache))
     assert cache.nbytes == before and cache.get_max_length() == 400 and cache.is_compileable
-    window = plan.sinks + plan.window + 2  # and a place in each that is never read
+    window = plan.window.first_length + 2  # and a place in each that is never read
     exact, coded = plan.exact_token_bytes(itemsize=4), sum(p.token_bytes(4) for p in plan.sites)
     assert before == 2 * (window * exact + (cache.layers[0].capacity + 1) * coded)
     assert cache.layers[0].capacity == (400 - plan.sinks - plan.recent) // plan.block * plan.block

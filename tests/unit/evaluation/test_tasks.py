@@ -91,7 +91,7 @@ def test_the_whole_needle_is_in_latents_when_the_question_begins(task: str, toke
         with torch.no_grad(), switched(llama.model, plan):
             cache = new_cache(llama.model, plan)
             for _ in read_steps(llama.model, ids, [cache], plan):
-                quantized.append(cache.layers[0].sealed)
+                quantized.append(cache.layers[0].quantized)
         assert plan.sinks <= item.needle[0] and item.needle[1] <= plan.sinks + quantized[-2]  # before the last step
 
 

@@ -19,6 +19,7 @@ from fhopt.fitting.costs import SideCosts
 from fhopt.fitting.statistics import SideStatistics, SiteStatistics
 from fhopt.ops import algebra
 from fhopt.plan.site_plan import TIER_QUANTUM
+from fhopt.plan.window import ResidualWindow
 
 # ---- sizes
 
@@ -44,7 +45,7 @@ def test_sinks_and_window_count(llama: Fitted, options: dict[str, Any]) -> None:
     # 8 * (24,000 - 4 * 96 - 12 * 56) / 984 = 186.5; 8 * (24,000 - 16 * 96) / 984 = 182.6
 )
 def test_bits_of_a_quantized_token_are_what_sinks_and_window_leave(window_bits: int, bits: int) -> None:
-    budget = allocation.Budget(4.0, sinks=4, recent=8, block=8, window_bits=window_bits, tokens=1000)
+    budget = allocation.Budget(4.0, ResidualWindow(4, 8, 8, window_bits), tokens=1000)
     assert budget.quantized_token_bits([SITE]) == bits
 
 
@@ -102,7 +103,7 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
 @pytest.mark.parametrize("ratio", [2.5, 4.0, 6.0])
 def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ratio: float) -> None:
     plan = wide(groups, channels, ratio)
-    budget = allocation.Budget(ratio, sinks=0, recent=1, block=1, tokens=100_000)
+    budget = allocation.Budget(ratio, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     asked = budget.quantized_token_bits([s.site for s in plan.sites])
     used = sum(8 * s.token_bytes() for s in plan.sites)
     assert 0 <= asked - used < 8 * allocation.PLANE * groups
@@ -163,7 +164,7 @@ def test_bits_that_make_no_kernel_for_a_gpu_are_refused() -> None:
 
 
 def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
-    sites, budget = [site("a")], allocation.Budget(6.0, sinks=0, recent=1, block=1, tokens=100_000)
+    sites, budget = [site("a")], allocation.Budget(6.0, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     allocation.check_reach(
         sites, budget, allocation.BITS
     )  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least

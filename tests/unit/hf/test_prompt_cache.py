@@ -16,8 +16,10 @@ from torch import Tensor
 
 import fhopt
 from fhopt.errors import FhoptError
+from fhopt.files import read_tensors
 from fhopt.fitting import fit_plan
 from fhopt.hf.apply import latent_cache
+from fhopt.hf.prompt_cache import KEY
 from fhopt.models.capture import capture
 from fhopt.passes import pipeline
 from fhopt.plan.latent_plan import LatentPlan
@@ -82,6 +84,22 @@ def test_a_file_is_as_small_as_the_cache_without_spare_room(llama: Fitted, tmp_p
     size = fhopt.save_cache(llama.model, cache, tmp_path / "prefix.safetensors").stat().st_size
     fhopt.unapply(llama.model)
     assert size < llama.plan(4).cache_bytes(400, itemsize=4) + 6000  # names, shapes, what it belongs to
+
+
+@pytest.mark.parametrize(("options", "counters"), [({}, set()), ({"max_cache_len": 130}, {"cumulative_length"})])
+def test_names_in_a_file_are_those_that_were_first_written(
+    options: dict[str, Any], counters: set[str], llama: Fitted, tmp_path: Path
+) -> None:
+    fhopt.apply(llama.model, llama.plan(4, window_bits=8))
+    cache = filled(llama.model, token_ids(1, 60), **options)
+    path = fhopt.save_cache(llama.model, cache, tmp_path / "prefix.safetensors")
+    fhopt.unapply(llama.model)
+    assert cache.layers[0].state().keys() == {"parts", "blank", "sealed"} | counters
+    sizes = {"open_keys": 3, "open_values": 3, "key_rows": 2, "value_rows": 2}
+    parts = {f"self.0.parts.{name}.{i}" for name, count in sizes.items() for i in range(count)}
+    about, tensors = read_tensors(path, KEY)
+    assert {name for name in tensors if name.startswith("self.0.parts")} == parts
+    assert about["layers"]["self.0"]["class"] == ("StaticLatentLayer" if options else "LatentLayer")
 
 
 def test_layers_that_stayed_exact_are_saved_too(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def spread_model(folder: Path, name: str) -> Any:
 
 
 def generated(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of 12 steps; a block is sealed on the way."""
+    """Tokens and logits of 12 steps; a block is quantized on the way."""
     out = model.generate(
         ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
         **options,
@@ -202,7 +202,7 @@ def check_latents_after_crops_and_from_files(folder: Path) -> None:
         cache = latent_cache(model)
         with torch.no_grad():
             model(ids[:, :50], past_key_values=cache)
-            cache.crop(-30)  # into sealed blocks
+            cache.crop(-30)  # into quantized blocks
             model(ids[:, 20:55], past_key_values=cache)
             fhopt.save_cache(model, cache, folder / f"cache-{rank}.safetensors")
             cache = fhopt.load_cache(model, folder / f"cache-{rank}.safetensors")

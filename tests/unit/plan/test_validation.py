@@ -88,7 +88,7 @@ def test_a_plan_without_pages_is_written_as_before(tmp_path: Path) -> None:
         (PagePlan(4, (0.5,), (1.0,), lifts=(1.0, 1.0)), "expected numbers from 0 on for 1 sites"),
         (PagePlan(4, (0.5,), (1.0,), lifts=(-1.0,)), "expected numbers from 0 on for 1 sites"),
         (PagePlan(4, (0.5,), (1.0,), lifts=(math.inf,)), "expected numbers from 0 on for 1 sites"),
-        (PagePlan(4, (0.5,), (1.0,)), "no sketches to choose pages by"),
+        (PagePlan(4, (0.5,), (1.0,)), "no sketches to select pages by"),
     ],
 )
 def test_pages_that_cannot_be_are_refused(pages_of_plan: PagePlan, reason: str) -> None:
@@ -126,7 +126,7 @@ def test_what_reads_an_encoder_cannot_choose() -> None:
 def test_keys_and_values_of_one_latent_must_agree_on_it() -> None:
     site = random_plan("input", CODED).sites[0]
     other = replace(site, value=replace(site.value, tiers=()))
-    with pytest.raises(FhoptError, match="share one latent head and its tiers"):
+    with pytest.raises(FhoptError, match="share one latent head and its bit groups"):
         LatentPlan((other,), 4, 8, 8)
     with pytest.raises(FhoptError, match="bases have shapes"):
         LatentPlan((replace(site, layout="head"),), 4, 8, 8)

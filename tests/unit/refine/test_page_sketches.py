@@ -20,7 +20,7 @@ def test_a_sketch_keeps_the_channels_in_which_errors_would_matter_most() -> None
     layer.update(torch.randn(1, 2, 200, 16) * size + 3, torch.randn(1, 2, 200, 16))
     energy = torch.ones(2, 16, dtype=torch.float64)
     energy[1, :8] = 1e6
-    moments, latents = page_sketches._Moments(), layer.key_rows.latents(0, layer.sealed)
+    moments, latents = page_sketches._Moments(), layer.packed_keys.unpack(0, layer.quantized)
     assert page_sketches._sketch(moments, 4) is None
     moments.energy = energy
     for part in latents.split(50, 2):

@@ -131,9 +131,9 @@ STORED = """
 from fhopt.codegen.dispatch import encode_rows_by_triton
 from fhopt.ops import encode_rows as encoding
 from fhopt.ops import registry
-from fhopt.plan import SidePlan, Tier
-from fhopt.cache.quantized_rows import SealedRows, StaticRows
+from fhopt.cache.quantized_rows import PackedLatents, StaticPackedLatents
 from fhopt.cache.store import place_bases
+from fhopt.plan import SidePlan, Tier
 
 calls = []
 
@@ -150,7 +150,7 @@ def parts(make, write, tokens):
 
 def grow(rows, x):
     held = rows.parts[0].shape[2] if rows.parts else 0
-    rows.seal(x, 0 if not held else first, 16)
+    rows.append(x, 0 if not held else first, 16)
 
 def place(rows, x):
     if not rows.parts:
@@ -162,7 +162,7 @@ for dtype in (torch.float32, torch.bfloat16):
         plan = SidePlan(encoder, powers(4, 16, 120), tuple(Tier(*t) for t in zip(*LARGE)))
         first, tokens = 16, [whole(2, 4, 16, 16).to(dtype), whole(2, 4, 9, 16).to(dtype)]
         for make, write, written in (
-            (lambda: SealedRows(plan), grow, tokens), (lambda: StaticRows(plan, 12), place, tokens[1:])
+            (lambda: PackedLatents(plan), grow, tokens), (lambda: StaticPackedLatents(plan, 12), place, tokens[1:])
         ):
             expected = parts(make, write, written)
             assert not calls
@@ -171,7 +171,7 @@ for dtype in (torch.float32, torch.bfloat16):
             assert calls and registry.use("encode_rows", "cpu", None) is kernel
             calls.clear()
             for a, b in zip(found, expected, strict=True):
-                a, b = (part[:, :, :25] if make().__class__ is SealedRows else part[:, :, :12] for part in (a, b))
+                a, b = (part[:, :, :25] if make().__class__ is PackedLatents else part[:, :, :12] for part in (a, b))
                 assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) and a.any()
 
 registry.use("encode_rows", "cpu", kernel)
