@@ -236,7 +236,7 @@ def expected(
 
 
 def _columns(side: Tiers) -> algebra.BitGroups:
-    return [b for b, _, _ in side], [w for _, w, _ in side], [s for _, _, s in side]
+    return algebra.BitGroups([b for b, _, _ in side], [w for _, w, _ in side], [s for _, _, s in side])
 
 
 def relative(actual: Tensor, reference: Tensor) -> float:

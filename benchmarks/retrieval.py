@@ -47,7 +47,7 @@ from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, write_
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument, check_length
-from fhopt.ops import algebra, page_selection, paged_attention
+from fhopt.ops import algebra, page_selection
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SketchPlan
 from fhopt.refine import page_budget, page_options, page_sketches
@@ -196,12 +196,11 @@ def operator(tokens: int) -> list[Row]:
     row, width = sum(b * w for b, w, _ in tiers) // 8, sum(w for _, w, _ in tiers)
     packed = [torch.randint(0, 256, (1, groups, tokens, row), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.rand(1, groups, tokens).add(0.5).to(torch.float16) for _ in range(2)]
-    table: Any = tuple(map(list, zip(*tiers, strict=True)))
-    tiers_of_both: Any = algebra.group_options(table, table)
-    options: dict[str, Any] = tiers_of_both | dict(scale=dim**-0.5)
+    table = algebra.BitGroups(*map(list, zip(*tiers, strict=True)))
+    options: dict[str, Any] = algebra.group_options(table, table) | dict(scale=dim**-0.5)
     operands: Any = (query[..., :width].contiguous(), packed[0], scales[0], packed[1], scales[1], None)
     near = torch.zeros(1, heads, 1)
-    key, value = (SideRows(table, *rows, torch.zeros(0)) for rows in zip(codes, scales, strict=True))
+    key, value = (SideRows(table, *rows, torch.zeros(0)) for rows in zip(packed, scales, strict=True))
     mean = mean_values(operands[0], key, value, None, None, PAGE_TOKENS)  # a cache stores it until it quantizes a block
     index = _index(groups, table[0], table[1], tokens)
     drawn = torch.rand(1, groups, 1, index.count).topk(index.most, -1).indices
@@ -213,9 +212,7 @@ def operator(tokens: int) -> list[Row]:
         return torch.ops.fhopt.latent_attention(*operands, **options, **listed)
 
     def select() -> Tensor:
-        return paged.attend(
-            operands[0], operands[1:5], index, None, None, near, mean, scale=dim**-0.5, **tiers_of_both
-        )[0]
+        return attend_single_query(operands[0], key, value, index, PartMasks(), near, mean, scale=dim**-0.5)[0]
 
     exact = [torch.randn(groups, tokens, dim) for _ in range(2)]
 

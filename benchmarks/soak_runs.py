@@ -178,12 +178,12 @@ def _over(cache: Any, plan: LatentPlan, batch: int) -> float:
     size, shares = cache.layers[0].dtype.itemsize, []
     for layer, site in zip(cache.layers, plan.sites, strict=True):
         if isinstance(layer, StaticLatentLayer):  # and a place in each part for tokens that are not to be kept
-            first, window, rows = plan.sinks + 1, plan.window + 1, layer.capacity + 1
+            first, window, rows = plan.sinks + 1, plan.window.capacity + 1, layer.capacity + 1
         else:
             first = min(layer.get_seq_length(), plan.sinks)
-            window = layer.get_seq_length() - first - layer.sealed
-            rows = layer.sealed + layer.sealed // GROWTH + plan.block
-        opened = first * site.open_bytes(16, size) + window * site.open_bytes(plan.window_bits, size)
+            window = layer.get_seq_length() - first - layer.quantized
+            rows = layer.quantized + layer.quantized // GROWTH + plan.block
+        opened = first * site.window_bytes(16, size) + window * site.window_bytes(plan.window_bits, size)
         shares.append(layer.nbytes / (batch * (opened + rows * site.token_bytes(size))))
     return max(shares)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fhopt.attention.attend import attend
-from fhopt.attention.cache_view import SideRows, StaticLatents
+from fhopt.attention.cache_view import StaticLatents
 from fhopt.attention.manual_attention import reconstructed
 from fhopt.cache.quantized_rows import StaticPackedLatents, encoder_inputs
 from fhopt.cache.residual_window import StaticWindow

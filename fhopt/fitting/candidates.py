@@ -8,8 +8,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import AUTO
 from fhopt.fitting.bases import Basis, CandidateBases, fit_basis, fit_joint
 from fhopt.fitting.statistics import SiteStatistics
-from fhopt.hardware.devices import Device, layout_time
-from fhopt.hardware.this_cpu import find_device
+from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.site import AttentionSite
 
 COMPETING = ("band", "identity")  # what "auto" chooses from

@@ -306,7 +306,9 @@ def machine_table(results: Sequence[CpuRates]) -> Table:
 def _formulas(costs: Mapping[str, Cost]) -> Table:
     table = Table.grid(padding=(0, 2))
     latent = max(costs.values(), key=lambda c: c.open_tokens)
-    legend = f"B batch, T cached tokens, S new queries (here 1), T_quantized = max(0, T - {latent.open_tokens}) on average"
+    legend = (
+        f"B batch, T cached tokens, S new queries (here 1), T_quantized = max(0, T - {latent.open_tokens}) on average"
+    )
     table.add_row("symbols", "", legend)
     for name, cost in costs.items():
         table.add_row(name, "bytes", _grouped(pretty(cost.bytes)))

@@ -100,7 +100,7 @@ def test_a_lossy_plan_gives_what_static_latent_layers_give(window_bits: int, tie
 
 
 class Written:
-    """Slots as the docstring of `fhopt.cache.module_buffers` has it, slowly: a dict of tokens, and what the ring holds."""
+    """Slots as `fhopt.cache.module_buffers` describes them, slowly: a dict of tokens, and what the ring holds."""
 
     def __init__(self, plan: SitePlan, places: Places) -> None:
         self.plan, self.places = plan, places

@@ -18,13 +18,16 @@ from fhopt.plan.site_plan import SidePlan, SitePlan
 
 def test_a_fitted_plan_is_cut_to_one_complex_latent_a_frequency(llama: Fitted, tmp_path: Path) -> None:
     full = fit_plan.fit(llama.statistics, ratio=1, layout="freq")
-    plan = mla.cut(full, 24)
+    plan = mla.truncate(full, 24)
     assert [(s.key.width, s.value.width) for s in plan.sites] == [(16, 24), (16, 24)]
     out = deepseek.export(LoadedModel("small", llama.model), plan, tmp_path / "out", ANY)
     assert out.error < ROUNDING and out.token_bytes == 2 * 2 * (24 + 16)
     for before, after in zip(full.sites, plan.sites, strict=True):  # the strongest of each frequency
-        blocks = [mla._turning(torch.einsum("gdr,rhe->gdhe", *reversed(mla._whole(s.key, 2))), s.site.rope.pairs)  # type: ignore[union-attr]
-                  for s in (before, after)]  # fmt: skip
+        blocks = []
+        for site in (before, after):
+            encode, decode = mla._merge_heads(site.key, 2)
+            assert site.site.rope is not None
+            blocks.append(mla._rotated_part(torch.einsum("gdr,rhe->gdhe", decode, encode), site.site.rope.pairs))
         assert torch.allclose(blocks[0], torch.eye(2, dtype=torch.complex128).expand(8, 2, 2), atol=1e-4)
         assert int(torch.linalg.matrix_rank(blocks[1], rtol=1e-4).max()) == 1
 
@@ -34,4 +37,4 @@ def test_halves_of_the_width_go_to_keys_and_values_that_do_not_rotate() -> None:
     sites = sites_of(model)
     eyes = [SidePlan(torch.eye(32).unsqueeze(0), torch.eye(32).unflatten(0, (2, 16)), ()) for _ in sites]
     plan = LatentPlan(tuple(SitePlan(s, "freq", e, e) for s, e in zip(sites, eyes, strict=True)), 0, 1, 1)
-    assert [(s.key.width, s.value.width) for s in mla.cut(plan, 21).sites] == [(11, 10)] * 2
+    assert [(s.key.width, s.value.width) for s in mla.truncate(plan, 21).sites] == [(11, 10)] * 2

@@ -61,7 +61,7 @@ def test_an_iree_module_has_the_logits_of_the_model(folder: Path, llama: Fitted,
     state = mlir.open_module(out)
     expected = by_the_model(llama.model, llama.plan(4), ids)
     errors = [float((state.step(ids[:, i : i + 1]) - expected[i]).abs().max()) for i in range(48)]
-    assert max(errors) < 1e-4 and state.sealed > 0
+    assert max(errors) < 1e-4 and state.quantized > 0
 
 
 @pytest.mark.slow
