@@ -221,7 +221,7 @@ def _called(call: ast.Call) -> str:
 
 # --------------------------------------------------------------------------------------------------- the pages
 
-_CUT = re.compile(r"[;,:.] (?=[eE]xpected )|; (?=give )|\. (?=[A-Z⟨`'-]|fhopt )|(?<=⟩) (?=(?:Fit|Install) )")
+_CUT = re.compile(r"[;,:.] (?=[eE]xpected )|; (?=give |choose )|\. (?=[A-Z⟨`'-]|fhopt )|(?<=⟩) (?=(?:Fit|Install) )")
 
 
 def split(text: str) -> tuple[str, str]:
