@@ -63,16 +63,16 @@ bench-find: $(READY)  ## what finding costs: against torch.compile, and as model
 bench-quality: $(READY)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
 	$(BIN)/python benchmarks/quality.py
 
-bench-memory: $(READY)  ## resident bytes of caches behind 8,192 tokens, from the process (QUICK=1: small)
+bench-memory: $(READY)  ## resident bytes of caches at a context of 8,192 tokens, from the process (QUICK=1: small)
 	$(BIN)/python benchmarks/memory.py
 
-bench-decode: $(READY)  ## decoding behind 8,192 tokens on a CPU, against every exact way (QUICK=1: small)
+bench-decode: $(READY)  ## decoding at a context of 8,192 tokens on a CPU, against every exact implementation (QUICK=1: small)
 	$(BIN)/python benchmarks/decode.py
 
 bench-heal: $(READY)  ## what healing gives back to the 8x plan (QUICK=1: small)
 	$(BIN)/python benchmarks/healing.py
 
-bench-retrieval: $(READY)  ## one page in eight against all, the LM head by retrieval against dense (QUICK=1: small)
+bench-retrieval: $(READY)  ## page selection (1 in 8) against all pages, the retrieval LM head against the dense one (QUICK=1: small)
 	$(BIN)/python benchmarks/retrieval.py
 	$(BIN)/python benchmarks/retrieval_head.py
 
@@ -82,7 +82,7 @@ bench-gpu: $(READY)  ## check the kernels on a GPU, then measure attention and d
 compiled-zoo: $(READY)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
 	$(BIN)/python benchmarks/compiled_zoo.py
 
-soak: $(READY)  ## 230,000 tokens through all that a cache can be asked (QUICK=1: small; MINUTES=60: is memory flat?)
+soak: $(READY)  ## 230,000 tokens through every operation of a cache (QUICK=1: small; MINUTES=60: is memory flat?)
 	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES))
 
 # Frames that the detection of uses after return moves to the heap are aligned to 32 bytes, too little for AVX-512 (GCC).
@@ -93,7 +93,7 @@ sanitize: $(READY)  ## the tests of C++ kernels under AddressSanitizer and UBSan
 		tests/unit/codegen/cpu tests/unit/codegen/test_dispatch.py tests/unit/codegen/test_compiler.py \
 		tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
 
-bench-attention: $(READY)  ## attention of one token on this CPU, against every way of torch (QUICK=1: small)
+bench-attention: $(READY)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)
 	$(BIN)/python benchmarks/attention.py
 
 docs: $(READY)  ## the documentation, into build/docs: warnings and broken links are errors

@@ -202,10 +202,7 @@ def encode_kernel(
         bits, width, channel, byte, step = tier(tiers, i)
         if bits < 16:
             for first in range(0, width // 8, BLOCK_G):
-                g = first + tl.arange(0, BLOCK_G)  # [G]
-                z = project(
-                    rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D
-                )  # [T, G, 8]
+                z = project(rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D)
                 energy += tl.sum(tl.sum(z * z, 2), 1)
     mean = tl.div_rn(energy, tl.zeros([BLOCK_T], tl.float32) + coded)
     half = limited(tl.sqrt_rn(mean), 2.0**-14, 65504.0).to(tl.float16)
@@ -215,8 +212,10 @@ def encode_kernel(
     for i in range(tier_count):
         bits, width, channel, byte, step = tier(tiers, i)
         for first in range(0, width // 8, BLOCK_G):
-            g = first + tl.arange(0, BLOCK_G)
-            z = project(rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D)
+            g = first + tl.arange(0, BLOCK_G)  # [G]
+            z = project(
+                rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D
+            )  # [T, G, 8]
             store_tier(row + byte, z, inverse, bits, width, step, g, here)
 
 
