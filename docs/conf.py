@@ -21,6 +21,7 @@ html_show_copyright = False
 html_copy_source = False
 html_theme_options: dict[str, list[str]] = {"top_of_page_buttons": []}
 smartquotes = False
+suppress_warnings = ["ref.python"]  # annotations name classes without their module, and several modules have a `Report`
 templates_path: list[str] = []
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

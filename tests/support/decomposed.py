@@ -208,6 +208,10 @@ def sageattn(
     return (out, out) if return_lse else out
 
 
+sageattn.__module__ = "sageattention.core"
+torch._dynamo.allow_in_graph(sageattn)
+
+
 def tokens_first(keys: int = T) -> tuple[Tensor, Tensor, Tensor]:
     """[B, S, H, D], [B, keys, G, D], [B, keys, G, D]."""
     return torch.randn(B, S, H, D), torch.randn(B, keys, G, D), torch.randn(B, keys, G, D)

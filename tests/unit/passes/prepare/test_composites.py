@@ -212,10 +212,8 @@ def flash_attn_func(
     return out if return_attn_probs else out[0]
 
 
-flash_attn_func.__module__, sageattn.__module__ = "flash_attn.flash_attn_interface", "sageattention.core"
-
-for function in (flash_attn_func, sageattn):
-    torch._dynamo.allow_in_graph(function)
+flash_attn_func.__module__ = "flash_attn.flash_attn_interface"
+torch._dynamo.allow_in_graph(flash_attn_func)
 
 FLASH_OPTIONS: list[dict[str, Any]] = [
     dict(causal=True),
