@@ -1,7 +1,7 @@
 """Attention on a KV cache: exact tokens, a residual window in 8 bits and packed latents, merged by log-sum-exp.
 
-    attend         softmax(q K^T) V, from the operands of attention and what the cache offers
-    attend_parts   the same once masks are split over the parts; as an op of compiled graphs fhopt::attend_latents
+    attend         softmax(q K^T) V, with a mask over all tokens or none
+    attend_parts   softmax(q K^T) V, with masks of the parts; in compiled decode steps the op fhopt::attend_latents
 
 K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries on a
 GPU may run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a
