@@ -20,7 +20,8 @@ def exact_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
     """
     query, key, value, masks = operands.query, operands.key, operands.value, operands.masks
     key_window, value_window = operands.key_side.window, operands.value_side.window
-    numbers, parts = operands.numbers, list[tuple[Tensor, Tensor]]()
+    numbers = operands.numbers
+    parts: list[tuple[Tensor, Tensor]] = []
     if key_window is not None and value_window is not None:
         options = algebra.group_options(_window_groups(query), _window_groups(value)) | numbers
         parts.append(latent_attention.latent_attention(query, *key_window, *value_window, masks.window, **options))

@@ -54,7 +54,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
         (unapply(model) if plan is None else apply(model, plan))
         yield
     finally:
-        (unapply(model) if before is None else apply(model, before.given))
+        (unapply(model) if before is None else apply(model, before.whole_plan))
 
 
 def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:

@@ -68,7 +68,7 @@ def _device(text: str, rank: int) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise FhoptError(
-            f"unknown device {text!r} ({str(error).splitlines()[0]}); choose from {', '.join(BY_ACCELERATE)}"
+            f"unknown device {text!r} ({str(error).splitlines()[0]}); expected {', '.join(BY_ACCELERATE)}"
             ", cpu, cuda, or a JSON file that maps modules to devices."
         ) from error
     return device

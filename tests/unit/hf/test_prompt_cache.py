@@ -180,7 +180,7 @@ def test_what_is_no_cache_or_damaged_is_refused_in_a_sentence(llama: Fitted, sav
     with pytest.raises(FhoptError, match=r"is damaged.*Fill the cache again"):
         fhopt.load_cache(model, other)
     save_file({"x": torch.zeros(2)}, other)
-    with pytest.raises(FhoptError, match="is no cache"):
+    with pytest.raises(FhoptError, match="is not a cache"):
         fhopt.load_cache(model, other)
     about, tensors = described(saved), load_file(saved)
     save_file(tensors, other, {"fhopt_cache": json.dumps(about | {"version": 99})})

@@ -61,7 +61,7 @@ def test_what_a_site_reads_on_average_is_told_where_calibration_knows() -> None:
     assert plan.page_read(site) == plan.page_share(site) == 0.5
     told = plan.with_provenance(pages={"read": {site.site.name: 0.125}})
     assert told.page_read(told.sites[0]) == 0.125
-    assert "12% of the pages are read, at most 50%" in drawing._window(told.sites[0], told)
+    assert "reads 12% of the pages, at most 50%" in drawing._window(told.sites[0], told)
     whole = replace(plan, pages=None)
     assert whole.page_read(site) == 1.0 and not any("pages" in line for line in drawing._window(site, whole))
 

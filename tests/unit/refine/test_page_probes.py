@@ -87,7 +87,7 @@ def test_page_weights_are_those_of_attention_to_everything(llama: Fitted) -> Non
         model(token_ids(1, 3), past_key_values=cache)
     (query, key, value, latents, scale, softcap) = seen[0]
     shares = page_probes._FullAttention.of(query, key, value, latents, scale=scale, softcap=softcap).page_weights(4)
-    keys = torch.cat([latents.key.rebuild(), latents.key.open(key, latents.sinks)], 2)
+    keys = torch.cat([latents.key.reconstruct(), latents.key.open(key, latents.sinks)], 2)
     logits = attention.grouped_scores(query, keys) * scale
     mask = torch.ones(3, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - 3)
     weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)[..., : latents.visible]

@@ -132,7 +132,7 @@ def test_a_model_without_logits_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.sum(-1) > 0
 
-    with pytest.raises(FhoptError, match="is no matrix of logits"):
+    with pytest.raises(FhoptError, match="is not a matrix of logits"):
         find(capture(Flag(), (torch.randn(3, 4),)))
 
 
