@@ -193,7 +193,6 @@ def encode_kernel(
     live = t < tokens
     rows = x + b * x_b + (j * heads).to(tl.int64) * x_h + t.to(tl.int64) * x_t
     bases = basis + j.to(tl.int64) * basis_j
-
     entry, place, here = destination(t, b, live, at, places, table, table_b, PAGE)
     row = codes + entry * codes_b + j.to(tl.int64) * codes_j + place * codes_t  # [T]
 
