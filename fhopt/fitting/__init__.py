@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from fhopt.fitting.allocation import Budget as Budget
     from fhopt.fitting.allocation import check_options as check_options
     from fhopt.fitting.bases import Candidates as Candidates
+    from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.fitting.fit_plan import fit as fit
     from fhopt.plan.fingerprint import check_model as check_model
     from fhopt.plan.fingerprint import fingerprint as fingerprint
 
 _WHERE = {
+    "exact_plan": "fhopt.fitting.fit_plan",
     "fit": "fhopt.fitting.fit_plan",
     "Budget": "fhopt.fitting.allocation",
     "Candidates": "fhopt.fitting.bases",
@@ -24,4 +26,4 @@ _WHERE = {
 }
 __getattr__ = lazily(__name__, _WHERE)
 
-__all__ = ["Budget", "Candidates", "check_model", "check_options", "fingerprint", "fit"]
+__all__ = ["Budget", "Candidates", "check_model", "check_options", "exact_plan", "fingerprint", "fit"]

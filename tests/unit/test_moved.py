@@ -63,3 +63,12 @@ def test_a_name_that_was_never_there_is_an_error_that_names_the_new_place() -> N
 
 def test_the_package_gives_its_classes() -> None:
     assert fhopt.LatentPlan is LatentPlan and fhopt.LatentCache is LatentCache
+
+
+def test_packages_that_kept_their_name_hand_on_what_their_module_had() -> None:
+    for package in ("cache", "fitting", "lm_head", "models"):
+        module = importlib.import_module(f"fhopt.{package}")
+        for name in module.__all__:
+            assert getattr(module, name) is getattr(importlib.import_module(module._WHERE[name]), name)
+        with pytest.raises(AttributeError, match=f"'fhopt.{package}' has no attribute 'nothing'"):
+            _ = module.nothing
