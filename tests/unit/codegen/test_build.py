@@ -38,7 +38,10 @@ def test_a_generated_torch_file_passes_its_linter(case: Case, tmp_path: Path) ->
         pytest.skip("ruff is not installed")
     path, config = tmp_path / "kernel.py", ROOT / "pyproject.toml"
     path.write_text(render(case.spec(), "torch"))
-    for command in (["check", "--ignore", "D400,D415"], ["format", "--check"]):  # its first line is the kernel's name
+    for command in (
+        ["check", "--ignore", "D4"],
+        ["format", "--check"],
+    ):  # docstrings of kernels have a form of their own
         done = subprocess.run([ruff, *command, "--config", config, path], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
