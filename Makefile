@@ -26,11 +26,11 @@ demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (abou
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
 test: $(READY)  ## the tests; what takes longest comes with `make test-slow`
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --quick -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 	@echo "make test: all tests passed. What takes longest comes with: make test-slow"
 
-test-slow: $(READY)  ## the tests marked slow (the demo, the real model, inductor's C++, other machines), and kernels as users get them
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'slow or kernels'
+test-slow: $(READY)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 	@echo "make test-slow: all tests passed."
 
 fuzz: $(READY)  ## the tests that draw their inputs, on other ones each time (ROUNDS=5)

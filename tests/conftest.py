@@ -67,27 +67,20 @@ SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of `make sanitize`, of `make test` and of test_golden_kernels.py."""
+    """Options of `make sanitize` and of test_golden_kernels.py."""
     parser.addoption("--sanitize", action="store_true", help="Compile kernels with AddressSanitizer and UBSan.")
-    parser.addoption("--quick", action="store_true", help="Compile kernels with -O1, in half of the time.")
     parser.addoption("--regenerate-golden", action="store_true", help="Write the kernels in tests/golden anew.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Flags of the compiler: kernels that read or write where they must not end the run, or little optimization."""
-    if config.getoption("--sanitize") or config.getoption("--quick"):
+    """Kernels that read or write where they must not, or overflow, end the run."""
+    if config.getoption("--sanitize"):
         compiler: Any = importlib.import_module("fhopt.codegen.compiler")
-        compiler.FLAGS += SANITIZED if config.getoption("--sanitize") else ("-O1",)  # the last -O counts
+        compiler.FLAGS += SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, in this order, so that no worker is left alone with one at the end.
-
-    Tests of C++ kernels are marked: `make test-slow` runs them once more, with the flags that users get.
-    """
-    for item in items:
-        if item.path.is_relative_to(TESTS / "unit" / "codegen" / "cpu"):
-            item.add_marker(pytest.mark.kernels)
+    """The longest files first, in this order, so that no worker is left alone with one at the end."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
 
