@@ -75,6 +75,7 @@ def test_a_dry_run_takes_every_step_and_leaves_the_results_alone(tmp_path: Path)
     assert (out / "gpu-dry.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_kernel_that_is_wrong_ends_the_run_before_anything_is_measured(tmp_path: Path) -> None:
     spoiled = tmp_path / "spoiled"

@@ -157,6 +157,7 @@ def test_one_coded_latent_gives_the_same_with_and_without_gradients() -> None:
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_compiled_generation_with_one_latent_and_a_window_of_codes_gives_the_eager_tokens() -> None:
     model = with_biases(tiny_gpt2())

@@ -127,7 +127,13 @@ def test_perplexity_with_pages_is_measured_and_worse_than_with_all(llama: Fitted
 
 
 @pytest.mark.parametrize(
-    ("kind", "queries"), [("latents", 12), ("window of 8 bits", 12), ("pages", 1), ("pages with a limit", 1)]
+    ("kind", "queries"),
+    [
+        pytest.param("latents", 12, marks=pytest.mark.slow),
+        ("window of 8 bits", 12),
+        pytest.param("pages", 1, marks=pytest.mark.slow),
+        ("pages with a limit", 1),
+    ],
 )
 def test_a_compiled_graph_has_the_gradients_of_an_eager_call(llama: Fitted, kind: str, queries: int) -> None:
     """Of tokens behind a cache: a graph for gradients must not hold operations that have none."""

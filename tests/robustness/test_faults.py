@@ -118,7 +118,7 @@ def written(request: pytest.FixtureRequest, llama: Fitted, tmp_path: Path) -> Wr
     return write
 
 
-@pytest.mark.parametrize("fail", [kill, interrupt, no_room])
+@pytest.mark.parametrize("fail", [kill, pytest.param(interrupt, marks=pytest.mark.slow), no_room])
 def test_a_failure_at_any_change_of_the_file_system_leaves_the_old_or_the_new(
     written: Write, fail: Callable[[], None]
 ) -> None:

@@ -84,6 +84,7 @@ def test_what_a_lap_breaks_is_told_at_the_end() -> None:
     assert soak_endurance.endured(course) == ["lap 7: 4x: logits differ by 1.0e+00"]
 
 
+@pytest.mark.slow
 def test_laps_go_through_every_variant_and_every_way_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak_endurance, "LAP", 60)
     monkeypatch.setattr(soak_endurance, "LEAST_LAPS", 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -11,3 +13,8 @@ needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="there is no C++ compiler"
 )
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def sampled(values: Iterable[Any], every: int) -> list[Any]:
+    """Parameters of a test of which each `every`th runs in `make test`; the others are slow, for `make test-slow`."""
+    return [value if i % every == 0 else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]

@@ -58,6 +58,7 @@ def test_the_same_data_and_seed_give_the_same_files(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
     """Sums over two processes are those of one up to the order of addition, so the bits are the same."""
     from fhopt.plan.latent_plan import LatentPlan
