@@ -144,10 +144,10 @@ def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """AOTAutograd as in inductor, without the minutes that generating C++ takes, but for slow tests."""
+    """AOTAutograd as in inductor, without the minutes that generating C++ takes, but for tests marked `inductor`."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    if request.node.get_closest_marker("slow") is None:
+    if request.node.get_closest_marker("inductor") is None:
         monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda m, i, **options: aot_eager(m, i))
 
 

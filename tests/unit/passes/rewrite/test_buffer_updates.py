@@ -120,6 +120,7 @@ def test_inference_mode_is_the_same() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_inductor_compiles_the_same() -> None:
     model, ids = decoder(), words(60)
     plan = coded_plan(model)
