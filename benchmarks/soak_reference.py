@@ -75,8 +75,8 @@ class Reference(DynamicLayer):  # type: ignore[misc]
             return
         behind = self.keys.shape[2] - self.plan.sinks
         target = behind + tokens_to_remove
-        if self.static and behind - self.plan.window > self.quantized:
-            self._quantize(min(behind - self.plan.window, max(target, self.quantized)))
+        if self.static and behind - self.plan.window.capacity > self.quantized:
+            self._quantize(min(behind - self.plan.window.capacity, max(target, self.quantized)))
         super().crop(tokens_to_remove)
         self.keys, self.values = self.keys.clone(), self.values.clone()
         if self.dequantized is not None:

@@ -67,8 +67,9 @@ def measure(kind: str) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_plan_of_4x_takes_a_quarter_of_the_memory_of_the_process() -> None:
-    paths = f"{Path(__file__).parents[1] / 'support'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"PYTHONPATH": paths}
+    root = Path(__file__).parents[2]
+    paths = (root / "tests" / "support", root / "benchmarks", os.environ.get("PYTHONPATH", ""))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     latent, exact = (
         json.loads(
             subprocess.run([sys.executable, __file__, kind], env=environment, capture_output=True, check=True).stdout

@@ -97,10 +97,10 @@ from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
 
 types = {"codes": "*i32", "hidden": "*i8", "about": "*fp32", "estimates": "*fp32", "bounds": "*fp32"}
 types |= dict.fromkeys(("count", "slots", "vocabulary", "words", "lead", "rank"), "i32")
-blocks = {"BLOCK_M": triton_head.BLOCK_M, "ROWS": triton_head.ROWS, "STEP": triton_head.STEP}
+blocks = {"BLOCK_M": lm_head.BLOCK_M, "ROWS": lm_head.ROWS, "STEP": lm_head.STEP}
 aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
 request = Request(
-    Path(triton_head.__file__).read_text(), "bounds_kernel", types | dict.fromkeys(blocks, "constexpr"), blocks,
+    Path(lm_head.__file__).read_text(), "bounds_kernel", types | dict.fromkeys(blocks, "constexpr"), blocks,
     aligned, {"num_warps": 4, "num_stages": 3},
 )
 for name in ("h100", "a100-80"):
