@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fhopt.attention.cache_view import AnyLatents, Latents, SideRows
 from fhopt.attention.exact_tokens import exact_parts, split_off
-from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents
+from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents, with_means
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, prefill_attention
 
@@ -59,11 +59,11 @@ def attend_parts(operands: AttentionOperands) -> Tensor:
             query, key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths,
             **algebra.group_options(key.bit_groups, value.bit_groups), **operands.numbers,
         )  # fmt: skip
-        parts.append((output, lse))
+        parts.append(with_means(operands, output, lse))
     elif key.rows.shape[2]:
         absorbed = algebra.absorb(query, key.decode)
         output, lse = attend_latents(absorbed, key, value, masks.latents, lengths=masks.lengths, **operands.numbers)
-        parts.append((algebra.expand(output, value.decode), lse))
+        parts.append(with_means(operands, algebra.expand(output, value.decode), lse))
     parts += exact_parts(operands)
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
 
@@ -142,7 +142,8 @@ def _is_compiled_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) ->
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or query.device.type != "cpu":
         return False
     typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return typed and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
+    plain = latents.key.mean is None and latents.value.mean is None
+    return typed and plain and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
 
 
 # --------------------------------------------------------------------------------------------------- masks

@@ -28,7 +28,8 @@ class SideRows:
 
     bit_groups: none for uncoded latents. rows: quantized values uint8 [B,J,V,bytes] with scale float16 [B,J,V], or
     uncoded latents [B,J,V,R] without a scale. decode [G,D,R]. window: quantized values uint8 [B,G,M,D] and scales
-    float16 [B,G,M] of the window in 8 bits, as from `ops.packing.round_rows`; None: the window is exact.
+    float16 [B,G,M] of the window in 8 bits, as from `ops.packing.round_rows`; None: the window is exact. mean: float32
+    [B,G,1,D], of which latents are the difference; None: of nothing.
     """
 
     bit_groups: algebra.BitGroups
@@ -36,6 +37,7 @@ class SideRows:
     scale: Tensor | None
     decode: Tensor
     window: tuple[Tensor, Tensor] | None = None
+    mean: Tensor | None = None
 
     @property
     def rounded(self) -> int:
@@ -58,7 +60,10 @@ class SideRows:
 
     def reconstruct(self) -> Tensor:
         """Reconstruct the keys or values of quantized tokens from their latents: [B,G,V,D]."""
-        return algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
+        if self.mean is None:
+            return algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
+        exact = torch.promote_types(self.decode.dtype, torch.float32)  # a mean may be much larger than what is added
+        return (algebra.decode(self.unpacked().to(exact), self.decode) + self.mean).to(self.decode.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,8 @@ def latent_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: 
     exact = torch.promote_types(query.dtype, torch.float32)
     tiles = [attention.grouped_scores(queries.to(exact) * scale, tile.to(exact)) for _, tile in _tiles(latents.key)]
     logits = torch.cat(tiles, -1)
+    if latents.key.mean is not None:
+        logits = logits + scale * algebra.mean_logits(query, latents.key.mean).to(exact).unsqueeze(-1)
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
@@ -31,8 +33,11 @@ def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
     side = latents.key
     near = attention.grouped_scores(query, side.open(key, latents.sinks))
     queries = algebra.absorb(query, side.decode)
-    far = [attention.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
-    return latents.place(near, torch.cat(far, -1) if far else near[..., :0], -1)
+    tiles = [attention.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
+    far = torch.cat(tiles, -1) if tiles else near[..., :0]
+    if side.mean is not None:
+        far = (far + algebra.mean_logits(query, side.mean).unsqueeze(-1)).to(near.dtype)
+    return latents.place(near, far, -1)
 
 
 def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
@@ -41,7 +46,12 @@ def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
     side = latents.value
     output = attention.grouped_mix(near, side.open(value, latents.sinks))
     total = sum(attention.grouped_mix(far[..., cut], tile.to(far.dtype)) for cut, tile in _tiles(side))
-    return output if isinstance(total, int) else output + algebra.expand(total, side.decode)
+    if isinstance(total, int):
+        return output
+    if side.mean is not None:
+        share = far.sum(-1, keepdim=True)
+        output = output + (share * algebra.mean_outputs(side.mean, far.shape[1])).to(output.dtype)
+    return output + algebra.expand(total, side.decode)
 
 
 def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:

@@ -62,3 +62,17 @@ def attend_latents(
     return latent_attention.latent_attention(
         query, key.rows, key.scale, value.rows, value.scale, mask, **groups, **options
     )
+
+
+def with_means(operands: AttentionOperands, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the means that latents are differences from to attention on latents: output [B,H,S,E] (expanded), lse.
+
+    softmax(q (k + m)^T) over these tokens is softmax(q k^T), and the log of their weight grows by q . m; a mean of
+    values is the same in every output.
+    """
+    key_mean, value_mean = operands.key_side.mean, operands.value_side.mean
+    if key_mean is not None:
+        lse = lse + operands.scale * algebra.mean_logits(operands.query, key_mean).to(lse.dtype)
+    if value_mean is not None:
+        output = (output + algebra.mean_outputs(value_mean, output.shape[1])).to(operands.query.dtype)
+    return output, lse

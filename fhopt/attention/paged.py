@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.exact_tokens import exact_parts, joint_lse
-from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents
+from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents, with_means
 from fhopt.attention.sketches import PageIndex
 from fhopt.ops import algebra, masks, page_selection, paged_attention
 
@@ -48,11 +48,11 @@ def attend_selected_pages(operands: AttentionOperands, index: PageIndex) -> Tens
     key, value, mask = operands.key_side, operands.value_side, operands.masks
     absorbed = algebra.absorb(operands.query, key.decode)
     exact = exact_parts(operands)
-    near = joint_lse(exact)
+    near = _beside_latents(operands, joint_lse(exact))
     if index.limit == 1 and absorbed.shape[2] == 1 and _has_plain_masks(absorbed, mask, operands.softcap):
         mean = _fill_mean(absorbed, operands, index)
         output, lse = attend_single_query(absorbed, key, value, index, mask, near, mean, scale=operands.scale)
-        parts = [(algebra.expand(output, value.decode), lse), *exact]
+        parts = [with_means(operands, algebra.expand(output, value.decode), lse), *exact]
         return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
     estimates = _page_estimates(absorbed, operands, index)
     available = _available_pages(index, mask.lengths)
@@ -63,12 +63,20 @@ def attend_selected_pages(operands: AttentionOperands, index: PageIndex) -> Tens
         odds = page_selection.odds_left_out(estimates, selected)
         mean = _fill_mean(absorbed, operands, index)
         output, lse = page_selection.fill_with_mean(output, lse, mean, odds, index.fill)
-    parts = [(algebra.expand(output, value.decode), lse), *exact]
+    parts = [with_means(operands, algebra.expand(output, value.decode), lse), *exact]
     if index.limit < 1:
         others = _pages_beyond_limit(absorbed, operands, index, selected, parts)
         output, lse = _read_pages(absorbed, operands, index, others, index.count)
-        parts.append((algebra.expand(output, value.decode), lse))
+        parts.append(with_means(operands, algebra.expand(output, value.decode), lse))
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def _beside_latents(operands: AttentionOperands, lse: Tensor | None) -> Tensor | None:
+    """Return the log of a weight [B,H,S] as it compares with logits of latents that are differences from a mean."""
+    mean = operands.key_side.mean
+    if mean is None or lse is None:
+        return lse
+    return lse - operands.scale * algebra.mean_logits(operands.query, mean).to(lse.dtype)
 
 
 def attend_single_query(
@@ -221,7 +229,7 @@ def _pages_beyond_limit(
     parts: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Select all pages left out, for units for which they might weigh more than the limit: bool [B,U,S,P]."""
-    lse = joint_lse(parts)
+    lse = _beside_latents(operands, joint_lse(parts))
     assert lse is not None, "pages were read"
     far, lengths = operands.masks.latents, operands.masks.lengths
     bounds = token_logits(absorbed, index, far, lengths, **operands.numbers, at_most=True)

@@ -37,6 +37,8 @@ class Settings:
         plan = _plan(ours.get("plan"))
         if plan is not None and (clash := [k for k in ("ratio", "max_loss", "calibration_tokens") if k in ours]):
             raise FhoptError(f"options plan and {clash[0]} exclude each other; expected one of them. Leave one out.")
+        if plan is not None:
+            plan.check_no_means("a graph that is rewritten by a plan")
         is_exact = plan is not None or ours.get("ratio") == 1
         target = None if is_exact else online_fit.FitTarget.parse(ours)
         trusting, products = ours.get("weights") == "trust", bool(ours.get("skinny_products", True))

@@ -44,6 +44,7 @@ from fhopt.cache.quantized_rows import (
     encoder_inputs,
 )
 from fhopt.cache.residual_window import ExactWindow, StaticWindow
+from fhopt.cache.sequence_means import MEANS, SequenceMeans
 from fhopt.cache.store import PACKED, QUANTIZED, SKETCHES, RoundedPart, Store, place_bases
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
@@ -59,6 +60,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     packed_keys: PackedLatents
     packed_values: PackedLatents  # those of the keys, where one latent serves both
     sketches: Sketches | None = None  # where the plan has page selection at the site
+    means: SequenceMeans | None = None  # where the plan has means
     lists: Tensor  # see `PageIndex.counters`, where it has
     stores: dict[str, Store]  # by their names in files, see `named_stores`
 
@@ -111,10 +113,23 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         rounded: of the residual windows of both, where they are.
         """
         key, value = rounded or (None, None)
+        key_mean, value_mean = (None, None) if self.means is None else self.means.parts
         return (
-            self.packed_keys.side(start, stop, self.key_bases.decode, key),
-            self.packed_values.side(start, stop, self.value_bases.decode, value),
+            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean),
+            self.packed_values.side(start, stop, self.value_bases.decode, value, value_mean),
         )
+
+    def _use_means(self) -> None:
+        """Keep means of the sequence where the plan has them."""
+        if self.plan.mean_tokens:
+            of_keys = not self.site.site.softcap
+            self.means = self.stores[MEANS] = SequenceMeans(self.window.sinks, self.plan.mean_tokens, of_keys)
+
+    def _encode(self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
+        """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means."""
+        if self.means is not None:
+            keys, values = self.means.differences(keys, values)
+        encode_sides(self.site, keys, values, use)
 
     def _use_pages(self, make: Callable[[bool], Sketches]) -> None:
         """Keep sketches where the plan has page selection at the site. `make`: of whether there is a limit."""
@@ -197,7 +212,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
     def _fill(self, name: str, store: Store, parts: list[Tensor]) -> None:
         """Put loaded parts into a store, in place where it has a fixed size. Raises ValueError."""
-        is_fixed = isinstance(store, (StaticPackedLatents, StaticWindow, StaticSketches))
+        is_fixed = isinstance(store, (StaticPackedLatents, StaticWindow, StaticSketches, SequenceMeans))
         expected = list(store.parts)
         if type(store) is Sketches and parts:
             blank, key = self._blank()[0], self.site.key
@@ -256,6 +271,8 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             elif isinstance(store, (ExactWindow, StaticWindow)):
                 out["sinks"] += store.sink_bytes
                 out["window"] += store.nbytes - store.sink_bytes
+            elif isinstance(store, SequenceMeans):
+                out["sinks"] += store.nbytes
         return out
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
-from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_packed
+from fhopt.cache.base_layer import LatentLayerBase, check_crop, make_packed
 from fhopt.cache.quantized_rows import PackedLatents, Sketches
 from fhopt.cache.residual_window import growing_windows
 from fhopt.cache.store import QUANTIZED, named_stores
@@ -30,6 +30,7 @@ class LatentLayer(LatentLayerBase):
         self.window_keys, self.window_values = growing_windows(self.window)
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(Sketches)
+        self._use_means()
         self.quantized = 0
         self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # of values, and what it is the mean of
 
@@ -38,6 +39,8 @@ class LatentLayer(LatentLayerBase):
         self._place_bases(key_states, value_states)
         self.window_keys.start(key_states)
         self.window_values.start(value_states)
+        if self.means is not None:
+            self.means.start(key_states, value_states)
         self.is_initialized = True
 
     @property
@@ -85,6 +88,8 @@ class LatentLayer(LatentLayerBase):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         read = self._with_new((key_states,), (value_states,))
+        if self.means is not None:
+            self.means.see(key_states, value_states, self.get_seq_length())
         self._keep(key_states, value_states)
         return read
 
@@ -95,7 +100,7 @@ class LatentLayer(LatentLayerBase):
         if ready:
             out = slice(window.sinks, window.sinks + ready)
             keys, values = self.window_keys.read(new_keys), self.window_values.read(new_values)
-            encode_sides(self.site, keys[:, :, out], values[:, :, out], self._append)
+            self._encode(keys[:, :, out], values[:, :, out], self._append)
             if self.sketches is not None:
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)

@@ -64,12 +64,15 @@ class PackedLatents(Store):
         packed, *scale = [part[:, :, start:stop] for part in self.parts]
         return packed, scale[0] if scale else None
 
-    def side(self, start: int, stop: int, decode: Tensor, rounded: RoundedPart = None) -> SideRows:
+    def side(
+        self, start: int, stop: int, decode: Tensor, rounded: RoundedPart = None, mean: Tensor | None = None
+    ) -> SideRows:
         """Return tokens `start` to `stop` as attention reads them.
 
-        decode [G,D,R]: the decoder matrix, of keys or of values. rounded: of the residual window, where it is.
+        decode [G,D,R]: the decoder matrix, of keys or of values. rounded: of the residual window, where it is. mean
+        [B,G,1,D]: from which latents are differences.
         """
-        return SideRows(self.tiers, *self.read(start, stop), decode, rounded)
+        return SideRows(self.tiers, *self.read(start, stop), decode, rounded, mean)
 
     def unpack(self, start: int, stop: int) -> Tensor:
         """Return the latents [B,J,stop-start,R] of tokens `start` to `stop`."""

@@ -30,6 +30,7 @@ class StaticLatentLayer(LatentLayerBase):
         self.window_keys, self.window_values = StaticWindow(self.window), StaticWindow(self.window)
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(lambda limited: StaticSketches(limited, self.capacity))
+        self._use_means()
         self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.quantized = torch.zeros((), dtype=torch.int64)
@@ -39,6 +40,8 @@ class StaticLatentLayer(LatentLayerBase):
         self._place_bases(key_states, value_states)
         self.window_keys.start(key_states)
         self.window_values.start(value_states)
+        if self.means is not None:
+            self.means.start(key_states, value_states)
         encode_sides(self.site, key_states, value_states, lambda side, x: self._packed_at(side).start(x))
         if isinstance(self.sketches, StaticSketches):
             self.sketches.start(self.packed_keys.unpack(0, 0))
@@ -122,7 +125,9 @@ class StaticLatentLayer(LatentLayerBase):
         packed_at = torch.where((behind >= 0) & (behind < self.capacity), behind, self.capacity)
         self.window_keys.write(key_states, in_sinks, in_ring)
         self.window_values.write(value_states, in_sinks, in_ring)
-        encode_sides(self.site, key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at))
+        if self.means is not None:
+            self.means.see(key_states, value_states, self.cumulative_length)
+        self._encode(key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at))
         if isinstance(self.sketches, StaticSketches):
             self.sketches.write(self._packed_at("key").unpack_at(packed_at), packed_at)
         self.cumulative_length.add_(count)

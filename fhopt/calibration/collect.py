@@ -37,6 +37,7 @@ from fhopt.fitting.statistics import SiteStatistics, empty_statistics, joined
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
+from fhopt.plan.site import AttentionSite
 
 
 def collect(
@@ -47,18 +48,21 @@ def collect(
     sinks: int,
     recent: int,
     seed: int = 0,
+    mean_tokens: int = 0,
     into: dict[str, SiteStatistics] | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> dict[str, SiteStatistics]:
     """Collect statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
 
-    Labels are drawn from the model itself. into: add to these (to resume, or to merge). `done(number)` is called
-    after each batch. Raises FhoptError when a batch does not fit the graph.
+    Labels are drawn from the model itself. mean_tokens: as of `LatentPlan`; moments are then of differences from the
+    means of each sequence. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
+    Raises FhoptError when a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         stats, count = statistics[name], k.shape[0] * k.shape[2]
+        k, v = _differences(stats.site, k, v, mean_tokens)
         for side, x in ((stats.key, k), (stats.value, v)):
             _add(side.moment, x, side.groups)
             side.count += count
@@ -73,6 +77,14 @@ def collect(
 
     run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
     return statistics
+
+
+def _differences(site: AttentionSite, k: Tensor, v: Tensor, mean_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values [B,G,T,D] behind the sinks less what a cache takes their means for."""
+    if not mean_tokens or site.kind != "self":
+        return k, v
+    k_mean, v_mean = (x[:, :, :mean_tokens].mean(2, keepdim=True) for x in (k, v))
+    return k if site.softcap else k - k_mean, v - v_mean
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
@@ -105,19 +117,23 @@ def measure_costs(
     sinks: int,
     recent: int,
     seed: int = 0,
+    mean_tokens: int = 0,
     into: Costs | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> Costs:
     """Measure what channels of every basis cost at 0 bits and at each number of bits in `steps` (bits -> step).
 
-    batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. into: add to
-    these costs, which have the same bases and numbers of bits (to resume, or to merge). Raises FhoptError when a batch
-    does not fit the graph.
+    batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. mean_tokens:
+    as of `collect`, for the statistics of the bases. into: add to these costs, which have the same bases and numbers of
+    bits (to resume, or to merge). Raises FhoptError when a batch does not fit the graph.
     """
     levels = {0: 0.0, **steps}
     costs = empty_costs(bases, levels) if into is None else into
+    sites = {site.name: site for site in outcome.sites.values()}
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
+        k, v = _differences(sites[name], k, v, mean_tokens)
+
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
             for layout, sides in bases[name].items():
                 read = [(k, key_gradient), (v, value_gradient)]

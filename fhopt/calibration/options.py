@@ -20,8 +20,9 @@ class FitOptions:
 
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
-    which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. checkpoint:
-    file that lets an interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
+    which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. mean_tokens: of
+    the plan (see `LatentPlan`). checkpoint: file that lets an interrupted calibration go on. The other options are those
+    of `fhopt.fitting.fit`.
     """
 
     texts: tuple[str, ...] = ("topics",)
@@ -39,6 +40,7 @@ class FitOptions:
     seed: int = 0
     device: str | None = None
     checkpoint: Path | None = None
+    mean_tokens: int = 0
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
@@ -56,6 +58,8 @@ class FitOptions:
         if self.device is not None:
             find_device(self.device)
         check_options(self.ratio, self.layout, self.bits, self.device)
+        if self.mean_tokens < 0:
+            raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 64.")
         if self.window.quantized_tokens(self.tokens) == 0:
             raise FhoptError(
                 f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "

@@ -74,6 +74,7 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         calibration.statistics, bases=calibration.bases, costs=calibration.costs, ratio=options.ratio,
         layout=options.layout, bits=options.bits, sinks=options.sinks, recent=options.recent, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
+        mean_tokens=0 if options.is_lossless else options.mean_tokens,
     )  # fmt: skip
     sites, weights = [s.site for s in plan.sites], calibration.weights
     prints = dict(fingerprint=fingerprint(weights, sites), weights=weight_prints(weights, sites))
@@ -148,6 +149,7 @@ def _measure_batches(
     key = _key(options, name, data_digest, weights, outcome)
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
     source, far = iter(batches), dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
+    far["mean_tokens"] = 0 if options.is_lossless else options.mean_tokens
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     statistics = empty_statistics(outcome.sites.values())

@@ -101,6 +101,7 @@ def _check(model: Any, plan: LatentPlan) -> None:
             f"{type(model).__name__} takes no position_ids; expected a causal language model of transformers that does."
         )
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
+    plan.check_no_means("an exported decode step")
     module = inspect.getmodule(type(model))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         raise FhoptError(

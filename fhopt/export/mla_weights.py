@@ -77,6 +77,7 @@ def convert(loaded: LoadedModel, plan: LatentPlan, widths: Sequence[tuple[int, i
     model: Any = loaded.module
     _check_class(model)
     weights = _Weights(loaded.weights())
+    plan.check_no_means("an exported checkpoint")
     check_model(plan, weights.named, loaded.name)
     sites = sites_by_layer(plan, int(model.config.num_hidden_layers))
     factors = [mla.factor(site) for site in sites]

@@ -44,6 +44,7 @@ class Budget:
     ratio: float
     window: ResidualWindow
     tokens: int = 8192
+    has_means: bool = False  # of each sequence, see `LatentPlan.mean_tokens`
 
     def quantized_token_bits(self, sites: Iterable[AttentionSite]) -> int:
         """Return the bits of a quantized token: values and scales. Raises FhoptError when every token is exact.
@@ -62,7 +63,7 @@ class Budget:
                 f"{self.tokens} tokens are all exact (sinks {window.sinks}, recent {window.recent}); expected a longer "
                 "context."
             )
-        fixed = window.bytes(self.tokens, own)
+        fixed = window.bytes(self.tokens, own) + (sum(p.mean_bytes() for p in own) if self.has_means else 0)
         return int(8 * (total - fixed) / (quantized if len(own) == len(plans) else self.tokens))
 
 

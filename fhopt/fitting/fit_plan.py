@@ -70,6 +70,7 @@ def fit(
     tokens: int = 8192,
     bits: Sequence[int] = BITS,
     device: str | None = None,
+    mean_tokens: int = 0,
 ) -> LatentPlan:
     """Fit a plan whose whole KV cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
@@ -77,7 +78,7 @@ def fit(
     as the rank of keys and values allows (about 2). bases: of these statistics (`fit_bases`); None: they are fitted
     here. costs: of these bases, as measured; where there are none, those of a Gaussian. device: what the plan will run
     on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
-    bytes. Raises FhoptError when the ratio cannot be reached, when options are not possible, or when the layout `input`
+    bytes. mean_tokens: of the plan, and of the statistics. Raises FhoptError when the ratio cannot be reached, when options are not possible, or when the layout `input`
     is asked for where it does not exist.
     """
     check_options(ratio, layout, bits, device)
@@ -94,7 +95,7 @@ def fit(
             which = next(w for w in layouts if w != "input")
             plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
-    budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens)
+    budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0)
     grain = grain_of(bits, device)
     candidates = candidate_sides(bases, costs, grain)
     chosen, allocation = choose_layouts(bases, candidates, budget.quantized_token_bits(sites.values()), grain)
@@ -107,7 +108,7 @@ def fit(
         _curve(bases, candidates, budget, sites.values(), grain),
     )
     provenance = _provenance(layout, ratio, allocation.nats) | {KEY: evidence.as_json()}
-    return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits)
+    return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
 
 
 def _evidence_of_sites(

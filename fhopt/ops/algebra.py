@@ -52,6 +52,18 @@ def expand(output: Tensor, basis: Tensor) -> Tensor:
     return torch.matmul(grouped, basis.to(output.dtype).transpose(-1, -2)).reshape(b, h, s, d)
 
 
+def mean_logits(query: Tensor, mean: Tensor) -> Tensor:
+    """Return what a mean of keys [B,G,1,D] adds to the logits of all that are held as differences: q . m, [B,H,S]."""
+    b, h, s, d = query.shape
+    grouped = query.reshape(b, mean.shape[1], h // mean.shape[1] * s, d).to(mean.dtype)
+    return torch.matmul(grouped, mean.mT).reshape(b, h, s)
+
+
+def mean_outputs(mean: Tensor, heads: int) -> Tensor:
+    """Return what a mean of values [B,G,1,E] adds to the outputs of H = `heads` query heads: [B,H,1,E]."""
+    return mean.repeat_interleave(heads // mean.shape[1], 1)
+
+
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Merge attention over disjoint sets of keys by log-sum-exp: [(o [B,H,S,D], lse [B,H,S]), ...] -> o [B,H,S,D]."""
     weights, _ = safe_softmax(torch.stack([lse for _, lse in parts], -1))  # [B, H, S, parts]

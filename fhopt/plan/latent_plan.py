@@ -33,6 +33,8 @@ class LatentPlan:
     """What to do at every site of one model, and where that came from.
 
     sinks, recent, block, window_bits: see `ResidualWindow`, which `window` has of them.
+    mean_tokens: quantized tokens of self-attention are encoded as differences from a mean of their own sequence, that
+    of at most so many tokens behind the sinks (fhopt/cache/sequence_means.py); 0: as they are.
     provenance: model fingerprint, calibration text hash, versions, options, measured quality (JSON values only).
     pages: what decoding reads of the quantized tokens; None: all of them.
     """
@@ -44,6 +46,7 @@ class LatentPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     window_bits: int = 16
     pages: PagePlan | None = None
+    mean_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_plan(self)
@@ -60,6 +63,14 @@ class LatentPlan:
     def window(self) -> ResidualWindow:
         """Which tokens of a sequence are not quantized."""
         return ResidualWindow(self.sinks, self.recent, self.block, self.window_bits)
+
+    def check_no_means(self, what: str) -> None:
+        """Raise FhoptError where latents are differences from means, which `what` cannot add back."""
+        if self.mean_tokens:
+            raise FhoptError(
+                f"{what} has no means of a sequence, and the latents of this plan are differences from them (of "
+                f"{self.mean_tokens} tokens). Fit a plan without: fhopt fit MODEL --mean-tokens 0."
+            )
 
     def site(self, name: str) -> SitePlan:
         """Return the plan of the site called `name`. Raises FhoptError when the plan has none."""
@@ -109,15 +120,16 @@ class LatentPlan:
     def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
         """Return the bytes of a latent cache of one sequence of `tokens` tokens.
 
-        They are those of quantized values, scales, sketches, attention sinks and residual window. source: tokens of the
-        encoder, for a decoder that reads one; None: as many as `tokens`.
+        They are those of quantized values, scales, sketches, attention sinks, residual window and means. source: tokens
+        of the encoder, for a decoder that reads one; None: as many as `tokens`.
         """
         own = [p for p in self.sites if p.site.kind == "self"]
         packed = sum(p.token_bytes(itemsize) for p in own) + self.sketch_bytes()
         read = sum(p.token_bytes(itemsize) for p in self.sites if p.site.kind != "self")
         source = tokens if source is None else source
         quantized = self.window.quantized_tokens(tokens)
-        return quantized * packed + self.window.bytes(tokens, own, itemsize) + source * read
+        means = sum(p.mean_bytes() for p in own) if self.mean_tokens else 0
+        return quantized * packed + self.window.bytes(tokens, own, itemsize) + source * read + means
 
     def ratio(self, tokens: int = 8192) -> float:
         """Return how many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
 
 
-PLAN_VERSION = 4  # of plans with pages; those without are written as they always were
-PLAN_VERSIONS = (3, PLAN_VERSION)  # that can be read
+PLAN_VERSIONS = (3, 4, 5)  # that can be read: 4 has pages, 5 means; a plan is written in the first that has what it has
 PLAN_FILES = ("plan.json", "plan.safetensors")
 
 
@@ -52,8 +51,11 @@ def describe_plan(plan: LatentPlan) -> dict[str, Any]:
     for name in ("fill", "lifts"):
         if plan.pages is not None and not getattr(plan.pages, name):
             del paged["pages"][name]
-    return paged | {
-        "version": PLAN_VERSION if paged or any(s.sketch for s in plan.sites) else PLAN_VERSIONS[0],
+    means = {"mean_tokens": plan.mean_tokens} if plan.mean_tokens else {}
+    plain, with_pages, with_means = PLAN_VERSIONS
+    is_paged = bool(paged) or any(s.sketch for s in plan.sites)
+    return paged | means | {
+        "version": with_means if means else with_pages if is_paged else plain,
         "sinks": plan.sinks,
         "recent": plan.recent,
         "block": plan.block,
@@ -102,7 +104,8 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
         )
     fields = {name: description[name] for name in ("sinks", "recent", "block", "provenance", "window_bits")}
     fields["sites"] = tuple(_site_plan(item, tensors) for item in description["sites"])
-    return fields | {"pages": _page_plan(description.get("pages"))}, description["digest"]
+    fields |= {"pages": _page_plan(description.get("pages")), "mean_tokens": int(description.get("mean_tokens", 0))}
+    return fields, description["digest"]
 
 
 def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:

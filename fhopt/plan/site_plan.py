@@ -12,6 +12,7 @@ from fhopt.plan.site import AttentionSite
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its bit planes starts on a whole byte
 SCALE_BYTES = 2  # one float16 per token and side
+MEAN_BYTES = 4  # of a number in the mean of a sequence's keys or values
 SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
 LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
 
@@ -151,6 +152,10 @@ class SitePlan:
         """
         numbers = self.site.exact_numbers_per_token
         return numbers * itemsize if bits == 16 else numbers + 2 * SCALE_BYTES * self.site.kv_heads
+
+    def mean_bytes(self) -> int:
+        """Return the bytes of one sequence's means of keys and values, where a plan has them."""
+        return self.site.exact_numbers_per_token * MEAN_BYTES
 
     @property
     def is_exact(self) -> bool:

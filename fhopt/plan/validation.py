@@ -30,10 +30,14 @@ def check_plan(plan: LatentPlan) -> None:
     if len({s.site.name for s in plan.sites}) < len(plan.sites):
         raise FhoptError("two sites of the plan have the same name. Fit the plan again.")
     _ = plan.window  # raises for numbers that cannot be
+    if plan.mean_tokens < 0:
+        raise FhoptError(f"the plan has means of {plan.mean_tokens} tokens; expected 0 (none) or more. Fit it again.")
     for site in plan.sites:
         if site.layout not in LAYOUTS:
             raise FhoptError(f"{site.site.name} has the layout {site.layout!r}; expected one of {', '.join(LAYOUTS)}.")
         _check_sides(site)
+        if plan.mean_tokens and not (site.key.tiers and site.value.tiers):
+            raise FhoptError(f"{site.site.name}: means are of quantized latents, and these are not. Fit again.")
         if site.is_shared and (site.key.groups != 1 or site.key.tiers != site.value.tiers):
             raise FhoptError(
                 f"{site.site.name}: keys and values must share one latent head and its bit groups. Fit again."
