@@ -3,6 +3,7 @@
     python benchmarks/quality.py                     benchmarks/results/quality.json, quality.png, docs/quality.md
     python benchmarks/quality.py --quick             one short text, one ratio, two methods (also QUICK=1); no page
     python benchmarks/quality.py --plans FOLDER      saved plans FOLDER/8x, ... in place of calibration
+    python benchmarks/quality.py --model FOLDER      another model: benchmarks/results/quality-NAME.json; no page
 
 Loss is measured against the exact cache: the increase of perplexity, and KL(exact || other) of the next token. The
 exact model reads each text once; its log-probabilities are stored; every other cache reads it in the same calls.
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 
 import click
+import torch
 from quality_caches import fit_plans, load_plans, ours, rivals
 from quality_comparison import rows
 from quality_measurement import TEXTS, measure, read_texts
@@ -41,10 +43,15 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option("--ratio", "ratios", type=float, multiple=True, help="Sizes of plans; 3.2, 4, 5.3, 8, 12 when not given.")
 @click.option("--texts", multiple=True, metavar="TEXT", help="A further text: a file, a folder, or a built-in name.")
 @click.option("--plans", type=click.Path(path_type=Path), metavar="FOLDER", help="Saved plans: FOLDER/8x and so on.")
+@click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`; no page for other ones.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--context", default=CONTEXT, show_default=True, help="Tokens of each text.")
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
-def main(ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, context: int, quick: bool) -> None:
-    """Measure plans and other methods on SmolLM2-135M-Instruct, and write the figures."""
+def main(
+    ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, model: str, dtype: str, context: int,
+    quick: bool,
+) -> None:  # fmt: skip
+    """Measure plans and other methods on a model, SmolLM2-135M-Instruct if no other, and write the figures."""
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     )  # ninja: quanto
@@ -54,7 +61,7 @@ def main(ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, 
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256)
         context = min(context, QUICK_CONTEXT)
     try:
-        loaded = load_model("demo")
+        loaded = load_model(model, getattr(torch, dtype))
         chosen = tuple(sorted(ratios)) or ((QUICK_RATIO,) if quick else RATIOS)
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)
         fitted = load_plans(plans, chosen) if plans is not None else fit_plans(loaded, chosen, options)
@@ -62,9 +69,10 @@ def main(ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, 
         results = measure(loaded.language_model(), impls, read, next(iter(fitted.values())))
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    record("quality", rows(results), lambda figure: draw(figure, results), summary(results))
+    name = "quality" if model == "demo" else f"quality-{Path(model).name}"
+    record(name, rows(results), lambda figure: draw(figure, results), summary(results))
     screen().print(contest_table(results))
-    if not quick:
+    if not quick and model == "demo":
         write_page(PAGE, results)
         print(f"quality: {PAGE.relative_to(ROOT)}")
 

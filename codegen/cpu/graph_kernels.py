@@ -54,7 +54,8 @@ _LIB.define(
     "attend_kernel(str latents, str window, str opened, Tensor query, Tensor key, Tensor value, Tensor key_rows, "
     "Tensor? key_scale, Tensor key_decode, Tensor value_rows, Tensor? value_scale, Tensor value_decode, "
     "Tensor? window_keys, Tensor? window_key_scale, Tensor? window_values, Tensor? window_value_scale, Tensor? near, "
-    "Tensor? inside, Tensor? far, Tensor? lengths, float scale, float softcap) -> Tensor"
+    "Tensor? inside, Tensor? far, Tensor? lengths, Tensor? key_mean, Tensor? value_mean, float scale, float softcap) "
+    "-> Tensor"
 )
 _LIB.define("skinny_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")

@@ -83,7 +83,8 @@ _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(
     "attend_latents(Tensor query, Tensor key, Tensor value, Tensor key_rows, Tensor? key_scale, Tensor key_decode, "
     "Tensor value_rows, Tensor? value_scale, Tensor value_decode, Tensor? window_keys, Tensor? window_key_scale, "
-    "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, *, "
+    "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, "
+    "Tensor? key_mean, Tensor? value_mean, *, "
     "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
     "float scale, float softcap=0.0) -> Tensor"
 )
@@ -96,7 +97,7 @@ def _attend_by_op(operands: AttentionOperands) -> Tensor:
         operands.query, operands.key, operands.value,
         *[x for side in sides for x in (side.rows, side.scale, side.decode)],
         *[x for side in sides for x in (side.window or (None, None))],
-        masks.exact, masks.window, masks.latents, masks.lengths,
+        masks.exact, masks.window, masks.latents, masks.lengths, *[side.mean for side in sides],
         **algebra.group_options(*[side.bit_groups for side in sides]), **operands.numbers,
     )  # fmt: skip
     return output
@@ -109,19 +110,20 @@ def attend_latents_reference(
     window_keys: Tensor | None, window_key_scale: Tensor | None,
     window_values: Tensor | None, window_value_scale: Tensor | None,
     near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
+    key_mean: Tensor | None = None, value_mean: Tensor | None = None,
     *, key_bits: list[int], key_widths: list[int], key_steps: list[float],
     value_bits: list[int], value_widths: list[int], value_steps: list[float], scale: float, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
 
-    near, inside and far are the masks of exact tokens, window and latents.
+    near, inside and far are the masks of exact tokens, window and latents; key_mean and value_mean those of `SideRows`.
     """
     key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
     value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
     key_groups = algebra.BitGroups(key_bits, key_widths, key_steps)
     value_groups = algebra.BitGroups(value_bits, value_widths, value_steps)
-    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window)
-    value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window)
+    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean)
+    value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window, value_mean)
     masks = PartMasks(near, inside, far, lengths)
     return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, scale, softcap))
 
@@ -142,8 +144,7 @@ def _is_compiled_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) ->
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or query.device.type != "cpu":
         return False
     typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    plain = latents.key.mean is None and latents.value.mean is None
-    return typed and plain and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
+    return typed and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
 
 
 # --------------------------------------------------------------------------------------------------- masks

@@ -4,8 +4,8 @@ What keys and values have in common over a text (a key bias, a language, a subje
 no basis that was fitted before has bits for all of it; and what a latent loses of it is lost in all tokens alike, so
 that attention does not average it out. Encoded is therefore x - m, with m the mean over the first tokens behind the
 attention sinks that a cache sees, at most `LatentPlan.mean_tokens`: it costs a vector a sequence, and attention adds it
-back once a query (`fhopt.attention.operands.with_means`). As zero points of KIVI (2402.02750) it adapts to the text; that
-a mean of keys cancels in a softmax is what SageAttention (2410.02367) smooths keys by.
+back once a query (`fhopt.attention.operands.with_means`). As zero points of KIVI (2402.02750) it adapts to the text;
+that a mean of keys cancels in a softmax is what SageAttention (2410.02367) smooths keys by.
 
 Where logits are capped, a mean of keys would not cancel, and is zero.
 
@@ -30,9 +30,7 @@ class SequenceMeans(Store):
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Begin with zeros, for keys and values like these."""
-        self.parts = tuple(
-            [x.new_zeros((*x.shape[:2], 1, x.shape[3]), dtype=torch.float32) for x in (keys, values)]
-        )
+        self.parts = tuple([x.new_zeros((*x.shape[:2], 1, x.shape[3]), dtype=torch.float32) for x in (keys, values)])
 
     def see(self, keys: Tensor, values: Tensor, length: int | Tensor) -> None:
         """Take the means of new tokens [B,G,S,D], `length` tokens before them, unless there are means already.

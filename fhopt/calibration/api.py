@@ -19,7 +19,7 @@ def fit(
     model: torch.nn.Module,
     tokenizer: Any = None,
     *,
-    text: str | tuple[str, ...] = "topics",
+    text: str | tuple[str, ...] = calibration_options.DEFAULT_TEXTS,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
     ratio: float = 4.0,
     **options: Any,

@@ -33,11 +33,10 @@ from torch import Tensor
 from fhopt.calibration.probe import Batch, OnGradients, Probed, run_probed
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, empty_costs
-from fhopt.fitting.statistics import SiteStatistics, empty_statistics, joined
+from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
-from fhopt.plan.site import AttentionSite
 
 
 def collect(
@@ -62,7 +61,7 @@ def collect(
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         stats, count = statistics[name], k.shape[0] * k.shape[2]
-        k, v = _differences(stats.site, k, v, mean_tokens)
+        k, v = differences(stats.site, k, v, 0, mean_tokens)
         for side, x in ((stats.key, k), (stats.value, v)):
             _add(side.moment, x, side.groups)
             side.count += count
@@ -77,14 +76,6 @@ def collect(
 
     run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
     return statistics
-
-
-def _differences(site: AttentionSite, k: Tensor, v: Tensor, mean_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return keys and values [B,G,T,D] behind the sinks less what a cache takes their means for."""
-    if not mean_tokens or site.kind != "self":
-        return k, v
-    k_mean, v_mean = (x[:, :, :mean_tokens].mean(2, keepdim=True) for x in (k, v))
-    return k if site.softcap else k - k_mean, v - v_mean
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
@@ -132,7 +123,7 @@ def measure_costs(
     sites = {site.name: site for site in outcome.sites.values()}
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
-        k, v = _differences(sites[name], k, v, mean_tokens)
+        k, v = differences(sites[name], k, v, 0, mean_tokens)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
             for layout, sides in bases[name].items():

@@ -11,6 +11,7 @@ from fhopt.fitting.allocation import check_options
 from fhopt.hardware.devices import find_device
 from fhopt.plan.window import ResidualWindow
 
+DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 
 
@@ -21,18 +22,18 @@ class FitOptions:
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. mean_tokens: of
-    the plan (see `LatentPlan`). checkpoint: file that lets an interrupted calibration go on. The other options are those
-    of `fhopt.fitting.fit`.
+    the plan (see `LatentPlan`). checkpoint: file that lets an interrupted calibration go on. The other options are
+    those of `fhopt.fitting.fit`.
     """
 
-    texts: tuple[str, ...] = ("topics",)
+    texts: tuple[str, ...] = DEFAULT_TEXTS
     ratio: float = 4.0
     layout: str = allocation.AUTO
     bits: tuple[int, ...] = allocation.BITS
     sequences: int = 12
     rate_sequences: int = 8
     context: int = 1024
-    sinks: int = 4
+    sinks: int = 16
     recent: int = 128
     block: int = 64
     window_bits: int = 8
@@ -40,7 +41,7 @@ class FitOptions:
     seed: int = 0
     device: str | None = None
     checkpoint: Path | None = None
-    mean_tokens: int = 0
+    mean_tokens: int = 64
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""

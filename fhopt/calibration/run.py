@@ -110,8 +110,10 @@ def measure_module(
     """Calibrate any module on batches of keyword arguments, all of the same shapes. Raises FhoptError.
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
-    Of an encoder-decoder of transformers, the decoder's sites are fitted: nothing of its encoder is cached.
+    Of an encoder-decoder of transformers, the decoder's sites are fitted: nothing of its encoder is cached. Latents are
+    of keys and values as they are, for a module may hold them without a cache of fhopt's, which would keep means.
     """
+    options = replace(options, mean_tokens=0)
     options.check_sizes()
     check_whole(model)
     source = iter(batches)

@@ -22,7 +22,7 @@ from fhopt.inspection.tables import plan_table, sites_table, summary_table
 from fhopt.models.loader import load_model
 from fhopt.texts import tokens
 
-TEXTS = ("topics", "source")  # held-out half of the calibration text, and a text of another kind
+TEXTS = ("topics", "source")  # their second halves, which calibrate nothing
 CONTEXT = 2048
 QUESTION = "What is the capital of France? Answer in one sentence."
 COUNTED_AT = 8192

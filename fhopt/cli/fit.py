@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     "--data",
     "texts",
     multiple=True,
-    default=("topics",),
+    default=("topics", "source", "docstrings", "mixture"),
     show_default=True,
-    help="Calibration text: file, folder, JSONL, dataset on disk, or topics, source, license, docstrings; repeatable.",
+    help="Calibration text, repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, docstrings, "
+    "mixture.",
 )
 @click.option("--ratio", type=float, help="Compression of the 16-bit KV cache. [default: 4]")
 @click.option("--bytes-per-token", type=float, help="Size of the KV cache instead of --ratio, everything included.")
@@ -56,6 +57,20 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."
+)
+@click.option(
+    "--sinks",
+    type=int,
+    default=16,
+    show_default=True,
+    help="Attention sinks: first tokens, which are kept as they come.",
+)
+@click.option(
+    "--mean-tokens",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
 @click.option(

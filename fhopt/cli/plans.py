@@ -53,7 +53,7 @@ def _show_plans(results: list[Entry], as_json: bool) -> None:
     "--data",
     "texts",
     multiple=True,
-    default=("topics",),
+    default=("topics", "source", "docstrings", "mixture"),
     show_default=True,
     help="Calibration text, as in fit; repeatable.",
 )

@@ -78,8 +78,8 @@ def fit(
     as the rank of keys and values allows (about 2). bases: of these statistics (`fit_bases`); None: they are fitted
     here. costs: of these bases, as measured; where there are none, those of a Gaussian. device: what the plan will run
     on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
-    bytes. mean_tokens: of the plan, and of the statistics. Raises FhoptError when the ratio cannot be reached, when options are not possible, or when the layout `input`
-    is asked for where it does not exist.
+    bytes. mean_tokens: of the plan, and of the statistics. Raises FhoptError when the ratio cannot be reached, when
+    options are not possible, or when the layout `input` is asked for where it does not exist.
     """
     check_options(ratio, layout, bits, device)
     sites = {name: s.site for name, s in statistics.items()}

@@ -30,6 +30,19 @@ def joined(x: Tensor, groups: int) -> Tensor:
     return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)
 
 
+def differences(site: AttentionSite, k: Tensor, v: Tensor, sinks: int, mean_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values [B,G,T,D] less their means, as a cache with `mean_tokens` encodes them.
+
+    The means are of the first `mean_tokens` tokens behind `sinks`, one for each sequence; keys whose logits are capped,
+    and what is read of an encoder, have none.
+    """
+    if not mean_tokens or site.kind != "self":
+        return k, v
+    first = slice(sinks, sinks + mean_tokens)
+    k_mean, v_mean = (x[:, :, first].mean(2, keepdim=True) for x in (k, v))
+    return k if site.softcap else k - k_mean, v - v_mean
+
+
 # --------------------------------------------------------------------------------------------------- moments
 
 

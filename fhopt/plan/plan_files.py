@@ -54,23 +54,27 @@ def describe_plan(plan: LatentPlan) -> dict[str, Any]:
     means = {"mean_tokens": plan.mean_tokens} if plan.mean_tokens else {}
     plain, with_pages, with_means = PLAN_VERSIONS
     is_paged = bool(paged) or any(s.sketch for s in plan.sites)
-    return paged | means | {
-        "version": with_means if means else with_pages if is_paged else plain,
-        "sinks": plan.sinks,
-        "recent": plan.recent,
-        "block": plan.block,
-        "window_bits": plan.window_bits,
-        "sites": [
-            {
-                "site": asdict(s.site) | {"projections": {k: list(v) for k, v in s.site.projections.items()}},
-                "layout": s.layout,
-                "key": [[t.bits, t.width, t.step] for t in s.key.tiers],
-                "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
-            }
-            | ({} if s.sketch is None else {"sketch": [[t.bits, t.width, t.step] for t in s.sketch.tiers]})
-            for s in plan.sites
-        ],
-    }
+    return (
+        paged
+        | means
+        | {
+            "version": with_means if means else with_pages if is_paged else plain,
+            "sinks": plan.sinks,
+            "recent": plan.recent,
+            "block": plan.block,
+            "window_bits": plan.window_bits,
+            "sites": [
+                {
+                    "site": asdict(s.site) | {"projections": {k: list(v) for k, v in s.site.projections.items()}},
+                    "layout": s.layout,
+                    "key": [[t.bits, t.width, t.step] for t in s.key.tiers],
+                    "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
+                }
+                | ({} if s.sketch is None else {"sketch": [[t.bits, t.width, t.step] for t in s.sketch.tiers]})
+                for s in plan.sites
+            ],
+        }
+    )
 
 
 @contextlib.contextmanager

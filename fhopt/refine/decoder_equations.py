@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fhopt.calibration.probe import graph_arguments
 from fhopt.errors import FhoptError, Miss
+from fhopt.fitting.statistics import differences
 from fhopt.models.capture import Captured
 from fhopt.ops import algebra, attention, packing
 from fhopt.ops import masks as ops_masks
@@ -130,25 +131,25 @@ class _Runner(fx.Interpreter):
         if site is not None:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             far = site.site.exact_tokens(self.reader.plan.sinks, self.reader.plan.recent)
-            add_attention(self.equations, site, far, *args, **kwargs)
+            add_attention(self.equations, site, far, *args, **kwargs, mean_tokens=self.reader.plan.mean_tokens)
         return super().run_node(n)
 
 
 def add_attention(
     equations: Equations, plan: SitePlan, exact: tuple[int, int], q: Tensor, k: Tensor, v: Tensor,
     mask: Tensor | None = None, extra: Tensor | None = None, *, scale: float, is_causal: bool = False,
-    softcap: float = 0.0, dropout: float = 0.0,
+    softcap: float = 0.0, dropout: float = 0.0, mean_tokens: int = 0,
 ) -> None:  # fmt: skip
     """Add the attention of q [B,H,S,D] to keys k [B,G,T,D] and values v [B,G,T,E] to the equations of a site.
 
-    exact: (attention sinks, recent tokens) that are not read through latents. The other arguments are those of the op
-    `fhopt::attention`.
+    exact: (attention sinks, recent tokens) that are not read through latents. mean_tokens: as of `LatentPlan`. The
+    other arguments are those of the op `fhopt::attention`.
     """
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     near, far = (
         torch.atleast_2d(ops_masks.additive(m, q.dtype)) for m in ops_masks.split_mask(q, k, mask, is_causal, *exact)
     )
-    latents, errors = zip(*_coded(plan, k, v), strict=True)
+    latents, errors = zip(*_coded(plan, *differences(plan.site, k, v, exact[0], mean_tokens)), strict=True)
     counts = k.new_zeros(k.shape[:3])  # [B, G, T]
     for start in range(0, q.shape[2], QUERIES):
         rows = slice(start, start + QUERIES)

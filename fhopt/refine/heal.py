@@ -87,7 +87,6 @@ class HealOptions:
 
     def check_plan(self, plan: LatentPlan) -> None:
         """Raise FhoptError when a context of this length does not see the latents of the plan."""
-        plan.check_no_means("healing")
         first = plan.sinks + plan.recent
         if self.context <= first and all(p.site.kind == "self" for p in plan.sites):
             raise FhoptError(

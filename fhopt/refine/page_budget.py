@@ -90,7 +90,6 @@ def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOp
 def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent) -> LatentPlan:
     """Return the plan with page selection, calibrated on the first halves of the texts. Raises FhoptError."""
     options.check(plan.block, plan.window.first_length)
-    plan.check_no_means("page selection")
     model = loaded.language_model()
     check_length(model, options.context)
     ids = texts_tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)

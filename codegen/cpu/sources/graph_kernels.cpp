@@ -303,6 +303,30 @@ void add_times(const float* basis, const float* x, int64_t n, int64_t m, float f
 
 constexpr int64_t SMALL = 1 << 20;  // products that one thread does
 
+// Means of keys or values of each sequence, float [B,G,1,D], from which latents are differences.
+struct Means {
+    const float* data = nullptr;
+    int64_t sequence = 0, head = 0, group = 1, width;
+
+    Means(const std::string& name, const std::optional<Tensor>& mean, int64_t b, int64_t h, int64_t d) : width(d) {
+        if (!mean) return;
+        const bool fits = mean->dim() == 4 && mean->scalar_type() == ScalarType::Float && mean->size(0) == b &&
+                          h % mean->size(1) == 0 && mean->size(3) == d && mean->stride(3) == 1;
+        expect(fits, name, "means that do not fit");
+        data = static_cast<const float*>(mean->data_ptr());
+        sequence = mean->stride(0), head = mean->stride(1), group = h / mean->size(1);
+    }
+
+    const float* of(int64_t b, int64_t h) const { return data + b * sequence + h / group * head; }
+
+    float dot(const float* query, int64_t b, int64_t h) const {
+        const float* mean = of(b, h);
+        float sum = 0;
+        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
+        return sum;
+    }
+};
+
 // clang-format off
 Tensor attend_kernel(
     std::string latents, std::string window, std::string opened, Tensor query, Tensor key, Tensor value,
@@ -311,7 +335,8 @@ Tensor attend_kernel(
     std::optional<Tensor> window_keys, std::optional<Tensor> window_key_scale,
     std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
     std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far,
-    std::optional<Tensor> lengths, double scale, double softcap) {
+    std::optional<Tensor> lengths, std::optional<Tensor> key_mean, std::optional<Tensor> value_mean,
+    double scale, double softcap) {
     // clang-format on
     const Kernel of_latents = find(latents), of_opened = find(opened);
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);
@@ -334,6 +359,10 @@ Tensor attend_kernel(
     const Rows absorbed_rows = Queries::dense(absorbed.data(), h, s, width);
     run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none}, query,
         absorbed_rows, sums.data(), &lse[0]);
+    const Means key_means(latents, key_mean, b, h, d), value_means(latents, value_mean, b, h, e);
+    if (key_mean) {
+        for (int64_t i = 0; i < rows; i++) lse[i] += float(scale) * key_means.dot(at(i), i / (h * s), i / s % h);
+    }
     if (window_keys && window_values) {
         // clang-format off
         const Call call{window,             *window_keys, *window_values, window_key_scale,
@@ -363,6 +392,10 @@ Tensor attend_kernel(
             out[i * e + c] = inverse * ((window_keys ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
         }
         add_times(decode.of(i / s % h, h), &sums[i * value_width], e, value_width, inverse * weights[0], out + i * e);
+        if (value_mean) {
+            const float* mean = value_means.of(i / (h * s), i / s % h);
+            for (int64_t c = 0; c < e; c++) out[i * e + c] += inverse * weights[0] * mean[c];
+        }
     }
     if (!is_float) store(memory, output);
     return output;

@@ -167,7 +167,7 @@ def test_files_keep_them_and_others_stay_as_they_were(plan: LatentPlan, tmp_path
 
 
 def test_what_cannot_add_them_back_says_so(plan: LatentPlan) -> None:
-    with pytest.raises(FhoptError, match="an exported step has no means.*16 tokens.*--mean-tokens 0"):
+    with pytest.raises(FhoptError, match=r"an exported step has no means.*16 tokens.*--mean-tokens 0"):
         plan.check_no_means("an exported step")
     replace(plan, mean_tokens=0).check_no_means("an exported step")
     with pytest.raises(FhoptError, match="means of -1 tokens"):

@@ -70,7 +70,9 @@ def test_an_unknown_name_gets_the_list_of_what_is_possible(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    expected = rf"cannot read {name}: No such file.*text file.*one of topics, source, license, docstrings, scripture"
+    expected = (
+        rf"cannot read {name}: No such file.*text file.*one of topics, source, license, docstrings, mixture, scripture"
+    )
     with pytest.raises(FhoptError, match=expected):
         tokens.read_text(name)
 

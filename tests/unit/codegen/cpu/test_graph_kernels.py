@@ -115,12 +115,12 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
 @settings(deadline=None)
 @given(
     st.sampled_from(DTYPES), st.booleans(), st.booleans(),
-    st.sampled_from([0, 1, 20, T]), st.booleans(), st.integers(0, 99),
+    st.sampled_from([0, 1, 20, T]), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_on_a_cache_is_the_attention_on_its_parts(
-    dtype: torch.dtype, window: bool, masked: bool, length: int, shared: bool, seed: int
+    dtype: torch.dtype, window: bool, masked: bool, length: int, shared: bool, centred: bool, seed: int
 ) -> None:
-    """Every part may be hidden whole; then the others count alone."""
+    """Every part may be hidden whole; then the others count alone. Latents may be differences from means."""
     torch.manual_seed(seed)
     d, e, heads = 24, 24, 1 if shared else J  # the uncoded kernels are those of the test above
     key_tiers, value_tiers = (
@@ -138,7 +138,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     operands: Any = (
         query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
         *(x for pair in rounded for x in (pair if window else (None, None))),
-        *masks, torch.tensor(length),
+        *masks, torch.tensor(length), *(torch.randn(B, J, 1, n) if centred else None for n in (d, e)),
     )  # fmt: skip
     options: Any = algebra.group_options(key_tiers, value_tiers)
     expected = attend_latents_reference(*operands, **options, scale=0.3)
@@ -231,7 +231,10 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
         torch.ops.fhopt.latent_kernel(**{**given, **change})
 
 
-def test_a_compiled_cache_step_calls_its_kernels_from_c(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mean_tokens", [0, 16])
+def test_a_compiled_cache_step_calls_its_kernels_from_c(
+    llama: Fitted, monkeypatch: pytest.MonkeyPatch, mean_tokens: int
+) -> None:
     """Every layer: its attention, and what it codes, keys and values."""
     seen: list[str] = []
 
@@ -241,7 +244,7 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(llama: Fitted, monkeypat
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     model, ids = copy.deepcopy(llama.model), token_ids(2, 60)
-    fhopt.apply(model, llama.plan(4, window_bits=8))
+    fhopt.apply(model, llama.plan(4, window_bits=8, mean_tokens=mean_tokens))
     torch._dynamo.reset()
     step: Any = torch.compile(model.forward, backend="flashhead", fullgraph=True)
     with torch.no_grad():
