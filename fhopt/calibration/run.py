@@ -58,6 +58,7 @@ class Calibration:
     outcome: passes_outcome.Outcome
     provenance: dict[str, Any]
     weights: Mapping[str, Tensor]
+    mean_tokens: int  # of `LatentPlan`, with which statistics and costs were collected
 
 
 def fit(
@@ -74,7 +75,7 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         calibration.statistics, bases=calibration.bases, costs=calibration.costs, ratio=options.ratio,
         layout=options.layout, bits=options.bits, sinks=options.sinks, recent=options.recent, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
-        mean_tokens=0 if options.is_lossless else options.mean_tokens,
+        mean_tokens=calibration.mean_tokens,
     )  # fmt: skip
     sites, weights = [s.site for s in plan.sites], calibration.weights
     prints = dict(fingerprint=fingerprint(weights, sites), weights=weight_prints(weights, sites))
@@ -151,7 +152,7 @@ def _measure_batches(
     key = _key(options, name, data_digest, weights, outcome)
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
     source, far = iter(batches), dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
-    far["mean_tokens"] = 0 if options.is_lossless else options.mean_tokens
+    mean_tokens = far["mean_tokens"] = 0 if options.is_lossless else options.mean_tokens
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     statistics = empty_statistics(outcome.sites.values())
@@ -180,7 +181,7 @@ def _measure_batches(
         checkpoint.remove()
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
-    return Calibration(statistics, bases, costs, outcome, provenance, weights)
+    return Calibration(statistics, bases, costs, outcome, provenance, weights, mean_tokens)
 
 
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:

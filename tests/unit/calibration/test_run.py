@@ -1,11 +1,14 @@
-"""Batches that run out before a plan can be made."""
+"""What a calibration gives its plans, and batches that run out before a plan can be made."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from interrupted_calibration import measure
-from small_models import Fitted
+from small_models import Fitted, tiny_llama, token_ids
 
+from fhopt.calibration import run
+from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 
 
@@ -17,3 +20,27 @@ def test_no_batch_at_all_is_refused(llama: Fitted) -> None:
 def test_batches_that_leave_none_to_choose_bits_by_are_refused(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match="bits are chosen by others"):
         measure(llama.captured, count=6)
+
+
+OPTIONS = FitOptions(sequences=3, rate_sequences=2, sinks=4, recent=8, block=8, tokens=2048, mean_tokens=16)
+
+
+def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: Fitted) -> None:
+    """The moments of differences are smaller; and what calibrates any module keeps none, whatever is asked."""
+    torch.manual_seed(0)
+    batches = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
+    weights = dict(llama.model.named_parameters())
+    both = [
+        run.measure_batches(llama.captured, batches, options, weights, "tiny")
+        for options in (OPTIONS, FitOptions(**{**vars(OPTIONS), "mean_tokens": 0}))
+    ]
+    assert [run.plan_for(measured, OPTIONS).mean_tokens for measured in both] == [16, 0]
+    for name, centred in both[0].statistics.items():
+        plain = both[1].statistics[name]
+        for side in ("key", "value"):
+            moments = [
+                getattr(statistics, side).moment.diagonal(dim1=1, dim2=2).sum() for statistics in (centred, plain)
+            ]
+            assert moments[0] < moments[1]
+    module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
+    assert run.plan_for(module, OPTIONS).mean_tokens == 0

@@ -25,7 +25,7 @@ SMALL = Gate(0.01, sequences=2, context=200)
 @pytest.fixture(scope="module")
 def calibration(llama: Fitted) -> Calibration:
     weights = dict(llama.model.named_parameters())
-    return Calibration(llama.statistics, llama.bases, llama.costs, llama.outcome, {"model": "tiny"}, weights)
+    return Calibration(llama.statistics, llama.bases, llama.costs, llama.outcome, {"model": "tiny"}, weights, 0)
 
 
 @pytest.fixture(scope="module")
