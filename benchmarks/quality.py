@@ -43,6 +43,9 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option("--ratio", "ratios", type=float, multiple=True, help="Sizes of plans; 3.2, 4, 5.3, 8, 12 when not given.")
 @click.option("--texts", multiple=True, metavar="TEXT", help="A further text: a file, a folder, or a built-in name.")
 @click.option("--plans", type=click.Path(path_type=Path), metavar="FOLDER", help="Saved plans: FOLDER/8x and so on.")
+@click.option(
+    "--data", multiple=True, metavar="TEXT", help="Calibration text; topics when not given for the demo model."
+)
 @click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`; no page for other ones.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--context", default=CONTEXT, show_default=True, help="Tokens of each text.")
@@ -50,7 +53,7 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(
     ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, model: str, dtype: str, context: int,
-    families: tuple[str, ...], quick: bool,
+    families: tuple[str, ...], data: tuple[str, ...], quick: bool,
 ) -> None:  # fmt: skip
     """Measure plans and other methods on a model, SmolLM2-135M-Instruct if no other, and write the figures."""
     os.environ["PATH"] = os.pathsep.join(
@@ -58,6 +61,8 @@ def main(
     )  # ninja: quanto
     quick = quick or is_quick()
     options = calibration_options.FitOptions()
+    if data or model == "demo":  # the page of the demo model is about kinds of text that did not calibrate
+        options = dataclasses.replace(options, texts=data or ("topics",))
     if quick:
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256)
         context = min(context, QUICK_CONTEXT)
