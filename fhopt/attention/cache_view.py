@@ -29,7 +29,7 @@ class SideRows:
     bit_groups: none for uncoded latents. rows: quantized values uint8 [B,J,V,bytes] with scale float16 [B,J,V], or
     uncoded latents [B,J,V,R] without a scale. decode [G,D,R]. window: quantized values uint8 [B,G,M,D] and scales
     float16 [B,G,M] of the window in 8 bits, as from `ops.packing.round_rows`; None: the window is exact. mean: float32
-    [B,G,1,D], of which latents are the difference; None: of nothing.
+    [B,G,1,D], from which latents and a window in 8 bits are differences; None: they are not.
     """
 
     bit_groups: algebra.BitGroups
@@ -48,7 +48,9 @@ class SideRows:
         """Return all open tokens [B,G,N,D]: the exact ones, and those of the window behind the first `sinks`."""
         if self.window is None:
             return exact
-        window = packing.unround_rows(*self.window, exact.dtype)
+        window = packing.unround_rows(*self.window, exact.dtype if self.mean is None else torch.float32)
+        if self.mean is not None:
+            window = (window + self.mean).to(exact.dtype)
         return torch.cat([exact[:, :, :sinks], window, exact[:, :, sinks:]], 2)
 
     def unpacked(self, part: slice | None = None) -> Tensor:

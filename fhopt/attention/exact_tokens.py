@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fhopt.attention.cache_view import AnyLatents
-from fhopt.attention.operands import AttentionOperands
+from fhopt.attention.operands import AttentionOperands, with_means
 from fhopt.ops import algebra, latent_attention, prefill_attention
 from fhopt.ops import masks as ops_masks
 
@@ -24,7 +24,8 @@ def exact_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
     parts: list[tuple[Tensor, Tensor]] = []
     if key_window is not None and value_window is not None:
         options = algebra.group_options(_window_groups(query), _window_groups(value)) | numbers
-        parts.append(latent_attention.latent_attention(query, *key_window, *value_window, masks.window, **options))
+        rounded = latent_attention.latent_attention(query, *key_window, *value_window, masks.window, **options)
+        parts.append(with_means(operands, *rounded))
     if key.shape[2] and prefill_attention.is_gpu_prefill(query, key, value, masks.exact):
         parts.append(torch.ops.fhopt.open_attention(query, key, value, masks.exact, causal=operands.causal, **numbers))
     elif key.shape[2]:

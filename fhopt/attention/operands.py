@@ -65,7 +65,7 @@ def attend_latents(
 
 
 def with_means(operands: AttentionOperands, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the means that latents are differences from to attention on latents: output [B,H,S,E] (expanded), lse.
+    """Add the means that tokens are differences from to attention on them: output [B,H,S,E] (expanded), lse.
 
     softmax(q (k + m)^T) over these tokens is softmax(q k^T), and the log of their weight grows by q . m; a mean of
     values is the same in every output.

@@ -119,11 +119,13 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             self.packed_values.side(start, stop, self.value_bases.decode, value, value_mean),
         )
 
-    def _use_means(self) -> None:
-        """Keep means of the sequence where the plan has them."""
+    def _use_means(self, keys: ExactWindow | StaticWindow, values: ExactWindow | StaticWindow) -> None:
+        """Keep means of the sequence where the plan has them. keys, values: residual windows."""
         if self.plan.mean_tokens:
             of_keys = not self.site.site.softcap
             self.means = self.stores[MEANS] = SequenceMeans(self.window.sinks, self.plan.mean_tokens, of_keys)
+            for side, window in enumerate((keys, values)):
+                window.means, window.side = self.means, side
 
     def _encode(self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
         """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means."""

@@ -30,7 +30,7 @@ class LatentLayer(LatentLayerBase):
         self.window_keys, self.window_values = growing_windows(self.window)
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(Sketches)
-        self._use_means()
+        self._use_means(self.window_keys, self.window_values)
         self.quantized = 0
         self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # of values, and what it is the mean of
 

@@ -19,7 +19,19 @@ from fhopt.ops import packing
 from fhopt.plan.window import ResidualWindow
 
 
-class ExactWindow(Store):
+class Window(Store):
+    """Tokens that are not latents. `side` of `means`: from which a window in 8 bits holds differences."""
+
+    means: Store | None = None
+    side = 0
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Mean of the sequence, float32 [B,G,1,D]; None where the window holds tokens themselves."""
+        return None if self.means is None else self.means.parts[self.side]
+
+
+class ExactWindow(Window):
     """Attention sinks and residual window as they came, one part [B,G,N,D]."""
 
     def __init__(self, window: ResidualWindow) -> None:
@@ -80,7 +92,10 @@ class RoundedWindow(ExactWindow):
     def read(self, *new: Tensor) -> Tensor:
         """Return the tokens, and `new` ones behind them exactly as they came, in the dtype of the sinks."""
         sinks, values, scale = self.parts
-        return torch.cat([sinks, packing.unround_rows(values, scale, sinks.dtype), *new], 2)
+        window = packing.unround_rows(values, scale, sinks.dtype if self.mean is None else torch.float32)
+        if self.mean is not None:
+            window = (window + self.mean).to(sinks.dtype)
+        return torch.cat([sinks, window, *new], 2)
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
         """Return (sinks, `new` tokens behind; values and scales of the window)."""
@@ -90,7 +105,8 @@ class RoundedWindow(ExactWindow):
     def keep(self, new: Tensor, quantized: int) -> None:
         """Hold new tokens too, without the `quantized` oldest of the window; only tokens that stay are rounded."""
         sinks, values, scale = self.parts
-        more_values, more_scale = packing.round_rows(new[:, :, max(0, self.sinks + quantized - self.count) :])
+        staying = new[:, :, max(0, self.sinks + quantized - self.count) :]
+        more_values, more_scale = packing.round_rows(_less(staying, self.mean))
         if sinks.shape[2] < self.sinks:  # and the window is empty
             sinks = torch.cat([sinks, new], 2)[:, :, : self.sinks].clone()
         values = torch.cat([values[:, :, quantized:], more_values], 2)
@@ -99,7 +115,7 @@ class RoundedWindow(ExactWindow):
     def insert(self, dequantized: Tensor) -> None:
         """Put tokens between attention sinks and window, rounded."""
         sinks, *window = self.parts
-        more = packing.round_rows(dequantized)
+        more = packing.round_rows(_less(dequantized, self.mean))
         self.parts = (sinks, *[_joined([new, old]) for new, old in zip(more, window, strict=True)])
 
     def crop(self, count: int) -> None:
@@ -107,6 +123,10 @@ class RoundedWindow(ExactWindow):
         sinks, *window = self.parts
         rest = max(0, count - self.sinks)
         self.parts = (sinks[:, :, :count].clone(), *[part[:, :, :rest].clone() for part in window])
+
+
+def _less(tokens: Tensor, mean: Tensor | None) -> Tensor:
+    return tokens if mean is None else tokens - mean
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -125,7 +145,7 @@ def growing_windows(window: ResidualWindow) -> tuple[ExactWindow, ExactWindow]:
 # --------------------------------------------------------------------------------------------------- static stores
 
 
-class StaticWindow(Store):
+class StaticWindow(Window):
     """Attention sinks and residual window in fixed places, the window as a ring (see the module docstring)."""
 
     def __init__(self, window: ResidualWindow) -> None:
@@ -154,7 +174,7 @@ class StaticWindow(Store):
 
     def write(self, tokens: Tensor, sink_places: Tensor, ring_places: Tensor) -> None:
         """Put tokens [B,G,S,D] into their places [S], the last place for those that have none."""
-        window = (tokens,) if self.window.bits == 16 else packing.round_rows(tokens)
+        window = (tokens,) if self.window.bits == 16 else packing.round_rows(_less(tokens, self.mean))
         self.parts[0].index_copy_(2, sink_places, tokens)
         for part, new in zip(self.parts[1:], window, strict=True):
             part.index_copy_(2, ring_places, new)

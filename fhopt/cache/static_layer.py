@@ -30,7 +30,7 @@ class StaticLatentLayer(LatentLayerBase):
         self.window_keys, self.window_values = StaticWindow(self.window), StaticWindow(self.window)
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(lambda limited: StaticSketches(limited, self.capacity))
-        self._use_means()
+        self._use_means(self.window_keys, self.window_values)
         self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.quantized = torch.zeros((), dtype=torch.int64)
@@ -123,10 +123,10 @@ class StaticLatentLayer(LatentLayerBase):
         is_kept = (behind >= 0) & (index >= count - ring)
         in_ring = torch.where(is_kept, behind % ring, ring)
         packed_at = torch.where((behind >= 0) & (behind < self.capacity), behind, self.capacity)
-        self.window_keys.write(key_states, in_sinks, in_ring)
-        self.window_values.write(value_states, in_sinks, in_ring)
         if self.means is not None:
             self.means.see(key_states, value_states, self.cumulative_length)
+        self.window_keys.write(key_states, in_sinks, in_ring)
+        self.window_values.write(value_states, in_sinks, in_ring)
         self._encode(key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at))
         if isinstance(self.sketches, StaticSketches):
             self.sketches.write(self._packed_at("key").unpack_at(packed_at), packed_at)

@@ -359,9 +359,10 @@ Tensor attend_kernel(
     const Rows absorbed_rows = Queries::dense(absorbed.data(), h, s, width);
     run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none}, query,
         absorbed_rows, sums.data(), &lse[0]);
+    std::vector<float> shift(rows);  // of the logits of latents and window, which are differences from means
     const Means key_means(latents, key_mean, b, h, d), value_means(latents, value_mean, b, h, e);
     if (key_mean) {
-        for (int64_t i = 0; i < rows; i++) lse[i] += float(scale) * key_means.dot(at(i), i / (h * s), i / s % h);
+        for (int64_t i = 0; i < rows; i++) shift[i] = float(scale) * key_means.dot(at(i), i / (h * s), i / s % h);
     }
     if (window_keys && window_values) {
         // clang-format off
@@ -380,6 +381,7 @@ Tensor attend_kernel(
     float* out = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
 #pragma omp parallel for if (rows * e * value_width > SMALL)
     for (int64_t i = 0; i < rows; i++) {
+        lse[i] += shift[i], lse[rows + i] += shift[i];
         const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
         float weights[3], total = 0;
         for (int part = 0; part < 3; part++) {
@@ -394,7 +396,7 @@ Tensor attend_kernel(
         add_times(decode.of(i / s % h, h), &sums[i * value_width], e, value_width, inverse * weights[0], out + i * e);
         if (value_mean) {
             const float* mean = value_means.of(i / (h * s), i / s % h);
-            for (int64_t c = 0; c < e; c++) out[i * e + c] += inverse * weights[0] * mean[c];
+            for (int64_t c = 0; c < e; c++) out[i * e + c] += inverse * (weights[0] + weights[1]) * mean[c];
         }
     }
     if (!is_float) store(memory, output);

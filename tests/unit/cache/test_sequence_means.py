@@ -95,7 +95,7 @@ def test_a_static_cache_reads_the_same(llama: Fitted, plan: LatentPlan) -> None:
 
 
 def test_a_constant_in_keys_and_values_costs_no_bits(plan: LatentPlan, llama: Fitted) -> None:
-    """However large, it is gone before rounding, and comes back exactly."""
+    """However large, it is gone before rounding, of latents and of the window in 8 bits, and comes back exactly."""
     site = plan.sites[0].site
     common = torch.randn(1, site.kv_heads, 1, site.key_dim)
     x = torch.randn(1, site.kv_heads, 48, site.key_dim)
@@ -105,9 +105,11 @@ def test_a_constant_in_keys_and_values_costs_no_bits(plan: LatentPlan, llama: Fi
         keys, values = x + size * common, x - size * common
         cache.layers[0].update(keys, values)
         layer = cache.layers[0]
-        part = slice(given.sinks, given.sinks + layer.quantized_tokens)
+        end = given.sinks + layer.quantized_tokens
         pairs = (layer.keys, keys), (layer.values, values)
-        return torch.stack([(a - b)[:, :, part].square().mean() for a, b in pairs])
+        return torch.stack(
+            [(a - b)[:, :, part].square().mean() for a, b in pairs for part in (slice(end), slice(end, None))]
+        )
 
     small = errors(plan, 0.0)
     torch.testing.assert_close(errors(plan, 100.0), small, rtol=0.02, atol=0.0)
@@ -140,6 +142,20 @@ def test_means_move_with_their_sequences(llama: Fitted, plan: LatentPlan, length
     with torch.no_grad(), switched(llama.model, plan):
         steps(llama.model, cache, token_ids(3, 50), 40)
     assert not torch.equal(cache.layers[1].means.parts[1], before[1])
+
+
+@pytest.mark.parametrize("length", [None, 64])
+def test_a_copy_has_means_of_its_own(llama: Fitted, plan: LatentPlan, length: int | None) -> None:
+    """As assisted decoding makes: what is done to the copy does not change the cache, and both read alike."""
+    ids = token_ids(2, 50)
+    _, cache = logits(llama.model, plan, ids, max_cache_len=length)
+    other = copy.deepcopy(cache)
+    with torch.no_grad(), switched(llama.model, plan):
+        expected = llama.model(ids[:, :1], **cached(copy.deepcopy(cache)), use_cache=True).logits
+        for layer in cache.layers:
+            layer.means.parts = tuple([torch.full_like(part, 1e3) for part in layer.means.parts])
+        found = llama.model(ids[:, :1], **cached(other), use_cache=True).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
