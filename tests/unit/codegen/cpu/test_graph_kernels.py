@@ -254,5 +254,6 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(
         for i in range(50, 60):
             expected = model(ids[:, i : i + 1], **cached(eager)).logits
             found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            close = 1e-4 if mean_tokens else 1e-5  # logits of means and of differences are summed in other orders
+            torch.testing.assert_close(found, expected, rtol=close, atol=close)
     assert sorted(seen) == 2 * ["fhopt.attend_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]
