@@ -73,10 +73,9 @@ def attend_selected_pages(operands: AttentionOperands, index: PageIndex) -> Tens
 
 def _beside_latents(operands: AttentionOperands, lse: Tensor | None) -> Tensor | None:
     """Return the log of a weight [B,H,S] as it compares with logits of latents that are differences from a mean."""
-    mean = operands.key_side.mean
-    if mean is None or lse is None:
-        return lse
-    return lse - operands.scale * algebra.mean_logits(operands.query, mean).to(lse.dtype)
+    if lse is None:
+        return None
+    return algebra.counted_from_mean(lse, operands.query, operands.key_side.mean, operands.scale)
 
 
 def attend_single_query(

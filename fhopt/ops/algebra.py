@@ -59,6 +59,11 @@ def mean_logits(query: Tensor, mean: Tensor) -> Tensor:
     return torch.matmul(grouped, mean.mT).reshape(b, h, s)
 
 
+def counted_from_mean(lse: Tensor, query: Tensor, mean: Tensor | None, scale: float) -> Tensor:
+    """Return a log of weights [B,H,S] as it compares with logits of differences from a mean of keys [B,G,1,D]."""
+    return lse if mean is None else lse - scale * mean_logits(query, mean).to(lse.dtype)
+
+
 def mean_outputs(mean: Tensor, heads: int) -> Tensor:
     """Return what a mean of values [B,G,1,E] adds to the outputs of H = `heads` query heads: [B,H,1,E]."""
     return mean.repeat_interleave(heads // mean.shape[1], 1)

@@ -170,9 +170,7 @@ class _FullAttention:
         centred = replace(latents, key=replace(latents.key, mean=None))  # as estimates are, from sketches of latents
         far = latent_logits(query, centred, **numbers)
         output, lse = attend_open_tokens(query, key, value, latents, **numbers)
-        if latents.key.mean is not None:
-            lse = lse - numbers["scale"] * algebra.mean_logits(query, latents.key.mean).to(lse.dtype)
-        return _FullAttention(far, (output, lse))
+        return _FullAttention(far, (output, algebra.counted_from_mean(lse, query, latents.key.mean, numbers["scale"])))
 
     def page_weights(self, tokens: int) -> Tensor:
         """Return the share of each page in all weight, [B,H,S,P]."""
