@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import stat
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,14 @@ def has_triton() -> bool:
 def cores() -> int:
     """Count the logical CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_megabytes() -> float:
+    """Return the most memory that this process has held at once, in MB of 10^6 bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def cache_folder() -> Path:

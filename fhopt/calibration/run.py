@@ -5,14 +5,15 @@
     costs        of the bases' channels, over other batches   fhopt/calibration/collect.py
     plan         bits allocated by the costs                  fhopt/fitting/fit_plan.py
 
-Statistics, bases and costs of one calibration serve plans of any size.
+Statistics, bases and costs of one calibration serve plans of any size, and can be kept in a file
+(fhopt/calibration/statistics_file.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
 from fhopt.fitting.allocation import STEPS
 from fhopt.fitting.bases import CandidateBases
-from fhopt.fitting.candidates import fit_bases
+from fhopt.fitting.candidates import fit_bases, fit_layouts, select_bases
 from fhopt.fitting.costs import Costs, empty_costs
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics
 from fhopt.models.capture import Captured, capture
@@ -41,6 +42,7 @@ from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
 from fhopt.progress import Progress, silent
 from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
@@ -55,10 +57,24 @@ class Calibration:
     statistics: dict[str, SiteStatistics]
     bases: CandidateBases
     costs: Costs
-    outcome: passes_outcome.Outcome
     provenance: dict[str, Any]
-    weights: Mapping[str, Tensor]
-    mean_tokens: int  # of `LatentPlan`, with which statistics and costs were collected
+    options: FitOptions  # with which statistics and costs were collected
+    prints: dict[str, Any]  # fingerprint, and prints of the weights of each site
+    outcome: passes_outcome.Outcome | None = None  # what was found in the model; None where read from a file
+
+    @property
+    def sites(self) -> dict[str, AttentionSite]:
+        """Sites by name."""
+        return {name: s.site for name, s in self.statistics.items()}
+
+    def check_model(self, loaded: LoadedModel) -> None:
+        """Raise FhoptError when this is a calibration of another model than `loaded`."""
+        weights = Weights(loaded.language_model())
+        if fingerprint(weights, list(self.sites.values())) != self.prints["fingerprint"]:
+            raise FhoptError(
+                f"the statistics are of another model ({self.provenance.get('model', 'unknown')}) than {loaded.name}; "
+                "their fingerprints differ. Calibrate this one: fhopt calibrate MODEL -o FILE."
+            )
 
 
 def fit(
@@ -66,24 +82,34 @@ def fit(
 ) -> tuple[LatentPlan, passes_outcome.Outcome]:
     """Calibrate `loaded` (a causal language model) and fit a plan. Raises FhoptError."""
     calibration = measure(loaded, options, progress)
+    assert calibration.outcome is not None
     return plan_for(calibration, options), calibration.outcome
 
 
 def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
-    """Fit a plan to a calibration, with its provenance. Raises FhoptError."""
+    """Fit a plan to a calibration, with its provenance. Raises FhoptError.
+
+    Of `options`, those count that choose size and form: ratio, layout, bits, device, tokens, and sizes of the window.
+    """
+    bases = select_bases(
+        calibration.bases, calibration.sites, options.layout, tokens=options.tokens, device=options.device
+    )
     plan = fit_plan.fit(
-        calibration.statistics, bases=calibration.bases, costs=calibration.costs, ratio=options.ratio,
-        layout=options.layout, bits=options.bits, sinks=options.sinks, recent=options.recent, block=options.block,
+        calibration.statistics, bases=bases, costs=calibration.costs, ratio=options.ratio, layout=options.layout,
+        bits=options.bits, sinks=options.sinks, recent=options.recent, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
-        mean_tokens=calibration.mean_tokens,
+        mean_tokens=calibration.options.mean_tokens,
     )  # fmt: skip
-    sites, weights = [s.site for s in plan.sites], calibration.weights
-    prints = dict(fingerprint=fingerprint(weights, sites), weights=weight_prints(weights, sites))
-    return plan.with_provenance(**prints, **calibration.provenance)
+    return plan.with_provenance(**calibration.prints, **calibration.provenance)
 
 
-def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silent) -> Calibration:
-    """Calibrate a causal language model on the first halves of the texts. Raises FhoptError."""
+def measure(
+    loaded: LoadedModel, options: FitOptions, progress: Progress = silent, layouts: Sequence[str] = ()
+) -> Calibration:
+    """Calibrate a causal language model on the first halves of the texts.
+
+    layouts: to fit bases of, those that `options` choose from when none is named. Raises FhoptError.
+    """
     options.check()
     model = loaded.language_model()
     check_whole(model)
@@ -100,7 +126,7 @@ def measure(loaded: LoadedModel, options: FitOptions, progress: Progress = silen
         "context": options.context,
     }
     weights, digest = Weights(model), provenance["text_sha256"]
-    calibration = measure_batches(captured, batches, options, weights, loaded.name, progress, digest)
+    calibration = measure_batches(captured, batches, options, weights, loaded.name, progress, digest, layouts=layouts)
     calibration.provenance |= provenance
     return calibration
 
@@ -130,29 +156,30 @@ def measure_module(
 def measure_batches(
     captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
     name: str, progress: Progress = silent, data_digest: Any = "", encoder: str | None = None,
+    layouts: Sequence[str] = (),
 ) -> Calibration:  # fmt: skip
     """Calibrate in two passes over batches. Under torchrun, each process takes its share and all get the sum.
 
     What fails in one process fails in all (`collectives.together`). data_digest distinguishes the data of calibrations,
     for checkpoints. encoder: path of a module of which nothing is cached, so that its sites get no bytes; a model that
-    is nothing else keeps them.
+    is nothing else keeps them. layouts: as of `measure`.
     """
     with collectives.together():
-        return _measure_batches(captured, batches, options, weights, name, progress, data_digest, encoder)
+        return _measure_batches(captured, batches, options, weights, name, progress, data_digest, encoder, layouts)
 
 
 def _measure_batches(
     captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
-    name: str, progress: Progress, data_digest: Any, encoder: str | None,
+    name: str, progress: Progress, data_digest: Any, encoder: str | None, layouts: Sequence[str],
 ) -> Calibration:  # fmt: skip
     outcome = _sites(captured, name, encoder)
-    if not options.is_lossless:
+    options = replace(options, mean_tokens=0 if options.is_lossless else options.mean_tokens)
+    if not options.is_lossless and not layouts:
         budget = allocation.Budget(options.ratio, options.window, options.tokens)
         allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
-    key = _key(options, name, data_digest, weights, outcome)
+    key = _key(options, name, data_digest, weights, outcome) | ({"layouts": list(layouts)} if layouts else {})
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
-    source, far = iter(batches), dict(sinks=options.sinks, recent=options.recent, seed=options.seed)
-    mean_tokens = far["mean_tokens"] = 0 if options.is_lossless else options.mean_tokens
+    source, far = iter(batches), {name: getattr(options, name) for name in ("sinks", "recent", "seed", "mean_tokens")}
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     statistics = empty_statistics(outcome.sites.values())
@@ -163,7 +190,10 @@ def _measure_batches(
         raise FhoptError("no calibration batch was given; expected at least one.")
 
     context = options.sinks + max(int(s.key.count) for s in statistics.values()) // max(1, moments.sequences)
-    bases = fit_bases(statistics, options.layout, context=context, tokens=options.tokens, device=options.device)
+    if layouts:
+        bases = fit_layouts(statistics, layouts, context=context, tokens=options.tokens)
+    else:
+        bases = fit_bases(statistics, options.layout, context=context, tokens=options.tokens, device=options.device)
     costs: Costs = {}
     if not options.is_lossless:
         rates = BatchPass(options.rate_sequences, checkpoints[1], progress)
@@ -181,7 +211,9 @@ def _measure_batches(
         checkpoint.remove()
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
-    return Calibration(statistics, bases, costs, outcome, provenance, weights, mean_tokens)
+    sites = list(outcome.sites.values())
+    prints = {"fingerprint": fingerprint(weights, sites), "weights": weight_prints(weights, sites)}
+    return Calibration(statistics, bases, costs, provenance, options, prints, outcome)
 
 
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:

@@ -1,8 +1,9 @@
-"""Commands that make plans: `fhopt fit`, `fhopt heal`, `fhopt head`."""
+"""Commands that make plans: `fhopt calibrate`, `fhopt fit`, `fhopt heal`, `fhopt head`."""
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
+from fhopt.cli.options import (
+    CALIBRATION_OPTIONS,
+    calibration_options,
+    fails_together,
+    json_option,
+    output_console,
+    placement_options,
+    print_json,
+    progress_bar,
+)
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
@@ -20,15 +30,73 @@ if TYPE_CHECKING:
 
 @main.command()
 @click.argument("model")
+@calibration_options
 @click.option(
-    "--data",
-    "texts",
+    "--layout",
+    "layouts",
     multiple=True,
-    default=("topics", "source", "docstrings", "mixture"),
+    default=("input", "band", "identity", "head"),
     show_default=True,
-    help="Calibration text, repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, docstrings, "
-    "mixture.",
+    help="Layout of latents that plans may get, repeatable: band, freq, head, identity, input.",
 )
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File for the statistics.")
+@placement_options
+@json_option
+@fails_together
+def calibrate(
+    model: str, layouts: tuple[str, ...], out: Path, device_map: str | None, dtype: str, as_json: bool, **options: Any
+) -> None:
+    """Calibrate MODEL on text and write statistics, from which plans of any size are fitted in seconds.
+
+    The plans: fhopt fit --statistics FILE --ratio 8 -o PLAN. The same command resumes an interrupted calibration. Under
+    torchrun the processes share it. For models larger than one device: --device-map.
+    """
+    import torch
+
+    from fhopt.calibration.options import FitOptions
+    from fhopt.calibration.run import measure
+    from fhopt.calibration.statistics_file import check_file, save_statistics
+    from fhopt.fitting.allocation import check_layouts
+    from fhopt.inspection.progress_file import ProgressFile, beside
+    from fhopt.models.loader import load_model
+    from fhopt.parallel import collectives
+    from fhopt.parallel.device_map import placement
+    from fhopt.system import peak_megabytes
+
+    out, began = Path(os.path.abspath(out)), time.monotonic()
+    chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **options)
+    chosen.check()
+    check_layouts(layouts)
+    check_file(out)
+    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+    with progress_bar(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+        measured = measure(loaded, chosen, progress, layouts)
+        if collectives.leave() > 0:  # the first process writes
+            return
+        took = {"seconds": round(time.monotonic() - began, 1), "peak_megabytes": round(peak_megabytes())}
+        measured.provenance["calibration"] = took | {"dtype": dtype}
+        save_statistics(measured, out)
+    about = {"sites": len(measured.sites), "tokens": measured.provenance["tokens"], "layouts": list(layouts)}
+    if as_json:
+        print_json({"statistics_path": str(out), "bytes": out.stat().st_size} | about | took)
+        return
+    output_console(as_json).print(
+        f"{about['tokens']:,} tokens read in {took['seconds']:.0f} s, at most {took['peak_megabytes']:,} MB of memory\n"
+        f"statistics of {about['sites']} sites written to {out} ({out.stat().st_size / 1e6:.0f} MB)",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option(
+    "--statistics",
+    "statistics_file",
+    type=click.Path(path_type=Path),
+    help="File of `fhopt calibrate`, in place of a calibration; MODEL is needed for --max-loss and --pages only.",
+)
+@calibration_options
 @click.option("--ratio", type=float, help="Compression of the 16-bit KV cache. [default: 4]")
 @click.option("--bytes-per-token", type=float, help="Size of the KV cache instead of --ratio, everything included.")
 @click.option(
@@ -42,37 +110,9 @@ if TYPE_CHECKING:
     "--device",
     help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
 )
-@click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
-@click.option(
-    "--rate-sequences", type=int, default=8, show_default=True, help="Calibration sequences for the choice of bits."
-)
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
-@click.option("--tokens", type=int, default=8192, show_default=True, help="Context length that the ratio refers to.")
-@click.option(
-    "--recent",
-    type=int,
-    default=128,
-    show_default=True,
-    help="Residual window: newest tokens that are not quantized into latents.",
-)
 @click.option(
     "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."
 )
-@click.option(
-    "--sinks",
-    type=int,
-    default=16,
-    show_default=True,
-    help="Attention sinks: first tokens, which are kept as they come.",
-)
-@click.option(
-    "--mean-tokens",
-    type=int,
-    default=64,
-    show_default=True,
-    help="Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers.")
 @click.option(
     "--pages",
     help="Page selection: share of quantized tokens that a decode step reads on average, such as 1/8. [default: all]",
@@ -85,21 +125,24 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the plan.")
 @placement_options
 @json_option
+@click.pass_context
 @fails_together
 def fit(
-    model: str, ratio: float | None, bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...],
-    window_bits: str, pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None,
-    dtype: str, as_json: bool, **options: Any,
+    invoked: click.Context, model: str | None, statistics_file: Path | None, ratio: float | None,
+    bytes_per_token: float | None, max_loss: str | None, gate_texts: tuple[str, ...], window_bits: str,
+    pages: str | None, mass: str | None, explain: Path | None, out: Path, device_map: str | None, dtype: str,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Calibrate MODEL on text and write a plan.
 
     The same command resumes an interrupted calibration. Under torchrun the processes share the calibration. For models
-    larger than one device: --device-map.
+    larger than one device: --device-map. With --statistics nothing is calibrated.
     """
     import torch
 
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.run import measure, plan_for
+    from fhopt.calibration.statistics_file import load_statistics
     from fhopt.evaluation.statistics import Comparison
     from fhopt.inspection.plots import explain_plan
     from fhopt.inspection.progress_file import ProgressFile, beside
@@ -112,35 +155,69 @@ def fit(
     if sum(option is not None for option in (ratio, bytes_per_token, max_loss)) > 1:
         raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
     limit = _read_gate(max_loss, gate_texts)
-    checkpoint = out.with_name(f".{out.name}.calibration")
-    chosen = FitOptions(
-        ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), checkpoint=checkpoint, **options
-    )
+    given = dict(ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), **options)
+    measured = None
+    if statistics_file is None:
+        chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **given)
+    else:
+        _check_decided(invoked)
+        measured = load_statistics(statistics_file)
+        decided = {name: getattr(measured.options, name) for name in CALIBRATION_OPTIONS}
+        if not _is_given(invoked, "tokens"):
+            decided["tokens"] = measured.options.tokens
+        chosen = FitOptions(**(given | decided))
     chosen.check()
     paged = page_options.read_options(pages, mass, chosen.texts)
     exact = chosen.window.first_length
     if paged is not None:
         paged.check(chosen.block, exact)
     _check_places(out, explain)
-    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
-    paged = None if paged is None else page_options.for_model(loaded, paged, chosen.block, exact)
-    held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None else None
+    loaded = None
+    if measured is None or limit is not None or paged is not None:
+        if model is None:
+            raise FhoptError(
+                "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
+                "Try fhopt fit demo -o PLAN."
+            )
+        loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+        if measured is not None:
+            measured.check_model(loaded)
+    paged = None if paged is None or loaded is None else page_options.for_model(loaded, paged, chosen.block, exact)
+    held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None and loaded is not None else None
     with progress_bar(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
-        measured = measure(loaded, chosen, progress)
+        if measured is None:
+            assert loaded is not None
+            measured = measure(loaded, chosen, progress)
         if collectives.leave() > 0:  # the first process writes
             return
         if bytes_per_token is not None:
             chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
             chosen.check()
-        if limit is None or held_out is None:
+        if limit is None or held_out is None or loaded is None:
             plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
         else:
             plan, trials = loss_target.smallest_plan(loaded, measured, chosen, limit, held_out, progress)
-        plan = plan if paged is None else page_budget.calibrate(loaded, plan, paged, progress)
+        if paged is not None and loaded is not None:
+            plan = page_budget.calibrate(loaded, plan, paged, progress)
     plan.save(out)
     if explain is not None:
         explain_plan(measured, plan, explain)
     _show_plan(plan, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+
+def _check_decided(context: click.Context) -> None:
+    """Raise FhoptError when an option is given that the statistics have decided."""
+    given = [name for name in CALIBRATION_OPTIONS if _is_given(context, name)]
+    if given:
+        option = "data" if given[0] == "texts" else given[0].replace("_", "-")
+        raise FhoptError(
+            f"--{option} belongs to the calibration, which --statistics has done; expected one of the two. Calibrate "
+            f"again with it: fhopt calibrate MODEL --{option} ... -o FILE."
+        )
 
 
 def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:

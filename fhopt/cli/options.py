@@ -6,15 +6,19 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
+PIPED_SECONDS = 10.0  # between two lines of progress without a terminal
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -53,10 +57,18 @@ def output_console(as_json: bool) -> Console:
 
 @contextmanager
 def progress_bar(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar for each stage on standard error."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    is_seen = sys.stderr.isatty() and _is_first() and not as_json
-    with Progress(*columns, console=Console(stderr=True), disable=not is_seen) as bar:
+    """Show each stage on standard error: a bar with the time left, or a line every ten seconds without a terminal."""
+    if not _is_first() or as_json:
+        yield silent
+        return
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    columns = (
+        TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -67,9 +79,64 @@ def progress_bar(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+class _Lines:
+    """Progress in plain lines on standard error, for pipes and logs: `moments 3 of 12, 41 s left`."""
+
+    def __init__(self) -> None:
+        self.printed = time.monotonic()
+        self.stage, self.first, self.since = "", 0, self.printed
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.first, self.since = stage, done, now
+        if now - self.printed < PIPED_SECONDS:
+            return
+        self.printed = now
+        steps = done - self.first
+        left = f", {(now - self.since) / steps * (total - done):.0f} s left" if steps > 0 else ""
+        click.echo(f"{stage} {done} of {total}{left}", err=True)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON value on standard output."""
     click.echo(json.dumps(value, indent=1, sort_keys=True))
+
+
+def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say on what a model is calibrated; the defaults are those of `FitOptions`."""
+    options = (
+        click.option(
+            "--data", "texts", multiple=True, default=("topics", "source", "docstrings", "mixture"), show_default=True,
+            help="Calibration text, repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, "
+            "docstrings, mixture.",
+        ),
+        _count("--sequences", 12, "Calibration sequences for the bases."),
+        _count("--rate-sequences", 8, "Calibration sequences for the choice of bits."),
+        _count("--context", 1024, "Tokens per sequence."),
+        _count("--tokens", 8192, "Length of context that plans are made for, at which sizes are counted."),
+        _count("--recent", 128, "Residual window: newest tokens that are not quantized into latents."),
+        _count("--sinks", 16, "Attention sinks: first tokens, which are kept as they come."),
+        _count(
+            "--mean-tokens", 64,
+            "Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers."
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+CALIBRATION_OPTIONS = (  # names, of those that a file of statistics has decided; it was made for `tokens`, no more
+    "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "seed",
+)  # fmt: skip
+
+
+def _count(name: str, default: int, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(name, type=int, default=default, show_default=True, help=text)
 
 
 def placement_options(command: Callable[..., None]) -> Callable[..., None]:

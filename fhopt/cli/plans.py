@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import json_option, output_console, print_json, progress_bar
+from fhopt.cli.options import calibration_options, json_option, output_console, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fhopt.calibration.plan_store import Entry
@@ -49,21 +49,8 @@ def _show_plans(results: list[Entry], as_json: bool) -> None:
     show_default=True,
     help="Compression of the 16-bit KV cache; repeatable.",
 )
-@click.option(
-    "--data",
-    "texts",
-    multiple=True,
-    default=("topics", "source", "docstrings", "mixture"),
-    show_default=True,
-    help="Calibration text, as in fit; repeatable.",
-)
+@calibration_options
 @click.option("--device", help="Target device, as in fit.")
-@click.option("--sequences", type=int, default=12, show_default=True, help="Calibration sequences for the bases.")
-@click.option(
-    "--rate-sequences", type=int, default=8, show_default=True, help="Calibration sequences for the choice of bits."
-)
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per sequence.")
-@click.option("--tokens", type=int, default=8192, show_default=True, help="Context length that the ratios refer to.")
 @json_option
 def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Fit plans of several ratios for MODEL from one calibration, and store them.

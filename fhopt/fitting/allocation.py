@@ -90,8 +90,8 @@ def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | 
     """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits, on a device if one is named."""
     if not 1 <= ratio < 1000:
         raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
-    if layout not in (AUTO, *LAYOUTS):
-        raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
+    if layout != AUTO:
+        check_layouts([layout])
     if not bits or any(b not in BITS for b in bits):
         raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, BITS))}.")
     if not grain_of(bits, device).levels:
@@ -99,6 +99,13 @@ def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | 
             f"bits {list(bits)} make no kernel for {device}; expected some of {', '.join(map(str, GPU_BITS))}, or no "
             "device."
         )
+
+
+def check_layouts(layouts: Iterable[str]) -> None:
+    """Raise FhoptError when one of these is no layout."""
+    for layout in layouts:
+        if layout not in LAYOUTS:
+            raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
 
 
 # --------------------------------------------------------------------------------------------------- bits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import AUTO
@@ -27,20 +27,55 @@ def fit_bases(
     there: one latent for many heads means more arithmetic, which a CPU feels and a GPU does not. Raises FhoptError when
     the layout `input` is asked for and a site has none, or the device is unknown.
     """
+    bases = fit_layouts(statistics, _competing(layout, device), context=context, tokens=tokens)
+    return select_bases(bases, {name: s.site for name, s in statistics.items()}, layout, tokens=tokens, device=device)
+
+
+def fit_layouts(
+    statistics: Mapping[str, SiteStatistics], layouts: Iterable[str], *, context: int, tokens: int
+) -> CandidateBases:
+    """Fit the bases of every site in each of `layouts`; of `input`, where a site has it. Else as `fit_bases`."""
+    asked = tuple(dict.fromkeys(layouts))
     bases: dict[str, dict[str, tuple[Basis, ...]]] = {}
-    target = None if device is None else find_device(device)
-    competing = COMPETING if target is None else (*COMPETING, "head")
     for name, s in statistics.items():
-        joint = fit_joint(s) if layout in (AUTO, "input") else None
-        if layout == "input" and joint is None:
-            raise no_joint_basis(s.site)
+        joint = fit_joint(s) if "input" in asked else None
         bases[name] = {"input": (joint,)} if joint is not None else {}
-        for which in competing if layout == AUTO else {layout} - {"input"}:
-            sides = (fit_basis(s, side, which, tokens, context) for side in ("key", "value"))
-            bases[name][which] = tuple(sides)
-        if layout == AUTO and target is not None:
-            bases[name] = _fast_enough(bases[name], s.site, target, tokens)
+        for which in asked:
+            if which != "input":
+                bases[name][which] = tuple(fit_basis(s, side, which, tokens, context) for side in ("key", "value"))
     return bases
+
+
+def select_bases(
+    bases: CandidateBases, sites: Mapping[str, AttentionSite], layout: str = AUTO, *, tokens: int = 8192,
+    device: str | None = None,
+) -> CandidateBases:  # fmt: skip
+    """Return of `bases` those that may be chosen from, as `fit_bases` does; sites by name.
+
+    Raises FhoptError when a layout is asked for that was not fitted, or that a site does not have.
+    """
+    chosen: dict[str, dict[str, tuple[Basis, ...]]] = {}
+    fitted = {which for layouts in bases.values() for which in layouts}
+    for name, layouts in bases.items():
+        chosen[name] = {which: sides for which, sides in layouts.items() if which in _competing(layout, device)}
+        if layout == AUTO and device is not None:
+            chosen[name] = _fast_enough(chosen[name], sites[name], find_device(device), tokens)
+        if not chosen[name]:
+            raise no_joint_basis(sites[name]) if layout == "input" else _not_fitted(layout, fitted)
+    return chosen
+
+
+def _competing(layout: str, device: str | None) -> tuple[str, ...]:
+    if layout != AUTO:
+        return (layout,)
+    return ("input", *COMPETING) if device is None else ("input", *COMPETING, "head")
+
+
+def _not_fitted(layout: str, fitted: Iterable[str]) -> FhoptError:
+    return FhoptError(
+        f"the statistics have no bases of the layout {layout}; expected one of {', '.join(sorted(fitted))}. Calibrate "
+        f"again with --layout {layout}."
+    )
 
 
 def _fast_enough(

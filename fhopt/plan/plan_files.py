@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.plan.site import AttentionSite, Rope
+from fhopt.plan.site import site_from
 from fhopt.plan.site_plan import PagePlan, SidePlan, SitePlan, SketchPlan, Tier
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def describe_plan(plan: LatentPlan) -> dict[str, Any]:
             "window_bits": plan.window_bits,
             "sites": [
                 {
-                    "site": asdict(s.site) | {"projections": {k: list(v) for k, v in s.site.projections.items()}},
+                    "site": asdict(s.site),
                     "layout": s.layout,
                     "key": [[t.bits, t.width, t.step] for t in s.key.tiers],
                     "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
@@ -113,10 +113,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
-    raw = dict(item["site"])
-    rope = raw["rope"] and Rope(**{**raw["rope"], "angles": tuple(raw["rope"]["angles"])})
-    projections = {k: tuple(v) for k, v in raw["projections"].items()}
-    site = AttentionSite(**{**raw, "rope": rope or None, "projections": projections})
+    site = site_from(item["site"])
 
     def side(which: str) -> SidePlan:
         prefix = f"{site.name}.{which}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # --------------------------------------------------------------------------------------------------- sites
 
@@ -78,3 +79,10 @@ class AttentionSite:
     def exact_numbers_per_token(self) -> int:
         """Numbers that an ordinary cache keeps per token at this site: keys and values of all kv heads."""
         return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+def site_from(item: Mapping[str, Any]) -> AttentionSite:
+    """Return the site that `dataclasses.asdict` described, as read back from JSON. Raises TypeError, LookupError."""
+    rope = item["rope"] and Rope(**{**item["rope"], "angles": tuple(item["rope"]["angles"])})
+    projections = {role: tuple(names) for role, names in item["projections"].items()}
+    return AttentionSite(**{**item, "rope": rope or None, "projections": projections})

@@ -24,8 +24,8 @@ SMALL = Gate(0.01, sequences=2, context=200)
 
 @pytest.fixture(scope="module")
 def calibration(llama: Fitted) -> Calibration:
-    weights = dict(llama.model.named_parameters())
-    return Calibration(llama.statistics, llama.bases, llama.costs, llama.outcome, {"model": "tiny"}, weights, 0)
+    options = replace(OPTIONS, mean_tokens=0)
+    return Calibration(llama.statistics, llama.bases, llama.costs, {"model": "tiny"}, options, {}, llama.outcome)
 
 
 @pytest.fixture(scope="module")

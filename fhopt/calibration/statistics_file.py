@@ -1,0 +1,134 @@
+"""The file of a calibration, from which plans of any size are fitted in seconds: `fhopt calibrate`.
+
+One safetensors file (`fhopt.files.write_tensors`) with a digest of everything in it. Matrices of float64 are kept as
+float32, but for moments of a site that may get the layout `input`, whose rank is found by eigenvalues of 1e-12:
+
+    SITE.key.moment, SITE.key.metric, ...     second moments and metrics   fhopt/fitting/statistics.py
+    SITE.LAYOUT.0.encode, .decode, .variance  bases of keys (0), values (1) or both (0, `input`)
+    SITE.LAYOUT.key.BITS, ...                 costs of their channels      fhopt/fitting/costs.py
+
+Bases are kept though they follow from the statistics: costs are those of their channels, and an eigenvalue solver may
+order and turn channels otherwise on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fhopt.calibration.checkpoint import named_costs, named_moments
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.run import Calibration
+from fhopt.errors import FhoptError
+from fhopt.files import check_digest, check_writable, read_tensors, write_tensors
+from fhopt.fitting.bases import Basis
+from fhopt.fitting.costs import empty_costs
+from fhopt.fitting.statistics import empty_statistics
+from fhopt.plan.site import site_from
+
+STATISTICS_VERSION = 1
+PARTS = ("encode", "decode", "variance")
+UNKEPT = ("checkpoint",)  # options that are of a run, not of what it measured
+
+
+def save_statistics(calibration: Calibration, file: Path) -> None:
+    """Write a calibration to `file`, whole or not at all. Raises FhoptError when it cannot be written."""
+    options = {name: value for name, value in asdict(calibration.options).items() if name not in UNKEPT}
+    about = {
+        "version": STATISTICS_VERSION,
+        "sites": [asdict(site) for site in calibration.sites.values()],
+        "layouts": {name: {w: len(sides) for w, sides in t.items()} for name, t in calibration.bases.items()},
+        "levels": sorted({bits for costs in calibration.costs.values() for bits in costs.sums}),
+        "options": options,
+        "prints": calibration.prints,
+        "provenance": calibration.provenance,
+    }
+    plain = {name: s for name, s in calibration.statistics.items() if s.cross is None}
+    exact = {name: s for name, s in calibration.statistics.items() if s.cross is not None}
+    matrices = named_moments(plain)
+    for name, layouts in calibration.bases.items():
+        for which, sides in layouts.items():
+            for i, basis in enumerate(sides):
+                matrices |= {f"{name}.{which}.{i}.{part}": getattr(basis, part) for part in PARTS}
+    tensors = {name: x.float() if x.is_floating_point() else x for name, x in matrices.items()}
+    tensors |= named_moments(exact) | named_costs(calibration.costs)
+    try:
+        write_tensors(file, about, tensors)
+    except (OSError, SafetensorError) as error:
+        raise FhoptError(f"cannot write {file}: {error}. Free some space or choose another file.") from error
+
+
+def check_file(file: Path) -> None:
+    """Raise FhoptError when `save_statistics` could not write to `file`, or would overwrite anything but statistics."""
+    check_writable(file.parent)
+    if file.is_dir():
+        raise FhoptError(f"{file} is a folder; expected a file for the statistics, such as {file.name}.stats.")
+    if file.exists() and not _is_statistics(file):
+        raise FhoptError(f"{file} exists and holds other things; expected a new file or older statistics.")
+
+
+def _is_statistics(file: Path) -> bool:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return "levels" in json.loads((opened.metadata() or {}).get("fhopt", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError):
+        return False
+
+
+def load_statistics(file: Path) -> Calibration:
+    """Read a calibration that `save_statistics` wrote. Raises FhoptError where it is none, or damaged."""
+    try:
+        about, tensors = read_tensors(file)
+    except OSError as error:
+        raise FhoptError(
+            f"cannot read {file}: {error.strerror or error}. Expected a file of `fhopt calibrate MODEL -o FILE`."
+        ) from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise _damaged(file, error) from error
+    if "levels" not in about:
+        raise FhoptError(f"{file} has no statistics; expected a file of `fhopt calibrate MODEL -o FILE`.")
+    if about.get("version") != STATISTICS_VERSION:
+        raise FhoptError(
+            f"{file} has statistics of version {about.get('version')}; this fhopt reads version {STATISTICS_VERSION}. "
+            "Calibrate again with this version."
+        )
+    try:
+        check_digest(about, tensors)
+        return _calibration(about, tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> FhoptError:
+    return FhoptError(f"{file} is damaged ({type(error).__name__}: {error}). Calibrate again.")
+
+
+def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    sites = [site_from(item) for item in about["sites"]]
+    statistics = empty_statistics(sites)
+    bases = {name: _bases(name, layouts, tensors) for name, layouts in about["layouts"].items()}
+    costs = empty_costs(bases, about["levels"]) if about["levels"] else {}
+    for name, total in (named_moments(statistics) | named_costs(costs)).items():
+        total.copy_(tensors[name])
+    known = {field.name for field in fields(FitOptions)}
+    chosen: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in about["options"].items() if k in known
+    }
+    return Calibration(statistics, bases, costs, about["provenance"], FitOptions(**chosen), about["prints"])
+
+
+def _bases(name: str, layouts: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Basis, ...]]:
+    def basis(which: str, side: int) -> Basis:
+        return Basis(*(tensors[f"{name}.{which}.{side}.{part}"].double() for part in PARTS))
+
+    # a JSON object loses the order of layouts when its keys are sorted: the first must fit the least budget
+    ordered = sorted(layouts, key=lambda which: (which != "input", which != "band"))
+    return {which: tuple(basis(which, i) for i in range(layouts[which])) for which in ordered}

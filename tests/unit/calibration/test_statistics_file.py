@@ -1,0 +1,87 @@
+"""Files of statistics: plans from one are those of the calibration that wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from interrupted_calibration import OPTIONS, sequences
+from safetensors.torch import load_file, save_file
+from small_models import Fitted
+
+from fhopt.calibration import run
+from fhopt.calibration.statistics_file import load_statistics, save_statistics
+from fhopt.errors import FhoptError
+
+LAYOUTS = ("input", "band", "identity", "head")
+
+
+@pytest.fixture(scope="module")
+def measured(llama: Fitted) -> run.Calibration:
+    weights = dict(llama.model.named_parameters())
+    return run.measure_batches(llama.captured, sequences(), OPTIONS, weights, "tiny", layouts=LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def file(measured: run.Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "tiny.stats"
+    save_statistics(measured, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["auto", "head", "identity"])
+@pytest.mark.parametrize(("ratio", "device"), [(1.0, None), (4.0, None), (8.0, None), (1.5, "h100")])
+def test_plans_are_those_of_the_calibration(
+    measured: run.Calibration, file: Path, ratio: float, layout: str, device: str | None
+) -> None:
+    options = replace(OPTIONS, ratio=ratio, layout=layout, device=device)
+    read, made = (run.plan_for(calibration, options) for calibration in (load_statistics(file), measured))
+    assert read.provenance == made.provenance
+    assert read.mean_tokens == made.mean_tokens == (OPTIONS.mean_tokens if ratio > 1 else 0)
+    for a, b in zip(read.sites, made.sites, strict=True):
+        assert a.site == b.site and a.layout == b.layout
+        for one, other in ((a.key, b.key), (a.value, b.value)):
+            assert one.tiers == other.tiers
+            assert torch.equal(one.encode, other.encode) and torch.equal(one.decode, other.decode)
+
+
+def test_one_calibration_gives_the_plans_that_calibrating_for_each_gives(llama: Fitted, file: Path) -> None:
+    weights = dict(llama.model.named_parameters())
+    for layout, device, ratio in (("auto", None, 4.0), ("auto", "h100", 2.0), ("head", None, 4.0)):
+        options = replace(OPTIONS, ratio=ratio, layout=layout, device=device)
+        alone = run.plan_for(run.measure_batches(llama.captured, sequences(), options, weights, "tiny"), options)
+        assert run.plan_for(load_statistics(file), options).digest() == alone.digest()
+
+
+def test_a_layout_that_was_not_measured_is_refused(file: Path) -> None:
+    with pytest.raises(FhoptError, match="no bases of the layout freq; expected one of band, head, identity"):
+        run.plan_for(load_statistics(file), replace(OPTIONS, layout="freq"))
+    with pytest.raises(FhoptError, match="its keys rotate"):
+        run.plan_for(load_statistics(file), replace(OPTIONS, layout="input"))
+
+
+def test_what_is_no_file_of_statistics_is_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(FhoptError, match=r"cannot read .*fhopt calibrate MODEL -o FILE"):
+        load_statistics(tmp_path / "absent")
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"no safetensors at all")
+    with pytest.raises(FhoptError, match="is damaged"):
+        load_statistics(garbage)
+    other = tmp_path / "other"
+    save_file({"x": torch.zeros(2)}, other)
+    with pytest.raises(FhoptError, match="has no statistics"):
+        load_statistics(other)
+    changed, content = tmp_path / "changed", bytearray(file.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(FhoptError, match=r"is damaged.*not what was written"):
+        load_statistics(changed)
+    assert load_file(file)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(measured: run.Calibration, tmp_path: Path) -> None:
+    with pytest.raises(FhoptError, match="cannot write"):
+        save_statistics(measured, tmp_path / "absent" / "tiny.stats")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,130 @@
+"""`fhopt calibrate`, and `fhopt fit --statistics`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from command_models import call, save_tiny_model
+
+from fhopt.cli import options
+from fhopt.plan.latent_plan import LatentPlan
+
+SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--tokens", "4096")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and its statistics."""
+    here: Path = tmp_path_factory.mktemp("calibrated")
+    save_tiny_model(here / "model")
+    result = call("calibrate", str(here / "model"), *SAMPLE, "-o", str(here / "stats"), "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["sites"] == 2 and told["tokens"] == 8 * 256 and told["bytes"] == (here / "stats").stat().st_size
+    assert told["seconds"] > 0 and told["peak_megabytes"] > 50
+    assert sorted(os.listdir(here)) == ["model", "stats"]
+    return here
+
+
+def fit(folder: Path, *arguments: str) -> dict[str, Any]:
+    result = call("fit", "--statistics", str(folder / "stats"), *arguments, "-o", str(folder / "plan"), "--json")
+    assert result.exit_code == 0, result.output
+    told: dict[str, Any] = json.loads(result.stdout)
+    return told
+
+
+@pytest.mark.parametrize("ratio", [3.0, 4.0])
+def test_a_plan_is_fitted_without_the_model(folder: Path, ratio: float) -> None:
+    assert fit(folder, "--ratio", str(ratio))["ratio"] > 0
+    plan = LatentPlan.load(folder / "plan")
+    assert plan.ratio(4096) >= ratio and plan.sinks == 16 and plan.mean_tokens == 64
+    assert plan.provenance["calibration"]["dtype"] == "float32"
+
+
+def test_a_plan_is_that_of_fit_alone(folder: Path) -> None:
+    result = call("fit", str(folder / "model"), *SAMPLE, "-o", str(folder / "alone"))
+    assert result.exit_code == 0, result.output
+    fit(folder)
+    alone, plan = (LatentPlan.load(folder / name) for name in ("alone", "plan"))
+    for name in ("fingerprint", "weights", "text_sha256", "model", "predicted_nats"):
+        assert alone.provenance[name] == plan.provenance[name], name
+    assert [(s.layout, s.key.tiers, s.value.tiers) for s in alone.sites] == [
+        (s.layout, s.key.tiers, s.value.tiers) for s in plan.sites
+    ]
+
+
+def test_sizes_layouts_devices_and_losses_come_from_the_same_file(folder: Path) -> None:
+    fit(folder, "--layout", "head", "--ratio", "3")
+    assert {s.layout for s in LatentPlan.load(folder / "plan").sites} == {"head"}
+    fit(folder, "--device", "h100", "--ratio", "1.5")
+    assert LatentPlan.load(folder / "plan").provenance["ratio"] == 1.5
+    exact = sum(2 * s.site.exact_numbers_per_token for s in LatentPlan.load(folder / "plan").sites)
+    fit(folder, "--bytes-per-token", str(exact / 2.5))
+    assert LatentPlan.load(folder / "plan").provenance["ratio"] == pytest.approx(2.5)
+    told = fit(folder, str(folder / "model"), "--max-loss", "50%", "--gate-data", "license")
+    assert told["trials"] and LatentPlan.load(folder / "plan").provenance["gate"]["max_loss"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sinks", "4"), "--sinks belongs to the calibration"),
+        (("--data", "source"), "--data belongs to the calibration"),
+        (("--layout", "freq"), "no bases of the layout freq"),
+        (("--ratio", "900"), "the least possible is"),
+    ],
+)
+def test_what_the_statistics_decide_is_not_decided_again(
+    folder: Path, arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = call("fit", "--statistics", str(folder / "stats"), *arguments, "-o", str(tmp_path / "plan"))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "plan").exists()
+
+
+def test_statistics_of_another_model_are_refused_where_a_model_is_run(folder: Path) -> None:
+    target = ("--max-loss", "50%", "-o", str(folder / "plan"))
+    result = call("fit", "demo", "--statistics", str(folder / "stats"), *target)
+    assert result.exit_code == 2 and "statistics are of another model" in result.stderr, result.output
+
+
+def test_neither_a_model_nor_statistics_is_refused(tmp_path: Path) -> None:
+    result = call("fit", "-o", str(tmp_path / "plan"))
+    assert result.exit_code == 2 and "found no MODEL" in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--layout", "mla"), "is unknown"), (("--sequences", "1", "--context", "200"), "more or longer sequences")],
+)
+def test_a_calibration_that_cannot_work_is_refused_at_once(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = call("calibrate", "demo", *arguments, "-o", str(tmp_path / "stats"))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_of_other_things_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for name, message in (("notes", "holds other things"), (".", "is a folder")):
+        result = call("calibrate", "demo", "-o", str(tmp_path / name))
+        assert result.exit_code == 2 and message in result.stderr, result.output
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 4.0, 12.0, 13.0, 25.0])
+    monkeypatch.setattr(options, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    report = options._Lines()
+    for done in (1, 2, 4, 5):
+        report("moments", done, 12)
+    report("rates", 1, 8)
+    assert capsys.readouterr().err == "moments 4 of 12, 29 s left\nrates 1 of 8\n"
