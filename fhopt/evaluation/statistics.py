@@ -1,8 +1,9 @@
-"""Statistics of a measured loss: perplexity, KL, bootstrap confidence intervals."""
+"""Statistics of what is measured: perplexity, KL, bootstrap confidence intervals, paired tests of answers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,3 +91,24 @@ def bootstrap_interval(sums: list[float], counts: list[int]) -> Interval | None:
     means = [total[draw].sum() / count[draw].sum() for draw in draws]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def mcnemar(exact: Sequence[bool], other: Sequence[bool]) -> float:
+    """Return the two-sided p-value that one of two ways is right more often, from their answers to the same questions.
+
+    Only questions count that one alone answers right: as often one as the other, if both are equally good. Exact, by
+    the binomial distribution; 1.0 when there is no such question. McNemar 1947, "Note on the sampling error of the
+    difference between correlated proportions or percentages". Raises ValueError when the lengths differ.
+    """
+    alone = [a for a, b in zip(exact, other, strict=True) if a != b]
+    n, fewer = len(alone), min(sum(map(bool, alone)), len(alone) - sum(map(bool, alone)))
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def paired_rate_interval(exact: Sequence[bool], other: Sequence[bool]) -> Interval | None:
+    """Return the 95 % interval of the rate of `other` less that of `exact`, in percentage points, question by question.
+
+    None for fewer than two questions. Raises ValueError when the lengths differ.
+    """
+    changes = [100.0 * (int(b) - int(a)) for a, b in zip(exact, other, strict=True)]
+    return bootstrap_interval(changes, [1] * len(changes))

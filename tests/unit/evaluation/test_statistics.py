@@ -1,4 +1,4 @@
-"""Intervals of measured losses."""
+"""Intervals of measured losses, and paired answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fhopt.evaluation.statistics import TokenCosts, bootstrap_interval
+from fhopt.evaluation.statistics import TokenCosts, bootstrap_interval, mcnemar, paired_rate_interval
 
 
 def correlated(tokens: int, generator: torch.Generator) -> Tensor:
@@ -44,3 +44,49 @@ def test_intervals_are_the_same_every_time_and_absent_for_one_block() -> None:
     assert bootstrap_interval([1.0], [2]) is None
     x = torch.ones(1, 64, dtype=torch.float64)
     assert TokenCosts(x, x, x).compare().increase_percent_ci is None
+
+
+def answers(both: int, only_exact: int, only_other: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """Answers to as many questions: whether the exact model is right, and whether the other is."""
+    counts = {(True, True): both, (True, False): only_exact, (False, True): only_other, (False, False): neither}
+    pairs = [pair for pair, count in counts.items() for _ in range(count)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+@pytest.mark.parametrize(
+    ("only_exact", "only_other", "expected"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 5, 1.0),
+        (0, 5, 2 / 2**5),
+        (5, 1, 2 * (1 + 6) / 2**6),
+        (12, 3, 2 * (1 + 15 + 105 + 455) / 2**15),
+        (
+            150,
+            86,
+            3.715936e-05,
+        ),  # approval of a president, asked twice: Agresti 1990, "Categorical Data Analysis"
+    ],
+)
+def test_mcnemar_is_the_binomial_test_of_the_answers_that_differ(
+    only_exact: int, only_other: int, expected: float
+) -> None:
+    for same in (0, 30):  # which do not count
+        exact, other = answers(same, only_exact, only_other, same)
+        assert mcnemar(exact, other) == mcnemar(other, exact) == pytest.approx(expected, rel=1e-6)
+
+
+def test_mcnemar_holds_for_many_answers_and_refuses_other_questions() -> None:
+    assert 0 < mcnemar(*answers(0, 1200, 1000, 0)) < 1e-4 and mcnemar([], []) == 1.0
+    with pytest.raises(ValueError, match="shorter"):
+        mcnemar([True], [])
+
+
+def test_the_interval_of_rates_is_that_of_the_pairs() -> None:
+    exact, other = answers(60, 12, 8, 20)
+    found = paired_rate_interval(exact, other)
+    assert found is not None and found[0] < -4.0 < found[1]  # 72 % and 68 %
+    assert found == pytest.approx((-4 - 8.73, -4 + 8.73), abs=1.5)  # 1.96 standard errors; steps of a point, resampled
+    assert paired_rate_interval(exact, exact) == (0.0, 0.0)
+    assert paired_rate_interval([True], [False]) is None
