@@ -39,7 +39,6 @@ def named_costs(costs: Costs) -> Sums:
     for (name, layout, side), measured in costs.items():
         prefix = f"{name}.{layout}.{SIDES[side]}"
         sums |= {f"{prefix}.{bits}": total for bits, total in measured.sums.items()}
-        sums |= {f"{prefix}.power.{bits}": total for bits, total in measured.powers.items()}
         sums[f"{prefix}.tokens"] = measured.tokens
     return sums
 

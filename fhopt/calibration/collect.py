@@ -7,7 +7,6 @@ sums in float64:
     collect         moment  sum over tokens of x x^T         what is there
                     metric  sum over tokens of g g^T         what an error costs: g = d log p(y) / d x, y drawn from p
     measure_costs   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
-                    power   the same of the rounded value (fhopt/fitting/gains.py)
 
 The metric is the Fisher information of the key (value): to second order, an error e of a cached key changes the
 predicted distribution by KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy,
@@ -151,13 +150,6 @@ def _add_costs(costs: SideCosts, basis: Basis, x: Tensor, gradient: Tensor, leve
     unit = latent / scale
     effect = effect * scale
     for bits, step in levels.items():
-        rounded = packing.rounded(unit, bits, step) if bits else torch.zeros_like(unit)
-        costs.sums[bits].add_(_squared(effect * (rounded - unit)))
-        if bits in costs.powers:
-            costs.powers[bits].add_(_squared(effect * rounded))
+        error = packing.rounded(unit, bits, step) - unit if bits else -unit
+        costs.sums[bits].add_((effect * error).double().sum(2).square().sum(1).cpu())  # [J, R]
     costs.tokens.add_(x.shape[0] * x.shape[2])
-
-
-def _squared(effects: Tensor) -> Tensor:
-    """Square sums over the tokens of each sequence: [J, B, T, R] -> [J, R]."""
-    return effects.double().sum(2).square().sum(1).cpu()

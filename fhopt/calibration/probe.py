@@ -19,6 +19,7 @@ from fhopt.passes.outcome import Outcome
 from fhopt.plan.site import AttentionSite
 
 QUERIES = 128  # rows of the attention matrix that exist at once
+POSITIONS = 128  # whose probabilities over the vocabulary exist at once
 EVERY = slice(None)
 Batch = Mapping[str, Tensor]
 OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of keys and of values
@@ -239,9 +240,37 @@ def _sampled_likelihood(output: Tensor, is_logits: bool, generator: torch.Genera
     """
     if not is_logits:
         return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
-    log_p = output.float().log_softmax(-1)
-    with torch.no_grad():
-        mass = log_p.exp().cumsum(-1)
-        draw = torch.rand((*mass.shape[:-1], 1), generator=generator).to(mass.device) * mass[..., -1:]
-        labels = torch.searchsorted(mass, draw).clamp_max(mass.shape[-1] - 1)
-    return log_p.gather(-1, labels).sum()
+    result: Tensor = _SampledLogLikelihood.apply(output, generator)
+    return result
+
+
+class _SampledLogLikelihood(torch.autograd.Function):
+    """Sum over positions of log p(y), y ~ p = softmax(logits [..., V]), with labels y drawn in the forward pass.
+
+    Probabilities are float32, of `POSITIONS` positions at a time: of a large vocabulary, those of all of them would be
+    several times the memory of everything else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, generator: torch.Generator) -> Tensor:
+        rows = logits.detach().reshape(-1, logits.shape[-1])
+        draws = torch.rand(len(rows), 1, generator=generator).to(rows.device)
+        labels, total = [], torch.zeros((), device=rows.device)
+        for part, draw in zip(rows.split(POSITIONS), draws.split(POSITIONS), strict=True):
+            log_p = part.float().log_softmax(-1)
+            mass = log_p.exp().cumsum(-1)
+            labels.append(torch.searchsorted(mass, draw * mass[:, -1:]).clamp_max(mass.shape[-1] - 1))
+            total += log_p.gather(-1, labels[-1]).sum()
+        ctx.save_for_backward(logits, torch.cat(labels))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, labels = ctx.saved_tensors
+        rows = logits.reshape(-1, logits.shape[-1])
+        gradient = torch.empty_like(rows)
+        for start in range(0, len(rows), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            p = rows[part].float().softmax(-1)
+            gradient[part] = -grad * p.scatter_add_(-1, labels[part], torch.full_like(p[:, :1], -1.0))
+        return gradient.view(logits.shape), None

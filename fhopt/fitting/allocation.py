@@ -27,6 +27,12 @@ STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.03
 # the likelihood, per number of bits. At 8 bits the Gaussian's range makes clipping 20 times as dear as rounding.
 WIDER = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.2, 5: 1.3, 6: 1.4, 8: 2.0}
 STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
+
+# 1 / E[r x] of a unit Gaussian x that is quantized to r: with r scaled by it, the error has nothing of x any more. What
+# errs least, a token at a time, shrinks what it encodes, and values that a query reads together shrink alike: that part
+# of their errors does not average out. On Qwen2.5-Coder-0.5B at 8x, KL on law 0.0130 -> 0.0075, chat 0.0058 -> 0.0044,
+# elsewhere the same. What keys lose alike cancels in the softmax: they get no gain.
+UNBIASED = {1: 1.5706, 2: 1.1109, 3: 1.0121}
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 GPU_BITS = (2, 4, 8)  # of one plane: nothing is read twice
 PLANE = 16  # bytes: for a GPU every bit group of packed latents is a multiple of it, what a thread reads at once

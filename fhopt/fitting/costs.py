@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fhopt.fitting.bases import Basis, CandidateBases
+from fhopt.fitting.bases import CandidateBases
 
 SideKey = tuple[str, str, int]  # site, layout, and which of the layout's bases
 
@@ -18,12 +18,10 @@ class SideCosts:
     """Costs of the channels of one basis: measuring adds to the tensors.
 
     sums: bits -> [J, R] float64, twice the nats that were measured, over `tokens` tokens (int64, no dimensions).
-    powers: bits -> [J, R] float64, the same of rounded values in place of their errors (fhopt/fitting/gains.py).
     """
 
     sums: Mapping[int, Tensor]
     tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    powers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 Costs = Mapping[SideKey, SideCosts]
@@ -32,13 +30,8 @@ Costs = Mapping[SideKey, SideCosts]
 def empty_costs(bases: CandidateBases, levels: Iterable[int]) -> Costs:
     """Return costs of every candidate basis at each number of bits in `levels`, with nothing measured yet."""
     kept = tuple(levels)
-
-    def nothing(basis: Basis) -> SideCosts:
-        sums, powers = ({bits: torch.zeros_like(basis.variance) for bits in kept} for _ in range(2))
-        return SideCosts(sums, powers={bits: power for bits, power in powers.items() if bits})
-
     return {
-        (site, layout, side): nothing(basis)
+        (site, layout, side): SideCosts({bits: torch.zeros_like(basis.variance) for bits in kept})
         for site, layouts in bases.items()
         for layout, sides in layouts.items()
         for side, basis in enumerate(sides)

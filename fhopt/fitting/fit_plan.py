@@ -24,6 +24,7 @@ from fhopt.fitting.allocation import (
     AUTO,
     BITS,
     STEPS,
+    UNBIASED,
     Allocation,
     Budget,
     Grain,
@@ -48,7 +49,6 @@ from fhopt.fitting.fit_summary import (
     short,
     side_evidence,
 )
-from fhopt.fitting.gains import value_gains
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
@@ -101,10 +101,9 @@ def fit(
     candidates = candidate_sides(bases, costs, grain)
     chosen, allocation = choose_layouts(bases, candidates, budget.quantized_token_bits(sites.values()), grain)
     plans = []
-    gains = value_gains(bases, costs, chosen, allocation)
     for name, which in chosen.items():
         sides = [
-            _coded(basis, allocation.bits[name, i], gains if i == 1 else {})
+            _coded(basis, allocation.bits[name, i], UNBIASED if i == 1 else {})
             for i, basis in enumerate(bases[name][which])
         ]
         plans.append(_site_plan(sites[name], which, sides))
@@ -210,16 +209,15 @@ def exact_plan(sites: Iterable[AttentionSite], *, sinks: int = 4, recent: int = 
 def _coded(basis: Basis, bits: Sequence[int], gains: Mapping[int, float]) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
     """Return (encode, decode, tiers) of the channels that got bits, in bit groups of falling bits.
 
-    gains: by bits, of decoders (fhopt/fitting/gains.py); 1 where there is none.
+    gains: by bits, of decoders; 1 where there is none.
     """
     order = sorted((i for i, b in enumerate(bits) if b), key=lambda i: (-bits[i], i))  # chunks
     channels = [c for i in order for c in range(i * TIER_QUANTUM, (i + 1) * TIER_QUANTUM)]
     spare = TIER_QUANTUM * len(bits) - basis.encode.shape[1]  # the last chunks may reach past the last channel
     encode = torch.nn.functional.pad(basis.encode, (0, 0, 0, spare))[:, channels]
     decode = torch.nn.functional.pad(basis.decode, (0, spare))[:, :, channels]
-    decode = decode.float() * torch.tensor([gains.get(bits[c // TIER_QUANTUM], 1.0) for c in channels]).to(
-        decode.device
-    )
+    scale = torch.tensor([gains.get(bits[c // TIER_QUANTUM], 1.0) for c in channels])
+    decode = decode.float() * scale.to(decode.device)
     widths = {b: TIER_QUANTUM * list(bits).count(b) for b in sorted(set(bits) - {0}, reverse=True)}
     tiers = tuple(Tier(b, w, STEPS.get(b, 1.0)) for b, w in widths.items())
     return encode, decode, tiers

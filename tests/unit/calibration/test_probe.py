@@ -124,3 +124,19 @@ def test_labels_are_drawn_from_the_model_itself() -> None:
     p = torch.softmax(logits.detach()[0], 0)
     fisher = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(gradient.mT @ gradient / 20_000, fisher, rtol=0.03, atol=0)  # 20,000 labels: 1 percent
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 11), (2, 3, 11), (5, 11)])
+def test_the_sampled_likelihood_and_its_gradient_are_those_of_all_positions_at_once(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    value = calibration_probe._sampled_likelihood(logits, True, torch.Generator().manual_seed(3))
+    (gradient,) = torch.autograd.grad(3 * value, logits)
+    log_p = logits.log_softmax(-1)
+    with torch.no_grad():
+        mass = log_p.float().exp().cumsum(-1)
+        draw = torch.rand(*shape[:-1], 1, generator=torch.Generator().manual_seed(3)) * mass[..., -1:]
+        labels = torch.searchsorted(mass, draw).clamp_max(shape[-1] - 1)
+    expected = log_p.gather(-1, labels).sum()
+    torch.testing.assert_close(float(value.detach()), float(expected.detach()), rtol=1e-5, atol=1e-5)
+    (wanted,) = torch.autograd.grad(3 * expected, logits)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ from small_models import TOKENS, Fitted
 
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
+from fhopt.fitting.allocation import STEPS, UNBIASED
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import SideCosts
 from fhopt.fitting.statistics import SideStatistics, SiteStatistics
@@ -207,3 +208,12 @@ def test_measured_costs_count_per_token() -> None:
         assert part.bits == [0, 2 * 8, 16 * 8]
         assert part.nats == pytest.approx([0.2, 4 * allocation.DISTORTION[2], 0.0])
     assert len(parts) == 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_with_the_unbiased_gain_errors_hold_nothing_of_what_was_quantized(bits: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400_000, dtype=torch.float64)
+    half = 2 ** (bits - 1)
+    kept = ((x / STEPS[bits]).floor().clamp(-half, half - 1) + 0.5) * STEPS[bits]
+    assert abs(float(((UNBIASED[bits] * kept - x) * x).mean())) < 0.005 < abs(float(((kept - x) * x).mean()))

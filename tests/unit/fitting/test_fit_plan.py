@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
+from fhopt.fitting.allocation import UNBIASED
 from fhopt.fitting.bases import Basis, CandidateBases, joint_basis
 from fhopt.fitting.candidates import COMPETING
 from fhopt.inspection import tables
@@ -183,3 +184,25 @@ def test_an_impossible_ratio_is_refused(llama: Fitted, ratio: float) -> None:
 def test_a_ratio_that_leaves_no_bits_says_what_the_least_is(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match="least possible"):
         llama.plan(60)
+
+
+# ---- gains of decoders
+
+
+def test_decoders_of_values_are_unbiased_and_those_of_keys_as_fitted(
+    llama: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = llama.plan(8)
+    monkeypatch.setattr(fit_plan, "UNBIASED", {})
+    plain = llama.plan(8)
+    seen = set()
+    for a, b in zip(scaled.sites, plain.sites, strict=True):
+        assert torch.equal(a.key.decode, b.key.decode) and torch.equal(a.value.encode, b.value.encode)
+        start = 0
+        for tier in a.value.tiers:
+            part = slice(start, start := start + tier.width)
+            torch.testing.assert_close(
+                a.value.decode[..., part], UNBIASED.get(tier.bits, 1) * b.value.decode[..., part]
+            )
+            seen.add(tier.bits)
+    assert seen & set(UNBIASED)
