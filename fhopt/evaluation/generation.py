@@ -1,0 +1,119 @@
+"""Long generation: how far a plan drifts from the exact model, by the position of the generated token.
+
+    text = own_text(model, prompt, tokens)         what the exact model writes, sampled
+    drift = drift_of(model, prompt, text, plan)     both read it; KL and agreement of every position
+
+The text is the exact model's own, and both caches read the same one (teacher forcing): errors of a plan then do not
+lead to another text, and their growth with the number of generated tokens shows. Of free greedy decoding this gives the
+first token that would differ. `repeated` finds loops, which small models fall into with any cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.evaluation.perplexity import new_cache, paired, read_steps, switched
+from fhopt.evaluation.statistics import Interval, bootstrap_interval
+from fhopt.models.model_facts import cache_argument, check_length
+from fhopt.plan.latent_plan import LatentPlan
+
+BLOCK = 64  # generated tokens whose mean is resampled for intervals
+GRAM, NEAR = 4, 256  # a loop: four tokens that stood together within the last 256
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A plan beside the exact cache on T generated tokens.
+
+    kl [T]: KL(exact || plan) of the distribution each was drawn from, in nats, float64. agrees [T]: whether both had
+    the same likeliest token. change [T]: rise of the negative log-likelihood of the token, in nats.
+    """
+
+    kl: Tensor
+    agrees: Tensor
+    change: Tensor
+
+    @property
+    def first_difference(self) -> int | None:
+        """Number of generated tokens before the first whose likeliest token differs; None where all agree."""
+        differs = (~self.agrees).nonzero()
+        return int(differs[0]) if len(differs) else None
+
+    def kl_between(self, start: int, stop: int) -> tuple[float, Interval | None]:
+        """Return the mean KL of tokens [start, stop), and its 95 % interval over blocks of 64."""
+        part = self.kl[start:stop]
+        blocks = part.split(BLOCK)
+        return float(part.mean()), bootstrap_interval([float(b.sum()) for b in blocks], [len(b) for b in blocks])
+
+
+@torch.inference_mode()
+def own_text(
+    model: Any, prompt: Sequence[int], tokens: int, *, temperature: float = 0.7, seed: int = 0,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[int]:  # fmt: skip
+    """Return `tokens` token ids that the model writes behind `prompt` with the exact cache; end tokens do not end it.
+
+    temperature: of sampling; 0 is greedy. Raises FhoptError when the model has too few positions.
+    """
+    check_length(model, len(prompt) + tokens)
+    generator = torch.Generator().manual_seed(seed)
+    with switched(model, None):
+        cache = new_cache(model, None)
+        options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            options["logits_to_keep"] = 1
+        written: list[int] = []
+        fed = list(prompt)
+        while len(written) < tokens:
+            logits = model(torch.tensor([fed], device=model.device), **options).logits[0, -1].float().cpu()
+            if temperature:
+                fed = [int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))]
+            else:
+                fed = [int(logits.argmax())]
+            written += fed
+            progress(len(written))
+    return written
+
+
+@torch.inference_mode()
+def drift_of(
+    model: Any, prompt: Sequence[int], text: Sequence[int], plan: LatentPlan,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Drift:  # fmt: skip
+    """Compare a plan with the exact cache on `text` behind `prompt`, in one pass over both.
+
+    Applies the plan, and leaves the model as it was. Raises FhoptError when the plan is not for this model, or the
+    text longer than it has positions.
+    """
+    check_length(model, len(prompt) + len(text))
+    ids = torch.tensor([[*prompt, *text]])
+    first = len(prompt) - 1
+    kl, agrees, change = [], [], []
+    with switched(model, plan):
+        caches = [new_cache(model, None), new_cache(model, plan)]
+        for at, (exact, planned) in read_steps(model, ids[:, :-1], caches, plan, first):
+            costs = paired(exact[0], planned[0], ids[0, at + 1 :])
+            kl.append(costs[2])
+            change.append(costs[1] - costs[0])
+            agrees.append((exact[0].argmax(-1) == planned[0].argmax(-1)).cpu())
+            progress(at - first + exact.shape[1])
+    return Drift(torch.cat(kl), torch.cat(agrees), torch.cat(change))
+
+
+def repeated(text: Sequence[int]) -> float:
+    """Return the share of tokens that end four which stood together within the 256 tokens before: loops are near 1."""
+    if len(text) < GRAM:
+        return 0.0
+    last: dict[tuple[int, ...], int] = {}
+    hits = 0
+    for end in range(GRAM, len(text) + 1):
+        gram = tuple(text[end - GRAM : end])
+        hits += gram in last and end - last[gram] <= NEAR
+        last[gram] = end
+    return hits / (len(text) - GRAM + 1)
