@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 3
 ROUNDS ?= 5
 
-.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ bench-memory: $(READY)  ## resident bytes of caches at a context of 8,192 tokens
 
 bench-decode: $(READY)  ## decoding at a context of 8,192 tokens on a CPU, against every exact implementation (QUICK=1: small)
 	$(BIN)/python benchmarks/decode.py
+
+bench-tasks: $(READY)  ## HumanEval, long generation, retrieval tasks with plans (QUICK=1: small; MODEL=FOLDER STATISTICS=FILE)
+	$(BIN)/python benchmarks/tasks.py $(if $(MODEL),--model $(MODEL)) $(if $(STATISTICS),--statistics $(STATISTICS))
 
 bench-heal: $(READY)  ## what healing gives back to the 8x plan (QUICK=1: small)
 	$(BIN)/python benchmarks/healing.py

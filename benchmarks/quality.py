@@ -64,7 +64,7 @@ def main(
     if data or model == "demo":  # the page of the demo model is about kinds of text that did not calibrate
         options = dataclasses.replace(options, texts=data or ("topics",))
     if quick:
-        options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256)
+        options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
         context = min(context, QUICK_CONTEXT)
     try:
         loaded = load_model(model, getattr(torch, dtype))

@@ -206,7 +206,7 @@ def main(
     options, chosen = FitOptions(), parts or PARTS
     lengths = lengths or (4096, 8192)
     if quick:
-        options = replace(options, sequences=5, rate_sequences=2, context=256)
+        options = replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
         ratios, generated, lengths, items, names = ratios or (8.0,), 256, (1024,), 1, names or ("passkey",)
         chosen = parts or ("generation", "ruler")
     asked = [n for n in choose(",".join(names) if names else "ruler,copy,digits,arithmetic") if n != "perplexity"]

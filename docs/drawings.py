@@ -92,7 +92,7 @@ def cache() -> str:
     parts = (
         (2, 16, "attention", "attention sinks", "first 4, exact"),
         (19, 54, "cache", "quantized tokens", "packed latents, blocks of 64"),
-        (74, 24, "rotation", "residual window", "newest 128 to 192, 8 bits"),
+        (74, 24, "rotation", "residual window", "newest 256 to 320, 8 bits"),
     )
     for left, width, role, title, text in parts:
         _box(panel, left, 25, width, 9, role)

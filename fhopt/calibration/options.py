@@ -34,14 +34,14 @@ class FitOptions:
     rate_sequences: int = 8
     context: int = 1024
     sinks: int = 16
-    recent: int = 128
+    recent: int = 256
     block: int = 64
     window_bits: int = 8
     tokens: int = 8192
     seed: int = 0
     device: str | None = None
     checkpoint: Path | None = None
-    mean_tokens: int = 64
+    mean_tokens: int = 256
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
@@ -60,7 +60,7 @@ class FitOptions:
             find_device(self.device)
         check_options(self.ratio, self.layout, self.bits, self.device)
         if self.mean_tokens < 0:
-            raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 64.")
+            raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
         if self.window.quantized_tokens(self.tokens) == 0:
             raise FhoptError(
                 f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "

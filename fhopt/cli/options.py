@@ -115,10 +115,10 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
         _count("--rate-sequences", 8, "Calibration sequences for the choice of bits."),
         _count("--context", 1024, "Tokens per sequence."),
         _count("--tokens", 8192, "Length of context that plans are made for, at which sizes are counted."),
-        _count("--recent", 128, "Residual window: newest tokens that are not quantized into latents."),
+        _count("--recent", 256, "Residual window: newest tokens that are not quantized into latents."),
         _count("--sinks", 16, "Attention sinks: first tokens, which are kept as they come."),
         _count(
-            "--mean-tokens", 64,
+            "--mean-tokens", 256,
             "Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
         ),
         click.option(

@@ -182,7 +182,18 @@ def test_a_full_disk_while_a_command_writes_is_one_line(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); from fhopt.cli import main;"
         "sys.argv[0] = 'fhopt'; main()"
     )
-    fit = ["fit", str(tmp_path / "model"), "--sequences", "6", "--rate-sequences", "2", "--context", "256"]
+    fit = [
+        "fit",
+        str(tmp_path / "model"),
+        "--sequences",
+        "6",
+        "--rate-sequences",
+        "2",
+        "--context",
+        "256",
+        "--recent",
+        "64",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", program, *fit, "--recent", "16", "--tokens", "1024", "-o", str(tmp_path / "plan")],
         capture_output=True, text=True, env=os.environ | {"FHOPT_CACHE_DIR": str(tmp_path / "cache")},

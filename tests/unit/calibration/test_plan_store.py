@@ -95,7 +95,10 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
         return measure(*arguments)
 
     monkeypatch.setattr(run, "measure", counted)
-    loaded, options = load_model(str(tmp_path / "model")), FitOptions(sequences=6, rate_sequences=2, context=256)
+    loaded, options = (
+        load_model(str(tmp_path / "model")),
+        FitOptions(sequences=6, rate_sequences=2, context=256, recent=64),
+    )
     two = plan_store.fit_ratios(loaded, options, (2, 4))
     assert [round(e.ratio) for e in two] == [2, 4] and len(calibrations) == 1
     assert plan_store.fit_ratios(loaded, options, (4, 2)) == two[::-1] and len(calibrations) == 1
@@ -105,7 +108,10 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
 
 def test_an_interrupted_fit_goes_on(tmp_path: Path, own_folder: Path) -> None:
     save_tiny_model(tmp_path / "model")
-    loaded, options = load_model(str(tmp_path / "model")), FitOptions(sequences=6, rate_sequences=2, context=256)
+    loaded, options = (
+        load_model(str(tmp_path / "model")),
+        FitOptions(sequences=6, rate_sequences=2, context=256, recent=64),
+    )
     seen: list[tuple[str, int]] = []
 
     def stop(stage: str, done: int, total: int) -> None:

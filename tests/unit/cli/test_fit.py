@@ -39,7 +39,7 @@ def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
     assert os.listdir(tmp_path) == []
 
 
-SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--json")
+SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--json")
 
 
 def test_a_size_below_the_least_is_refused_before_the_calibration(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from command_models import call, save_tiny_model
 from fhopt.cli import options
 from fhopt.plan.latent_plan import LatentPlan
 
-SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--tokens", "4096")
+SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--tokens", "4096")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def fit(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_a_plan_is_fitted_without_the_model(folder: Path, ratio: float) -> None:
     assert fit(folder, "--ratio", str(ratio))["ratio"] > 0
     plan = LatentPlan.load(folder / "plan")
-    assert plan.ratio(4096) >= ratio and plan.sinks == 16 and plan.mean_tokens == 64
+    assert plan.ratio(4096) >= ratio and plan.sinks == 16 and plan.mean_tokens == 256
     assert plan.provenance["calibration"]["dtype"] == "float32"
 
 

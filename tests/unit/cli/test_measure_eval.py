@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from character_tokenizer import characters
 from click.testing import CliRunner
+from rich.console import Console
 from small_models import Fitted, tiny_llama
 
 from fhopt.cli.app import main
 from fhopt.evaluation.tasks import TASKS
+from fhopt.inspection.tables import evaluation_tables
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ def call(*arguments: object) -> Any:
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "an unknown task": (["--tasks", "copy,poetry"], "unknown task 'poetry'; expected some of perplexity, passkey"),
+    "a task of RULER without room": (["--tasks", "ruler", "--lengths", "200"], "no room for the task niah_single"),
     "lengths that are words": (["--lengths", "long"], "lengths 'long' are not numbers of tokens"),
     "a length of 0": (["--lengths", "0"], "not numbers of tokens"),
     "a context without room": (["--tasks", "digits", "--lengths", "200"], "Give longer --lengths"),
@@ -67,8 +71,18 @@ def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, 
     assert set(found["tasks"]) == set(TASKS) and len(found["tasks"]["passkey"]["cells"]) == 10
     assert [c["length"] for c in found["tasks"]["copy"]["cells"]] == [400, 450]
     assert {"hits", "items", "rate", "rate_ci", "log_prob"} == set(found["tasks"]["copy"]["plan"])
+    assert {"mcnemar", "rate_change_ci"} <= found["tasks"]["copy"].keys() & found["tasks"]["copy"]["cells"][0].keys()
     table = call(folder, *options)
     assert table.exit_code == 0 and "Perplexity" in table.stdout and "arithmetic" in table.stdout
+
+
+def test_needles_all_over_a_context_have_no_depth() -> None:
+    found = {"exact": dict(hits=0, items=1, rate=0.0, rate_ci=(0.0, 0.8), log_prob=-3.0), "plan": None}
+    whole = found | {"log_prob_change": None, "log_prob_change_ci": None}
+    tasks = {"variable_tracking": whole | {"cells": [{"length": 490, "depth": None, **whole}]}}
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(evaluation_tables({"model": "m", "ratio": None, "perplexity": {}, "tasks": tasks}))
+    assert "spread" in console.export_text()
 
 
 def test_without_a_plan_the_exact_model_is_measured_alone(folder: Path) -> None:

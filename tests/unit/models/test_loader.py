@@ -94,7 +94,7 @@ def test_a_gguf_file_is_a_model_and_is_parsed_once(tmp_path: Path, monkeypatch: 
     assert len(pipeline.find(loaded.capture().program).sites) == 1
 
 
-SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--json")
+SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--json")
 
 
 @pytest.mark.usefixtures("without_compiling")
