@@ -214,8 +214,9 @@ def fit(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
     device = _device(model)
     options = calibration_options.FitOptions(
         texts=(), ratio=target.ratio or loss_target.RATIOS[0], context=context,
-        sequences=len(calibrated) - rate_sequences,
-        rate_sequences=rate_sequences, recent=min(calibration_options.FitOptions.recent, context // 4), device=MADE_FOR.get(device.type), mean_tokens=0,  # graphs have none
+        sequences=len(calibrated) - rate_sequences, rate_sequences=rate_sequences,
+        recent=min(calibration_options.FitOptions.recent, context // 4), device=MADE_FOR.get(device.type),
+        mean_tokens=0,  # graphs have none
     )  # fmt: skip
     options.check()
     arguments = {"input_ids": calibrated[:1].to(device), "use_cache": False}

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     "--tasks",
     default="perplexity",
     show_default=True,
-    help="A list with commas of: perplexity, passkey, copy, digits, arithmetic, all.",
+    help="A list with commas of: perplexity, passkey, copy, digits, arithmetic, or all for these; niah_single, "
+    "niah_multikey, niah_multivalue, variable_tracking, common_words, question, json_extraction, long_copy, or ruler "
+    "for these.",
 )
 @click.option(
     "--items",

@@ -15,15 +15,18 @@ begins, in percent: a needle at any depth is in latents. The passkey is that of 
 Attention", section 4.2. Only `arithmetic` can be answered without its needle, by a model that can add: it is there to
 show harm.
 
+Longer tasks, of many needles, are those of `fhopt.evaluation.ruler`.
+
 An item is right when each token of its answer is the most likely one, which is when greedy decoding would write it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +35,8 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, read_steps, switched
-from fhopt.evaluation.statistics import Interval, bootstrap_interval
+from fhopt.evaluation.ruler import FIRST_NAMES, RULER, Room, Task, Wording
+from fhopt.evaluation.statistics import Interval, bootstrap_interval, mcnemar, paired_rate_interval
 from fhopt.models.model_facts import check_length
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.latent_plan import LatentPlan
@@ -41,29 +45,16 @@ from fhopt.texts import tokens
 
 FILLER = "topics"
 BATCH = 4  # items read at once: on a CPU about twice as fast as one by one
-Cell = tuple[int, int]  # tokens of the contexts, depth in percent
-NAMES = ("Anna", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Henry")
-
-
-@dataclass(frozen=True)
-class Wording:
-    """The texts of an item, encoded piece by piece: so the answer's tokens stand in the needle unchanged.
-
-    others: what else could be asked of the needle, each a question and its answer.
-    """
-
-    needle: tuple[str, ...]
-    question: tuple[str, ...]
-    answer: str
-    others: tuple[tuple[tuple[str, ...], str], ...] = ()
+Cell = tuple[int, int | None]  # tokens of the contexts; depth in percent, None for needles all over the context
 
 
 @dataclass(frozen=True)
 class Item:
     """Token ids of a context that ends with a question, and of its answer.
 
-    needle: its positions [start, stop). question: the position at which it begins. others: questions that may be asked
-    instead, with their answers, so that a context is read once for several questions.
+    needle: its positions [start, stop), of several needles from the first to the last. question: the position at which
+    it begins. others: questions that may be asked instead, with their answers, so that a context is read once for
+    several questions.
     """
 
     context: tuple[int, ...]
@@ -93,13 +84,18 @@ class TaskOptions:
 
 
 def choose(names: str) -> list[str]:
-    """Read tasks from a list with commas, in order, each once; `all` adds perplexity to all. Raises FhoptError."""
-    known = ["perplexity", *TASKS]
+    """Read tasks from a list with commas, in order, each once. Raises FhoptError.
+
+    `all` stands for perplexity and the tasks of this module, `ruler` for those of `fhopt.evaluation.ruler`.
+    """
+    known, groups = ["perplexity", *TASKS, *RULER], {"all": ["perplexity", *TASKS], "ruler": [*RULER]}
     chosen = [name.strip() for name in names.split(",")]
-    wrong = [name for name in chosen if name not in (*known, "all")]
+    wrong = [name for name in chosen if name not in (*known, *groups)]
     if wrong:
-        raise FhoptError(f"unknown task {wrong[0]!r}; expected some of {', '.join(known)}, all, with commas between.")
-    return [name for name in known if name in chosen or "all" in chosen]
+        expected = ", ".join((*known, *groups))
+        raise FhoptError(f"unknown task {wrong[0]!r}; expected some of {expected}, with commas between.")
+    meant = {task for name in chosen for task in groups.get(name, [name])}
+    return [name for name in known if name in meant]
 
 
 def read_lengths(text: str) -> tuple[int, ...]:
@@ -110,44 +106,36 @@ def read_lengths(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-@dataclass(frozen=True)
-class Task:
-    """How an item is worded from random numbers, and the depths, in percent, at which its needle stands."""
-
-    word: Callable[[random.Random], Wording]
-    depths: tuple[int, ...] = (10,)
-
-
-def _passkey(rng: random.Random) -> Wording:
+def _passkey(rng: random.Random, _: Room) -> Wording:
     key = f" {rng.randrange(10_000, 100_000)}"
     return Wording(
         ("\n\nThe pass key is", key, ". Remember it.", key, " is the pass key.\n\n"),
         ("\n\nWhat is the pass key? The pass key is",),
-        key,
+        (key,),
     )
 
 
-def _copy(rng: random.Random) -> Wording:
+def _copy(rng: random.Random, _: Room) -> Wording:
     codes = [" " + "".join(rng.choices(string.ascii_lowercase + string.digits, k=8)) for _ in "ABC"]
     *lines, last = [(f"\nCode {name}:", code) for name, code in zip("ABC", codes, strict=True)]
-    others = tuple((_joined("\n", [line for line in [*lines, last] if line != x], x[0]), x[1]) for x in lines)
-    return Wording(_joined("\n", [*lines, last], "\n\n"), _joined("\n", lines, last[0]), last[1], others)
+    others = tuple((_joined("\n", [line for line in [*lines, last] if line != x], x[0]), x[1:]) for x in lines)
+    return Wording(_joined("\n", [*lines, last], "\n\n"), _joined("\n", lines, last[0]), last[1:], others)
 
 
-def _digits(rng: random.Random) -> Wording:
-    numbers = rng.sample(range(1000, 10_000), len(NAMES))
-    lines = [(f"\nThe number of {name} is", f" {number}", ".") for name, number in zip(NAMES, numbers, strict=True)]
+def _digits(rng: random.Random, _: Room) -> Wording:
+    numbers = rng.sample(range(1000, 10_000), len(FIRST_NAMES))
+    lines = [(f"\nThe number of {x} is", f" {number}", ".") for x, number in zip(FIRST_NAMES, numbers, strict=True)]
     rng.shuffle(lines)
     *examples, asked = rng.sample(lines, 3)
     rest = [line for line in lines if line not in (*examples, asked)]
-    others = tuple((_joined("\n", examples, line[0]), line[1]) for line in rest)
-    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", examples, asked[0]), asked[1], others)
+    others = tuple((_joined("\n", examples, line[0]), line[1:2]) for line in rest)
+    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", examples, asked[0]), asked[1:2], others)
 
 
-def _arithmetic(rng: random.Random) -> Wording:
+def _arithmetic(rng: random.Random, _: Room) -> Wording:
     pairs = rng.sample([(a, b) for a in range(1, 6) for b in range(1, 6)], 13)  # what a small model can add
     *lines, last = [(f"\n{a} + {b} =", f" {a + b}") for a, b in pairs]
-    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", rng.sample(lines, 2), last[0]), last[1])
+    return Wording(_joined("\n", lines, "\n\n"), _joined("\n", rng.sample(lines, 2), last[0]), last[1:])
 
 
 def _joined(before: str, lines: Sequence[tuple[str, ...]], after: str) -> tuple[str, ...]:
@@ -167,40 +155,68 @@ class ItemWriter:
 
     def __init__(self, tokenizer: Any, options: TaskOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
-        self.filler = self._encode((tokens.halves(tokens.read_text(FILLER))[1],))  # the half that calibrates nothing
-        plain, whole = self._encode(("a",)), list(tokenizer("a").input_ids)
+        self._piece = functools.cache(self._ids)
+        self.text = tokens.halves(tokens.read_text(FILLER))[1]  # the half that calibrates nothing
+        self.filler = self._ids(self.text)
+        plain, whole = self._ids("a"), list(tokenizer("a").input_ids)
         self.start = whole[: -len(plain)] if whole[-len(plain) :] == plain else []  # what stands before every text
 
-    def items(self, task: str, length: int, depth: int) -> list[Item]:
+    def items(self, task: str, length: int, depth: int | None) -> list[Item]:
         """Write the items of one cell. Raises FhoptError when `length` is too short for the task."""
         seeds = (f"{self.options.seed} {task} {length} {depth} {number}" for number in range(self.options.items))
         return [self._item(task, length, depth, random.Random(seed)) for seed in seeds]
 
-    def _item(self, task: str, length: int, depth: int, rng: random.Random) -> Item:
-        wording = TASKS[task].word(rng)
-        needle, question = self._encode(wording.needle), self._encode(wording.question)
-        at = self._place(task, length, depth, len(needle), len(question))
-        offset, count = rng.randrange(len(self.filler)), length - len(self.start) - len(needle) - len(question)
-        around = [self.filler[(offset + i) % len(self.filler)] for i in range(count)]
-        before = at - len(self.start)
-        context = (*self.start, *around[:before], *needle, *around[before:], *question)
-        answer = tuple(self._encode((wording.answer,)))
-        others = tuple((tuple(self._encode(q)), tuple(self._encode((a,)))) for q, a in wording.others)
-        return Item(context, answer, (at, at + len(needle)), length - len(question), others)
+    def _item(self, task: str, length: int, depth: int | None, rng: random.Random) -> Item:
+        wording = (TASKS | RULER)[task].word(rng, self._room(length))
+        needles = [self._encode(needle) for needle in (wording.needle, *wording.more)]
+        question = self._encode(wording.question)
+        places = self._place(task, length, depth, [len(needle) for needle in needles], len(question))
+        count = length - len(self.start) - sum(map(len, needles)) - len(question)
+        around = self._around(wording, rng, places[0] - len(self.start), count)
+        context = [*self.start]
+        for at, needle in zip(places, needles, strict=True):
+            free = at - len(context)
+            context, around = [*context, *around[:free], *needle], around[free:]
+        others = tuple((tuple(self._encode(q)), tuple(self._encode(a))) for q, a in wording.others)
+        span = places[0], places[-1] + len(needles[-1])
+        return Item(
+            (*context, *around, *question), tuple(self._encode(wording.answer)), span, length - len(question), others
+        )
 
-    def _place(self, task: str, length: int, depth: int, needle: int, question: int) -> int:
-        """Return the position of a needle of so many tokens at `depth` percent. Raises FhoptError."""
+    def _room(self, length: int) -> Room:
+        reach = 2 * length * len(self.text) // len(self.filler) + 1  # twice as many as on average
+        tokens_free = length - max(len(self.start), self.options.sinks) - self.options.window
+        return Room(tokens_free, lambda pieces: len(self._encode(pieces)), self.text, reach)
+
+    def _around(self, wording: Wording, rng: random.Random, before: int, count: int) -> list[int]:
+        """Return the tokens, `count` in all, that stand around the needles, `before` of them before the first."""
+        if wording.around is None:
+            offset = rng.randrange(len(self.filler))
+            return [self.filler[(offset + i) % len(self.filler)] for i in range(count)]
+        first, second = (self._ids(text) for text in wording.around)
+        return [*first[len(first) - before :], *second[: count - before]]
+
+    def _place(self, task: str, length: int, depth: int | None, needles: list[int], question: int) -> list[int]:
+        """Return the positions of needles of so many tokens. Raises FhoptError.
+
+        At `depth` percent, or evenly between the first and the last position that is quantized.
+        """
         sinks, window = self.options.sinks, self.options.window
-        first, last = max(len(self.start), sinks), length - question - window - needle
+        first, last = max(len(self.start), sinks), length - question - window - sum(needles)
         if last < first:
             raise FhoptError(
                 f"a context of {length} tokens has no room for the task {task} between {sinks} sinks and a window of "
                 f"{window}; expected at least {length + first - last} tokens. Give longer --lengths."
             )
-        return first + (last - first) * depth // 100
+        count = len(needles)
+        shares = [(2 * i + 1, 2 * count) for i in range(count)] if depth is None else [(depth, 100)] * count
+        return [first + sum(needles[:i]) + (last - first) * a // b for i, (a, b) in enumerate(shares)]
 
     def _encode(self, parts: tuple[str, ...]) -> list[int]:
-        return [i for part in parts for i in self.tokenizer(part, add_special_tokens=False, verbose=False).input_ids]
+        return [i for part in parts for i in self._piece(part)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 @dataclass(frozen=True)
@@ -218,13 +234,17 @@ class Answered:
 class TaskResult:
     """Scores of a task, or one of its cells, with the exact KV cache and with the plan's (None: there was no plan).
 
-    log_prob_change: mean of plan minus exact over the items, with its 95 % interval (None for a single item).
+    log_prob_change: mean of plan minus exact over the items, with its 95 % interval (None for a single item). mcnemar:
+    p-value of McNemar's test that one of the two is right more often. rate_change_ci: 95 % interval of the plan's rate
+    minus the exact one, item by item, in percentage points (None for a single item).
     """
 
     exact: Answered
     plan: Answered | None
     log_prob_change: float | None
     log_prob_change_ci: Interval | None
+    mcnemar: float | None
+    rate_change_ci: Interval | None
 
 
 @dataclass(frozen=True)
@@ -252,8 +272,8 @@ def wilson_interval(hits: int, items: int) -> Interval:
 
 def write_items(tokenizer: Any, tasks: Sequence[str], options: TaskOptions) -> dict[str, dict[Cell, list[Item]]]:
     """Write the items of each task by cell. Raises FhoptError when a length is too short for a task."""
-    writer = ItemWriter(tokenizer, options)
-    cells = {task: [(length, depth) for length in options.lengths for depth in TASKS[task].depths] for task in tasks}
+    writer, table = ItemWriter(tokenizer, options), TASKS | RULER
+    cells = {task: [(length, depth) for length in options.lengths for depth in table[task].depths] for task in tasks}
     return {task: {cell: writer.items(task, *cell) for cell in cells[task]} for task in tasks}
 
 
@@ -328,10 +348,12 @@ def _score(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
 def _summary(pairs: list[_Pair]) -> TaskResult:
     exact, *planned = [_answered(side) for side in zip(*pairs, strict=True)]
     if not planned:
-        return TaskResult(exact, None, None, None)
+        return TaskResult(exact, None, None, None, None, None)
     changes = [plan.log_prob - before.log_prob for before, plan in pairs]
     interval = bootstrap_interval(changes, [1] * len(changes))
-    return TaskResult(exact, planned[0], sum(changes) / len(changes), interval)
+    right = [[score.is_exact for score in side] for side in zip(*pairs, strict=True)]
+    paired = mcnemar(*right), paired_rate_interval(*right)
+    return TaskResult(exact, planned[0], sum(changes) / len(changes), interval, *paired)
 
 
 def _answered(scores: Sequence[_ItemScore]) -> Answered:

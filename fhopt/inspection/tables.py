@@ -263,9 +263,13 @@ def _tasks_table(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     for task, whole in tasks.items():
         table.add_row(task, "all", "all", *_answers(whole))
         for cell in whole["cells"]:
-            table.add_row("", f"{cell['length']:,}", f"{cell['depth']} %", *_answers(cell))
+            table.add_row("", f"{cell['length']:,}", _depth(cell["depth"]), *_answers(cell))
         table.add_section()
     return table
+
+
+def _depth(percent: int | None) -> str:
+    return "spread" if percent is None else f"{percent} %"
 
 
 def _answers(results: Mapping[str, Any]) -> list[str]:

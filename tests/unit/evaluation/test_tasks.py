@@ -15,6 +15,7 @@ from fhopt.evaluation import tasks
 from fhopt.evaluation.perplexity import new_cache, read_steps, switched
 from fhopt.evaluation.tasks import (
     TASKS,
+    Cell,
     Item,
     TaskOptions,
     choose,
@@ -125,6 +126,7 @@ def test_an_item_is_right_when_greedy_decoding_writes_its_answer(llama: Fitted, 
     found = run_tasks(llama.model, {"copy": {(450, 10): right + wrong}}, None)["copy"][(450, 10)]
     assert (found.exact.hits, found.exact.items, found.exact.rate) == (2, 4, 0.5)
     assert found.plan is None and found.log_prob_change is None and found.log_prob_change_ci is None
+    assert found.mcnemar is None and found.rate_change_ci is None
 
 
 def test_the_log_probability_is_that_of_the_whole_text_per_token(llama: Fitted, tokenizer: Any) -> None:
@@ -141,7 +143,7 @@ def test_items_read_together_score_as_alone(llama: Fitted, tokenizer: Any, monke
     """Answers of different length are padded."""
     items = items_of("copy", tokenizer, TaskOptions(lengths=(250,), items=3, window=16))
     items[0] = replace(items[0], answer=items[0].answer[:2])
-    written = {"copy": {(250, 10): items}}
+    written: dict[str, dict[Cell, list[Item]]] = {"copy": {(250, 10): items}}
     together = run_tasks(llama.model, written, llama.plan(4))["copy"][None]
     monkeypatch.setattr(tasks, "BATCH", 1)
     alone = run_tasks(llama.model, written, llama.plan(4))["copy"][None]
@@ -160,6 +162,19 @@ def test_full_width_changes_no_answer_and_a_coarse_plan_does(fitted: Fitted, tok
             assert whole.log_prob_change_ci[0] <= whole.log_prob_change <= whole.log_prob_change_ci[1]
             assert whole.exact.items == sum(r.exact.items for cell, r in cells.items() if cell)
     assert not hasattr(fitted.model, "_fhopt_applied")
+
+
+def test_both_caches_are_compared_item_by_item(llama: Fitted, tokenizer: Any) -> None:
+    """Of answers that the exact cache gives, a coarse plan loses some."""
+    items = items_of("passkey", tokenizer, TaskOptions(lengths=(450,), items=1, window=16))
+    answered = [replace(item, answer=continued(llama.model, item.context, 3)) for item in items]
+    found = run_tasks(llama.model, {"passkey": {(450, 10): answered + items}}, llama.plan(8))["passkey"][None]
+    assert found.exact.hits == 5 and found.plan is not None and found.plan.hits < 5
+    lost = 5 - found.plan.hits  # a hit with the plan is one with the exact cache: the other answers are hits of neither
+    assert found.mcnemar == pytest.approx(min(1.0, 2 / 2**lost))
+    assert found.rate_change_ci and found.rate_change_ci[0] <= -100 * lost / 10 <= found.rate_change_ci[1]
+    alone = run_tasks(llama.model, {"passkey": {(450, 10): items[:1]}}, llama.plan(8))["passkey"][None]
+    assert alone.mcnemar == 1.0 and alone.rate_change_ci is None
 
 
 @pytest.mark.parametrize(
