@@ -49,7 +49,9 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`; no page for other ones.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--context", default=CONTEXT, show_default=True, help="Tokens of each text.")
-@click.option("--rival", "families", multiple=True, help="Family of other methods, such as kivi; all when not given.")
+@click.option(
+    "--rival", "families", multiple=True, help="Another method, such as kivi or kivi-3bit; all when not given."
+)
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(
     ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, model: str, dtype: str, context: int,
@@ -71,7 +73,9 @@ def main(
         chosen = tuple(sorted(ratios)) or ((QUICK_RATIO,) if quick else RATIOS)
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)
         fitted = load_plans(plans, chosen) if plans is not None else fit_plans(loaded, chosen, options)
-        others = [i for i in rivals(loaded, fitted, options, quick) if not families or i.family in families]
+        others = [
+            i for i in rivals(loaded, fitted, options, quick) if not families or {i.family, i.name} & set(families)
+        ]
         impls = ours(fitted) + others
         results = measure(loaded.language_model(), impls, read, next(iter(fitted.values())))
     except FhoptError as error:

@@ -58,12 +58,13 @@ if TYPE_CHECKING:
 )
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tasks.")
+@click.option("--record", is_flag=True, help="Write the figures into the plan, for its quality card.")
 @placement_options
 @json_option
 @fails_together
 def evaluate(
     model: str, plan_path: Path | None, texts: tuple[str, ...], tasks: str, items: int, lengths: str, sequences: int,
-    context: int, seed: int, device_map: str | None, dtype: str, as_json: bool,
+    context: int, seed: int, record: bool, device_map: str | None, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure perplexity and tasks of MODEL with the exact KV cache and with the plan's, with 95 % intervals.
 
@@ -80,7 +81,10 @@ def evaluate(
     from fhopt.parallel import collectives
     from fhopt.parallel.device_map import placement
     from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.plan.quality_card import with_measured
 
+    if record and plan_path is None:
+        raise FhoptError("--record writes into a plan, and none is given; expected --plan PLAN.")
     chosen, cells = choose(tasks), read_lengths(lengths)
     plan = LatentPlan.load(plan_path) if plan_path else None
     kept = {"sinks": plan.sinks, "window": plan.window.capacity} if plan else {}
@@ -97,7 +101,7 @@ def evaluate(
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
     if collectives.leave() > 0:  # the first process prints the results of all
         return
-    result = {
+    result: dict[str, Any] = {
         "model": loaded.name,
         "ratio": plan.ratio() if plan else None,
         "perplexity": perplexity,
@@ -107,6 +111,8 @@ def evaluate(
             for task, by_cell in results.items()
         },
     }
+    if record and plan is not None and plan_path is not None:
+        with_measured(plan, result["perplexity"], result["tasks"]).save(plan_path)
     if as_json:
         print_json(result)
         return

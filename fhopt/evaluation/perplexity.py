@@ -27,7 +27,7 @@ from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.latent_plan import LatentPlan
 
-FIRST_STEP, STEP = 196, 64  # tokens, for an exact cache alone: those of a plan with the default sinks and window
+FIRST_STEP, STEP = 336, 64  # tokens, for an exact cache alone: those of a plan with the default sinks and window
 
 
 def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 from fhopt.evaluation.statistics import Comparison
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.quality_card import MeasuredText
+from fhopt.plan.quality_card import card as card_of
 from fhopt.version import __version__
 
 COUNTED_AT = (1024, 8192, 32768)  # tokens
@@ -67,16 +69,31 @@ def _loss(plan: LatentPlan, losses: Mapping[str, Comparison]) -> str:
     gate = plan.provenance.get("gate")
     if isinstance(gate, dict) and isinstance(gate.get("texts"), list):
         rows.append(_loss_row(f"{', '.join(map(str, gate['texts']))} (when it was fitted)", _comparison(gate)))
-    if not rows:
+    known = card_of(plan)
+    rows += [_measured_row(text) for text in known.texts if text.name not in losses]
+    if not rows and not known.tasks:
         return "## What it loses\n\nNot measured. `fhopt eval FOLDER --plan FOLDER/plan` does.\n"
+    tasks = "".join(
+        f"| {task.name} | {task.items:,} | {task.exact:.1f} % | {task.plan:.1f} % |\n" for task in known.tasks
+    )
+    if tasks:
+        tasks = f"\n| task | items | right, exact | with latents |\n|---|---|---|---|\n{tasks}"
     head = "| text | tokens | perplexity, exact | with latents | change (95 %) | KL |\n|---|---|---|---|---|---|"
     return f"## What it loses\n\nThrough the real cache, on the half of each text that is held out.\n\n{head}\n" + (
-        "\n".join(rows) + "\n"
+        "\n".join(rows) + "\n" + tasks
     )
 
 
 def _comparison(gate: Mapping[str, Any]) -> Comparison:
     return Comparison(**{name: gate.get(name) for name in Comparison.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+def _measured_row(text: MeasuredText) -> str:
+    interval = text.increase_percent_ci
+    return _loss_row(
+        text.name,
+        Comparison(text.exact, text.plan, text.increase_percent, interval, text.kl, None, text.tokens),
+    )
 
 
 def _loss_row(text: str, loss: Comparison) -> str:

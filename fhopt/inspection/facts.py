@@ -24,6 +24,7 @@ from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.display import mask_words, rope_words, tiers
 from fhopt.plan.fingerprint import check_model
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.quality_card import QUALITY, QualityCard, card
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
@@ -128,6 +129,7 @@ class PlanFacts:
     formulas: Formulas
     curve: tuple[Size, ...]
     provenance: Mapping[str, Any]  # without what other fields show
+    card: QualityCard
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ def _formulas(cost: cost_model.Cost) -> Formulas:
 
 def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, tokens: int) -> PlanFacts:
     seen: Evidence | None = evidence_of(plan)
-    provenance = {name: value for name, value in plan.provenance.items() if name not in (KEY, "weights")}
+    provenance = {name: value for name, value in plan.provenance.items() if name not in (KEY, "weights", QUALITY)}
     return PlanFacts(
         ratio=plan.ratio(tokens),
         bytes_per_token=plan.cache_bytes(tokens) / tokens,
@@ -331,6 +333,7 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, tokens: int) -> Plan
         formulas=_formulas(planned),
         curve=seen.curve if seen else (),
         provenance=provenance,
+        card=card(plan),
     )
 
 

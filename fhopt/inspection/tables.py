@@ -18,6 +18,7 @@ from fhopt.inspection.facts import InspectedSite, Inspection, Missed, PlannedSit
 from fhopt.passes.outcome import Explanation
 from fhopt.plan.display import mask_words, rope_words
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.quality_card import QualityCard
 from fhopt.plan.site import AttentionSite
 
 
@@ -57,6 +58,8 @@ def inspection_tables(inspection: Inspection, site: str | None = None) -> Group:
     if site is not None:
         return Group(_one_site(inspection.site(site)))
     parts: list[Any] = [_sites_in_rows(inspection), _totals(inspection)]
+    if inspection.plan is not None:
+        parts.append(_quality(inspection.plan.card))
     return Group(*parts, *([missed_table(inspection.missed)] if inspection.missed else []))
 
 
@@ -136,6 +139,25 @@ def _totals(inspection: Inspection) -> Table:
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
         table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized. Formulas of a site: --site NAME")
     return table
+
+
+def _quality(card: QualityCard) -> Group:
+    """Tabulate a quality card: what a plan was calibrated on, and what it was measured to lose where."""
+    calibrated = f"Calibrated on {card.tokens:,} tokens: {', '.join(card.calibrated_on) or 'unknown'}."
+    if not card.texts and not card.tasks:
+        return Group(calibrated, "Its loss was not measured; fhopt eval MODEL --plan PLAN --record does.")
+    table = Table(title="Quality card (95 % intervals)", title_justify="left")
+    for name in ("measured on", "tokens or items", "exact", "plan", "change", "KL, nats per token"):
+        table.add_column(name, justify="left" if name == "measured on" else "right")
+    for text in card.texts:
+        change = f"{text.increase_percent:+.2f} %" + _between(text.increase_percent_ci, "+.2f")
+        table.add_row(
+            Text(text.name), f"{text.tokens:,}", f"{text.exact:.4f}", f"{text.plan:.4f}", change, f"{text.kl:.4f}"
+        )
+    for task in card.tasks:
+        change = f"{task.plan - task.exact:+.1f} points"
+        table.add_row(Text(task.name), f"{task.items:,}", f"{task.exact:.1f} %", f"{task.plan:.1f} %", change, "")
+    return Group(calibrated, table)
 
 
 def _one_site(site: InspectedSite) -> Table:

@@ -16,6 +16,8 @@ from small_models import Fitted, tiny_llama
 from fhopt.cli.app import main
 from fhopt.evaluation.tasks import TASKS
 from fhopt.inspection.tables import evaluation_tables
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.quality_card import card
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,24 @@ def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, 
     assert {"mcnemar", "rate_change_ci"} <= found["tasks"]["copy"].keys() & found["tasks"]["copy"]["cells"][0].keys()
     table = call(folder, *options)
     assert table.exit_code == 0 and "Perplexity" in table.stdout and "arithmetic" in table.stdout
+
+
+def test_what_was_measured_goes_into_the_plan_and_is_shown(folder: Path, llama: Fitted, tmp_path: Path) -> None:
+    llama.plan(4).save(tmp_path / "plan")
+    options = ["--plan", tmp_path / "plan", "--data", "license", "--context", 150, "--json"]
+    options += ["--tasks", "perplexity,copy", "--items", 1, "--lengths", 400]
+    found = json.loads(call(folder, *options, "--record").stdout)
+    plan = LatentPlan.load(tmp_path / "plan")
+    (text,), (task,) = card(plan).texts, card(plan).tasks
+    assert text.name == "license" and text.kl == found["perplexity"]["license"]["kl"] > 0
+    assert (task.name, task.items) == ("copy", 1) and plan.digest() == llama.plan(4).digest()
+    table = CliRunner().invoke(main, ["inspect", str(folder), "--plan", str(tmp_path / "plan")])
+    assert table.exit_code == 0 and "Quality card" in table.stdout and "license" in table.stdout, table.output
+
+
+def test_nothing_is_recorded_without_a_plan(folder: Path) -> None:
+    result = call(folder, "--record")
+    assert result.exit_code == 2 and "--record writes into a plan" in result.stderr
 
 
 def test_needles_all_over_a_context_have_no_depth() -> None:

@@ -202,13 +202,13 @@ def one_by_one(model: Any, ids: list[int], plan: LatentPlan, count: int) -> list
 def test_a_plan_completes_as_token_by_token_decoding(llama: Fitted, tokenizer: Any) -> None:
     ids = list(tokenizer(PREFIX + ADD.prompt).input_ids)
     exactly = text_of(tokenizer, generated(llama.model, ids, 12))
-    for ratio, same in ((1, True), (6, False)):
-        plan = llama.plan(ratio)
+    for ratio in (1, 4):
+        plan = llama.plan(ratio, window_bits=16)  # tokens of one step see each other exact, not in 8 bits
         with switched(llama.model, plan):
             expected = text_of(tokenizer, one_by_one(llama.model, ids, plan, 12))
             made = lambda plan=plan: new_cache(llama.model, plan)  # noqa: E731
             found = complete(llama.model, tokenizer, ADD, made, 12, prefix=PREFIX, plan=plan)
-        assert found.text == expected and (expected == exactly) == same
+        assert found.text == expected and (ratio > 1 or expected == exactly)
 
 
 def test_a_prompt_without_room_is_refused(tokenizer: Any) -> None:
