@@ -262,6 +262,12 @@ SECTIONS = {
         "SmolLM2 in bfloat16 over 8,192 tokens, each cache in a process of its own.",
         by_case,
     ),
+    "tasks": Section(
+        "Tasks", "make bench-tasks",
+        "The exact cache and plans on the same items: HumanEval's problems whose completion passes its tests, KL on the "
+        "exact model's own text by the number of generated tokens (`generation@N`: up to N), tasks after RULER. "
+        "`mcnemar_p`: McNemar's test of right and wrong answers against the exact cache.", by_case,
+    ),
     "healing": Section(
         "Healing", "make bench-heal",
         "The 8x plan before and after `fhopt heal` on `topics`; `source` was not read. `kl left` is the share of the "
