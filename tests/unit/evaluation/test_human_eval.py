@@ -113,7 +113,10 @@ def test_an_absent_package_or_file_is_named_with_what_brings_it(
         (gzip.compress(LINES[0].encode())[:-9], "cannot be read"),
         (gzip.compress(LINES[0].encode())[:20] + b"damage" * 9, "cannot be read"),
     ],
-)
+    ids=[
+        "empty", "cut", "deep", "a list", "a number", "nothing", "no text", "cut gzip", "damaged gzip",
+    ],
+)  # fmt: skip
 def test_damaged_files_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "HumanEval.jsonl.gz"
     file.write_bytes(data)
