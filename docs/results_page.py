@@ -258,7 +258,8 @@ SECTIONS = {
         "python benchmarks/quality.py --model FOLDER --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 --texts FILE",
         "The same of another model, with plans of the default options, on 12 texts of 1,024 tokens, of kinds that did "
         "not calibrate, and four that did (`source`, `docstrings`, `topics`, `mixture`). KIVI has the same attention "
-        "sinks and residual window, in 16 bits. `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `zh`, `de`, `fr` are manuals.",
+        "sinks and residual window, in 16 bits. `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `zh`, "
+        "`de`, `fr` are manuals; `python` is from the half of `source` that calibrates.",
         quality_and_kl,
     ),
     "decode": Section(
