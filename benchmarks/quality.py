@@ -81,7 +81,7 @@ def main(
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
     name = "quality" if model == "demo" else f"quality-{Path(model).name}"
-    record(name, rows(results), lambda figure: draw(figure, results), summary(results))
+    record(name, rows(results), lambda figure: draw(figure, results, loaded.name), summary(results))
     screen().print(contest_table(results))
     if not quick and model == "demo":
         write_page(PAGE, results)

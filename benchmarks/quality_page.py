@@ -87,8 +87,8 @@ def _interval(comparison: Comparison) -> str:
     return f"{_percent(low)[:-2]} to {_percent(high)[:-2]}"
 
 
-def draw(figure: Figure, results: Sequence[Result]) -> None:
-    """Draw both measures of loss over bytes, a line for each family."""
+def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
+    """Draw both measures of loss over bytes, a line for each family; model: its name."""
     left, right = figure.subplots(1, 2, sharex=True)
     _lines(left, results, lambda comparison: comparison.kl)
     _lines(right, results, lambda comparison: comparison.increase_percent)
@@ -105,7 +105,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend()
-    figure.suptitle("SmolLM2-135M-Instruct: loss of smaller KV caches, mean of texts unlike the calibration text")
+    figure.suptitle(f"{model}: loss of smaller KV caches, mean of texts unlike the calibration text")
 
 
 def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
