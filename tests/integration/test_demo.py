@@ -71,7 +71,7 @@ def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:
 
     loaded = load_model("demo")
     model = loaded.language_model()
-    plan, _ = fit(loaded, FitOptions(ratio=1, sequences=2, context=400, recent=64))
+    plan, _ = fit(loaded, FitOptions(ratio=1, sequences=2, context=400, recent=128))
     ids = tokens.sequences(loaded.tokenizer, tokens.read_text("source"), count=1, length=300, what="source")
     with torch.no_grad():
         expected = model(input_ids=ids).logits
