@@ -54,7 +54,7 @@ class Drift:
 
 @torch.inference_mode()
 def own_text(
-    model: Any, prompt: Sequence[int], tokens: int, *, temperature: float = 0.7, seed: int = 0,
+    model: Any, prompt: Sequence[int], tokens: int, *, temperature: float = 1.0, seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[int]:  # fmt: skip
     """Return `tokens` token ids that the model writes behind `prompt` with the exact cache; end tokens do not end it.
