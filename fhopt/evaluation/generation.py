@@ -10,7 +10,6 @@ first token that would differ. `repeated` finds loops, which small models fall i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.evaluation.perplexity import new_cache, paired, read_steps, switched
+from fhopt.evaluation.perplexity import decode_options, new_cache, paired, read_steps, switched
 from fhopt.evaluation.statistics import Interval, bootstrap_interval
-from fhopt.models.model_facts import cache_argument, check_length
+from fhopt.models.model_facts import check_length
 from fhopt.plan.latent_plan import LatentPlan
 
 BLOCK = 64  # generated tokens whose mean is resampled for intervals
@@ -64,10 +63,7 @@ def own_text(
     check_length(model, len(prompt) + tokens)
     generator = torch.Generator().manual_seed(seed)
     with switched(model, None):
-        cache = new_cache(model, None)
-        options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = 1
+        options = decode_options(model, new_cache(model, None))
         written: list[int] = []
         fed = list(prompt)
         while len(written) < tokens:

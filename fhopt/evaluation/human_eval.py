@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import inspect
 import json
 import zlib
 from collections.abc import Callable
@@ -29,9 +28,9 @@ from typing import Any
 import torch
 
 from fhopt.errors import FhoptError
-from fhopt.evaluation.perplexity import read_steps
+from fhopt.evaluation.perplexity import decode_options, read_steps
 from fhopt.evaluation.sandbox import ProgramResult, run_program
-from fhopt.models.model_facts import cache_argument, positions_of
+from fhopt.models.model_facts import positions_of
 from fhopt.plan.latent_plan import LatentPlan
 
 FILE = "HumanEval.jsonl.gz"
@@ -160,9 +159,7 @@ def complete(
     _check_room(model, len(ids), max_new_tokens)
     cache, ends = new_cache(), _end_ids(model)
     ((_, (logits,)),) = read_steps(model, torch.tensor([ids]), [cache], plan, len(ids) - 1)
-    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
+    options = decode_options(model, cache)
     written: list[int] = []
     while len(written) < max_new_tokens:
         written.append(int(logits[0, -1].argmax()))

@@ -83,6 +83,14 @@ def read_steps(
             yield at, logits
 
 
+def decode_options(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments of calls that read tokens into `cache`, of which the last one's logits are wanted."""
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    return options
+
+
 @torch.inference_mode()
 def score(
     model: Any, ids: Tensor, plan: LatentPlan | None, progress: Callable[[int], None] = lambda n: None,
