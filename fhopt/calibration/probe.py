@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from fhopt.calibration import segments
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured
 from fhopt.ops import attention
@@ -19,6 +20,7 @@ from fhopt.passes.outcome import Outcome
 from fhopt.plan.site import AttentionSite
 
 QUERIES = 128  # rows of the attention matrix that exist at once
+ACTIVATION_BYTES = 2**30  # of a graph that is differentiated at once; larger ones are run in segments
 POSITIONS = 128  # whose probabilities over the vocabulary exist at once
 EVERY = slice(None)
 Batch = Mapping[str, Tensor]
@@ -137,17 +139,19 @@ class Watch:
         extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """Compute `ops.attention.attention_reference`, observed."""
+        """Compute `ops.attention.attention_reference` in float32 at least, observed."""
         sinks, recent = site.exact_tokens(*self.far)
         _, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
+        given = q.dtype
+        q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q + self.leaf.to(q), k, v))
         bias, extra = _additive(ops_masks.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
 
         def observe(*tensors: Tensor) -> None:
             key, value, key_gradient, value_gradient = [x[:, :, sinks:] for x in tensors]
             self.see(site.name, key, value)(key_gradient, value_gradient)
 
-        result: Tensor = _ProbedAttention.apply(q + self.leaf.to(q), k, v, bias, extra, far, scale, softcap, observe)
-        return result
+        result: Tensor = _ProbedAttention.apply(q, k, v, bias, extra, far, scale, softcap, observe)
+        return result.to(given)
 
 
 class Probed(Protocol):
@@ -167,6 +171,11 @@ class _Instrumented(fx.Interpreter):
     def __init__(self, captured: Captured, outcome: Outcome, watch: Watch) -> None:
         super().__init__(captured.program.module)
         self.sites, self.watch = outcome.sites, watch
+
+    def run_on(self, node: fx.Node, values: segments.Environment) -> Any:
+        """Run a node on the values of its inputs."""
+        self.env = values
+        return self.run_node(node)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run an attention node of a site by the watch, any other as it is."""
@@ -191,10 +200,33 @@ class ProbedGraph:
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
         """Run forward and backward on a batch. Raises FhoptError when the batch does not fit the graph."""
-        runner = _Instrumented(self.captured, self.outcome, watch)
-        with torch.enable_grad():
-            output = runner.run(*graph_arguments(self.captured, batch))[self.captured.result]
-            torch.autograd.grad(likelihood(output), watch.leaf)
+        runner, arguments = _Instrumented(self.captured, self.outcome, watch), graph_arguments(self.captured, batch)
+        if len(self._segments) == 1:
+            with torch.enable_grad():
+                output = runner.run(*arguments)[self.captured.result]
+                torch.autograd.grad(likelihood(output), watch.leaf)
+            return
+        given, constants = iter(arguments), segments.Environment()
+        for node in self.captured.program.graph.nodes:
+            if node.op == "placeholder":
+                constants[node] = next(given)
+            elif node.op == "get_attr":
+                constants[node] = runner.run_node(node)
+        segments.backward(self._segments, constants, runner.run_on, self._result, likelihood, watch.leaf)
+
+    @property
+    def _result(self) -> fx.Node:
+        """The node of the main output."""
+        result: fx.Node = self.captured.program.graph.output_node().args[0][self.captured.result]  # type: ignore[index, assignment]
+        return result
+
+    @functools.cached_property
+    def _segments(self) -> list[segments.Segment]:
+        """What is differentiated at once: all of it where its activations are small."""
+        graph = self.captured.program.graph
+        if segments.activation_bytes(graph, self.outcome.sites) <= ACTIVATION_BYTES:
+            return segments.cut(graph, (), self._result)
+        return segments.cut(graph, self.outcome.sites, self._result)
 
 
 def run_probed(
