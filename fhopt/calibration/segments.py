@@ -85,7 +85,7 @@ def _best_cut(
     nodes: Sequence[fx.Node], last: Mapping[fx.Node, int], dependent: set[fx.Node], start: int, stop: int
 ) -> int:
     """Return where to cut between two sites: the first place with the fewest tensors alive that depend on attention."""
-    alive = {place: 0 for place in range(start + 1, stop + 1)}
+    alive = dict.fromkeys(range(start + 1, stop + 1), 0)
     for made, node in enumerate(nodes[:stop]):
         if node in dependent:
             for place in range(max(made, start) + 1, min(last.get(node, -1), stop) + 1):
@@ -93,9 +93,7 @@ def _best_cut(
     return min(alive, key=lambda place: (alive[place], place))
 
 
-def _segment(
-    nodes: Sequence[fx.Node], computed: set[fx.Node], dependent: set[fx.Node], result: fx.Node
-) -> Segment:
+def _segment(nodes: Sequence[fx.Node], computed: set[fx.Node], dependent: set[fx.Node], result: fx.Node) -> Segment:
     own = set(nodes)
     inputs = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n in computed - own)
     outputs = [n for n in nodes if n is result or any(u not in own and u in computed for u in n.users)]

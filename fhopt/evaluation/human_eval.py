@@ -20,15 +20,16 @@ import gzip
 import importlib.util
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.evaluation.perplexity import decode_options, read_steps
+from fhopt.evaluation.perplexity import decode_options, step_bounds
 from fhopt.evaluation.sandbox import ProgramResult, run_program
 from fhopt.models.model_facts import positions_of
 from fhopt.plan.latent_plan import LatentPlan
@@ -145,41 +146,112 @@ def cut(text: str) -> str:
 
 @torch.inference_mode()
 def complete(
-    model: Any, tokenizer: Any, problem: Problem, new_cache: Callable[[], Any], max_new_tokens: int = 384,
+    model: Any, tokenizer: Any, problems: Sequence[Problem], new_cache: Callable[[], Any], max_new_tokens: int = 384,
     *, prefix: str = "", plan: LatentPlan | None = None,
-) -> Completion:  # fmt: skip
-    """Complete a prompt by greedy decoding, token by token with the KV cache that `new_cache` makes.
+) -> list[Completion]:  # fmt: skip
+    """Complete prompts side by side by greedy decoding, token by token with the KV cache that `new_cache` makes.
 
-    Ends at an end-of-sequence token of the model, at a stop, or after `max_new_tokens`. prefix: text before the prompt;
-    the two are encoded apart, so that the prompt has the same tokens behind any prefix. plan: that of the cache, in
-    whose steps the text is read (None: in those of the default options); it must be applied to the model. Raises
-    FhoptError when all this is longer than the model has positions.
+    Ends at an end-of-sequence token of the model, at a stop, or after `max_new_tokens`. prefix: text before each
+    prompt; the two are encoded apart, so that the prompt has the same tokens behind any prefix. Prompts shorter than
+    others have tokens before them that nothing attends to. plan: that of the cache, in whose steps the text is read
+    (None: in those of the default options); it must be applied to the model. Raises FhoptError when all this is longer
+    than the model has positions.
     """
-    ids = _encode(tokenizer, prefix, problem.prompt)
-    _check_room(model, len(ids), max_new_tokens)
-    cache, ends = new_cache(), _end_ids(model)
-    ((_, (logits,)),) = read_steps(model, torch.tensor([ids]), [cache], plan, len(ids) - 1)
-    options = decode_options(model, cache)
-    written: list[int] = []
-    while len(written) < max_new_tokens:
-        written.append(int(logits[0, -1].argmax()))
-        if written[-1] in ends:
-            return Completion(cut(_decode(tokenizer, written[:-1])), len(written), True)
-        if _has_stop(_decode(tokenizer, written[-TAIL:])) and _has_stop(text := _decode(tokenizer, written)):
-            return Completion(cut(text), len(written), True)
-        if len(written) < max_new_tokens:
-            logits = model(torch.tensor([written[-1:]], device=model.device), **options).logits
-    return Completion(_decode(tokenizer, written), len(written), False)
+    encoded = [_encode(tokenizer, prefix, problem.prompt) for problem in problems]
+    if max_new_tokens == 0:
+        return [Completion("", 0, False) for _ in problems]
+    shared, longest = len(encoded[0][0]), max(len(before) + len(after) for before, after in encoded)
+    _check_room(model, longest, max_new_tokens)
+    batch = _Batch.of(model, encoded, longest, new_cache())
+    for start, stop in step_bounds(longest, plan):
+        if start < shared < stop and len(problems) > 1:  # what all have in common is read once
+            batch.read(start, shared)
+            start = shared
+        batch.read(start, stop)
+    texts = waiting = [_Text(tokenizer, _end_ids(model), max_new_tokens) for _ in problems]
+    while waiting:
+        written = batch.likeliest()
+        alive = [row for row, text in enumerate(waiting) if not text.add(written[row])]
+        waiting = [waiting[row] for row in alive]
+        if waiting:
+            batch.go_on(alive, [written[row] for row in alive])
+    return [text.completion() for text in texts]
 
 
-def _encode(tokenizer: Any, prefix: str, prompt: str) -> list[int]:
-    """Return token ids: what the tokenizer puts before every text, then the prefix, then the prompt."""
+class _Batch:
+    """Token ids [B, T] that are read into one KV cache; what all rows begin with is read as one row."""
+
+    def __init__(self, model: Any, ids: Tensor, seen: Tensor, shared: int, cache: Any) -> None:
+        self.model, self.ids, self.seen, self.shared, self.cache = model, ids, seen, shared, cache
+        self.rows = 1 if shared else len(ids)  # of the cache
+        self.logits = torch.empty(0)
+
+    @staticmethod
+    def of(model: Any, encoded: Sequence[tuple[list[int], list[int]]], length: int, cache: Any) -> _Batch:
+        """Lay out (prefix, prompt) in rows of one length, with tokens that are not seen between the two."""
+        rows = [(before, [0] * (length - len(before) - len(after)), after) for before, after in encoded]
+        ids = torch.tensor([[*before, *gap, *after] for before, gap, after in rows])
+        seen = torch.tensor([[*[1] * len(before), *gap, *[1] * len(after)] for before, gap, after in rows])
+        return _Batch(model, ids.to(model.device), seen.to(model.device), len(encoded[0][0]), cache)
+
+    def read(self, start: int, stop: int) -> None:
+        """Read the tokens of these positions."""
+        if stop > self.shared and self.rows < len(self.ids):
+            self.cache.batch_repeat_interleave(len(self.ids))
+            self.rows = len(self.ids)
+        options = decode_options(self.model, self.cache)
+        seen = self.seen[: self.rows, :stop]
+        if not bool(seen.all()):
+            options["attention_mask"] = seen
+            options["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)[:, start:]
+        self.logits = self.model(self.ids[: self.rows, start:stop], **options).logits[:, -1]
+
+    def likeliest(self) -> list[int]:
+        """Return the most likely next token of each row."""
+        found: list[int] = self.logits.argmax(-1).tolist()
+        return found
+
+    def go_on(self, rows: list[int], tokens: list[int]) -> None:
+        """Append a token to each of these rows and read it; the other rows leave."""
+        if len(rows) < self.rows:
+            kept = torch.tensor(rows, device=self.ids.device)
+            self.cache.batch_select_indices(kept)
+            self.ids, self.seen, self.rows = self.ids[kept], self.seen[kept], len(rows)
+        new, length = torch.tensor(tokens, device=self.ids.device)[:, None], self.ids.shape[1]
+        self.ids, self.seen = torch.cat([self.ids, new], 1), torch.cat([self.seen, torch.ones_like(new)], 1)
+        self.read(length, length + 1)
+
+
+class _Text:
+    """What has been written behind one prompt."""
+
+    def __init__(self, tokenizer: Any, ends: set[int], room: int) -> None:
+        self.tokenizer, self.ends, self.room = tokenizer, ends, room
+        self.ids: list[int] = []
+        self.stopped = False
+
+    def add(self, token: int) -> bool:
+        """Append a token; return whether the text has ended."""
+        self.ids.append(token)
+        self.stopped = token in self.ends or (
+            _has_stop(_decode(self.tokenizer, self.ids[-TAIL:])) and _has_stop(_decode(self.tokenizer, self.ids))
+        )
+        return self.stopped or len(self.ids) == self.room
+
+    def completion(self) -> Completion:
+        """Return the text up to the stop."""
+        ids = self.ids[:-1] if self.ids[-1] in self.ends else self.ids
+        return Completion(cut(_decode(self.tokenizer, ids)), len(self.ids), self.stopped)
+
+
+def _encode(tokenizer: Any, prefix: str, prompt: str) -> tuple[list[int], list[int]]:
+    """Return token ids of what the tokenizer puts before every text and the prefix, and those of the prompt."""
     before, after = (
         list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in (prefix, prompt)
     )
     whole = list(tokenizer(prompt, verbose=False).input_ids)
     start = whole[: -len(after)] if whole[-len(after) :] == after else []
-    return [*start, *before, *after]
+    return [*start, *before], after
 
 
 def _check_room(model: Any, tokens: int, new: int) -> None:
@@ -215,10 +287,17 @@ def judge(problem: Problem, completion: str, seconds: float = 3.0) -> ProgramRes
 
 
 def solve(
-    model: Any, tokenizer: Any, problem: Problem, new_cache: Callable[[], Any], max_new_tokens: int = 384,
+    model: Any, tokenizer: Any, problems: Sequence[Problem], new_cache: Callable[[], Any], max_new_tokens: int = 384,
     *, prefix: str = "", plan: LatentPlan | None = None, seconds: float = 3.0,
-) -> Passed:  # fmt: skip
-    """Complete a problem and judge it; see `complete` and `judge`."""
-    found = complete(model, tokenizer, problem, new_cache, max_new_tokens, prefix=prefix, plan=plan)
-    result = judge(problem, found.text, seconds)
-    return Passed(problem.task_id, result.passed, result.reason, found)
+) -> list[Passed]:  # fmt: skip
+    """Complete problems side by side and judge them; see `complete` and `judge`."""
+    found = complete(model, tokenizer, problems, new_cache, max_new_tokens, prefix=prefix, plan=plan)
+    results = [judge(problem, each.text, seconds) for problem, each in zip(problems, found, strict=True)]
+    pairs = zip(problems, results, found, strict=True)
+    return [Passed(problem.task_id, result.passed, result.reason, each) for problem, result, each in pairs]
+
+
+def in_batches(problems: Sequence[Problem], size: int) -> list[list[Problem]]:
+    """Return problems in batches of prompts of like length, so that little is read that nothing attends to."""
+    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -37,9 +37,7 @@ def gradients(captured: Captured, outcome: Outcome, batches: Any) -> Seen:
 
 
 @pytest.mark.parametrize("make", [functools.partial(tiny_llama, num_hidden_layers=5), MAKERS["gpt2"]])
-def test_the_gradients_are_those_of_the_whole_graph(
-    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradients_are_those_of_the_whole_graph(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     batches = numbered(1)
     captured, outcome = watched(make(), {**batches[0][1], "use_cache": False})
     whole = gradients(captured, outcome, batches)

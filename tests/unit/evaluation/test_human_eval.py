@@ -48,6 +48,11 @@ def exact(model: Any) -> Callable[[], Any]:
     return lambda: new_cache(model, None)
 
 
+def complete_one(model: Any, tokenizer: Any, problem: Problem, *arguments: Any, **options: Any) -> Completion:
+    (found,) = complete(model, tokenizer, [problem], *arguments, **options)
+    return found
+
+
 def generated(model: Any, ids: list[int], count: int) -> list[int]:
     """What transformers' own greedy decoding writes behind `ids`, without its end-of-sequence token."""
     given = torch.tensor([ids])
@@ -154,7 +159,7 @@ def test_completions_are_those_of_greedy_generation(make: Callable[[], Any], tok
     for prefix in ("", PREFIX):  # the longer is read in two steps
         ids = list(tokenizer(prefix + ADD.prompt).input_ids)
         expected = text_of(tokenizer, generated(model, ids, 24))
-        found = complete(model, tokenizer, ADD, exact(model), 24, prefix=prefix)
+        found = complete_one(model, tokenizer, ADD, exact(model), 24, prefix=prefix)
         assert found == Completion(expected, 24, False)
 
 
@@ -163,7 +168,7 @@ def test_what_a_tokenizer_puts_before_every_text_comes_before_the_prefix() -> No
     ids = list(tokenizer(PREFIX + ADD.prompt).input_ids)
     assert ids[0] == tokenizer.convert_tokens_to_ids("~")
     expected = text_of(tokenizer, generated(model, ids, 12))
-    assert complete(model, tokenizer, ADD, exact(model), 12, prefix=PREFIX).text == expected
+    assert complete_one(model, tokenizer, ADD, exact(model), 12, prefix=PREFIX).text == expected
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -175,20 +180,20 @@ def test_completions_end_at_an_end_of_sequence_token(place: str, as_list: bool, 
     first = written.index(end)
     getattr(model, place).eos_token_id = [96, end] if as_list else end
     first = min(first, written.index(96)) if as_list and 96 in written else first
-    found = complete(model, tokenizer, ADD, exact(model), 16)
+    found = complete_one(model, tokenizer, ADD, exact(model), 16)
     assert found == Completion(text_of(tokenizer, written[:first]), first + 1, True)
 
 
 def test_completions_end_at_a_stop(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    text = complete(model, tokenizer, ADD, exact(model), 32).text
+    text = complete_one(model, tokenizer, ADD, exact(model), 32).text
     stop = text[20:24]
     at = text.index(stop)
     monkeypatch.setattr(human_eval, "STOPS", ("\nclass ", stop))
     for most in (32, at + 4):
-        assert complete(model, tokenizer, ADD, exact(model), most) == Completion(text[:at], at + 4, True)
-    assert complete(model, tokenizer, ADD, exact(model), at + 3) == Completion(text[: at + 3], at + 3, False)
-    assert complete(model, tokenizer, ADD, exact(model), 0) == Completion("", 0, False)
+        assert complete_one(model, tokenizer, ADD, exact(model), most) == Completion(text[:at], at + 4, True)
+    assert complete_one(model, tokenizer, ADD, exact(model), at + 3) == Completion(text[: at + 3], at + 3, False)
+    assert complete_one(model, tokenizer, ADD, exact(model), 0) == Completion("", 0, False)
 
 
 def one_by_one(model: Any, ids: list[int], plan: LatentPlan, count: int) -> list[int]:
@@ -210,8 +215,44 @@ def test_a_plan_completes_as_token_by_token_decoding(llama: Fitted, tokenizer: A
         with switched(llama.model, plan):
             expected = text_of(tokenizer, one_by_one(llama.model, ids, plan, 12))
             made = lambda plan=plan: new_cache(llama.model, plan)  # noqa: E731
-            found = complete(llama.model, tokenizer, ADD, made, 12, prefix=PREFIX, plan=plan)
+            found = complete_one(llama.model, tokenizer, ADD, made, 12, prefix=PREFIX, plan=plan)
         assert found.text == expected and (ratio > 1 or expected == exactly)
+
+
+def others(count: int) -> list[Problem]:
+    """Problems whose prompts differ in length."""
+    return [Problem(str(n), "\n\ndef add(x, y):\n" + n * "    x = x + 1\n", "add", ADD.test) for n in range(count)]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_problems_side_by_side_are_completed_as_each_alone(
+    make: Callable[[], Any], prefix: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they end, which they do at different times: a character is a stop."""
+    model = make()
+    model.generation_config.eos_token_id = None
+    texts = [complete_one(model, tokenizer, p, exact(model), 24, prefix=prefix).text for p in others(5)]
+    stop = max(sorted(set("".join(texts))), key=lambda mark: len({text.find(mark) for text in texts}))
+    monkeypatch.setattr(human_eval, "STOPS", (stop,))
+    alone = [complete_one(model, tokenizer, p, exact(model), 24, prefix=prefix) for p in others(5)]
+    assert len({each.tokens for each in alone}) > 2
+    assert complete(model, tokenizer, others(5), exact(model), 24, prefix=prefix) == alone
+
+
+def test_a_plan_completes_problems_side_by_side_behind_a_prefix(llama: Fitted, tokenizer: Any) -> None:
+    """The prefix is quantized; a prompt's tokens are in the window, whatever stands unseen before them."""
+    plan = llama.plan(4, window_bits=16)
+    with switched(llama.model, plan):
+        made = lambda: new_cache(llama.model, plan)  # noqa: E731
+        alone = [complete_one(llama.model, tokenizer, p, made, 8, prefix=PREFIX, plan=plan) for p in others(3)]
+        together = complete(llama.model, tokenizer, others(3), made, 8, prefix=PREFIX, plan=plan)
+    assert [each.text[0] for each in together] == [each.text[0] for each in alone]
+
+
+def test_problems_are_put_beside_those_of_like_length() -> None:
+    batches = human_eval.in_batches(others(5)[::-1], 2)
+    assert [[problem.task_id for problem in batch] for batch in batches] == [["0", "1"], ["2", "3"], ["4"]]
 
 
 def test_a_prompt_without_room_is_refused(tokenizer: Any) -> None:
@@ -219,7 +260,7 @@ def test_a_prompt_without_room_is_refused(tokenizer: Any) -> None:
     with pytest.raises(
         FhoptError, match=r"the prompt has \d+ tokens .* 384 are to follow; the model has 512 positions"
     ):
-        complete(model, tokenizer, ADD, exact(model), prefix=PREFIX)
+        complete_one(model, tokenizer, ADD, exact(model), prefix=PREFIX)
 
 
 def test_solutions_are_judged_by_the_tests_of_their_problem() -> None:
@@ -232,6 +273,6 @@ def test_solutions_are_judged_by_the_tests_of_their_problem() -> None:
 
 def test_a_problem_is_completed_and_judged(tokenizer: Any) -> None:
     model = tiny_llama()
-    found = solve(model, tokenizer, ADD, exact(model), 12, seconds=30)
-    assert found.task_id == ADD.task_id and found.completion == complete(model, tokenizer, ADD, exact(model), 12)
+    (found,) = solve(model, tokenizer, [ADD], exact(model), 12, seconds=30)
+    assert found.task_id == ADD.task_id and found.completion == complete_one(model, tokenizer, ADD, exact(model), 12)
     assert not found.passed and found.reason.startswith("exit code 1: ")
