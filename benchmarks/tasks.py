@@ -38,10 +38,10 @@ from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.statistics_file import load_statistics
 from fhopt.errors import FhoptError
-from fhopt.evaluation import generation, human_eval
+from fhopt.evaluation import generation, human_eval, prefilled
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.evaluation.statistics import mcnemar, paired_rate_interval
-from fhopt.evaluation.tasks import TaskOptions, run_tasks, write_items
+from fhopt.evaluation.tasks import TaskOptions, TaskResult, write_items
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
@@ -144,29 +144,33 @@ def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int
 
 
 def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names: list[str]) -> list[Row]:
-    """Ask the exact cache and every plan the same questions."""
+    """Ask the exact cache and every plan the same questions, of contexts that are read once."""
     model = loaded.language_model()
     rows: list[Row] = []
-    written = write_items(loaded.tokenizer, names, options)
-    for task, cells in written.items():
+    for task, cells in write_items(loaded.tokenizer, names, options).items():
         for length in options.lengths:
             case, mine = f"{loaded.name}/{task}@{length}", {c: items for c, items in cells.items() if c[0] == length}
-            for name, plan in plans.items():
-                result = run_tasks(model, {task: mine}, plan)[task][None]
-                assert result.plan is not None and result.log_prob_change is not None
-                exact = 100 * result.exact.rate
-                if not any(row.case == case for row in rows):
-                    rows += [
-                        Row(case, "exact", "accuracy_percent", exact, "%"),
-                        Row(case, "exact", "items", result.exact.items, ""),
-                    ]
-                mine_rate = 100 * result.plan.rate
-                rows.append(
-                    Row(case, name, "accuracy_percent", mine_rate, "%", exact, mine_rate / exact if exact else None)
-                )
-                rows.append(Row(case, name, "log_prob_change", result.log_prob_change, "nats"))
-                screen().print(f"{case} {name}: {mine_rate:.0f} % of {result.plan.items}, exact {exact:.0f} %")
+            with progress_bar(case, sum(map(len, mine.values()))) as bar:
+                results = prefilled.ask(model, {task: mine}, plans, lambda _, done, total, bar=bar: bar(done))[task]
+            exact = next(iter(results.values())).exact
+            rows.append(Row(case, "exact", "accuracy_percent", 100 * exact.rate, "%"))
+            rows.append(Row(case, "exact", "items", exact.items, ""))
+            rows += [row for name, result in results.items() for row in _task_rows(case, name, result)]
+            rates = ", ".join(f"{name} {100 * r.plan.rate:.0f} %" for name, r in results.items() if r.plan)
+            screen().print(f"{case}: {rates}, exact {100 * exact.rate:.0f} % of {exact.items}")
     return rows
+
+
+def _task_rows(case: str, name: str, result: TaskResult) -> list[Row]:
+    assert result.plan is not None and result.log_prob_change is not None
+    before, rate = 100 * result.exact.rate, 100 * result.plan.rate
+    low, high = result.rate_change_ci if result.rate_change_ci is not None else (float("nan"), float("nan"))
+    return [
+        Row(case, name, "accuracy_percent", rate, "%", before, rate / before if before else None),
+        Row(case, name, "accuracy_change_low", low, "points"),
+        Row(case, name, "accuracy_change_high", high, "points"),
+        Row(case, name, "log_prob_change", result.log_prob_change, "nats"),
+    ]
 
 
 def _mean(numbers: Iterable[float]) -> float:

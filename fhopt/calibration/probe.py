@@ -21,7 +21,7 @@ from fhopt.plan.site import AttentionSite
 
 QUERIES = 128  # rows of the attention matrix that exist at once
 ACTIVATION_BYTES = 2**30  # of a graph that is differentiated at once; larger ones are run in segments
-POSITIONS = 128  # whose probabilities over the vocabulary exist at once
+POSITIONS = 64  # whose probabilities over the vocabulary exist at once
 EVERY = slice(None)
 Batch = Mapping[str, Tensor]
 OnGradients = Callable[[Tensor, Tensor], None]  # called with the gradients of keys and of values

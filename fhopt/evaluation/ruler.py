@@ -39,6 +39,7 @@ HOPS = 4
 VALUES = 4
 COMMON, OFTEN, RARELY = 3, 30, 3  # words that are asked for; how often they and the others occur
 COPIED_LINES = 12
+QUESTIONS = 8  # at most, of the needles of one context
 TOKENS_PER_NEEDLE = 150
 TOKENS_PER_CHAIN = 300
 
@@ -113,6 +114,11 @@ def _values(rng: random.Random, count: int) -> list[str]:
     return [f" {number}" for number in rng.sample(range(10_000, 100_000), count)]
 
 
+def _chosen(rng: random.Random, count: int, most: int = QUESTIONS) -> list[int]:
+    """Draw which of so many needles are asked for, at most `most`, all different."""
+    return rng.sample(range(count), min(count, most))
+
+
 def _niah_single(rng: random.Random, _: Room) -> Wording:
     (key,), (value,) = _keys(rng, 1), _values(rng, 1)
     asked = f"\nThe code number of the {key} is"
@@ -122,10 +128,10 @@ def _niah_single(rng: random.Random, _: Room) -> Wording:
 def _niah_multikey(rng: random.Random, room: Room) -> Wording:
     keys = _keys(rng, max(8, room.tokens // TOKENS_PER_NEEDLE))
     lines = [(f"\nThe code number of the {key} is", v) for key, v in zip(keys, _values(rng, len(keys)), strict=True)]
-    number = rng.randrange(len(lines))
-    asked, value = lines[number]
+    chosen = _chosen(rng, len(lines))
+    questions = [((f"\n\nWhat is the code number of the {keys[i]}?", lines[i][0]), (lines[i][1],)) for i in chosen]
     first, *more = [(*line, ".\n") for line in lines]
-    return Wording(first, (f"\n\nWhat is the code number of the {keys[number]}?", asked), (value,), more=tuple(more))
+    return Wording(first, *questions[0], tuple(questions[1:]), tuple(more))
 
 
 def _niah_multivalue(rng: random.Random, _: Room) -> Wording:
@@ -153,8 +159,8 @@ def _variable_tracking(rng: random.Random, room: Room) -> Wording:
     rng.shuffle(turns)
     waiting = [iter(some) for some in lines]
     first, *more = [(*next(waiting[i]), "\n") for i in turns]  # each chain in its order
-    question = (*example, "\n", "\nVariables that hold", values[1], ":")
-    return Wording(first, question, chains[1], more=tuple(more))
+    asked = [((*example, "\n", "\nVariables that hold", values[i], ":"), chains[i]) for i in range(1, count + 1)]
+    return Wording(first, *asked[0], tuple(asked[1:QUESTIONS]), tuple(more))
 
 
 def _distinct(rng: random.Random, chains: int) -> list[int]:
@@ -242,11 +248,14 @@ def _json_extraction(rng: random.Random, room: Room) -> Wording:
          ', "amount":', field["amount"], ', "code":', field["code"], "}\n")
         for number, field in zip(ids, fields, strict=True)
     ]  # fmt: skip
-    chosen = zip(rng.sample(range(count), 3), ("amount", "code", rng.choice(("amount", "code"))), strict=True)
-    *examples, (asked, answer) = [(('\n{"id":', ids[i], f', "{name}":'), fields[i][name]) for i, name in chosen]
-    shown = [(*question, value, "}") for question, value in examples]
-    question = _joined(("\n\nSingle fields of the records above:",), *shown, asked)
-    return Wording(first, question, (answer,), more=tuple(more))
+    order = _chosen(rng, count, QUESTIONS + 2)
+    names = ("amount", "code", *(rng.choice(("amount", "code")) for _ in order[2:]))
+    chosen = zip(order, names, strict=True)
+    lines = [(('\n{"id":', ids[i], f', "{name}":'), fields[i][name]) for i, name in chosen]
+    shown = [(*question, value, "}") for question, value in lines[:2]]
+    before = _joined(("\n\nSingle fields of the records above:",), *shown)
+    questions = [((*before, *question), (answer,)) for question, answer in lines[2:]]
+    return Wording(first, *questions[0], tuple(questions[1:]), tuple(more))
 
 
 def _long_copy(rng: random.Random, _: Room) -> Wording:

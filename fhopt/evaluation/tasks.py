@@ -334,15 +334,20 @@ def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
     steps = read_steps(model, ids[:, :-1], [new_cache(model, p) for p in used], plan, first)
     read = list(zip(*(logits for _, logits in steps), strict=True))
     caches = [torch.cat(parts, 1).double().log_softmax(-1).cpu() for parts in read]  # [B, longest, V] each
-    return torch.stack([torch.stack([_score(p[i], item.answer) for p in caches]) for i, item in enumerate(items)])
+    return torch.stack([torch.stack([score_answer(p[i], item.answer) for p in caches]) for i, item in enumerate(items)])
 
 
-def _score(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
-    """Return [is exact, mean log-probability] from log-probabilities [A or more, V] of an answer of A tokens."""
+def score_answer(log_p: Tensor, answer: tuple[int, ...]) -> Tensor:
+    """Return [is exact, mean log-probability], float64, of an answer of A tokens from log-probabilities [A.., V]."""
     target = torch.tensor(answer)
     log_p = log_p[: len(answer)]
     values = log_p.gather(-1, target[:, None])
     return torch.stack([(log_p.argmax(-1) == target).all().double(), values.mean()])
+
+
+def summarize(scores: Tensor) -> TaskResult:
+    """Summarize scores [items, caches, 2] of the exact cache and, where there are two, of a plan's."""
+    return _summary([tuple(_ItemScore(bool(hit), float(nats)) for hit, nats in row) for row in scores])
 
 
 def _summary(pairs: list[_Pair]) -> TaskResult:

@@ -1,0 +1,94 @@
+"""Tasks whose context is read once, as a prompt, for the exact KV cache and for those of all plans.
+
+    context     read by the exact model in pieces, into an exact cache
+    caches      a plan's is given the keys and values of the exact one, as a prefill in one call gives them to it
+    questions   each is read behind the context, with its answer, in a copy of each cache
+
+Within a prefill, tokens attend to each other's exact keys and values; what a plan loses, it loses from the question on.
+So serving goes: a document is read, then questions are asked. `fhopt.evaluation.tasks.run_tasks` is stricter: it reads
+the context itself as decoding would.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.evaluation.perplexity import decode_options, new_cache, step_bounds, switched
+from fhopt.evaluation.tasks import Cell, Item, TaskResult, check_items, score_answer, summarize
+from fhopt.models.model_facts import check_length
+from fhopt.plan.latent_plan import LatentPlan
+
+PIECE = 1024  # tokens of a context that are read at once
+
+
+def ask(
+    model: Any, tasks: Mapping[str, Mapping[Cell, Sequence[Item]]], plans: Mapping[str, LatentPlan],
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> dict[str, dict[str, TaskResult]]:  # fmt: skip
+    """Ask every question of every item; returns results by task and name of the plan, each beside the exact cache.
+
+    Leaves the model as it was. Raises FhoptError when a plan or a length is not for this model.
+    """
+    check_items(model, tasks)
+    items = {task: [item for some in cells.values() for item in some] for task, cells in tasks.items()}
+    for item in (item for some in items.values() for item in some):
+        check_length(model, item.question + max(len(q) + len(a) for q, a in item.questions) - 1)
+    results: dict[str, dict[str, TaskResult]] = {}
+    for task, some in items.items():
+        parts = []
+        for done, item in enumerate(some, 1):
+            parts.append(answers(model, item, list(plans.values())))
+            progress(task, done, len(some))
+        scores = torch.cat(parts)  # [questions, 1 + plans, 2]
+        results[task] = {name: summarize(scores[:, [0, n]]) for n, name in enumerate(plans, 1)}
+    return results
+
+
+@torch.inference_mode()
+def answers(model: Any, item: Item, plans: Sequence[LatentPlan]) -> Tensor:
+    """Read an item's context once and ask all its questions.
+
+    Returns of each question, with the exact cache and with that of each plan, whether the answer was exact and its mean
+    log-probability: float64 [questions, 1 + plans, 2].
+    """
+    context = torch.tensor([item.context[: item.question]], device=model.device)
+    exact = new_cache(model, None)
+    with switched(model, None):
+        for piece in context.split(PIECE, 1):
+            model(piece, **decode_options(model, exact))
+        found = [[_asked(model, exact, None, item.question, *pair) for pair in item.questions]]
+    for plan in plans:
+        with switched(model, plan):
+            cache = prefilled(model, plan, exact)
+            found.append([_asked(model, cache, plan, item.question, *pair) for pair in item.questions])
+    return torch.stack([torch.stack(column) for column in found], 1)
+
+
+def prefilled(model: Any, plan: LatentPlan, exact: Any) -> Any:
+    """Make the KV cache of a plan, which is applied to the model, from an exact cache that has read a prompt."""
+    cache = new_cache(model, plan)
+    for index, layer in enumerate(exact.layers):
+        if layer.is_initialized and layer.keys is not None:
+            cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def _asked(
+    model: Any, cache: Any, plan: LatentPlan | None, start: int, question: tuple[int, ...], answer: tuple[int, ...]
+) -> Tensor:
+    """Read a question and its answer behind `start` tokens into a copy of the cache; returns the answer's score."""
+    own, ids = copy.deepcopy(cache), torch.tensor([[*question, *answer[:-1]]], device=model.device)
+    stop, options = start + ids.shape[1], decode_options(model, own)
+    logits: list[Tensor] = []
+    for first, last in step_bounds(stop, plan):
+        if last > start:
+            piece = ids[:, max(first, start) - start : last - start]
+            if "logits_to_keep" in options:
+                options["logits_to_keep"] = min(piece.shape[1], len(answer))
+            logits.append(model(piece, **options).logits[0])
+    return score_answer(torch.cat(logits)[-len(answer) :].double().log_softmax(-1).cpu(), answer)
