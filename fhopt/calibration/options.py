@@ -22,8 +22,9 @@ class FitOptions:
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. mean_tokens: of
-    the plan (see `LatentPlan`). checkpoint: file that lets an interrupted calibration go on. The other options are
-    those of `fhopt.fitting.fit`.
+    the plan (see `LatentPlan`). kernel_shapes: how many different kernels the sites of a plan need, at most (None: few
+    on a GPU, else any). checkpoint: file that lets an interrupted calibration go on. The other options are those of
+    `fhopt.fitting.fit`.
     """
 
     texts: tuple[str, ...] = DEFAULT_TEXTS
@@ -42,6 +43,7 @@ class FitOptions:
     device: str | None = None
     checkpoint: Path | None = None
     mean_tokens: int = 256
+    kernel_shapes: int | None = None
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
@@ -61,6 +63,8 @@ class FitOptions:
         check_options(self.ratio, self.layout, self.bits, self.device)
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
+        if self.kernel_shapes is not None and self.kernel_shapes < 1:
+            raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")
         if self.window.quantized_tokens(self.tokens) == 0:
             raise FhoptError(
                 f"a context of {self.tokens} tokens has none beyond sinks and window; expected at least "

@@ -34,7 +34,7 @@ from fhopt.plan.site import site_from
 
 STATISTICS_VERSION = 1
 PARTS = ("encode", "decode", "variance")
-UNKEPT = ("checkpoint",)  # options that are of a run, not of what it measured
+UNKEPT = ("checkpoint", "kernel_shapes")  # options that are of a run, not of what it measured
 
 
 def save_statistics(calibration: Calibration, file: Path) -> None:

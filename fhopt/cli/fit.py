@@ -111,6 +111,11 @@ def calibrate(
     help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
 )
 @click.option(
+    "--kernel-shapes",
+    type=click.IntRange(min=1),
+    help="How many different kernels the sites need, at most: fewer to compile, for some loss. [default: 4 for GPUs]",
+)
+@click.option(
     "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."
 )
 @click.option(
@@ -266,6 +271,9 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
     for ratio, trial in trials.items():
         low, high = trial["increase_percent_ci"]
         console.print(f"{ratio}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
+    if shared := plan.provenance.get("kernel_shapes"):
+        more = plan.provenance["predicted_nats"] / shared["predicted_nats_without"] - 1
+        console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f} %", highlight=False)
     console.print(
         f"{plan.ratio():.2f}x plan for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
     )

@@ -27,7 +27,7 @@ PIECE = 1024  # tokens of a context that are read at once
 
 
 def ask(
-    model: Any, tasks: Mapping[str, Mapping[Cell, Sequence[Item]]], plans: Mapping[str, LatentPlan],
+    model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plans: Mapping[str, LatentPlan],
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> dict[str, dict[str, TaskResult]]:  # fmt: skip
     """Ask every question of every item; returns results by task and name of the plan, each beside the exact cache.

@@ -214,20 +214,20 @@ class _Planes:
 
 
 @dataclass
-class _Side:
+class PartedSide:
     """Costs of a side in the parts that get bits, and the bits of its scales per token."""
 
     parts: Sequence[_Part]
     fixed: int
 
 
-Sides = Mapping[SideKey, _Side]
+Sides = Mapping[SideKey, PartedSide]
 
 
 def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain) -> Sides:
     """Divide the sides of every candidate layout into parts of `grain`; where `costs` has none, costs are Gaussian."""
     return {
-        (name, which, i): _side(basis, costs.get((name, which, i)), grain)
+        (name, which, i): side_of(chunk_nats(basis, costs.get((name, which, i)), grain.levels), basis.groups, grain)
         for name, layouts in bases.items()
         for which, pair in layouts.items()
         for i, basis in enumerate(pair)
@@ -243,7 +243,7 @@ def choose_layouts(bases: CandidateBases, sides: Sides, budget: int, grain: Grai
 
     def allocate(layouts: Mapping[str, str]) -> Allocation:
         used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(bases[n][w]))}
-        return _allocate(used, budget, fill=grain.plane > 0)
+        return allocate_sides(used, budget, fill=grain.plane > 0)
 
     def cheapest(name: str, price: float) -> str:
         worth = {
@@ -268,7 +268,7 @@ def choose_layouts(bases: CandidateBases, sides: Sides, budget: int, grain: Grai
     return chosen, allocation
 
 
-def _least(side: _Side, price: float) -> float:
+def _least(side: PartedSide, price: float) -> float:
     """Return the least sum of nats and worth of bits, at `price` nats a bit, of one side."""
     best = (min(nats + price * b for nats, b in zip(p.nats, p.bits, strict=True)) for p in side.parts)
     return sum(best) + price * side.fixed
@@ -286,12 +286,12 @@ def chunk_nats(basis: Basis, costs: SideCosts | None, levels: Sequence[int]) -> 
     return {bits: _per_chunk(channel_nats(basis, costs, bits)) for bits in (0, *levels)}
 
 
-def _side(basis: Basis, measured: SideCosts | None, grain: Grain) -> _Side:
-    costs = chunk_nats(basis, measured, grain.levels)
-    fixed, unit = 8 * SCALE_BYTES * basis.groups, TIER_QUANTUM * basis.groups
+def side_of(costs: Mapping[int, Sequence[float]], groups: int, grain: Grain) -> PartedSide:
+    """Divide a side of J = `groups` latent heads into parts of `grain`, from nats by bits and chunk."""
+    fixed, unit = 8 * SCALE_BYTES * groups, TIER_QUANTUM * groups
     if grain.plane:
-        return _Side([_Planes(costs, basis.groups, grain.plane)], fixed)
-    return _Side([_Chunk({b: c[i] for b, c in costs.items()}, unit) for i in range(len(costs[0]))], fixed)
+        return PartedSide([_Planes(costs, groups, grain.plane)], fixed)
+    return PartedSide([_Chunk({b: c[i] for b, c in costs.items()}, unit) for i in range(len(costs[0]))], fixed)
 
 
 def _per_chunk(per_channel: Tensor) -> list[float]:
@@ -304,8 +304,11 @@ def _per_chunk(per_channel: Tensor) -> list[float]:
 _At = tuple[tuple[str, int], int]  # (site, side), part
 
 
-def _allocate(sides: Mapping[tuple[str, int], _Side], budget: int, fill: bool) -> Allocation:
-    """Allocate bits to chunks, always where the loss falls most per bit. fill: use up the rest of the budget then."""
+def allocate_sides(sides: Mapping[tuple[str, int], PartedSide], budget: int, fill: bool) -> Allocation:
+    """Allocate bits to chunks, always where the loss falls most per bit; sides are by name and number.
+
+    fill: use up the rest of the budget then. Raises FhoptError when it is below the least that each side must get.
+    """
     parts: dict[_At, _Part] = {(key, i): part for key, side in sides.items() for i, part in enumerate(side.parts)}
     now = {at: int(at[1] == 0) for at in parts}  # every side keeps the least: a latent of no channels is no latent
     used = sum(side.fixed for side in sides.values()) + sum(parts[at].bits[n] for at, n in now.items())

@@ -7,7 +7,8 @@ the whole model pays, plain rounding (`identity`) among them, so no site is wors
 
 Each chunk of channels gets its bits independently of its neighbours, but for a GPU: its kernels are slow, or do not
 fit, where bit groups are many and narrow. There a side as a whole gets another 16 bytes of a plane (`PLANE`): of all
-ways to fill so many bytes with groups of 8, 4 and 2 bits the one with the least loss.
+ways to fill so many bytes with groups of 8, 4 and 2 bits the one with the least loss. There too, where widths are
+constants of a kernel, sites share a few kernel shapes (fhopt/fitting/kernel_shapes.py).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from fhopt.fitting.fit_summary import (
     short,
     side_evidence,
 )
+from fhopt.fitting.kernel_shapes import GPU_SHAPES, SiteChunks, share
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
@@ -72,6 +74,7 @@ def fit(
     bits: Sequence[int] = BITS,
     device: str | None = None,
     mean_tokens: int = 0,
+    kernel_shapes: int | None = None,
 ) -> LatentPlan:
     """Fit a plan whose whole KV cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
@@ -79,7 +82,8 @@ def fit(
     as the rank of keys and values allows (about 2). bases: of these statistics (`fit_bases`); None: they are fitted
     here. costs: of these bases, as measured; where there are none, those of a Gaussian. device: what the plan will run
     on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
-    bytes. mean_tokens: of the plan, and of the statistics. Raises FhoptError when the ratio cannot be reached, when
+    bytes. mean_tokens: of the plan, and of the statistics. kernel_shapes: how many different kernels the sites need, at
+    most; None: `GPU_SHAPES` for a GPU, else any. Raises FhoptError when the ratio cannot be reached, when
     options are not possible, or when the layout `input` is asked for where it does not exist.
     """
     check_options(ratio, layout, bits, device)
@@ -99,7 +103,12 @@ def fit(
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0)
     grain = grain_of(bits, device)
     candidates = candidate_sides(bases, costs, grain)
-    chosen, allocation = choose_layouts(bases, candidates, budget.quantized_token_bits(sites.values()), grain)
+    most = kernel_shapes or (GPU_SHAPES if grain.plane else None)
+    chosen, free = choose_layouts(bases, candidates, budget.quantized_token_bits(sites.values()), grain)
+    allocation = free
+    if most is not None:
+        chunks = {name: _chunks(sites[name], which, bases, costs, grain) for name, which in chosen.items()}
+        allocation = share(chunks, free, budget.quantized_token_bits(sites.values()), grain, most)
     plans = []
     for name, which in chosen.items():
         sides = [
@@ -112,7 +121,16 @@ def fit(
         _curve(bases, candidates, budget, sites.values(), grain),
     )
     provenance = _provenance(layout, ratio, allocation.nats) | {KEY: evidence.as_json()}
+    if allocation is not free:
+        provenance["kernel_shapes"] = {"most": most, "predicted_nats_without": free.nats}
     return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
+
+
+def _chunks(site: AttentionSite, which: str, bases: CandidateBases, costs: Costs, grain: Grain) -> SiteChunks:
+    """Collect what the chunks of a site cost in its chosen layout."""
+    pair = bases[site.name][which]
+    nats = [chunk_nats(basis, costs.get((site.name, which, i)), grain.levels) for i, basis in enumerate(pair)]
+    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), bool(site.softcap))
 
 
 def _evidence_of_sites(

@@ -110,11 +110,15 @@ def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ra
     assert 0 <= asked - used < 8 * allocation.PLANE * groups
 
 
+def side_of(side: Basis, costs: SideCosts | None, grain: allocation.Grain) -> allocation.PartedSide:
+    return allocation.side_of(allocation.chunk_nats(side, costs, grain.levels), side.groups, grain)
+
+
 @pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])
 def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
     """Against all numbers of planes of each tier, channels in order of what they cost."""
     side = spectrum(88, 1, 300.0, 2)
-    part = allocation._side(side, None, allocation.Grain(levels, allocation.PLANE)).parts[0]
+    part = side_of(side, None, allocation.Grain(levels, allocation.PLANE)).parts[0]
     dropped = side.variance[0].unflatten(0, (-1, TIER_QUANTUM)).sum(1) / 2
     costs = torch.cat([dropped.sort(descending=True).values, torch.zeros(5)])
     best = dict.fromkeys(range(len(part.bits)), float("inf"))
@@ -203,7 +207,7 @@ def test_measured_costs_count_per_token() -> None:
     """Half of 0.5 nats a channel at 0 bits over 10 tokens, 8 channels to a chunk; an unmeasured level is Gaussian."""
     side = basis(1, 1.0, 1.0)
     measured = SideCosts({0: torch.full((1, 16), 0.5, dtype=torch.float64)}, torch.tensor(10))
-    parts = allocation._side(side, measured, allocation.Grain((2, 16), 0)).parts
+    parts = side_of(side, measured, allocation.Grain((2, 16), 0)).parts
     for part in parts:
         assert part.bits == [0, 2 * 8, 16 * 8]
         assert part.nats == pytest.approx([0.2, 4 * allocation.DISTORTION[2], 0.0])

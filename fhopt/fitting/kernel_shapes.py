@@ -1,0 +1,158 @@
+"""Few kernel shapes for the sites of a plan: sites that share one have the same bit groups, and so the same kernel.
+
+A kernel is compiled for its bit groups. Where every site has its own, as the allocation gives them, a plan asks for as
+many kernels as the model has layers. Sites are clustered by what they would lose in each other's shapes:
+
+    shape of a cluster     of its k-th best chunk of channels, the bits that its sites together are best off with
+    cluster of a site      the one in whose shape it loses least
+
+at the price that the free allocation put on a bit, in turn until nothing changes (Lloyd 1982, "Least squares
+quantization in PCM", with the rate-distortion measure of entropy-constrained quantizers: Chou, Lookabaugh and Gray
+1989). Then the budget is allocated anew, to clusters in place of sites. Both sides of a site share a kernel, so both
+are clustered at once. Chunks of a site are ordered by what dropping them costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fhopt.fitting.allocation import Allocation, Grain, PartedSide, allocate_sides, side_of
+from fhopt.plan.site_plan import TIER_QUANTUM
+
+GPU_SHAPES = 4  # of a plan for a GPU, whose kernels are compiled and tuned for each
+ROUNDS = 20  # of clustering; it settles long before
+ChunkNats = Mapping[int, Sequence[float]]  # by bits: nats per token of each chunk of a side
+
+
+@dataclass(frozen=True)
+class SiteChunks:
+    """What the chunks of one site cost, side by side.
+
+    nats: of each side (one where keys and values share a latent). groups: latent heads J of each side. alike: sites
+    can share a kernel only where this is equal.
+    """
+
+    nats: tuple[ChunkNats, ...]
+    groups: tuple[int, ...]
+    alike: Hashable = None
+
+    @property
+    def kind(self) -> Hashable:
+        """What sites that share a shape have in common: chunks of each side, and `alike`."""
+        return (self.alike, *(len(side[0]) for side in self.nats))
+
+    def orders(self) -> list[list[int]]:
+        """Return the chunks of each side, the dearest first."""
+        return [sorted(range(len(side[0])), key=lambda i: -side[0][i]) for side in self.nats]
+
+
+def share(sites: Mapping[str, SiteChunks], free: Allocation, budget: int, grain: Grain, most: int) -> Allocation:
+    """Allocate `budget` bits per token so that the sites have at most `most` shapes, or one for each kind if more.
+
+    free: the allocation without this limit; returned where it has no more shapes. Raises FhoptError when the budget is
+    below the least that each side must get.
+    """
+    names = list(sites)
+    if len({(*_shape(free, name, len(sites[name].nats)), sites[name].kind) for name in names}) <= most:
+        return free
+    kinds: dict[Hashable, list[str]] = {}
+    for name in names:
+        kinds.setdefault(sites[name].kind, []).append(name)
+    clusters = [
+        cluster
+        for kind in kinds.values()
+        for cluster in _clusters(kind, sites, free, grain, max(1, most * len(kind) // len(names)))
+    ]
+    sides = {
+        (str(number), i): _joined_side([sites[name] for name in cluster], i, grain)
+        for number, cluster in enumerate(clusters)
+        for i in range(len(sites[cluster[0]].nats))
+    }
+    shared = allocate_sides(sides, budget, fill=True)
+    bits = {
+        (name, i): _placed(order, shared.bits[str(number), i])
+        for number, cluster in enumerate(clusters)
+        for name in cluster
+        for i, order in enumerate(sites[name].orders())
+    }
+    return Allocation(bits, shared.nats, shared.price)
+
+
+def _shape(allocation: Allocation, name: str, sides: int) -> tuple[Hashable, ...]:
+    return tuple(tuple(sorted(allocation.bits[name, i])) for i in range(sides))
+
+
+def _placed(order: Sequence[int], ranked: Sequence[int]) -> list[int]:
+    """Return bits by chunk from bits by rank; ranks behind the last chunk are chunks that reach past it."""
+    bits = list(ranked)
+    for rank, chunk in enumerate(order):
+        bits[chunk] = ranked[rank]
+    return bits
+
+
+def _joined_side(sites: Sequence[SiteChunks], side: int, grain: Grain) -> PartedSide:
+    """Make one side of the chunks of equal rank of several sites."""
+    ranked = [_ranked(site, side) for site in sites]
+    costs = {bits: [sum(part) for part in zip(*(r[bits] for r in ranked), strict=True)] for bits in ranked[0]}
+    groups = sum(site.groups[side] for site in sites)
+    return side_of(costs, groups, grain)
+
+
+def _ranked(site: SiteChunks, side: int) -> dict[int, list[float]]:
+    order = site.orders()[side]
+    return {bits: [nats[i] for i in order] for bits, nats in site.nats[side].items()}
+
+
+# --------------------------------------------------------------------------------------------------- clusters
+
+
+def _clusters(
+    names: Sequence[str], sites: Mapping[str, SiteChunks], free: Allocation, grain: Grain, most: int
+) -> list[list[str]]:
+    """Divide sites of one kind into at most `most` clusters; none is empty."""
+    levels = sorted({0, *grain.levels})
+    worth = torch.stack([_worth(sites[name], levels, free.price) for name in names])  # [sites, levels, chunks]
+    shapes = _first_shapes(worth, most)
+    assigned = torch.full((len(names),), -1)
+    for _ in range(ROUNDS):
+        losses = torch.stack([worth.gather(1, shape.expand(len(names), 1, -1)).sum((1, 2)) for shape in shapes])
+        nearest = losses.argmin(0)
+        if torch.equal(nearest, assigned):
+            break
+        assigned = nearest
+        used = assigned.unique().tolist()
+        shapes = [worth[assigned == c].sum(0).argmin(0)[None] for c in used]
+        assigned = torch.tensor([used.index(c) for c in assigned.tolist()])
+    found = [[name for name, c in zip(names, assigned.tolist(), strict=True) if c == n] for n in range(len(shapes))]
+    return [cluster for cluster in found if cluster]
+
+
+def _worth(site: SiteChunks, levels: Sequence[int], price: float) -> Tensor:
+    """Return nats and the worth of bits of each level and ranked chunk of both sides, [levels, chunks]."""
+    sides = []
+    for i, groups in enumerate(site.groups):
+        ranked = _ranked(site, i)
+        rows = [[nats + price * bits * TIER_QUANTUM * groups for nats in ranked[bits]] for bits in levels]
+        sides.append(torch.tensor(rows, dtype=torch.float64))
+    return torch.cat(sides, 1)
+
+
+def _first_shapes(worth: Tensor, most: int) -> list[Tensor]:
+    """Choose shapes [1, chunks] of sites, each next one that of the site that loses most in those before."""
+    own = worth.argmin(1, keepdim=True)  # [sites, 1, chunks], each site's best shape
+    best = worth.min(1).values.sum(1)
+    losses = torch.full((len(worth),), torch.inf, dtype=torch.float64)
+    chosen = int((worth.sum(0).argmin(0)[None, None] == own).double().mean((1, 2)).argmax())
+    shapes = []
+    for _ in range(min(most, len(worth))):
+        shapes.append(own[chosen])
+        excess = worth.gather(1, own[chosen].expand(len(worth), 1, -1)).sum((1, 2)) - best
+        losses = torch.minimum(losses, excess)
+        if float(losses.max()) <= 0:
+            break
+        chosen = int(losses.argmax())
+    return shapes
