@@ -43,6 +43,7 @@ MADE_FOR = {"cpu": "cpu", "cuda": "h100"}  # device that a plan is fitted for, b
 LEAST_TOKENS = 4096
 SHORTEST = 16  # tokens; shorter sequences are not used
 CONTEXT = 1024  # tokens of a calibration sequence, fewer where tokens or positions are few
+RECENT = 256  # tokens of the residual window, where a sequence of calibration is long enough
 logger = logging.getLogger("fhopt")
 
 
@@ -215,7 +216,7 @@ def fit(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
     options = calibration_options.FitOptions(
         texts=(), ratio=target.ratio or loss_target.RATIOS[0], context=context,
         sequences=len(calibrated) - rate_sequences, rate_sequences=rate_sequences,
-        recent=min(calibration_options.FitOptions.recent, context // 4), device=MADE_FOR.get(device.type),
+        recent=min(RECENT, context // 4), device=MADE_FOR.get(device.type),
         mean_tokens=0,  # graphs have none
     )  # fmt: skip
     options.check()

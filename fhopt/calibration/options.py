@@ -12,6 +12,7 @@ from fhopt.hardware.devices import find_device
 from fhopt.plan.window import ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
+RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # of the context: a residual window's size where none is given
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 
 
@@ -21,7 +22,7 @@ class FitOptions:
 
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
-    which its size is counted. device: what the plan will run on, for layouts that differ in arithmetic. mean_tokens: of
+    which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on, for layouts that differ in arithmetic. mean_tokens: of
     the plan (see `LatentPlan`). kernel_shapes: how many different kernels the sites of a plan need, at most (None: few
     on a GPU, else any). checkpoint: file that lets an interrupted calibration go on. The other options are those of
     `fhopt.fitting.fit`.
@@ -35,7 +36,7 @@ class FitOptions:
     rate_sequences: int = 8
     context: int = 1024
     sinks: int = 16
-    recent: int = 256
+    recent: int | None = None
     block: int = 64
     window_bits: int = 8
     tokens: int = 8192
@@ -48,7 +49,7 @@ class FitOptions:
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
         self.check_sizes()
-        far = self.sequences * max(0, self.context - self.sinks - self.recent)
+        far = self.sequences * max(0, self.context - self.sinks - self.near_tokens)
         if far < LEAST_FAR_TOKENS or self.rate_sequences < 1:
             raise FhoptError(
                 f"{self.sequences} + {self.rate_sequences} sequences of {self.context} tokens leave {far} beyond sinks "
@@ -74,7 +75,23 @@ class FitOptions:
     @property
     def window(self) -> ResidualWindow:
         """Which tokens of a sequence are not quantized. Raises FhoptError for sizes that cannot be."""
-        return ResidualWindow(self.sinks, self.recent, self.block, self.window_bits)
+        return ResidualWindow(self.sinks, self.recent_tokens, self.block, self.window_bits)
+
+    @property
+    def recent_tokens(self) -> int:
+        """Newest tokens in the residual window: as given, else `tokens` / 32 in whole blocks, between 64 and 1,024.
+
+        256 at 8,192 tokens: in 8 bits, an eighth of the bytes of a plan of 8x.
+        """
+        if self.recent is not None:
+            return self.recent
+        share = self.tokens // RECENT_SHARE // self.block * self.block
+        return max(LEAST_RECENT, min(MOST_RECENT, share))
+
+    @property
+    def near_tokens(self) -> int:
+        """Newest tokens that calibration takes for exact: those of the window, but at most a quarter of a sequence."""
+        return self.recent if self.recent is not None else min(self.recent_tokens, max(1, self.context // 4))
 
     @property
     def is_lossless(self) -> bool:

@@ -97,7 +97,7 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
     )
     plan = fit_plan.fit(
         calibration.statistics, bases=bases, costs=calibration.costs, ratio=options.ratio, layout=options.layout,
-        bits=options.bits, sinks=options.sinks, recent=options.recent, block=options.block,
+        bits=options.bits, sinks=options.sinks, recent=options.recent_tokens, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
         mean_tokens=calibration.options.mean_tokens, kernel_shapes=options.kernel_shapes,
     )  # fmt: skip
@@ -180,7 +180,8 @@ def _measure_batches(
         allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
     key = _key(options, name, data_digest, weights, outcome) | ({"layouts": list(layouts)} if layouts else {})
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
-    source, far = iter(batches), {name: getattr(options, name) for name in ("sinks", "recent", "seed", "mean_tokens")}
+    source, far = iter(batches), {name: getattr(options, name) for name in ("sinks", "seed", "mean_tokens")}
+    far["recent"] = options.near_tokens
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     statistics = empty_statistics(outcome.sites.values())

@@ -115,7 +115,10 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
         _count("--rate-sequences", 8, "Calibration sequences for the choice of bits."),
         _count("--context", 1024, "Tokens per sequence."),
         _count("--tokens", 8192, "Length of context that plans are made for, at which sizes are counted."),
-        _count("--recent", 256, "Residual window: newest tokens that are not quantized into latents."),
+        click.option(
+            "--recent", type=int,
+            help="Residual window: newest tokens that are not quantized into latents. [default: --tokens / 32]",
+        ),
         _count("--sinks", 16, "Attention sinks: first tokens, which are kept as they come."),
         _count(
             "--mean-tokens", 256,

@@ -46,3 +46,23 @@ def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: F
             assert not torch.allclose(moments[0], moments[1], rtol=1e-3)
     module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
     assert run.plan_for(module, OPTIONS).mean_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "window", "near"),
+    [
+        (8192, 1024, 256, 256),
+        (32768, 1024, 1024, 256),
+        (32768, 8192, 1024, 1024),
+        (2048, 1024, 64, 64),
+        (10**6, 128, 1024, 32),
+    ],
+)
+def test_the_residual_window_is_a_share_of_the_context_that_a_plan_is_made_for(
+    tokens: int, context: int, window: int, near: int
+) -> None:
+    """And calibration leaves out as much, as far as its sequences allow."""
+    options = FitOptions(tokens=tokens, context=context)
+    assert (options.window.recent, options.near_tokens) == (window, near)
+    assert FitOptions(tokens=tokens, context=context, recent=300).window.recent == 300
+    assert FitOptions(tokens=tokens, context=context, recent=300).near_tokens == 300
