@@ -177,10 +177,10 @@ def _method(results: Sequence[Result]) -> list[str]:
         f"SmolLM2-135M-Instruct in float32; each token attends to what it would attend to in decoding. Unseen texts: "
         f"{unseen}; the mean is over their tokens. Calibrated on the first half of "
         f"{seen or 'another text'}, whose second half is in the last table only. Bytes are counted at "
-        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. The plans, kivi, rtn and low-rank have the "
-        "same attention sinks and residual window; quanto and hqq are "
-        "`transformers.QuantizedCache` with its own residual window. Formulas: the docstring of "
-        "`benchmarks/competitors.py`. Intervals: a bootstrap over blocks of 64 tokens."
+        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. All have the same attention sinks and "
+        "residual window, but quanto and hqq: they are `transformers.QuantizedCache` with its own residual window. "
+        "Formulas: the docstring of `benchmarks/competitors.py` and of the modules that it names; sources: "
+        "[comparison](comparison.md). Intervals: a bootstrap over blocks of 64 tokens."
     ]
 
 
