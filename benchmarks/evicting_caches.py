@@ -7,9 +7,10 @@ With s, r and b as in competitors.py, T tokens of L layers with G heads of D cha
 
     L G 4 D (round(p quantized(T)) + T - quantized(T)) bytes
 
-SnapKV (arXiv 2404.14469) and Expected Attention (arXiv 2510.00636) choose once, after the prompt. Here the choice is
-repeated for each block, as text is read in steps, and a removed token is gone. Their settings are the defaults of
-kvpress (NVIDIA), which cannot be installed beside this project: its release 0.5.5 needs transformers below 5.3.
+SnapKV (arXiv 2404.14469) chooses once, after the prompt; Expected Attention (arXiv 2510.00636) also in decoding. Here
+the choice is repeated for each block, as text is read in steps, and a removed token is gone. Their settings are the
+defaults of kvpress (NVIDIA), which cannot be installed beside this project: its release 0.5.5 needs transformers below
+5.3.
 """
 
 from __future__ import annotations

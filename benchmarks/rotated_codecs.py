@@ -13,7 +13,8 @@ channels, with n bits a number:
 
 QuaRot: arXiv 2404.00456. TurboQuant: arXiv 2504.19874. OSCAR: arXiv 2605.17757 (its abstract, its project page and the
 description in the authors' repository FutureMLS-Lab/OSCAR were read, not the body of the paper). q8_0 and q4_0: the
-block formats of ggml, as llama.cpp uses them for its cache, without and with a Hadamard rotation.
+block formats of ggml; llama.cpp rotates heads of a multiple of 64 channels before it stores them so (its pull request
+21038).
 """
 
 from __future__ import annotations
