@@ -84,7 +84,7 @@ def attention_moments(model: Any, ids: Tensor, sinks: int, progress: Step = _ign
     totals: dict[int, AttentionMoments] = {}
 
     def watch(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        gram = _output_gram(module, query.shape[1], value.shape[3])
+        gram = _output_gram(module, query.shape[1], value.shape[3]).to(query.device)
         found = _sequence_moments(query[0].float(), key[0].float(), value[0].float(), gram, scale, sinks)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         totals[layer].add(found) if layer in totals else totals.update({layer: found})
@@ -130,10 +130,10 @@ def _sequence_moments(
     scores = ((key @ queries) * key).sum(-1)
     scores = scores / scores.mean(-1, keepdim=True).clamp_min(1e-30)
     return AttentionMoments(
-        queries,
-        (value * scores[..., None]).mT @ value,
-        key_weights.unflatten(0, (-1, group)).sum(1),
-        value_weights.unflatten(0, (-1, group)).sum(1),
+        queries.cpu(),
+        ((value * scores[..., None]).mT @ value).cpu(),
+        key_weights.unflatten(0, (-1, group)).sum(1).cpu(),
+        value_weights.unflatten(0, (-1, group)).sum(1).cpu(),
     )
 
 
@@ -159,7 +159,7 @@ def token_moments(model: Any, ids: Tensor, sinks: int, progress: Step = _ignore)
     sums = [_Sums(), _Sums()]
     for done, sequence in enumerate(ids, 1):
         layers = _read(model, sequence).layers
-        keys, values = (torch.stack([getattr(x, side) for x in layers])[..., sinks:, :] for side in ("keys", "values"))
+        keys, values = (torch.stack([getattr(x, s)[:, :, sinks:].float() for x in layers]) for s in ("keys", "values"))
         positions = torch.arange(sinks, len(sequence))
         for total, x in zip(sums, (rotary.undo(keys, positions), values), strict=True):
             total.add(token_rows(x)[0])
@@ -177,7 +177,6 @@ class _Sums:
         self.samples: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
-        rows = rows.float()
         self.count += len(rows)
         self.first = self.first + rows.double().sum(0)
         self.second = self.second + (rows.mT @ rows).double()
@@ -185,7 +184,8 @@ class _Sums:
 
     def moments(self) -> TokenMoments:
         mean = self.first / self.count
-        return TokenMoments(mean, self.second / self.count - mean.outer(mean), torch.cat(self.samples))
+        covariance = self.second / self.count - mean.outer(mean)
+        return TokenMoments(mean.cpu(), covariance.cpu(), torch.cat(self.samples).cpu())
 
 
 def token_rows(x: Tensor) -> Tensor:

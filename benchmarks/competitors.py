@@ -224,7 +224,10 @@ def to_16_bits(x: Tensor) -> Tensor:
 
 
 class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that quantizes the tokens that a plan would; they are stored dequantized by the codec."""
+    """A cache layer that quantizes the tokens that a plan would; they are stored dequantized by the codec.
+
+    The codec computes in float32, whatever the model does.
+    """
 
     def __init__(self, codec: Codec, schedule: Schedule, index: int) -> None:
         super().__init__()
@@ -237,15 +240,15 @@ class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
         until = self.schedule.quantized(keys.shape[2])
         if until > self.quantized:
             start, stop = self.schedule.sinks + self.quantized, self.schedule.sinks + until
-            self.keys = replaced(keys, start, stop, self.codec.key(keys[:, :, start:stop], self.index))
-            self.values = replaced(values, start, stop, self.codec.value(values[:, :, start:stop], self.index))
+            self.keys = replaced(keys, start, stop, self.codec.key(keys[:, :, start:stop].float(), self.index))
+            self.values = replaced(values, start, stop, self.codec.value(values[:, :, start:stop].float(), self.index))
             self.quantized = until
         return keys, values
 
 
 def replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
-    """Return x [B,G,T,D] with `new` in place of tokens start ... stop - 1."""
-    return torch.cat([x[:, :, :start], new, x[:, :, stop:]], 2)
+    """Return x [B,G,T,D] with `new` in place of tokens start ... stop - 1, in the dtype of x."""
+    return torch.cat([x[:, :, :start], new.to(x.dtype), x[:, :, stop:]], 2)
 
 
 @dataclass(frozen=True)

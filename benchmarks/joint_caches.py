@@ -61,7 +61,10 @@ class JointCache(Cache):  # type: ignore[misc]
         return updated
 
     def _quantize(self, start: int, stop: int) -> None:
-        keys, values = (torch.stack([getattr(x, s)[:, :, start:stop] for x in self.layers]) for s in ("keys", "values"))
+        keys, values = (
+            torch.stack([getattr(layer, side)[:, :, start:stop].float() for layer in self.layers])
+            for side in ("keys", "values")
+        )
         positions = torch.arange(start, stop)
         keys = self.rotary.redo(self.codec.keys(self.rotary.undo(keys, positions)), positions)
         for layer, key, value in zip(self.layers, keys, self.codec.values(values), strict=True):

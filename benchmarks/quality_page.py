@@ -104,16 +104,22 @@ def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
         axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=7)
     figure.suptitle(f"{model}: loss of smaller KV caches, mean of texts unlike the calibration text")
 
 
 def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
-    """Draw the points of each family, joined in order of size; fhopt's line is heavier."""
-    for family in dict.fromkeys(result.impl.family for result in results):
+    """Draw the points of each family, joined in order of size; fhopt's line is heavier.
+
+    There are ten colours: an eleventh family has the first one again, with dashes and squares.
+    """
+    for number, family in enumerate(dict.fromkeys(result.impl.family for result in results)):
         members = sorted((r for r in results if r.impl.family == family), key=lambda r: r.impl.ratio)
-        style: dict[str, Any] = dict(linewidth=2.5, zorder=3, color="black") if family == OURS else dict(linewidth=1.2)
-        axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], marker="o", label=family, **style)
+        line, marker = (("-", "o"), ("--", "s"))[number // 10 % 2]
+        style: dict[str, Any] = dict(color=f"C{number % 10}", linestyle=line, marker=marker, linewidth=1.2)
+        if family == OURS:
+            style |= dict(linewidth=2.5, zorder=3, color="black")
+        axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], label=family, **style)
 
 
 def write_page(path: Path, results: Sequence[Result]) -> None:

@@ -210,11 +210,11 @@ def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Co
     left_out = [rival for rival in found if isinstance(rival, LeftOut)]
     _check_names(wanted, methods, left_out)
     if wanted:
-        methods = [rival for rival in methods if {rival.family, rival.name} & set(wanted)]
-    elif quick:
-        methods = [rival for rival in methods if rival.family != "kivi" or rival.name == "kivi-2bit"]
-        left_out.append(LeftOut(", ".join(f for f in FAMILIES if f not in QUICK), "the run is a quick one."))
-    return methods, left_out + ([] if wanted else list(ABSENT))
+        return [rival for rival in methods if {rival.family, rival.name} & set(wanted)], left_out
+    if not quick:
+        return methods, left_out + list(ABSENT)
+    quick_ones = [rival for rival in methods if rival.family != "kivi" or rival.name == "kivi-2bit"]
+    return quick_ones, [LeftOut("every other method", "the run is a quick one. Pick some with --rival.")]
 
 
 def _check_names(wanted: Iterable[str], methods: Sequence[Competitor], left_out: Sequence[LeftOut]) -> None:

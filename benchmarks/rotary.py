@@ -47,7 +47,7 @@ class Rotary:
         """Return cos and sin [N, R] at `positions`, of unit length; None where pairs are laid out otherwise."""
         if self.module is None:
             return None
-        cos, sin = (part[0] for part in self.module(x, positions[None].to(x.device)))
+        cos, sin = (part[0] for part in self.module(x.float(), positions[None].to(x.device)))
         first, second = cos.chunk(2, -1)
         if not torch.equal(first, second):
             return None
@@ -59,9 +59,10 @@ class Rotary:
         if found is None:
             return x
         cos, sin = found
-        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        turned, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
         first, second = turned.chunk(2, -1)
-        return torch.cat([turned * cos + direction * torch.cat([-second, first], -1) * sin, rest], -1)
+        turned = turned * cos + direction * torch.cat([-second, first], -1) * sin
+        return torch.cat([turned.to(x.dtype), rest], -1)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import rival_caches
@@ -43,6 +43,19 @@ def test_many_bits_change_nearly_nothing(llama: Any, codec: Codec) -> None:
     # 12 bits of a range are 1.2e-4 of it, float16 scales 5e-4 of the code: logits of size 5 move by about 2e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-2)
     assert not torch.equal(found, expected)
+
+
+def test_a_codec_computes_in_float32_whatever_the_model_does() -> None:
+    class Seen(Kivi):
+        dtypes: ClassVar[set[torch.dtype]] = set()
+
+        def key(self, x: Tensor, layer: int) -> Tensor:
+            self.dtypes.add(x.dtype)
+            return super().key(x, layer)
+
+    _, cache = read(tiny_llama().bfloat16(), Seen(4), token_ids(1, 170))
+    assert Seen.dtypes == {torch.float32}
+    assert {x.dtype for layer in cache.layers for x in (layer.keys, layer.values)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("make", [Kivi, RoundToNearest])

@@ -38,6 +38,13 @@ def test_redo_undoes_undo(llama: Any) -> None:
     assert float((rotary.undo(x, positions) - x).abs().max()) > 0.1
 
 
+def test_keys_of_16_bits_are_turned_in_32(llama: Any) -> None:
+    x, positions = torch.randn(2, 20, 16).bfloat16(), torch.arange(200, 220)
+    found = Rotary.of(llama).undo(x, positions)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, Rotary.of(llama).undo(x.float(), positions).bfloat16())
+
+
 def test_a_scale_of_the_embedding_is_left_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x, positions = torch.randn(2, 20, 16), torch.arange(20)
     expected = Rotary.of(llama).undo(x, positions)
