@@ -28,6 +28,7 @@ from quality_caches import fit_plans, load_plans, ours, rivals
 from quality_comparison import rows
 from quality_measurement import TEXTS, measure, read_texts
 from quality_page import contest_table, draw, summary, write_page
+from quality_rivals import check_families
 from recording import ROOT, is_quick, record, screen
 
 from fhopt.calibration import options as calibration_options
@@ -70,6 +71,7 @@ def main(
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
         context = min(context, QUICK_CONTEXT)
     try:
+        check_families(families)
         loaded = load_model(model, getattr(torch, dtype))
         chosen = tuple(sorted(ratios)) or ((QUICK_RATIO,) if quick else RATIOS)
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)

@@ -9,7 +9,6 @@ from typing import Any
 
 from calibration_moments import AttentionMoments, TokenMoments, attention_moments, head_moments, token_moments
 from competitors import (
-    PACKAGES,
     Codec,
     Competitor,
     Kivi,
@@ -177,7 +176,7 @@ def _eviction(field: Field, family: str, scorer: Callable[[Rotary, Schedule], Sc
 FAMILIES: dict[str, Callable[[Field], Offer]] = {
     "kivi": lambda field: _blocks(field, [Kivi(bits) for bits in (4, 3, 2)]),
     "rtn": lambda field: _blocks(field, [RoundToNearest(bits) for bits in (8, 4)]),
-    "quanto": lambda field: _transformers(field, "quanto"),
+    "quanto": lambda field: _transformers(field, "quanto"),  # competitors.PACKAGES
     "hqq": lambda field: _transformers(field, "hqq"),
     "low-rank": _low_rank,
     "fp8": lambda field: _blocks(field, [Fp8(field.schedule.block)]),
@@ -195,7 +194,17 @@ FAMILIES: dict[str, Callable[[Field], Offer]] = {
     "snapkv": lambda field: _eviction(field, "snapkv", SnapKV),
     "expected-attention": lambda field: _eviction(field, "expected-attention", ExpectedAttention),
 }
-assert set(PACKAGES) <= set(FAMILIES)
+
+
+def check_families(wanted: Iterable[str]) -> set[str]:
+    """Return the families of the wanted names. Raises FhoptError for a name that begins like no family."""
+    named: set[str] = set()
+    for name in wanted:
+        families = {family for family in FAMILIES if name == family or name.startswith(f"{family}-")}
+        if not families:
+            raise FhoptError(f"unknown method {name!r}; choose from the families {', '.join(FAMILIES)}.")
+        named |= families
+    return named
 
 
 def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Competitor], list[LeftOut]]:
@@ -203,7 +212,7 @@ def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Co
 
     Where none is named: all, or, when the run is quick, two families. Raises FhoptError for a name that no method has.
     """
-    named = {family for family in FAMILIES for name in wanted if name == family or name.startswith(f"{family}-")}
+    named = check_families(wanted)
     families = [f for f in FAMILIES if f in (named if wanted else QUICK if quick else FAMILIES)]
     found = [rival for family in families for rival in FAMILIES[family](field)]
     methods = [rival for rival in found if not isinstance(rival, LeftOut)]
@@ -218,11 +227,8 @@ def offered(field: Field, wanted: Collection[str], quick: bool) -> tuple[list[Co
 
 
 def _check_names(wanted: Iterable[str], methods: Sequence[Competitor], left_out: Sequence[LeftOut]) -> None:
-    known = {name for rival in methods for name in (rival.family, rival.name)} | set(FAMILIES)
-    unknown = sorted(set(wanted) - known - {rival.name for rival in left_out})
+    sizes = [rival.name for rival in methods]
+    known = {*FAMILIES, *sizes, *(rival.family for rival in methods), *(rival.name for rival in left_out)}
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        sizes = ", ".join(rival.name for rival in methods)
-        raise FhoptError(
-            f"unknown method {unknown[0]!r}; choose from the families {', '.join(FAMILIES)}"
-            + (f", or from sizes such as {sizes}." if sizes else ".")
-        )
+        raise FhoptError(f"unknown size {unknown[0]!r}; its family has {', '.join(sizes) or 'none here'}.")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from competitors import Transformers
 from quality_measurement import COUNTED_AT, Implementation, costs, exact_log_probabilities
-from quality_rivals import FAMILIES, Field, LeftOut, offered
+from quality_rivals import FAMILIES, Field, LeftOut, check_families, offered
 from small_models import tiny_llama, token_ids
 
 from fhopt.errors import FhoptError
@@ -69,10 +69,15 @@ def test_a_family_or_a_name_is_picked(field: Field) -> None:
     assert names("snapkv") == ["snapkv-4x", "snapkv-8x"]
 
 
-@pytest.mark.parametrize("wanted", ["kivy", "kivi-5bit"])
-def test_an_unknown_name_is_refused_with_those_that_there_are(field: Field, wanted: str) -> None:
-    with pytest.raises(FhoptError, match=f"unknown method '{wanted}'; choose from the families kivi, rtn"):
-        offered(field, [wanted], quick=False)
+def test_an_unknown_family_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(FhoptError, match="unknown method 'kivy'; choose from the families kivi, rtn"):
+        check_families(["kivi", "kivy"])
+    assert check_families(["q4_0-hadamard", "kivi-3bit"]) == {"q4_0", "q4_0-hadamard", "kivi"}
+
+
+def test_an_unknown_size_is_refused_with_those_that_there_are(field: Field) -> None:
+    with pytest.raises(FhoptError, match="unknown size 'kivi-5bit'; its family has kivi-4bit, kivi-3bit, kivi-2bit"):
+        offered(field, ["kivi-5bit"], quick=False)
 
 
 def test_an_eviction_that_no_share_makes_so_small_is_left_out() -> None:
