@@ -11,21 +11,24 @@ where 4 D are the 16-bit key and value of a token and c is the size of a quantiz
 
     kivi        2 D (n + 32 / g) / 8    n bits a number, a 16-bit scale and zero point for each group of g = 32
     rtn         2 (D n / 8 + 2)         n bits a number, a 16-bit scale for each token
-    low-rank    2 (2 r)                 r coordinates of 16 bits; bases are weights and not counted, as a plan's are
+
+The other quantizers stand in modules of their own, each with its formula: rotated_codecs.py, float_codecs.py and
+transform_codecs.py for each head alone, joint_caches.py and kvtc.py for all heads and layers of a token together.
+evicting_caches.py removes tokens. What is fitted in advance (bases, code books, rotations) is not counted, as a plan's
+bases are not.
 
 transformers' own cache (quanto, hqq) has no attention sinks. It quantizes the whole first call, then keeps new tokens
 exact until they are 128 (its `residual_length`):
 
     exact(T) = (T - first call) mod 128,    c = 2 D (n + 32 / g) / 8    with a scale and zero point for each g = 64
 
-KIVI: arXiv 2402.02750. Low-rank caches: ASVD (2312.05821) and Palu (2407.21118); here the plain form, one rank for all
-heads, bases from second moments. quanto and hqq are run by `transformers.QuantizedCache`.
+KIVI: arXiv 2402.02750. quanto and hqq are run by `transformers.QuantizedCache`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol
@@ -34,9 +37,6 @@ import torch
 from torch import Tensor
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, DynamicLayer
-
-from fhopt.evaluation.perplexity import new_cache
-from fhopt.models.model_facts import cache_argument
 
 NUMBER_BYTES = 2  # of an exact number
 SMALLEST_SCALE = 2.0**-24  # the least float16 above zero
@@ -87,7 +87,8 @@ class Shape:
         """Return the shape of a transformers decoder's cache."""
         config = model.config.get_text_config(decoder=True)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return Shape(config.num_hidden_layers, config.num_key_value_heads, dim)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return Shape(config.num_hidden_layers, heads, dim)
 
 
 class Competitor(Protocol):
@@ -103,6 +104,9 @@ class Competitor(Protocol):
 
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache for `model`."""
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """Return the context in which `model` reads into a new cache."""
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
         """Count the bytes of one sequence of `tokens` tokens, everything included, exact numbers in 16 bits."""
@@ -179,106 +183,51 @@ class RoundToNearest:
     def key(self, x: Tensor, layer: int) -> Tensor:
         """Quantize and dequantize x [B,G,N,D] by token."""
         most = 2 ** (self.bits - 1) - 1
-        scale = _to_16_bits(x.abs().amax(3, keepdim=True) / most).clamp_min(SMALLEST_SCALE)
+        scale = to_16_bits(x.abs().amax(3, keepdim=True) / most).clamp_min(SMALLEST_SCALE)
         return (x / scale).round().clamp(-most - 1, most) * scale
 
     value = key
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """The coordinates of keys and values in orthonormal bases [G, D, r], two for each layer."""
+@dataclass(frozen=True)
+class AsymmetricCodes:
+    """Quantized values 0 ... 2^bits - 1, their scale and zero point, broadcastable to them and rounded to 16 bits."""
 
-    bases: Sequence[tuple[Tensor, Tensor]]
-    family: str = "low-rank"
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
 
-    @property
-    def rank(self) -> int:
-        """Rank of the bases, the same in all heads."""
-        return self.bases[0][0].shape[2]
+    @staticmethod
+    def of(x: Tensor, bits: int, dim: int, clip: float = 1.0) -> AsymmetricCodes:
+        """Round along `dim` to 2^bits levels from `clip` times the least to that of the greatest (KIVI, equation 1)."""
+        least, most = clip * x.amin(dim, keepdim=True), clip * x.amax(dim, keepdim=True)
+        scale = to_16_bits((most - least) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
+        zero = to_16_bits(least)
+        return AsymmetricCodes(((x - zero) / scale).round().clamp(0, 2**bits - 1), scale, zero)
 
-    @property
-    def name(self) -> str:
-        """Family and rank."""
-        return f"{self.family}-{self.rank}"
-
-    def token_bytes(self, head_dim: int) -> float:
-        """Return the bytes of r numbers for the key and r for the value."""
-        return 2 * self.rank * NUMBER_BYTES
-
-    def key(self, x: Tensor, layer: int) -> Tensor:
-        """Project keys on the span of the key basis."""
-        return _project(x, self.bases[layer][0])
-
-    def value(self, x: Tensor, layer: int) -> Tensor:
-        """Project values on the span of the value basis."""
-        return _project(x, self.bases[layer][1])
+    def dequantized(self) -> Tensor:
+        """Return the numbers that the quantized values stand for."""
+        return self.codes * self.scale + self.zero
 
 
-def asymmetric(x: Tensor, bits: int, dim: int) -> Tensor:
-    """Round numbers along `dim` to 2^bits levels between their least and their greatest (KIVI, equation 1)."""
-    least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = _to_16_bits((most - least) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
-    zero = _to_16_bits(least)
-    return ((x - zero) / scale).round().clamp(0, 2**bits - 1) * scale + zero
+def asymmetric(x: Tensor, bits: int, dim: int, clip: float = 1.0) -> Tensor:
+    """Quantize and dequantize numbers along `dim`, with a scale and a zero point (see `AsymmetricCodes`)."""
+    return AsymmetricCodes.of(x, bits, dim, clip).dequantized()
 
 
-def _to_16_bits(x: Tensor) -> Tensor:
+def to_16_bits(x: Tensor) -> Tensor:
+    """Round numbers to float16, in their own dtype."""
     return x.to(torch.float16).to(x.dtype)
-
-
-def _project(x: Tensor, basis: Tensor) -> Tensor:
-    basis = basis.to(x)
-    return x @ basis @ basis.mT
-
-
-# --------------------------------------------------------------------------------------------------- low rank
-
-
-@torch.inference_mode()
-def head_moments(
-    model: Any, ids: Tensor, sinks: int, progress: Callable[[int], None] = lambda done: None
-) -> list[tuple[Tensor, Tensor]]:
-    """Return sums of x x^T over tokens of ids [N, T] after the sinks: (keys, values) [G, D, D] a layer, float64.
-
-    Keys are as a cache holds them, rotated.
-    """
-    totals: list[tuple[Tensor, Tensor]] = []
-    for done, sequence in enumerate(ids, 1):
-        cache = new_cache(model, None)
-        model(sequence[None].to(model.device), **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
-        news = [(_moment(layer.keys, sinks), _moment(layer.values, sinks)) for layer in cache.layers]
-        totals = [(k + a, v + b) for (k, v), (a, b) in zip(totals, news, strict=True)] if totals else news
-        progress(done)
-    return totals
-
-
-def _moment(x: Tensor, sinks: int) -> Tensor:
-    rows = x[0, :, sinks:].double()  # [G, N, D]
-    return rows.mT @ rows
-
-
-def low_rank(moments: Sequence[tuple[Tensor, Tensor]], rank: int) -> LowRank:
-    """Return the bases that keep most of the energy: the leading eigenvectors of each head's second moment."""
-    return LowRank([(_leading(key, rank), _leading(value, rank)) for key, value in moments])
-
-
-def _leading(moment: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(moment)[1][..., -rank:].float()
-
-
-def rank_for(ratio: float, shape: Shape, schedule: Schedule, tokens: int) -> int:
-    """Return the least rank whose cache is not smaller than that of `ratio`, at `tokens` tokens."""
-    quantized = schedule.quantized(tokens)
-    left = tokens / ratio - (tokens - quantized)  # in exact tokens
-    return min(shape.head_dim, max(1, math.ceil(shape.head_dim * left / quantized)))
 
 
 # --------------------------------------------------------------------------------------------------- caches
 
 
 class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that quantizes the tokens that a plan would; they are stored dequantized by the codec."""
+    """A cache layer that quantizes the tokens that a plan would; they are stored dequantized by the codec.
+
+    The codec computes in float32, whatever the model does.
+    """
 
     def __init__(self, codec: Codec, schedule: Schedule, index: int) -> None:
         super().__init__()
@@ -291,14 +240,15 @@ class RoundTripLayer(DynamicLayer):  # type: ignore[misc]
         until = self.schedule.quantized(keys.shape[2])
         if until > self.quantized:
             start, stop = self.schedule.sinks + self.quantized, self.schedule.sinks + until
-            self.keys = _replaced(keys, start, stop, self.codec.key(keys[:, :, start:stop], self.index))
-            self.values = _replaced(values, start, stop, self.codec.value(values[:, :, start:stop], self.index))
+            self.keys = replaced(keys, start, stop, self.codec.key(keys[:, :, start:stop].float(), self.index))
+            self.values = replaced(values, start, stop, self.codec.value(values[:, :, start:stop].float(), self.index))
             self.quantized = until
         return keys, values
 
 
-def _replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
-    return torch.cat([x[:, :, :start], new, x[:, :, stop:]], 2)
+def replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
+    """Return x [B,G,T,D] with `new` in place of tokens start ... stop - 1, in the dtype of x."""
+    return torch.cat([x[:, :, :start], new.to(x.dtype), x[:, :, stop:]], 2)
 
 
 @dataclass(frozen=True)
@@ -322,6 +272,10 @@ class QuantizedBlocks:
         """Return an empty cache."""
         layers = range(Shape.of(model).layers)
         return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
         """Return bytes with the quantized tokens in the codec, and all others exact."""
@@ -370,6 +324,10 @@ class Transformers:
             self.backend, model.config, nbits=self.bits, axis_key=axis, axis_value=axis, q_group_size=self.group,
             residual_length=self.residual,
         )  # fmt: skip
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
 
     def cache_bytes(self, shape: Shape, tokens: int) -> int:
         """Return bytes with all tokens quantized, except those since the last full residual window."""

@@ -8,8 +8,9 @@
 Loss is measured against the exact cache: the increase of perplexity, and KL(exact || other) of the next token. The
 exact model reads each text once; its log-probabilities are stored; every other cache reads it in the same calls.
 Bytes are counted at 8,192 tokens, everything included: quantized values, scales, zero points, attention sinks, residual
-window (competitors.py has the formulas). Plans and low-rank bases come from the same calibration tokens; the mean is
-over texts of other kinds, and the other half of the calibration text is reported separately.
+window (competitors.py has the formulas, or says where they are). Plans and other methods are fitted to the same
+calibration tokens; the mean is over texts of other kinds, and the other half of the calibration text is reported
+separately. Methods that cannot run are named with the reason.
 
 Other methods have fixed sizes. A plan is compared with each method's smallest size that is at least as large.
 """
@@ -27,6 +28,7 @@ from quality_caches import fit_plans, load_plans, ours, rivals
 from quality_comparison import rows
 from quality_measurement import TEXTS, measure, read_texts
 from quality_page import contest_table, draw, summary, write_page
+from quality_rivals import check_families
 from recording import ROOT, is_quick, record, screen
 
 from fhopt.calibration import options as calibration_options
@@ -69,14 +71,12 @@ def main(
         options = dataclasses.replace(options, sequences=5, rate_sequences=2, context=256, recent=64)
         context = min(context, QUICK_CONTEXT)
     try:
+        check_families(families)
         loaded = load_model(model, getattr(torch, dtype))
         chosen = tuple(sorted(ratios)) or ((QUICK_RATIO,) if quick else RATIOS)
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)
         fitted = load_plans(plans, chosen) if plans is not None else fit_plans(loaded, chosen, options)
-        others = [
-            i for i in rivals(loaded, fitted, options, quick) if not families or {i.family, i.name} & set(families)
-        ]
-        impls = ours(fitted) + others
+        impls = ours(fitted) + rivals(loaded, fitted, options, quick, families)
         results = measure(loaded.language_model(), impls, read, next(iter(fitted.values())))
     except FhoptError as error:
         raise click.ClickException(str(error)) from error

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from competitors import (
-    PACKAGES,
-    Competitor,
-    Kivi,
-    QuantizedBlocks,
-    RoundToNearest,
-    Schedule,
-    Shape,
-    Transformers,
-    head_moments,
-    low_rank,
-    rank_for,
-)
 from quality_measurement import COUNTED_AT, OURS, Implementation, progress_bar
+from quality_rivals import Field, offered
 from recording import screen
 from rich.progress import track
 from torch import Tensor
@@ -60,38 +48,23 @@ def ours(plans: dict[float, LatentPlan]) -> list[Implementation]:
 
 
 def rivals(
-    loaded: LoadedModel, plans: dict[float, LatentPlan], options: calibration_options.FitOptions, quick: bool
-) -> list[Implementation]:
-    """Return the other methods, with the exact tokens of the plans; without those whose package is missing."""
-    plan = next(iter(plans.values()))
-    schedule = Schedule(plan.sinks, plan.recent, plan.block)
-    shape = Shape.of(loaded.language_model())
-    methods: list[Competitor] = [QuantizedBlocks(Kivi(bits), schedule) for bits in ((2,) if quick else (4, 3, 2))]
-    if not quick:
-        methods += [QuantizedBlocks(RoundToNearest(bits), schedule) for bits in (8, 4)]
-        for backend in PACKAGES:
-            methods += _installed([Transformers(backend, bits, schedule.first_step) for bits in (4, 2)])
-    ranks = {rank_for(ratio, shape, schedule, COUNTED_AT) for ratio in plans}
-    moments = _moments(loaded, options, plan.sinks)
-    methods += [QuantizedBlocks(low_rank(moments, rank), schedule) for rank in sorted(ranks, reverse=True)]
-    exact = COUNTED_AT * shape.exact_token_bytes
-    sizes = [rival.cache_bytes(shape, COUNTED_AT) for rival in methods]
+    loaded: LoadedModel, plans: dict[float, LatentPlan], options: calibration_options.FitOptions, quick: bool,
+    wanted: Collection[str] = (),
+) -> list[Implementation]:  # fmt: skip
+    """Return the other methods, with the exact tokens of the plans, and print which are left out and why.
+
+    wanted: families or names, all where none is given. Raises FhoptError for an unknown one.
+    """
+
+    def read_ids() -> Tensor:
+        """Return the tokens that calibrate the plans."""
+        return tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
+
+    field = Field(loaded.language_model(), plans, read_ids)
+    methods, left_out = offered(field, wanted, quick)
+    for rival in left_out:
+        screen().print(str(rival), markup=False)
+    exact = COUNTED_AT * field.shape.exact_token_bytes
+    sizes = [rival.cache_bytes(field.shape, COUNTED_AT) for rival in methods]
     pairs = zip(methods, sizes, strict=True)
     return [Implementation(r.name, r.family, size, exact / size, rival=r) for r, size in pairs]
-
-
-def _installed(methods: Iterable[Transformers]) -> list[Transformers]:
-    there = []
-    for rival in methods:
-        if rival.missing is None:
-            there.append(rival)
-        else:
-            screen().print(rival.missing, markup=False)
-    return there
-
-
-def _moments(loaded: LoadedModel, options: calibration_options.FitOptions, sinks: int) -> list[tuple[Tensor, Tensor]]:
-    """Collect second moments of each head on the tokens that calibrate the plans."""
-    ids = tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)
-    with progress_bar("second moments") as bar:
-        return head_moments(loaded.language_model(), ids, sinks, lambda done: bar(done, len(ids)))

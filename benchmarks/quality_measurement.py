@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,10 @@ class Implementation:
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache."""
         return new_cache(model, self.plan) if self.rival is None else self.rival.new_cache(model)
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """Return the context in which `model` reads into the cache."""
+        return nullcontext() if self.rival is None else self.rival.reading(model)
 
     @property
     def token_bytes(self) -> float:
@@ -160,7 +164,7 @@ def exact_log_probabilities(model: Any, ids: Tensor, steps: LatentPlan) -> Tenso
 @torch.inference_mode()
 def costs(model: Any, ids: Tensor, impl: Implementation, log_p: Tensor, steps: LatentPlan) -> TokenCosts:
     """Return the cost of each token of ids [T] with the cache of `impl`, and the exact one."""
-    with switched(model, impl.plan):
+    with switched(model, impl.plan), impl.reading(model):
         parts = [
             paired(log_p[start : start + logits.shape[1]], logits[0], ids[start + 1 :])
             for start, (logits,) in read_steps(model, ids[None, :-1], [impl.new_cache(model)], steps)

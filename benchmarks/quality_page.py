@@ -104,16 +104,22 @@ def draw(figure: Figure, results: Sequence[Result], model: str) -> None:
         axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=7)
     figure.suptitle(f"{model}: loss of smaller KV caches, mean of texts unlike the calibration text")
 
 
 def _lines(axes: Axes, results: Sequence[Result], loss: Callable[[Comparison], float]) -> None:
-    """Draw the points of each family, joined in order of size; fhopt's line is heavier."""
-    for family in dict.fromkeys(result.impl.family for result in results):
+    """Draw the points of each family, joined in order of size; fhopt's line is heavier.
+
+    There are ten colours: an eleventh family has the first one again, with dashes and squares.
+    """
+    for number, family in enumerate(dict.fromkeys(result.impl.family for result in results)):
         members = sorted((r for r in results if r.impl.family == family), key=lambda r: r.impl.ratio)
-        style: dict[str, Any] = dict(linewidth=2.5, zorder=3, color="black") if family == OURS else dict(linewidth=1.2)
-        axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], marker="o", label=family, **style)
+        line, marker = (("-", "o"), ("--", "s"))[number // 10 % 2]
+        style: dict[str, Any] = dict(color=f"C{number % 10}", linestyle=line, marker=marker, linewidth=1.2)
+        if family == OURS:
+            style |= dict(linewidth=2.5, zorder=3, color="black")
+        axes.plot([r.impl.ratio for r in members], [loss(r.mean) for r in members], label=family, **style)
 
 
 def write_page(path: Path, results: Sequence[Result]) -> None:
@@ -177,10 +183,10 @@ def _method(results: Sequence[Result]) -> list[str]:
         f"SmolLM2-135M-Instruct in float32; each token attends to what it would attend to in decoding. Unseen texts: "
         f"{unseen}; the mean is over their tokens. Calibrated on the first half of "
         f"{seen or 'another text'}, whose second half is in the last table only. Bytes are counted at "
-        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. The plans, kivi, rtn and low-rank have the "
-        "same attention sinks and residual window; quanto and hqq are "
-        "`transformers.QuantizedCache` with its own residual window. Formulas: the docstring of "
-        "`benchmarks/competitors.py`. Intervals: a bootstrap over blocks of 64 tokens."
+        f"{COUNTED_AT:,} tokens, everything included; 1x is a 16-bit cache. All have the same attention sinks and "
+        "residual window, but quanto and hqq: they are `transformers.QuantizedCache` with its own residual window. "
+        "Formulas: the docstring of `benchmarks/competitors.py` and of the modules that it names; sources: "
+        "[comparison](comparison.md). Intervals: a bootstrap over blocks of 64 tokens."
     ]
 
 

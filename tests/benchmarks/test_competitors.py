@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import rival_caches
 import torch
 from competitors import (
     Codec,
     Kivi,
-    LowRank,
     QuantizedBlocks,
     RoundToNearest,
     Schedule,
     Shape,
     Transformers,
     asymmetric,
-    head_moments,
-    low_rank,
-    rank_for,
 )
+from rival_caches import SCHEDULE, exact_logits
 from small_models import tiny_llama, token_ids
 from torch import Tensor
 
-SCHEDULE = Schedule(sinks=4, recent=32, block=32)
 SMOLLM2 = Shape(layers=30, kv_heads=3, head_dim=64)
 AT = 8192
 SEALED, OPEN = 8064, 128  # 126 blocks of 64 behind 4 sinks and before at least 64 recent tokens
@@ -35,22 +31,8 @@ def llama() -> Any:
     return tiny_llama()
 
 
-@torch.no_grad()
 def read(model: Any, codec: Codec, ids: Tensor, schedule: Schedule = SCHEDULE) -> tuple[Tensor, Any]:
-    """(logits, cache) after reading `ids` in steps that end where a block is quantized."""
-    cache = QuantizedBlocks(codec, schedule).new_cache(model)
-    cuts = [0, *range(schedule.first_step, ids.shape[1], schedule.block), ids.shape[1]]
-    parts = [
-        model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
-        for start, stop in itertools.pairwise(cuts)
-    ]
-    return torch.cat(parts, 1), cache
-
-
-@torch.no_grad()
-def exact_logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids, use_cache=False).logits
-    return logits
+    return rival_caches.read(model, QuantizedBlocks(codec, schedule), ids, schedule)
 
 
 @pytest.mark.parametrize("codec", [Kivi(12), RoundToNearest(14)])
@@ -61,6 +43,19 @@ def test_many_bits_change_nearly_nothing(llama: Any, codec: Codec) -> None:
     # 12 bits of a range are 1.2e-4 of it, float16 scales 5e-4 of the code: logits of size 5 move by about 2e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-2)
     assert not torch.equal(found, expected)
+
+
+def test_a_codec_computes_in_float32_whatever_the_model_does() -> None:
+    class Seen(Kivi):
+        dtypes: ClassVar[set[torch.dtype]] = set()
+
+        def key(self, x: Tensor, layer: int) -> Tensor:
+            self.dtypes.add(x.dtype)
+            return super().key(x, layer)
+
+    _, cache = read(tiny_llama().bfloat16(), Seen(4), token_ids(1, 170))
+    assert Seen.dtypes == {torch.float32}
+    assert {x.dtype for layer in cache.layers for x in (layer.keys, layer.values)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("make", [Kivi, RoundToNearest])
@@ -94,26 +89,6 @@ def test_a_step_reads_its_own_tokens_exactly(llama: Any) -> None:
     first = SCHEDULE.first_step
     torch.testing.assert_close(found[:, :first], expected[:, :first], rtol=1e-4, atol=1e-4)  # float32 sums
     assert float((found[:, first:] - expected[:, first:]).abs().max()) > 1e-2
-
-
-def test_full_rank_changes_nothing_and_a_low_one_does(llama: Any) -> None:
-    ids = token_ids(1, 170)
-    moments = head_moments(llama, token_ids(3, 60), sinks=4)
-    expected = exact_logits(llama, ids)
-    full, _ = read(llama, low_rank(moments, 16), ids)
-    torch.testing.assert_close(
-        full, expected, rtol=1e-4, atol=1e-4
-    )  # float32: two more products with orthonormal bases
-    low, _ = read(llama, low_rank(moments, 4), ids)
-    assert float((low - expected).abs().max()) > 1e-2
-
-
-def test_a_low_rank_basis_keeps_what_it_was_made_from() -> None:
-    directions = torch.linalg.qr(torch.randn(2, 16, 3))[0]  # [G, D, 3]
-    rows = torch.randn(2, 50, 3) @ directions.mT
-    moment = (rows.mT @ rows).double()
-    codec = low_rank([(moment, moment)], 3)
-    torch.testing.assert_close(codec.key(rows[None], 0)[0], rows, rtol=0, atol=1e-5)  # float32 bases
 
 
 def test_asymmetric_rounding_by_hand() -> None:
@@ -156,15 +131,6 @@ def test_bytes_of_transformers_own_cache_by_hand(bits: int, token_bytes: int) ->
 
 def test_short_caches_are_exact() -> None:
     assert QuantizedBlocks(Kivi(2), Schedule()).cache_bytes(SMOLLM2, 131) == 131 * 23_040
-
-
-@pytest.mark.parametrize(("ratio", "rank"), [(3.2, 20), (4, 16), (8, 8), (12, 5)])
-def test_the_rank_is_the_least_that_is_not_smaller_than_the_ratio(ratio: float, rank: int) -> None:
-    assert rank_for(ratio, SMOLLM2, Schedule(), AT) == rank
-    basis = torch.zeros(3, 64, rank)
-    held = QuantizedBlocks(LowRank([(basis, basis)]), Schedule()).cache_bytes(SMOLLM2, AT)
-    allowed = AT * SMOLLM2.exact_token_bytes / ratio
-    assert held >= allowed > held - SEALED * 90 * 4
 
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
