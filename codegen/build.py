@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
-from fhopt.codegen import eager
+from fhopt.codegen import compiler, eager
 from fhopt.codegen.compiler import CompileError, load, warn_without_compiler
 from fhopt.codegen.cpu import attention as cpu_attention
 from fhopt.codegen.cpu.launch import LibraryKernel
@@ -49,6 +49,14 @@ def build(spec: KernelSpec) -> LatentKernel:
     except CompileError as error:
         warn_without_compiler(error)
     return build_torch(spec)
+
+
+def needs_compiler(spec: KernelSpec) -> bool:
+    """Return whether building the kernel of `spec` for CPUs runs a compiler, which takes seconds."""
+    try:
+        return not compiler.is_kept(spec.name, cpu_attention.render(spec))
+    except CompileError:
+        return False
 
 
 def build_cpp(spec: KernelSpec) -> LatentKernel:

@@ -15,10 +15,11 @@ import subprocess
 from pathlib import Path
 
 from fhopt.files import appearing
-from fhopt.system import cached_file, text_digest, warn_once, write_text
+from fhopt.system import cache_folder, cached_file, text_digest, warn_once, write_text
 
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_running: set[subprocess.Popen[str]] = set()
 
 
 class CompileError(Exception):
@@ -29,12 +30,24 @@ def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ..
     """Compile the C++ file `text` with FLAGS and `flags`, and load the library. Raises CompileError."""
     compiler = find_compiler()
     flags = (*FLAGS, *flags, native_flag())
-    stem = f"{name}-{text_digest(text, _identity(compiler), *flags)}"
-    library = cached_file(f"{stem}.so", lambda path: _compile([compiler, *flags], text, path, links))
+    file = _file_name(name, text, compiler, flags)
+    library = cached_file(file, lambda path: _compile([compiler, *flags], text, path, links))
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CompileError(f"The compiled kernel cannot be loaded ({error}).") from error
+
+
+def is_kept(name: str, text: str) -> bool:
+    """Return whether `load(name, text)` finds the library in the file cache. Raises CompileError."""
+    try:
+        return (cache_folder() / _file_name(name, text, find_compiler(), (*FLAGS, native_flag()))).is_file()
+    except (OSError, RuntimeError):  # no folder, no home
+        return False
+
+
+def _file_name(name: str, text: str, compiler: str, flags: tuple[str, ...]) -> str:
+    return f"{name}-{text_digest(text, _identity(compiler), *flags)}.so"
 
 
 def warn_without_compiler(error: CompileError) -> None:
@@ -103,9 +116,21 @@ def _errors(command: list[str]) -> str:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run the compiler. Raises CompileError where it cannot be started."""
     try:
-        return subprocess.run(command, capture_output=True, text=True)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            _running.add(process)
+            try:
+                output, errors = process.communicate()
+            finally:
+                _running.discard(process)
     except OSError as error:
         raise CompileError(f"{command[0]} cannot be started ({error.strerror}).") from error
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def stop() -> None:
+    """End all compilers that this process has started: what they were to make is not made."""
+    for process in list(_running):
+        process.terminate()
 
 
 def native_flag() -> str:

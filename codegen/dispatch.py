@@ -5,16 +5,16 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt.codegen.build import build, build_torch, build_triton
+from fhopt.codegen.background import builder
+from fhopt.codegen.build import build_torch, build_triton
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.cpu.packing import pack, unpack
@@ -27,12 +27,11 @@ from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference,
 from fhopt.ops.masks import listed, within
 from fhopt.ops.paged_attention import PageStep
 from fhopt.plan.kernel_spec import KernelSpec
-from fhopt.system import cores, has_triton
+from fhopt.system import has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
 _expected: set[KernelSpec] = set()
-log = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -63,15 +62,10 @@ def expect(specs: Iterable[KernelSpec]) -> None:
     _expected.update(specs)
 
 
-def _build_with_others(spec: KernelSpec) -> LatentKernel:
-    """Build the kernel of `spec`, and all that are expected where it is one of them."""
-    if spec in _expected:
-        specs = sorted(_expected, key=lambda each: each.name)
-        _expected.clear()
-        log.info("building %d kernels", len(specs))
-        with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(build, specs))
-    return build(spec)
+def prepare(specs: Iterable[KernelSpec]) -> None:
+    """Build kernels for a CPU, and wait for these and for all others that are being built."""
+    builder.start(specs)
+    builder.wait()
 
 
 def latent_attention(
@@ -121,7 +115,10 @@ def latent_attention(
 def _known_kernel(
     query: Tensor, key: Tensor, value: Tensor, sides: tuple[Sequence[float], ...], softcap: bool
 ) -> LatentKernel:
-    """Return the kernel of these options, built once. sides: bits, widths and steps of keys, then of values."""
+    """Return the kernel of these options, built once; plain torch operations until it is there.
+
+    sides: bits, widths and steps of keys, then of values.
+    """
     if query.dtype == torch.float64:
         return latent_attention_reference
     tiers = tuple(map(tuple, sides))
@@ -129,7 +126,9 @@ def _known_kernel(
     options = (key.shape[-1], value.shape[-1], key.dtype, value.dtype, softcap, place, *tiers)
     kernel = _kernels.get(options)
     if kernel is None:
-        kernel = _kernels[options] = _kernel(query, key, value, tiers, softcap)
+        kernel, is_built = _kernel(query, key, value, tiers, softcap)
+        if is_built:
+            _kernels[options] = kernel
     return kernel
 
 
@@ -147,20 +146,31 @@ def attend_pages(step: PageStep) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, tiers: tuple[tuple[float, ...], ...], softcap: bool
-) -> LatentKernel:
-    """Build the kernel of these options; the reference where none can be built."""
+) -> tuple[LatentKernel, bool]:
+    """Return (kernel of these options, True); (what stands in for it, False) while it is being built.
+
+    The reference where none can be built.
+    """
     key_tiers, value_tiers = (tuple(zip(*tiers[i : i + 3], strict=True)) for i in (0, 3))
     uncoded = {x.dtype for x, coded in ((key, key_tiers), (value, value_tiers)) if not coded}
     if not uncoded <= _DTYPES.keys():
-        return latent_attention_reference
+        return latent_attention_reference, True
     dtype = _DTYPES[uncoded.pop()] if len(uncoded) == 1 else "float32"  # the text needs it for uncoded sides only
     width = int(sum(tiers[4])) or value.shape[-1]
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
     if query.is_cpu:
-        return _build_with_others(spec)
+        others = sorted(_expected, key=lambda each: each.name) if spec in _expected else []
+        _expected.difference_update(others)
+        kernel = builder.kernel(spec, others)
+        return (_stand_in(spec), False) if kernel is None else (kernel, True)
     if not has_triton():
-        return build_torch(spec)
-    return build_triton(replace(spec, dtype=_DTYPES[query.dtype]))
+        return build_torch(spec), True
+    return build_triton(replace(spec, dtype=_DTYPES[query.dtype])), True
+
+
+@functools.cache
+def _stand_in(spec: KernelSpec) -> LatentKernel:
+    return build_torch(spec)
 
 
 def _pack_by_triton(

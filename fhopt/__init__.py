@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.hf.apply import apply as apply
     from fhopt.hf.apply import latent_cache as latent_cache
+    from fhopt.hf.apply import prepare as prepare
     from fhopt.hf.apply import unapply as unapply
     from fhopt.hf.load import load as load
     from fhopt.hf.prompt_cache import load_cache as load_cache
@@ -43,6 +44,7 @@ _WHERE = {
     "latent_cache": "fhopt.hf.apply",
     "load": "fhopt.hf.load",
     "load_cache": "fhopt.hf.prompt_cache",
+    "prepare": "fhopt.hf.apply",
     "report": "fhopt.backend.compile_report",
     "save_cache": "fhopt.hf.prompt_cache",
     "unapply": "fhopt.hf.apply",
@@ -60,6 +62,7 @@ __all__ = [
     "latent_cache",
     "load",
     "load_cache",
+    "prepare",
     "report",
     "save_cache",
     "unapply",

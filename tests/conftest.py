@@ -110,6 +110,12 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["FHOPT_CACHE_DIR"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_waited_for() -> None:
+    """What stands in for a kernel until it is built has tests of its own."""
+    importlib.import_module("fhopt.codegen.background").builder.waits = True
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> Iterator[None]:
     """What a module leaves behind, such as compiled graphs, is not looked at by the collections of those after it."""
@@ -137,8 +143,9 @@ def kernels_where_they_are_the_point(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention on latents runs on torch operations, for tests in which no generated C++ is the point."""
-    dispatch = importlib.import_module("fhopt.codegen.dispatch")
-    monkeypatch.setattr(dispatch, "build", importlib.import_module("fhopt.codegen.build").build_torch)
+    dispatch, background = (importlib.import_module(f"fhopt.codegen.{name}") for name in ("dispatch", "background"))
+    monkeypatch.setattr(background, "build", importlib.import_module("fhopt.codegen.build").build_torch)
+    monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
     monkeypatch.setattr(dispatch, "_kernels", {})
 
 

@@ -22,10 +22,10 @@ class FitOptions:
 
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
-    which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on, for layouts that differ in arithmetic. mean_tokens: of
-    the plan (see `LatentPlan`). kernel_shapes: how many different kernels the sites of a plan need, at most (None: few
-    on a GPU, else any). checkpoint: file that lets an interrupted calibration go on. The other options are those of
-    `fhopt.fitting.fit`.
+    which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
+    for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). kernel_shapes: how many
+    different kernels the sites of a plan need, at most (None: few on a GPU, else any). checkpoint: file that lets an
+    interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
 
     texts: tuple[str, ...] = DEFAULT_TEXTS

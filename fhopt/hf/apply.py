@@ -37,6 +37,7 @@ class _Applied:
     cache: str  # name of the cache among the arguments of the model's forward
     parameters: tuple[str, ...]  # of the model's forward
     interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
+    kernels: frozenset[KernelSpec]  # that read its latents on a CPU
     reader: Any  # of the caches of this model
     config: Any  # of the model
 
@@ -48,6 +49,8 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     of an encoder are left alone: they have no KV cache. Where the model's heads are spread over processes
     (fhopt/parallel/tensor_parallel.py), all of them must call this with the same plan. Raises FhoptError when the model
     is of another kind, not the one that the plan was fitted for, or spread in a way that the plan does not allow.
+
+    Kernels that no process has built yet are built beside the first calls; `prepare` waits for them.
     """
     import fhopt.codegen
     from fhopt.attention.interface import Reader
@@ -83,12 +86,29 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         network.set_attn_implementation(before | {text_key(network.config): IMPLEMENTATION})
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
     parameters = tuple(inspect.signature(model.forward).parameters)
+    kernels = _kernels(network, [p for p in plan.sites if p.site in sites and not p.is_exact])
     network._fhopt_applied = _Applied(
         whole_plan, plan, hook, before, layers, cache_argument(model), parameters,
-        interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
+        interface=interface and all(site.mask != "relative" for site in sites), kernels=frozenset(kernels),
+        reader=Reader(), config=network.config,
     )  # fmt: skip
     fhopt.codegen.install()
-    fhopt.codegen.expect(_kernels(network, [p for p in plan.sites if p.site in sites and not p.is_exact]))
+    fhopt.codegen.expect(kernels)
+    return model
+
+
+def prepare(model: torch.nn.Module) -> torch.nn.Module:
+    """Build the kernels of the plan that is applied to `model`, and wait for them; returns the model.
+
+    Without this they are built beside the first calls, which run on plain torch operations until then: the first token
+    comes at once, the next ones are slower, and all are the same within rounding. Kernels are kept for later processes.
+    A model without a plan is left alone.
+    """
+    import fhopt.codegen
+
+    applied = _record(model)
+    if applied is not None:
+        fhopt.codegen.prepare(applied.kernels)
     return model
 
 

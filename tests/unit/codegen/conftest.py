@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fhopt.codegen import build
+from fhopt.codegen.background import Builder
 
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 DISPATCH = importlib.import_module("fhopt.codegen.dispatch")
@@ -20,6 +21,7 @@ def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})
+    monkeypatch.setattr(DISPATCH, "builder", Builder(waits=True))
     monkeypatch.setattr(DISPATCH, "_expected", set())  # a plan that was applied before and never read
     build.cache_clear()
     yield

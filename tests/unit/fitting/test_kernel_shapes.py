@@ -164,4 +164,4 @@ def test_a_plan_says_what_sharing_shapes_costs(device: str | None) -> None:
     said = shared.provenance["kernel_shapes"]
     assert kernels_of(shared) == 1 and said["most"] == 1
     assert said["predicted_nats_without"] == alone.provenance["predicted_nats"] < shared.provenance["predicted_nats"]
-    assert 3.9 < shared.ratio(100_000) and 3.9 < alone.ratio(100_000)
+    assert shared.ratio(100_000) > 3.9 and alone.ratio(100_000) > 3.9
