@@ -48,7 +48,8 @@ FAMILIES = (
         "`MODEL` of a command, and `fhopt.models.loader.load_model`, take `demo`, a folder of Hugging Face, a GGUF "
         "file, a `.pt2` program, or `python.module:function`. Nothing is downloaded.",
         ("fhopt/models/loader", "fhopt/models/loaded_model", "fhopt/models/model_facts", "fhopt/models/capture",
-         "fhopt/models/example_inputs", "fhopt/models/sites", "fhopt/models/transformers_import"),
+         "fhopt/models/example_inputs", "fhopt/models/sites", "fhopt/models/transformers_import",
+         "fhopt/models/model_name"),
     ),
     Family(
         "Texts and batches",
