@@ -84,6 +84,11 @@ FAMILIES = (
         ("fhopt/backend/*",),
     ),
     Family("Evaluation", "`fhopt eval` and the lm-eval harness.", ("fhopt/evaluation/*",)),
+    Family(
+        "Generating text",
+        "Prompts and options of `fhopt generate` and `fhopt chat`; a plan beside MODEL.",
+        ("fhopt/cli/generate", "fhopt/cli/text_model"),
+    ),
     Family("Inspection", "Drawings, graphs, reports.", ("fhopt/inspection/*", "fhopt/cli/inspect")),
     Family(
         "Engines with latent attention",
