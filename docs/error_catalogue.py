@@ -83,7 +83,11 @@ FAMILIES = (
         'Options of `torch.compile(model, backend="flashhead", options={...})`.',
         ("fhopt/backend/*",),
     ),
-    Family("Evaluation", "`fhopt eval` and the lm-eval harness.", ("fhopt/evaluation/*",)),
+    Family(
+        "Evaluation and speed",
+        "`fhopt eval`, `fhopt bench` and the lm-eval harness.",
+        ("fhopt/evaluation/*", "fhopt/cli/options"),
+    ),
     Family(
         "Generating text",
         "Prompts and options of `fhopt generate` and `fhopt chat`; a plan beside MODEL.",

@@ -20,6 +20,7 @@ from fhopt.plan.fingerprint import fingerprint
 WRONG: dict[str, tuple[list[str], str]] = {
     "no such model": (["generate", "{tmp}/no", "x"], "unknown model"),
     "a program without a tokenizer": (["chat", "a.pt2"], "has no tokenizer"),
+    "a GGUF file that is not there": (["bench", "{tmp}/a.gguf"], "expected a GGUF file"),
     "no chat template, asked for": (["generate", "{mute}", "x", "--chat"], "has no chat template"),
     "no chat template": (["chat", "{mute}"], "without it use `fhopt generate {mute} --raw PROMPT`"),
     "no prompt": (["generate", "{chatty}"], "found no prompt"),
@@ -34,6 +35,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a folder that is no plan": (["generate", "{chatty}", "x", "--plan", "{tmp}"], "is not a plan"),
     "a plan of another model": (["generate", "{other}", "x", "--plan", "{plan}"], "fitted to another model"),
     "a plan and the exact cache": (["chat", "{chatty}", "--plan", "{plan}", "--exact"], "expected one of the two"),
+    "a context longer than the model": (["bench", "{chatty}", "--contexts", "513"], "the model has 512 positions"),
+    "contexts that are words": (["bench", "{chatty}", "--contexts", "long"], "not a list of positive numbers"),
+    "a negative batch": (["bench", "{chatty}", "--batches", "-1"], "not a list of positive numbers"),
+    "negative rounds": (["bench", "{chatty}", "--rounds", "-1"], "-1 rounds"),
+    "a plot that is no picture": (["bench", "{chatty}", "-o", "{tmp}/plot.txt"], "is not a picture"),
+    "a plan of another model to measure": (["bench", "{other}", "--plan", "{plan}"], "fitted to another model"),
 }
 
 
@@ -70,7 +77,7 @@ def test_wrong_input_ends_in_one_line_before_the_model_is_loaded(
 
 def test_what_needs_no_tensors_is_refused_without_torch(folders: dict[str, Path]) -> None:
     code = "import sys; from fhopt.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    for case in ("no chat template", "negative tokens", "no such plan"):
+    for case in ("no chat template", "negative tokens", "no such plan", "a context longer than the model"):
         words = [a.format(tmp=folders["plan"], **folders) for a in WRONG[case][0]]
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout.strip() == "False", (case, done.stderr)
