@@ -48,7 +48,8 @@ FAMILIES = (
         "`MODEL` of a command, and `fhopt.models.loader.load_model`, take `demo`, a folder of Hugging Face, a GGUF "
         "file, a `.pt2` program, or `python.module:function`. Nothing is downloaded.",
         ("fhopt/models/loader", "fhopt/models/loaded_model", "fhopt/models/model_facts", "fhopt/models/capture",
-         "fhopt/models/example_inputs", "fhopt/models/sites", "fhopt/models/transformers_import"),
+         "fhopt/models/example_inputs", "fhopt/models/sites", "fhopt/models/transformers_import",
+         "fhopt/models/model_name"),
     ),
     Family(
         "Texts and batches",
@@ -82,7 +83,16 @@ FAMILIES = (
         'Options of `torch.compile(model, backend="flashhead", options={...})`.',
         ("fhopt/backend/*",),
     ),
-    Family("Evaluation", "`fhopt eval` and the lm-eval harness.", ("fhopt/evaluation/*",)),
+    Family(
+        "Evaluation and speed",
+        "`fhopt eval`, `fhopt bench` and the lm-eval harness.",
+        ("fhopt/evaluation/*", "fhopt/cli/options"),
+    ),
+    Family(
+        "Generating text",
+        "Prompts and options of `fhopt generate` and `fhopt chat`; a plan beside MODEL.",
+        ("fhopt/cli/generate", "fhopt/cli/text_model"),
+    ),
     Family("Inspection", "Drawings, graphs, reports.", ("fhopt/inspection/*", "fhopt/cli/inspect")),
     Family(
         "Engines with latent attention",

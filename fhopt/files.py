@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PICTURES = (".png", ".svg", ".pdf")  # what matplotlib draws
 
 
 @contextmanager
@@ -91,6 +94,15 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise FhoptError(f"cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+
+
+def check_picture(path: Path) -> None:
+    """Raise FhoptError when matplotlib can draw nothing to `path`, before anything slow starts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
+    if path.suffix.lower() not in PICTURES or path.is_dir():
+        raise FhoptError(f"{path} is not a picture; expected a file that ends in {', '.join(PICTURES)}.")
+    check_writable(path.parent)
 
 
 def check_folder(path: Path, names: Iterable[str]) -> None:

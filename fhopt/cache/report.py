@@ -19,6 +19,22 @@ def cache_bytes(cache: Any) -> int:
     return sum(row["bytes"] for row in cache_report(cache))
 
 
+def exact_cache_bytes(cache: Any) -> int:
+    """Return the bytes that exact keys and values of the tokens in a transformers cache have, in the same dtype."""
+    if isinstance(cache, EncoderDecoderCache):
+        return exact_cache_bytes(cache.self_attention_cache) + exact_cache_bytes(cache.cross_attention_cache)
+    return sum(map(_exact_bytes, cache.layers))
+
+
+def _exact_bytes(layer: Any) -> int:
+    if not isinstance(layer, LATENT_LAYERS):
+        return tensor_bytes(layer)
+    if not layer.is_initialized:
+        return 0
+    numbers: int = layer.site.site.exact_numbers_per_token * layer.dtype.itemsize
+    return int(layer.get_seq_length()) * layer.batch_size * numbers
+
+
 def cache_report(cache: Any) -> list[dict[str, Any]]:
     """Return what `LatentCache.report` does for any transformers cache; all that is not latent is exact."""
     if isinstance(cache, EncoderDecoderCache):

@@ -65,7 +65,8 @@ def rewrite(
     import torch
 
     from fhopt.export import pt2_module, pt2_step, rewrite_folder
-    from fhopt.models.loader import folder_of, load_model
+    from fhopt.models.loader import load_model
+    from fhopt.models.model_name import folder_of
     from fhopt.plan.latent_plan import LatentPlan
 
     out, source = Path(os.path.abspath(out)), folder_of(model)

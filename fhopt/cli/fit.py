@@ -240,8 +240,7 @@ def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
 
 def _check_places(out: Path, picture: Path | None) -> None:
     """Raise FhoptError where a plan, or the picture of one, cannot be written."""
-    from fhopt.files import check_folder, check_writable
-    from fhopt.inspection.plots import check_picture
+    from fhopt.files import check_folder, check_picture, check_writable
     from fhopt.plan.plan_files import PLAN_FILES
 
     check_folder(out, PLAN_FILES)

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fhopt.errors import FhoptError
 from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
@@ -96,6 +97,15 @@ class _Lines:
         steps = done - self.first
         left = f", {(now - self.since) / steps * (total - done):.0f} s left" if steps > 0 else ""
         click.echo(f"{stage} {done} of {total}{left}", err=True)
+
+
+def read_counts(text: str, option: str) -> tuple[int, ...]:
+    """Read a list with commas of positive numbers, each once. Raises FhoptError."""
+    words = [word.strip() for word in text.split(",")]
+    counts = [int(word) if word.isascii() and word.isdecimal() else 0 for word in words]
+    if not all(counts):
+        raise FhoptError(f"{option} {text!r} is not a list of positive numbers; expected one such as 1,4,16.")
+    return tuple(dict.fromkeys(counts))
 
 
 def print_json(value: Any) -> None:

@@ -10,6 +10,7 @@
 | `kernel_listing` | the generated kernels as highlighted text |
 | `charts` | the charts of a report, drawn by Vega-Lite |
 | `plots` | spectrum, bits and sensitivity of a plan, drawn by matplotlib |
+| `throughput_plot` | speed and bytes over the context, drawn by matplotlib |
 | `html_report` | the report as one HTML page |
 | `progress_file` | the progress of a fit that runs in another process |
 | `server` | report and progress in a browser, on this machine only |

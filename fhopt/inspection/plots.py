@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from fhopt.calibration.run import Calibration
 from fhopt.errors import FhoptError
-from fhopt.files import appearing, check_writable
+from fhopt.files import appearing, check_picture
 from fhopt.fitting.allocation import channel_nats
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import TIER_QUANTUM
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
 
 Matrix = NDArray[np.float64]
 SIDES = ("keys", "values")
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_picture(path: Path) -> None:
-    """Raise FhoptError when nothing can be drawn to `path`, before anything slow starts."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise FhoptError("matplotlib is not installed; a picture needs it. Install it with: pip install 'fhopt[plot]'")
-    if path.suffix.lower() not in FORMATS or path.is_dir():
-        raise FhoptError(f"{path} is not a picture; expected a file that ends in {', '.join(FORMATS)}.")
-    check_writable(path.parent)
 
 
 def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path:
@@ -53,12 +42,17 @@ def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path
         f"{plan.provenance.get('model', 'plan')}: {plan.ratio():.2f}x, "
         f"expected loss {plan.provenance.get('predicted_nats', 0.0):.2g} nats per token"
     )
+    save_figure(figure, path)
+    return path
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all. Raises FhoptError."""
     try:
         with appearing(path) as staging:
             figure.savefig(staging, dpi=120)
     except OSError as error:
         raise FhoptError(f"cannot draw {path}: {error}. Choose a .png, .svg or .pdf that you may write to.") from error
-    return path
 
 
 def _grid(rows: list[list[float]]) -> Matrix:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,7 @@ from fhopt.hardware.cost_model import Cost, CostComparison, pretty
 from fhopt.hardware.this_cpu import CpuRates
 from fhopt.inspection.facts import InspectedSite, Inspection, Missed, PlannedSite, common_form, short_name
 from fhopt.passes.outcome import Explanation
-from fhopt.plan.display import mask_words, rope_words
+from fhopt.plan.display import mask_words, quantity, rate, rope_words, times
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import QualityCard
 from fhopt.plan.site import AttentionSite
@@ -317,6 +318,32 @@ def cost_tables(costs: Mapping[str, Cost], comparison: CostComparison, title: st
     return Group(_formulas(costs), "", _figures(comparison, title), "", Text(bound, "italic"), _bounds(comparison))
 
 
+def throughput_table(result: Mapping[str, Any]) -> Table:
+    """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
+    rows, batches = result["rows"], {row["batch"] for row in result["rows"]}
+    about = f"{result['model']}: {result['dtype']} on {result['device']}, medians of {result['rounds']} rounds"
+    table = Table(title=Text(about), title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
+    names += ["prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes"]
+    for name in names:
+        is_name = name == "KV cache"
+        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    for (context, batch), group in groupby(rows, key=lambda r: (r["context"], r["batch"])):
+        labels = [f"{context:,}", *([f"{batch:,}"] if len(batches) > 1 else [])]
+        for row in group:
+            table.add_row(*labels, Text(row["cache"]), *_throughput_cells(row))
+            labels = [""] * len(labels)
+        table.add_section()
+    return table
+
+
+def _throughput_cells(row: Mapping[str, Any]) -> list[str]:
+    prefill, decode = (rate(row[f"{kind}_tokens_per_second"]) for kind in ("prefill", "decode"))
+    cells = {"prefill_speedup": prefill, "decode_speedup": decode, "ratio": quantity(row["cache_bytes"], "B")}
+    prefill, decode, size = (f"{cell} {times(row[name]):>5}" for name, cell in cells.items())
+    return [prefill, quantity(row["time_to_first_token_s"], "s"), decode, size]
+
+
 def machine_table(results: Sequence[CpuRates]) -> Table:
     """Tabulate what was measured of this machine's CPU, a row per number of threads."""
     table = Table(title=f"{results[0].cpu}, {results[0].memory_gb:.0f} GB", title_justify="left")
@@ -357,10 +384,10 @@ def _figures(comparison: CostComparison, title: str) -> Table:
         for row in rows:
             now, is_exact = row.figures, row.cache == "exact"
             pays = f"{math.ceil(row.pays_from):,}" if row.pays_from is not None else row.pays
-            step = _unit(now.step_seconds, "s") + ("" if now.fits else " [red]!")
+            step = quantity(now.step_seconds, "s") + ("" if now.fits else " [red]!")
             table.add_row(
-                *labels, row.cache, _unit(now.bytes, "B"), _unit(now.operations, ""),
-                _unit(now.attention_seconds, "s"), "" if is_exact else f"{row.attention_speedup:.2f}x", now.bound,
+                *labels, row.cache, quantity(now.bytes, "B"), quantity(now.operations, ""),
+                quantity(now.attention_seconds, "s"), "" if is_exact else f"{row.attention_speedup:.2f}x", now.bound,
                 step, "" if is_exact else f"{row.step_speedup:.2f}x", pays,
             )  # fmt: skip
             labels = ["", ""]
@@ -386,12 +413,3 @@ def _bounds(comparison: CostComparison) -> Table:
 def _grouped(formula: str) -> str:
     """Group the thousands of long numbers in a formula."""
     return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", formula)
-
-
-def _unit(value: float, unit: str) -> str:
-    """Format a number with three digits and a prefix: 1.28 ms, 653 MB."""
-    power = min(4, max(-3, math.floor(math.log10(value) / 3))) if value > 0 else 0
-    scaled = value / 1000**power
-    digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0
-    prefix = ("n", "µ", "m", "", "k", "M", "G", "T")[power + 3]
-    return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from fhopt.models.example_inputs import example_arguments as example_arguments
     from fhopt.models.loaded_model import LoadedModel as LoadedModel
     from fhopt.models.loader import DEMO_NAME as DEMO_NAME
-    from fhopt.models.loader import folder_of as folder_of
     from fhopt.models.loader import load_model as load_model
+    from fhopt.models.model_name import folder_of as folder_of
     from fhopt.models.sites import explain_sites as explain_sites
     from fhopt.models.sites import find_sites as find_sites
 
@@ -21,7 +21,7 @@ _WHERE = {
     "example_arguments": "fhopt.models.example_inputs",
     "explain_sites": "fhopt.models.sites",
     "find_sites": "fhopt.models.sites",
-    "folder_of": "fhopt.models.loader",
+    "folder_of": "fhopt.models.model_name",
     "load_model": "fhopt.models.loader",
 }
 __getattr__ = lazily(__name__, _WHERE)

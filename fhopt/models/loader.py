@@ -21,12 +21,12 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.models.example_inputs import example_arguments
 from fhopt.models.loaded_model import LoadedModel
+from fhopt.models.model_name import check_config, folder_of, unknown_model
 from fhopt.models.rewritten_folder import is_rewritten
 from fhopt.models.transformers_import import QuietProgress, transformers
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
 
 
 def load_model(
@@ -50,13 +50,18 @@ def load_model(
         return _load_folder(path, dtype)
     if ":" in name and not path.exists():
         return _load_function(name)
-    raise FhoptError(f"unknown model {name!r}: there is no such folder or file. Expected {_FORMS}.")
+    raise unknown_model(name)
 
 
-def folder_of(name: str) -> Path | None:
-    """Return the folder that MODEL names; None for any other form. `demo` is the demo model, not a folder."""
-    path = Path(name).expanduser()
-    return path if name != "demo" and path.is_dir() else None
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a Hugging Face folder alone; None for any other form of MODEL. Raises FhoptError."""
+    path = folder_of(name)
+    if path is None:
+        return None
+    try:
+        return transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a damaged folder makes loaders raise many kinds
+        raise _not_loaded(path, error) from error
 
 
 def _load_demo(dtype: torch.dtype) -> LoadedModel:
@@ -123,8 +128,7 @@ def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) ->
 
 
 def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = MappingProxyType({})) -> LoadedModel:
-    if not (path / "config.json").is_file():
-        raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {_FORMS}.")
+    check_config(path)
     hf = transformers()
     if is_rewritten(path):
         return _load_rewritten(path, dtype, placement)

@@ -6,6 +6,7 @@ The classes call these from their `_repr_html_`. Names and reasons are the user'
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -86,3 +87,22 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+
+
+def quantity(value: float, unit: str) -> str:
+    """Format a number with three digits and a prefix: 1.28 ms, 653 MB."""
+    power = min(4, max(-3, math.floor(math.log10(value) / 3))) if value > 0 else 0
+    scaled = value / 1000**power
+    digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0
+    prefix = ("n", "µ", "m", "", "k", "M", "G", "T")[power + 3]
+    return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def rate(value: float) -> str:
+    """Format tokens per second with three digits, all of them from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(factor: float) -> str:
+    """Format a factor: 0.85x, 14.1x."""
+    return f"{factor:.2f}x" if factor < 10 else f"{factor:.1f}x"

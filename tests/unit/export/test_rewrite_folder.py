@@ -21,7 +21,8 @@ from fhopt.export import rewrite_folder
 from fhopt.files import appearing_folder
 from fhopt.models import rewritten_folder
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.loader import folder_of, load_model
+from fhopt.models.loader import load_model
+from fhopt.models.model_name import folder_of
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,154 @@
+"""MODEL and --plan of commands that generate text: checked as far as possible before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fhopt.errors import FhoptError
+
+if TYPE_CHECKING:
+    from fhopt.hf.sampling import Sampling
+    from fhopt.hf.streaming import Generated
+    from fhopt.models.loaded_model import LoadedModel
+    from fhopt.plan.latent_plan import LatentPlan
+
+INTERRUPTED = 130  # the exit code after Ctrl-C, 128 + SIGINT
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model with its tokenizer, and the plan that is applied to it; None for the exact KV cache."""
+
+    name: str
+    network: Any
+    tokenizer: Any
+    plan: LatentPlan | None
+
+    @property
+    def cache_words(self) -> str:
+        """The kind of KV cache, in words."""
+        return "exact KV cache" if self.plan is None else f"{self.plan.ratio():.1f}x plan"
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which plan is applied, how many tokens are generated, and how they are drawn."""
+    options = (
+        click.option(
+            "--plan", "plan_path", type=click.Path(path_type=Path),
+            help="The plan to apply. [default: that of a folder that `fhopt rewrite` wrote; else the exact KV cache]",
+        ),
+        click.option("--exact", is_flag=True, help="Use the exact KV cache of a folder that has a plan."),
+        click.option(
+            "--max-new-tokens", type=int,
+            help="Tokens to generate at most. [default: 256, or what the model has room for]",
+        ),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy; 1: as trained."),
+        click.option(
+            "--top-p", type=float, default=1.0, show_default=True,
+            help="Draw from the likeliest tokens that have this probability together; needs --temperature.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of random numbers."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_sampling(
+    model: str, max_new_tokens: int | None, temperature: float, top_p: float, seed: int, needs_template: bool
+) -> Sampling:
+    """Check MODEL by its files, and the numbers, with nothing loaded. Raises FhoptError."""
+    from fhopt.hf.sampling import Sampling
+    from fhopt.models.model_name import check_text_model, no_chat_template, stored_facts
+
+    check_text_model(model)
+    facts = stored_facts(model)
+    chosen = Sampling(max_new_tokens, temperature, top_p, seed)
+    chosen.check(facts.positions)
+    if needs_template and facts.has_chat_template is False:
+        raise no_chat_template(model)
+    return chosen
+
+
+def read_plan(model: str, plan_path: Path | None, exact: bool = False) -> LatentPlan | None:
+    """Load the plan for MODEL, that of a rewritten folder where none is given, and check it against stored weights.
+
+    Returns None for the exact KV cache. Raises FhoptError.
+    """
+    from fhopt.models.model_name import folder_of
+
+    if exact:
+        if plan_path is not None:
+            raise FhoptError("--exact is the exact KV cache, and --plan names a plan; expected one of the two.")
+        return None
+    folder = folder_of(model)
+    if plan_path is None and (folder is None or not (folder / "fhopt.json").is_file()):
+        return None
+    path = plan_path if plan_path is not None else folder
+    assert path is not None
+    if not path.is_dir():
+        raise FhoptError(
+            f"{path} is not a plan: there is no such folder. Expected one with plan.json and plan.safetensors, as "
+            "`fhopt fit MODEL -o FOLDER` writes."
+        )
+    from fhopt.models.rewritten_folder import PLAN, is_rewritten
+    from fhopt.models.stored_weights import check_stored
+    from fhopt.plan.latent_plan import LatentPlan
+
+    plan = LatentPlan.load(path / PLAN if is_rewritten(path) else path)
+    if folder is not None:
+        check_stored(plan, folder)
+    return plan
+
+
+def load_text_model(name: str, dtype: str, device_map: str | None, plan: LatentPlan | None) -> TextModel:
+    """Load MODEL and apply the plan. Raises FhoptError."""
+    import torch
+
+    from fhopt.hf.apply import apply
+    from fhopt.models.loader import load_model
+    from fhopt.parallel.device_map import placement
+
+    loaded: LoadedModel = load_model(name, getattr(torch, dtype), placement(device_map))
+    network = loaded.language_model()
+    if plan is not None:
+        apply(network, plan)
+    return TextModel(loaded.name, network, loaded.tokenizer, plan)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End the command with exit code 130 and without a traceback at Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") -> list[str]:
+    """Return speed and bytes of a generation in lines. kind: of KV cache. dtype: of exact keys and values."""
+    from fhopt.plan.display import quantity, rate, times
+
+    values = done.as_json()
+    read = f"{done.prompt_tokens:,} prompt tokens" + (f" ({prompt_form})" if prompt_form else "")
+    if done.prefill_tokens < done.prompt_tokens:
+        read += f", {done.prefill_tokens:,} of them new"
+    if not done.times:
+        return [f"{read}: stopped before the first token"]
+    decode = "" if done.decode_rate is None else f", decode {rate(done.decode_rate)} tokens/s"
+    lines = [
+        f"{read}: first token after {quantity(done.times[0], 's')}, prefill {rate(done.prefill_rate or 0)} tokens/s; "
+        f"{len(done.ids):,} tokens{decode}"
+    ]
+    if values["cache_bytes"]:
+        size, exact = (quantity(values[name], "B") for name in ("cache_bytes", "exact_cache_bytes"))
+        than = f", exact {exact} in {dtype}: {times(values['ratio'])} smaller" if kind != "exact KV cache" else ""
+        lines.append(f"{kind}: {size}{than}")
+    return lines

@@ -1,0 +1,56 @@
+"""What `fhopt bench` measures: contexts, batches, tokens and rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fhopt.errors import FhoptError
+
+CONTEXTS = (512, 2048, 8192)  # where none are given, as far as the model goes
+
+
+@dataclass(frozen=True)
+class ThroughputOptions:
+    """What is measured.
+
+    contexts: tokens of a sequence in the end, of which the last `decode` are generated; None: CONTEXTS. batches:
+    numbers of sequences. rounds: of which medians are taken. seed: of the random tokens.
+    """
+
+    contexts: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = (1,)
+    decode: int = 64
+    rounds: int = 3
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise FhoptError for numbers that are not possible."""
+        for what, number in (("tokens to generate", self.decode), ("rounds", self.rounds)):
+            if number < 1:
+                raise FhoptError(f"{number} {what} are not possible; expected 1 or more.")
+        if not 0 <= self.seed < 2**63:
+            raise FhoptError(f"seed {self.seed} is not possible; expected 0 to 2^63 - 1.")
+        if self.contexts is not None:
+            self._check_room(min(self.contexts))
+
+    def within(self, positions: int | None) -> ThroughputOptions:
+        """Return these options with the contexts that a model of so many positions has; None: it does not say.
+
+        Default contexts are cut to that. Raises FhoptError where a context that was asked for is longer.
+        """
+        if self.contexts is not None and positions is not None and max(self.contexts) > positions:
+            raise FhoptError(
+                f"a context of {max(self.contexts)} tokens is too long: the model has {positions} positions. Give "
+                "shorter --contexts."
+            )
+        contexts = CONTEXTS if self.contexts is None else self.contexts
+        kept = tuple(dict.fromkeys(min(c, positions or c) for c in contexts))
+        self._check_room(min(kept))
+        return replace(self, contexts=kept)
+
+    def _check_room(self, context: int) -> None:
+        if context <= self.decode:
+            raise FhoptError(
+                f"a context of {context} tokens has no room for a prompt and {self.decode} tokens to generate. Give "
+                "longer --contexts, or a smaller --decode."
+            )

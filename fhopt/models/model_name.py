@@ -1,0 +1,101 @@
+"""MODEL of a command by its name: which form it has, and what its files say before anything is loaded.
+
+Nothing here imports torch or transformers, so that a command refuses a wrong name at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fhopt.errors import FhoptError
+
+FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
+
+@dataclass(frozen=True)
+class StoredFacts:
+    """What the files of a model say. positions, has_chat_template: None where they do not say it."""
+
+    positions: int | None = None
+    has_chat_template: bool | None = None
+
+
+def folder_of(name: str) -> Path | None:
+    """Return the folder that MODEL names; None for any other form. `demo` is the demo model, not a folder."""
+    path = Path(name).expanduser()
+    return path if name != "demo" and path.is_dir() else None
+
+
+def unknown_model(name: str) -> FhoptError:
+    """Make the error for a name that has no known form."""
+    return FhoptError(f"unknown model {name!r}: there is no such folder or file. Expected {FORMS}.")
+
+
+def no_chat_template(name: str) -> FhoptError:
+    """Make the error for a model without a chat template."""
+    return FhoptError(
+        f"{name} has no chat template; expected one for a chat, and without it use `fhopt generate {name} --raw "
+        "PROMPT`, which continues a text."
+    )
+
+
+def check_config(path: Path) -> None:
+    """Raise FhoptError where the folder `path` has no configuration of a model."""
+    if not (path / "config.json").is_file():
+        raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {FORMS}.")
+
+
+def check_text_model(name: str) -> None:
+    """Raise FhoptError where MODEL is, by its name and files, not a causal language model with a tokenizer."""
+    path, folder = Path(name).expanduser(), folder_of(name)
+    if folder is not None:
+        check_config(folder)
+        _check_causal(folder)
+    elif path.suffix == ".pt2" or (":" in name and not path.exists()):
+        raise FhoptError(
+            f"{name} has no tokenizer, so it cannot read or write text. Expected a language model: demo, a Hugging "
+            "Face folder, or a GGUF file."
+        )
+    elif name != "demo" and path.suffix != ".gguf":
+        raise unknown_model(name)
+    elif name != "demo" and not path.is_file():
+        raise FhoptError(f"{path} does not exist; expected a GGUF file.")
+
+
+def _check_causal(folder: Path) -> None:
+    names = _read(folder / "config.json").get("architectures") or []
+    is_causal = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+    if names and not is_causal and not (folder / "fhopt.json").is_file():
+        raise FhoptError(f"{folder} is a {names[0]}, which writes no text. Expected a causal language model.")
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise FhoptError(
+            f"{folder} has no tokenizer. Save it there too: AutoTokenizer.from_pretrained(MODEL).save_pretrained(...)."
+        )
+
+
+def stored_facts(name: str) -> StoredFacts:
+    """Read what the files of MODEL say about positions and chat template; nothing of forms other than a folder."""
+    folder = folder_of(name)
+    if folder is None:
+        return StoredFacts()
+    config = _read(folder / "config.json")
+    text = config.get("text_config")
+    known = [c[k] for c in (text, config) if isinstance(c, Mapping) for k in _POSITIONS if isinstance(c.get(k), int)]
+    files = (folder / "chat_template.jinja", folder / "chat_template.json", folder / "additional_chat_templates")
+    has_template = any(f.exists() for f in files) or bool(_read(folder / "tokenizer_config.json").get("chat_template"))
+    return StoredFacts(known[0] if known else None, has_template)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """Read a JSON object; an empty one where it cannot be read, which the loader reports."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

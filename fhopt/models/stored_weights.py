@@ -1,0 +1,44 @@
+"""Weights of a folder, one at a time from its safetensors files: whether a plan belongs to a model not yet loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fhopt.models.rewritten_folder import METHOD, is_rewritten, read_json
+from fhopt.plan.fingerprint import check_model
+from fhopt.plan.latent_plan import LatentPlan
+
+
+def check_stored(plan: LatentPlan, folder: Path) -> None:
+    """Raise FhoptError where the weights in `folder` show that the plan was fitted to another model.
+
+    Only the weights that the plan names are read. Nothing is said of folders with quantized weights or with other names
+    than those of the loaded model: `check_model` decides when that is loaded.
+    """
+    names = {n for site in plan.sites for role in site.site.projections.values() for n in role}
+    if not names or _is_quantized(folder):
+        return
+    with contextlib.suppress(OSError, SafetensorError):  # the loader reports what cannot be read
+        found = _weights(folder, names)
+        if found.keys() == names:
+            check_model(plan, found, folder.name)
+
+
+def _is_quantized(folder: Path) -> bool:
+    method = read_json(folder, "config.json").get("quantization_config")
+    is_ours = is_rewritten(folder) and isinstance(method, dict) and method.get("quant_method") == METHOD
+    return bool(method) and not is_ours
+
+
+def _weights(folder: Path, names: set[str]) -> Mapping[str, Tensor]:
+    """Read the weights of these names, as far as they are in the folder."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in names & set(opened.keys())}
+    return found
