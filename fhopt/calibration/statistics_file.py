@@ -13,7 +13,6 @@ order and turn channels otherwise on another machine.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from fhopt.calibration.checkpoint import named_costs, named_moments
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import Calibration
 from fhopt.errors import FhoptError
-from fhopt.files import check_digest, check_writable, read_tensors, write_tensors
+from fhopt.files import check_digest, check_writable, read_description, read_tensors, write_tensors
 from fhopt.fitting.bases import Basis
 from fhopt.fitting.costs import empty_costs
 from fhopt.fitting.statistics import empty_statistics
@@ -74,12 +73,9 @@ def check_file(file: Path) -> None:
 
 
 def _is_statistics(file: Path) -> bool:
-    from safetensors import safe_open
-
     try:
-        with safe_open(file, "pt") as opened:
-            return "levels" in json.loads((opened.metadata() or {}).get("fhopt", "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError):
+        return "levels" in read_description(file)
+    except (OSError, FhoptError, ValueError, RecursionError):
         return False
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from fhopt.files import appearing
+from fhopt.errors import FhoptError
+from fhopt.files import appearing, read_file
 from fhopt.system import cache_folder, cores, make_private
 
 NAME = "here"
@@ -51,8 +52,8 @@ def measured(threads: int) -> CpuRates:
     """Return the rates of this CPU from the cache folder; measured, in some 3 seconds, when they are not there."""
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
-        return CpuRates(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):  # not there, damaged, or of another version
+        return CpuRates(**json.loads(read_file(path)))
+    except (OSError, ValueError, TypeError, RecursionError, FhoptError):  # not there, damaged, or of another version
         return measure(threads)
 
 

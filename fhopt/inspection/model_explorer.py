@@ -101,7 +101,7 @@ def convert(path: Path) -> dict[str, Any]:
     from model_explorer import graph_builder as build
 
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(read_file(path, GRAPH_BYTES))
         graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FhoptError(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.files import opened, read_file
 from fhopt.parallel.offloaded_weights import named_weights
 from fhopt.plan.fingerprint import shape_and_signs
 from fhopt.plan.latent_plan import LatentPlan
@@ -36,7 +37,6 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 PLAN = "plan"  # folder of the plan
-JSON_BYTES = 1 << 26  # no JSON file of a model is longer
 FORBIDDEN = ("adapter_config.json",)  # with it transformers would load another model, from elsewhere
 _CHUNK = 1 << 22
 
@@ -88,11 +88,9 @@ def damaged(path: Path, why: str) -> FhoptError:
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """Read the JSON object in the file `name` of the folder. Raises FhoptError."""
     try:
-        with (path / name).open("rb") as file:
-            text = file.read(JSON_BYTES + 1)
-        if len(text) > JSON_BYTES:
-            raise damaged(path, f"{name} is longer than {JSON_BYTES >> 20} MiB")
-        value = json.loads(text)
+        value = json.loads(read_file(path / name))
+    except FhoptError as error:
+        raise damaged(path, str(error).partition(". ")[0]) from error
     except OSError as error:
         raise damaged(path, f"{name} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -159,7 +157,7 @@ def describe_files(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
