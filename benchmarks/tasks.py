@@ -200,7 +200,7 @@ def main(
     names: tuple[str, ...], items: int, quick: bool,
 ) -> None:  # fmt: skip
     """Measure tasks of a model with the exact cache and with plans, and write the figures."""
-    from fhopt.evaluation.tasks import choose
+    from fhopt.evaluation.task_choice import choose
 
     quick = quick or is_quick()
     options, chosen = FitOptions(), parts or PARTS

@@ -181,8 +181,8 @@ def check_tensor_file(file: Path, cure: str = "Write it again.") -> None:
 def read_description(file: Path, key: str = "fhopt") -> dict[str, Any]:
     """Read the description alone, as `read_tensors` does, without torch; empty where there is none.
 
-    Raises FhoptError where it is not a regular file, and ValueError where it is not a whole safetensors file. OSError
-    and RecursionError pass through.
+    Raises FhoptError where it is not a regular file, and ValueError, LookupError or TypeError where it is not a whole
+    safetensors file. OSError and RecursionError pass through.
     """
     header = read_header(file)
     metadata = header.get("__metadata__", {})
@@ -204,6 +204,11 @@ def read_header(file: Path) -> dict[str, Any]:
         header = json.loads(content.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
+    ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+    if max(ends, default=0) != size - 8 - length:
+        raise ValueError(
+            f"it has {size - 8 - length:,} bytes of tensors, and its header names {max(ends, default=0):,}"
+        )
     return header
 
 

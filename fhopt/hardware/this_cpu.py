@@ -28,7 +28,6 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing, read_file
 from fhopt.system import cache_folder, cores, make_private
 
-NAME = "here"
 VECTOR = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 SIDE = 1536  # of square matrices: they stay in the second-level cache, and take some milliseconds
 SECONDS = 0.6  # of each measurement

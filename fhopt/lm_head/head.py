@@ -22,10 +22,10 @@ from torch import Tensor
 from fhopt.codegen.cpu.lm_head import BLOCK, NUMBERS, Codes, Search, block_bytes
 from fhopt.errors import FhoptError
 from fhopt.files import check_tensor_file, digest, read_file, write_folder
+from fhopt.lm_head.options import FILES
 from fhopt.passes.recognize.find_lm_head import HeadSite
 
 VERSION = 2
-FILES = ("head.json", "head.safetensors")
 TENSORS = ("codes", "transform", "centre", "centroids", "radii")  # of `Codes`
 _CURE = "Make the head again with: fhopt head"
 _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
@@ -108,9 +108,7 @@ class Head:
             raise FhoptError(f"{folder} is damaged ({error}). {_CURE}") from error
         if not isinstance(content, dict) or content.get("version") != VERSION:
             version = content.get("version") if isinstance(content, dict) else None
-            raise FhoptError(
-                f"{folder} has version {version}, expected {VERSION}. {_CURE}"
-            )
+            raise FhoptError(f"{folder} has version {version}, expected {VERSION}. {_CURE}")
         try:
             if content.pop("digest", None) != digest(content, tensors):
                 raise ValueError("its content is not what was written")

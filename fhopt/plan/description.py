@@ -75,9 +75,7 @@ _SITE = record(
         "sinks": truth,
     }
 )
-_SITE_PLAN = record(
-    {"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS}, {"sketch": _TIERS}
-)
+_SITE_PLAN = record({"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS}, {"sketch": _TIERS})
 _SHARES = several(number(0, 1))
 _PAGES = record(
     {"tokens": whole(1), "shares": _SHARES, "masses": _SHARES, "least": whole(), "limit": number(0, 1)},
@@ -217,8 +215,37 @@ def checksum(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of(description: Mapping[str, Any], tensors: bytes) -> str:
+    """Return the digest of a plan by its files. Raises ValueError, LookupError and TypeError for a damaged header.
+
+    It is that of `LatentPlan.digest`: names and bytes of the tensors lie in the file as torch has them in memory.
+    """
+    header = tensor_header(tensors)
+    start = 8 + int.from_bytes(tensors[:8], "little")
+    h = hashlib.sha256(numbers_of(description))
+    for name, about in sorted(header.items()):
+        first, last = (start + place for place in about["data_offsets"])
+        h.update(name.encode())
+        h.update(memoryview(tensors)[first:last])
+    return h.hexdigest()
+
+
+def tensor_header(tensors: bytes) -> dict[str, Any]:
+    """Return dtype, shape and place of each tensor in a safetensors file, by name. Raises ValueError."""
+    length = int.from_bytes(tensors[:8], "little")
+    if not 2 <= length <= len(tensors) - 8:
+        raise ValueError(f"plan.safetensors has {len(tensors):,} bytes, and its header should have {length:,}")
+    header = json.loads(tensors[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("the header of plan.safetensors is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
 def is_intact(description: Mapping[str, Any], tensors: bytes) -> bool:
-    """Return True where checksum and hash are right, or of a version that has none, where the version itself is."""
+    """Return True where digest, checksum and hash are right; of a version without the latter, digest and version."""
+    if digest_of(description, tensors) != description["digest"]:
+        return False
     if description["version"] != CHECKED:
         return bool(description["version"] == content_version(description))
     is_same = hashlib.sha256(tensors).hexdigest() == description[TENSORS]

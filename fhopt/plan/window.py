@@ -53,9 +53,11 @@ class ResidualWindow:
 
     def quantized_tokens(self, tokens: int | Tensor) -> int | Tensor:
         """Return how many of `tokens` cached tokens are quantized; of a number on a device, as one on it."""
+        left = tokens - self.sinks - self.recent
+        if isinstance(left, int):
+            return max(0, left) // self.block * self.block
         from torch import Tensor  # late: sizes are checked before torch is imported
 
-        left = tokens - self.sinks - self.recent
         left = left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)
         return left // self.block * self.block
 

@@ -13,17 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from fhopt.errors import FhoptError
-from fhopt.files import opened
+from fhopt.files import check_regular, opened
 
 LONGEST_LINE = 64_000_000  # characters of JSON
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 KEYS = ("text", "content", "messages")
 RECORD = 'a string, or an object with "text", "content" or "messages" (a list of {"role": string, "content": string})'
+BUILT_IN = ("topics", "source", "license", "docstrings", "mixture", "scripture")  # fhopt/texts/built_in.py
 _CURE = "Write what it gives to a file, and give that."
 _SEPARATOR = "\n\n"
 _KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value",
           int: "a number", float: "a number"}  # fmt: skip
+
+
+def check_text(name: str) -> None:
+    """Raise FhoptError where `name` is neither a built-in text nor a regular file or a folder."""
+    if name in BUILT_IN:
+        return
+    path = Path(name).expanduser()
+    try:
+        if not path.is_dir():
+            check_regular(path, cure=_CURE)
+    except OSError as error:
+        raise FhoptError(
+            f"cannot read {name}: {error.strerror}. Expected a text file, JSON lines, a Parquet file, a folder of "
+            f"them, a folder written by save_to_disk, or one of {', '.join(BUILT_IN)}."
+        ) from error
 
 
 def join_documents(documents: Iterable[str], limit: int) -> str:

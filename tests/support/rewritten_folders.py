@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from fhopt.export import rewrite_folder
@@ -43,12 +41,10 @@ def sign(path: Path) -> None:
     """What a forger does: make digests of plan and files right again."""
     described = json.loads((path / "plan" / "plan.json").read_text())
     tensors = (path / "plan" / "plan.safetensors").read_bytes()
-    digest = hashlib.sha256(description.numbers_of(described))
-    for name, tensor in sorted(load(tensors).items()):
-        digest.update(name.encode() + tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    signed = description.covered(described | {"digest": digest.hexdigest()}, tensors)
+    digest = description.digest_of(described, tensors)
+    signed = description.covered(described | {"digest": digest}, tensors)
     (path / "plan" / "plan.json").write_text(json.dumps(signed))
-    manifest = json.loads((path / "fhopt.json").read_text()) | {"plan": digest.hexdigest()}
+    manifest = json.loads((path / "fhopt.json").read_text()) | {"plan": digest}
     sign_files(path, manifest)
 
 

@@ -13,7 +13,7 @@ from hand_plans import SITE
 from small_models import TOKENS, Fitted
 
 from fhopt.errors import FhoptError
-from fhopt.fitting import allocation, fit_plan
+from fhopt.fitting import allocation, choices, fit_plan
 from fhopt.fitting.allocation import STEPS, UNBIASED
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import SideCosts
@@ -95,7 +95,7 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
     for fitted_site in wide(groups, channels, ratio).sites:
         for side in (fitted_site.key, fitted_site.value):
             bits = [t.bits for t in side.tiers]
-            assert 0 < len(bits) <= 3 and bits == sorted(set(bits) & set(allocation.GPU_BITS), reverse=True)
+            assert 0 < len(bits) <= 3 and bits == sorted(set(bits) & set(choices.GPU_BITS), reverse=True)
             assert all(t.width * t.bits % (8 * allocation.PLANE) == 0 for t in side.tiers)
             assert side.row_bytes() % 16 == 0
 
@@ -139,13 +139,13 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
 def test_a_cpu_and_no_device_get_the_same_bits() -> None:
     plans = [wide(1, 256, 4.0, device) for device in (None, "cpu", "cpu:4")]
     assert len({plan.digest() for plan in plans}) == 1
-    assert any(t.bits not in allocation.GPU_BITS for s in plans[0].sites for t in s.key.tiers)
+    assert any(t.bits not in choices.GPU_BITS for s in plans[0].sites for t in s.key.tiers)
 
 
 def test_whole_planes_cost_less_than_a_tenth_of_the_bytes() -> None:
     """Against chunks of the same bits, which a plan for a GPU would have without them."""
     for ratio in (3.0, 4.0):
-        same = [nats(wide(1, 256, r, None, bits=allocation.GPU_BITS)) for r in (ratio, 1.1 * ratio)]
+        same = [nats(wide(1, 256, r, None, bits=choices.GPU_BITS)) for r in (ratio, 1.1 * ratio)]
         assert same[0] <= nats(wide(1, 256, ratio)) < same[1]
 
 
@@ -166,11 +166,9 @@ def test_bits_that_make_no_kernel_for_a_gpu_are_refused() -> None:
 
 def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
     sites, budget = [site("a")], allocation.Budget(6.0, ResidualWindow(0, 1, 1, 8), tokens=100_000)
-    allocation.check_reach(
-        sites, budget, allocation.BITS
-    )  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
+    allocation.check_reach(sites, budget, choices.BITS)  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
     with pytest.raises(FhoptError, match="21 bytes for a quantized token, the least possible is 36"):
-        allocation.check_reach(sites, budget, allocation.BITS, "h100")
+        allocation.check_reach(sites, budget, choices.BITS, "h100")
 
 
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])

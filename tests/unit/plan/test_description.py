@@ -6,13 +6,17 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hand_plans import CODED, random_plan
 from paged_plans import paged
+from safetensors.torch import load_file, save_file
 from small_models import Fitted
 
 from fhopt.errors import FhoptError
@@ -73,7 +77,7 @@ def refusal(folder: Path) -> str:
 def full(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan with pages, evidence and a quality card."""
     plan = paged(random_plan("head", CODED), fill=True, lift=1.5)
-    loss = {"tokens": 5, "exact": 2.0, "plan": 2.1, "increase_percent": 5.0, "increase_percent_ci": [1.0, 9.0], "kl": 0.1}
+    loss = dict(tokens=5, exact=2.0, plan=2.1, increase_percent=5.0, increase_percent_ci=[1.0, 9.0], kl=0.1)
     quality = {"texts": {"topics": loss}, "tasks": {"copy": {"items": 5, "exact": 100.0, "plan": 80.0}}}
     about = dict(llama.plan(4).provenance) | {"quality": quality, "texts": ["topics"], "tokens": 5, "seed": 0}
     return plan.with_provenance(**about).save(tmp_path_factory.mktemp("full") / "plan")
@@ -159,13 +163,13 @@ def test_a_name_that_stands_twice_is_refused(full: Path, tmp_path: Path) -> None
 
 
 def test_tensors_that_belong_to_no_site_are_refused(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     folder = Path(shutil.copytree(SAVED, tmp_path / "plan"))
     tensors = load_file(folder / "plan.safetensors") | {"other": torch.zeros(3)}
     save_file(tensors, folder / "plan.safetensors")
-    assert "belongs to none of its sites" in refusal(folder)
+    assert "altered" in refusal(folder)
+    described = json.loads((SAVED / "plan.json").read_text())
+    digest = description.digest_of(described, (folder / "plan.safetensors").read_bytes())
+    assert "belongs to none of its sites" in refusal(written(folder, described | {"digest": digest}))
 
 
 def test_a_plan_of_an_earlier_version_becomes_one_of_this_version_with_the_same_digest(tmp_path: Path) -> None:
@@ -178,9 +182,6 @@ def test_a_plan_of_an_earlier_version_becomes_one_of_this_version_with_the_same_
 
 
 def test_files_are_checked_without_torch(full: Path) -> None:
-    import subprocess
-    import sys
-
     code = f"""
 import sys
 from pathlib import Path

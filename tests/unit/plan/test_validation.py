@@ -76,9 +76,12 @@ def test_a_plan_without_pages_has_the_digest_that_it_had_before_there_were_any(t
     assert b'"version": 4' in numbers_of(describe_plan(paged(plan)))
 
 
-@pytest.mark.parametrize("tier", [Tier(8, 16, math.inf), Tier(8, 16, 0.0), Tier(8, 16, math.nan), Tier(4, math.inf, 1.0)])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "tier",
+    [Tier(8, 16, math.inf), Tier(8, 16, 0.0), Tier(8, 16, math.nan), Tier(4, math.inf, 1.0)],  # type: ignore[arg-type]
+)
 def test_bit_groups_that_cannot_be_are_refused(tier: Tier) -> None:
-    with pytest.raises(FhoptError, match="bit groups|quantization steps"):
+    with pytest.raises(FhoptError, match=r"bit groups|quantization steps"):
         random_plan("head", (tier,))
 
 
