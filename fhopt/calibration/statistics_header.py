@@ -13,15 +13,16 @@ STATISTICS_VERSION = 1
 
 def check_statistics(file: Path) -> dict[str, Any]:
     """Return the description of a file of `fhopt calibrate`. Raises FhoptError where it is none, or damaged."""
-    expected = "expected a file of `fhopt calibrate MODEL -o FILE`"
     try:
         about = read_description(file)
     except OSError as error:
-        raise FhoptError(f"cannot read {file}: {error.strerror or error}. E{expected[1:]}.") from error
+        raise FhoptError(
+            f"cannot read {file}: {error.strerror or error}. Expected a file of `fhopt calibrate MODEL -o FILE`."
+        ) from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged_statistics(file, error) from error
     if "levels" not in about:
-        raise FhoptError(f"{file} has no statistics; {expected}.")
+        raise FhoptError(f"{file} has no statistics; expected a file of `fhopt calibrate MODEL -o FILE`.")
     if about.get("version") != STATISTICS_VERSION:
         raise FhoptError(
             f"{file} has statistics of version {str(about.get('version'))[:20]}; this fhopt reads version "

@@ -6,7 +6,7 @@ A wrong argument is refused in a fraction of a second that way; importing torch 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,8 +17,13 @@ from fhopt.models.model_files import MANIFEST, check_model
 from fhopt.plan.plan_files import PLAN_FILES, check_plan_files
 from fhopt.texts.files import check_text
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any, Any]
+else:
+    ParamType = click.ParamType  # not generic in older versions
 
-class Model(click.ParamType):
+
+class Model(ParamType):
     """MODEL of a command. Raises FhoptError where there is none."""
 
     name = "text"
@@ -29,7 +34,7 @@ class Model(click.ParamType):
         return str(value)
 
 
-class Plan(click.ParamType):
+class Plan(ParamType):
     """The folder of a plan. may_come: it may not be written yet. Raises FhoptError for anything else."""
 
     name = "path"
@@ -54,7 +59,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-class Statistics(click.ParamType):
+class Statistics(ParamType):
     """A file of `fhopt calibrate`. Raises FhoptError for anything else."""
 
     name = "path"
@@ -65,7 +70,7 @@ class Statistics(click.ParamType):
         return Path(value)
 
 
-class Folder(click.ParamType):
+class Folder(ParamType):
     """A folder that `fhopt rewrite`, or export, wrote: one of these files is in it. Raises FhoptError without one."""
 
     name = "path"
@@ -84,7 +89,7 @@ class Folder(click.ParamType):
         return folder
 
 
-class Device(click.ParamType):
+class Device(ParamType):
     """The name of a device of the cost model. Raises FhoptError for any other."""
 
     name = "text"
@@ -96,7 +101,7 @@ class Device(click.ParamType):
         return str(value)
 
 
-class Text(click.ParamType):
+class Text(ParamType):
     """A text: a built-in one, a file or a folder. Raises FhoptError for a path that is none of these."""
 
     name = "text"

@@ -57,19 +57,24 @@ def sparse(path: Path) -> None:
             pytest.skip("this file system has no files of that size")
 
 
+def linked_fifo(path: Path) -> None:
+    os.mkfifo(path.with_name("fifo"))
+    path.symlink_to("fifo")
+
+
 # What stands in place of a file; some file systems have no devices, but links to them.
-HOSTILE: dict[str, Callable[[Path], None]] = {
+HOSTILE: dict[str, Callable[[Path], object]] = {
     "a FIFO": lambda path: os.mkfifo(path),
-    "a link to a FIFO": lambda path: (os.mkfifo(path.with_name("fifo")), path.symlink_to("fifo"))[0],
+    "a link to a FIFO": linked_fifo,
     "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
     "a link to a terminal or none": lambda path: path.symlink_to("/dev/tty"),
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a link to nothing": lambda path: path.symlink_to("nothing"),
     "a folder": lambda path: path.mkdir(),
     "an enormous file": sparse,
-    "a pickle": lambda path: path.write_bytes(pickle.dumps(Runs(path.with_name("ran")))) and None,
-    "an empty file": lambda path: path.write_bytes(b"") and None,
-    "a partial write": lambda path: path.write_bytes(b'\x90\x00\x00\x00\x00\x00\x00\x00{"__metadata__"') and None,
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Runs(path.with_name("ran")))),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a partial write": lambda path: path.write_bytes(b'\x90\x00\x00\x00\x00\x00\x00\x00{"__metadata__"'),
 }
 
 

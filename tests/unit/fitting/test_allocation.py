@@ -96,7 +96,7 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
         for side in (fitted_site.key, fitted_site.value):
             bits = [t.bits for t in side.tiers]
             assert 0 < len(bits) <= 3 and bits == sorted(set(bits) & set(choices.GPU_BITS), reverse=True)
-            assert all(t.width * t.bits % (8 * allocation.PLANE) == 0 for t in side.tiers)
+            assert all(t.width * t.bits % (8 * choices.PLANE) == 0 for t in side.tiers)
             assert side.row_bytes() % 16 == 0
 
 
@@ -107,14 +107,14 @@ def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ra
     budget = allocation.Budget(ratio, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     asked = budget.quantized_token_bits([s.site for s in plan.sites])
     used = sum(8 * s.token_bytes() for s in plan.sites)
-    assert 0 <= asked - used < 8 * allocation.PLANE * groups
+    assert 0 <= asked - used < 8 * choices.PLANE * groups
 
 
 @pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])
 def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
     """Against all numbers of planes of each tier, channels in order of what they cost."""
     side = spectrum(88, 1, 300.0, 2)
-    part = allocation._side(side, None, allocation.Grain(levels, allocation.PLANE)).parts[0]
+    part = allocation._side(side, None, choices.Grain(levels, choices.PLANE)).parts[0]
     dropped = side.variance[0].unflatten(0, (-1, TIER_QUANTUM)).sum(1) / 2
     costs = torch.cat([dropped.sort(descending=True).values, torch.zeros(5)])
     best = dict.fromkeys(range(len(part.bits)), float("inf"))
@@ -125,7 +125,7 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
         tiers = zip([0, *ends], [*ends, 16], [*sorted(levels)[::-1], 0], strict=True)
         nats = sum(float(costs[begin:end].sum()) * allocation.DISTORTION[b] for begin, end, b in tiers)
         best[sum(counts)] = min(best[sum(counts)], nats)
-    assert part.bits == [8 * allocation.PLANE * n for n in best]
+    assert part.bits == [8 * choices.PLANE * n for n in best]
     assert part.nats == pytest.approx(list(best.values()))
     for n, nats in best.items():  # and the chunks are those that the loss was counted for
         bits = part.chunks(n)
@@ -201,7 +201,7 @@ def test_measured_costs_count_per_token() -> None:
     """Half of 0.5 nats a channel at 0 bits over 10 tokens, 8 channels to a chunk; an unmeasured level is Gaussian."""
     side = basis(1, 1.0, 1.0)
     measured = SideCosts({0: torch.full((1, 16), 0.5, dtype=torch.float64)}, torch.tensor(10))
-    parts = allocation._side(side, measured, allocation.Grain((2, 16), 0)).parts
+    parts = allocation._side(side, measured, choices.Grain((2, 16), 0)).parts
     for part in parts:
         assert part.bits == [0, 2 * 8, 16 * 8]
         assert part.nats == pytest.approx([0.2, 4 * allocation.DISTORTION[2], 0.0])

@@ -25,7 +25,22 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.plan_files import check_plan_files
 
 SAVED = Path(__file__).parents[2] / "golden" / "saved" / "folder" / "plan"  # of version 3
-STRANGE = (math.nan, math.inf, -math.inf, -1, 10**400, 1 << 40, 1e300, True, None, "", "0; system()", [], {}, [[]])
+STRANGE: tuple[Any, ...] = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    10**400,
+    1 << 40,
+    1e300,
+    True,
+    None,
+    "",
+    "0; system()",
+    [],
+    {},
+    [[]],
+)
 
 
 def fields(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
