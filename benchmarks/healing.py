@@ -32,7 +32,8 @@ from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, Tier
 from fhopt.progress import Progress
-from fhopt.refine.heal import HealOptions, heal
+from fhopt.refine.heal import heal
+from fhopt.refine.options import HealOptions
 from fhopt.texts import tokens as texts_tokens
 
 if TYPE_CHECKING:

@@ -151,7 +151,7 @@ def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names
         for length in options.lengths:
             case, mine = f"{loaded.name}/{task}@{length}", {c: items for c, items in cells.items() if c[0] == length}
             with progress_bar(case, sum(map(len, mine.values()))) as bar:
-                results = prefilled.ask(model, {task: mine}, plans, lambda _, done, total, bar=bar: bar(done))[task]
+                results = prefilled.ask(model, {task: mine}, plans, bar)[task]
             exact = next(iter(results.values())).exact
             rows.append(Row(case, "exact", "accuracy_percent", 100 * exact.rate, "%"))
             rows.append(Row(case, "exact", "items", exact.items, ""))
@@ -221,7 +221,7 @@ def main(
     names: tuple[str, ...], items: int, quick: bool,
 ) -> None:  # fmt: skip
     """Measure tasks of a model with the exact cache and with plans, and write the figures."""
-    from fhopt.evaluation.tasks import choose
+    from fhopt.evaluation.task_choice import choose
 
     quick = quick or is_quick()
     options, chosen = FitOptions(), parts or PARTS

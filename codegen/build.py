@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from types import ModuleType
+from importlib.machinery import SourceFileLoader
+from types import CodeType, ModuleType
 
 from fhopt.codegen import compiler, eager
 from fhopt.codegen.compiler import CompileError, load, warn_without_compiler
@@ -76,11 +77,24 @@ def build_triton(spec: KernelSpec) -> TritonKernel:
     return TritonKernel(load_module(f"{spec.name}_triton", gpu_attention.render(spec)), spec)
 
 
+class _Rendered(SourceFileLoader):
+    """A loader of the text that was rendered: neither of what its file holds by now, nor of bytecode beside it."""
+
+    def __init__(self, name: str, path: str, text: str) -> None:
+        super().__init__(name, path)
+        self.text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the text; tracebacks name the file."""
+        return self.source_to_code(self.text.encode(), self.path)
+
+
 def load_module(name: str, text: str) -> ModuleType:
     """Import the Python file `text`, which is kept in the file cache (Triton reads it again)."""
     stem = f"{name}-{text_digest(text)}"
     path = cached_file(f"{stem}.py", lambda path: write_text(path, text))
-    module_spec = importlib.util.spec_from_file_location(f"fhopt_kernel_{text_digest(stem)}", path)
+    name = f"fhopt_kernel_{text_digest(stem)}"
+    module_spec = importlib.util.spec_from_file_location(name, path, loader=_Rendered(name, str(path), text))
     assert module_spec is not None and module_spec.loader is not None, path
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)

@@ -47,9 +47,9 @@ FAMILIES = (
         "Opening a model",
         "`MODEL` of a command, and `fhopt.models.loader.load_model`, take `demo`, a folder of Hugging Face, a GGUF "
         "file, a `.pt2` program, or `python.module:function`. Nothing is downloaded.",
-        ("fhopt/models/loader", "fhopt/models/loaded_model", "fhopt/models/model_facts", "fhopt/models/capture",
-         "fhopt/models/example_inputs", "fhopt/models/sites", "fhopt/models/transformers_import",
-         "fhopt/models/model_name"),
+         ("fhopt/models/loader", "fhopt/models/model_files", "fhopt/models/model_name", "fhopt/models/loaded_model",
+          "fhopt/models/model_facts", "fhopt/models/capture", "fhopt/models/example_inputs", "fhopt/models/sites",
+          "fhopt/models/transformers_import"),
     ),
     Family(
         "Texts and batches",
@@ -59,7 +59,8 @@ FAMILIES = (
     Family(
         "Choosing a plan",
         "Sizes, bits, layouts, devices and limits that cannot be combined.",
-        ("fhopt/fitting/*", "fhopt/refine/loss_target", "fhopt/hardware/*", "fhopt/cli/fit", "fhopt/cli/measure"),
+        ("fhopt/fitting/*", "fhopt/refine/loss_target", "fhopt/refine/options", "fhopt/hardware/*", "fhopt/cli/fit",
+         "fhopt/cli/measure"),
     ),
     Family(
         "Healing, page selection and the retrieval head",
@@ -71,7 +72,7 @@ FAMILIES = (
         "A file is read whole and checked before any of it is used. A damaged or altered file, or one of another "
         "model, is refused; nothing is half loaded.",
         ("fhopt/plan/*", "fhopt/files", "fhopt/hf/prompt_cache", "fhopt/hf/quantizer", "fhopt/models/rewritten_*",
-         "fhopt/export/rewrite_folder"),
+         "fhopt/export/rewrite_folder", "fhopt/cli/arguments"),
     ),
     Family(
         "Running with a plan",

@@ -1,4 +1,9 @@
-"""Atomic writes of files and folders, and files of tensors with a digest that shows damage."""
+"""Files: regular ones of a limited size are read, files and folders appear whole, tensors have a digest.
+
+What a user names may be anything: a FIFO, on which a read waits for ever, a link to a device without an end, a pickle,
+which runs code. `opened` opens regular files only, `read_file` reads no more than a limit, and `check_no_pickle`
+recognizes pickles by their first bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,13 @@ import importlib.util
 import json
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -23,6 +29,90 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib draws
+JSON_BYTES = 1 << 26  # no JSON file of a model or a plan is longer
+TENSOR_BYTES = 1 << 38  # no file of tensors is longer, nor than the memory of the machine
+HEADER_BYTES = 100_000_000  # of a safetensors file, as safetensors limits it
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def check_regular(path: Path, limit: int | None = None, cure: str = "Give the file itself.") -> int:
+    """Return the size of a file in bytes, behind links. Raises FhoptError unless it is regular and within `limit`.
+
+    OSError passes through where there is no such file.
+    """
+    return _checked(os.stat(path), path, limit, cure)
+
+
+@contextmanager
+def opened(path: Path, limit: int | None = None, cure: str = "Give the file itself.") -> Iterator[BinaryIO]:
+    """Open a regular file of at most `limit` bytes for reading, without ever waiting for another process.
+
+    It is checked before it is opened, since opening a device may do something, and again after, since another file may
+    have come in its place. Raises FhoptError; OSError passes through.
+    """
+    check_regular(path, limit, cure)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        _checked(os.fstat(descriptor), path, limit, cure)
+        yield file
+
+
+def read_file(path: Path, limit: int = JSON_BYTES, cure: str = "Give the file itself.") -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises FhoptError; OSError passes through."""
+    with opened(path, limit, cure) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+    if len(content) > size:
+        raise FhoptError(f"{path} has grown while it was read; expected a file that nobody writes to. {cure}")
+    return content
+
+
+def tensor_limit() -> int:
+    """Return how many bytes a file of tensors may have to be read whole: no more than this machine has memory."""
+    with contextlib.suppress(OSError, ValueError):
+        return min(TENSOR_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return TENSOR_BYTES
+
+
+def _checked(about: os.stat_result, path: Path, limit: int | None, cure: str) -> int:
+    if not stat.S_ISREG(about.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(about.st_mode)), "no regular file")
+        raise FhoptError(f"{path} is {kind}; expected a regular file. {cure}")
+    if limit is not None and about.st_size > limit:
+        raise _too_long(path, about.st_size, limit, cure)
+    return about.st_size
+
+
+def _too_long(path: Path, size: int, limit: int, cure: str) -> FhoptError:
+    return FhoptError(f"{path} has {size:,} bytes; expected at most {limit:,}. {cure}")
+
+
+def is_pickle(start: bytes) -> bool:
+    """Return True where the first 9 bytes of a file are those of a pickle, or of an archive that torch.save writes.
+
+    A safetensors file begins with the length of its header, 8 bytes, and has "{" after them.
+    """
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and start[8:9] != b"{")
+
+
+def check_no_pickle(path: Path, cure: str) -> None:
+    """Raise FhoptError where a regular file is a pickle: reading one can run code. OSError passes through."""
+    with opened(path) as file:
+        start = file.read(9)
+    if is_pickle(start):
+        raise FhoptError(
+            f"{path} is a pickle, or an archive with one, as torch.save writes: it can run code when it is read, and "
+            f"fhopt never does. Expected JSON and safetensors. {cure}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
@@ -38,6 +128,9 @@ def appearing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------- tensors
 
 
 def digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -69,14 +162,56 @@ def write_tensors(file: Path, about: Mapping[str, Any], tensors: Mapping[str, Te
 def read_tensors(file: Path, key: str = "fhopt") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the description, empty where there is none, and the tensors of a file; `check_digest` checks both.
 
-    OSError, SafetensorError, ValueError and RecursionError pass through.
+    Raises FhoptError where it is not a regular file, longer than memory, or a pickle. OSError, SafetensorError,
+    ValueError and RecursionError pass through.
     """
     from safetensors import safe_open
 
+    check_tensor_file(file)
     with safe_open(file, "pt") as opened:
         about = json.loads((opened.metadata() or {}).get(key, "{}"))
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return about if isinstance(about, dict) else {}, tensors
+
+
+def check_tensor_file(file: Path, cure: str = "Write it again.") -> None:
+    """Raise FhoptError unless a file is regular, no longer than memory, and no pickle. OSError passes through."""
+    check_regular(file, tensor_limit(), cure)
+    check_no_pickle(file, cure)
+
+
+def read_description(file: Path, key: str = "fhopt") -> dict[str, Any]:
+    """Read the description alone, as `read_tensors` does, without torch; empty where there is none.
+
+    Raises FhoptError where it is not a regular file, and ValueError, LookupError or TypeError where it is not a whole
+    safetensors file. OSError and RecursionError pass through.
+    """
+    header = read_header(file)
+    metadata = header.get("__metadata__", {})
+    about = json.loads(metadata.get(key, "{}")) if isinstance(metadata, dict) else {}
+    return about if isinstance(about, dict) else {}
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file: dtype, shape and place of each tensor by name, and `__metadata__`.
+
+    Raises as `read_description`.
+    """
+    check_tensor_file(file)
+    with opened(file) as content:
+        size = os.fstat(content.fileno()).st_size
+        length = int.from_bytes(content.read(8), "little")
+        if not 2 <= length <= min(HEADER_BYTES, size - 8):
+            raise ValueError(f"it is {size:,} bytes long, and its header should be {length:,}")
+        header = json.loads(content.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+    if max(ends, default=0) != size - 8 - length:
+        raise ValueError(
+            f"it has {size - 8 - length:,} bytes of tensors, and its header names {max(ends, default=0):,}"
+        )
+    return header
 
 
 def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -84,6 +219,9 @@ def check_digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
     description = {name: value for name, value in about.items() if name != "digest"}
     if about.get("digest") != digest(description, tensors):
         raise ValueError("its content is not what was written")
+
+
+# --------------------------------------------------------------------------------------------------- folders
 
 
 def check_writable(folder: Path) -> None:

@@ -1,18 +1,25 @@
 """The file cache, the CPUs of this process, and whether Triton is installed.
 
-Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt, which no other user may
-write to: generated code in it is run. They are written atomically (to another name, then renamed) and under a lock, so
-that processes that need the same file at once make it once.
+Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt. Generated code in it is
+run, so no other user may write to it, nor put another folder in its place: each parent is opened from the root on,
+without following links, and belongs to this user or root; one that others may write to is sticky, as /tmp is. What
+passes can be changed by this user and root only, so that a path that was checked stays what it was.
+
+Files are written atomically (to another name, then renamed) and under a lock, so that processes that need the same file
+at once make it once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
+import grp
 import hashlib
 import importlib.util
 import os
+import pwd
 import stat
 import sys
 import tempfile
@@ -57,7 +64,7 @@ def cache_folder() -> Path:
 def cached_file(name: str, make: Callable[[Path], None]) -> Path:
     """Return the path of the file `name` of the cache, made by `make(path)` under a lock when it is not there yet."""
     try:
-        return _found_or_made(cache_folder() / name, make)
+        return _found_or_made(cache_folder(), name, make)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         other = _temporary_folder()
         warn_once(
@@ -65,15 +72,57 @@ def cached_file(name: str, make: Callable[[Path], None]) -> Path:
             f"The kernel cache cannot be used ({error}); the kernels of this process go to {other} and are built "
             f"again next time. Set {CACHE_VARIABLE} to a folder that you, and nobody else, may write to.",
         )
-    return _found_or_made(other / name, make)
+    return _locked(os.open(other, os.O_RDONLY | os.O_DIRECTORY), other / name, make)
 
 
 def make_private(folder: Path) -> None:
-    """Make `folder`, where it is not there, for this user alone. Raises PermissionError when others may write to it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid not in (os.geteuid(), 0) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(errno.EPERM, "others may write to it", str(folder))
+    """Make `folder`, where it is not there, for this user alone.
+
+    Raises PermissionError when others may write to it, or put another in its place.
+    """
+    for parent in (*reversed(folder.absolute().parents), folder):
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir(mode=0o700)
+    os.close(_open_private(folder))
+
+
+def _open_private(folder: Path) -> int:
+    """Open a folder by the descriptors of its parents, each of which is checked. Raises OSError."""
+    real = Path(os.path.realpath(folder, strict=True))
+    flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    held = os.open(real.anchor, flags)
+    try:
+        for number, name in enumerate(real.parts):
+            if number:
+                inner = os.open(name, flags, dir_fd=held)
+                os.close(held)
+                held = inner
+            place = Path(*real.parts[: number + 1])
+            _check_owner(os.fstat(held), place, is_parent=place != real)
+    except BaseException:
+        os.close(held)
+        raise
+    return held
+
+
+def _check_owner(about: os.stat_result, path: Path, is_parent: bool) -> None:
+    """Raise PermissionError where others own a folder, or may write to it; they may write to a sticky parent."""
+    if about.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
+    is_open = about.st_mode & stat.S_IWOTH or (
+        about.st_mode & stat.S_IWGRP and not (is_parent and _is_own(about.st_gid))
+    )
+    if is_open and not (is_parent and about.st_mode & stat.S_ISVTX):
+        raise PermissionError(errno.EPERM, "others may write to it", str(path))
+
+
+def _is_own(group: int) -> bool:
+    """Return True for the group that has this user's name and no other member, as many systems make one for each."""
+    try:
+        user, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -94,15 +143,41 @@ def warn_once(about: str, message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _found_or_made(path: Path, make: Callable[[Path], None]) -> Path:
-    make_private(path.parent)
-    if path.exists():
-        return path
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():  # another process may have made it while this one waited
-            make(path)
+def _found_or_made(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Return the file `name` of a folder that is this user's alone, and make both where they are not there."""
+    make_private(folder)
+    real = Path(os.path.realpath(folder))
+    return _locked(_open_private(real), real / name, make)
+
+
+def _locked(folder: int, path: Path, make: Callable[[Path], None]) -> Path:
+    """Return `path`, made under a lock where it is not there. folder: descriptor of its folder, which is closed."""
+    try:
+        if _is_sound(folder, path.name):
+            return path
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(path.with_suffix(".lock").name, flags, 0o600, dir_fd=folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_sound(folder, path.name):  # another process may have made it while this one waited
+                path.unlink(missing_ok=True)
+                make(path)
+                os.chmod(path, path.stat().st_mode & 0o755)
+        finally:
+            os.close(lock)
+    finally:
+        os.close(folder)
     return path
+
+
+def _is_sound(folder: int, name: str) -> bool:
+    """Return True for a regular file that is no link, of this user or root, to which nobody else may write."""
+    try:
+        about = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    is_closed = not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(about.st_mode) and about.st_uid in (os.geteuid(), 0) and is_closed
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from fhopt.codegen.gpu.prefill import padded
 from fhopt.codegen.gpu.resources import triton_version
 from fhopt.codegen.gpu.row_layout import fields, pieces
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
+from fhopt.files import appearing, read_file
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cache_folder, make_private
 
@@ -133,9 +133,16 @@ def write_config(
 def read_config(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Config | None:
     """Read a kept configuration; None where there is none or its file is damaged."""
     try:
-        return Config(**json.loads(config_path(kind, spec, rows, device_name).read_bytes())["best"])
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # none, no home folder, damaged, other fields
-        return None
+        return Config(**json.loads(read_file(config_path(kind, spec, rows, device_name)))["best"])
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        FhoptError,
+    ):
+        return None  # there is none, no home folder, or it is damaged
 
 
 def config_path(kind: str, spec: KernelSpec, rows: int, device_name: str) -> Path:

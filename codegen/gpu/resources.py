@@ -33,7 +33,7 @@ from typing import Any
 
 from fhopt.codegen.gpu.gpus import Gpu
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
+from fhopt.files import appearing, read_file
 from fhopt.system import cache_folder, cached_file
 
 SECONDS = 120  # for one kernel; most take one or two
@@ -218,9 +218,15 @@ def _file_name(request: Request, gpu: Gpu, version: str) -> str:
 
 def _kept(name: str) -> Resources | None:
     try:
-        return Resources(**json.loads((cache_folder() / name).read_bytes()))
-    except (OSError, ValueError, TypeError, RuntimeError):  # not there, or damaged; no home folder is a RuntimeError
-        return None
+        return Resources(**json.loads(read_file(cache_folder() / name)))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        FhoptError,
+    ):
+        return None  # not there, or damaged; no home folder is a RuntimeError
 
 
 def _keep(resources: Resources, path: Path) -> None:

@@ -36,7 +36,7 @@ from fhopt.passes.graph.nodes import VIEWS, op_name
 from fhopt.passes.graph.program import source_name
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.refine import loss_target
-from fhopt.refine.loss_target import Gate
+from fhopt.refine.options import Gate, parse_loss
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
 MADE_FOR = {"cpu": "cpu", "cuda": "h100"}  # device that a plan is fitted for, by type: plans for GPUs are alike
@@ -61,7 +61,7 @@ class FitTarget:
         try:
             ratio = None if options.get("ratio") is None else float(options["ratio"])
             limit = options.get("max_loss", MAX_LOSS)
-            limit = loss_target.parse_loss(limit) if isinstance(limit, str) else float(limit)
+            limit = parse_loss(limit) if isinstance(limit, str) else float(limit)
             tokens = int(options.get("calibration_tokens", CALIBRATION_TOKENS))
         except (TypeError, ValueError) as error:
             raise FhoptError(

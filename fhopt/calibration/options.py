@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fhopt.errors import FhoptError
-from fhopt.fitting import allocation
-from fhopt.fitting.allocation import check_options
+from fhopt.fitting.choices import AUTO, BITS, check_options
 from fhopt.hardware.devices import find_device
 from fhopt.plan.window import ResidualWindow
 
@@ -30,8 +29,8 @@ class FitOptions:
 
     texts: tuple[str, ...] = DEFAULT_TEXTS
     ratio: float = 4.0
-    layout: str = allocation.AUTO
-    bits: tuple[int, ...] = allocation.BITS
+    layout: str = AUTO
+    bits: tuple[int, ...] = BITS
     sequences: int = 12
     rate_sequences: int = 8
     context: int = 1024

@@ -24,7 +24,7 @@ from rich.table import Table
 from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
-from fhopt.files import check_writable
+from fhopt.files import check_writable, read_file
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.rewritten_folder import weights_print
 from fhopt.plan.latent_plan import LatentPlan
@@ -70,7 +70,7 @@ def entries() -> list[Entry]:
 
 def _entry(path: Path) -> Entry:
     try:
-        described = json.loads((path / "plan.json").read_text())
+        described = json.loads(read_file(path / "plan.json"))
         known = described["provenance"]
         match = re.search(r"-([0-9.]+)x-[0-9a-f]+$", path.name)
         return Entry(
@@ -79,7 +79,7 @@ def _entry(path: Path) -> Entry:
             ratio=float(match[1]) if match else 0.0, nbytes=sum((path / n).stat().st_size for n in PLAN_FILES),
             modified=(path / "plan.json").stat().st_mtime,
         )  # fmt: skip
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, FhoptError) as error:
         return Entry(path.name, path, fault=f"its description cannot be read ({type(error).__name__})")
 
 

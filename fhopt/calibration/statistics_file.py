@@ -13,7 +13,6 @@ order and turn channels otherwise on another machine.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,14 +24,14 @@ from torch import Tensor
 from fhopt.calibration.checkpoint import named_costs, named_moments
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import Calibration
+from fhopt.calibration.statistics_header import STATISTICS_VERSION, check_statistics, damaged_statistics
 from fhopt.errors import FhoptError
-from fhopt.files import check_digest, check_writable, read_tensors, write_tensors
+from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.fitting.bases import Basis
 from fhopt.fitting.costs import empty_costs
 from fhopt.fitting.statistics import empty_statistics
 from fhopt.plan.site import site_from
 
-STATISTICS_VERSION = 1
 PARTS = ("encode", "decode", "variance")
 UNKEPT = ("checkpoint", "kernel_shapes")  # options that are of a run, not of what it measured
 
@@ -64,51 +63,15 @@ def save_statistics(calibration: Calibration, file: Path) -> None:
         raise FhoptError(f"cannot write {file}: {error}. Free some space or choose another file.") from error
 
 
-def check_file(file: Path) -> None:
-    """Raise FhoptError when `save_statistics` could not write to `file`, or would overwrite anything but statistics."""
-    check_writable(file.parent)
-    if file.is_dir():
-        raise FhoptError(f"{file} is a folder; expected a file for the statistics, such as {file.name}.stats.")
-    if file.exists() and not _is_statistics(file):
-        raise FhoptError(f"{file} exists and holds other things; expected a new file or older statistics.")
-
-
-def _is_statistics(file: Path) -> bool:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            return "levels" in json.loads((opened.metadata() or {}).get("fhopt", "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError):
-        return False
-
-
 def load_statistics(file: Path) -> Calibration:
     """Read a calibration that `save_statistics` wrote. Raises FhoptError where it is none, or damaged."""
+    check_statistics(file)
     try:
         about, tensors = read_tensors(file)
-    except OSError as error:
-        raise FhoptError(
-            f"cannot read {file}: {error.strerror or error}. Expected a file of `fhopt calibrate MODEL -o FILE`."
-        ) from error
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise _damaged(file, error) from error
-    if "levels" not in about:
-        raise FhoptError(f"{file} has no statistics; expected a file of `fhopt calibrate MODEL -o FILE`.")
-    if about.get("version") != STATISTICS_VERSION:
-        raise FhoptError(
-            f"{file} has statistics of version {about.get('version')}; this fhopt reads version {STATISTICS_VERSION}. "
-            "Calibrate again with this version."
-        )
-    try:
         check_digest(about, tensors)
         return _calibration(about, tensors)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> FhoptError:
-    return FhoptError(f"{file} is damaged ({type(error).__name__}: {error}). Calibrate again.")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise damaged_statistics(file, error) from error
 
 
 def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:

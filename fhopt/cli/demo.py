@@ -22,6 +22,12 @@ from fhopt.cli.options import json_option, output_console, print_json, progress_
 @json_option
 def demo(ratio: float, out: Path, as_json: bool) -> None:
     """Run the demo on SmolLM2-135M: find attention, fit a plan, generate with it, and measure."""
+    from fhopt.fitting.choices import AUTO, BITS, check_options
+    from fhopt.models.model_files import check_model
+
+    check_options(ratio, AUTO, BITS)
+    check_model("demo")
+
     from fhopt.cli.demo_run import run_demo
 
     console = output_console(as_json)

@@ -9,16 +9,18 @@ from pathlib import Path
 import click
 
 from fhopt.cli.app import main
+from fhopt.cli.arguments import EXPORTED, MODEL, PLAN, REWRITTEN, TEXT
 from fhopt.cli.options import json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
 
 
 @main.command()
-@click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="The plan to apply.")
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=PLAN, required=True, help="The plan to apply.")
 @click.option(
     "--data",
     "texts",
+    type=TEXT,
     multiple=True,
     default=("topics", "source"),
     show_default=True,
@@ -100,7 +102,7 @@ def rewrite(
 
 
 @main.command("export")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=REWRITTEN)
 @click.option(
     "--target",
     required=True,
@@ -188,7 +190,7 @@ def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, a
 
 
 @main.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=EXPORTED)
 @json_option
 def verify_step(folder: Path, as_json: bool) -> None:
     """Prove that the decode step in FOLDER never reconstructs keys or values, and count its cost per token.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
+from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
 from fhopt.cli.options import (
     CALIBRATION_OPTIONS,
     calibration_options,
@@ -25,11 +26,11 @@ from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
-    from fhopt.refine.loss_target import Gate
+    from fhopt.refine.options import Gate
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @calibration_options
 @click.option(
     "--layout",
@@ -51,24 +52,30 @@ def calibrate(
     The plans: fhopt fit --statistics FILE --ratio 8 -o PLAN. The same command resumes an interrupted calibration. Under
     torchrun the processes share it. For models larger than one device: --device-map.
     """
-    import torch
-
     from fhopt.calibration.options import FitOptions
-    from fhopt.calibration.run import measure
-    from fhopt.calibration.statistics_file import check_file, save_statistics
-    from fhopt.fitting.allocation import check_layouts
-    from fhopt.inspection.progress_file import ProgressFile, beside
-    from fhopt.models.loader import load_model
-    from fhopt.parallel import collectives
-    from fhopt.parallel.device_map import placement
-    from fhopt.system import peak_megabytes
+    from fhopt.calibration.statistics_header import check_file
+    from fhopt.fitting.choices import check_layouts
 
     out, began = Path(os.path.abspath(out)), time.monotonic()
     chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **options)
     chosen.check()
     check_layouts(layouts)
     check_file(out)
-    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+
+    from fhopt.parallel.device_map import placement
+
+    where = placement(device_map)
+
+    import torch
+
+    from fhopt.calibration.run import measure
+    from fhopt.calibration.statistics_file import save_statistics
+    from fhopt.inspection.progress_file import ProgressFile, beside
+    from fhopt.models.loader import load_model
+    from fhopt.parallel import collectives
+    from fhopt.system import peak_megabytes
+
+    loaded = load_model(model, getattr(torch, dtype), where)
     with progress_bar(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         measured = measure(loaded, chosen, progress, layouts)
         if collectives.leave() > 0:  # the first process writes
@@ -89,11 +96,11 @@ def calibrate(
 
 
 @main.command()
-@click.argument("model", required=False)
+@click.argument("model", type=MODEL, required=False)
 @click.option(
     "--statistics",
     "statistics_file",
-    type=click.Path(path_type=Path),
+    type=STATISTICS,
     help="File of `fhopt calibrate`, in place of a calibration; MODEL is needed for --max-loss and --pages only.",
 )
 @calibration_options
@@ -102,12 +109,15 @@ def calibrate(
 @click.option(
     "--max-loss", help="Instead of --ratio: the smallest plan whose perplexity rises by at most this, such as 1%."
 )
-@click.option("--gate-data", "gate_texts", multiple=True, help="Text on whose second half --max-loss is measured.")
+@click.option(
+    "--gate-data", "gate_texts", type=TEXT, multiple=True, help="Text on whose second half --max-loss is measured."
+)
 @click.option(
     "--layout", default="auto", show_default=True, help="Layout of latents: auto, band, freq, head, identity or input."
 )
 @click.option(
     "--device",
+    type=DEVICE,
     help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
 )
 @click.option(
@@ -143,18 +153,8 @@ def fit(
     The same command resumes an interrupted calibration. Under torchrun the processes share the calibration. For models
     larger than one device: --device-map. With --statistics nothing is calibrated.
     """
-    import torch
-
     from fhopt.calibration.options import FitOptions
-    from fhopt.calibration.run import measure, plan_for
-    from fhopt.calibration.statistics_file import load_statistics
-    from fhopt.evaluation.statistics import Comparison
-    from fhopt.inspection.plots import explain_plan
-    from fhopt.inspection.progress_file import ProgressFile, beside
-    from fhopt.models.loader import load_model
-    from fhopt.parallel import collectives
-    from fhopt.parallel.device_map import placement
-    from fhopt.refine import loss_target, page_budget, page_options
+    from fhopt.refine import page_options
 
     out = Path(os.path.abspath(out))
     if sum(option is not None for option in (ratio, bytes_per_token, max_loss)) > 1:
@@ -166,6 +166,8 @@ def fit(
         chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **given)
     else:
         _check_decided(invoked)
+        from fhopt.calibration.statistics_file import load_statistics
+
         measured = load_statistics(statistics_file)
         decided = {name: getattr(measured.options, name) for name in CALIBRATION_OPTIONS}
         if not _is_given(invoked, "tokens"):
@@ -177,14 +179,29 @@ def fit(
     if paged is not None:
         paged.check(chosen.block, exact)
     _check_places(out, explain)
+    if model is None and (measured is None or limit is not None or paged is not None):
+        raise FhoptError(
+            "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
+            "Try fhopt fit demo -o PLAN."
+        )
+
+    from fhopt.parallel.device_map import placement
+
+    where = placement(device_map)
+
+    import torch
+
+    from fhopt.calibration.run import measure, plan_for
+    from fhopt.evaluation.statistics import Comparison
+    from fhopt.inspection.plots import explain_plan
+    from fhopt.inspection.progress_file import ProgressFile, beside
+    from fhopt.models.loader import load_model
+    from fhopt.parallel import collectives
+    from fhopt.refine import loss_target, page_budget
+
     loaded = None
-    if measured is None or limit is not None or paged is not None:
-        if model is None:
-            raise FhoptError(
-                "found no MODEL; expected one, or --statistics without --max-loss and --pages, which run the model. "
-                "Try fhopt fit demo -o PLAN."
-            )
-        loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+    if model is not None and (measured is None or limit is not None or paged is not None):
+        loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
     paged = None if paged is None or loaded is None else page_options.for_model(loaded, paged, chosen.block, exact)
@@ -227,7 +244,7 @@ def _check_decided(context: click.Context) -> None:
 
 def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
     """Read the loss target of --max-loss and --gate-data. Raises FhoptError."""
-    from fhopt.refine.loss_target import Gate, parse_loss
+    from fhopt.refine.options import Gate, parse_loss
 
     if max_loss is None:
         if texts:
@@ -279,11 +296,12 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
 
 
 @main.command()
-@click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="The plan to start from.")
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=PLAN, required=True, help="The plan to start from.")
 @click.option(
     "--data",
     "texts",
+    type=TEXT,
     multiple=True,
     default=("topics",),
     show_default=True,
@@ -315,22 +333,24 @@ def heal(
 
     The same command resumes an interrupted healing. MODEL must be a causal language model with a tokenizer.
     """
-    import torch
-
     from fhopt.files import check_folder, check_writable
-    from fhopt.models.loader import load_model
-    from fhopt.plan.latent_plan import LatentPlan
     from fhopt.plan.plan_files import PLAN_FILES
-    from fhopt.refine.heal import HealOptions
-    from fhopt.refine.heal import heal as improve
+    from fhopt.refine.options import HealOptions
 
     out = Path(os.path.abspath(out))
     chosen = HealOptions(checkpoint=checkpoint or out.with_name(f".{out.name}.healing"), **options)
     chosen = chosen if ridge is None else replace(chosen, ridge=ridge)
     chosen.check()
+    check_folder(out, PLAN_FILES)
+
+    import torch
+
+    from fhopt.models.loader import load_model
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.refine.heal import heal as improve
+
     plan = LatentPlan.load(plan_path)
     chosen.check_plan(plan)
-    check_folder(out, PLAN_FILES)
     loaded = load_model(model, getattr(torch, dtype))
     loaded.language_model()
     check_writable(out.parent)
@@ -358,10 +378,11 @@ def _show_healed(plan: LatentPlan, out: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--data",
     "texts",
+    type=TEXT,
     multiple=True,
     default=("topics",),
     show_default=True,
@@ -387,20 +408,21 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
 
     The largest logits are certified for every hidden state. In Python: fhopt.lm_head.apply(model, Head.load(FOLDER)).
     """
-    import torch
-
     from fhopt.files import check_folder, check_writable
-    from fhopt.lm_head.api import fit
-    from fhopt.lm_head.evaluate import measure
-    from fhopt.lm_head.fitting import HeadOptions
-    from fhopt.lm_head.head import FILES
-    from fhopt.models.loader import load_model
+    from fhopt.lm_head.options import FILES, HeadOptions
 
     out = Path(os.path.abspath(out))
     chosen = HeadOptions(**options)
     chosen.check()
     check_folder(out, FILES)
     check_writable(out.parent)
+
+    import torch
+
+    from fhopt.lm_head.api import fit
+    from fhopt.lm_head.evaluate import measure
+    from fhopt.models.loader import load_model
+
     loaded = load_model(model, getattr(torch, dtype))
     with progress_bar(as_json) as progress:
         made = fit(loaded, chosen, progress)

@@ -10,13 +10,14 @@ from pathlib import Path
 import click
 
 from fhopt.cli.app import main
+from fhopt.cli.arguments import COMING_PLAN, MODEL, PLAN
 from fhopt.cli.options import device_option, json_option, output_console, print_json
 from fhopt.errors import FhoptError
 
 
 @main.command()
-@click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Show this plan beside the sites.")
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=PLAN, help="Show this plan beside the sites.")
 @click.option("--site", help="All facts of one site, with its formulas.")
 @click.option(
     "--graph", type=click.Path(path_type=Path), help="Write the graph: .dot, .svg, .graphml, .json, or .fhopt."
@@ -37,6 +38,9 @@ def inspect(
     Columns: nats, the expected loss per token; faster on DEVICE, the number of cached tokens from which on the plan is
     faster, by roofline.
     """
+    if stage is not None and graph is None:
+        raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")
+
     from fhopt.inspection import facts
     from fhopt.inspection.graph_files import check_graph, write_graphs
     from fhopt.inspection.snapshots import Snapshots
@@ -46,8 +50,6 @@ def inspect(
     from fhopt.passes import pipeline
     from fhopt.plan.latent_plan import LatentPlan
 
-    if stage is not None and graph is None:
-        raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")
     if graph is not None:
         check_graph(graph)
     plan, seen = LatentPlan.load(plan_path) if plan_path else None, Snapshots(keep_networks=True)
@@ -72,7 +74,7 @@ def inspect(
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @json_option
 def explain(model: str, as_json: bool) -> None:
     """Explain why attention in MODEL is not rewritten: what was recognized, the reason, the source line."""
@@ -91,8 +93,8 @@ def explain(model: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Show this plan beside the sites.")
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=PLAN, help="Show this plan beside the sites.")
 @device_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
 @json_option
@@ -119,8 +121,8 @@ def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Pa
 
 
 @main.command()
-@click.argument("model")
-@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan, which may still be being fitted.")
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=COMING_PLAN, help="A plan, which may still be being fitted.")
 @device_option
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="[default: any free port]")
 @click.option("--open/--no-open", "opens", default=True, show_default=True, help="Open a browser.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
+from fhopt.cli.arguments import DEVICE, MODEL, PLAN, TEXT
 from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
 from fhopt.errors import FhoptError
 
@@ -22,16 +23,17 @@ if TYPE_CHECKING:
 
 
 @main.command("eval")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--plan",
     "plan_path",
-    type=click.Path(path_type=Path),
+    type=PLAN,
     help="The plan to compare with. [default: the exact model alone]",
 )
 @click.option(
     "--data",
     "texts",
+    type=TEXT,
     multiple=True,
     default=("topics", "source"),
     show_default=True,
@@ -72,23 +74,29 @@ def evaluate(
     strings and numbers far back in the context. MODEL must be a causal language model with a tokenizer. Under torchrun
     the processes share the sequences and items. For models larger than one device: --device-map.
     """
-    import torch
-
-    from fhopt.evaluation.tasks import TaskOptions, check_items, choose, read_lengths, run_tasks, write_items
-    from fhopt.inspection.tables import evaluation_tables
-    from fhopt.models.loader import load_model
-    from fhopt.models.model_facts import check_length
-    from fhopt.parallel import collectives
-    from fhopt.parallel.device_map import placement
-    from fhopt.plan.latent_plan import LatentPlan
-    from fhopt.plan.quality_card import with_measured
+    from fhopt.evaluation.task_choice import choose, read_lengths
 
     if record and plan_path is None:
         raise FhoptError("--record writes into a plan, and none is given; expected --plan PLAN.")
     chosen, cells = choose(tasks), read_lengths(lengths)
+
+    from fhopt.parallel.device_map import placement
+
+    where = placement(device_map)
+
+    import torch
+
+    from fhopt.evaluation.tasks import TaskOptions, check_items, run_tasks, write_items
+    from fhopt.inspection.tables import evaluation_tables
+    from fhopt.models.loader import load_model
+    from fhopt.models.model_facts import check_length
+    from fhopt.parallel import collectives
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.plan.quality_card import with_measured
+
     plan = LatentPlan.load(plan_path) if plan_path else None
     kept = {"sinks": plan.sinks, "window": plan.window.capacity} if plan else {}
-    loaded = load_model(model, getattr(torch, dtype), placement(device_map))
+    loaded = load_model(model, getattr(torch, dtype), where)
     network = loaded.language_model()
     asked = [name for name in chosen if name != "perplexity"]
     written = write_items(loaded.tokenizer, asked, TaskOptions(cells, items, seed, **kept)) if asked else {}
@@ -159,13 +167,12 @@ def _perplexities(
 
 
 @main.command()
-@click.argument("model")
-@click.option(
-    "--plan", "plan_path", type=click.Path(path_type=Path), help="The plan. [default: hypothetical ratios 2, 4 and 8]"
-)
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_path", type=PLAN, help="The plan. [default: hypothetical ratios 2, 4 and 8]")
 @click.option(
     "--device",
     "names",
+    type=DEVICE,
     multiple=True,
     default=("h100", "cpu"),
     show_default=True,
@@ -242,14 +249,16 @@ def cost(
 @json_option
 def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
     """Measure this machine's CPU once, in some seconds: `--device here` in other commands."""
-    from fhopt.codegen.compiler import vector_unit
-    from fhopt.hardware import this_cpu
-    from fhopt.inspection.tables import machine_table
     from fhopt.system import cores
 
     counts = threads or tuple(dict.fromkeys((1, cores())))
     if max(counts) > cores():
         raise FhoptError(f"{max(counts)} threads were requested; expected at most {cores()}, the number of cores.")
+
+    from fhopt.codegen.compiler import vector_unit
+    from fhopt.hardware import this_cpu
+    from fhopt.inspection.tables import machine_table
+
     results = [this_cpu.measure(n) if again else this_cpu.measured(n) for n in counts]
     kernels = vector_unit()
     if as_json:
@@ -261,8 +270,10 @@ def device(threads: tuple[int, ...], again: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
-@click.option("--device", required=True, help="Target device, as in cost; for a CPU, C++ kernels are written.")
+@click.argument("plan_path", metavar="PLAN", type=PLAN)
+@click.option(
+    "--device", type=DEVICE, required=True, help="Target device, as in cost; for a CPU, C++ kernels are written."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size.")
 @click.option("--queries", type=click.IntRange(min=1), default=1, show_default=True, help="New tokens per sequence.")
 @click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Cached tokens.")

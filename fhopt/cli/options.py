@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fhopt.cli.arguments import DEVICE, TEXT
 from fhopt.errors import FhoptError
 from fhopt.progress import silent
 
@@ -117,7 +118,8 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say on what a model is calibrated; the defaults are those of `FitOptions`."""
     options = (
         click.option(
-            "--data", "texts", multiple=True, default=("topics", "source", "docstrings", "mixture"), show_default=True,
+            "--data", "texts", type=TEXT, multiple=True, default=("topics", "source", "docstrings", "mixture"),
+            show_default=True,
             help="Calibration text, repeatable: file, folder, JSONL, dataset on disk, or topics, source, license, "
             "docstrings, mixture.",
         ),
@@ -169,6 +171,6 @@ def placement_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 device_option = click.option(
-    "--device", "devices", multiple=True, default=("h100", "cpu"), show_default=True,
+    "--device", "devices", type=DEVICE, multiple=True, default=("h100", "cpu"), show_default=True,
     help="Device for break-even contexts and rooflines, as in cost; repeatable.",
 )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fhopt.cli.app import main
+from fhopt.cli.arguments import DEVICE, MODEL, PLAN
 from fhopt.cli.options import calibration_options, json_option, output_console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _show_plans(results: list[Entry], as_json: bool) -> None:
 
 
 @plans.command("fit")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--ratio",
     "ratios",
@@ -50,7 +51,7 @@ def _show_plans(results: list[Entry], as_json: bool) -> None:
     help="Compression of the 16-bit KV cache; repeatable.",
 )
 @calibration_options
-@click.option("--device", help="Target device, as in fit.")
+@click.option("--device", type=DEVICE, help="Target device, as in fit.")
 @json_option
 def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Fit plans of several ratios for MODEL from one calibration, and store them.
@@ -58,17 +59,21 @@ def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: A
     Stored plans are not fitted again. The same command resumes an interrupted calibration.
     """
     from fhopt.calibration.options import FitOptions
+
+    chosen = FitOptions(**options)
+    for ratio in ratios:
+        replace(chosen, ratio=ratio).check()
+
     from fhopt.calibration.plan_store import fit_ratios
     from fhopt.models.loader import load_model
 
-    chosen = FitOptions(**options)
     with progress_bar(as_json) as progress:
         result = fit_ratios(load_model(model), chosen, ratios, progress)
     _show_plans(result, as_json)
 
 
 @plans.command("add")
-@click.argument("paths", metavar="PLAN...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("paths", metavar="PLAN...", type=PLAN, nargs=-1, required=True)
 @json_option
 def add_plans(paths: tuple[Path, ...], as_json: bool) -> None:
     """Store copies of plans that `fhopt fit` wrote."""
@@ -94,7 +99,7 @@ def plan_path(name: str, as_json: bool) -> None:
 
 @plans.command("verify")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--model", help="Also report plans that were fitted to another model.")
+@click.option("--model", type=MODEL, help="Also report plans that were fitted to another model.")
 @json_option
 def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Check all bytes of plans and report damaged ones; exit code 1 where there are any."""

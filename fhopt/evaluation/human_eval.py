@@ -31,6 +31,7 @@ from torch import Tensor
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import decode_options, step_bounds
 from fhopt.evaluation.sandbox import ProgramResult, run_program
+from fhopt.files import read_file
 from fhopt.models.model_facts import positions_of
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -84,7 +85,7 @@ def read_problems(path: Path | None = None) -> list[Problem]:
     """
     file = path if path is not None else _installed()
     try:
-        data = file.read_bytes()
+        data = read_file(file)
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
     except FileNotFoundError as error:
         raise FhoptError(

@@ -28,11 +28,11 @@ PIECE = 1024  # tokens of a context that are read at once
 
 def ask(
     model: Any, tasks: Mapping[str, Mapping[Cell, list[Item]]], plans: Mapping[str, LatentPlan],
-    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, TaskResult]]:  # fmt: skip
     """Ask every question of every item; returns results by task and name of the plan, each beside the exact cache.
 
-    Leaves the model as it was. Raises FhoptError when a plan or a length is not for this model.
+    `progress(done)` is called after each item of a task. Leaves the model as it was. Raises FhoptError when a plan or a length is not for this model.
     """
     check_items(model, tasks)
     items = {task: [item for some in cells.values() for item in some] for task, cells in tasks.items()}
@@ -43,7 +43,7 @@ def ask(
         parts = []
         for done, item in enumerate(some, 1):
             parts.append(answers(model, item, list(plans.values())))
-            progress(task, done, len(some))
+            progress(done)
         scores = torch.cat(parts)  # [questions, 1 + plans, 2]
         results[task] = {name: summarize(scores[:, [0, n]]) for n, name in enumerate(plans, 1)}
     return results

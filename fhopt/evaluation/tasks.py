@@ -83,29 +83,6 @@ class TaskOptions:
     window: int = 192
 
 
-def choose(names: str) -> list[str]:
-    """Read tasks from a list with commas, in order, each once. Raises FhoptError.
-
-    `all` stands for perplexity and the tasks of this module, `ruler` for those of `fhopt.evaluation.ruler`.
-    """
-    known, groups = ["perplexity", *TASKS, *RULER], {"all": ["perplexity", *TASKS], "ruler": [*RULER]}
-    chosen = [name.strip() for name in names.split(",")]
-    wrong = [name for name in chosen if name not in (*known, *groups)]
-    if wrong:
-        expected = ", ".join((*known, *groups))
-        raise FhoptError(f"unknown task {wrong[0]!r}; expected some of {expected}, with commas between.")
-    meant = {task for name in chosen for task in groups.get(name, [name])}
-    return [name for name in known if name in meant]
-
-
-def read_lengths(text: str) -> tuple[int, ...]:
-    """Read lengths from a list with commas: 512,1024. Raises FhoptError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise FhoptError(f"lengths {text!r} are not numbers of tokens; expected some like 512,1024.")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
 def _passkey(rng: random.Random, _: Room) -> Wording:
     key = f" {rng.randrange(10_000, 100_000)}"
     return Wording(

@@ -41,7 +41,7 @@ from fhopt.export.pt2_step import (
 )
 from fhopt.export.step_attention import StateTensor
 from fhopt.export.step_state import State
-from fhopt.files import appearing_folder
+from fhopt.files import appearing_folder, check_tensor_file
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.rewritten_folder import PLAN
 from fhopt.plan.latent_plan import LatentPlan
@@ -226,12 +226,17 @@ def _describe(loaded: LoadedModel, plan: LatentPlan, lowered: Lowered, target: T
 
 def open_module(folder: Path) -> State:
     """Open an exported IREE module for this CPU as a `State` that takes tokens. Raises FhoptError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     about, plan = read_description(folder), LatentPlan.load(folder / PLAN)
     if about.get("target", {}).get("name") != "iree-cpu":
         raise FhoptError(f"{folder} is for {about.get('target')}; expected an export with --target iree-cpu.")
-    weights = load_file(folder / WEIGHTS)
+    try:
+        check_tensor_file(folder / WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise FhoptError(f"{folder / WEIGHTS} cannot be read ({error}). Export the folder again.") from error
     state = [StateTensor(t["name"], tuple(t["shape"]), getattr(torch, t["dtype"])) for t in about["state"]]
     step = _Function(folder / "step.vmfb", "step", [weights[n] for n in about["weights"]])
     seal = _Function(folder / "seal.vmfb", "seal", [weights[n] for n in about["bases"]])

@@ -26,9 +26,11 @@ import sympy
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.files import read_file
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
+PROGRAM_BYTES = 1 << 30  # of a step that is read
 T = sympy.Symbol("T", positive=True, integer=True)
 _BITS = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
 _NAMED = {  # (loops of both sides, of the left, summed, of the right) as positions in the operands' shapes
@@ -100,7 +102,7 @@ def verify_folder(folder: Path) -> Verdict:
         raise FhoptError(f"{folder} holds no MLIR; expected what `fhopt export FOLDER --target mlir` wrote.")
     plan = LatentPlan.load(folder / rewritten_folder.PLAN)
     window_dtypes = [t["dtype"] for t in about["state"] if None not in t["shape"]]
-    return verify_text(files[0].read_bytes(), plan, getattr(torch, window_dtypes[0]).itemsize)
+    return verify_text(read_file(files[0], PROGRAM_BYTES), plan, getattr(torch, window_dtypes[0]).itemsize)
 
 
 def verify_text(text: str | bytes, plan: LatentPlan, itemsize: int = 4) -> Verdict:

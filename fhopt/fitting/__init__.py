@@ -8,8 +8,8 @@ from fhopt.import_hook import lazily
 
 if TYPE_CHECKING:
     from fhopt.fitting.allocation import Budget as Budget
-    from fhopt.fitting.allocation import check_options as check_options
     from fhopt.fitting.bases import Candidates as Candidates
+    from fhopt.fitting.choices import check_options as check_options
     from fhopt.fitting.fit_plan import exact_plan as exact_plan
     from fhopt.fitting.fit_plan import fit as fit
     from fhopt.plan.fingerprint import check_model as check_model
@@ -20,7 +20,7 @@ _WHERE = {
     "fit": "fhopt.fitting.fit_plan",
     "Budget": "fhopt.fitting.allocation",
     "Candidates": "fhopt.fitting.bases",
-    "check_options": "fhopt.fitting.allocation",
+    "check_options": "fhopt.fitting.choices",
     "check_model": "fhopt.plan.fingerprint",
     "fingerprint": "fhopt.plan.fingerprint",
 }

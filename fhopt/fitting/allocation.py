@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.bases import Basis, CandidateBases
+from fhopt.fitting.choices import Grain, grain_of
 from fhopt.fitting.costs import Costs, SideCosts, SideKey
-from fhopt.hardware.devices import find_device
 from fhopt.plan.site import AttentionSite
-from fhopt.plan.site_plan import LAYOUTS, SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
+from fhopt.plan.site_plan import SCALE_BYTES, TIER_QUANTUM, SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
 
 # Of a unit Gaussian under its best uniform quantiser (Max 1960): distortion, and the step in standard deviations.
@@ -33,10 +33,6 @@ STEPS = {bits: STEP[bits] * WIDER[bits] for bits in STEP}
 # of their errors does not average out. On Qwen2.5-Coder-0.5B at 8x, KL on law 0.0130 -> 0.0075, chat 0.0058 -> 0.0044,
 # elsewhere the same. What keys lose alike cancels in the softmax: they get no gain.
 UNBIASED = {1: 1.5706, 2: 1.1109, 3: 1.0121}
-BITS = (1, 2, 3, 4, 5, 6, 8, 16)
-GPU_BITS = (2, 4, 8)  # of one plane: nothing is read twice
-PLANE = 16  # bytes: for a GPU every bit group of packed latents is a multiple of it, what a thread reads at once
-AUTO = "auto"
 ROUNDS = 4  # of choosing layouts at the price that the last choice led to
 
 
@@ -92,49 +88,7 @@ def _check_reached(least: int, asked: int) -> None:
         )
 
 
-def check_options(ratio: float, layout: str, bits: Sequence[int], device: str | None = None) -> None:
-    """Raise FhoptError when a plan cannot have this ratio, layout or choice of bits, on a device if one is named."""
-    if not 1 <= ratio < 1000:
-        raise FhoptError(f"ratio {ratio:g} is not possible; expected a number from 1 (exact) to 16. Try --ratio 4.")
-    if layout != AUTO:
-        check_layouts([layout])
-    if not bits or any(b not in BITS for b in bits):
-        raise FhoptError(f"bits {list(bits)} are not possible; expected a choice of {', '.join(map(str, BITS))}.")
-    if not grain_of(bits, device).levels:
-        raise FhoptError(
-            f"bits {list(bits)} make no kernel for {device}; expected some of {', '.join(map(str, GPU_BITS))}, or no "
-            "device."
-        )
-
-
-def check_layouts(layouts: Iterable[str]) -> None:
-    """Raise FhoptError when one of these is no layout."""
-    for layout in layouts:
-        if layout not in LAYOUTS:
-            raise FhoptError(f"layout {layout!r} is unknown; expected {AUTO} or one of {', '.join(LAYOUTS)}.")
-
-
 # --------------------------------------------------------------------------------------------------- bits
-
-
-@dataclass(frozen=True)
-class Grain:
-    """Units in which bits are allocated: numbers of bits in rising order; bytes of a plane, 0 where none are fixed."""
-
-    levels: tuple[int, ...]
-    plane: int
-
-    @property
-    def least(self) -> int:
-        """Bits of one latent head of a side that has the fewest possible."""
-        return 8 * self.plane or TIER_QUANTUM * min(self.levels)
-
-
-def grain_of(bits: Sequence[int], device: str | None) -> Grain:
-    """Return chunks of any bits, or for a GPU whole planes of those that its kernels read well."""
-    if device is None or find_device(device).kind != "gpu":
-        return Grain(tuple(sorted(set(bits))), 0)
-    return Grain(tuple(b for b in GPU_BITS if b in bits), PLANE)
 
 
 @dataclass

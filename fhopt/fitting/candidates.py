@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fhopt.errors import FhoptError
-from fhopt.fitting.allocation import AUTO
 from fhopt.fitting.bases import Basis, CandidateBases, fit_basis, fit_joint
+from fhopt.fitting.choices import AUTO
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.site import AttentionSite

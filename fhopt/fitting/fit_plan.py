@@ -22,22 +22,18 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import (
-    AUTO,
-    BITS,
     STEPS,
     UNBIASED,
     Allocation,
     Budget,
-    Grain,
     Sides,
     candidate_sides,
-    check_options,
     choose_layouts,
     chunk_nats,
-    grain_of,
 )
 from fhopt.fitting.bases import Basis, CandidateBases, joint_basis
 from fhopt.fitting.candidates import fit_bases, no_joint_basis
+from fhopt.fitting.choices import AUTO, BITS, Grain, check_options, grain_of
 from fhopt.fitting.costs import Costs
 from fhopt.fitting.fit_summary import (
     CURVE_RATIOS,

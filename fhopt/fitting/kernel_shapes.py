@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fhopt.fitting.allocation import Allocation, Grain, PartedSide, allocate_sides, side_of
+from fhopt.fitting.allocation import Allocation, PartedSide, allocate_sides, side_of
+from fhopt.fitting.choices import Grain
 from fhopt.plan.site_plan import TIER_QUANTUM
 
 GPU_SHAPES = 4  # of a plan for a GPU, whose kernels are compiled and tuned for each

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from fhopt.errors import FhoptError
-from fhopt.hardware import this_cpu
 from fhopt.system import cores
 
 
@@ -45,6 +42,7 @@ DEVICES = {
         Device("cpu", "cpu", 25, 0.235, 0.118, 384),  # one thread, measured: AMD Zen 4 with AVX-512 and bf16
     )
 }
+HERE = "here"  # this machine's CPU, measured by fhopt/hardware/this_cpu.py
 SOCKET_GB_S = 460.8  # twelve channels of DDR5-4800: more threads than fill them read no faster
 
 
@@ -54,13 +52,17 @@ def find_device(name: str) -> Device:
     "cpu:16" is the table's CPU with 16 threads; "here" and "here:16" are this machine's CPU, measured at the first use.
     """
     base, _, threads = name.partition(":")
-    return _this_cpu(threads) if base == this_cpu.NAME else _known_device(name, base, threads)
+    return _this_cpu(threads) if base == HERE else _known_device(name, base, threads)
 
 
 def _this_cpu(threads: str) -> Device:
-    name = this_cpu.NAME
+    name = HERE
     if threads and not (threads.isdecimal() and 1 <= int(threads) <= cores()):
         raise FhoptError(f"device '{name}:{threads}' is unknown; expected {name}:THREADS with 1 to {cores()} threads.")
+    import torch  # late: names of devices are checked before it is imported
+
+    from fhopt.hardware import this_cpu
+
     rates = this_cpu.measured(int(threads) if threads else torch.get_num_threads())
     matrix = max(rates.bfloat16_tflops, rates.float32_tflops)
     return Device(f"{name}:{rates.threads}", "cpu", rates.read_gb_s, matrix, rates.float32_tflops, rates.memory_gb)

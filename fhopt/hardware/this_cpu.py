@@ -24,10 +24,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from fhopt.files import appearing
+from fhopt.errors import FhoptError
+from fhopt.files import appearing, read_file
 from fhopt.system import cache_folder, cores, make_private
 
-NAME = "here"
 VECTOR = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 SIDE = 1536  # of square matrices: they stay in the second-level cache, and take some milliseconds
 SECONDS = 0.6  # of each measurement
@@ -51,8 +51,8 @@ def measured(threads: int) -> CpuRates:
     """Return the rates of this CPU from the cache folder; measured, in some 3 seconds, when they are not there."""
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
-        return CpuRates(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):  # not there, damaged, or of another version
+        return CpuRates(**json.loads(read_file(path)))
+    except (OSError, ValueError, TypeError, RecursionError, FhoptError):  # not there, damaged, or of another version
         return measure(threads)
 
 

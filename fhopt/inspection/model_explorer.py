@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
+from fhopt.files import appearing, read_file
 from fhopt.inspection.graphs import node_link, with_sites
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ENDING = ".fhopt"
 FORM = 1  # version of the file
+GRAPH_BYTES = 1 << 30  # of a file that is read
 _GRADIENT = [{"stop": 0, "bgColor": "#ccfbf1"}, {"stop": 1, "bgColor": "#f43f5e"}]
 
 
@@ -101,7 +102,7 @@ def convert(path: Path) -> dict[str, Any]:
     from model_explorer import graph_builder as build
 
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(read_file(path, GRAPH_BYTES))
         graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FhoptError(

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fhopt.files import appearing
+from fhopt.errors import FhoptError
+from fhopt.files import appearing, read_file
 
 RUNNING, FAILED, STOPPED = "running", "failed", "stopped"
 Report = Callable[[str, int, int], None]
@@ -114,10 +115,10 @@ class ProgressFile:
 def read_progress(path: Path) -> Progress | None:
     """Read a progress file; None where there is none, or none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path))
         stages = [Stage(**stage) for stage in content.pop("stages")]
         progress = Progress(**content, stages=stages)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, FhoptError):
         return None
     if progress.state == RUNNING and not _is_alive(progress.process):
         progress.state = STOPPED

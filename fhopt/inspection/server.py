@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from fhopt.inspection.progress_file import RUNNING, beside, read_progress
 from fhopt.plan.plan_files import PLAN_FILES
 
 HOST = "127.0.0.1"
+REASON = 300  # characters of the reason on the page
 HEADERS = {
     "Content-Security-Policy": html_report.POLICY + "; connect-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -59,8 +59,12 @@ class Viewer:
                 self.page, self.failure = self.make(written > 0.0), ""
             except FhoptError as error:
                 self.failure = str(error)
-            except Exception:  # shown on the page
-                self.failure = traceback.format_exc()
+            except Exception as error:  # shown on the page
+                reason = " ".join(str(error).split())[:REASON]
+                self.failure = (
+                    f"the report could not be built ({type(error).__name__}: {reason}). "
+                    "`fhopt report` with the same arguments shows where."
+                )
             self.made_for = written
         finally:
             self.lock.release()

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from fhopt.lm_head.api import fit as fit
     from fhopt.lm_head.api import report as report
     from fhopt.lm_head.api import unapply as unapply
-    from fhopt.lm_head.fitting import HeadOptions as HeadOptions
     from fhopt.lm_head.head import Head as Head
     from fhopt.lm_head.module import RetrievalHead as RetrievalHead
+    from fhopt.lm_head.options import HeadOptions as HeadOptions
 
 _WHERE = {
     "Head": "fhopt.lm_head.head",
-    "HeadOptions": "fhopt.lm_head.fitting",
+    "HeadOptions": "fhopt.lm_head.options",
     "RetrievalHead": "fhopt.lm_head.module",
     "apply": "fhopt.lm_head.api",
     "fit": "fhopt.lm_head.api",

@@ -9,8 +9,8 @@ import torch
 from fhopt.lm_head.head import Head
 
 if TYPE_CHECKING:
-    from fhopt.lm_head.fitting import HeadOptions
     from fhopt.lm_head.module import HeadReport
+    from fhopt.lm_head.options import HeadOptions
 
 
 def fit(loaded: Any, options: HeadOptions | None = None, progress: Any = None) -> Head:

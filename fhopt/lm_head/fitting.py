@@ -12,8 +12,7 @@ Letters: M hidden states, C their width, R width of the basis, V vocabulary, K c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from fhopt.codegen.cpu.lm_head import BLOCK, WIDEST
 from fhopt.errors import FhoptError, Miss
 from fhopt.lm_head.clustering import Clusters, balanced_kmeans
 from fhopt.lm_head.head import Head, fingerprint
+from fhopt.lm_head.options import HeadOptions
 from fhopt.lm_head.quantize import QUANTUM, Balance, Basis, balance, quantize_rows, quantize_weight, with_bit_groups
 from fhopt.models.capture import Captured
 from fhopt.models.loaded_model import LoadedModel
@@ -33,7 +33,6 @@ from fhopt.passes.recognize.node_roles import Roles
 from fhopt.texts import tokens
 
 CHUNK = 4096  # rows of the weight whose moments are summed at once
-BITS = ("auto", "4", "8")
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the coordinates in 8 bits that `auto` tries
 SPREADS = (0.0, 0.05, 0.1, 0.15)  # share of a cluster's radius that counts for its rank
 TRIED_ROWS, TRIED_STATES = 4096, 64  # rows and hidden states that bits are chosen with
@@ -41,33 +40,6 @@ STRAY = 32.0  # cost of a byte of an exact row in bytes of quantized values: on 
 RECALL = 0.999  # share of the sample whose best row is in a probed cluster
 ROOM = 1.5  # factor of the number of clusters for that recall: hidden states of other texts are spread wider
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """Options of `fit`.
-
-    texts, sequences, context: where hidden states are collected from. clusters: None: one for each 64 rows. bits: 4, 8,
-    or auto for the mix that reads the fewest bytes. iterations: of k-means.
-    """
-
-    texts: Sequence[str] = ("topics",)
-    sequences: int = 8
-    context: int = 512
-    clusters: int | None = None
-    bits: str = "auto"
-    iterations: int = 8
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise FhoptError for options out of range."""
-        if self.bits not in BITS:
-            raise FhoptError(f"bits {self.bits!r} is not possible; expected one of {', '.join(BITS)}.")
-        for name in ("sequences", "context", "iterations"):
-            if getattr(self, name) < 1:
-                raise FhoptError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.clusters is not None and self.clusters < 1:
-            raise FhoptError(f"clusters is {self.clusters}; expected at least 1.")
 
 
 def find(captured: Captured) -> HeadSite:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fhopt.codegen.cpu.lm_head import BLOCK, NUMBERS, Codes, Search, block_bytes
 from fhopt.errors import FhoptError
-from fhopt.files import digest, write_folder
+from fhopt.files import check_tensor_file, digest, read_file, write_folder
+from fhopt.lm_head.options import FILES
 from fhopt.passes.recognize.find_lm_head import HeadSite
 
 VERSION = 2
-FILES = ("head.json", "head.safetensors")
 TENSORS = ("codes", "transform", "centre", "centroids", "radii")  # of `Codes`
+_CURE = "Make the head again with: fhopt head"
 _NUMBERS = ("rank", "lead", "vocabulary", "transform_norm", "largest")
 
 
@@ -96,25 +97,24 @@ class Head:
 
         folder = Path(path)
         try:
-            content = json.loads((folder / "head.json").read_text())
-            tensors = load_file(folder / "head.safetensors")
+            content = json.loads(read_file(folder / FILES[0], cure=_CURE))
+            check_tensor_file(folder / FILES[1], _CURE)
+            tensors = load_file(folder / FILES[1])
         except OSError as error:
             raise FhoptError(
                 f"cannot read {folder}: {error.strerror or error}. Expected a folder of `fhopt head`."
             ) from error
         except (SafetensorError, ValueError, RecursionError) as error:
-            raise FhoptError(f"{folder} is damaged ({error}). Make the head again with: fhopt head") from error
+            raise FhoptError(f"{folder} is damaged ({error}). {_CURE}") from error
         if not isinstance(content, dict) or content.get("version") != VERSION:
             version = content.get("version") if isinstance(content, dict) else None
-            raise FhoptError(
-                f"{folder} has version {version}, expected {VERSION}. Make the head again with: fhopt head"
-            )
+            raise FhoptError(f"{folder} has version {version}, expected {VERSION}. {_CURE}")
         try:
             if content.pop("digest", None) != digest(content, tensors):
                 raise ValueError("its content is not what was written")
             return _checked(_from_content(content, tensors))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            raise FhoptError(f"{folder} is damaged ({error!r}). Make the head again with: fhopt head") from error
+            raise FhoptError(f"{folder} is damaged ({error!r}). {_CURE}") from error
 
 
 def _from_content(content: dict[str, Any], tensors: dict[str, Tensor]) -> Head:

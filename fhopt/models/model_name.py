@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fhopt.errors import FhoptError
+from fhopt.files import read_file
+from fhopt.models.model_files import CONFIG, MANIFEST, check_model
 
-FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
@@ -32,11 +32,6 @@ def folder_of(name: str) -> Path | None:
     return path if name != "demo" and path.is_dir() else None
 
 
-def unknown_model(name: str) -> FhoptError:
-    """Make the error for a name that has no known form."""
-    return FhoptError(f"unknown model {name!r}: there is no such folder or file. Expected {FORMS}.")
-
-
 def no_chat_template(name: str) -> FhoptError:
     """Make the error for a model without a chat template."""
     return FhoptError(
@@ -45,38 +40,27 @@ def no_chat_template(name: str) -> FhoptError:
     )
 
 
-def check_config(path: Path) -> None:
-    """Raise FhoptError where the folder `path` has no configuration of a model."""
-    if not (path / "config.json").is_file():
-        raise FhoptError(f"{path} has no config.json; expected a Hugging Face model folder. MODEL may be {FORMS}.")
-
-
 def check_text_model(name: str) -> None:
-    """Raise FhoptError where MODEL is, by its name and files, not a causal language model with a tokenizer."""
-    path, folder = Path(name).expanduser(), folder_of(name)
+    """Raise FhoptError where MODEL is, by its name and files, not a causal language model with a tokenizer.
+
+    `fhopt.models.model_files.check_model` says what else may be wrong with it, and is called first.
+    """
+    check_model(name)
+    folder = folder_of(name)
     if folder is not None:
-        check_config(folder)
         _check_causal(folder)
-    elif path.suffix == ".pt2" or (":" in name and not path.exists()):
+    elif name != "demo" and Path(name).suffix != ".gguf":
         raise FhoptError(
             f"{name} has no tokenizer, so it cannot read or write text. Expected a language model: demo, a Hugging "
             "Face folder, or a GGUF file."
         )
-    elif name != "demo" and path.suffix != ".gguf":
-        raise unknown_model(name)
-    elif name != "demo" and not path.is_file():
-        raise FhoptError(f"{path} does not exist; expected a GGUF file.")
 
 
 def _check_causal(folder: Path) -> None:
-    names = _read(folder / "config.json").get("architectures") or []
+    names = _read(folder / CONFIG).get("architectures") or []
     is_causal = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
-    if names and not is_causal and not (folder / "fhopt.json").is_file():
+    if names and not is_causal and not (folder / MANIFEST).is_file():
         raise FhoptError(f"{folder} is a {names[0]}, which writes no text. Expected a causal language model.")
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise FhoptError(
-            f"{folder} has no tokenizer. Save it there too: AutoTokenizer.from_pretrained(MODEL).save_pretrained(...)."
-        )
 
 
 def stored_facts(name: str) -> StoredFacts:
@@ -84,7 +68,7 @@ def stored_facts(name: str) -> StoredFacts:
     folder = folder_of(name)
     if folder is None:
         return StoredFacts()
-    config = _read(folder / "config.json")
+    config = _read(folder / CONFIG)
     text = config.get("text_config")
     known = [c[k] for c in (text, config) if isinstance(c, Mapping) for k in _POSITIONS if isinstance(c.get(k), int)]
     files = (folder / "chat_template.jinja", folder / "chat_template.json", folder / "additional_chat_templates")
@@ -95,7 +79,7 @@ def stored_facts(name: str) -> StoredFacts:
 def _read(file: Path) -> Mapping[str, Any]:
     """Read a JSON object; an empty one where it cannot be read, which the loader reports."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(read_file(file))
+    except (OSError, ValueError, RecursionError, FhoptError):
         return {}
     return value if isinstance(value, dict) else {}

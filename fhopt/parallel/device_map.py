@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.files import read_file
 
 BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 Memory = Mapping[int | str, int]  # bytes by device, as accelerate reports them
@@ -76,7 +77,7 @@ def _device(text: str, rank: int) -> torch.device:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise FhoptError(f"{path} is not a JSON file ({error}); expected one object of modules and devices.") from error
     if not isinstance(modules, dict) or not all(isinstance(v, (int, str)) for v in modules.values()):

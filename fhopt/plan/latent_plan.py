@@ -22,7 +22,8 @@ import torch
 
 from fhopt.errors import FhoptError
 from fhopt.files import write_folder
-from fhopt.plan.plan_files import damage_named, describe_plan, plan_tensors, read_plan
+from fhopt.plan.description import numbers_of
+from fhopt.plan.plan_files import altered, damage_named, describe_file, describe_plan, plan_tensors, read_plan
 from fhopt.plan.site_plan import PagePlan, SitePlan
 from fhopt.plan.validation import check_plan
 from fhopt.plan.window import ResidualWindow
@@ -143,7 +144,7 @@ class LatentPlan:
 
     def digest(self) -> str:
         """Return a hash of everything that changes numbers (not of the provenance)."""
-        h = hashlib.sha256(json.dumps(describe_plan(self), sort_keys=True).encode())
+        h = hashlib.sha256(numbers_of(describe_plan(self)))
         for name, tensor in sorted(plan_tensors(self).items()):
             h.update(name.encode())
             h.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
@@ -158,9 +159,10 @@ class LatentPlan:
         from safetensors.torch import save
 
         path = Path(folder)
-        description = describe_plan(self) | {"provenance": dict(self.provenance), "digest": self.digest()}
+        tensors = save(plan_tensors(self))
+        description = describe_file(self, tensors)
         files = {
-            "plan.safetensors": save(plan_tensors(self)),
+            "plan.safetensors": tensors,
             "plan.json": (json.dumps(description, indent=1, sort_keys=True) + "\n").encode(),
         }
         write_folder(path, files)
@@ -175,5 +177,5 @@ class LatentPlan:
             plan = LatentPlan(**fields)
             intact = plan.digest() == digest
         if not intact:
-            raise FhoptError(f"{path} was altered after it was written (digest mismatch). Fit the plan again.")
+            raise altered(path)
         return plan

@@ -1,26 +1,36 @@
-"""The two files of a plan: plan.json and plan.safetensors, never pickle."""
+"""The two files of a plan: plan.json and plan.safetensors, never pickle.
+
+`check_plan_files` refuses what is no plan, or a damaged one, before torch is imported.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fhopt.errors import FhoptError
+from fhopt.files import JSON_BYTES, check_no_pickle, is_pickle, read_file, tensor_limit
+from fhopt.plan.description import (
+    PLAN_VERSIONS,
+    check_description,
+    content_version,
+    covered,
+    is_intact,
+    parse_description,
+)
 from fhopt.plan.site import site_from
 from fhopt.plan.site_plan import PagePlan, SidePlan, SitePlan, SketchPlan, Tier
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fhopt.plan.latent_plan import LatentPlan
 
-
-PLAN_VERSIONS = (3, 4, 5)  # that can be read: 4 has pages, 5 means; a plan is written in the first that has what it has
 PLAN_FILES = ("plan.json", "plan.safetensors")
+REASON = 300  # characters of the reason in a message
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -46,19 +56,16 @@ _BASES, _SKETCH = ("encode", "decode"), ("channels", "mean", "deviation")
 
 
 def describe_plan(plan: LatentPlan) -> dict[str, Any]:
-    """Collect everything of a plan that is not a tensor, as JSON values."""
+    """Collect everything of a plan that changes numbers and is not a tensor, as JSON values."""
     paged: dict[str, Any] = {} if plan.pages is None else {"pages": asdict(plan.pages)}
     for name in ("fill", "lifts"):
         if plan.pages is not None and not getattr(plan.pages, name):
             del paged["pages"][name]
     means = {"mean_tokens": plan.mean_tokens} if plan.mean_tokens else {}
-    plain, with_pages, with_means = PLAN_VERSIONS
-    is_paged = bool(paged) or any(s.sketch for s in plan.sites)
-    return (
+    described = (
         paged
         | means
         | {
-            "version": with_means if means else with_pages if is_paged else plain,
             "sinks": plan.sinks,
             "recent": plan.recent,
             "block": plan.block,
@@ -75,6 +82,13 @@ def describe_plan(plan: LatentPlan) -> dict[str, Any]:
             ],
         }
     )
+    return described | {"version": content_version(described)}
+
+
+def describe_file(plan: LatentPlan, tensors: bytes) -> dict[str, Any]:
+    """Return the content of plan.json beside a file of these `tensors`."""
+    about = {"provenance": dict(plan.provenance), "digest": plan.digest()}
+    return covered(describe_plan(plan) | about, tensors)
 
 
 @contextlib.contextmanager
@@ -84,46 +98,87 @@ def damage_named(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise FhoptError(f"{folder} is damaged ({type(error).__name__}: {error}). Fit the plan again.") from error
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise _damaged(folder, error) from error
+    except SafetensorError as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> FhoptError:
+    reason = " ".join(str(error).split())[:REASON]
+    return FhoptError(f"{folder} is damaged ({type(error).__name__}: {reason}). Fit the plan again.")
+
+
+def check_plan_files(folder: Path) -> None:
+    """Raise FhoptError where `folder` has no plan, or a damaged one, as far as that shows without torch."""
+    with damage_named(folder):
+        read_files(folder)
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Read the checked description of a plan, and the file of its tensors. Raises FhoptError, ValueError."""
+    text, blob = _read(folder)
+    description = parse_description(text)
+    if description.get("version") not in PLAN_VERSIONS:
+        raise FhoptError(
+            f"{folder} has plan version {str(description.get('version'))[:20]}; this fhopt reads versions "
+            f"{' and '.join(map(str, PLAN_VERSIONS))}. Fit the plan again with this version."
+        )
+    check_description(description)
+    if not is_intact(description, blob):
+        raise altered(folder)
+    return description, blob
+
+
+def altered(folder: Path) -> FhoptError:
+    """Make the error for a plan whose digest or checksum is another."""
+    return FhoptError(f"{folder} was altered after it was written (digest mismatch). Fit the plan again.")
+
+
+def _read(folder: Path) -> tuple[bytes, bytes]:
+    cure = "Expected a folder with plan.json and plan.safetensors, as `fhopt fit MODEL -o FOLDER` writes."
+    try:
+        if folder.is_file():
+            check_no_pickle(folder, cure)
+        text = read_file(folder / PLAN_FILES[0], JSON_BYTES, cure)
+        blob = read_file(folder / PLAN_FILES[1], tensor_limit(), cure)
+    except (OSError, ValueError) as error:
+        name = Path(getattr(error, "filename", None) or folder).name
+        reason = getattr(error, "strerror", None) or error
+        raise FhoptError(f"{folder} is not a plan: {reason} ({name}). {cure}") from error
+    for name, content in zip(PLAN_FILES, (text, blob), strict=True):
+        if is_pickle(content[:9]):
+            check_no_pickle(folder / name, cure)
+    return text, blob
 
 
 def read_plan(folder: Path) -> tuple[dict[str, Any], str]:
     """Read the fields of a `LatentPlan` and its saved digest. Raises FhoptError; what damage raises is not caught."""
     from safetensors.torch import load
 
-    try:
-        text = (folder / "plan.json").read_bytes()
-        blob = (folder / "plan.safetensors").read_bytes()
-    except OSError as error:
-        raise FhoptError(
-            f"{folder} is not a plan: {error.strerror} ({Path(error.filename).name}). "
-            "Expected a folder with plan.json and plan.safetensors, as `fhopt fit MODEL -o FOLDER` writes."
-        ) from error
-    description, tensors = json.loads(text), load(blob)
-    if description["version"] not in PLAN_VERSIONS:
-        raise FhoptError(
-            f"{folder} has plan version {description['version']}; this fhopt reads versions "
-            f"{' and '.join(map(str, PLAN_VERSIONS))}. Fit the plan again with this version."
-        )
+    description, blob = read_files(folder)
+    tensors = load(blob)
     fields = {name: description[name] for name in ("sinks", "recent", "block", "provenance", "window_bits")}
     fields["sites"] = tuple(_site_plan(item, tensors) for item in description["sites"])
-    fields |= {"pages": _page_plan(description.get("pages")), "mean_tokens": int(description.get("mean_tokens", 0))}
+    if tensors:
+        raise ValueError(f"{min(tensors)[:60]!r} belongs to none of its sites")
+    fields |= {"pages": _page_plan(description.get("pages")), "mean_tokens": description.get("mean_tokens", 0)}
     return fields, description["digest"]
 
 
 def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
+    """Make the plan of a site, and take its tensors out of `tensors`."""
     site = site_from(item["site"])
 
     def side(which: str) -> SidePlan:
         prefix = f"{site.name}.{which}"
         tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item[which])
-        return SidePlan(tensors[f"{prefix}.encode"], tensors[f"{prefix}.decode"], tiers)
+        return SidePlan(tensors.pop(f"{prefix}.encode"), tensors.pop(f"{prefix}.decode"), tiers)
 
     sketch = None
     if "sketch" in item:
         tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item["sketch"])
-        parts = {part: tensors[f"{site.name}.sketch.{part}"] for part in _SKETCH}
+        parts = {part: tensors.pop(f"{site.name}.sketch.{part}") for part in _SKETCH}
         sketch = SketchPlan(**parts, tiers=tiers)
     return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch)
 

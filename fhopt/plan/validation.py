@@ -90,7 +90,7 @@ def _check_sketch(name: str, key: SidePlan, sketch: SketchPlan) -> None:
     if shapes != expected or sketch.channels.dtype != torch.int64:
         raise FhoptError(f"{name}: sketches have shapes {shapes}, expected {expected}. Calibrate pages again.")
     for tier in sketch.tiers:
-        if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not tier.step > 0:
+        if tier.bits not in SKETCH_BITS or tier.width < 1 or tier.width % TIER_QUANTUM or not 0 < tier.step < math.inf:
             raise FhoptError(f"{name}: sketches of {tier}; expected a width of {TIER_QUANTUM}k, bits of {SKETCH_BITS}.")
     if not bool(((sketch.channels >= 0) & (sketch.channels < width)).all()):
         raise FhoptError(f"{name}: sketches name channels beyond the {width} that there are. Calibrate pages again.")
@@ -118,6 +118,8 @@ def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tu
     shapes = tuple(side.encode.shape), tuple(side.decode.shape)
     if shapes != expected:
         raise FhoptError(f"{name}: bases have shapes {shapes}, expected {expected}. Fit the plan again.")
+    if not (side.encode.is_floating_point() and side.decode.is_floating_point()):
+        raise FhoptError(f"{name}: bases of {side.encode.dtype} and {side.decode.dtype}; expected floats. Fit again.")
     if not (side.encode.isfinite().all() and side.decode.isfinite().all()):
         raise FhoptError(f"{name}: bases hold non-finite numbers. Fit the plan again.")
     if any(t.bits not in SUPPORTED_BITS or t.width < 1 or t.width % TIER_QUANTUM for t in side.tiers):
@@ -125,6 +127,8 @@ def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tu
             f"{name}: bit groups {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}. "
             "Fit the plan again."
         )
+    if not all(t.bits == 16 or 0 < t.step < math.inf for t in side.tiers):
+        raise FhoptError(f"{name}: quantization steps of {side.tiers} are not positive numbers. Fit the plan again.")
     if side.tiers and sum(t.width for t in side.tiers) != width:
         raise FhoptError(
             f"{name}: bit groups cover {sum(t.width for t in side.tiers)} channels of {width}. Fit the plan again."

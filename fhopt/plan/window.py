@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
-from torch import Tensor
-
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fhopt.plan.site_plan import SitePlan
 
 
@@ -54,6 +54,10 @@ class ResidualWindow:
     def quantized_tokens(self, tokens: int | Tensor) -> int | Tensor:
         """Return how many of `tokens` cached tokens are quantized; of a number on a device, as one on it."""
         left = tokens - self.sinks - self.recent
+        if isinstance(left, int):
+            return max(0, left) // self.block * self.block
+        from torch import Tensor  # late: sizes are checked before torch is imported
+
         left = left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)
         return left // self.block * self.block
 

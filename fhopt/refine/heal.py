@@ -20,9 +20,7 @@ Least squares on the output of a layer, as for weights in AdaRound (2004.10568) 
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -38,61 +36,11 @@ from fhopt.plan.fingerprint import check_model, fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
 from fhopt.refine.decoder_equations import Equations, Reader, solved
+from fhopt.refine.options import HealOptions
 from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
 
-LEAST_SEQUENCES = 4  # fewer say nothing of other text
 HEALING = Stage("heal", "healing", "heal", "model, plan, text or version", unit="sequences", is_suffix=False)
-
-
-@dataclass(frozen=True)
-class HealOptions:
-    """Options of healing, beside a model and a plan.
-
-    texts: read in turn, their first halves to solve, their second to measure. tokens: to solve for, in sequences of
-    `context` tokens, each read once. ridge: how strongly a decoder is drawn to the one it was, in mean squares of what
-    it reads. held_out: sequences of `context` tokens on which the loss is measured before and after. checkpoint: file
-    that lets an interrupted healing go on.
-    """
-
-    texts: tuple[str, ...] = ("topics",)
-    tokens: int = 50_000
-    context: int = 1024
-    ridge: float = 0.2
-    held_out: int = 2
-    checkpoint: Path | None = None
-
-    @property
-    def sequences(self) -> int:
-        """Number of sequences that the tokens make."""
-        return self.tokens // self.context
-
-    def check(self) -> None:
-        """Raise FhoptError for values that cannot work, before anything slow starts."""
-        if self.context < 2 or self.held_out < 1:
-            raise FhoptError(
-                f"context={self.context}, held_out={self.held_out}: expected sequences of at least 2 tokens, and one "
-                "to measure on."
-            )
-        if self.sequences < LEAST_SEQUENCES:
-            raise FhoptError(
-                f"{self.tokens} tokens make {max(0, self.sequences)} sequences of {self.context}; expected at least "
-                f"{LEAST_SEQUENCES}. Read more tokens, or in a shorter context."
-            )
-        if not 0 < self.ridge < math.inf:
-            raise FhoptError(
-                f"a ridge of {self.ridge:g} is not possible; expected a finite share of what is read above 0, such as "
-                f"{HealOptions.ridge:g}."
-            )
-
-    def check_plan(self, plan: LatentPlan) -> None:
-        """Raise FhoptError when a context of this length does not see the latents of the plan."""
-        first = plan.sinks + plan.recent
-        if self.context <= first and all(p.site.kind == "self" for p in plan.sites):
-            raise FhoptError(
-                f"a context of {self.context} tokens has none beyond sinks and recent tokens of the plan; expected "
-                f"more than {first}. Read a longer context."
-            )
 
 
 def heal(

@@ -8,7 +8,7 @@ bisection finds the largest ratio that passes in few measurements. What was meas
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,40 +21,10 @@ from fhopt.evaluation.statistics import Comparison
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.progress import Progress, silent
-from fhopt.refine.shares import parse_share
+from fhopt.refine.options import Gate
 from fhopt.texts import tokens
 
 RATIOS = tuple(2.0 * 2 ** (i / 6) for i in range(19))  # 2x to 16x, in steps of 12 %
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The largest loss that a plan may have, and the held-out text on which it is measured.
-
-    max_loss: increase of perplexity, as a share (0.01 = 1 %). texts: their second halves are read; none: those of the
-    calibration. sequences: of `context` tokens, over all texts.
-    """
-
-    max_loss: float
-    texts: tuple[str, ...] = ()
-    sequences: int = 4
-    context: int = 2048
-
-    def check(self) -> None:
-        """Raise FhoptError for limits that no plan or every plan passes."""
-        if not 0 < self.max_loss < 1:
-            raise FhoptError(
-                f"a loss of {self.max_loss:.3g} is not possible; expected a share above 0 and below 1, such as 1% or "
-                "0.01."
-            )
-
-
-def parse_loss(text: str) -> float:
-    """Read a loss such as `1%` or `0.01` as a share. Raises FhoptError."""
-    try:
-        return parse_share(text)
-    except ValueError:
-        raise FhoptError(f"{text!r} is not a share; expected a number such as 1% or 0.01.") from None
 
 
 def smallest_plan(

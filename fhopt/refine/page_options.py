@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fhopt.errors import FhoptError
-from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.model_facts import positions_of
 from fhopt.refine.shares import parse_share
-from fhopt.texts import tokens as texts_tokens
+
+if TYPE_CHECKING:
+    from fhopt.models.loaded_model import LoadedModel
 
 MASS_SHARE = 0.5  # of the pages, that may be read where only a mass is set
 PIECE, QUERIES = 512, 16  # tokens read at once, and how many at the end of them are probes
@@ -84,6 +85,9 @@ def for_model(loaded: LoadedModel, options: PagingOptions, block: int, exact: in
     block: of the plan. exact: tokens that it keeps outside of latents, attention sinks and residual window. Raises
     FhoptError, before anything slow starts, where positions or texts do not suffice.
     """
+    from fhopt.models.model_facts import positions_of
+    from fhopt.texts import tokens as texts_tokens
+
     positions = positions_of(loaded.language_model())
     if positions is not None and positions < options.needed(exact, block):
         raise FhoptError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from fhopt.errors import FhoptError
+from fhopt.files import check_regular, opened
 
 LONGEST_LINE = 64_000_000  # characters of JSON
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 KEYS = ("text", "content", "messages")
 RECORD = 'a string, or an object with "text", "content" or "messages" (a list of {"role": string, "content": string})'
+BUILT_IN = ("topics", "source", "license", "docstrings", "mixture", "scripture")  # fhopt/texts/built_in.py
+_CURE = "Write what it gives to a file, and give that."
 _SEPARATOR = "\n\n"
 _KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value",
           int: "a number", float: "a number"}  # fmt: skip
+
+
+def check_text(name: str) -> None:
+    """Raise FhoptError where `name` is neither a built-in text nor a regular file or a folder."""
+    if name in BUILT_IN:
+        return
+    path = Path(name).expanduser()
+    try:
+        if not path.is_dir():
+            check_regular(path, cure=_CURE)
+    except OSError as error:
+        raise FhoptError(
+            f"cannot read {name}: {error.strerror}. Expected a text file, JSON lines, a Parquet file, a folder of "
+            f"them, a folder written by save_to_disk, or one of {', '.join(BUILT_IN)}."
+        ) from error
 
 
 def join_documents(documents: Iterable[str], limit: int) -> str:
@@ -55,7 +74,8 @@ def _file(path: Path, limit: int) -> Iterator[str]:
 
 
 def _plain(path: Path, limit: int) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with opened(path, cure=_CURE) as content:
+        file = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace")
         yield _without_nul(file.read(limit), path)
 
 
@@ -69,8 +89,9 @@ def _without_nul(text: str, path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+    with opened(path, cure=_CURE) as content:
+        unpacked: Any = gzip.GzipFile(fileobj=content) if path.name.lower().endswith(".gz") else content
+        file = io.TextIOWrapper(unpacked, encoding="utf-8-sig", errors="replace")
         lines: Iterator[str] = iter(partial(file.readline, LONGEST_LINE), "")
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -155,7 +176,7 @@ def _saved_rows(folder: Path) -> Iterator[dict[str, Any]]:
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     _data_library("datasets")  # it requires a pyarrow that does not run what a file may carry
     parquet = _data_library("pyarrow.parquet")
-    with path.open("rb") as file:
+    with opened(path, cure=_CURE) as file:
         table = parquet.ParquetFile(file, buffer_size=1 << 20)
         column = _column(path, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=256, columns=[column]):

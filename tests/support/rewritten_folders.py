@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fhopt.export import rewrite_folder
 from fhopt.models import rewritten_folder
 from fhopt.models.loaded_model import LoadedModel
+from fhopt.plan import description
 from fhopt.plan.latent_plan import LatentPlan
 
 ROUNDING = 1e-5  # of the largest logit: weights at other addresses are summed in another order
@@ -41,12 +40,11 @@ def generated(model: Any, ids: Tensor, tokens: int = 12) -> tuple[Tensor, Tensor
 def sign(path: Path) -> None:
     """What a forger does: make digests of plan and files right again."""
     described = json.loads((path / "plan" / "plan.json").read_text())
-    numbers = {k: v for k, v in described.items() if k not in ("provenance", "digest")}
-    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
-    for name, tensor in sorted(load_file(path / "plan" / "plan.safetensors").items()):
-        digest.update(name.encode() + tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    (path / "plan" / "plan.json").write_text(json.dumps(described | {"digest": digest.hexdigest()}))
-    manifest = json.loads((path / "fhopt.json").read_text()) | {"plan": digest.hexdigest()}
+    tensors = (path / "plan" / "plan.safetensors").read_bytes()
+    digest = description.digest_of(described, tensors)
+    signed = description.covered(described | {"digest": digest}, tensors)
+    (path / "plan" / "plan.json").write_text(json.dumps(signed))
+    manifest = json.loads((path / "fhopt.json").read_text()) | {"plan": digest}
     sign_files(path, manifest)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fhopt.calibration import collect, probe
-from fhopt.fitting import allocation, fit_plan
+from fhopt.fitting import allocation, choices, fit_plan
 from fhopt.fitting.bases import CandidateBases
 from fhopt.fitting.candidates import COMPETING, fit_bases
 from fhopt.models.capture import Captured, capture
@@ -83,7 +83,7 @@ class Fitted:
         self.captured, self.outcome = found(self.model, 96)
         self.statistics = collect.collect(self.captured, self.outcome, numbered(6), **FAR)
         self.bases: CandidateBases = {name: {} for name in self.statistics}
-        for layout in (allocation.AUTO, "freq", "head"):
+        for layout in (choices.AUTO, "freq", "head"):
             more = fit_bases(self.statistics, layout, context=96, tokens=TOKENS)
             self.bases = {name: {**layouts, **more[name]} for name, layouts in self.bases.items()}
         others = numbered(4, start=6)
@@ -92,7 +92,7 @@ class Fitted:
         )  # fmt: skip
 
     def plan(self, ratio: float, layout: str = "band", **options: Any) -> LatentPlan:
-        wanted = ("input", *COMPETING) if layout == allocation.AUTO else (layout,)
+        wanted = ("input", *COMPETING) if layout == choices.AUTO else (layout,)
         bases = {name: {w: pair for w, pair in t.items() if w in wanted} for name, t in self.bases.items()}
         chosen: dict[str, Any] = dict(recent=8, block=8, tokens=TOKENS) | options
         known = bases if all(bases.values()) else None  # no site of this model has the layout `input`

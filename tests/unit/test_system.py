@@ -12,6 +12,7 @@ from attention_cases import CASES, assert_same, expected, inputs
 from fhopt.codegen import build
 from fhopt.codegen.build import build_torch
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other users")
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 
 
@@ -57,3 +58,88 @@ def test_the_working_directory_stays_clean(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     build(CASES["one token"].spec())
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- parents
+
+
+def assert_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(folder))
+    monkeypatch.setattr("fhopt.system._warned", set())
+    with pytest.warns(RuntimeWarning, match=reason):
+        made = BUILD.load_module("made", "x = 1")
+    assert made.x == 1 and not Path(made.__file__).is_relative_to(folder)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o707])
+def test_a_parent_that_others_may_write_to_is_refused(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "open" / "mine" / "cache").mkdir(parents=True)
+    (tmp_path / "open").chmod(mode)
+    assert_not_used(tmp_path / "open" / "mine" / "cache", monkeypatch, "others may write to it")
+
+
+def test_a_sticky_parent_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o1777)
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "open" / "cache"))
+    made = BUILD.load_module("made", "x = 1")
+    assert Path(made.__file__).parent == tmp_path / "open" / "cache"
+
+
+@needs_root
+def test_a_parent_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs" / "cache").mkdir(parents=True)
+    os.chown(tmp_path / "theirs", 12345, 12345)
+    assert_not_used(tmp_path / "theirs" / "cache", monkeypatch, "belongs to another user")
+
+
+@needs_root
+def test_a_group_of_others_may_not_write_to_a_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared" / "cache").mkdir(parents=True)
+    os.chown(tmp_path / "shared", 0, 12345)
+    (tmp_path / "shared").chmod(0o770)
+    assert_not_used(tmp_path / "shared" / "cache", monkeypatch, "others may write to it")
+
+
+def test_a_link_to_a_folder_is_followed_to_what_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "open" / "real")
+    (tmp_path / "open").chmod(0o777)
+    assert_not_used(tmp_path / "link", monkeypatch, "others may write to it")
+    (tmp_path / "open").chmod(0o755)
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "link"))
+    assert Path(BUILD.load_module("made", "x = 1").__file__).parent == tmp_path / "open" / "real"
+
+
+def test_parents_are_made_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0)
+    try:
+        monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "a" / "b" / "c"))
+        made = Path(BUILD.load_module("made", "x = 1").__file__)
+        modes = [p.stat().st_mode & 0o777 for p in (tmp_path / "a", tmp_path / "a" / "b", made.parent)]
+        assert modes == [0o700] * 3 and made.stat().st_mode & 0o022 == 0
+    finally:
+        os.umask(before)
+
+
+def test_a_file_that_others_may_write_to_or_a_link_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
+    left = Path(BUILD.load_module("left", "x = 1").__file__)
+    left.write_text("x = 'of somebody else'")
+    left.chmod(0o666)
+    assert BUILD.load_module("left", "x = 1").x == 1 and left.read_text() == "x = 1"
+    other = tmp_path / "other.py"
+    other.write_text("x = 'behind a link'")
+    left.unlink()
+    left.symlink_to(other)
+    assert BUILD.load_module("left", "x = 1").x == 1 and not left.is_symlink() and "behind" in other.read_text()
+
+
+def test_bytecode_beside_a_kernel_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
+    BUILD.load_module("left", "x = 1")
+    assert not list(tmp_path.rglob("*.pyc"))

@@ -143,7 +143,7 @@ def test_one_segment_alone_has_its_activations(monkeypatch: pytest.MonkeyPatch) 
 
 def test_activations_are_counted_from_the_first_attention_on() -> None:
     """Every further layer counts the same, in float32 at least its input, its MLP's three tensors and its queries."""
-    inputs = {**numbered(1)[0][1], "use_cache": False}
+    inputs: dict[str, Any] = {**numbered(1)[0][1], "use_cache": False}
     counts = []
     for layers in (2, 3, 4):
         captured, outcome = watched(tiny_llama(num_hidden_layers=layers), inputs)

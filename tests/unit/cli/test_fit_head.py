@@ -13,10 +13,9 @@ from needs import needs_compiler
 
 from fhopt.cli.app import main
 from fhopt.lm_head import api
-from fhopt.lm_head import head as heads
 from fhopt.lm_head.evaluate import measure
-from fhopt.lm_head.fitting import HeadOptions
 from fhopt.lm_head.head import Head
+from fhopt.lm_head.options import FILES, HeadOptions
 from fhopt.models.loader import load_model
 
 SAMPLE = ("--sequences", "2", "--context", "64", "--held-out", "100", "--json")
@@ -49,7 +48,7 @@ def test_the_same_data_and_seed_give_the_same_head(tmp_path: Path) -> None:
     for name in "ab":
         result = call("head", str(tmp_path / "model"), *SAMPLE, "-o", str(tmp_path / name))
         assert result.exit_code == 0, result.output
-    for name in heads.FILES:
+    for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 

@@ -14,7 +14,8 @@ from small_models import Fitted, tiny_llama
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.ruler import RULER
-from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, choose, run_tasks, write_items
+from fhopt.evaluation.task_choice import choose
+from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, run_tasks, write_items
 from fhopt.texts import tokens
 
 LENGTH = 1500  # characters

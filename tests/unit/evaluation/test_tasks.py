@@ -13,13 +13,12 @@ from small_models import Fitted
 from fhopt.errors import FhoptError
 from fhopt.evaluation import tasks
 from fhopt.evaluation.perplexity import new_cache, read_steps, switched
+from fhopt.evaluation.task_choice import choose, read_lengths
 from fhopt.evaluation.tasks import (
     TASKS,
     Cell,
     Item,
     TaskOptions,
-    choose,
-    read_lengths,
     run_tasks,
     wilson_interval,
     write_items,

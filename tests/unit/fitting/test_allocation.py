@@ -13,7 +13,7 @@ from hand_plans import SITE
 from small_models import TOKENS, Fitted
 
 from fhopt.errors import FhoptError
-from fhopt.fitting import allocation, fit_plan
+from fhopt.fitting import allocation, choices, fit_plan
 from fhopt.fitting.allocation import STEPS, UNBIASED
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import SideCosts
@@ -95,8 +95,8 @@ def test_for_a_gpu_rows_are_few_tiers_of_whole_planes(groups: int, channels: int
     for fitted_site in wide(groups, channels, ratio).sites:
         for side in (fitted_site.key, fitted_site.value):
             bits = [t.bits for t in side.tiers]
-            assert 0 < len(bits) <= 3 and bits == sorted(set(bits) & set(allocation.GPU_BITS), reverse=True)
-            assert all(t.width * t.bits % (8 * allocation.PLANE) == 0 for t in side.tiers)
+            assert 0 < len(bits) <= 3 and bits == sorted(set(bits) & set(choices.GPU_BITS), reverse=True)
+            assert all(t.width * t.bits % (8 * choices.PLANE) == 0 for t in side.tiers)
             assert side.row_bytes() % 16 == 0
 
 
@@ -107,10 +107,10 @@ def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ra
     budget = allocation.Budget(ratio, ResidualWindow(0, 1, 1, 8), tokens=100_000)
     asked = budget.quantized_token_bits([s.site for s in plan.sites])
     used = sum(8 * s.token_bytes() for s in plan.sites)
-    assert 0 <= asked - used < 8 * allocation.PLANE * groups
+    assert 0 <= asked - used < 8 * choices.PLANE * groups
 
 
-def side_of(side: Basis, costs: SideCosts | None, grain: allocation.Grain) -> allocation.PartedSide:
+def side_of(side: Basis, costs: SideCosts | None, grain: choices.Grain) -> allocation.PartedSide:
     return allocation.side_of(allocation.chunk_nats(side, costs, grain.levels), side.groups, grain)
 
 
@@ -118,7 +118,7 @@ def side_of(side: Basis, costs: SideCosts | None, grain: allocation.Grain) -> al
 def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, ...]) -> None:
     """Against all numbers of planes of each tier, channels in order of what they cost."""
     side = spectrum(88, 1, 300.0, 2)
-    part = side_of(side, None, allocation.Grain(levels, allocation.PLANE)).parts[0]
+    part = side_of(side, None, choices.Grain(levels, choices.PLANE)).parts[0]
     dropped = side.variance[0].unflatten(0, (-1, TIER_QUANTUM)).sum(1) / 2
     costs = torch.cat([dropped.sort(descending=True).values, torch.zeros(5)])
     best = dict.fromkeys(range(len(part.bits)), float("inf"))
@@ -129,7 +129,7 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
         tiers = zip([0, *ends], [*ends, 16], [*sorted(levels)[::-1], 0], strict=True)
         nats = sum(float(costs[begin:end].sum()) * allocation.DISTORTION[b] for begin, end, b in tiers)
         best[sum(counts)] = min(best[sum(counts)], nats)
-    assert part.bits == [8 * allocation.PLANE * n for n in best]
+    assert part.bits == [8 * choices.PLANE * n for n in best]
     assert part.nats == pytest.approx(list(best.values()))
     for n, nats in best.items():  # and the chunks are those that the loss was counted for
         bits = part.chunks(n)
@@ -143,13 +143,13 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
 def test_a_cpu_and_no_device_get_the_same_bits() -> None:
     plans = [wide(1, 256, 4.0, device) for device in (None, "cpu", "cpu:4")]
     assert len({plan.digest() for plan in plans}) == 1
-    assert any(t.bits not in allocation.GPU_BITS for s in plans[0].sites for t in s.key.tiers)
+    assert any(t.bits not in choices.GPU_BITS for s in plans[0].sites for t in s.key.tiers)
 
 
 def test_whole_planes_cost_less_than_a_tenth_of_the_bytes() -> None:
     """Against chunks of the same bits, which a plan for a GPU would have without them."""
     for ratio in (3.0, 4.0):
-        same = [nats(wide(1, 256, r, None, bits=allocation.GPU_BITS)) for r in (ratio, 1.1 * ratio)]
+        same = [nats(wide(1, 256, r, None, bits=choices.GPU_BITS)) for r in (ratio, 1.1 * ratio)]
         assert same[0] <= nats(wide(1, 256, ratio)) < same[1]
 
 
@@ -170,11 +170,9 @@ def test_bits_that_make_no_kernel_for_a_gpu_are_refused() -> None:
 
 def test_a_ratio_that_leaves_no_plane_is_refused_before_calibration() -> None:
     sites, budget = [site("a")], allocation.Budget(6.0, ResidualWindow(0, 1, 1, 8), tokens=100_000)
-    allocation.check_reach(
-        sites, budget, allocation.BITS
-    )  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
+    allocation.check_reach(sites, budget, choices.BITS)  # 64 numbers: 21 bytes; two sides of 1 + 2 bytes are the least
     with pytest.raises(FhoptError, match="21 bytes for a quantized token, the least possible is 36"):
-        allocation.check_reach(sites, budget, allocation.BITS, "h100")
+        allocation.check_reach(sites, budget, choices.BITS, "h100")
 
 
 @pytest.mark.parametrize("layout", [*MIXING, "auto"])
@@ -207,7 +205,7 @@ def test_measured_costs_count_per_token() -> None:
     """Half of 0.5 nats a channel at 0 bits over 10 tokens, 8 channels to a chunk; an unmeasured level is Gaussian."""
     side = basis(1, 1.0, 1.0)
     measured = SideCosts({0: torch.full((1, 16), 0.5, dtype=torch.float64)}, torch.tensor(10))
-    parts = side_of(side, measured, allocation.Grain((2, 16), 0)).parts
+    parts = side_of(side, measured, choices.Grain((2, 16), 0)).parts
     for part in parts:
         assert part.bits == [0, 2 * 8, 16 * 8]
         assert part.nats == pytest.approx([0.2, 4 * allocation.DISTORTION[2], 0.0])

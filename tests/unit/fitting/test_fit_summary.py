@@ -9,7 +9,7 @@ import pytest
 from hand_plans import CODED, random_plan
 from small_models import Fitted
 
-from fhopt.fitting import allocation
+from fhopt.fitting import choices
 from fhopt.fitting.fit_summary import Evidence, evidence_of
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import TIER_QUANTUM
@@ -63,5 +63,5 @@ def test_evidence_survives_a_file_and_is_no_part_of_the_digest(llama: Fitted, tm
 
 def test_plans_for_a_gpu_and_plans_without_measurements_have_evidence_or_none(llama: Fitted) -> None:
     _, evidence = seen(llama, ratio=2, device="h100", tokens=8192)
-    assert {b for sides in evidence.sites.values() for s in sides for b in s.bits} <= {0, *allocation.GPU_BITS}
+    assert {b for sides in evidence.sites.values() for s in sides for b in s.bits} <= {0, *choices.GPU_BITS}
     assert evidence_of(random_plan("head", CODED)) is None

@@ -10,7 +10,8 @@ from fitting_by_hand import wide
 
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, kernel_shapes
-from fhopt.fitting.allocation import BITS, DISTORTION, Allocation, Grain, allocate_sides, grain_of, side_of
+from fhopt.fitting.allocation import DISTORTION, Allocation, allocate_sides, side_of
+from fhopt.fitting.choices import BITS, Grain, grain_of
 from fhopt.fitting.kernel_shapes import SiteChunks, share
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SCALE_BYTES, TIER_QUANTUM

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from fhopt.errors import FhoptError
 from fhopt.models.model_name import StoredFacts, check_text_model, folder_of, stored_facts
@@ -18,6 +19,7 @@ def folder(path: Path, config: dict[str, Any], **files: Any) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     for name, value in files.items():
         (path / f"{name}.json").write_text(json.dumps(value))
+    save_file({}, path / "model.safetensors")
     return path
 
 
@@ -34,8 +36,9 @@ def test_demo_is_no_folder_even_where_there_is_one(tmp_path: Path, monkeypatch: 
         ("nowhere", "unknown model 'nowhere'"),
         ("{tmp}", "has no config.json"),
         ("{tmp}/a.gguf", "expected a GGUF file"),
-        ("a.pt2", "has no tokenizer"),
+        ("a.pt2", "expected a program"),
         ("json:loads", "has no tokenizer"),
+        ("nowhere_at_all:loads", "cannot be imported"),
     ],
 )
 def test_what_is_no_language_model_is_refused(name: str, message: str, tmp_path: Path) -> None:
@@ -67,8 +70,6 @@ def test_positions_and_template_are_read_from_files(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("no JSON")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    check_text_model(str(tmp_path))
     assert stored_facts(str(tmp_path)).positions is None
 
 

@@ -181,8 +181,8 @@ HARM: dict[Callable[[Path], None], str] = {
     one_bit: "SHA-256",
     other_plan: "not the one",
     fingerprint: "fitted to another model",
-    steps: "steps",
-    text_for_a_number: "impossible attention",
+    steps: "key.0.2 is nan",
+    text_for_a_number: "site.scale is",
     many_layers: "layers have",
     nested: "not JSON",
 }

@@ -16,7 +16,9 @@ from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 from fhopt.inspection import drawing
 from fhopt.ops import page_selection
+from fhopt.plan.description import numbers_of
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.plan_files import describe_plan
 from fhopt.plan.site_plan import PagePlan, Tier
 
 # --------------------------------------------------------------------------------------------------- caches
@@ -66,9 +68,21 @@ def test_what_a_site_reads_on_average_is_told_where_calibration_knows() -> None:
     assert whole.page_read(site) == 1.0 and not any("pages" in line for line in drawing._window(site, whole))
 
 
-def test_a_plan_without_pages_is_written_as_before(tmp_path: Path) -> None:
-    text = (random_plan("head", CODED).save(tmp_path / "plan") / "plan.json").read_text()
-    assert '"version": 3' in text and "pages" not in text and "sketch" not in text
+def test_a_plan_without_pages_has_the_digest_that_it_had_before_there_were_any(tmp_path: Path) -> None:
+    plan = random_plan("head", CODED)
+    text = (plan.save(tmp_path / "plan") / "plan.json").read_text()
+    assert "pages" not in text and "sketch" not in text
+    assert b'"version": 3' in numbers_of(describe_plan(plan))
+    assert b'"version": 4' in numbers_of(describe_plan(paged(plan)))
+
+
+@pytest.mark.parametrize(
+    "tier",
+    [Tier(8, 16, math.inf), Tier(8, 16, 0.0), Tier(8, 16, math.nan), Tier(4, math.inf, 1.0)],  # type: ignore[arg-type]
+)
+def test_bit_groups_that_cannot_be_are_refused(tier: Tier) -> None:
+    with pytest.raises(FhoptError, match=r"bit groups|quantization steps"):
+        random_plan("head", (tier,))
 
 
 @pytest.mark.parametrize(

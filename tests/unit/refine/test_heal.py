@@ -23,7 +23,8 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan import fingerprint
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.refine.decoder_equations import Reader
-from fhopt.refine.heal import HEALING, HealOptions, heal, read
+from fhopt.refine.heal import HEALING, heal, read
+from fhopt.refine.options import HealOptions
 
 pytestmark = pytest.mark.usefixtures("without_compiling")
 OPTIONS = HealOptions(texts=("license",), tokens=COUNT * CONTEXT, context=CONTEXT, held_out=4)

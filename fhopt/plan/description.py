@@ -1,0 +1,252 @@
+"""What plan.json may hold: the kind of every field, and the digests that cover them.
+
+    version                             3: neither pages nor means. 4: pages. 5: means. 6: any, every byte covered
+    sinks, recent, block, window_bits   the residual window
+    mean_tokens, pages                  where the plan has them
+    sites                               of each: the attention, its layout, the bit groups of keys, values and sketches
+    provenance                          where the plan comes from, and what it was measured to lose
+    digest                              of all that changes numbers: description without provenance, and tensors
+    tensors_sha256, checksum            from version 6 on: of plan.safetensors, and of everything else in plan.json
+
+The digest is the identity of a plan, which prompt caches and rewritten folders name: a plan that is measured again
+keeps it. It does not cover provenance, of which pages and fingerprints are read. Files of version 6 have a checksum of
+every field; those of earlier versions are read with every field checked, and their digest.
+
+Nothing here needs torch, so that a wrong file is refused before it is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fhopt.plan.json_kinds import (
+    Kind,
+    mapping,
+    maybe,
+    number,
+    one_of,
+    plain,
+    record,
+    row,
+    several,
+    text,
+    truth,
+    whole,
+)
+from fhopt.plan.site_plan import LAYOUTS, SUPPORTED_BITS
+
+PLAIN, PAGED, WITH_MEANS, CHECKED = 3, 4, 5, 6
+PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # that can be read; plans are written in the last
+CHECKSUM, TENSORS = "checksum", "tensors_sha256"
+
+_SIZE = whole(1, (1 << 20) - 1)  # heads, channels
+_STEP = number(0, 1e30)
+_TIERS = several(row(one_of(*SUPPORTED_BITS), _SIZE, _STEP))
+_ROPE = record(
+    {
+        "pairing": one_of("half", "interleaved"),
+        "rotary_dim": whole(1, (1 << 20) - 1),
+        "angles": several(number()),
+        "offset": whole(0, (1 << 20) - 1),
+        "blocks": _SIZE,
+        "positions": one_of("sequence", "grid"),
+    }
+)
+_SITE = record(
+    {
+        "name": text,
+        "projections": mapping(several(text)),
+        "kind": one_of("self", "cross"),
+        "heads": _SIZE,
+        "kv_heads": _SIZE,
+        "key_dim": _SIZE,
+        "value_dim": _SIZE,
+        "scale": number(-1e30, 1e30),
+        "rope": maybe(_ROPE),
+        "key_norm": truth,
+        "mask": text,
+        "softcap": number(0, 1e30),
+        "cache": text,
+        "source": text,
+        "window": whole(),
+        "sinks": truth,
+    }
+)
+_SITE_PLAN = record({"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS}, {"sketch": _TIERS})
+_SHARES = several(number(0, 1))
+_PAGES = record(
+    {"tokens": whole(1), "shares": _SHARES, "masses": _SHARES, "least": whole(), "limit": number(0, 1)},
+    {"fill": several(several(number(0))), "lifts": several(number(0))},
+)
+
+
+# --------------------------------------------------------------------------------------------------- provenance
+
+_MEASURED = number(is_finite=False)  # a perplexity can be infinite
+_INTERVAL = maybe(row(_MEASURED, _MEASURED))
+_LOSS: dict[str, Kind] = {
+    "exact": _MEASURED,
+    "plan": _MEASURED,
+    "increase_percent": _MEASURED,
+    "increase_percent_ci": _INTERVAL,
+    "kl": _MEASURED,
+    "tokens": whole(),
+}
+_SIDE: dict[str, Kind] = {
+    "side": text,
+    "spectrum": several(_MEASURED),
+    "bits": several(whole(0, 16)),
+    "nats": _MEASURED,
+    "sensitivity_nats": _MEASURED,
+}
+_EVIDENCE = record(
+    {
+        "sites": mapping(several(record(_SIDE))),
+        "curve": several(record({"ratio": number(0), "bytes_per_token": number(0), "nats": _MEASURED})),
+    }
+)
+_TASK = record({"items": whole(), "exact": _MEASURED, "plan": _MEASURED})
+
+
+def _gate(value: Any, where: str) -> None:
+    """Check what a loss target measured; one that names its texts is shown, and needs all figures."""
+    is_whole = isinstance(value, dict) and "texts" in value
+    needed = _LOSS | {"texts": several(text)} if is_whole else {}
+    record(needed, _LOSS | {"max_loss": number()}, plain)(value, where)
+
+
+_PROVENANCE = record(
+    {},
+    {
+        "model": text,
+        "fingerprint": maybe(text),
+        "weights": mapping(text),
+        "layout": text,
+        "ratio": number(0),
+        "predicted_nats": _MEASURED,
+        "seed": whole(),
+        "sequences": whole(),
+        "tokens": whole(),
+        "context": whole(),
+        "texts": several(text),
+        "text_sha256": text,
+        "versions": mapping(text),
+        "request": text,
+        "evidence": maybe(_EVIDENCE),
+        "gate": maybe(_gate),
+        "healing": record({}, {"tokens": whole(), "texts": several(text), "before": plain, "after": plain}, plain),
+        "pages": maybe(record({}, {"read": mapping(number(0, 1))}, plain)),
+        "quality": maybe(record({}, {"texts": mapping(record(_LOSS)), "tasks": mapping(_TASK)})),
+    },
+    plain,
+)
+
+
+# --------------------------------------------------------------------------------------------------- the file
+
+_NEEDED: dict[str, Kind] = {
+    "version": one_of(*PLAN_VERSIONS),
+    "sinks": whole(),
+    "recent": whole(1),
+    "block": whole(1),
+    "window_bits": one_of(8, 16),
+    "sites": several(_SITE_PLAN),
+    "provenance": _PROVENANCE,
+    "digest": text,
+}
+_OPTIONAL: dict[str, Kind] = {"pages": _PAGES, "mean_tokens": whole(1)}
+
+
+def parse_description(content: bytes) -> dict[str, Any]:
+    """Read the JSON object of plan.json. Raises ValueError, RecursionError."""
+    description = json.loads(content, object_pairs_hook=_once)
+    if not isinstance(description, dict):
+        raise ValueError(f"plan.json holds a {type(description).__name__}, expected an object")
+    return description
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def check_description(description: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that is missing, unknown, of another type or out of range."""
+    covered: dict[str, Kind] = {CHECKSUM: text, TENSORS: text} if description.get("version") == CHECKED else {}
+    record(_NEEDED | covered, _OPTIONAL)(description, "")
+    for item in description["sites"]:
+        site = item["site"]
+        if site["heads"] % site["kv_heads"]:
+            raise ValueError(f"{site['name'][:60]} has {site['heads']} heads for {site['kv_heads']} of keys and values")
+        for name in ("key", "value", "sketch"):
+            for bits, width, step in item.get(name, ()):
+                if bits < 16 and not step > 0:
+                    raise ValueError(f"{site['name'][:60]} has {bits} bits of {width} channels in steps of {step}")
+
+
+def content_version(description: Mapping[str, Any]) -> int:
+    """Return the first version that can hold what a plan has: it is part of the plan's digest."""
+    if "mean_tokens" in description:
+        return WITH_MEANS
+    has_pages = "pages" in description or any("sketch" in site for site in description["sites"])
+    return PAGED if has_pages else PLAIN
+
+
+def numbers_of(description: Mapping[str, Any]) -> bytes:
+    """Return the part of a description that the digest covers, as JSON in UTF-8."""
+    kept = {k: v for k, v in description.items() if k not in ("provenance", "digest", CHECKSUM, TENSORS)}
+    return json.dumps(kept | {"version": content_version(description)}, sort_keys=True).encode()
+
+
+def covered(description: Mapping[str, Any], tensors: bytes) -> dict[str, Any]:
+    """Return the description of a file of version 6: with the hash of the tensors' file, and the checksum of both."""
+    whole_file = dict(description) | {"version": CHECKED, TENSORS: hashlib.sha256(tensors).hexdigest()}
+    return whole_file | {CHECKSUM: checksum(whole_file)}
+
+
+def checksum(description: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything in a description but the checksum itself."""
+    kept = json.loads(json.dumps({k: v for k, v in description.items() if k != CHECKSUM}))  # tuples are lists then
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(description: Mapping[str, Any], tensors: bytes) -> str:
+    """Return the digest of a plan by its files. Raises ValueError, LookupError and TypeError for a damaged header.
+
+    It is that of `LatentPlan.digest`: names and bytes of the tensors lie in the file as torch has them in memory.
+    """
+    header = tensor_header(tensors)
+    start = 8 + int.from_bytes(tensors[:8], "little")
+    h = hashlib.sha256(numbers_of(description))
+    for name, about in sorted(header.items()):
+        first, last = (start + place for place in about["data_offsets"])
+        h.update(name.encode())
+        h.update(memoryview(tensors)[first:last])
+    return h.hexdigest()
+
+
+def tensor_header(tensors: bytes) -> dict[str, Any]:
+    """Return dtype, shape and place of each tensor in a safetensors file, by name. Raises ValueError."""
+    length = int.from_bytes(tensors[:8], "little")
+    if not 2 <= length <= len(tensors) - 8:
+        raise ValueError(f"plan.safetensors has {len(tensors):,} bytes, and its header should have {length:,}")
+    header = json.loads(tensors[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("the header of plan.safetensors is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def is_intact(description: Mapping[str, Any], tensors: bytes) -> bool:
+    """Return True where digest, checksum and hash are right; of a version without the latter, digest and version."""
+    if digest_of(description, tensors) != description["digest"]:
+        return False
+    if description["version"] != CHECKED:
+        return bool(description["version"] == content_version(description))
+    is_same = hashlib.sha256(tensors).hexdigest() == description[TENSORS]
+    return is_same and checksum(description) == description[CHECKSUM]

@@ -1,0 +1,96 @@
+"""Options of healing and of a loss target: checked before anything slow starts, without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fhopt.errors import FhoptError
+from fhopt.refine.shares import parse_share
+
+if TYPE_CHECKING:
+    from fhopt.plan.latent_plan import LatentPlan
+
+LEAST_SEQUENCES = 4  # fewer say nothing of other text
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """Options of healing, beside a model and a plan.
+
+    texts: read in turn, their first halves to solve, their second to measure. tokens: to solve for, in sequences of
+    `context` tokens, each read once. ridge: how strongly a decoder is drawn to the one it was, in mean squares of what
+    it reads. held_out: sequences of `context` tokens on which the loss is measured before and after. checkpoint: file
+    that lets an interrupted healing go on.
+    """
+
+    texts: tuple[str, ...] = ("topics",)
+    tokens: int = 50_000
+    context: int = 1024
+    ridge: float = 0.2
+    held_out: int = 2
+    checkpoint: Path | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences that the tokens make."""
+        return self.tokens // self.context
+
+    def check(self) -> None:
+        """Raise FhoptError for values that cannot work, before anything slow starts."""
+        if self.context < 2 or self.held_out < 1:
+            raise FhoptError(
+                f"context={self.context}, held_out={self.held_out}: expected sequences of at least 2 tokens, and one "
+                "to measure on."
+            )
+        if self.sequences < LEAST_SEQUENCES:
+            raise FhoptError(
+                f"{self.tokens} tokens make {max(0, self.sequences)} sequences of {self.context}; expected at least "
+                f"{LEAST_SEQUENCES}. Read more tokens, or in a shorter context."
+            )
+        if not 0 < self.ridge < math.inf:
+            raise FhoptError(
+                f"a ridge of {self.ridge:g} is not possible; expected a finite share of what is read above 0, such as "
+                f"{HealOptions.ridge:g}."
+            )
+
+    def check_plan(self, plan: LatentPlan) -> None:
+        """Raise FhoptError when a context of this length does not see the latents of the plan."""
+        first = plan.sinks + plan.recent
+        if self.context <= first and all(p.site.kind == "self" for p in plan.sites):
+            raise FhoptError(
+                f"a context of {self.context} tokens has none beyond sinks and recent tokens of the plan; expected "
+                f"more than {first}. Read a longer context."
+            )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The largest loss that a plan may have, and the held-out text on which it is measured.
+
+    max_loss: increase of perplexity, as a share (0.01 = 1 %). texts: their second halves are read; none: those of the
+    calibration. sequences: of `context` tokens, over all texts.
+    """
+
+    max_loss: float
+    texts: tuple[str, ...] = ()
+    sequences: int = 4
+    context: int = 2048
+
+    def check(self) -> None:
+        """Raise FhoptError for limits that no plan or every plan passes."""
+        if not 0 < self.max_loss < 1:
+            raise FhoptError(
+                f"a loss of {self.max_loss:.3g} is not possible; expected a share above 0 and below 1, such as 1% or "
+                "0.01."
+            )
+
+
+def parse_loss(text: str) -> float:
+    """Read a loss such as `1%` or `0.01` as a share. Raises FhoptError."""
+    try:
+        return parse_share(text)
+    except ValueError:
+        raise FhoptError(f"{text!r} is not a share; expected a number such as 1% or 0.01.") from None

@@ -1,0 +1,36 @@
+"""Options of healing and of a loss target, which are checked without torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from imports import imported_by
+
+from fhopt.errors import FhoptError
+from fhopt.refine.options import Gate, HealOptions, parse_loss
+
+
+def test_losses_are_shares() -> None:
+    assert parse_loss("1%") == 0.01
+    with pytest.raises(FhoptError, match="'low' is not a share"):
+        parse_loss("low")
+    with pytest.raises(FhoptError, match="is not possible"):
+        Gate(math.nan).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (HealOptions(context=1), "expected sequences of at least 2 tokens"),
+        (HealOptions(tokens=1), "make 0 sequences"),
+        (HealOptions(ridge=math.inf), "expected a finite share"),
+    ],
+)
+def test_a_healing_that_cannot_work_is_refused(options: HealOptions, reason: str) -> None:
+    with pytest.raises(FhoptError, match=reason):
+        options.check()
+
+
+def test_they_need_no_torch() -> None:
+    assert "torch" not in imported_by("fhopt.refine.options")
