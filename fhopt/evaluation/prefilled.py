@@ -32,7 +32,8 @@ def ask(
 ) -> dict[str, dict[str, TaskResult]]:  # fmt: skip
     """Ask every question of every item; returns results by task and name of the plan, each beside the exact cache.
 
-    `progress(done)` is called after each item of a task. Leaves the model as it was. Raises FhoptError when a plan or a length is not for this model.
+    `progress(done)` is called after each item of a task. Leaves the model as it was. Raises FhoptError when a plan or a
+    length is not for this model.
     """
     check_items(model, tasks)
     items = {task: [item for some in cells.values() for item in some] for task, cells in tasks.items()}
