@@ -262,6 +262,14 @@ SECTIONS = {
         "`de`, `fr` are manuals; `python` is from the half of `source` that calibrates.",
         quality_and_kl,
     ),
+    "quality-Qwen2.5-Coder-1.5B-Instruct": Section(
+        "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct",
+        "python benchmarks/quality.py --model FOLDER --dtype bfloat16 --ratio 4 --ratio 5.3 --ratio 8 --rival "
+        "kivi-3bit --context 1024 --texts FILE",
+        "The same of a larger model, in bfloat16: exact cache and plans add up in other orders, and what that rounds "
+        "differently is part of every figure.",
+        quality_and_kl,
+    ),
     "decode": Section(
         "A decode step at a context of 8,192 tokens", "make bench-decode",
         "SmolLM2 on a CPU, measured alternately. In brackets: speed-up over the fastest implementation in "
