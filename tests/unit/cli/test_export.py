@@ -61,6 +61,7 @@ def test_where_only_bits_change_the_command_says_which_cache_to_serve_the_origin
 
 def test_options_of_other_targets_are_refused(tmp_path: Path) -> None:
     assert "not a rewritten model" in run(tmp_path, "--target", "vllm").stderr
+    (tmp_path / "fhopt.json").write_text("{}")  # options are looked at before what it says
     assert "are for MLIR" in run(tmp_path, "--target", "vllm", "--bytecode").stderr
     assert "vllm and sglang" in run(tmp_path, "--target", "mlir", "--kv-lora-rank", 8).stderr
     assert "iree-metal, vllm, sglang" in run(tmp_path, "--target", "nothing").stderr

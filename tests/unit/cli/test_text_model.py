@@ -19,7 +19,7 @@ from fhopt.plan.fingerprint import fingerprint
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "no such model": (["generate", "{tmp}/no", "x"], "unknown model"),
-    "a program without a tokenizer": (["chat", "a.pt2"], "has no tokenizer"),
+    "a program without a tokenizer": (["chat", "a.pt2"], "expected a program saved"),
     "a GGUF file that is not there": (["bench", "{tmp}/a.gguf"], "expected a GGUF file"),
     "no chat template, asked for": (["generate", "{mute}", "x", "--chat"], "has no chat template"),
     "no chat template": (["chat", "{mute}"], "without it use `fhopt generate {mute} --raw PROMPT`"),

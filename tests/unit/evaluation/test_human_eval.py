@@ -130,7 +130,7 @@ def test_damaged_files_are_refused(data: bytes, message: str, tmp_path: Path) ->
 
 
 def test_a_folder_is_no_file_of_problems(tmp_path: Path) -> None:
-    with pytest.raises(FhoptError, match="cannot be read"):
+    with pytest.raises(FhoptError, match="is a folder; expected a regular file"):
         read_problems(tmp_path)
 
 
