@@ -38,10 +38,10 @@ def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ..
         raise CompileError(f"The compiled kernel cannot be loaded ({error}).") from error
 
 
-def is_kept(name: str, text: str) -> bool:
-    """Return whether `load(name, text)` finds the library in the file cache. Raises CompileError."""
+def is_kept(name: str, text: str, flags: tuple[str, ...] = ()) -> bool:
+    """Return whether `load(name, text, flags)` finds the library in the file cache. Raises CompileError."""
     try:
-        return (cache_folder() / _file_name(name, text, find_compiler(), (*FLAGS, native_flag()))).is_file()
+        return (cache_folder() / _file_name(name, text, find_compiler(), (*FLAGS, *flags, native_flag()))).is_file()
     except (OSError, RuntimeError):  # no folder, no home
         return False
 

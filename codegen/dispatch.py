@@ -64,8 +64,7 @@ def expect(specs: Iterable[KernelSpec]) -> None:
 
 def prepare(specs: Iterable[KernelSpec]) -> None:
     """Build kernels for a CPU, and wait for these and for all others that are being built."""
-    builder.start(specs)
-    builder.wait()
+    builder.prepare(specs)
 
 
 def latent_attention(

@@ -1,9 +1,10 @@
 """Pack and unpack latents on CPUs: `fhopt::pack` and `fhopt::unpack` in one C++ file for all plans.
 
-It is compiled at the first call. Bit groups are arguments, not text: a row is passed over twice at most, and knowing
-its bit groups beforehand gains little. The results are those of `fhopt.ops.pack_reference` and `unpack_reference` bit
-for bit, whatever the number of threads: every number is rounded where torch rounds it, and squares are added in the
-order of torch on x86 (where torch has another order, a scale may be off by one in the last place of its float16).
+It is compiled at the first call, in the background; the reference serves until then. Bit groups are arguments, not
+text: a row is passed over twice at most, and knowing its bit groups beforehand gains little. The results are those of
+`fhopt.ops.pack_reference` and `unpack_reference` bit for bit, whatever the number of threads: every number is rounded
+where torch rounds it, and squares are added in the order of torch on x86 (where torch has another order, a scale may be
+off by one in the last place of its float16).
 
 Letters: B batch, J latent heads, T tokens, R latent width.
 """
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fhopt.codegen.compiler import CompileError, load, warn_without_compiler
+from fhopt.codegen.background import builder
+from fhopt.codegen.compiler import CompileError, is_kept, load, warn_without_compiler
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES
 from fhopt.ops.packing import pack_reference, unpack_reference
@@ -49,7 +51,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     bfloat16 or float16, with bit groups that no plan has.
     """
     table = tier_table(tuple(bits), tuple(widths), tuple(steps))
-    functions = library() if table is not None and latent.is_cpu and can_pack(latent, table) else None
+    functions = _built() if table is not None and latent.is_cpu and can_pack(latent, table) else None
     if table is None or functions is None:
         return pack_reference(latent, bits, widths, steps)
     shape = latent.shape[:-1]
@@ -66,7 +68,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
 def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
     """Unpack latents as `fhopt.ops.unpack_reference` does, compiled; other calls run the reference."""
     table = tier_table(tuple(bits), tuple(widths), tuple(steps))
-    functions = library() if table is not None and codes.is_cpu and can_unpack(codes, scale, table) else None
+    functions = _built() if table is not None and codes.is_cpu and can_unpack(codes, scale, table) else None
     if table is None or functions is None:
         return unpack_reference(codes, scale, bits, widths, steps)
     shape = codes.shape[:-1]
@@ -82,6 +84,19 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 def render() -> str:
     """Render the C++ file; it is always the same."""
     return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES))
+
+
+def _built() -> tuple[Any, Any] | None:
+    """Return what `library` does; None also while it is being compiled, in the background."""
+    functions: tuple[Any, Any] | None = builder.get("pack", {"pack": library}, _needs_compiler)
+    return functions
+
+
+def _needs_compiler() -> bool:
+    try:
+        return not is_kept("pack", render(), _FLAGS)
+    except CompileError:
+        return False
 
 
 @functools.cache

@@ -6,15 +6,19 @@ import importlib
 import math
 import platform
 import shutil
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_compiler
 from packed_rows import ALONE, DTYPES, MIXED, Tiers, bits_of, latents, tiers
 from torch import Tensor
 
+from fhopt.codegen.background import Builder
 from fhopt.codegen.cpu.packing import library, pack, render, tier_table, unpack
 from fhopt.codegen.dispatch import install
 from fhopt.ops import registry
@@ -47,6 +51,7 @@ def assert_packed(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing installed or said before the test counts."""
     monkeypatch.setattr("fhopt.system._warned", set())
+    monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", Builder(waits=True))
     before = {(op, on): registry.use(op, on, None) for op in ("pack", "unpack") for on in ("cpu", "cuda")}
     library.cache_clear()
     yield
@@ -273,7 +278,7 @@ def test_installed_kernels_serve_the_ops(monkeypatch: pytest.MonkeyPatch, compil
     torch.library.opcheck(torch.ops.fhopt.pack.default, (z, *plan), test_utils=checks)
     codes, scale = torch.ops.fhopt.pack(z, *plan)
     torch.library.opcheck(torch.ops.fhopt.unpack.default, (codes, scale, *plan), test_utils=checks)
-    monkeypatch.setattr(PACK, "library", fail)
+    monkeypatch.setattr(PACK, "_built", fail)
     with pytest.raises(Asked):
         torch.ops.fhopt.pack(z, *plan)
     with pytest.raises(Asked):
@@ -287,3 +292,20 @@ def test_the_file_is_the_same_every_time_and_says_how_codes_are_stored() -> None
     assert "A tier is stored as bit planes" in render()
     assert "$" not in render()
     assert tier_table((4,), (8,), (0.1,)) is tier_table((4,), (8,), (0.1,))
+
+
+@needs_compiler
+def test_the_reference_serves_until_it_is_compiled(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """With the same bytes."""
+    may = threading.Event()
+    builder = Builder()
+    monkeypatch.setattr("fhopt.codegen.cpu.packing.builder", builder)
+    monkeypatch.setattr("fhopt.codegen.cpu.packing.library", lambda: may.wait(30) and library())
+    plan = MIXED[0]
+    latent = torch.randn(1, 2, 9, sum(plan[1]))
+    first = pack(latent, *plan)
+    assert not builder._built
+    may.set()
+    builder.wait()
+    assert builder._built["pack"] is not None
+    assert_packed(pack(latent, *plan), first)
