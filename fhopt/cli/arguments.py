@@ -1,10 +1,13 @@
 """Types of arguments: what they name is looked at before a command runs, and before torch is imported.
 
-A wrong argument is refused in a fraction of a second that way; importing torch alone takes 2 seconds.
+A wrong argument is refused in a fraction of a second that way; importing torch alone takes 2 seconds. Processes that
+torchrun started leave it to the command, which looks again: there, one that is refused ends all with one message, where
+the others would wait for it.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +26,31 @@ else:
     ParamType = click.ParamType  # not generic in older versions
 
 
-class Model(ParamType):
+class Argument(ParamType):
+    """An argument that is checked as soon as it is read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check a value, unless other processes depend on this one, and return it."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self.check(str(value))
+        return Path(value) if self.name == "path" else str(value)
+
+    def check(self, value: str) -> None:
+        """Raise FhoptError for a value that the command cannot use."""
+        raise NotImplementedError
+
+
+class Model(Argument):
     """MODEL of a command. Raises FhoptError where there is none."""
 
     name = "text"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check that a model is there, and return its name."""
-        check_model(str(value))
-        return str(value)
+    def check(self, value: str) -> None:
+        """Check that a model is there."""
+        check_model(value)
 
 
-class Plan(ParamType):
+class Plan(Argument):
     """The folder of a plan. may_come: it may not be written yet. Raises FhoptError for anything else."""
 
     name = "path"
@@ -42,13 +58,12 @@ class Plan(ParamType):
     def __init__(self, may_come: bool = False) -> None:
         self.may_come = may_come
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Check the files of a plan, and return its folder."""
+    def check(self, value: str) -> None:
+        """Check the files of a plan."""
         folder = Path(value)
-        if self.may_come and not _exists(folder / PLAN_FILES[0]) and (folder.is_dir() or not _exists(folder)):
-            return folder
-        check_plan_files(folder)
-        return folder
+        is_coming = not _exists(folder / PLAN_FILES[0]) and (folder.is_dir() or not _exists(folder))
+        if not (self.may_come and is_coming):
+            check_plan_files(folder)
 
 
 def _exists(path: Path) -> bool:
@@ -59,18 +74,17 @@ def _exists(path: Path) -> bool:
     return True
 
 
-class Statistics(ParamType):
+class Statistics(Argument):
     """A file of `fhopt calibrate`. Raises FhoptError for anything else."""
 
     name = "path"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Check the description of a file of statistics, and return its path."""
+    def check(self, value: str) -> None:
+        """Check the description of a file of statistics."""
         check_statistics(Path(value))
-        return Path(value)
 
 
-class Folder(ParamType):
+class Folder(Argument):
     """A folder that `fhopt rewrite`, or export, wrote: one of these files is in it. Raises FhoptError without one."""
 
     name = "path"
@@ -78,38 +92,35 @@ class Folder(ParamType):
     def __init__(self, *files: str) -> None:
         self.files = files
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Check that a folder has its manifest or description, and return its path."""
+    def check(self, value: str) -> None:
+        """Check that a folder has its manifest or description."""
         folder = Path(value)
         if not any((folder / name).is_file() for name in self.files):
             raise FhoptError(
                 f"{folder} is not a rewritten model: it has no {' or '.join(self.files)}. Expected a folder that "
                 "`fhopt rewrite MODEL --plan PLAN -o FOLDER` wrote."
             )
-        return folder
 
 
-class Device(ParamType):
+class Device(Argument):
     """The name of a device of the cost model. Raises FhoptError for any other."""
 
     name = "text"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def check(self, value: str) -> None:
         """Check a name, but of this machine's own CPU, which is measured later."""
-        if not str(value).startswith("here"):
-            find_device(str(value))
-        return str(value)
+        if not value.startswith("here"):
+            find_device(value)
 
 
-class Text(ParamType):
+class Text(Argument):
     """A text: a built-in one, a file or a folder. Raises FhoptError for a path that is none of these."""
 
     name = "text"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check that a text is there, and return its name."""
-        check_text(str(value))
-        return str(value)
+    def check(self, value: str) -> None:
+        """Check that a text is there."""
+        check_text(value)
 
 
 MODEL, STATISTICS, DEVICE, TEXT = Model(), Statistics(), Device(), Text()
