@@ -17,7 +17,7 @@ import fhopt
 from fhopt.attention import manual_attention
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.cache.report import REGIONS
-from fhopt.codegen import dispatch
+from fhopt.codegen import background, dispatch
 from fhopt.codegen.build import build_torch
 from fhopt.fitting import fit_plan
 from fhopt.hf.apply import latent_cache
@@ -55,7 +55,8 @@ def test_no_keys_or_values_of_full_length_are_ever_allocated_in_decoding(
     """3,000 tokens, steps over a block that is quantized, every allocation: none is as large as one layer's latents as
     numbers, let alone its keys. What does grow are logits and masks, a few numbers a token."""
     if kernel == "torch":
-        monkeypatch.setattr(dispatch, "build", build_torch)
+        monkeypatch.setattr(background, "build", build_torch)
+        monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
         monkeypatch.setattr(dispatch, "_kernels", {})
         monkeypatch.setattr(manual_attention, "TILE", 64)
     model, plan, length = tiny_llama(max_position_embeddings=4096), llama.plan(4), 3000
