@@ -76,10 +76,12 @@ def evaluate(
 
     from fhopt.evaluation.tasks import TaskOptions, check_items, choose, read_lengths, run_tasks, write_items
     from fhopt.inspection.tables import evaluation_tables
+    from fhopt.models.cache_layers import measured_layers
     from fhopt.models.loader import load_model
     from fhopt.models.model_facts import check_length
     from fhopt.parallel import collectives
     from fhopt.parallel.device_map import placement
+    from fhopt.plan.cache_size import cache_size
     from fhopt.plan.latent_plan import LatentPlan
     from fhopt.plan.quality_card import with_measured
 
@@ -101,9 +103,11 @@ def evaluate(
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
     if collectives.leave() > 0:  # the first process prints the results of all
         return
+    size = cache_size(plan, layers=measured_layers(network)) if plan else None
     result: dict[str, Any] = {
         "model": loaded.name,
-        "ratio": plan.ratio() if plan else None,
+        "ratio": size.compressed_ratio if size else None,
+        "whole_ratio": size.ratio if size else None,
         "perplexity": perplexity,
         "tasks": {
             task: asdict(by_cell.pop(None))

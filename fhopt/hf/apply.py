@@ -88,8 +88,18 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
     fhopt.codegen.install()
-    fhopt.codegen.expect(_kernels(network, [p for p in plan.sites if p.site in sites and not p.is_exact]))
+    fhopt.codegen.expect(_kernels(network, [p for p in _compressed(model) if not p.is_exact]))
     return model
+
+
+def _compressed(model: torch.nn.Module) -> list[SitePlan]:
+    """Return the sites whose layers are latent ones in a cache of a model with a plan; others stay exact."""
+    from fhopt.cache.layer_map import LATENT_LAYERS
+
+    cache = latent_cache(model)
+    pair = (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None))
+    layers = [layer for part in pair if part is not None for layer in part.layers]
+    return [layer.site for layer in layers if isinstance(layer, LATENT_LAYERS)]
 
 
 def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:
