@@ -33,7 +33,8 @@ from fhopt.passes.graph.program import Program, module_path
 from fhopt.passes.outcome import Outcome
 from fhopt.passes.prepare.decompose import Decompose
 from fhopt.passes.prepare.functionalize import Functionalize
-from fhopt.passes.recognize.find_attention import FindAttention, site_name
+from fhopt.passes.recognize.find_attention import FindAttention, reader_name, site_name
+from fhopt.passes.recognize.masks import windowed
 from fhopt.passes.recognize.node_roles import Roles
 from fhopt.passes.recognize.normalize import Normalize
 from fhopt.passes.rewrite.absorb import Absorb
@@ -75,7 +76,9 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
         for node in describe.candidates(program):
             with _explained(outcome, describe.name, node):
                 site = describe.match(node, program, roles, base)
-                outcome.sites[node.name] = _with_own_name(site, {s.name for s in outcome.sites.values()})
+                site = replace(site, name=reader_name(site, outcome.sites.values()))
+                site = _with_own_name(site, {s.name for s in outcome.sites.values()})
+                outcome.sites[node.name] = windowed(site, program.layers)
     return outcome
 
 

@@ -31,6 +31,7 @@ from fhopt.fitting.bases import CandidateBases
 from fhopt.fitting.candidates import fit_bases, fit_layouts, select_bases
 from fhopt.fitting.costs import Costs, empty_costs
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics
+from fhopt.models.cache_layers import measured_layers
 from fhopt.models.capture import Captured, capture
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import check_length, encoder_path, is_inside
@@ -40,6 +41,7 @@ from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import check_whole
 from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
+from fhopt.plan.cache_size import is_compressible, record_of
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
@@ -128,7 +130,7 @@ def measure(
     }
     weights, digest = Weights(model), provenance["text_sha256"]
     calibration = measure_batches(captured, batches, options, weights, loaded.name, progress, digest, layouts=layouts)
-    calibration.provenance |= provenance
+    calibration.provenance |= provenance | record_of(measured_layers(model))
     return calibration
 
 
@@ -151,7 +153,9 @@ def measure_module(
     captured: Source = find_dispatched(model, first) if is_dispatched(model) else capture(model, (), first)
     chained = itertools.chain([first], source)
     weights, name = Weights(model), type(model).__name__
-    return measure_batches(captured, chained, options, weights, name, progress, encoder=encoder_path(model))
+    calibration = measure_batches(captured, chained, options, weights, name, progress, encoder=encoder_path(model))
+    calibration.provenance |= record_of(measured_layers(model))
+    return calibration
 
 
 def measure_batches(
@@ -219,13 +223,21 @@ def _measure_batches(
 
 
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:
-    """Find the sites that are to be fitted. Raises FhoptError when there are none."""
+    """Find the sites that are to be fitted: those that a cache compresses. Raises FhoptError when there are none."""
     outcome = captured.outcome if isinstance(captured, Dispatched) else pipeline.find(captured.program)
     decoding = {node: site for node, site in outcome.sites.items() if not is_inside(site.name, encoder)}
-    outcome = replace(outcome, sites=decoding or outcome.sites)
-    if not outcome.sites:
+    decoding = decoding or outcome.sites
+    if not decoding:
         raise_nothing_found(name, outcome)
-    return outcome
+    layers = outcome.program.layers
+    compressible = {node: site for node, site in decoding.items() if is_compressible(site, layers)}
+    if not compressible:
+        kept = max(layer.window for layer in layers)
+        raise FhoptError(
+            f"no attention layer of {name} caches all tokens (windows of at most {kept:,}), so there is nothing to "
+            "compress; expected a model in which some layers attend to all tokens."
+        )
+    return replace(outcome, sites=compressible)
 
 
 def _key(

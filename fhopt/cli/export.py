@@ -67,8 +67,10 @@ def rewrite(
     import torch
 
     from fhopt.export import pt2_module, pt2_step, rewrite_folder
+    from fhopt.models.cache_layers import measured_layers
     from fhopt.models.loader import load_model
     from fhopt.models.model_name import folder_of
+    from fhopt.plan.cache_size import cache_size
     from fhopt.plan.latent_plan import LatentPlan
 
     out, source = Path(os.path.abspath(out)), folder_of(model)
@@ -88,7 +90,8 @@ def rewrite(
         losses = rewrite_folder.losses(loaded, plan, texts if measure else (), sequences, context, progress)
     written = rewrite_folder.rewrite(loaded, plan, out, source, shard_size, losses)
     if as_json:
-        print_json(asdict(written) | {"path": str(out), "digest": plan.digest(), "ratio": plan.ratio()})
+        ratios = {"ratio": plan.ratio(), "whole_ratio": cache_size(plan, layers=measured_layers(loaded.module)).ratio}
+        print_json(asdict(written) | {"path": str(out), "digest": plan.digest()} | ratios)
         return
     console = output_console(as_json)
     for text, result in losses.items():

@@ -104,8 +104,10 @@ def calibrate(
     help="File of `fhopt calibrate`, in place of a calibration; MODEL is needed for --max-loss and --pages only.",
 )
 @calibration_options
-@click.option("--ratio", type=float, help="Compression of the 16-bit KV cache. [default: 4]")
-@click.option("--bytes-per-token", type=float, help="Size of the KV cache instead of --ratio, everything included.")
+@click.option(
+    "--ratio", type=float, help="Compression of the 16-bit KV cache, of layers that keep all tokens. [default: 4]"
+)
+@click.option("--bytes-per-token", type=float, help="Size of these layers instead of --ratio, everything included.")
 @click.option(
     "--max-loss", help="Instead of --ratio: the smallest plan whose perplexity rises by at most this, such as 1%."
 )
@@ -277,10 +279,13 @@ def _ratio_of(measured: Any, bytes_per_token: float) -> float:
 
 def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: bool) -> None:
     from fhopt.inspection.tables import plan_table
+    from fhopt.plan.cache_size import cache_size
 
+    size = cache_size(plan)
     if as_json:
         about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
-        print_json(about | {"predicted_nats": plan.provenance["predicted_nats"], "trials": trials})
+        more = {"predicted_nats": plan.provenance["predicted_nats"], "trials": trials}
+        print_json(about | more | {"whole_ratio": size.ratio, "cache": size.as_json()})
         return
     console = output_console(as_json)
     console.print(plan_table(plan))
@@ -293,6 +298,8 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
     console.print(
         f"{plan.ratio():.2f}x plan for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
     )
+    if size.exact_layers:
+        console.print(f"{size.exact_layers} layers stay exact. Whole model: {size.words}", highlight=False)
 
 
 @main.command()

@@ -88,9 +88,11 @@ def evaluate(
 
     from fhopt.evaluation.tasks import TaskOptions, check_items, run_tasks, write_items
     from fhopt.inspection.tables import evaluation_tables
+    from fhopt.models.cache_layers import measured_layers
     from fhopt.models.loader import load_model
     from fhopt.models.model_facts import check_length
     from fhopt.parallel import collectives
+    from fhopt.plan.cache_size import cache_size
     from fhopt.plan.latent_plan import LatentPlan
     from fhopt.plan.quality_card import with_measured
 
@@ -109,9 +111,11 @@ def evaluate(
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
     if collectives.leave() > 0:  # the first process prints the results of all
         return
+    size = cache_size(plan, layers=measured_layers(network)) if plan else None
     result: dict[str, Any] = {
         "model": loaded.name,
-        "ratio": plan.ratio() if plan else None,
+        "ratio": size.compressed_ratio if size else None,
+        "whole_ratio": size.ratio if size else None,
         "perplexity": perplexity,
         "tasks": {
             task: asdict(by_cell.pop(None))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fhopt.evaluation.statistics import Comparison
+from fhopt.models.cache_layers import measured_layers
 from fhopt.models.loaded_model import LoadedModel
+from fhopt.plan.cache_size import CacheLayer, cache_size, compressed_sites
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import MeasuredText
 from fhopt.plan.quality_card import card as card_of
@@ -38,11 +40,12 @@ def card(loaded: LoadedModel, plan: LatentPlan, losses: Mapping[str, Comparison]
     """Write the text of README.md."""
     network: Any = loaded.module
     auto = "AutoModelForSeq2SeqLM" if network.config.is_encoder_decoder else "AutoModelForCausalLM"
+    layers = measured_layers(network)
     parts = [
         _metadata(loaded, source),
-        _OPENING.format(name=loaded.name, ratio=plan.ratio(), auto=auto),
+        _OPENING.format(name=loaded.name, ratio=cache_size(plan, layers=layers).compressed_ratio, auto=auto),
         _loss(plan, losses),
-        _bytes(plan),
+        _bytes(plan, layers),
         _provenance(plan, network),
     ]
     return "\n".join(part.strip() + "\n" for part in parts)
@@ -105,18 +108,25 @@ def _loss_row(text: str, loss: Comparison) -> str:
     )
 
 
-def _bytes(plan: LatentPlan) -> str:
-    layouts = Counter(site.layout for site in plan.sites)
+def _bytes(plan: LatentPlan, layers: Sequence[CacheLayer]) -> str:
+    compressed = compressed_sites(plan, layers)
+    layouts = Counter(site.layout for site in compressed)
+    stays_exact = cache_size(plan, COUNTED_AT[0], layers).exact_layers
+    kept = f" {stays_exact} layers stay exact." if stays_exact else ""
+    more = (" whole model, exact | ratio |", "---|---|") if stays_exact else ("", "")
     kinds = ", ".join(f"{count} `{layout}`" for layout, count in layouts.most_common())
     lines = [
         "## What it holds\n",
-        f"{len(plan.sites)} attentions: {kinds}. The first {plan.sinks} tokens stay exact, the newest {plan.recent} to "
-        f"{plan.window.capacity} are kept in {plan.window_bits} bits. All counted, against 16-bit keys and values:\n",
-        "| tokens | exact bytes per token | latent bytes per token | ratio |\n|---|---|---|---|",
+        f"{len(compressed)} attentions: {kinds}.{kept} The first {plan.sinks} tokens stay exact, the newest "
+        f"{plan.recent} to {plan.window.capacity} are kept in {plan.window_bits} bits. All counted, against "
+        "16-bit keys and values:\n",
+        f"| tokens | exact bytes per token | latent bytes per token | ratio |{more[0]}\n|---|---|---|---|{more[1]}",
     ]
     for tokens in COUNTED_AT:
-        held = plan.cache_bytes(tokens) / tokens
-        lines.append(f"| {tokens:,} | {plan.exact_token_bytes():,} | {held:,.0f} | {plan.ratio(tokens):.2f}x |")
+        size = cache_size(plan, tokens, layers)
+        exact, held = size.compressed_exact_bytes / tokens, size.compressed_bytes / tokens
+        row = f"| {tokens:,} | {exact:,.0f} | {held:,.0f} | {size.compressed_ratio:.2f}x |"
+        lines.append(row + (f" {size.exact_bytes / 1e6:,.1f} MB | {size.ratio:.2f}x |" if stays_exact else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -159,7 +159,7 @@ def site_cost(
     itemsize: bytes of one exact number and of one number of the bases. window_bits: of a plan's residual window; the
     first `sinks` tokens are exact.
     """
-    slides = site.mask == "sliding" and site.window > 0
+    slides = site.mask in ("sliding", "chunked") and site.window > 0
     if latents is None or slides:
         return Cost((_exact(site, sympy.Min(TOKENS, site.window) if slides else TOKENS, itemsize),), itemsize)
     sizes = LatentSizes.planned(latents, itemsize) if isinstance(latents, SitePlan) else latents

@@ -37,9 +37,9 @@ class _Applied:
     cache: str  # name of the cache among the arguments of the model's forward
     parameters: tuple[str, ...]  # of the model's forward
     interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
-    kernels: frozenset[KernelSpec]  # that read its latents on a CPU
     reader: Any  # of the caches of this model
     config: Any  # of the model
+    kernels: frozenset[KernelSpec] = frozenset()  # that read its latents on a CPU
 
 
 def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
@@ -86,12 +86,12 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         network.set_attn_implementation(before | {text_key(network.config): IMPLEMENTATION})
     hook = model.register_forward_pre_hook(_use_latents, with_kwargs=True)
     parameters = tuple(inspect.signature(model.forward).parameters)
-    kernels = _kernels(network, [p for p in plan.sites if p.site in sites and not p.is_exact])
     network._fhopt_applied = _Applied(
         whole_plan, plan, hook, before, layers, cache_argument(model), parameters,
-        interface=interface and all(site.mask != "relative" for site in sites), kernels=frozenset(kernels),
-        reader=Reader(), config=network.config,
+        interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
+    kernels = _kernels(network, [p for p in _compressed(model) if not p.is_exact])
+    network._fhopt_applied.kernels = frozenset(kernels)
     fhopt.codegen.install()
     fhopt.codegen.expect(kernels)
     return model
@@ -110,6 +110,16 @@ def prepare(model: torch.nn.Module) -> torch.nn.Module:
     if applied is not None:
         fhopt.codegen.prepare(applied.kernels)
     return model
+
+
+def _compressed(model: torch.nn.Module) -> list[SitePlan]:
+    """Return the sites whose layers are latent ones in a cache of a model with a plan; others stay exact."""
+    from fhopt.cache.layer_map import LATENT_LAYERS
+
+    cache = latent_cache(model)
+    pair = (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None))
+    layers = [layer for part in pair if part is not None for layer in part.layers]
+    return [layer.site for layer in layers if isinstance(layer, LATENT_LAYERS)]
 
 
 def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:

@@ -20,7 +20,10 @@ from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidenc
 from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
 from fhopt.hardware.devices import find_device
+from fhopt.models.cache_layers import measured_layers
 from fhopt.passes.outcome import Explanation, Outcome
+from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, cache_size, compressed_sites
+from fhopt.plan.cache_size import KEY as LAYERS_KEY
 from fhopt.plan.display import mask_words, rope_words, tiers
 from fhopt.plan.fingerprint import check_model
 from fhopt.plan.latent_plan import LatentPlan
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 
 DEVICES = ("h100", "cpu")
-TOKENS = 8192  # cached tokens for which sizes and times are shown
+TOKENS = COUNTED_AT  # cached tokens for which sizes and times are shown
 DTYPES = {2: "bfloat16", 4: "float32"}
 
 
@@ -97,7 +100,11 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class InspectedSite:
-    """A site as text and numbers. exact_bytes: of keys and values of a token, in 16 bits."""
+    """A site as text and numbers.
+
+    exact_bytes: of keys and values of a token, in 16 bits; 0 where those of another layer are read. plan: None where
+    the cache keeps its layer exact.
+    """
 
     site: AttentionSite
     rope: str
@@ -115,11 +122,17 @@ class InspectedSite:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """The plan as a whole. bytes_per_token: everything included, at `tokens` cached tokens. nats: expected loss."""
+    """The plan as a whole. nats: expected loss.
+
+    ratio, bytes_per_token: of the layers that the plan compresses, everything included, at `tokens` cached tokens.
+    whole_ratio, cache: of the whole model, with the layers that stay exact.
+    """
 
     ratio: float
     bytes_per_token: float
     tokens: int
+    whole_ratio: float
+    cache: CacheSize
     sinks: int
     recent: int
     block: int
@@ -170,13 +183,17 @@ class RooflinePoint:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts that `inspect` collects."""
+    """The facts that `inspect` collects.
+
+    exact_bytes: of an ordinary cache of the whole model, in 16 bits, divided by the tokens of `cache`, which it holds.
+    """
 
     model: str
     parameters: int
     dtype: str
     sites: tuple[InspectedSite, ...]
     exact_bytes: int
+    cache: CacheSize
     formulas: Formulas
     plan: PlanFacts | None
     rooflines: tuple[Roofline, ...]
@@ -199,6 +216,7 @@ class Inspection:
             "parameters": self.parameters,
             "dtype": self.dtype,
             "totals": {"sites": len(self.sites), "exact_bytes": self.exact_bytes, "missed": len(self.missed)},
+            "cache": self.cache.as_json(),
             "formulas": asdict(self.formulas),
             "sites": [site.as_json() for site in self.sites],
             "plan": asdict(self.plan) if self.plan else None,
@@ -223,27 +241,34 @@ def inspect(
     if plan is not None:
         check_model(plan, weights, loaded.name)
     parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
-    return inspect_sites(loaded.name, list(outcome.sites.values()), plan, devices, tokens, parameters, _missed(outcome))
+    sites, layers = list(outcome.sites.values()), measured_layers(loaded.module) if loaded.module is not None else ()
+    return inspect_sites(loaded.name, sites, plan, devices, tokens, parameters, _missed(outcome), layers=layers)
 
 
 def inspect_sites(
     model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
     tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
+    layers: Sequence[CacheLayer] = (),
 ) -> Inspection:  # fmt: skip
-    """Collect the facts of sites without a graph. itemsize: bytes of an exact number."""
+    """Collect the facts of sites without a graph.
+
+    itemsize: bytes of an exact number. layers: of the model's cache, as measured; without any, one for each site.
+    """
     targets = [find_device(name) for name in devices]
     costs = {"exact": cost_model.model_cost(sites, parameters=parameters, itemsize=itemsize)}
     if plan is not None:
         costs["plan"] = cost_model.model_cost(sites, plan, parameters=parameters, itemsize=itemsize)
-    inspect_one = _Inspector(plan, targets, itemsize)
+    inspect_one = _Inspector(plan, targets, itemsize, layers)
+    size = cache_size(None, tokens, layers, sites=sites)
     return Inspection(
         model=model,
         parameters=parameters,
         dtype=DTYPES[itemsize],
         sites=tuple(inspect_one(site) for site in sites),
-        exact_bytes=2 * sum(site.exact_numbers_per_token for site in sites),
+        exact_bytes=round(size.exact_bytes / tokens),
+        cache=size,
         formulas=_formulas(costs["exact"]),
-        plan=_plan_facts(plan, costs["plan"], tokens) if plan is not None else None,
+        plan=_plan_facts(plan, costs["plan"], cache_size(plan, tokens, layers)) if plan is not None else None,
         rooflines=tuple(_roofline(costs, device, tokens) for device in targets),
         missed=tuple(missed),
     )
@@ -252,17 +277,21 @@ def inspect_sites(
 class _Inspector:
     """Facts of site after site; what sites of equal shapes share is computed once."""
 
-    def __init__(self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device], itemsize: int) -> None:
-        self.plan, self.devices, self.itemsize = plan, devices, itemsize
-        self.planned = {p.site.name: p for p in plan.sites} if plan else {}
+    def __init__(
+        self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device], itemsize: int,
+        layers: Sequence[CacheLayer],
+    ) -> None:  # fmt: skip
+        self.plan, self.devices, self.itemsize, self.layers = plan, devices, itemsize, layers
+        self.planned = {p.site.name: p for p in compressed_sites(plan, layers)} if plan else {}
         self.evidence = evidence_of(plan) if plan else None
         self.known: dict[Any, tuple[Formulas, tuple[PaysFrom, ...]]] = {}
 
     def __call__(self, site: AttentionSite) -> InspectedSite:
         planned = self.planned.get(site.name)
         formulas, _ = self._costs(site, None)
+        is_cached = all(layer.numbers for layer in self.layers if layer.has(site.name))
         return InspectedSite(
-            site, rope_words(site), mask_words(site), 2 * site.exact_numbers_per_token, formulas,
+            site, rope_words(site), mask_words(site), 2 * site.exact_numbers_per_token * is_cached, formulas,
             self._planned(planned) if planned else None,
         )  # fmt: skip
 
@@ -317,13 +346,18 @@ def _formulas(cost: cost_model.Cost) -> Formulas:
     return Formulas(cost_model.pretty(cost.bytes), cost_model.pretty(cost.operations))
 
 
-def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, tokens: int) -> PlanFacts:
+_SHOWN = (KEY, "weights", QUALITY, LAYERS_KEY)
+
+
+def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> PlanFacts:
     seen: Evidence | None = evidence_of(plan)
-    provenance = {name: value for name, value in plan.provenance.items() if name not in (KEY, "weights", QUALITY)}
+    provenance = {name: value for name, value in plan.provenance.items() if name not in _SHOWN}
     return PlanFacts(
-        ratio=plan.ratio(tokens),
-        bytes_per_token=plan.cache_bytes(tokens) / tokens,
-        tokens=tokens,
+        ratio=size.compressed_ratio,
+        bytes_per_token=size.compressed_bytes / size.tokens,
+        tokens=size.tokens,
+        whole_ratio=size.ratio,
+        cache=size,
         sinks=plan.sinks,
         recent=plan.recent,
         block=plan.block,

@@ -129,12 +129,17 @@ def _totals(inspection: Inspection) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("sites", str(len(inspection.sites)))
     table.add_row("exact KV cache", f"{inspection.exact_bytes:,} bytes per token in 16 bits")
+    exact = inspection.cache
+    if exact.exact_bytes != exact.tokens * sum(site.exact_bytes for site in inspection.sites):  # some layers keep less
+        table.add_row("", f"at {exact.tokens:,} tokens: {exact.exact_bytes / 1e6:,.1f} MB, all layers")
     table.add_row("exact decode step, bytes", Text(_grouped(inspection.formulas.bytes)))
     table.add_row("exact decode step, operations", Text(_grouped(inspection.formulas.operations)))
     if inspection.plan is not None:
         plan = inspection.plan
         size = f"{plan.bytes_per_token:,.1f} bytes per token, everything included, at {plan.tokens:,} tokens"
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
+        if plan.cache.exact_layers:
+            table.add_row("", f"{plan.cache.exact_layers} layers stay exact. Whole model: {plan.cache.words} smaller")
         table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
         table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")

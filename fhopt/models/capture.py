@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fhopt.errors import FhoptError
+from fhopt.models.cache_layers import cache_layers
 from fhopt.passes.graph.program import Program, copy_program
 
 
@@ -91,8 +92,10 @@ def capture_graphs(
         model.train(was_training)
         if reset:
             torch._dynamo.reset()
+    layers = cache_layers(model)
     for program, _ in seen:
         _name_parameters(program, model)
+        program.layers = layers
     captured = [
         Captured(
             program,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from fhopt.errors import FhoptError
 from fhopt.files import write_folder
+from fhopt.plan.cache_size import COUNTED_AT, latent_bytes
 from fhopt.plan.description import numbers_of
 from fhopt.plan.plan_files import altered, damage_named, describe_file, describe_plan, plan_tensors, read_plan
 from fhopt.plan.site_plan import PagePlan, SitePlan
@@ -107,33 +108,29 @@ class LatentPlan:
         """Return `PagePlan.lifts` of a site of this plan; 0 where pages need no weight."""
         return self.pages.lifts[self.sites.index(site)] if self.pages is not None and self.pages.lifts else 0.0
 
-    def sketch_bytes(self) -> int:
-        """Return the bytes of the sketches of one quantized token, over all sites with page selection."""
+    def sketch_bytes(self, sites: Sequence[SitePlan] | None = None) -> int:
+        """Return the bytes of the sketches of one quantized token, over `sites` of this plan (None: all) with pages."""
         if self.pages is None:
             return 0
-        shares = zip(self.sites, self.pages.shares, strict=True)
-        return sum(self.pages.sketch_bytes(site) for site, share in shares if share < 1)
+        wanted = self.sites if sites is None else sites
+        return sum(self.pages.sketch_bytes(site) for site in wanted if self.page_share(site) < 1)
 
     def exact_token_bytes(self, itemsize: int = 2) -> int:
         """Return the bytes per token of an ordinary KV cache over all sites, `itemsize` bytes a number."""
         return sum(p.site.exact_numbers_per_token * itemsize for p in self.sites)
 
     def cache_bytes(self, tokens: int, itemsize: int = 2, source: int | None = None) -> int:
-        """Return the bytes of a latent cache of one sequence of `tokens` tokens.
+        """Return the bytes of the latents of all sites for one sequence of `tokens` tokens (`cache_size.latent_bytes`).
 
-        They are those of quantized values, scales, sketches, attention sinks, residual window and means. source: tokens
-        of the encoder, for a decoder that reads one; None: as many as `tokens`.
+        source: tokens of the encoder, for a decoder that reads one; None: as many as `tokens`.
         """
-        own = [p for p in self.sites if p.site.kind == "self"]
-        packed = sum(p.token_bytes(itemsize) for p in own) + self.sketch_bytes()
-        read = sum(p.token_bytes(itemsize) for p in self.sites if p.site.kind != "self")
-        source = tokens if source is None else source
-        quantized = self.window.quantized_tokens(tokens)
-        means = sum(p.mean_bytes() for p in own) if self.mean_tokens else 0
-        return quantized * packed + self.window.bytes(tokens, own, itemsize) + source * read + means
+        return latent_bytes(self, tokens, self.sites, itemsize, source)
 
-    def ratio(self, tokens: int = 8192) -> float:
-        """Return how many times smaller than 16-bit keys and values the whole cache is at `tokens` tokens."""
+    def ratio(self, tokens: int = COUNTED_AT) -> float:
+        """Return how many times smaller than 16-bit keys and values the latents of all sites are at `tokens` tokens.
+
+        The ratio of the whole cache, with layers that stay exact: `cache_size`.
+        """
         return tokens * self.exact_token_bytes() / self.cache_bytes(tokens)
 
     @property

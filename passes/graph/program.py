@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fhopt.plan.cache_size import CacheLayer
+
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 
@@ -37,6 +39,7 @@ class Program:
     values: real example value of each placeholder, by node name (parameters are the model's own, never changed).
     parameters: placeholder name -> qualified parameter name. buffers: placeholder name -> qualified buffer name.
     bound: name of an extra input (`add_constant`) -> how its value is computed from other inputs.
+    layers: what a KV cache of transformers keeps of each layer of the model; empty where that is not known.
     """
 
     module: fx.GraphModule
@@ -44,6 +47,7 @@ class Program:
     parameters: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)
     bound: dict[str, Bound] = field(default_factory=dict)
+    layers: tuple[CacheLayer, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

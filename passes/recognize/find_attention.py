@@ -13,6 +13,7 @@ Letters: B batch, H query heads, G kv heads, T keys, D head size, F rotary frequ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,14 @@ def site_name(node: fx.Node, roles: Roles) -> str:
     """Name of the site at an attention node, also of one that is no `AttentionSite`."""
     names = _cuts(node, roles)[1]
     return _site_name(names) if any(names.values()) else node.name
+
+
+def reader_name(site: AttentionSite, others: Iterable[AttentionSite]) -> str:
+    """Return the name of a site; where it reads the keys and values of one of `others`, that of its own projections."""
+    weights = site.cached_weights
+    if weights and any(s.cached_weights == weights and s.projections["q"] != site.projections["q"] for s in others):
+        return common_path([*site.projections["q"], *site.projections["o"]]) or site.name
+    return site.name
 
 
 def _describe_side(side: fx.Node, roles: Roles) -> object:

@@ -1,15 +1,36 @@
 """The kind of a mask, read from its value, because the same mask has many spellings.
 
-none | causal | sliding | block | causal block | padding | alibi | relative | additive | bool
+none | causal | sliding | chunked | block | causal block | padding | alibi | relative | additive | bool
+
+A graph of few tokens shows no window that is longer: where it is known what the KV cache of the model keeps of a layer,
+that decides ("sliding", "chunked").
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from fhopt.plan.cache_size import CacheLayer
+from fhopt.plan.site import AttentionSite
+
 ENOUGH = 256  # tokens on which groups are distinguished from other patterns
 LEAST = -1e4  # additive values below this mean "may not attend"
+PATTERNS = ("none", "causal", "sliding", "causal block", "bool")  # kinds that may be a longer window in a short graph
+
+
+def windowed(site: AttentionSite, layers: Iterable[CacheLayer]) -> AttentionSite:
+    """Return a site with the mask and window of the layer in the KV cache that it belongs to, of those that are known.
+
+    A bias of another kind keeps its name, and gets the window alone.
+    """
+    layer = next((layer for layer in layers if layer.window and layer.has(site.name)), None)
+    if layer is None or site.kind != "self":
+        return site
+    return replace(site, mask=layer.mask if site.mask in PATTERNS else site.mask, window=layer.window)
 
 
 def mask_kind(mask: Tensor) -> tuple[str, int]:

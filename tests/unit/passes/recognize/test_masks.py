@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hand_plans import SITE
 from torch import Tensor
 
-from fhopt.passes.recognize.masks import mask_kind
+from fhopt.passes.recognize.masks import mask_kind, windowed
+from fhopt.plan.cache_size import CacheLayer
 
 T = 12
 PAST = torch.arange(T)[:, None] - torch.arange(T)[None, :]
@@ -58,3 +61,21 @@ def test_biases_are_told_apart_with_and_without_a_triangle(bias: Tensor, expecte
     kind, window = mask_kind(bias + added(CAUSAL) if causal else bias)
     wanted = "alibi" if causal and torch.equal(bias, -0.5 * PAST.abs().float()) else expected  # the same below it
     assert (kind, window) == (wanted, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "layer", "expected"),
+    [
+        ("causal", CacheLayer("layers.0", "sliding", 8, is_full=False), ("sliding", 8)),
+        ("sliding", CacheLayer("layers.0", "sliding", 8, is_full=False), ("sliding", 8)),
+        ("causal block", CacheLayer("layers.0", "chunked", 8, is_full=False), ("chunked", 8)),
+        ("alibi", CacheLayer("layers.0", "sliding", 8, is_full=False), ("alibi", 8)),  # the bias is there all the same
+        ("causal", CacheLayer("layers.0"), ("causal", 0)),
+        ("causal", CacheLayer("layers.1", "sliding", 8, is_full=False), ("causal", 0)),
+    ],
+)
+def test_what_a_cache_keeps_of_a_layer_decides_what_a_short_graph_cannot_show(
+    mask: str, layer: CacheLayer, expected: tuple[str, int]
+) -> None:
+    site = windowed(replace(SITE, mask=mask), [layer])
+    assert (site.mask, site.window) == expected

@@ -1,0 +1,147 @@
+"""Bytes of a KV cache at a stated context, all layers of a model: an ordinary cache, and one with a plan.
+
+Every size and ratio that is printed is computed here. What an ordinary cache keeps of a layer is a `CacheLayer`
+(fhopt/models/cache_layers.py reads them off a model); a plan compresses layers that keep all tokens, and others stay as
+they are: sliding windows, chunks, states of linear attention, layers that read the keys and values of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fhopt.plan.latent_plan import LatentPlan
+    from fhopt.plan.site import AttentionSite
+    from fhopt.plan.site_plan import SitePlan
+
+KEY = "cache_layers"  # of the layers of a whole model in a plan's provenance
+COUNTED_AT = 8192  # tokens of a sequence, where no other number is stated
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What transformers' KV cache keeps of one layer, for one sequence.
+
+    name: path of the layer, or of its attention. mask: "sliding" or "chunked" where it keeps the newest `window` tokens
+    only, else "". is_full: keys and values of all tokens are kept, and nothing else: a plan may compress them. numbers:
+    of each token that is kept. state_bytes: of what no token adds to.
+    """
+
+    name: str
+    mask: str = ""
+    window: int = 0
+    is_full: bool = True
+    numbers: int = 0
+    state_bytes: int = 0
+
+    def bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Return the bytes after `tokens` tokens, `itemsize` of each number."""
+        kept = min(tokens, self.window) if self.window else tokens
+        return kept * self.numbers * itemsize + self.state_bytes
+
+    def has(self, site: str) -> bool:
+        """Return whether the attention site of this name is of this layer."""
+        path = site.partition("#")[0]
+        return bool(self.name) and f"{path}.".startswith(f"{self.name}.")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of the KV cache of one sequence of `tokens` tokens.
+
+    exact_bytes, plan_bytes: of the whole model, in an ordinary cache and with a plan. compressed_exact_bytes,
+    compressed_bytes: of the layers that the plan compresses, likewise. exact_layers: how many layers stay exact.
+    """
+
+    tokens: int
+    exact_bytes: int
+    plan_bytes: int
+    compressed_exact_bytes: int
+    compressed_bytes: int
+    exact_layers: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the whole cache is with the plan."""
+        return self.exact_bytes / max(1, self.plan_bytes)
+
+    @property
+    def compressed_ratio(self) -> float:
+        """How many times smaller the layers are that the plan compresses; 1 where it compresses none."""
+        return self.compressed_exact_bytes / self.compressed_bytes if self.compressed_bytes else 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return fields and ratios as JSON values."""
+        return asdict(self) | {"ratio": self.ratio, "compressed_ratio": self.compressed_ratio}
+
+    @property
+    def words(self) -> str:
+        """The whole model in a few words: `33.0 MB exact, 15.6 MB with the plan: 2.12x`."""
+        sizes = f"{self.exact_bytes / 1e6:,.1f} MB exact, {self.plan_bytes / 1e6:,.1f} MB with the plan"
+        return f"{sizes} at {self.tokens:,} tokens: {self.ratio:.2f}x"
+
+
+def cache_size(
+    plan: LatentPlan | None, tokens: int = COUNTED_AT, layers: Sequence[CacheLayer] = (), *,
+    sites: Iterable[AttentionSite] = (), itemsize: int = 2, source: int | None = None,
+) -> CacheSize:  # fmt: skip
+    """Count the bytes of a cache of one sequence of `tokens` tokens, without and with a plan.
+
+    layers: of the whole model; without any, those that the plan recorded, else one for each of `sites` or of the plan's
+    sites. itemsize: bytes of a number that is kept as it comes. source: tokens of an encoder, as of `latent_bytes`.
+    """
+    recorded = layers or (recorded_layers(plan) if plan is not None else ())
+    planned = plan.sites if plan is not None else ()
+    known = recorded or site_layers(sites or [p.site for p in planned])
+    compressed = compressed_sites(plan, recorded) if plan is not None else ()
+    exact = sum(layer.bytes(tokens, itemsize) for layer in known)
+    before = sum(p.site.exact_numbers_per_token for p in compressed) * tokens * itemsize
+    after = latent_bytes(plan, tokens, compressed, itemsize, source) if plan is not None else 0
+    return CacheSize(tokens, exact, exact - before + after, before, after, len(known) - len(compressed))
+
+
+def latent_bytes(
+    plan: LatentPlan, tokens: int, sites: Sequence[SitePlan], itemsize: int = 2, source: int | None = None
+) -> int:
+    """Return the bytes of the latents of some sites of a plan, for one sequence of `tokens` tokens.
+
+    They are those of quantized values, scales, sketches, attention sinks, residual window and means. source: tokens of
+    the encoder, for a decoder that reads one; None: as many as `tokens`.
+    """
+    own = [p for p in sites if p.site.kind == "self"]
+    packed = sum(p.token_bytes(itemsize) for p in own) + plan.sketch_bytes(own)
+    read = sum(p.token_bytes(itemsize) for p in sites if p.site.kind != "self")
+    source = tokens if source is None else source
+    quantized = plan.window.quantized_tokens(tokens)
+    means = sum(p.mean_bytes() for p in own) if plan.mean_tokens else 0
+    return quantized * packed + plan.window.bytes(tokens, own, itemsize) + source * read + means
+
+
+def compressed_sites(plan: LatentPlan, layers: Sequence[CacheLayer] = ()) -> tuple[SitePlan, ...]:
+    """Return the sites of a plan that a cache compresses; see `is_compressible`."""
+    return tuple(p for p in plan.sites if is_compressible(p.site, layers))
+
+
+def is_compressible(site: AttentionSite, layers: Sequence[CacheLayer]) -> bool:
+    """Return whether a cache may compress a site: unless one of `layers` is the site's and does not keep all tokens."""
+    return site.kind != "self" or all(layer.is_full for layer in layers if layer.has(site.name))
+
+
+def site_layers(sites: Iterable[AttentionSite]) -> tuple[CacheLayer, ...]:
+    """Return a layer for each attention site, for modules that transformers has no cache for."""
+    return tuple(
+        CacheLayer(s.name, s.mask if s.window else "", s.window, numbers=s.exact_numbers_per_token) for s in sites
+    )
+
+
+def recorded_layers(plan: LatentPlan) -> tuple[CacheLayer, ...]:
+    """Return the layers of the whole model that a plan recorded; none for plans that were made before they were."""
+    return tuple(CacheLayer(**item) for item in plan.provenance.get(KEY, ()))
+
+
+def record_of(layers: Iterable[CacheLayer]) -> dict[str, Any]:
+    """Return layers as an entry of a plan's provenance; without layers, none."""
+    described = [asdict(layer) for layer in layers]
+    return {KEY: described} if described else {}

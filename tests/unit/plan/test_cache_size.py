@@ -1,0 +1,94 @@
+"""Bytes of a whole model's cache: layers that a plan compresses, and those that stay exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import SITE
+from latent_caches import coded
+
+from fhopt.fitting import fit_plan
+from fhopt.hf.apply import latent_cache
+from fhopt.plan.cache_size import CacheLayer, cache_size, compressed_sites, record_of
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+
+NUMBERS = 2 * (16 + 8)  # of a token at SITE
+FULL = CacheLayer("layers.0", numbers=NUMBERS)
+SLIDING = CacheLayer("layers.1", "sliding", 100, is_full=False, numbers=NUMBERS)
+STATE = CacheLayer("layers.2", is_full=False, state_bytes=640)
+SHARED = CacheLayer("layers.3", is_full=False)
+LAYERS = (FULL, SLIDING, STATE, SHARED)
+
+
+def sites(*indices: int) -> list[AttentionSite]:
+    return [replace(SITE, name=f"layers.{i}") for i in indices]
+
+
+def plan(*indices: int, **provenance: Any) -> LatentPlan:
+    return coded(fit_plan.exact_plan(sites(*indices), recent=8, block=8)).with_provenance(**provenance)
+
+
+@pytest.mark.parametrize("tokens", [50, 100, 8192])
+def test_layers_that_stay_exact_count_what_an_ordinary_cache_keeps(tokens: int) -> None:
+    size = cache_size(plan(0), tokens, LAYERS)
+    exact = 2 * NUMBERS * min(tokens, 100) + 640
+    assert size.compressed_bytes == plan(0).cache_bytes(tokens)
+    assert size.compressed_exact_bytes == 2 * NUMBERS * tokens
+    assert (size.exact_bytes, size.plan_bytes) == (2 * NUMBERS * tokens + exact, size.compressed_bytes + exact)
+    assert size.ratio == size.exact_bytes / size.plan_bytes < size.compressed_ratio
+    assert size.compressed_ratio == pytest.approx(plan(0).ratio(tokens)) and size.exact_layers == 3
+
+
+def test_a_plan_of_today_that_names_layers_with_windows_gets_the_same_figures() -> None:
+    assert cache_size(plan(0, 1, 3), 8192, LAYERS) == cache_size(plan(0), 8192, LAYERS)
+    assert [p.site.name for p in compressed_sites(plan(0, 1, 3), LAYERS)] == ["layers.0"]
+    nothing = cache_size(plan(1), 8192, LAYERS)
+    assert (nothing.compressed_ratio, nothing.ratio, nothing.exact_layers) == (1, 1, 4)
+
+
+def test_a_plan_records_the_layers_of_its_model_without_a_change_of_its_digest() -> None:
+    recorded = plan(0, **record_of(LAYERS))
+    assert cache_size(recorded, 8192) == cache_size(plan(0), 8192, LAYERS)
+    assert recorded.digest() == plan(0).digest() and record_of(()) == {}
+
+
+def test_without_layers_the_sites_are_what_is_counted() -> None:
+    size = cache_size(plan(0, 1), 8192)
+    assert size.ratio == size.compressed_ratio == plan(0, 1).ratio() and size.exact_layers == 0
+    one, other = sites(0, 1)
+    windowed = [one, replace(other, mask="sliding", window=100)]
+    assert cache_size(None, 8192, sites=windowed).exact_bytes == 2 * NUMBERS * (8192 + 100)
+
+
+def test_words_and_json_have_both_ratios() -> None:
+    size = cache_size(plan(0), 8192, LAYERS)
+    assert f"{size.ratio:.2f}x" in size.words and "8,192 tokens" in size.words
+    assert {"exact_bytes", "plan_bytes", "ratio", "compressed_ratio", "exact_layers"} <= size.as_json().keys()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gemma3n", "llama4", "mistral", "llama"])
+def test_bytes_of_a_plan_are_those_that_its_cache_allocates(name: str) -> None:
+    from window_models import windowed
+
+    import fhopt
+    from fhopt.models.cache_layers import measured_layers
+
+    model = windowed(name)
+    layers = measured_layers(model)
+    own = [layer for layer in layers if layer.numbers]
+    site = replace(SITE, value_dim=16)
+    made = coded(fit_plan.exact_plan([replace(site, name=layer.name) for layer in own], recent=8, block=8))
+    fhopt.apply(model, made)
+    cache = latent_cache(model)
+    before = 0
+    for tokens in (512, 8192, 32768):
+        for index, layer in enumerate(layers):
+            for count in (tokens - before - 1, 1) if layer.numbers else ():
+                cache.layers[index].update(torch.randn(1, 2, count, 16), torch.randn(1, 2, count, 16))
+        before = tokens
+        assert cache_size(made, tokens, layers, itemsize=4).plan_bytes == pytest.approx(cache.nbytes, rel=0.02)
+    fhopt.unapply(model)
