@@ -126,7 +126,7 @@ def compressed_sites(plan: LatentPlan, layers: Sequence[CacheLayer] = ()) -> tup
 
 def is_compressible(site: AttentionSite, layers: Sequence[CacheLayer]) -> bool:
     """Return whether a cache may compress a site: unless one of `layers` is the site's and does not keep all tokens."""
-    return site.kind != "self" or all(layer.is_full for layer in layers if layer.has(site.name))
+    return all(layer.is_full for layer in layers if layer.has(site.name))
 
 
 def site_layers(sites: Iterable[AttentionSite]) -> tuple[CacheLayer, ...]:

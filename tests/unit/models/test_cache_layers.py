@@ -91,7 +91,7 @@ def fill(cache: Any, tokens: int) -> None:
     """Write random keys and values of `tokens` tokens into all layers that hold some, the last one alone."""
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None:
+        if keys is None or values is None:
             continue
         for count in (tokens - 1, 1):
             layer.update(*(torch.randn(*x.shape[:2], count, x.shape[3]) for x in (keys, values)))
