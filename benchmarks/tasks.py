@@ -40,7 +40,7 @@ from fhopt.calibration.statistics_file import load_statistics
 from fhopt.errors import FhoptError
 from fhopt.evaluation import generation, human_eval, prefilled
 from fhopt.evaluation.perplexity import new_cache, switched
-from fhopt.evaluation.statistics import mcnemar, paired_rate_interval
+from fhopt.evaluation.statistics import Interval, mcnemar, paired_rate_interval
 from fhopt.evaluation.tasks import TaskOptions, TaskResult, write_items
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
@@ -99,14 +99,17 @@ def _paired(case: str, name: str, exact: list[bool], passed: list[bool]) -> list
     rate, before = (100 * sum(x) / len(x) for x in (passed, exact))
     if name == "exact":
         return [Row(case, name, "accuracy_percent", rate, "%"), Row(case, name, "items", len(exact), "")]
-    interval = paired_rate_interval(exact, passed)
-    low, high = interval if interval is not None else (float("nan"), float("nan"))
     return [
         Row(case, name, "accuracy_percent", rate, "%", before, rate / before if before else None),
-        Row(case, name, "accuracy_change_low", low, "points"),
-        Row(case, name, "accuracy_change_high", high, "points"),
+        *_change_rows(case, name, paired_rate_interval(exact, passed)),
         Row(case, name, "mcnemar_p", mcnemar(exact, passed), ""),
     ]
+
+
+def _change_rows(case: str, name: str, interval: Interval | None) -> list[Row]:
+    """Rows of the interval of a change; none for a single item."""
+    ends = zip(("low", "high"), interval, strict=True) if interval is not None else ()
+    return [Row(case, name, f"accuracy_change_{which}", end, "points") for which, end in ends]
 
 
 def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int) -> list[Row]:
@@ -164,11 +167,9 @@ def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names
 def _task_rows(case: str, name: str, result: TaskResult) -> list[Row]:
     assert result.plan is not None and result.log_prob_change is not None
     before, rate = 100 * result.exact.rate, 100 * result.plan.rate
-    low, high = result.rate_change_ci if result.rate_change_ci is not None else (float("nan"), float("nan"))
     return [
         Row(case, name, "accuracy_percent", rate, "%", before, rate / before if before else None),
-        Row(case, name, "accuracy_change_low", low, "points"),
-        Row(case, name, "accuracy_change_high", high, "points"),
+        *_change_rows(case, name, result.rate_change_ci),
         Row(case, name, "log_prob_change", result.log_prob_change, "nats"),
     ]
 
@@ -183,7 +184,8 @@ def kept_rows(name: str, cases: set[str]) -> list[Row]:
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return []
-    return [Row(**row) for row in json.loads(file.read_text())["rows"] if row["case"] not in cases]
+    rows = json.loads(file.read_text())["rows"]
+    return [Row(**row) for row in rows if row["case"] not in cases and row["value"] is not None]
 
 
 def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, ...], options: FitOptions) -> Plans:
@@ -252,32 +254,38 @@ def main(
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
-    """Plot accuracy of every task, and KL by the position of the generated token."""
-    left, right = figure.subplots(1, 2)
-    figure.set_size_inches(13, 5)
+    """Plot accuracy of every task, by model, and KL by the position of the generated token; what there is of both."""
     accuracy = [row for row in rows if row.metric == "accuracy_percent"]
-    cases = list(dict.fromkeys(row.case for row in accuracy))
-    impls = list(dict.fromkeys(row.impl for row in accuracy))
-    for i, impl in enumerate(impls):
-        values = {row.case: row.value for row in accuracy if row.impl == impl}
-        where = [n + 0.8 * i / max(1, len(impls)) for n, case in enumerate(cases) if case in values]
-        left.barh(where, [values[c] for c in cases if c in values], height=0.8 / max(1, len(impls)), label=impl)
-    left.set_yticks([n + 0.4 for n in range(len(cases))], [case.partition("/")[2] for case in cases], fontsize=7)
-    left.invert_yaxis()
-    left.set_xlabel("right answers, %")
-    if impls:
-        left.legend(fontsize=7)
     positions = [row for row in rows if row.metric == "kl_nats" and "generation@" in row.case]
-    for key in dict.fromkeys((row.case.partition("/")[0], row.impl) for row in positions):
-        line = [
-            (int(r.case.rpartition("@")[2]), r.value) for r in positions if (r.case.partition("/")[0], r.impl) == key
-        ]
-        right.plot(*zip(*sorted(line), strict=True), marker="o", label=" ".join(key))
-    right.set_xlabel("generated tokens")
-    right.set_ylabel("KL from the exact cache, nats a token")
-    if positions:
-        right.set_xscale("log", base=2)
-        right.legend(fontsize=7)
+    panels = [
+        (draw_part, part) for draw_part, part in ((_draw_accuracy, accuracy), (_draw_positions, positions)) if part
+    ]
+    figure.set_size_inches(6.5 * max(1, len(panels)), 5)
+    for (draw_part, part), axes in zip(panels, figure.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):
+        draw_part(axes, part)
+
+
+def _draw_accuracy(axes: Any, rows: list[Row]) -> None:
+    cases, impls = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("case", "impl"))
+    height = 0.8 / len(impls)
+    for i, impl in enumerate(impls):
+        values = {row.case: row.value for row in rows if row.impl == impl}
+        where = [n + height * i for n, case in enumerate(cases) if case in values]
+        axes.barh(where, [values[c] for c in cases if c in values], height=height, label=impl)
+    axes.set_yticks([n + 0.4 for n in range(len(cases))], [case.replace("/", "\n") for case in cases], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("right answers, %")
+    axes.legend(fontsize=7)
+
+
+def _draw_positions(axes: Any, rows: list[Row]) -> None:
+    for key in dict.fromkeys((row.case.partition("/")[0], row.impl) for row in rows):
+        line = [(int(r.case.rpartition("@")[2]), r.value) for r in rows if (r.case.partition("/")[0], r.impl) == key]
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", label=" ".join(key))
+    axes.set_xlabel("generated tokens")
+    axes.set_ylabel("KL from the exact cache, nats a token")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":
