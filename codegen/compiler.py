@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 from fhopt.files import appearing
@@ -20,6 +21,7 @@ from fhopt.system import cache_folder, cached_file, text_digest, warn_once, writ
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _running: set[subprocess.Popen[str]] = set()
+_ends = threading.Event()  # this process does: no compiler is started any more
 
 
 class CompileError(Exception):
@@ -51,7 +53,9 @@ def _file_name(name: str, text: str, compiler: str, flags: tuple[str, ...]) -> s
 
 
 def warn_without_compiler(error: CompileError) -> None:
-    """Warn, once in a process, that kernels cannot be compiled, and say what follows from it."""
+    """Warn, once in a process, that kernels cannot be compiled, and say what follows from it; not where it ends."""
+    if _ends.is_set():
+        return
     warn_once(
         "compiler",
         f"{error} Attention on latents runs on plain torch operations, which is slower. "
@@ -118,17 +122,22 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             _running.add(process)
+            if _ends.is_set():
+                process.terminate()
             try:
                 output, errors = process.communicate()
             finally:
                 _running.discard(process)
     except OSError as error:
         raise CompileError(f"{command[0]} cannot be started ({error.strerror}).") from error
+    if _ends.is_set():
+        raise CompileError(f"{command[0]} was stopped, since the process ends.")
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def stop() -> None:
-    """End all compilers that this process has started: what they were to make is not made."""
+    """End all compilers that this process has started, and start no more: what they were to make is not made."""
+    _ends.set()
     for process in list(_running):
         process.terminate()
 
