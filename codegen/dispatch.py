@@ -6,7 +6,8 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,16 @@ def expect(specs: Iterable[KernelSpec]) -> None:
 def prepare(specs: Iterable[KernelSpec]) -> None:
     """Build kernels for a CPU, and wait for these and for all others that are being built."""
     builder.prepare(specs)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Wait inside the context for every kernel that a call needs, as measurements do."""
+    before, builder.waits = builder.waits, True
+    try:
+        yield
+    finally:
+        builder.waits = before
 
 
 def latent_attention(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fhopt.evaluation.statistics import Score, TokenCosts
-from fhopt.hf.apply import apply, held_plan, unapply
+from fhopt.hf.apply import apply, held_plan, unapply, waiting
 from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.latent_plan import LatentPlan
@@ -48,11 +48,15 @@ def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -
 
 @contextmanager
 def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
-    """Apply `plan` inside the context (None: no plan at all), and afterwards what was applied before."""
+    """Apply `plan` inside the context (None: no plan at all), and afterwards what was applied before.
+
+    Calls inside wait for kernels that are not built yet.
+    """
     before = getattr(model, "_fhopt_applied", None)
     try:
         (unapply(model) if plan is None else apply(model, plan))
-        yield
+        with waiting():
+            yield
     finally:
         (unapply(model) if before is None else apply(model, before.whole_plan))
 

@@ -112,6 +112,15 @@ def prepare(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Wait inside the context for the kernels that calls need: what reads many tokens is faster so."""
+    import fhopt.codegen
+
+    with fhopt.codegen.waiting():
+        yield
+
+
 def _compressed(model: torch.nn.Module) -> list[SitePlan]:
     """Return the sites whose layers are latent ones in a cache of a model with a plan; others stay exact."""
     from fhopt.cache.layer_map import LATENT_LAYERS
