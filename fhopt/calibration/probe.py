@@ -20,7 +20,7 @@ from fhopt.passes.outcome import Outcome
 from fhopt.plan.site import AttentionSite
 
 QUERIES = 128  # rows of the attention matrix that exist at once
-ACTIVATION_BYTES = 2**30  # of a graph that is differentiated at once; larger ones are run in segments
+ACTIVATION_BYTES = 5 * 2**29  # of a graph that is differentiated at once; larger ones are run in segments
 POSITIONS = 64  # whose probabilities over the vocabulary exist at once
 EVERY = slice(None)
 Batch = Mapping[str, Tensor]
