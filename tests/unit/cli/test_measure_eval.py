@@ -65,7 +65,7 @@ def test_the_command_measures_perplexity_and_tasks(folder: Path, llama: Fitted, 
     result = call(folder, *options, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert set(found) == {"model", "ratio", "perplexity", "tasks"} and found["ratio"] > 1
+    assert set(found) == {"model", "ratio", "whole_ratio", "perplexity", "tasks"} and found["ratio"] > 1
     row = found["perplexity"]["license"]
     assert set(row) == {"exact", "plan", "increase_percent", "increase_percent_ci", "kl", "kl_ci", "tokens"}
     assert row["tokens"] == 398 and row["kl"] > 0 and row["kl_ci"][0] <= row["kl"] <= row["kl_ci"][1]
