@@ -252,36 +252,50 @@ def replaced(x: Tensor, start: int, stop: int, new: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class QuantizedBlocks:
-    """A codec for all tokens between the attention sinks and the residual window of a plan."""
+class Blocks:
+    """A codec, of any kind, for all tokens between the attention sinks and the residual window of a plan."""
 
-    codec: Codec
+    codec: Any
     schedule: Schedule
 
     @property
     def family(self) -> str:
         """Name that the codec has."""
-        return self.codec.family
+        return str(self.codec.family)
 
     @property
     def name(self) -> str:
         """Name that the codec has."""
-        return self.codec.name
+        return str(self.codec.name)
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+    def token_bytes(self, shape: Shape) -> float:
+        """Count the bytes of one quantized token, keys and values of all heads and layers."""
+        raise NotImplementedError
+
+    def cache_bytes(self, shape: Shape, tokens: int) -> int:
+        """Return bytes with the quantized tokens in the codec, and all others exact."""
+        quantized = self.schedule.quantized(tokens)
+        return math.ceil(quantized * self.token_bytes(shape)) + (tokens - quantized) * shape.exact_token_bytes
+
+
+@dataclass(frozen=True)
+class QuantizedBlocks(Blocks):
+    """A codec that quantizes keys and values of each head and layer on their own."""
+
+    codec: Codec
 
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache."""
         layers = range(Shape.of(model).layers)
         return Cache(layers=[RoundTripLayer(self.codec, self.schedule, index) for index in layers])
 
-    def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context that changes nothing."""
-        return nullcontext()
-
-    def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Return bytes with the quantized tokens in the codec, and all others exact."""
-        quantized = self.schedule.quantized(tokens)
-        packed_bytes = quantized * shape.heads * self.codec.token_bytes(shape.head_dim)
-        return math.ceil(packed_bytes) + (tokens - quantized) * shape.exact_token_bytes
+    def token_bytes(self, shape: Shape) -> float:
+        """Count the bytes of one quantized token, keys and values of all heads and layers."""
+        return shape.heads * self.codec.token_bytes(shape.head_dim)
 
 
 @dataclass(frozen=True)

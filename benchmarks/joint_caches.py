@@ -8,13 +8,11 @@ brings it still reads it exactly, as with `RoundTripLayer`.
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from competitors import Schedule, Shape, replaced
+from competitors import Blocks, Schedule, Shape, replaced
 from rotary import Rotary
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -73,31 +71,15 @@ class JointCache(Cache):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class JointBlocks:
-    """A joint codec for all tokens between the attention sinks and the residual window of a plan."""
+class JointBlocks(Blocks):
+    """A codec that quantizes all layers and heads of a token together."""
 
     codec: JointCodec
-    schedule: Schedule
-
-    @property
-    def family(self) -> str:
-        """Name that the codec has."""
-        return self.codec.family
-
-    @property
-    def name(self) -> str:
-        """Name that the codec has."""
-        return self.codec.name
 
     def new_cache(self, model: Any) -> Any:
         """Return an empty cache."""
         return JointCache(self.codec, self.schedule, Shape.of(model).layers, Rotary.of(model))
 
-    def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context that changes nothing."""
-        return nullcontext()
-
-    def cache_bytes(self, shape: Shape, tokens: int) -> int:
-        """Return bytes with the quantized tokens in the codec, and all others exact."""
-        quantized = self.schedule.quantized(tokens)
-        return math.ceil(quantized * self.codec.token_bytes(shape)) + (tokens - quantized) * shape.exact_token_bytes
+    def token_bytes(self, shape: Shape) -> float:
+        """Count the bytes of one quantized token, keys and values of all heads and layers."""
+        return self.codec.token_bytes(shape)

@@ -43,7 +43,7 @@ from fhopt.calibration.run import fit
 from fhopt.codegen import dispatch
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, step_bounds, switched
-from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, write_items
+from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, score_answer, write_items
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument, check_length
@@ -169,7 +169,7 @@ def answers(model: Any, plan: LatentPlan, item: Item) -> list[dict[str, tuple[bo
 
 
 def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int, ...]) -> dict[str, tuple[bool, float]]:
-    out, target = {}, torch.tensor(answer)
+    out = {}
     for impl in (DENSE, PAGED):
         own = copy.deepcopy(cache)
         for layer in own.layers:
@@ -177,10 +177,9 @@ def _asked(model: Any, cache: Any, question: tuple[int, ...], answer: tuple[int,
                 layer.each_query = True
                 layer.share = 1.0 if impl == DENSE else layer.share
         ids = torch.tensor([[*question, *answer[:-1]]])
-        logits = model(ids, **{cache_argument(model): own}, use_cache=True).logits[0, -len(target) :]
-        log_p = logits.double().log_softmax(-1)
-        right = bool((log_p.argmax(-1) == target).all())
-        out[impl] = right, float(log_p.gather(-1, target[:, None]).mean())
+        logits = model(ids, **{cache_argument(model): own}, use_cache=True).logits[0, -len(answer) :]
+        right, log_prob = score_answer(logits.double().log_softmax(-1), answer).tolist()
+        out[impl] = bool(right), log_prob
     return out
 
 

@@ -3,8 +3,8 @@
     first call     -> the kernel's file is there: it is loaded        -> the kernel
                    -> it is not: compilers start, one a core          -> None, until it is built
 
-Compilers run at low priority and in threads that do not keep a process from ending: where it ends first, they are
-stopped, what they have finished stays in the file cache, and the next process goes on from there.
+Compilers are run by threads that do not keep a process from ending: where it ends first, they are stopped, what they
+have finished stays in the file cache, and the next process goes on from there.
 """
 
 from __future__ import annotations

@@ -40,12 +40,15 @@ def load(name: str, text: str, flags: tuple[str, ...] = (), links: tuple[str, ..
         raise CompileError(f"The compiled kernel cannot be loaded ({error}).") from error
 
 
-def is_kept(name: str, text: str, flags: tuple[str, ...] = ()) -> bool:
-    """Return whether `load(name, text, flags)` finds the library in the file cache. Raises CompileError."""
+def compiles(name: str, text: str, flags: tuple[str, ...] = ()) -> bool:
+    """Return whether `load(name, text, flags)` runs a compiler, which takes seconds: not where the library is kept."""
     try:
-        return (cache_folder() / _file_name(name, text, find_compiler(), (*FLAGS, *flags, native_flag()))).is_file()
-    except (OSError, RuntimeError):  # no folder, no home
+        file = _file_name(name, text, find_compiler(), (*FLAGS, *flags, native_flag()))
+        return not (cache_folder() / file).is_file()
+    except CompileError:  # there is none
         return False
+    except (OSError, RuntimeError):  # no folder, no home
+        return True
 
 
 def _file_name(name: str, text: str, compiler: str, flags: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.background import builder
-from fhopt.codegen.compiler import CompileError, is_kept, load, warn_without_compiler
+from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES
 from fhopt.ops.packing import pack_reference, unpack_reference
@@ -88,15 +88,10 @@ def render() -> str:
 
 def _built() -> tuple[Any, Any] | None:
     """Return what `library` does; None also while it is being compiled, in the background."""
-    functions: tuple[Any, Any] | None = builder.get("pack", {"pack": library}, _needs_compiler)
+    functions: tuple[Any, Any] | None = builder.get(
+        "pack", {"pack": library}, lambda: compiles("pack", render(), _FLAGS)
+    )
     return functions
-
-
-def _needs_compiler() -> bool:
-    try:
-        return not is_kept("pack", render(), _FLAGS)
-    except CompileError:
-        return False
 
 
 @functools.cache

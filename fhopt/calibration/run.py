@@ -184,8 +184,8 @@ def _measure_batches(
         allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
     key = _key(options, name, data_digest, weights, outcome) | ({"layouts": list(layouts)} if layouts else {})
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
-    source, far = iter(batches), {name: getattr(options, name) for name in ("sinks", "seed", "mean_tokens")}
-    far["recent"] = options.near_tokens
+    source, kept = iter(batches), {"sinks": options.sinks, "recent": options.near_tokens}
+    far = kept | {"seed": options.seed, "mean_tokens": options.mean_tokens}
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     statistics = empty_statistics(outcome.sites.values())

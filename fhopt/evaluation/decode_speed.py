@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fhopt.evaluation.perplexity import new_cache
-from fhopt.hf.apply import apply, prepare, unapply
+from fhopt.hf.apply import apply, unapply, waiting
 from fhopt.models.model_facts import cache_argument
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -35,13 +35,11 @@ def decode_speed(model: Any, plan: LatentPlan, ids: Tensor, steps: int = 12, rou
     caches: dict[str, Any] = {}
     held: dict[str, int] = {}
     times: dict[str, list[float]] = {"exact": [], "plan": []}
-    for _ in range(rounds):
-        for name, used in (("exact", None), ("plan", plan)):
-            (apply(model, plan) if used is not None else unapply(model))
+    for name, used in rounds * [("exact", None), ("plan", plan)]:
+        (apply(model, plan) if used is not None else unapply(model))
+        with waiting():
             if name not in caches:
                 caches[name], held[name] = cached_bytes(model, ids, used)
-                _timed_steps(model, caches[name], 2)
-                prepare(model)
                 _timed_steps(model, caches[name], 2)
             times[name] += _timed_steps(model, caches[name], steps)
     unapply(model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fhopt.evaluation.perplexity import decode_options, new_cache, step_bounds, switched
-from fhopt.evaluation.tasks import Cell, Item, TaskResult, check_items, score_answer, summarize
+from fhopt.evaluation.tasks import Cell, Item, TaskResult, score_answer, summarize
 from fhopt.models.model_facts import check_length
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -35,7 +35,6 @@ def ask(
     `progress(done)` is called after each item of a task. Leaves the model as it was. Raises FhoptError when a plan or a
     length is not for this model.
     """
-    check_items(model, tasks)
     items = {task: [item for some in cells.values() for item in some] for task, cells in tasks.items()}
     for item in (item for some in items.values() for item in some):
         check_length(model, item.question + max(len(q) + len(a) for q, a in item.questions) - 1)

@@ -99,12 +99,12 @@ def fit(
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0)
     grain = grain_of(bits, device)
     candidates = candidate_sides(bases, costs, grain)
-    most = kernel_shapes or (GPU_SHAPES if grain.plane else None)
-    chosen, free = choose_layouts(bases, candidates, budget.quantized_token_bits(sites.values()), grain)
-    allocation = free
-    if most is not None:
-        chunks = {name: _chunks(sites[name], which, bases, costs, grain) for name, which in chosen.items()}
-        allocation = share(chunks, free, budget.quantized_token_bits(sites.values()), grain, most)
+    most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
+    chosen, free = choose_layouts(bases, candidates, asked, grain)
+    chunks = {
+        name: _chunks(name, which, bool(sites[name].softcap), bases, costs, grain) for name, which in chosen.items()
+    }
+    allocation = free if most is None else share(chunks, free, asked, grain, most)
     plans = []
     for name, which in chosen.items():
         sides = [
@@ -113,7 +113,7 @@ def fit(
         ]
         plans.append(_site_plan(sites[name], which, sides))
     evidence = Evidence(
-        _evidence_of_sites(bases, costs, chosen, allocation, grain),
+        _evidence_of_sites(bases, chunks, chosen, allocation),
         _curve(bases, candidates, budget, sites.values(), grain),
     )
     provenance = _provenance(layout, ratio, allocation.nats) | {KEY: evidence.as_json()}
@@ -122,19 +122,18 @@ def fit(
     return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
 
 
-def _chunks(site: AttentionSite, which: str, bases: CandidateBases, costs: Costs, grain: Grain) -> SiteChunks:
-    """Collect what the chunks of a site cost in its chosen layout."""
-    pair = bases[site.name][which]
-    nats = [chunk_nats(basis, costs.get((site.name, which, i)), grain.levels) for i, basis in enumerate(pair)]
-    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), bool(site.softcap))
+def _chunks(name: str, which: str, capped: bool, bases: CandidateBases, costs: Costs, grain: Grain) -> SiteChunks:
+    """Collect what the chunks of a site cost in its chosen layout. capped: its logits have a softcap."""
+    pair = bases[name][which]
+    nats = [chunk_nats(basis, costs.get((name, which, i)), grain.levels) for i, basis in enumerate(pair)]
+    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), capped)
 
 
 def _evidence_of_sites(
     bases: CandidateBases,
-    costs: Costs,
+    chunks: Mapping[str, SiteChunks],
     chosen: Mapping[str, str],
     allocation: Allocation,
-    grain: Grain,
 ) -> dict[str, tuple[SideEvidence, ...]]:
     """Collect what is worth showing of each site, in its chosen layout."""
     evidence = {}
@@ -142,8 +141,7 @@ def _evidence_of_sites(
         pair = bases[name][which]
         sides = []
         for i, (side, basis) in enumerate(zip(SIDES if len(pair) == 2 else (SHARED,), pair, strict=True)):
-            nats = chunk_nats(basis, costs.get((name, which, i)), grain.levels)
-            sides.append(side_evidence(side, basis.variance, nats, allocation.bits[name, i]))
+            sides.append(side_evidence(side, basis.variance, chunks[name].nats[i], allocation.bits[name, i]))
         evidence[name] = tuple(sides)
     return evidence
 
