@@ -1,13 +1,15 @@
-"""Build kernels: from a `KernelSpec` to a callable, rendered, kept in the file cache, compiled and loaded.
+"""Build kernels: from a `KernelSpec` to a callable.
 
-Files go to the file cache (fhopt/system.py). The name of one is the name of the spec and a hash of its text, for C++
-also of compiler and CPU (compiler.py), so a file that exists is right and is never written again.
+On a CPU one compiled library serves every spec (cpu/attention.py); Triton and plain torch kernels are rendered for
+their spec. Files go to the file cache (fhopt/system.py). The name of one is a name and a hash of its text, for C++ also
+of compiler and CPU (compiler.py), so a file that exists is right and is never written again.
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -44,6 +46,7 @@ def build(spec: KernelSpec) -> LatentKernel:
 
     It has the signature of `fhopt.ops.latent_attention_reference`. Compiled C++ where a compiler is found, else (with
     one warning) plain torch operations. The kernel ignores the arguments for bit groups: they are fixed by `spec`.
+    Raises FhoptError for a spec that no kernel serves.
     """
     try:
         return build_cpp(spec)
@@ -52,14 +55,27 @@ def build(spec: KernelSpec) -> LatentKernel:
     return build_torch(spec)
 
 
-def needs_compiler(spec: KernelSpec) -> bool:
-    """Return whether building the kernel of `spec` for CPUs runs a compiler, which takes seconds."""
-    return compiler.compiles(spec.name, cpu_attention.render(spec))
+def needs_compiler() -> bool:
+    """Return whether building a kernel for CPUs runs a compiler, which takes seconds; once on a machine it does."""
+    return compiler.compiles(cpu_attention.NAME, cpu_attention.library())
+
+
+def load_library() -> None:
+    """Compile and load the library of all kernels for CPUs; where it cannot be, warn once."""
+    try:
+        _library()
+    except CompileError as error:
+        warn_without_compiler(error)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return load(cpu_attention.NAME, cpu_attention.library())
 
 
 def build_cpp(spec: KernelSpec) -> LatentKernel:
     """Build the C++ kernel of `spec`. Raises CompileError."""
-    return LibraryKernel(load(spec.name, cpu_attention.render(spec)).latent_attention, spec)
+    return LibraryKernel(_library(), spec)
 
 
 def build_torch(spec: KernelSpec) -> LatentKernel:

@@ -18,6 +18,7 @@ from pathlib import Path
 from fhopt.files import appearing
 from fhopt.system import cache_folder, cached_file, text_digest, warn_once, write_text
 
+ISA_VARIABLE = "FHOPT_ISA"  # an instruction set that the compiler knows, such as x86-64-v3: what older CPUs would run
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _running: set[subprocess.Popen[str]] = set()
@@ -146,7 +147,9 @@ def stop() -> None:
 
 
 def native_flag() -> str:
-    """Return the flag that compiles for the CPU of this machine."""
+    """Return the flag that compiles for the CPU of this machine, or for the one that FHOPT_ISA names."""
+    if isa := os.environ.get(ISA_VARIABLE):
+        return f"-march={isa}"
     arm = platform.machine().lower() in ("arm64", "aarch64")
     return "-mcpu=native" if arm else "-march=native"
 

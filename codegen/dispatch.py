@@ -6,7 +6,7 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.build import build_torch, build_triton
+from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.cpu.packing import pack, unpack
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
@@ -32,7 +32,6 @@ from fhopt.system import has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
-_expected: set[KernelSpec] = set()
 
 
 def install() -> None:
@@ -42,8 +41,8 @@ def install() -> None:
     """
     registry.use("latent_attention", "cpu", latent_attention)
     registry.use("latent_attention", "cuda", latent_attention)
-    registry.use("pack", "cpu", pack)
-    registry.use("unpack", "cpu", unpack)
+    registry.use("pack", "cpu", cpu_packing.pack)
+    registry.use("unpack", "cpu", cpu_packing.unpack)
     registry.use("page_weights", "cpu", cpu_pages.weigh_pages)
     registry.use("attend_pages", "cpu", attend_pages)
     if has_triton():
@@ -53,19 +52,16 @@ def install() -> None:
         registry.use("rebuilt_attention", "cuda", _rebuilt_by_triton)
 
 
-def expect(specs: Iterable[KernelSpec]) -> None:
-    """Expect kernels for a CPU to be needed together: the first that is called for brings the others with it.
-
-    Compilers run side by side, one a core, where kernels would else be compiled one after the other. Whatever was
-    expected before is so no longer.
-    """
-    _expected.clear()
-    _expected.update(specs)
+def start() -> None:
+    """Start to build the libraries that reading latents on a CPU needs, where this machine has none yet."""
+    builder.start_attention()
+    cpu_packing.start()
 
 
-def prepare(specs: Iterable[KernelSpec]) -> None:
-    """Build kernels for a CPU, and wait for these and for all others that are being built."""
-    builder.prepare(specs)
+def prepare() -> None:
+    """Build the libraries that reading latents on a CPU needs, and wait for them."""
+    start()
+    builder.wait()
 
 
 @contextmanager
@@ -169,9 +165,7 @@ def _kernel(
     width = int(sum(tiers[4])) or value.shape[-1]
     spec = KernelSpec(key_tiers, value_tiers, query.shape[-1], width, dtype, softcap)
     if query.is_cpu:
-        others = sorted(_expected, key=lambda each: each.name) if spec in _expected else []
-        _expected.difference_update(others)
-        kernel = builder.kernel(spec, others)
+        kernel = builder.kernel(spec)
         return (_stand_in(spec), False) if kernel is None else (kernel, True)
     if not has_triton():
         return build_torch(spec), True

@@ -267,7 +267,8 @@ def serve(spec: KernelSpec) -> bool:
         known = loaded is not None and isinstance(kernel, LibraryKernel)
         if loaded is not None and isinstance(kernel, LibraryKernel):
             flags = is_scaled(spec.key_tiers) + 2 * is_scaled(spec.value_tiers)
-            loaded.fhopt_serve(spec.name.encode(), kernel.address, spec.key_width, spec.value_width, flags)
+            sizes = spec.key_width, spec.value_width, flags
+            loaded.fhopt_serve(spec.name.encode(), kernel.address, kernel.table, *sizes)
         _served[spec.name] = known
     return known
 
@@ -306,7 +307,7 @@ def library() -> ctypes.CDLL | None:
     except CompileError as error:
         log.info("%s Calls of kernels go through Python, which costs some 30 microseconds each.", error)
         return None
-    loaded.fhopt_serve.argtypes = (ctypes.c_char_p, ctypes.c_void_p, *(ctypes.c_int64,) * 3)
+    loaded.fhopt_serve.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 3)
     loaded.fhopt_serve.restype = None
     loaded.fhopt_serve_pack.argtypes, loaded.fhopt_serve_pack.restype = (ctypes.c_void_p,), None
     loaded.fhopt_serve_pack(ctypes.cast(functions[0], ctypes.c_void_p))

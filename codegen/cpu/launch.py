@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.attention import ARGUMENTS
+from fhopt.codegen.cpu.attention import ARGUMENTS, new_kernel
 from fhopt.codegen.rows import NO_TENSOR, PAGE_QUANTUM, RowFormat
 from fhopt.ops.masks import within
 from fhopt.plan.kernel_spec import KernelSpec
@@ -43,16 +43,19 @@ class PreparedCall(NamedTuple):
 
 
 class LibraryKernel:
-    """A compiled kernel with the signature of `fhopt.ops.latent_attention_reference`.
+    """The compiled kernel of a spec, with the signature of `fhopt.ops.latent_attention_reference`.
 
     It ignores the arguments for bit groups, and computes in float32; queries and uncoded latents of other types are
     converted. Raises ValueError when a shape or type does not fit the spec: the machine code trusts its pointers.
     """
 
-    def __init__(self, function: Any, spec: KernelSpec) -> None:
+    def __init__(self, library: ctypes.CDLL, spec: KernelSpec) -> None:
+        self._function = function = library.latent_attention
         function.argtypes, function.restype = (ctypes.c_char_p,), None
-        self._function = function
+        library.new_kernel.argtypes = (*(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64) * 2, *(ctypes.c_int64,) * 2)
+        library.new_kernel.restype = ctypes.c_void_p
         self.address = ctypes.cast(function, ctypes.c_void_p).value  # of the machine code
+        self.table = new_kernel(library.new_kernel, spec)  # its address
         self._spec = spec
         self._key = RowFormat("key", spec.key_tiers, spec.key_width, spec.dtype)
         self._value = RowFormat("value", spec.value_tiers, spec.value_width, spec.dtype)
@@ -110,7 +113,7 @@ class LibraryKernel:
             *self._value.addresses(v, value_scale),
             *((0, 0, 0, 0, 0) if masking is None else (masking.data_ptr(), *masking.stride())),
             *listing,
-            *(output.data_ptr(), lse.data_ptr(), scale, softcap),
+            *(output.data_ptr(), lse.data_ptr(), scale, softcap, self.table),
         )
         return PreparedCall(arguments, output, lse, (q, k, v, masking, pages))
 

@@ -31,6 +31,7 @@ from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
 _arguments = struct.Struct("@8q4q4q4q").pack
 _tier = struct.Struct("@2qd").pack
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
+NAME = "pack"  # of the library
 _FLAGS = ("-ffp-contract=off",)  # a product and a sum are rounded one after the other
 
 
@@ -88,17 +89,20 @@ def render() -> str:
 
 def _built() -> tuple[Any, Any] | None:
     """Return what `library` does; None also while it is being compiled, in the background."""
-    functions: tuple[Any, Any] | None = builder.get(
-        "pack", {"pack": library}, lambda: compiles("pack", render(), _FLAGS)
-    )
+    functions: tuple[Any, Any] | None = builder.get(NAME, library, lambda: compiles(NAME, render(), _FLAGS))
     return functions
+
+
+def start() -> None:
+    """Start to build the library, in the background."""
+    builder.start(NAME, library)
 
 
 @functools.cache
 def library() -> tuple[Any, Any] | None:
     """Compile the functions `pack` and `unpack`; None, and a warning, where they cannot be compiled."""
     try:
-        loaded = load("pack", render(), _FLAGS)
+        loaded = load(NAME, render(), _FLAGS)
     except CompileError as error:
         warn_without_compiler(error)
         return None

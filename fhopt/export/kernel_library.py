@@ -1,4 +1,4 @@
-"""One library with an op and all its kernels, for processes without fhopt.
+"""One library with an op and its kernels, for processes without fhopt.
 
     torch.ops.load_library("fhopt_kernels.so")      fhopt::latent_kernel(kernel, query, key, ...) and its kernels
 
@@ -22,39 +22,30 @@ from fhopt.codegen.tiers import is_scaled
 from fhopt.errors import FhoptError
 from fhopt.plan.kernel_spec import KernelSpec
 
-_ENTRY = 'extern "C" void latent_attention('  # of every kernel's text
-
 
 def render(specs: Sequence[KernelSpec]) -> dict[str, str]:
-    """Render the C++ files of the library by name: one for the op and one for each kernel. Same specs, same texts."""
+    """Render the C++ files of the library by name: one for the op, one for attention with the tables of all specs.
+
+    The same specs give the same texts.
+    """
     unique = list({spec.name: spec for spec in specs}.values())
-    files = {"op.cpp": _op(unique)}
-    for number, spec in enumerate(unique):
-        text = attention.render(spec)
-        assert text.count(_ENTRY) == 1
-        files[f"{spec.name}.cpp"] = text.replace(_ENTRY, f'extern "C" void {_symbol(number)}(')
-    return files
-
-
-def _symbol(number: int) -> str:
-    return f"fhopt_kernel_{number}"
+    return {"op.cpp": _op(unique), "attention.cpp": attention.library() + "".join(map(attention.table, unique))}
 
 
 def _op(specs: Sequence[KernelSpec]) -> str:
     """Render the one op of graph_kernels.py that exported programs call, its schema, and the table of its kernels."""
     head = graph_kernels.render().partition("STABLE_TORCH_LIBRARY_IMPL")[0]
-    numbered = list(enumerate(specs))
     return head + _TAIL.substitute(
         schema=str(torch.ops.fhopt.latent_kernel.default._schema).removeprefix("fhopt::"),
-        declared="\n".join(f'extern "C" void {_symbol(i)}(const void*);' for i, _ in numbered),
-        served="\n".join(_serve(i, spec) for i, spec in numbered),
+        declared="\n".join(f'extern "C" const void* {attention.table_name(spec)}();' for spec in specs),
+        served="\n".join(map(_serve, specs)),
     )
 
 
-def _serve(number: int, spec: KernelSpec) -> str:
+def _serve(spec: KernelSpec) -> str:
     flags = is_scaled(spec.key_tiers) + 2 * is_scaled(spec.value_tiers)
-    address = f"reinterpret_cast<void (*)(const Attention*)>(&{_symbol(number)})"
-    return f'        fhopt_serve("{spec.name}", {address}, {spec.key_width}, {spec.value_width}, {flags});'
+    numbers = f"{spec.key_width}, {spec.value_width}, {flags}"
+    return f'        fhopt_serve("{spec.name}", &latent_attention, {attention.table_name(spec)}(), {numbers});'
 
 
 def compile_library(specs: Sequence[KernelSpec], path: Path) -> None:
@@ -85,6 +76,7 @@ _TAIL = Template("""STABLE_TORCH_LIBRARY_FRAGMENT(fhopt, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) { m.impl("latent_kernel", TORCH_BOX(&latent_kernel)); }
 
+extern "C" void latent_attention(const Attention*);
 $declared
 
 namespace {

@@ -8,7 +8,7 @@ a model that writes its attention out reads the latents through `LatentTensor` (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +20,6 @@ from fhopt.models.model_facts import cache_argument, encoder_path, implementatio
 from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import local_plan
 from fhopt.plan.fingerprint import check_model
-from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 
@@ -39,7 +38,6 @@ class _Applied:
     interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
     reader: Any  # of the caches of this model
     config: Any  # of the model
-    kernels: frozenset[KernelSpec] = frozenset()  # that read its latents on a CPU
 
 
 def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
@@ -90,25 +88,24 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
         whole_plan, plan, hook, before, layers, cache_argument(model), parameters,
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
     )  # fmt: skip
-    kernels = _kernels(network, [p for p in _compressed(model) if not p.is_exact])
-    network._fhopt_applied.kernels = frozenset(kernels)
     fhopt.codegen.install()
-    fhopt.codegen.expect(kernels)
+    if _reads_latents(network):
+        fhopt.codegen.start()
     return model
 
 
 def prepare(model: torch.nn.Module) -> torch.nn.Module:
-    """Build the kernels of the plan that is applied to `model`, and wait for them; returns the model.
+    """Wait until kernels for the plan that is applied to `model` are built; returns the model.
 
-    Without this they are built beside the first calls, which run on plain torch operations until then: the first token
-    comes at once, the next ones are slower, and all are the same within rounding. Kernels are kept for later processes.
-    A model without a plan is left alone.
+    Kernels serve every plan and are kept for later processes: they are built once on a machine, which takes some ten
+    seconds. Without this they are built beside the first calls, which run on plain torch operations until then: the
+    first token comes at once, the next ones are slower, and all are the same within rounding. A model without a plan is
+    left alone.
     """
     import fhopt.codegen
 
-    applied = _record(model)
-    if applied is not None:
-        fhopt.codegen.prepare(applied.kernels)
+    if _record(model) is not None and _reads_latents(model):
+        fhopt.codegen.prepare()
     return model
 
 
@@ -131,13 +128,12 @@ def _compressed(model: torch.nn.Module) -> list[SitePlan]:
     return [layer.site for layer in layers if isinstance(layer, LATENT_LAYERS)]
 
 
-def _kernels(model: Any, sites: Sequence[SitePlan]) -> set[KernelSpec]:
-    """Return the specifications of the kernels that read the latents of sites on a CPU; none on other devices."""
+def _reads_latents(model: torch.nn.Module) -> bool:
+    """Return whether a model with a plan reads latents on a CPU: not where all sites are exact."""
     weight = next(model.parameters(), None)
     if weight is None or weight.device.type != "cpu":
-        return set()
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return {KernelSpec.of(s, "float32" if s.key.tiers and s.value.tiers else dtype) for s in sites}
+        return False
+    return any(not site.is_exact for site in _compressed(model))
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,8 +1,6 @@
-// latent_k16b8x32b4_v32b3x16b16_bfloat16_cap_ab5d923f
+// Latent attention for any kind of latent, on a CPU:
 //
-// Latent attention for one kind of latent, on a CPU:
-//
-//     x[t] = cap(scale * q . z_K[t]) + mask[t]      cap(x) = softcap tanh(x / softcap)
+//     x[t] = cap(scale * q . z_K[t]) + mask[t]      cap(x) = softcap tanh(x / softcap), or x
 //     lse  = log sum_t exp(x[t])
 //     o    = sum_t exp(x[t] - lse) z_V[t]           o = 0 and lse = -inf where every token is masked
 //
@@ -11,8 +9,9 @@
 //     B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
 //     T tokens, R channels of a latent.
 //
-//     channels of a key row:    16 x 8, 32 x 4 bits
-//     channels of a value row:  32 x 3, 16 x 16 bits
+// What differs from kind to kind (bit groups, widths, softcap) is a table, `Kernel`, which `new_kernel` makes once and
+// every call points to: no plan needs a compiler. Loops over bit groups stand outside of loops over tokens, or choose
+// between unpackings of whole groups.
 //
 // A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 // A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider
@@ -38,6 +37,7 @@
 #include <limits>
 #include <numeric>
 #include <type_traits>
+#include <vector>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -217,106 +217,58 @@ INLINE void copy_lanes(const uint8_t* high, const uint8_t* low, float* z) {
     store(z, __builtin_convertvector(codes, F));
 }
 
+constexpr int high_bits(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }  // of the first plane
+
 // A tier: 16 channels at once where a vector holds them, then what is left, 8 at once.
-template <int BITS, int WIDTH>
-INLINE void copy_codes(const uint8_t* row, float* z) {
-    constexpr int HIGH = BITS >= 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, LOW = BITS - HIGH;
-    constexpr int WIDE = LANES == 16 ? WIDTH / 16 * 16 : 0;
-    const uint8_t* low = row + WIDTH / 8 * HIGH;
-    if constexpr (WIDE > 0) {
-        UNROLL(16) for (int i = 0; i < WIDE; i += 16) {
+template <int BITS>
+INLINE void copy_codes(const uint8_t* row, int width, float* z) {
+    constexpr int HIGH = high_bits(BITS), LOW = BITS - HIGH;
+    const uint8_t* low = row + width / 8 * HIGH;
+    int i = 0;
+    if constexpr (LANES == 16) {
+        UNROLL(2) for (; i + 16 <= width; i += 16) {
             copy_lanes<Ints16, Floats16, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
         }
     }
-    UNROLL(16) for (int i = WIDE; i < WIDTH; i += 8) {
+    UNROLL(2) for (; i < width; i += 8) {
         copy_lanes<Ints8, Floats8, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
     }
 }
 
 // Float16 channels beside coded ones are divided by the scale with which the sum over all channels is multiplied.
-template <int WIDTH>
-INLINE void copy_float16(const uint8_t* row, float* z, float factor = 1.0f) {
+INLINE void copy_float16(const uint8_t* row, int width, float* z, float factor = 1.0f) {
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= WIDTH; i += 8) {
+    for (; i + 8 <= width; i += 8) {
         const Floats8 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * i)));
         store(z + i, x * factor);
     }
 #endif
-    for (; i < WIDTH; i++) {
+    for (; i < width; i++) {
         uint16_t half;
         std::memcpy(&half, row + 2 * i, 2);
         z[i] = from_float16(half) * factor;
     }
 }
 
-template <int WIDTH>
-INLINE void copy_bfloat16(const uint8_t* row, float* z) {
-    for (int i = 0; i < WIDTH; i++) {
+INLINE void copy_bfloat16(const uint8_t* row, int width, float* z) {
+    for (int i = 0; i < width; i++) {
         uint16_t half;
         std::memcpy(&half, row + 2 * i, 2);
         z[i] = from_bits(uint32_t(half) << 16);
     }
 }
 
-template <int WIDTH>
-INLINE void copy_float32(const uint8_t* row, float* z) {
-    std::memcpy(z, row, 4 * WIDTH);
-}
-
 // Rows are fetched so many bytes before they are read, into the second-level cache: more lines can be under way to it
 // than to the first, and memory answers within the time of some KB of rows.
 constexpr int FETCHED = 16384;
 
-// Rows between the one that is read and the one that is fetched.
-template <class Side>
-constexpr int AHEAD = std::max(FETCHED / Side::BYTES / 16 * 16, 16);
+enum Stored : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // numbers of rows that are not quantized
 
-// ------------------------------------------------------------------------------------------------ the spec
-
-constexpr bool SOFTCAP = true;
-
+// A bit group: 16 bits are float16, not codes.
 struct Tier {
-    int bits, width;  // 16 bits and more: floats, not codes
-    float step;
-};
-
-struct Keys {
-    typedef Float32 Stored;  // numbers of a row that is read as it is
-    static constexpr int WIDTH = 48;                   // R, channels of a row
-    static constexpr int PAD = padded(WIDTH);          // floats of an unpacked row: whole vectors
-    static constexpr int BYTES = 32;                   // of a stored row
-    static constexpr int ELEMENT = 1;                  // bytes of what strides count
-    static constexpr bool SCALED = true;               // a token has a scale
-    static constexpr bool IN_PLACE = false;            // rows can be read as they are
-    static constexpr Tier TIERS[] = {                  // bits, width, step
-        {8, 16, 0.02f},
-        {4, 32, 0.25f},
-    };
-
-    static void unpack(const uint8_t* row, float /*scale*/, float* z) {
-        copy_codes<8, 16>(row + 0, z + 0);
-        copy_codes<4, 32>(row + 16, z + 16);
-    }
-};
-
-struct Values {
-    typedef Float32 Stored;  // numbers of a row that is read as it is
-    static constexpr int WIDTH = 48;                   // R, channels of a row
-    static constexpr int PAD = padded(WIDTH);          // floats of an unpacked row: whole vectors
-    static constexpr int BYTES = 44;                   // of a stored row
-    static constexpr int ELEMENT = 1;                  // bytes of what strides count
-    static constexpr bool SCALED = true;               // a token has a scale
-    static constexpr bool IN_PLACE = false;            // rows can be read as they are
-    static constexpr Tier TIERS[] = {                  // bits, width, step
-        {3, 32, 0.5f},
-        {16, 16, 0.0f},
-    };
-
-    static void unpack(const uint8_t* row, float scale, float* z) {
-        copy_codes<3, 32>(row + 0, z + 0);
-        copy_float16<16>(row + 12, z + 32, 1 / scale);
-    }
+    int64_t bits, width;
+    double step;
 };
 
 // ------------------------------------------------------------------------------------------------ codes as bytes
@@ -344,79 +296,186 @@ struct Values {
 struct Code {
     int channel, high, high_bit, low, low_bit;
 
-    constexpr int shift() const { return 8 - high - low; }  // of the code in its byte
+    int shift() const { return 8 - high - low; }  // of the code in its byte
 };
 
-template <class Side>
+// What it takes to bring codes of a row to bytes: they are bytes, in order; they come from one block of 64 bytes of the
+// row or from several, and have one plane or two. The greater of two kinds serves both.
+enum Kind { WHOLE, ONE_HIGH, ONE_LOW, MANY_HIGH, MANY_LOW };
+
+constexpr Kind either(Kind a, Kind b) {
+    const bool many = std::max(a, b) >= MANY_HIGH, low = a == ONE_LOW || a == MANY_LOW || b == ONE_LOW || b == MANY_LOW;
+    return many ? (low ? MANY_LOW : MANY_HIGH) : low ? ONE_LOW : std::max(a, b);
+}
+
+// How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
+// these eight bytes each code then takes the bits from `from` on that `keep` keeps, of its first and second plane.
+struct Slice {
+    // 64 bytes of a row from `offset` on, fewer where it ends, and which of them goes where.
+    struct Block {
+        alignas(64) uint8_t index[64];
+        uint64_t mask;  // bytes of the slice that are from here
+        int offset;
+    };
+
+    alignas(64) uint8_t from[2][64] = {}, keep[2][64] = {};
+    int source[64];
+    std::vector<Block> blocks;
+    bool has_low = false;  // codes have a second plane
+    Kind kind = WHOLE;
+
+    Slice() {
+        for (int& byte : source) byte = -1;
+    }
+    int slot(int to, int byte) {  // of a byte of the row among the eight around `to`
+        int i = to / 8 * 8;
+        while (source[i] >= 0 && source[i] != byte) i++;
+        source[i] = byte;
+        return i % 8;
+    }
+    void put(int to, int plane, int bits, int bit, int shift) {
+        if (bits == 0) return;
+        from[plane][to] = uint8_t((8 * slot(to, bit / 8) + bit % 8 - shift) & 63);
+        keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
+        has_low |= plane == 1;
+    }
+    void put(int to, const Code& code) {
+        put(to, 0, code.high, code.high_bit, code.shift() + code.low);
+        put(to, 1, code.low, code.low_bit, code.shift());
+    }
+    // Once all codes have been put: which blocks of a row of so many bytes are read.
+    void settle(int bytes) {
+        for (int offset = 0; offset < bytes; offset += 64) {
+            Block block = {};
+            block.offset = offset;
+            for (int to = 0; to < 64; to++) {
+                if (source[to] < offset || source[to] >= offset + 64) continue;
+                block.index[to] = uint8_t(source[to] - offset);
+                block.mask |= uint64_t(1) << to;
+            }
+            if (block.mask) blocks.push_back(block);
+        }
+        kind = blocks.size() > 1 ? (has_low ? MANY_LOW : MANY_HIGH) : has_low ? ONE_LOW : WHOLE;
+        for (int i = 0; i < 64 && kind == WHOLE; i++) {
+            const bool whole = keep[0][i] == 255 && from[0][i] == 8 * (i % 8) && blocks[0].index[i] == i;
+            if (source[i] >= 0 && !whole) kind = ONE_HIGH;
+        }
+    }
+};
+
+// Codes and float16 channels of a row, and how a row is taken apart.
 struct Layout {
-    Code codes[Side::WIDTH + 1] = {};
-    int count = 0, halves = 0;  // codes, float16 channels
-    int half_channel[Side::WIDTH + 1] = {}, half_byte[Side::WIDTH + 1] = {};
+    std::vector<Code> codes;
+    std::vector<int> half_channel, half_byte;  // of float16 channels
+    std::vector<Slice> slices, half_slices;  // of codes, of float16 channels
+    Kind kind = WHOLE;  // serves all slices of codes
 
-    constexpr Layout() {
+    int count() const { return int(codes.size()); }
+    int halves() const { return int(half_channel.size()); }
+
+    void add(int bits, int width, int bit, int channel) {
+        const int high = high_bits(bits), low = bits - high;
+        for (int i = 0; i < width; i++) {
+            if (bits < 16) codes.push_back({channel + i, high, bit + i * high, low, bit + width * high + i * low});
+            if (bits == 16) half_channel.push_back(channel + i), half_byte.push_back(bit / 8 + 2 * i);
+        }
+    }
+    // Keys: byte i of a slice is its channel i, so that a dword has four channels. Values: where `interleave` makes
+    // vectors of 16 channels of them. Float16 channels: 32 to a slice.
+    void take_apart(bool interleaved, int bytes) {
+        slices.resize((codes.size() + 63) / 64);
+        for (int i = 0; i < count(); i++) {
+            slices[i / 64].put(interleaved ? i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4 : i % 64, codes[i]);
+        }
+        half_slices.resize((2 * halves() + 63) / 64);
+        for (int i = 0; i < 2 * halves(); i++) half_slices[i / 64].source[i % 64] = half_byte[i / 2] + i % 2;
+        for (Slice& slice : slices) {
+            slice.settle(bytes);
+            kind = either(kind, slice.kind);
+        }
+        for (Slice& slice : half_slices) slice.settle(bytes);
+    }
+};
+
+constexpr int MOST_TOKENS = 256;  // of a tile
+
+// Rows of keys or of values.
+struct Side {
+    std::vector<Tier> tiers;  // none: not quantized
+    Stored stored;
+    int width, pad, bytes, element;  // R; floats of an unpacked row, whole vectors; of a row; of what strides count
+    int reach;                       // bytes of whole blocks of a row
+    int ahead;                       // rows between the one that is read and the one that is fetched
+    bool scaled, in_place, integer;  // a token has a scale; rows can be read as they are; codes are multiplied as bytes
+    std::vector<float> step, middle;  // [pad]: what a code is multiplied with, and the code that stands for 0
+    Layout layout;
+
+    Side(const Tier* given, int64_t count, int64_t R, int64_t type, bool values)
+        : tiers(given, given + count), stored(count ? FLOAT32 : Stored(type)), width(int(R)), pad(padded(width)),
+          bytes(0), element(count               ? 1
+                            : stored == FLOAT32 ? 4
+                                                : 2),
+          scaled(false), in_place(!count && width % LANES == 0), step(pad), middle(pad) {
         int bit = 0, channel = 0;
-        for (Tier tier : Side::TIERS) {
-            const int high = tier.bits >= 8 ? 8 : tier.bits >= 4 ? 4 : tier.bits >= 2 ? 2 : 1, low = tier.bits - high;
-            for (int i = 0; i < tier.width; i++) {
-                if (tier.bits < 16) add({channel + i, high, bit + i * high, low, bit + tier.width * high + i * low});
-                if (tier.bits == 16) add_half(channel + i, bit / 8 + 2 * i);
-            }
-            bit += tier.bits * tier.width;
-            channel += tier.width;
-        }
-    }
-    constexpr void add(Code code) { codes[count++] = code; }
-    constexpr void add_half(int channel, int byte) {
-        half_channel[halves] = channel;
-        half_byte[halves++] = byte;
-    }
-};
-
-constexpr Layout<Keys> KEY_LAYOUT;
-constexpr Layout<Values> VALUE_LAYOUT;
-constexpr int KEY_VECTORS = KEY_LAYOUT.count / 4, VALUE_VECTORS = (VALUE_LAYOUT.count + 15) / 16;
-constexpr int KEY_DWORDS = (KEY_VECTORS + 15) / 16 * 16;  // of a part of a query, in whole vectors
-constexpr bool INTEGER_KEYS = INTEGER && Keys::SCALED;
-constexpr bool INTEGER_VALUES = INTEGER && Values::SCALED && VALUE_LAYOUT.halves == 0;
-
-// Per channel: what a code is multiplied with, and the code that stands for 0.
-template <class Side>
-struct Channels {
-    float step[Side::PAD] = {}, middle[Side::PAD] = {};
-
-    constexpr Channels() {
-        int channel = 0;
-        for (Tier tier : Side::TIERS) {
+        for (const Tier& tier : tiers) {
+            const int bits = int(tier.bits);
+            layout.add(bits, int(tier.width), bit, channel);
             for (int i = 0; i < tier.width; i++, channel++) {
-                step[channel] = tier.bits < 16 ? tier.step : 1.0f;
-                middle[channel] = tier.bits < 16 ? 0.5f * ((1 << tier.bits) - 1) : 0.0f;
+                step[channel] = bits < 16 ? float(tier.step) : 1.0f;
+                middle[channel] = bits < 16 ? 0.5f * ((1 << bits) - 1) : 0.0f;
             }
+            bit += bits * int(tier.width);
+            scaled |= bits < 16;
         }
-    }
-};
-
-constexpr Channels<Keys> KEY_CHANNELS;
-
-constexpr int SUMS = Values::PAD;  // of values
-
-struct ValueChannels : Channels<Values> {
-    constexpr ValueChannels() {  // codes as bytes are shifted
-        for (int i = 0; i < (INTEGER_VALUES ? VALUE_LAYOUT.count : 0); i++) {
-            const Code& code = VALUE_LAYOUT.codes[i];
+        if (!count) std::fill(step.begin(), step.end(), 1.0f);
+        bytes = count ? bit / 8 : width * element;
+        reach = (bytes + 63) / 64 * 64;
+        ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
+        integer = INTEGER && scaled && !(values && layout.halves());
+        if (!integer) return;
+        layout.take_apart(values, bytes);
+        for (int i = 0; values && i < layout.count(); i++) {  // codes as bytes are shifted
+            const Code& code = layout.codes[i];
             step[code.channel] /= float(1 << code.shift());
             middle[code.channel] *= float(1 << code.shift());
         }
     }
 };
 
-constexpr ValueChannels VALUE_CHANNELS;
+struct Kernel {
+    Side key, value;
+    bool softcap, pairs;  // pairs: keys in bfloat16 are multiplied as they are
+    int key_vectors, value_vectors, key_dwords;  // of bytes, of a token's codes; key_dwords in whole vectors
+    int floats, codes, halves;  // of a token in a tile: floats, bytes, float16 channels
+    int stride, tokens;  // of a tile: floats from row to row, and how many rows it has
+    std::vector<float> key_factor, key_middle;  // [4 key_dwords]: what brings a query to a code's byte, its middle
 
-// Tokens of a tile: 24 KB of floats or codes, so that it stays in the first-level cache beside the queries.
-constexpr int FLOATS = std::max(INTEGER_KEYS ? 0 : Keys::PAD, INTEGER_VALUES ? 0 : Values::PAD);  // of a token
-constexpr int CODES = std::max(INTEGER_KEYS ? 4 * KEY_VECTORS : 0, INTEGER_VALUES ? 16 * VALUE_VECTORS : 0);
-constexpr int HALVES = INTEGER_KEYS ? KEY_LAYOUT.halves : 0;
-constexpr int TILE = std::clamp(24576 / std::max(4 * FLOATS, CODES + 4 * HALVES) / 16 * 16, 16, FLOATS ? 64 : 256);
-constexpr int STRIDE = FLOATS + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
+    Kernel(const Side& k, const Side& v, bool capped) : key(k), value(v), softcap(capped), pairs(false) {
+#if defined(__AVX512BF16__)
+        pairs = key.in_place && key.stored == BFLOAT16 && key.pad % 32 == 0;
+#endif
+        key_vectors = key.layout.count() / 4;
+        value_vectors = (value.layout.count() + 15) / 16;
+        key_dwords = (key_vectors + 15) / 16 * 16;
+        key_factor.resize(4 * key_dwords);
+        key_middle.resize(4 * key_dwords);
+        for (int i = 0; i < key.layout.count(); i++) {
+            const Code& code = key.layout.codes[i];
+            key_factor[i] = 1.0f / float(1 << code.shift());
+            key_middle[i] = key.middle[code.channel] * float(1 << code.shift());
+        }
+        floats = std::max(key.integer ? 0 : key.pad, value.integer ? 0 : value.pad);
+        codes = std::max(key.integer ? 4 * key_vectors : 0, value.integer ? 16 * value_vectors : 0);
+        halves = key.integer ? key.layout.halves() : 0;
+        stride = floats + 16;  // a power of two would put all rows on the same cache sets
+        const int bytes = std::max(std::max(4 * floats, codes + 4 * halves), 1);
+        tokens = std::clamp(24576 / bytes / 16 * 16, 16, floats ? 64 : MOST_TOKENS);  // stay in the first-level cache
+    }
+};
+
+// From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
+// cache sets.
+constexpr int TILE = MOST_TOKENS + 16;
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
@@ -438,14 +497,15 @@ enum MaskKind : int64_t { NO_MASK, BOOL_MASK, ADDITIVE_MASK };
 struct Arguments {
     int64_t batch, heads, queries, tokens, key_heads, value_heads, threads;
     MaskKind mask_kind;
-    Rows query;                               // float32 [B,H,S,R_K], the stride of S in `token`
+    Rows query;  // float32 [B,H,S,R_K], the stride of S in `token`
     Rows key, key_scale, value, value_scale;  // [B,J,T,...] and float16 [B,J,T]
-    Rows mask;                                // bool or float32 [B,H,S,T], the stride of S in `token`
-    int64_t mask_token;                       // the stride of T in it
+    Rows mask;  // bool or float32 [B,H,S,T], the stride of S in `token`
+    int64_t mask_token;  // the stride of T in it
     Rows pages;                               // int32 [B,U,pages], none: all tokens; a list for each U-th of the heads
     int64_t page_heads, page_count, page_tokens;
     float *output, *lse;                      // float32 [B,H,S,R_V] and [B,H,S], dense
     double scale, softcap;
+    const Kernel* kernel;
 };
 
 constexpr int SIDE_BY_SIDE = 8;  // tokens of a page are a multiple of it
@@ -492,8 +552,8 @@ struct Part {
 
 // Running softmax of a row: o = sum / total, lse = log2(total) + top.
 struct State {
-    float top, total, mass;       // mass: the sum of weight * scale, kept where weights are split
-    alignas(64) float sum[SUMS];  // of weight * scale * (code - middle)
+    float top, total, mass;  // mass: the sum of weight * scale, kept where weights are split
+    float* sum;              // of weight * scale * (code - middle), as many as a row of values is padded to
 };
 
 // ------------------------------------------------------------------------------------------------ two products
@@ -514,14 +574,14 @@ struct Tile {
 
 // logits[r][t] = q[r] . z[t] for ROWS rows and a multiple of TOKENS tokens.
 template <int ROWS, int TOKENS, class Stored>
-void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* __restrict logits) {
+void score(const float* __restrict q, int pad, const Tile<Stored> z, int tokens, float* __restrict logits) {
     for (int t = 0; t < tokens; t += TOKENS) {
         Floats sums[ROWS][TOKENS] = {};
-        UNROLL(4) for (int i = 0; i < Keys::PAD; i += LANES) {
+        UNROLL(4) for (int i = 0; i < pad; i += LANES) {
             UNROLL(8) for (int k = 0; k < TOKENS; k++) {
                 const Floats zk = z.at(t + k, i);
                 z.fetch(t + k, i);
-                UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * Keys::PAD + i) * zk;
+                UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * pad + i) * zk;
             }
         }
         UNROLL(4) for (int r = 0; r < ROWS; r++) {
@@ -534,19 +594,17 @@ void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* _
 
 // The same for keys and queries in bfloat16, 32 products at a time: these are exact, and sums are of float32.
 #if defined(__AVX512BF16__)
-constexpr bool PAIRS = Keys::IN_PLACE && std::is_same_v<Keys::Stored, BFloat16> && Keys::PAD % 32 == 0;
-
 template <int ROWS, int TOKENS>
-void score_pairs(const uint16_t* __restrict q, const Tile<BFloat16> z, int tokens, float factor,
+void score_pairs(const uint16_t* __restrict q, int pad, const Tile<BFloat16> z, int tokens, float factor,
                  float* __restrict logits) {
     for (int t = 0; t < tokens; t += TOKENS) {
         Floats sums[ROWS][TOKENS] = {};
-        UNROLL(4) for (int i = 0; i < Keys::PAD; i += 32) {
+        UNROLL(4) for (int i = 0; i < pad; i += 32) {
             UNROLL(8) for (int k = 0; k < TOKENS; k++) {
                 const __m512i zk = _mm512_loadu_si512(z.rows + (t + k) * z.stride + i);
                 z.fetch(t + k, i);
                 UNROLL(4) for (int r = 0; r < ROWS; r++) {
-                    const __m512i qr = _mm512_loadu_si512(q + r * Keys::PAD + i);
+                    const __m512i qr = _mm512_loadu_si512(q + r * pad + i);
                     sums[r][k] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][k], (__m512bh)qr, (__m512bh)zk);
                 }
             }
@@ -559,21 +617,19 @@ void score_pairs(const uint16_t* __restrict q, const Tile<BFloat16> z, int token
         }
     }
 }
-#else
-constexpr bool PAIRS = false;
 #endif
 
 // states[r].sum[c] += sum_t weights[r][t] (z[t][c] - middle[c]) for ROWS rows and VECTORS vectors of channels, given
-// totals[r] = sum_t weights[r][t].
+// totals[r] = sum_t weights[r][t]. No middle: they are 0.
 template <int ROWS, int VECTORS, class Stored>
-INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const Tile<Stored> z,
-                         int tokens, State* __restrict states, int channel) {
+INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const float* middle,
+                         const Tile<Stored> z, int tokens, State* __restrict states, int channel) {
     Floats sums[ROWS][VECTORS];
     UNROLL(4) for (int r = 0; r < ROWS; r++) {
         UNROLL(8) for (int v = 0; v < VECTORS; v++) {
             const int c = channel + v * LANES;
             sums[r][v] = load(states[r].sum + c);
-            if (Values::SCALED) sums[r][v] -= totals[r] * load(VALUE_CHANNELS.middle + c);
+            if (middle) sums[r][v] -= totals[r] * load(middle + c);
         }
     }
     UNROLL(4) for (int t = 0; t < tokens; t++) {
@@ -591,17 +647,8 @@ INLINE void mix_channels(const float* __restrict weights, const float* __restric
     }
 }
 
-template <int ROWS, class Stored>
-void mix(const float* weights, const float* totals, const Tile<Stored> z, int tokens, State* states) {
-    constexpr int VECTORS = ROWS == 1 ? 8 : 4, ALL = Values::PAD / LANES, REST = ALL % VECTORS;
-    for (int v = 0; v + VECTORS <= ALL; v += VECTORS) {
-        mix_channels<ROWS, VECTORS>(weights, totals, z, tokens, states, v * LANES);
-    }
-    if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, tokens, states, (ALL - REST) * LANES);
-}
-
 template <class F, int... I>
-INLINE void for_count(int count, int first, F f, std::integer_sequence<int, I...>) {
+INLINE void for_count(int count, [[maybe_unused]] int first, [[maybe_unused]] F f, std::integer_sequence<int, I...>) {
     ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
 }
 
@@ -614,6 +661,23 @@ INLINE void for_blocks_of_rows(int rows, F f) {
         for_count(count, first, f, std::make_integer_sequence<int, MOST>());
         first += count;
     }
+}
+
+// All channels, as many of 4 (for a single row of 8) vectors at once as there are, then what is left.
+template <int ROWS, class Stored>
+void mix(const float* weights, const float* totals, const float* middle, int pad, const Tile<Stored> z, int tokens,
+         State* states) {
+    constexpr int VECTORS = ROWS == 1 ? 8 : 4;
+    const int all = pad / LANES, rest = all % VECTORS;
+    for (int v = 0; v + VECTORS <= all; v += VECTORS) {
+        mix_channels<ROWS, VECTORS>(weights, totals, middle, z, tokens, states, v * LANES);
+    }
+    for_count(
+        rest, (all - rest) * LANES,
+        [&](int channel, auto count) {
+            mix_channels<ROWS, decltype(count)::value>(weights, totals, middle, z, tokens, states, channel);
+        },
+        std::make_integer_sequence<int, VECTORS - 1>());
 }
 
 // ------------------------------------------------------------------------------------------------ softmax
@@ -693,13 +757,13 @@ void cap(float* x, int tokens, float softcap) {
 }
 
 // Logits of a tile become weights relative to the largest logit so far; earlier sums are brought to the same base.
-void to_weights(float* __restrict x, int tokens, State& state) {
+void to_weights(float* __restrict x, int tokens, int sums, State& state) {
     Floats tops = load(x);
     for (int t = LANES; t < tokens; t += LANES) tops = load(x + t) > tops ? load(x + t) : tops;
     const float top = std::max(state.top, largest_of(tops));
     if (top > state.top) {
         const float factor = std::exp2(state.top - top);
-        for (int i = 0; i < SUMS; i++) state.sum[i] *= factor;
+        for (int i = 0; i < sums; i++) state.sum[i] *= factor;
         state.total *= factor;
         state.mass *= factor;
         state.top = top;
@@ -722,60 +786,98 @@ T* allocate(int64_t count) {
 }
 
 struct Scratch {
-    float *tile, *query, *middle, *logits, *totals;  // [TILE, STRIDE], [rows, R_K], [rows], [rows, TILE], [rows]
+    const Kernel& kernel;
+    float *tile, *query, *middle, *logits, *totals;  // [tokens, stride], [rows, R_K], [rows], [rows, TILE], [rows]
     State* states;                                   // [rows]
-    uint8_t* codes;                                  // [TILE, CODES]
-    int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_DWORDS], of weights [9, 3, TILE]
-    float *unit, *halves;                            // [rows], [HALVES, TILE]
-    uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where PAIRS
+    float* sums;                                     // of the states, [rows, R_V]
+    uint8_t *codes, *room;                           // [tokens, codes], [16, whole blocks of a row]
+    int8_t *parts, *weights;                         // of queries [rows, 3, 4 key_dwords], of weights [5, 3, TILE]
+    float *unit, *halves;                            // [rows], [halves, TILE]
+    uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
     float factor;                                    // that these are to be multiplied by
     alignas(64) float scale[TILE];
 
-    explicit Scratch(int64_t rows)
-        : tile(allocate<float>(FLOATS ? TILE * STRIDE : 0)), query(allocate<float>(rows * Keys::PAD)),
-          middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)),
-          states(allocate<State>(rows)), codes(allocate<uint8_t>(TILE * CODES)),
-          parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_DWORDS : 0)),
-          weights(allocate<int8_t>(INTEGER_VALUES ? 27 * TILE : 0)), unit(allocate<float>(rows)),
-          halves(allocate<float>(TILE * HALVES)), pairs(allocate<uint16_t>(PAIRS ? rows * Keys::PAD : 0)),
-          are_pairs(PAIRS), factor(1), scale() {
-        if (FLOATS) std::fill(tile, tile + TILE * STRIDE, 0.0f);
+    Scratch(const Kernel& k, int64_t rows)
+        : kernel(k), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
+          query(allocate<float>(rows * k.key.pad)), middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)),
+          totals(allocate<float>(rows)), states(allocate<State>(rows)), sums(allocate<float>(rows * k.value.pad)),
+          codes(allocate<uint8_t>(k.tokens * k.codes)),
+          room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
+          parts(allocate<int8_t>(k.key.integer ? rows * 12 * k.key_dwords : 0)),
+          weights(allocate<int8_t>(k.value.integer ? 15 * TILE : 0)), unit(allocate<float>(rows)),
+          halves(allocate<float>(TILE * k.halves)), pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)),
+          are_pairs(k.pairs), factor(1), scale() {
+        if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
+        for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
-        for (float* memory : {tile, query, middle, logits, totals, unit, halves}) std::free(memory);
-        for (void* memory : {(void*)states, (void*)codes, (void*)parts, (void*)weights}) std::free(memory);
+        for (float* memory : {tile, query, middle, logits, totals, sums, unit, halves}) std::free(memory);
+        for (void* memory : {(void*)states, (void*)codes, (void*)room, (void*)parts, (void*)weights}) std::free(memory);
         std::free(pairs);
     }
 };
 
-// Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
-template <class Side, class F>
-INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
-                      Scratch& s, F f) {
-    const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * Side::ELEMENT;
-    const int64_t stride = rows.token * Side::ELEMENT;
-    if constexpr (Side::IN_PLACE) {
-        typedef typename Side::Stored Stored;
-        typedef typename Stored::Number Number;
-        if (tokens == TILE && p.listed.is_run(begin, tokens)) {
-            const int distance = p.listed.pages ? (AHEAD<Side> + TILE - 1) / TILE * TILE : AHEAD<Side>;
-            const auto* row = reinterpret_cast<const Number*>(head + p.listed.at(begin) * stride);
-            const auto* next = reinterpret_cast<const Number*>(head + p.listed.ahead(begin, distance) * stride);
-            return f(Tile<Stored>{row, rows.token, next});
+// A row that is not quantized, as floats.
+INLINE void unpack_floats(const Side& side, const uint8_t* row, float* z) {
+    if (side.stored == FLOAT32) std::memcpy(z, row, 4 * side.width);
+    if (side.stored == BFLOAT16) copy_bfloat16(row, side.width, z);
+    if (side.stored == FLOAT16) copy_float16(row, side.width, z);
+}
+
+// A quantized row: codes as floats.
+INLINE void unpack_codes(const Side& side, const uint8_t* row, float scale, float* z) {
+    for (const Tier& tier : side.tiers) {
+        const int width = int(tier.width);
+        switch (tier.bits) {
+            case 1: copy_codes<1>(row, width, z); break;
+            case 2: copy_codes<2>(row, width, z); break;
+            case 3: copy_codes<3>(row, width, z); break;
+            case 4: copy_codes<4>(row, width, z); break;
+            case 5: copy_codes<5>(row, width, z); break;
+            case 6: copy_codes<6>(row, width, z); break;
+            case 8: copy_codes<8>(row, width, z); break;
+            default: copy_float16(row, width, z, side.scaled ? 1 / scale : 1.0f);
         }
+        row += width * tier.bits / 8;
+        z += width;
+    }
+}
+
+template <class Stored, class F>
+INLINE void with_rows(const uint8_t* row, const uint8_t* next, int64_t stride, F f) {
+    typedef typename Stored::Number Number;
+    f(Tile<Stored>{reinterpret_cast<const Number*>(row), stride, reinterpret_cast<const Number*>(next)});
+}
+
+// Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
+template <class F>
+INLINE void with_tile(const Side& side, const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin,
+                      int tokens, Scratch& s, F f) {
+    const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * side.element;
+    const int64_t stride = rows.token * side.element;
+    const int tile = s.kernel.tokens;
+    if (side.in_place && tokens == tile && p.listed.is_run(begin, tokens)) {
+        const int distance = p.listed.pages ? (side.ahead + tile - 1) / tile * tile : side.ahead;
+        const uint8_t* row = head + p.listed.at(begin) * stride;
+        const uint8_t* next = head + p.listed.ahead(begin, distance) * stride;
+        if (side.stored == FLOAT32) return with_rows<Float32>(row, next, rows.token, f);
+        if (side.stored == BFLOAT16) return with_rows<BFloat16>(row, next, rows.token, f);
+        return with_rows<Float16>(row, next, rows.token, f);
     }
     for (int t = 0; t < tokens; t++) {
-        const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, AHEAD<Side>);
-        for (int i = 0; i < Side::BYTES; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
-        if (Side::SCALED) {
+        const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, side.ahead);
+        for (int i = 0; i < side.bytes; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
+        if (side.scaled) {
             s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
             if (t % SIDE_BY_SIDE == 0) __builtin_prefetch(scales.at<uint16_t>(p.b, j, ahead), 0, 2);
         }
-        Side::unpack(head + token * stride, s.scale[t], s.tile + t * STRIDE);
+        float* z = s.tile + t * s.kernel.stride;
+        if (side.tiers.empty()) unpack_floats(side, head + token * stride, z);
+        else unpack_codes(side, head + token * stride, s.scale[t], z);
     }
-    f(Tile<Float32>{s.tile, STRIDE, nullptr});
+    f(Tile<Float32>{s.tile, s.kernel.stride, nullptr});
 }
 
 void scale_logits(int64_t row, int rows, int tokens, Scratch& s) {
@@ -802,144 +904,65 @@ void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
 
 #if INTEGER
 
-template <class F, int... I>
-INLINE void each(std::integer_sequence<int, I...>, F f) {
-    (f(std::integral_constant<int, I>()), ...);
-}
+// Rows of 16 tokens: SIDE_BY_SIDE of them lie one behind the other.
+struct Sixteen {
+    const uint8_t* runs[16 / SIDE_BY_SIDE];
+    int64_t stride;
 
-// f(0), ..., f(N - 1), each with a compile-time argument.
-template <int N, class F>
-INLINE void each(F f) {
-    each(std::make_integer_sequence<int, N>(), f);
-}
+    INLINE const uint8_t* operator[](int i) const { return runs[i / SIDE_BY_SIDE] + i % SIDE_BY_SIDE * stride; }
+};
 
-// How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
-// these eight bytes each code then takes the bits from `from` on that `keep` keeps, of its first and second plane.
-struct Slice {
-    int source[64];
-    alignas(64) uint8_t from[2][64], keep[2][64];
+// What takes a slice apart, in registers.
+template <Kind KIND>
+struct Taken {
+    static constexpr bool LOW = KIND == ONE_LOW || KIND == MANY_LOW, MANY = KIND == MANY_HIGH || KIND == MANY_LOW;
+    const Slice::Block *block, *end;
+    __m512i index, from[2], keep[2];
+    int offset;
 
-    constexpr Slice() : source(), from(), keep() {
-        for (int& byte : source) byte = -1;
+    INLINE explicit Taken(const Slice& slice) : block(slice.blocks.data()), end(block + slice.blocks.size()) {
+        index = _mm512_load_si512(block->index);
+        offset = block->offset;
+        UNROLL(2) for (int i = 0; i < 1 + LOW; i++) {
+            from[i] = _mm512_load_si512(slice.from[i]);
+            keep[i] = _mm512_load_si512(slice.keep[i]);
+        }
     }
-    constexpr int slot(int to, int byte) {  // of a byte of the row among the eight around `to`
-        int i = to / 8 * 8;
-        while (source[i] >= 0 && source[i] != byte) i++;
-        source[i] = byte;
-        return i % 8;
+    // The bytes of a row; what no code needs is arbitrary.
+    INLINE __m512i bytes_of(const uint8_t* row) const {
+        if (!MANY) return _mm512_permutexvar_epi8(index, _mm512_loadu_si512(row + offset));
+        __m512i out = {};
+        for (const Slice::Block* b = block; b < end; b++) {
+            const __m512i bytes = _mm512_loadu_si512(row + b->offset);
+            out |= _mm512_maskz_permutexvar_epi8(b->mask, _mm512_load_si512(b->index), bytes);
+        }
+        return out;
     }
-    constexpr void put(int to, int plane, int bits, int bit, int shift) {
-        if (bits == 0) return;
-        from[plane][to] = uint8_t((8 * slot(to, bit / 8) + bit % 8 - shift) & 63);
-        keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
-    }
-    constexpr void put(int to, Code code) {
-        put(to, 0, code.high, code.high_bit, code.shift() + code.low);
-        put(to, 1, code.low, code.low_bit, code.shift());
-    }
-    constexpr bool has_low() const {
-        for (int mask : keep[1]) if (mask) return true;
-        return false;
-    }
-    constexpr bool is_whole() const {  // bytes are codes
-        for (int i = 0; i < 64; i++) if (keep[0][i] && (keep[0][i] != 255 || from[0][i] != 8 * (i % 8))) return false;
-        return true;
+    INLINE __m512i codes_of(const uint8_t* row) const {
+        if (KIND == WHOLE) return _mm512_loadu_si512(row + offset);
+        const __m512i bytes = bytes_of(row);
+        const __m512i high = _mm512_multishift_epi64_epi8(from[0], bytes) & keep[0];
+        if (!LOW) return high;
+        return high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
     }
 };
 
-constexpr int slices_for(int bytes) { return (bytes + 63) / 64; }
-
-template <class Side, int SLICES>
-struct Apart {
-    static constexpr int BYTES = Side::BYTES, BLOCKS = slices_for(BYTES);
-    Slice slices[SLICES + 1];
-    alignas(64) uint8_t index[SLICES + 1][BLOCKS][64] = {};  // which byte of a block of the row goes where
-    uint64_t mask[SLICES + 1][BLOCKS] = {};
-
-    constexpr void settle() {
-        for (int s = 0; s < SLICES; s++) {
-            for (int to = 0; to < 64; to++) {
-                const int byte = slices[s].source[to];
-                if (byte < 0) continue;
-                index[s][byte / 64][to] = uint8_t(byte % 64);
-                mask[s][byte / 64] |= uint64_t(1) << to;
-            }
-        }
+// Calls f(kind) with a compile-time kind of slices.
+template <class F>
+INLINE auto with_kind(Kind kind, F f) {
+    switch (kind) {
+        case WHOLE: return f(std::integral_constant<Kind, WHOLE>());
+        case ONE_HIGH: return f(std::integral_constant<Kind, ONE_HIGH>());
+        case ONE_LOW: return f(std::integral_constant<Kind, ONE_LOW>());
+        case MANY_HIGH: return f(std::integral_constant<Kind, MANY_HIGH>());
+        default: return f(std::integral_constant<Kind, MANY_LOW>());
     }
-    constexpr int blocks(int slice) const {  // that a slice needs
-        int count = 0;
-        for (uint64_t m : mask[slice]) count += m != 0;
-        return count;
-    }
-    constexpr bool stays(int slice, int block) const {  // bytes are where they should be
-        for (int to = 0; to < 64; to++) if (mask[slice][block] >> to & 1 && index[slice][block][to] != to) return false;
-        return true;
-    }
-};
-
-// Keys: byte i of a slice is its channel i, so that a dword has four channels.
-constexpr auto keys_apart() {
-    Apart<Keys, slices_for(KEY_LAYOUT.count)> apart;
-    for (int i = 0; i < KEY_LAYOUT.count; i++) apart.slices[i / 64].put(i % 64, KEY_LAYOUT.codes[i]);
-    apart.settle();
-    return apart;
 }
 
-// Values: where `interleave` makes vectors of 16 channels of them.
-constexpr auto values_apart() {
-    Apart<Values, slices_for(VALUE_LAYOUT.count)> apart;
-    for (int i = 0; i < VALUE_LAYOUT.count; i++) {
-        apart.slices[i / 64].put(i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4, VALUE_LAYOUT.codes[i]);
-    }
-    apart.settle();
-    return apart;
-}
-
-// Float16 channels of keys, 32 to a slice.
-constexpr auto halves_apart() {
-    Apart<Keys, slices_for(2 * KEY_LAYOUT.halves)> apart;
-    for (int i = 0; i < 2 * KEY_LAYOUT.halves; i++) {
-        apart.slices[i / 64].source[i % 64] = KEY_LAYOUT.half_byte[i / 2] + i % 2;
-    }
-    apart.settle();
-    return apart;
-}
-
-constexpr auto KEYS_APART = keys_apart();
-constexpr auto VALUES_APART = values_apart();
-constexpr auto HALVES_APART = halves_apart();
-
-// The bytes of slice S of a row; nothing is read behind the end of the row, and what no code needs is arbitrary.
-template <const auto& APART, int S>
-INLINE __m512i bytes_of(const uint8_t* row) {
-    __m512i out = {};
-    each<APART.BLOCKS>([&](auto b) {
-        constexpr int B = decltype(b)::value, LEFT = std::min(APART.BYTES - 64 * B, 64);
-        if constexpr (APART.mask[S][B] != 0) {
-            constexpr bool ALONE = APART.blocks(S) == 1;
-            __m512i bytes = LEFT == 64 ? _mm512_loadu_si512(row + 64 * B)
-                                       : _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - LEFT), row + 64 * B);
-            const __m512i index = _mm512_load_si512(APART.index[S][B]);
-            if constexpr (ALONE && !APART.stays(S, B)) bytes = _mm512_permutexvar_epi8(index, bytes);
-            if constexpr (!ALONE) bytes = _mm512_maskz_permutexvar_epi8(APART.mask[S][B], index, bytes);
-            out |= bytes;
-        }
-    });
-    return out;
-}
-
-// The codes of slice S of a row.
-template <const auto& APART, int S>
-INLINE __m512i codes_of(const uint8_t* row) {
-    constexpr const Slice& slice = APART.slices[S];
-    constexpr bool IS_WHOLE = slice.is_whole(), HAS_LOW = slice.has_low();
-    const __m512i bytes = bytes_of<APART, S>(row);
-    if constexpr (IS_WHOLE) return bytes;
-    const __m512i high = _mm512_multishift_epi64_epi8(_mm512_load_si512(slice.from[0]), bytes);
-    const __m512i kept = high & _mm512_load_si512(slice.keep[0]);
-    if constexpr (!HAS_LOW) return kept;
-    const __m512i low = _mm512_multishift_epi64_epi8(_mm512_load_si512(slice.from[1]), bytes);
-    return kept | (low & _mm512_load_si512(slice.keep[1]));
+// Calls f(taken), whose type says of what kind the slice is.
+template <class F>
+INLINE void with_slice(const Slice& slice, F f) {
+    with_kind(slice.kind, [&](auto kind) { f(Taken<decltype(kind)::value>(slice)); });
 }
 
 // x[i] = dwords of token i  ->  x[i] = dword i of 16 tokens
@@ -969,47 +992,63 @@ INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out)
 }
 
 // 16 tokens of keys -> codes [vectors of 4 channels].
-INLINE void unpack_keys(const uint8_t* const* rows, __m512i* codes) {
-    each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
-        constexpr int S = decltype(s)::value, COUNT = std::min(KEY_VECTORS - 16 * S, 16);
-        __m512i x[16];
-        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = codes_of<KEYS_APART, S>(rows[t]);
-        transpose(x);
-        UNROLL(16) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 16 * S + i, x[i]);
-    });
+INLINE void unpack_keys(const Kernel& k, const Sixteen& rows, __m512i* codes) {
+    int left = k.key_vectors;
+    for (const Slice& slice : k.key.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            __m512i x[16];
+            UNROLL(16) for (int t = 0; t < 16; t++) x[t] = taken.codes_of(rows[t]);
+            transpose(x);
+            UNROLL(16) for (int i = 0; i < 16; i++) if (i < left) _mm512_store_si512(codes + i, x[i]);
+        });
+        codes += 16;
+        left -= 16;
+    }
 }
 
 // Their float16 channels as floats [channels, TILE].
-INLINE void unpack_halves(const uint8_t* const* rows, float* halves) {
-    each<slices_for(2 * KEY_LAYOUT.halves)>([&](auto s) {
-        constexpr int S = decltype(s)::value, COUNT = std::min(KEY_LAYOUT.halves / 2 - 16 * S, 16);
+INLINE void unpack_halves(const Kernel& k, const Sixteen& rows, float* halves) {
+    int left = k.halves / 2;
+    for (const Slice& slice : k.key.layout.half_slices) {
+        const Taken<MANY_HIGH> taken(slice);
         __m512i x[16];
-        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = bytes_of<HALVES_APART, S>(rows[t]);
+        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = taken.bytes_of(rows[t]);
         transpose(x);
-        UNROLL(16) for (int i = 0; i < COUNT; i++) {
-            float* out = halves + (32 * S + 2 * i) * TILE;
+        UNROLL(16) for (int i = 0; i < 16; i++) {
+            if (i >= left) continue;
+            float* out = halves + 2 * i * TILE;
             _mm512_store_ps(out, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x[i])));
             _mm512_store_ps(out + TILE, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x[i], 16))));
         }
-    });
+        halves += 32 * TILE;
+        left -= 16;
+    }
 }
 
-// 4 tokens of values -> codes of slice S, [4 vectors of 16 channels].
-template <int S>
-INLINE void unpack_slice(const uint8_t* const* rows, __m512i* codes) {
+// 4 tokens of values, from `first` of 16 on -> codes of a slice, [4 vectors of 16 channels].
+template <class T>
+INLINE void unpack_slice(const T& taken, const Sixteen& rows, int first, __m512i* codes) {
     __m512i x[4];
-    UNROLL(4) for (int t = 0; t < 4; t++) x[t] = codes_of<VALUES_APART, S>(rows[t]);
+    UNROLL(4) for (int t = 0; t < 4; t++) x[t] = taken.codes_of(rows[first + t]);
     interleave(x[0], x[1], x[2], x[3], codes);
 }
 
-// 4 tokens of values -> codes [vectors of 16 channels].
-INLINE void unpack_values(const uint8_t* const* rows, __m512i* codes) {
-    each<slices_for(VALUE_LAYOUT.count)>([&](auto s) {
-        constexpr int S = decltype(s)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
-        __m512i mixed[4];
-        unpack_slice<S>(rows, mixed);
-        UNROLL(4) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 4 * S + i, mixed[i]);
-    });
+// 16 tokens of values -> codes [4, vectors of 16 channels].
+INLINE void unpack_values(const Kernel& k, const Sixteen& rows, __m512i* codes) {
+    int left = k.value_vectors;
+    for (const Slice& slice : k.value.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            UNROLL(4) for (int t = 0; t < 4; t++) {
+                __m512i mixed[4];
+                unpack_slice(taken, rows, 4 * t, mixed);
+                UNROLL(4) for (int i = 0; i < 4; i++) {
+                    if (i < left) _mm512_store_si512(codes + t * k.value_vectors + i, mixed[i]);
+                }
+            }
+        });
+        codes += 4;
+        left -= 4;
+    }
 }
 
 constexpr int MOST_BYTE_ROWS = 5;  // 15 sums of 3 parts; with more rows at once only the compiler has more to do
@@ -1029,18 +1068,20 @@ INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i factors) {
     return sum;
 }
 
-// sums[r][v][part] = sum_i codes[v][i] . factors[r][part][i], STEP and NEXT vectors from one i or v to the next.
-template <int ROWS, int VECTORS, int PARTS, int STEP, int NEXT, int COUNT>
-INLINE void multiply(const __m512i* codes, const int32_t* factors, int count, __m512i (&sums)[ROWS][VECTORS][PARTS]) {
+// sums[r][v][part] = sum_i codes[v][i] . factors[r][part][i], `step` and `next` vectors of codes from one i or v to the
+// next, `width` factors from one part to the next.
+template <int ROWS, int VECTORS, int PARTS>
+INLINE void multiply(const __m512i* codes, int64_t step, int64_t next, const int32_t* factors, int64_t width, int count,
+                     __m512i (&sums)[ROWS][VECTORS][PARTS]) {
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) UNROLL(3) for (int i = 0; i < PARTS; i++) sums[r][v][i] = __m512i{};
     }
     UNROLL(1) for (int i = 0; i < count; i++) {
         __m512i z[VECTORS];
-        UNROLL(4) for (int v = 0; v < VECTORS; v++) z[v] = _mm512_load_si512(codes + i * STEP + v * NEXT);
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) z[v] = _mm512_load_si512(codes + i * step + v * next);
         UNROLL(5) for (int r = 0; r < ROWS; r++) {
             UNROLL(3) for (int part = 0; part < PARTS; part++) {
-                const int32_t& factor = factors[(3 * r + part) * COUNT + i];
+                const int32_t& factor = factors[(3 * r + part) * width + i];
                 UNROLL(4) for (int v = 0; v < VECTORS; v++) {
                     sums[r][v][part] = add_products(sums[r][v][part], z[v], factor);
                 }
@@ -1071,25 +1112,27 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
-// A query of floats in the order of channels -> its parts, [3, KEY_DWORDS, 4], and what one stands for. `middle` is
+// A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. `middle` is
 // what the middle of all codes adds to a logit.
-void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
-    alignas(64) float q[4 * KEY_DWORDS + 1] = {}, middles[4 * KEY_DWORDS + 1] = {};
+void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle) {
+    const int count = k.key.layout.count(), padded = 4 * k.key_dwords;
     float largest = 0, none = 0;
-    for (int i = 0; i < KEY_LAYOUT.count; i++) {
-        const Code& code = KEY_LAYOUT.codes[i];
-        const float factor = float(1 << code.shift());
-        q[i] = query[code.channel] / factor;
-        middles[i] = KEY_CHANNELS.middle[code.channel] * factor;
-        largest = std::max(largest, std::abs(q[i]));
-        none += q[i] * 0.0f;  // NaN stays NaN
+    for (int i = 0; i < count; i++) {
+        const Code& code = k.key.layout.codes[i];
+        const float q = query[code.channel] * k.key_factor[i];
+        largest = std::max(largest, std::abs(q));
+        none += q * 0.0f;  // NaN stays NaN
     }
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
     Floats sum = {};
-    for (int i = 0; i < 4 * KEY_DWORDS; i += 16) {
-        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q + i) * inverse));
-        store_parts<3>(x, parts + i, 4 * KEY_DWORDS);
-        sum += __builtin_convertvector(x, Floats16) * load(middles + i);
+    for (int i = 0; i < padded; i += 16) {
+        alignas(64) float q[16] = {};
+        for (int lane = 0; lane < std::min(count - i, 16); lane++) {
+            q[lane] = query[k.key.layout.codes[i + lane].channel] * k.key_factor[i + lane];
+        }
+        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q) * inverse));
+        store_parts<3>(x, parts + i, padded);
+        sum += __builtin_convertvector(x, Floats16) * load(k.key_middle.data() + i);
     }
     unit = largest / largest_integer(3) + none;
     middle = sum_of(sum) * unit;
@@ -1099,31 +1142,45 @@ void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
-// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched.
-template <class Side>
-INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, int t, int tokens, const uint8_t** z) {
-    const int last = std::min(tokens - t, 16) - 1;
-    UNROLL(2) for (int run = 0; run < 16; run += SIDE_BY_SIDE) {
-        const int64_t from = begin + t + (run <= last ? run : 0);  // no list says where tokens behind the end are
-        const uint8_t* row = rows.at<uint8_t>(p.b, j, p.listed.at(from));
-        const uint8_t* ahead = rows.at<uint8_t>(p.b, j, p.listed.ahead(from, AHEAD<Side>));
-        UNROLL(8) for (int i = 0; i < SIDE_BY_SIDE; i++) {
-            z[run + i] = row + i * rows.token;
-            UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
-                __builtin_prefetch(ahead + i * rows.token + byte, 0, 2);
-            }
-        }
+// Into the second-level cache, rows of SIDE_BY_SIDE tokens.
+INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
+    const bool dense = stride <= side.reach;  // one row behind the other
+    const int64_t bytes = dense ? SIDE_BY_SIDE * stride : side.bytes, end = dense ? stride : SIDE_BY_SIDE * stride;
+    for (int64_t from = 0; from < end; from += stride) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + from + byte, 0, 2);
     }
-    for (int i = last + 1; i < 16; i++) z[i] = z[last];
+}
+
+// `count` rows of a tile from token t on are copied to where there is room behind them, the last one again up to 16.
+void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t t, int count, uint8_t* room) {
+    for (int i = 0; i < 16; i++, room += side.reach) {
+        std::memcpy(room, rows.at<uint8_t>(p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
+    }
+}
+
+// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
+// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
+INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
+                       int t, int tokens, bool fetches, Scratch& s) {
+    const int64_t from = begin + t, stride = rows.token;
+    const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
+    if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
+    if (tokens - t >= 16) {
+        if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
+        const Sixteen z = {{at(p.listed.at(from)), at(p.listed.at(from + SIDE_BY_SIDE))}, stride};
+        if (z[15] + side.reach <= at(a.tokens - 1) + side.bytes) return z;
+    }
+    copy_rows(side, rows, p, j, from, std::min(tokens - t, 16), s.room);
+    return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
 }
 
 // The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
-template <class Side>
-INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens, Scratch& s) {
+INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
+                        Scratch& s) {
     _mm512_store_ps(s.scale + whole_vectors(tokens) - 16, _mm512_setzero_ps());  // weights of no token are 0 times it
     for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
         const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
-        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>)), 0, 2);
+        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
         const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
         if (scales.token == 1) {
             const __m128i dense = _mm_maskz_loadu_epi16((2u << last) - 1, scale);
@@ -1138,9 +1195,10 @@ INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t be
 template <int ROWS, int VECTORS>
 INLINE void score_high(int64_t row, int t, Scratch& s) {
     __m512i sums[ROWS][VECTORS][2];
-    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * KEY_DWORDS;
-    multiply<ROWS, VECTORS, 2, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
+    const Kernel& k = s.kernel;
+    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * k.key_vectors;
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * k.key_dwords;
+    multiply<ROWS, VECTORS, 2>(codes, 1, k.key_vectors, query, k.key_dwords, k.key_vectors, sums);
     Floats16 x[ROWS][VECTORS];
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float unit = s.unit[row + r] * 256.0f;
@@ -1148,11 +1206,11 @@ INLINE void score_high(int64_t row, int t, Scratch& s) {
             x[r][v] = (joined(sums[r][v]) * unit - s.middle[row + r]) * load(s.scale + t + 16 * v);
         }
     }
-    UNROLL(1) for (int i = 0; i < KEY_LAYOUT.halves; i++) {
-        const float* q = s.query + row * Keys::PAD + KEY_LAYOUT.half_channel[i];
+    UNROLL(1) for (int i = 0; i < k.halves; i++) {
+        const float* q = s.query + row * k.key.pad + k.key.layout.half_channel[i];
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             const Floats16 half = load(s.halves + i * TILE + t + 16 * v);
-            UNROLL(5) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * Keys::PAD] * half;
+            UNROLL(5) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * k.key.pad] * half;
         }
     }
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
@@ -1164,9 +1222,10 @@ INLINE void score_high(int64_t row, int t, Scratch& s) {
 template <int ROWS, int VECTORS>
 INLINE void score_low(int64_t row, int t, Scratch& s) {
     __m512i sums[ROWS][VECTORS][1];
-    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_DWORDS;
-    multiply<ROWS, VECTORS, 1, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
+    const Kernel& k = s.kernel;
+    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * k.key_vectors;
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * k.key_dwords;
+    multiply<ROWS, VECTORS, 1>(codes, 1, k.key_vectors, query, k.key_dwords, k.key_vectors, sums);
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             float* x = s.logits + (row + r) * TILE + t + 16 * v;
@@ -1187,7 +1246,7 @@ INLINE void for_vectors(int whole, F f) {
 constexpr float MINOR = 1024;
 
 bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratch& s) {
-    if (SOFTCAP || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
+    if (s.kernel.softcap || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
     for (int64_t r = row; r < row + rows; r++) {
         const float* x = s.logits + r * TILE;
         Floats top = load(x);
@@ -1211,65 +1270,71 @@ INLINE Floats16 sums_of_quarters(Floats16 x, Floats16 y) {
 }
 
 // PARTS digits of the query of one row, from `parts` on, times the codes of 16 tokens as they lie in their rows.
-template <int PARTS>
-INLINE Floats16 products_of_row(const uint8_t* const* rows, const int8_t* parts) {
+template <Kind KIND, int PARTS>
+INLINE Floats16 products_of_row(const Kernel& k, const Sixteen& rows, const int8_t* parts) {
     Floats16 fours[4];
-    UNROLL(4) for (int i = 0; i < 4; i++) {
-        Floats16 x[4];
-        UNROLL(4) for (int t = 0; t < 4; t++) {
-            __m512i sums[PARTS] = {};
-            each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
-                constexpr int S = decltype(s)::value;
-                const __m512i codes = codes_of<KEYS_APART, S>(rows[4 * i + t]);
-                UNROLL(2) for (int part = 0; part < PARTS; part++) {
-                    const __m512i query = _mm512_loadu_si512(parts + part * 4 * KEY_DWORDS + 64 * S);
-                    sums[part] = add_products(sums[part], codes, query);
-                }
-            });
-            x[t] = joined(sums);
+    UNROLL(2) for (int i = 0; i < 4; i += 2) {
+        __m512i sums[8][PARTS] = {};
+        const int8_t* part = parts;
+        for (const Slice& slice : k.key.layout.slices) {
+            const Taken<KIND> taken(slice);
+            __m512i query[PARTS];
+            UNROLL(2) for (int n = 0; n < PARTS; n++) query[n] = _mm512_loadu_si512(part + n * 4 * k.key_dwords);
+            UNROLL(8) for (int t = 0; t < 8; t++) {
+                const __m512i codes = taken.codes_of(rows[4 * i + t]);
+                UNROLL(2) for (int n = 0; n < PARTS; n++) sums[t][n] = add_products(sums[t][n], codes, query[n]);
+            }
+            part += 64;
         }
-        fours[i] = sums_of_4(x);
+        UNROLL(2) for (int n = 0; n < 2; n++) {
+            Floats16 x[4];
+            UNROLL(4) for (int t = 0; t < 4; t++) x[t] = joined(sums[4 * n + t]);
+            fours[i + n] = sums_of_4(x);
+        }
     }
     return sums_of_quarters(sums_of_quarters(fours[0], fours[1]), sums_of_quarters(fours[2], fours[3]));
 }
 
-// Logits of a tile of keys for one row.
+// Logits of a tile of keys for one row; KIND serves all slices.
+template <Kind KIND>
 void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, Scratch& s) {
+    const Kernel& k = s.kernel;
     const int whole = whole_vectors(tokens);
-    const int8_t* parts = s.parts + row * 12 * KEY_DWORDS;
+    const int8_t* parts = s.parts + row * 12 * k.key_dwords;
     float* logits = s.logits + row * TILE;
     const float unit = s.unit[row];
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
-        const Floats16 high = products_of_row<2>(z, parts + 4 * KEY_DWORDS);
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
+        const Floats16 high = products_of_row<KIND, 2>(k, z, parts + 4 * k.key_dwords);
         Floats16 x = (high * (unit * 256.0f) - s.middle[row]) * load(s.scale + t);
-        unpack_halves(z, s.halves + t);
-        for (int i = 0; i < KEY_LAYOUT.halves; i++) {
-            x += s.query[row * Keys::PAD + KEY_LAYOUT.half_channel[i]] * load(s.halves + i * TILE + t);
+        unpack_halves(k, z, s.halves + t);
+        for (int i = 0; i < k.halves; i++) {
+            x += s.query[row * k.key.pad + k.key.layout.half_channel[i]] * load(s.halves + i * TILE + t);
         }
         store(logits + t, x);
     }
     if (is_minor(a, row, 1, whole, s)) return;
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
-        store(logits + t, load(logits + t) + products_of_row<1>(z, parts) * unit * load(s.scale + t));
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s);
+        store(logits + t, load(logits + t) + products_of_row<KIND, 1>(k, z, parts) * unit * load(s.scale + t));
     }
 }
 
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
 void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
-    load_scales<Keys>(a.key_scale, p, j, begin, tokens, s);
-    if (rows == 1) return score_row(a, p, j, begin, tokens, row, s);
+    const Kernel& k = s.kernel;
+    load_scales(k.key, a.key_scale, p, j, begin, tokens, s);
+    if (rows == 1) {
+        return with_kind(k.key.layout.kind,
+                         [&](auto kind) { score_row<decltype(kind)::value>(a, p, j, begin, tokens, row, s); });
+    }
     const int whole = whole_vectors(tokens);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
-        unpack_keys(z, codes + t / 16 * KEY_VECTORS);
-        unpack_halves(z, s.halves + t);
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
+        unpack_keys(k, z, codes + t / 16 * k.key_vectors);
+        unpack_halves(k, z, s.halves + t);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
@@ -1320,11 +1385,12 @@ INLINE int scale_and_split(int64_t row, int whole, float* unit, float* total, Sc
 
 // Sums of products from vector `vector` on, without the middle of the codes, are added to a state.
 template <int VECTORS, int PARTS>
-INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], int vector, int count, float unit, float total, State& to) {
+INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], const Side& side, int vector, int count, float unit,
+                     float total, State& to) {
     UNROLL(4) for (int v = 0; v < VECTORS; v++) {
         if (v >= count) continue;
         float* sum = to.sum + 16 * (vector + v);
-        const Floats16 x = joined(sums[v]) - total * load(VALUE_CHANNELS.middle + 16 * (vector + v));
+        const Floats16 x = joined(sums[v]) - total * load(side.middle.data() + 16 * (vector + v));
         store(sum, load(sum) + unit * x);
     }
 }
@@ -1333,48 +1399,58 @@ template <int ROWS, int VECTORS, int PARTS>
 INLINE void mix_bytes(int vector, int count, const float* unit, const float* total, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
-    multiply<ROWS, VECTORS, PARTS, VALUE_VECTORS, 1, TILE / 4>(
-        codes, reinterpret_cast<const int32_t*>(s.weights), count, sums);
-    UNROLL(5) for (int r = 0; r < ROWS; r++) add_sums(sums[r], vector, VECTORS, unit[r], total[r], states[r]);
+    const auto* weights = reinterpret_cast<const int32_t*>(s.weights);
+    multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, weights, TILE / 4, count, sums);
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
+        add_sums(sums[r], s.kernel.value, vector, VECTORS, unit[r], total[r], states[r]);
+    }
 }
 
 template <int ROWS, int PARTS>
 void mix_block(int count, const float* unit, const float* total, State* states, Scratch& s) {
-    constexpr int VECTORS = vectors_for(ROWS, PARTS), REST = VALUE_VECTORS % VECTORS, WHOLE = VALUE_VECTORS - REST;
-    for (int v = 0; v < WHOLE; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, unit, total, states, s);
-    if constexpr (REST > 0) mix_bytes<ROWS, REST, PARTS>(WHOLE, count, unit, total, states, s);
+    constexpr int VECTORS = vectors_for(ROWS, PARTS);
+    const int all = s.kernel.value_vectors, rest = all % VECTORS;
+    for (int v = 0; v < all - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, unit, total, states, s);
+    const auto mix_rest = [&](int v, auto vectors) {
+        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, unit, total, states, s);
+    };
+    for_count(rest, all - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
 }
 
 // One row: codes are multiplied as soon as they are there.
 template <int PARTS>
 void mix_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, float unit, float total,
              State& state, Scratch& s) {
-    each<slices_for(VALUE_LAYOUT.count)>([&](auto slice) {
-        constexpr int S = decltype(slice)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
-        __m512i sums[4][PARTS] = {};
-        for (int t = 0; t < tokens; t += 16) {
-            const uint8_t* z[16];
-            rows_of<Values>(a.value, p, j, begin, t, tokens, z);
-            UNROLL(4) for (int i = 0; i < 16; i += 4) {
-                __m512i codes[4];
-                unpack_slice<S>(z + i, codes);
-                UNROLL(3) for (int part = 0; part < PARTS; part++) {
-                    const int32_t& weight = *reinterpret_cast<const int32_t*>(s.weights + part * TILE + t + i);
-                    UNROLL(4) for (int v = 0; v < COUNT; v++) {
-                        sums[v][part] = add_products(sums[v][part], codes[v], weight);
+    const Side& side = s.kernel.value;
+    int vector = 0;
+    for (const Slice& slice : side.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            __m512i sums[4][PARTS] = {};
+            for (int t = 0; t < tokens; t += 16) {
+                const Sixteen z = rows_of(a, side, a.value, p, j, begin, t, tokens, vector == 0, s);
+                UNROLL(4) for (int i = 0; i < 16; i += 4) {
+                    __m512i codes[4];
+                    unpack_slice(taken, z, i, codes);
+                    UNROLL(3) for (int part = 0; part < PARTS; part++) {
+                        const int32_t& weight = *reinterpret_cast<const int32_t*>(s.weights + part * TILE + t + i);
+                        UNROLL(4) for (int v = 0; v < 4; v++) {
+                            sums[v][part] = add_products(sums[v][part], codes[v], weight);
+                        }
                     }
                 }
             }
-        }
-        add_sums(sums, 4 * S, COUNT, unit, total, state);
-    });
+            add_sums(sums, side, vector, s.kernel.value_vectors - vector, unit, total, state);
+        });
+        vector += 4;
+    }
 }
 
 // Adds a tile of values to the states of `rows` rows from `row` on, all of them of latent head j.
 void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                Scratch& s) {
     const int whole = whole_vectors(tokens);
-    load_scales<Values>(a.value_scale, p, j, begin, tokens, s);
+    const Kernel& k = s.kernel;
+    load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         float unit, total;
         const int parts = scale_and_split<1>(row, whole, &unit, &total, s);
@@ -1384,9 +1460,8 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     }
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Values>(a.value, p, j, begin, t, tokens, z);
-        for (int i = 0; i < 16; i += 4) unpack_values(z + i, codes + (t + i) / 4 * VALUE_VECTORS);
+        const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
+        unpack_values(k, z, codes + t / 4 * k.value_vectors);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
@@ -1410,32 +1485,34 @@ void to_parts(const T&...) {}
 #endif
 
 void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const Side& side = s.kernel.key;
+    const int pad = side.pad;
     const int64_t shared = a.heads / a.key_heads;  // query heads that read one latent head
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
-        if (INTEGER_KEYS) {
+        if (side.integer) {
             score_codes(a, p, j, begin, tokens, row, rows, s);
             continue;
         }
-        with_tile<Keys>(a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
+        with_tile(side, a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 constexpr int ROWS = decltype(count)::value;
                 const int64_t r = row + first;
                 constexpr int TOKENS = ROWS == 1 ? 8 : 4;
                 float* logits = s.logits + r * TILE;
 #if defined(__AVX512BF16__)
-                if constexpr (PAIRS && std::is_same_v<std::decay_t<decltype(z)>, Tile<BFloat16>>) {
+                if constexpr (std::is_same_v<std::decay_t<decltype(z)>, Tile<BFloat16>>) {
                     if (s.are_pairs) {
-                        return score_pairs<ROWS, TOKENS>(s.pairs + r * Keys::PAD, z, whole, s.factor, logits);
+                        return score_pairs<ROWS, TOKENS>(s.pairs + r * pad, pad, z, whole, s.factor, logits);
                     }
                 }
 #endif
-                score<ROWS, TOKENS>(s.query + r * Keys::PAD, z, whole, logits);
+                score<ROWS, TOKENS>(s.query + r * pad, pad, z, whole, logits);
             });
         });
-        if (Keys::SCALED) scale_logits(row, rows, whole, s);
+        if (side.scaled) scale_logits(row, rows, whole, s);
     }
 }
 
@@ -1443,28 +1520,31 @@ void update_softmax(const Arguments& a, const Part& p, int64_t begin, int tokens
     const int whole = whole_vectors(tokens);
     for (int r = 0; r < p.rows(); r++) {
         float* x = s.logits + r * TILE;
-        if (SOFTCAP) cap(x, whole, float(a.softcap));
+        if (s.kernel.softcap) cap(x, whole, float(a.softcap));
         add_mask(a, p, r, begin, tokens, x);
         std::fill(x + tokens, x + whole, -INF);
-        to_weights(x, whole, s.states[r]);
+        to_weights(x, whole, s.kernel.value.pad, s.states[r]);
     }
 }
 
 void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const Side& side = s.kernel.value;
+    const float* middle = side.scaled ? side.middle.data() : nullptr;
     const int64_t shared = a.heads / a.value_heads;
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
-        if (INTEGER_VALUES) {
+        if (side.integer) {
             mix_codes(a, p, j, begin, tokens, row, rows, s);
             continue;
         }
-        with_tile<Values>(a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
-            if (Values::SCALED) scale_weights(row, rows, whole, s);
+        with_tile(side, a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
+            if (side.scaled) scale_weights(row, rows, whole, s);
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 const int64_t r = row + first;
-                mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, tokens, s.states + r);
+                mix<decltype(count)::value>(
+                    s.logits + r * TILE, s.totals + r, middle, side.pad, z, tokens, s.states + r);
             });
         });
     }
@@ -1472,24 +1552,26 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
 
 // Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
 void load_queries(const Arguments& a, const Part& p, Scratch& s) {
-    const float factor = float(SOFTCAP ? a.scale / a.softcap : a.scale * LOG2E);
+    const Kernel& k = s.kernel;
+    const int width = k.key.width, pad = k.key.pad;
+    const float factor = float(k.softcap ? a.scale / a.softcap : a.scale * LOG2E);
     s.factor = factor;
-    s.are_pairs = PAIRS;
+    s.are_pairs = k.pairs;
     for (int r = 0; r < p.rows(); r++) {
         const float* q = a.query.at<float>(p.b, p.head + r / p.queries, p.query + r % p.queries);
-        for (int i = 0; PAIRS && i < Keys::WIDTH; i++) {
+        for (int i = 0; k.pairs && i < width; i++) {
             uint32_t bits;
             std::memcpy(&bits, q + i, sizeof bits);
             s.are_pairs &= (bits & 0xffff) == 0;
-            s.pairs[r * Keys::PAD + i] = uint16_t(bits >> 16);
+            s.pairs[r * pad + i] = uint16_t(bits >> 16);
         }
-        float* out = s.query + r * Keys::PAD;
-        for (int i = 0; i < Keys::WIDTH; i++) out[i] = q[i] * (factor * KEY_CHANNELS.step[i]);
-        std::fill(out + Keys::WIDTH, out + Keys::PAD, 0.0f);
+        float* out = s.query + r * pad;
+        for (int i = 0; i < width; i++) out[i] = q[i] * (factor * k.key.step[i]);
+        std::fill(out + width, out + pad, 0.0f);
         Floats middle = {};
-        for (int i = 0; i < Keys::PAD; i += LANES) middle += load(out + i) * load(KEY_CHANNELS.middle + i);
+        for (int i = 0; i < pad; i += LANES) middle += load(out + i) * load(k.key.middle.data() + i);
         s.middle[r] = sum_of(middle);
-        if (INTEGER_KEYS) to_parts(out, s.parts + r * 12 * KEY_DWORDS, s.unit[r], s.middle[r]);
+        if (k.key.integer) to_parts(k, out, s.parts + r * 12 * k.key_dwords, s.unit[r], s.middle[r]);
     }
 }
 
@@ -1498,10 +1580,10 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
     for (int r = 0; r < p.rows(); r++) {
         s.states[r].top = -INF;
         s.states[r].total = s.states[r].mass = 0;
-        std::fill(s.states[r].sum, s.states[r].sum + SUMS, 0.0f);
+        std::fill(s.states[r].sum, s.states[r].sum + s.kernel.value.pad, 0.0f);
     }
-    for (int64_t begin = p.begin; begin < p.end; begin += TILE) {
-        const int tokens = int(std::min<int64_t>(TILE, p.end - begin));
+    for (int64_t begin = p.begin; begin < p.end; begin += s.kernel.tokens) {
+        const int tokens = int(std::min<int64_t>(s.kernel.tokens, p.end - begin));
         if (is_hidden(a, p, begin, tokens)) continue;
         score_tile(a, p, begin, tokens, s);
         update_softmax(a, p, begin, tokens, s);
@@ -1521,13 +1603,14 @@ struct Cut {
         queries = std::clamp<int64_t>(ROWS_OF_A_PART / heads, 1, std::max<int64_t>(a.queries, 1));
         blocks = (a.queries + queries - 1) / queries;
         const int64_t most = a.pages.data ? std::min(a.tokens, a.page_count * a.page_tokens) : a.tokens;
-        const int64_t products = a.batch * a.heads * a.queries * most * (Keys::WIDTH + Values::WIDTH);
+        const Kernel& k = *a.kernel;
+        const int64_t products = a.batch * a.heads * a.queries * most * (k.key.width + k.value.width);
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
         const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
         const int64_t listed = a.pages.data && wanted > 1 ? longest(a) : most;
-        const int64_t tiles = std::max<int64_t>((listed + TILE - 1) / TILE, 1);
-        tokens = (tiles + wanted - 1) / wanted * TILE;
+        const int64_t tiles = std::max<int64_t>((listed + k.tokens - 1) / k.tokens, 1);
+        tokens = (tiles + wanted - 1) / wanted * k.tokens;
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
     }
 
@@ -1553,43 +1636,86 @@ struct Cut {
 };
 
 // Joins the ranges of tokens of one row: states [ranges] -> output [R_V], lse.
-void merge(const State* states, int64_t ranges, float* output, float& lse) {
-    float top = -INF, total = 0, sum[SUMS] = {};
+void merge(const Side& side, const State* states, int64_t ranges, float* output, float& lse) {
+    float top = -INF, total = 0;
     for (int64_t i = 0; i < ranges; i++) top = std::max(top, states[i].top);
+    std::fill(output, output + side.width, 0.0f);
     for (int64_t i = 0; i < ranges; i++) {
         const float factor = states[i].top == -INF ? 0.0f : std::exp2(states[i].top - top);
         total += states[i].total * factor;
-        for (int c = 0; c < SUMS; c++) sum[c] += states[i].sum[c] * factor;
+        for (int c = 0; c < side.width; c++) output[c] += states[i].sum[c] * factor;
     }
     const float inverse = total == 0 ? 0.0f : 1 / total;
-    for (int c = 0; c < Values::WIDTH; c++) output[c] = sum[c] * inverse * VALUE_CHANNELS.step[c];
+    for (int c = 0; c < side.width; c++) output[c] *= inverse * side.step[c];
     lse = float((top + std::log2(total)) * LN2);
 }
 
+// States of all ranges, [B, H, S, ranges], where there are several.
+struct Ranges {
+    State* states;
+    float* sums;
+    int pad;
+
+    Ranges(int64_t count, int width)
+        : states(allocate<State>(count)), sums(allocate<float>(count * width)), pad(width) {}
+    Ranges(const Ranges&) = delete;
+    ~Ranges() {
+        std::free(states);
+        std::free(sums);
+    }
+    void set(int64_t index, const State& state) {
+        states[index] = state;
+        states[index].sum = sums + index * pad;
+        std::copy(state.sum, state.sum + pad, states[index].sum);
+    }
+};
+
 }  // namespace
+
+// The table of a kind of latent: of keys and of values bit groups, how many there are (none: not quantized), channels;
+// the type of what is not quantized; whether logits are capped. It lives until the process ends.
+extern "C" const void* new_kernel(const Tier* keys, int64_t key_count, int64_t key_width, const Tier* values,
+                                  int64_t value_count, int64_t value_width, int64_t type, int64_t softcap) {
+    const Side key(keys, key_count, key_width, type, false), value(values, value_count, value_width, type, true);
+    return new Kernel(key, value, softcap != 0);
+}
 
 extern "C" void latent_attention(const Arguments* arguments) {
     const Arguments& a = *arguments;
+    const Kernel& k = *a.kernel;
     const Cut cut(a);
     const int64_t rows = a.batch * a.heads * a.queries;
-    State* states = cut.ranges > 1 ? allocate<State>(rows * cut.ranges) : nullptr;  // [B, H, S, ranges]
+    Ranges ranges(cut.ranges > 1 ? rows * cut.ranges : 0, k.value.pad);
 #pragma omp parallel num_threads(int(cut.threads)) if (cut.threads > 1)
     {
-        Scratch s(cut.heads * cut.queries);
+        Scratch s(k, cut.heads * cut.queries);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < cut.parts(a); i++) {
             const Part p = cut.part(a, i);
             attend(a, p, s);
             for (int r = 0; r < p.rows(); r++) {
                 const int64_t row = p.row(a, r);
-                if (cut.ranges > 1) states[row * cut.ranges + i % cut.ranges] = s.states[r];
-                else merge(s.states + r, 1, a.output + row * Values::WIDTH, a.lse[row]);
+                if (cut.ranges > 1) ranges.set(row * cut.ranges + i % cut.ranges, s.states[r]);
+                else merge(k.value, s.states + r, 1, a.output + row * k.value.width, a.lse[row]);
             }
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < (cut.ranges > 1 ? rows : 0); row++) {
-            merge(states + row * cut.ranges, cut.ranges, a.output + row * Values::WIDTH, a.lse[row]);
+            const State* states = ranges.states + row * cut.ranges;
+            merge(k.value, states, cut.ranges, a.output + row * k.value.width, a.lse[row]);
         }
     }
-    std::free(states);
+}
+
+extern "C" const void* table_ab5d923f() {
+    static const Tier keys[] = {  // bits, width, step; none where rows are not quantized
+        {8, 16, 0.02},
+        {4, 32, 0.25},
+    };
+    static const Tier values[] = {
+        {3, 32, 0.5},
+        {16, 16, 0.0},
+    };
+    static const void* const kernel = new_kernel(keys, 2, 48, values, 2, 48, 1, 1);
+    return kernel;
 }

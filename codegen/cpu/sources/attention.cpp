@@ -1,8 +1,6 @@
-// $name
+// Latent attention for any kind of latent, on a CPU:
 //
-// Latent attention for one kind of latent, on a CPU:
-//
-//     x[t] = cap(scale * q . z_K[t]) + mask[t]      $capped
+//     x[t] = cap(scale * q . z_K[t]) + mask[t]      cap(x) = softcap tanh(x / softcap), or x
 //     lse  = log sum_t exp(x[t])
 //     o    = sum_t exp(x[t] - lse) z_V[t]           o = 0 and lse = -inf where every token is masked
 //
@@ -11,8 +9,9 @@
 //     B batch, H query heads, J latent heads (H/J query heads read one; keys and values may differ in J), S queries,
 //     T tokens, R channels of a latent.
 //
-//     channels of a key row:    $key_legend
-//     channels of a value row:  $value_legend
+// What differs from kind to kind (bit groups, widths, softcap) is a table, `Kernel`, which `new_kernel` makes once and
+// every call points to: no plan needs a compiler. Loops over bit groups stand outside of loops over tokens, or choose
+// between unpackings of whole groups.
 //
 // A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 // $planes
@@ -37,6 +36,7 @@
 #include <limits>
 #include <numeric>
 #include <type_traits>
+#include <vector>
 
 #include "vectors.h"
 
@@ -80,114 +80,53 @@ INLINE void copy_lanes(const uint8_t* high, const uint8_t* low, float* z) {
     store(z, __builtin_convertvector(codes, F));
 }
 
+constexpr int high_bits(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }  // of the first plane
+
 // A tier: 16 channels at once where a vector holds them, then what is left, 8 at once.
-template <int BITS, int WIDTH>
-INLINE void copy_codes(const uint8_t* row, float* z) {
-    constexpr int HIGH = BITS >= 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, LOW = BITS - HIGH;
-    constexpr int WIDE = LANES == 16 ? WIDTH / 16 * 16 : 0;
-    const uint8_t* low = row + WIDTH / 8 * HIGH;
-    if constexpr (WIDE > 0) {
-        UNROLL(16) for (int i = 0; i < WIDE; i += 16) {
+template <int BITS>
+INLINE void copy_codes(const uint8_t* row, int width, float* z) {
+    constexpr int HIGH = high_bits(BITS), LOW = BITS - HIGH;
+    const uint8_t* low = row + width / 8 * HIGH;
+    int i = 0;
+    if constexpr (LANES == 16) {
+        UNROLL(2) for (; i + 16 <= width; i += 16) {
             copy_lanes<Ints16, Floats16, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
         }
     }
-    UNROLL(16) for (int i = WIDE; i < WIDTH; i += 8) {
+    UNROLL(2) for (; i < width; i += 8) {
         copy_lanes<Ints8, Floats8, HIGH, LOW>(row + i / 8 * HIGH, low + i / 8 * LOW, z + i);
     }
 }
 
 // Float16 channels beside coded ones are divided by the scale with which the sum over all channels is multiplied.
-template <int WIDTH>
-INLINE void copy_float16(const uint8_t* row, float* z, float factor = 1.0f) {
+INLINE void copy_float16(const uint8_t* row, int width, float* z, float factor = 1.0f) {
     int i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= WIDTH; i += 8) {
+    for (; i + 8 <= width; i += 8) {
         const Floats8 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * i)));
         store(z + i, x * factor);
     }
 #endif
-    for (; i < WIDTH; i++) {
+    for (; i < width; i++) {
         uint16_t half;
         std::memcpy(&half, row + 2 * i, 2);
         z[i] = from_float16(half) * factor;
     }
 }
 
-template <int WIDTH>
-INLINE void copy_bfloat16(const uint8_t* row, float* z) {
-    for (int i = 0; i < WIDTH; i++) {
+INLINE void copy_bfloat16(const uint8_t* row, int width, float* z) {
+    for (int i = 0; i < width; i++) {
         uint16_t half;
         std::memcpy(&half, row + 2 * i, 2);
         z[i] = from_bits(uint32_t(half) << 16);
     }
 }
 
-template <int WIDTH>
-INLINE void copy_float32(const uint8_t* row, float* z) {
-    std::memcpy(z, row, 4 * WIDTH);
-}
+#include "kernel_table.h"
 
-// Rows are fetched so many bytes before they are read, into the second-level cache: more lines can be under way to it
-// than to the first, and memory answers within the time of some KB of rows.
-constexpr int FETCHED = 16384;
-
-// Rows between the one that is read and the one that is fetched.
-template <class Side>
-constexpr int AHEAD = std::max(FETCHED / Side::BYTES / 16 * 16, 16);
-
-// ------------------------------------------------------------------------------------------------ the spec
-
-constexpr bool SOFTCAP = $softcap;
-
-struct Tier {
-    int bits, width;  // 16 bits and more: floats, not codes
-    float step;
-};
-
-$key_side;
-
-$value_side;
-
-#include "byte_layout.h"
-
-// Per channel: what a code is multiplied with, and the code that stands for 0.
-template <class Side>
-struct Channels {
-    float step[Side::PAD] = {}, middle[Side::PAD] = {};
-
-    constexpr Channels() {
-        int channel = 0;
-        for (Tier tier : Side::TIERS) {
-            for (int i = 0; i < tier.width; i++, channel++) {
-                step[channel] = tier.bits < 16 ? tier.step : 1.0f;
-                middle[channel] = tier.bits < 16 ? 0.5f * ((1 << tier.bits) - 1) : 0.0f;
-            }
-        }
-    }
-};
-
-constexpr Channels<Keys> KEY_CHANNELS;
-
-constexpr int SUMS = Values::PAD;  // of values
-
-struct ValueChannels : Channels<Values> {
-    constexpr ValueChannels() {  // codes as bytes are shifted
-        for (int i = 0; i < (INTEGER_VALUES ? VALUE_LAYOUT.count : 0); i++) {
-            const Code& code = VALUE_LAYOUT.codes[i];
-            step[code.channel] /= float(1 << code.shift());
-            middle[code.channel] *= float(1 << code.shift());
-        }
-    }
-};
-
-constexpr ValueChannels VALUE_CHANNELS;
-
-// Tokens of a tile: 24 KB of floats or codes, so that it stays in the first-level cache beside the queries.
-constexpr int FLOATS = std::max(INTEGER_KEYS ? 0 : Keys::PAD, INTEGER_VALUES ? 0 : Values::PAD);  // of a token
-constexpr int CODES = std::max(INTEGER_KEYS ? 4 * KEY_VECTORS : 0, INTEGER_VALUES ? 16 * VALUE_VECTORS : 0);
-constexpr int HALVES = INTEGER_KEYS ? KEY_LAYOUT.halves : 0;
-constexpr int TILE = std::clamp(24576 / std::max(4 * FLOATS, CODES + 4 * HALVES) / 16 * 16, 16, FLOATS ? 64 : 256);
-constexpr int STRIDE = FLOATS + 16;  // of a tile's rows; a power of two would put all of them on the same cache sets
+// From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
+// cache sets.
+constexpr int TILE = MOST_TOKENS + 16;
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
@@ -209,16 +148,17 @@ enum MaskKind : int64_t { NO_MASK, BOOL_MASK, ADDITIVE_MASK };
 struct Arguments {
     int64_t batch, heads, queries, tokens, key_heads, value_heads, threads;
     MaskKind mask_kind;
-    Rows query;                               // float32 [B,H,S,R_K], the stride of S in `token`
+    Rows query;  // float32 [B,H,S,R_K], the stride of S in `token`
     Rows key, key_scale, value, value_scale;  // [B,J,T,...] and float16 [B,J,T]
-    Rows mask;                                // bool or float32 [B,H,S,T], the stride of S in `token`
-    int64_t mask_token;                       // the stride of T in it
+    Rows mask;  // bool or float32 [B,H,S,T], the stride of S in `token`
+    int64_t mask_token;  // the stride of T in it
     // clang-format off
     Rows pages;                               // int32 [B,U,pages], none: all tokens; a list for each U-th of the heads
     int64_t page_heads, page_count, page_tokens;
     float *output, *lse;                      // float32 [B,H,S,R_V] and [B,H,S], dense
     // clang-format on
     double scale, softcap;
+    const Kernel* kernel;
 };
 
 constexpr int SIDE_BY_SIDE = $page_quantum;  // tokens of a page are a multiple of it
@@ -266,9 +206,9 @@ struct Part {
 // Running softmax of a row: o = sum / total, lse = log2(total) + top.
 struct State {
     // clang-format off
-    float top, total, mass;       // mass: the sum of weight * scale, kept where weights are split
+    float top, total, mass;  // mass: the sum of weight * scale, kept where weights are split
+    float* sum;              // of weight * scale * (code - middle), as many as a row of values is padded to
     // clang-format on
-    alignas(64) float sum[SUMS];  // of weight * scale * (code - middle)
 };
 
 // ------------------------------------------------------------------------------------------------ two products
@@ -289,14 +229,14 @@ struct Tile {
 
 // logits[r][t] = q[r] . z[t] for ROWS rows and a multiple of TOKENS tokens.
 template <int ROWS, int TOKENS, class Stored>
-void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* __restrict logits) {
+void score(const float* __restrict q, int pad, const Tile<Stored> z, int tokens, float* __restrict logits) {
     for (int t = 0; t < tokens; t += TOKENS) {
         Floats sums[ROWS][TOKENS] = {};
-        UNROLL(4) for (int i = 0; i < Keys::PAD; i += LANES) {
+        UNROLL(4) for (int i = 0; i < pad; i += LANES) {
             UNROLL(8) for (int k = 0; k < TOKENS; k++) {
                 const Floats zk = z.at(t + k, i);
                 z.fetch(t + k, i);
-                UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * Keys::PAD + i) * zk;
+                UNROLL(4) for (int r = 0; r < ROWS; r++) sums[r][k] += load(q + r * pad + i) * zk;
             }
         }
         UNROLL(4) for (int r = 0; r < ROWS; r++) {
@@ -309,19 +249,17 @@ void score(const float* __restrict q, const Tile<Stored> z, int tokens, float* _
 
 // The same for keys and queries in bfloat16, 32 products at a time: these are exact, and sums are of float32.
 #if defined(__AVX512BF16__)
-constexpr bool PAIRS = Keys::IN_PLACE && std::is_same_v<Keys::Stored, BFloat16> && Keys::PAD % 32 == 0;
-
 template <int ROWS, int TOKENS>
-void score_pairs(const uint16_t* __restrict q, const Tile<BFloat16> z, int tokens, float factor,
+void score_pairs(const uint16_t* __restrict q, int pad, const Tile<BFloat16> z, int tokens, float factor,
                  float* __restrict logits) {
     for (int t = 0; t < tokens; t += TOKENS) {
         Floats sums[ROWS][TOKENS] = {};
-        UNROLL(4) for (int i = 0; i < Keys::PAD; i += 32) {
+        UNROLL(4) for (int i = 0; i < pad; i += 32) {
             UNROLL(8) for (int k = 0; k < TOKENS; k++) {
                 const __m512i zk = _mm512_loadu_si512(z.rows + (t + k) * z.stride + i);
                 z.fetch(t + k, i);
                 UNROLL(4) for (int r = 0; r < ROWS; r++) {
-                    const __m512i qr = _mm512_loadu_si512(q + r * Keys::PAD + i);
+                    const __m512i qr = _mm512_loadu_si512(q + r * pad + i);
                     sums[r][k] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][k], (__m512bh)qr, (__m512bh)zk);
                 }
             }
@@ -334,21 +272,19 @@ void score_pairs(const uint16_t* __restrict q, const Tile<BFloat16> z, int token
         }
     }
 }
-#else
-constexpr bool PAIRS = false;
 #endif
 
 // states[r].sum[c] += sum_t weights[r][t] (z[t][c] - middle[c]) for ROWS rows and VECTORS vectors of channels, given
-// totals[r] = sum_t weights[r][t].
+// totals[r] = sum_t weights[r][t]. No middle: they are 0.
 template <int ROWS, int VECTORS, class Stored>
-INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const Tile<Stored> z,
-                         int tokens, State* __restrict states, int channel) {
+INLINE void mix_channels(const float* __restrict weights, const float* __restrict totals, const float* middle,
+                         const Tile<Stored> z, int tokens, State* __restrict states, int channel) {
     Floats sums[ROWS][VECTORS];
     UNROLL(4) for (int r = 0; r < ROWS; r++) {
         UNROLL(8) for (int v = 0; v < VECTORS; v++) {
             const int c = channel + v * LANES;
             sums[r][v] = load(states[r].sum + c);
-            if (Values::SCALED) sums[r][v] -= totals[r] * load(VALUE_CHANNELS.middle + c);
+            if (middle) sums[r][v] -= totals[r] * load(middle + c);
         }
     }
     UNROLL(4) for (int t = 0; t < tokens; t++) {
@@ -366,17 +302,8 @@ INLINE void mix_channels(const float* __restrict weights, const float* __restric
     }
 }
 
-template <int ROWS, class Stored>
-void mix(const float* weights, const float* totals, const Tile<Stored> z, int tokens, State* states) {
-    constexpr int VECTORS = ROWS == 1 ? 8 : 4, ALL = Values::PAD / LANES, REST = ALL % VECTORS;
-    for (int v = 0; v + VECTORS <= ALL; v += VECTORS) {
-        mix_channels<ROWS, VECTORS>(weights, totals, z, tokens, states, v * LANES);
-    }
-    if constexpr (REST > 0) mix_channels<ROWS, REST>(weights, totals, z, tokens, states, (ALL - REST) * LANES);
-}
-
 template <class F, int... I>
-INLINE void for_count(int count, int first, F f, std::integer_sequence<int, I...>) {
+INLINE void for_count(int count, [[maybe_unused]] int first, [[maybe_unused]] F f, std::integer_sequence<int, I...>) {
     ((count == I + 1 ? f(first, std::integral_constant<int, I + 1>()) : void()), ...);
 }
 
@@ -389,6 +316,23 @@ INLINE void for_blocks_of_rows(int rows, F f) {
         for_count(count, first, f, std::make_integer_sequence<int, MOST>());
         first += count;
     }
+}
+
+// All channels, as many of 4 (for a single row of 8) vectors at once as there are, then what is left.
+template <int ROWS, class Stored>
+void mix(const float* weights, const float* totals, const float* middle, int pad, const Tile<Stored> z, int tokens,
+         State* states) {
+    constexpr int VECTORS = ROWS == 1 ? 8 : 4;
+    const int all = pad / LANES, rest = all % VECTORS;
+    for (int v = 0; v + VECTORS <= all; v += VECTORS) {
+        mix_channels<ROWS, VECTORS>(weights, totals, middle, z, tokens, states, v * LANES);
+    }
+    for_count(
+        rest, (all - rest) * LANES,
+        [&](int channel, auto count) {
+            mix_channels<ROWS, decltype(count)::value>(weights, totals, middle, z, tokens, states, channel);
+        },
+        std::make_integer_sequence<int, VECTORS - 1>());
 }
 
 // ------------------------------------------------------------------------------------------------ softmax
@@ -443,13 +387,13 @@ void cap(float* x, int tokens, float softcap) {
 }
 
 // Logits of a tile become weights relative to the largest logit so far; earlier sums are brought to the same base.
-void to_weights(float* __restrict x, int tokens, State& state) {
+void to_weights(float* __restrict x, int tokens, int sums, State& state) {
     Floats tops = load(x);
     for (int t = LANES; t < tokens; t += LANES) tops = load(x + t) > tops ? load(x + t) : tops;
     const float top = std::max(state.top, largest_of(tops));
     if (top > state.top) {
         const float factor = std::exp2(state.top - top);
-        for (int i = 0; i < SUMS; i++) state.sum[i] *= factor;
+        for (int i = 0; i < sums; i++) state.sum[i] *= factor;
         state.total *= factor;
         state.mass *= factor;
         state.top = top;
@@ -472,62 +416,100 @@ T* allocate(int64_t count) {
 }
 
 struct Scratch {
-    float *tile, *query, *middle, *logits, *totals;  // [TILE, STRIDE], [rows, R_K], [rows], [rows, TILE], [rows]
+    const Kernel& kernel;
+    float *tile, *query, *middle, *logits, *totals;  // [tokens, stride], [rows, R_K], [rows], [rows, TILE], [rows]
     // clang-format off
     State* states;                                   // [rows]
-    uint8_t* codes;                                  // [TILE, CODES]
-    int8_t *parts, *weights;                         // of queries [rows, 3, 4 KEY_DWORDS], of weights [9, 3, TILE]
-    float *unit, *halves;                            // [rows], [HALVES, TILE]
-    uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where PAIRS
+    float* sums;                                     // of the states, [rows, R_V]
+    uint8_t *codes, *room;                           // [tokens, codes], [16, whole blocks of a row]
+    int8_t *parts, *weights;                         // of queries [rows, 3, 4 key_dwords], of weights [5, 3, TILE]
+    float *unit, *halves;                            // [rows], [halves, TILE]
+    uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
     float factor;                                    // that these are to be multiplied by
     // clang-format on
     alignas(64) float scale[TILE];
 
-    explicit Scratch(int64_t rows)
-        : tile(allocate<float>(FLOATS ? TILE * STRIDE : 0)), query(allocate<float>(rows * Keys::PAD)),
-          middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)), totals(allocate<float>(rows)),
-          states(allocate<State>(rows)), codes(allocate<uint8_t>(TILE * CODES)),
-          parts(allocate<int8_t>(INTEGER_KEYS ? rows * 12 * KEY_DWORDS : 0)),
-          weights(allocate<int8_t>(INTEGER_VALUES ? 27 * TILE : 0)), unit(allocate<float>(rows)),
-          halves(allocate<float>(TILE * HALVES)), pairs(allocate<uint16_t>(PAIRS ? rows * Keys::PAD : 0)),
-          are_pairs(PAIRS), factor(1), scale() {
-        if (FLOATS) std::fill(tile, tile + TILE * STRIDE, 0.0f);
+    Scratch(const Kernel& k, int64_t rows)
+        : kernel(k), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
+          query(allocate<float>(rows * k.key.pad)), middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)),
+          totals(allocate<float>(rows)), states(allocate<State>(rows)), sums(allocate<float>(rows * k.value.pad)),
+          codes(allocate<uint8_t>(k.tokens * k.codes)),
+          room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
+          parts(allocate<int8_t>(k.key.integer ? rows * 12 * k.key_dwords : 0)),
+          weights(allocate<int8_t>(k.value.integer ? 15 * TILE : 0)), unit(allocate<float>(rows)),
+          halves(allocate<float>(TILE * k.halves)), pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)),
+          are_pairs(k.pairs), factor(1), scale() {
+        if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
+        for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
-        for (float* memory : {tile, query, middle, logits, totals, unit, halves}) std::free(memory);
-        for (void* memory : {(void*)states, (void*)codes, (void*)parts, (void*)weights}) std::free(memory);
+        for (float* memory : {tile, query, middle, logits, totals, sums, unit, halves}) std::free(memory);
+        for (void* memory : {(void*)states, (void*)codes, (void*)room, (void*)parts, (void*)weights}) std::free(memory);
         std::free(pairs);
     }
 };
 
-// Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
-template <class Side, class F>
-INLINE void with_tile(const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
-                      Scratch& s, F f) {
-    const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * Side::ELEMENT;
-    const int64_t stride = rows.token * Side::ELEMENT;
-    if constexpr (Side::IN_PLACE) {
-        typedef typename Side::Stored Stored;
-        typedef typename Stored::Number Number;
-        if (tokens == TILE && p.listed.is_run(begin, tokens)) {
-            const int distance = p.listed.pages ? (AHEAD<Side> + TILE - 1) / TILE * TILE : AHEAD<Side>;
-            const auto* row = reinterpret_cast<const Number*>(head + p.listed.at(begin) * stride);
-            const auto* next = reinterpret_cast<const Number*>(head + p.listed.ahead(begin, distance) * stride);
-            return f(Tile<Stored>{row, rows.token, next});
+// A row that is not quantized, as floats.
+INLINE void unpack_floats(const Side& side, const uint8_t* row, float* z) {
+    if (side.stored == FLOAT32) std::memcpy(z, row, 4 * side.width);
+    if (side.stored == BFLOAT16) copy_bfloat16(row, side.width, z);
+    if (side.stored == FLOAT16) copy_float16(row, side.width, z);
+}
+
+// A quantized row: codes as floats.
+INLINE void unpack_codes(const Side& side, const uint8_t* row, float scale, float* z) {
+    for (const Tier& tier : side.tiers) {
+        const int width = int(tier.width);
+        switch (tier.bits) {
+            case 1: copy_codes<1>(row, width, z); break;
+            case 2: copy_codes<2>(row, width, z); break;
+            case 3: copy_codes<3>(row, width, z); break;
+            case 4: copy_codes<4>(row, width, z); break;
+            case 5: copy_codes<5>(row, width, z); break;
+            case 6: copy_codes<6>(row, width, z); break;
+            case 8: copy_codes<8>(row, width, z); break;
+            default: copy_float16(row, width, z, side.scaled ? 1 / scale : 1.0f);
         }
+        row += width * tier.bits / 8;
+        z += width;
+    }
+}
+
+template <class Stored, class F>
+INLINE void with_rows(const uint8_t* row, const uint8_t* next, int64_t stride, F f) {
+    typedef typename Stored::Number Number;
+    f(Tile<Stored>{reinterpret_cast<const Number*>(row), stride, reinterpret_cast<const Number*>(next)});
+}
+
+// Calls f(tile) with the rows of a tile: where they are, or unpacked into the scratch.
+template <class F>
+INLINE void with_tile(const Side& side, const Rows& rows, const Rows& scales, const Part& p, int64_t j, int64_t begin,
+                      int tokens, Scratch& s, F f) {
+    const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * side.element;
+    const int64_t stride = rows.token * side.element;
+    const int tile = s.kernel.tokens;
+    if (side.in_place && tokens == tile && p.listed.is_run(begin, tokens)) {
+        const int distance = p.listed.pages ? (side.ahead + tile - 1) / tile * tile : side.ahead;
+        const uint8_t* row = head + p.listed.at(begin) * stride;
+        const uint8_t* next = head + p.listed.ahead(begin, distance) * stride;
+        if (side.stored == FLOAT32) return with_rows<Float32>(row, next, rows.token, f);
+        if (side.stored == BFLOAT16) return with_rows<BFloat16>(row, next, rows.token, f);
+        return with_rows<Float16>(row, next, rows.token, f);
     }
     for (int t = 0; t < tokens; t++) {
-        const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, AHEAD<Side>);
-        for (int i = 0; i < Side::BYTES; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
-        if (Side::SCALED) {
+        const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, side.ahead);
+        for (int i = 0; i < side.bytes; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);
+        if (side.scaled) {
             s.scale[t] = from_float16(*scales.at<uint16_t>(p.b, j, token));
             if (t % SIDE_BY_SIDE == 0) __builtin_prefetch(scales.at<uint16_t>(p.b, j, ahead), 0, 2);
         }
-        Side::unpack(head + token * stride, s.scale[t], s.tile + t * STRIDE);
+        float* z = s.tile + t * s.kernel.stride;
+        if (side.tiers.empty()) unpack_floats(side, head + token * stride, z);
+        else unpack_codes(side, head + token * stride, s.scale[t], z);
     }
-    f(Tile<Float32>{s.tile, STRIDE, nullptr});
+    f(Tile<Float32>{s.tile, s.kernel.stride, nullptr});
 }
 
 void scale_logits(int64_t row, int rows, int tokens, Scratch& s) {
@@ -553,32 +535,34 @@ void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
 #include "integer_products.h"
 
 void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const Side& side = s.kernel.key;
+    const int pad = side.pad;
     const int64_t shared = a.heads / a.key_heads;  // query heads that read one latent head
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
-        if (INTEGER_KEYS) {
+        if (side.integer) {
             score_codes(a, p, j, begin, tokens, row, rows, s);
             continue;
         }
-        with_tile<Keys>(a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
+        with_tile(side, a.key, a.key_scale, p, j, begin, tokens, s, [&](const auto& z) {
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 constexpr int ROWS = decltype(count)::value;
                 const int64_t r = row + first;
                 constexpr int TOKENS = ROWS == 1 ? 8 : 4;
                 float* logits = s.logits + r * TILE;
 #if defined(__AVX512BF16__)
-                if constexpr (PAIRS && std::is_same_v<std::decay_t<decltype(z)>, Tile<BFloat16>>) {
+                if constexpr (std::is_same_v<std::decay_t<decltype(z)>, Tile<BFloat16>>) {
                     if (s.are_pairs) {
-                        return score_pairs<ROWS, TOKENS>(s.pairs + r * Keys::PAD, z, whole, s.factor, logits);
+                        return score_pairs<ROWS, TOKENS>(s.pairs + r * pad, pad, z, whole, s.factor, logits);
                     }
                 }
 #endif
-                score<ROWS, TOKENS>(s.query + r * Keys::PAD, z, whole, logits);
+                score<ROWS, TOKENS>(s.query + r * pad, pad, z, whole, logits);
             });
         });
-        if (Keys::SCALED) scale_logits(row, rows, whole, s);
+        if (side.scaled) scale_logits(row, rows, whole, s);
     }
 }
 
@@ -586,28 +570,33 @@ void update_softmax(const Arguments& a, const Part& p, int64_t begin, int tokens
     const int whole = whole_vectors(tokens);
     for (int r = 0; r < p.rows(); r++) {
         float* x = s.logits + r * TILE;
-        if (SOFTCAP) cap(x, whole, float(a.softcap));
+        if (s.kernel.softcap) cap(x, whole, float(a.softcap));
         add_mask(a, p, r, begin, tokens, x);
         std::fill(x + tokens, x + whole, -INF);
-        to_weights(x, whole, s.states[r]);
+        to_weights(x, whole, s.kernel.value.pad, s.states[r]);
     }
 }
 
 void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+    const Side& side = s.kernel.value;
+    const float* middle = side.scaled ? side.middle.data() : nullptr;
     const int64_t shared = a.heads / a.value_heads;
     const int rows = int(shared * p.queries), whole = whole_vectors(tokens);
     for (int64_t head = 0; head < p.heads; head += shared) {
         const int64_t j = (p.head + head) / shared;
         const int64_t row = head * p.queries;
-        if (INTEGER_VALUES) {
+        if (side.integer) {
             mix_codes(a, p, j, begin, tokens, row, rows, s);
             continue;
         }
-        with_tile<Values>(a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
-            if (Values::SCALED) scale_weights(row, rows, whole, s);
+        with_tile(side, a.value, a.value_scale, p, j, begin, tokens, s, [&](const auto& z) {
+            if (side.scaled) scale_weights(row, rows, whole, s);
             for_blocks_of_rows<MOST_ROWS>(rows, [&](int first, auto count) {
                 const int64_t r = row + first;
-                mix<decltype(count)::value>(s.logits + r * TILE, s.totals + r, z, tokens, s.states + r);
+                // clang-format off
+                mix<decltype(count)::value>(
+                    s.logits + r * TILE, s.totals + r, middle, side.pad, z, tokens, s.states + r);
+                // clang-format on
             });
         });
     }
@@ -615,24 +604,26 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
 
 // Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
 void load_queries(const Arguments& a, const Part& p, Scratch& s) {
-    const float factor = float(SOFTCAP ? a.scale / a.softcap : a.scale * LOG2E);
+    const Kernel& k = s.kernel;
+    const int width = k.key.width, pad = k.key.pad;
+    const float factor = float(k.softcap ? a.scale / a.softcap : a.scale * LOG2E);
     s.factor = factor;
-    s.are_pairs = PAIRS;
+    s.are_pairs = k.pairs;
     for (int r = 0; r < p.rows(); r++) {
         const float* q = a.query.at<float>(p.b, p.head + r / p.queries, p.query + r % p.queries);
-        for (int i = 0; PAIRS && i < Keys::WIDTH; i++) {
+        for (int i = 0; k.pairs && i < width; i++) {
             uint32_t bits;
             std::memcpy(&bits, q + i, sizeof bits);
             s.are_pairs &= (bits & 0xffff) == 0;
-            s.pairs[r * Keys::PAD + i] = uint16_t(bits >> 16);
+            s.pairs[r * pad + i] = uint16_t(bits >> 16);
         }
-        float* out = s.query + r * Keys::PAD;
-        for (int i = 0; i < Keys::WIDTH; i++) out[i] = q[i] * (factor * KEY_CHANNELS.step[i]);
-        std::fill(out + Keys::WIDTH, out + Keys::PAD, 0.0f);
+        float* out = s.query + r * pad;
+        for (int i = 0; i < width; i++) out[i] = q[i] * (factor * k.key.step[i]);
+        std::fill(out + width, out + pad, 0.0f);
         Floats middle = {};
-        for (int i = 0; i < Keys::PAD; i += LANES) middle += load(out + i) * load(KEY_CHANNELS.middle + i);
+        for (int i = 0; i < pad; i += LANES) middle += load(out + i) * load(k.key.middle.data() + i);
         s.middle[r] = sum_of(middle);
-        if (INTEGER_KEYS) to_parts(out, s.parts + r * 12 * KEY_DWORDS, s.unit[r], s.middle[r]);
+        if (k.key.integer) to_parts(k, out, s.parts + r * 12 * k.key_dwords, s.unit[r], s.middle[r]);
     }
 }
 
@@ -641,10 +632,10 @@ void attend(const Arguments& a, const Part& p, Scratch& s) {
     for (int r = 0; r < p.rows(); r++) {
         s.states[r].top = -INF;
         s.states[r].total = s.states[r].mass = 0;
-        std::fill(s.states[r].sum, s.states[r].sum + SUMS, 0.0f);
+        std::fill(s.states[r].sum, s.states[r].sum + s.kernel.value.pad, 0.0f);
     }
-    for (int64_t begin = p.begin; begin < p.end; begin += TILE) {
-        const int tokens = int(std::min<int64_t>(TILE, p.end - begin));
+    for (int64_t begin = p.begin; begin < p.end; begin += s.kernel.tokens) {
+        const int tokens = int(std::min<int64_t>(s.kernel.tokens, p.end - begin));
         if (is_hidden(a, p, begin, tokens)) continue;
         score_tile(a, p, begin, tokens, s);
         update_softmax(a, p, begin, tokens, s);
@@ -664,13 +655,14 @@ struct Cut {
         queries = std::clamp<int64_t>(ROWS_OF_A_PART / heads, 1, std::max<int64_t>(a.queries, 1));
         blocks = (a.queries + queries - 1) / queries;
         const int64_t most = a.pages.data ? std::min(a.tokens, a.page_count * a.page_tokens) : a.tokens;
-        const int64_t products = a.batch * a.heads * a.queries * most * (Keys::WIDTH + Values::WIDTH);
+        const Kernel& k = *a.kernel;
+        const int64_t products = a.batch * a.heads * a.queries * most * (k.key.width + k.value.width);
         threads = std::clamp<int64_t>(products / 200000, 1, a.threads);  // a thread is worth about 10 us of work
         const int64_t parts = std::max<int64_t>(a.batch * units * blocks, 1);
         const int64_t wanted = threads == 1 ? 1 : (4 * threads + parts - 1) / parts;
         const int64_t listed = a.pages.data && wanted > 1 ? longest(a) : most;
-        const int64_t tiles = std::max<int64_t>((listed + TILE - 1) / TILE, 1);
-        tokens = (tiles + wanted - 1) / wanted * TILE;
+        const int64_t tiles = std::max<int64_t>((listed + k.tokens - 1) / k.tokens, 1);
+        tokens = (tiles + wanted - 1) / wanted * k.tokens;
         ranges = std::max<int64_t>((listed + tokens - 1) / tokens, 1);
     }
 
@@ -698,43 +690,73 @@ struct Cut {
 };
 
 // Joins the ranges of tokens of one row: states [ranges] -> output [R_V], lse.
-void merge(const State* states, int64_t ranges, float* output, float& lse) {
-    float top = -INF, total = 0, sum[SUMS] = {};
+void merge(const Side& side, const State* states, int64_t ranges, float* output, float& lse) {
+    float top = -INF, total = 0;
     for (int64_t i = 0; i < ranges; i++) top = std::max(top, states[i].top);
+    std::fill(output, output + side.width, 0.0f);
     for (int64_t i = 0; i < ranges; i++) {
         const float factor = states[i].top == -INF ? 0.0f : std::exp2(states[i].top - top);
         total += states[i].total * factor;
-        for (int c = 0; c < SUMS; c++) sum[c] += states[i].sum[c] * factor;
+        for (int c = 0; c < side.width; c++) output[c] += states[i].sum[c] * factor;
     }
     const float inverse = total == 0 ? 0.0f : 1 / total;
-    for (int c = 0; c < Values::WIDTH; c++) output[c] = sum[c] * inverse * VALUE_CHANNELS.step[c];
+    for (int c = 0; c < side.width; c++) output[c] *= inverse * side.step[c];
     lse = float((top + std::log2(total)) * LN2);
 }
 
+// States of all ranges, [B, H, S, ranges], where there are several.
+struct Ranges {
+    State* states;
+    float* sums;
+    int pad;
+
+    Ranges(int64_t count, int width)
+        : states(allocate<State>(count)), sums(allocate<float>(count * width)), pad(width) {}
+    Ranges(const Ranges&) = delete;
+    ~Ranges() {
+        std::free(states);
+        std::free(sums);
+    }
+    void set(int64_t index, const State& state) {
+        states[index] = state;
+        states[index].sum = sums + index * pad;
+        std::copy(state.sum, state.sum + pad, states[index].sum);
+    }
+};
+
 }  // namespace
+
+// The table of a kind of latent: of keys and of values bit groups, how many there are (none: not quantized), channels;
+// the type of what is not quantized; whether logits are capped. It lives until the process ends.
+extern "C" const void* new_kernel(const Tier* keys, int64_t key_count, int64_t key_width, const Tier* values,
+                                  int64_t value_count, int64_t value_width, int64_t type, int64_t softcap) {
+    const Side key(keys, key_count, key_width, type, false), value(values, value_count, value_width, type, true);
+    return new Kernel(key, value, softcap != 0);
+}
 
 extern "C" void latent_attention(const Arguments* arguments) {
     const Arguments& a = *arguments;
+    const Kernel& k = *a.kernel;
     const Cut cut(a);
     const int64_t rows = a.batch * a.heads * a.queries;
-    State* states = cut.ranges > 1 ? allocate<State>(rows * cut.ranges) : nullptr;  // [B, H, S, ranges]
+    Ranges ranges(cut.ranges > 1 ? rows * cut.ranges : 0, k.value.pad);
 #pragma omp parallel num_threads(int(cut.threads)) if (cut.threads > 1)
     {
-        Scratch s(cut.heads * cut.queries);
+        Scratch s(k, cut.heads * cut.queries);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < cut.parts(a); i++) {
             const Part p = cut.part(a, i);
             attend(a, p, s);
             for (int r = 0; r < p.rows(); r++) {
                 const int64_t row = p.row(a, r);
-                if (cut.ranges > 1) states[row * cut.ranges + i % cut.ranges] = s.states[r];
-                else merge(s.states + r, 1, a.output + row * Values::WIDTH, a.lse[row]);
+                if (cut.ranges > 1) ranges.set(row * cut.ranges + i % cut.ranges, s.states[r]);
+                else merge(k.value, s.states + r, 1, a.output + row * k.value.width, a.lse[row]);
             }
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < (cut.ranges > 1 ? rows : 0); row++) {
-            merge(states + row * cut.ranges, cut.ranges, a.output + row * Values::WIDTH, a.lse[row]);
+            const State* states = ranges.states + row * cut.ranges;
+            merge(k.value, states, cut.ranges, a.output + row * k.value.width, a.lse[row]);
         }
     }
-    std::free(states);
 }

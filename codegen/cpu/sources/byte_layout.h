@@ -24,37 +24,103 @@
 struct Code {
     int channel, high, high_bit, low, low_bit;
 
-    constexpr int shift() const { return 8 - high - low; }  // of the code in its byte
+    int shift() const { return 8 - high - low; }  // of the code in its byte
 };
 
-template <class Side>
-struct Layout {
-    Code codes[Side::WIDTH + 1] = {};
-    int count = 0, halves = 0;  // codes, float16 channels
-    int half_channel[Side::WIDTH + 1] = {}, half_byte[Side::WIDTH + 1] = {};
+// What it takes to bring codes of a row to bytes: they are bytes, in order; they come from one block of 64 bytes of the
+// row or from several, and have one plane or two. The greater of two kinds serves both.
+enum Kind { WHOLE, ONE_HIGH, ONE_LOW, MANY_HIGH, MANY_LOW };
 
-    constexpr Layout() {
-        int bit = 0, channel = 0;
-        for (Tier tier : Side::TIERS) {
-            const int high = tier.bits >= 8 ? 8 : tier.bits >= 4 ? 4 : tier.bits >= 2 ? 2 : 1, low = tier.bits - high;
-            for (int i = 0; i < tier.width; i++) {
-                if (tier.bits < 16) add({channel + i, high, bit + i * high, low, bit + tier.width * high + i * low});
-                if (tier.bits == 16) add_half(channel + i, bit / 8 + 2 * i);
+constexpr Kind either(Kind a, Kind b) {
+    const bool many = std::max(a, b) >= MANY_HIGH, low = a == ONE_LOW || a == MANY_LOW || b == ONE_LOW || b == MANY_LOW;
+    return many ? (low ? MANY_LOW : MANY_HIGH) : low ? ONE_LOW : std::max(a, b);
+}
+
+// How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
+// these eight bytes each code then takes the bits from `from` on that `keep` keeps, of its first and second plane.
+struct Slice {
+    // 64 bytes of a row from `offset` on, fewer where it ends, and which of them goes where.
+    struct Block {
+        alignas(64) uint8_t index[64];
+        uint64_t mask;  // bytes of the slice that are from here
+        int offset;
+    };
+
+    alignas(64) uint8_t from[2][64] = {}, keep[2][64] = {};
+    int source[64];
+    std::vector<Block> blocks;
+    bool has_low = false;  // codes have a second plane
+    Kind kind = WHOLE;
+
+    Slice() {
+        for (int& byte : source) byte = -1;
+    }
+    int slot(int to, int byte) {  // of a byte of the row among the eight around `to`
+        int i = to / 8 * 8;
+        while (source[i] >= 0 && source[i] != byte) i++;
+        source[i] = byte;
+        return i % 8;
+    }
+    void put(int to, int plane, int bits, int bit, int shift) {
+        if (bits == 0) return;
+        from[plane][to] = uint8_t((8 * slot(to, bit / 8) + bit % 8 - shift) & 63);
+        keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
+        has_low |= plane == 1;
+    }
+    void put(int to, const Code& code) {
+        put(to, 0, code.high, code.high_bit, code.shift() + code.low);
+        put(to, 1, code.low, code.low_bit, code.shift());
+    }
+    // Once all codes have been put: which blocks of a row of so many bytes are read.
+    void settle(int bytes) {
+        for (int offset = 0; offset < bytes; offset += 64) {
+            Block block = {};
+            block.offset = offset;
+            for (int to = 0; to < 64; to++) {
+                if (source[to] < offset || source[to] >= offset + 64) continue;
+                block.index[to] = uint8_t(source[to] - offset);
+                block.mask |= uint64_t(1) << to;
             }
-            bit += tier.bits * tier.width;
-            channel += tier.width;
+            if (block.mask) blocks.push_back(block);
+        }
+        kind = blocks.size() > 1 ? (has_low ? MANY_LOW : MANY_HIGH) : has_low ? ONE_LOW : WHOLE;
+        for (int i = 0; i < 64 && kind == WHOLE; i++) {
+            const bool whole = keep[0][i] == 255 && from[0][i] == 8 * (i % 8) && blocks[0].index[i] == i;
+            if (source[i] >= 0 && !whole) kind = ONE_HIGH;
         }
     }
-    constexpr void add(Code code) { codes[count++] = code; }
-    constexpr void add_half(int channel, int byte) {
-        half_channel[halves] = channel;
-        half_byte[halves++] = byte;
-    }
 };
 
-constexpr Layout<Keys> KEY_LAYOUT;
-constexpr Layout<Values> VALUE_LAYOUT;
-constexpr int KEY_VECTORS = KEY_LAYOUT.count / 4, VALUE_VECTORS = (VALUE_LAYOUT.count + 15) / 16;
-constexpr int KEY_DWORDS = (KEY_VECTORS + 15) / 16 * 16;  // of a part of a query, in whole vectors
-constexpr bool INTEGER_KEYS = INTEGER && Keys::SCALED;
-constexpr bool INTEGER_VALUES = INTEGER && Values::SCALED && VALUE_LAYOUT.halves == 0;
+// Codes and float16 channels of a row, and how a row is taken apart.
+struct Layout {
+    std::vector<Code> codes;
+    std::vector<int> half_channel, half_byte;  // of float16 channels
+    std::vector<Slice> slices, half_slices;  // of codes, of float16 channels
+    Kind kind = WHOLE;  // serves all slices of codes
+
+    int count() const { return int(codes.size()); }
+    int halves() const { return int(half_channel.size()); }
+
+    void add(int bits, int width, int bit, int channel) {
+        const int high = high_bits(bits), low = bits - high;
+        for (int i = 0; i < width; i++) {
+            if (bits < 16) codes.push_back({channel + i, high, bit + i * high, low, bit + width * high + i * low});
+            if (bits == 16) half_channel.push_back(channel + i), half_byte.push_back(bit / 8 + 2 * i);
+        }
+    }
+    // Keys: byte i of a slice is its channel i, so that a dword has four channels. Values: where `interleave` makes
+    // vectors of 16 channels of them. Float16 channels: 32 to a slice.
+    void take_apart(bool interleaved, int bytes) {
+        slices.resize((codes.size() + 63) / 64);
+        for (int i = 0; i < count(); i++) {
+            slices[i / 64].put(interleaved ? i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4 : i % 64, codes[i]);
+        }
+        half_slices.resize((2 * halves() + 63) / 64);
+        for (int i = 0; i < 2 * halves(); i++) half_slices[i / 64].source[i % 64] = half_byte[i / 2] + i % 2;
+        for (Slice& slice : slices) {
+            slice.settle(bytes);
+            kind = either(kind, slice.kind);
+        }
+        for (Slice& slice : half_slices) slice.settle(bytes);
+    }
+};

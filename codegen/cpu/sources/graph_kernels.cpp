@@ -69,6 +69,7 @@ struct Skinny {
 
 struct Kernel {
     void (*run)(const Attention*);
+    const void* table;
     int64_t key_width, value_width, flags;
 
     bool scaled(int side) const { return flags >> side & 1; }
@@ -230,6 +231,7 @@ void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& r
     a.lse = lse;
     a.scale = c.scale;
     a.softcap = c.softcap;
+    a.kernel = kernel.table;
     kernel.run(&a);
 }
 
@@ -472,10 +474,11 @@ Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
 
 // clang-format off
 extern "C" void fhopt_serve(
-    const char* name, void (*run)(const Attention*), int64_t key_width, int64_t value_width, int64_t flags) {
+    const char* name, void (*run)(const Attention*), const void* table, int64_t key_width, int64_t value_width,
+    int64_t flags) {
     // clang-format on
     std::unique_lock lock(guard);
-    kernels[name] = {run, key_width, value_width, flags};
+    kernels[name] = {run, table, key_width, value_width, flags};
 }
 
 extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }

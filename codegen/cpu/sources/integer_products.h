@@ -3,148 +3,65 @@
 
 #if INTEGER
 
-template <class F, int... I>
-INLINE void each(std::integer_sequence<int, I...>, F f) {
-    (f(std::integral_constant<int, I>()), ...);
-}
+// Rows of 16 tokens: SIDE_BY_SIDE of them lie one behind the other.
+struct Sixteen {
+    const uint8_t* runs[16 / SIDE_BY_SIDE];
+    int64_t stride;
 
-// f(0), ..., f(N - 1), each with a compile-time argument.
-template <int N, class F>
-INLINE void each(F f) {
-    each(std::make_integer_sequence<int, N>(), f);
-}
+    INLINE const uint8_t* operator[](int i) const { return runs[i / SIDE_BY_SIDE] + i % SIDE_BY_SIDE * stride; }
+};
 
-// How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
-// these eight bytes each code then takes the bits from `from` on that `keep` keeps, of its first and second plane.
-struct Slice {
-    int source[64];
-    alignas(64) uint8_t from[2][64], keep[2][64];
+// What takes a slice apart, in registers.
+template <Kind KIND>
+struct Taken {
+    static constexpr bool LOW = KIND == ONE_LOW || KIND == MANY_LOW, MANY = KIND == MANY_HIGH || KIND == MANY_LOW;
+    const Slice::Block *block, *end;
+    __m512i index, from[2], keep[2];
+    int offset;
 
-    constexpr Slice() : source(), from(), keep() {
-        for (int& byte : source) byte = -1;
+    INLINE explicit Taken(const Slice& slice) : block(slice.blocks.data()), end(block + slice.blocks.size()) {
+        index = _mm512_load_si512(block->index);
+        offset = block->offset;
+        UNROLL(2) for (int i = 0; i < 1 + LOW; i++) {
+            from[i] = _mm512_load_si512(slice.from[i]);
+            keep[i] = _mm512_load_si512(slice.keep[i]);
+        }
     }
-    constexpr int slot(int to, int byte) {  // of a byte of the row among the eight around `to`
-        int i = to / 8 * 8;
-        while (source[i] >= 0 && source[i] != byte) i++;
-        source[i] = byte;
-        return i % 8;
+    // The bytes of a row; what no code needs is arbitrary.
+    INLINE __m512i bytes_of(const uint8_t* row) const {
+        if (!MANY) return _mm512_permutexvar_epi8(index, _mm512_loadu_si512(row + offset));
+        __m512i out = {};
+        for (const Slice::Block* b = block; b < end; b++) {
+            const __m512i bytes = _mm512_loadu_si512(row + b->offset);
+            out |= _mm512_maskz_permutexvar_epi8(b->mask, _mm512_load_si512(b->index), bytes);
+        }
+        return out;
     }
-    constexpr void put(int to, int plane, int bits, int bit, int shift) {
-        if (bits == 0) return;
-        from[plane][to] = uint8_t((8 * slot(to, bit / 8) + bit % 8 - shift) & 63);
-        keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
-    }
-    constexpr void put(int to, Code code) {
-        put(to, 0, code.high, code.high_bit, code.shift() + code.low);
-        put(to, 1, code.low, code.low_bit, code.shift());
-    }
-    constexpr bool has_low() const {
-        // clang-format off
-        for (int mask : keep[1]) if (mask) return true;
-        return false;
-    }
-    constexpr bool is_whole() const {  // bytes are codes
-        for (int i = 0; i < 64; i++) if (keep[0][i] && (keep[0][i] != 255 || from[0][i] != 8 * (i % 8))) return false;
-        // clang-format on
-        return true;
+    INLINE __m512i codes_of(const uint8_t* row) const {
+        if (KIND == WHOLE) return _mm512_loadu_si512(row + offset);
+        const __m512i bytes = bytes_of(row);
+        const __m512i high = _mm512_multishift_epi64_epi8(from[0], bytes) & keep[0];
+        if (!LOW) return high;
+        return high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
     }
 };
 
-constexpr int slices_for(int bytes) { return (bytes + 63) / 64; }
-
-template <class Side, int SLICES>
-struct Apart {
-    static constexpr int BYTES = Side::BYTES, BLOCKS = slices_for(BYTES);
-    Slice slices[SLICES + 1];
-    alignas(64) uint8_t index[SLICES + 1][BLOCKS][64] = {};  // which byte of a block of the row goes where
-    uint64_t mask[SLICES + 1][BLOCKS] = {};
-
-    constexpr void settle() {
-        for (int s = 0; s < SLICES; s++) {
-            for (int to = 0; to < 64; to++) {
-                const int byte = slices[s].source[to];
-                if (byte < 0) continue;
-                index[s][byte / 64][to] = uint8_t(byte % 64);
-                mask[s][byte / 64] |= uint64_t(1) << to;
-            }
-        }
+// Calls f(kind) with a compile-time kind of slices.
+template <class F>
+INLINE auto with_kind(Kind kind, F f) {
+    switch (kind) {
+        case WHOLE: return f(std::integral_constant<Kind, WHOLE>());
+        case ONE_HIGH: return f(std::integral_constant<Kind, ONE_HIGH>());
+        case ONE_LOW: return f(std::integral_constant<Kind, ONE_LOW>());
+        case MANY_HIGH: return f(std::integral_constant<Kind, MANY_HIGH>());
+        default: return f(std::integral_constant<Kind, MANY_LOW>());
     }
-    constexpr int blocks(int slice) const {  // that a slice needs
-        int count = 0;
-        for (uint64_t m : mask[slice]) count += m != 0;
-        return count;
-    }
-    constexpr bool stays(int slice, int block) const {  // bytes are where they should be
-        // clang-format off
-        for (int to = 0; to < 64; to++) if (mask[slice][block] >> to & 1 && index[slice][block][to] != to) return false;
-        // clang-format on
-        return true;
-    }
-};
-
-// Keys: byte i of a slice is its channel i, so that a dword has four channels.
-constexpr auto keys_apart() {
-    Apart<Keys, slices_for(KEY_LAYOUT.count)> apart;
-    for (int i = 0; i < KEY_LAYOUT.count; i++) apart.slices[i / 64].put(i % 64, KEY_LAYOUT.codes[i]);
-    apart.settle();
-    return apart;
 }
 
-// Values: where `interleave` makes vectors of 16 channels of them.
-constexpr auto values_apart() {
-    Apart<Values, slices_for(VALUE_LAYOUT.count)> apart;
-    for (int i = 0; i < VALUE_LAYOUT.count; i++) {
-        apart.slices[i / 64].put(i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4, VALUE_LAYOUT.codes[i]);
-    }
-    apart.settle();
-    return apart;
-}
-
-// Float16 channels of keys, 32 to a slice.
-constexpr auto halves_apart() {
-    Apart<Keys, slices_for(2 * KEY_LAYOUT.halves)> apart;
-    for (int i = 0; i < 2 * KEY_LAYOUT.halves; i++) {
-        apart.slices[i / 64].source[i % 64] = KEY_LAYOUT.half_byte[i / 2] + i % 2;
-    }
-    apart.settle();
-    return apart;
-}
-
-constexpr auto KEYS_APART = keys_apart();
-constexpr auto VALUES_APART = values_apart();
-constexpr auto HALVES_APART = halves_apart();
-
-// The bytes of slice S of a row; nothing is read behind the end of the row, and what no code needs is arbitrary.
-template <const auto& APART, int S>
-INLINE __m512i bytes_of(const uint8_t* row) {
-    __m512i out = {};
-    each<APART.BLOCKS>([&](auto b) {
-        constexpr int B = decltype(b)::value, LEFT = std::min(APART.BYTES - 64 * B, 64);
-        if constexpr (APART.mask[S][B] != 0) {
-            constexpr bool ALONE = APART.blocks(S) == 1;
-            __m512i bytes = LEFT == 64 ? _mm512_loadu_si512(row + 64 * B)
-                                       : _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - LEFT), row + 64 * B);
-            const __m512i index = _mm512_load_si512(APART.index[S][B]);
-            if constexpr (ALONE && !APART.stays(S, B)) bytes = _mm512_permutexvar_epi8(index, bytes);
-            if constexpr (!ALONE) bytes = _mm512_maskz_permutexvar_epi8(APART.mask[S][B], index, bytes);
-            out |= bytes;
-        }
-    });
-    return out;
-}
-
-// The codes of slice S of a row.
-template <const auto& APART, int S>
-INLINE __m512i codes_of(const uint8_t* row) {
-    constexpr const Slice& slice = APART.slices[S];
-    constexpr bool IS_WHOLE = slice.is_whole(), HAS_LOW = slice.has_low();
-    const __m512i bytes = bytes_of<APART, S>(row);
-    if constexpr (IS_WHOLE) return bytes;
-    const __m512i high = _mm512_multishift_epi64_epi8(_mm512_load_si512(slice.from[0]), bytes);
-    const __m512i kept = high & _mm512_load_si512(slice.keep[0]);
-    if constexpr (!HAS_LOW) return kept;
-    const __m512i low = _mm512_multishift_epi64_epi8(_mm512_load_si512(slice.from[1]), bytes);
-    return kept | (low & _mm512_load_si512(slice.keep[1]));
+// Calls f(taken), whose type says of what kind the slice is.
+template <class F>
+INLINE void with_slice(const Slice& slice, F f) {
+    with_kind(slice.kind, [&](auto kind) { f(Taken<decltype(kind)::value>(slice)); });
 }
 
 // x[i] = dwords of token i  ->  x[i] = dword i of 16 tokens
@@ -174,47 +91,63 @@ INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out)
 }
 
 // 16 tokens of keys -> codes [vectors of 4 channels].
-INLINE void unpack_keys(const uint8_t* const* rows, __m512i* codes) {
-    each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
-        constexpr int S = decltype(s)::value, COUNT = std::min(KEY_VECTORS - 16 * S, 16);
-        __m512i x[16];
-        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = codes_of<KEYS_APART, S>(rows[t]);
-        transpose(x);
-        UNROLL(16) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 16 * S + i, x[i]);
-    });
+INLINE void unpack_keys(const Kernel& k, const Sixteen& rows, __m512i* codes) {
+    int left = k.key_vectors;
+    for (const Slice& slice : k.key.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            __m512i x[16];
+            UNROLL(16) for (int t = 0; t < 16; t++) x[t] = taken.codes_of(rows[t]);
+            transpose(x);
+            UNROLL(16) for (int i = 0; i < 16; i++) if (i < left) _mm512_store_si512(codes + i, x[i]);
+        });
+        codes += 16;
+        left -= 16;
+    }
 }
 
 // Their float16 channels as floats [channels, TILE].
-INLINE void unpack_halves(const uint8_t* const* rows, float* halves) {
-    each<slices_for(2 * KEY_LAYOUT.halves)>([&](auto s) {
-        constexpr int S = decltype(s)::value, COUNT = std::min(KEY_LAYOUT.halves / 2 - 16 * S, 16);
+INLINE void unpack_halves(const Kernel& k, const Sixteen& rows, float* halves) {
+    int left = k.halves / 2;
+    for (const Slice& slice : k.key.layout.half_slices) {
+        const Taken<MANY_HIGH> taken(slice);
         __m512i x[16];
-        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = bytes_of<HALVES_APART, S>(rows[t]);
+        UNROLL(16) for (int t = 0; t < 16; t++) x[t] = taken.bytes_of(rows[t]);
         transpose(x);
-        UNROLL(16) for (int i = 0; i < COUNT; i++) {
-            float* out = halves + (32 * S + 2 * i) * TILE;
+        UNROLL(16) for (int i = 0; i < 16; i++) {
+            if (i >= left) continue;
+            float* out = halves + 2 * i * TILE;
             _mm512_store_ps(out, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x[i])));
             _mm512_store_ps(out + TILE, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x[i], 16))));
         }
-    });
+        halves += 32 * TILE;
+        left -= 16;
+    }
 }
 
-// 4 tokens of values -> codes of slice S, [4 vectors of 16 channels].
-template <int S>
-INLINE void unpack_slice(const uint8_t* const* rows, __m512i* codes) {
+// 4 tokens of values, from `first` of 16 on -> codes of a slice, [4 vectors of 16 channels].
+template <class T>
+INLINE void unpack_slice(const T& taken, const Sixteen& rows, int first, __m512i* codes) {
     __m512i x[4];
-    UNROLL(4) for (int t = 0; t < 4; t++) x[t] = codes_of<VALUES_APART, S>(rows[t]);
+    UNROLL(4) for (int t = 0; t < 4; t++) x[t] = taken.codes_of(rows[first + t]);
     interleave(x[0], x[1], x[2], x[3], codes);
 }
 
-// 4 tokens of values -> codes [vectors of 16 channels].
-INLINE void unpack_values(const uint8_t* const* rows, __m512i* codes) {
-    each<slices_for(VALUE_LAYOUT.count)>([&](auto s) {
-        constexpr int S = decltype(s)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
-        __m512i mixed[4];
-        unpack_slice<S>(rows, mixed);
-        UNROLL(4) for (int i = 0; i < COUNT; i++) _mm512_store_si512(codes + 4 * S + i, mixed[i]);
-    });
+// 16 tokens of values -> codes [4, vectors of 16 channels].
+INLINE void unpack_values(const Kernel& k, const Sixteen& rows, __m512i* codes) {
+    int left = k.value_vectors;
+    for (const Slice& slice : k.value.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            UNROLL(4) for (int t = 0; t < 4; t++) {
+                __m512i mixed[4];
+                unpack_slice(taken, rows, 4 * t, mixed);
+                UNROLL(4) for (int i = 0; i < 4; i++) {
+                    if (i < left) _mm512_store_si512(codes + t * k.value_vectors + i, mixed[i]);
+                }
+            }
+        });
+        codes += 4;
+        left -= 4;
+    }
 }
 
 constexpr int MOST_BYTE_ROWS = 5;  // 15 sums of 3 parts; with more rows at once only the compiler has more to do
@@ -234,18 +167,20 @@ INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i factors) {
     return sum;
 }
 
-// sums[r][v][part] = sum_i codes[v][i] . factors[r][part][i], STEP and NEXT vectors from one i or v to the next.
-template <int ROWS, int VECTORS, int PARTS, int STEP, int NEXT, int COUNT>
-INLINE void multiply(const __m512i* codes, const int32_t* factors, int count, __m512i (&sums)[ROWS][VECTORS][PARTS]) {
+// sums[r][v][part] = sum_i codes[v][i] . factors[r][part][i], `step` and `next` vectors of codes from one i or v to the
+// next, `width` factors from one part to the next.
+template <int ROWS, int VECTORS, int PARTS>
+INLINE void multiply(const __m512i* codes, int64_t step, int64_t next, const int32_t* factors, int64_t width, int count,
+                     __m512i (&sums)[ROWS][VECTORS][PARTS]) {
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) UNROLL(3) for (int i = 0; i < PARTS; i++) sums[r][v][i] = __m512i{};
     }
     UNROLL(1) for (int i = 0; i < count; i++) {
         __m512i z[VECTORS];
-        UNROLL(4) for (int v = 0; v < VECTORS; v++) z[v] = _mm512_load_si512(codes + i * STEP + v * NEXT);
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) z[v] = _mm512_load_si512(codes + i * step + v * next);
         UNROLL(5) for (int r = 0; r < ROWS; r++) {
             UNROLL(3) for (int part = 0; part < PARTS; part++) {
-                const int32_t& factor = factors[(3 * r + part) * COUNT + i];
+                const int32_t& factor = factors[(3 * r + part) * width + i];
                 UNROLL(4) for (int v = 0; v < VECTORS; v++) {
                     sums[r][v][part] = add_products(sums[r][v][part], z[v], factor);
                 }
@@ -276,25 +211,27 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
-// A query of floats in the order of channels -> its parts, [3, KEY_DWORDS, 4], and what one stands for. `middle` is
+// A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. `middle` is
 // what the middle of all codes adds to a logit.
-void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
-    alignas(64) float q[4 * KEY_DWORDS + 1] = {}, middles[4 * KEY_DWORDS + 1] = {};
+void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle) {
+    const int count = k.key.layout.count(), padded = 4 * k.key_dwords;
     float largest = 0, none = 0;
-    for (int i = 0; i < KEY_LAYOUT.count; i++) {
-        const Code& code = KEY_LAYOUT.codes[i];
-        const float factor = float(1 << code.shift());
-        q[i] = query[code.channel] / factor;
-        middles[i] = KEY_CHANNELS.middle[code.channel] * factor;
-        largest = std::max(largest, std::abs(q[i]));
-        none += q[i] * 0.0f;  // NaN stays NaN
+    for (int i = 0; i < count; i++) {
+        const Code& code = k.key.layout.codes[i];
+        const float q = query[code.channel] * k.key_factor[i];
+        largest = std::max(largest, std::abs(q));
+        none += q * 0.0f;  // NaN stays NaN
     }
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
     Floats sum = {};
-    for (int i = 0; i < 4 * KEY_DWORDS; i += 16) {
-        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q + i) * inverse));
-        store_parts<3>(x, parts + i, 4 * KEY_DWORDS);
-        sum += __builtin_convertvector(x, Floats16) * load(middles + i);
+    for (int i = 0; i < padded; i += 16) {
+        alignas(64) float q[16] = {};
+        for (int lane = 0; lane < std::min(count - i, 16); lane++) {
+            q[lane] = query[k.key.layout.codes[i + lane].channel] * k.key_factor[i + lane];
+        }
+        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q) * inverse));
+        store_parts<3>(x, parts + i, padded);
+        sum += __builtin_convertvector(x, Floats16) * load(k.key_middle.data() + i);
     }
     unit = largest / largest_integer(3) + none;
     middle = sum_of(sum) * unit;
@@ -304,31 +241,45 @@ void to_parts(const float* query, int8_t* parts, float& unit, float& middle) {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
-// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched.
-template <class Side>
-INLINE void rows_of(const Rows& rows, const Part& p, int64_t j, int64_t begin, int t, int tokens, const uint8_t** z) {
-    const int last = std::min(tokens - t, 16) - 1;
-    UNROLL(2) for (int run = 0; run < 16; run += SIDE_BY_SIDE) {
-        const int64_t from = begin + t + (run <= last ? run : 0);  // no list says where tokens behind the end are
-        const uint8_t* row = rows.at<uint8_t>(p.b, j, p.listed.at(from));
-        const uint8_t* ahead = rows.at<uint8_t>(p.b, j, p.listed.ahead(from, AHEAD<Side>));
-        UNROLL(8) for (int i = 0; i < SIDE_BY_SIDE; i++) {
-            z[run + i] = row + i * rows.token;
-            UNROLL(4) for (int byte = 0; byte < Side::BYTES; byte += 64) {
-                __builtin_prefetch(ahead + i * rows.token + byte, 0, 2);
-            }
-        }
+// Into the second-level cache, rows of SIDE_BY_SIDE tokens.
+INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
+    const bool dense = stride <= side.reach;  // one row behind the other
+    const int64_t bytes = dense ? SIDE_BY_SIDE * stride : side.bytes, end = dense ? stride : SIDE_BY_SIDE * stride;
+    for (int64_t from = 0; from < end; from += stride) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + from + byte, 0, 2);
     }
-    for (int i = last + 1; i < 16; i++) z[i] = z[last];
+}
+
+// `count` rows of a tile from token t on are copied to where there is room behind them, the last one again up to 16.
+void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t t, int count, uint8_t* room) {
+    for (int i = 0; i < 16; i++, room += side.reach) {
+        std::memcpy(room, rows.at<uint8_t>(p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
+    }
+}
+
+// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
+// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
+INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
+                       int t, int tokens, bool fetches, Scratch& s) {
+    const int64_t from = begin + t, stride = rows.token;
+    const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
+    if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
+    if (tokens - t >= 16) {
+        if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
+        const Sixteen z = {{at(p.listed.at(from)), at(p.listed.at(from + SIDE_BY_SIDE))}, stride};
+        if (z[15] + side.reach <= at(a.tokens - 1) + side.bytes) return z;
+    }
+    copy_rows(side, rows, p, j, from, std::min(tokens - t, 16), s.room);
+    return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
 }
 
 // The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
-template <class Side>
-INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens, Scratch& s) {
+INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
+                        Scratch& s) {
     _mm512_store_ps(s.scale + whole_vectors(tokens) - 16, _mm512_setzero_ps());  // weights of no token are 0 times it
     for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
         const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
-        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, AHEAD<Side>)), 0, 2);
+        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
         const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
         if (scales.token == 1) {
             const __m128i dense = _mm_maskz_loadu_epi16((2u << last) - 1, scale);
@@ -343,9 +294,10 @@ INLINE void load_scales(const Rows& scales, const Part& p, int64_t j, int64_t be
 template <int ROWS, int VECTORS>
 INLINE void score_high(int64_t row, int t, Scratch& s) {
     __m512i sums[ROWS][VECTORS][2];
-    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * KEY_DWORDS;
-    multiply<ROWS, VECTORS, 2, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
+    const Kernel& k = s.kernel;
+    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * k.key_vectors;
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * k.key_dwords;
+    multiply<ROWS, VECTORS, 2>(codes, 1, k.key_vectors, query, k.key_dwords, k.key_vectors, sums);
     Floats16 x[ROWS][VECTORS];
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float unit = s.unit[row + r] * 256.0f;
@@ -353,11 +305,11 @@ INLINE void score_high(int64_t row, int t, Scratch& s) {
             x[r][v] = (joined(sums[r][v]) * unit - s.middle[row + r]) * load(s.scale + t + 16 * v);
         }
     }
-    UNROLL(1) for (int i = 0; i < KEY_LAYOUT.halves; i++) {
-        const float* q = s.query + row * Keys::PAD + KEY_LAYOUT.half_channel[i];
+    UNROLL(1) for (int i = 0; i < k.halves; i++) {
+        const float* q = s.query + row * k.key.pad + k.key.layout.half_channel[i];
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             const Floats16 half = load(s.halves + i * TILE + t + 16 * v);
-            UNROLL(5) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * Keys::PAD] * half;
+            UNROLL(5) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * k.key.pad] * half;
         }
     }
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
@@ -369,9 +321,10 @@ INLINE void score_high(int64_t row, int t, Scratch& s) {
 template <int ROWS, int VECTORS>
 INLINE void score_low(int64_t row, int t, Scratch& s) {
     __m512i sums[ROWS][VECTORS][1];
-    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * KEY_VECTORS;
-    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * KEY_DWORDS;
-    multiply<ROWS, VECTORS, 1, 1, KEY_VECTORS, KEY_DWORDS>(codes, query, KEY_VECTORS, sums);
+    const Kernel& k = s.kernel;
+    const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * k.key_vectors;
+    const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + row * 3 * k.key_dwords;
+    multiply<ROWS, VECTORS, 1>(codes, 1, k.key_vectors, query, k.key_dwords, k.key_vectors, sums);
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             float* x = s.logits + (row + r) * TILE + t + 16 * v;
@@ -392,7 +345,7 @@ INLINE void for_vectors(int whole, F f) {
 constexpr float MINOR = 1024;
 
 bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratch& s) {
-    if (SOFTCAP || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
+    if (s.kernel.softcap || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
     for (int64_t r = row; r < row + rows; r++) {
         const float* x = s.logits + r * TILE;
         Floats top = load(x);
@@ -416,65 +369,71 @@ INLINE Floats16 sums_of_quarters(Floats16 x, Floats16 y) {
 }
 
 // PARTS digits of the query of one row, from `parts` on, times the codes of 16 tokens as they lie in their rows.
-template <int PARTS>
-INLINE Floats16 products_of_row(const uint8_t* const* rows, const int8_t* parts) {
+template <Kind KIND, int PARTS>
+INLINE Floats16 products_of_row(const Kernel& k, const Sixteen& rows, const int8_t* parts) {
     Floats16 fours[4];
-    UNROLL(4) for (int i = 0; i < 4; i++) {
-        Floats16 x[4];
-        UNROLL(4) for (int t = 0; t < 4; t++) {
-            __m512i sums[PARTS] = {};
-            each<slices_for(KEY_LAYOUT.count)>([&](auto s) {
-                constexpr int S = decltype(s)::value;
-                const __m512i codes = codes_of<KEYS_APART, S>(rows[4 * i + t]);
-                UNROLL(2) for (int part = 0; part < PARTS; part++) {
-                    const __m512i query = _mm512_loadu_si512(parts + part * 4 * KEY_DWORDS + 64 * S);
-                    sums[part] = add_products(sums[part], codes, query);
-                }
-            });
-            x[t] = joined(sums);
+    UNROLL(2) for (int i = 0; i < 4; i += 2) {
+        __m512i sums[8][PARTS] = {};
+        const int8_t* part = parts;
+        for (const Slice& slice : k.key.layout.slices) {
+            const Taken<KIND> taken(slice);
+            __m512i query[PARTS];
+            UNROLL(2) for (int n = 0; n < PARTS; n++) query[n] = _mm512_loadu_si512(part + n * 4 * k.key_dwords);
+            UNROLL(8) for (int t = 0; t < 8; t++) {
+                const __m512i codes = taken.codes_of(rows[4 * i + t]);
+                UNROLL(2) for (int n = 0; n < PARTS; n++) sums[t][n] = add_products(sums[t][n], codes, query[n]);
+            }
+            part += 64;
         }
-        fours[i] = sums_of_4(x);
+        UNROLL(2) for (int n = 0; n < 2; n++) {
+            Floats16 x[4];
+            UNROLL(4) for (int t = 0; t < 4; t++) x[t] = joined(sums[4 * n + t]);
+            fours[i + n] = sums_of_4(x);
+        }
     }
     return sums_of_quarters(sums_of_quarters(fours[0], fours[1]), sums_of_quarters(fours[2], fours[3]));
 }
 
-// Logits of a tile of keys for one row.
+// Logits of a tile of keys for one row; KIND serves all slices.
+template <Kind KIND>
 void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, Scratch& s) {
+    const Kernel& k = s.kernel;
     const int whole = whole_vectors(tokens);
-    const int8_t* parts = s.parts + row * 12 * KEY_DWORDS;
+    const int8_t* parts = s.parts + row * 12 * k.key_dwords;
     float* logits = s.logits + row * TILE;
     const float unit = s.unit[row];
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
-        const Floats16 high = products_of_row<2>(z, parts + 4 * KEY_DWORDS);
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
+        const Floats16 high = products_of_row<KIND, 2>(k, z, parts + 4 * k.key_dwords);
         Floats16 x = (high * (unit * 256.0f) - s.middle[row]) * load(s.scale + t);
-        unpack_halves(z, s.halves + t);
-        for (int i = 0; i < KEY_LAYOUT.halves; i++) {
-            x += s.query[row * Keys::PAD + KEY_LAYOUT.half_channel[i]] * load(s.halves + i * TILE + t);
+        unpack_halves(k, z, s.halves + t);
+        for (int i = 0; i < k.halves; i++) {
+            x += s.query[row * k.key.pad + k.key.layout.half_channel[i]] * load(s.halves + i * TILE + t);
         }
         store(logits + t, x);
     }
     if (is_minor(a, row, 1, whole, s)) return;
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
-        store(logits + t, load(logits + t) + products_of_row<1>(z, parts) * unit * load(s.scale + t));
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s);
+        store(logits + t, load(logits + t) + products_of_row<KIND, 1>(k, z, parts) * unit * load(s.scale + t));
     }
 }
 
 // Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
 void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                  Scratch& s) {
-    load_scales<Keys>(a.key_scale, p, j, begin, tokens, s);
-    if (rows == 1) return score_row(a, p, j, begin, tokens, row, s);
+    const Kernel& k = s.kernel;
+    load_scales(k.key, a.key_scale, p, j, begin, tokens, s);
+    if (rows == 1) {
+        return with_kind(k.key.layout.kind,
+                         [&](auto kind) { score_row<decltype(kind)::value>(a, p, j, begin, tokens, row, s); });
+    }
     const int whole = whole_vectors(tokens);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Keys>(a.key, p, j, begin, t, tokens, z);
-        unpack_keys(z, codes + t / 16 * KEY_VECTORS);
-        unpack_halves(z, s.halves + t);
+        const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
+        unpack_keys(k, z, codes + t / 16 * k.key_vectors);
+        unpack_halves(k, z, s.halves + t);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
@@ -527,11 +486,12 @@ INLINE int scale_and_split(int64_t row, int whole, float* unit, float* total, Sc
 
 // Sums of products from vector `vector` on, without the middle of the codes, are added to a state.
 template <int VECTORS, int PARTS>
-INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], int vector, int count, float unit, float total, State& to) {
+INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], const Side& side, int vector, int count, float unit,
+                     float total, State& to) {
     UNROLL(4) for (int v = 0; v < VECTORS; v++) {
         if (v >= count) continue;
         float* sum = to.sum + 16 * (vector + v);
-        const Floats16 x = joined(sums[v]) - total * load(VALUE_CHANNELS.middle + 16 * (vector + v));
+        const Floats16 x = joined(sums[v]) - total * load(side.middle.data() + 16 * (vector + v));
         store(sum, load(sum) + unit * x);
     }
 }
@@ -540,50 +500,58 @@ template <int ROWS, int VECTORS, int PARTS>
 INLINE void mix_bytes(int vector, int count, const float* unit, const float* total, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
-    // clang-format off
-    multiply<ROWS, VECTORS, PARTS, VALUE_VECTORS, 1, TILE / 4>(
-        codes, reinterpret_cast<const int32_t*>(s.weights), count, sums);
-    // clang-format on
-    UNROLL(5) for (int r = 0; r < ROWS; r++) add_sums(sums[r], vector, VECTORS, unit[r], total[r], states[r]);
+    const auto* weights = reinterpret_cast<const int32_t*>(s.weights);
+    multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, weights, TILE / 4, count, sums);
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
+        add_sums(sums[r], s.kernel.value, vector, VECTORS, unit[r], total[r], states[r]);
+    }
 }
 
 template <int ROWS, int PARTS>
 void mix_block(int count, const float* unit, const float* total, State* states, Scratch& s) {
-    constexpr int VECTORS = vectors_for(ROWS, PARTS), REST = VALUE_VECTORS % VECTORS, WHOLE = VALUE_VECTORS - REST;
-    for (int v = 0; v < WHOLE; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, unit, total, states, s);
-    if constexpr (REST > 0) mix_bytes<ROWS, REST, PARTS>(WHOLE, count, unit, total, states, s);
+    constexpr int VECTORS = vectors_for(ROWS, PARTS);
+    const int all = s.kernel.value_vectors, rest = all % VECTORS;
+    for (int v = 0; v < all - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, unit, total, states, s);
+    const auto mix_rest = [&](int v, auto vectors) {
+        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, unit, total, states, s);
+    };
+    for_count(rest, all - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
 }
 
 // One row: codes are multiplied as soon as they are there.
 template <int PARTS>
 void mix_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, float unit, float total,
              State& state, Scratch& s) {
-    each<slices_for(VALUE_LAYOUT.count)>([&](auto slice) {
-        constexpr int S = decltype(slice)::value, COUNT = std::min(VALUE_VECTORS - 4 * S, 4);
-        __m512i sums[4][PARTS] = {};
-        for (int t = 0; t < tokens; t += 16) {
-            const uint8_t* z[16];
-            rows_of<Values>(a.value, p, j, begin, t, tokens, z);
-            UNROLL(4) for (int i = 0; i < 16; i += 4) {
-                __m512i codes[4];
-                unpack_slice<S>(z + i, codes);
-                UNROLL(3) for (int part = 0; part < PARTS; part++) {
-                    const int32_t& weight = *reinterpret_cast<const int32_t*>(s.weights + part * TILE + t + i);
-                    UNROLL(4) for (int v = 0; v < COUNT; v++) {
-                        sums[v][part] = add_products(sums[v][part], codes[v], weight);
+    const Side& side = s.kernel.value;
+    int vector = 0;
+    for (const Slice& slice : side.layout.slices) {
+        with_slice(slice, [&](const auto& taken) {
+            __m512i sums[4][PARTS] = {};
+            for (int t = 0; t < tokens; t += 16) {
+                const Sixteen z = rows_of(a, side, a.value, p, j, begin, t, tokens, vector == 0, s);
+                UNROLL(4) for (int i = 0; i < 16; i += 4) {
+                    __m512i codes[4];
+                    unpack_slice(taken, z, i, codes);
+                    UNROLL(3) for (int part = 0; part < PARTS; part++) {
+                        const int32_t& weight = *reinterpret_cast<const int32_t*>(s.weights + part * TILE + t + i);
+                        UNROLL(4) for (int v = 0; v < 4; v++) {
+                            sums[v][part] = add_products(sums[v][part], codes[v], weight);
+                        }
                     }
                 }
             }
-        }
-        add_sums(sums, 4 * S, COUNT, unit, total, state);
-    });
+            add_sums(sums, side, vector, s.kernel.value_vectors - vector, unit, total, state);
+        });
+        vector += 4;
+    }
 }
 
 // Adds a tile of values to the states of `rows` rows from `row` on, all of them of latent head j.
 void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
                Scratch& s) {
     const int whole = whole_vectors(tokens);
-    load_scales<Values>(a.value_scale, p, j, begin, tokens, s);
+    const Kernel& k = s.kernel;
+    load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         float unit, total;
         const int parts = scale_and_split<1>(row, whole, &unit, &total, s);
@@ -593,9 +561,8 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     }
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
-        const uint8_t* z[16];
-        rows_of<Values>(a.value, p, j, begin, t, tokens, z);
-        for (int i = 0; i < 16; i += 4) unpack_values(z + i, codes + (t + i) / 4 * VALUE_VECTORS);
+        const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
+        unpack_values(k, z, codes + t / 4 * k.value_vectors);
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;

@@ -14,4 +14,5 @@ struct Attention {
     int64_t page_heads, page_count, page_tokens;
     void *output, *lse;
     double scale, softcap;
+    const void* kernel;  // the table of the latents
 };

@@ -22,7 +22,8 @@ def nothing_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("fhopt.system._warned", set())
     monkeypatch.setattr(DISPATCH, "_kernels", {})
     monkeypatch.setattr(DISPATCH, "builder", Builder(waits=True))
-    monkeypatch.setattr(DISPATCH, "_expected", set())  # a plan that was applied before and never read
     build.cache_clear()
+    BUILD._library.cache_clear()
     yield
     build.cache_clear()
+    BUILD._library.cache_clear()

@@ -1,13 +1,16 @@
-"""Kernels that are built in the background: when, with what, and what is left when a process ends first."""
+"""Libraries that are built in the background: when, and what is left when a process ends first."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,104 +19,114 @@ from needs import needs_compiler
 from fhopt.codegen import background
 from fhopt.codegen.background import Builder
 from fhopt.codegen.build import build_torch
-from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
 
-SPECS = [KernelSpec((), (), width, width, "float32", False) for width in range(8, 14)]
+NAMES = [f"library {number}" for number in range(6)]
+SPEC = KernelSpec((), (), 8, 8, "float32", False)
 
 
 class Compiler:
-    """Stands in for `build`: says what is built when, and builds when it may."""
+    """Stands in for what builds a library: says what is built when, and builds when it may."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: int = 2) -> None:
-        self.may, self.running, self.most, self.built = threading.Event(), 0, 0, list[KernelSpec]()
+    def __init__(self) -> None:
+        self.may, self.running, self.most, self.built = threading.Event(), 0, 0, list[str]()
         self.lock = threading.Lock()
-        monkeypatch.setattr(background, "build", self.build)
-        monkeypatch.setattr(background, "needs_compiler", lambda spec: True)
-        monkeypatch.setattr(background, "cores", lambda: cores)
 
-    def build(self, spec: KernelSpec) -> LatentKernel:
+    def job(self, name: str) -> Callable[[], str]:
+        return functools.partial(self.build, name)
+
+    def build(self, name: str) -> str:
         with self.lock:
             self.running += 1
             self.most = max(self.most, self.running)
         self.may.wait(30)
         with self.lock:
             self.running -= 1
-            self.built.append(spec)
-        return build_torch(spec)
+            self.built.append(name)
+        return name.upper()
+
+    def get(self, builder: Builder, name: str) -> str | None:
+        return builder.get(name, self.job(name), lambda: True)
 
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    return Compiler(monkeypatch)
+    monkeypatch.setattr(background, "cores", lambda: 2)
+    return Compiler()
 
 
-def test_a_kernel_is_not_there_until_it_is_built(compiler: Compiler) -> None:
+def test_a_library_is_not_there_until_it_is_built(compiler: Compiler) -> None:
     builder = Builder()
-    assert builder.kernel(SPECS[0]) is None and builder.kernel(SPECS[0]) is None
+    assert compiler.get(builder, "pack") is None and compiler.get(builder, "pack") is None
     compiler.may.set()
     builder.wait()
-    assert builder.kernel(SPECS[0]) is not None
-    assert compiler.built == [SPECS[0]]
+    assert compiler.get(builder, "pack") == "PACK"
+    assert compiler.built == ["pack"]
 
 
-def test_others_are_built_with_it_as_many_at_once_as_there_are_cores(compiler: Compiler) -> None:
+def test_as_many_are_built_at_once_as_there_are_cores(compiler: Compiler) -> None:
     builder = Builder()
-    assert builder.kernel(SPECS[0], SPECS) is None
+    for name in NAMES:
+        builder.start(name, compiler.job(name))
     deadline = time.monotonic() + 30
     while compiler.running < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     compiler.may.set()
-    builder.wait(SPECS)
-    assert sorted(compiler.built, key=lambda spec: spec.name) == sorted(SPECS, key=lambda spec: spec.name)
-    assert compiler.most == 2
-    assert all(builder.kernel(spec) is not None for spec in SPECS)
+    builder.wait(NAMES)
+    assert sorted(compiler.built) == NAMES and compiler.most == 2
+    assert [compiler.get(builder, name) for name in NAMES] == [name.upper() for name in NAMES]
 
 
-def test_a_builder_may_wait_for_every_kernel(compiler: Compiler) -> None:
+def test_a_builder_may_wait_for_every_library(compiler: Compiler) -> None:
     compiler.may.set()
-    assert Builder(waits=True).kernel(SPECS[0]) is not None
+    assert compiler.get(Builder(waits=True), "pack") == "PACK"
 
 
-def test_a_kernel_that_needs_no_compiler_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "build", build_torch)
-    monkeypatch.setattr(background, "needs_compiler", lambda spec: False)
-    assert Builder().kernel(SPECS[0]) is not None
+def test_a_library_that_needs_no_compiler_is_there_at_once() -> None:
+    assert Builder().get("pack", lambda: 7, lambda: False) == 7
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_cannot_be_built_is_said_to_whoever_asks(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(spec: KernelSpec) -> LatentKernel:
-        raise ValueError(spec.name)
+def test_what_cannot_be_built_is_said_to_whoever_asks(waits: bool) -> None:
+    def fails() -> None:
+        raise ValueError("no library")
 
-    monkeypatch.setattr(background, "build", fails)
-    monkeypatch.setattr(background, "needs_compiler", lambda spec: True)
     builder = Builder(waits)
     if not waits:
-        assert builder.kernel(SPECS[0]) is None
+        assert builder.get("pack", fails, lambda: True) is None
         builder.wait()
     for _ in range(2):
-        with pytest.raises(ValueError, match=SPECS[0].name):
-            builder.kernel(SPECS[0])
+        with pytest.raises(ValueError, match="no library"):
+            builder.get("pack", fails, lambda: True)
 
 
-def test_threads_that_ask_at_once_get_one_kernel(compiler: Compiler) -> None:
-    builder, found = Builder(waits=True), list[LatentKernel | None]()
-    threads = [threading.Thread(target=lambda: found.append(builder.kernel(SPECS[0]))) for _ in range(8)]
+def test_threads_that_ask_at_once_get_one_library(compiler: Compiler) -> None:
+    builder, found = Builder(waits=True), list[str | None]()
+    threads = [threading.Thread(target=lambda: found.append(compiler.get(builder, "pack"))) for _ in range(8)]
     for thread in threads:
         thread.start()
     compiler.may.set()
     for thread in threads:
         thread.join(30)
-    assert len(found) == 8 and len(set(map(id, found))) == 1 and compiler.built == [SPECS[0]]
+    assert found == ["PACK"] * 8 and compiler.built == ["pack"]
+
+
+def test_every_spec_is_served_once_the_library_of_kernels_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    may = threading.Event()
+    monkeypatch.setattr(background, "load_library", lambda: may.wait(30))
+    monkeypatch.setattr(background, "needs_compiler", lambda: True)
+    monkeypatch.setattr(background, "build", build_torch)
+    builder = Builder()
+    assert builder.kernel(SPEC) is None
+    may.set()
+    builder.wait()
+    assert builder.kernel(SPEC) is not None and builder.kernel(replace(SPEC, softcap=True)) is not None
 
 
 PROGRAM = """
     from fhopt.codegen.background import builder
     from fhopt.plan.kernel_spec import KernelSpec
-    groups = ((8, 16, 0.03), (5, 24, 0.2), (4, 88, 0.3), (3, 64, 0.6), (2, 64, 1.0))
-    specs = [KernelSpec(groups, groups, 256, 256, "float32", softcap) for softcap in (False, True)]
-    assert builder.kernel(specs[0], specs) is None
+    assert builder.kernel(KernelSpec((), (), 8, 8, "float32", False)) is None
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -74,10 +75,21 @@ def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
 
 @needs_compiler
 def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = CASES["one token"].spec()
-    build_cpp(spec)
+    build_cpp(CASES["one token"].spec())
+    BUILD._library.cache_clear()
     monkeypatch.setattr(COMPILER, "_compile", lambda *_: pytest.fail("compiled again"))
-    build_cpp(spec)
+    for case in CASES.values():  # one library serves all
+        build_cpp(case.spec())
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86-64")
+def test_kernels_of_another_instruction_set_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FHOPT_ISA", "x86-64-v2")
+    assert vector_unit().startswith("vectors of 4 floats")
+    for case in CASES.values():
+        x = inputs(case)
+        assert_same(build_cpp(case.spec())(*x, None, **case.options()), expected(case, x, None))
 
 
 def test_the_vector_unit_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from attention_cases import CASES, UNCODED, Case, assert_same, expected, inputs
 from needs import needs_compiler
-from small_models import Fitted, token_ids
+from small_models import Fitted
 from torch import Tensor
 
-from fhopt.cache.latent_cache import LatentCache
 from fhopt.codegen import background
 from fhopt.codegen.build import build_cpp, build_torch
 from fhopt.codegen.dispatch import install, latent_attention
@@ -34,73 +33,36 @@ def read(width: int) -> Tensor:
     return latent_attention(rows, rows, None, rows, None, None, scale=1.0, **options)[0]
 
 
-def uncoded(*widths: int) -> list[KernelSpec]:
-    return [KernelSpec((), (), width, width, "float32", False) for width in widths]
-
-
-def test_kernels_that_are_expected_are_built_with_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Side by side, each once; others bring nothing with them, and what was expected before is forgotten."""
-    forgotten, *awaited, other = uncoded(8, 9, 10, 11)
-    built: list[str] = []
-    together = threading.Barrier(2, timeout=30)
-
-    def watched(spec: KernelSpec) -> LatentKernel:
-        built.append(spec.name)
-        if spec in awaited:
-            together.wait()
-        return build_torch(spec)
-
-    monkeypatch.setattr(background, "build", watched)
-    monkeypatch.setattr(background, "cores", lambda: 2)
-    DISPATCH.expect([forgotten])
-    DISPATCH.expect(awaited)
-    read(11)
-    assert built == [other.name]
-    read(9)
-    read(10)
-    assert sorted(built) == sorted([other.name, *(spec.name for spec in awaited)])
-    assert DISPATCH._expected == set()
-
-
-def test_calls_run_on_torch_operations_until_their_kernel_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    (spec,) = uncoded(12)
+def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     may_build, used = threading.Event(), []
 
     def watched(spec: KernelSpec) -> LatentKernel:
-        may_build.wait(30)
         kernel = build_torch(spec)
         return lambda *args, **options: used.append(spec) or kernel(*args, **options)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(background, "build", watched)
-    monkeypatch.setattr(background, "needs_compiler", lambda spec: True)
+    monkeypatch.setattr(background, "load_library", lambda: may_build.wait(30))
+    monkeypatch.setattr(background, "needs_compiler", lambda: True)
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
+    monkeypatch.setattr("fhopt.codegen.cpu.packing.start", lambda: None)
     torch.manual_seed(0)
     before = read(12)
     assert not used and not DISPATCH._kernels
     may_build.set()
-    DISPATCH.prepare([spec])
+    DISPATCH.prepare()
     torch.manual_seed(0)
     torch.testing.assert_close(read(12), before)
-    assert used == [spec] and len(DISPATCH._kernels) == 1
+    assert used == [KernelSpec((), (), 12, 12, "float32", False)] and len(DISPATCH._kernels) == 1
 
 
-def test_a_plan_expects_the_kernels_that_its_cache_will_call(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: set[KernelSpec] = set()
-    expected: list[set[KernelSpec]] = []
-
-    def watched(spec: KernelSpec) -> LatentKernel:
-        asked.add(spec)
-        return build_torch(spec)
-
-    monkeypatch.setattr(background, "build", watched)
-    monkeypatch.setattr("fhopt.codegen.expect", lambda specs: expected.append(set(specs)))
-    plan = llama.plan(4, window_bits=16)
-    with torch.no_grad(), switched(llama.model, plan):
-        cache = LatentCache(plan, llama.model.config)
-        llama.model(token_ids(1, 60), past_key_values=cache)
-        llama.model(token_ids(1, 1), past_key_values=cache)
-    assert len(expected) == 1 and expected[0] and expected[0] <= asked
-    assert {spec for spec in asked if spec.key_tiers} == expected[0]
+@pytest.mark.parametrize(("ratio", "starts"), [(4.0, 1), (1.0, 0)])
+def test_a_plan_that_reads_latents_starts_to_build_their_kernels(
+    llama: Fitted, ratio: float, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr("fhopt.codegen.start", lambda: started.append(1))
+    with switched(llama.model, llama.plan(ratio)):
+        assert len(started) == starts
 
 
 def test_the_op_runs_through_the_kernel_of_its_arguments_once_installed() -> None:
