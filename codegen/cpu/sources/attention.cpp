@@ -46,6 +46,11 @@
 template <class V, int BITS>
 INLINE V lanes_of(const uint8_t* plane) {
     if constexpr (BITS == 8) {
+#if defined(__AVX2__)  // which GCC does not find by itself
+        if constexpr (sizeof(V) == sizeof(Ints8)) {
+            return (V)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(plane)));
+        }
+#endif
         typedef uint8_t Bytes __attribute__((vector_size(sizeof(V) / 4)));
         Bytes bytes;
         std::memcpy(&bytes, plane, sizeof bytes);
