@@ -8,11 +8,22 @@
 - `fhopt::pack` and `fhopt::unpack` need no spec: one C++ file (cpu/packing.py), two Triton kernels (gpu/packing.py).
 - `start()`: libraries for CPUs are compiled in the background (background.py), once on a machine; `prepare()` waits
   for them, `waiting()` for all that calls need.
+- `skinny_linear(x, w, b)`: a linear layer on few rows, in eager mode (dispatch.py).
 - `install()`: fill in the kernels of all ops; nothing else does.
 """
 
 from fhopt.codegen.build import build, render
 from fhopt.codegen.cpu.graph_kernels import call_kernels
-from fhopt.codegen.dispatch import install, latent_attention, prepare, start, waiting
+from fhopt.codegen.dispatch import install, latent_attention, prepare, skinny_linear, start, waiting
 
-__all__ = ["build", "call_kernels", "install", "latent_attention", "prepare", "render", "start", "waiting"]
+__all__ = [
+    "build",
+    "call_kernels",
+    "install",
+    "latent_attention",
+    "prepare",
+    "render",
+    "skinny_linear",
+    "start",
+    "waiting",
+]

@@ -6,7 +6,7 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.build import build_torch, build_triton
+from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
+from fhopt.codegen.cpu import skinny_linear as skinny_products
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
@@ -32,6 +34,7 @@ from fhopt.system import has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
+_skinny: Callable[[Tensor, Tensor, Tensor | None], Tensor | None] | None = None  # once it was built, or could not be
 
 
 def install() -> None:
@@ -72,6 +75,22 @@ def waiting() -> Iterator[None]:
         yield
     finally:
         builder.waits = before
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Compute a linear layer on few rows by a compiled kernel; None where it does not serve, or is not built yet.
+
+    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]. For calls without gradients.
+    """
+    global _skinny
+    if not skinny_products.serves(x, weight, bias):
+        return None
+    if not _skinny:
+        ready = builder.get("products", graph_kernels.serve_skinny, graph_kernels.compiles_skinny)
+        if ready is None:
+            return None
+        _skinny = torch.ops.fhopt.skinny_linear.default if ready else skinny_products.declines
+    return _skinny(x, weight, bias)
 
 
 def latent_attention(

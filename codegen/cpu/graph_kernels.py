@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fhopt.codegen.build import build
-from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import packing, skinny_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
@@ -42,6 +42,7 @@ from fhopt.codegen.tiers import UNCODED_DTYPES, is_scaled
 from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
 
+NAME = "ops"  # of the library
 log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
@@ -284,6 +285,12 @@ def serve_skinny() -> bool:
     return True
 
 
+def compiles_skinny() -> bool:
+    """Return whether `serve_skinny` runs a compiler, which takes seconds; once on a machine it does."""
+    products = compiles(skinny_linear.NAME, skinny_linear.render())
+    return products or compiles(NAME, render(), _flags()) or packing.compiles_library()
+
+
 def render() -> str:
     """Render the C++ file; it is always the same."""
     return read_source("fhopt.codegen.cpu", "graph_kernels.cpp").substitute(page_quantum=PAGE_QUANTUM)
@@ -295,15 +302,19 @@ def torch_flags() -> tuple[str, ...]:
     return "-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
+def _flags() -> tuple[str, ...]:
+    """Return the flags of the library: a file for each version of torch."""
+    return (*torch_flags(), f'-DFHOPT_TORCH="{torch.__version__}"')
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Compile and load the library of C++ ops; None where it cannot be built."""
     functions = packing.library()
     if functions is None:
         return None
-    flags = (*torch_flags(), f'-DFHOPT_TORCH="{torch.__version__}"')  # a file for each version of torch
     try:
-        loaded = load("ops", render(), flags, ("-ltorch_cpu",))
+        loaded = load(NAME, render(), _flags(), ("-ltorch_cpu",))
     except CompileError as error:
         log.info("%s Calls of kernels go through Python, which costs some 30 microseconds each.", error)
         return None

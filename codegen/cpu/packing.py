@@ -89,8 +89,13 @@ def render() -> str:
 
 def _built() -> tuple[Any, Any] | None:
     """Return what `library` does; None also while it is being compiled, in the background."""
-    functions: tuple[Any, Any] | None = builder.get(NAME, library, lambda: compiles(NAME, render(), _FLAGS))
+    functions: tuple[Any, Any] | None = builder.get(NAME, library, compiles_library)
     return functions
+
+
+def compiles_library() -> bool:
+    """Return whether `library` runs a compiler, which takes seconds; once on a machine it does."""
+    return compiles(NAME, render(), _FLAGS)
 
 
 def start() -> None:

@@ -17,12 +17,37 @@ import ctypes
 import functools
 import logging
 
+import torch
+from torch import Tensor
+
 from fhopt.codegen.compiler import CompileError, load
 from fhopt.codegen.source_files import read_source
 
+NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the kernel takes an eager call: plain dense tensors of one type on the CPU, few rows.
+
+    Rows and columns are what the module says; weights of less than LEAST_BYTES are left to torch.
+    """
+    if type(x) is not Tensor or x.dtype not in _DTYPES or weight.dtype != x.dtype or x.device.type != "cpu":
+        return False
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.device.type != "cpu" or weight.stride(-1) != 1:
+        return False
+    if not 1 <= x.numel() // max(x.shape[-1], 1) <= MOST_ROWS or x.shape[-1] != weight.shape[1]:
+        return False
+    if weight.numel() * weight.element_size() < LEAST_BYTES or torch.is_autocast_enabled("cpu"):
+        return False
+    return bias is None or (bias.dtype == x.dtype and type(bias) in (Tensor, torch.nn.Parameter))
+
+
+def declines(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Stand in for the kernel where it cannot be built."""
 
 
 def render() -> str:
@@ -34,7 +59,7 @@ def render() -> str:
 def address() -> int | None:
     """Return the address of the compiled function `skinny`; None where it cannot be compiled."""
     try:
-        return ctypes.cast(load("skinny", render()).skinny, ctypes.c_void_p).value
+        return ctypes.cast(load(NAME, render()).skinny, ctypes.c_void_p).value
     except CompileError as error:
         log.info("%s Products of few rows are left to torch.", error)
         return None

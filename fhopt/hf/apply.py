@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.models.model_facts import cache_argument, encoder_path, implementations, is_inside, text_key, uses_interface
 from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import local_plan
@@ -40,13 +41,16 @@ class _Applied:
     config: Any  # of the model
 
 
-def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
+def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True) -> torch.nn.Module:
     """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
 
     `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
     of an encoder are left alone: they have no KV cache. Where the model's heads are spread over processes
     (fhopt/parallel/tensor_parallel.py), all of them must call this with the same plan. Raises FhoptError when the model
     is of another kind, not the one that the plan was fitted for, or spread in a way that the plan does not allow.
+
+    skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once
+    (fhopt/hf/skinny_products.py), also where the plan leaves all attention exact; False leaves them to torch.
 
     Kernels that no process has built yet are built beside the first calls; `prepare` waits for them.
     """
@@ -91,6 +95,8 @@ def apply(model: torch.nn.Module, plan: LatentPlan) -> torch.nn.Module:
     fhopt.codegen.install()
     if _reads_latents(network):
         fhopt.codegen.start()
+    if skinny_products:
+        replace_products(model)
     return model
 
 
@@ -145,6 +151,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
         applied.reader.active = False
         if _uses_latents(network.config):
             network.set_attn_implementation(applied.before)
+        restore_products(model)
         del network._fhopt_applied
     return model
 

@@ -1,0 +1,44 @@
+"""Linear layers of a model with a plan by kernels for few rows, in eager mode on a CPU.
+
+    before   y = F.linear(x, w, b)                torch brings w into an order of its own, in each call
+    after    y = fhopt.skinny_linear(x, w, b)     w is read once (fhopt/codegen/cpu/skinny_linear.py)
+
+Decoding is bound by reading weights and cache. Calls that the kernel does not serve are torch's as before: more than 16
+rows, gradients, autocast, weights that are no plain dense tensors, graphs that are being compiled (which have ways of
+their own, fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernel is built.
+
+Letters: M rows, K width of the input, N width of the output.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fhopt.codegen import skinny_linear
+
+
+def replace_products(model: torch.nn.Module) -> None:
+    """Let linear layers of `model` multiply few rows by a kernel; those whose `forward` is not torch's stay."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and "forward" not in vars(module):
+            vars(module)["forward"] = MethodType(_forward, module)
+
+
+def restore_products(model: torch.nn.Module) -> None:
+    """Undo `replace_products`."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+            del vars(module)["forward"]
+
+
+def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
+    """Compute x [..., K] w^T [K, N] + bias [N] -> [..., N]."""
+    weight, bias = self.weight, self.bias
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return linear(input, weight, bias)
+    output = skinny_linear(input, weight, bias)
+    return linear(input, weight, bias) if output is None else output
