@@ -37,8 +37,8 @@ DEFAULT = FitOptions()
 def options_for(sequences: int, quick: bool) -> FitOptions:
     """Return the default options with so many sequences in all."""
     first = max(1, round(sequences * DEFAULT.sequences / (DEFAULT.sequences + DEFAULT.rate_sequences)))
-    sizes = dict(context=256, recent=64, sequences=5) if quick else {}
-    return replace(DEFAULT, **{"sequences": first, "rate_sequences": sequences - first, **sizes})
+    options = replace(DEFAULT, sequences=first, rate_sequences=sequences - first)
+    return replace(options, context=256, recent=64, sequences=5) if quick else options
 
 
 def measure_count(loaded: LoadedModel, case: str, options: FitOptions, texts: list[Text]) -> list[Row]:
