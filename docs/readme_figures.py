@@ -37,7 +37,8 @@ NAMES = {
     "snapkv": "SnapKV",
     "expected-attention": "Expected Attention",
 }  # families of caches in the files, in the words of the README; others by their own name
-MARKS = {"fhopt": "o", "kivi": "K", "rtn": "R", "quanto": "Q", "low-rank": "L"}  # of the chart; others: +
+MARKS = {"fhopt": "o", "kivi": "K", "rtn": "R", "quanto": "Q", "low-rank": "L"}  # of the chart
+LEGEND = {"o": "fhopt", "K": "KIVI", "R": "round-to-nearest", "Q": "quanto", "L": "low rank", "+": "others"}
 
 
 @dataclass(frozen=True)
@@ -133,24 +134,26 @@ def _item(text: str) -> str:
 
 def chart(folder: Path) -> str:
     """Draw loss against size in characters: KL on a logarithmic axis, caches of the benchmark of quality as letters."""
-    shown = [cache for cache in caches(_read(folder, "quality")) if cache.size >= 1.8]
+    known = [cache for cache in caches(_read(folder, "quality")) if cache.size >= 1.8]
+    shown = sorted(known, key=lambda cache: cache.family == FHOPT)  # on top of others
     width, rows_a_decade, top, bottom = 60, 3, 0, -4
     grid = [[" "] * width for _ in range((top - bottom) * rows_a_decade + 1)]
     least, most = math.log(1.8), math.log(max(cache.size for cache in shown) * 1.04)
     for cache in shown:
         column = round((math.log(cache.size) - least) / (most - least) * (width - 1))
-        row = round((top - math.log10(max(cache.kl, 10**bottom))) * rows_a_decade)
-        grid[max(0, row)][column] = MARKS.get(cache.family, "+")
+        depth = round((top - math.log10(max(cache.kl, 10**bottom))) * rows_a_decade)
+        grid[max(0, depth)][column] = MARKS.get(cache.family, "+")
     lines = []
     for at, row in enumerate(grid):
-        power = top - at // rows_a_decade
-        label = f"{10.0**power:g}" if at % rows_a_decade == 0 else ""
+        label = f"{10.0 ** (top - at // rows_a_decade):g}" if at % rows_a_decade == 0 else ""
         lines.append(f"{label:>8} |{''.join(row)}".rstrip())
-    return "\n".join(["```text", "KL, nats a token", *lines, *_scale(least, most, width), "```"])
+    marks = {MARKS.get(cache.family, "+") for cache in shown}
+    legend = "   ".join(f"{mark} {name}" for mark, name in LEGEND.items() if mark in marks)
+    return "\n".join(["```text", "KL, nats a token", *lines, *_scale(least, most, width), f"{'':>10}{legend}", "```"])
 
 
 def _scale(least: float, most: float, width: int) -> Iterable[str]:
-    """Return the horizontal axis of the chart, and its legend."""
+    """Return the horizontal axis of the chart."""
     labels = [" "] * (width + 4)
     for size in (2, 3, 4, 6, 8, 12):
         column = round((math.log(size) - least) / (most - least) * (width - 1))
@@ -158,7 +161,6 @@ def _scale(least: float, most: float, width: int) -> Iterable[str]:
             labels[column : column + len(f"{size}x")] = f"{size}x"
     yield f"{'':>8} +{'-' * width}"
     yield f"{'':>10}{''.join(labels)}".rstrip() + "  smaller than 16 bits"
-    yield f"{'':>10}o fhopt   K KIVI   R round-to-nearest   Q quanto   L low rank"
 
 
 def rivals(folder: Path) -> str:
