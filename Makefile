@@ -103,6 +103,7 @@ bench-attention: $(READY)  ## attention of one token on this CPU, against every 
 docs: $(READY)  ## the documentation, into build/docs: warnings and broken links are errors
 	$(BIN)/python docs/error_catalogue.py
 	$(BIN)/python docs/results_page.py
+	$(BIN)/python docs/readme_figures.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "make docs: open build/docs/index.html"
 

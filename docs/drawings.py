@@ -82,6 +82,54 @@ def stages() -> str:
     return diagram.svg
 
 
+PASSES: dict[str, tuple[tuple[str, str, str, str], ...]] = {
+    "as written": (
+        ("q", "score", "io", "q"),
+        ("k", "score", "io", "k"),
+        ("score", "divide", "attention", "matmul"),
+        ("divide", "softmax", "attention", "/ sqrt(D)"),
+        ("softmax", "mix", "attention", "softmax"),
+        ("v", "mix", "io", "v"),
+        ("mix", "", "attention", "matmul"),
+    ),
+    "after normalize": (
+        ("q", "attention", "io", "q"),
+        ("k", "attention", "io", "k"),
+        ("v", "attention", "io", "v"),
+        ("attention", "", "attention", "fhopt::attention"),
+    ),
+    "after compress": (
+        ("q", "attention", "io", "q"),
+        ("kv", "encode", "io", "k, v"),
+        ("encode", "pack", "latent", "encode"),
+        ("pack", "unpack", "cache", "pack: the KV cache"),
+        ("unpack", "decode", "cache", "unpack"),
+        ("decode", "attention", "latent", "decode"),
+        ("attention", "", "attention", "fhopt::attention"),
+    ),
+    "after absorb": (
+        ("q", "absorb", "io", "q"),
+        ("absorb", "attention", "latent", "absorb"),
+        ("kv", "encode", "io", "k, v"),
+        ("encode", "pack", "latent", "encode"),
+        ("pack", "attention", "cache", "pack: the KV cache"),
+        ("attention", "expand", "attention", "fhopt::latent_attention"),
+        ("expand", "", "latent", "expand"),
+    ),
+}  # of each column: node, the node that reads it, role, text
+
+
+def passes() -> str:
+    """Draw one attention as it is written, and in the graph after each of three passes, side by side."""
+    diagram = Diagram()
+    for name, nodes in PASSES.items():
+        for node, target, role, text in nodes:
+            diagram.node(f"{name} {node}", role, text)
+            diagram.edge(f"{name} {node}", f"{name} {target}")
+        diagram.node(f"{name} ", "io", "o", name)
+    return diagram.svg
+
+
 def cache() -> str:
     """Draw the parts of a latent KV cache, and the packed latent of one token."""
     figure = _figure(8.4, 3.3)
@@ -162,8 +210,8 @@ def _svg(figure: Any) -> str:
 
 def drawings() -> dict[str, str]:
     """Return all drawings by file name."""
-    others = {"rotation.svg": rotation(), "stages.svg": stages(), "cache.svg": cache(), "filling.svg": filling()}
-    return site_drawings() | others
+    others = {"rotation": rotation, "stages": stages, "passes": passes, "cache": cache, "filling": filling}
+    return site_drawings() | {f"{name}.svg": draw() for name, draw in others.items()}
 
 
 def main(folder: Path) -> None:

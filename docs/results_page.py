@@ -353,9 +353,10 @@ HEAD = """<!-- Made by docs/results_page.py from benchmarks/results. Do not edit
 # Measured results
 
 All figures on this page were written by benchmarks of the repository into `benchmarks/results`; `make docs` generates
-the page from these files. Each command measures again on your machine. For what the figures do not show, see the
-[limits](limits.md): above all, quality was measured on models of 135M and 500M parameters and on one encoder, and the
-other methods were run as published, not tuned.
+the page from these files. Each command measures again on your machine. How to read them:
+[what the measurements say](measurements.md). For what they do not show, see the [limits](limits.md): above all, quality
+was measured on models of 135M to 1.5B parameters and on one encoder, and the other methods were run as published, not
+tuned.
 """
 
 

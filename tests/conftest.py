@@ -58,6 +58,7 @@ WITHOUT_KERNELS = (
     "integration/test_examples.py",
     "integration/test_families.py",
     "integration/test_input_layout.py",
+    "integration/test_readme.py",
     "robustness/test_fuzz_capture.py",
 )
 # A suite that fails does so again: the same inputs every time. `make fuzz` takes other ones.

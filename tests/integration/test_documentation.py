@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +16,10 @@ from xml.etree import ElementTree
 
 import click
 import pytest
+from click.testing import CliRunner
+from gguf_models import save_text_gguf
+from small_models import tiny_llama
+from text_models import save_text_model
 
 import fhopt
 from fhopt.cli.app import main
@@ -22,11 +27,23 @@ from fhopt.cli.app import main
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
+OWN_MODEL = DOCS / "tutorials" / "own_model.md"  # its programs need what its commands made: a test of their own
 TUTORIALS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("any_module", "encoder") else [])
     for path in sorted((DOCS / "tutorials").glob("*.md"))
-]  # those that compile graphs are slow
-SPOKEN = [ROOT / "README.md", *PAGES]
+    if path != OWN_MODEL
+] + [pytest.param(DOCS / name, id=Path(name).stem) for name in ("howto/reuse_a_prompt.md", "rewriting.md")]
+# those that compile graphs are slow
+SHORT = {
+    "inspect": (),
+    "fit": ("--sequences", "2", "--rate-sequences", "2"),
+    "generate": ("--max-new-tokens", "4"),
+    "chat": ("--max-new-tokens", "4"),
+    "eval": ("--context", "512"),
+    "bench": ("--contexts", "512", "--decode", "8", "--rounds", "1"),
+    "rewrite": ("--no-measure",),
+}  # options that make the commands of the tutorial short on a small model
+SPOKEN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + PAGES
 SVG_TEXT = "{http://www.w3.org/2000/svg}text"
 
 
@@ -54,6 +71,35 @@ def test_the_programs_of_a_tutorial_run_one_after_the_other(
     assert programs(page)
     for number, program in enumerate(programs(page), 1):
         exec(compile(program, f"{page.name}, program {number}", "exec"), known)
+
+
+def type_commands(page: Path, model: str) -> None:
+    """Run the commands of a page one after the other, on another model than `my-model`."""
+    lines = re.findall(r"^ {4}(fhopt .*)$", page.read_text(), flags=re.M)
+    assert lines
+    for line in lines:
+        _, name, *words = shlex.split(line)
+        arguments = [model if word == "my-model" else word for word in words]
+        result = CliRunner().invoke(main, [name, *arguments, *SHORT[name]], input="hello\n/quit\n")
+        assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+def test_commands_and_program_of_the_first_tutorial_run_on_a_small_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_text_model(tmp_path / "my-model", model=tiny_llama(max_position_embeddings=2048))
+    type_commands(OWN_MODEL, "my-model")
+    (program,) = programs(OWN_MODEL)
+    exec(compile(program, OWN_MODEL.name, "exec"), {"__name__": "tutorial"})
+    assert fhopt.load("latent-model") is not None
+
+
+@pytest.mark.slow
+def test_commands_of_the_first_tutorial_run_on_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_text_gguf(tmp_path / "my-model.gguf")
+    type_commands(OWN_MODEL, "my-model.gguf")
 
 
 @pytest.mark.parametrize("page", SPOKEN, ids=name_of)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import json
 import re
 import runpy
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from character_tokenizer import characters
 from small_models import tiny_llama
+from text_models import TEMPLATE
 
+import fhopt
 from fhopt.backend import online_fit
 from fhopt.models import loader
 from fhopt.models.loaded_model import LoadedModel
@@ -74,6 +81,45 @@ def letters() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """The programs of a notebook's cells."""
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_on_a_small_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its cells run one after the other, and what they show can be displayed in a notebook."""
+    tokenizer = characters()
+    tokenizer.chat_template = TEMPLATE
+    model = LoadedModel("small", tiny_llama(max_position_embeddings=4096), tokenizer)
+    monkeypatch.setattr(loader, "load_model", lambda name: model)
+    monkeypatch.setattr(fhopt, "fit", functools.partial(fhopt.fit, sequences=2, rate_sequences=2))
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {"__name__": "notebook"}
+    values: list[Any] = []
+    monkeypatch.setattr(sys, "displayhook", values.append)
+    for number, cell in enumerate(code_cells(EXAMPLES / "quickstart.ipynb"), 1):
+        exec(compile(ast.Interactive(ast.parse(cell).body), f"cell {number}", "single"), known)
+    shown = {type(value).__name__: value._repr_html_() for value in values if hasattr(value, "_repr_html_")}
+    assert shown.keys() == {"LatentPlan", "Drawing"} and all("<" in text for text in shown.values())
+    assert re.fullmatch(r"exact: .*\nplan:  .*\n[4-9]\.\d\dx smaller at 8,192 tokens\n", capsys.readouterr().out)
+    assert (tmp_path / "plan" / "plan.json").is_file()
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    content = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    codes = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert [cell for cell in codes if cell["outputs"] or cell["execution_count"]] == []
+
+
+def test_every_example_is_short() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    lengths["quickstart.ipynb"] = sum(len(cell.splitlines()) for cell in code_cells(EXAMPLES / "quickstart.ipynb"))
+    assert {name: lines for name, lines in lengths.items() if lines >= 60} == {}
 
 
 def test_every_example_is_tested() -> None:

@@ -1,0 +1,226 @@
+"""Fill the figures of README.md from benchmarks/results/*.json.
+
+    python docs/readme_figures.py      writes README.md
+
+A block of README.md between `<!-- figures: NAME -->` and `<!-- end -->` holds what the function `NAME` of `BLOCKS`
+returns. Every measured figure of the README stands in such a block, and a test compares them with the files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from results_page import RESULTS, ROOT, Results, number, table
+
+README = ROOT / "README.md"
+WIDTH = 120
+CALIBRATED = "topics"  # the text of the benchmark of quality whose other half calibrated the plans
+FHOPT = "fhopt"
+SIZE = 4.0  # times smaller than a 16-bit cache: rivals are compared at the size nearest to it
+NAMES = {
+    "fhopt": "**fhopt**",
+    "kivi": "KIVI",
+    "rtn": "round-to-nearest, by token and head",
+    "quanto": "`QuantizedCache`, quanto",
+    "hqq": "`QuantizedCache`, hqq",
+    "low-rank": "low rank for each head",
+    "turboquant": "TurboQuant",
+    "quarot": "QuaRot",
+    "kvtc": "KVTC",
+    "oscar": "OSCAR",
+    "aatc": "AATC",
+    "snapkv": "SnapKV",
+    "expected-attention": "Expected Attention",
+}  # families of caches in the files, in the words of the README; others by their own name
+MARKS = {"fhopt": "o", "kivi": "K", "rtn": "R", "quanto": "Q", "low-rank": "L"}  # of the chart
+LEGEND = {"o": "fhopt", "K": "KIVI", "R": "round-to-nearest", "Q": "quanto", "L": "low rank", "+": "others"}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Hold what one cache of one size loses, over the texts that calibrated nothing.
+
+    name: of family and bits, in the files. size: how many times smaller than a 16-bit cache. mean, worst: rise of
+    perplexity in percent. kl: mean, in nats a token. texts: how many.
+    """
+
+    name: str
+    size: float
+    mean: float
+    worst: float
+    kl: float
+    texts: int
+
+    @property
+    def family(self) -> str:
+        """Return the name without its size."""
+        return re.sub(r"-(?:[\d.]+(?:bit|x)?|bytes)$", "", self.name)
+
+    @property
+    def shown(self) -> str:
+        """Return the name in the words of the README."""
+        bits = re.search(r"-([\d.]+)bit$", self.name)
+        return NAMES.get(self.family, self.family) + (f", {bits[1]} bits" if bits else "")
+
+
+def caches(results: Results) -> list[Cache]:
+    """Read the caches of the benchmark of quality, the least compressed first."""
+    found: dict[tuple[float, str], dict[str, list[float]]] = {}
+    for metric in ("perplexity_increase_percent", "kl"):
+        for row in results.of(metric):
+            text, size = row["case"].split("@")
+            if text != CALIBRATED:
+                key = float(size.rstrip("x")), row["impl"]
+                found.setdefault(key, {}).setdefault(metric, []).append(row["value"])
+    return [
+        _cache(name, size, figures["perplexity_increase_percent"], figures["kl"])
+        for (size, name), figures in sorted(found.items())
+    ]
+
+
+def _cache(name: str, size: float, rises: list[float], kl: list[float]) -> Cache:
+    """Take means over texts: of perplexity the geometric one, as over all tokens of texts of one length."""
+    mean = 100 * math.expm1(sum(math.log1p(rise / 100) for rise in rises) / len(rises))
+    return Cache(name, size, mean, max(rises), sum(kl) / len(kl), len(rises))
+
+
+# --------------------------------------------------------------------------------------------------- blocks
+
+
+def measured(folder: Path) -> str:
+    """State loss, speed and memory, one figure each, with what it was measured on."""
+    plans = {cache.size: cache for cache in caches(_read(folder, "quality")) if cache.family == FHOPT}
+    lines = [_loss(plans[4.0], plans[8.0]), _speed(_read(folder, "decode")), _memory(_read(folder, "memory"))]
+    return "\n".join(lines)
+
+
+def _loss(four: Cache, eight: Cache) -> str:
+    return _item(
+        f"**Loss.** With a KV cache {four.size:g} times smaller, the perplexity of {four.texts} kinds of text that "
+        f"were not used for calibration changes by {four.mean:+.2f} % (worst text {four.worst:+.2f} %); "
+        f"{eight.size:g} times smaller, by {eight.mean:+.2f} % ({eight.worst:+.2f} %)."
+    )
+
+
+def _speed(results: Results) -> str:
+    cases = [f"batch {batch}, float32, 8,192 tokens" for batch in (8, 1)]
+    rows = {(row["case"], row["impl"]): row for row in results.of("step_ms")}
+    many, one = (rows[case, "fhopt 4x, static"] for case in cases)
+    exact = rows[cases[1], "fhopt exact"]
+    return _item(
+        f"**Speed.** With 8,192 cached tokens and batch 8, a decode step takes {many['value']:.0f} ms; the fastest "
+        f"implementation in transformers takes {many['baseline']:.0f} ms ({many['ratio']:.2f}x). At batch 1: "
+        f"{one['ratio']:.2f}x, and {exact['ratio']:.2f}x with the exact cache (float32, "
+        f"{results.machine['threads']} CPU threads)."
+    )
+
+
+def _memory(results: Results) -> str:
+    exact, four = (results.value("resident_bytes", *case) / 2**20 for case in (("exact", "exact"), ("4x", "fhopt")))
+    return _item(
+        f"**Memory.** Over 8,192 tokens in bfloat16 the process grows by {four:.1f} MiB in place of {exact:.1f} MiB "
+        f"({exact / four:.2f}x less)."
+    )
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def chart(folder: Path) -> str:
+    """Draw loss against size in characters: KL on a logarithmic axis, caches of the benchmark of quality as letters."""
+    known = [cache for cache in caches(_read(folder, "quality")) if cache.size >= 1.8]
+    shown = sorted(known, key=lambda cache: cache.family == FHOPT)  # on top of others
+    width, rows_a_decade, top, bottom = 60, 3, 0, -4
+    grid = [[" "] * width for _ in range((top - bottom) * rows_a_decade + 1)]
+    least, most = math.log(1.8), math.log(max(cache.size for cache in shown) * 1.04)
+    for cache in shown:
+        column = round((math.log(cache.size) - least) / (most - least) * (width - 1))
+        depth = round((top - math.log10(max(cache.kl, 10**bottom))) * rows_a_decade)
+        grid[max(0, depth)][column] = MARKS.get(cache.family, "+")
+    lines = []
+    for at, row in enumerate(grid):
+        label = f"{10.0 ** (top - at // rows_a_decade):g}" if at % rows_a_decade == 0 else ""
+        lines.append(f"{label:>8} |{''.join(row)}".rstrip())
+    marks = {MARKS.get(cache.family, "+") for cache in shown}
+    legend = "   ".join(f"{mark} {name}" for mark, name in LEGEND.items() if mark in marks)
+    return "\n".join(["```text", "KL, nats a token", *lines, *_scale(least, most, width), f"{'':>10}{legend}", "```"])
+
+
+def _scale(least: float, most: float, width: int) -> Iterable[str]:
+    """Return the horizontal axis of the chart."""
+    labels = [" "] * (width + 4)
+    for size in (2, 3, 4, 6, 8, 12):
+        column = round((math.log(size) - least) / (most - least) * (width - 1))
+        if column < width:
+            labels[column : column + len(f"{size}x")] = f"{size}x"
+    yield f"{'':>8} +{'-' * width}"
+    yield f"{'':>10}{''.join(labels)}".rstrip() + "  smaller than 16 bits"
+
+
+def rivals(folder: Path) -> str:
+    """Format a table: plans of fhopt, and each other method at the size nearest to the plan of `SIZE`."""
+    results = _read(folder, "quality")
+    all_caches = caches(results)
+    nearest: dict[str, Cache] = {}
+    for cache in all_caches:
+        known = nearest.get(cache.family)
+        if cache.family != FHOPT and (known is None or _distance(cache) < _distance(known)):
+            nearest[cache.family] = cache
+    shown = [cache for cache in all_caches if cache.family == FHOPT and cache.size in (SIZE, 2 * SIZE)]
+    shown += sorted(nearest.values(), key=lambda cache: cache.kl)
+    lines = (
+        [cache.shown, f"{cache.size:g}x", f"{cache.mean:+.2f} %", f"{cache.worst:+.2f} %", f"{cache.kl:.4f}"]
+        for cache in shown
+    )
+    head = ["KV cache", "smaller", f"perplexity, mean of {shown[0].texts} texts", "worst text", "KL to exact"]
+    return table(head, lines)
+
+
+def _distance(cache: Cache) -> float:
+    return abs(math.log(cache.size / SIZE))
+
+
+def found(folder: Path) -> str:
+    """State in how many graphs attention is found, and how exact the rewrite is."""
+    results = _read(folder, "zoo")
+    passes = results.of("sites_expected")
+    expected, sites = (sum(row["value"] for row in results.of(f"sites_{what}")) for what in ("expected", "found"))
+    output, gradient = (max(r["value"] for r in results.of(f"max_{what}error")) for what in ("", "gradient_"))
+    text = (
+        f"In {number(len(passes))} forward passes of tiny random models (families of transformers, modules of torch, "
+        f"hand-written models, many spellings of attention, and look-alikes, which are none) it finds {number(sites)} "
+        f"of {number(expected)} attentions. After the rewrite outputs differ by at most {output:.1e} of the largest "
+        f"number, gradients by {gradient:.1e}."
+    )
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"measured": measured, "chart": chart, "rivals": rivals, "found": found}
+
+
+def filled(text: str, folder: Path = RESULTS) -> str:
+    """Return the text of README.md with its blocks made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]](folder)}\n{match[3]}"
+
+    return re.sub(r"(<!-- figures: (\w+) -->)\n.*?(<!-- end -->)", block, text, flags=re.S)
+
+
+def _read(folder: Path, name: str) -> Results:
+    return Results.read(folder / f"{name}.json")
+
+
+def main() -> None:
+    """Write README.md."""
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
