@@ -47,8 +47,11 @@ class Builder:
 
         Raises what `codegen.build` raises.
         """
-        there = self.get(ATTENTION, _build_attention, needs_compiler)
-        return build(spec) if there else None
+        return build(spec) if self.has_attention() else None
+
+    def has_attention(self) -> bool:
+        """Return whether the library of kernels is there, or cannot be; False while it is being built."""
+        return bool(self.get(ATTENTION, _build_attention, needs_compiler))
 
     def get(self, name: str, job: Callable[[], Any], compiles: Callable[[], bool]) -> Any:
         """Return what the job of that name built; None while it is being built, in the background.

@@ -6,7 +6,7 @@ Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,7 @@ from fhopt.system import has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
-_skinny: Callable[[Tensor, Tensor, Tensor | None], Tensor | None] | None = None  # once it was built, or could not be
+OPS = "ops"  # the library of C++ ops
 
 
 def install() -> None:
@@ -48,6 +48,7 @@ def install() -> None:
     registry.use("unpack", "cpu", cpu_packing.unpack)
     registry.use("page_weights", "cpu", cpu_pages.weigh_pages)
     registry.use("attend_pages", "cpu", attend_pages)
+    registry.use("attend_latents", "cpu", attend_latents)
     if has_triton():
         registry.use("pack", "cuda", _pack_by_triton)
         registry.use("unpack", "cuda", _unpack_by_triton)
@@ -82,15 +83,25 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
 
     x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]. For calls without gradients.
     """
-    global _skinny
-    if not skinny_products.serves(x, weight, bias):
+    if not skinny_products.serves(x, weight, bias) or not _has_ops():
         return None
-    if not _skinny:
-        ready = builder.get("products", graph_kernels.serve_skinny, graph_kernels.compiles_skinny)
-        if ready is None:
-            return None
-        _skinny = torch.ops.fhopt.skinny_linear.default if ready else skinny_products.declines
-    return _skinny(x, weight, bias)
+    output: Tensor = torch.ops.fhopt.skinny_linear.default(x, weight, bias)
+    return output
+
+
+def attend_latents(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None, **options: Any) -> Tensor | None:
+    """Attend to a KV cache in one call of machine code, as `fhopt.attention.attend.attend_latents_reference` does.
+
+    None where it does not serve, or its libraries are not built yet.
+    """
+    if not builder.has_attention() or not _has_ops():
+        return None
+    return graph_kernels.attend_latents((query, key, value, *others), options)
+
+
+def _has_ops() -> bool:
+    """Return whether the C++ ops can be called; while they are built, in the background, they cannot."""
+    return bool(builder.get(OPS, graph_kernels.serve_skinny, graph_kernels.compiles_skinny))
 
 
 def latent_attention(

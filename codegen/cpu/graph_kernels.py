@@ -25,6 +25,7 @@ import ctypes
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,27 +184,65 @@ def _attention_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]
 
 def _attend_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """Replace `fhopt::attend_latents` where compiled kernels serve all its parts."""
-    values = [_value(x) for x in node.args]
-    tensors = [x for x in values if isinstance(x, Tensor)]
-    query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = values
+    names = _attend_names([_value(x) for x in node.args], node.kwargs)
+    if names is None:
+        return None
+    numbers = node.kwargs["scale"], node.kwargs.get("softcap", 0.0)
+    return torch.ops.fhopt.attend_kernel.default, (*names, *node.args, *numbers), {}
+
+
+def attend_latents(operands: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor | None:
+    """Compute `fhopt::attend_latents` of operands and options in the order of its schema; None where no kernel serves.
+
+    For calls without gradients.
+    """
+    names = _attend_names(operands, options)
+    if names is None:
+        return None
+    output: Tensor = torch.ops.fhopt.attend_kernel.default(
+        *names, *operands, options["scale"], options.get("softcap", 0.0)
+    )
+    return output
+
+
+Names = tuple[str, str, str]  # of the kernels of latents, of the residual window ("": there is none), of other tokens
+_attended: dict[tuple[Any, ...], Names] = {}
+
+
+def _attend_names(operands: Sequence[Any], options: dict[str, Any]) -> Names | None:
+    """Return the names of the kernels that serve `fhopt::attend_latents`; None where one does not."""
+    tensors = [x for x in operands if isinstance(x, Tensor)]
+    query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = operands
     if any(x.device.type != "cpu" for x in tensors) or query.dtype not in _DTYPES:
         return None
     if any(x.dtype != query.dtype for x in (key, value, key_decode, value_decode)):
         return None
-    if not all(_masks(x) for x in values[13:16]) or not _counts(values[16]):
+    if not all(_masks(x) for x in operands[13:16]) or not _counts(operands[16]):
         return None
-    cap: Any = node.kwargs.get("softcap", 0.0)
-    latent = _spec({"query": key_decode, "key": key_rows, "value": value_rows}, node.kwargs)
-    opened = KernelSpec((), (), key.shape[3], value.shape[3], _DTYPES[query.dtype], bool(cap))
-    rounded = KernelSpec(
-        ((8, key.shape[3], 1.0),), ((8, value.shape[3], 1.0),), key.shape[3], value.shape[3], "float32", bool(cap)
-    )
-    specs = [latent, rounded, opened] if window is not None else [latent, opened]
+    tiers = [tuple(options[f"{side}_{what}"]) for side in ("key", "value") for what in ("bits", "widths", "steps")]
+    sizes = key_decode.shape[2], key.shape[3], value.shape[3], value_rows.shape[3]
+    cap = options.get("softcap", 0.0) != 0.0
+    call = (*tiers, *sizes, query.dtype, key_rows.dtype, value_rows.dtype, cap, window is not None)
+    names = _attended.get(call)
+    if names is None:
+        latent = _spec({"query": key_decode, "key": key_rows, "value": value_rows}, options)
+        names = _served_names(latent, sizes[1], sizes[2], _DTYPES[query.dtype], cap, window is not None)
+        if names is not None:
+            _attended[call] = names
+    return names
+
+
+def _served_names(
+    latent: KernelSpec | None, key_width: int, value_width: int, dtype: str, cap: bool, with_window: bool
+) -> Names | None:
+    """Make the kernels of a KV cache known to the library and return their names; None where one does not serve."""
+    opened = KernelSpec((), (), key_width, value_width, dtype, cap)
+    rounded = KernelSpec(((8, key_width, 1.0),), ((8, value_width, 1.0),), key_width, value_width, "float32", cap)
+    specs = [latent, rounded, opened] if with_window else [latent, opened]
     if any(spec is None or not serve(spec) for spec in specs):
         return None
     assert latent is not None
-    names = (latent.name, rounded.name if window is not None else "", opened.name)
-    return torch.ops.fhopt.attend_kernel.default, (*names, *node.args, node.kwargs["scale"], cap), {}
+    return latent.name, rounded.name if with_window else "", opened.name
 
 
 def _spec(values: dict[str, Any], options: dict[str, Any]) -> KernelSpec | None:

