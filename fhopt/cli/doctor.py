@@ -9,7 +9,7 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import MODEL
-from fhopt.cli.options import json_option, output_console, print_json
+from fhopt.cli.options import json_option, output_console, print_json, progress_bar
 
 if TYPE_CHECKING:
     from fhopt.hardware.this_machine import Machine
@@ -39,7 +39,7 @@ def doctor(model: str | None, dtype: str, as_json: bool) -> None:
     found = findings(machine)
     console = output_console(as_json)
     console.print(machine_report(machine, found))
-    made = None if model is None else _prospects(model, machine, dtype)
+    made = None if model is None else _prospects(model, machine, dtype, as_json)
     if as_json:
         about = {"machine": asdict(machine), "findings": [asdict(one) for one in found]}
         print_json(about | {"model": asdict(made) if made is not None else None})
@@ -47,14 +47,17 @@ def doctor(model: str | None, dtype: str, as_json: bool) -> None:
         console.print("", prospects_report(made))
 
 
-def _prospects(model: str, machine: Machine, dtype: str) -> Prospects:
+def _prospects(model: str, machine: Machine, dtype: str, as_json: bool) -> Prospects:
     from fhopt.hardware.cost_model import ITEMSIZES
     from fhopt.inspection.prospects import prospects
     from fhopt.models.loader import load_model
     from fhopt.models.sites import find_sites
 
-    loaded = load_model(model)
-    return prospects(loaded, find_sites(loaded), _places(machine), ITEMSIZES[dtype])
+    with progress_bar(as_json, transient=True) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("finding attention", 0, 1)
+        return prospects(loaded, find_sites(loaded), _places(machine), ITEMSIZES[dtype])
 
 
 def _places(machine: Machine) -> list[Place]:

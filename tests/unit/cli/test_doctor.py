@@ -43,7 +43,7 @@ def test_without_a_model_the_machine_is_all() -> None:
 def test_any_module_has_prospects(importable: str) -> None:
     result = call("doctor", importable)
     assert result.exit_code == 0, result.output
-    assert "1, 1 candidates not rewritten" in result.stdout and "8x" in result.stdout
+    assert "1; 1 not rewritten, see fhopt explain" in result.stdout and "8x" in result.stdout
 
 
 @pytest.mark.parametrize(("model", "message"), [("nowhere", "unknown model"), ("json:nothing", "cannot be imported")])

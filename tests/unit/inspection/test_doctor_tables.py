@@ -49,9 +49,10 @@ def test_a_model_on_two_devices_fits_a_terminal(width: int) -> None:
     places = [Place(replace(find_device("cpu"), name="CPU"), 10**12), Place(find_device("h100"), 84 * 10**9)]
     made = site_prospects("model", SITES, places, 8_000_000_000, LAYERS, positions=131_072, missed=1)
     text = shown(prospects_report(made), width)
-    assert "16.0 GB, 2 bytes each" in text and "2, 1 candidates not rewritten" in text
+    assert "16.0 GB, 2 bytes each" in text and "2; 1 not rewritten, see fhopt explain" in text
     assert "1 layer: only the newest 512 tokens are kept (sliding window)" in text
-    assert "pays on h100" in text or "h100" in text
+    assert "context that fits now, h100" in text and "pays on CPU" in text
+    assert "decode step at 32,768 tokens, faster" in text
 
 
 def test_a_model_that_does_not_fit_says_none() -> None:
