@@ -8,8 +8,7 @@ python examples/encoder_speed.py
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+import timeit
 from typing import Any
 
 import torch
@@ -17,43 +16,37 @@ from transformers import BertConfig, BertModel
 
 import fhopt
 
-TOKENS = 512
 
-
-def seconds(calls: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+def seconds(calls: dict[str, Any]) -> dict[str, float]:
     """Return median times; the calls alternate, so that other load on the machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(15):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timeit.timeit(call, number=1))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def main() -> None:
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8, attn_implementation="eager"
-    )
+    tokens = 512
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8)
+    config = BertConfig(**sizes, attn_implementation="eager")
     model: Any = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
-    batches = [{"input_ids": torch.randint(0, config.vocab_size, (2, TOKENS))} for _ in range(8)]
+    batches = [{"input_ids": torch.randint(0, config.vocab_size, (2, tokens))} for _ in range(8)]
     # An encoder caches nothing: no attention sinks, and no residual window but a query's own token.
-    plan = fhopt.fit(
-        model, batches=batches, ratio=8, sequences=5, rate_sequences=3, context=TOKENS, tokens=TOKENS,
-        sinks=0, recent=1, block=1,
-    )  # fmt: skip
+    options: dict[str, Any] = dict(sequences=5, rate_sequences=3, context=tokens, sinks=0, recent=1, block=1)
+    plan = fhopt.fit(model, batches=batches, ratio=8, tokens=tokens, **options)
     backends: dict[str, Any] = {
         "inductor": dict(backend="inductor"),
         "fhopt, exact": dict(backend="flashhead", options={"ratio": 1}),
         "fhopt, plan": dict(backend="flashhead", options={"plan": plan}),
     }
     compiled, arguments = {"eager": model}, batches[0]
-    for name, options in backends.items():
+    for name, backend in backends.items():
         torch._dynamo.reset()
-        compiled[name] = torch.compile(model, **options)
+        compiled[name] = torch.compile(model, **backend)
         compiled[name](**arguments)
-    found = seconds({name: lambda call=call: call(**arguments) for name, call in compiled.items()})  # type: ignore[misc]
+    found = seconds({name: lambda call=call: call(**arguments) for name, call in compiled.items()})
     exact = model(**arguments)[0]
     for name, call in compiled.items():
         cosine = torch.cosine_similarity(call(**arguments)[0].mean(1), exact.mean(1)).min()
