@@ -35,7 +35,7 @@ def test_the_speedup_is_that_of_the_bytes_of_weights_and_cache() -> None:
     found = site_prospects("m", SITES, [PLACE], parameters=1000, layers=FULL, positions=4096)
     assert found.contexts == (2048,)
     weights, cache = 2000, 2048 * 4 * NUMBERS * 2
-    assert found.caches[1].speedups == (pytest.approx((weights + cache) / (weights + cache / 4)),)
+    assert found.caches[1].speedups == pytest.approx(((weights + cache) / (weights + cache / 4),))
     assert found.caches[0].speedups == (1.0,)
     assert site_prospects("m", SITES, [], positions=100).contexts == (100,)
 
