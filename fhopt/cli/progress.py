@@ -27,7 +27,7 @@ class Job:
         self.shares, self.now = dict(shares), now
         self.began = now()
         self.stage, self.done, self.total, self.fraction = "", 0, 1, 0.0
-        self.stage_began, self.first = self.began, 0
+        self.stage_began, self.first, self.is_over = self.began, 0, False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Record that `done` of `total` steps of a stage are done; stages before it are complete."""
@@ -44,10 +44,14 @@ class Job:
         names = list(self.shares)
         return sum(self.shares[name] for name in names[: names.index(self.stage)])
 
+    def end(self) -> None:
+        """Record that all stages are complete."""
+        self.fraction, self.is_over = 1.0, True
+
     def seconds_left(self) -> float | None:
         """Estimate the seconds left: this stage at its own pace, later ones at that of all; None where unknown."""
-        if not self.stage:
-            return None
+        if self.is_over or not self.stage:
+            return 0.0 if self.is_over else None
         now, reached = self.now(), self._reached() - self.shares[self.stage] * self.first / self.total
         steps, spent = self.done - self.first, now - self.stage_began
         known = now if steps > 0 else self.stage_began
@@ -135,4 +139,5 @@ def bar(job: Job, console: Console, transient: bool = False) -> Iterator[Callabl
         except BaseException:
             shown.live.transient = True  # a message follows
             raise
-        shown.update(task, completed=1.0)
+        job.end()
+        moved()

@@ -15,8 +15,8 @@ from fhopt.inspection.prospects import Prospect, Prospects
 from fhopt.plan.display import quantity, times
 
 _LEGEND = (
-    "Faster: at most, by the bytes of weights and KV cache to read. Fits: tokens beside the weights in free memory. "
-    "Pays: the context from which attention is faster, by roofline."
+    "Faster: a decode step, at most, by the bytes of weights and KV cache to read. Fits: tokens beside the weights, in "
+    "memory that is free now. Pays: the context from which attention is faster, by roofline."
 )
 
 
@@ -78,20 +78,16 @@ def _caches_table(prospects: Prospects) -> Table:
     """Tabulate the KV caches, a column each."""
     caches = prospects.caches
     table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("KV cache of the whole model")
+    table.add_column("KV cache, whole model", no_wrap=True)
     for one in caches:
         table.add_column(one.cache, justify="right", no_wrap=True)
     table.add_row("bytes per token", *(f"{one.bytes_per_token:,.0f}" for one in caches))
     table.add_row("smaller", *_gains(caches, [one.ratio for one in caches]))
     for number, tokens in enumerate(prospects.contexts):
-        table.add_row(
-            f"decode step at {tokens:,} tokens, faster", *_gains(caches, [c.speedups[number] for c in caches])
-        )
+        table.add_row(f"faster at {tokens:,} tokens", *_gains(caches, [c.speedups[number] for c in caches]))
     for number, place in enumerate(caches[0].fits):
         fits = (one.fits[number].tokens for one in caches)
-        table.add_row(
-            f"context that fits now, {place.device}", *(f"{tokens:,}" if tokens else "none" for tokens in fits)
-        )
+        table.add_row(f"context that fits, {place.device}", *(f"{tokens:,}" if tokens else "none" for tokens in fits))
         table.add_row(f"pays on {place.device}", *(one.pays[number].words if one.pays else "" for one in caches))
     return table
 

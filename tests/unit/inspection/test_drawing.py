@@ -53,7 +53,7 @@ def test_a_drawing_is_saved_as_svg_and_as_nothing_else(tmp_path: Path) -> None:
 
 def test_without_the_extra_a_drawing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pygraphviz", None)
-    with pytest.raises(FhoptError, match=r"pip install 'fhopt\[view\]'"):
+    with pytest.raises(FhoptError, match=r"pip install 'fhopt\[report\]'"):
         fhopt.draw(SITE)
     assert "<svg" not in display.site_html(SITE) and "4 / 2 / 16 and 8" in display.site_html(SITE)
 
