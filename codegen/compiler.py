@@ -75,6 +75,18 @@ def find_compiler() -> str:
     raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
 
 
+def compiler_version(compiler: str) -> str:
+    """Return the first line that a compiler prints about its version. Raises CompileError where it cannot be run."""
+    return _run([compiler, "--version"]).stdout.partition("\n")[0]
+
+
+def check_compiler() -> str:
+    """Compile a function of one line, load it, and return the compiler's version. Raises CompileError."""
+    version = compiler_version(find_compiler())
+    load("probe", '#include <cmath>\nextern "C" double probe(double x) { return std::sqrt(x); }\n')
+    return version
+
+
 def vector_unit() -> str:
     """Describe the vector unit that kernels are compiled for on this CPU."""
     try:
@@ -157,7 +169,7 @@ def native_flag() -> str:
 @functools.cache
 def _identity(compiler: str) -> str:
     """Describe compiler and CPU: code for one CPU may not run on another that shares the cache folder."""
-    version = _run([compiler, "--version"]).stdout.partition("\n")[0]
+    version = compiler_version(compiler)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -49,7 +49,7 @@ FAMILIES = (
         "file, a `.pt2` program, or `python.module:function`. Nothing is downloaded.",
          ("fhopt/models/loader", "fhopt/models/model_files", "fhopt/models/model_name", "fhopt/models/loaded_model",
           "fhopt/models/model_facts", "fhopt/models/capture", "fhopt/models/example_inputs", "fhopt/models/sites",
-          "fhopt/models/transformers_import"),
+          "fhopt/models/transformers_import", "fhopt/cli/demo"),
     ),
     Family(
         "Texts and batches",

@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICTURES = (".png", ".svg", ".pdf")  # what matplotlib draws
+GRAPHS = (".dot", ".svg", ".graphml", ".json")
+EXPLORER_GRAPH = ".fhopt"  # for Google's Model Explorer
 JSON_BYTES = 1 << 26  # no JSON file of a model or a plan is longer
 TENSOR_BYTES = 1 << 38  # no file of tensors is longer, nor than the memory of the machine
 HEADER_BYTES = 100_000_000  # of a safetensors file, as safetensors limits it
@@ -241,6 +243,12 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in PICTURES or path.is_dir():
         raise FhoptError(f"{path} is not a picture; expected a file that ends in {', '.join(PICTURES)}.")
     check_writable(path.parent)
+
+
+def check_graph(path: Path, formats: Sequence[str] = GRAPHS) -> None:
+    """Raise FhoptError for a file of a graph whose format is not in `formats`."""
+    if path.suffix.lower() not in formats or path.is_dir():
+        raise FhoptError(f"{path} is not a graph file; expected a name that ends in {', '.join(formats)}.")
 
 
 def check_folder(path: Path, names: Iterable[str]) -> None:

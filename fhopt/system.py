@@ -1,4 +1,4 @@
-"""The file cache, the CPUs of this process, and whether Triton is installed.
+"""The file cache, CPUs and memory of this process, and whether Triton is installed.
 
 Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt. Generated code in it is
 run, so no other user may write to it, nor put another folder in its place: each parent is opened from the root on,
@@ -54,11 +54,71 @@ def peak_megabytes() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def memory_bytes() -> tuple[int, int]:
+    """Return the bytes of memory that this process may use, and how many of them are free.
+
+    On Linux those of the system, or of the control group (version 2) where that has a lower limit. Elsewhere all of the
+    machine's memory counts as free.
+    """
+    known = _numbers(Path("/proc/meminfo"))
+    if "MemTotal:" not in known:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
+    total, free = 1024 * known["MemTotal:"], 1024 * known.get("MemAvailable:", known["MemTotal:"])
+    limit, used = (_number(_GROUP / name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None or limit >= total:
+        return total, free
+    cached = _numbers(_GROUP / "memory.stat").get("inactive_file", 0)  # given back as soon as memory is needed
+    return limit, max(0, min(free, limit - used + cached))
+
+
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def _number(path: Path) -> int | None:
+    """Read the number that a file of the kernel holds; None where it holds none, or is not there."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read the lines `name number` of a file of the kernel; empty where it is not there."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
+
+
 def cache_folder() -> Path:
     """Return the folder of generated files: FHOPT_CACHE_DIR, or `fhopt` below XDG_CACHE_HOME, else ~/.cache."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fhopt"
+
+
+def cache_fault() -> str:
+    """Return why the folder of generated files cannot be used; empty where it can, and is there."""
+    try:
+        folder = cache_folder()
+        make_private(folder)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except RuntimeError as error:  # there is no home folder
+        return str(error)
+    return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
+
+
+def cache_bytes() -> int:
+    """Return the bytes of all generated files; 0 where there is no folder of them."""
+    total = 0
+    for folder, _, names in os.walk(cache_folder()):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process may remove a file meanwhile
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
 
 
 def cached_file(name: str, make: Callable[[Path], None]) -> Path:

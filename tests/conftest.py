@@ -117,6 +117,13 @@ def kernels_are_waited_for() -> None:
     importlib.import_module("fhopt.codegen.background").builder.waits = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_lines_of_progress() -> None:
+    """What a command says must not depend on how fast the machine is; progress has tests of its own."""
+    progress: Any = importlib.import_module("fhopt.cli.progress")
+    progress.SECONDS = 1e6
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> Iterator[None]:
     """What a module leaves behind, such as compiled graphs, is not looked at by the collections of those after it."""

@@ -56,6 +56,13 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     return codes, scale
 
 
+def packs_right(device: torch.device) -> bool:
+    """Pack some latents on a GPU, and return whether the result is that of the reference. Raises what Triton raises."""
+    rows, options = torch.ones(16, 64), ((4,), (64,), (0.4,))
+    packed, _ = pack(rows.to(device), *options)
+    return torch.equal(packed.cpu(), pack_reference(rows, *options)[0])
+
+
 def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
     """Unpack latents as `fhopt.ops.unpack_reference` does, on a GPU; calls it does not serve run the reference."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))

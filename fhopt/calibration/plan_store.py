@@ -17,21 +17,22 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.files import check_writable, read_file
-from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.rewritten_folder import weights_print
-from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.plan_files import PLAN_FILES
 from fhopt.progress import Progress, silent
 from fhopt.system import cache_folder
 from fhopt.version import __version__
+
+if TYPE_CHECKING:  # names of plans are looked up before torch is imported
+    from fhopt.calibration import run
+    from fhopt.models.loaded_model import LoadedModel
+    from fhopt.plan.latent_plan import LatentPlan
 
 LEFT_BEHIND = 24 * 3600.0  # seconds after which files of an interrupted command may be removed
 
@@ -129,10 +130,12 @@ def verify(entry: Entry, model: LoadedModel | None = None) -> Entry:
 
     model: also report when the plan was fitted to another one.
     """
-    from fhopt.plan.fingerprint import check_model
-
     if entry.fault:
         return entry
+
+    from fhopt.plan.fingerprint import check_model
+    from fhopt.plan.latent_plan import LatentPlan
+
     try:
         plan = LatentPlan.load(entry.path)
         if model is not None and model.module is not None:
@@ -201,6 +204,9 @@ def fit_ratios(
 
     A calibration that was interrupted goes on. Raises FhoptError for options that cannot work.
     """
+    from fhopt.calibration import run
+    from fhopt.models.rewritten_folder import weights_print
+
     wanted = list(dict.fromkeys(ratios))
     asked = {ratio: replace(options, ratio=ratio, checkpoint=None) for ratio in wanted}
     for one in asked.values():
@@ -220,6 +226,8 @@ def fit_ratios(
 
 def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Progress) -> run.Calibration:
     """Calibrate with checkpoints beside the plans."""
+    from fhopt.calibration import run
+
     folder = plans_folder()
     check_writable(folder)
     return run.measure(loaded, replace(options, checkpoint=folder / f".{name}.calibration"), progress)

@@ -5,6 +5,7 @@ A user error ends with one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -13,19 +14,41 @@ import click
 from fhopt.errors import FhoptError, PassError
 from fhopt.version import __version__
 
+EXTRAS = {  # packages that `pip install fhopt` alone does not bring, and the extra that does
+    "transformers": "hf", "tokenizers": "hf", "huggingface_hub": "hf", "accelerate": "hf", "gguf": "hf",
+    "pygraphviz": "report", "vl_convert": "report", "starlette": "view", "uvicorn": "view", "matplotlib": "plot",
+    "model_explorer": "explorer", "datasets": "data", "lm_eval": "evaluation", "torch_mlir": "mlir", "iree": "mlir",
+}  # fmt: skip
+
+FOREIGN = {  # loggers of other libraries, and how a message begins that tells a user of fhopt nothing
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # a machine may have CUDA's compiler and no GPU
+    "matplotlib.font_manager": "Matplotlib is building the font cache",
+}
+
 
 class _Commands(click.Group):
-    """The group of commands, which turns FhoptError into one line and exit code 2."""
+    """The group of commands, which turns FhoptError, or a missing extra, into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
+        for name in FOREIGN:
+            logging.getLogger(name).addFilter(_is_our_matter)  # the same function is added once
         try:
             return super().invoke(ctx)
         except (FhoptError, PassError) as error:
             message = " ".join(str(error).split())
-            click.echo(f"fhopt: {message}", err=True)
-            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            message = f"{package} is not installed. Install it with: pip install 'fhopt[{EXTRAS[package]}]'"
+        click.echo(f"fhopt: {message}", err=True)
+        raise click.exceptions.Exit(2)
+
+
+def _is_our_matter(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(FOREIGN[record.name])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -59,7 +59,7 @@ def bench(
         if out is not None:
             check_picture(out)
         plans = _read_plans(model, plan_paths)
-        opened = load_text_model(model, dtype, device_map, None)
+        opened = load_text_model(model, dtype, device_map, None, as_json)
         from fhopt.models.model_facts import positions_of
 
         chosen = _limited(chosen, positions_of(opened.network))
@@ -109,7 +109,7 @@ def _measure(
 
     rows: list[Throughput] = []
     try:
-        with progress_bar(as_json) as progress:
+        with progress_bar(as_json, {"bench": 1.0}) as progress:
             for results in measure(network, plans, chosen, progress):
                 rows += results
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ def chat(
     with interruptible():
         sampling = read_sampling(model, max_new_tokens, temperature, top_p, seed, needs_template=True)
         plan = read_plan(model, plan_path, exact)
-        opened = load_text_model(model, dtype, device_map, plan)
+        opened = load_text_model(model, dtype, device_map, plan, as_json)
         from fhopt.hf import chat as conversations
 
         conversations.check_template(opened.tokenizer, model)

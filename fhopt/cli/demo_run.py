@@ -37,9 +37,11 @@ def run_demo(
     options.check()
     html_report.check_installed()
     check_writable(out)
+    progress("loading", 0, 1)
     loaded = load_model("demo")
     model = loaded.language_model()
     console.print(f"1. {loaded.name} is loaded ({sum(p.numel() for p in model.parameters()):,} parameters).")
+    progress("finding attention", 0, 1)
     plan, outcome = run.fit(loaded, options, progress)
     console.print(sites_table(outcome.sites.values()))
     console.print(f"2. {len(outcome.sites)} attention sites found, {len(outcome.missed)} candidates not rewritten.")
@@ -47,6 +49,7 @@ def run_demo(
     plan_path = plan.save(out / "plan")
     console.print(f"3. A {plan.ratio(COUNTED_AT):.2f}x plan is fitted and saved.")
     reported = time.perf_counter()
+    progress("report", 0, 1)
     page = html_report.build(loaded, plan)
     reported = time.perf_counter() - reported
     result = _measure(loaded, plan, progress)
@@ -71,7 +74,7 @@ def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[
     notes = tokenizer.decode(ids["topics"][0][:600])
     perplexity: dict[str, dict[str, float]] = {name: {} for name in TEXTS}
     answers = {}
-    done, total = 0, 2 * len(TEXTS)
+    done, total = 0, 2 * (len(TEXTS) + 1)
     for kind, used in (("exact", None), ("plan", plan)):
         (apply(model, plan) if used is not None else unapply(model))
         for name in TEXTS:
@@ -79,6 +82,9 @@ def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[
             done += 1
             progress("perplexity", done, total)
         answers[kind] = decode_speed.answer(model, tokenizer, QUESTION, context=f"{notes}\n\n")
+        done += 1
+        progress("perplexity", done, total)
+    progress("speed", 0, 1)
     speed = decode_speed.decode_speed(model, plan, ids["topics"][0])
     exact = plan.exact_token_bytes()
     return {

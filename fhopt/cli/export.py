@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import EXPORTED, MODEL, PLAN, REWRITTEN, TEXT
-from fhopt.cli.options import json_option, output_console, print_json, progress_bar
+from fhopt.cli.options import busy, json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
+
+_EXPORTING = {"loading": 1.0, "exporting": 10.0}  # stages, and their shares of the time
 
 
 @main.command()
@@ -64,6 +67,8 @@ def rewrite(
     Weights are not changed: those of a Hugging Face folder are copied. MODEL must generate text, except with
     --format pt2.
     """
+    _check_size(shard_size)
+
     import torch
 
     from fhopt.export import pt2_module, pt2_step, rewrite_folder
@@ -78,17 +83,21 @@ def rewrite(
     own = rewrite_folder.stored_dtype(source) if source else None
     if kind == "pt2":
         pt2_step.check_out(out, pt2_step.DESCRIPTION, pt2_module.DESCRIPTION)
-    loaded = load_model(model, getattr(torch, dtype) if dtype else own or torch.float32)
+    with busy("loading", as_json):
+        loaded = load_model(model, getattr(torch, dtype) if dtype else own or torch.float32)
     if kind == "pt2":
         is_decoder = loaded.tokenizer is not None and hasattr(loaded.module, "generate")
         write = pt2_step.write_programs if is_decoder else pt2_module.write_module
-        write(loaded, plan, out, compiled=aot)
+        with busy("programs", as_json):
+            write(loaded, plan, out, compiled=aot)
         print_json({"path": str(out)}) if as_json else click.echo(f"programs written to {out}")
         return
     rewrite_folder.check(loaded, plan, out, source)
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json, {"loss": 10.0, "writing": 1.0}) as progress:
+        progress("loss", 0, len(texts))
         losses = rewrite_folder.losses(loaded, plan, texts if measure else (), sequences, context, progress)
-    written = rewrite_folder.rewrite(loaded, plan, out, source, shard_size, losses)
+        progress("writing", 0, 1)
+        written = rewrite_folder.rewrite(loaded, plan, out, source, shard_size, losses)
     if as_json:
         ratios = {"ratio": plan.ratio(), "whole_ratio": cache_size(plan, layers=measured_layers(loaded.module)).ratio}
         print_json(asdict(written) | {"path": str(out), "digest": plan.digest()} | ratios)
@@ -102,6 +111,11 @@ def rewrite(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _check_size(text: str) -> None:
+    if re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", text, re.IGNORECASE) is None:
+        raise FhoptError(f"--shard-size {text!r} is not a size; expected one such as 500MB or 5GB.")
 
 
 @main.command("export")
@@ -139,10 +153,7 @@ def export_step(
     For vllm and sglang: a checkpoint with DeepSeek's latent attention (MLA) that has the plan in its projections. For a
     plan that changes only bits: how to serve the original.
     """
-    from fhopt.export.mla_checkpoint import ENGINES
-    from fhopt.export.mlir import Target, export
-    from fhopt.models.loader import load_model
-    from fhopt.models.rewritten_folder import read_folder
+    from fhopt.export.targets import ENGINES, Target
 
     out = Path(os.path.abspath(out or folder.with_name(f"{folder.name}-{target}")))
     if target in ENGINES:
@@ -154,8 +165,17 @@ def export_step(
         raise FhoptError(f"--kv-lora-rank is for {' and '.join(ENGINES)}; expected it with one of these targets.")
     chosen = Target(target, arch, dialect, bytecode)
     chosen.check()
+
+    from fhopt.export.mlir import export
+    from fhopt.models.loader import load_model
+    from fhopt.models.rewritten_folder import read_folder
+
     plan = read_folder(folder).plan
-    export(load_model(str(folder)), plan, chosen, out)
+    with progress_bar(as_json, _EXPORTING) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(str(folder))
+        progress("exporting", 0, 1)
+        export(loaded, plan, chosen, out)
     files = {p.name: p.stat().st_size for p in sorted(out.iterdir()) if p.is_file()}
     if as_json:
         print_json({"path": str(out), "files": files})
@@ -168,14 +188,19 @@ def export_step(
 def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, as_json: bool) -> None:
     """Export for a serving engine: a checkpoint, or how to serve the original."""
     from fhopt.export import mla, rewrite_folder
-    from fhopt.export.mla_checkpoint import ENGINES, export
+    from fhopt.export.mla_checkpoint import export
+    from fhopt.export.targets import ENGINES
     from fhopt.models.loader import load_model
     from fhopt.models.rewritten_folder import read_folder
 
     plan, engine, made = read_folder(folder).plan, ENGINES[target], None
     plan = plan if rank is None else mla.truncate(plan, rank)
     if not mla.is_quantized_at_full_width(plan):
-        made = export(load_model(str(folder)), plan, out, engine, folder, rewrite_folder.stored_dtype(folder))
+        with progress_bar(as_json, _EXPORTING) as progress:
+            progress("loading", 0, 1)
+            loaded = load_model(str(folder))
+            progress("exporting", 0, 1)
+            made = export(loaded, plan, out, engine, folder, rewrite_folder.stored_dtype(folder))
     dtype = engine.cache_dtypes["auto" if made else mla.cache_dtype(plan)]
     command = engine.serve.format(path=out if made else "ORIGINAL", dtype=dtype)
     if as_json:
@@ -203,7 +228,8 @@ def verify_step(folder: Path, as_json: bool) -> None:
     """
     from fhopt.export.mlir_check import verify_folder
 
-    result = verify_folder(folder)
+    with busy("verifying", as_json):
+        result = verify_folder(folder)
     if as_json:
         print_json(asdict(result))
     else:

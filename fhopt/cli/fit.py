@@ -13,7 +13,9 @@ import click
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN, STATISTICS, TEXT
 from fhopt.cli.options import (
+    CALIBRATING,
     CALIBRATION_OPTIONS,
+    busy,
     calibration_options,
     fails_together,
     json_option,
@@ -75,8 +77,10 @@ def calibrate(
     from fhopt.parallel import collectives
     from fhopt.system import peak_megabytes
 
-    loaded = load_model(model, getattr(torch, dtype), where)
-    with progress_bar(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+    with busy("loading", as_json):
+        loaded = load_model(model, getattr(torch, dtype), where)
+    with progress_bar(as_json, CALIBRATING) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+        shown("finding attention", 0, 1)
         measured = measure(loaded, chosen, progress, layouts)
         if collectives.leave() > 0:  # the first process writes
             return
@@ -203,20 +207,25 @@ def fit(
 
     loaded = None
     if model is not None and (measured is None or limit is not None or paged is not None):
-        loaded = load_model(model, getattr(torch, dtype), where)
+        with busy("loading", as_json):
+            loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
     paged = None if paged is None or loaded is None else page_options.for_model(loaded, paged, chosen.block, exact)
     held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None and loaded is not None else None
-    with progress_bar(as_json) as shown, ProgressFile(beside(out)).kept(shown) as progress:
+    shares = (CALIBRATING if measured is None else {}) | {"plan": 1.0}
+    shares |= ({"gate": 10.0} if limit is not None else {}) | ({"pages": 10.0} if paged is not None else {})
+    with progress_bar(as_json, shares) as shown, ProgressFile(beside(out)).kept(shown) as progress:
         if measured is None:
             assert loaded is not None
+            shown("finding attention", 0, 1)
             measured = measure(loaded, chosen, progress)
         if collectives.leave() > 0:  # the first process writes
             return
         if bytes_per_token is not None:
             chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
             chosen.check()
+        shown("plan", 0, 1)
         if limit is None or held_out is None or loaded is None:
             plan, trials = plan_for(measured, chosen), dict[float, Comparison]()
         else:
@@ -358,10 +367,12 @@ def heal(
 
     plan = LatentPlan.load(plan_path)
     chosen.check_plan(plan)
-    loaded = load_model(model, getattr(torch, dtype))
+    with busy("loading", as_json):
+        loaded = load_model(model, getattr(torch, dtype))
     loaded.language_model()
     check_writable(out.parent)
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json, {"before": 1.0, "heal": 10.0, "after": 1.0}) as progress:
+        progress("before", 0, 1)
         healed = improve(loaded, plan, chosen, progress)
     healed.save(out)
     _show_healed(healed, out, as_json)
@@ -430,9 +441,12 @@ def head(model: str, held_out: int, dtype: str, out: Path, as_json: bool, **opti
     from fhopt.lm_head.evaluate import measure
     from fhopt.models.loader import load_model
 
-    loaded = load_model(model, getattr(torch, dtype))
-    with progress_bar(as_json) as progress:
+    shares = {"loading": 1.0, "states": 5.0, "basis": 1.0, "clusters": 10.0, "quantize": 1.0, "measuring": 5.0}
+    with progress_bar(as_json, shares) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model, getattr(torch, dtype))
         made = fit(loaded, chosen, progress)
+        progress("measuring", 0, 1)
         result = measure(loaded, made, chosen.texts, held_out, min(chosen.context, held_out))
     made.save(out)
     if as_json:

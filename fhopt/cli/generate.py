@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fhopt.cli.app import main
-from fhopt.cli.options import json_option, placement_options, print_json
+from fhopt.cli.options import busy, json_option, placement_options, print_json
 from fhopt.cli.text_model import (
     INTERRUPTED,
     TextModel,
@@ -60,7 +61,7 @@ def generate(
         text = _read_prompt(prompt, prompt_file)
         plan = read_plan(model, plan_path, exact)
         _check_prompt(model, text, chat, sampling)
-        opened = load_text_model(model, dtype, device_map, plan)
+        opened = load_text_model(model, dtype, device_map, plan, as_json)
         ids, used = _tokens(opened.tokenizer, text, chat, model)
         done = run_generation(opened, ids, sampling, silent=as_json)
     if as_json:
@@ -79,13 +80,16 @@ def run_generation(opened: TextModel, ids: list[int], sampling: Sampling, *, sil
 
     from fhopt.hf.streaming import generate_text
 
-    def write(text: str) -> None:
-        click.echo(text, nl=False)
-
     torch.manual_seed(sampling.seed)
-    done = generate_text(
-        opened.network, opened.tokenizer, ids, sampling, write=(lambda text: None) if silent else write
-    )
+    with ExitStack() as reading:
+        reading.enter_context(busy("reading the prompt", silent))
+
+        def write(text: str) -> None:
+            reading.close()
+            if not silent:
+                click.echo(text, nl=False)
+
+        done = generate_text(opened.network, opened.tokenizer, ids, sampling, write=write)
     if not silent and not done.text.endswith("\n"):
         click.echo()
     return done

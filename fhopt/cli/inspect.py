@@ -11,8 +11,9 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import COMING_PLAN, MODEL, PLAN
-from fhopt.cli.options import device_option, json_option, output_console, print_json
+from fhopt.cli.options import device_option, json_option, output_console, print_json, progress_bar
 from fhopt.errors import FhoptError
+from fhopt.files import EXPLORER_GRAPH, GRAPHS, check_graph, check_writable
 
 
 @main.command()
@@ -40,9 +41,11 @@ def inspect(
     """
     if stage is not None and graph is None:
         raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")
+    if graph is not None:
+        check_graph(graph, (*GRAPHS, EXPLORER_GRAPH))
 
     from fhopt.inspection import facts
-    from fhopt.inspection.graph_files import check_graph, write_graphs
+    from fhopt.inspection.graph_files import write_graphs
     from fhopt.inspection.snapshots import Snapshots
     from fhopt.inspection.tables import inspection_tables
     from fhopt.models.loader import load_model
@@ -50,11 +53,11 @@ def inspect(
     from fhopt.passes import pipeline
     from fhopt.plan.latent_plan import LatentPlan
 
-    if graph is not None:
-        check_graph(graph)
     plan, seen = LatentPlan.load(plan_path) if plan_path else None, Snapshots(keep_networks=True)
-    loaded = load_model(model)
-    with seen.taking() if graph is not None else nullcontext():
+    with progress_bar(as_json) as progress, seen.taking() if graph is not None else nullcontext():
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("finding attention", 0, 1)
         outcome = find_sites(loaded)
         result = facts.inspect(loaded, outcome, plan, devices)
         if site is not None:
@@ -82,7 +85,11 @@ def explain(model: str, as_json: bool) -> None:
     from fhopt.models.loader import load_model
     from fhopt.models.sites import explain_sites
 
-    outcome = explain_sites(load_model(model))
+    with progress_bar(as_json) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("finding attention", 0, 1)
+        outcome = explain_sites(loaded)
     if as_json:
         print_json({"sites_found": len(outcome.sites), "missed": [asdict(m) for m in outcome.missed]})
         return
@@ -104,16 +111,20 @@ def report(model: str, plan_path: Path | None, devices: tuple[str, ...], out: Pa
     It shows each site before and after, spectra, bits, sensitivity, loss against bytes, rooflines, the generated
     kernels, the changes of each pass, and attention that is not rewritten. All its numbers are in --json.
     """
-    from fhopt.files import check_writable
+    check_writable(Path(os.path.abspath(out)).parent)
+
     from fhopt.inspection import html_report as pages
     from fhopt.models.loader import load_model
     from fhopt.plan.latent_plan import LatentPlan
 
     pages.check_installed()
     plan = LatentPlan.load(plan_path) if plan_path else None
-    check_writable(Path(os.path.abspath(out)).parent)
-    made = pages.build(load_model(model), plan, devices=devices)
-    pages.write(made, out)
+    with progress_bar(as_json, {"loading": 1.0, "report": 2.0}) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("report", 0, 1)
+        made = pages.build(loaded, plan, devices=devices)
+        pages.write(made, out)
     if as_json:
         print_json({"report_path": str(out)} | made.as_json())
     else:

@@ -12,7 +12,15 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN, TEXT
-from fhopt.cli.options import fails_together, json_option, output_console, placement_options, print_json, progress_bar
+from fhopt.cli.options import (
+    busy,
+    fails_together,
+    json_option,
+    output_console,
+    placement_options,
+    print_json,
+    progress_bar,
+)
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
@@ -98,7 +106,8 @@ def evaluate(
 
     plan = LatentPlan.load(plan_path) if plan_path else None
     kept = {"sinks": plan.sinks, "window": plan.window.capacity} if plan else {}
-    loaded = load_model(model, getattr(torch, dtype), where)
+    with busy("loading", as_json):
+        loaded = load_model(model, getattr(torch, dtype), where)
     network = loaded.language_model()
     asked = [name for name in chosen if name != "perplexity"]
     written = write_items(loaded.tokenizer, asked, TaskOptions(cells, items, seed, **kept)) if asked else {}
@@ -106,7 +115,8 @@ def evaluate(
     check_items(network, written)
     if ids:
         check_length(network, context - 1)
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json, dict.fromkeys(chosen, 1.0)) as progress:
+        progress(chosen[0], 0, 1)
         perplexity = _perplexities(network, ids, plan, progress)
         results = run_tasks(network, written, plan, progress, shared=True) if asked else {}
     if collectives.leave() > 0:  # the first process prints the results of all
@@ -214,8 +224,11 @@ def cost(
 
     devices = [find_device(name) for name in names]
     plan = LatentPlan.load(plan_path) if plan_path else None
-    loaded = load_model(model)
-    sites = list(find_sites(loaded).sites.values())
+    with progress_bar(as_json) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("finding attention", 0, 1)
+        sites = list(find_sites(loaded).sites.values())
     weights = loaded.weights()
     parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
     costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}
@@ -306,7 +319,8 @@ def kernels(plan_path: Path, out: Path, as_json: bool, **options: Any) -> None:
     from fhopt.plan.latent_plan import LatentPlan
 
     plan = LatentPlan.load(plan_path)
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json, {"compile": 2.0, "compile more": 1.0}) as progress:
+        progress("compile", 0, 1)
         made = write_kernels(plan, Path(os.path.abspath(out)), Options(**options), progress)
     if as_json:
         print_json({"folder": str(out)} | made.as_json())

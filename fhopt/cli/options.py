@@ -6,21 +6,21 @@ import functools
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fhopt.cli.arguments import DEVICE, TEXT
+from fhopt.cli.progress import Job, bar, lines
 from fhopt.errors import FhoptError
 from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
-PIPED_SECONDS = 10.0  # between two lines of progress without a terminal
+LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that look at a model, and their shares
+CALIBRATING = {"finding attention": 1.0, "moments": 5.0, "rates": 10.0}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -58,46 +58,36 @@ def output_console(as_json: bool) -> Console:
 
 
 @contextmanager
-def progress_bar(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show each stage on standard error: a bar with the time left, or a line every ten seconds without a terminal."""
+def progress_bar(
+    as_json: bool, shares: Mapping[str, float] = LOADING, transient: bool = False
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the whole job on standard error: a bar with the time left, or a line every ten seconds without a terminal.
+
+    shares: relative times of the job's stages, in order. transient: the bar goes at the end.
+    """
     if not _is_first() or as_json:
         yield silent
         return
+    job = Job(shares)
     if not sys.stderr.isatty():
-        yield _Lines()
+        with lines(job):
+            yield job
         return
-    columns = (
-        TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
+    with bar(job, Console(stderr=True), transient) as moved:
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            job(stage, done, total)
+            moved()
 
         yield report
 
 
-class _Lines:
-    """Progress in plain lines on standard error, for pipes and logs: `moments 3 of 12, 41 s left`."""
-
-    def __init__(self) -> None:
-        self.printed = time.monotonic()
-        self.stage, self.first, self.since = "", 0, self.printed
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.first, self.since = stage, done, now
-        if now - self.printed < PIPED_SECONDS:
-            return
-        self.printed = now
-        steps = done - self.first
-        left = f", {(now - self.since) / steps * (total - done):.0f} s left" if steps > 0 else ""
-        click.echo(f"{stage} {done} of {total}{left}", err=True)
+@contextmanager
+def busy(stage: str, as_json: bool) -> Iterator[None]:
+    """Show that something runs that reports nothing, with a bar that goes at the end."""
+    with progress_bar(as_json, {stage: 1.0}, transient=True) as progress:
+        progress(stage, 0, 1)
+        yield
 
 
 def read_counts(text: str, option: str) -> tuple[int, ...]:

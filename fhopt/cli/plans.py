@@ -10,10 +10,19 @@ import click
 
 from fhopt.cli.app import main
 from fhopt.cli.arguments import DEVICE, MODEL, PLAN
-from fhopt.cli.options import calibration_options, json_option, output_console, print_json, progress_bar
+from fhopt.cli.options import (
+    CALIBRATING,
+    busy,
+    calibration_options,
+    json_option,
+    output_console,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from fhopt.calibration.plan_store import Entry
+    from fhopt.models.loaded_model import LoadedModel
 
 
 @main.group(invoke_without_command=True)
@@ -67,8 +76,11 @@ def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: A
     from fhopt.calibration.plan_store import fit_ratios
     from fhopt.models.loader import load_model
 
-    with progress_bar(as_json) as progress:
-        result = fit_ratios(load_model(model), chosen, ratios, progress)
+    with progress_bar(as_json, {"loading": 1.0} | CALIBRATING) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("finding attention", 0, 1)
+        result = fit_ratios(loaded, chosen, ratios, progress)
     _show_plans(result, as_json)
 
 
@@ -104,13 +116,20 @@ def plan_path(name: str, as_json: bool) -> None:
 def verify_plans(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Check all bytes of plans and report damaged ones; exit code 1 where there are any."""
     from fhopt.calibration.plan_store import entries, find, verify
-    from fhopt.models.loader import load_model
 
-    loaded = load_model(model) if model else None
-    checked = [verify(e, loaded) for e in ([find(n) for n in names] if names else entries())]
+    asked = [find(n) for n in names] if names else entries()
+    loaded = _loaded(model, as_json) if model else None
+    checked = [verify(e, loaded) for e in asked]
     _show_plans(checked, as_json)
     if any(e.fault for e in checked):
         raise SystemExit(1)
+
+
+def _loaded(model: str, as_json: bool) -> LoadedModel:
+    from fhopt.models.loader import load_model
+
+    with busy("loading", as_json):
+        return load_model(model)
 
 
 @plans.command("prune")

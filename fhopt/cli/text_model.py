@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fhopt.cli.options import busy
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
@@ -107,15 +108,18 @@ def read_plan(model: str, plan_path: Path | None, exact: bool = False) -> Latent
     return plan
 
 
-def load_text_model(name: str, dtype: str, device_map: str | None, plan: LatentPlan | None) -> TextModel:
-    """Load MODEL and apply the plan. Raises FhoptError."""
+def load_text_model(
+    name: str, dtype: str, device_map: str | None, plan: LatentPlan | None, as_json: bool = False
+) -> TextModel:
+    """Load MODEL, with a bar that goes when it is loaded, and apply the plan. Raises FhoptError."""
     import torch
 
     from fhopt.hf.apply import apply
     from fhopt.models.loader import load_model
     from fhopt.parallel.device_map import placement
 
-    loaded: LoadedModel = load_model(name, getattr(torch, dtype), placement(device_map))
+    with busy("loading", as_json):
+        loaded: LoadedModel = load_model(name, getattr(torch, dtype), placement(device_map))
     network = loaded.language_model()
     if plan is not None:
         apply(network, plan)

@@ -23,7 +23,7 @@ and its logits must be those of the model with every token's keys and values rec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from fhopt.errors import FhoptError
 from fhopt.export.mla_weights import Sizes, convert, sites_by_layer
 from fhopt.export.pt2_step import check_out, write_description
 from fhopt.export.rewrite_folder import SHARD_SIZE, copy_settings
+from fhopt.export.targets import ENGINES, Engine
 from fhopt.files import appearing_folder
 from fhopt.hf.apply import attended_by
 from fhopt.models.loaded_model import LoadedModel
@@ -50,29 +51,6 @@ VERSION = 1
 IMPLEMENTATION = "fhopt_every_token"
 CHECKED_TOKENS = 48
 ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit: the rounding of weights
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A serving engine. widths: (c, rotated part) that its kernels support, in rising order; empty: any."""
-
-    widths: tuple[tuple[int, int], ...]
-    serve: str
-    cache_dtypes: Mapping[str, str]
-
-
-ENGINES = {
-    "vllm": Engine(
-        ((256, 64), (512, 64)),
-        "vllm serve {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
-        {"auto": "auto", "fp8": "fp8"},
-    ),
-    "sglang": Engine(
-        (),
-        "python -m sglang.launch_server --model-path {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
-        {"auto": "auto", "fp8": "fp8_e4m3"},
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from fhopt.errors import FhoptError
 from fhopt.export.decode_step import Seal, Step, unrounded
-from fhopt.export.mla_checkpoint import ENGINES
 from fhopt.export.pt2_step import (
     DESCRIPTION,
     VERSION,
@@ -41,6 +40,7 @@ from fhopt.export.pt2_step import (
 )
 from fhopt.export.step_attention import StateTensor
 from fhopt.export.step_state import State
+from fhopt.export.targets import TARGETS, Target
 from fhopt.files import appearing_folder, check_tensor_file
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.rewritten_folder import PLAN
@@ -49,14 +49,6 @@ from fhopt.plan.latent_plan import LatentPlan
 DIALECTS = {"linalg": "linalg-on-tensors", "torch": "torch"}
 WEIGHTS = "weights.safetensors"
 
-# Back end of IREE, its default architecture, and its options, by target. `{arch}` is the value of --arch.
-TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
-    "iree-cpu": ("llvm-cpu", "host", ()),
-    "iree-vulkan": ("vulkan-spirv", "", ("--iree-vulkan-target={arch}",)),
-    "iree-cuda": ("cuda", "sm_80", ("--iree-cuda-target={arch}",)),
-    "iree-rocm": ("rocm", "gfx942", ("--iree-rocm-target={arch}",)),
-    "iree-metal": ("metal-spirv", "", ()),
-}
 _TRIPLES = {
     "aarch64": "aarch64-linux-gnu",
     "x86_64": "x86_64-linux-gnu",
@@ -134,25 +126,6 @@ def _package(name: str) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------- folder
-
-
-@dataclass(frozen=True)
-class Target:
-    """The target of an export: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the default."""
-
-    name: str
-    arch: str = ""
-    dialect: str = "linalg"
-    bytecode: bool = False
-
-    def check(self) -> None:
-        """Raise FhoptError for an unknown target and for options that it does not take."""
-        if self.name != "mlir" and self.name not in TARGETS:
-            raise FhoptError(f"unknown target {self.name!r}; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
-        if self.name == "mlir" and self.arch:
-            raise FhoptError("--arch names a device's architecture; expected it with an iree target.")
-        if self.name != "mlir" and self.dialect != "linalg":
-            raise FhoptError("IREE compiles linalg; expected --dialect torch only with --target mlir.")
 
 
 def export(loaded: LoadedModel, plan: LatentPlan, target: Target, out: Path) -> Path:

@@ -21,12 +21,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from fhopt.errors import FhoptError
 from fhopt.files import appearing, read_file
-from fhopt.system import cache_folder, cores, make_private
+from fhopt.system import cache_folder, cores, make_private, memory_bytes
 
 VECTOR = 1 << 26  # float32 numbers: 256 MB, more than caches hold
 SIDE = 1536  # of square matrices: they stay in the second-level cache, and take some milliseconds
@@ -65,7 +64,7 @@ def measure(threads: int) -> CpuRates:
         copy_gb_s=round(measure_copy(threads), 1),
         float32_tflops=round(measure_products(threads, torch.float32), 3),
         bfloat16_tflops=round(measure_products(threads, torch.bfloat16), 3),
-        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        memory_gb=round(memory_bytes()[0] / 1e9, 1),
     )
     path = cache_folder() / f"machine-{_digest(threads)}.json"
     try:
@@ -131,12 +130,30 @@ def _threads(count: int) -> Iterator[None]:
 
 def cpu_name() -> str:
     """Return the name of the CPU as the system reports it."""
+    return _reported("model name") or platform.processor() or platform.machine()
+
+
+def vector_units() -> tuple[str, ...]:
+    """Return the vector units of the CPU that kernels can use, as the system reports them; none where it does not."""
+    known = set((_reported("flags") or _reported("Features")).split())
+    return tuple(words for flag, words in _UNITS.items() if flag in known)
+
+
+_UNITS = {  # flags of /proc/cpuinfo
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_vbmi": "AVX-512 VBMI",
+    "avx512_bf16": "AVX-512 BF16", "amx_int8": "AMX INT8", "amx_bf16": "AMX BF16",
+    "asimd": "NEON", "asimddp": "NEON DotProd", "i8mm": "NEON I8MM", "bf16": "NEON BF16", "sve": "SVE",
+}  # fmt: skip
+
+
+def _reported(field: str) -> str:
+    """Return a field of the first CPU in /proc/cpuinfo; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+        return ""
+    named = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
+    return next(named, "")
 
 
 def _digest(threads: int) -> str:

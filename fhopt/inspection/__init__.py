@@ -3,7 +3,8 @@
 | module | contents |
 |---|---|
 | `facts` | facts of each site and of the whole model; everything that is shown is in their JSON |
-| `tables` | tables that commands print |
+| `tables`, `doctor_tables` | tables that commands print |
+| `prospects` | what a model gains by a plan on this machine, before one is fitted |
 | `snapshots` | the graph after each pass, and what changed |
 | `graphs`, `graph_files` | graphs as files: dot, svg, graphml, json |
 | `drawing` | one site before and after, laid out by Graphviz |
@@ -17,7 +18,7 @@
 | `model_explorer`, `model_explorer_extension` | files for Google's Model Explorer |
 | `optional` | imports of optional packages |
 
-`html_report`, `drawing`, `kernel_listing` and `server` need the extra `view`.
+`html_report`, `drawing` and `kernel_listing` need the extra `report`, `server` the extra `view`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,12 @@ Letters: B batch, H query heads, G kv heads, S new queries, T cached tokens, D h
 from __future__ import annotations
 
 import html
+import os
 import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +63,7 @@ class Diagram:
     @property
     def svg(self) -> str:
         """The diagram as SVG. Raises FhoptError where pygraphviz is not installed."""
-        return clean_svg(self._agraph().draw(format="svg", prog="dot").decode())
+        return laid_out(self._agraph())
 
     def _agraph(self) -> Any:
         graph = need("pygraphviz", "a drawing").AGraph(directed=True, strict=False, **_GRAPH)
@@ -236,6 +241,35 @@ def _dims(key: int, value: int) -> str:
 def plain(text: str) -> str:
     """Escape a text for Graphviz, which reads entities and backslashes in labels, and HTML between < and >."""
     return html.escape(text, quote=False).replace("\\", "\\\\")
+
+
+def laid_out(agraph: Any) -> str:
+    """Lay out a graph of pygraphviz with Graphviz, and return it as SVG."""
+    with without_font_warnings():
+        return clean_svg(agraph.draw(format="svg", prog="dot").decode())
+
+
+@contextmanager
+def without_font_warnings() -> Iterator[None]:
+    """Leave out what Fontconfig writes to standard error: pygraphviz brings one that is older than the system's files.
+
+    It writes from C, so the file descriptor is turned aside; all else that is written meanwhile follows at the end.
+    """
+    with _aside, tempfile.TemporaryFile() as written:
+        kept = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            for line in written:
+                if not line.startswith(b"Fontconfig "):
+                    os.write(2, line)
+
+
+_aside = threading.Lock()  # of one thread at a time
 
 
 def clean_svg(svg: str) -> str:

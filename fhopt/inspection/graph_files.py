@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fhopt.files import EXPLORER_GRAPH
 from fhopt.inspection.facts import Inspection
-from fhopt.inspection.graphs import FORMATS, check_format, site_graph, with_sites, write_graph
-from fhopt.inspection.model_explorer import ENDING, write_explorer
+from fhopt.inspection.graphs import site_graph, with_sites, write_graph
+from fhopt.inspection.model_explorer import write_explorer
 from fhopt.inspection.snapshots import ALL, Snapshots
-
-
-def check_graph(path: Path) -> None:
-    """Raise FhoptError for a file that `write_graphs` cannot write."""
-    check_format(path, (*FORMATS, ENDING))
 
 
 def write_graphs(
@@ -22,7 +18,7 @@ def write_graphs(
 
     A file for Model Explorer holds all stages. site: cut this one out. Raises FhoptError.
     """
-    if path.suffix.lower() == ENDING:
+    if path.suffix.lower() == EXPLORER_GRAPH:
         return write_explorer([seen.after(name, site) for name in seen.stages], path, inspection)
     title, sites = inspection.model, [s.site.name for s in inspection.sites]
     stages = seen.stages if stage == ALL else (stage,)

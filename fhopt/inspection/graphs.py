@@ -9,7 +9,7 @@ Nodes have op, role, shape, dtype, module and site; edges have the shape of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ import networkx as nx
 from torch import Tensor, fx
 
 from fhopt.errors import FhoptError
-from fhopt.files import appearing
-from fhopt.inspection.drawing import COLOURS, FONT, clean_svg, plain
+from fhopt.files import appearing, check_graph
+from fhopt.inspection.drawing import COLOURS, FONT, laid_out, plain
 from fhopt.inspection.optional import need
 from fhopt.passes.graph.nodes import fake, op_name, source_line
 from fhopt.passes.graph.program import Program, module_path
 
-FORMATS = (".dot", ".svg", ".graphml", ".json")
 MOST_DRAWN = 4000  # nodes: beyond it laying out takes minutes
 _OURS = {"attention": "attention", "latent_attention": "attention", "attend_latents": "attention"}
 _PROJECTIONS = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "einsum", "conv1d", "baddbmm"})
@@ -100,15 +99,9 @@ def site_graph(graph: nx.DiGraph, name: str) -> nx.DiGraph:
     return graph.subgraph(inside | around).copy()
 
 
-def check_format(path: Path, formats: Sequence[str] = FORMATS) -> None:
-    """Raise FhoptError for a file whose format is not in `formats`."""
-    if path.suffix.lower() not in formats or path.is_dir():
-        raise FhoptError(f"{path} is not a graph file; expected a name that ends in {', '.join(formats)}.")
-
-
 def write_graph(graph: nx.DiGraph, path: Path, title: str) -> Path:
     """Write a graph in the form that the ending of `path` names. Raises FhoptError."""
-    check_format(path)
+    check_graph(path)
     kind = path.suffix.lower()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +130,7 @@ def _drawn(graph: nx.DiGraph, title: str, kind: str) -> str:
             "a .dot, .graphml or .json file."
         )
     agraph = agraph_of(graph, title)
-    return clean_svg(agraph.draw(format="svg", prog="dot").decode()) + "\n" if kind == ".svg" else agraph.to_string()
+    return laid_out(agraph) + "\n" if kind == ".svg" else agraph.to_string()
 
 
 def agraph_of(graph: nx.DiGraph, title: str) -> Any:

@@ -86,7 +86,7 @@ def build(
 def assemble(facts: Inspection, plan: LatentPlan | None, stages: tuple[StageChanges, ...] = ()) -> Report:
     """Make a report from facts, with drawings and kernels.
 
-    Raises FhoptError where the extra `view` is not installed.
+    Raises FhoptError where the extra `report` is not installed.
     """
     drawings, drawn = _drawings([site.site for site in facts.sites], plan)
     listings = list_kernels(plan) if plan is not None else Listings()
@@ -124,7 +124,7 @@ def check_installed() -> None:
 
 
 def page(report: Report) -> str:
-    """Render the HTML page. Raises FhoptError where the extra `view` is not installed."""
+    """Render the HTML page. Raises FhoptError where the extra `report` is not installed."""
     facts = json.loads(json.dumps(report.as_json()))  # as a reader of the JSON has it
     form = common_form(tuple(site["name"] for site in facts["sites"]))
     shorts = [short_name(site["name"], form) for site in facts["sites"]]

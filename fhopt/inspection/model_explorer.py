@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from fhopt.errors import FhoptError
-from fhopt.files import appearing, read_file
+from fhopt.files import EXPLORER_GRAPH, appearing, read_file
 from fhopt.inspection.graphs import node_link, with_sites
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fhopt.inspection.snapshots import Snapshot
 
 
-ENDING = ".fhopt"
 FORM = 1  # version of the file
 GRAPH_BYTES = 1 << 30  # of a file that is read
 _GRADIENT = [{"stop": 0, "bgColor": "#ccfbf1"}, {"stop": 1, "bgColor": "#f43f5e"}]
@@ -106,7 +105,8 @@ def convert(path: Path) -> dict[str, Any]:
         graphs = [_graph(build, name, form, held["sites"]) for name, form in held["graphs"].items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FhoptError(
-            f"{path} is not a {ENDING} file ({error}); expected one of fhopt inspect MODEL --graph NAME{ENDING}."
+            f"{path} is not a {EXPLORER_GRAPH} file ({error}); expected one of fhopt inspect MODEL --graph "
+            f"NAME{EXPLORER_GRAPH}."
         ) from error
     return {"graphCollections": [build.GraphCollection(label=held["model"], graphs=graphs, graphSorting="name_asc")]}
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from model_explorer import Adapter, AdapterMetadata
 
-from fhopt.inspection.model_explorer import ENDING, convert
+from fhopt.files import EXPLORER_GRAPH
+from fhopt.inspection.model_explorer import convert
 
 
 class FhoptAdapter(Adapter):  # type: ignore[misc]
     """The adapter that opens .fhopt files in Model Explorer."""
 
     metadata = AdapterMetadata(
-        id="fhopt", name="fhopt", description="Graphs of fhopt after each pass", fileExts=[ENDING.lstrip(".")]
+        id="fhopt", name="fhopt", description="Graphs of fhopt after each pass", fileExts=[EXPLORER_GRAPH.lstrip(".")]
     )
 
     def convert(self, model_path: str, settings: dict[str, Any]) -> dict[str, Any]:

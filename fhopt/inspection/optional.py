@@ -8,7 +8,7 @@ from typing import Any
 from fhopt.errors import FhoptError
 
 
-def need(module: str, what: str, extra: str = "view") -> Any:
+def need(module: str, what: str, extra: str = "report") -> Any:
     """Import a module. Raises FhoptError that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)

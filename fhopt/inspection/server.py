@@ -99,12 +99,12 @@ class Viewer:
 def check_installed() -> None:
     """Raise FhoptError where something that `fhopt view` needs is not installed."""
     for module in ("starlette", "uvicorn"):
-        need(module, "fhopt view")
+        need(module, "fhopt view", "view")
 
 
 def application(viewer: Viewer) -> Any:
     """Make the ASGI application. Raises FhoptError where starlette is not installed."""
-    need("starlette", "fhopt view")
+    need("starlette", "fhopt view", "view")
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -149,6 +149,6 @@ def listen(port: int = 0) -> socket.socket:
 
 def serve(viewer: Viewer, listening: socket.socket) -> None:
     """Serve until the process is interrupted."""
-    uvicorn = need("uvicorn", "fhopt view")
+    uvicorn = need("uvicorn", "fhopt view", "view")
     config = uvicorn.Config(application(viewer), log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

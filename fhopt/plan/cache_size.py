@@ -7,7 +7,7 @@ they are: sliding windows, chunks, states of linear attention, layers that read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,37 @@ def cache_size(
     before = sum(p.site.exact_numbers_per_token for p in compressed) * tokens * itemsize
     after = latent_bytes(plan, tokens, compressed, itemsize, source) if plan is not None else 0
     return CacheSize(tokens, exact, exact - before + after, before, after, len(known) - len(compressed))
+
+
+def hypothetical_size(
+    ratio: float, sites: Iterable[AttentionSite], tokens: int = COUNTED_AT, layers: Sequence[CacheLayer] = (), *,
+    itemsize: int = 2,
+) -> CacheSize:  # fmt: skip
+    """Count the bytes of a cache of `tokens` tokens with a plan that makes all layers it may compress `ratio` smaller.
+
+    layers: of the whole model; without any, one for each of `sites`. Sites with a sliding window stay exact.
+    """
+    found = list(sites)
+    known = tuple(layers) or site_layers(found)
+    open_sites = [s.name for s in found if not s.window]
+    compressed = [one for one in known if one.is_full and not one.window and _is_one_of(one, open_sites)]
+    exact = sum(layer.bytes(tokens, itemsize) for layer in known)
+    before = sum(layer.bytes(tokens, itemsize) for layer in compressed)
+    after = round(before / ratio)
+    return CacheSize(tokens, exact, exact - before + after, before, after, len(known) - len(compressed))
+
+
+def _is_one_of(layer: CacheLayer, sites: Iterable[str]) -> bool:
+    return not layer.name or any(layer.has(name) for name in sites)
+
+
+def tokens_within(room: int, size: Callable[[int], int], most: int = 1 << 40) -> int:
+    """Return the longest context, of at most `most` tokens, whose cache has `room` bytes; size(tokens): its bytes."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
+    return low
 
 
 def latent_bytes(

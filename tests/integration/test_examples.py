@@ -44,6 +44,12 @@ def output_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def test_every_example_is_short_enough_to_be_read_at_once() -> None:
+    lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert lengths.keys() == SMALL.keys() | COMPILED.keys() | ON_THE_DEMO.keys()
+    assert {name: lines for name, lines in lengths.items() if lines >= 60} == {}
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_an_example_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = output_of(name, capsys)

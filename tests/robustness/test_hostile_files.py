@@ -242,6 +242,10 @@ REFUSALS = (
     ("heal", "nowhere", "--plan", "{folder}", "-o", "{out}"),
     ("head", "nowhere", "-o", "{out}"),
     ("demo", "--ratio", "nan"),
+    ("export", str(SAVED / "folder"), "--target", "bogus"),
+    ("plans", "path", "nowhere"),
+    ("plans", "add", "nowhere"),
+    ("doctor", "nowhere"),
 )
 
 

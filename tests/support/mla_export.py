@@ -9,6 +9,7 @@ import torch
 from small_models import VOCABULARY, found, token_ids
 
 from fhopt.export import mla_checkpoint as deepseek
+from fhopt.export import targets
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
@@ -28,7 +29,7 @@ def with_tiers(plan: LatentPlan, bits: int) -> LatentPlan:
 
 
 ROUNDING = 2e-5  # of the largest logit, in float32: sums in another order, the residual stream in other units
-ANY, VLLM = deepseek.ENGINES["sglang"], deepseek.ENGINES["vllm"]
+ANY, VLLM = targets.ENGINES["sglang"], targets.ENGINES["vllm"]
 
 
 def tiny(kind: str, **changes: Any) -> Any:
@@ -45,7 +46,7 @@ def tiny(kind: str, **changes: Any) -> Any:
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def exported(model: Any, plan: LatentPlan, out: Path, engine: deepseek.Engine = ANY, **options: Any) -> Any:
+def exported(model: Any, plan: LatentPlan, out: Path, engine: targets.Engine = ANY, **options: Any) -> Any:
     """What transformers opens of the checkpoint."""
     from transformers import AutoModelForCausalLM
 

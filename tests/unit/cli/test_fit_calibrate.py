@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command_models import call, save_tiny_model
 
-from fhopt.cli import options
 from fhopt.plan.latent_plan import LatentPlan
 
 SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--tokens", "4096")
@@ -116,15 +114,3 @@ def test_files_of_other_things_are_not_overwritten(tmp_path: Path) -> None:
         result = call("calibrate", "demo", "-o", str(tmp_path / name))
         assert result.exit_code == 2 and message in result.stderr, result.output
     assert (tmp_path / "notes").read_text() == "mine"
-
-
-def test_without_a_terminal_progress_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 1.0, 4.0, 12.0, 13.0, 25.0])
-    monkeypatch.setattr(options, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    report = options._Lines()
-    for done in (1, 2, 4, 5):
-        report("moments", done, 12)
-    report("rates", 1, 8)
-    assert capsys.readouterr().err == "moments 4 of 12, 29 s left\nrates 1 of 8\n"

@@ -6,7 +6,7 @@ import pytest
 
 from fhopt.inspection import charts
 
-vl_convert = pytest.importorskip("vl_convert", reason="the extra view is not installed: pip install 'fhopt[view]'")
+vl_convert = pytest.importorskip("vl_convert", reason="the extra report is not installed: pip install 'fhopt[report]'")
 
 
 @pytest.mark.parametrize("name", sorted(charts.all_charts()))

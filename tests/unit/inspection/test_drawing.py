@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from seen_plans import SVG, texts
 import fhopt
 from fhopt.errors import FhoptError
 from fhopt.inspection import drawing
+from fhopt.inspection.drawing import without_font_warnings
 from fhopt.plan import display
 
 
@@ -51,6 +53,14 @@ def test_a_drawing_is_saved_as_svg_and_as_nothing_else(tmp_path: Path) -> None:
 
 def test_without_the_extra_a_drawing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pygraphviz", None)
-    with pytest.raises(FhoptError, match=r"pip install 'fhopt\[view\]'"):
+    with pytest.raises(FhoptError, match=r"pip install 'fhopt\[report\]'"):
         fhopt.draw(SITE)
     assert "<svg" not in display.site_html(SITE) and "4 / 2 / 16 and 8" in display.site_html(SITE)
+
+
+def test_warnings_of_fonts_are_left_out_and_all_else_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no"), without_font_warnings():
+        os.write(2, b'Fontconfig warning: "a.conf", line 6: unknown element\nError: a graph\n')
+        raise ValueError("no")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "Error: a graph\nafter\n"

