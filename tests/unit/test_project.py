@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for top in ("fhopt", "passes", "codegen") for p in sorted((ROOT / top).rglob("*.py"))]
 
