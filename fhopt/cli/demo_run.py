@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from fhopt.models.loader import load_model
 from fhopt.texts import tokens
 
 TEXTS = ("topics", "source")  # their second halves, which calibrate nothing
-CONTEXT = 2048
+CONTEXT = 2048  # of perplexity
+SPEED_CONTEXTS = (512, 2048, 8000)  # the last is as long as the model allows
+SEQUENCES, RATE_SEQUENCES = 7, 5  # enough for this model: benchmarks/calibration_curve.py
 QUESTION = "What is the capital of France? Answer in one sentence."
 COUNTED_AT = 8192
 
@@ -33,7 +36,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo, write plan and report below `out`, and return the figures that `fhopt demo --json` prints."""
     start = time.perf_counter()
-    options = calibration_options.FitOptions(ratio=ratio)
+    options = calibration_options.FitOptions(ratio=ratio, sequences=SEQUENCES, rate_sequences=RATE_SEQUENCES)
     options.check()
     html_report.check_installed()
     check_writable(out)
@@ -63,7 +66,33 @@ def run_demo(
     console.print(summary_table(result))
     for name in ("exact", "plan"):
         console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)
+    console.print(verdict(result), soft_wrap=True, highlight=False)
     return result
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Say in one line what the plan gave: how much smaller and faster, from which context on, and the same answer."""
+    speeds = {int(n): speed["plan"] / speed["exact"] for n, speed in result["speed_by_context"].items()}
+    longest = max(speeds)
+    pays = result["break_even_tokens"]
+    since = "at no length that was measured" if pays is None else f"from {pays:,} tokens on"
+    answers = result["answer"]
+    same = "the same answer" if answers["exact"] == answers["plan"] else "another answer"
+    change = max(values["plan"] / values["exact"] - 1 for values in result["perplexity"].values())
+    return (
+        f"{result['ratio']:.2f}x smaller; {speeds[longest]:.2f}x the speed at {longest:,} tokens (faster {since}); "
+        f"{same}, perplexity at most {change:+.2%}."
+    )
+
+
+def break_even(speeds: Mapping[int, Mapping[str, float]]) -> int | None:
+    """Return the shortest measured context from which on the plan is at least as fast; None where it never is."""
+    pays = None
+    for length in sorted(speeds, reverse=True):
+        if speeds[length]["plan"] < speeds[length]["exact"]:
+            break
+        pays = length
+    return pays
 
 
 def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Any]:
@@ -85,16 +114,20 @@ def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[
         done += 1
         progress("perplexity", done, total)
     progress("speed", 0, 1)
-    speed = decode_speed.decode_speed(model, plan, ids["topics"][0])
+    half = tokens.halves(tokens.read_text("topics"))[1]
+    prompt = tokens.sequences(tokenizer, half, count=1, length=SPEED_CONTEXTS[-1], what="text 'topics'")[0]
+    speed = decode_speed.decode_speed(model, plan, prompt, SPEED_CONTEXTS)
     exact = plan.exact_token_bytes()
     return {
         "bytes_counted_at_tokens": COUNTED_AT,
         "bytes_per_token": {"exact": exact, "plan": plan.cache_bytes(COUNTED_AT) / COUNTED_AT},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "decode_tokens": CONTEXT,
+        "decode_tokens": SPEED_CONTEXTS[-1],
         "cache_nbytes": speed["bytes"],
         "perplexity": perplexity,
         "tokens_per_second": {k: speed[k] for k in ("exact", "plan")},
+        "speed_by_context": speed["contexts"],
+        "break_even_tokens": break_even(speed["contexts"]),
         "answer": answers,
         "threads": torch.get_num_threads(),
     }

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt.evaluation.perplexity import new_cache
+from fhopt.cache.report import tensor_bytes
+from fhopt.evaluation.perplexity import decode_options, new_cache
+from fhopt.evaluation.prefilled import PIECE, prefilled
 from fhopt.hf.apply import apply, unapply, waiting
 from fhopt.models.model_facts import cache_argument
 from fhopt.plan.latent_plan import LatentPlan
 
 
 @torch.inference_mode()
-def cached_bytes(model: Any, ids: Tensor, plan: LatentPlan | None) -> tuple[Any, int]:
-    """Read token ids [T] into a new KV cache; returns (the cache, its bytes)."""
-    from fhopt.cache.report import tensor_bytes
-
-    cache, name = new_cache(model, plan), cache_argument(model)
-    model(ids[None].to(model.device), **{name: cache}, use_cache=True, logits_to_keep=1)
-    held = cache.nbytes if plan is not None else sum(tensor_bytes(layer) for layer in cache.layers)
-    return cache, held
-
-
-@torch.inference_mode()
-def decode_speed(model: Any, plan: LatentPlan, ids: Tensor, steps: int = 12, rounds: int = 4) -> dict[str, Any]:
+def decode_speed(
+    model: Any, plan: LatentPlan, ids: Tensor, contexts: Sequence[int] = (), steps: int = 12, rounds: int = 4
+) -> dict[str, Any]:
     """Measure tokens per second behind token ids [T], exact KV cache against latents: medians of interleaved rounds.
 
-    The plan is applied and removed in each round. Returns {"exact", "plan"}, and under "bytes" the size of each cache.
+    The tokens are read once, by the exact model; the plan's cache is given its keys and values, and is applied and
+    removed in each round. contexts: lengths of shorter beginnings to measure, too. Returns {"exact", "plan"} for all
+    tokens, under "contexts" the same by length, and under "bytes" the size of each cache of all tokens.
     """
-    caches: dict[str, Any] = {}
-    held: dict[str, int] = {}
-    times: dict[str, list[float]] = {"exact": [], "plan": []}
-    for name, used in rounds * [("exact", None), ("plan", plan)]:
-        (apply(model, plan) if used is not None else unapply(model))
-        with waiting():
-            if name not in caches:
-                caches[name], held[name] = cached_bytes(model, ids, used)
-                _timed_steps(model, caches[name], 2)
-            times[name] += _timed_steps(model, caches[name], steps)
+    lengths = sorted({*contexts, len(ids)})
+    caches: dict[tuple[str, int], Any] = {}
     unapply(model)
-    speed = {name: 1 / statistics.median(t) for name, t in times.items()}
-    return {**speed, "bytes": held}
+    caches["exact", len(ids)] = whole = _read(model, ids)
+    for length in lengths[:-1]:
+        caches["exact", length] = copy.deepcopy(whole)
+        caches["exact", length].crop(length - len(ids))
+    apply(model, plan)
+    caches |= {("plan", length): prefilled(model, plan, caches["exact", length]) for length in lengths}
+    held = {"exact": sum(tensor_bytes(layer) for layer in whole.layers), "plan": caches["plan", len(ids)].nbytes}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
+    for turn in range(rounds):
+        for name, used in (("exact", None), ("plan", plan)):
+            (apply(model, plan) if used is not None else unapply(model))
+            with waiting():
+                for length in lengths:
+                    if turn == 0:
+                        _timed_steps(model, caches[name, length], 2)
+                    times[name, length] += _timed_steps(model, caches[name, length], steps)
+    unapply(model)
+    speeds = {n: {name: 1 / statistics.median(times[name, n]) for name in ("exact", "plan")} for n in lengths}
+    return {**speeds[len(ids)], "contexts": speeds, "bytes": held}
+
+
+def _read(model: Any, ids: Tensor) -> Any:
+    """Read token ids [T] into a new exact KV cache, some at a time."""
+    cache = new_cache(model, None)
+    for piece in ids[None].to(model.device).split(PIECE, 1):
+        model(piece, **decode_options(model, cache))
+    return cache
 
 
 def _timed_steps(model: Any, cache: Any, steps: int) -> list[float]:

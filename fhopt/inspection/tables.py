@@ -255,11 +255,11 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     for text, values in result["perplexity"].items():
         change = values["plan"] / values["exact"] - 1
         table.add_row(f"perplexity, {text}", f"{values['exact']:.4f}", f"{values['plan']:.4f}", f"{change:+.2%}")
-    speed = result["tokens_per_second"]
-    table.add_row(
-        f"tokens per second after {result['decode_tokens']:,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
-        f"{speed['plan'] / speed['exact']:.2f}x",
-    )  # fmt: skip
+    for length, speed in result["speed_by_context"].items():
+        table.add_row(
+            f"tokens per second after {int(length):,} tokens", f"{speed['exact']:.1f}", f"{speed['plan']:.1f}",
+            f"{speed['plan'] / speed['exact']:.2f}x",
+        )  # fmt: skip
     return table
 
 

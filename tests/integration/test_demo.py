@@ -47,14 +47,20 @@ def test_the_answer_stays_sensible(demo: dict[str, Any]) -> None:
 
 def test_the_bytes_reported_are_those_of_the_plan(demo: dict[str, Any]) -> None:
     plan = LatentPlan.load(demo["plan_path"])
-    held, needed = demo["cache_nbytes"]["plan"], plan.cache_bytes(2048, itemsize=4)  # the demo runs in float32
+    tokens = demo["decode_tokens"]
+    held, needed = demo["cache_nbytes"]["plan"], plan.cache_bytes(tokens, itemsize=4)  # the demo runs in float32
     assert needed <= held <= needed * 1.15  # spare capacity of the quantized blocks
-    assert demo["cache_nbytes"]["exact"] == 2048 * plan.exact_token_bytes(itemsize=4)
+    assert demo["cache_nbytes"]["exact"] == tokens * plan.exact_token_bytes(itemsize=4)
 
 
 def test_plan_and_report_are_where_it_says(demo: dict[str, Any]) -> None:
     assert Path(demo["report_path"]).stat().st_size > 10_000
-    assert demo["tokens_per_second"]["exact"] > 0 and demo["tokens_per_second"]["plan"] > 0
+    assert demo["tokens_per_second"] == demo["speed_by_context"]["8000"]
+
+
+def test_decoding_is_faster_where_the_cache_is_long(demo: dict[str, Any]) -> None:
+    assert demo["tokens_per_second"]["plan"] > demo["tokens_per_second"]["exact"]
+    assert demo["break_even_tokens"] in (512, 2048, 8000)
 
 
 def test_latents_of_full_width_change_no_logit_of_the_real_model() -> None:

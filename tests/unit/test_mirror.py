@@ -46,7 +46,6 @@ WITHOUT_A_FILE = {
     "fhopt/cli/demo_run": "integration/test_demo.py",
     "fhopt/cli/options": COMMANDS,
     "fhopt/errors": "every test of a refusal",
-    "fhopt/evaluation/decode_speed": COMMANDS,
     "fhopt/export/step_state": "unit/export/test_decode_step.py",
     "fhopt/files": "robustness/test_faults.py and test_fuzz_files.py",
     "fhopt/hf/quantizer": "unit/hf/test_load.py",

@@ -1,0 +1,71 @@
+"""Decode steps timed in turns, at several lengths of one prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import Fitted, token_ids
+
+import fhopt
+from fhopt.cli.demo_run import break_even, verdict
+from fhopt.evaluation import decode_speed
+from fhopt.evaluation.perplexity import new_cache
+from fhopt.evaluation.prefilled import PIECE
+
+
+def test_a_prompt_is_read_once_for_both_caches_and_all_lengths(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, read = llama.plan(4), []
+    forward = llama.model.forward
+
+    def watched(ids: Any = None, *args: Any, **options: Any) -> Any:
+        read.append(ids.shape[1])
+        return forward(ids, *args, **options)
+
+    monkeypatch.setattr(llama.model, "forward", watched)
+    speeds = decode_speed.decode_speed(llama.model, plan, token_ids(1, 90)[0], [40, 60], steps=3, rounds=2)
+    assert [n for n in read if n > 1] == [90] and PIECE >= 90
+    assert read.count(1) == 2 * 3 * (2 + 2 * 3)  # caches, lengths, untimed steps and those of the rounds
+    assert list(speeds["contexts"]) == [40, 60, 90] and speeds["contexts"][90]["plan"] == speeds["plan"] > 0
+    assert speeds["bytes"]["plan"] < speeds["bytes"]["exact"] == 90 * plan.exact_token_bytes(itemsize=4)
+    assert not hasattr(llama.model, "_fhopt_applied")
+
+
+@torch.no_grad()
+def test_timed_steps_leave_a_cache_as_it_was(llama: Fitted) -> None:
+    fhopt.apply(llama.model, llama.plan(4))
+    try:
+        cache = new_cache(llama.model, llama.plan(4))
+        llama.model(token_ids(1, 80), cache=cache)
+        decode_speed._timed_steps(llama.model, cache, 5)
+        assert cache.get_seq_length() == 80
+    finally:
+        fhopt.unapply(llama.model)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [([0.9, 1.1, 1.5], 2048), ([1.0, 1.1, 1.5], 512), ([0.9, 0.9, 0.9], None), ([1.2, 0.9, 1.1], 8000)],
+)
+def test_a_plan_pays_from_the_length_on_behind_which_it_is_never_slower(
+    ratios: list[float], expected: int | None
+) -> None:
+    speeds = {n: {"exact": 2.0, "plan": 2.0 * r} for n, r in zip((512, 2048, 8000), ratios, strict=True)}
+    assert break_even(speeds) == expected
+
+
+def test_the_last_line_of_the_demo_says_smaller_faster_same() -> None:
+    result: dict[str, Any] = {
+        "ratio": 4.0,
+        "speed_by_context": {512: {"exact": 10.0, "plan": 9.0}, 8000: {"exact": 2.0, "plan": 5.0}},
+        "break_even_tokens": 8000,
+        "answer": {"exact": "Paris.", "plan": "Paris."},
+        "perplexity": {"topics": {"exact": 8.0, "plan": 8.008}, "source": {"exact": 8.0, "plan": 7.9}},
+    }
+    assert verdict(result) == (
+        "4.00x smaller; 2.50x the speed at 8,000 tokens (faster from 8,000 tokens on); the same answer, perplexity at "
+        "most +0.10%."
+    )
+    other = result | {"break_even_tokens": None, "answer": {"exact": "Paris.", "plan": "Rome."}}
+    assert "at no length that was measured" in verdict(other) and "another answer" in verdict(other)
