@@ -32,7 +32,7 @@ SIZE_audit := 0.03 GB
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -92,6 +92,9 @@ bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as model
 
 bench-quality: $(BENCH)  ## loss against bytes beside other small caches, writes docs/quality.md (QUICK=1: small)
 	$(BIN)/python benchmarks/quality.py
+
+bench-calibration: $(BENCH)  ## loss of plans against the tokens that they were fitted to (QUICK=1: small)
+	$(BIN)/python benchmarks/calibration_curve.py
 
 bench-memory: $(BENCH)  ## resident bytes of caches at a context of 8,192 tokens, from the process (QUICK=1: small)
 	$(BIN)/python benchmarks/memory.py

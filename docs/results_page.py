@@ -253,6 +253,24 @@ SECTIONS = {
         "[loss against bytes](quality.md).",
         quality,
     ),
+    "quality-SmolLM2-135M-Instruct": Section(
+        "Loss against bytes: SmolLM2 with the default calibration, more methods, more texts",
+        "python benchmarks/quality.py --model FOLDER --ratio 4 --ratio 5.3 --ratio 8 --ratio 12 --context 1024 --rival "
+        "NAME ... --texts FILE ...",
+        "Plans of the default options (four kinds of built-in text, 16 attention sinks, means over 256 tokens, a window "
+        "of 256 tokens), 1,024 tokens of each text. Other methods have the same attention sinks and window in 16 bits: "
+        "KIVI, QuaRot, TurboQuant, llama.cpp's q4_0 with a Hadamard rotation, OSCAR, AATC, KVTC (what each was written "
+        "after: [comparison](comparison.md)). `source`, `docstrings`, `topics` and `mixture` are of the kinds that "
+        "calibrate; `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `fr` and `de` are manuals.",
+        quality_and_kl,
+    ),
+    "calibration_curve": Section(
+        "How many tokens calibrate", "make bench-calibration",
+        "Plans fitted to few and to many tokens of the built-in texts, on texts of 1,024 tokens of other kinds (law, a "
+        "licence, scripture, C, French, chat, numbers): the mean of their KL, the largest, and the increase of "
+        "perplexity. Seconds are of one thread beside other work. The default is 20,480 tokens, `fhopt demo` takes "
+        "12,288.", by_case,
+    ),
     "quality-Qwen2.5-Coder-0.5B-Instruct": Section(
         "Loss against bytes: Qwen2.5-Coder-0.5B-Instruct",
         "python benchmarks/quality.py --model FOLDER --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 --texts FILE",
