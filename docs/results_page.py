@@ -257,8 +257,8 @@ SECTIONS = {
         "Loss against bytes: SmolLM2 with the default calibration, more methods, more texts",
         "python benchmarks/quality.py --model FOLDER --ratio 4 --ratio 5.3 --ratio 8 --ratio 12 --context 1024 --rival "
         "NAME ... --texts FILE ...",
-        "Plans of the default options (four kinds of built-in text, 16 attention sinks, means over 256 tokens, a window "
-        "of 256 tokens), 1,024 tokens of each text. Other methods have the same attention sinks and window in 16 bits: "
+        "Plans of the default options (four kinds of text, 16 attention sinks, means over 256 tokens, a window of 256 "
+        "tokens), 1,024 tokens of each text. Other methods have the same attention sinks and window in 16 bits: "
         "KIVI, QuaRot, TurboQuant, llama.cpp's q4_0 with a Hadamard rotation, OSCAR, AATC, KVTC (what each was written "
         "after: [comparison](comparison.md)). `source`, `docstrings`, `topics` and `mixture` are of the kinds that "
         "calibrate; `law` is the GNU GPL, `chat` a FAQ of Python in a chat template, `fr` and `de` are manuals.",
