@@ -84,6 +84,7 @@ def type_commands(page: Path, model: str) -> None:
         assert result.exit_code == 0, f"{line}: {result.output}"
 
 
+@pytest.mark.usefixtures("without_compiling")
 def test_commands_and_program_of_the_first_tutorial_run_on_a_small_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +97,7 @@ def test_commands_and_program_of_the_first_tutorial_run_on_a_small_model(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_compiling")
 def test_commands_of_the_first_tutorial_run_on_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_text_gguf(tmp_path / "my-model.gguf")
