@@ -57,7 +57,6 @@ WITHOUT_A_FILE = {
     "fhopt/lm_head/api": "unit/lm_head/test_module.py and test_install.py",
     "fhopt/lm_head/evaluate": "unit/cli/test_fit_head.py",
     "fhopt/lm_head/fitting": "unit/lm_head/test_install.py and test_quantize.py",
-    "fhopt/models/capture": MODELS,
     "fhopt/models/example_inputs": MODELS,
     "fhopt/models/loaded_model": "unit/models/test_loader.py",
     "fhopt/models/model_facts": MODELS,
