@@ -76,7 +76,6 @@ WITHOUT_A_FILE = {
     "passes/graph/printing": GRAPHS,
     "passes/graph/program": GRAPHS,
     "passes/outcome": GRAPHS,
-    "passes/pipeline": "unit/passes/recognize/test_find_attention.py and integration/test_zoo.py",
     "passes/prepare/trace": "the composites that are traced, unit/passes/prepare/test_composites.py",
     "passes/recognize/axes": SPELLINGS,
     "passes/recognize/canonical": SPELLINGS,
