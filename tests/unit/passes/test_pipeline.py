@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for projections in (self.first, self.second):
-            q, k, v = (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in projections)  # type: ignore[union-attr]
+            q, k, v = (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in projections)
             x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x
 
