@@ -84,7 +84,8 @@ def check(name: str, is_projected: bool) -> None:
     assert len(outcome.lowered) == 1, outcome.missed
     results = [expected, found] if isinstance(expected, Tensor) else [expected[0], found[0]]
     assert results[0].dtype == results[1].dtype and results[0].stride() == results[1].stride()
-    rounding = 4e-3 if torch.half in (inputs[0].dtype, results[0].dtype) else 1e-5  # a few units in the last place
+    is_half = torch.half in (inputs[0].dtype, results[0].dtype)
+    rounding = 2e-2 if is_half else 1e-5  # separate products round scores of 16 to multiples of 1 / 64
     torch.testing.assert_close(results[1], results[0], rtol=rounding, atol=rounding)
 
 
