@@ -13,7 +13,7 @@ from fhopt.models.capture import capture, capture_graphs
 class Disabled(nn.Module):
     """A forward pass that Dynamo must not trace."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         return x + 1
 

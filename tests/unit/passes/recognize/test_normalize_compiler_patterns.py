@@ -70,6 +70,11 @@ def attention(name: str, is_projected: bool) -> tuple[Any, list[Any], dict[str, 
     return Projected(function, inputs[:3]).eval() if is_projected else function, inputs, numbers
 
 
+def strides(tensor: Tensor) -> list[int]:
+    """Strides of the axes that have several places; those of an axis of one reach nothing."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 def check(name: str, is_projected: bool) -> None:
     function, inputs, numbers = attention(name, is_projected)
 
@@ -83,7 +88,7 @@ def check(name: str, is_projected: bool) -> None:
     assert outcome is not None and len(outcome.sites) == is_projected, outcome.missed
     assert len(outcome.lowered) == 1, outcome.missed
     results = [expected, found] if isinstance(expected, Tensor) else [expected[0], found[0]]
-    assert results[0].dtype == results[1].dtype and results[0].stride() == results[1].stride()
+    assert results[0].dtype == results[1].dtype and strides(results[0]) == strides(results[1])
     is_half = torch.half in (inputs[0].dtype, results[0].dtype)
     rounding = 2e-2 if is_half else 1e-5  # separate products round scores of 16 to multiples of 1 / 64
     torch.testing.assert_close(results[1], results[0], rtol=rounding, atol=rounding)
