@@ -121,7 +121,8 @@ REASONS = (
         "fhopt.",
         ("passes/prepare/*", "passes/graph/*", "passes/recognize/normalize", "passes/recognize/softmax",
          "passes/recognize/scores", "passes/recognize/contraction", "passes/recognize/layout", "passes/recognize/axes",
-         "passes/recognize/kv_head_repetition", "passes/recognize/masks", "passes/recognize/canonical"),
+         "passes/recognize/kv_head_repetition", "passes/recognize/masks", "passes/recognize/canonical",
+         "passes/stages"),
     ),
     Family(
         "There are no keys and values to compress",

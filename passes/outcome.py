@@ -26,9 +26,9 @@ class Explanation:
 class Outcome:
     """What the pipeline did to a program.
 
-    sites: by name of the canonical node. compressed: site name -> layout. lowered: name of an exact site -> what runs
-    it. reading: modules whose attention already reads the latents of a cache. missed: candidates that were not
-    rewritten. seconds: by pass.
+    sites: by name of the canonical node. compressed: site name -> layout. lowered: name of an exact site, or of the
+    node of an attention without a site -> what runs it. reading: modules whose attention already reads the latents of
+    a cache. missed: candidates that were not rewritten. seconds: by pass.
     """
 
     program: Program

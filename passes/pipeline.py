@@ -26,11 +26,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from fhopt.errors import Miss
+from fhopt.errors import FhoptError, Miss
 from fhopt.passes.graph.evaluate import Evaluator
 from fhopt.passes.graph.nodes import is_ours, remove_dead_code, source_line
 from fhopt.passes.graph.program import Program, module_path
 from fhopt.passes.outcome import Outcome
+from fhopt.passes.prepare.casts import resolve_casts
 from fhopt.passes.prepare.decompose import Decompose
 from fhopt.passes.prepare.functionalize import Functionalize
 from fhopt.passes.recognize.find_attention import FindAttention, reader_name, site_name
@@ -42,7 +43,7 @@ from fhopt.passes.rewrite.absorb_projection import AbsorbProjection
 from fhopt.passes.rewrite.compress import Compress
 from fhopt.passes.rewrite.latent_buffers import Keeper, LatentBuffers
 from fhopt.passes.rewrite.lower import Lower, is_decoding, is_spelled_out
-from fhopt.passes.stages import dump_stage, explain_miss, run_stage
+from fhopt.passes.stages import dump_stage, explain_miss, failure, run_stage
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 
@@ -62,19 +63,20 @@ def find(program: Program, inline_checkpoints: bool = True) -> Outcome:
     )
     with run_stage(outcome, parts.name):
         for node in parts.candidates(program):
-            with _explained(outcome, parts.name, node):
+            with _isolated(outcome, parts.name, node):
                 parts.rewrite(program, parts.match(node, program))
+        resolve_casts(program)
     with run_stage(outcome, functional.name):
         functional.run(program)
     base, roles = Evaluator(program), Roles(program)
     with run_stage(outcome, normalize.name):
         for node in normalize.candidates(program):
-            with _explained(outcome, normalize.name, node):
+            with _isolated(outcome, normalize.name, node):
                 normalize.rewrite(program, normalize.match(node, roles, base))
         remove_dead_code(program)
     with run_stage(outcome, describe.name):
         for node in describe.candidates(program):
-            with _explained(outcome, describe.name, node):
+            with _isolated(outcome, describe.name, node):
                 site = describe.match(node, program, roles, base)
                 site = replace(site, name=reader_name(site, outcome.sites.values()))
                 site = _with_own_name(site, {s.name for s in outcome.sites.values()})
@@ -98,6 +100,19 @@ def _explained(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
     except Miss as miss:
         if miss.reason and not (outcome.reading and is_ours(at)):  # no reason: nothing like an attention
             outcome.missed.append(explain_miss(stage, miss, node, at))
+
+
+@contextlib.contextmanager
+def _isolated(outcome: Outcome, stage: str, node: fx.Node) -> Iterator[None]:
+    """Turn whatever is raised within, but for a user's mistake, into an explanation: it must not cost other sites."""
+    at = source_line(node)
+    try:
+        with _explained(outcome, stage, node):
+            yield
+    except FhoptError:
+        raise
+    except Exception as error:
+        outcome.missed.append(explain_miss(stage, failure(stage, error, node), node, at))
 
 
 def _with_own_name(site: AttentionSite, taken: set[str]) -> AttentionSite:
@@ -186,10 +201,10 @@ def absorb_projections(outcome: Outcome, plan: LatentPlan | None = None) -> Outc
 
 def exact(outcome: Outcome, original: fx.Graph, training: bool = False) -> bool:
     """Lower every attention exactly, in place; return False, and change nothing, where `original` is as fast."""
-    nodes = {n.name: n for n in outcome.program.graph.nodes}
-    sites = [nodes[name] for name in outcome.sites]
-    pays = bool(outcome.compressed) or (not training and any(map(is_decoding, sites))) or is_spelled_out(original)
-    if not pays:
+    canonical = FindAttention().candidates(outcome.program)  # those without projections, too, which are no sites
+    attentions = [n for n in canonical if n.name in outcome.sites or not outcome.reading]
+    decodes = not training and any(map(is_decoding, attentions))
+    if not outcome.compressed and not (attentions and (decodes or is_spelled_out(original))):
         return False
     lower(outcome, training)
     return True
@@ -200,8 +215,9 @@ def lower(outcome: Outcome, training: bool = False) -> Outcome:
     stage = Lower(training)
     with run_stage(outcome, stage.name):
         for node in stage.candidates(outcome.program):
-            site = outcome.sites.get(node.name)
+            site, name = outcome.sites.get(node.name), node.name
+            is_exact = node.target is torch.ops.fhopt.attention.default
             how = stage.rewrite(outcome.program, node)
-            if site is not None:
-                outcome.lowered[site.name] = how
+            if is_exact:
+                outcome.lowered[site.name if site is not None else name] = how
     return outcome

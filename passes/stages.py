@@ -57,6 +57,16 @@ def explain_miss(stage: str, miss: Miss, node: fx.Node, line: str = "") -> Expla
     return Explanation(stage, at.name, miss.reason, source_line(at) or line, miss.reached)
 
 
+def failure(stage: str, error: Exception, node: fx.Node) -> Miss:
+    """Make a miss of an exception that a pass did not expect at `node`."""
+    text = (str(error).splitlines() or [""])[0]
+    return Miss(
+        f"pass {stage} failed here, a fault of fhopt ({type(error).__name__}: {text}); it runs as it is written. "
+        "Report it with the source line",
+        node,
+    )
+
+
 def dump_stage(outcome: Outcome, name: str) -> None:
     """Write the graph to the folder in FHOPT_DUMP, if set: `NN-<pass>.txt`, whose first line sums up the pass."""
     watcher = _watcher.get()

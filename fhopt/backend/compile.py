@@ -112,7 +112,7 @@ def _compile_exactly(
     compiler: Compiler,
 ) -> Compiled:
     """Compile every attention to its fastest exact implementation; a graph without gain goes to inductor unchanged."""
-    if not (outcome.sites or outcome.compressed) or not pipeline.exact(outcome, module.graph, training):
+    if not pipeline.exact(outcome, module.graph, training):
         return compiler.now(module, example_inputs)
     dispatch.install()
     later = compiler.later(copy_program(module, example_inputs).module)

@@ -85,7 +85,7 @@ class CompileReport:
 
 
 def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
-    """Yield a record of each site, and of each attention that was left alone."""
+    """Yield a record of each site, and of each attention without one: exact, or left alone."""
     reasons: dict[str, Explanation] = {m.node: m for m in outcome.missed}
     for node, site in outcome.sites.items():
         missed = reasons.pop(node, None)
@@ -96,7 +96,7 @@ def _sites(outcome: Outcome) -> Iterator[SiteRecord]:
         yield SiteRecord(name, outcome.compressed[name])
     yield from (SiteRecord(name, "latents of the cache") for name in outcome.reading)
     for missed in reasons.values():
-        yield SiteRecord(missed.node, "left alone", missed.reason, missed.source)
+        yield SiteRecord(missed.node, outcome.lowered.get(missed.node, "left alone"), missed.reason, missed.source)
 
 
 def _table(report: CompileReport) -> Table:

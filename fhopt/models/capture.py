@@ -8,6 +8,7 @@ Dynamo's graphs have a placeholder for every parameter, and so have lifted expor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, fx
 from fhopt.errors import FhoptError
 from fhopt.models.cache_layers import cache_layers
 from fhopt.passes.graph.program import Program, copy_program
+
+SKIPPED = "it skips functions of torch and of the standard library, and those under torch.compiler.disable"
 
 
 @dataclass
@@ -76,11 +79,13 @@ def capture_graphs(
 
     was_training = model.training
     model.eval()
+    known = set(_graph_breaks())
     try:
         result = _run(model, keep, args, keywords, reset)
+        breaks = [reason for reason in _graph_breaks() if reason not in known]
     except torch._dynamo.exc.TorchDynamoException as error:
         raise FhoptError(
-            f"{type(model).__name__} could not be captured ({str(error).splitlines()[0]}). Rewrite what is named "
+            f"{type(model).__name__} could not be captured ({_cause(error)}). Rewrite what is named "
             "there, or capture a part of the model."
         ) from error
     except Exception as error:  # the model itself refused these inputs
@@ -92,6 +97,12 @@ def capture_graphs(
         model.train(was_training)
         if reset:
             torch._dynamo.reset()
+    if not seen:
+        why = _cause(breaks[0]) if breaks else SKIPPED
+        raise FhoptError(
+            f"{type(model).__name__} runs, but torch.compile traced no graph of it ({why}). Move its attention into a "
+            "module of your own without that."
+        )
     layers = cache_layers(model)
     for program, _ in seen:
         _name_parameters(program, model)
@@ -109,6 +120,21 @@ def capture_graphs(
         outputs.clear()
     seen.clear()  # without a reset, Dynamo keeps what was compiled, and this with it
     return captured
+
+
+def _graph_breaks() -> list[str]:
+    """Return why Dynamo has ended graphs in this process, in order."""
+    return [str(reason) for reason in torch._dynamo.utils.counters["graph_break"]]
+
+
+def _cause(error: object) -> str:
+    """Return what Dynamo names as the cause, in one line, and the user's line that it names last."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    first = lines[1] if lines[0].endswith("raised:") and len(lines) > 1 else lines[0]
+    _, _, trace = text.partition("from user code:")
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    return f"{first}, at {'/'.join(frames[-1][0].split('/')[-2:])}:{frames[-1][1]}" if frames else first
 
 
 def _run(model: torch.nn.Module, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reset: bool) -> Any:

@@ -111,37 +111,53 @@ def storage_root(node: fx.Node) -> fx.Node:
 
 
 def call(program: Program, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
-    """Insert a call at the graph's insertion point, with the fake value that it makes."""
-    node = program.graph.call_function(target, args, dict(kwargs or {}))
+    """Insert a call at the graph's insertion point, with the fake value that it makes. Raises what the call raises."""
     known = fx.node.map_arg((args, dict(kwargs or {})), fake)
     with on_fakes(fake_mode(program)):
-        node.meta["example_value"] = node.meta["val"] = target(*known[0], **known[1])
-    return node
+        value = target(*known[0], **known[1])
+    return _described(program.graph.call_function(target, args, dict(kwargs or {})), value)
 
 
 def call_method(program: Program, name: str, *args: Any) -> fx.Node:
-    """Insert a call of a tensor's method at the graph's insertion point, with the fake value that it makes."""
-    node = program.graph.call_method(name, args)
+    """Insert a call of a tensor's method at the insertion point, with its fake value. Raises what the call raises."""
     known = fx.node.map_arg(args, fake)
     with on_fakes(fake_mode(program)):
-        node.meta["example_value"] = node.meta["val"] = getattr(known[0], name)(*known[1:])
+        value = getattr(known[0], name)(*known[1:])
+    return _described(program.graph.call_method(name, args), value)
+
+
+def _described(node: fx.Node, value: Any) -> fx.Node:
+    node.meta["example_value"] = node.meta["val"] = value
     return node
 
 
 def copy_node(program: Program, node: fx.Node, mapping: Mapping[fx.Node, Any]) -> fx.Node:
-    """Insert a copy of `node` with other inputs, with the fake value that it makes of them."""
-    copied = program.graph.node_copy(node, lambda n: mapping.get(n, n))
+    """Insert a copy of `node` with other inputs, with the fake value that it makes of them; a view may copy.
 
-    def known(source: fx.Node) -> Any:
-        is_attribute = source.op == "get_attr"
+    Raises what the node raises on these inputs.
+    """
+
+    def known(source: Any) -> Any:
+        is_attribute = isinstance(source, fx.Node) and source.op == "get_attr"
         return operator.attrgetter(str(source.target))(program.module) if is_attribute else fake(source)
 
-    args, kwargs = fx.node.map_arg((copied.args, copied.kwargs), known)
+    target = _copying_view(node)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: mapping.get(n, n))
+    values, options = fx.node.map_arg((args, kwargs), known)
     with on_fakes(fake_mode(program)):
-        target: Any = copied.target
-        value = getattr(args[0], target)(*args[1:], **kwargs) if copied.op == "call_method" else target(*args, **kwargs)
-    copied.meta["example_value"] = copied.meta["val"] = value
-    return copied
+        is_method = node.op == "call_method"
+        value = getattr(values[0], target)(*values[1:], **options) if is_method else target(*values, **options)
+    copied = program.graph.node_copy(node, lambda n: mapping.get(n, n))
+    copied.target = target
+    return _described(copied, value)
+
+
+def _copying_view(node: fx.Node) -> Any:
+    """Return what `node` calls; where that is a view of other sizes, the reshape, for inputs with other strides."""
+    if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        return torch.ops.aten.reshape.default
+    is_view = node.target == "view" and not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    return "reshape" if is_view else node.target
 
 
 def fake_mode(program: Program) -> FakeTensorMode | None:

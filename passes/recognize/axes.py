@@ -73,6 +73,10 @@ def key_label(softmax: Softmax, product: Contraction, base: Evaluator) -> str:
         if row.numel() == probe.shape[position] and bool((row == torch.arange(row.numel())).all()):
             labels.append(label)
     wide = [x for x in labels if example_shape(product.node)[product.axes.index(x)] > 1]
+    if not wide and len(labels) > 1:
+        raise Miss(
+            "there is one key alone, whose weight is always 1; expected several, as of a larger input", softmax.scores
+        )
     if len(wide or labels) != 1:
         raise Miss("the softmax does not run over the keys of this product", softmax.scores)
     return (wide or labels)[0]
@@ -86,6 +90,7 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
         axes.sizes |= {x: n for x, n in known if x and isinstance(n, int)}
     origin = origins(product.left, roles, base)
     part = {x: origin.get(i, Origin()) for i, x in enumerate(product.left_axes) if x}
+    _check_tokens(product, keys, part, roles, base)
     shared = [x for x in product.axes if x in product.shared]
     for label in product.axes:
         if not label or label == keys:
@@ -102,6 +107,18 @@ def read_axes(product: Contraction, keys: str, roles: Roles, base: Evaluator) ->
         else:
             rows.append(label)
     return axes
+
+
+def _check_tokens(product: Contraction, keys: str, part: Mapping[str, Origin], roles: Roles, base: Evaluator) -> None:
+    """Raise Miss where both axes of the scores are channels: each channel attends to channels, over all tokens."""
+    free = [x for x in product.axes if x in part and x not in product.shared]
+    if not free or any(part[x].kind != "heads" for x in free):
+        return
+    if origins(product.right, roles, base).get(product.right_axes.index(keys), Origin()).kind == "heads":
+        raise Miss(
+            "the softmax runs over channels, as in cross-covariance attention (XCiT); expected one over tokens",
+            product.node,
+        )
 
 
 def _is_head_by_place(label: str, shared: list[str], part: Mapping[str, Origin]) -> bool:

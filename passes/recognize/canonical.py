@@ -20,12 +20,23 @@ from torch import Tensor, fx
 from fhopt.errors import Miss
 from fhopt.ops.attention import attention_reference, blank_scores
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, random_like, signature
-from fhopt.passes.graph.nodes import call, call_method, copy_node, fake, op_name, shape, storage_root
+from fhopt.passes.graph.nodes import (
+    call,
+    call_method,
+    copy_node,
+    fake,
+    fake_mode,
+    on_fakes,
+    op_name,
+    shape,
+    storage_root,
+)
 from fhopt.passes.graph.program import Program
 from fhopt.passes.recognize.contraction import Contraction
 from fhopt.passes.recognize.kv_head_repetition import Operand
 from fhopt.passes.recognize.layout import Steps, arrange
 from fhopt.passes.recognize.node_roles import Roles
+from fhopt.passes.recognize.result_strides import LAYOUTS, in_order, is_layout_seen, memory_order
 from fhopt.passes.recognize.scores import LEAST, Scores, random_sides
 
 
@@ -354,4 +365,15 @@ def _insert_result(program: Program, node: fx.Node, core: Core) -> fx.Node:
         result = call(program, _take_heads, (result, list(_inverse(core.order))))
     result = _insert(program, result, core.output_steps)
     wanted = fake(core.output).dtype
-    return result if fake(result).dtype == wanted else call_method(program, "to", result, wanted)
+    result = result if fake(result).dtype == wanted else call_method(program, "to", result, wanted)
+    return _with_strides(program, result, node, core)
+
+
+def _with_strides(program: Program, result: fx.Node, node: fx.Node, core: Core) -> fx.Node:
+    """Keep the order of axes in memory that the core's result had, where anything sees it."""
+    with on_fakes(fake_mode(program)):
+        canonical = [in_order(fake(node), order) for order in LAYOUTS]
+        layouts = [arrange(tensor, core.output_steps).to(fake(result).dtype) for tensor in canonical]
+    if not is_layout_seen(program, core.output, layouts):
+        return result
+    return call(program, in_order, (result, memory_order(fake(core.output))))

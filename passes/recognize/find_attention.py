@@ -13,6 +13,7 @@ Letters: B batch, H query heads, G kv heads, T keys, D head size, F rotary frequ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,8 +24,18 @@ from fhopt.errors import Miss
 from fhopt.passes.graph.evaluate import Evaluator, Region, example_shape, signature
 from fhopt.passes.graph.nodes import fake, op_name, shape, source_line
 from fhopt.passes.graph.program import Program
+from fhopt.passes.recognize.contraction import read_contraction
 from fhopt.passes.recognize.masks import mask_kind
-from fhopt.passes.recognize.node_roles import ATTENTION, Cut, Kind, Projection, Roles, common_path, view_root
+from fhopt.passes.recognize.node_roles import (
+    ATTENTION,
+    CONVOLUTION,
+    Cut,
+    Kind,
+    Projection,
+    Roles,
+    common_path,
+    view_root,
+)
 from fhopt.plan.site import AttentionSite, Rope
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
@@ -187,8 +198,22 @@ def _latent_width(cuts: dict[str, Cut], roles: Roles) -> int:
         sources.add(view_root(projection.activation))
         sources |= {view_root(p.activation) for p in roles.cut(projection.activation).projections}
     narrow = sum(example_shape(down.node)[i] for i in down.features)
+    if narrow >= _input_width(down):
+        return 0  # a layer that only reduces tokens, such as the convolution of spatial-reduction attention
     wide = sum(example_shape(p.node)[i] for p in cuts["v"].projections for i in p.features)
     return narrow if view_root(down.activation) in sources and narrow < wide else 0
+
+
+def _input_width(projection: Projection) -> int:
+    """Return how many features of its activation a projection reads for each row."""
+    sizes, node = example_shape(projection.activation), projection.node
+    if op_name(node) in CONVOLUTION:
+        return sizes[1] if len(sizes) == len(example_shape(node)) else sizes[0]
+    product = read_contraction(node)
+    if product is None:
+        return sizes[-1]
+    sized = zip(product.left_axes, example_shape(product.left), strict=True)
+    return math.prod(n for x, n in sized if x in product.summed)
 
 
 def _output_projection(node: fx.Node, roles: Roles) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from fhopt.ops import algebra, attention, latent_attention, masks
 from fhopt.passes.graph.evaluate import example_shape
 from fhopt.passes.graph.nodes import call, fake, op_name, shape
 from fhopt.passes.graph.program import Program
+from fhopt.passes.recognize.softmax import EXPONENTIAL
 
 FEW = 48  # rows (queries x query heads of a kv head) up to which reading keys once is faster
 FEW_ABSORBED = 256  # the same where the other choice is two plain products
@@ -120,5 +121,5 @@ def _is_packed(node: fx.Node) -> bool:
 
 
 def is_spelled_out(graph: fx.Graph) -> bool:
-    """Return whether a graph spells attention out with a softmax, without scaled_dot_product_attention."""
-    return any("softmax" in op_name(node) for node in graph.nodes)
+    """Return whether a graph spells attention out with a softmax or exponentials, in place of fused attention."""
+    return any("softmax" in op_name(node) or op_name(node) in EXPONENTIAL for node in graph.nodes)

@@ -201,3 +201,26 @@ def test_checks_run_on_few_tokens_whatever_the_length_and_find_the_same(attentio
     assert [(s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in long] == [
         (s.name, s.rope, s.mask, s.scale, s.kv_heads) for s in short
     ]
+
+
+class Reduced(torch.nn.Module):
+    """Attention to tokens that a convolution has reduced, keys and values from one projection (PVT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = torch.nn.Linear(32, 32), torch.nn.Linear(32, 64)
+        self.reduce, self.norm = torch.nn.Conv2d(32, 32, 2, 2), torch.nn.LayerNorm(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, _ = x.shape
+        small = self.reduce(x.transpose(1, 2).reshape(b, 32, 8, 8)).flatten(2).transpose(1, 2)
+        q = self.q(x).view(b, t, 4, 8).transpose(1, 2)
+        k, v = self.kv(self.norm(small)).view(b, -1, 2, 4, 8).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT * 0.3).softmax(-1) @ v).transpose(1, 2).reshape(b, t, 32)
+
+
+def test_keys_of_reduced_tokens_are_no_latents() -> None:
+    outcome = pipeline.find(capture(Reduced().eval(), (torch.randn(2, 64, 32),)).program)
+    assert outcome.missed == []
+    (site,) = outcome.sites.values()
+    assert site.projections["k"] == site.projections["v"] == ("kv.weight",)

@@ -103,7 +103,24 @@ def keys_first(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((k @ q.mT).mT * 0.25 + slopes * torch.arange(-T + 1.0, 1.0)).softmax(-1) @ v
 
 
+def as_the_queries(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).type_as(q) + torch.zeros(T, T).masked_fill(~m.triangle, -1e9)
+    return scores.to(q).float().softmax(-1).type_as(v) @ v
+
+
+def decomposed_positions(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of an image of 3 x 4 places and a bias of rows and columns, made of the queries (SAM)."""
+    rows, columns = (m.o.weight[:n, :D].expand(n, n, D) for n in (3, 4))
+    image = q.reshape(-1, 3, 4, D)
+    bias_rows = torch.einsum("bhwc,hkc->bhwk", image, rows)[..., None]
+    bias_columns = torch.einsum("bhwc,wkc->bhwk", image, columns)[..., None, :]
+    scores = (q.flatten(0, 1) * 0.25 @ k.flatten(0, 1).mT).view(-1, 3, 4, 3, 4) + bias_rows + bias_columns
+    return (scores.view(-1, T, T).softmax(-1) @ v.flatten(0, 1)).view(q.shape)
+
+
 PLAIN = [
+    as_the_queries,
+    decomposed_positions,
     keys_first,
     sdpa, sdpa_with_positional_mask, scale_after, scale_by_division, scale_on_both_operands, added_mask,
     mask_as_first_addend, masked_fill, where, softmax_in_float32_with_dropout, softcap,
@@ -235,9 +252,14 @@ def sigmoid_weights(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).sigmoid() @ v
 
 
+def between_channels(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q.mT @ k * 0.25).softmax(-1) @ v.mT).mT
+
+
 @pytest.mark.parametrize(
     ("core", "reason", "reached"),
     [
+        (between_channels, "runs over channels, as in cross-covariance", "softmax, both products"),
         (softmax_over_heads, "does not run over the keys", "softmax, both products"),
         (scores_squared, "computed by pow; expected scale", "softmax, both products"),
         (bias_before_softcap, "computed by add, tanh; expected scale", "softmax, both products"),
@@ -383,3 +405,9 @@ def test_two_attentions_of_one_module_have_names_of_their_own() -> None:
     _, result = outcome(Twice().eval(), torch.randn(1, T, H * D))
     names = [s.name for s in result.sites.values()]
     assert len(names) == len(set(names)) == 3 and "first#2" in names
+
+
+def test_one_key_alone_is_no_attention_with_a_reason() -> None:
+    _, result = outcome(Block(scale_after).eval(), torch.randn(2, 1, H * D))
+    assert not result.sites
+    assert "one key alone, whose weight is always 1" in result.missed[0].reason

@@ -1,0 +1,106 @@
+"""Whether anything sees the strides of an attention's result, and the order of its axes in memory.
+
+    o = weights @ v                                     o = in_order(fhopt.attention(q, k, v), [0, 1, 2, 3])
+    y = o.view(B, -1)                                   y = o.view(B, -1)
+
+Each implementation of attention has a memory layout of its own: products give [B, H, S, E], fused kernels
+[B, S, H, E]. Mostly a copy or a product follows, and nothing sees it. A `view` fails on the other layout, though, and
+the strides of what a graph returns are part of its result. Which of these is the case is found by running what follows
+on fake tensors of each layout; the order is kept where it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fhopt.passes.graph.nodes import fake, fake_mode, on_fakes, size_hint
+from fhopt.passes.graph.program import Program
+
+LAYOUTS = ((0, 1, 2, 3), (0, 2, 1, 3))  # of [B, H, S, E] in memory: what products and what fused kernels give
+REACH = 100  # nodes behind a result that are run; of more it is assumed that strides are seen
+PLAIN = frozenset({"aten", "prims"})  # namespaces of operators that read any layout
+
+
+def in_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Return the tensor with its axes in this order in memory, outermost first; itself where they are so already."""
+    inverse = [list(order).index(axis) for axis in range(len(order))]
+    return tensor.permute(list(order)).contiguous().permute(inverse)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """Return the axes of a tensor by their strides, outermost first; symbols by their hints."""
+    strides = [size_hint(n) for n in tensor.stride()]
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
+
+
+def is_layout_seen(program: Program, node: fx.Node, layouts: Sequence[Tensor]) -> bool:
+    """Return whether `node` in one of these layouts would change strides that the program returns, or make it fail.
+
+    layouts: fake tensors of the node's shape.
+    """
+    expected = fake(node)
+    return any(not _has_strides(layout, expected) and _is_seen(program, node, layout) for layout in layouts)
+
+
+def _is_seen(program: Program, node: fx.Node, layout: Tensor) -> bool:
+    """Run what follows `node` with another layout, as far as strides differ from those that tracing left."""
+    changed: dict[fx.Node, Any] = {node: layout}
+    waiting = set(node.users)
+    for _ in range(REACH):
+        if not waiting:
+            return False
+        current = min(waiting)
+        waiting.remove(current)
+        known = fake(current)
+        if current.op == "output" or not _reads_any_layout(current):
+            return True
+        if not any(isinstance(part, Tensor) for part in _parts(known)):
+            continue  # sizes and numbers
+        try:
+            value = _run_again(program, current, changed)
+        except Exception:  # a view that this layout does not allow
+            return True
+        if not _have_strides(_parts(value), _parts(known)):
+            changed[current] = value
+            waiting.update(current.users)
+    return True
+
+
+def _run_again(program: Program, node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: changed.get(n, fake(n)))
+    target: Any = node.target
+    with on_fakes(fake_mode(program)):
+        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+
+def _reads_any_layout(node: fx.Node) -> bool:
+    """Return whether a node is an operation of torch's own that has the same meaning in any layout, or fails."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target) not in {"as_strided", "as_strided_", "stride", "data_ptr"}
+    if isinstance(target, torch._ops.HigherOrderOperator) or node.op != "call_function":
+        return False
+    packet = getattr(target, "overloadpacket", target)
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        return packet._qualified_op_name.partition("::")[0] in PLAIN and "as_strided" not in str(packet)
+    return target is not torch.as_strided
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _have_strides(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    pairs = [(a, b) for a, b in zip(values, known, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    return all(_has_strides(a, b) for a, b in pairs)
+
+
+def _has_strides(value: Tensor, known: Tensor) -> bool:
+    """Return whether strides are equal wherever a size lets them be seen."""
+    sizes = [size_hint(n) for n in known.shape]
+    pairs = zip(sizes, value.stride(), known.stride(), strict=True)
+    return 0 in sizes or all(size == 1 or size_hint(a) == size_hint(b) for size, a, b in pairs)

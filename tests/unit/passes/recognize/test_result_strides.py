@@ -1,0 +1,111 @@
+"""The strides of an attention's result, where something sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fhopt.backend.compile import last_outcome
+from fhopt.models.capture import capture
+from fhopt.passes import pipeline
+from fhopt.passes.recognize.result_strides import in_order, memory_order
+
+H, D, T = 4, 8, 12
+LONG = 300  # keys of which few queries go to a kernel
+
+
+class Block(nn.Module):
+    """Attention of the last `queries` tokens, and what `after` makes of its result [B, H, S, D]."""
+
+    def __init__(self, after: Callable[[Tensor], Any], queries: int = T, fused: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(H * D, H * D) for _ in range(3))
+        self.after, self.queries, self.fused = after, queries, fused
+
+    def forward(self, x: Tensor) -> Any:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, H, D).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q = q[:, :, -self.queries :]
+        out = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT * 0.3).softmax(-1) @ v
+        return self.after(out)
+
+
+def returned(o: Tensor) -> Tensor:
+    return o
+
+
+def viewed(o: Tensor) -> Tensor:
+    return o.view(o.shape[0], -1)
+
+
+def viewed_later(o: Tensor) -> Tensor:
+    return torch.sigmoid(o * 2).view(o.shape[0], -1)
+
+
+def in_parts(o: Tensor) -> tuple[Tensor, ...]:
+    return o.chunk(2, -1)
+
+
+def added(o: Tensor) -> Tensor:
+    return o.transpose(1, 2) + 1
+
+
+def tokens_first(o: Tensor) -> Tensor:
+    return o.transpose(1, 2).reshape(o.shape[0], -1, H * D)
+
+
+def strides(result: Any) -> list[tuple[int, ...]]:
+    return [t.stride() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(
+    ("after", "queries", "dynamic"),
+    [
+        *((after, T, False) for after in (returned, viewed, viewed_later, in_parts, added, tokens_first)),
+        (returned, 1, False), (viewed, 1, True), (viewed, T, True), (added, T, True),
+    ],
+)  # fmt: skip
+def test_exact_mode_keeps_the_strides_of_what_is_returned(
+    after: Callable[[Tensor], Any], queries: int, dynamic: bool
+) -> None:
+    tokens = LONG if queries == 1 else T
+    module, x = Block(after, queries).eval(), torch.randn(2, tokens, H * D)
+    compiled = torch.compile(module, backend="flashhead", options={"ratio": 1}, dynamic=dynamic)
+    with torch.no_grad():
+        expected, found = module(x), compiled(x)
+    outcome = last_outcome()
+    assert outcome is not None and len(outcome.lowered) + len(outcome.compressed) == 1
+    assert strides(found) == strides(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # another order of float32 sums
+
+
+def kept_orders(module: nn.Module, x: Tensor) -> list[fx.Node]:
+    captured = capture(module, (x,))
+    outcome = pipeline.find(captured.program)
+    assert len(outcome.sites) == 1
+    return [n for n in captured.program.graph.nodes if n.target is in_order]
+
+
+def test_nothing_is_kept_where_a_copy_follows() -> None:
+    assert kept_orders(Block(tokens_first).eval(), torch.randn(2, T, H * D)) == []
+    (kept,) = kept_orders(Block(viewed).eval(), torch.randn(2, T, H * D))
+    assert kept.args[1] == [0, 1, 2, 3]
+
+
+def test_a_fused_kernel_keeps_its_own_order() -> None:
+    (kept,) = kept_orders(Block(returned, fused=True).eval(), torch.randn(2, T, H * D))
+    assert kept.args[1] == [0, 2, 1, 3]
+
+
+def test_strides_of_a_tensor_in_order() -> None:
+    tensor = torch.randn(2, 3, 4, 5)
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 1, 0, 2]):
+        found = in_order(tensor, order)
+        assert torch.equal(found, tensor) and memory_order(found) == order
+    assert in_order(tensor, [0, 1, 2, 3]).data_ptr() == tensor.data_ptr()
