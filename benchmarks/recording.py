@@ -107,14 +107,11 @@ def write(name: str, rows: Iterable[Row]) -> Path:
     """Write `results/<name>.json`, whole or not at all."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": [{k: _number(v) for k, v in dataclasses.asdict(row).items()} for row in rows],
-    }
+    head = json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}, indent=1)
+    figures = [{k: _number(v) for k, v in dataclasses.asdict(row).items()} for row in rows]
+    lines = ",\n".join(f"  {json.dumps(figure, allow_nan=False)}" for figure in figures)  # a row a line
     staging = path.with_name(f".{path.name}.part")
-    staging.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    staging.write_text(f'{head.removesuffix("}").rstrip()},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     staging.replace(path)
     return path
 

@@ -372,7 +372,7 @@ def _insert_result(program: Program, node: fx.Node, core: Core) -> fx.Node:
 def _with_strides(program: Program, result: fx.Node, node: fx.Node, core: Core) -> fx.Node:
     """Keep the order of axes in memory that the core's result had, where anything sees it."""
     with on_fakes(fake_mode(program)):
-        canonical = [in_order(fake(node), order) for order in LAYOUTS]
+        canonical = [fake(node), *(in_order(fake(node), order) for order in LAYOUTS)]  # as it comes here, or elsewhere
         layouts = [arrange(tensor, core.output_steps).to(fake(result).dtype) for tensor in canonical]
     if not is_layout_seen(program, core.output, layouts):
         return result

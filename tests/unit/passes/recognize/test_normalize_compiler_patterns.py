@@ -85,7 +85,8 @@ def check(name: str, is_projected: bool) -> None:
         expected = call(*inputs)
         found = torch.compile(call, backend="flashhead", options={"ratio": 1}, dynamic=False)(*inputs)
     outcome = last_outcome()
-    assert outcome is not None and len(outcome.sites) == is_projected, outcome.missed
+    assert outcome is not None
+    assert len(outcome.sites) == is_projected, outcome.missed
     assert len(outcome.lowered) == 1, outcome.missed
     results = [expected, found] if isinstance(expected, Tensor) else [expected[0], found[0]]
     assert results[0].dtype == results[1].dtype and strides(results[0]) == strides(results[1])
