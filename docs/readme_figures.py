@@ -19,9 +19,11 @@ from results_page import RESULTS, ROOT, Results, number, table
 
 README = ROOT / "README.md"
 WIDTH = 120
-CALIBRATED = "topics"  # the text of the benchmark of quality whose other half calibrated the plans
+QUALITY = "quality-SmolLM2-135M-Instruct"  # plans of the default options beside many methods
+CALIBRATED = ("source", "docstrings", "topics", "mixture")  # texts of the kinds that calibrated the plans
 FHOPT = "fhopt"
-SIZE = 4.0  # times smaller than a 16-bit cache: rivals are compared at the size nearest to it
+SIZES = 4.0, 8.0  # times smaller than a 16-bit cache: rivals are compared at the sizes nearest to them
+NEAR = 1.25  # no size is near that is more than so many times another
 NAMES = {
     "fhopt": "**fhopt**",
     "kivi": "KIVI",
@@ -34,11 +36,12 @@ NAMES = {
     "kvtc": "KVTC",
     "oscar": "OSCAR",
     "aatc": "AATC",
+    "q4_0-hadamard": "q4_0 of llama.cpp, rotated",
     "snapkv": "SnapKV",
     "expected-attention": "Expected Attention",
 }  # families of caches in the files, in the words of the README; others by their own name
-MARKS = {"fhopt": "o", "kivi": "K", "rtn": "R", "quanto": "Q", "low-rank": "L"}  # of the chart
-LEGEND = {"o": "fhopt", "K": "KIVI", "R": "round-to-nearest", "Q": "quanto", "L": "low rank", "+": "others"}
+MARKS = {"fhopt": "o", "kivi": "K", "kvtc": "V", "quarot": "Q", "turboquant": "T", "aatc": "A"}  # of the chart
+LEGEND = {"o": "fhopt", "V": "KVTC", "K": "KIVI", "A": "AATC", "Q": "QuaRot", "T": "TurboQuant", "+": "others"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def caches(results: Results) -> list[Cache]:
     for metric in ("perplexity_increase_percent", "kl"):
         for row in results.of(metric):
             text, size = row["case"].split("@")
-            if text != CALIBRATED:
+            if text not in CALIBRATED:
                 key = float(size.rstrip("x")), row["impl"]
                 found.setdefault(key, {}).setdefault(metric, []).append(row["value"])
     return [
@@ -94,7 +97,7 @@ def _cache(name: str, size: float, rises: list[float], kl: list[float]) -> Cache
 
 def measured(folder: Path) -> str:
     """State loss, speed and memory, one figure each, with what it was measured on."""
-    plans = {cache.size: cache for cache in caches(_read(folder, "quality")) if cache.family == FHOPT}
+    plans = {cache.size: cache for cache in caches(_read(folder, QUALITY)) if cache.family == FHOPT}
     lines = [_loss(plans[4.0], plans[8.0]), _speed(_read(folder, "decode")), _memory(_read(folder, "memory"))]
     return "\n".join(lines)
 
@@ -134,7 +137,7 @@ def _item(text: str) -> str:
 
 def chart(folder: Path) -> str:
     """Draw loss against size in characters: KL on a logarithmic axis, caches of the benchmark of quality as letters."""
-    known = [cache for cache in caches(_read(folder, "quality")) if cache.size >= 1.8]
+    known = [cache for cache in caches(_read(folder, QUALITY)) if cache.size >= 1.8]
     shown = sorted(known, key=lambda cache: cache.family == FHOPT)  # on top of others
     width, rows_a_decade, top, bottom = 60, 3, 0, -4
     grid = [[" "] * width for _ in range((top - bottom) * rows_a_decade + 1)]
@@ -164,16 +167,13 @@ def _scale(least: float, most: float, width: int) -> Iterable[str]:
 
 
 def rivals(folder: Path) -> str:
-    """Format a table: plans of fhopt, and each other method at the size nearest to the plan of `SIZE`."""
-    results = _read(folder, "quality")
-    all_caches = caches(results)
-    nearest: dict[str, Cache] = {}
-    for cache in all_caches:
-        known = nearest.get(cache.family)
-        if cache.family != FHOPT and (known is None or _distance(cache) < _distance(known)):
-            nearest[cache.family] = cache
-    shown = [cache for cache in all_caches if cache.family == FHOPT and cache.size in (SIZE, 2 * SIZE)]
-    shown += sorted(nearest.values(), key=lambda cache: cache.kl)
+    """Format a table: plans of fhopt, and each other method at the sizes nearest to those of `SIZES`."""
+    all_caches = caches(_read(folder, QUALITY))
+    shown = []
+    for size in SIZES:
+        near = [cache for cache in all_caches if _distance(cache, size) <= math.log(NEAR)]
+        nearest = {c.family: c for c in sorted(near, key=lambda cache: -_distance(cache, size))}
+        shown += sorted(nearest.values(), key=lambda cache: cache.kl)
     lines = (
         [cache.shown, f"{cache.size:g}x", f"{cache.mean:+.2f} %", f"{cache.worst:+.2f} %", f"{cache.kl:.4f}"]
         for cache in shown
@@ -182,8 +182,8 @@ def rivals(folder: Path) -> str:
     return table(head, lines)
 
 
-def _distance(cache: Cache) -> float:
-    return abs(math.log(cache.size / SIZE))
+def _distance(cache: Cache, size: float) -> float:
+    return abs(math.log(cache.size / size))
 
 
 def found(folder: Path) -> str:
