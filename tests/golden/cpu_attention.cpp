@@ -886,6 +886,7 @@ INLINE void with_tile(const Side& side, const Rows& rows, const Rows& scales, co
         if (side.tiers.empty()) unpack_floats(side, head + token * stride, z);
         else unpack_codes(side, head + token * stride, s.scale[t], z);
     }
+    std::fill(s.scale + tokens, s.scale + whole_vectors(tokens), 0.0f);  // weights of no token are 0 times it
     f(Tile<Float32>{s.tile, s.kernel.stride, nullptr});
 }
 

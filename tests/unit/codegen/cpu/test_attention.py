@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import platform
 import random
 
 import pytest
@@ -227,8 +228,12 @@ def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
 
 
 @needs_compiler
-def test_what_is_no_number_stays_in_its_own_sequence() -> None:
-    """Also behind a list that ends in the middle of 16 tokens, where nothing is read."""
+@pytest.mark.parametrize("isa", ["", "x86-64-v3"])
+def test_what_is_no_number_stays_in_its_own_sequence(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind a list that ends in the middle of 16 tokens, where nothing is read; of bytes and of floats."""
+    if isa and platform.machine() != "x86_64":
+        pytest.skip("an instruction set of x86-64")
+    monkeypatch.setenv("FHOPT_ISA", isa)
     case = Case(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
     query, key, key_scale, value, value_scale = inputs(case)
     assert value_scale is not None
