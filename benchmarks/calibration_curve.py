@@ -11,7 +11,6 @@ measured with real caches on texts of kinds that did not calibrate (quality_meas
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ import click
 import torch
 from quality_caches import ours
 from quality_measurement import TEXTS, Result, Text, measure, progress_bar, read_texts
-from recording import RESULTS, Row, is_quick, record, table
+from recording import Row, is_quick, kept_rows, record, table
 
 from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
@@ -64,13 +63,6 @@ def _rows(case: str, result: Result) -> list[Row]:
     ]
 
 
-def kept_rows(case: str) -> list[Row]:
-    """Return what former runs wrote of other models and types."""
-    file = RESULTS / f"{NAME}.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    return [Row(**row) for row in rows if not row["case"].startswith(f"{case}/") and row["value"] is not None]
-
-
 @click.command()
 @click.option("--model", default="demo", show_default=True, help="Model, as in `fhopt fit`.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -92,7 +84,7 @@ def main(model: str, dtype: str, texts: tuple[str, ...], context: int, counts: t
             rows += measure_count(loaded, case, options_for(count, quick), read)
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    whole = rows if quick else kept_rows(case) + rows
+    whole = rows if quick else kept_rows(NAME, lambda measured: measured.startswith(f"{case}/")) + rows
     record(f"{NAME}-quick" if quick else NAME, whole, lambda figure: draw(figure, whole), table(NAME, rows))
 
 

@@ -74,6 +74,13 @@ def record(
     return path
 
 
+def kept_rows(name: str, is_measured_anew: Callable[[str], bool]) -> list[Row]:
+    """Return the rows that a former run wrote to `results/<name>.json`, but for cases that are measured anew."""
+    file = RESULTS / f"{name}.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return [Row(**row) for row in rows if row["value"] is not None and not is_measured_anew(row["case"])]
+
+
 def process_bytes(trim: bool = True) -> int:
     """Return the anonymous memory of this process, swapped out or not, without the libraries.
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ from typing import Any
 
 import click
 import torch
-from recording import RESULTS, Row, is_quick, record, screen, table
+from recording import Row, is_quick, kept_rows, record, screen, table
 from rich.progress import Progress
 
 from fhopt.calibration import run
@@ -179,15 +178,6 @@ def _mean(numbers: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def kept_rows(name: str, cases: set[str]) -> list[Row]:
-    """Return what a former run wrote of cases that this one did not measure."""
-    file = RESULTS / f"{name}.json"
-    if not file.exists():
-        return []
-    rows = json.loads(file.read_text())["rows"]
-    return [Row(**row) for row in rows if row["case"] not in cases and row["value"] is not None]
-
-
 def plans_of(loaded: LoadedModel, statistics: Path | None, ratios: tuple[float, ...], options: FitOptions) -> Plans:
     """Fit plans from a file of statistics, or after a calibration. Raises FhoptError."""
     if statistics is None:
@@ -249,7 +239,7 @@ def main(
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
     name = "tasks-quick" if quick else "tasks"
-    whole = kept_rows(name, {row.case for row in rows}) + rows
+    whole = kept_rows(name, {row.case for row in rows}.__contains__) + rows
     record(name, whole, draw=lambda figure: draw(figure, whole), summary=table(name, rows))
 
 

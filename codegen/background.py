@@ -19,11 +19,11 @@ from typing import Any
 
 from fhopt.codegen import compiler
 from fhopt.codegen.build import build, load_library, needs_compiler
+from fhopt.codegen.cpu.attention import NAME
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cores
 
-ATTENTION = "attention"  # the library of kernels of attention
 PATIENCE = 5.0  # seconds that a process waits for stopped compilers when it ends
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Builder:
 
     def has_attention(self) -> bool:
         """Return whether the library of kernels is there, or cannot be; False while it is being built."""
-        return bool(self.get(ATTENTION, _build_attention, needs_compiler))
+        return bool(self.get(NAME, _build_attention, needs_compiler))
 
     def get(self, name: str, job: Callable[[], Any], compiles: Callable[[], bool]) -> Any:
         """Return what the job of that name built; None while it is being built, in the background.
@@ -85,7 +85,7 @@ class Builder:
 
     def start_attention(self) -> None:
         """Start to build the library of kernels."""
-        self.start(ATTENTION, _build_attention)
+        self.start(NAME, _build_attention)
 
     def wait(self, names: Iterable[str] | None = None) -> None:
         """Wait until jobs are done, all that were asked for where none are named."""

@@ -34,7 +34,6 @@ from fhopt.system import has_triton
 
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _kernels: dict[tuple[object, ...], LatentKernel] = {}
-OPS = "ops"  # the library of C++ ops
 
 
 def install() -> None:
@@ -57,13 +56,14 @@ def install() -> None:
 
 
 def start() -> None:
-    """Start to build the libraries that reading latents on a CPU needs, where this machine has none yet."""
+    """Start to build the libraries that a model with a plan needs on a CPU, where this machine has none yet."""
     builder.start_attention()
     cpu_packing.start()
+    builder.start(graph_kernels.NAME, graph_kernels.serve_skinny)
 
 
 def prepare() -> None:
-    """Build the libraries that reading latents on a CPU needs, and wait for them."""
+    """Build the libraries that a model with a plan needs on a CPU, and wait for them."""
     start()
     builder.wait()
 
@@ -101,7 +101,7 @@ def attend_latents(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | 
 
 def _has_ops() -> bool:
     """Return whether the C++ ops can be called; while they are built, in the background, they cannot."""
-    return bool(builder.get(OPS, graph_kernels.serve_skinny, graph_kernels.compiles_skinny))
+    return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_skinny, graph_kernels.compiles_skinny))
 
 
 def latent_attention(

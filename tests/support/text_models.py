@@ -51,6 +51,17 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def shown_on(own: int) -> bytes:
+    """What a process has shown on a pseudo-terminal, read from its other side until the process has closed it."""
+    shown = b""
+    try:
+        while chunk := os.read(own, 4096):
+            shown += chunk
+    except OSError:  # the other side is closed
+        pass
+    return shown
+
+
 def interrupt(process: subprocess.Popen[str]) -> None:
     """Ctrl-C for a process that `start` started, and for nothing else."""
     os.killpg(os.getpgid(process.pid), signal.SIGINT)

@@ -14,7 +14,7 @@ import pytest
 from command_models import call
 from rich.console import Console
 from small_models import Fitted, tiny_llama
-from text_models import interrupt, save_plan, save_text_model, start
+from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
 from fhopt.inspection.tables import throughput_table
 
@@ -95,12 +95,7 @@ def test_a_terminal_shows_a_bar(folder: Path) -> None:
     own, other = pty.openpty()
     process = start("bench", folder, *QUICK, stdout=subprocess.PIPE, stderr=other)
     os.close(other)
-    shown = b""
-    try:
-        while chunk := os.read(own, 4096):
-            shown += chunk
-    except OSError:  # the other side is closed
-        pass
+    shown = shown_on(own)
     text, _ = process.communicate(timeout=240)
     os.close(own)
     assert process.returncode == 0 and "KV cache" in text and b"bench" in shown and "\x1b" not in text

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from command_models import call
-from text_models import save_text_model, start
+from text_models import save_text_model, shown_on, start
 
 from fhopt.hardware import this_cpu
 
@@ -72,12 +72,7 @@ def test_a_terminal_and_a_pipe_are_served() -> None:
     own, other = pty.openpty()
     process = start("doctor", stdout=other, stderr=subprocess.PIPE)
     os.close(other)
-    shown = b""
-    try:
-        while chunk := os.read(own, 4096):
-            shown += chunk
-    except OSError:  # the other side is closed
-        pass
+    shown = shown_on(own)
     _, errors = process.communicate(timeout=240)
     os.close(own)
     assert process.returncode == 0 and errors == "" and b"memory read" in shown and b"GB/s" in shown

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from rich.console import Console
-from text_models import ROOT
+from text_models import ROOT, shown_on
 
 from fhopt.cli import options, progress
 from fhopt.cli.progress import Job, bar, duration, lines
@@ -141,12 +141,7 @@ def test_results_stay_on_standard_output_while_a_bar_is_shown_on_a_terminal(argu
         env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
     )  # fmt: skip
     os.close(other)
-    shown = b""
-    try:
-        while chunk := os.read(own, 4096):
-            shown += chunk
-    except OSError:  # the other side is closed
-        pass
+    shown = shown_on(own)
     text, _ = process.communicate(timeout=240)
     os.close(own)
     assert text == "a result\n" and b"one" in shown and b"a result" not in shown

@@ -45,6 +45,7 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
     monkeypatch.setattr(background, "needs_compiler", lambda: True)
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
     monkeypatch.setattr("fhopt.codegen.cpu.packing.start", lambda: None)
+    monkeypatch.setattr("fhopt.codegen.cpu.graph_kernels.serve_skinny", lambda: False)
     torch.manual_seed(0)
     before = read(12)
     assert not used and not DISPATCH._kernels
