@@ -48,6 +48,7 @@ def install() -> None:
     registry.use("page_weights", "cpu", cpu_pages.weigh_pages)
     registry.use("attend_pages", "cpu", attend_pages)
     registry.use("attend_latents", "cpu", attend_latents)
+    registry.use("round_rows_into", "cpu", round_rows_into)
     if has_triton():
         registry.use("pack", "cuda", _pack_by_triton)
         registry.use("unpack", "cuda", _unpack_by_triton)
@@ -97,6 +98,17 @@ def attend_latents(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | 
     if not builder.has_attention() or not _has_ops():
         return None
     return graph_kernels.attend_latents((query, key, value, *others), options)
+
+
+def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:
+    """Round rows into a window in one call of machine code, as `ops.packing.round_rows_into_reference` does.
+
+    Returns whether it did: not where its library is not built yet, or numbers are of 64 bits.
+    """
+    if x.dtype not in _DTYPES or not _has_ops():
+        return False
+    graph_kernels.round_rows_into(x, mean, codes, scale, at)
+    return True
 
 
 def _has_ops() -> bool:

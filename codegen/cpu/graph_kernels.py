@@ -11,7 +11,7 @@ C++ interface (torch/csrc/stable) and knows kernels by the name of their `Kernel
 in place of the 20 to 40 of a Python implementation. They do what the ops on the left do, for tensors that a graph has
 checked, and know no gradients. `attend_kernel` is a decoder layer's attention on a KV cache as a whole: it absorbs the
 queries, runs the kernels of packed latents, residual window and newest tokens, expands and merges, where eight
-operations did.
+operations did. `round_rows_into`, which appends to a residual window of 8 bits, is called in eager mode only.
 
 Without a compiler graphs keep the ops on the left.
 
@@ -44,6 +44,7 @@ from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "ops"  # of the library
+MOST_CALLS = 4096  # kinds of calls whose kernels are remembered
 log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
@@ -60,6 +61,7 @@ _LIB.define(
     "-> Tensor"
 )
 _LIB.define("skinny_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+_LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!) scale, int at) -> ()")
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
 
@@ -205,30 +207,40 @@ def attend_latents(operands: tuple[Tensor | None, ...], options: dict[str, Any])
     return output
 
 
+def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> None:
+    """Round rows into a window, as `fhopt.ops.packing.round_rows_into_reference` does. For calls without gradients."""
+    torch.ops.fhopt.round_rows_into.default(x, mean, codes, scale, at)
+
+
 Names = tuple[str, str, str]  # of the kernels of latents, of the residual window ("": there is none), of other tokens
-_attended: dict[tuple[Any, ...], Names] = {}
+_TIERS = tuple(f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
+# By which lists of bits, widths and steps were given, and what they held then.
+_attended: dict[tuple[Any, ...], tuple[Names, list[Any]]] = {}
 
 
 def _attend_names(operands: Sequence[Any], options: dict[str, Any]) -> Names | None:
     """Return the names of the kernels that serve `fhopt::attend_latents`; None where one does not."""
-    tensors = [x for x in operands if isinstance(x, Tensor)]
     query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = operands
-    if any(x.device.type != "cpu" for x in tensors) or query.dtype not in _DTYPES:
+    dtype = query.dtype
+    if dtype not in _DTYPES or not all(x is None or x.is_cpu for x in operands):
         return None
-    if any(x.dtype != query.dtype for x in (key, value, key_decode, value_decode)):
+    if not dtype == key.dtype == value.dtype == key_decode.dtype == value_decode.dtype:
         return None
-    if not all(_masks(x) for x in operands[13:16]) or not _counts(operands[16]):
+    if not all(x is None or _masks(x) for x in operands[13:16]) or not _counts(operands[16]):
         return None
-    tiers = [tuple(options[f"{side}_{what}"]) for side in ("key", "value") for what in ("bits", "widths", "steps")]
+    tiers = [options[name] for name in _TIERS]
     sizes = key_decode.shape[2], key.shape[3], value.shape[3], value_rows.shape[3]
     cap = options.get("softcap", 0.0) != 0.0
-    call = (*tiers, *sizes, query.dtype, key_rows.dtype, value_rows.dtype, cap, window is not None)
-    names = _attended.get(call)
+    call = (*map(id, tiers), *sizes, dtype, key_rows.dtype, value_rows.dtype, cap, window is not None)
+    found = _attended.get(call)
+    names = found[0] if found is not None and found[1] == tiers else None
     if names is None:
         latent = _spec({"query": key_decode, "key": key_rows, "value": value_rows}, options)
-        names = _served_names(latent, sizes[1], sizes[2], _DTYPES[query.dtype], cap, window is not None)
+        names = _served_names(latent, sizes[1], sizes[2], _DTYPES[dtype], cap, window is not None)
         if names is not None:
-            _attended[call] = names
+            if len(_attended) >= MOST_CALLS:
+                _attended.clear()
+            _attended[call] = names, copy.deepcopy(tiers)
     return names
 
 

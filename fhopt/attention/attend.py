@@ -154,8 +154,19 @@ def _is_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
     """
     if torch.is_grad_enabled() or query.device.type != "cpu":
         return False
-    typed = query.dtype == key.dtype and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return typed and query.shape[2] == 1 and key.shape[2] != 0 and latents.key.rows.shape[2] != 0
+    typed = query.dtype == key.dtype and query.dtype in _DTYPES
+    some = latents.key.rows.shape[2] != 0 or latents.key.window is not None
+    return typed and query.shape[2] == 1 and key.shape[2] != 0 and some
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reads_at_once(new_keys: Tensor) -> bool:
+    """Return whether a decode step with this key [B,G,1,D] is one call of machine code in eager mode."""
+    if new_keys.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return new_keys.dtype in _DTYPES and registry.kernel_of("attend_latents", "cpu") is not None
 
 
 # --------------------------------------------------------------------------------------------------- masks

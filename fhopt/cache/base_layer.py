@@ -271,8 +271,10 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
                 out[QUANTIZED if isinstance(store, PackedLatents) else "index"] += used
                 out["spare"] += store.nbytes - used
             elif isinstance(store, (ExactWindow, StaticWindow)):
+                used = sum(part.nbytes for part in store.parts)
                 out["sinks"] += store.sink_bytes
-                out["window"] += store.nbytes - store.sink_bytes
+                out["window"] += used - store.sink_bytes
+                out["spare"] += store.nbytes - used
             elif isinstance(store, SequenceMeans):
                 out["sinks"] += store.nbytes
         return out

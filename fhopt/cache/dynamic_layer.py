@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fhopt.attention.attend import reads_at_once
 from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
@@ -60,7 +61,7 @@ class LatentLayer(LatentLayerBase):
 
     def _with_new(self, new_keys: tuple[Tensor, ...], new_values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return what attention reads of the tokens held and of new ones."""
-        if not self.quantized:
+        if not self.quantized and not self._reads_window(new_keys):
             return self.window_keys.read(*new_keys), self.window_values.read(*new_values)
         keys, rounded_keys = self.window_keys.for_attention(*new_keys)
         values, rounded_values = self.window_values.for_attention(*new_values)
@@ -68,6 +69,19 @@ class LatentLayer(LatentLayerBase):
         index = self._with_mean(self._index(self.quantized), *sides)
         latents = Latents(*sides, self.window.sinks, self.quantized, index, self.observer)
         return self._for_attention(keys, values, latents)
+
+    def _reads_window(self, new_keys: tuple[Tensor, ...]) -> bool:
+        """Return whether attention shall read a window in 8 bits as it is, though no token is quantized yet.
+
+        So that a decode step on a CPU is one call of machine code from the first one on.
+        """
+        if len(new_keys) != 1 or new_keys[0].shape[2] != 1 or self.window.bits == 16 or self.packed_keys.is_uncoded:
+            return False
+        if not self.absorb or not self.reader.active or not reads_at_once(new_keys[0]):
+            return False
+        if not self.packed_keys.parts:  # of no tokens, but of the right shape
+            self._encode(*self._blank(), self._append)
+        return True
 
     def _with_mean(self, index: PageIndex | None, key: SideRows, value: SideRows) -> PageIndex | None:
         """Return `index` with the mean of values, made anew when packed latents were added, moved or dropped."""

@@ -59,6 +59,11 @@ class PackedLatents(Store):
         """Quantize x [B,G,N,D] and store it behind the first `at` tokens. block: tokens by which storage grows."""
         self.parts = _appended(self.parts, self.encode(x), at, block)
 
+    @property
+    def is_uncoded(self) -> bool:
+        """Whether latents are kept as numbers."""
+        return not self._tiers[0]
+
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Return packed latents and their scales (None without bit groups) of tokens `start` to `stop`, as views."""
         packed, *scale = [part[:, :, start:stop] for part in self.parts]

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fhopt.cache.store import RoundedPart, Store
-from fhopt.ops import packing
+from fhopt.ops import packing, registry
 from fhopt.plan.window import ResidualWindow
+
+SPARE = 16  # places by which a window in 8 bits grows, so that most decode steps write one row and copy nothing
 
 
 class Window(Store):
@@ -79,6 +81,9 @@ class ExactWindow(Window):
 class RoundedWindow(ExactWindow):
     """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
 
+    _room: tuple[Tensor, Tensor] | None = None  # values and scales with spare places behind, of which the parts
+    _grown: tuple[Tensor, ...] = ()  # as they were last appended to are views: any other parts have no spare places
+
     def start(self, like: Tensor) -> None:
         """Hold no tokens, of the shape and dtype of `like`."""
         nothing = like[:, :, :0].clone()
@@ -104,6 +109,8 @@ class RoundedWindow(ExactWindow):
 
     def keep(self, new: Tensor, quantized: int) -> None:
         """Hold new tokens too, without the `quantized` oldest of the window; only tokens that stay are rounded."""
+        if not quantized and self._append(new):
+            return
         sinks, values, scale = self.parts
         staying = new[:, :, max(0, self.sinks + quantized - self.count) :]
         more_values, more_scale = packing.round_rows(_less(staying, self.mean))
@@ -111,6 +118,25 @@ class RoundedWindow(ExactWindow):
             sinks = torch.cat([sinks, new], 2)[:, :, : self.sinks].clone()
         values = torch.cat([values[:, :, quantized:], more_values], 2)
         self.parts = (sinks, values, _joined([scale[:, :, quantized:], more_scale]))
+
+    def _append(self, new: Tensor) -> bool:
+        """Round a few new tokens into spare places, by machine code; False where there is none, or sinks are missing.
+
+        Places up to the tokens held never change: what was read of the window stays as it was.
+        """
+        sinks, values, scale = self.parts
+        count, more = values.shape[2], new.shape[2]
+        kernel = registry.kernel_of("round_rows_into", new.device.type)
+        if kernel is None or more > SPARE or sinks.shape[2] < self.sinks or torch.compiler.is_compiling():
+            return False
+        room = self._room
+        if room is None or self.parts is not self._grown or count + more > room[0].shape[2]:
+            room = (_with_spare(values), _with_spare(scale))
+        if not kernel(new.detach(), self.mean, *room, count):
+            return False
+        self._room = room
+        self.parts = self._grown = (sinks, *[part.narrow(2, 0, count + more) for part in room])
+        return True
 
     def insert(self, dequantized: Tensor) -> None:
         """Put tokens between attention sinks and window, rounded."""
@@ -123,6 +149,14 @@ class RoundedWindow(ExactWindow):
         sinks, *window = self.parts
         rest = max(0, count - self.sinks)
         self.parts = (sinks[:, :, :count].clone(), *[part[:, :, :rest].clone() for part in window])
+
+
+def _with_spare(part: Tensor) -> Tensor:
+    """Copy values [B,G,M,D] or scales [B,G,M] to the front of a tensor with SPARE places behind."""
+    count = part.shape[2]
+    room = part.new_zeros((*part.shape[:2], count + SPARE, *part.shape[3:]))
+    room.narrow(2, 0, count).copy_(part)
+    return room
 
 
 def _less(tokens: Tensor, mean: Tensor | None) -> Tensor:

@@ -187,6 +187,17 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), scale
 
 
+def round_rows_into_reference(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> bool:
+    """Write `round_rows` of x [B,G,S,D], less `mean` [B,G,1,D], into rows `at` to at + S of codes and scale.
+
+    codes uint8 [B,G,N,D], scale float16 [B,G,N]. Returns True; a kernel that does not serve returns False.
+    """
+    rounded, its_scale = round_rows(x if mean is None else x - mean)
+    codes[:, :, at : at + x.shape[2]] = rounded
+    scale[:, :, at : at + x.shape[2]] = its_scale
+    return True
+
+
 def unround_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Dequantize what `round_rows` returned: codes uint8 [B,G,T,D], scale [B,G,T] -> [B,G,T,D] of `dtype`."""
     return ((codes.to(torch.float32) - 127.5) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)

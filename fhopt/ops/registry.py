@@ -20,6 +20,7 @@ OPS = {
     "rebuilt_attention": "fhopt.ops.prefill_attention.rebuilt_attention_reference",
     "page_weights": "fhopt.ops.paged_attention.page_weights_reference",
     "attend_pages": "fhopt.ops.paged_attention.attend_pages_reference",
+    "round_rows_into": "fhopt.ops.packing.round_rows_into_reference",
     "attend_latents": "fhopt.attention.attend.attend_latents_reference",  # None where it does not serve
 }
 _kernels: dict[tuple[str, str], Kernel] = {}

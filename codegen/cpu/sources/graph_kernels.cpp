@@ -9,6 +9,8 @@
 // `attend_kernel` does so for a cache: latents (queries absorbed by a basis [G,D,R_K], outputs expanded by one
 // [G,E,R_V]), a window of codes, open tokens; the parts are merged by log-sum-exp.
 //
+// `round_rows_into` writes new tokens [B,G,S,D], less a mean, as rows of 8 bits into places of a window.
+//
 // Kernels compute in float32: queries and outputs of 16 bits are converted here.
 //
 // Build: c++ -O3 -std=c++20 -shared -fPIC -I TORCH/include -L TORCH/lib -ltorch_cpu
@@ -258,17 +260,43 @@ std::tuple<Tensor, Tensor> latent_kernel(
     return {output, lse};
 }
 
-// A basis [G, n, m] as floats.
+// y[m] = x[n] B[n, m]
+template <class T>
+void times(const float* x, const T* basis, int64_t n, int64_t m, float* y) {
+    std::fill(y, y + m, 0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const float factor = x[i];
+        const T* row = basis + i * m;
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) y[j] += factor * float(row[j]);
+    }
+}
+
+// y[n] += factor B[n, m] x[m]
+template <class T>
+void add_times(const T* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
+    for (int64_t i = 0; i < n; i++) {
+        const T* row = basis + i * m;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < m; j++) sum += float(row[j]) * x[j];
+        y[i] += factor * sum;
+    }
+}
+
+// A basis [G, n, m] of a model: of 32 bits or bfloat16 as it is, of other types as floats.
 struct Basis {
     std::vector<float> memory;
-    const float* data;
+    const void* data;
+    bool is_bfloat;
     int64_t groups, n, m;
 
     Basis(const std::string& name, const Tensor& x, int64_t heads) : groups(x.size(0)), n(x.size(1)), m(x.size(2)) {
         expect(x.dim() == 3 && heads % groups == 0, name, "a basis that does not fit");
         const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
-        if (x.scalar_type() == ScalarType::Float && x.is_contiguous()) {
-            data = static_cast<const float*>(x.data_ptr());
+        is_bfloat = x.scalar_type() == ScalarType::BFloat16 && x.is_contiguous();
+        if (is_bfloat || (x.scalar_type() == ScalarType::Float && x.is_contiguous())) {
+            data = x.data_ptr();
             return;
         }
         memory.resize(groups * n * m);
@@ -278,30 +306,18 @@ struct Basis {
         data = memory.data();
     }
 
-    const float* of(int64_t head, int64_t heads) const { return data + head / (heads / groups) * n * m; }
+    int64_t at(int64_t head, int64_t heads) const { return head / (heads / groups) * n * m; }
+
+    void absorb(const float* x, int64_t head, int64_t heads, float* y) const {
+        if (is_bfloat) times(x, static_cast<const c10::BFloat16*>(data) + at(head, heads), n, m, y);
+        else times(x, static_cast<const float*>(data) + at(head, heads), n, m, y);
+    }
+
+    void expand(const float* x, int64_t head, int64_t heads, float factor, float* y) const {
+        if (is_bfloat) add_times(static_cast<const c10::BFloat16*>(data) + at(head, heads), x, n, m, factor, y);
+        else add_times(static_cast<const float*>(data) + at(head, heads), x, n, m, factor, y);
+    }
 };
-
-// y[m] = x[n] B[n, m]
-void times(const float* x, const float* basis, int64_t n, int64_t m, float* y) {
-    std::fill(y, y + m, 0.0f);
-    for (int64_t i = 0; i < n; i++) {
-        const float factor = x[i];
-        const float* row = basis + i * m;
-#pragma omp simd
-        for (int64_t j = 0; j < m; j++) y[j] += factor * row[j];
-    }
-}
-
-// y[n] += factor B[n, m] x[m]
-void add_times(const float* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
-    for (int64_t i = 0; i < n; i++) {
-        const float* row = basis + i * m;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < m; j++) sum += row[j] * x[j];
-        y[i] += factor * sum;
-    }
-}
 
 constexpr int64_t SMALL = 1 << 20;  // products that one thread does
 
@@ -353,14 +369,16 @@ Tensor attend_kernel(
                i / s % h * queries.rows.strides[1] + i % s * queries.rows.strides[2];
     };
 
-    std::vector<float> absorbed(rows * width), sums(rows * value_width), outputs(2 * rows * e);
+    const bool some = key_rows.size(2) > 0;  // none while all tokens are in sinks and window
+    std::vector<float> absorbed(some ? rows * width : 0), sums(some ? rows * value_width : 0), outputs(2 * rows * e);
     std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
-#pragma omp parallel for if (rows * d * width > SMALL)
-    for (int64_t i = 0; i < rows; i++) times(at(i), encode.of(i / s % h, h), d, width, &absorbed[i * width]);
     const std::optional<Tensor> none;
-    const Rows absorbed_rows = Queries::dense(absorbed.data(), h, s, width);
-    run(of_latents, {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none}, query,
-        absorbed_rows, sums.data(), &lse[0]);
+    if (some) {
+#pragma omp parallel for if (rows * d * width > SMALL)
+        for (int64_t i = 0; i < rows; i++) encode.absorb(at(i), i / s % h, h, &absorbed[i * width]);
+        const Call call{latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none};
+        run(of_latents, call, query, Queries::dense(absorbed.data(), h, s, width), sums.data(), &lse[0]);
+    }
     std::vector<float> shift(rows);  // of the logits of latents and window, which are differences from means
     const Means key_means(latents, key_mean, b, h, d), value_means(latents, value_mean, b, h, e);
     if (key_mean) {
@@ -395,7 +413,7 @@ Tensor attend_kernel(
         for (int64_t c = 0; c < e; c++) {
             out[i * e + c] = inverse * ((window_keys ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
         }
-        add_times(decode.of(i / s % h, h), &sums[i * value_width], e, value_width, inverse * weights[0], out + i * e);
+        if (some) decode.expand(&sums[i * value_width], i / s % h, h, inverse * weights[0], out + i * e);
         if (value_mean) {
             const float* mean = value_means.of(i / (h * s), i / s % h);
             for (int64_t c = 0; c < e; c++) out[i * e + c] += inverse * (weights[0] + weights[1]) * mean[c];
@@ -440,6 +458,61 @@ std::tuple<Tensor, Tensor> pack_kernel(
     }
     run_pack(&a);
     return {codes, scale};
+}
+
+// x[n], less `mean`, as 8-bit values with one scale, as fhopt.ops.packing.round_rows does.
+template <class T>
+void round_row(const T* x, const float* mean, int64_t n, uint8_t* codes, c10::Half& scale) {
+    float largest = 0, unknown = 0;  // NaN where x has one
+    for (int64_t i = 0; i < n; i++) {
+        const float difference = std::abs(mean ? float(x[i]) - mean[i] : float(x[i]));
+        largest = difference > largest ? difference : largest;
+        unknown += difference == difference ? 0.0f : difference;
+    }
+    scale = c10::Half(std::clamp(largest / 127.5f, 0x1p-24f, 65504.0f) + unknown);
+    const float step = float(scale);
+    for (int64_t i = 0; i < n; i++) {
+        const float level = std::floor((mean ? float(x[i]) - mean[i] : float(x[i])) / step + 128.0f);
+        codes[i] = uint8_t(level > 0 ? std::min(level, 255.0f) : 0.0f);
+    }
+}
+
+template <class T>
+void round_rows(const Tensor& x, const Means& means, const Tensor& codes, const Tensor& scale, int64_t at) {
+    for (int64_t b = 0; b < x.size(0); b++) {
+        for (int64_t g = 0; g < x.size(1); g++) {
+            for (int64_t s = 0; s < x.size(2); s++) {
+                const T* row = static_cast<const T*>(x.data_ptr()) + b * x.stride(0) + g * x.stride(1) +
+                               s * x.stride(2);
+                uint8_t* to = static_cast<uint8_t*>(codes.data_ptr()) + b * codes.stride(0) + g * codes.stride(1) +
+                              (at + s) * codes.stride(2);
+                c10::Half* its_scale = static_cast<c10::Half*>(scale.data_ptr()) + b * scale.stride(0) +
+                                       g * scale.stride(1) + (at + s) * scale.stride(2);
+                round_row(row, means.data ? means.of(b, g) : nullptr, x.size(3), to, *its_scale);
+            }
+        }
+    }
+}
+
+void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor scale, int64_t at) {
+    const std::string name = "round_rows";
+    expect(x.dim() == 4 && codes.dim() == 4 && scale.dim() == 3, name, "tensors of other dimensions");
+    const int64_t tokens = x.size(2), width = x.size(3);
+    bool fits = codes.scalar_type() == ScalarType::Byte && scale.scalar_type() == ScalarType::Half && at >= 0 &&
+                codes.size(3) == width && (codes.stride(3) == 1 || width <= 1);
+    for (int i = 0; i < 3; i++) {
+        const int64_t needed = i == 2 ? at + tokens : x.size(i);
+        fits = fits && (i == 2 ? codes.size(i) >= needed : codes.size(i) == needed) && scale.size(i) == codes.size(i);
+    }
+    expect(fits, name, "a window that does not fit");
+    if (width > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
+    const Means means(name, mean, x.size(0), x.size(1), width);
+    const ScalarType type = x.scalar_type();
+    expect(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+           "other numbers");
+    if (type == ScalarType::Float) round_rows<float>(x, means, codes, scale, at);
+    else if (type == ScalarType::BFloat16) round_rows<c10::BFloat16>(x, means, codes, scale, at);
+    else round_rows<c10::Half>(x, means, codes, scale, at);
 }
 
 Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
@@ -489,5 +562,6 @@ STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));
     m.impl("pack_kernel", TORCH_BOX(&pack_kernel));
     m.impl("attend_kernel", TORCH_BOX(&attend_kernel));
+    m.impl("round_rows_into", TORCH_BOX(&round_rows_into));
     m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
 }

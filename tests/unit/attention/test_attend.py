@@ -62,3 +62,26 @@ def test_a_decode_step_on_a_cpu_is_one_call_of_machine_code(
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.03}[dtype]  # codes of a later layer may round otherwise
     assert (at_once - by_parts).norm() <= tolerance * by_parts.norm()
     assert all(served) and len(served) >= 20
+
+
+@needs_compiler
+def test_it_is_so_from_the_first_tokens_on(fitted: Fitted) -> None:
+    """While all tokens are in attention sinks and window, which are read as they are held."""
+    plan, ids = fitted.plan(4), token_ids(2, 20)
+    assert plan.window.first_length >= 20
+    fhopt.apply(fitted.model, plan)
+    rebuilt = logits(fitted.model, LatentCache(plan, absorb=False), ids, list(range(1, 20)))
+    before = dispatch.graph_kernels.attend_latents
+    calls: list[bool] = []
+
+    def watched(*operands: Any) -> Tensor | None:
+        output = before(*operands)
+        calls.append(output is not None)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch.graph_kernels, "attend_latents", watched)
+        at_once = logits(fitted.model, LatentCache(plan), ids, list(range(1, 20)))
+    fhopt.unapply(fitted.model)
+    assert all(calls) and len(calls) == 20 * len(plan.sites)
+    torch.testing.assert_close(at_once, rebuilt, rtol=1e-4, atol=1e-4)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hand_plans import random_plan
+from hand_plans import CODED, random_plan
 from latent_caches import logits, plans
 from small_models import tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
+from fhopt.cache.residual_window import RoundedWindow
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -39,3 +42,55 @@ def test_a_window_of_codes_is_read_in_the_dtype_of_the_model(dtype: torch.dtype)
         k, v = layer.update(key, value)
         assert k.dtype == v.dtype == dtype
         assert torch.equal(k[:, :, -tokens:], key) and torch.equal(v[:, :, -tokens:], value)
+
+
+# ---- places behind the window
+
+
+def parts_after(layer: LatentLayer, steps: list[int], seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for count in steps:
+            layer.update(torch.randn(1, 2, count, 16), torch.randn(1, 2, count, 8))
+    return [part.clone() for window in (layer.window_keys, layer.window_values) for part in window.parts]
+
+
+@pytest.mark.parametrize("mean_tokens", [0, 16])
+@pytest.mark.parametrize("steps", [[1] * 60, [30] + [1] * 40, [2, 3, 40, 1, 1, 7, 1, 20, 1]])
+def test_tokens_rounded_into_spare_places_are_those_that_are_joined(
+    steps: list[int], mean_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(random_plan("head", CODED, window_bits=8), mean_tokens=mean_tokens)
+    in_place = parts_after(LatentLayer(plan, plan.sites[0]), steps)
+    monkeypatch.setattr(RoundedWindow, "_append", lambda self, new: False)
+    joined = parts_after(LatentLayer(plan, plan.sites[0]), steps)
+    for a, b in zip(in_place, joined, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_was_read_of_a_window_does_not_change_when_tokens_follow() -> None:
+    plan = random_plan("head", window_bits=8)
+    layer = LatentLayer(plan, plan.sites[0])
+    parts_after(layer, [30, 1])
+    held = layer.window_keys.parts
+    copies = [part.clone() for part in held]
+    other = copy.deepcopy(layer)
+    parts_after(layer, [1, 1, 1], seed=1)
+    assert layer.window_keys.parts[1].data_ptr() == held[1].data_ptr()  # in place: nothing was copied
+    for part, before in zip(held, copies, strict=True):
+        assert torch.equal(part, before)
+    parts_after(other, [1, 1, 1], seed=1)
+    for a, b in zip(layer.window_keys.parts, other.window_keys.parts, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_window_that_was_cut_or_reordered_is_not_written_in_place() -> None:
+    plan = random_plan("head", window_bits=8)
+    layer = LatentLayer(plan, plan.sites[0])
+    parts_after(layer, [30, 1, 1])
+    layer.crop(-1)
+    cut = layer.window_keys.parts
+    layer.reorder_cache(torch.tensor([0]))
+    parts_after(layer, [1])
+    assert layer.window_keys.parts[1].data_ptr() != cut[1].data_ptr()
+    assert layer.get_seq_length() == 32

@@ -115,30 +115,33 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
 @settings(deadline=None)
 @given(
     st.sampled_from(DTYPES), st.booleans(), st.booleans(),
-    st.sampled_from([0, 1, 20, T]), st.booleans(), st.booleans(), st.integers(0, 99),
+    st.sampled_from([0, 1, 20, T, None]), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_on_a_cache_is_the_attention_on_its_parts(
-    dtype: torch.dtype, window: bool, masked: bool, length: int, shared: bool, centred: bool, seed: int
+    dtype: torch.dtype, window: bool, masked: bool, length: int | None, shared: bool, centred: bool, seed: int
 ) -> None:
-    """Every part may be hidden whole; then the others count alone. Latents may be differences from means."""
+    """Every part may be hidden whole; then the others count alone. Latents may be differences from means.
+
+    length: of latents that are seen; None: there are none.
+    """
     torch.manual_seed(seed)
     d, e, heads = 24, 24, 1 if shared else J  # the uncoded kernels are those of the test above
+    tokens = 0 if length is None else T
     key_tiers, value_tiers = (
         algebra.BitGroups([b for b, _ in t], [w for _, w in t], [STEPS[b] for b, _ in t]) for t in TIERS[2:]
     )
-    rows = [
-        torch.ops.fhopt.pack(torch.randn(B, heads, T, sum(t[1]), dtype=dtype), *t) for t in (key_tiers, value_tiers)
-    ]
+    tiers = (key_tiers, value_tiers)
+    rows = [torch.ops.fhopt.pack(torch.randn(B, heads, tokens, sum(t[1]), dtype=dtype), *t) for t in tiers]
     bases = [torch.randn(J, n, sum(t[1])).to(dtype) / 4 for n, t in ((d, key_tiers), (e, value_tiers))]
     rounded = [packing.round_rows(torch.randn(B, J, 9, n)) for n in (d, e)]
     query, key, value = (
         torch.randn(B, n, count, width, dtype=dtype) for n, count, width in ((H, 1, d), (J, 3, d), (J, 3, e))
     )
-    masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, T)]
+    masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, tokens)]
     operands: Any = (
         query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
         *(x for pair in rounded for x in (pair if window else (None, None))),
-        *masks, torch.tensor(length), *(torch.randn(B, J, 1, n) if centred else None for n in (d, e)),
+        *masks, torch.tensor(length or 0), *(torch.randn(B, J, 1, n) if centred else None for n in (d, e)),
     )  # fmt: skip
     options: Any = algebra.group_options(key_tiers, value_tiers)
     expected = attend_latents_reference(*operands, **options, scale=0.3)
@@ -153,6 +156,35 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     assert found.dtype == dtype
     close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]  # the parts are rounded in between
     torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_rows_are_rounded_into_a_window_to_the_same_bits(dtype: torch.dtype, centred: bool, tokens: int) -> None:
+    torch.manual_seed(0)
+    assert graph_kernels.library() is not None
+    x = 3 * torch.randn(B, tokens, J, 24, dtype=dtype).transpose(1, 2)
+    x[:, :1, :1] = 0.0
+    mean = torch.randn(B, J, 1, 24) if centred else None
+    found, expected = (
+        (torch.full((B, J, 9, 24), 7, dtype=torch.uint8), torch.ones(B, J, 9, dtype=torch.float16)) for _ in range(2)
+    )
+    graph_kernels.round_rows_into(x, mean, *found, 3)
+    assert packing.round_rows_into_reference(x, mean, *expected, 3)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_row_with_an_unknown_number_has_an_unknown_scale_and_a_window_that_is_too_short_is_refused() -> None:
+    assert graph_kernels.library() is not None
+    codes, scale = torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4, dtype=torch.float16)
+    x = torch.ones(1, 1, 2, 8)
+    x[0, 0, 0, 3] = torch.nan
+    graph_kernels.round_rows_into(x, None, codes, scale, 0)
+    assert scale[0, 0, 0].isnan() and scale[0, 0, 1].isfinite()
+    with pytest.raises(RuntimeError, match="a window that does not fit"):
+        graph_kernels.round_rows_into(x, None, codes, scale, 3)
 
 
 class Latent(torch.nn.Module):
