@@ -13,7 +13,7 @@ from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, make_packed
-from fhopt.cache.quantized_rows import PackedLatents, Sketches
+from fhopt.cache.quantized_rows import LatentEnergy, PackedLatents, Sketches
 from fhopt.cache.residual_window import growing_windows
 from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.plan.latent_plan import LatentPlan
@@ -160,6 +160,7 @@ class LatentLayer(LatentLayerBase):
         """Forget all tokens."""
         for store in self.stores.values():
             store.parts = ()
+        self.packed_keys.energy, self.packed_values.energy = LatentEnergy(), LatentEnergy()
         self.quantized, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:

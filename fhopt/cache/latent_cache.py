@@ -8,6 +8,7 @@ encoder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.layer_map import LATENT_LAYERS, latent_layers, plain_layers
 from fhopt.cache.report import cache_bytes, cache_report
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.system import warn_once
+
+UNLIKE = 1.35  # times the energy of calibration text: other languages have more, other English text and code less
 
 
 class LatentCache(DynamicCache):  # type: ignore[misc]
@@ -58,6 +63,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         Cache.__init__(self, layers=made, offloading=offloading)
         self.plan = plan
         self._first_pass = True
+        self._told = not plan.provenance  # a plan made by hand was calibrated on nothing
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -78,7 +84,39 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
             if self._first_pass:  # layers before this one have taken the tokens already
                 self.reset()
             raise
+        if not self._told and layer_idx == len(self.layers) - 1:
+            self._tell_unlike_text()
         return result
+
+    def _tell_unlike_text(self) -> None:
+        """Warn, once a process and plan, when the first tokens are unlike the text of calibration."""
+        energy = self.latent_energy
+        if energy is None:
+            return
+        self._told = True
+        if energy > UNLIKE:
+            warn_once(
+                f"unlike text {id(self.plan)}",
+                f"the text is unlike what the plan was calibrated on: latents of its values have {energy:.2f} times "
+                f"the energy (up to {UNLIKE} is usual). Expect a larger loss than the plan says; `fhopt eval MODEL "
+                "--plan PLAN --data FILE` measures it, `fhopt fit MODEL --data FILE` calibrates on such text.",
+            )
+
+    @property
+    def latent_energy(self) -> float | None:
+        """Mean square of the values' latents against calibration text, where it is about 1 (see `LatentEnergy`).
+
+        The geometric mean over layers with bit groups. None before enough tokens are quantized, and where nothing says:
+        no such layers, fixed sizes, calls in compiled graphs.
+        """
+        means = []
+        for layer in self.layers:
+            if isinstance(layer, LatentLayer) and not layer.packed_values.is_uncoded:
+                mean = layer.packed_values.energy.mean
+                if mean is None:
+                    return None
+                means.append(mean)
+        return math.exp(sum(math.log(max(mean, 1e-30)) for mean in means) / len(means)) if means else None
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -14,6 +14,8 @@ Letters: B batch, G kv heads, S new tokens, N tokens, D head size, J latent head
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,36 @@ from fhopt.cache.store import Bases, RoundedPart, Store, keep_static
 from fhopt.ops import algebra, encode_rows
 from fhopt.plan.site_plan import SidePlan
 
+SAMPLED = 256  # tokens whose latents are looked at, see `LatentEnergy`
 GROWTH = 64  # storage grows by 1/GROWTH of its tokens, at least one block: at most that share is spare
+
+
+@dataclass
+class LatentEnergy:
+    """Mean square of latents, over channels, of the first SAMPLED tokens that are quantized.
+
+    The encoder of a fitted plan divides each channel by its deviation in calibration, so that it is 1 on such text, and
+    more on text that excites what calibration hardly did: directions that few bits or none were given to. Measured
+    (values, geometric mean over layers): 1.06 on the kind of text that calibrated SmolLM2, 1.1 to 1.3 on source code
+    and English prose, 1.4 to 1.6 on other languages and the King James Bible.
+    """
+
+    total: Tensor | float = 0.0
+    tokens: int = 0
+
+    def see(self, latent: Tensor) -> None:
+        """Count latents [B,J,N,R] as they are before quantization."""
+        count = latent.shape[2]
+        if count == 0 or self.tokens >= SAMPLED or torch.compiler.is_compiling() or type(latent) is not Tensor:
+            return
+        mean = latent.detach().float().square().mean()
+        self.total = self.total + count * (mean.item() if mean.is_cpu else mean)  # others are not waited for
+        self.tokens += count
+
+    @property
+    def mean(self) -> float | None:
+        """The mean square; None before SAMPLED tokens were seen."""
+        return float(self.total) / self.tokens if self.tokens >= SAMPLED else None
 
 
 class PackedLatents(Store):
@@ -35,6 +66,7 @@ class PackedLatents(Store):
         self._tiers = algebra.bit_groups(plan)
         self._text = "|".join(",".join(map(repr, numbers)) for numbers in self._tiers)
         self.bases: Bases | None = None  # before the first tokens come
+        self.energy = LatentEnergy()
 
     @property
     def tiers(self) -> algebra.BitGroups:
@@ -53,7 +85,10 @@ class PackedLatents(Store):
         if tiers[0] and encode_rows.encodes_at_once(x, basis):
             return torch.ops.fhopt.encode_rows(x, basis, *tiers)
         latent = algebra.encode(x.to(basis.dtype), basis)
-        return torch.ops.fhopt.pack(latent, *tiers) if tiers[0] else (latent.to(x.dtype),)
+        if not tiers[0]:
+            return (latent.to(x.dtype),)
+        self.energy.see(latent)
+        return torch.ops.fhopt.pack(latent, *tiers)
 
     def append(self, x: Tensor, at: int, block: int) -> None:
         """Quantize x [B,G,N,D] and store it behind the first `at` tokens. block: tokens by which storage grows."""

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -35,7 +39,9 @@ class _Commands(click.Group):
         for name in FOREIGN:
             logging.getLogger(name).addFilter(_is_our_matter)  # the same function is added once
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
+                return super().invoke(ctx)
         except (FhoptError, PassError) as error:
             message = " ".join(str(error).split())
         except ModuleNotFoundError as error:
@@ -45,6 +51,14 @@ class _Commands(click.Group):
             message = f"{package} is not installed. Install it with: pip install 'fhopt[{EXTRAS[package]}]'"
         click.echo(f"fhopt: {message}", err=True)
         raise click.exceptions.Exit(2)
+
+
+def _show_warning(show: Callable[..., None], message: Any, category: type, filename: str, *where: Any) -> None:
+    """Write a warning of fhopt itself as one line; leave others to `show`."""
+    if category is RuntimeWarning and Path(filename).is_relative_to(Path(__file__).parent.parent):
+        click.echo(f"fhopt: warning: {' '.join(str(message).split())}", err=True)
+    else:
+        show(message, category, filename, *where)
 
 
 def _is_our_matter(record: logging.LogRecord) -> bool:

@@ -71,6 +71,7 @@ class Generated:
             "time_to_first_token_s": self.first_token_seconds,
             "cache_bytes": held,
             "exact_cache_bytes": exact,
+            "latent_energy": getattr(self.cache, "latent_energy", None),
             "ratio": exact / held if held and exact is not None else None,
             "interrupted": self.interruptions > 0,
         }

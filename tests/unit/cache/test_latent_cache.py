@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from generation import MODES, cache_of, generate
 from hand_plans import CODED, random_plan
 from latent_caches import gpt2_with_biases, logits, shared
 from small_models import Fitted, cached, found, token_ids
+from torch import Tensor
 
 import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
@@ -18,6 +20,7 @@ from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import score
 from fhopt.fitting import fit_plan
+from fhopt.plan.latent_plan import LatentPlan
 
 
 def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:
@@ -173,3 +176,49 @@ def test_sliding_layers_stay_as_they_are_and_padding_stays_finite_with_softcap()
     assert kinds == [not s for s in LatentCache(model._fhopt_applied.plan, config).is_sliding]
     assert kinds.count(True) == 1
     assert torch.equal(output.sequences, expected.sequences)
+
+
+# ---- text unlike that of calibration
+
+
+def layer_keys(plan: LatentPlan, keys: Tensor, values: Tensor) -> LatentCache:
+    cache = LatentCache(plan, absorb=False)
+    for layer in range(len(plan.sites)):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def test_latents_have_the_energy_of_calibration_on_such_text_and_more_on_other(llama: Fitted) -> None:
+    plan = llama.plan(4)
+    cache = LatentCache(plan)
+    fhopt.apply(llama.model, plan)
+    logits(llama.model, cache, token_ids(2, 480), [200, 400])  # what it was calibrated on: random tokens
+    usual = cache.latent_energy
+    fhopt.unapply(llama.model)
+    assert usual is not None and 0.6 < usual < 1.2
+    keys, values = (torch.randn(1, 2, 480, 16) for _ in range(2))
+    quiet, loud = (layer_keys(plan, keys, factor * values).latent_energy for factor in (1, 3))
+    assert quiet is not None and loud == pytest.approx(9 * quiet, rel=1e-3)
+
+
+def test_energy_is_not_known_of_few_tokens_of_uncoded_latents_and_after_a_reset(llama: Fitted) -> None:
+    plan, many = llama.plan(4), torch.randn(1, 2, 480, 16)
+    assert layer_keys(plan, many[:, :, :200], many[:, :, :200]).latent_energy is None
+    cache = layer_keys(plan, many, many)
+    assert cache.latent_energy is not None
+    copied = copy.deepcopy(cache)
+    cache.reset()
+    assert cache.latent_energy is None and copied.latent_energy is not None
+    assert LatentCache(random_plan("head", ())).latent_energy is None
+
+
+def test_it_warns_once_of_text_unlike_that_of_calibration(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhopt.system._warned", set())
+    plan, many = llama.plan(4), torch.randn(1, 2, 480, 16)
+    with pytest.warns(RuntimeWarning, match=r"unlike what the plan was calibrated on.* times the energy"):
+        layer_keys(plan, many, 50 * many)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_keys(plan, many, 50 * many)
+        layer_keys(plan, many, 1e-3 * many)
+        layer_keys(replace(plan, provenance={}), many, 50 * many)

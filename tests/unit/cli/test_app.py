@@ -136,3 +136,25 @@ def test_messages_of_other_libraries_that_tell_a_user_nothing_are_left_out(caplo
     logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
     logger.warning("The detected CUDA version (%s) has a minor version mismatch", "13")
     assert [record.getMessage()[:8] for record in caplog.records] == ["The dete"]
+
+
+def test_warnings_of_fhopt_are_one_line_and_those_of_others_are_as_they_were() -> None:
+    import click
+    from click.testing import CliRunner
+
+    import fhopt.system
+    from fhopt.cli import app
+
+    others: list[Any] = []
+    runner = CliRunner()
+
+    @click.command()
+    def warns() -> None:
+        where = fhopt.system.__file__, 3
+        app._show_warning(lambda *given: others.append(given), "two\nlines", RuntimeWarning, *where)
+        app._show_warning(lambda *given: others.append(given), "other", FutureWarning, *where)
+        app._show_warning(lambda *given: others.append(given), "other", RuntimeWarning, "/elsewhere/module.py", 3)
+
+    done = runner.invoke(warns)
+    assert done.exit_code == 0 and done.stderr == "fhopt: warning: two lines\n"
+    assert [given[1] for given in others] == [FutureWarning, RuntimeWarning]
