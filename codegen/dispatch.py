@@ -82,11 +82,18 @@ def waiting() -> Iterator[None]:
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Compute a linear layer on few rows by a compiled kernel; None where it does not serve, or is not built yet.
 
-    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]. For calls without gradients.
+    x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may be one of signed bytes
+    (`skinny_products.signed_bytes`). For calls without gradients.
     """
-    if not skinny_products.serves(x, weight, bias) or not _has_ops():
+    scale = None
+    if not skinny_products.serves(x, weight, bias):
+        quantized = skinny_products.signed_bytes(x, weight, bias)
+        if quantized is None:
+            return None
+        weight, scale = quantized
+    if not _has_ops():
         return None
-    output: Tensor = torch.ops.fhopt.skinny_linear.default(x, weight, bias)
+    output: Tensor = torch.ops.fhopt.skinny_linear.default(x, weight, bias, scale)
     return output
 
 

@@ -1,12 +1,13 @@
 """Linear layers on few rows, as a decode step has them beside attention, in one C++ file for CPUs.
 
-    y[m][n] = sum_k x[m][k] w[n][k] + bias[n]        x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
+    y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]      x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
 
 With few rows such a product is bound by reading the weight once. Libraries of matrix products bring a weight into an
 order of their own at each call, which costs more than the product: on two cores of a Zen 4 that read 32 GB/s, torch's
 float32 products of 8 rows read SmolLM2's weights at 6 to 11 GB/s, these at 18 to 23. Rows of the weight stream through
 registers once, all rows of the input with them. Sums are of float32; products of 16-bit numbers are exact, those of
-float32 rounded as in any other order.
+float32 rounded as in any other order. Weights that a library keeps as signed bytes with a scale for each row (torchao's
+`Int8WeightOnlyConfig`) are read as they are: half the bytes of bfloat16; other weights have no scale.
 
 Letters: M rows (new tokens of all sequences), K width of the input, N width of the output.
 """
@@ -16,9 +17,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fhopt.codegen.compiler import CompileError, load
 from fhopt.codegen.source_files import read_source
@@ -44,6 +48,58 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if weight.numel() * weight.element_size() < LEAST_BYTES or torch.is_autocast_enabled("cpu"):
         return False
     return bias is None or (bias.dtype == x.dtype and type(bias) in (Tensor, torch.nn.Parameter))
+
+
+@dataclass(frozen=True, eq=False)
+class _SignedBytes:
+    """A weight that a library keeps as signed bytes: its values int8 [N,K], its scales as float32 [N]."""
+
+    values: Tensor
+    scale: Tensor
+    given: Tensor  # the library's scales, and their version then
+    version: int
+
+    def is_current(self, weight: Any) -> bool:
+        """Return whether the weight still has these values and scales."""
+        return weight.qdata is self.values and weight.scale is self.given and _version(self.given) == self.version
+
+
+_signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `_SignedBytes`; None where the kernel does not take it
+
+
+def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return values int8 [N,K] and scales float32 [N] of a quantized weight that the kernel takes; None for others."""
+    if type(weight) in (Tensor, torch.nn.Parameter) or type(x) is not Tensor:
+        return None
+    found: _SignedBytes | None = _signed_bytes.get(weight)
+    if found is None and weight in _signed_bytes:
+        return None
+    if found is None or not found.is_current(weight):
+        found = _signed_bytes[weight] = _rows_of_bytes(weight)
+    if found is None or x.dtype not in _DTYPES or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    if not 1 <= x.numel() // max(x.shape[-1], 1) <= MOST_ROWS or x.shape[-1] != found.values.shape[1]:
+        return None
+    fits = bias is None or (bias.dtype == x.dtype and type(bias) in (Tensor, torch.nn.Parameter))
+    return (found.values, found.scale) if fits else None
+
+
+def _rows_of_bytes(weight: Tensor) -> _SignedBytes | None:
+    """Read a weight as torchao keeps it, where it is symmetric, with a scale a row, and for plain activations."""
+    values, scale, zero = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
+    if not isinstance(values, Tensor) or not isinstance(scale, Tensor) or values.dtype != torch.int8:
+        return None
+    if getattr(weight, "act_quant_kwargs", None) is not None or getattr(weight, "act_pre_scale", None) is not None:
+        return None
+    is_symmetric = zero is None or not bool(zero.any())
+    is_plain = values.dim() == 2 and values.is_cpu and values.stride(1) == 1 and scale.numel() == values.shape[0]
+    if not is_symmetric or not is_plain or list(getattr(weight, "block_size", ())) != [1, values.shape[1]]:
+        return None
+    return _SignedBytes(values, scale.detach().reshape(-1).float().contiguous(), scale, _version(scale))
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def render() -> str:

@@ -268,8 +268,14 @@ def _sampled_likelihood(output: Tensor, is_logits: bool, generator: torch.Genera
     """Return a scalar whose gradient, squared, has the Fisher information as its expectation.
 
     For logits [..., V]: sum over positions of log p(y), y ~ p. Any other output counts as the mean of a unit Gaussian
-    around itself.
+    around itself. Raises FhoptError where no gradient would go through it.
     """
+    if not output.requires_grad:
+        raise FhoptError(
+            "no gradient goes back from the model's output to its attention: layers between them have none, as where "
+            "activations are quantized to integers. Calibrate the model before it is quantized so, or quantize its "
+            "weights only (torchao: Int8WeightOnlyConfig)."
+        )
     if not is_logits:
         return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
     result: Tensor = _SampledLogLikelihood.apply(output, generator)

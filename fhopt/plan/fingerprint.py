@@ -56,9 +56,12 @@ def weight_print(weights: Iterable[Tensor]) -> str:
 def shape_and_signs(weight: Tensor) -> bytes:
     """Return the shape of a weight and the signs of up to 256 of its numbers, evenly spread.
 
-    Of a weight that is spread over processes, these are of the whole weight; all processes must call it.
+    Of a weight that is spread over processes, these are of the whole weight; all processes must call it. Of one that a
+    library keeps quantized (a subclass of Tensor), they are of what it stands for.
     """
     whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a DTensor
+    if type(whole) not in (Tensor, torch.nn.Parameter) and hasattr(type(whole), "dequantize"):
+        whole = whole.dequantize()
     flat = whole.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // 256)][:256] > 0
     return f"{tuple(weight.shape)}".encode() + bytes(sample.cpu().to(torch.uint8).tolist())

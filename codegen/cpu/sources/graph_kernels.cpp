@@ -67,6 +67,7 @@ struct Skinny {
     int64_t weight_row;
     const void* bias;
     void* output;
+    const float* scale;
 };
 
 struct Kernel {
@@ -515,13 +516,18 @@ void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor 
     else round_rows<c10::Half>(x, means, codes, scale, at);
 }
 
-Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {
     const std::string name = "skinny";
     expect(run_skinny != nullptr, name, "no code to run; compile the graph again");
     const int dims = int(input.dim());
     const ScalarType type = input.scalar_type();
     expect(dims >= 1 && weight.dim() == 2 && input.size(dims - 1) == weight.size(1), name, "a weight of another width");
-    expect(weight.scalar_type() == type && (weight.stride(1) == 1 || weight.size(1) <= 1), name, "another weight");
+    const bool fits = weight.scalar_type() == (scale ? ScalarType::Char : type);
+    expect(fits && (weight.stride(1) == 1 || weight.size(1) <= 1), name, "another weight");
+    if (scale) {
+        const bool is_row = scale->numel() == weight.size(0) && scale->scalar_type() == ScalarType::Float;
+        expect(is_row && scale->is_contiguous(), name, "other scales");
+    }
     if (bias) {
         expect(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == type, name,
                "another bias");
@@ -535,9 +541,10 @@ Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
     for (int i = 0; i < dims - 1; i++) rows *= input.size(i);
     // clang-format off
     const Skinny a{rows, weight.size(1), weight.size(0), int64_t(torch::stable::get_num_threads()),
-                   type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2,
+                   (type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2) + (scale ? 3 : 0),
                    input.data_ptr(), weight.size(1), weight.data_ptr(), weight.stride(0),
-                   bias ? bias->data_ptr() : nullptr, output.data_ptr()};
+                   bias ? bias->data_ptr() : nullptr, output.data_ptr(),
+                   scale ? static_cast<const float*>(scale->data_ptr()) : nullptr};
     // clang-format on
     run_skinny(&a);
     return output;

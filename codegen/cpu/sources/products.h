@@ -42,7 +42,7 @@ INLINE Floats add_product(Floats sum, Floats x, Floats w) {
 // What differs between types: how STEP numbers of the weight and of the input are read, and multiplied.
 template <class Stored>
 struct Floating {
-    typedef typename Stored::Number Element;
+    typedef typename Stored::Number Element, Weight;  // of input and output, of the weight
     typedef float Input;
     typedef Floats Vector;
     static constexpr int STEP = LANES;
@@ -51,6 +51,18 @@ struct Floating {
     static INLINE Vector input(const Input* p) { return load(p); }
     static INLINE Floats add(Floats sum, Vector x, Vector w) { return add_product(sum, x, w); }
 };
+
+INLINE Floats floats_of_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    Floats x;
+    for (int i = 0; i < LANES; i++) x[i] = p[i];
+    return x;
+#endif
+}
 
 struct OfFloat32 : Floating<Float32> {
     static INLINE float number(Element x) { return x; }
@@ -87,6 +99,14 @@ struct OfFloat16 : Floating<Float16> {
     static INLINE Input prepared(Element x) { return number(x); }
 };
 
+// Weights of signed bytes; input and output are those of T.
+template <class T>
+struct OfBytes : T {
+    typedef int8_t Weight;
+
+    static INLINE typename T::Vector weight(const Weight* p) { return floats_of_bytes(p); }
+};
+
 // ------------------------------------------------------------------------------------------------ a block
 
 constexpr int BLOCK_ROWS = 8;  // rows of the input that are multiplied at once
@@ -96,7 +116,7 @@ constexpr int columns_for(int rows) {  // as many sums as registers hold beside 
 }
 
 template <class T, int ROWS, int COLUMNS>
-INLINE void multiply(const typename T::Input* input, int64_t stride, const typename T::Element* weight,
+INLINE void multiply(const typename T::Input* input, int64_t stride, const typename T::Weight* weight,
                      int64_t weight_row, int64_t width, float* sums) {
     Floats sum[ROWS][COLUMNS] = {};
     // clang-format off
@@ -119,7 +139,7 @@ INLINE void multiply(const typename T::Input* input, int64_t stride, const typen
     if (whole < width) {
         typename T::Vector w[COLUMNS];
         UNROLL(8) for (int c = 0; c < COLUMNS; c++) {
-            typename T::Element rest[T::STEP] = {};
+            typename T::Weight rest[T::STEP] = {};
             std::memcpy(rest, weight + c * weight_row + whole, (width - whole) * sizeof *rest);
             w[c] = T::weight(rest);
         }

@@ -2,7 +2,9 @@
 //
 // Products of a few rows with a weight, bound by reading the weight once:
 //
-//     y[m][n] = sum_k x[m][k] w[n][k] + bias[n]        x [M,K]   w [N,K]   bias [N]   ->   y [M,N]
+//     y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]    x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
+//
+// Weights are of the type of the input, and have no scale; or signed bytes, and have one for each row.
 //
 //     M rows, K width of the input, N width of the output
 //
@@ -25,17 +27,19 @@
 
 // ------------------------------------------------------------------------------------------------ arguments
 
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // and the same + BYTES where the weight is signed bytes
+constexpr int64_t BYTES = 3;
 
 struct Arguments {
     int64_t rows, width, columns, threads;
-    Type type;                      // of everything
+    int64_t type;                   // of everything
     const void* input;              // [M,K], `input_row` numbers from one row to the next
     int64_t input_row;
     const void* weight;             // [N,K]
     int64_t weight_row;
     const void* bias;               // [N], or null
     void* output;                   // [M,N], dense
+    const float* scale;             // [N], or null
 };
 
 #include "products.h"
@@ -43,14 +47,15 @@ struct Arguments {
 template <class T, int ROWS, int COLUMNS>
 void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column) {
     float sums[ROWS * COLUMNS];
-    const auto* weight = static_cast<const typename T::Element*>(a.weight) + column * a.weight_row;
+    const auto* weight = static_cast<const typename T::Weight*>(a.weight) + column * a.weight_row;
     multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, a.weight_row, a.width, sums);
     const auto* bias = static_cast<const typename T::Element*>(a.bias);
     auto* output = static_cast<typename T::Element*>(a.output) + row * a.columns + column;
     for (int r = 0; r < ROWS; r++) {
         for (int c = 0; c < COLUMNS; c++) {
             const float added = bias ? T::number(bias[column + c]) : 0.0f;
-            output[r * a.columns + c] = T::rounded(sums[r * COLUMNS + c] + added);
+            const float sum = sums[r * COLUMNS + c];
+            output[r * a.columns + c] = T::rounded((a.scale ? sum * a.scale[column + c] : sum) + added);
         }
     }
 }
@@ -88,7 +93,7 @@ void product(const Arguments& a) {
     const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t step = blocks > 1 ? CACHED : 16 * CACHED;
     const int64_t steps = (a.columns + step - 1) / step;
-    const int64_t size = a.columns * a.width * int64_t(sizeof(typename T::Element));
+    const int64_t size = a.columns * a.width * int64_t(sizeof(typename T::Weight));
     const int threads = int(std::clamp<int64_t>(std::min(steps, size / 100000), 1, a.threads));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < steps; i++) {
@@ -105,7 +110,12 @@ void product(const Arguments& a) {
 
 extern "C" void skinny(const Arguments* arguments) {
     const Arguments& a = *arguments;
-    if (a.type == FLOAT32) product<OfFloat32>(a);
-    else if (a.type == BFLOAT16) product<OfBFloat16Pairs>(a);
-    else product<OfFloat16>(a);
+    switch (a.type) {
+        case FLOAT32: return product<OfFloat32>(a);
+        case BFLOAT16: return product<OfBFloat16Pairs>(a);
+        case FLOAT16: return product<OfFloat16>(a);
+        case FLOAT32 + BYTES: return product<OfBytes<OfFloat32>>(a);
+        case BFLOAT16 + BYTES: return product<OfBytes<OfBFloat16>>(a);
+        default: return product<OfBytes<OfFloat16>>(a);
+    }
 }

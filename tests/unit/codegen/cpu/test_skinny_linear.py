@@ -42,6 +42,38 @@ def test_products_are_those_of_float64(
     assert float((found.double() - expected).abs().max()) <= TOLERANCES[dtype] * float(size)
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 20),
+    st.integers(1, 600),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_weights_of_signed_bytes_have_a_scale_for_each_row(
+    dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, seed: int
+) -> None:
+    assert graph_kernels.serve_skinny()
+    torch.manual_seed(seed)
+    x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype) if has_bias else None
+    values, scale = torch.randint(-128, 128, (columns, width), dtype=torch.int8), torch.rand(columns, 1) / 100
+    found = torch.ops.fhopt.skinny_linear(x, values, bias, scale)
+    weight = values.double() * scale.double()
+    expected = F.linear(x.double(), weight, None if bias is None else bias.double())
+    size = F.linear(x.double().abs(), weight.abs(), None if bias is None else bias.double().abs()).max()
+    assert found.dtype == dtype
+    assert float((found.double() - expected).abs().max()) <= 2 * TOLERANCES[dtype] * float(size)
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    assert graph_kernels.serve_skinny()
+    x, values = torch.randn(2, 8), torch.ones(4, 8, dtype=torch.int8)
+    for weight, scale in ((values, torch.ones(3)), (values, torch.ones(4).double()), (values.float(), torch.ones(4))):
+        with pytest.raises(RuntimeError, match="the kernel skinny was called with"):
+            torch.ops.fhopt.skinny_linear(x, weight, None, scale)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
     assert graph_kernels.serve_skinny()
