@@ -18,7 +18,7 @@ from fhopt.errors import FhoptError
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.plan.latent_plan import LatentPlan
 
-WIDE = dict(hidden_size=256, intermediate_size=512, head_dim=64)  # weights that are worth a kernel of their own
+WIDE: dict[str, Any] = dict(hidden_size=256, intermediate_size=512, head_dim=64)  # weights that are worth a kernel of their own
 
 
 def fitted(model: Any) -> LatentPlan:
@@ -76,7 +76,7 @@ def test_few_rows_are_multiplied_with_the_bytes_as_they_are(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    linear = torch.nn.Linear(256, 700, bias=True).to(dtype)
+    linear: Any = torch.nn.Linear(256, 700, bias=True).to(dtype)
     model = in_bytes(torch.nn.Sequential(linear))
     taken: list[bool] = []
     before = skinny_linear.signed_bytes
@@ -112,7 +112,7 @@ def test_a_model_with_an_adapter_keeps_its_names_and_its_numbers() -> None:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(tiny_llama(), config).eval()
+    model: Any = get_peft_model(tiny_llama(), config).eval()
     plan = fitted(model)
     assert [p.site.name for p in plan.sites] == [f"base_model.model.model.layers.{i}.self_attn" for i in range(2)]
     ids = token_ids(1, 40)
