@@ -18,12 +18,14 @@ from fhopt.errors import FhoptError
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.plan.latent_plan import LatentPlan
 
-WIDE: dict[str, Any] = dict(hidden_size=256, intermediate_size=512, head_dim=64)  # weights that are worth a kernel of their own
+WIDE: dict[str, Any] = dict(
+    hidden_size=256, intermediate_size=512, head_dim=64
+)  # weights that are worth a kernel of their own
 
 
 def fitted(model: Any) -> LatentPlan:
     torch.manual_seed(0)
-    batches = [{"input_ids": token_ids(2, 96), "use_cache": False} for _ in range(6)]
+    batches: list[dict[str, Any]] = [{"input_ids": token_ids(2, 96), "use_cache": False} for _ in range(6)]
     options: dict[str, Any] = dict(sequences=4, rate_sequences=2, sinks=4, recent=8, block=8, tokens=1024)
     return fhopt.fit(model, batches=batches, ratio=4, **options)
 
