@@ -13,7 +13,7 @@
 HumanEval's prompts are short: alone they would be read from sinks and window, which are exact; so they stand behind
 `--behind` tokens of source code. Exact cache and plans read the same tokens in the same run. A case is
 "<model>/<task>"; figures of other cases that a former run wrote stay in the file, so that models and parts can be
-measured one by one.
+measured one by one. The file is written after each contender of HumanEval, each plan of a generation and each task.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import click
 import torch
-from recording import Row, is_quick, kept_rows, record, screen, table
+from recording import Row, is_quick, kept_rows, record, screen, table, write
 from rich.progress import Progress
 
 from fhopt.calibration import run
@@ -64,11 +64,13 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def measure_human_eval(
     loaded: LoadedModel, plans: Plans, problems: list[human_eval.Problem], new: int, behind: int, size: int
-) -> list[Row]:
-    """Let the exact cache and every plan solve the problems, `size` of them at a time, each behind so many tokens."""
+) -> Iterator[list[Row]]:
+    """Let the exact cache and every plan solve the problems, `size` of them at a time, each behind so many tokens.
+
+    Yields the rows of each.
+    """
     model, case = loaded.language_model(), f"{loaded.name}/humaneval" + (f"@{behind}" if behind else "")
     prefix = _prefix(loaded, behind)
-    rows: list[Row] = []
     exact: list[bool] = []
     for name, plan in {"exact": None, **plans}.items():
         began, passed = time.monotonic(), []
@@ -81,9 +83,8 @@ def measure_human_eval(
                 passed += [result.passed for result in solved]
                 bar(len(passed))
         exact = exact or passed
-        rows += _paired(case, name, exact, passed)
         screen().print(f"{case} {name}: {sum(passed)} of {len(passed)} in {time.monotonic() - began:.0f} s")
-    return rows
+        yield _paired(case, name, exact, passed)
 
 
 def _prefix(loaded: LoadedModel, count: int) -> str:
@@ -111,8 +112,8 @@ def _change_rows(case: str, name: str, interval: Interval | None) -> list[Row]:
     return [Row(case, name, f"accuracy_change_{which}", end, "points") for which, end in ends]
 
 
-def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int) -> list[Row]:
-    """Let the exact model write, and plans read what it wrote."""
+def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int) -> Iterator[list[Row]]:
+    """Let the exact model write, and plans read what it wrote; yields the rows of each."""
     model, case = loaded.language_model(), f"{loaded.name}/generation"
     half = tokens.halves(tokens.read_text(PROMPT))[1]
     prompts = tokens.sequences(
@@ -122,7 +123,7 @@ def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int
     for seed, prompt in enumerate(prompts):
         with progress_bar(f"{case} writes", count) as bar:
             written.append(generation.own_text(model, prompt, count, seed=seed, progress=bar))
-    rows = [Row(case, "exact", "repeated_percent", 100 * _mean(map(generation.repeated, written)), "%")]
+    yield [Row(case, "exact", "repeated_percent", 100 * _mean(map(generation.repeated, written)), "%")]
     for name, plan in plans.items():
         drifts = []
         for prompt, text in zip(prompts, written, strict=True):
@@ -130,7 +131,7 @@ def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int
                 drifts.append(generation.drift_of(model, prompt, text, plan, bar))
         together = generation.Drift(*(torch.cat([getattr(d, f) for d in drifts]) for f in ("kl", "agrees", "change")))
         low, high = together.kl_between(0, len(together.kl))[1] or (float("nan"), float("nan"))
-        rows += [
+        rows = [
             Row(case, name, "kl_nats", float(together.kl.mean()), "nats"),
             Row(case, name, "kl_nats_low", low, "nats"),
             Row(case, name, "kl_nats_high", high, "nats"),
@@ -142,25 +143,25 @@ def measure_generation(loaded: LoadedModel, plans: Plans, count: int, texts: int
             if stop <= count:
                 here = torch.cat([d.kl[start:stop] for d in drifts])
                 rows.append(Row(f"{case}@{stop}", name, "kl_nats", float(here.mean()), "nats"))
-    return rows
+        yield rows
 
 
-def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names: list[str]) -> list[Row]:
-    """Ask the exact cache and every plan the same questions, of contexts that are read once."""
+def measure_ruler(loaded: LoadedModel, plans: Plans, options: TaskOptions, names: list[str]) -> Iterator[list[Row]]:
+    """Ask the exact cache and every plan the same questions, of contexts that are read once; yields rows of a task."""
     model = loaded.language_model()
-    rows: list[Row] = []
     for task, cells in write_items(loaded.tokenizer, names, options).items():
         for length in options.lengths:
             case, mine = f"{loaded.name}/{task}@{length}", {c: items for c, items in cells.items() if c[0] == length}
             with progress_bar(case, sum(map(len, mine.values()))) as bar:
                 results = prefilled.ask(model, {task: mine}, plans, bar)[task]
             exact = next(iter(results.values())).exact
-            rows.append(Row(case, "exact", "accuracy_percent", 100 * exact.rate, "%"))
-            rows.append(Row(case, "exact", "items", exact.items, ""))
-            rows += [row for name, result in results.items() for row in _task_rows(case, name, result)]
+            rows = [
+                Row(case, "exact", "accuracy_percent", 100 * exact.rate, "%"),
+                Row(case, "exact", "items", exact.items, ""),
+            ]
+            yield rows + [row for name, result in results.items() for row in _task_rows(case, name, result)]
             rates = ", ".join(f"{name} {100 * r.plan.rate:.0f} %" for name, r in results.items() if r.plan)
             screen().print(f"{case}: {rates}, exact {100 * exact.rate:.0f} % of {exact.items}")
-    return rows
 
 
 def _task_rows(case: str, name: str, result: TaskResult) -> list[Row]:
@@ -228,19 +229,27 @@ def main(
         loaded = load_model(model, getattr(torch, dtype))
         plans = plans_of(loaded, statistics, ratios or RATIOS, options)
         plan = next(iter(plans.values()))
-        rows: list[Row] = []
+        measured: list[Iterator[list[Row]]] = []
         if unsolved:
-            rows += measure_human_eval(loaded, plans, unsolved, new_tokens, behind, size)
+            measured.append(measure_human_eval(loaded, plans, unsolved, new_tokens, behind, size))
         if "generation" in chosen:
-            rows += measure_generation(loaded, plans, generated, count)
+            measured.append(measure_generation(loaded, plans, generated, count))
         if "ruler" in chosen:
             task_options = TaskOptions(lengths, items, sinks=plan.sinks, window=plan.window.capacity)
-            rows += measure_ruler(loaded, plans, task_options, asked)
+            measured.append(measure_ruler(loaded, plans, task_options, asked))
+        name, rows = "tasks-quick" if quick else "tasks", list[Row]()
+        for found in itertools.chain(*measured):
+            rows += found
+            write(name, _beside_former(name, rows))
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    name = "tasks-quick" if quick else "tasks"
-    whole = kept_rows(name, {row.case for row in rows}.__contains__) + rows
+    whole = _beside_former(name, rows)
     record(name, whole, draw=lambda figure: draw(figure, whole), summary=table(name, rows))
+
+
+def _beside_former(name: str, rows: list[Row]) -> list[Row]:
+    """Return the rows of cases that a former run measured, and of this run's."""
+    return kept_rows(name, {row.case for row in rows}.__contains__) + rows
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
