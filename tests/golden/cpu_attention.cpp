@@ -515,6 +515,7 @@ struct Arguments {
     float *output, *lse;                      // float32 [B,H,S,R_V] and [B,H,S], dense
     double scale, softcap;
     const Kernel* kernel;
+    int64_t digits;  // at most so many bytes of queries and weights are multiplied: 3, or 2 for queries of 16 bits
 };
 
 constexpr int SIDE_BY_SIDE = 8;  // tokens of a page are a multiple of it
@@ -1148,6 +1149,9 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
     middle = sum_of(sum) * unit;
 }
 
+// Queries of 16 bits have 9 or 12 of precision: two digits, 15 bits, are more, and weights have no more then. Of
+// queries of 32 bits the third digit counts.
+//
 // Weights of a tile have two parts where the largest is at most 1/SMALL of all so far: rounding to 2^-16 of it then
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
@@ -1323,7 +1327,7 @@ void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         }
         store(logits + t, x);
     }
-    if (is_minor(a, row, 1, whole, s)) return;
+    if (a.digits == 2 || is_minor(a, row, 1, whole, s)) return;
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s);
         store(logits + t, load(logits + t) + products_of_row<KIND, 1>(k, z, parts) * unit * load(s.scale + t));
@@ -1351,7 +1355,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
             score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
         });
-        if (is_minor(a, row + first, ROWS, whole, s)) return;
+        if (a.digits == 2 || is_minor(a, row + first, ROWS, whole, s)) return;
         for_vectors<ROWS, vectors_for(ROWS, 1)>(whole, [&](int t, auto vectors) {
             score_low<ROWS, decltype(vectors)::value>(row + first, t, s);
         });
@@ -1360,9 +1364,9 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
 
 // Weights of a tile of values times the tokens' scales, split into as many parts as is returned.
 template <int ROWS>
-INLINE int scale_and_split(int64_t row, int whole, float* unit, float* total, Scratch& s) {
+INLINE int scale_and_split(int64_t row, int whole, int64_t digits, float* unit, float* total, Scratch& s) {
     float largest[ROWS];
-    bool small = true;
+    bool small = true;  // in all rows
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
         float* w = s.logits + (row + r) * TILE;
         Floats top = {}, sum = {};
@@ -1377,6 +1381,7 @@ INLINE int scale_and_split(int64_t row, int whole, float* unit, float* total, Sc
         largest[r] = largest_of(top);
         small &= largest[r] * SMALL <= state.mass;
     }
+    small |= digits == 2;
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
         const float limit = largest_integer(small ? 2 : 3);
         const float inverse = largest[r] > 1e-30f ? limit / largest[r] : 0.0f;
@@ -1463,7 +1468,7 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         float unit, total;
-        const int parts = scale_and_split<1>(row, whole, &unit, &total, s);
+        const int parts = scale_and_split<1>(row, whole, a.digits, &unit, &total, s);
         if (parts == 2) mix_row<2>(a, p, j, begin, tokens, unit, total, s.states[row], s);
         else mix_row<3>(a, p, j, begin, tokens, unit, total, s.states[row], s);
         return;
@@ -1477,7 +1482,7 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         constexpr int ROWS = decltype(count)::value;
         float unit[ROWS], total[ROWS];
         State* states = s.states + row + first;
-        const int parts = scale_and_split<ROWS>(row + first, whole, unit, total, s);
+        const int parts = scale_and_split<ROWS>(row + first, whole, a.digits, unit, total, s);
         if (parts == 2) mix_block<ROWS, 2>(whole / 4, unit, total, states, s);
         else mix_block<ROWS, 3>(whole / 4, unit, total, states, s);
     });

@@ -253,6 +253,7 @@ struct Attention {
     void *output, *lse;
     double scale, softcap;
     const void* kernel;  // the table of the latents
+    int64_t digits;      // of queries and weights, see attention.cpp
 };
 
 // ------------------------------------------------------------------------------------------------ arguments

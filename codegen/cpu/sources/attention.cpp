@@ -164,6 +164,7 @@ struct Arguments {
     // clang-format on
     double scale, softcap;
     const Kernel* kernel;
+    int64_t digits;  // at most so many bytes of queries and weights are multiplied: 3, or 2 for queries of 16 bits
 };
 
 constexpr int SIDE_BY_SIDE = $page_quantum;  // tokens of a page are a multiple of it

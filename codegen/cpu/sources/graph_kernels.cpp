@@ -235,6 +235,7 @@ void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& r
     a.scale = c.scale;
     a.softcap = c.softcap;
     a.kernel = kernel.table;
+    a.digits = query.scalar_type() == ScalarType::Float ? 3 : 2;
     kernel.run(&a);
 }
 
