@@ -27,6 +27,7 @@ EXTRAS = {  # packages that `pip install fhopt` alone does not bring, and the ex
 FOREIGN = {  # loggers of other libraries, and how a message begins that tells a user of fhopt nothing
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # a machine may have CUDA's compiler and no GPU
     "matplotlib.font_manager": "Matplotlib is building the font cache",
+    "torch.utils._pytree": "%s is an Enum subclass",  # of torchao, which transformers imports where it is installed
 }
 
 
