@@ -27,20 +27,26 @@ Packed = tuple[Tensor, Tensor | None]  # rows [1,J,T,bytes or R], scales [1,J,T]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a row: bytes `start` to `stop`, `heads` times numbers of `dtype`."""
+    """A part of a row, from byte `start` on: `heads` times `numbers` of `dtype`."""
 
     start: int
-    stop: int
     heads: int
+    numbers: int
     dtype: torch.dtype
+
+    @property
+    def stop(self) -> int:
+        """Byte behind the part."""
+        return self.start + self.heads * self.numbers * self.dtype.itemsize
 
     def read(self, rows: Tensor) -> Tensor:
         """Return numbers [T, heads, numbers of a head] of rows uint8 [T, bytes], without a copy."""
-        return rows[:, self.start : self.stop].view(self.dtype).unflatten(1, (self.heads, -1))
+        return rows[:, self.start : self.stop].view(self.dtype).unflatten(1, (self.heads, self.numbers))
 
     def write(self, rows: Tensor, numbers: Tensor) -> None:
-        """Put numbers [T, heads, numbers of a head] into rows uint8 [T, bytes]."""
-        rows[:, self.start : self.stop] = numbers.to(self.dtype).contiguous().flatten(1).view(torch.uint8)
+        """Put numbers [T, heads, numbers of a head] into rows uint8 [T, bytes]; of one a head, also as [T, heads]."""
+        place = self.read(rows)
+        place.copy_(numbers.reshape(place.shape))
 
 
 def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[Part], int]:
@@ -49,10 +55,8 @@ def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[Part
     parts: dict[int, Part] = {}
     start = 0
     for i in order:
-        heads, numbers, dtype = wanted[i]
-        stop = start + heads * numbers * dtype.itemsize
-        parts[i] = Part(start, stop, heads, dtype)
-        start = stop
+        parts[i] = Part(start, *wanted[i])
+        start = parts[i].stop
     unit = max([LEAST_ALIGNMENT, *(dtype.itemsize for _, _, dtype in wanted)])
     return [parts[i] for i in range(len(wanted))], max(1, -(-start // unit)) * unit
 
@@ -139,7 +143,7 @@ class FirstRows:
         wanted += [(site.kv_heads, size, torch.float32) for size in sizes] if has_means else []
         parts, self.size = _laid_out(wanted)
         self.sink_parts, self.mean_parts = parts[:2], parts[2:]
-        self.heads = site.kv_heads
+        self.heads = [(site.kv_heads, size) for size in sizes]
 
     def write_sinks(self, page: Tensor, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys [T,G,D] and values [T,G,E] of sinks `start` and those behind it into a page uint8 [1, bytes]."""
@@ -148,7 +152,8 @@ class FirstRows:
 
     def read_sinks(self, page: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sinks' keys [1,G,sinks,D] and values [1,G,sinks,E] of a page uint8 [1, bytes]."""
-        key, value = (part.read(page)[0].unflatten(1, (self.heads, -1)).transpose(0, 1)[None] for part in self.sink_parts)
+        parts = zip(self.sink_parts, self.heads, strict=True)
+        key, value = (part.read(page)[0].unflatten(1, heads).transpose(0, 1)[None] for part, heads in parts)
         return key, value
 
     def write_means(self, page: Tensor, means: Sequence[Tensor]) -> None:
