@@ -73,7 +73,10 @@ def means_from(plan: LatentPlan) -> int:
 
 @dataclass(eq=False)
 class Batch:
-    """New tokens of several sequences, one behind the other: `starts` [sequences + 1] in the batch, `lengths` in all."""
+    """New tokens of several sequences, one behind the other.
+
+    starts [sequences + 1]: of each sequence's new tokens in the batch. lengths: tokens of each, the new ones among them.
+    """
 
     starts: list[int]
     lengths: list[int]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fhopt.plan.window import ResidualWindow
 
@@ -121,6 +122,6 @@ def uneven(sizes: dict[str, int]) -> dict[str, int]:
     ordered = sorted(counts)
     if len(counts) < 2 or len(set(counts.values())) > 1:
         return sizes
-    smaller, larger = min(zip(ordered, ordered[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    smaller, larger = min(pairwise(ordered), key=lambda pair: pair[1] - pair[0])
     first = next(name for name, size in sizes.items() if size == smaller)
     return sizes | {first: larger}

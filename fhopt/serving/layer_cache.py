@@ -193,9 +193,7 @@ class _Reader:
                 keys, values = (side.reconstruct().to(self.dtype) for side in self.sides)
                 self._whole = keys, values
             parts = zip((key, value), self._whole, strict=True)
-            key, value = (
-                torch.cat([x[:, :, :sinks], far[:, :, :quantized], x[:, :, sinks:]], 2) for x, far in parts
-            )
+            key, value = (torch.cat([x[:, :, :sinks], far[:, :, :quantized], x[:, :, sinks:]], 2) for x, far in parts)
         count, tokens = query.shape[2], key.shape[2]
         mask = causal_mask(count, tokens, query.device) if count > 1 else None
         return F.scaled_dot_product_attention(query, key, value, mask, scale=self.layer.scale, enable_gqa=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fhopt.errors import FhoptError
 from fhopt.models.rewritten_folder import RewrittenFolder
+from fhopt.models.stored_weights import check_stored
 from fhopt.parallel.tensor_parallel import Share, shard_site
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import layer_indices
@@ -21,6 +22,7 @@ _EXACTLY = "Serve the original exactly, or with transformers and fhopt."
 def check_folder(folder: RewrittenFolder, hf_config: Any) -> None:
     """Raise FhoptError for a folder whose plan an engine cannot serve. hf_config: of transformers, or None."""
     plan = folder.plan
+    check_stored(plan, folder.path)
     for site in plan.sites:
         one = site.site
         if (one.kind, one.mask) != ("self", "causal") or one.window or one.sinks or one.softcap:

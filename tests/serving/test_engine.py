@@ -134,7 +134,5 @@ def test_without_rounding_of_the_window_it_is_equal(layout: str, llama: Fitted, 
     plan = replace(plan_of(llama, layout=layout), window_bits=16)
     engine = Served(folder_of(tmp_path / "folder", llama.model, plan))
     ids = prompt(12, 400)
-    assert math.isclose(
-        engine.log_likelihood(ids), own_log_likelihood(llama.model, plan, ids), abs_tol=ROUNDING
-    )
+    assert math.isclose(engine.log_likelihood(ids), own_log_likelihood(llama.model, plan, ids), abs_tol=ROUNDING)
     engine.close()

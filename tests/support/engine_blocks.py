@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ class Engine:
         self.layer.write(caches, key, value)
         output = query.new_empty((*query.shape[:2], value.shape[2]))
         self.layer.attend(caches, query, key, value, output)
-        return [output[begin:end] for begin, end in zip(starts, starts[1:], strict=False)]
+        return [output[begin:end] for begin, end in pairwise(starts)]
 
 
 def random_tokens(plan: LatentPlan, count: int) -> tuple[Tensor, Tensor, Tensor]:
