@@ -35,7 +35,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow test-serving fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow test-serving fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -133,6 +133,9 @@ bench-retrieval: $(BENCH)  ## page selection (1 in 8) against all pages, the ret
 
 bench-gpu: $(BENCH)  ## check the kernels on a GPU, then measure attention and decode steps (QUICK=1: few cases)
 	$(BIN)/python benchmarks/gpu.py
+
+bench-serve: $(SERVING)/.ready  ## plans in vLLM beside exact vLLM (MODEL=FOLDER PLANS='4x=PLAN 8x=PLAN'; QUICK=1: small)
+	$(SERVING)/bin/python benchmarks/serving.py --model $(MODEL) $(PLANS:%=--plan %)
 
 compiled-zoo: $(BENCH)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
 	$(BIN)/python benchmarks/compiled_zoo.py

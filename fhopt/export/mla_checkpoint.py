@@ -114,8 +114,8 @@ def _check_bytes(converted: Converted, exact: int, force: bool) -> None:
     if converted.token_bytes > exact and not force:
         raise FhoptError(
             f"a cached token would take {converted.token_bytes:,} bytes ({sizes.latent} + {sizes.rotated} numbers in "
-            f"each layer), the original's takes {exact:,}: the cache gets larger. This export pays for models of many kv "
-            "heads. Serve the rewritten folder itself (pip install 'fhopt[vllm]'), or add --force."
+            f"each layer), the original's takes {exact:,}: the cache gets larger. This export pays for many kv heads. "
+            "Serve the rewritten folder itself (pip install 'fhopt[vllm]'), or add --force."
         )
 
 

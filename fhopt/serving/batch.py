@@ -75,7 +75,7 @@ def means_from(plan: LatentPlan) -> int:
 class Batch:
     """New tokens of several sequences, one behind the other.
 
-    starts [sequences + 1]: of each sequence's new tokens in the batch. lengths: tokens of each, the new ones among them.
+    starts [sequences + 1]: of each sequence's new tokens in the batch. lengths: tokens of each, with the new ones.
     """
 
     starts: list[int]
@@ -104,6 +104,16 @@ class Batch:
     def positions(self) -> Tensor:
         """Position of each new token in its sequence, int64 [tokens]."""
         return torch.cat([torch.arange(s.start, s.stop) for s in self.sequences]).to(self.device)
+
+    @cached_property
+    def singles(self) -> list[Sequence]:
+        """The sequences that have one new token, as in a decode step."""
+        return [s for s in self.sequences if s.end - s.begin == 1]
+
+    @cached_property
+    def several(self) -> list[Sequence]:
+        """The sequences that have several new tokens."""
+        return [s for s in self.sequences if s.end - s.begin > 1]
 
     def encoded(self, means_from: int) -> Tensor | None:
         """Return the new tokens, int64, of sequences that had means before them, or need none; None: all."""
@@ -147,6 +157,11 @@ class Blocks:
         """
         blocks, offsets, kept = self._new
         cache[blocks, 0, offsets, : rows.shape[1]] = rows if kept is None else rows[kept]
+
+    def span(self, owners: Tensor, start: int, stop: int) -> tuple[Tensor, int]:
+        """Return (blocks int64 [sequences, blocks] of positions `start` to `stop`, place of `start` in the first)."""
+        first, last = start // self.size, -(-stop // self.size)
+        return self.table[owners, first:last].long(), start - first * self.size
 
     def read(self, cache: Tensor, sequence: int, start: int, stop: int) -> Tensor:
         """Return the rows uint8 [stop - start, bytes] of the tokens of a sequence at positions `start` to `stop`."""

@@ -17,7 +17,9 @@ from fhopt.ops import algebra
 from fhopt.ops.masks import causal_mask
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
+from fhopt.plan.window import ResidualWindow
 from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, tiles
+from fhopt.serving.decode_step import DecodeStep, attend_step
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 
 FEW_QUERIES = 4  # queries of a tile at most that are absorbed; for more, keys and values are reconstructed
@@ -47,6 +49,14 @@ class Caches:
     def batch(self) -> Batch:
         """The batch that the blocks are of."""
         return self.latents.blocks.batch
+
+    def decode_step(self, window: ResidualWindow) -> DecodeStep:
+        """Return what the sequences with one new token read, made once a batch for all layers."""
+        known = self.batch.__dict__
+        if "decode_step" not in known:
+            known["decode_step"] = DecodeStep(self.batch, window)
+        step: DecodeStep = known["decode_step"]
+        return step
 
     def page(self, sequence: Sequence) -> Tensor:
         """Return the page uint8 [1, bytes] of a sequence's first tokens, as a view."""
@@ -131,7 +141,12 @@ class LayerCache:
 
         keys [T,G,D], values [T,G,E]: of the new tokens.
         """
-        for one in caches.batch.sequences:
+        batch = caches.batch
+        if batch.singles:
+            step = caches.decode_step(self.window)
+            out = attend_step(self, caches, step, query[step.tokens].unsqueeze(2))
+            output[step.tokens] = out[:, :, 0].to(output.dtype)
+        for one in batch.several:
             new = slice(one.begin, one.end)
             reader = _Reader(self, caches, one, keys[new], values[new])
             for tile in tiles(self.window, one.start, one.stop):

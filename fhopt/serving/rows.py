@@ -150,10 +150,10 @@ class FirstRows:
         for part, x in zip(self.sink_parts, (keys, values), strict=True):
             part.read(page)[0, start : start + len(x)] = x.flatten(1).to(part.dtype)
 
-    def read_sinks(self, page: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sinks' keys [1,G,sinks,D] and values [1,G,sinks,E] of a page uint8 [1, bytes]."""
+    def read_sinks(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sinks' keys [P,G,sinks,D] and values [P,G,sinks,E] of pages uint8 [P, bytes]."""
         parts = zip(self.sink_parts, self.heads, strict=True)
-        key, value = (part.read(page)[0].unflatten(1, heads).transpose(0, 1)[None] for part, heads in parts)
+        key, value = (part.read(pages).unflatten(2, heads).transpose(1, 2) for part, heads in parts)
         return key, value
 
     def write_means(self, page: Tensor, means: Sequence[Tensor]) -> None:

@@ -71,6 +71,7 @@ WITHOUT_A_FILE = {
     "fhopt/plan/site_plan": PLANS,
     "fhopt/progress": "unit/inspection/test_progress_file.py",
     "fhopt/serving/backend": ENGINES,
+    "fhopt/serving/decode_step": "decode steps of a layer's caches, unit/serving/test_layer_cache.py",
     "fhopt/serving/plugin": ENGINES,
     "fhopt/serving/quantization": ENGINES,
     "fhopt/version": "every file that names a version",

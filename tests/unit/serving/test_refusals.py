@@ -58,7 +58,7 @@ def test_options_that_a_plan_has_no_part_in_are_refused(message: str) -> None:
 
 
 def test_one_latent_of_all_heads_is_not_split() -> None:
-    with pytest.raises(FhoptError, match="2 kv heads in 1 latents.*--layout head"):
+    with pytest.raises(FhoptError, match=r"2 kv heads in 1 latents.*--layout head"):
         refusals.check_engine(random_plan("input", CODED), config(tensor_parallel_size=2))
 
 
