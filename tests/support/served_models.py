@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,30 @@ def prompt(seed: int, length: int) -> list[int]:
     return ids
 
 
+@contextmanager
+def without_llvmlite(is_loaded: bool) -> Iterator[None]:
+    """Hide a module whose objects have any attribute: vLLM 0.32 for CPUs looks at those of all modules when it starts.
+
+    is_loaded: load it first, as vLLM would.
+    """
+    if is_loaded:
+        importlib.import_module("numba")
+    hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules["llvmlite.binding.ffi"] = hidden
+
+
 class Served:
-    """vLLM on a folder, in this process. `blocks`: the pool has no more."""
+    """vLLM on a folder, in this process."""
 
     def __init__(self, folder: str, **options: Any) -> None:
         from vllm import LLM
 
-        self.llm = LLM(folder, **(ENGINE | options))
+        with without_llvmlite("speculative_config" in options):
+            self.llm = LLM(folder, **(ENGINE | options))
         self.config = self.llm.llm_engine.vllm_config
 
     def greedy(self, prompts: Sequence[list[int]], count: int = 24, **options: Any) -> list[list[int]]:
