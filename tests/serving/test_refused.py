@@ -16,12 +16,15 @@ from served_models import Served, folder_of, plan_of
 from small_models import Fitted, tiny_llama
 
 from fhopt.errors import FhoptError
+from fhopt.plan.fingerprint import fingerprint
 
 
 @pytest.fixture(scope="module")
 def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("refused") / "folder"
-    folder_of(path, llama.model, plan_of(llama))
+    plan = plan_of(llama)
+    known = fingerprint(dict(llama.model.named_parameters()), [site.site for site in plan.sites])
+    folder_of(path, llama.model, plan.with_provenance(fingerprint=known))
     return path
 
 
