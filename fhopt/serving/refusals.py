@@ -16,8 +16,6 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import layer_indices
 from fhopt.plan.site_plan import SitePlan
 
-_EXACTLY = "Serve the original exactly, or with transformers and fhopt."
-
 
 def check_folder(folder: RewrittenFolder, hf_config: Any) -> None:
     """Raise FhoptError for a folder whose plan an engine cannot serve. hf_config: of transformers, or None."""
@@ -30,14 +28,15 @@ def check_folder(folder: RewrittenFolder, hf_config: Any) -> None:
                 f"{one.name} is {one.kind} attention with a mask of kind {one.mask!r}"
                 f"{', a sliding window' if one.window else ''}{', sink logits' if one.sinks else ''}"
                 f"{', a softcap' if one.softcap else ''}; in vLLM a plan serves causal self-attention to all tokens "
-                f"only. {_EXACTLY}"
+                "only. Serve the original exactly, or use fhopt with transformers."
             )
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     layers = int(getattr(text, "num_hidden_layers", 0) or 0)
     known = len(layer_indices([site.site for site in plan.sites]))
     if layers and known != layers:
         raise FhoptError(
-            f"the plan of {folder.path} has {known} of {layers} layers; in vLLM it must have all. {_EXACTLY}"
+            f"the plan of {folder.path} has {known} of {layers} layers; in vLLM it must have all. Serve the original "
+            "exactly, or use fhopt with transformers."
         )
 
 
@@ -90,4 +89,7 @@ def check_layer(layer: Any, name: str) -> None:
     ]
     for what, is_found in found:
         if is_found:
-            raise FhoptError(f"{name} has {what}, which a plan does not serve in vLLM. {_EXACTLY}")
+            raise FhoptError(
+                f"{name} has {what}, which a plan does not serve in vLLM. Serve the original exactly, or use fhopt "
+                "with transformers."
+            )
