@@ -194,12 +194,13 @@ class _Reader:
         """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""
         sinks = min(self.layer.window.sinks, tile.stop)
         opened = slice(self.layer.window.sinks + tile.quantized - self.start, max(0, tile.stop - self.start))
-        exact = [torch.cat([x[:, :, :sinks], w[:, :, opened]], 2) for x, w in zip(self.sinks, self.open, strict=True)]
+        parts = zip(self.sinks, self.open, strict=True)
+        keys, values = (torch.cat([x[:, :, :sinks], w[:, :, opened]], 2) for x, w in parts)
         if not tile.quantized or self.sides is None or query.shape[2] > FEW_QUERIES:
-            return self._plain(tile.quantized, sinks, query, *exact)
+            return self._plain(tile.quantized, sinks, query, keys, values)
         key, value = (_first(side, tile.quantized) for side in self.sides)
         latents = Latents(key, value, sinks, tile.quantized)
-        return attend(query, *exact, latents, None, scale=self.layer.scale)
+        return attend(query, keys, values, latents, None, scale=self.layer.scale)
 
     def _plain(self, quantized: int, sinks: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend to open tokens and to keys and values that are reconstructed from latents."""

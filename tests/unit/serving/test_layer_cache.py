@@ -41,6 +41,8 @@ def own_cache(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor
     """What fhopt's own cache gives, one token at a time."""
     layer, site, out = LatentLayer(plan, plan.sites[0]), plan.sites[0].site, []
     for query, key, value in zip(*tokens, strict=True):
+        keys: Any
+        values: Any
         keys, values = layer.update(key[None, :, None], value[None, :, None])
         if isinstance(keys, LatentTensor):
             result = attend(query[None, :, None], keys.exact, values.exact, keys.latents, None, scale=site.scale)
@@ -62,7 +64,8 @@ def by_hand(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         latent = algebra.encode(source.transpose(0, 1)[None], side.encode)
         groups = algebra.bit_groups(side)
         if groups.bits:
-            latent = packing.unpack_reference(*packing.pack_reference(latent, *groups), *groups)
+            codes, scales = packing.pack_reference(latent, *groups)
+            latent = packing.unpack_reference(codes, scales, *groups)
         far = algebra.decode(latent, side.decode)[0].transpose(0, 1) + mean
         as_read.append((x, far, near))
     out = []
