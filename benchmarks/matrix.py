@@ -2,7 +2,7 @@
 
     python benchmarks/matrix.py                            all: benchmarks/results/matrix.json and a table
     python benchmarks/matrix.py --only oldest              one (may be repeated); results of others stay in the file
-    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu python benchmarks/matrix.py      without CUDA's libraries
+    PIP_EXTRA_INDEX_URL=INDEX python benchmarks/matrix.py      of PyTorch's builds for CPUs: without CUDA's libraries
 
 Nox finds the interpreters and makes the environments. An environment whose interpreter is not installed, or whose
 versions the index does not have, is a row of the table with the reason. Ends with 1 when a test failed, when an

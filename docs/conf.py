@@ -25,6 +25,7 @@ suppress_warnings = ["ref.python"]  # annotations name classes without their mod
 templates_path: list[str] = []
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+autodoc_mock_imports = ["vllm"]  # of fhopt.serving, which is read where vLLM is not installed
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}

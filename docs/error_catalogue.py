@@ -111,6 +111,9 @@ FAMILIES = (
         "`--device-map`, and plans and caches in processes that share a model.",
         ("fhopt/parallel/*",),
     ),
+    Family(
+        "Serving with vLLM", "Folders, plans and options with which a plan is not served.", ("fhopt/serving/*",),
+    ),
     Family("Others", "", ("*",)),
 )  # fmt: skip
 

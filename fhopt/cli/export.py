@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -140,18 +141,20 @@ def _check_size(text: str) -> None:
     type=click.IntRange(min=1),
     help="vllm, sglang: truncate the plan to a latent of this width and one rotated key. [default: not truncated]",
 )
+@click.option("--force", is_flag=True, help="vllm, sglang: write also where a cached token becomes larger.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write. [default: FOLDER-TARGET]")
 @json_option
 def export_step(
-    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, rank: int | None, out: Path | None,
-    as_json: bool,
+    folder: Path, target: str, arch: str, dialect: str, bytecode: bool, rank: int | None, force: bool,
+    out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Export a decode step of the rewritten model in FOLDER as MLIR or as a module of IREE, with its weights.
 
     The latents are state that the caller keeps. Needs the extra mlir.
 
     For vllm and sglang: a checkpoint with DeepSeek's latent attention (MLA) that has the plan in its projections. For a
-    plan that changes only bits: how to serve the original.
+    plan that changes only bits: how to serve the original. It is worth its cost for models with many kv heads; a plan
+    of any other is served by vLLM from FOLDER itself, with the extra vllm.
     """
     from fhopt.export.targets import ENGINES, Target
 
@@ -159,8 +162,10 @@ def export_step(
     if target in ENGINES:
         if arch or bytecode or dialect != "linalg":
             raise FhoptError("--arch, --dialect and --bytecode are for MLIR; expected none of them with this target.")
-        _export_checkpoint(folder, target, rank, out, as_json)
+        _export_checkpoint(folder, target, rank, force, out, as_json)
         return
+    if force:
+        raise FhoptError(f"--force is for {' and '.join(ENGINES)}; expected it with one of these targets.")
     if rank is not None:
         raise FhoptError(f"--kv-lora-rank is for {' and '.join(ENGINES)}; expected it with one of these targets.")
     chosen = Target(target, arch, dialect, bytecode)
@@ -185,7 +190,9 @@ def export_step(
     click.echo(f"written to {out}")
 
 
-def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, as_json: bool) -> None:
+def _export_checkpoint(
+    folder: Path, target: str, rank: int | None, force: bool, out: Path, as_json: bool
+) -> None:  # fmt: skip
     """Export for a serving engine: a checkpoint, or how to serve the original."""
     from fhopt.export import mla, rewrite_folder
     from fhopt.export.mla_checkpoint import export
@@ -200,7 +207,8 @@ def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, a
             progress("loading", 0, 1)
             loaded = load_model(str(folder))
             progress("exporting", 0, 1)
-            made = export(loaded, plan, out, engine, folder, rewrite_folder.stored_dtype(folder))
+            stored = rewrite_folder.stored_dtype(folder)
+            made = export(loaded, plan, out, engine, folder, stored, force=force, announce=_announce(as_json))
     dtype = engine.cache_dtypes["auto" if made else mla.cache_dtype(plan)]
     command = engine.serve.format(path=out if made else "ORIGINAL", dtype=dtype)
     if as_json:
@@ -208,13 +216,20 @@ def _export_checkpoint(folder: Path, target: str, rank: int | None, out: Path, a
         print_json({"checkpoint": written, "kv_cache_dtype": dtype, "command": command})
         return
     if made:
-        click.echo(
-            f"{made.token_bytes:,} bytes per token in 16 bits (exact {made.exact_token_bytes:,}); logits differ "
-            f"from the plan's by at most {made.error:.1e} of the largest\nwritten to {out}"
-        )
+        click.echo(f"logits differ from the plan's by at most {made.error:.1e} of the largest\nwritten to {out}")
     else:
         click.echo("Nothing is written: the plan changes only bits, which the engine does with the original.")
     click.echo(command)
+
+
+def _announce(as_json: bool) -> Callable[[int, int], None]:
+    """Return what says the bytes of a cached token before a checkpoint is written; with --json they come at the end."""
+
+    def announce(token_bytes: int, exact: int) -> None:
+        if not as_json:
+            click.echo(f"a cached token takes {token_bytes:,} bytes in 16 bits, the original's {exact:,}")
+
+    return announce
 
 
 @main.command("verify")

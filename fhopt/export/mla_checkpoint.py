@@ -23,7 +23,7 @@ and its logits must be those of the model with every token's keys and values rec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.export.mla_weights import Sizes, convert, sites_by_layer
+from fhopt.export.mla_weights import Converted, Sizes, convert, sites_by_layer
 from fhopt.export.pt2_step import check_out, write_description
 from fhopt.export.rewrite_folder import SHARD_SIZE, copy_settings
 from fhopt.export.targets import ENGINES, Engine
@@ -66,17 +66,23 @@ class ExportedCheckpoint:
 
 def export(
     loaded: LoadedModel, plan: LatentPlan, out: Path, engine: Engine, source: Path | None = None,
-    dtype: torch.dtype | None = None, shard_size: str = SHARD_SIZE,
+    dtype: torch.dtype | None = None, shard_size: str = SHARD_SIZE, force: bool = False,
+    announce: Callable[[int, int], None] | None = None,
 ) -> ExportedCheckpoint:  # fmt: skip
     """Write the module docstring's files to the folder `out`, whole or not at all.
 
-    source: the folder whose tokenizer and settings are copied. dtype: of the weights; None: that of the model. Raises
-    FhoptError when the model or the plan cannot be expressed, or `out` holds anything but an older export of this kind.
+    source: the folder whose tokenizer and settings are copied. dtype: of the weights; None: that of the model. force:
+    write also where a cached token becomes larger than the original's. announce(bytes, exact_bytes): called with the
+    bytes of a cached token, and of the original's, before anything is written. Raises FhoptError when the model or the
+    plan cannot be expressed, a token becomes larger, or `out` holds anything but an older export of this kind.
     """
     from huggingface_hub import save_torch_state_dict
 
     check_out(out, DESCRIPTION)
     converted = convert(loaded, plan, engine.widths)
+    _check_bytes(converted, plan.exact_token_bytes(), force)
+    if announce is not None:
+        announce(converted.token_bytes, plan.exact_token_bytes())
     dtype = dtype or next(iter(loaded.weights().values())).dtype
     if dtype not in ERROR:
         raise FhoptError(
@@ -100,6 +106,17 @@ def export(
 
 
 # --------------------------------------------------------------------------------------------------- check
+
+
+def _check_bytes(converted: Converted, exact: int, force: bool) -> None:
+    """Raise FhoptError where a cached token would be larger than the original's, unless forced."""
+    sizes = converted.sizes
+    if converted.token_bytes > exact and not force:
+        raise FhoptError(
+            f"a cached token would take {converted.token_bytes:,} bytes ({sizes.latent} + {sizes.rotated} numbers in "
+            f"each layer), the original's takes {exact:,}: the cache gets larger. This export pays for many kv heads. "
+            "Serve the rewritten folder itself (pip install 'fhopt[vllm]'), or add --force."
+        )
 
 
 @contextmanager

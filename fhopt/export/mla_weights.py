@@ -90,7 +90,7 @@ def convert(loaded: LoadedModel, plan: LatentPlan, widths: Sequence[tuple[int, i
         attention = _attention(site.site, factor, sizes, *weights.projections(layer, site.site, scale))
         tensors |= {f"model.layers.{layer}.self_attn.{name}.weight": x for name, x in attention.items()}
     weights.check_all_used()
-    config = _config(model.config, sizes, theta, is_tied="lm_head.weight" not in tensors)
+    config = _config(model.config, sizes, theta)
     return Converted(config, sizes, {name: tensor.float() for name, tensor in tensors.items()})
 
 
@@ -149,7 +149,7 @@ def _sizes(sites: Sequence[SitePlan], factors: Sequence[mla.Factors], widths: Se
     return Sizes(latent, rotated, still, value, rotated // least)
 
 
-def _config(old: Any, sizes: Sizes, theta: float, is_tied: bool) -> Any:
+def _config(old: Any, sizes: Sizes, theta: float) -> Any:
     config = transformers().DeepseekV2Config(
         vocab_size=old.vocab_size, hidden_size=old.hidden_size, intermediate_size=old.intermediate_size,
         num_hidden_layers=old.num_hidden_layers, num_attention_heads=old.num_attention_heads,
@@ -157,7 +157,7 @@ def _config(old: Any, sizes: Sizes, theta: float, is_tied: bool) -> Any:
         max_position_embeddings=old.max_position_embeddings, rms_norm_eps=EPSILON, hidden_act="silu",
         q_lora_rank=None, kv_lora_rank=sizes.latent, qk_rope_head_dim=sizes.rotated, qk_nope_head_dim=sizes.still,
         v_head_dim=sizes.value, rope_parameters={"rope_type": "default", "rope_theta": theta},
-        tie_word_embeddings=is_tied, bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id,
+        tie_word_embeddings=False, bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id,
         pad_token_id=old.pad_token_id,
     )  # fmt: skip
     config.architectures = ["DeepseekV2ForCausalLM"]
@@ -225,13 +225,16 @@ class _Weights:
         return self.named[name].detach().double().cpu()
 
     def outer(self, scale: float) -> dict[str, Tensor]:
-        """Return embeddings, last norm and the head that is not tied to them, with the residual stream scaled."""
-        head = {"lm_head.weight": self.take("lm_head.weight")} if "lm_head.weight" in self.named else {}
-        norm = self.take("model.norm.weight")
+        """Return embeddings, last norm and head, with the residual stream scaled.
+
+        A head that is tied to the embeddings is written all the same: vLLM's class does not tie it.
+        """
         embedded = self.take("model.embed_tokens.weight")
-        return head | {
+        is_tied = "lm_head.weight" not in self.named
+        return {
+            "lm_head.weight": embedded.clone() if is_tied else self.take("lm_head.weight"),
             "model.embed_tokens.weight": embedded * scale,
-            "model.norm.weight": norm if head else norm / scale,  # a tied head is scaled with the embeddings
+            "model.norm.weight": self.take("model.norm.weight"),
         }
 
     def block(self, layer: int, scale: float) -> dict[str, Tensor]:

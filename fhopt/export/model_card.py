@@ -33,6 +33,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 After `import fhopt`, `transformers.{auto}.from_pretrained("FOLDER")` opens the same. Without fhopt it
 opens the exact original, with a warning that the method `fhopt` is unknown.
+
+`vllm serve FOLDER` serves it with latents where fhopt is installed beside vLLM (`pip install 'fhopt[vllm]'`).
+Without fhopt, vLLM refuses it and names the unknown method `fhopt`.
 """
 
 

@@ -19,7 +19,10 @@ TARGETS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Engine:
-    """A serving engine. widths: (c, rotated part) that its kernels support, in rising order; empty: any."""
+    """A serving engine. widths: (c, rotated part) that its kernels support, in rising order; empty: any.
+
+    vLLM's kernel for CPUs decodes one width, for which its kernels for GPUs are written, too.
+    """
 
     widths: tuple[tuple[int, int], ...]
     serve: str
@@ -28,7 +31,7 @@ class Engine:
 
 ENGINES = {
     "vllm": Engine(
-        ((256, 64), (512, 64)),
+        ((512, 64),),
         "vllm serve {path} --dtype bfloat16 --kv-cache-dtype {dtype}",
         {"auto": "auto", "fp8": "fp8"},
     ),

@@ -50,7 +50,7 @@ def exported(model: Any, plan: LatentPlan, out: Path, engine: targets.Engine = A
     """What transformers opens of the checkpoint."""
     from transformers import AutoModelForCausalLM
 
-    deepseek.export(LoadedModel("small", model), plan, out, engine, **options)
+    deepseek.export(LoadedModel("small", model), plan, out, engine, **({"force": True} | options))
     return AutoModelForCausalLM.from_pretrained(out).eval()
 
 

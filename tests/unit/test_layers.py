@@ -155,5 +155,5 @@ def test_the_table_is_read_as_it_is_meant() -> None:
     assert allowed()["plan"] == set() and allowed()["cache"] == {"plan", "ops", "attention"}
     assert allowed()["passes"] == allowed()["codegen"] == {"plan", "ops"}
     assert allowed()["refine"] == allowed()["calibration"] | {"calibration", "evaluation", "cache"}
-    assert allowed()["backend"] == allowed().keys() - {"export", "lm_head", "inspection", "cli"}
+    assert allowed()["backend"] == allowed().keys() - {"export", "lm_head", "serving", "inspection", "cli"}
     assert allowed()["cli"] == allowed().keys()

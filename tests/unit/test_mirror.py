@@ -21,6 +21,7 @@ MODELS = "whole models, integration/test_families.py and test_zoo.py"
 GRAPHS = "every test of a pass: it is what passes read and write graphs by"
 SPELLINGS = "every spelling of attention, unit/passes/recognize/test_normalize.py and integration/test_zoo.py"
 PLANS = "unit/plan/test_plan_files.py and test_validation.py, on whole plans"
+ENGINES = "vLLM with plans, serving/test_engine.py and test_refused.py"
 COMMANDS = "the commands, unit/cli"
 PAGES = "the pages made of it, unit/inspection/test_html_report.py and test_server.py"
 WITHOUT_A_FILE = {
@@ -69,6 +70,10 @@ WITHOUT_A_FILE = {
     "fhopt/plan/site": PLANS,
     "fhopt/plan/site_plan": PLANS,
     "fhopt/progress": "unit/inspection/test_progress_file.py",
+    "fhopt/serving/backend": ENGINES,
+    "fhopt/serving/decode_step": "decode steps of a layer's caches, unit/serving/test_layer_cache.py",
+    "fhopt/serving/plugin": ENGINES,
+    "fhopt/serving/quantization": ENGINES,
     "fhopt/version": "every file that names a version",
     "passes/graph/evaluate": GRAPHS,
     "passes/graph/nodes": GRAPHS,

@@ -117,11 +117,33 @@ def test_vllm_gets_the_widths_of_its_kernels_and_the_same_logits(tmp_path: Path)
     model = tiny_llama()
     plan = random_plan(sites_of(model))
     made = exported(model, plan, tmp_path / "out", VLLM)
-    assert (made.config.kv_lora_rank, made.config.qk_rope_head_dim) == (256, 64)
+    assert (made.config.kv_lora_rank, made.config.qk_rope_head_dim) == (512, 64)
     assert difference(made, projected(model, plan)) < ROUNDING
 
 
+def test_a_tied_head_is_written_since_an_engine_does_not_tie_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = tiny("Llama", num_key_value_heads=1, tie_word_embeddings=True)
+    made = exported(model, fit_plan.exact_plan(sites_of(model)), tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], model.model.embed_tokens.weight.data)
+    assert not made.config.tie_word_embeddings
+    assert difference(made, model) < ROUNDING
+
+
 # --------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_cache_that_gets_larger_is_refused_unless_forced(tmp_path: Path) -> None:
+    model, said = tiny("Llama", num_key_value_heads=1), []
+    plan, announce = fit_plan.exact_plan(sites_of(model)), lambda *bytes_of_a_token: said.append(bytes_of_a_token)
+    with pytest.raises(FhoptError, match=r"2,304 bytes \(512 \+ 64 .*original's takes 128: .*larger.*--force"):
+        exported(model, plan, tmp_path / "out", VLLM, force=False, announce=announce)
+    assert not list(tmp_path.iterdir()) and said == []
+    exported(model, plan, tmp_path / "out", VLLM, announce=announce)
+    exported(model, plan, tmp_path / "any", force=False, announce=announce)
+    assert said == [(2304, 128), (128, 128)]
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {

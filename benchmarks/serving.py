@@ -1,0 +1,144 @@
+"""Measure vLLM with plans beside exact vLLM: concurrency, time to the first token, decoded tokens a second.
+
+    .venv-serving/bin/python benchmarks/serving.py --plan 4x=PLAN --plan 8x=PLAN [--model MODEL]
+    .venv-serving/bin/python benchmarks/serving.py --quick ...        one short case (also QUICK=1)
+
+`make bench-serve` runs it in the environment of `make test-serving`. Every engine is a process of its own with the same
+bytes for keys and values; the engines take turns, and each figure is the best of all turns. Concurrency is what vLLM
+prints at 8,192 tokens a request, in bfloat16. A case is a number of requests at once, behind prompts of one length:
+
+    time_to_first_token_ms     of all requests together, until each has one token
+    decode_tokens_per_second   of all requests together, behind their prompts, which are found as prefixes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from recording import Row, is_quick, record
+
+EXACT = "exact"
+LENGTH = 8192  # tokens a request at which concurrency is printed
+BYTES = 1 << 30  # for keys and values
+CASES = ((1, 512), (8, 512), (8, 2048), (8, 8000))  # requests, tokens of a prompt
+QUICK = ((2, 300),)
+NEW = 33  # tokens that are decoded behind a prompt, the first one of which counts as prefill
+ROUNDS = 2
+
+
+# --------------------------------------------------------------------------------------------------- in a process
+
+
+def measured(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
+    """Measure one engine in this process: concurrency, and for each case seconds of prefill and of decoding."""
+    from vllm import LLM
+
+    engine = LLM(
+        folder, dtype="bfloat16", max_model_len=LENGTH, kv_cache_memory_bytes=BYTES, enforce_eager=True,
+        max_num_batched_tokens=2048,
+    )  # fmt: skip
+    cache = engine.llm_engine.vllm_config.cache_config
+    vocabulary = engine.llm_engine.vllm_config.model_config.get_vocab_size()
+    found = {f"{count} x {length}": _case(engine, count, length, vocabulary) for count, length in cases}
+    return {"concurrency": cache.kv_cache_max_concurrency, "tokens": cache.kv_cache_size_tokens, "cases": found}
+
+
+def _case(engine: Any, count: int, length: int, vocabulary: int) -> dict[str, float]:
+    """Time prompts of `length` tokens, then decoding behind them."""
+    prompts = [[(7919 * (i + 1) * (j + 3)) % (vocabulary - 10) + 5 for j in range(length)] for i in range(count)]
+    engine.reset_prefix_cache()
+    first = _seconds(engine, prompts, 1)
+    again = _seconds(engine, prompts, 1)
+    whole = _seconds(engine, prompts, NEW)
+    return {"first_ms": 1000 * first, "tokens_per_second": count * (NEW - 1) / max(whole - again, 1e-9)}
+
+
+def _seconds(engine: Any, prompts: list[list[int]], tokens: int) -> float:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    start = time.perf_counter()
+    engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------------------- all processes
+
+
+def in_a_process(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
+    """Run `measured` in a process of its own."""
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--one", folder, "--cases", json.dumps(cases)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def folders_of(model: str, plans: dict[str, str], at: Path) -> dict[str, str]:
+    """Write the folder of each implementation: the original, and one for each plan."""
+    from fhopt.export import rewrite_folder
+    from fhopt.models.loader import load_model
+    from fhopt.models.model_name import folder_of
+    from fhopt.plan.latent_plan import LatentPlan
+
+    source, loaded = folder_of(model), load_model(model)
+    if source is None:
+        raise click.UsageError("--model must be a folder of a Hugging Face model, which vLLM opens.")
+    folders = {EXACT: str(source)}
+    for name, path in plans.items():
+        folders[f"fhopt@{name}"] = str(at / name)
+        rewrite_folder.rewrite(loaded, LatentPlan.load(path), at / name, source)
+    return folders
+
+
+def rows_of(results: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """Return the rows of all turns of each implementation; the best one counts."""
+    rows = []
+    exact = results[EXACT][0]
+    for name, turns in results.items():
+        ratio = turns[0]["concurrency"] / exact["concurrency"]
+        rows.append(Row(f"{LENGTH} tokens", name, "concurrency", turns[0]["concurrency"], "requests",
+                        exact["concurrency"], ratio))  # fmt: skip
+        for case in exact["cases"]:
+            speeds = {n: max(t["cases"][case]["tokens_per_second"] for t in results[n]) for n in (EXACT, name)}
+            firsts = {n: min(t["cases"][case]["first_ms"] for t in results[n]) for n in (EXACT, name)}
+            rows.append(Row(case, name, "decode_tokens_per_second", speeds[name], "tokens/s", speeds[EXACT],
+                            speeds[name] / speeds[EXACT]))  # fmt: skip
+            rows.append(Row(case, name, "time_to_first_token_ms", firsts[name], "ms", firsts[EXACT],
+                            firsts[EXACT] / firsts[name]))  # fmt: skip
+    return rows
+
+
+@click.command()
+@click.option("--model", default="", help="Folder of the original.")
+@click.option("--plan", "plans", multiple=True, help="NAME=FOLDER of a plan, such as 4x=demo/plan; repeatable.")
+@click.option("--quick", is_flag=True, default=is_quick, help="One short case, one turn.")
+@click.option("--rounds", default=ROUNDS, show_default=True, help="Turns of each engine.")
+@click.option("--one", default="", hidden=True)
+@click.option("--cases", default="", hidden=True)
+def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, one: str, cases: str) -> None:
+    """Measure all engines in turns, and write benchmarks/results/serving.json."""
+    if one:
+        print(json.dumps(measured(one, json.loads(cases))))
+        return
+    named = dict(plan.split("=", 1) for plan in plans)
+    chosen = list(QUICK if quick else CASES)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = folders_of(model, named, Path(folder))
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
+        for _ in range(1 if quick else rounds):
+            for name, path in folders.items():
+                results[name].append(in_a_process(path, chosen))
+    record("serving", rows_of(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""vLLM's view of a layer with a plan: attention backend, metadata of a batch, and two further caches.
+
+An `Attention` layer of vLLM keeps its own name for packed latents. Residual window and first tokens are layers of
+their own to vLLM, `<name>.window` and `<name>.first`, with blocks of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from fhopt.plan.window import ResidualWindow
+from fhopt.serving.batch import Batch, Blocks
+from fhopt.serving.block_groups import FirstSpec, WindowSpec
+from fhopt.serving.block_sizes import BlockSizes
+from fhopt.serving.layer_cache import Caches, Held, LayerCache
+
+WINDOW, FIRST = ".window", ".first"  # behind the name of a layer
+
+
+@dataclass
+class LatentMetadata(AttentionMetadata):  # type: ignore[misc]
+    """A batch's blocks in one cache of some layers."""
+
+    blocks: Blocks
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+    """Makes the metadata of a batch; layers that share blocks share it."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
+        """Make the metadata of a batch."""
+        about, key = common_attn_metadata, f"_fhopt_{self.kv_cache_spec.block_size}"
+        blocks = getattr(about, key, None)
+        if blocks is None or blocks.table is not about.block_table_tensor:
+            starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
+            batch = Batch(starts, about.seq_lens[: about.num_reqs].tolist(), about.block_table_tensor.device)
+            blocks = Blocks(batch, about.block_table_tensor, self.kv_cache_spec.block_size)
+            setattr(about, key, blocks)
+        return LatentMetadata(blocks)
+
+
+class LatentBackend(AttentionBackend):  # type: ignore[misc]
+    """Attention on the caches of a plan."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name of the backend in vLLM's lists, of which it has none."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[LatentAttention]:
+        """Return the class of a layer's attention."""
+        return LatentAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        """Return the class that makes metadata."""
+        return LatentMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """Return the one layout in which layers of different sizes share blocks."""
+        return (KVCacheLayout.BLNHC,)
+
+
+class LatentAttention(AttentionImpl):  # type: ignore[misc]
+    """Attention of one layer."""
+
+    def __init__(self, exact: Any, layer_name: str, cache: LayerCache) -> None:
+        self.num_heads, self.head_size, self.scale = exact.num_heads, exact.head_size, exact.scale
+        self.num_kv_heads, self.kv_cache_dtype = exact.num_kv_heads, "auto"
+        self.name, self.cache = layer_name, cache
+
+    def _caches(self, latents: Tensor) -> Caches:
+        """Collect the caches of the layer, and the blocks of the batch that is computed."""
+        context = get_forward_context()
+        metadata = context.attn_metadata
+
+        def held(name: str, cache: Tensor) -> Held:
+            return Held(cache, metadata[name].blocks)
+
+        window, first = (context.no_compile_layers[self.name + part].kv_cache for part in (WINDOW, FIRST))
+        return Caches(held(self.name, latents), held(self.name + WINDOW, window), held(self.name + FIRST, first))
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write the new tokens' keys [T,G,D] and values [T,G,E] to all caches."""
+        if kv_cache.numel() == 0 or get_forward_context().attn_metadata is None:
+            return
+        caches = self._caches(kv_cache)
+        count = caches.batch.tokens
+        self.cache.write(caches, key[:count], value[:count])
+
+    def forward(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
+        output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attend with queries [T,H,D] of new tokens, into `output` [T,H,E]."""
+        if attn_metadata is None:  # memory is measured, or nothing is to be computed
+            return output.fill_(0)
+        caches = self._caches(kv_cache)
+        count = caches.batch.tokens
+        self.cache.attend(caches, query[:count], key[:count], value[:count], output[:count])
+        return output
+
+
+class FurtherCache(torch.nn.Module, AttentionLayerBase):  # type: ignore[misc]
+    """A further cache of a layer, which vLLM gives blocks like those of a layer."""
+
+    def __init__(self, name: str, spec: Any) -> None:
+        super().__init__()
+        self.kv_cache, self.layer_name, self.spec = torch.tensor([]), name, spec
+        get_current_vllm_config().compilation_config.static_forward_context[name] = self
+
+    def get_attn_backend(self) -> type[LatentBackend]:
+        """Return the backend."""
+        return LatentBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        """Return what vLLM must know of the cache."""
+        return self.spec
+
+    def forward(self) -> None:
+        """Do nothing: the layer's attention reads and writes the cache."""
+
+
+def use_plan(layer: Any, cache: LayerCache, sizes: BlockSizes, row_bytes: int, window: ResidualWindow) -> None:
+    """Let an `Attention` layer of vLLM keep packed latents of `row_bytes` a token, window and first tokens."""
+    name = layer.layer_name
+    packed = dict(
+        num_kv_heads=layer.num_kv_heads, head_size=layer.head_size, head_size_v=layer.head_size_v, dtype=torch.uint8,
+        num_head_slots=1, dcp_sharded=False,
+    )  # fmt: skip
+    spec = FullAttentionSpec(block_size=sizes.latents, state_content_bytes=row_bytes, **packed)
+    layer.impl, layer.attn_backend = LatentAttention(layer.impl, name, cache), LatentBackend
+    layer.get_kv_cache_spec = lambda vllm_config: spec
+    layer.window_cache = FurtherCache(name + WINDOW, WindowSpec(
+        block_size=sizes.window, sliding_window=window.capacity, window=window,
+        state_content_bytes=cache.window_rows.size, **packed,
+    ))  # fmt: skip
+    layer.first_cache = FurtherCache(name + FIRST, FirstSpec(
+        block_size=sizes.first, sliding_window=1, tokens_per_state=sizes.first,
+        state_content_bytes=cache.first_rows.size, **packed,
+    ))  # fmt: skip

@@ -1,0 +1,172 @@
+"""One batch of the engine: where each token stands, and which tokens a query reads as what.
+
+A token is written to both caches when it comes: as packed latents, and as it is into the residual window. What a query
+at position p reads of which depends on p alone, as if the tokens had come one by one:
+
+    [ attention sinks | packed latents of quantized_tokens(p) tokens | residual window, p the last of it ]
+
+So a prompt gives the same numbers in one piece and in chunks, behind a prefix that another request computed, and again
+after a preemption. Queries that read the same latents are one `Tile`.
+
+Where a plan has means, packed latents are differences from the means of a sequence's first tokens behind the sinks:
+tokens are encoded once these are there (`means_from`), the first of them then, from the residual window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.window import ResidualWindow
+
+NO_BLOCK = 0  # vLLM's null block: of tokens that are not kept
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The new tokens of one sequence: `index` of it in the batch, places `begin` to `end` of the batch's tokens.
+
+    start: position of the first of them.
+    """
+
+    index: int
+    begin: int
+    end: int
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Tokens of the sequence, the new ones among them."""
+        return self.start + self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries at positions `start` to `stop` that read `quantized` tokens as latents."""
+
+    start: int
+    stop: int
+    quantized: int
+
+
+def tiles(window: ResidualWindow, start: int, stop: int) -> Iterator[Tile]:
+    """Cut queries at positions `start` to `stop` where the number of tokens changes that are read as latents."""
+    while start < stop:
+        behind = start - window.first_length  # from there on it changes with every block
+        end = min(stop, start - behind if behind < 0 else start + window.block - behind % window.block)
+        yield Tile(start, end, window.quantized_tokens(start))
+        start = end
+
+
+def means_from(plan: LatentPlan) -> int:
+    """Return from how many tokens on a sequence has means: those of all tokens before it, but the sinks.
+
+    0 where the plan has none. At most as many are taken as the residual window holds before anything is quantized.
+    """
+    return plan.sinks + min(plan.mean_tokens, plan.window.capacity) if plan.mean_tokens else 0
+
+
+@dataclass(eq=False)
+class Batch:
+    """New tokens of several sequences, one behind the other.
+
+    starts [sequences + 1]: of each sequence's new tokens in the batch. lengths: tokens of each, with the new ones.
+    """
+
+    starts: list[int]
+    lengths: list[int]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def sequences(self) -> list[Sequence]:
+        """The sequences that have new tokens."""
+        spans = zip(self.starts, self.starts[1:], self.lengths, strict=False)
+        return [Sequence(i, b, e, length - e + b) for i, (b, e, length) in enumerate(spans) if e > b]
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all sequences."""
+        return self.starts[-1]
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """Index of the sequence of each new token, int64 [tokens]."""
+        counts = torch.tensor([s.end - s.begin for s in self.sequences])
+        index = torch.tensor([s.index for s in self.sequences])
+        return index.repeat_interleave(counts).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each new token in its sequence, int64 [tokens]."""
+        return torch.cat([torch.arange(s.start, s.stop) for s in self.sequences]).to(self.device)
+
+    @cached_property
+    def singles(self) -> list[Sequence]:
+        """The sequences that have one new token, as in a decode step."""
+        return [s for s in self.sequences if s.end - s.begin == 1]
+
+    @cached_property
+    def several(self) -> list[Sequence]:
+        """The sequences that have several new tokens."""
+        return [s for s in self.sequences if s.end - s.begin > 1]
+
+    def encoded(self, means_from: int) -> Tensor | None:
+        """Return the new tokens, int64, of sequences that had means before them, or need none; None: all."""
+        key = f"encoded {means_from}"
+        if key not in self.__dict__:
+            chosen = [s for s in self.sequences if s.start >= means_from]
+            every = len(chosen) == len(self.sequences)
+            index = torch.cat([torch.arange(0), *(torch.arange(s.begin, s.end) for s in chosen)])
+            self.__dict__[key] = None if every else index.to(self.device)
+        found: Tensor | None = self.__dict__[key]
+        return found
+
+    def gaining_means(self, means_from: int) -> list[Sequence]:
+        """Return the sequences that come to have means by their new tokens."""
+        return [s for s in self.sequences if s.start < means_from <= s.stop]
+
+
+class Blocks:
+    """The blocks of one cache: a table int32 [sequences, blocks of each], of `size` tokens a block."""
+
+    def __init__(self, batch: Batch, table: Tensor, size: int) -> None:
+        self.batch, self.table, self.size = batch, table, size
+        self._read: dict[tuple[int, int, int], Tensor] = {}
+
+    @cached_property
+    def _new(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        blocks, offsets = self.places(self.batch.owners, self.batch.positions)
+        kept = blocks != NO_BLOCK
+        if bool(kept.all()):
+            return blocks, offsets, None
+        return blocks[kept], offsets[kept], kept
+
+    def places(self, owners: Tensor | int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (block, place in it) of tokens of sequences `owners` at `positions`, int64 each."""
+        return self.table[owners, positions // self.size].long(), positions % self.size
+
+    def write_new(self, cache: Tensor, rows: Tensor) -> None:
+        """Write a row for each new token of the batch; tokens without a block are left out.
+
+        cache uint8 [blocks, 1, size, bytes]; rows uint8 [tokens, at most as many bytes].
+        """
+        blocks, offsets, kept = self._new
+        cache[blocks, 0, offsets, : rows.shape[1]] = rows if kept is None else rows[kept]
+
+    def span(self, owners: Tensor, start: int, stop: int) -> tuple[Tensor, int]:
+        """Return (blocks int64 [sequences, blocks] of positions `start` to `stop`, place of `start` in the first)."""
+        first, last = start // self.size, -(-stop // self.size)
+        return self.table[owners, first:last].long(), start - first * self.size
+
+    def read(self, cache: Tensor, sequence: int, start: int, stop: int) -> Tensor:
+        """Return the rows uint8 [stop - start, bytes] of the tokens of a sequence at positions `start` to `stop`."""
+        key = (sequence, first := start // self.size, last := -(-stop // self.size))
+        if key not in self._read:
+            self._read[key] = self.table[sequence, first:last].long()
+        rows = cache[self._read[key], 0].flatten(0, 1)  # [blocks * size, bytes]
+        return rows[start - first * self.size : stop - first * self.size]

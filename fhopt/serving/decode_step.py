@@ -1,0 +1,106 @@
+"""A decode step on an engine's blocks: the sequences of a batch that have one new token each, all at once.
+
+Rows of all sequences are brought together, as many as the longest one has, and masks say which of them count. What they
+are, and where they stand, is the same for all layers: `DecodeStep` is made once a batch.
+
+Letters: B sequences, H query heads, G kv heads, J latent heads, N open tokens, V packed latents, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fhopt.attention.attend import attend_parts
+from fhopt.attention.cache_view import SideRows
+from fhopt.attention.operands import AttentionOperands, PartMasks
+from fhopt.plan.window import ResidualWindow
+from fhopt.serving.batch import Batch, Blocks
+
+if TYPE_CHECKING:
+    from fhopt.serving.layer_cache import Caches, LayerCache
+
+
+class DecodeStep:
+    """Which rows the queries of a decode step read.
+
+    tokens [B]: of each sequence's new token in the batch. quantized int64 [B]: how many are read as latents. opened
+    bool [B,1,1,N]: which attention sinks, and which of the window's rows behind them, are read.
+    """
+
+    def __init__(self, batch: Batch, window: ResidualWindow) -> None:
+        singles, device = batch.singles, batch.device
+        self.tokens = torch.tensor([one.begin for one in singles], device=device)
+        self.owners = torch.tensor([one.index for one in singles], device=device)
+        at = torch.tensor([one.start for one in singles])  # positions of the queries
+        counts = torch.tensor([window.quantized_tokens(one.start) for one in singles])
+        self.most, self.sinks = int(counts.max()), window.sinks
+        start = window.sinks + counts
+        grid = start.unsqueeze(1) + torch.arange(max(1, int((at + 1 - start).max())))
+        first = torch.arange(window.sinks).expand(len(singles), -1)
+        seen = torch.cat([first, grid], 1) <= at.unsqueeze(1)
+        self.opened = seen[:, None, None].to(device)
+        self.positions = torch.minimum(grid, at.unsqueeze(1)).to(device)
+        self.quantized = counts.to(device)
+        self.absent = (torch.arange(self.most) >= counts.unsqueeze(1)).unsqueeze(1).to(device)  # [B, 1, V]
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def window_places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Return blocks and places of the window's rows, int64 [B,N] each."""
+        if id(blocks) not in self._places:
+            self._places[id(blocks)] = blocks.places(self.owners.unsqueeze(1), self.positions)
+        return self._places[id(blocks)]
+
+    def latent_blocks(self, blocks: Blocks) -> tuple[Tensor, int]:
+        """Return the blocks [B,n] of packed latents, and the place of the first row in the first block."""
+        found = self.__dict__.get("_latents")
+        if found is None:
+            found = self.__dict__["_latents"] = blocks.span(self.owners, self.sinks, self.sinks + self.most)
+        return found
+
+
+def attend_step(layer: LayerCache, caches: Caches, step: DecodeStep, query: Tensor) -> Tensor:
+    """Attend with the queries [B,H,1,D] of a decode step: [B,H,1,E]."""
+    pages = caches.first.cache[caches.first.blocks.table[step.owners, 0].long(), 0, 0]  # [B, bytes]
+    key, value = _open_tokens(layer, caches, step, pages, query.dtype)
+    means: tuple[Tensor | None, Tensor | None] = (None, None)
+    if layer.means_from:
+        key_mean, value_mean = layer.first_rows.read_means(pages)
+        means = key_mean.unsqueeze(2), value_mean.unsqueeze(2)
+    key_side, value_side = _sides(layer, caches, step, means)
+    masks = PartMasks(exact=step.opened, lengths=step.quantized if step.most else None)
+    return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, layer.scale))
+
+
+def _open_tokens(
+    layer: LayerCache, caches: Caches, step: DecodeStep, pages: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return keys [B,G,N,D] and values [B,G,N,E] of attention sinks and residual window."""
+    blocks, places = step.window_places(caches.window.blocks)
+    rows = caches.window.cache[blocks, 0, places]  # [B, N, bytes]
+    window = layer.window_rows.read(rows.flatten(0, 1), dtype)
+    sinks = layer.first_rows.read_sinks(pages)
+    count = len(blocks)
+    parts = zip(sinks, window, strict=True)
+    key, value = (torch.cat([s.to(dtype), w.unflatten(0, (count, -1)).transpose(1, 2)], 2) for s, w in parts)
+    return key, value
+
+
+def _sides(
+    layer: LayerCache, caches: Caches, step: DecodeStep, means: tuple[Tensor | None, Tensor | None]
+) -> tuple[SideRows, SideRows]:
+    """Return packed latents [B,J,V,...] of all sequences; rows that stand for no token have scales of 0."""
+    blocks, first = step.latent_blocks(caches.latents.blocks)
+    rows = caches.latents.cache[blocks, 0].flatten(1, 2)[:, first : first + step.most]  # [B, V, bytes]
+    packed = layer.latent_rows.read(rows.reshape(-1, rows.shape[2]))
+    sides = []
+    for groups, (latents, scale), decode, mean in zip(layer.groups, packed, layer.decode, means, strict=True):
+        z = latents[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1)
+        if scale is None:
+            z = z.masked_fill(step.absent.unsqueeze(3), 0)
+        else:
+            scale = scale[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1).masked_fill(step.absent, 0)
+        sides.append(SideRows(groups, z, scale, decode, mean=mean))
+    return sides[0], sides[1]

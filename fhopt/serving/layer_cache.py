@@ -1,0 +1,223 @@
+"""The caches of one layer in a serving engine's blocks: writing new tokens, and attention of queries on them.
+
+Letters: H query heads, G kv heads, T tokens, D and E head size of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fhopt.attention.attend import attend
+from fhopt.attention.cache_view import Latents, SideRows
+from fhopt.ops import algebra
+from fhopt.ops.masks import causal_mask
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SitePlan
+from fhopt.plan.window import ResidualWindow
+from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, tiles
+from fhopt.serving.decode_step import DecodeStep, attend_step
+from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
+
+FEW_QUERIES = 4  # queries of a tile at most that are absorbed; for more, keys and values are reconstructed
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Memory of one cache of a layer, uint8 [blocks, 1, tokens of a block, bytes], and a batch's blocks in it."""
+
+    cache: Tensor
+    blocks: Blocks
+
+    def read(self, sequence: Sequence, start: int, stop: int) -> Tensor:
+        """Return the rows [stop - start, bytes] of a sequence's tokens at positions `start` to `stop`."""
+        return self.blocks.read(self.cache, sequence.index, start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class Caches:
+    """The three caches of a layer, for one batch."""
+
+    latents: Held
+    window: Held
+    first: Held
+
+    @property
+    def batch(self) -> Batch:
+        """The batch that the blocks are of."""
+        return self.latents.blocks.batch
+
+    def decode_step(self, window: ResidualWindow) -> DecodeStep:
+        """Return what the sequences with one new token read, made once a batch for all layers."""
+        known = self.batch.__dict__
+        if "decode_step" not in known:
+            known["decode_step"] = DecodeStep(self.batch, window)
+        step: DecodeStep = known["decode_step"]
+        return step
+
+    def page(self, sequence: Sequence) -> Tensor:
+        """Return the page uint8 [1, bytes] of a sequence's first tokens, as a view."""
+        return self.first.cache[int(self.first.blocks.table[sequence.index, 0]), 0]
+
+
+class LayerCache:
+    """What one layer writes and reads of its caches, by the plan of its site."""
+
+    def __init__(self, plan: LatentPlan, site: SitePlan, scale: float, dtype: torch.dtype) -> None:
+        self.window, self.site, self.scale = plan.window, site, scale
+        self.means_from = means_from(plan)
+        self.latent_rows = LatentRows(site, dtype)
+        self.window_rows = WindowRows(site, plan.window_bits, dtype)
+        self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
+        self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
+        self.groups = algebra.bit_groups(site.key), algebra.bit_groups(site.key if site.is_shared else site.value)
+
+    # ---- writing
+
+    def write(self, caches: Caches, keys: Tensor, values: Tensor) -> None:
+        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens to all caches."""
+        rows = self.window_rows.rows(keys, values)
+        caches.window.blocks.write_new(caches.window.cache, rows)
+        for one in caches.batch.sequences:
+            if one.start < self.window.sinks:
+                self._write_sinks(caches, one, keys, values)
+        gaining = caches.batch.gaining_means(self.means_from)
+        taken = [self._first_tokens(caches, one, rows) for one in gaining]
+        for one, (first_keys, first_values) in zip(gaining, taken, strict=True):
+            self._write_means(caches, one, first_keys, first_values)
+        for one, first in zip(gaining, taken, strict=True):
+            behind = slice(max(one.begin, one.begin + self.means_from - one.start), one.end)
+            whole = [torch.cat([x, y[behind].float()]) for x, y in zip(first, (keys, values), strict=True)]
+            places = torch.arange(self.window.sinks, one.stop, device=keys.device)
+            owners = torch.full_like(places, one.index)
+            self._write_latents(caches, owners, places, *whole)
+        self._write_encoded(caches, keys, values)
+
+    def _write_sinks(self, caches: Caches, one: Sequence, keys: Tensor, values: Tensor) -> None:
+        new = slice(one.begin, min(one.end, one.begin + self.window.sinks - one.start))
+        page = caches.page(one)
+        if one.start == 0:
+            page.zero_()  # the block was another's: there are no means yet
+        self.first_rows.write_sinks(page, one.start, keys[new], values[new])
+
+    def _first_tokens(self, caches: Caches, one: Sequence, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values, float32, of the tokens that means are of, as the residual window holds them."""
+        old, new = min(one.start, self.means_from), max(one.start, self.window.sinks)
+        parts = [rows[one.begin + new - one.start : one.begin + self.means_from - one.start]]
+        if old > self.window.sinks:
+            parts.insert(0, caches.window.read(one, self.window.sinks, old)[:, : rows.shape[1]])
+        return self.window_rows.read(torch.cat(parts), torch.float32)
+
+    def _write_means(self, caches: Caches, one: Sequence, keys: Tensor, values: Tensor) -> None:
+        self.first_rows.write_means(caches.page(one), (keys.mean(0), values.mean(0)))
+
+    def _write_encoded(self, caches: Caches, keys: Tensor, values: Tensor) -> None:
+        """Write packed latents of new tokens of sequences whose means, if any, were there before."""
+        batch = caches.batch
+        chosen = batch.encoded(self.means_from)
+        owners, positions = batch.owners, batch.positions
+        if chosen is not None:
+            keys, values, owners, positions = keys[chosen], values[chosen], owners[chosen], positions[chosen]
+        if len(owners):
+            self._write_latents(caches, owners, positions, keys.float(), values.float())
+
+    def _write_latents(self, caches: Caches, owners: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        if self.means_from:
+            blocks = caches.first.blocks.table[:, 0].long()
+            key_mean, value_mean = self.first_rows.read_means(caches.first.cache[blocks, 0, 0])
+            keys, values = keys - key_mean[owners], values - value_mean[owners]
+        rows = torch.empty((len(keys), self.latent_rows.size), dtype=torch.uint8, device=keys.device)
+        self.latent_rows.write(keys, values, rows)
+        blocks, offsets = caches.latents.blocks.places(owners, positions)
+        caches.latents.cache[blocks, 0, offsets, : rows.shape[1]] = rows
+
+    # ---- attention
+
+    def attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
+        """Attend with the queries [T,H,D] of the batch's new tokens, after `write`, into `output` [T,H,E].
+
+        keys [T,G,D], values [T,G,E]: of the new tokens.
+        """
+        batch = caches.batch
+        if batch.singles:
+            step = caches.decode_step(self.window)
+            out = attend_step(self, caches, step, query[step.tokens].unsqueeze(2))
+            output[step.tokens] = out[:, :, 0].to(output.dtype)
+        for one in batch.several:
+            new = slice(one.begin, one.end)
+            reader = _Reader(self, caches, one, keys[new], values[new])
+            for tile in tiles(self.window, one.start, one.stop):
+                rows = slice(one.begin + tile.start - one.start, one.begin + tile.stop - one.start)
+                out = reader.attend(tile, query[rows].transpose(0, 1)[None])
+                output[rows] = out[0].transpose(0, 1).to(output.dtype)
+
+
+class _Reader:
+    """What the queries of one sequence read, fetched once for all of its tiles."""
+
+    def __init__(self, layer: LayerCache, caches: Caches, one: Sequence, keys: Tensor, values: Tensor) -> None:
+        self.layer, self.one, self.dtype = layer, one, keys.dtype
+        self.start = layer.window.sinks + layer.window.quantized_tokens(one.start)  # the window's first token
+        self.quantized = layer.window.quantized_tokens(one.stop - 1)
+        page = caches.page(one)
+        self.sinks = layer.first_rows.read_sinks(page)
+        self.means: tuple[Tensor | None, Tensor | None] = (None, None)
+        if layer.means_from:
+            key_mean, value_mean = layer.first_rows.read_means(page)
+            self.means = key_mean.unsqueeze(2), value_mean.unsqueeze(2)
+        self.open = self._window(caches, keys, values)
+        self.sides = self._sides(caches) if self.quantized else None
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def _window(self, caches: Caches, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys [1,G,N,D] and values of the residual window, from `start` on, new tokens behind."""
+        one, codec, parts = self.one, self.layer.window_rows, []
+        if one.start > self.start:
+            parts.append(caches.window.read(one, self.start, one.start)[:, : codec.size])
+        behind = max(0, self.start - one.start)
+        parts.append(codec.rows(keys[behind:], values[behind:]))
+        key, value = codec.read(torch.cat(parts), self.dtype)
+        return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+
+    def _sides(self, caches: Caches) -> tuple[SideRows, SideRows]:
+        sinks = self.layer.window.sinks
+        rows = caches.latents.read(self.one, sinks, sinks + self.quantized)
+        packed = self.layer.latent_rows.read(rows)
+        parts = zip(self.layer.groups, packed, self.layer.decode, self.means, strict=True)
+        key, value = (SideRows(groups, *latents, decode, mean=mean) for groups, latents, decode, mean in parts)
+        return key, value
+
+    def attend(self, tile: Tile, query: Tensor) -> Tensor:
+        """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""
+        sinks = min(self.layer.window.sinks, tile.stop)
+        opened = slice(self.layer.window.sinks + tile.quantized - self.start, max(0, tile.stop - self.start))
+        parts = zip(self.sinks, self.open, strict=True)
+        keys, values = (torch.cat([x[:, :, :sinks], w[:, :, opened]], 2) for x, w in parts)
+        if not tile.quantized or self.sides is None or query.shape[2] > FEW_QUERIES:
+            return self._plain(tile.quantized, sinks, query, keys, values)
+        key, value = (_first(side, tile.quantized) for side in self.sides)
+        latents = Latents(key, value, sinks, tile.quantized)
+        return attend(query, keys, values, latents, None, scale=self.layer.scale)
+
+    def _plain(self, quantized: int, sinks: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend to open tokens and to keys and values that are reconstructed from latents."""
+        if quantized and self.sides is not None:
+            if self._whole is None:
+                keys, values = (side.reconstruct().to(self.dtype) for side in self.sides)
+                self._whole = keys, values
+            parts = zip((key, value), self._whole, strict=True)
+            key, value = (torch.cat([x[:, :, :sinks], far[:, :, :quantized], x[:, :, sinks:]], 2) for x, far in parts)
+        count, tokens = query.shape[2], key.shape[2]
+        mask = causal_mask(count, tokens, query.device) if count > 1 else None
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=self.layer.scale, enable_gqa=True)
+
+
+def _first(side: SideRows, count: int) -> SideRows:
+    """Return the first `count` packed latents of a side."""
+    if side.rows.shape[2] == count:
+        return side
+    scale = None if side.scale is None else side.scale[:, :, :count]
+    return SideRows(side.bit_groups, side.rows[:, :, :count], scale, side.decode, mean=side.mean)

@@ -1,0 +1,132 @@
+"""Writing and attention of one layer on an engine's blocks, against fhopt's own cache and against plain attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from engine_blocks import Engine, random_tokens
+from hand_plans import CODED, random_plan
+from torch import Tensor
+
+from fhopt.attention.attend import attend
+from fhopt.attention.latent_tensor import LatentTensor
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.ops import algebra, packing
+from fhopt.ops.attention import attention_reference
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.serving.batch import means_from
+from fhopt.serving.block_sizes import BlockSizes
+
+SIZES = BlockSizes(12, 4, 24)
+COUNT = 90
+ROUNDING = 2e-5  # sums in another order, in float32
+
+
+def plan_of(layout: str = "head", tiers: Any = CODED, **options: Any) -> LatentPlan:
+    """A plan by hand in float32, as plans of models are."""
+    plan = random_plan(layout, tiers, **options)
+
+    def single(side: SidePlan) -> SidePlan:
+        return SidePlan(side.encode.float(), side.decode.float(), side.tiers)
+
+    sites = tuple(SitePlan(s.site, s.layout, single(s.key), single(s.value)) for s in plan.sites)
+    return replace(plan, sites=sites)
+
+
+def own_cache(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What fhopt's own cache gives, one token at a time."""
+    layer, site, out = LatentLayer(plan, plan.sites[0]), plan.sites[0].site, []
+    for query, key, value in zip(*tokens, strict=True):
+        keys: Any
+        values: Any
+        keys, values = layer.update(key[None, :, None], value[None, :, None])
+        if isinstance(keys, LatentTensor):
+            result = attend(query[None, :, None], keys.exact, values.exact, keys.latents, None, scale=site.scale)
+        else:
+            result = attention_reference(query[None, :, None], keys, values, None, scale=site.scale)
+        out.append(result[0, :, 0])
+    return torch.stack(out)
+
+
+def by_hand(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The rule of reading, in plain attention on whole keys and values."""
+    query, key, value = tokens
+    site, window, start = plan.sites[0], plan.window, means_from(plan)
+    as_read = []
+    for x, side in ((key, site.key), (value, site.value)):
+        near = packing.unround_rows(*packing.round_rows(x), torch.float32) if window.bits == 8 else x
+        mean = near[window.sinks : start].mean(0) if start else torch.zeros(x.shape[1:])
+        source = torch.cat([near[:start], x[start:]]) - mean
+        latent = algebra.encode(source.transpose(0, 1)[None], side.encode)
+        groups = algebra.bit_groups(side)
+        if groups.bits:
+            codes, scales = packing.pack_reference(latent, *groups)
+            latent = packing.unpack_reference(codes, scales, *groups)
+        far = algebra.decode(latent, side.decode)[0].transpose(0, 1) + mean
+        as_read.append((x, far, near))
+    out = []
+    for p in range(len(query)):
+        quantized = window.quantized_tokens(p)
+        ends = min(window.sinks, p + 1), window.sinks + quantized
+        k, v = (
+            torch.cat([x[: ends[0]], far[window.sinks : ends[1]], near[ends[1] : p + 1]]) for x, far, near in as_read
+        )
+        q = query[p][None, :, None]
+        result = attention_reference(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None], None, scale=site.site.scale)
+        out.append(result[0, :, 0])
+    return torch.stack(out)
+
+
+def in_pieces(plan: LatentPlan, tokens: tuple[Tensor, Tensor, Tensor], *ends: int) -> Tensor:
+    engine, start, out = Engine(plan, SIZES), 0, []
+    for stop in (*ends, len(tokens[0])):
+        out += engine.step([tokens], [(start, stop)])
+        start = stop
+    return torch.cat(out)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    assert float((a - b).abs().max()) < ROUNDING * float(b.abs().max())
+
+
+PLANS: dict[str, LatentPlan] = {
+    "quantized": plan_of(),
+    "window of 16 bits": plan_of(window_bits=16),
+    "means": plan_of(mean_tokens=12),
+    "means, window of 8 bits": plan_of(mean_tokens=12, window_bits=8),
+    "window of 8 bits": plan_of(window_bits=8),
+    "not quantized": plan_of(tiers=()),
+    "no sinks": plan_of(sinks=0, window_bits=8),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_query_reads_by_the_rule(name: str) -> None:
+    plan = PLANS[name]
+    tokens = random_tokens(plan, COUNT)
+    expected = by_hand(plan, tokens)
+    close(in_pieces(plan, tokens), expected)
+    close(in_pieces(plan, tokens, *range(1, COUNT)), expected)
+    close(in_pieces(plan, tokens, 3, 9, 13, 14, 40, 41, 77), expected)
+
+
+@pytest.mark.parametrize("layout", ["head", "input"])
+def test_it_is_what_the_own_cache_gives_token_by_token(layout: str) -> None:
+    plan = plan_of(layout, window_bits=16)
+    tokens = random_tokens(plan, COUNT)
+    close(in_pieces(plan, tokens, *range(1, COUNT)), own_cache(plan, tokens))
+
+
+def test_sequences_of_one_batch_do_not_touch_each_other() -> None:
+    plan = PLANS["means, window of 8 bits"]
+    several = [random_tokens(plan, COUNT) for _ in range(3)]
+    alone = [by_hand(plan, one) for one in several]
+    engine = Engine(plan, SIZES)
+    steps = [[(0, 30), (0, 10), (0, 14)], [(30, 31), (10, 60), (14, 15)], [(31, 90), (60, 61), (15, 90)]]
+    for spans in steps:
+        for result, expected, (start, stop) in zip(engine.step(several, spans), alone, spans, strict=True):
+            close(result, expected[start:stop])
