@@ -3,7 +3,7 @@
     python benchmarks/peers.py                          the demo's model at 512, 2,048 and 8,000 tokens; 20 minutes
     python benchmarks/peers.py --prepare                only install engines, convert models and fit plans
     python benchmarks/peers.py --model FOLDER --context 16384 --batch 8 --peer llama.cpp --peer fhopt
-    python benchmarks/peers.py --quick                  128 tokens, four engines, 8 new tokens (also QUICK=1)
+    python benchmarks/peers.py --quick                  128 tokens, three engines, 8 new tokens (also QUICK=1)
     python benchmarks/peers.py --list                   the engines and options that are known
 
 Writes benchmarks/results/peers.json and peers.png (quick: peers-quick). Metrics, all of whole processes, medians over

@@ -65,12 +65,16 @@ def _transformers() -> list[Peer]:
     ]
 
 
+CACHES = ("f16", "q8_0", "q4_0")
+WEIGHTS = ("f16", "q4_0")
+
+
 def _llama(engine: str, runner: str, environment: str, rare: Sequence[tuple[str, str]]) -> list[Peer]:
     """Return weights of F16 and Q4_0, each with keys and values of three types. rare: measured by --peer only."""
     return [
         Peer(f"{engine} {w.upper()}, K/V {kv}", runner, environment, f"{w}.gguf", {"cache": kv}, "", False, is_default)
-        for w in ("f16", "q4_0")
-        for kv in ("f16", "q8_0", "q4_0")
+        for w in WEIGHTS
+        for kv in CACHES
         for is_default in ((w, kv) not in rare,)
     ]
 
@@ -81,12 +85,13 @@ def _others() -> list[Peer]:
             f"OpenVINO {w.upper()}, K/V {kv}", "openvino", "openvino", f"{w}.gguf", {"cache": kv}, "", False,
             (w, kv) in (("f16", "u8"), ("f16", "u4"), ("q4_0", "u8")),
         )
-        for w in ("f16", "q4_0")
+        for w in WEIGHTS
         for kv in ("f16", "u8", "u4")
     ]  # fmt: skip
     for kind in ("int4", "fp32"):
         made.append(Peer(f"ONNX-Runtime {kind}", "onnxruntime", "onnxruntime-genai", f"onnx-{kind}"))
-    return [*made, Peer("vLLM bfloat16", "vllm", "vllm", "folder", {}, "", True)]
+    made.append(Peer("vLLM bfloat16", "vllm", "vllm", "folder", {}, "", True))
+    return [*made, Peer("vLLM bfloat16, eager", "vllm", "vllm", "folder", {"eager": True}, "", False, False)]
 
 
 def _fhopt() -> list[Peer]:
@@ -104,10 +109,11 @@ PEERS = (
     *_transformers(),
     *_llama("llama.cpp", "llama_cpp", "llama.cpp", ()),
     *_llama("ik_llama", "ik_llama", "ik-llama", (("f16", "q4_0"), ("q4_0", "f16"), ("q4_0", "q4_0"))),
+    *_llama("ik_llama-native", "ik_llama", "ik-llama-native", [(w, kv) for w in WEIGHTS for kv in CACHES]),
     *_others(),
     *_fhopt(),
 )
-QUICK = ("transformers sdpa", "llama.cpp F16, K/V f16", "fhopt exact", "fhopt 4x")
+QUICK = ("transformers sdpa", "llama.cpp F16, K/V f16", "fhopt 4x")
 
 
 def chosen(names: Sequence[str], is_quick: bool = False) -> list[Peer]:

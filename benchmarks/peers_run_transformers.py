@@ -54,7 +54,7 @@ def quantize(model: Any, kind: str) -> None:
 
     config = Int8WeightOnlyConfig()
     if kind == "int4":
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, kind), granularity=PerGroup(32))
     quantize_(model, config)
 
 
@@ -79,8 +79,11 @@ def decode_steps(
 ) -> Report:
     """Measure a loop: `model` reads the prompts into `cache`, `step`, its compiled form, generates token by token."""
     clock, ids = Clock(request), torch.tensor(request.tokens())
+    parts = ids.split(request.options.get("chunk") or request.context, 1)
     clock.start()
-    token = _next(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
+    for part in parts[:-1]:
+        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = _next(model(parts[-1], past_key_values=cache, use_cache=True, logits_to_keep=1))
     tokens = [int(token[0])]
     clock.step()
     while not clock.is_done:

