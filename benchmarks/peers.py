@@ -18,7 +18,8 @@ rounds in which the engines take turns:
 
 All engines read the same tokens (code of the standard library) on the same cores, a process for each measurement.
 Weights come from one folder in bfloat16: GGUF in F16 and Q4_0, and ONNX files, are made from it. What cannot be run is
-a row with its error. For fhopt the baseline is the best of all other engines in the same case.
+a row with its error. For fhopt the baseline is the best of all other engines in the same case, those with weights of 8
+and 4 bits aside.
 """
 
 from __future__ import annotations
@@ -131,14 +132,14 @@ def sizes(build: Path, names: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def write(rows: Sequence[Row], versions: dict[str, str], name: str, peers: Sequence[Peer]) -> None:
+def write(rows: Sequence[Row], versions: dict[str, str], name: str) -> None:
     """Write the results with those of earlier runs in other cases, and print a table, and what could not be run."""
     unit = peers_page.about(recording.machine())
     every = peers_page.compared(peers_page.merged(peers_page.earlier(RESULTS / f"{name}.json"), rows))
     now = {(row.case, row.impl) for row in rows}
     table = peers_page.summary([row for row in every if (row.case, row.impl) in now], unit)
     record(name, every, lambda figure: peers_page.draw(figure, every, unit), table, versions)
-    for text in peers_page.shown_failures(rows, peers):
+    for text in peers_page.shown_failures(rows):
         click.echo(f"not run: {text}")
 
 
@@ -185,7 +186,7 @@ def main(
     rows = peers_page.rows_of(outcomes, unit)
     rows += [peers_page.failure(case, "all", text, unit) for case, text in unable.items()]
     rows += peers_page.installed(sizes(build, list(dict.fromkeys(peer.environment for peer in peers))))
-    write(rows, packages(outcomes), "peers-quick" if quick else "peers", peers)
+    write(rows, packages(outcomes), "peers-quick" if quick else "peers")
     return None
 
 

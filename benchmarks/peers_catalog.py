@@ -20,7 +20,8 @@ class Peer:
 
     name: in results; its first word is the engine. runner: of peers_run_<runner>.py. environment, form: names of
     peers_environments.py. plan: of fhopt. is_compiled: its first process in a new cache folder is slower, and is
-    reported separately. is_default: measured where --peer names nothing.
+    reported separately. is_default: measured where --peer names nothing. shares_cache: what it compiles serves every
+    context.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Peer:
     plan: str = ""
     is_compiled: bool = False
     is_default: bool = True
+    shares_cache: bool = False
 
     @property
     def slug(self) -> str:
@@ -41,6 +43,11 @@ class Peer:
     def is_ours(self) -> bool:
         """Tell whether this is fhopt."""
         return self.runner == OURS
+
+    @property
+    def has_small_weights(self) -> bool:
+        """Tell whether its weights are quantized, which fhopt's are not."""
+        return self.form in ("q4_0.gguf", "onnx-int4") or "weights" in self.options
 
 
 FROZEN = {"pattern_matcher": False, "freezing": True}  # options of inductor, the fastest for decode steps on a CPU
@@ -90,7 +97,7 @@ def _others() -> list[Peer]:
     ]  # fmt: skip
     for kind in ("int4", "fp32"):
         made.append(Peer(f"ONNX-Runtime {kind}", "onnxruntime", "onnxruntime-genai", f"onnx-{kind}"))
-    made.append(Peer("vLLM bfloat16", "vllm", "vllm", "folder", {}, "", True))
+    made.append(Peer("vLLM bfloat16", "vllm", "vllm", "folder", {}, "", True, True, True))
     return [*made, Peer("vLLM bfloat16, eager", "vllm", "vllm", "folder", {"eager": True}, "", False, False)]
 
 
@@ -113,6 +120,7 @@ PEERS = (
     *_others(),
     *_fhopt(),
 )
+SMALL_WEIGHTS = frozenset(peer.name for peer in PEERS if peer.has_small_weights)
 QUICK = ("transformers sdpa", "llama.cpp F16, K/V f16", "fhopt 4x")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import recording
-from peers_catalog import OURS, Peer
+from peers_catalog import OURS, SMALL_WEIGHTS
 from peers_rounds import METRICS, Case, Outcomes, figures
 from recording import Row
 from rich.table import Table
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INSTALLED = "installation"  # case of the sizes of environments
 HIGHER = {metric.name: metric.higher for metric in METRICS}
+MARKERS = "osv^DP*Xph"
 SHOWN = {
     "decode_tokens_per_second": "decode, tokens/s",
     "prefill_tokens_per_second": "prompt, tokens/s",
@@ -84,14 +85,16 @@ def earlier(file: Path) -> list[Row]:
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Give rows of fhopt the best figure of all other engines in the case as baseline, ratio above 1 where better."""
+    """Give rows of fhopt a baseline: the best of all other engines in the case whose weights have 16 bits or more.
+
+    The ratio is above 1 where fhopt is better.
+    """
+    rivals = [
+        row for row in rows if not is_ours(row.impl) and row.impl not in SMALL_WEIGHTS and math.isfinite(row.value)
+    ]
     out = []
     for row in rows:
-        others = [
-            r.value
-            for r in rows
-            if (r.case, r.metric) == (row.case, row.metric) and not is_ours(r.impl) and math.isfinite(r.value)
-        ]
+        others = [rival.value for rival in rivals if (rival.case, rival.metric) == (row.case, row.metric)]
         if row.metric not in HIGHER or not is_ours(row.impl) or not others or not math.isfinite(row.value):
             out.append(row)
             continue
@@ -155,23 +158,35 @@ def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
     figure.suptitle(f"decode speed on {title}", fontsize=9)
     if not groups:
         return
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=False)[0]
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for panel, ((model, batch), here) in zip(panels, groups.items(), strict=True):
-        for impl in dict.fromkeys(row.impl for row in here):
-            points = sorted((CaseName.read(row.case).context, row.value) for row in here if row.impl == impl)
-            style = "-" if is_ours(impl) else "--"
-            panel.plot(*zip(*points, strict=True), style, marker="o", label=impl, linewidth=2 if style == "-" else 1)
-        panel.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
+        _lines(panel, here)
         panel.set_title(f"{model}, batch {batch}", fontsize=8)
     panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def shown_failures(rows: Sequence[Row], peers: Sequence[Peer]) -> list[str]:
+def _lines(panel: Any, rows: Sequence[Row]) -> None:
+    """Draw a line for each implementation: fhopt's are thick, those of one engine have one marker."""
+    engines: dict[str, str] = {}
+    panel.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
+    for index, impl in enumerate(dict.fromkeys(row.impl for row in rows)):
+        points = sorted((CaseName.read(row.case).context, row.value) for row in rows if row.impl == impl)
+        marker = engines.setdefault(impl.split()[0], MARKERS[len(engines) % len(MARKERS)])
+        style, width = ("-", 2.5) if is_ours(impl) else ("--", 1.0)
+        color = f"C{index % 10}"
+        panel.plot(*zip(*points, strict=True), style, marker=marker, label=impl, linewidth=width, color=color)
+    contexts = sorted({CaseName.read(row.case).context for row in rows})
+    panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    panel.set_xticks([], minor=True)
+    for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        axis("{x:g}")
+
+
+def shown_failures(rows: Sequence[Row]) -> list[str]:
     """Return a line for each engine that could not be run, with its error and the contexts."""
     by_error: dict[tuple[str, str], list[str]] = {}
-    names = {peer.name for peer in peers}
     for row in rows:
-        if row.error and row.impl in names:
+        if row.error:
             case = CaseName.read(row.case)
             by_error.setdefault((row.impl, row.error), []).append(f"{case.context} x {case.batch}")
     return [f"{impl} ({', '.join(where)}): {error}" for (impl, error), where in by_error.items()]

