@@ -34,7 +34,7 @@ VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow test-serving fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow test-serving fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -119,6 +119,9 @@ bench-memory: $(BENCH)  ## resident bytes of caches at a context of 8,192 tokens
 
 bench-decode: $(BENCH)  ## decoding at a context of 8,192 tokens on a CPU, against every exact implementation (QUICK=1: small)
 	$(BIN)/python benchmarks/decode.py
+
+bench-peers: $(BENCH)  ## tokens per second beside llama.cpp, vLLM and others, installed at first use (QUICK=1: small; MODEL=FOLDER)
+	$(BIN)/python benchmarks/peers.py $(if $(MODEL),--model $(MODEL))
 
 bench-tasks: $(BENCH)  ## HumanEval, long generation, retrieval tasks with plans (QUICK=1: small; MODEL=FOLDER STATISTICS=FILE)
 	$(BIN)/python benchmarks/tasks.py $(if $(MODEL),--model $(MODEL)) $(if $(STATISTICS),--statistics $(STATISTICS))

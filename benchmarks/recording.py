@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +41,10 @@ PACKAGES = ("fhopt", "torch", "transformers", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. baseline: the figure it is compared with, in the same unit. ratio: above 1 where ours is better."""
+    """One figure. baseline: the figure it is compared with, in the same unit. ratio: above 1 where ours is better.
+
+    error: why there is no figure; the value is not a number then.
+    """
 
     case: str
     impl: str
@@ -50,6 +53,7 @@ class Row:
     unit: str
     baseline: float | None = None
     ratio: float | None = None
+    error: str | None = None
 
 
 def is_quick() -> bool:
@@ -58,13 +62,15 @@ def is_quick() -> bool:
 
 
 def record(
-    name: str, rows: Sequence[Row], draw: Callable[[Figure], None] | None = None, summary: Table | None = None
-) -> Path:
+    name: str, rows: Sequence[Row], draw: Callable[[Figure], None] | None = None, summary: Table | None = None,
+    further: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
     """Write `results/<name>.json` and `.png`, print a table, and return the file's path.
 
     draw: fills the picture; without it, bars show every metric. summary: printed in place of the table of all rows.
+    further: versions of what ran in other processes.
     """
-    path = write(name, rows)
+    path = write(name, rows, further)
     console = screen()
     console.print(summary or table(name, rows))
     picture = plot(name, draw or (lambda figure: bars(figure, rows)))
@@ -110,17 +116,24 @@ def _shown(path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------- the file
 
 
-def write(name: str, rows: Iterable[Row]) -> Path:
-    """Write `results/<name>.json`, whole or not at all."""
+def write(name: str, rows: Iterable[Row], further: Mapping[str, str] | None = None) -> Path:
+    """Write `results/<name>.json`, whole or not at all. further: versions of what ran in other processes."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    head = json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}, indent=1)
-    figures = [{k: _number(v) for k, v in dataclasses.asdict(row).items()} for row in rows]
+    head = json.dumps(
+        {"machine": machine(), "versions": versions() | dict(further or {}), "commit": commit()}, indent=1
+    )
+    figures = [_entry(row) for row in rows]
     lines = ",\n".join(f"  {json.dumps(figure, allow_nan=False)}" for figure in figures)  # a row a line
     staging = path.with_name(f".{path.name}.part")
     staging.write_text(f'{head.removesuffix("}").rstrip()},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     staging.replace(path)
     return path
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    """Return a row as it stands in the file: `error` only where there is one."""
+    return {k: _number(v) for k, v in dataclasses.asdict(row).items() if k != "error" or v is not None}
 
 
 def _number(value: Any) -> Any:

@@ -242,6 +242,46 @@ def coverage(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def engines(results: Results) -> str:
+    """Format a table for each model, batch and metric, columns are contexts; then what was not run, and sizes."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in results.rows:
+        if row["case"].count("/") >= 3:
+            model, context, batch, unit = row["case"].rsplit("/", 3)
+            groups.setdefault((model, batch, unit), []).append({**row, "case": f"{int(context):,}"})
+    parts = []
+    for (model, batch, unit), rows in groups.items():
+        shown = replace(results, rows=tuple(row for row in rows if row.get("error") is None))
+        for metric, (words, show) in ENGINE_METRICS.items():
+            if shown.of(metric):
+                parts += [f"{model}, batch {batch}, {unit}: {words}", _by_context(shown, metric, show)]
+    failed = [[row["impl"], row["case"], row["error"]] for row in results.rows if row.get("error")]
+    if failed:
+        parts += ["Not run:", table(["engine", "case", "error"], failed)]
+    sizes = [[row["impl"], f"{row['value'] / 1e9:.2f}"] for row in results.of("installed_bytes")]
+    if sizes:
+        parts += ["Installed, without what fhopt itself needs:", table(["environment", "GB"], sizes)]
+    return "\n\n".join(parts)
+
+
+def _by_context(results: Results, metric: str, show: Callable[[dict[str, Any]], str]) -> str:
+    """Format one metric: a row for each engine, a column for each context, shortest first."""
+    rows = results.of(metric)
+    contexts = sorted({row["case"] for row in rows}, key=lambda text: int(text.replace(",", "")))
+    cells = {(row["impl"], row["case"]): show(row) for row in rows}
+    impls = dict.fromkeys(row["impl"] for row in rows)
+    return table(["tokens", *contexts], ([impl, *(cells.get((impl, c), "-") for c in contexts)] for impl in impls))
+
+
+ENGINE_METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "decode_tokens_per_second": ("decode, tokens per second of all sequences", with_ratio),
+    "prefill_tokens_per_second": ("prompt, tokens per second of all sequences", with_ratio),
+    "first_token_s": ("first token, seconds from the start of the process", with_ratio),
+    "second_token_cold_s": ("second token, seconds, nothing compiled before", with_ratio),
+    "peak_bytes": ("peak memory of the process, MiB", lambda row: f"{row['value'] / 2**20:,.0f}"),
+}
+
+
 HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 16 bits
 
 
@@ -297,6 +337,12 @@ SECTIONS = {
     "decode-contexts": Section(
         "A decode step at shorter contexts", "python benchmarks/decode.py --tokens 640 --tokens 2048",
         "SmolLM2 on a CPU, measured alternately, at contexts of 640 and 2,048 tokens.", decode,
+    ),
+    "peers": Section(
+        "Other engines on a CPU", "make bench-peers",
+        "Each engine in an environment and processes of its own, in turns, with the same tokens and threads: "
+        "[how](howto/compare_engines.md). In brackets: fhopt against the best of all others "
+        "whose weights have 16 bits or more.", engines,
     ),
     "attention": Section(
         "Attention of one token", "make bench-attention",

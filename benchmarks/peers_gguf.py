@@ -1,0 +1,144 @@
+"""Write a GGUF file of a Hugging Face folder: the same weights for llama.cpp, ik_llama and OpenVINO.
+
+For decoders of the Llama and Qwen2 kind, with a tokenizer of byte pairs. llama.cpp's own script does more models, needs
+more packages, and is not in the packages that bring llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from fhopt.errors import FhoptError
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+PRE_TOKENIZERS = {"llama": "smollm", "qwen2": "qwen2"}  # ids are given, so it only has to be one that is known
+F16, Q4_0, Q8_0, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F16", "Q4_0", "Q8_0", "F32"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face folder: its configuration, and weights by name."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @staticmethod
+    def read(folder: Path) -> Source:
+        """Read the configuration. Raises FhoptError for an architecture that this file does not write."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = (config.get("architectures") or ["?"])[0]
+        if name not in ARCHITECTURES:
+            raise FhoptError(
+                f"{name} cannot be written as GGUF here; known are {', '.join(ARCHITECTURES)}. Convert it with "
+                "llama.cpp's convert_hf_to_gguf.py and give the files by --gguf and --gguf-q4."
+            )
+        return Source(folder, config)
+
+    @property
+    def architecture(self) -> str:
+        """Return the name of the architecture in GGUF."""
+        return ARCHITECTURES[self.config["architectures"][0]]
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and float32 weights, one at a time."""
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    yield name, weights.get_tensor(name).float()
+
+
+def write(folder: Path, target: Path, kind: str) -> None:
+    """Write `target`. kind: "f16", or "q4_0" for linear layers in 4 bits (embeddings in 8), as llama-quantize does.
+
+    Raises FhoptError for a model that this file does not write.
+    """
+    source = Source.read(folder)
+    staging = target.with_name(f".{target.name}.part")
+    writer = gguf.GGUFWriter(staging, source.architecture)
+    _add_settings(writer, source, kind)
+    _add_tokenizer(writer, source)
+    names = gguf.get_tensor_name_map(_architecture(source), source.config["num_hidden_layers"])
+    for name, weight in source.weights():
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise FhoptError(f"{name} of {folder} has no name in GGUF; expected the weights of {source.architecture}.")
+        data = _permuted(source, name, weight).numpy()
+        to = _type(known, data, kind)
+        writer.add_tensor(known, gguf.quantize(data, to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    staging.replace(target)
+
+
+def _architecture(source: Source) -> Any:
+    return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == source.architecture)
+
+
+def _type(name: str, data: np.ndarray[Any, Any], kind: str) -> Any:
+    """Return the type of a tensor: norms and biases stay float32."""
+    if data.ndim < 2:
+        return F32
+    if kind == "f16" or data.shape[-1] % 32:
+        return F16
+    return Q8_0 if name.startswith(("token_embd", "output")) else Q4_0
+
+
+def _permuted(source: Source, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return rows of queries and keys as GGUF's Llama rotates them: neighbours, where transformers rotates halves."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    part = next((key for key in heads if f".{key}." in name), None)
+    if part is None or source.architecture != "llama":
+        return weight
+    count = source.config[heads[part]]
+    halves = weight.reshape(count, 2, weight.shape[0] // count // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _add_settings(writer: Any, source: Source, kind: str) -> None:
+    config = source.config
+    heads, size = config["num_attention_heads"], config["hidden_size"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    writer.add_name(source.folder.name)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(size)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0))
+    writer.add_rope_dimension_count(config.get("head_dim") or size // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q4_0)
+
+
+def _add_tokenizer(writer: Any, source: Source) -> None:
+    """Add tokens and merges of tokenizer.json, with unused ones up to the size of the vocabulary."""
+    content = json.loads((source.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens = {index: token for token, index in content["model"]["vocab"].items()}
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    count = source.config["vocab_size"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[source.architecture])
+    writer.add_token_list([added.get(i) or tokens.get(i) or f"[PAD{i}]" for i in range(count)])
+    writer.add_token_types(
+        [kinds.CONTROL if i in added else kinds.NORMAL if i in tokens else kinds.UNUSED for i in range(count)]
+    )
+    writer.add_token_merges(merges)
+    for name in ("bos", "eos"):
+        value = source.config.get(f"{name}_token_id")
+        if isinstance(value, int):
+            getattr(writer, f"add_{name}_token_id")(value)

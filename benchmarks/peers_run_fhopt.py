@@ -1,0 +1,41 @@
+"""Measure fhopt: `apply` and `generate()`, as they are, or a static cache and compiled decode steps.
+
+options
+    plan        folder of a fitted plan; without one the cache is exact
+    compiled    true: decode steps compiled by the backend "flashhead"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peers_protocol import Report, Request, run
+from peers_run_transformers import decode_steps, generate, load
+from transformers import StaticCache
+
+import fhopt
+from fhopt.hf.apply import latent_cache
+from fhopt.plan.latent_plan import LatentPlan
+
+PACKAGES = ("transformers", "torch")
+
+
+def measure(request: Request) -> Report:
+    """Measure one request."""
+    model, plan = load(request), request.options.get("plan")
+    if plan:
+        fhopt.apply(model, LatentPlan.load(plan))
+    if not request.options.get("compiled"):
+        return generate(model, request, PACKAGES)
+    cache: Any = (
+        latent_cache(model, max_cache_len=request.most)
+        if plan
+        else StaticCache(model.config, max_cache_len=request.most)
+    )
+    step = torch.compile(model, backend="flashhead", options={"ratio": 1})
+    return decode_steps(model, step, cache, request, PACKAGES)
+
+
+if __name__ == "__main__":
+    run(measure)

@@ -1,0 +1,44 @@
+"""Measure ik_llama.cpp by its C interface: the library in the package ik-llama-cpp-python.
+
+options: cache: type of keys and values, f16, q8_0 or q4_0. Flash attention is on, and weights are repacked for the CPU
+at loading (`-rtr`), as its documentation advises. The loop is that of llama.cpp (peers_run_llama_cpp.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ik_llama_cpp import _ctypes_api as library
+from peers_protocol import Report, Request, run, versions
+from peers_run_llama_cpp import CHUNK, TYPES, check, generate
+
+
+def context(request: Request) -> tuple[Any, int]:
+    """Return a context for all sequences, and the size of the vocabulary."""
+    library.llama_backend_init()
+    model_params = library.llama_model_default_params()
+    model_params.repack_tensors = True
+    model = library.llama_model_load_from_file(request.model.encode(), model_params)
+    params = library.llama_context_default_params()
+    check(params)
+    params.n_seq_max = request.batch
+    params.n_ctx = -(-request.batch * request.most // 256) * 256
+    params.n_batch = CHUNK
+    params.n_threads = params.n_threads_batch = request.threads
+    params.type_k = params.type_v = TYPES[request.options["cache"]]
+    params.flash_attn = True
+    made = library.llama_init_from_model(model, params) if model else None
+    if not made:
+        raise RuntimeError(f"ik_llama could not {'make a context for' if model else 'load'} {request.model}")
+    return made, library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+
+
+def measure(request: Request) -> Report:
+    """Measure one request."""
+    report = generate(library, *context(request), request)
+    report.versions = versions(("ik-llama-cpp-python",))
+    return report
+
+
+if __name__ == "__main__":
+    run(measure)
