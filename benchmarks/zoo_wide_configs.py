@@ -14,6 +14,7 @@ from typing import Any
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 4, 2, 16, 2
 VOCABULARY, POSITIONS, WINDOW = 128, 512, 4
+LARGE_PATCH = 8  # from which on the patches of an image are the tokens; of smaller ones, convolutions merge many
 RANKS = {"q_lora_rank": 32, "kv_lora_rank": 24, "o_lora_rank": 16}
 LATENT_HEADS = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 24}
 
@@ -137,8 +138,9 @@ def _smaller(name: str, value: int, fields: Mapping[str, Any]) -> dict[str, Any]
         return {name: RANKS[name]}
     if "qk_rope_head_dim" in fields and (name in LATENT_HEADS or name == "head_dim"):
         return {name: LATENT_HEADS.get(name, LATENT_HEADS["qk_rope_head_dim"])}
-    if name == "image_size" and isinstance(fields.get("patch_size"), int):
-        return {name: min(value, 4 * fields["patch_size"])}
+    patch = fields.get("patch_size")
+    if name == "image_size" and isinstance(patch, int) and patch >= LARGE_PATCH:
+        return {name: min(value, 4 * patch)}
     largest = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
     if largest is None or value <= largest:
         return {}
