@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import click
 import torch
@@ -160,8 +161,15 @@ def attempt(candidate: Candidate, implementation: str) -> Row:
         return row
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write the results, whole or not at all: a line for each class and implementation."""
+class Written(Protocol):
+    """A row of results."""
+
+    def as_result(self) -> dict[str, Any]:
+        """Return the row as it stands in the file."""
+
+
+def write(path: Path, rows: Iterable[Written]) -> None:
+    """Write the results, whole or not at all: a line for each row."""
     head = {"machine": machine(), "versions": versions(), "commit": commit()}
     lines = ",\n".join(f"  {json.dumps(row.as_result(), allow_nan=False)}" for row in rows)
     staging = path.with_name(f".{path.name}.part")

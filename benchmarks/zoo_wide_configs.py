@@ -38,7 +38,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"(n_routed|num|num_local|moe_num|num_moe|num_routed|n)_experts", 4),
     (r"(\w+_)?(intermediate_size|ffn_dim|d_ff|mlp_dim|n_inner|intermediate_dim|ffn_hidden_size|mlp_hidden_size)", 96),
     (r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|embedding_size|embd_dim|d_embed|emb_dim)", HIDDEN),
-    (r"dim|width|projection_dim|out_hidden_size|entity_emb_size|mla_scale_dim|lru_width", HIDDEN),
+    (r"dim|width|hidden_size_global|projection_dim|out_hidden_size|entity_emb_size|mla_scale_dim|lru_width", HIDDEN),
     (r"hidden_size_per_layer_input|laurel_rank", 8),
     (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq(uence)?_len(gth)?", POSITIONS),
     (r"sliding_window(_size)?|attention_window_size|attention_chunk_size|local_attention", WINDOW),
@@ -49,9 +49,10 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # What names do not tell: changes to the configuration of a type, after all others.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SLIDES, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-EXCEPTIONS: dict[str, Mapping[str, Any]] = {
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": dict(attn_layer_indices=[1]),
     "cohere_compass_text": dict(rope_parameters={FULL: ROPE, SLIDES: ROPE}),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0)),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0)),
     "deepseek_v2": dict(num_experts_per_tok=2),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "gemma3n_text": dict(
@@ -64,8 +65,17 @@ EXCEPTIONS: dict[str, Mapping[str, Any]] = {
     "mamba2": dict(num_heads=8, head_dim=16),
     "ministral": dict(head_dim=HEAD_DIM),
     "nemotron": dict(num_key_value_heads=KV_HEADS),
-    "reformer": dict(is_decoder=True),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "layoutlmv3": dict(coordinate_size=8, shape_size=16),
+    "perceiver": dict(d_latents=HIDDEN, num_latents=8, num_blocks=1, num_self_attends_per_block=2),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=HEAD_DIM, indexer_budget=8, indexer_compress_ratio=2),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "reformer": dict(is_decoder=True, axial_pos_embds=False),
     "xmod": dict(default_language="en_XX"),
+    "zamba": dict(
+        layers_block_type=[LINEAR, "hybrid", "hybrid"], num_hidden_layers=3, attention_hidden_size=128,
+        attention_head_dim=32, mamba_dt_rank=4),
     "zamba2": dict(attention_hidden_size=128, attention_head_dim=32, mamba_headdim=16),
 }  # fmt: skip
 
@@ -96,7 +106,8 @@ def shrunk(config: Any) -> dict[str, Any]:
 
 def nested(config: Any) -> dict[str, Any]:
     """Return a nested configuration as its parent takes it."""
-    return {"model_type": config.model_type, **_plain(config), **shrunk(config)}
+    plain = {name: value for name, value in _plain(config).items() if name != "per_layer_config"}
+    return {"model_type": config.model_type, **plain, **shrunk(config)}
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ FUSED = (
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_fused",
     "_scaled_dot_product_cudnn_attention", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
 )  # fmt: skip
-PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
+PRODUCTS: dict[str, tuple[int, int]] = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 SOFTMAX = {"_softmax", "_safe_softmax"}
 # operators that make an element of many
 BREAK_NAMES = """
@@ -37,7 +37,7 @@ class Counting(TorchDispatchMode):
     """Count the attentions of all calls inside. parameters: weights, whose products are projections."""
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[int] = set()
         self.fused = 0
         self._fixed = {id(p) for p in parameters}  # weights, and views of them
@@ -64,7 +64,8 @@ class Counting(TorchDispatchMode):
         if name.startswith(FUSED):
             self.fused += 1
         elif name in PRODUCTS:
-            self._multiply(*(args[i] for i in PRODUCTS[name]), outputs[0])
+            left, right = PRODUCTS[name]
+            self._multiply(args[left], args[right], outputs[0])
         elif name in SOFTMAX and id(inputs[0]) in self._scores:
             self._weights[id(outputs[0])] = frozenset([self._event()])
         elif name not in BREAKS and name not in SOFTMAX:

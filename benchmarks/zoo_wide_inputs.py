@@ -47,7 +47,7 @@ def _tries(model: nn.Module) -> Iterator[dict[str, Any]]:
     required = [n for n, p in parameters.items() if p.default is p.empty]
     main = [n for n in (getattr(model, "main_input_name", ""),) if n in parameters]
     decoder = [n for n in ("decoder_input_ids",) if n in parameters and "decoder_input_ids" not in main]
-    fixed = {n: False for n in ("use_cache", "return_loss") if n in parameters}
+    fixed: dict[str, Any] = {n: False for n in ("use_cache", "return_loss") if n in parameters}
     known = [n for n in parameters if n in MAKERS]
     sets = [[*main, *required, *decoder], [*main, *required], [*required, *decoder], known[:2], known]
     seen: list[list[str]] = []
@@ -77,7 +77,9 @@ def field(config: Any, *names: str, default: int) -> int:
 
 def _tokens(config: Any, tokens: int = TOKENS) -> list[Tensor]:
     largest = field(config, "vocab_size", default=100)
-    return [torch.randint(min(3, largest - 1), min(90, largest), (BATCH, tokens))]
+    books = getattr(config, "num_codebooks", None)
+    sizes = [(BATCH, tokens)] + ([(BATCH * books, tokens), (BATCH, tokens, books)] if isinstance(books, int) else [])
+    return [torch.randint(min(3, largest - 1), min(90, largest), size) for size in sizes]
 
 
 def _pixels(config: Any) -> list[Tensor]:
@@ -89,7 +91,7 @@ def _pixels(config: Any) -> list[Tensor]:
     images = [torch.randn(BATCH, channels, h, w) for h, w in dict.fromkeys([(height, width), (64, 64), (224, 224)])]
     videos = [torch.randn(1, frames, channels, height, width), torch.randn(1, channels, frames, height, width)]
     patch = field(config, "patch_size", default=4)
-    return [*images, *videos, torch.randn(1, 16, channels * patch * patch)]
+    return [*images, *videos, torch.randn(1, 16, channels * patch * patch), *_hidden(config)]
 
 
 def _features(config: Any) -> list[Tensor]:
@@ -107,7 +109,7 @@ def _waves(config: Any) -> list[Tensor]:
     bins = field(config, "num_mel_bins", "mel_dim", default=80)
     length = field(config, "max_length", default=64)
     waves = [torch.randn(BATCH, SAMPLES), torch.randn(BATCH, 1, SAMPLES), torch.randn(BATCH, 1, 2000)]
-    return [*waves, torch.randn(BATCH, length, bins), torch.randn(BATCH, 1, 32000)]
+    return [*waves, torch.randn(BATCH, length, bins), torch.randn(BATCH, 1, 32000), *_embedded(config)]
 
 
 def _hidden(config: Any) -> list[Tensor]:
@@ -158,6 +160,8 @@ MAKERS: dict[str, Callable[[Any], list[Any]]] = {
     "grid_thw": _grid,
     "image_grid_thw": _grid,
     "grid_hws": _grid,
+    "inputs": _embedded,
+    "merge_sizes": _ones(1),
     "spatial_shapes": lambda config: [torch.tensor([[4, 4]] * BATCH)],
     "pixel_attention_mask": _ones(BATCH, 16),
     "past_values": _series,
