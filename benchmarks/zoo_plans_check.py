@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from zoo_wide_check import one_line
 
 import fhopt
+from fhopt.cache.layer_map import LATENT_LAYERS
 from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
@@ -42,7 +43,8 @@ class PlanRow:
     """What became of a plan on one class.
 
     ratio: asked. sites: in the plan. expected: loss that the fit expects, in nats a token. measured: KL divergence from
-    the exact model over the decoded tokens. status: "works", "refused", "wrong", "crashed", "not built".
+    the exact model over the decoded tokens. status: "works", "more" (it loses more than expected), "refused", "wrong",
+    "crashed", "not built".
     """
 
     case: str
@@ -87,7 +89,8 @@ def check_plan(row: PlanRow, model: Any) -> PlanRow:
     try:
         plan = _fitted(model, row.ratio)
         fhopt.apply(model, plan)
-        again, ours = _generated(model, ids), _decoded(model, tokens, latent_cache(model))
+        cache = latent_cache(model)
+        again, ours = _generated(model, ids), _decoded(model, tokens, cache)
         fhopt.unapply(model)
     except FhoptError as error:
         row.status, row.why = "refused", [str(error)]
@@ -95,8 +98,16 @@ def check_plan(row: PlanRow, model: Any) -> PlanRow:
     row.sites, row.expected = len(plan.sites), float(plan.provenance.get("predicted_nats", 0.0))
     row.measured = _divergence(_decoded(model, tokens, DynamicCache(config=model.config)), ours)
     allowed = EXACT_NATS if row.ratio == 1 else max(LEAST_NATS, FACTOR * row.expected)
-    row.status = "works" if again.shape == tokens.shape and row.measured <= allowed else "wrong"
+    row.status = "works" if row.measured <= allowed else "more" if row.ratio > 1 and row.measured < 1 else "wrong"
+    if again.shape != tokens.shape:
+        row.status, row.why = "wrong", [f"{again.shape[1]} tokens were generated, {tokens.shape[1]} without a plan"]
+    if not any(isinstance(layer, LATENT_LAYERS) and layer.get_seq_length() >= PROMPT for layer in _layers(cache)):
+        row.status, row.why = "wrong", ["the cache holds no latents: the plan was applied and is not used"]
     return row
+
+
+def _layers(cache: Any) -> list[Any]:
+    return list(getattr(cache, "self_attention_cache", cache).layers)
 
 
 def _fitted(model: Any, ratio: float) -> LatentPlan:

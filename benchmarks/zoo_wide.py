@@ -112,7 +112,8 @@ def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
             file.flush()
     rows = sorted(done.values(), key=lambda row: (row.family != DECODERS, row.family, row.case.lower(), row.impl))
     write(RESULTS / "zoo_wide.json", rows)
-    PAGE.write_text(page(rows, versions(), machine(), commit()), encoding="utf-8")
+    untried = len({c.name for c in every()} - {row.case for row in rows})
+    PAGE.write_text(page(rows, versions(), commit(), untried), encoding="utf-8")
     print(f"zoo-wide: {(RESULTS / 'zoo_wide.json').relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
     return rows
 

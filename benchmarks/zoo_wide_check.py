@@ -79,12 +79,13 @@ class Row:
 
 @dataclass
 class _Graph:
-    """One graph: attentions that it computes, that the finder rewrote, explanations of others, the difference."""
+    """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference."""
 
     expected: int
     found: int = 0
     sites: int = 0
     reasons: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # why softmaxes are no attention
     error: float = 0.0
     fault: str = ""
 
@@ -127,6 +128,7 @@ def _find(program: Program, graph: _Graph) -> None:
     graph.found = sum(n.target is torch.ops.fhopt.attention.default for n in program.graph.nodes)
     graph.sites = len(outcome.sites)
     graph.reasons = [m.reason for m in outcome.missed if _is_of_attention(m)]
+    graph.others = [m.reason for m in outcome.missed if not _is_of_attention(m)]
     graph.fault = next((reason for reason in graph.reasons if FAULT in reason), "")
     pipeline.lower(outcome)
     program.module.recompile()
@@ -150,6 +152,8 @@ def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
     if outside > 0:
         row.why.append(f"{outside} outside of what torch.compile traces")
     row.status = _status(row, faults, silent, max(outside, 0))
+    if row.status == "silent":
+        row.why += dict.fromkeys(reason for g in graphs for reason in g.others)
     row.why = faults or row.why
 
 

@@ -55,8 +55,8 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
-def page(rows: Sequence[Row], versions: Mapping[str, str], machine: Mapping[str, Any], commit: str) -> str:
-    """Return the Markdown page."""
+def page(rows: Sequence[Row], versions: Mapping[str, str], commit: str, untried: int = 0) -> str:
+    """Return the Markdown page. untried: classes of which there is no row."""
     known, _, state = commit.partition("-")
     lines = [
         "# The wide zoo: every class of transformers",
@@ -76,6 +76,11 @@ def page(rows: Sequence[Row], versions: Mapping[str, str], machine: Mapping[str,
         "",
         "Classes without softmax attention are state-space, convolutional and similar models. Classes that were not "
         "built refuse small sizes, or need other inputs than those that are tried; they say nothing about fhopt.",
+        *(
+            [f"{untried} further classes have not been tried yet: `make zoo-wide` goes on with them."]
+            if untried
+            else []
+        ),
     ]
     for status, title in STATUSES.items():
         members = [row for row in rows if row.status == status]

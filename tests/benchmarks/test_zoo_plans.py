@@ -31,6 +31,15 @@ def test_what_a_plan_does_not_serve_is_refused_with_its_sentence() -> None:
 def test_other_numbers_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_plans_check, "_divergence", lambda exact, ours: 0.5)
     assert check_plan(PlanRow("llama", 1.0), tiny_llama()).status == "wrong"
+    monkeypatch.setattr(zoo_plans_check, "FACTOR", 0.0)
+    row = check_plan(PlanRow("llama", 4.0), tiny_llama())
+    assert row.status == "more" and "| llama | 5.0e-01 |" in zoo_plans.page([row])
+
+
+def test_a_plan_that_no_layer_of_the_cache_uses_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo_plans_check, "_layers", lambda cache: [])
+    row = check_plan(PlanRow("llama", 4.0), tiny_llama())
+    assert row.status == "wrong" and "is not used" in row.why[0]
 
 
 def test_numbers_that_are_not_finite_are_infinitely_far() -> None:

@@ -143,6 +143,18 @@ def test_what_is_neither_found_nor_explained_is_silent(monkeypatch: pytest.Monke
     assert checked().status == "silent"
 
 
+def test_a_false_reason_is_no_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fhopt.errors import Miss
+    from fhopt.passes.recognize.normalize import Normalize
+
+    def refuse(self: Any, node: Any, *args: Any) -> Any:
+        raise Miss("not the softmax of an attention: no product precedes it", node)
+
+    monkeypatch.setattr(Normalize, "match", refuse)
+    row = checked()
+    assert row.status == "silent" and row.why == ["not the softmax of an attention: no product precedes it"]
+
+
 def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def differs(before: Any, after: Any) -> float:
         return 0.5
@@ -153,7 +165,7 @@ def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: p
     def fail(*args: Any) -> Any:
         raise ValueError("no")
 
-    monkeypatch.setattr(zoo_wide_check.pipeline, "lower", fail)
+    monkeypatch.setattr("fhopt.passes.pipeline.lower", fail)
     row = checked()
     assert row.status == "crashed" and row.why == ["ValueError: no"]
 
@@ -184,9 +196,10 @@ def rows() -> list[Row]:
 
 
 def test_the_page_counts_by_family_and_lists_reasons() -> None:
-    text = zoo_wide_page.page(rows(), {"torch": "2"}, {}, "abc")
+    text = zoo_wide_page.page(rows(), {"torch": "2"}, "abc", 3)
     assert "| decoders, eager | 2 | 6 | 5 | 83.3 % | 1 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0e+00 |" in text
     assert "| heads are mixed by N | OddForCausalLM |" in text and "RwkvModel" not in text
+    assert "3 further classes have not been tried yet" in text
 
 
 def test_a_run_that_was_stopped_goes_on_and_its_rows_are_written(
