@@ -34,7 +34,7 @@ VLLM := 0.32.0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help demo test test-slow test-serving fuzz check zoo bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
+.PHONY: help demo test test-slow test-serving fuzz check zoo zoo-wide zoo-plans bench-find bench-quality bench-calibration bench-memory bench-attention bench-decode bench-peers bench-tasks bench-heal bench-retrieval sanitize bench-gpu bench-serve compiled-zoo soak test-matrix coverage audit docs format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -104,6 +104,12 @@ audit: $(DEMO) $(AUDIT)  ## known vulnerabilities of everything installed, and o
 
 zoo: $(BENCH)  ## find attention in every model of the zoo, compare, write docs/zoo.md (QUICK=1: a sample)
 	$(BIN)/python benchmarks/zoo.py
+
+zoo-wide: $(BENCH)  ## find attention in every class of transformers, made small; writes docs/zoo_wide.md (QUICK=1: a sample)
+	$(BIN)/python benchmarks/zoo_wide.py
+
+zoo-plans: $(BENCH)  ## fit, apply and generate with a plan on every decoder of the wide zoo (QUICK=1: a sample)
+	$(BIN)/python benchmarks/zoo_plans.py
 
 bench-find: $(BENCH)  ## what finding costs: against torch.compile, and as models grow (QUICK=1: small)
 	$(BIN)/python benchmarks/finding.py

@@ -209,6 +209,30 @@ def zoo(results: Results) -> str:
     return table(["", "all"], lines)
 
 
+def zoo_wide(results: Results) -> str:
+    """Format sums of each family: classes, attentions found, and what there must be none of."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in results.rows:
+        families.setdefault(row["family"], []).append(row)
+    bad = ("silent", "wrong", "crashed")
+    lines = [
+        [family, number(len(rows)), number(sum(r["baseline"] for r in rows)), number(sum(r["value"] for r in rows)),
+         *(str(sum(r["status"] == status for r in rows)) for status in bad)]
+        for family, rows in families.items()
+    ]  # fmt: skip
+    return table(["family", "classes", "attentions", "found", "missed in silence", "wrong numbers", "crashed"], lines)
+
+
+def zoo_plans(results: Results) -> str:
+    """Format how many plans of each ratio are as expected, refused, or other than expected."""
+    statuses = ("works", "more", "refused", "wrong", "crashed", "not built")
+    by_ratio: dict[str, list[str]] = {}
+    for row in results.rows:
+        by_ratio.setdefault(row["impl"], []).append(row["status"])
+    lines = [[ratio, *(str(found.count(status)) for status in statuses)] for ratio, found in by_ratio.items()]
+    return table(["", "as expected", "loses more", "refused", "wrong", "crashed", "does not generate"], lines)
+
+
 def head(results: Results) -> str:
     """Format times, then certificates and agreement with the dense head."""
     others = tuple(row for row in results.rows if row["metric"] != "time_ms")
@@ -376,6 +400,16 @@ SECTIONS = {
     ),
     "zoo": Section(
         "Finding attention", "make zoo", "Tiny random models; each forward pass is listed in [the zoo](zoo.md).", zoo
+    ),
+    "zoo_wide": Section(
+        "Finding attention in every class of transformers", "make zoo-wide",
+        "Every class is made small, with random weights, and called once; its attentions are counted from what it "
+        "computes. Class by class: [the wide zoo](zoo_wide.md).", zoo_wide,
+    ),
+    "zoo_plans": Section(
+        "Plans on every decoder of transformers", "make zoo-plans",
+        "Fitted to random tokens, applied, decoded; compared with the model alone. Refusals with their sentences: "
+        "[plans on every decoder](zoo_plans.md).", zoo_plans,
     ),
     "compiled-zoo-traced": Section(
         "The zoo through torch.compile", "make compiled-zoo",

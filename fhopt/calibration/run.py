@@ -233,8 +233,9 @@ def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.O
     compressible = {node: site for node, site in decoding.items() if is_compressible(site, layers)}
     if not compressible:
         kept = max(layer.window for layer in layers)
+        what = f"windows of at most {kept:,}" if kept else "its cache keeps keys and values beside a state"
         raise FhoptError(
-            f"no attention layer of {name} caches all tokens (windows of at most {kept:,}), so there is nothing to "
+            f"no attention layer of {name} caches all tokens in a layer of its own ({what}), so there is nothing to "
             "compress; expected a model in which some layers attend to all tokens."
         )
     return replace(outcome, sites=compressible)

@@ -63,6 +63,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True
             f"{type(model).__name__} is not a transformers model; expected one with a cache. For any other module use "
             'torch.compile(model, backend="flashhead", options={"plan": plan}).'
         )
+    _check_cache(model)
     network: Any = model  # a transformers model; torch types its attributes as tensors or modules
     whole_plan, weights = plan, Weights(model)
     if weights.absent:
@@ -78,7 +79,7 @@ def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True
     layers: dict[str, int] = {}
     for kind in ("self", "cross"):
         by_name = layer_indices([s for s in sites if s.kind == kind])
-        layers |= {name: int(getattr(modules[name], "layer_idx", index)) for name, index in by_name.items()}
+        layers |= {name: _layer_index(modules[name], index) for name, index in by_name.items()}
         cached_sites(plan, kind, layers)
     register()
     unapply(model)
@@ -98,6 +99,27 @@ def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True
     if skinny_products:
         replace_products(model)
     return model
+
+
+def _check_cache(model: torch.nn.Module) -> None:
+    """Raise FhoptError for a model that generates without a cache of transformers: no plan would reach its tokens."""
+    if not hasattr(model, "generate"):
+        return
+    takes_one = not {"cache", "past_key_values"}.isdisjoint(inspect.signature(model.forward).parameters)
+    keeps_its_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+    if keeps_its_own or not takes_one:
+        what = "a cache of its own" if keeps_its_own else "no KV cache"
+        raise FhoptError(
+            f"{type(model).__name__} keeps {what}; expected a model "
+            "that generates with a DynamicCache of transformers. Use torch.compile(model, backend='flashhead') for "
+            "this model."
+        )
+
+
+def _layer_index(module: torch.nn.Module, index: int) -> int:
+    """Return the index of a module's layer in the cache: its own, else `index`; a shared module says -1 (Zamba2)."""
+    own = getattr(module, "layer_idx", None)
+    return own if isinstance(own, int) and own >= 0 else index
 
 
 def prepare(model: torch.nn.Module) -> torch.nn.Module:

@@ -98,7 +98,13 @@ def _layer_paths(model: torch.nn.Module) -> dict[int, str]:
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and f"{name}.".startswith(inside):
             paths.setdefault(index, []).append(name)
-    return {index: _common(names) for index, names in paths.items()}
+    return {index: _until(str(index), _common(names)) for index, names in paths.items()}
+
+
+def _until(index: str, path: str) -> str:
+    """Return a path up to the number of its layer, of which other modules may be parts that do not know it."""
+    parts = path.split(".")
+    return ".".join(parts[: len(parts) - parts[::-1].index(index)]) if index in parts else path
 
 
 def _decoder_path(model: Any) -> str:

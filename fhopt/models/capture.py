@@ -9,6 +9,7 @@ Dynamo's graphs have a placeholder for every parameter, and so have lifted expor
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +29,15 @@ class Captured:
     """A captured forward pass.
 
     inputs: placeholder name -> name of its argument. result: index of the main output (logits, or the first tensor)
-    among the graph's outputs. is_logits: the model returns that output as its logits.
+    among the graph's outputs. is_logits: the model returns that output as its logits. runs: how often the forward pass
+    ran the graph; layers of one class may share it.
     """
 
     program: Program
     inputs: dict[str, str]
     result: int
     is_logits: bool = False
+    runs: int = 1
 
 
 def capture(
@@ -66,13 +69,16 @@ def capture_graphs(
     """
     keywords = dict(kwargs or {})
     seen: list[tuple[Program, list[Any]]] = []
+    runs: Counter[int] = Counter()
 
     def keep(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         outputs: list[Any] = []
+        number = len(seen)
         seen.append((copy_program(module, example_inputs), outputs))  # now: Dynamo clears the inputs of a backend
 
         def run(*inputs: Any) -> Any:
             outputs[:] = module(*inputs)
+            runs[number] += 1
             return tuple(outputs)
 
         return run
@@ -113,8 +119,9 @@ def capture_graphs(
             _name_inputs(program, args, keywords),
             _main_output(result, outputs),
             getattr(result, "logits", None) is not None,
+            runs[number],
         )
-        for program, outputs in seen
+        for number, (program, outputs) in enumerate(seen)
     ]
     for _, outputs in seen:
         outputs.clear()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import sys
 from typing import Any
 
 import torch
@@ -25,8 +25,20 @@ def implementations(config: Any) -> dict[str, str]:
 
 
 def uses_interface(module: torch.nn.Module) -> bool:
-    """Return True where attention goes through transformers' interface, False where a model's own code computes it."""
-    return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
+    """Return True where attention goes through transformers' interface, False where a model's own code computes it.
+
+    The code of the module's own classes says so, not that of their file: GIT's decoder computes attention by hand, in
+    one file with an image encoder that uses the interface.
+    """
+    return any(_calls_interface(type(part)) for part in module.modules())
+
+
+@functools.cache
+def _calls_interface(cls: type) -> bool:
+    methods = [inspect.unwrap(f) for base in cls.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods if hasattr(method, "__code__")
+    )
 
 
 def cache_argument(model: torch.nn.Module | type[torch.nn.Module]) -> str:

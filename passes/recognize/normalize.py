@@ -208,11 +208,29 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
                 frontier.append(user)
     if results:
         return results
-    raise Miss(
-        "no product of the weights with values follows the softmax",
-        softmax.weights,
-        "softmax, product of queries and keys",
-    )
+    reached = "softmax, product of queries and keys"
+    step = next((u for node in sorted(known) for u in node.users if u not in known and _meets_product(u, roles)), None)
+    if step is not None:
+        raise Miss(
+            f"the weights pass through {op_name(step)} before the second product; expected steps that keep each weight",
+            softmax.weights,
+            reached,
+        )
+    raise Miss("no product of the weights with values follows the softmax", softmax.weights, reached)
+
+
+def _meets_product(start: fx.Node, roles: Roles) -> bool:
+    """Return whether a product of two activations follows `start`, before any projection."""
+    seen, stack = {start}, [start]
+    while stack and len(seen) < SEARCH:
+        node = stack.pop(0)
+        if roles.is_score_product(node) is not None:
+            return True
+        if roles.projection(node) is None and op_name(node) not in ATTENTION:
+            users = [u for u in node.users if u not in seen]
+            seen.update(users)
+            stack.extend(users)
+    return False
 
 
 def _other_weights(node: fx.Node, roles: Roles) -> Miss:

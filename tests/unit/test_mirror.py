@@ -59,7 +59,6 @@ WITHOUT_A_FILE = {
     "fhopt/lm_head/fitting": "unit/lm_head/test_install.py and test_quantize.py",
     "fhopt/models/example_inputs": MODELS,
     "fhopt/models/loaded_model": "unit/models/test_loader.py",
-    "fhopt/models/model_facts": MODELS,
     "fhopt/models/rewritten_model": "unit/models/test_rewritten_folder.py and unit/hf/test_load.py",
     "fhopt/models/sites": MODELS,
     "fhopt/models/transformers_import": "unit/cli/test_app.py, without the extra",

@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,6 +210,24 @@ class _Run:
             self.gradients = _gradients(program)
         except Exception as error:  # fast paths and flex attention on a CPU refuse, each in its own way
             self.refusal = _one_line(error)
+
+
+def run_outputs(program: Program, keeps: bool = False) -> list[Any]:
+    """Run a program on its example values; return outputs, then inputs that are no parameters, as they are afterwards.
+
+    keeps: the parameters are the model's own, not clones. The caller disables gradients.
+    """
+    whole = program.parameters if keeps else {}
+    inputs = {name: value if name in whole else _clone(value) for name, value in program.values.items()}
+    outputs = _call(program, inputs)
+    return [*outputs, *(value for name, value in inputs.items() if name not in program.parameters)]
+
+
+def largest_output_difference(before: Sequence[Any], after: Sequence[Any]) -> float:
+    """Return the largest difference of two results of `run_outputs`, relative to the largest number of its tensor."""
+    if len(before) != len(after):
+        return math.inf
+    return max((_relative(*_difference(x, y)) for x, y in zip(before, after, strict=True)), default=0.0)
 
 
 def _clone(value: Any) -> Any:

@@ -10,7 +10,7 @@ import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
-from fhopt.hf.apply import latent_cache
+from fhopt.hf.apply import _layer_index, latent_cache
 
 # ---- wrong use
 
@@ -36,6 +36,26 @@ def test_a_plan_for_another_model_is_refused(llama: Fitted) -> None:
         fhopt.apply(torch.nn.Linear(2, 2), llama.plan(4))
     with pytest.raises(FhoptError, match="the model has 1"):
         LatentCache(llama.plan(4), tiny_llama(num_hidden_layers=1).config)
+
+
+def test_models_without_a_cache_of_transformers_are_refused(llama: Fitted) -> None:
+    """A plan would be applied and never read: XLNet keeps `mems`, and GPT reads the whole text at each step."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, XLNetConfig, XLNetLMHeadModel
+
+    own = XLNetLMHeadModel(XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=16))
+    with pytest.raises(FhoptError, match="XLNetLMHeadModel keeps a cache of its own"):
+        fhopt.apply(own, llama.plan(4))
+    none = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=97, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(FhoptError, match="OpenAIGPTLMHeadModel keeps no KV cache"):
+        fhopt.apply(none, llama.plan(4))
+
+
+def test_a_shared_module_that_knows_no_layer_has_the_one_of_its_name() -> None:
+    shared, own = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for module, index in ((shared, -1), (own, 3)):
+        module.layer_idx = index  # type: ignore[assignment]
+    found = [_layer_index(module, 1) for module in (shared, own, torch.nn.Linear(1, 1))]
+    assert found == [1, 3, 1]
 
 
 # ---- what a review found

@@ -8,7 +8,7 @@ import pytest
 import torch
 from window_models import WINDOW, WINDOWED, windowed
 
-from fhopt.models.cache_layers import cache_layers, measured_layers
+from fhopt.models.cache_layers import _layer_paths, cache_layers, measured_layers
 from fhopt.plan.cache_size import CacheLayer, cache_size
 
 TOKENS = (512, 8192, 32768)
@@ -68,6 +68,18 @@ def test_a_layer_has_the_sites_below_its_path() -> None:
     names = ("model.layers.1.self_attn", "model.layers.1", "model.layers.1#2", "model.layers.11.self_attn", "model")
     assert [layer.has(name) for name in names] == [True, True, True, False, False]
     assert not CacheLayer("").has("model")
+
+
+def test_a_layer_of_which_one_part_knows_the_index_has_all_its_sites() -> None:
+    """Zamba 2: the attention of a layer is shared, and knows no layer."""
+    from torch import nn
+
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"mamba": nn.Linear(1, 1), "shared": nn.Linear(1, 1)}) for _ in range(2))
+    for index, layer in enumerate(model.layers):
+        layer["mamba"].layer_idx, layer["shared"].layer_idx = index, -1  # type: ignore[index]
+    paths = _layer_paths(model)
+    assert {index: paths[index] for index in (0, 1)} == {0: "layers.0", 1: "layers.1"}
 
 
 # --------------------------------------------------------------------------------------------------- caches

@@ -30,3 +30,24 @@ def test_a_backend_that_fails_is_named_by_its_own_error(monkeypatch: pytest.Monk
     monkeypatch.setattr("fhopt.models.capture.copy_program", failing)
     with pytest.raises(FhoptError, match=r"could not be captured \(ValueError: no program of this graph"):
         capture(nn.Linear(2, 2), (torch.randn(1, 2),))
+
+
+class Broken(nn.Module):
+    """A linear layer behind which the graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        torch._dynamo.graph_break()
+        return y + 1
+
+
+def test_how_often_the_forward_pass_runs_each_graph_is_counted() -> None:
+    (alone,) = capture_graphs(nn.Linear(2, 2), (torch.randn(1, 2),))
+    assert alone.runs == 1
+    graphs = capture_graphs(nn.Sequential(Broken(), Broken()), (torch.randn(1, 2),))
+    calls = [graph.runs for graph in graphs for n in graph.program.graph.nodes if n.target is nn.functional.linear]
+    assert sum(calls) == 2

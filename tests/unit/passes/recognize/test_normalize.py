@@ -227,6 +227,12 @@ def weights_without_values(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).sum(-1, keepdim=True) * v
 
 
+def weights_skewed(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As Longformer moves the weights of overlapping chunks."""
+    weights = torch.nn.functional.pad((q @ k.mT).softmax(-1), (0, T))
+    return weights.flatten(2)[..., :-T].unflatten(2, (T, 2 * T - 1))[..., :T] @ v
+
+
 def weights_gated(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) * m.o.bias[:T]) @ v
 
@@ -267,6 +273,7 @@ def between_channels(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (scaled_after_a_view, "after their axes were changed", "softmax, both products"),
         (heads_mixed, "pass through the weight o.weight, which mixes heads", "softmax"),
         (weights_without_values, "no product of the weights with values", "softmax, product of queries and keys"),
+        (weights_skewed, "pass through pad before the second product", "softmax, product of queries and keys"),
         (weights_gated, "the canonical op differs by", "softmax, both products, scores, layout"),
         (summed_over_queries, "does not sum over the keys alone", "softmax, both products"),
         (over_a_projection, "over the projection by o.weight", "softmax"),

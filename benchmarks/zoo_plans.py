@@ -1,0 +1,195 @@
+"""Fit, apply and generate with a plan on every decoder in which the wide zoo finds attention.
+
+    python benchmarks/zoo_plans.py               everything: benchmarks/results/zoo_plans.json and docs/zoo_plans.md
+    python benchmarks/zoo_plans.py --only Gemma  classes whose name contains Gemma; writes nothing
+    python benchmarks/zoo_plans.py --quick       a sample of under a minute (also QUICK=1); writes nothing
+
+A plan of ratio 1 must generate what the model alone does; one of ratio 4 must lose about what its fit expects. Weights
+and tokens are random. Each class has a process of its own; a run that was stopped goes on (build/zoo_plans.jsonl).
+Ends with 1 when a class crashes or has numbers that are not expected.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from recording import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # the zoo belongs to the tests, and is not installed
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import click
+from recording import RESULTS, commit, is_quick, machine, screen, versions
+from rich.table import Table
+from zoo_plans_check import PlanRow, check_plan
+from zoo_wide import QUICK_SECONDS, prepare, write
+from zoo_wide_check import one_line
+from zoo_wide_models import DECODERS, Candidate, candidates, make
+from zoo_wide_page import reasons
+from zoo_wide_processes import Ended, run_apart
+
+KEPT = ROOT / "build" / "zoo_plans.jsonl"
+PAGE = ROOT / "docs" / "zoo_plans.md"
+SECONDS = 300.0  # for one plan; most take 3 to 10
+RATIOS = (4.0, 1.0)
+SAMPLE = 20  # in a quick run, one class of this many
+STATUSES = {
+    "works": "as expected",
+    "more": "loses more than expected",
+    "refused": "refused, with a reason",
+    "wrong": "wrong numbers, or a plan that is not used",
+    "crashed": "crashed",
+    "not built": "does not generate in this form",
+}
+
+
+@click.command()
+@click.option("--only", metavar="NAME", help="Only classes whose name contains NAME; writes no results.")
+@click.option("--quick", is_flag=True, help="A sample of under a minute; writes no results.")
+@click.option("--again", is_flag=True, help="Forget what a run that was stopped has done.")
+def main(only: str | None, quick: bool, again: bool) -> None:
+    """Fit, apply and generate with a plan on every decoder."""
+    prepare()
+    jobs = [(c, ratio) for ratio in RATIOS for c in decoders() if only is None or only in c.name]
+    if not jobs:
+        raise click.BadParameter(f"no decoder has {only!r} in its name.", param_hint="--only")
+    if quick or is_quick():
+        rows = list(_within(QUICK_SECONDS, jobs[::SAMPLE]))
+    else:
+        rows = list(_checked(jobs)) if only is not None else _all(jobs, again)
+    screen().print(table(rows))
+    bad = [row for row in rows if row.status in ("wrong", "crashed")]
+    for row in bad:
+        print(row.line)
+    sys.exit(1 if bad else 0)
+
+
+def decoders() -> list[Candidate]:
+    """Return the decoders in which the wide zoo found attention with keys and values; all, before it has run."""
+    file = RESULTS / "zoo_wide.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    without = {row["case"] for row in known} - {row["case"] for row in known if row.get("sites")}
+    return [c for c in candidates() if c.family == DECODERS and c.name not in without]
+
+
+def _all(jobs: Sequence[tuple[Candidate, float]], again: bool) -> list[PlanRow]:
+    """Check what is not done yet; write the results and the page."""
+    if again:
+        KEPT.unlink(missing_ok=True)
+    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
+    done = {(row.case, row.ratio): row for row in (PlanRow(**json.loads(line)) for line in lines)}
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    with KEPT.open("a", encoding="utf-8") as file:
+        for row in _checked([job for job in jobs if (job[0].name, job[1]) not in done]):
+            done[row.case, row.ratio] = row
+            file.write(json.dumps(row.as_dict()) + "\n")
+            file.flush()
+    rows = sorted(done.values(), key=lambda row: (row.case.lower(), row.ratio))
+    write(RESULTS / "zoo_plans.json", rows)
+    PAGE.write_text(page(rows), encoding="utf-8")
+    print(f"zoo-plans: {(RESULTS / 'zoo_plans.json').relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
+    return rows
+
+
+def _within(seconds: float, jobs: Iterable[tuple[Candidate, float]]) -> Iterator[PlanRow]:
+    start = time.perf_counter()
+    for job in jobs:
+        if time.perf_counter() - start > seconds:
+            return
+        yield from _checked([job])
+
+
+def _checked(jobs: Sequence[tuple[Candidate, float]]) -> Iterator[PlanRow]:
+    """Yield a row for each job, and print it."""
+    for number, (candidate, ratio) in enumerate(jobs, 1):
+        row = _apart(candidate, ratio)
+        if row.status == "crashed":  # torch's threads do not always survive a fork: what is ours happens again
+            row = _apart(candidate, ratio)
+        print(f"{number}/{len(jobs)} {row.line}", flush=True)
+        yield row
+
+
+def _apart(candidate: Candidate, ratio: float) -> PlanRow:
+    try:
+        row: PlanRow = run_apart(partial(attempt, candidate, ratio), SECONDS)
+    except Ended as end:
+        return PlanRow(candidate.name, ratio, status="crashed", why=[f"its process {end}"])
+    return row
+
+
+def attempt(candidate: Candidate, ratio: float) -> PlanRow:
+    """Build one class and check a plan on it; in a process of its own."""
+    row = PlanRow(candidate.name, ratio)
+    try:
+        model = make(candidate, "eager", is_decoder=True)
+    except Exception as error:  # whatever a class says of a configuration that does not suit it
+        row.status, row.why = "not built", [one_line(error)]
+        return row
+    try:
+        return check_plan(row, model)
+    except Exception as error:
+        row.status, row.why = "crashed", [one_line(error)]
+        return row
+
+
+def counts(rows: Sequence[PlanRow]) -> list[list[str]]:
+    """Return a line for each ratio: plans, and how many have each status."""
+    lines = []
+    for ratio in RATIOS:
+        members = [row for row in rows if row.ratio == ratio]
+        if members:
+            by_status = [str(sum(row.status == status for row in members)) for status in STATUSES]
+            lines.append([f"{ratio:g}x", str(len(members)), *by_status])
+    return lines
+
+
+def table(rows: Sequence[PlanRow]) -> Table:
+    """Format a line for each ratio, for the screen."""
+    out = Table(title="Plans on the wide zoo", title_justify="left")
+    for heading in ("ratio", "classes", *STATUSES.values()):
+        out.add_column(heading, justify="right")
+    for line in counts(rows):
+        out.add_row(*line)
+    return out
+
+
+def page(rows: Sequence[PlanRow]) -> str:
+    """Return the Markdown page."""
+    used = versions()
+    lines = [
+        "# Plans on every decoder of transformers",
+        "",
+        f"Made by `make zoo-plans` with torch {used['torch']} and transformers {used.get('transformers', '-')}, on "
+        f"{machine()['cpu']}, commit {commit()[:12]}. Do not edit: run the command again.",
+        "",
+        "Every decoder of [the wide zoo](zoo_wide.md) that has keys and values of its own to compress: tiny, random "
+        "weights. A plan is fitted to random tokens and applied; the model then generates, and decodes the tokens that "
+        "it generates without a plan. A plan of ratio 1 must give the same logits; one of ratio 4 should lose, in nats "
+        "a token, at most five times what its fit expects. Random models say nothing about the loss of trained ones.",
+        "",
+        "| ratio | classes | " + " | ".join(STATUSES.values()) + " |",
+        "|---|---|" + "---|" * len(STATUSES),
+        *("| " + " | ".join(line) + " |" for line in counts(rows)),
+    ]
+    for status, title in STATUSES.items():
+        members = [row for row in rows if row.status == status]
+        if members and status not in ("works", "more"):
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *reasons(members)]
+    lines += _losses([row for row in rows if row.status == "more"])
+    return "\n".join(lines) + "\n"
+
+
+def _losses(rows: Sequence[PlanRow]) -> list[str]:
+    """Format the plans that lose more than expected: mostly of mixtures, where a token may change its expert."""
+    if not rows:
+        return []
+    lines = ["", "## Loses more than expected", "", "| class | nats a token | expected |", "|---|---|---|"]
+    return lines + [f"| {row.case} | {row.measured:.1e} | {row.expected:.1e} |" for row in rows]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Check one model of the wide zoo: count its attentions, find them, run both graphs, compare."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from model_zoo.checking import largest_output_difference, run_outputs
+from torch import nn
+from zoo_wide_counting import count
+
+from fhopt.errors import FhoptError
+from fhopt.models.capture import Captured, capture_graphs
+from fhopt.passes import pipeline
+from fhopt.passes.graph.program import Program
+from fhopt.passes.outcome import Explanation
+
+TOLERANCE = 1e-4  # float32, and sums in another order, through two layers and a softmax
+IS_NO_ATTENTION = ("not the softmax of an attention", "no product of the weights with values")
+BAD = ("silent", "wrong", "crashed")  # what there must be none of
+FAULT = "a fault of fhopt"  # in the reason of a site on which a pass failed
+
+
+@dataclass
+class Row:
+    """What became of one class in one implementation of attention.
+
+    found: attentions that were rewritten exactly; sites: those of them that a plan could compress. explained: left
+    alone with a reason. status: "found", "explained", "silent", "wrong", "crashed", "no attention", "not captured",
+    "not built". why: reasons, each once.
+    """
+
+    case: str
+    family: str
+    impl: str = ""
+    expected: int = 0
+    found: int = 0
+    sites: int = 0
+    explained: int = 0
+    max_error: float = 0.0
+    graphs: int = 0
+    seconds: float = 0.0
+    status: str = ""
+    why: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as a dictionary, with two digits of the error; None for an infinite one."""
+        error = float(f"{self.max_error:.1e}") if math.isfinite(self.max_error) else None
+        return asdict(self) | {"max_error": error, "seconds": round(self.seconds, 1)}
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Row:
+        """Return the row of `as_dict`."""
+        error = math.inf if fields["max_error"] is None else fields["max_error"]
+        return Row(**dict(fields) | {"max_error": error})
+
+    def as_result(self) -> dict[str, Any]:
+        """Return the row as it stands in the results: that of every benchmark, and what is said besides."""
+        said = {k: v for k, v in self.as_dict().items() if v not in (0, 0.0, "", [])}
+        figures = {"metric": "attentions_found", "value": self.found, "unit": "", "baseline": self.expected}
+        ratio = round(self.found / self.expected, 3) if self.expected else None
+        for name in ("case", "impl", "found", "expected", "seconds"):
+            said.pop(name, None)
+        if self.why:
+            said["why"] = [reason[:160] for reason in self.why[:2]]
+        return {"case": self.case, "impl": self.impl, **figures, "ratio": ratio, **said}
+
+    @property
+    def line(self) -> str:
+        """One line for the screen."""
+        found = f"{self.found} of {self.expected} found" + (f", {self.explained} explained" if self.explained else "")
+        why = f": {'; '.join(self.why)[:200]}" if self.why else ""
+        return f"{self.case}/{self.impl} {self.status}, {found}, {self.max_error:.0e}, {self.seconds:.1f} s{why}"
+
+
+@dataclass
+class _Graph:
+    """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference."""
+
+    expected: int
+    found: int = 0
+    sites: int = 0
+    reasons: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # why softmaxes are no attention
+    error: float = 0.0
+    fault: str = ""
+
+
+def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
+    """Fill the row with what the finder makes of `model(**arguments)`."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    row.expected = count(lambda: model(**arguments), model.parameters())
+    try:
+        captured = capture_graphs(model, (), arguments)
+    except FhoptError as error:
+        row.status = "not captured" if row.expected else "no attention"
+        row.why = [one_line(error)]
+        row.seconds = time.perf_counter() - start
+        return row
+    row.graphs = len(captured)
+    graphs = [_check_graph(one) for one in captured]
+    _sum_up(row, [one.runs for one in captured], graphs)
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def _check_graph(captured: Captured) -> _Graph:
+    program = captured.program
+    weights = [program.values[name] for name in program.parameters]
+    with torch.no_grad():
+        before = run_outputs(program)
+        graph = _Graph(count(lambda: run_outputs(program, keeps=True), weights))
+    try:
+        _find(program, graph)
+        graph.error = largest_output_difference(before, run_outputs(program))
+    except Exception as error:  # a broken pass is the row's failure, not the end of the zoo
+        graph.fault = one_line(error)
+    return graph
+
+
+def _find(program: Program, graph: _Graph) -> None:
+    outcome = pipeline.find(program)
+    graph.found = sum(n.target is torch.ops.fhopt.attention.default for n in program.graph.nodes)
+    graph.sites = len(outcome.sites)
+    graph.reasons = [m.reason for m in outcome.missed if _is_of_attention(m)]
+    graph.others = [m.reason for m in outcome.missed if not _is_of_attention(m)]
+    graph.fault = next((reason for reason in graph.reasons if FAULT in reason), "")
+    pipeline.lower(outcome)
+    program.module.recompile()
+
+
+def _is_of_attention(missed: Explanation) -> bool:
+    return missed.stage != "find_attention" and not missed.reason.lower().startswith(IS_NO_ATTENTION)
+
+
+def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
+    """Set figures and status; a graph counts as often as it ran."""
+    counted = [(graph, n) for graph, n in zip(graphs, runs, strict=True)]
+    row.found = sum(g.found * n for g, n in counted)
+    row.sites = sum(g.sites * n for g, n in counted)
+    row.explained = sum(min(len(g.reasons), max(g.expected - g.found, 0)) * n for g, n in counted)
+    row.max_error = max((g.error for g in graphs), default=0.0)
+    outside = row.expected - sum(g.expected * n for g, n in counted)
+    row.why = list(dict.fromkeys(reason for g in graphs for reason in g.reasons))
+    faults = [g.fault for g in graphs if g.fault]
+    silent = sum(max(g.expected - g.found - len(g.reasons), 0) * n for g, n in counted)
+    if outside > 0:
+        row.why.append(f"{outside} outside of what torch.compile traces")
+    row.status = _status(row, faults, silent, max(outside, 0))
+    if row.status == "silent":
+        row.why += dict.fromkeys(reason for g in graphs for reason in g.others)
+    row.why = faults or row.why
+
+
+def _status(row: Row, faults: list[str], silent: int, outside: int) -> str:
+    checks: list[tuple[Callable[[], bool], str]] = [
+        (lambda: bool(faults), "crashed"),
+        (lambda: not row.max_error <= TOLERANCE, "wrong"),
+        (lambda: silent > 0, "silent"),
+        (lambda: not row.expected and not row.found, "no attention"),
+        (lambda: outside > 0 and not row.found, "not captured"),
+        (lambda: row.explained + outside > 0, "explained"),
+    ]
+    return next((name for holds, name in checks if holds()), "found")
+
+
+def one_line(error: BaseException) -> str:
+    """Return class and message of an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

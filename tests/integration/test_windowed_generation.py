@@ -1,0 +1,31 @@
+"""Models whose caches keep windows, chunks, states and shared layers: with an exact plan they generate as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import VOCABULARY
+from window_models import WINDOW, windowed
+
+import fhopt
+from fhopt.calibration import run
+from fhopt.fitting import fit_plan
+from fhopt.models.capture import capture
+
+NEW = 6
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_next", "gemma3n", "llama4"])
+def test_generation_with_an_exact_plan_is_that_of_the_model_alone(name: str) -> None:
+    model = windowed(name)
+    ids = torch.randint(3, VOCABULARY, (2, WINDOW + 40), generator=torch.Generator().manual_seed(0))
+    options = dict(max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    alone = model.generate(ids, **options)
+    captured = capture(model, (), {"input_ids": ids[:1, :16], "use_cache": False})
+    sites = run._sites(captured, name, None).sites.values()
+    fhopt.apply(model, fit_plan.exact_plan(sites, recent=16, block=16))
+    ours = model.generate(ids, **options)
+    fhopt.unapply(model)
+    assert torch.equal(ours.sequences, alone.sequences)
+    for logits, expected in zip(ours.logits, alone.logits, strict=True):
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()  # other sums, in float32

@@ -1,0 +1,46 @@
+"""What is known of a model of transformers: whose code computes its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from small_models import tiny_gpt2, tiny_llama, token_ids
+
+import fhopt
+from fhopt.calibration import run
+from fhopt.fitting import fit_plan
+from fhopt.models.capture import capture
+from fhopt.models.model_facts import uses_interface
+
+
+def tiny_git() -> Any:
+    """GIT: a decoder that computes attention by hand, and an image encoder in the same file that does not."""
+    from transformers import GitConfig, GitForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    config = GitConfig(
+        vision_config=sizes | dict(image_size=32, patch_size=16), vocab_size=97, bos_token_id=1, eos_token_id=2, **sizes
+    )
+    return GitForCausalLM(config).eval()
+
+
+def test_the_code_of_a_module_says_whose_attention_it_is_not_that_of_its_file() -> None:
+    assert uses_interface(tiny_llama().model.layers[0].self_attn) and uses_interface(tiny_gpt2().transformer.h[0].attn)
+    git = tiny_git()
+    assert not uses_interface(git.git.encoder.layer[0].attention)
+    assert uses_interface(git.git.image_encoder.vision_model.encoder.layers[0].self_attn)
+
+
+def test_an_exact_plan_on_attention_by_hand_changes_no_number() -> None:
+    """Masks of the interface's kind were added to scores of GIT: its numbers were others."""
+    model, ids = tiny_git(), token_ids(1, 40)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        captured = capture(model, (), {"input_ids": ids[:, :16], "use_cache": False})
+        sites = run._sites(captured, "git", None).sites.values()
+        fhopt.apply(model, fit_plan.exact_plan(sites, recent=8, block=8))
+        found = model(input_ids=ids, use_cache=True).logits
+    fhopt.unapply(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
