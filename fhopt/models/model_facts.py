@@ -30,11 +30,12 @@ def uses_interface(module: torch.nn.Module) -> bool:
     The code of the module's own classes says so, not that of their file: GIT's decoder computes attention by hand, in
     one file with an image encoder that uses the interface.
     """
-    return any(_calls_interface(type(part)) for part in module.modules())
+    classes: set[Any] = {type(part) for part in module.modules()}
+    return any(map(_calls_interface, classes))
 
 
 @functools.cache
-def _calls_interface(cls: type) -> bool:
+def _calls_interface(cls: Any) -> bool:
     methods = [inspect.unwrap(f) for base in cls.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
     return any(
         "ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names for method in methods if hasattr(method, "__code__")

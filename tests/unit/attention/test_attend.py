@@ -15,6 +15,7 @@ from torch import Tensor
 import fhopt
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.codegen import dispatch
+from fhopt.codegen.cpu import graph_kernels
 from fhopt.ops import registry
 
 
@@ -71,7 +72,7 @@ def test_it_is_so_from_the_first_tokens_on(fitted: Fitted) -> None:
     assert plan.window.first_length >= 20
     fhopt.apply(fitted.model, plan)
     rebuilt = logits(fitted.model, LatentCache(plan, absorb=False), ids, list(range(1, 20)))
-    before = dispatch.graph_kernels.attend_latents
+    before = graph_kernels.attend_latents
     calls: list[bool] = []
 
     def watched(*operands: Any) -> Tensor | None:
@@ -80,7 +81,7 @@ def test_it_is_so_from_the_first_tokens_on(fitted: Fitted) -> None:
         return output
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch.graph_kernels, "attend_latents", watched)
+        patch.setattr(graph_kernels, "attend_latents", watched)
         at_once = logits(fitted.model, LatentCache(plan), ids, list(range(1, 20)))
     fhopt.unapply(fitted.model)
     assert all(calls) and len(calls) == 20 * len(plan.sites)
