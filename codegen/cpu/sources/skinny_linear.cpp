@@ -11,8 +11,8 @@
 // A thread walks over its rows of the weight, COLUMNS at a time. For several rows of input it fetches the next ones
 // meanwhile, into the second-level cache, where more lines can be under way than into the first; for one row the CPU
 // itself does. Each vector of the weight is read once and multiplied with all rows of the input, which stay in the
-// caches; sums are of float32. With AVX-512 BF16, pairs of bfloat16 are multiplied as they are; other numbers of 16 bits
-// become floats in registers.
+// caches; sums are of float32. With AVX-512 BF16, pairs of bfloat16 are multiplied as they are; other numbers of 16
+// bits become floats in registers.
 //
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
