@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -33,7 +32,6 @@ def uses_interface(module: torch.nn.Module) -> bool:
     return any(_calls_interface(type(part)) for part in module.modules())
 
 
-@functools.cache
 def _calls_interface(cls: type) -> bool:
     methods = [inspect.unwrap(f) for base in cls.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
     return any(
