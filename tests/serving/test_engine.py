@@ -34,7 +34,10 @@ def folder(llama: Fitted, plan: LatentPlan, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def served(folder: str) -> Iterator[Served]:
-    """One engine for what needs no options: prompts in one piece, and room for all."""
+    """One engine for what needs no options: prompts in one piece, and room for all.
+
+    Closing any engine ends vLLM's process groups: tests of this one stand before those that make others.
+    """
     engine = Served(folder)
     yield engine
     engine.close()
@@ -76,6 +79,34 @@ def test_other_texts_behind_one_prefix_do_not_mix(served: Served) -> None:
     assert served.greedy([shared + prompt(10, 40)], 8)[0] == list(behind.outputs[0].token_ids)
 
 
+def test_sampling_runs(served: Served) -> None:
+    (one,) = served.results([PROMPTS[1]], max_tokens=12, temperature=1.0, seed=1, n=3)
+    assert len({tuple(output.token_ids) for output in one.outputs}) == 3
+    assert len(one.outputs[0].token_ids) == 12
+
+
+# --------------------------------------------------------------------------------------------------- likelihoods
+
+
+def own_log_likelihood(model: Any, plan: LatentPlan, ids: list[int]) -> float:
+    """What fhopt's own cache gives: the tokens that means are of in one call, the others one by one."""
+    cache: Any = LatentCache(plan, absorb=False)
+    first = max(1, means_from(plan))
+    calls = [ids[:first], *([token] for token in ids[first:-1])]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([call]), **cached(cache)).logits[0] for call in calls])
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean())
+
+
+def test_the_likelihood_is_that_of_the_own_cache(llama: Fitted, plan: LatentPlan, served: Served) -> None:
+    ids = prompt(11, LENGTH - 2)
+    expected = own_log_likelihood(llama.model, plan, ids)
+    assert abs(served.log_likelihood(ids) - expected) < SHARE * abs(expected)
+
+
+# --------------------------------------------------------------------------------------------------- other engines
+
+
 def test_chunks_and_preemption_change_no_token(folder: str, alone: list[list[int]]) -> None:
     chunked = Served(folder, max_num_batched_tokens=48, enable_prefix_caching=False)
     assert chunked.greedy(PROMPTS) == alone
@@ -102,31 +133,6 @@ def test_guessed_tokens_change_no_token(folder: str, alone: list[list[int]]) -> 
     assert engine.greedy([*PROMPTS, repeated]) == [*alone, *plain.greedy([repeated])]
     engine.close()
     plain.close()
-
-
-def test_sampling_and_beams_run(served: Served) -> None:
-    (one,) = served.results([PROMPTS[1]], max_tokens=12, temperature=1.0, seed=1, n=3)
-    assert len({tuple(output.token_ids) for output in one.outputs}) == 3
-    assert len(one.outputs[0].token_ids) == 12
-
-
-# --------------------------------------------------------------------------------------------------- likelihoods
-
-
-def own_log_likelihood(model: Any, plan: LatentPlan, ids: list[int]) -> float:
-    """What fhopt's own cache gives: the tokens that means are of in one call, the others one by one."""
-    cache: Any = LatentCache(plan, absorb=False)
-    first = max(1, means_from(plan))
-    calls = [ids[:first], *([token] for token in ids[first:-1])]
-    with torch.no_grad():
-        logits = torch.cat([model(torch.tensor([call]), **cached(cache)).logits[0] for call in calls])
-    return float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean())
-
-
-def test_the_likelihood_is_that_of_the_own_cache(llama: Fitted, plan: LatentPlan, served: Served) -> None:
-    ids = prompt(11, LENGTH - 2)
-    expected = own_log_likelihood(llama.model, plan, ids)
-    assert abs(served.log_likelihood(ids) - expected) < SHARE * abs(expected)
 
 
 @pytest.mark.parametrize("layout", ["band", "head"])
