@@ -63,7 +63,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         Cache.__init__(self, layers=made, offloading=offloading)
         self.plan = plan
         self._first_pass = True
-        self._told = not plan.provenance  # a plan made by hand was calibrated on nothing
+        self.warns = bool(plan.provenance)  # of text unlike that of calibration; a plan made by hand has seen none
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -84,7 +84,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
             if self._first_pass:  # layers before this one have taken the tokens already
                 self.reset()
             raise
-        if not self._told and layer_idx == len(self.layers) - 1:
+        if self.warns and layer_idx == len(self.layers) - 1:
             self._tell_unlike_text()
         return result
 
@@ -93,7 +93,7 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
         energy = self.latent_energy
         if energy is None:
             return
-        self._told = True
+        self.warns = False
         if energy > UNLIKE:
             warn_once(
                 f"unlike text {id(self.plan)}",

@@ -43,7 +43,9 @@ def new_cache(model: Any, plan: LatentPlan | None, *, each_query: bool = True) -
 
     if plan is None:
         return Cache(layers=DynamicCache(config=model.config).layers)
-    return LatentCache(held_plan(model, plan), model.config, absorb=True, each_query=each_query)
+    cache = LatentCache(held_plan(model, plan), model.config, absorb=True, each_query=each_query)
+    cache.warns = False  # what a text loses is being measured
+    return cache
 
 
 @contextmanager

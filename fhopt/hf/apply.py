@@ -105,7 +105,10 @@ def _check_cache(model: torch.nn.Module) -> None:
     """Raise FhoptError for a model that generates without a cache of transformers: no plan would reach its tokens."""
     if not hasattr(model, "generate"):
         return
-    takes_one = not {"cache", "past_key_values"}.isdisjoint(inspect.signature(model.forward).parameters)
+    network: Any = model
+    wrapped = network.get_base_model() if hasattr(network, "get_base_model") else network  # of PEFT
+    taken = inspect.signature(type(wrapped).forward).parameters  # whatever may stand before the class's own forward
+    takes_one = not {"cache", "past_key_values"}.isdisjoint(taken)
     keeps_its_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
     if keeps_its_own or not takes_one:
         what = "a cache of its own" if keeps_its_own else "no KV cache"
