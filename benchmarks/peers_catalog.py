@@ -127,7 +127,7 @@ QUICK = ("transformers sdpa", "llama.cpp F16, K/V f16", "fhopt 4x")
 def chosen(names: Sequence[str], is_quick: bool = False) -> list[Peer]:
     """Return the peers whose names begin with one of `names`; those by default, or of a quick run, without any.
 
-    Raises ValueError for a name that no peer begins with.
+    A whole name means that peer alone. Raises ValueError for a name that no peer begins with.
     """
     if not names:
         return [peer for peer in PEERS if (peer.name in QUICK if is_quick else peer.is_default)]
@@ -135,4 +135,8 @@ def chosen(names: Sequence[str], is_quick: bool = False) -> list[Peer]:
         if not any(peer.name.lower().startswith(name.lower()) for peer in PEERS):
             engines = dict.fromkeys(peer.name.split()[0] for peer in PEERS)
             raise ValueError(f"no peer is called {name!r}; expected the start of a name, such as {', '.join(engines)}.")
-    return [peer for peer in PEERS if any(peer.name.lower().startswith(name.lower()) for name in names)]
+    return [peer for peer in PEERS if any(_is_meant(peer.name.lower(), name.lower()) for name in names)]
+
+
+def _is_meant(peer: str, name: str) -> bool:
+    return peer == name or (peer.startswith(name) and all(other.name.lower() != name for other in PEERS))
