@@ -368,6 +368,12 @@ SECTIONS = {
         "[how](howto/compare_engines.md). In brackets: fhopt against the best of all others "
         "whose weights have 16 bits or more.", engines,
     ),
+    "serving": Section(
+        "Plans in vLLM", "make bench-serve",
+        "vLLM for CPUs, SmolLM2 in bfloat16, 1 GiB for keys and values, a process for each engine: requests of 8,192 "
+        "tokens that vLLM says fit at once, and the speed of `requests x tokens of a prompt`. In brackets: against "
+        "exact vLLM; [how](howto/serve_with_vllm.md).", by_case,
+    ),
     "attention": Section(
         "Attention of one token", "make bench-attention",
         "One query token, measured alternately. In brackets: speed-up over the fastest implementation in torch. With "
