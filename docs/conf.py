@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import fhopt
+
+# A warning of torchao, which transformers imports where it is installed, is no warning of the documentation.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 project, author, release = "fhopt", "the fhopt authors", fhopt.__version__
 copyright = "Apache-2.0"

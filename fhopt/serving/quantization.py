@@ -26,7 +26,6 @@ from fhopt.serving.batch import means_from
 from fhopt.serving.layer_cache import LayerCache
 
 
-@register_quantization_config(METHOD)
 class FhoptConfig(QuantizationConfig):  # type: ignore[misc]
     """The quantization configuration of a rewritten folder."""
 
@@ -81,6 +80,9 @@ class FhoptConfig(QuantizationConfig):  # type: ignore[misc]
     def _made(self) -> _Made:
         assert self.plan is not None, "maybe_update_config was called"
         return _Made(self.plan, get_current_vllm_config())
+
+
+register_quantization_config(METHOD)(FhoptConfig)
 
 
 class _Made:
