@@ -10,7 +10,7 @@ from typing import Any
 
 from ik_llama_cpp import _ctypes_api as library
 from peers_protocol import Report, Request, run, versions
-from peers_run_llama_cpp import CHUNK, TYPES, check, generate
+from peers_run_llama_cpp import check, context_of, generate
 
 
 def context(request: Request) -> tuple[Any, int]:
@@ -21,16 +21,9 @@ def context(request: Request) -> tuple[Any, int]:
     model = library.llama_model_load_from_file(request.model.encode(), model_params)
     params = library.llama_context_default_params()
     check(params)
-    params.n_seq_max = request.batch
     params.n_ctx = -(-request.batch * request.most // 256) * 256
-    params.n_batch = CHUNK
-    params.n_threads = params.n_threads_batch = request.threads
-    params.type_k = params.type_v = TYPES[request.options["cache"]]
     params.flash_attn = True
-    made = library.llama_init_from_model(model, params) if model else None
-    if not made:
-        raise RuntimeError(f"ik_llama could not {'make a context for' if model else 'load'} {request.model}")
-    return made, library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    return context_of(library, model, params, request, "ik_llama")
 
 
 def measure(request: Request) -> Report:

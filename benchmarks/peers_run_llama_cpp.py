@@ -94,15 +94,20 @@ def context(library: Any, request: Request) -> tuple[Any, int]:
     model = library.llama_model_load_from_file(request.model.encode(), library.llama_model_default_params())
     params = library.llama_context_default_params()
     check(params)
-    params.n_seq_max = request.batch
     params.n_ctx = request.batch * _padded(request.most)
+    params.flash_attn_type = FLASH_ATTENTION_ON
+    return context_of(library, model, params, request, "llama.cpp")
+
+
+def context_of(library: Any, model: Any, params: Any, request: Request, engine: str) -> tuple[Any, int]:
+    """Make a context with the rest of its settings, for llama.cpp and ik_llama: as `context`. Raises RuntimeError."""
+    params.n_seq_max = request.batch
     params.n_batch = CHUNK
     params.n_threads = params.n_threads_batch = request.threads
     params.type_k = params.type_v = TYPES[request.options["cache"]]
-    params.flash_attn_type = FLASH_ATTENTION_ON
     made = library.llama_init_from_model(model, params) if model else None
     if not made:
-        raise RuntimeError(f"llama.cpp could not {'make a context for' if model else 'load'} {request.model}")
+        raise RuntimeError(f"{engine} could not {'make a context for' if model else 'load'} {request.model}")
     return made, library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
 
 

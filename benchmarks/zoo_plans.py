@@ -18,15 +18,14 @@ from recording import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # the zoo belongs to the tests, and is not installed
 
 import json
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import click
 from recording import RESULTS, commit, is_quick, machine, screen, versions
 from rich.table import Table
 from zoo_plans_check import PlanRow, check_plan
-from zoo_wide import QUICK_SECONDS, prepare, write
+from zoo_wide import QUICK_SECONDS, prepare, within, write
 from zoo_wide_check import one_line
 from zoo_wide_models import DECODERS, Candidate, candidates, make
 from zoo_wide_page import reasons
@@ -58,7 +57,7 @@ def main(only: str | None, quick: bool, again: bool) -> None:
     if not jobs:
         raise click.BadParameter(f"no decoder has {only!r} in its name.", param_hint="--only")
     if quick or is_quick():
-        rows = list(_within(QUICK_SECONDS, jobs[::SAMPLE]))
+        rows = list(within(QUICK_SECONDS, jobs[::SAMPLE], _checked))
     else:
         rows = list(_checked(jobs)) if only is not None else _all(jobs, again)
     screen().print(table(rows))
@@ -93,14 +92,6 @@ def _all(jobs: Sequence[tuple[Candidate, float]], again: bool) -> list[PlanRow]:
     PAGE.write_text(page(rows), encoding="utf-8")
     print(f"zoo-plans: {(RESULTS / 'zoo_plans.json').relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
     return rows
-
-
-def _within(seconds: float, jobs: Iterable[tuple[Candidate, float]]) -> Iterator[PlanRow]:
-    start = time.perf_counter()
-    for job in jobs:
-        if time.perf_counter() - start > seconds:
-            return
-        yield from _checked([job])
 
 
 def _checked(jobs: Sequence[tuple[Candidate, float]]) -> Iterator[PlanRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ def _layers(cache: Any) -> list[Any]:
 
 
 def _fitted(model: Any, ratio: float) -> LatentPlan:
-    options = FitOptions(**{**vars(OPTIONS), "ratio": ratio})
+    options = replace(OPTIONS, ratio=ratio)
     return run.plan_for(run.measure_module(model, _batches(model), options), options)
 
 

@@ -24,10 +24,10 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import click
 import torch
@@ -43,6 +43,8 @@ PAGE = ROOT / "docs" / "zoo_wide.md"
 SECONDS = 240.0  # for one class; most take 2 to 5
 QUICK_SECONDS = 40.0  # after which a quick run starts no other class
 SAMPLE = 25  # in a quick run, one class of this many
+Job = TypeVar("Job")  # what is to be checked
+Checked = TypeVar("Checked")  # the row of it
 
 
 @click.command()
@@ -58,7 +60,7 @@ def main(only: str | None, family: str | None, implementation: str | None, quick
     if not jobs:
         raise click.UsageError("no class has this name, family and implementation.")
     if quick or is_quick():
-        rows = list(_within(QUICK_SECONDS, jobs[::SAMPLE]))
+        rows = list(within(QUICK_SECONDS, jobs[::SAMPLE], _checked))
     elif only is not None:
         rows = list(_checked(jobs))
     else:
@@ -125,12 +127,15 @@ def _kept() -> list[Row]:
     return []
 
 
-def _within(seconds: float, jobs: Iterable[tuple[Candidate, str]]) -> Iterator[Row]:
+def within(
+    seconds: float, jobs: Iterable[Job], check: Callable[[Sequence[Job]], Iterator[Checked]]
+) -> Iterator[Checked]:
+    """Yield the rows of jobs, of which none begins later than that."""
     start = time.perf_counter()
     for job in jobs:
         if time.perf_counter() - start > seconds:
             return
-        yield from _checked([job])
+        yield from check([job])
 
 
 def _checked(jobs: Sequence[tuple[Candidate, str]]) -> Iterator[Row]:

@@ -114,7 +114,7 @@ def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor
     """
     if x.dtype not in _DTYPES or not _has_ops():
         return False
-    graph_kernels.round_rows_into(x, mean, codes, scale, at)
+    torch.ops.fhopt.round_rows_into.default(x, mean, codes, scale, at)
     return True
 
 

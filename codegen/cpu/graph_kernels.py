@@ -44,7 +44,6 @@ from fhopt.ops.packing import empty_packed
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "ops"  # of the library
-MOST_CALLS = 4096  # kinds of calls whose kernels are remembered
 log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): name for name in UNCODED_DTYPES}
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
@@ -207,15 +206,9 @@ def attend_latents(operands: tuple[Tensor | None, ...], options: dict[str, Any])
     return output
 
 
-def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor, at: int) -> None:
-    """Round rows into a window, as `fhopt.ops.packing.round_rows_into_reference` does. For calls without gradients."""
-    torch.ops.fhopt.round_rows_into.default(x, mean, codes, scale, at)
-
-
 Names = tuple[str, str, str]  # of the kernels of latents, of the residual window ("": there is none), of other tokens
 _TIERS = tuple(f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
-# By which lists of bits, widths and steps were given, and what they held then.
-_attended: dict[tuple[Any, ...], tuple[Names, list[Any]]] = {}
+_attended: dict[tuple[Any, ...], Names] = {}
 
 
 def _attend_names(operands: Sequence[Any], options: dict[str, Any]) -> Names | None:
@@ -228,19 +221,16 @@ def _attend_names(operands: Sequence[Any], options: dict[str, Any]) -> Names | N
         return None
     if not all(x is None or _masks(x) for x in operands[13:16]) or not _counts(operands[16]):
         return None
-    tiers = [options[name] for name in _TIERS]
+    tiers = [tuple(options[name]) for name in _TIERS]
     sizes = key_decode.shape[2], key.shape[3], value.shape[3], value_rows.shape[3]
     cap = options.get("softcap", 0.0) != 0.0
-    call = (*map(id, tiers), *sizes, dtype, key_rows.dtype, value_rows.dtype, cap, window is not None)
-    found = _attended.get(call)
-    names = found[0] if found is not None and found[1] == tiers else None
+    call = (*tiers, *sizes, dtype, key_rows.dtype, value_rows.dtype, cap, window is not None)
+    names = _attended.get(call)
     if names is None:
         latent = _spec({"query": key_decode, "key": key_rows, "value": value_rows}, options)
         names = _served_names(latent, sizes[1], sizes[2], _DTYPES[dtype], cap, window is not None)
         if names is not None:
-            if len(_attended) >= MOST_CALLS:
-                _attended.clear()
-            _attended[call] = names, copy.deepcopy(tiers)
+            _attended[call] = names
     return names
 
 

@@ -31,6 +31,7 @@ NAME = "skinny"  # of the library
 MOST_ROWS = 16  # more rows are worth bringing the weight into order
 LEAST_BYTES = 1 << 16  # of a weight: smaller ones stay in the cache, and a call costs 3 microseconds
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 log = logging.getLogger(__name__)
 
 
@@ -39,15 +40,19 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     Rows and columns are what the module says; weights of less than LEAST_BYTES are left to torch.
     """
-    if type(x) is not Tensor or x.dtype not in _DTYPES or weight.dtype != x.dtype or x.device.type != "cpu":
+    if type(weight) not in _PLAIN or not _takes(x, weight.shape[1], bias):
         return False
-    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.device.type != "cpu" or weight.stride(-1) != 1:
+    is_like = weight.is_cpu and weight.dtype == x.dtype and weight.stride(-1) == 1
+    return is_like and weight.numel() * weight.element_size() >= LEAST_BYTES
+
+
+def _takes(x: Tensor, width: int, bias: Tensor | None) -> bool:
+    """Return whether input and bias are ones that the kernel takes, beside a weight of that width."""
+    if type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or x.shape[-1] != width:
         return False
-    if not 1 <= x.numel() // max(x.shape[-1], 1) <= MOST_ROWS or x.shape[-1] != weight.shape[1]:
+    if not 1 <= x.numel() // max(width, 1) <= MOST_ROWS or torch.is_autocast_enabled("cpu"):
         return False
-    if weight.numel() * weight.element_size() < LEAST_BYTES or torch.is_autocast_enabled("cpu"):
-        return False
-    return bias is None or (bias.dtype == x.dtype and type(bias) in (Tensor, torch.nn.Parameter))
+    return bias is None or (bias.dtype == x.dtype and type(bias) in _PLAIN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +74,16 @@ _signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `_SignedBytes`;
 
 def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Return values int8 [N,K] and scales float32 [N] of a quantized weight that the kernel takes; None for others."""
-    if type(weight) in (Tensor, torch.nn.Parameter) or type(x) is not Tensor:
+    if type(weight) in _PLAIN:
         return None
     found: _SignedBytes | None = _signed_bytes.get(weight)
     if found is None and weight in _signed_bytes:
         return None
     if found is None or not found.is_current(weight):
         found = _signed_bytes[weight] = _rows_of_bytes(weight)
-    if found is None or x.dtype not in _DTYPES or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if found is None or not _takes(x, found.values.shape[1], bias):
         return None
-    if not 1 <= x.numel() // max(x.shape[-1], 1) <= MOST_ROWS or x.shape[-1] != found.values.shape[1]:
-        return None
-    fits = bias is None or (bias.dtype == x.dtype and type(bias) in (Tensor, torch.nn.Parameter))
-    return (found.values, found.scale) if fits else None
+    return found.values, found.scale
 
 
 def _rows_of_bytes(weight: Tensor) -> _SignedBytes | None:

@@ -26,6 +26,8 @@ from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latent
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, prefill_attention, registry
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, latents: AnyLatents, mask: Tensor | None, *, scale: float,
@@ -152,21 +154,21 @@ def _is_decode_step(query: Tensor, key: Tensor, latents: AnyLatents) -> bool:
 
     In graphs they are one op, which `codegen.cpu.graph_kernels` replaces by that call.
     """
-    if torch.is_grad_enabled() or query.device.type != "cpu":
-        return False
-    typed = query.dtype == key.dtype and query.dtype in _DTYPES
     some = latents.key.rows.shape[2] != 0 or latents.key.window is not None
-    return typed and query.shape[2] == 1 and key.shape[2] != 0 and some
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    single = query.shape[2] == 1 and key.shape[2] != 0 and query.dtype == key.dtype
+    return single and some and _is_served(query)
 
 
 def reads_at_once(new_keys: Tensor) -> bool:
     """Return whether a decode step with this key [B,G,1,D] is one call of machine code in eager mode."""
-    if new_keys.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or registry.kernel_of("attend_latents", "cpu") is None:
         return False
-    return new_keys.dtype in _DTYPES and registry.kernel_of("attend_latents", "cpu") is not None
+    return _is_served(new_keys)
+
+
+def _is_served(x: Tensor) -> bool:
+    """Return whether tensors like this one are of a call that kernels of a CPU know: no gradients, 32 or 16 bits."""
+    return not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in _DTYPES
 
 
 # --------------------------------------------------------------------------------------------------- masks

@@ -17,7 +17,15 @@ import torch
 
 from fhopt.errors import FhoptError
 from fhopt.hf.skinny_products import replace_products, restore_products
-from fhopt.models.model_facts import cache_argument, encoder_path, implementations, is_inside, text_key, uses_interface
+from fhopt.models.model_facts import (
+    cache_argument,
+    encoder_path,
+    implementations,
+    is_inside,
+    keeps_own_cache,
+    text_key,
+    uses_interface,
+)
 from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import local_plan
 from fhopt.plan.fingerprint import check_model
@@ -109,9 +117,9 @@ def _check_cache(model: torch.nn.Module) -> None:
     wrapped = network.get_base_model() if hasattr(network, "get_base_model") else network  # of PEFT
     taken = inspect.signature(type(wrapped).forward).parameters  # whatever may stand before the class's own forward
     takes_one = not {"cache", "past_key_values"}.isdisjoint(taken)
-    keeps_its_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-    if keeps_its_own or not takes_one:
-        what = "a cache of its own" if keeps_its_own else "no KV cache"
+    own = keeps_own_cache(model)
+    if own or not takes_one:
+        what = "a cache of its own" if own else "no KV cache"
         raise FhoptError(
             f"{type(model).__name__} keeps {what}; expected a model "
             "that generates with a DynamicCache of transformers. Use torch.compile(model, backend='flashhead') for "

@@ -23,7 +23,7 @@ from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 from fhopt.cache.report import cache_bytes, exact_cache_bytes
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.sampling import Sampling
-from fhopt.models.model_facts import cache_argument, positions_of
+from fhopt.models.model_facts import cache_argument, keeps_own_cache, positions_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def new_cache(model: Any) -> Any:
     """Return an empty KV cache: of latents where a plan is applied; None for a model that makes a kind of its own."""
     if hasattr(model, "_fhopt_applied"):
         return latent_cache(model)
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+    if keeps_own_cache(model):
         return None
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 

@@ -47,6 +47,11 @@ def cache_argument(model: torch.nn.Module | type[torch.nn.Module]) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def keeps_own_cache(model: Any) -> bool:
+    """Return whether `generate` makes a cache of the model's own kind, not one of transformers."""
+    return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+
+
 def positions_of(model: Any) -> int | None:
     """Return how many positions the model has; None where its configuration does not say."""
     positions: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ class Batch:
     starts: list[int]
     lengths: list[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    made: dict[object, Any] = field(default_factory=dict, repr=False)  # once for all layers, by what it is made of
 
     @cached_property
     def sequences(self) -> list[Sequence]:
@@ -117,13 +119,12 @@ class Batch:
 
     def encoded(self, means_from: int) -> Tensor | None:
         """Return the new tokens, int64, of sequences that had means before them, or need none; None: all."""
-        key = f"encoded {means_from}"
-        if key not in self.__dict__:
+        if means_from not in self.made:
             chosen = [s for s in self.sequences if s.start >= means_from]
             every = len(chosen) == len(self.sequences)
             index = torch.cat([torch.arange(0), *(torch.arange(s.begin, s.end) for s in chosen)])
-            self.__dict__[key] = None if every else index.to(self.device)
-        found: Tensor | None = self.__dict__[key]
+            self.made[means_from] = None if every else index.to(self.device)
+        found: Tensor | None = self.made[means_from]
         return found
 
     def gaining_means(self, means_from: int) -> list[Sequence]:

@@ -57,6 +57,20 @@ class _Manager(SlidingWindowManager):  # type: ignore[misc]
             supports_fine_grained_hash_lookup=False, alignment_tokens=alignment_tokens,
         )  # fmt: skip
 
+    def _hold(self, blocks: list[Any], unused: int, lent: list[Any], behind: int = 0) -> list[Any]:
+        """Append to a request's blocks null blocks, lent ones, null blocks; return what was appended."""
+        new = [self._null_block] * unused + lent + [self._null_block] * behind
+        blocks.extend(new)
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in lent)
+        return new
+
+
+def _skipped(window: ResidualWindow, tokens: int) -> int:
+    """Return how many first tokens no query from position `tokens` on reads from the window."""
+    quantized = window.quantized_tokens(tokens)
+    return min(tokens, window.sinks + quantized) if quantized else 0
+
 
 class WindowManager(_Manager):
     """Lends blocks of a residual window."""
@@ -68,8 +82,7 @@ class WindowManager(_Manager):
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Return how many first tokens no query from `num_computed_tokens` on reads from the window."""
-        quantized = self.window.quantized_tokens(num_computed_tokens)
-        return min(num_computed_tokens, self.window.sinks + quantized) if quantized else 0
+        return _skipped(self.window, num_computed_tokens)
 
     def _first_kept(self, held: int, num_tokens: int) -> int:
         """Return the first block that must be lent, of those behind the `held` first ones."""
@@ -96,12 +109,7 @@ class WindowManager(_Manager):
         kept = min(end, self._first_kept(held, num_tokens))
         if PLENTY * (self.block_pool.get_num_free_blocks() - (end - held)) > self.block_pool.num_gpu_blocks:
             kept = held
-        lent = self.block_pool.get_new_blocks(end - kept)
-        new = [self._null_block] * (kept - held) + lent
-        blocks.extend(new)
-        if self._record_new_block_ids:
-            self.new_block_ids.extend(block.block_id for block in lent)
-        return new
+        return self._hold(blocks, kept - held, self.block_pool.get_new_blocks(end - kept))
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         """Free blocks of a range. Unlike those of other windows, null blocks stand between them."""
@@ -128,8 +136,7 @@ class WindowManager(_Manager):
         size, window = kv_cache_spec.block_size, kv_cache_spec.window
         hashes = cls._hashes(block_hashes, block_pool, kv_cache_spec, alignment_tokens)
         for length in range(max_length // alignment_tokens * alignment_tokens, 0, -alignment_tokens):
-            quantized = window.quantized_tokens(length)
-            first = min(length, window.sinks + quantized) // size if quantized else 0
+            first = _skipped(window, length) // size
             found = [block_pool.get_cached_block(hashes[i], kv_cache_group_ids) for i in range(first, length // size)]
             if all(found):
                 blocks = zip(*found, strict=True) if found else [()] * len(kv_cache_group_ids)
@@ -156,11 +163,8 @@ class FirstManager(_Manager):
         """Lend the first block; all others are the null block."""
         blocks = self.req_to_blocks[request_id]
         lent = [] if blocks else self.block_pool.get_new_blocks(1)
-        new = lent + [self._null_block] * max(0, -(-num_tokens // self.block_size) - len(blocks) - len(lent))
-        blocks.extend(new)
-        if self._record_new_block_ids:
-            self.new_block_ids.extend(block.block_id for block in lent)
-        return new
+        behind = max(0, -(-num_tokens // self.block_size) - len(blocks) - len(lent))
+        return self._hold(blocks, 0, lent, behind)
 
     @classmethod
     def find_longest_cache_hit(

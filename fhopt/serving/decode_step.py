@@ -46,6 +46,7 @@ class DecodeStep:
         self.quantized = counts.to(device)
         self.absent = (torch.arange(self.most) >= counts.unsqueeze(1)).unsqueeze(1).to(device)  # [B, 1, V]
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
+        self._latents: tuple[Tensor, int] | None = None
 
     def window_places(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Return blocks and places of the window's rows, int64 [B,N] each."""
@@ -55,10 +56,9 @@ class DecodeStep:
 
     def latent_blocks(self, blocks: Blocks) -> tuple[Tensor, int]:
         """Return the blocks [B,n] of packed latents, and the place of the first row in the first block."""
-        found = self.__dict__.get("_latents")
-        if found is None:
-            found = self.__dict__["_latents"] = blocks.span(self.owners, self.sinks, self.sinks + self.most)
-        return found
+        if self._latents is None:
+            self._latents = blocks.span(self.owners, self.sinks, self.sinks + self.most)
+        return self._latents
 
 
 def attend_step(layer: LayerCache, caches: Caches, step: DecodeStep, query: Tensor) -> Tensor:

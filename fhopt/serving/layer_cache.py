@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import Latents, SideRows
-from fhopt.ops import algebra
 from fhopt.ops.masks import causal_mask
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
@@ -52,10 +51,10 @@ class Caches:
 
     def decode_step(self, window: ResidualWindow) -> DecodeStep:
         """Return what the sequences with one new token read, made once a batch for all layers."""
-        known = self.batch.__dict__
-        if "decode_step" not in known:
-            known["decode_step"] = DecodeStep(self.batch, window)
-        step: DecodeStep = known["decode_step"]
+        made = self.batch.made
+        if window not in made:
+            made[window] = DecodeStep(self.batch, window)
+        step: DecodeStep = made[window]
         return step
 
     def page(self, sequence: Sequence) -> Tensor:
@@ -73,7 +72,7 @@ class LayerCache:
         self.window_rows = WindowRows(site, plan.window_bits, dtype)
         self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
         self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
-        self.groups = algebra.bit_groups(site.key), algebra.bit_groups(site.key if site.is_shared else site.value)
+        self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
 
     # ---- writing
 

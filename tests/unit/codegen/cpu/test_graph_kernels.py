@@ -170,7 +170,7 @@ def test_rows_are_rounded_into_a_window_to_the_same_bits(dtype: torch.dtype, cen
     found, expected = (
         (torch.full((B, J, 9, 24), 7, dtype=torch.uint8), torch.ones(B, J, 9, dtype=torch.float16)) for _ in range(2)
     )
-    graph_kernels.round_rows_into(x, mean, *found, 3)
+    torch.ops.fhopt.round_rows_into(x, mean, *found, 3)
     assert packing.round_rows_into_reference(x, mean, *expected, 3)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -181,10 +181,10 @@ def test_a_row_with_an_unknown_number_has_an_unknown_scale_and_a_window_that_is_
     codes, scale = torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.zeros(1, 1, 4, dtype=torch.float16)
     x = torch.ones(1, 1, 2, 8)
     x[0, 0, 0, 3] = torch.nan
-    graph_kernels.round_rows_into(x, None, codes, scale, 0)
+    torch.ops.fhopt.round_rows_into(x, None, codes, scale, 0)
     assert scale[0, 0, 0].isnan() and scale[0, 0, 1].isfinite()
     with pytest.raises(RuntimeError, match="a window that does not fit"):
-        graph_kernels.round_rows_into(x, None, codes, scale, 3)
+        torch.ops.fhopt.round_rows_into(x, None, codes, scale, 3)
 
 
 class Latent(torch.nn.Module):
