@@ -9,18 +9,28 @@
 - `start()`: libraries for CPUs are compiled in the background (background.py), once on a machine; `prepare()` waits
   for them, `waiting()` for all that calls need.
 - `skinny_linear(x, w, b)`: a linear layer on few rows, in eager mode (dispatch.py).
+- `layer_programs_are_built()`: whether layers may run as programs (cpu/layer_program.py).
 - `install()`: fill in the kernels of all ops; nothing else does.
 """
 
 from fhopt.codegen.build import build, render
 from fhopt.codegen.cpu.graph_kernels import call_kernels
-from fhopt.codegen.dispatch import install, latent_attention, prepare, skinny_linear, start, waiting
+from fhopt.codegen.dispatch import (
+    install,
+    latent_attention,
+    layer_programs_are_built,
+    prepare,
+    skinny_linear,
+    start,
+    waiting,
+)
 
 __all__ = [
     "build",
     "call_kernels",
     "install",
     "latent_attention",
+    "layer_programs_are_built",
     "prepare",
     "render",
     "skinny_linear",

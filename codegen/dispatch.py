@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.build import build_torch, build_triton
-from fhopt.codegen.cpu import graph_kernels
+from fhopt.codegen.cpu import graph_kernels, layer_program
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu import skinny_linear as skinny_products
@@ -61,6 +61,7 @@ def start() -> None:
     builder.start_attention()
     cpu_packing.start()
     builder.start(graph_kernels.NAME, graph_kernels.serve_skinny)
+    builder.start(layer_program.NAME, layer_program.is_built)
 
 
 def prepare() -> None:
@@ -121,6 +122,11 @@ def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor
 def _has_ops() -> bool:
     """Return whether the C++ ops can be called; while they are built, in the background, they cannot."""
     return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_skinny, graph_kernels.compiles_skinny))
+
+
+def layer_programs_are_built() -> bool:
+    """Return whether programs of layers can run; while their library is built, in the background, they cannot."""
+    return bool(builder.get(layer_program.NAME, layer_program.is_built, layer_program.compiles_layers))
 
 
 def latent_attention(

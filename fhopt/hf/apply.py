@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.hf.layer_programs import drop_programs, use_programs
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.models.model_facts import (
     cache_argument,
@@ -49,7 +50,9 @@ class _Applied:
     config: Any  # of the model
 
 
-def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True) -> torch.nn.Module:
+def apply(
+    model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True, layer_programs: bool = True
+) -> torch.nn.Module:
     """Let `model` (a transformers model with a decoder) cache latents by `plan`; returns the model.
 
     `model.generate()` and `model(..., use_cache=True)` need no change. Applying another plan replaces the first. Sites
@@ -59,6 +62,9 @@ def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True
 
     skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once
     (fhopt/hf/skinny_products.py), also where the plan leaves all attention exact; False leaves them to torch.
+
+    layer_programs: on a CPU, decode steps run what a decoder layer does beside attention in two calls of machine code
+    (fhopt/hf/layer_programs.py), once a layer has been seen at work; False leaves it to torch's operations.
 
     Kernels that no process has built yet are built beside the first calls; `prepare` waits for them.
     """
@@ -106,6 +112,8 @@ def apply(model: torch.nn.Module, plan: LatentPlan, skinny_products: bool = True
         fhopt.codegen.start()
     if skinny_products:
         replace_products(model)
+    if layer_programs and network._fhopt_applied.interface:
+        use_programs(model, plan, IMPLEMENTATION)
     return model
 
 
@@ -184,6 +192,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
         applied.reader.active = False
         if _uses_latents(network.config):
             network.set_attn_implementation(applied.before)
+        drop_programs(model)
         restore_products(model)
         del network._fhopt_applied
     return model

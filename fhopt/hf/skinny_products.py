@@ -31,8 +31,13 @@ def replace_products(model: torch.nn.Module) -> None:
 def restore_products(model: torch.nn.Module) -> None:
     """Undo `replace_products`."""
     for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+        if is_replaced(module):
             del vars(module)["forward"]
+
+
+def is_replaced(module: torch.nn.Module) -> bool:
+    """Return whether the products of a module are those of `replace_products`."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
 
 
 def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:

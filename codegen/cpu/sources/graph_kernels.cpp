@@ -68,6 +68,7 @@ struct Skinny {
     const void* bias;
     void* output;
     const float* scale;
+    int64_t is_float;
 };
 
 struct Kernel {
@@ -545,7 +546,7 @@ Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias, st
                    (type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2) + (scale ? 3 : 0),
                    input.data_ptr(), weight.size(1), weight.data_ptr(), weight.stride(0),
                    bias ? bias->data_ptr() : nullptr, output.data_ptr(),
-                   scale ? static_cast<const float*>(scale->data_ptr()) : nullptr};
+                   scale ? static_cast<const float*>(scale->data_ptr()) : nullptr, 0};
     // clang-format on
     run_skinny(&a);
     return output;

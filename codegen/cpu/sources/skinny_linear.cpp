@@ -41,6 +41,7 @@ struct Arguments {
     const void* bias;               // [N], or null
     void* output;                   // [M,N], dense
     const float* scale;             // [N], or null
+    int64_t is_float;               // input and output are of float32, whatever the type
 };
 
 #include "products.h"
@@ -51,12 +52,14 @@ void block(const Arguments& a, const typename T::Input* input, int64_t stride, i
     const auto* weight = static_cast<const typename T::Weight*>(a.weight) + column * a.weight_row;
     multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, a.weight_row, a.width, sums);
     const auto* bias = static_cast<const typename T::Element*>(a.bias);
-    auto* output = static_cast<typename T::Element*>(a.output) + row * a.columns + column;
+    const int64_t first = row * a.columns + column;
     for (int r = 0; r < ROWS; r++) {
         for (int c = 0; c < COLUMNS; c++) {
             const float added = bias ? T::number(bias[column + c]) : 0.0f;
             const float sum = sums[r * COLUMNS + c];
-            output[r * a.columns + c] = T::rounded((a.scale ? sum * a.scale[column + c] : sum) + added);
+            const float y = (a.scale ? sum * a.scale[column + c] : sum) + added;
+            if (a.is_float) static_cast<float*>(a.output)[first + r * a.columns + c] = y;
+            else static_cast<typename T::Element*>(a.output)[first + r * a.columns + c] = T::rounded(y);
         }
     }
 }
@@ -81,27 +84,41 @@ void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, co
 
 constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
 
+// Products of one input with `count` weights.
 template <class T>
-void product(const Arguments& a) {
+void products(const Arguments* all, int64_t count) {
+    const Arguments& a = all[0];
     const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP + 64 / int64_t(sizeof(typename T::Input));
     const int64_t bytes = (std::max<int64_t>(a.rows, 1) * stride * int64_t(sizeof(typename T::Input)) + 63) / 64 * 64;
     auto* input = static_cast<typename T::Input*>(std::aligned_alloc(64, bytes));
     for (int64_t r = 0; r < a.rows; r++) {
-        const auto* x = static_cast<const typename T::Element*>(a.input) + r * a.input_row;
-        for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(x[k]);
+        if (a.is_float) {
+            const float* x = static_cast<const float*>(a.input) + r * a.input_row;
+            for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(T::rounded(x[k]));
+        } else {
+            const auto* x = static_cast<const typename T::Element*>(a.input) + r * a.input_row;
+            for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(x[k]);
+        }
         std::fill(input + r * stride + a.width, input + (r + 1) * stride, typename T::Input());
     }
     const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t step = blocks > 1 ? CACHED : 16 * CACHED;
-    const int64_t steps = (a.columns + step - 1) / step;
-    const int64_t size = a.columns * a.width * int64_t(sizeof(typename T::Weight));
+    const int64_t step = blocks > 1 ? CACHED : 2 * CACHED;
+    const auto steps_of = [&](const Arguments& p) { return (p.columns + step - 1) / step; };
+    int64_t steps = 0, size = 0;
+    for (int64_t p = 0; p < count; p++) {
+        steps += steps_of(all[p]);
+        size += all[p].columns * all[p].width * int64_t(sizeof(typename T::Weight));
+    }
     const int threads = int(std::clamp<int64_t>(std::min(steps, size / 100000), 1, a.threads));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < steps; i++) {
+    for (int64_t s = 0; s < steps; s++) {
+        const Arguments* its = all;
+        int64_t i = s;
+        for (; i >= steps_of(*its); its++) i -= steps_of(*its);
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t row = a.rows * b / blocks, last = a.rows * (b + 1) / blocks;
-            rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(last - row), a, input, stride, row, i * step,
-                       std::min((i + 1) * step, a.columns));
+            rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(last - row), *its, input, stride, row,
+                       i * step, std::min((i + 1) * step, its->columns));
         }
     }
     std::free(input);
@@ -109,14 +126,16 @@ void product(const Arguments& a) {
 
 }  // namespace
 
-extern "C" void skinny(const Arguments* arguments) {
-    const Arguments& a = *arguments;
-    switch (a.type) {
-        case FLOAT32: return product<OfFloat32>(a);
-        case BFLOAT16: return product<OfBFloat16Pairs>(a);
-        case FLOAT16: return product<OfFloat16>(a);
-        case FLOAT32 + BYTES: return product<OfBytes<OfFloat32>>(a);
-        case BFLOAT16 + BYTES: return product<OfBytes<OfBFloat16>>(a);
-        default: return product<OfBytes<OfFloat16>>(a);
+// Products of one input with `count` weights, all of one type.
+extern "C" void skinny_group(const Arguments* all, int64_t count) {
+    switch (all->type) {
+        case FLOAT32: return products<OfFloat32>(all, count);
+        case BFLOAT16: return products<OfBFloat16Pairs>(all, count);
+        case FLOAT16: return products<OfFloat16>(all, count);
+        case FLOAT32 + BYTES: return products<OfBytes<OfFloat32>>(all, count);
+        case BFLOAT16 + BYTES: return products<OfBytes<OfBFloat16>>(all, count);
+        default: return products<OfBytes<OfFloat16>>(all, count);
     }
 }
+
+extern "C" void skinny(const Arguments* arguments) { skinny_group(arguments, 1); }

@@ -1,0 +1,257 @@
+// layer_program
+//
+// What a decoder layer does with a few tokens beside attention, as a program: a list of instructions on floats, which
+// this file runs. Norms, rotations, activations and sums are short beside the products with weights, so that an
+// instruction is one operation on one array, and what varies with the model is data.
+//
+//     arena      floats that belong to one run: every value of the program has its place there
+//     externals  addresses of tensors: weights, and what goes in and out; LOAD and STORE convert their types
+//
+// Sizes have four dimensions, the last one innermost; strides count floats, 0 where a value is repeated.
+//
+// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -shared -fPIC
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+#include "exponential.h"
+#include "products.h"
+
+// ------------------------------------------------------------------------------------------------ instructions
+
+// clang-format off
+enum Code : int64_t {
+    LOAD, STORE, COPY, FILL, ADD, SUBTRACT, MULTIPLY, DIVIDE, LARGEST, LEAST, NEGATE, ABSOLUTE, SQUARE_ROOT,
+    INVERSE_ROOT, INVERSE, EXPONENTIAL, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, MEAN, SUM, LINEAR
+};
+// clang-format on
+
+struct View {
+    int64_t offset, strides[4];  // in the arena
+};
+
+struct Instruction {
+    int64_t code, sizes[4];
+    View out, a, b;
+    int64_t external, type;      // LOAD, STORE and LINEAR: of which tensor (the weight), numbers of which type
+    int64_t strides[4], offset;  // LOAD: of the tensor, in its numbers
+    double number;               // FILL
+    int64_t bias, scale, weight_row, joined;  // LINEAR: externals or -1; how many instructions read the same input
+};
+
+// As in skinny_linear.cpp.
+struct Skinny {
+    int64_t rows, width, columns, threads, type;
+    const void* input;
+    int64_t input_row;
+    const void* weight;
+    int64_t weight_row;
+    const void* bias;
+    void* output;
+    const float* scale;
+    int64_t is_float;
+};
+
+struct Run {
+    const Instruction* instructions;
+    int64_t count, arena, threads;
+    void* const* externals;
+    void (*skinny)(const Skinny*, int64_t);
+};
+
+// ------------------------------------------------------------------------------------------------ loops
+
+// Calls f(out, a, b, size, strides) for every innermost row.
+template <class F>
+void rows(const Instruction& i, float* arena, F f) {
+    for (int64_t x = 0; x < i.sizes[0]; x++) {
+        for (int64_t y = 0; y < i.sizes[1]; y++) {
+            for (int64_t z = 0; z < i.sizes[2]; z++) {
+                const auto at = [&](const View& v) {
+                    return arena + v.offset + x * v.strides[0] + y * v.strides[1] + z * v.strides[2];
+                };
+                f(at(i.out), at(i.a), at(i.b));
+            }
+        }
+    }
+}
+
+template <class F>
+void two(const Instruction& i, float* arena, F f) {
+    const int64_t n = i.sizes[3], out_step = i.out.strides[3], a_step = i.a.strides[3], b_step = i.b.strides[3];
+    rows(i, arena, [&](float* out, const float* a, const float* b) {
+        if (out_step == 1 && a_step == 1 && b_step == 1) {
+            for (int64_t k = 0; k < n; k++) out[k] = f(a[k], b[k]);
+        } else if (out_step == 1 && a_step == 1 && b_step == 0) {
+            const float number = *b;
+            for (int64_t k = 0; k < n; k++) out[k] = f(a[k], number);
+        } else {
+            for (int64_t k = 0; k < n; k++) out[k * out_step] = f(a[k * a_step], b[k * b_step]);
+        }
+    });
+}
+
+template <class F>
+void one(const Instruction& i, float* arena, F f) {
+    two(i, arena, [&](float a, float) { return f(a); });
+}
+
+// f of vectors.
+template <class F>
+void vectors(const Instruction& i, float* arena, F f) {
+    const int64_t n = i.sizes[3], out_step = i.out.strides[3], step = i.a.strides[3];
+    rows(i, arena, [&](float* out, const float* a, const float*) {
+        int64_t k = 0;
+        if (out_step == 1 && step == 1) {
+            for (; k + LANES <= n; k += LANES) store(out + k, f(load(a + k)));
+        }
+        while (k < n) {
+            float some[LANES] = {};
+            const int64_t count = std::min<int64_t>(LANES, n - k);
+            for (int64_t c = 0; c < count; c++) some[c] = a[(k + c) * step];
+            store(some, f(load(some)));
+            for (int64_t c = 0; c < count; c++) out[(k + c) * out_step] = some[c];
+            k += count;
+        }
+    });
+}
+
+void sums(const Instruction& i, float* arena, float factor) {
+    const int64_t n = i.sizes[3], step = i.a.strides[3];
+    rows(i, arena, [&](float* out, const float* a, const float*) {
+        Floats total = {};
+        float sum = 0;
+        int64_t k = 0;
+        if (step == 1) {
+            for (; k + LANES <= n; k += LANES) total += load(a + k);
+        }
+        for (; k < n; k++) sum += a[k * step];
+        *out = factor * (sum_of(total) + sum);
+    });
+}
+
+// ------------------------------------------------------------------------------------------------ functions
+
+INLINE Floats exponential_of_less(Floats x) { return exp2(x * float(LOG2E)); }  // for x <= 0
+
+INLINE Floats sigmoid(Floats x) {
+    const Floats e = exponential_of_less(x > 0.0f ? -x : x);
+    return (x > 0.0f ? Floats{} + 1.0f : e) / (e + 1.0f);
+}
+
+// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: to 1.5e-7.
+INLINE Floats error_function(Floats x) {
+    const Floats magnitude = x < 0.0f ? -x : x;
+    const Floats t = 1.0f / (magnitude * 0.3275911f + 1.0f);
+    Floats y = t * 1.061405429f - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = y * t + 0.254829592f;
+    y = 1.0f - y * t * exponential_of_less(-magnitude * magnitude);
+    return x < 0.0f ? -y : y;
+}
+
+INLINE Floats gelu_tanh(Floats x) { return x * sigmoid((x * x * 0.044715f + 1.0f) * x * 1.5957691216f); }
+
+// ------------------------------------------------------------------------------------------------ tensors
+
+// Calls f(arena, tensor) for every number of a LOAD or a STORE.
+template <class T, class F>
+void each(const Instruction& i, float* arena, void* tensor, F f) {
+    T* numbers = static_cast<T*>(tensor) + i.offset;
+    const View& v = i.out;
+    for (int64_t x = 0; x < i.sizes[0]; x++) {
+        for (int64_t y = 0; y < i.sizes[1]; y++) {
+            for (int64_t z = 0; z < i.sizes[2]; z++) {
+                float* here = arena + v.offset + x * v.strides[0] + y * v.strides[1] + z * v.strides[2];
+                T* there = numbers + x * i.strides[0] + y * i.strides[1] + z * i.strides[2];
+                if (v.strides[3] == 1 && i.strides[3] == 1) {
+                    for (int64_t k = 0; k < i.sizes[3]; k++) f(here[k], there[k]);
+                } else {
+                    for (int64_t k = 0; k < i.sizes[3]; k++) f(here[k * v.strides[3]], there[k * i.strides[3]]);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void convert(const Instruction& i, float* arena, void* tensor) {
+    typedef typename T::Element Element;
+    if (i.code == LOAD) each<Element>(i, arena, tensor, [](float& x, Element& y) { x = T::number(y); });
+    else each<Element>(i, arena, tensor, [](float& x, Element& y) { y = T::rounded(x); });
+}
+
+void transfer(const Instruction& i, float* arena, void* tensor) {
+    if (i.type == 0) convert<OfFloat32>(i, arena, tensor);
+    else if (i.type == 1) convert<OfBFloat16>(i, arena, tensor);
+    else convert<OfFloat16>(i, arena, tensor);
+}
+
+void linear(const Run& run, const Instruction* first, float* arena) {
+    Skinny products[16];
+    for (int64_t p = 0; p < first->joined; p++) {
+        const Instruction& i = first[p];
+        const auto external = [&](int64_t index) { return index < 0 ? nullptr : run.externals[index]; };
+        products[p] = {i.sizes[1],
+                       i.sizes[2],
+                       i.sizes[3],
+                       run.threads,
+                       i.type,
+                       arena + i.a.offset,
+                       i.a.strides[1],
+                       external(i.external),
+                       i.weight_row,
+                       external(i.bias),
+                       arena + i.out.offset,
+                       static_cast<const float*>(external(i.scale)),
+                       1};
+    }
+    run.skinny(products, first->joined);
+}
+
+void step(const Run& run, const Instruction& i, float* arena) {
+    // clang-format off
+    switch (i.code) {
+        case LOAD: case STORE: return transfer(i, arena, run.externals[i.external]);
+        case COPY: return one(i, arena, [](float x) { return x; });
+        case FILL: return one(i, arena, [&](float) { return float(i.number); });
+        case ADD: return two(i, arena, [](float x, float y) { return x + y; });
+        case SUBTRACT: return two(i, arena, [](float x, float y) { return x - y; });
+        case MULTIPLY: return two(i, arena, [](float x, float y) { return x * y; });
+        case DIVIDE: return two(i, arena, [](float x, float y) { return x / y; });
+        case LARGEST: return two(i, arena, [](float x, float y) { return x != x || x > y ? x : y; });
+        case LEAST: return two(i, arena, [](float x, float y) { return x != x || x < y ? x : y; });
+        case NEGATE: return one(i, arena, [](float x) { return -x; });
+        case ABSOLUTE: return one(i, arena, [](float x) { return std::abs(x); });
+        case SQUARE_ROOT: return one(i, arena, [](float x) { return std::sqrt(x); });
+        case INVERSE_ROOT: return one(i, arena, [](float x) { return 1 / std::sqrt(x); });
+        case INVERSE: return one(i, arena, [](float x) { return 1 / x; });
+        case EXPONENTIAL: return one(i, arena, [](float x) { return std::exp(x); });
+        case TANH: return one(i, arena, [](float x) { return std::tanh(x); });
+        case SIGMOID: return vectors(i, arena, [](Floats x) { return sigmoid(x); });
+        case SILU: return vectors(i, arena, [](Floats x) { return x * sigmoid(x); });
+        case GELU: return vectors(i, arena, [](Floats x) { return x * (error_function(x * 0.70710678f) + 1.0f) * 0.5f; });
+        case GELU_TANH: return vectors(i, arena, [](Floats x) { return gelu_tanh(x); });
+        case RELU: return one(i, arena, [](float x) { return x < 0 ? 0.0f : x; });
+        case MEAN: return sums(i, arena, 1.0f / float(i.sizes[3]));
+        case SUM: return sums(i, arena, 1.0f);
+        case LINEAR: return linear(run, &i, arena);
+    }
+    // clang-format on
+}
+
+}  // namespace
+
+extern "C" void run_layer(const Run* run) {
+    thread_local std::vector<float> arena;
+    if (int64_t(arena.size()) < run->arena) arena.resize(run->arena);
+    for (int64_t i = 0; i < run->count; i += std::max<int64_t>(run->instructions[i].joined, 1)) {
+        step(*run, run->instructions[i], arena.data());
+    }
+}

@@ -1,0 +1,302 @@
+"""Decode steps of a model with a plan, layer by layer as programs, in eager mode on a CPU.
+
+    before   layer(x, ...)    sixty operations of torch, of which seven are products
+    after    layer(x, ...)    run(program up to attention); attention on the cache; run(the rest)
+
+A layer is recorded while it works (fhopt/hf/layer_trace.py), in two decode steps, and lowered
+(fhopt/codegen/cpu/layer_program.py) where both give the same trace; layers with equal traces share a program. Before a
+program is used, it is run on the numbers of a recorded call and must give what the layer gave. A call runs as before
+wherever something is different from the recorded ones: another shape, an option, a hook, a weight that was replaced,
+gradients, a graph that is being compiled.
+
+Letters: B sequences, S new tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.attention.interface import latent_attention
+from fhopt.codegen import layer_programs_are_built
+from fhopt.codegen.cpu import layer_program
+from fhopt.codegen.cpu.layer_program import LayerProgram, LayerTrace, Stored, UnsupportedError
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.hf.layer_trace import Path, Recording, leaves, record
+from fhopt.plan.latent_plan import LatentPlan
+
+STATE = "_fhopt_layer_programs"  # of a layer
+MOST_RECORDINGS = 6  # of calls of one shape: what never looks alike twice is left alone
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """A trace that was met: its program, or None where none can be made; `calls` in which it was recorded."""
+
+    program: LayerProgram | None
+    reason: str
+    calls: set[int]
+
+
+class LayerPrograms:
+    """What a model's layers share: programs by their traces."""
+
+    def __init__(self, attention: str) -> None:
+        self.attention = attention  # name of the implementation
+        self.candidates: dict[LayerTrace, _Candidate] = {}
+
+    def candidate(self, trace: LayerTrace, call: int) -> _Candidate:
+        """Return what is known of a trace that was recorded in the layer's `call`-th call; lower it if it is new."""
+        known = self.candidates.get(trace)
+        if known is None:
+            known = self.candidates[trace] = _lowered(trace)
+        known.calls.add(call)
+        return known
+
+
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a decoder layer."""
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    return vars(self)[STATE](*args, **kwargs)
+
+
+def _lowered(trace: LayerTrace) -> _Candidate:
+    try:
+        return _Candidate(layer_program.lower(trace), "", set())
+    except UnsupportedError as error:
+        return _Candidate(None, str(error), set())
+
+
+class LayerState:
+    """What one layer knows: for each shape of its input, a program that is bound to its weights, or recordings."""
+
+    def __init__(self, layer: torch.nn.Module, shared: LayerPrograms) -> None:
+        self.layer, self.shared = layer, shared
+        self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
+        self.bound: dict[tuple[Any, ...], _Bound] = {}
+        self.recorded: dict[tuple[Any, ...], int] = {}
+        self.calls = 0
+        self.reason = ""  # why there is no program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        """Return a state that knows nothing yet: programs are bound to the weights of one layer."""
+        return LayerState(copy.deepcopy(self.layer, memo), self.shared)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make a state that knows nothing yet."""
+        return LayerState, (self.layer, LayerPrograms(self.shared.attention))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        x = args[0] if args else kwargs.get("hidden_states")
+        if type(x) is not Tensor or torch.is_grad_enabled() or self.layer.training:
+            return self.original(*args, **kwargs)
+        key = (x.shape, x.dtype)
+        bound = self.bound.get(key)
+        if bound is not None:
+            return bound(*args, **kwargs) if bound.fits(args, kwargs) else self.original(*args, **kwargs)
+        if x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.recorded.get(key, 0) > MOST_RECORDINGS:
+            return self.original(*args, **kwargs)
+        return self._record(key, args, kwargs)
+
+    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
+        count = self.recorded[key] = self.recorded.get(key, 0) + 1
+        if count == 1 or torch.is_autocast_enabled("cpu") or not layer_programs_are_built() or not _is_open(self.layer):
+            return self.original(*args, **kwargs)
+        result, recording = record(self.layer, self.original, args, kwargs, self.shared.attention)
+        if isinstance(recording, UnsupportedError):
+            return self._give_up(key, str(recording), result)
+        candidate = self.shared.candidate(recording.trace, self.calls)
+        if candidate.program is None:
+            return self._give_up(key, candidate.reason, result)
+        if len(candidate.calls) > 1:
+            bound = _Bound(self.layer, candidate.program, recording, args, kwargs)
+            if not bound.agrees(recording):
+                return self._give_up(key, "its program gives other numbers", result)
+            self.bound[key] = bound
+        return result
+
+    def _give_up(self, key: tuple[Any, ...], reason: str, result: Any) -> Any:
+        log.info("%s runs operation by operation: %s", type(self.layer).__name__, reason)
+        self.reason = reason
+        self.recorded[key] = MOST_RECORDINGS + 1
+        return result
+
+
+def _is_open(layer: torch.nn.Module) -> bool:
+    """Return whether nothing hooks into a layer's parts or stands in for them, which a program would pass by."""
+    from fhopt.hf.skinny_products import is_replaced
+
+    home = type(layer).__module__.partition(".")[0]
+    for module in layer.modules():
+        own = module is layer
+        if (
+            module._backward_hooks
+            or module.training
+            or (not own and (module._forward_hooks or module._forward_pre_hooks))
+        ):
+            return False
+        if not own and "forward" in vars(module) and not is_replaced(module):
+            return False
+        if type(module).__module__.partition(".")[0] not in ("torch", "transformers", home):
+            return False  # such as an adapter, which may be switched on and off
+    return True
+
+
+_CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # kinds of arguments
+
+
+class _Bound:
+    """A program with the weights of one layer, for calls like a recorded one."""
+
+    def __init__(
+        self, layer: torch.nn.Module, program: LayerProgram, recording: Recording, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.program, self.attention, self.extra = program, recording.attention, recording.extra
+        self.externals = (ctypes.c_int64 * program.externals)()
+        self.address = ctypes.addressof(self.externals)
+        self.weights = list(recording.weights.values())
+        for number, weight in recording.weights.items():
+            self.externals[number] = weight.address
+        self.reads = [(n, path) for n, path in recording.inputs.items() if n in program.read]
+        self.attended = next(op for op in recording.trace.ops if op.name == layer_program.ATTENTION).results[0].number
+        like = recording.tensors[self.attended]
+        self.result_of_attention = (like.shape, like.dtype)
+        self.hooks = [h for m in layer.modules() if m is not layer for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.holders = [vars(m) for m in layer.modules() if m is not layer]
+        self.replaced = [("forward" in holder, holder) for holder in self.holders]
+        self.count, self.names = len(args), tuple(kwargs)
+        paths = {path for _, path in self.reads}
+        self.arguments = [(path, *_expected(x, path in paths)) for path, x in leaves(args, kwargs)]
+        self.query, self.keys, self.values = program.segments[0].stored
+        (self.output,) = program.segments[1].stored
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call is like the recorded one, and the layer still what it was."""
+        if len(args) != self.count or tuple(kwargs) != self.names or torch.is_autocast_enabled("cpu"):
+            return False
+        for path, kind, expected in self.arguments:
+            x = _leaf(args, kwargs, path)
+            if kind == _CONSTANT:
+                same = x is expected or (type(x) is type(expected) and x == expected)
+            elif kind == _READ:
+                same = type(x) is Tensor and (x.shape, x.dtype, x.stride()) == expected and x.is_cpu
+            elif kind == _TENSOR:
+                same = type(x) is Tensor
+            else:
+                same = type(x) is expected
+            if not same:
+                return False
+        if any(self.hooks) or not all(weight.is_current() for weight in self.weights):
+            return False
+        return all(("forward" in holder) == was for was, holder in self.replaced)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        externals, threads = self.externals, torch.get_num_threads()
+        for number, path in self.reads:
+            externals[number] = _leaf(args, kwargs, path).data_ptr()
+        call = self.attention
+        query, keys, values = (self._new(stored) for stored in (self.query, self.keys, self.values))
+        layer_program.run_segment(self.program, 0, externals, self.address, threads)
+        read = _leaf(args, kwargs, call.cache).update(keys, values, call.layer)
+        mask = None if call.mask is None else _leaf(args, kwargs, call.mask)
+        attended, _ = latent_attention(call.module, query, *read, mask, **call.options)
+        return self._finish(attended, threads)
+
+    def _finish(self, attended: Tensor, threads: int) -> Any:
+        self.externals[self.attended] = attended.data_ptr()
+        output = self._new(self.output)
+        layer_program.run_segment(self.program, 1, self.externals, self.address, threads)
+        return output if self.extra < 0 else (output, *(None,) * self.extra)
+
+    def _new(self, stored: Stored) -> Tensor:
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.externals[stored.external] = tensor.data_ptr()
+        return tensor
+
+    def agrees(self, recording: Recording) -> bool:
+        """Return whether the program gives what a recorded call gave, from what went into it."""
+        threads = torch.get_num_threads()
+        for number, _ in self.reads:
+            self.externals[number] = recording.arguments[number].data_ptr()
+        made = [self._new(stored) for stored in (self.query, self.keys, self.values)]
+        layer_program.run_segment(self.program, 0, self.externals, self.address, threads)
+        attention = next(op for op in recording.trace.ops if op.name == layer_program.ATTENTION)
+        expected = [recording.tensors[ref.number] for ref in attention.args]
+        output = self._finish(recording.tensors[self.attended], threads)
+        made.append(output if self.extra < 0 else output[0])
+        expected.append(recording.tensors[recording.trace.output.number])
+        return all(_close(x, y) for x, y in zip(made, expected, strict=True))
+
+
+def _expected(x: Any, is_read: bool) -> tuple[int, Any]:
+    """Return the kind of an argument, and what a call must have there."""
+    if isinstance(x, Tensor):
+        return (_READ, (x.shape, x.dtype, x.stride())) if is_read else (_TENSOR, None)
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return _CONSTANT, x
+    return _OTHER, type(x)
+
+
+def _leaf(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
+    key = path[0]
+    x = args[key] if isinstance(key, int) else kwargs[key]
+    return x if len(path) == 1 else x[path[1]]
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    difference, largest = (x.float() - y.float()).abs().max(), y.float().abs().max()
+    return bool(difference <= TOLERANCE[y.dtype] * largest + 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- models
+
+
+def use_programs(model: torch.nn.Module, plan: LatentPlan, attention: str) -> None:
+    """Let the decoder layers of `model` that hold sites of `plan` run decode steps as programs.
+
+    A decoder layer is an element of a list of modules. attention: name of the implementation that reads the cache.
+    """
+    shared = LayerPrograms(attention)
+    for name in {_layer_name(model, site.site.name.partition("#")[0]) for site in plan.sites} - {None}:
+        assert name is not None
+        layer = model.get_submodule(name)
+        if "forward" not in vars(layer):
+            vars(layer)[STATE] = LayerState(layer, shared)
+            vars(layer)["forward"] = MethodType(_forward, layer)
+
+
+def drop_programs(model: torch.nn.Module) -> None:
+    """Undo `use_programs`."""
+    for module in model.modules():
+        if vars(module).pop(STATE, None) is not None:
+            del vars(module)["forward"]
+
+
+def program_reasons(model: torch.nn.Module) -> dict[str, str]:
+    """Return for every decoder layer that may run as a program why it does not; "" where it does, or may yet."""
+    states = ((name, vars(module).get(STATE)) for name, module in model.named_modules())
+    return {name: "" if state.bound else state.reason for name, state in states if state is not None}
+
+
+def _layer_name(model: torch.nn.Module, site: str) -> str | None:
+    """Return the name of the innermost element of a list of modules that a site is part of."""
+    parts = site.split(".")
+    for end in range(len(parts), 1, -1):
+        if isinstance(model.get_submodule(".".join(parts[: end - 1])), torch.nn.ModuleList):
+            return ".".join(parts[:end]) if end < len(parts) else None
+    return None

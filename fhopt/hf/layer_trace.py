@@ -1,0 +1,269 @@
+"""Record what a decoder layer does in a decode step: operations on tensors, its weights, its attention on the cache.
+
+A call runs as it is, under a dispatch mode of torch that sees every operation. What reads the cache is one operation
+of the trace, from the keys and values that the layer hands to `Cache.update` to what attention returns, so that the
+rest has the same shapes in every step. Values are numbered as they are met: layers that do the same give equal traces.
+
+Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fhopt.codegen.cpu.layer_program import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
+
+Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
+_SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_OPTIONS = ("scaling", "dropout", "softcap", "is_causal")  # of attention, which `replay` hands on
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter or buffer: the dict of its module that holds it, its name there, the tensor, its address."""
+
+    holder: dict[str, Any]
+    name: str
+    tensor: Tensor
+    address: int
+
+    def is_current(self) -> bool:
+        """Return whether the module still has this tensor, at this address."""
+        return self.holder[self.name] is self.tensor and self.tensor.data_ptr() == self.address
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """How a layer's attention on the cache is called: where cache and mask stand among the layer's arguments."""
+
+    module: torch.nn.Module
+    layer: int  # of the cache
+    cache: Path
+    mask: Path | None
+    options: Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Recording:
+    """A trace, and what belongs to this layer and call.
+
+    inputs: values of the trace that are arguments. weights: values that are weights. tensors: every value that stands
+    at a border of a segment (query, keys, values; attention's result; the layer's output), as the call computed it;
+    arguments: those that are arguments.
+    """
+
+    trace: LayerTrace
+    inputs: dict[int, Path]
+    weights: dict[int, Weight]
+    attention: AttentionCall
+    tensors: dict[int, Tensor]
+    arguments: dict[int, Tensor]
+    extra: int  # elements of the result behind the first, which are None; -1 where it is a tensor
+
+
+class _Recorder(TorchDispatchMode):
+    """The state of recording one call."""
+
+    def __init__(self, layer: torch.nn.Module, arguments: dict[Path, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.paths = {id(x): path for path, x in arguments.items() if isinstance(x, Tensor)}
+        self.named = {id(t): (holder, name, t) for holder, name, t in _weights_of(layer)}
+        self.layers = set(map(id, layer.modules()))
+        self.numbers: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # so that no two have the same id
+        self.values: list[TracedValue] = []
+        self.ops: list[TracedOp] = []
+        self.inputs: dict[int, Path] = {}
+        self.weights: dict[int, Weight] = {}
+        self.pending: tuple[Tensor, Tensor, Any, Any, int] | None = None
+        self.attention: AttentionCall | None = None
+        self.borders: dict[int, Tensor] = {}
+        self.failure: UnsupportedError | None = None
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and record it."""
+        result = func(*args, **(kwargs or {}))
+        if not self.paused and self.failure is None:
+            try:
+                self._record(func, args, kwargs or {}, result)
+            except UnsupportedError as error:
+                self.failure = error
+        return result
+
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        results = result if isinstance(result, (tuple, list)) else [result]
+        traced = tuple(self._reference(x) for x in args)
+        named = tuple(sorted((name, self._reference(x)) for name, x in kwargs.items()))
+        refs = tuple(self._made(x) for x in results if isinstance(x, Tensor))
+        self.ops.append(TracedOp(str(func._schema.name) + _overload(func), traced, named, refs))
+
+    def _reference(self, x: Any) -> Any:
+        """Return an argument as traces have it: tensors by their numbers."""
+        if isinstance(x, Tensor):
+            return Ref(self._number(x))
+        if isinstance(x, (list, tuple)):
+            return tuple(self._reference(y) for y in x)
+        if not isinstance(x, _SCALARS):
+            raise UnsupportedError(f"an operand of type {type(x).__name__}")
+        return x
+
+    def _number(self, x: Tensor) -> int:
+        """Return the number of a value that was met, of an argument or of a weight."""
+        known = self.numbers.get(id(x))
+        if known is not None:
+            return known
+        path, weight = self.paths.get(id(x)), self.named.get(id(x))
+        if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
+            raise UnsupportedError(f"a tensor of type {type(x).__name__}")
+        if path is None and weight is None:
+            raise UnsupportedError("a tensor that is no argument of the layer and no weight of it")
+        number = self._add(x, "weight" if path is None else "input")
+        if path is not None:
+            self.inputs[number] = path
+        elif weight is not None:
+            self.weights[number] = Weight(*weight, x.data_ptr())
+        return number
+
+    def _made(self, x: Tensor) -> Ref:
+        number = self.numbers.get(id(x))  # of an operation in place
+        return Ref(self._add(x, "result") if number is None else number)
+
+    def _add(self, x: Tensor, source: str) -> int:
+        number = self.numbers[id(x)] = len(self.values)
+        self.alive.append(x)
+        self.values.append(TracedValue(source, tuple(x.shape), tuple(x.stride()), x.dtype))
+        return number
+
+    # ---- attention
+
+    def updated(self, keys: Tensor, values: Tensor, layer: int, result: tuple[Any, Any]) -> None:
+        """Take note of what a cache was given, and gave."""
+        if self.pending is not None or self.attention is not None:
+            self.failure = self.failure or UnsupportedError("two writes to the cache")
+        self.pending = (keys, values, *result, layer)
+
+    def attended(self, module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: Any, out: Any) -> None:
+        """Record attention as one operation."""
+        try:
+            self._attend(module, query, key, value, mask, options, out)
+        except UnsupportedError as error:
+            self.failure = self.failure or error
+
+    def _attend(self, module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: Any, out: Any) -> None:
+        pending, self.pending = self.pending, None
+        if pending is None or key is not pending[2] or value is not pending[3] or id(module) not in self.layers:
+            raise UnsupportedError("attention on other keys than the cache returned")
+        tensors = [name for name, x in options.items() if isinstance(x, Tensor) and name in ("position_bias", "s_aux")]
+        if tensors:
+            raise UnsupportedError(f"attention with {tensors[0]}")
+        mask_path = None if mask is None else self.paths.get(id(mask))
+        cache = next((path for path, x in self.arguments.items() if hasattr(x, "get_seq_length")), None)
+        if (mask is not None and mask_path is None) or cache is None:
+            raise UnsupportedError("attention with a mask that is no argument of the layer")
+        refs = tuple(Ref(self._number(x)) for x in (query, *pending[:2]))
+        result = self._made(out)
+        self.borders |= {ref.number: x for ref, x in zip((*refs, result), (query, *pending[:2], out), strict=True)}
+        self.ops.append(TracedOp(ATTENTION, refs, (), (result,)))
+        kept = {name: options[name] for name in _OPTIONS if options.get(name) is not None}
+        self.attention = AttentionCall(module, pending[4], cache, mask_path, kept)
+
+    def recording(self, result: Any) -> Recording:
+        """Return the recording of a call that returned `result`. Raises UnsupportedError."""
+        if self.failure is not None:
+            raise self.failure
+        first, extra = result, -1
+        if isinstance(result, tuple):
+            first, extra = result[0], len(result) - 1
+        is_plain = isinstance(first, Tensor) and (extra < 0 or all(x is None for x in result[1:]))
+        if not is_plain or id(first) not in self.numbers or not first.is_contiguous():
+            raise UnsupportedError("a layer that returns more than a tensor")
+        if self.attention is None:
+            raise UnsupportedError("a layer without attention on the cache")
+        number = self.numbers[id(first)]
+        trace = LayerTrace(tuple(self.values), tuple(self.ops), Ref(number))
+        borders = self.borders | {number: first}
+        arguments = {n: self.alive[n] for n in self.inputs}
+        return Recording(trace, self.inputs, self.weights, self.attention, borders, arguments, extra)
+
+
+def record(layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+           attention: str) -> tuple[Any, Recording | UnsupportedError]:  # fmt: skip
+    """Call `forward` of a layer once, and return what it returned and the recording, or why there is none.
+
+    attention: name of the implementation in transformers' `AttentionInterface` that reads the cache.
+    """
+    arguments = dict(leaves(args, kwargs))
+    recorder = _Recorder(layer, arguments)
+    caches = [x for x in arguments.values() if hasattr(x, "get_seq_length") and hasattr(x, "update")]
+    with _watched(recorder, caches, attention), recorder:
+        result = forward(*args, **kwargs)
+    try:
+        return result, recorder.recording(result)
+    except UnsupportedError as error:
+        return result, error
+
+
+@contextmanager
+def _watched(recorder: _Recorder, caches: list[Any], name: str) -> Iterator[None]:
+    """Let the recorder see what caches are given and what attention computes, inside."""
+    from transformers import AttentionInterface
+
+    registered: Callable[..., Any] = AttentionInterface()[name]
+
+    def attend(module: Any, query: Tensor, key: Any, value: Any, mask: Any = None, *args: Any, **options: Any) -> Any:
+        recorder.paused = True
+        out = registered(module, query, key, value, mask, *args, **options)
+        recorder.paused = False
+        recorder.attended(module, query, key, value, mask, options, out[0])
+        return out
+
+    for cache in caches:
+        vars(cache)["update"] = _watched_update(recorder, cache.update)
+    AttentionInterface.register(name, attend)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, registered)
+        for cache in caches:
+            del vars(cache)["update"]
+
+
+def _watched_update(recorder: _Recorder, update: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        recorder.paused = True
+        result = update(keys, values, layer, *args, **kwargs)
+        recorder.paused = False
+        recorder.updated(keys, values, layer, result)
+        return result
+
+    return watched
+
+
+def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Yield the arguments of a call with their paths; those within tuples on their own."""
+    for key, x in (*enumerate(args), *kwargs.items()):
+        if isinstance(x, (tuple, list)):
+            yield from (((key, i), y) for i, y in enumerate(x))
+        else:
+            yield (key,), x
+
+
+def _overload(func: Any) -> str:
+    return f".{func._schema.overload_name}" if func._schema.overload_name else ""
+
+
+def _weights_of(layer: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for module in layer.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    yield holder, name, tensor
