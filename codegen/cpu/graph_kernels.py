@@ -206,6 +206,15 @@ def attend_latents(operands: tuple[Tensor | None, ...], options: dict[str, Any])
     return output
 
 
+def cache_kernels(operands: Sequence[Any], options: dict[str, Any]) -> tuple[LibraryKernel | None, ...] | None:
+    """Return the kernels of latents, of the window (None without one) and of other tokens; None where one is missing.
+
+    operands, options: as of `attend_latents`.
+    """
+    names = _attend_names(operands, options)
+    return None if names is None else tuple(_kernels[name] if name else None for name in names)
+
+
 Names = tuple[str, str, str]  # of the kernels of latents, of the residual window ("": there is none), of other tokens
 _TIERS = tuple(f"{side}_{what}" for side in ("key", "value") for what in ("bits", "widths", "steps"))
 _attended: dict[tuple[Any, ...], Names] = {}
@@ -299,6 +308,7 @@ def _counts(lengths: Any) -> bool:
 # --------------------------------------------------------------------------------------------------- library
 
 _served: dict[str, bool] = {}
+_kernels: dict[str, LibraryKernel] = {}  # of those that are served
 
 
 def serve(spec: KernelSpec) -> bool:
@@ -311,6 +321,7 @@ def serve(spec: KernelSpec) -> bool:
             flags = is_scaled(spec.key_tiers) + 2 * is_scaled(spec.value_tiers)
             sizes = spec.key_width, spec.value_width, flags
             loaded.fhopt_serve(spec.name.encode(), kernel.address, kernel.table, *sizes)
+            _kernels[spec.name] = kernel
         _served[spec.name] = known
     return known
 

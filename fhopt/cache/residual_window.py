@@ -124,19 +124,30 @@ class RoundedWindow(ExactWindow):
 
         Places up to the tokens held never change: what was read of the window stays as it was.
         """
-        sinks, values, scale = self.parts
+        sinks, values, _ = self.parts
         count, more = values.shape[2], new.shape[2]
         kernel = registry.kernel_of("round_rows_into", new.device.type)
         if kernel is None or more > SPARE or sinks.shape[2] < self.sinks or torch.compiler.is_compiling():
             return False
-        room = self._room
-        if room is None or self.parts is not self._grown or count + more > room[0].shape[2]:
-            room = (_with_spare(values), _with_spare(scale))
+        room = self.room(more)
         if not kernel(new.detach(), self.mean, *room, count):
             return False
-        self._room = room
-        self.parts = self._grown = (sinks, *[part.narrow(2, 0, count + more) for part in room])
+        self.take(room, more)
         return True
+
+    def room(self, more: int) -> tuple[Tensor, Tensor]:
+        """Return values and scales with `more` spare places behind those of the window."""
+        _, values, scale = self.parts
+        if self._room is None or self.parts is not self._grown or values.shape[2] + more > self._room[0].shape[2]:
+            return _with_spare(values), _with_spare(scale)
+        return self._room
+
+    def take(self, room: tuple[Tensor, Tensor], more: int) -> None:
+        """Hold `more` tokens that were written into spare places of `room`."""
+        sinks, values, _ = self.parts
+        count = values.shape[2] + more
+        self._room = room
+        self.parts = self._grown = (sinks, room[0].narrow(2, 0, count), room[1].narrow(2, 0, count))
 
     def insert(self, dequantized: Tensor) -> None:
         """Put tokens between attention sinks and window, rounded."""

@@ -3,11 +3,11 @@
     before   layer(x, ...)    sixty operations of torch, of which seven are products
     after    layer(x, ...)    run(program up to attention); attention on the cache; run(the rest)
 
-A layer is recorded while it works (fhopt/hf/layer_trace.py), in two decode steps, and lowered
+Before its first decode step a layer is rehearsed twice (fhopt/hf/layer_trace.py), and lowered
 (fhopt/codegen/cpu/layer_program.py) where both give the same trace; layers with equal traces share a program. Before a
-program is used, it is run on the numbers of a recorded call and must give what the layer gave. A call runs as before
-wherever something is different from the recorded ones: another shape, an option, a hook, a weight that was replaced,
-gradients, a graph that is being compiled.
+program is used, it is run on the numbers of a rehearsal and must give what the layer gave. A call runs as before
+wherever something is different: an option, a hook, a weight that was replaced, gradients, a graph that is being
+compiled.
 
 Letters: B sequences, S new tokens, D width.
 """
@@ -17,10 +17,12 @@ from __future__ import annotations
 import copy
 import ctypes
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,22 +32,24 @@ from fhopt.codegen import layer_programs_are_built
 from fhopt.codegen.cpu import layer_program
 from fhopt.codegen.cpu.layer_program import LayerProgram, LayerTrace, Stored, UnsupportedError
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
-from fhopt.hf.layer_trace import Path, Recording, leaves, record
+from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
+from fhopt.hf.layer_trace import Path, Recording, leaves, rehearse
 from fhopt.plan.latent_plan import LatentPlan
 
 STATE = "_fhopt_layer_programs"  # of a layer
-MOST_RECORDINGS = 6  # of calls of one shape: what never looks alike twice is left alone
+MOST_TRIED = 4  # calls of one shape: what never looks alike twice is left alone
+REHEARSALS = (0, 1000)  # tokens by which a cache shall seem longer
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Candidate:
-    """A trace that was met: its program, or None where none can be made; `calls` in which it was recorded."""
+    """A trace that was met: its program, or None and the reason; `later`: in which rehearsals."""
 
     program: LayerProgram | None
     reason: str
-    calls: set[int]
+    later: set[int]
 
 
 class LayerPrograms:
@@ -55,20 +59,21 @@ class LayerPrograms:
         self.attention = attention  # name of the implementation
         self.candidates: dict[LayerTrace, _Candidate] = {}
 
-    def candidate(self, trace: LayerTrace, call: int) -> _Candidate:
-        """Return what is known of a trace that was recorded in the layer's `call`-th call; lower it if it is new."""
-        known = self.candidates.get(trace)
-        if known is None:
-            known = self.candidates[trace] = _lowered(trace)
-        known.calls.add(call)
-        return known
-
-
-def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a decoder layer."""
-    if torch.compiler.is_compiling():
-        return type(self).forward(self, *args, **kwargs)
-    return vars(self)[STATE](*args, **kwargs)
+    def rehearse(
+        self, layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[LayerProgram, Recording]:
+        """Return the program of a layer for calls like this one, and a recording. Raises UnsupportedError."""
+        for later in REHEARSALS:
+            recording = rehearse(layer, forward, args, kwargs, self.attention, later)
+            candidate = self.candidates.get(recording.trace)
+            if candidate is None:
+                candidate = self.candidates[recording.trace] = _lowered(recording.trace)
+            if candidate.program is None:
+                raise UnsupportedError(candidate.reason)
+            candidate.later.add(later)
+            if len(candidate.later) == len(REHEARSALS):
+                return candidate.program, recording
+        raise UnsupportedError("what it does depends on the length of the cache")
 
 
 def _lowered(trace: LayerTrace) -> _Candidate:
@@ -79,14 +84,13 @@ def _lowered(trace: LayerTrace) -> _Candidate:
 
 
 class LayerState:
-    """What one layer knows: for each shape of its input, a program that is bound to its weights, or recordings."""
+    """What one layer knows: for each shape of its input, programs that are bound to its weights."""
 
     def __init__(self, layer: torch.nn.Module, shared: LayerPrograms) -> None:
         self.layer, self.shared = layer, shared
         self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
-        self.bound: dict[tuple[Any, ...], _Bound] = {}
-        self.recorded: dict[tuple[Any, ...], int] = {}
-        self.calls = 0
+        self.bound: dict[tuple[Any, ...], list[_Bound]] = {}
+        self.tried: Counter[tuple[Any, ...]] = Counter()
         self.reason = ""  # why there is no program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
@@ -103,36 +107,45 @@ class LayerState:
         if type(x) is not Tensor or torch.is_grad_enabled() or self.layer.training:
             return self.original(*args, **kwargs)
         key = (x.shape, x.dtype)
-        bound = self.bound.get(key)
-        if bound is not None:
-            return bound(*args, **kwargs) if bound.fits(args, kwargs) else self.original(*args, **kwargs)
-        if x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.recorded.get(key, 0) > MOST_RECORDINGS:
+        for bound in self.bound.get(key, ()):
+            if bound.fits(args, kwargs):
+                return bound(*args, **kwargs)
+        if x.dim() != 3 or x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.tried[key] >= MOST_TRIED:
             return self.original(*args, **kwargs)
-        return self._record(key, args, kwargs)
+        bound = self._bind(key, x.shape[1] > 1, args, kwargs)
+        return self.original(*args, **kwargs) if bound is None else bound(*args, **kwargs)
 
-    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.calls += 1
-        count = self.recorded[key] = self.recorded.get(key, 0) + 1
-        if count == 1 or torch.is_autocast_enabled("cpu") or not layer_programs_are_built() or not _is_open(self.layer):
-            return self.original(*args, **kwargs)
-        result, recording = record(self.layer, self.original, args, kwargs, self.shared.attention)
-        if isinstance(recording, UnsupportedError):
-            return self._give_up(key, str(recording), result)
-        candidate = self.shared.candidate(recording.trace, self.calls)
-        if candidate.program is None:
-            return self._give_up(key, candidate.reason, result)
-        if len(candidate.calls) > 1:
-            bound = _Bound(self.layer, candidate.program, recording, args, kwargs)
+    def _bind(
+        self, key: tuple[Any, ...], several: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Bound | None:
+        """Return a program for calls like this one; None where there is none, or none yet.
+
+        several: tokens of a sequence, as short prompts have them too, which come once.
+        """
+        if torch.is_autocast_enabled("cpu") or not layer_programs_are_built() or not _is_open(self.layer):
+            return None
+        self.tried[key] += 1
+        if several and self.tried[key] <= MOST_TRIED // 2:
+            return None
+        try:
+            program, recording = self.shared.rehearse(self.layer, self.original, args, kwargs)
+            bound = _Bound(self.layer, program, recording, args, kwargs)
             if not bound.agrees(recording):
-                return self._give_up(key, "its program gives other numbers", result)
-            self.bound[key] = bound
-        return result
+                raise UnsupportedError("its program gives other numbers")
+        except UnsupportedError as error:
+            self.reason = str(error)
+            self.tried[key] = MOST_TRIED
+            log.info("%s runs operation by operation: %s", type(self.layer).__name__, error)
+            return None
+        self.bound[key] = [b for b in self.bound.get(key, ()) if b.is_current()] + [bound]
+        return bound
 
-    def _give_up(self, key: tuple[Any, ...], reason: str, result: Any) -> Any:
-        log.info("%s runs operation by operation: %s", type(self.layer).__name__, reason)
-        self.reason = reason
-        self.recorded[key] = MOST_RECORDINGS + 1
-        return result
+
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a decoder layer."""
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)
+    return vars(self)[STATE](*args, **kwargs)
 
 
 def _is_open(layer: torch.nn.Module) -> bool:
@@ -183,6 +196,19 @@ class _Bound:
         self.arguments = [(path, *_expected(x, path in paths)) for path, x in leaves(args, kwargs)]
         self.query, self.keys, self.values = program.segments[0].stored
         (self.output,) = program.segments[1].stored
+        self.steps: WeakKeyDictionary[Any, CacheStep] = WeakKeyDictionary()  # by the layer of a cache
+        self.tensors = tensors = result_tensors(program, self.result_of_attention)
+        stored = self.query.external, self.keys.external, self.values.external
+        self.fixed = list(
+            zip((*stored, self.attended), (tensors.query, tensors.keys, tensors.values, tensors.attended), strict=True)
+        )
+        scaling = self.attention.options.get("scaling")
+        self.options = {
+            "scale": self.query.shape[3] ** -0.5 if scaling is None else scaling,
+            "softcap": self.attention.options.get("softcap") or 0.0,
+        }
+        is_causal = self.attention.options.get("is_causal", getattr(self.attention.module, "is_causal", True))
+        self.is_single = self.query.shape[2] == 1 and bool(is_causal)
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call is like the recorded one, and the layer still what it was."""
@@ -200,6 +226,10 @@ class _Bound:
                 same = type(x) is expected
             if not same:
                 return False
+        return self.is_current()
+
+    def is_current(self) -> bool:
+        """Return whether the layer has the weights and the parts that it had, and nothing hooks into these."""
         if any(self.hooks) or not all(weight.is_current() for weight in self.weights):
             return False
         return all(("forward" in holder) == was for was, holder in self.replaced)
@@ -209,13 +239,35 @@ class _Bound:
         externals, threads = self.externals, torch.get_num_threads()
         for number, path in self.reads:
             externals[number] = _leaf(args, kwargs, path).data_ptr()
-        call = self.attention
+        call, cache = self.attention, _leaf(args, kwargs, self.attention.cache)
+        mask = None if call.mask is None else _leaf(args, kwargs, call.mask)
+        if mask is None and self.is_single:
+            step = self._step(cache, threads)
+            if step is not None:
+                output = self._new(self.output)
+                step(cache.layers[call.layer])
+                return output if self.extra < 0 else (output, *(None,) * self.extra)
         query, keys, values = (self._new(stored) for stored in (self.query, self.keys, self.values))
         layer_program.run_segment(self.program, 0, externals, self.address, threads)
-        read = _leaf(args, kwargs, call.cache).update(keys, values, call.layer)
-        mask = None if call.mask is None else _leaf(args, kwargs, call.mask)
+        read = cache.update(keys, values, call.layer)
         attended, _ = latent_attention(call.module, query, *read, mask, **call.options)
         return self._finish(attended, threads)
+
+    def _step(self, cache: Any, threads: int) -> CacheStep | None:
+        """Return the step of a layer of the cache, prepared for this call; None where this is an ordinary one."""
+        layer = cache.layers[self.attention.layer]
+        step = self.steps.get(layer)
+        if step is None or not step.is_current(layer, threads):
+            tensors, options = self.tensors, self.options
+            step = (
+                None if cache.offloading else prepare_step(layer, self.program, self.address, tensors, options, threads)
+            )
+            if step is None:
+                return None
+            self.steps[layer] = step
+        for external, tensor in self.fixed:
+            self.externals[external] = tensor.data_ptr()
+        return step
 
     def _finish(self, attended: Tensor, threads: int) -> Any:
         self.externals[self.attended] = attended.data_ptr()

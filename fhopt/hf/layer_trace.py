@@ -1,8 +1,9 @@
 """Record what a decoder layer does in a decode step: operations on tensors, its weights, its attention on the cache.
 
-A call runs as it is, under a dispatch mode of torch that sees every operation. What reads the cache is one operation
-of the trace, from the keys and values that the layer hands to `Cache.update` to what attention returns, so that the
-rest has the same shapes in every step. Values are numbered as they are met: layers that do the same give equal traces.
+A layer is rehearsed: called beside the cache, under a dispatch mode of torch that sees every operation. What reads the
+cache is one operation of the trace, from the keys and values that the layer hands to `Cache.update` to what attention
+returns, so that the rest has the same shapes in every step. Values are numbered as they are met: layers that do the
+same give equal traces.
 
 Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class _Recorder(TorchDispatchMode):
         self.ops: list[TracedOp] = []
         self.inputs: dict[int, Path] = {}
         self.weights: dict[int, Weight] = {}
-        self.pending: tuple[Tensor, Tensor, Any, Any, int] | None = None
+        self.pending: tuple[Tensor, Tensor, int] | None = None
         self.attention: AttentionCall | None = None
         self.borders: dict[int, Tensor] = {}
         self.failure: UnsupportedError | None = None
@@ -145,11 +146,21 @@ class _Recorder(TorchDispatchMode):
 
     # ---- attention
 
-    def updated(self, keys: Tensor, values: Tensor, layer: int, result: tuple[Any, Any]) -> None:
-        """Take note of what a cache was given, and gave."""
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Record nothing inside."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def updated(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take note of what a cache is given."""
         if self.pending is not None or self.attention is not None:
             self.failure = self.failure or UnsupportedError("two writes to the cache")
-        self.pending = (keys, values, *result, layer)
+        self.pending = (keys, values, layer)
+        return keys, values
 
     def attended(self, module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: Any, out: Any) -> None:
         """Record attention as one operation."""
@@ -160,7 +171,7 @@ class _Recorder(TorchDispatchMode):
 
     def _attend(self, module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: Any, out: Any) -> None:
         pending, self.pending = self.pending, None
-        if pending is None or key is not pending[2] or value is not pending[3] or id(module) not in self.layers:
+        if pending is None or key is not pending[0] or value is not pending[1] or id(module) not in self.layers:
             raise UnsupportedError("attention on other keys than the cache returned")
         tensors = [name for name, x in options.items() if isinstance(x, Tensor) and name in ("position_bias", "s_aux")]
         if tensors:
@@ -174,7 +185,7 @@ class _Recorder(TorchDispatchMode):
         self.borders |= {ref.number: x for ref, x in zip((*refs, result), (query, *pending[:2], out), strict=True)}
         self.ops.append(TracedOp(ATTENTION, refs, (), (result,)))
         kept = {name: options[name] for name in _OPTIONS if options.get(name) is not None}
-        self.attention = AttentionCall(module, pending[4], cache, mask_path, kept)
+        self.attention = AttentionCall(module, pending[2], cache, mask_path, kept)
 
     def recording(self, result: Any) -> Recording:
         """Return the recording of a call that returned `result`. Raises UnsupportedError."""
@@ -195,57 +206,57 @@ class _Recorder(TorchDispatchMode):
         return Recording(trace, self.inputs, self.weights, self.attention, borders, arguments, extra)
 
 
-def record(layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-           attention: str) -> tuple[Any, Recording | UnsupportedError]:  # fmt: skip
-    """Call `forward` of a layer once, and return what it returned and the recording, or why there is none.
+def rehearse(
+    layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+    attention: str, later: int,
+) -> Recording:  # fmt: skip
+    """Run `forward` of a layer once beside the cache, which stays as it is, and return the recording.
 
-    attention: name of the implementation in transformers' `AttentionInterface` that reads the cache.
+    attention: name of the implementation in transformers' `AttentionInterface` that reads the cache. later: tokens by
+    which the cache shall seem longer; what a layer does with that number is seen by comparing two rehearsals. Raises
+    UnsupportedError where a layer does what programs cannot.
     """
     arguments = dict(leaves(args, kwargs))
     recorder = _Recorder(layer, arguments)
     caches = [x for x in arguments.values() if hasattr(x, "get_seq_length") and hasattr(x, "update")]
-    with _watched(recorder, caches, attention), recorder:
-        result = forward(*args, **kwargs)
-    try:
-        return result, recorder.recording(result)
-    except UnsupportedError as error:
-        return result, error
+    with _stand_ins(recorder, caches, attention, later), recorder:
+        try:
+            result = forward(*args, **kwargs)
+        except Exception as error:  # whatever the layer expects of a cache that the stand-ins do not give
+            raise UnsupportedError(f"it fails beside the cache ({type(error).__name__}: {error})") from error
+    return recorder.recording(result)
 
 
 @contextmanager
-def _watched(recorder: _Recorder, caches: list[Any], name: str) -> Iterator[None]:
-    """Let the recorder see what caches are given and what attention computes, inside."""
+def _stand_ins(recorder: _Recorder, caches: list[Any], name: str, later: int) -> Iterator[None]:
+    """Let the recorder see, inside, what caches are given and what attention is asked, and nothing happen to a cache.
+
+    A cache returns the new keys and values alone, attention the new values: their numbers are only looked at as such.
+    """
     from transformers import AttentionInterface
 
     registered: Callable[..., Any] = AttentionInterface()[name]
 
     def attend(module: Any, query: Tensor, key: Any, value: Any, mask: Any = None, *args: Any, **options: Any) -> Any:
-        recorder.paused = True
-        out = registered(module, query, key, value, mask, *args, **options)
-        recorder.paused = False
-        recorder.attended(module, query, key, value, mask, options, out[0])
-        return out
+        with recorder.pausing():
+            out = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
+        recorder.attended(module, query, key, value, mask, options, out)
+        return out, None
 
     for cache in caches:
-        vars(cache)["update"] = _watched_update(recorder, cache.update)
+        length = cache.get_seq_length
+
+        def lengthened(*args: Any, length: Any = length, **kwargs: Any) -> Any:
+            return length(*args, **kwargs) + later
+
+        vars(cache).update(update=recorder.updated, get_seq_length=lengthened)
     AttentionInterface.register(name, attend)
     try:
         yield
     finally:
         AttentionInterface.register(name, registered)
         for cache in caches:
-            del vars(cache)["update"]
-
-
-def _watched_update(recorder: _Recorder, update: Callable[..., Any]) -> Callable[..., Any]:
-    def watched(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        recorder.paused = True
-        result = update(keys, values, layer, *args, **kwargs)
-        recorder.paused = False
-        recorder.updated(keys, values, layer, result)
-        return result
-
-    return watched
+            del vars(cache)["update"], vars(cache)["get_seq_length"]
 
 
 def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:

@@ -46,6 +46,7 @@ using torch::stable::Tensor;
 // ------------------------------------------------------------------------------------------------ structs of kernels
 
 #include "kernel_call.h"
+#include "cache_attention.h"
 
 struct Tier {
     int64_t bits, width;
@@ -219,11 +220,10 @@ struct Call {
     int64_t page_tokens = 0;
 };
 
-// The kernel of `c` on queries [B,H,S,R_K], to output [B,H,S,R_V] and lse [B,H,S].
-void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& rows, float* output, float* lse) {
+// The kernel of `c`, for queries [B,H,S,R_K].
+CachePart part(const Kernel& kernel, const Call& c, const Tensor& query) {
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), tokens = c.key.size(2);
     Attention a{b, h, s, tokens, c.key.size(1), c.value.size(1), int64_t(torch::stable::get_num_threads()), 0};
-    a.query = rows;
     a.key = side(c.name, c.key, query, tokens);
     a.value = side(c.name, c.value, query, tokens);
     a.key_scale = scales(c.name, c.key_scale, c.key, kernel.scaled(0));
@@ -231,13 +231,11 @@ void run(const Kernel& kernel, const Call& c, const Tensor& query, const Rows& r
     if (c.mask) set_mask(c.name, *c.mask, {b, h, s, tokens}, a);
     if (c.pages) set_pages(c.name, *c.pages, c.page_tokens, a);
     if (c.lengths) a.tokens = std::clamp<int64_t>(*static_cast<const int64_t*>(c.lengths->data_ptr()), 0, tokens);
-    a.output = output;
-    a.lse = lse;
     a.scale = c.scale;
     a.softcap = c.softcap;
     a.kernel = kernel.table;
     a.digits = query.scalar_type() == ScalarType::Float ? 3 : 2;
-    kernel.run(&a);
+    return {kernel.run, a};
 }
 
 // ------------------------------------------------------------------------------------------------ ops
@@ -258,33 +256,9 @@ std::tuple<Tensor, Tensor> latent_kernel(
     std::vector<float> sums(is_float ? 0 : b * h * s * value_width);
     float* to = is_float ? static_cast<float*>(output.data_ptr()) : sums.data();
     const Call call{name, key, value, key_scale, value_scale, mask, lengths, scale, softcap, pages, page_tokens};
-    run(kernel, call, query, queries.rows, to, static_cast<float*>(lse.data_ptr()));
+    run_part(part(kernel, call, query), queries.rows, to, static_cast<float*>(lse.data_ptr()));
     if (!is_float) store(sums, output);
     return {output, lse};
-}
-
-// y[m] = x[n] B[n, m]
-template <class T>
-void times(const float* x, const T* basis, int64_t n, int64_t m, float* y) {
-    std::fill(y, y + m, 0.0f);
-    for (int64_t i = 0; i < n; i++) {
-        const float factor = x[i];
-        const T* row = basis + i * m;
-#pragma omp simd
-        for (int64_t j = 0; j < m; j++) y[j] += factor * float(row[j]);
-    }
-}
-
-// y[n] += factor B[n, m] x[m]
-template <class T>
-void add_times(const T* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
-    for (int64_t i = 0; i < n; i++) {
-        const T* row = basis + i * m;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < m; j++) sum += float(row[j]) * x[j];
-        y[i] += factor * sum;
-    }
 }
 
 // A basis [G, n, m] of a model: of 32 bits or bfloat16 as it is, of other types as floats.
@@ -309,44 +283,17 @@ struct Basis {
         data = memory.data();
     }
 
-    int64_t at(int64_t head, int64_t heads) const { return head / (heads / groups) * n * m; }
-
-    void absorb(const float* x, int64_t head, int64_t heads, float* y) const {
-        if (is_bfloat) times(x, static_cast<const c10::BFloat16*>(data) + at(head, heads), n, m, y);
-        else times(x, static_cast<const float*>(data) + at(head, heads), n, m, y);
-    }
-
-    void expand(const float* x, int64_t head, int64_t heads, float factor, float* y) const {
-        if (is_bfloat) add_times(static_cast<const c10::BFloat16*>(data) + at(head, heads), x, n, m, factor, y);
-        else add_times(static_cast<const float*>(data) + at(head, heads), x, n, m, factor, y);
-    }
+    CacheBasis view() const { return {data, is_bfloat, groups, n, m}; }
 };
 
-constexpr int64_t SMALL = 1 << 20;  // products that one thread does
-
-// Means of keys or values of each sequence, float [B,G,1,D], from which latents are differences.
-struct Means {
-    const float* data = nullptr;
-    int64_t sequence = 0, head = 0, group = 1, width;
-
-    Means(const std::string& name, const std::optional<Tensor>& mean, int64_t b, int64_t h, int64_t d) : width(d) {
-        if (!mean) return;
-        const bool fits = mean->dim() == 4 && mean->scalar_type() == ScalarType::Float && mean->size(0) == b &&
-                          h % mean->size(1) == 0 && mean->size(3) == d && mean->stride(3) == 1;
-        expect(fits, name, "means that do not fit");
-        data = static_cast<const float*>(mean->data_ptr());
-        sequence = mean->stride(0), head = mean->stride(1), group = h / mean->size(1);
-    }
-
-    const float* of(int64_t b, int64_t h) const { return data + b * sequence + h / group * head; }
-
-    float dot(const float* query, int64_t b, int64_t h) const {
-        const float* mean = of(b, h);
-        float sum = 0;
-        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
-        return sum;
-    }
-};
+// Means of keys or values of each sequence, float [B,G,1,D].
+CacheMean means(const std::string& name, const std::optional<Tensor>& mean, int64_t b, int64_t h, int64_t d) {
+    if (!mean) return {};
+    const bool fits = mean->dim() == 4 && mean->scalar_type() == ScalarType::Float && mean->size(0) == b &&
+                      h % mean->size(1) == 0 && mean->size(3) == d && mean->stride(3) == 1;
+    expect(fits, name, "means that do not fit");
+    return {static_cast<const float*>(mean->data_ptr()), mean->stride(0), mean->stride(1), h / mean->size(1), d};
+}
 
 // clang-format off
 Tensor attend_kernel(
@@ -367,25 +314,15 @@ Tensor attend_kernel(
     const bool fits = encode.n == d && encode.m == width && decode.n == e && decode.m == value_width;
     expect(fits, latents, "bases that do not fit");
     const Queries queries(query);
-    const auto at = [&](int64_t i) {
-        return static_cast<const float*>(queries.rows.data) + i / (h * s) * queries.rows.strides[0] +
-               i / s % h * queries.rows.strides[1] + i % s * queries.rows.strides[2];
-    };
-
-    const bool some = key_rows.size(2) > 0;  // none while all tokens are in sinks and window
-    std::vector<float> absorbed(some ? rows * width : 0), sums(some ? rows * value_width : 0), outputs(2 * rows * e);
-    std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
+    const bool is_float = query.scalar_type() == ScalarType::Float;
+    Tensor output = empty({b, h, s, e}, query.scalar_type());
+    std::vector<float> memory(is_float ? 0 : b * h * s * e);
     const std::optional<Tensor> none;
-    if (some) {
-#pragma omp parallel for if (rows * d * width > SMALL)
-        for (int64_t i = 0; i < rows; i++) encode.absorb(at(i), i / s % h, h, &absorbed[i * width]);
-        const Call call{latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none};
-        run(of_latents, call, query, Queries::dense(absorbed.data(), h, s, width), sums.data(), &lse[0]);
-    }
-    std::vector<float> shift(rows);  // of the logits of latents and window, which are differences from means
-    const Means key_means(latents, key_mean, b, h, d), value_means(latents, value_mean, b, h, e);
-    if (key_mean) {
-        for (int64_t i = 0; i < rows; i++) shift[i] = float(scale) * key_means.dot(at(i), i / (h * s), i / s % h);
+    CacheAttention a{b, h, s, d, e, scale, queries.rows};
+    if (key_rows.size(2) > 0) {  // none while all tokens are in sinks and window
+        a.latents = part(of_latents,
+                         {latents, key_rows, value_rows, key_scale, value_scale, far, lengths, scale, softcap, none},
+                         query);
     }
     if (window_keys && window_values) {
         // clang-format off
@@ -393,35 +330,13 @@ Tensor attend_kernel(
                         window_value_scale, inside,       none,           scale,
                         softcap,            none};
         // clang-format on
-        run(find(window), call, query, queries.rows, &outputs[0], &lse[rows]);
+        a.window = part(find(window), call, query);
     }
-    run(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query, queries.rows,
-        &outputs[rows * e], &lse[2 * rows]);
-
-    const bool is_float = query.scalar_type() == ScalarType::Float;
-    Tensor output = empty({b, h, s, e}, query.scalar_type());
-    std::vector<float> memory(is_float ? 0 : rows * e);
-    float* out = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
-#pragma omp parallel for if (rows * e * value_width > SMALL)
-    for (int64_t i = 0; i < rows; i++) {
-        lse[i] += shift[i], lse[rows + i] += shift[i];
-        const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
-        float weights[3], total = 0;
-        for (int part = 0; part < 3; part++) {
-            weights[part] = top == -INFINITY ? 0.0f : std::exp(lse[part * rows + i] - top);
-            total += weights[part];
-        }
-        const float inverse = total == 0 ? 0.0f : 1 / total;
-        const float *first = &outputs[i * e], *second = &outputs[(rows + i) * e];
-        for (int64_t c = 0; c < e; c++) {
-            out[i * e + c] = inverse * ((window_keys ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
-        }
-        if (some) decode.expand(&sums[i * value_width], i / s % h, h, inverse * weights[0], out + i * e);
-        if (value_mean) {
-            const float* mean = value_means.of(i / (h * s), i / s % h);
-            for (int64_t c = 0; c < e; c++) out[i * e + c] += inverse * (weights[0] + weights[1]) * mean[c];
-        }
-    }
+    a.opened = part(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query);
+    a.encode = encode.view(), a.decode = decode.view();
+    a.key_mean = means(latents, key_mean, b, h, d), a.value_mean = means(latents, value_mean, b, h, e);
+    a.output = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
+    attend_cache(a);
     if (!is_float) store(memory, output);
     return output;
 }
@@ -463,25 +378,8 @@ std::tuple<Tensor, Tensor> pack_kernel(
     return {codes, scale};
 }
 
-// x[n], less `mean`, as 8-bit values with one scale, as fhopt.ops.packing.round_rows does.
 template <class T>
-void round_row(const T* x, const float* mean, int64_t n, uint8_t* codes, c10::Half& scale) {
-    float largest = 0, unknown = 0;  // NaN where x has one
-    for (int64_t i = 0; i < n; i++) {
-        const float difference = std::abs(mean ? float(x[i]) - mean[i] : float(x[i]));
-        largest = difference > largest ? difference : largest;
-        unknown += difference == difference ? 0.0f : difference;
-    }
-    scale = c10::Half(std::clamp(largest / 127.5f, 0x1p-24f, 65504.0f) + unknown);
-    const float step = float(scale);
-    for (int64_t i = 0; i < n; i++) {
-        const float level = std::floor((mean ? float(x[i]) - mean[i] : float(x[i])) / step + 128.0f);
-        codes[i] = uint8_t(level > 0 ? std::min(level, 255.0f) : 0.0f);
-    }
-}
-
-template <class T>
-void round_rows(const Tensor& x, const Means& means, const Tensor& codes, const Tensor& scale, int64_t at) {
+void round_rows(const Tensor& x, const CacheMean& means, const Tensor& codes, const Tensor& scale, int64_t at) {
     for (int64_t b = 0; b < x.size(0); b++) {
         for (int64_t g = 0; g < x.size(1); g++) {
             for (int64_t s = 0; s < x.size(2); s++) {
@@ -509,13 +407,13 @@ void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor 
     }
     expect(fits, name, "a window that does not fit");
     if (width > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
-    const Means means(name, mean, x.size(0), x.size(1), width);
+    const CacheMean its = means(name, mean, x.size(0), x.size(1), width);
     const ScalarType type = x.scalar_type();
     expect(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
            "other numbers");
-    if (type == ScalarType::Float) round_rows<float>(x, means, codes, scale, at);
-    else if (type == ScalarType::BFloat16) round_rows<c10::BFloat16>(x, means, codes, scale, at);
-    else round_rows<c10::Half>(x, means, codes, scale, at);
+    if (type == ScalarType::Float) round_rows<float>(x, its, codes, scale, at);
+    else if (type == ScalarType::BFloat16) round_rows<c10::BFloat16>(x, its, codes, scale, at);
+    else round_rows<c10::Half>(x, its, codes, scale, at);
 }
 
 Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {

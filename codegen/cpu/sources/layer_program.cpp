@@ -21,6 +21,8 @@
 #include "vectors.h"
 #include "exponential.h"
 #include "products.h"
+#include "kernel_call.h"
+#include "cache_attention.h"
 
 // ------------------------------------------------------------------------------------------------ instructions
 
@@ -246,12 +248,113 @@ void step(const Run& run, const Instruction& i, float* arena) {
     // clang-format on
 }
 
+// ------------------------------------------------------------------------------------------------ decode steps
+
+// Keys or values: the new token of each sequence, and where it goes.
+struct Append {
+    const void* tokens;  // [B,G,1,D], dense, of the type of the step
+    int64_t heads, width;
+    void* opened;  // [B,G,N,D], dense: what is kept exactly, and the new token behind
+    int64_t open_tokens;
+    uint8_t* codes;  // [B,G,M,D], of the window
+    int64_t code_strides[3];
+    void* scale;  // float16 [B,G,M]
+    int64_t scale_strides[3], at;  // the place in the window
+};
+
+struct DecodeStep {
+    Run before, after;
+    int64_t type;
+    const void* query;  // [B,H,1,D], dense
+    void* attended;     // [B,1,H,E], dense
+    CacheAttention attention;
+    Append sides[2];
+};
+
+struct HalfBits {
+    uint16_t bits;
+    explicit HalfBits(float x) : bits(to_float16(x)) {}
+    explicit operator float() const { return from_float16(bits); }
+};
+
+struct Float16Bits {
+    uint16_t bits;
+    operator float() const { return from_float16(bits); }
+};
+
+// The new token goes behind the open ones, for attention to read.
+void open(const Append& side, int64_t batch, int64_t size) {
+    const int64_t row = side.width * size;
+    for (int64_t i = 0; i < batch * side.heads; i++) {
+        std::memcpy(static_cast<char*>(side.opened) + (i * side.open_tokens + side.open_tokens - 1) * row,
+                    static_cast<const char*>(side.tokens) + i * row, row);
+    }
+}
+
+template <class T>
+void round_into(const Append& side, const CacheMean& mean, int64_t batch) {
+    for (int64_t b = 0; b < batch; b++) {
+        for (int64_t g = 0; g < side.heads; g++) {
+            const int64_t *codes = side.code_strides, *scales = side.scale_strides;
+            HalfBits scale(0.0f);
+            round_row(static_cast<const T*>(side.tokens) + (b * side.heads + g) * side.width,
+                      mean.data ? mean.data + b * mean.sequence + g * mean.head : nullptr, side.width,
+                      side.codes + b * codes[0] + g * codes[1] + side.at * codes[2], scale);
+            static_cast<uint16_t*>(side.scale)[b * scales[0] + g * scales[1] + side.at * scales[2]] = scale.bits;
+        }
+    }
+}
+
+void append(Append& side, const CacheMean& mean, int64_t batch, int64_t type) {
+    if (type == 0) round_into<float>(side, mean, batch);
+    else if (type == 1) round_into<Bits16>(side, mean, batch);
+    else round_into<Float16Bits>(side, mean, batch);
+    side.at++;
+}
+
+template <class T>
+void as_floats(const void* x, std::vector<float>& y) {
+    for (size_t i = 0; i < y.size(); i++) y[i] = T::number(static_cast<const typename T::Element*>(x)[i]);
+}
+
+template <class T>
+void from_floats(const std::vector<float>& x, void* y) {
+    for (size_t i = 0; i < x.size(); i++) static_cast<typename T::Element*>(y)[i] = T::rounded(x[i]);
+}
+
+void attend(DecodeStep& s) {
+    CacheAttention a = s.attention;
+    std::vector<float> query(a.batch * a.heads * a.head_size), output(a.batch * a.heads * a.value_size);
+    if (s.type == 0) as_floats<OfFloat32>(s.query, query);
+    else if (s.type == 1) as_floats<OfBFloat16>(s.query, query);
+    else as_floats<OfFloat16>(s.query, query);
+    a.query = {query.data(), {a.heads * a.head_size, a.head_size, a.head_size}};
+    a.output = output.data();
+    for (const Append& side : s.sides) open(side, a.batch, s.type == 0 ? 4 : 2);
+    attend_cache(a);
+    if (s.type == 0) from_floats<OfFloat32>(output, s.attended);
+    else if (s.type == 1) from_floats<OfBFloat16>(output, s.attended);
+    else from_floats<OfFloat16>(output, s.attended);
+    append(s.sides[0], a.key_mean, a.batch, s.type);
+    append(s.sides[1], a.value_mean, a.batch, s.type);
+    s.attention.window.call.tokens++;
+}
+
+void run_all(const Run& run) {
+    thread_local std::vector<float> arena;
+    if (int64_t(arena.size()) < run.arena) arena.resize(run.arena);
+    for (int64_t i = 0; i < run.count; i += std::max<int64_t>(run.instructions[i].joined, 1)) {
+        step(run, run.instructions[i], arena.data());
+    }
+}
+
 }  // namespace
 
-extern "C" void run_layer(const Run* run) {
-    thread_local std::vector<float> arena;
-    if (int64_t(arena.size()) < run->arena) arena.resize(run->arena);
-    for (int64_t i = 0; i < run->count; i += std::max<int64_t>(run->instructions[i].joined, 1)) {
-        step(*run, run->instructions[i], arena.data());
-    }
+extern "C" void run_layer(const Run* run) { run_all(*run); }
+
+// What comes before attention, attention on the cache, what comes after; the new token is in the cache then.
+extern "C" void run_decode_step(DecodeStep* s) {
+    run_all(s->before);
+    attend(*s);
+    run_all(s->after);
 }

@@ -1,0 +1,159 @@
+//: A decode step's attention on a KV cache, and the new token's place in its window, by addresses. Stands behind
+//: kernel_call.h and needs <algorithm>, <cmath>, <cstdint> and <vector>.
+// ------------------------------------------------------------------------------------------------ a KV cache
+
+// A kernel and what it is called with, but for queries and results. run: null where there is no such part.
+struct CachePart {
+    void (*run)(const Attention*) = nullptr;
+    Attention call = {};
+};
+
+struct CacheBasis {  // [G,n,m], dense, of float or bfloat16
+    const void* data;
+    int64_t is_bfloat, groups, n, m;
+
+    int64_t at(int64_t head, int64_t heads) const { return head / (heads / groups) * n * m; }
+};
+
+// Means of keys or values of each sequence, float [B,G,1,D], from which latents and window are differences.
+struct CacheMean {
+    const float* data = nullptr;
+    int64_t sequence = 0, head = 0, group = 1, width = 0;
+
+    const float* of(int64_t b, int64_t h) const { return data + b * sequence + h / group * head; }
+
+    float dot(const float* query, int64_t b, int64_t h) const {
+        const float* mean = of(b, h);
+        float sum = 0;
+        for (int64_t c = 0; c < width; c++) sum += query[c] * mean[c];
+        return sum;
+    }
+};
+
+struct CacheAttention {
+    int64_t batch, heads, queries, head_size, value_size;
+    double scale;
+    Rows query;  // float [B,H,S,D]
+    CachePart latents, window, opened;
+    CacheBasis encode, decode;
+    CacheMean key_mean, value_mean;
+    float* output;  // [B,H,S,E], dense
+};
+
+constexpr int64_t SMALL = 1 << 20;  // products that one thread does
+
+struct Bits16 {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t whole = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &whole, sizeof x);
+        return x;
+    }
+};
+
+// y[m] = x[n] B[n, m]
+template <class T>
+void times(const float* x, const T* basis, int64_t n, int64_t m, float* y) {
+    std::fill(y, y + m, 0.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const float factor = x[i];
+        const T* row = basis + i * m;
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) y[j] += factor * float(row[j]);
+    }
+}
+
+// y[n] += factor B[n, m] x[m]
+template <class T>
+void add_times(const T* basis, const float* x, int64_t n, int64_t m, float factor, float* y) {
+    for (int64_t i = 0; i < n; i++) {
+        const T* row = basis + i * m;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < m; j++) sum += float(row[j]) * x[j];
+        y[i] += factor * sum;
+    }
+}
+
+void absorb(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float* y) {
+    const int64_t at = basis.at(head, heads);
+    if (basis.is_bfloat) times(x, static_cast<const Bits16*>(basis.data) + at, basis.n, basis.m, y);
+    else times(x, static_cast<const float*>(basis.data) + at, basis.n, basis.m, y);
+}
+
+void expand(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float factor, float* y) {
+    const int64_t at = basis.at(head, heads);
+    if (basis.is_bfloat) add_times(static_cast<const Bits16*>(basis.data) + at, x, basis.n, basis.m, factor, y);
+    else add_times(static_cast<const float*>(basis.data) + at, x, basis.n, basis.m, factor, y);
+}
+
+void run_part(const CachePart& part, const Rows& query, float* output, float* lse) {
+    Attention call = part.call;
+    call.query = query;
+    call.output = output;
+    call.lse = lse;
+    part.run(&call);
+}
+
+// Queries are absorbed by `encode` and outputs expanded by `decode`; the parts are merged by log-sum-exp.
+void attend_cache(const CacheAttention& a) {
+    const int64_t h = a.heads, s = a.queries, e = a.value_size, rows = a.batch * h * s;
+    const int64_t width = a.encode.m, value_width = a.decode.m;
+    const auto at = [&](int64_t i) {
+        return static_cast<const float*>(a.query.data) + i / (h * s) * a.query.strides[0] +
+               i / s % h * a.query.strides[1] + i % s * a.query.strides[2];
+    };
+    const bool some = a.latents.run != nullptr, window = a.window.run != nullptr;
+    std::vector<float> absorbed(some ? rows * width : 0), sums(some ? rows * value_width : 0), outputs(2 * rows * e);
+    std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
+    if (some) {
+#pragma omp parallel for if (rows * a.head_size * width > SMALL)
+        for (int64_t i = 0; i < rows; i++) absorb(a.encode, at(i), i / s % h, h, &absorbed[i * width]);
+        run_part(a.latents, {absorbed.data(), {h * s * width, s * width, width}}, sums.data(), &lse[0]);
+    }
+    if (window) run_part(a.window, a.query, &outputs[0], &lse[rows]);
+    run_part(a.opened, a.query, &outputs[rows * e], &lse[2 * rows]);
+#pragma omp parallel for if (rows * e * value_width > SMALL)
+    for (int64_t i = 0; i < rows; i++) {
+        // Logits of latents and window are differences from means.
+        const float shift = a.key_mean.data ? float(a.scale) * a.key_mean.dot(at(i), i / (h * s), i / s % h) : 0.0f;
+        lse[i] += shift, lse[rows + i] += shift;
+        const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
+        float weights[3], total = 0;
+        for (int part = 0; part < 3; part++) {
+            weights[part] = top == -INFINITY ? 0.0f : std::exp(lse[part * rows + i] - top);
+            total += weights[part];
+        }
+        const float inverse = total == 0 ? 0.0f : 1 / total;
+        const float *first = &outputs[i * e], *second = &outputs[(rows + i) * e];
+        float* out = a.output + i * e;
+        for (int64_t c = 0; c < e; c++) {
+            out[c] = inverse * ((window ? weights[1] * first[c] : 0.0f) + weights[2] * second[c]);
+        }
+        if (some) expand(a.decode, &sums[i * value_width], i / s % h, h, inverse * weights[0], out);
+        if (a.value_mean.data) {
+            const float* mean = a.value_mean.of(i / (h * s), i / s % h);
+            for (int64_t c = 0; c < e; c++) out[c] += inverse * (weights[0] + weights[1]) * mean[c];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ a window of 8 bits
+
+// x[n], less `mean`, as 8-bit values with one scale, as fhopt.ops.packing.round_rows does. Half: of one float.
+template <class T, class Half>
+void round_row(const T* x, const float* mean, int64_t n, uint8_t* codes, Half& scale) {
+    float largest = 0, unknown = 0;  // NaN where x has one
+    for (int64_t i = 0; i < n; i++) {
+        const float difference = std::abs(mean ? float(x[i]) - mean[i] : float(x[i]));
+        largest = difference > largest ? difference : largest;
+        unknown += difference == difference ? 0.0f : difference;
+    }
+    scale = Half(std::clamp(largest / 127.5f, 0x1p-24f, 65504.0f) + unknown);
+    const float step = float(scale);
+    for (int64_t i = 0; i < n; i++) {
+        const float level = std::floor((mean ? float(x[i]) - mean[i] : float(x[i])) / step + 128.0f);
+        codes[i] = uint8_t(level > 0 ? std::min(level, 255.0f) : 0.0f);
+    }
+}
