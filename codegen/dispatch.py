@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.build import build_torch, build_triton
-from fhopt.codegen.cpu import graph_kernels, layer_program
+from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu import skinny_linear as skinny_products
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
+from fhopt.codegen.layers import program as layer_program
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import registry

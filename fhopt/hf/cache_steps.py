@@ -20,7 +20,8 @@ from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.residual_window import RoundedWindow
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.cpu.layer_program import CacheSide, DecodeStep, LayerProgram
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep
+from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
 
 
@@ -88,7 +89,7 @@ def prepare_step(
     if kernels is None:
         return None
     sides = tuple(
-        CacheSide(new, exact, *places, places[0].shape[2] - _spare(side, places), side.decode, side.mean)
+        CacheSide(new, exact, places[0], places[1], places[0].shape[2] - _spare(side, places), side.decode, side.mean)
         for new, exact, places, side in zip((tensors.keys, tensors.values), opened, room, (key, value), strict=True)
     )
     parts = _calls(kernels, tensors.query, key, value, room, opened, options)
@@ -101,6 +102,8 @@ def prepare_step(
 
 def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
     """Return whether a step does no more than to append to a window in 8 bits, behind all attention sinks."""
+    if not layer.packed_keys.parts or not layer.packed_values.parts:  # an ordinary call makes them, of no tokens
+        return False
     if not layer.is_initialized or not layer.absorb or layer.sketches is not None or layer.observer is not None:
         return False
     windows = layer.window_keys, layer.window_values

@@ -4,7 +4,7 @@
     after    layer(x, ...)    run(program up to attention); attention on the cache; run(the rest)
 
 Before its first decode step a layer is rehearsed twice (fhopt/hf/layer_trace.py), and lowered
-(fhopt/codegen/cpu/layer_program.py) where both give the same trace; layers with equal traces share a program. Before a
+(fhopt/codegen/layers/lowering.py) where both give the same trace; layers with equal traces share a program. Before a
 program is used, it is run on the numbers of a rehearsal and must give what the layer gave. A call runs as before
 wherever something is different: an option, a hook, a weight that was replaced, gradients, a graph that is being
 compiled.
@@ -29,9 +29,10 @@ from torch import Tensor
 
 from fhopt.attention.interface import latent_attention
 from fhopt.codegen import layer_programs_are_built
-from fhopt.codegen.cpu import layer_program
-from fhopt.codegen.cpu.layer_program import LayerProgram, LayerTrace, Stored, UnsupportedError
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.program import LayerProgram, Stored, run_segment
+from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, UnsupportedError
 from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
 from fhopt.hf.layer_trace import Path, Recording, leaves, rehearse
 from fhopt.plan.latent_plan import LatentPlan
@@ -78,7 +79,7 @@ class LayerPrograms:
 
 def _lowered(trace: LayerTrace) -> _Candidate:
     try:
-        return _Candidate(layer_program.lower(trace), "", set())
+        return _Candidate(lower(trace), "", set())
     except UnsupportedError as error:
         return _Candidate(None, str(error), set())
 
@@ -86,8 +87,9 @@ def _lowered(trace: LayerTrace) -> _Candidate:
 class LayerState:
     """What one layer knows: for each shape of its input, programs that are bound to its weights."""
 
-    def __init__(self, layer: torch.nn.Module, shared: LayerPrograms) -> None:
+    def __init__(self, layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
         self.layer, self.shared = layer, shared
+        self.inner = inner  # its attention, which may run as a program where the whole layer cannot
         self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
         self.bound: dict[tuple[Any, ...], list[_Bound]] = {}
         self.tried: Counter[tuple[Any, ...]] = Counter()
@@ -95,11 +97,11 @@ class LayerState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         """Return a state that knows nothing yet: programs are bound to the weights of one layer."""
-        return LayerState(copy.deepcopy(self.layer, memo), self.shared)
+        return LayerState(copy.deepcopy(self.layer, memo), self.shared, copy.deepcopy(self.inner, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to make a state that knows nothing yet."""
-        return LayerState, (self.layer, LayerPrograms(self.shared.attention))
+        return LayerState, (self.layer, LayerPrograms(self.shared.attention), self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -112,8 +114,8 @@ class LayerState:
                 return bound(*args, **kwargs)
         if x.dim() != 3 or x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.tried[key] >= MOST_TRIED:
             return self.original(*args, **kwargs)
-        bound = self._bind(key, x.shape[1] > 1, args, kwargs)
-        return self.original(*args, **kwargs) if bound is None else bound(*args, **kwargs)
+        made = self._bind(key, x.shape[1] > 1, args, kwargs)
+        return self.original(*args, **kwargs) if made is None else made(*args, **kwargs)
 
     def _bind(
         self, key: tuple[Any, ...], several: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,6 +138,8 @@ class LayerState:
             self.reason = str(error)
             self.tried[key] = MOST_TRIED
             log.info("%s runs operation by operation: %s", type(self.layer).__name__, error)
+            if self.inner is not None:
+                _use(self.inner, self.shared)
             return None
         self.bound[key] = [b for b in self.bound.get(key, ()) if b.is_current()] + [bound]
         return bound
@@ -185,7 +189,7 @@ class _Bound:
         for number, weight in recording.weights.items():
             self.externals[number] = weight.address
         self.reads = [(n, path) for n, path in recording.inputs.items() if n in program.read]
-        self.attended = next(op for op in recording.trace.ops if op.name == layer_program.ATTENTION).results[0].number
+        self.attended = next(op for op in recording.trace.ops if op.name == ATTENTION).results[0].number
         like = recording.tensors[self.attended]
         self.result_of_attention = (like.shape, like.dtype)
         self.hooks = [h for m in layer.modules() if m is not layer for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -208,7 +212,8 @@ class _Bound:
             "softcap": self.attention.options.get("softcap") or 0.0,
         }
         is_causal = self.attention.options.get("is_causal", getattr(self.attention.module, "is_causal", True))
-        self.is_single = self.query.shape[2] == 1 and bool(is_causal)
+        sinks = self.attention.options.get("s_aux")
+        self.is_single = self.query.shape[2] == 1 and bool(is_causal) and sinks is None
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call is like the recorded one, and the layer still what it was."""
@@ -248,9 +253,9 @@ class _Bound:
                 step(cache.layers[call.layer])
                 return output if self.extra < 0 else (output, *(None,) * self.extra)
         query, keys, values = (self._new(stored) for stored in (self.query, self.keys, self.values))
-        layer_program.run_segment(self.program, 0, externals, self.address, threads)
+        run_segment(self.program, 0, externals, self.address, threads)
         read = cache.update(keys, values, call.layer)
-        attended, _ = latent_attention(call.module, query, *read, mask, **call.options)
+        attended, _ = latent_attention(call.module, query, read[0], read[1], mask, **call.options)
         return self._finish(attended, threads)
 
     def _step(self, cache: Any, threads: int) -> CacheStep | None:
@@ -272,7 +277,7 @@ class _Bound:
     def _finish(self, attended: Tensor, threads: int) -> Any:
         self.externals[self.attended] = attended.data_ptr()
         output = self._new(self.output)
-        layer_program.run_segment(self.program, 1, self.externals, self.address, threads)
+        run_segment(self.program, 1, self.externals, self.address, threads)
         return output if self.extra < 0 else (output, *(None,) * self.extra)
 
     def _new(self, stored: Stored) -> Tensor:
@@ -286,8 +291,8 @@ class _Bound:
         for number, _ in self.reads:
             self.externals[number] = recording.arguments[number].data_ptr()
         made = [self._new(stored) for stored in (self.query, self.keys, self.values)]
-        layer_program.run_segment(self.program, 0, self.externals, self.address, threads)
-        attention = next(op for op in recording.trace.ops if op.name == layer_program.ATTENTION)
+        run_segment(self.program, 0, self.externals, self.address, threads)
+        attention = next(op for op in recording.trace.ops if op.name == ATTENTION)
         expected = [recording.tensors[ref.number] for ref in attention.args]
         output = self._finish(recording.tensors[self.attended], threads)
         made.append(output if self.extra < 0 else output[0])
@@ -321,15 +326,21 @@ def _close(x: Tensor, y: Tensor) -> bool:
 def use_programs(model: torch.nn.Module, plan: LatentPlan, attention: str) -> None:
     """Let the decoder layers of `model` that hold sites of `plan` run decode steps as programs.
 
-    A decoder layer is an element of a list of modules. attention: name of the implementation that reads the cache.
+    A decoder layer is an element of a list of modules; of one that does more than programs can, its attention may.
+    attention: name of the implementation that reads the cache.
     """
     shared = LayerPrograms(attention)
-    for name in {_layer_name(model, site.site.name.partition("#")[0]) for site in plan.sites} - {None}:
-        assert name is not None
-        layer = model.get_submodule(name)
-        if "forward" not in vars(layer):
-            vars(layer)[STATE] = LayerState(layer, shared)
-            vars(layer)["forward"] = MethodType(_forward, layer)
+    for site in (site.site.name.partition("#")[0] for site in plan.sites):
+        name = _layer_name(model, site)
+        if name is not None:
+            _use(model.get_submodule(name), shared, model.get_submodule(site))
+
+
+def _use(layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
+    """Let a module run as a program, unless something else stands in for it."""
+    if "forward" not in vars(layer):
+        vars(layer)[STATE] = LayerState(layer, shared, inner)
+        vars(layer)["forward"] = MethodType(_forward, layer)
 
 
 def drop_programs(model: torch.nn.Module) -> None:

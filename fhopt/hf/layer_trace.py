@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fhopt.codegen.cpu.layer_program import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
+from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
 _SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_OPTIONS = ("scaling", "dropout", "softcap", "is_causal")  # of attention, which `replay` hands on
+_OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # of attention, which `replay` hands on
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class _Recorder(TorchDispatchMode):
     """The state of recording one call."""
 
     def __init__(self, layer: torch.nn.Module, arguments: dict[Path, Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.arguments = arguments
         self.paths = {id(x): path for path, x in arguments.items() if isinstance(x, Tensor)}
         self.named = {id(t): (holder, name, t) for holder, name, t in _weights_of(layer)}
@@ -173,14 +173,16 @@ class _Recorder(TorchDispatchMode):
         pending, self.pending = self.pending, None
         if pending is None or key is not pending[0] or value is not pending[1] or id(module) not in self.layers:
             raise UnsupportedError("attention on other keys than the cache returned")
-        tensors = [name for name, x in options.items() if isinstance(x, Tensor) and name in ("position_bias", "s_aux")]
-        if tensors:
-            raise UnsupportedError(f"attention with {tensors[0]}")
+        sinks = options.get("s_aux")
+        if options.get("position_bias") is not None or (sinks is not None and id(sinks) not in self.named):
+            raise UnsupportedError("attention with a bias of positions, or with sinks that are no weight")
         mask_path = None if mask is None else self.paths.get(id(mask))
-        cache = next((path for path, x in self.arguments.items() if hasattr(x, "get_seq_length")), None)
+        cache = next((path for path, x in self.arguments.items() if _is_cache(x)), None)
         if (mask is not None and mask_path is None) or cache is None:
             raise UnsupportedError("attention with a mask that is no argument of the layer")
         refs = tuple(Ref(self._number(x)) for x in (query, *pending[:2]))
+        if sinks is not None:
+            self._number(sinks)
         result = self._made(out)
         self.borders |= {ref.number: x for ref, x in zip((*refs, result), (query, *pending[:2], out), strict=True)}
         self.ops.append(TracedOp(ATTENTION, refs, (), (result,)))
@@ -216,23 +218,47 @@ def rehearse(
     which the cache shall seem longer; what a layer does with that number is seen by comparing two rehearsals. Raises
     UnsupportedError where a layer does what programs cannot.
     """
-    arguments = dict(leaves(args, kwargs))
-    recorder = _Recorder(layer, arguments)
-    caches = [x for x in arguments.values() if hasattr(x, "get_seq_length") and hasattr(x, "update")]
-    with _stand_ins(recorder, caches, attention, later), recorder:
+    recorder = _Recorder(layer, dict(leaves(args, kwargs)))
+
+    def replaced(x: Any) -> Any:
+        return _CacheStandIn(x, recorder, later) if _is_cache(x) else x
+
+    with _attention_stand_in(recorder, attention), recorder:
         try:
-            result = forward(*args, **kwargs)
-        except Exception as error:  # whatever the layer expects of a cache that the stand-ins do not give
+            result = forward(*map(replaced, args), **{name: replaced(x) for name, x in kwargs.items()})
+        except Exception as error:  # whatever the layer expects of a cache that the stand-in does not give
             raise UnsupportedError(f"it fails beside the cache ({type(error).__name__}: {error})") from error
     return recorder.recording(result)
 
 
-@contextmanager
-def _stand_ins(recorder: _Recorder, caches: list[Any], name: str, later: int) -> Iterator[None]:
-    """Let the recorder see, inside, what caches are given and what attention is asked, and nothing happen to a cache.
+def _is_cache(x: Any) -> bool:
+    return hasattr(x, "get_seq_length") and hasattr(x, "update")
 
-    A cache returns the new keys and values alone, attention the new values: their numbers are only looked at as such.
+
+class _CacheStandIn:
+    """What a rehearsed layer gets in place of a cache: it returns the new keys and values alone, and changes nothing.
+
+    later: tokens by which it seems longer than the cache is.
     """
+
+    def __init__(self, cache: Any, recorder: _Recorder, later: int) -> None:
+        self._cache, self._later, self.update = cache, later, recorder.updated
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for who asks whether this is a cache
+        return type(self._cache)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the number of tokens, as a cache does."""
+        return self._cache.get_seq_length(*args, **kwargs) + self._later
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(f"it asks the cache for {name}")
+
+
+@contextmanager
+def _attention_stand_in(recorder: _Recorder, name: str) -> Iterator[None]:
+    """Let attention be recorded, inside, and return the new values: their numbers are only looked at as such."""
     from transformers import AttentionInterface
 
     registered: Callable[..., Any] = AttentionInterface()[name]
@@ -243,25 +269,17 @@ def _stand_ins(recorder: _Recorder, caches: list[Any], name: str, later: int) ->
         recorder.attended(module, query, key, value, mask, options, out)
         return out, None
 
-    for cache in caches:
-        length = cache.get_seq_length
-
-        def lengthened(*args: Any, length: Any = length, **kwargs: Any) -> Any:
-            return length(*args, **kwargs) + later
-
-        vars(cache).update(update=recorder.updated, get_seq_length=lengthened)
     AttentionInterface.register(name, attend)
     try:
         yield
     finally:
         AttentionInterface.register(name, registered)
-        for cache in caches:
-            del vars(cache)["update"], vars(cache)["get_seq_length"]
 
 
 def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
     """Yield the arguments of a call with their paths; those within tuples on their own."""
-    for key, x in (*enumerate(args), *kwargs.items()):
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, x in named:
         if isinstance(x, (tuple, list)):
             yield from (((key, i), y) for i, y in enumerate(x))
         else:

@@ -126,7 +126,8 @@ def test_weights_may_be_spread_over_memory_and_disk(folder: Path, tmp_path: Path
     for open_it in (fhopt.load, AutoModelForCausalLM.from_pretrained):
         model: Any = open_it(folder, device_map=places, offload_folder=tmp_path / "weights")
         assert {p.is_meta for p in model.model.layers[0].parameters()} == {True}
-        assert torch.equal(generated(model, ids)[1], expected[1])
+        logits = generated(model, ids)[1]  # those of layers on disk are computed operation by operation
+        torch.testing.assert_close(logits, expected[1], rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------- the real model

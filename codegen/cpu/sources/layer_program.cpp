@@ -26,12 +26,33 @@
 
 // ------------------------------------------------------------------------------------------------ instructions
 
-// clang-format off
 enum Code : int64_t {
-    LOAD, STORE, COPY, FILL, ADD, SUBTRACT, MULTIPLY, DIVIDE, LARGEST, LEAST, NEGATE, ABSOLUTE, SQUARE_ROOT,
-    INVERSE_ROOT, INVERSE, EXPONENTIAL, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, MEAN, SUM, LINEAR
+    LOAD,
+    STORE,
+    COPY,
+    FILL,
+    ADD,
+    SUBTRACT,
+    MULTIPLY,
+    DIVIDE,
+    LARGEST,
+    LEAST,
+    NEGATE,
+    ABSOLUTE,
+    SQUARE_ROOT,
+    INVERSE_ROOT,
+    INVERSE,
+    EXPONENTIAL,
+    TANH,
+    SIGMOID,
+    SILU,
+    GELU,
+    GELU_TANH,
+    RELU,
+    MEAN,
+    SUM,
+    LINEAR
 };
-// clang-format on
 
 struct View {
     int64_t offset, strides[4];  // in the arena
@@ -158,6 +179,8 @@ INLINE Floats error_function(Floats x) {
     return x < 0.0f ? -y : y;
 }
 
+INLINE Floats gelu(Floats x) { return x * (error_function(x * 0.70710678f) + 1.0f) * 0.5f; }
+
 INLINE Floats gelu_tanh(Floats x) { return x * sigmoid((x * x * 0.044715f + 1.0f) * x * 1.5957691216f); }
 
 // ------------------------------------------------------------------------------------------------ tensors
@@ -218,9 +241,9 @@ void linear(const Run& run, const Instruction* first, float* arena) {
 }
 
 void step(const Run& run, const Instruction& i, float* arena) {
-    // clang-format off
     switch (i.code) {
-        case LOAD: case STORE: return transfer(i, arena, run.externals[i.external]);
+        case LOAD:
+        case STORE: return transfer(i, arena, run.externals[i.external]);
         case COPY: return one(i, arena, [](float x) { return x; });
         case FILL: return one(i, arena, [&](float) { return float(i.number); });
         case ADD: return two(i, arena, [](float x, float y) { return x + y; });
@@ -238,14 +261,13 @@ void step(const Run& run, const Instruction& i, float* arena) {
         case TANH: return one(i, arena, [](float x) { return std::tanh(x); });
         case SIGMOID: return vectors(i, arena, [](Floats x) { return sigmoid(x); });
         case SILU: return vectors(i, arena, [](Floats x) { return x * sigmoid(x); });
-        case GELU: return vectors(i, arena, [](Floats x) { return x * (error_function(x * 0.70710678f) + 1.0f) * 0.5f; });
+        case GELU: return vectors(i, arena, [](Floats x) { return gelu(x); });
         case GELU_TANH: return vectors(i, arena, [](Floats x) { return gelu_tanh(x); });
         case RELU: return one(i, arena, [](float x) { return x < 0 ? 0.0f : x; });
         case MEAN: return sums(i, arena, 1.0f / float(i.sizes[3]));
         case SUM: return sums(i, arena, 1.0f);
         case LINEAR: return linear(run, &i, arena);
     }
-    // clang-format on
 }
 
 // ------------------------------------------------------------------------------------------------ decode steps

@@ -45,7 +45,7 @@ def test_a_decode_step_on_a_cpu_is_one_call_of_machine_code(
 ) -> None:
     """With the numbers of its parts; a model without sites that it serves never calls it."""
     plan, ids, model = fitted.plan(4, **options), token_ids(2, 60), copy.deepcopy(fitted.model).to(dtype)
-    fhopt.apply(model, plan, skinny_products=False)
+    fhopt.apply(model, plan, skinny_products=False, layer_programs=False)
     served: list[bool] = []
 
     def watched(*operands: Any, **numbers: Any) -> Tensor | None:
@@ -70,7 +70,7 @@ def test_it_is_so_from_the_first_tokens_on(fitted: Fitted) -> None:
     """While all tokens are in attention sinks and window, which are read as they are held."""
     plan, ids = fitted.plan(4), token_ids(2, 20)
     assert plan.window.first_length >= 20
-    fhopt.apply(fitted.model, plan)
+    fhopt.apply(fitted.model, plan, layer_programs=False)
     rebuilt = logits(fitted.model, LatentCache(plan, absorb=False), ids, list(range(1, 20)))
     before = graph_kernels.attend_latents
     calls: list[bool] = []

@@ -1,0 +1,1 @@
+"""Decoder layers as programs: data that one C++ file runs (cpu/sources/layer_program.cpp)."""

@@ -1,0 +1,102 @@
+"""A layer's decode step as one call of machine code: its program, and attention on one cache, bound to addresses.
+
+Letters: B sequences, H query heads, G kv heads, N exact tokens, M tokens of the window, D head size, R latent
+width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.cpu.attention import ARGUMENTS
+from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.layers.instructions import TYPES
+from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
+
+_SIDE = struct.Struct("@PqqPqP3qP3qq")
+
+
+@dataclass(frozen=True, eq=False)
+class CacheSide:
+    """Keys or values of a cache: what a decode step reads beside packed latents, and where its token goes.
+
+    tokens [B,G,1,D]: where the program writes the new ones. opened [B,G,N,D]: what is kept exactly, and a place behind;
+    both dense. codes uint8 [B,G,M,D] and scale float16 [B,G,M]: of a window in 8 bits, of which `at` places are taken.
+    decode [G,D,R], mean float32 [B,G,1,D] or None: as of `fhopt.attention.cache_view.SideRows`.
+    """
+
+    tokens: Tensor
+    opened: Tensor
+    codes: Tensor
+    scale: Tensor
+    at: int
+    decode: Tensor
+    mean: Tensor | None
+
+    def packed(self) -> bytes:
+        """Return the C++ struct `Append`."""
+        return _SIDE.pack(
+            self.tokens.data_ptr(), self.tokens.shape[1], self.tokens.shape[3], self.opened.data_ptr(),
+            self.opened.shape[2], self.codes.data_ptr(), *self.codes.stride()[:3], self.scale.data_ptr(),
+            *self.scale.stride(), self.at,
+        )  # fmt: skip
+
+
+class DecodeStep:
+    """A layer's decode step as one call: the program of the layer, and attention on one cache, bound to addresses.
+
+    Every tensor behind them must live, and stay where it is, as long as the step is run. The step counts the tokens of
+    the window on its own. query, keys and values of the program go to `query` and the sides' `tokens`.
+    """
+
+    def __init__(
+        self, program: LayerProgram, address: int, threads: int, query: Tensor, attended: Tensor,
+        sides: tuple[CacheSide, CacheSide], parts: Sequence[tuple[LibraryKernel, bytes] | None], scale: float,
+    ) -> None:  # fmt: skip
+        compiled = functions()
+        assert compiled is not None
+        self._function = compiled[1]
+        keys, values = sides
+        self._bases = [_basis(side.decode) for side in sides]
+        means = [_mean(side.mean, query.shape[1]) for side in sides]
+        sizes = (*query.shape[:3], query.shape[3], values.tokens.shape[3])
+        self._kept = (program, query, attended, *sides)
+        packed = b"".join([
+            packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),
+            struct.pack("@qPP", TYPES.index(query.dtype), query.data_ptr(), attended.data_ptr()),
+            struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0), *map(_part, parts),
+            *[packed for _, packed in self._bases], *means, struct.pack("@P", 0), keys.packed(), values.packed(),
+        ])  # fmt: skip
+        self._struct = ctypes.create_string_buffer(packed, len(packed))
+        self._address = ctypes.addressof(self._struct)
+
+    def __call__(self) -> None:
+        """Run the step."""
+        self._function(self._address)
+
+
+_NO_PART = bytes(8 + struct.calcsize(ARGUMENTS))
+
+
+def _part(part: tuple[LibraryKernel, bytes] | None) -> bytes:
+    """Return the C++ struct `CachePart` of a kernel and its arguments."""
+    return _NO_PART if part is None else struct.pack("@P", part[0].address) + part[1]
+
+
+def _basis(decode: Tensor) -> tuple[Tensor, bytes]:
+    """Return the tensor behind a `CacheBasis`, and that struct."""
+    dense = decode.contiguous() if decode.dtype in TYPES[:2] else decode.float()
+    return dense, struct.pack("@P4q", dense.data_ptr(), dense.dtype == torch.bfloat16, *dense.shape)
+
+
+def _mean(mean: Tensor | None, heads: int) -> bytes:
+    """Return the C++ struct `CacheMean`."""
+    if mean is None:
+        return bytes(40)
+    return struct.pack("@P4q", mean.data_ptr(), *mean.stride()[:2], heads // mean.shape[1], mean.shape[3])

@@ -1,0 +1,175 @@
+"""The operations of torch that programs of layers know, each with what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fhopt.codegen.layers.instructions import (
+    ABSOLUTE,
+    ADD,
+    COPY,
+    DIVIDE,
+    EXPONENTIAL,
+    GELU,
+    GELU_TANH,
+    INVERSE,
+    INVERSE_ROOT,
+    LARGEST,
+    LEAST,
+    MEAN,
+    MULTIPLY,
+    NEGATE,
+    RELU,
+    SIGMOID,
+    SILU,
+    SQUARE_ROOT,
+    SUBTRACT,
+    SUM,
+    TANH,
+    Instruction,
+    Value,
+    four,
+)  # fmt: skip
+from fhopt.codegen.layers.trace import UnsupportedError
+
+if TYPE_CHECKING:
+    from fhopt.codegen.layers.lowering import Lowering
+
+Handler = Callable[["Lowering", tuple[Any, ...], dict[str, Any]], Value]
+VIEWS = {
+    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "select", "slice",
+    "split", "split_with_sizes", "chunk", "unbind", "detach", "alias", "narrow", "movedim", "unflatten", "squeeze_",
+    "unsqueeze_",
+}  # fmt: skip
+IN_PLACE = {"add", "sub", "mul", "div", "neg", "silu", "gelu", "relu", "sigmoid", "tanh"}
+
+
+def _binary(code: int) -> Handler:
+    def handle(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        if kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode") is not None or len(args) != 2:
+            raise UnsupportedError("a sum with a factor, or a quotient that is rounded")
+        return low.two(code, *args)
+
+    return handle
+
+
+def _unary(code: int) -> Handler:
+    def handle(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        if len(args) != 1 or kwargs:
+            raise UnsupportedError("a function with options")
+        return low.one(code, args[0])
+
+    return handle
+
+
+def _gelu(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    return low.one(GELU_TANH if kwargs.get("approximate", "none") == "tanh" else GELU, args[0])
+
+
+def _pow(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    x, power = low.operand(args[0]), args[1]
+    if power == 2:
+        return low.two(MULTIPLY, x, x)
+    if power == 3:
+        return low.two(MULTIPLY, low.two(MULTIPLY, x, x), x)
+    if power in (0.5, -0.5):
+        return low.one(SQUARE_ROOT if power > 0 else INVERSE_ROOT, x)
+    raise UnsupportedError(f"a power of {power}")
+
+
+def _reduction(code: int) -> Handler:
+    def handle(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        dims = args[1] if len(args) > 1 else None
+        return low.reduce(code, args[0], dims, bool(args[2]) if len(args) > 2 else False)
+
+    return handle
+
+
+def _same(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    """Lower what copies or casts: nothing, or a copy where the layer changes values in place."""
+    value = low.value(args[0])
+    if not value.view.is_floating_point() or not kwargs.get("dtype", torch.float32).is_floating_point:
+        raise UnsupportedError("a cast from or to whole numbers")
+    value = low.in_arena(value)
+    if low.changes:
+        return low.emit(Instruction(COPY, four(value.view.shape), low.new(value.view.shape), value))
+    return value
+
+
+def _dropped(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    if args[2]:
+        raise UnsupportedError("dropout in training")
+    return low.value(args[0])
+
+
+def _clamp(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    given = (*args[1:], None, None)[:2]
+    least, most = kwargs.get("min", given[0]), kwargs.get("max", given[1])
+    value = low.operand(args[0])
+    for code, bound in ((LARGEST, least), (LEAST, most)):
+        if bound is not None:
+            value = low.two(code, value, bound)
+    return value
+
+
+def _layer_norm(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    x, shape, weight, bias, epsilon = args
+    if len(shape) != 1:
+        raise UnsupportedError("a norm over several dimensions")
+    value = low.operand(x)
+    centred = low.two(SUBTRACT, value, low.reduce(MEAN, value, -1, True))
+    return _normed(low, centred, weight, bias, epsilon)
+
+
+def _rms_norm(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    x, shape, weight, epsilon = args
+    if len(shape) != 1:
+        raise UnsupportedError("a norm over several dimensions")
+    dtype = low.value(x).view.dtype
+    return _normed(low, low.operand(x), weight, None, torch.finfo(dtype).eps if epsilon is None else epsilon)
+
+
+def _normed(low: Lowering, value: Value, weight: Any, bias: Any, epsilon: float) -> Value:
+    square = low.reduce(MEAN, low.two(MULTIPLY, value, value), -1, True)
+    value = low.two(MULTIPLY, value, low.one(INVERSE_ROOT, low.two(ADD, square, float(epsilon))))
+    value = value if weight is None else low.two(MULTIPLY, value, weight)
+    return value if bias is None else low.two(ADD, value, bias)
+
+
+def _matrix_product(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    return low.linear(args[0], _transposed(low.value(args[1])), None)
+
+
+def _matrix_product_and_bias(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
+        raise UnsupportedError("a product with factors")
+    return low.linear(args[1], _transposed(low.value(args[2])), args[0])
+
+
+def _transposed(value: Value) -> Value:
+    return Value(value.view.t(), value.buffer, value.external)
+
+
+def _linear_layer(low: Lowering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+    x, weight, bias, scale = (*args, None, None)[:4]
+    return low.linear(x, low.value(weight), bias, scale)
+
+
+HANDLERS: dict[str, Handler] = {
+    "add": _binary(ADD), "sub": _binary(SUBTRACT), "mul": _binary(MULTIPLY), "div": _binary(DIVIDE),
+    "maximum": _binary(LARGEST), "minimum": _binary(LEAST), "clamp": _clamp, "clamp_min": _clamp,
+    "rsub": lambda low, args, kwargs: _binary(SUBTRACT)(low, (args[1], args[0]), kwargs),
+    "neg": _unary(NEGATE), "abs": _unary(ABSOLUTE), "sqrt": _unary(SQUARE_ROOT), "rsqrt": _unary(INVERSE_ROOT),
+    "reciprocal": _unary(INVERSE), "exp": _unary(EXPONENTIAL), "tanh": _unary(TANH), "sigmoid": _unary(SIGMOID),
+    "silu": _unary(SILU), "relu": _unary(RELU), "gelu": _gelu, "pow": _pow,
+    "mean": _reduction(MEAN), "sum": _reduction(SUM),
+    "clone": _same, "contiguous": _same, "_to_copy": _same, "native_dropout": _dropped,
+    "cat": lambda low, args, kwargs: low.cat(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)),
+    "stack": lambda low, args, kwargs: low.stack(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)),
+    "native_layer_norm": _layer_norm, "_fused_rms_norm": _rms_norm,
+    "mm": _matrix_product, "addmm": _matrix_product_and_bias, "linear": _linear_layer,
+    "fhopt::skinny_linear": _linear_layer,
+}  # fmt: skip

@@ -1,0 +1,109 @@
+"""Programs of decoder layers, and the C++ file that runs them.
+
+In eager mode a layer of a small model spends more time between its products than in them: some sixty operations of
+torch, each a few microseconds, and a Python call for every module. As a program the same arithmetic costs a twentieth
+of that. A program is data: layers whose traces are equal share it, and nothing is compiled for a model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.cpu import skinny_linear
+from fhopt.codegen.rows import PAGE_QUANTUM
+from fhopt.codegen.source_files import read_source
+
+NAME = "layer"  # of the library
+_RUN = struct.Struct("@PqqqPP")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that a segment writes: its index among the externals, dense, of this shape and type."""
+
+    external: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Instructions up to an attention or to the end, packed for C++, and the tensors that they write."""
+
+    instructions: bytes
+    count: int
+    stored: tuple[Stored, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProgram:
+    """A lowered trace. Externals are addressed by the numbers of values of the trace, then what segments write.
+
+    arena: floats that a run needs. externals: their count. loaded: numbers of inputs and attention results that are
+    read, in the order of the trace.
+    """
+
+    segments: tuple[Segment, ...]
+    arena: int
+    externals: int
+    read: frozenset[int]
+
+
+def render() -> str:
+    """Render the C++ file; it is always the same."""
+    return read_source("fhopt.codegen.cpu", "layer_program.cpp").substitute(page_quantum=PAGE_QUANTUM)
+
+
+@functools.cache
+def functions() -> tuple[Any, Any, int] | None:
+    """Return (`run_layer`, `run_decode_step`, address of `skinny_group`); None where they cannot be compiled."""
+    try:
+        library = load(NAME, render())
+        group = ctypes.cast(load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p).value
+    except CompileError as error:
+        log.info("%s Layers run operation by operation.", error)
+        return None
+    assert group is not None
+    for function, kind in ((library.run_layer, ctypes.c_char_p), (library.run_decode_step, ctypes.c_void_p)):
+        function.argtypes, function.restype = (kind,), None
+    return library.run_layer, library.run_decode_step, group
+
+
+def is_built() -> bool:
+    """Build the libraries, and return whether they are there."""
+    return functions() is not None
+
+
+def compiles_layers() -> bool:
+    """Return whether `is_built` runs a compiler, which takes seconds; once on a machine it does."""
+    return compiles(NAME, render()) or compiles(skinny_linear.NAME, skinny_linear.render())
+
+
+def run_segment(program: LayerProgram, number: int, externals: Any, address: int, threads: int) -> None:
+    """Run one segment. externals: array of addresses, at `address`; every tensor behind it must be alive."""
+    compiled = functions()
+    assert compiled is not None
+    compiled[0](packed_run(program, number, address, threads))
+
+
+def packed_run(program: LayerProgram, number: int, address: int, threads: int) -> bytes:
+    """Return the C++ struct `Run` of a segment."""
+    compiled, segment = functions(), program.segments[number]
+    assert compiled is not None
+    return _RUN.pack(_address(segment), segment.count, program.arena, threads, address, compiled[2])
+
+
+@functools.cache
+def _address(segment: Segment) -> int:
+    address = ctypes.cast(ctypes.c_char_p(segment.instructions), ctypes.c_void_p).value
+    assert address is not None
+    return address

@@ -1,0 +1,53 @@
+"""Traces of decoder layers: the operations of a call, in order, on values by their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ATTENTION = "attention"  # name of the operation that ends a segment
+
+
+class UnsupportedError(Exception):
+    """A layer does something that programs do not know. The message says what."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of a trace, by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class TracedValue:
+    """Shape, strides and type of a value; source: "input", "weight" or "result"."""
+
+    source: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TracedOp:
+    """An operation by its name ("aten::mul.Tensor"), with values as `Ref`s in its arguments, also within tuples."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    results: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What a layer computed: values, inputs first, then weights and results as they were met; what it returned.
+
+    Equal traces are of layers that do the same with other weights.
+    """
+
+    values: tuple[TracedValue, ...]
+    ops: tuple[TracedOp, ...]
+    output: Ref

@@ -1,0 +1,106 @@
+"""A decode step by addresses: attention on a cache by hand, against its parts in torch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from needs import needs_compiler
+from torch import Tensor
+
+from fhopt.attention.attend import attend_parts
+from fhopt.attention.cache_view import SideRows
+from fhopt.attention.operands import AttentionOperands, PartMasks
+from fhopt.codegen.cpu import graph_kernels
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep
+from fhopt.codegen.layers.lowering import lower
+from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue
+from fhopt.hf.cache_steps import _calls
+from fhopt.ops import algebra, packing
+
+pytestmark = needs_compiler
+B, H, G, D, R, SINKS, WINDOW, ROOM, PACKED = 2, 4, 2, 16, 24, 3, 5, 8, 40
+GROUPS = algebra.BitGroups([8, 4], [8, 16], [2 / 64, 0.4])
+
+
+def program_of(dtype: torch.dtype) -> Any:
+    """Query, keys and values are inputs, twice their numbers; attention's result is returned, plus one."""
+    shapes = (B, H, 1, D), (B, G, 1, D), (B, G, 1, D)
+    values = [TracedValue("input", s, torch.empty(s).stride(), dtype) for s in shapes]
+    values += [TracedValue("result", s, torch.empty(s).stride(), dtype) for s in shapes]
+    values += [TracedValue("result", (B, 1, H, D), (H * D, H * D, D, 1), dtype)] * 2
+    ops = [TracedOp("aten::mul.Scalar", (Ref(i), 2.0), (), (Ref(i + 3),)) for i in range(3)]
+    ops += [TracedOp(ATTENTION, (Ref(3), Ref(4), Ref(5)), (), (Ref(6),))]
+    ops += [TracedOp("aten::add.Scalar", (Ref(6), 1.0), (), (Ref(7),))]
+    return lower(LayerTrace(tuple(values), tuple(ops), Ref(7)))
+
+
+@pytest.mark.parametrize("with_means", [False, True])
+@pytest.mark.parametrize("packed", [PACKED, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_attends_and_keeps_its_token(dtype: torch.dtype, packed: int, with_means: bool) -> None:
+    program = program_of(dtype)
+    inputs = [torch.randn(B, n, 1, D).to(dtype) for n in (H, G, G)]
+    new = [torch.empty_like(x) for x in inputs]
+    attended, output = torch.empty(B, 1, H, D, dtype=dtype), torch.empty(B, 1, H, D, dtype=dtype)
+    sides: list[SideRows] = []
+    rooms: list[tuple[Tensor, Tensor]] = []
+    exact: list[Tensor] = []
+    for _ in range(2):
+        rows, scale = torch.ops.fhopt.pack(torch.randn(B, 1, packed, R), *GROUPS)
+        window = packing.round_rows(torch.randn(B, G, WINDOW, D))
+        mean = torch.randn(B, G, 1, D) if with_means else None
+        sides.append(SideRows(GROUPS, rows, scale, (torch.randn(G, D, R) / 4).to(dtype), window, mean))
+        room = torch.zeros(B, G, ROOM, D, dtype=torch.uint8), torch.zeros(B, G, ROOM, dtype=torch.float16)
+        for part, held in zip(room, window, strict=True):
+            part[:, :, :WINDOW] = held
+        rooms.append(room)
+        exact.append(torch.randn(B, G, SINKS + 1, D).to(dtype))
+    options = dict(scale=0.25, softcap=0.0)
+    kernels = graph_kernels.cache_kernels(
+        (new[0], *exact, *[x for s in sides for x in (s.rows, s.scale, s.decode)],
+         *[x for s in sides for x in s.window or ()], *(None,) * 6),
+        algebra.group_options(GROUPS, GROUPS) | options,
+    )  # fmt: skip
+    assert kernels is not None
+    places = [
+        CacheSide(tokens, opened, room[0], room[1], WINDOW, side.decode, side.mean)
+        for tokens, opened, room, side in zip(new[1:], exact, rooms, sides, strict=True)
+    ]
+    stored = [*program.segments[0].stored, *program.segments[1].stored]
+    externals = (ctypes.c_int64 * program.externals)(*[x.data_ptr() for x in inputs])
+    for where, tensor in zip(stored, (*new, output), strict=True):
+        externals[where.external] = tensor.data_ptr()
+    externals[6] = attended.data_ptr()
+    calls = _calls(kernels, new[0], sides[0], sides[1], rooms, exact, options)
+    pair = places[0], places[1]
+    step = DecodeStep(program, ctypes.addressof(externals), 2, new[0], attended, pair, calls, 0.25)
+    for number in range(2):
+        expected = attend_parts(_operands(inputs, exact, sides, rooms, WINDOW + number, options))
+        step()
+        close = 2e-2 if dtype == torch.bfloat16 else 3e-3
+        torch.testing.assert_close(output.float() - 1, expected.transpose(1, 2), rtol=close, atol=close)
+        for x, side, room in zip(inputs[1:], sides, rooms, strict=True):
+            codes, scale = packing.round_rows(2 * x.float() if side.mean is None else 2 * x.float() - side.mean)
+            at = WINDOW + number
+            assert torch.equal(room[0][:, :, at : at + 1], codes) and torch.equal(room[1][:, :, at : at + 1], scale)
+
+
+def _operands(
+    inputs: list[Tensor],
+    exact: list[Tensor],
+    sides: list[SideRows],
+    rooms: list[tuple[Tensor, Tensor]],
+    count: int,
+    options: Any,
+) -> AttentionOperands:
+    """The same attention on tensors, in float32."""
+    query, *tokens = [2 * x.float() for x in inputs]
+    opened = [torch.cat([x[:, :, :SINKS].float(), t], 2) for x, t in zip(exact, tokens, strict=True)]
+    keys, values = [
+        SideRows(s.bit_groups, s.rows, s.scale, s.decode.float(), (codes[:, :, :count], scale[:, :, :count]), s.mean)
+        for s, (codes, scale) in zip(sides, rooms, strict=True)
+    ]
+    return AttentionOperands(query, opened[0], opened[1], keys, values, PartMasks(), **options)

@@ -1,0 +1,105 @@
+"""Decode steps of a layer and its cache in one call: when they are taken, and what the cache holds then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from latent_caches import coded, logits, plans
+from needs import needs_compiler
+from small_models import tiny_llama, token_ids
+
+import fhopt
+from fhopt.hf import cache_steps
+from fhopt.hf.apply import latent_cache
+from fhopt.hf.layer_programs import STATE
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Quantized tokens of the layer in every prepared step that was run."""
+    calls: list[int] = []
+    run = cache_steps.CacheStep.__call__
+
+    def watched(self: Any, layer: Any) -> None:
+        calls.append(layer.quantized)
+        run(self, layer)
+
+    monkeypatch.setattr(cache_steps.CacheStep, "__call__", watched)
+    return calls
+
+
+def model_of(bits: int, programs: bool = True, **changes: Any) -> Any:
+    model = tiny_llama(**changes)
+    plan = coded(plans(tiny_llama, bits))
+    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+
+
+def test_most_steps_of_a_window_of_8_bits_are_one_call(counted: list[int]) -> None:
+    model = model_of(8)
+    cache = latent_cache(model)
+    logits(model, cache, token_ids(1, 100), list(range(40, 100)))
+    assert len(counted) > 0.7 * 2 * 60 and len(set(counted)) > 3
+    assert cache.get_seq_length() == 100
+
+
+def test_a_window_of_16_bits_is_read_by_ordinary_calls(counted: list[int]) -> None:
+    model = model_of(16)
+    logits(model, latent_cache(model), token_ids(1, 60), list(range(40, 60)))
+    assert not counted and vars(model.model.layers[0])[STATE].bound
+
+
+def test_caches_hold_the_same_afterwards() -> None:
+    ids, states = token_ids(2, 90), []
+    for programs in (False, True):
+        model = model_of(8, programs)
+        cache = latent_cache(model)
+        logits(model, cache, ids, list(range(40, 90)))
+        states.append([layer.state() for layer in cache.layers])
+        sizes = cache.nbytes
+    assert sizes == cache.nbytes
+    for one, other in zip(*states, strict=True):
+        assert one.keys() == other.keys() and one["parts"].keys() == other["parts"].keys()
+        for name, parts in one["parts"].items():
+            for x, y in zip(parts, other["parts"][name], strict=True):
+                assert x.shape == y.shape and x.dtype == y.dtype
+                assert float((x.double() - y.double()).abs().mean()) < 0.02 * float(x.double().abs().mean() + 1e-9)
+
+
+def test_a_padded_batch_keeps_its_mask(counted: list[int]) -> None:
+    """With a mask attention is an ordinary call, and the padding stays unseen."""
+    ids = token_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    outputs = []
+    for programs in (False, True):
+        model = model_of(8, programs)
+        with torch.no_grad():
+            outputs.append(model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False))
+    assert torch.equal(*outputs) and not counted
+
+
+def test_other_threads_and_other_batches_are_prepared_anew(counted: list[int]) -> None:
+    model = model_of(8)
+    expected: dict[int, Any] = {}
+    for batch in (1, 2, 1):
+        ids = token_ids(batch, 60)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            output = logits(model, latent_cache(model), ids, list(range(40, 60)))
+            if threads == 1:
+                expected[batch] = output
+            assert torch.equal(output, expected[batch])
+    assert counted
+
+
+def test_short_prompts_are_read_from_the_first_token_on(counted: list[int]) -> None:
+    ids, outputs = token_ids(1, 40), []
+    for programs in (False, True):
+        model = model_of(8, programs)
+        outputs.append(logits(model, latent_cache(model), ids, list(range(2, 40))))
+    assert counted
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
