@@ -76,14 +76,21 @@ def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     """Return values int8 [N,K] and scales float32 [N] of a quantized weight that the kernel takes; None for others."""
     if type(weight) in _PLAIN:
         return None
+    found = kept_bytes(weight)
+    return None if found is None or not _takes(x, found[0].shape[1], bias) else found
+
+
+def kept_bytes(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return values int8 [N,K] and scales float32 [N] of a quantized weight as they are now; None of any other.
+
+    They are the same tensors as long as the weight keeps its own.
+    """
     found: _SignedBytes | None = _signed_bytes.get(weight)
     if found is None and weight in _signed_bytes:
         return None
     if found is None or not found.is_current(weight):
         found = _signed_bytes[weight] = _rows_of_bytes(weight)
-    if found is None or not _takes(x, found.values.shape[1], bias):
-        return None
-    return found.values, found.scale
+    return None if found is None else (found.values, found.scale)
 
 
 def _rows_of_bytes(weight: Tensor) -> _SignedBytes | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,11 +112,11 @@ class LayerState:
         key = (x.shape, x.dtype)
         for bound in self.bound.get(key, ()):
             if bound.fits(args, kwargs):
-                return bound(*args, **kwargs)
+                return bound.run(self.original, args, kwargs)
         if x.dim() != 3 or x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.tried[key] >= MOST_TRIED:
             return self.original(*args, **kwargs)
         made = self._bind(key, x.shape[1] > 1, args, kwargs)
-        return self.original(*args, **kwargs) if made is None else made(*args, **kwargs)
+        return self.original(*args, **kwargs) if made is None else made.run(self.original, args, kwargs)
 
     def _bind(
         self, key: tuple[Any, ...], several: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,6 +184,7 @@ class _Bound:
         kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         self.program, self.attention, self.extra = program, recording.attention, recording.extra
+        self.lock = threading.Lock()
         self.externals = (ctypes.c_int64 * program.externals)()
         self.address = ctypes.addressof(self.externals)
         self.weights = list(recording.weights.values())
@@ -239,8 +241,17 @@ class _Bound:
             return False
         return all(("forward" in holder) == was for was, holder in self.replaced)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer."""
+    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the layer; operation by operation while another thread runs this program: addresses are one set."""
+        if not self.lock.acquire(blocking=False):
+            return original(*args, **kwargs)
+        try:
+            return self(args, kwargs)
+        finally:
+            self.lock.release()
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the program."""
         externals, threads = self.externals, torch.get_num_threads()
         for number, path in self.reads:
             externals[number] = _leaf(args, kwargs, path).data_ptr()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fhopt.codegen.cpu.skinny_linear import kept_bytes
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
@@ -28,16 +29,25 @@ _OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # of attenti
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter or buffer: the dict of its module that holds it, its name there, the tensor, its address."""
+    """A parameter or buffer: the dict of its module that holds it, its name there, the tensor, its address.
+
+    part: of a weight that a library keeps as signed bytes, 0 for these and 1 for their scales; address: of the part.
+    """
 
     holder: dict[str, Any]
     name: str
     tensor: Tensor
     address: int
+    part: int = -1
 
     def is_current(self) -> bool:
         """Return whether the module still has this tensor, at this address."""
-        return self.holder[self.name] is self.tensor and self.tensor.data_ptr() == self.address
+        if self.holder[self.name] is not self.tensor:
+            return False
+        if self.part < 0:
+            return self.tensor.data_ptr() == self.address
+        parts = kept_bytes(self.tensor)
+        return parts is not None and parts[self.part].data_ptr() == self.address
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +86,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.arguments = arguments
         self.paths = {id(x): path for path, x in arguments.items() if isinstance(x, Tensor)}
-        self.named = {id(t): (holder, name, t) for holder, name, t in _weights_of(layer)}
+        weights = list(_weights_of(layer))
+        self.named = {id(t): (holder, name, t) for holder, name, t in weights}
+        self.quantized = [w for w in weights if type(w[2]) not in (Tensor, torch.nn.Parameter)]
         self.layers = set(map(id, layer.modules()))
         self.numbers: dict[int, int] = {}
         self.alive: list[Tensor] = []  # so that no two have the same id
@@ -122,7 +134,7 @@ class _Recorder(TorchDispatchMode):
         known = self.numbers.get(id(x))
         if known is not None:
             return known
-        path, weight = self.paths.get(id(x)), self.named.get(id(x))
+        path, weight = self.paths.get(id(x)), self._weight(x)
         if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
             raise UnsupportedError(f"a tensor of type {type(x).__name__}")
         if path is None and weight is None:
@@ -131,8 +143,19 @@ class _Recorder(TorchDispatchMode):
         if path is not None:
             self.inputs[number] = path
         elif weight is not None:
-            self.weights[number] = Weight(*weight, x.data_ptr())
+            self.weights[number] = weight
         return number
+
+    def _weight(self, x: Tensor) -> Weight | None:
+        """Return the weight that a tensor is, or is a part of."""
+        known = self.named.get(id(x))
+        if known is not None and type(x) in (Tensor, torch.nn.Parameter):
+            return Weight(*known, x.data_ptr())
+        for quantized in self.quantized:
+            for part, tensor in enumerate(kept_bytes(quantized[2]) or ()):
+                if tensor is x:
+                    return Weight(*quantized, x.data_ptr(), part)
+        return None
 
     def _made(self, x: Tensor) -> Ref:
         number = self.numbers.get(id(x))  # of an operation in place

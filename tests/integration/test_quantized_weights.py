@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import fhopt
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.codegen.cpu import skinny_linear
 from fhopt.errors import FhoptError
+from fhopt.hf.layer_programs import program_reasons
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -123,3 +125,24 @@ def test_a_model_with_an_adapter_keeps_its_names_and_its_numbers() -> None:
     found = model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)  # a prompt is exact to itself
     fhopt.unapply(model)
     assert torch.equal(found, exact)
+
+
+@needs_compiler
+def test_layers_of_signed_bytes_are_programs(plan: LatentPlan) -> None:
+    """Also after a weight was replaced."""
+    torch.manual_seed(2)
+    model = in_bytes(tiny_llama(**WIDE))
+    ids = token_ids(1, 60)
+    for _ in range(2):
+        outputs = []
+        for programs in (False, True):
+            fhopt.prepare(fhopt.apply(model, _of_any(plan), layer_programs=programs))
+            outputs.append(logits(model, LatentCache(plan), ids, list(range(40, 60))))
+        assert set(program_reasons(model).values()) == {""}
+        assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
+        model.model.layers[0].mlp.up_proj = in_bytes(torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False)))[0]
+
+
+def _of_any(plan: LatentPlan) -> LatentPlan:
+    """The plan without the fingerprint of the model that it was fitted for."""
+    return replace(plan, provenance={k: v for k, v in plan.provenance.items() if k not in ("fingerprint", "weights")})

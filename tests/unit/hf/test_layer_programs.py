@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,17 @@ def test_of_a_layer_with_experts_the_attention_is_a_program() -> None:
     reasons = program_reasons(model)
     assert "_softmax" in reasons["model.layers.0"] and reasons["model.layers.0.self_attn"] == ""
     assert close(output, expected)
+
+
+def test_threads_do_not_disturb_each_other(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+    model, plan = llama
+    prompts = [token_ids(1, TOKENS + 40) for _ in range(4)]
+    prepared(model, plan)
+    expected = [stepwise(model, ids)[0] for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for output, alone in zip(pool.map(lambda ids: stepwise(model, ids)[0], prompts), expected, strict=True):
+                assert close(output, alone)
 
 
 def test_short_prompts_that_come_once_are_not_rehearsed(llama: tuple[Any, fhopt.LatentPlan]) -> None:
