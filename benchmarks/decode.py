@@ -12,7 +12,8 @@ share one cache of fixed size.
 `best_exact` is the fastest of those that a user of transformers can choose: attention "sdpa" or "eager", compiled by
 inductor or not, inductor's pattern matcher on or off, weights frozen (and laid out for the products) or not. `grouped`,
 compiled without the pattern matcher, is what a user could write by hand (queries that share a kv head become rows of
-one product); it is listed in addition.
+one product); it is listed in addition. Of fhopt, "growing" is what `apply` and `generate` do, in eager mode; "static"
+and "exact" are compiled.
 """
 
 from __future__ import annotations
@@ -142,11 +143,11 @@ def contenders(
             made.append(Contender("inductor, frozen, eager", frozen, **shared))
     made.append(Contender("fhopt exact", _flashhead(_with_attention(base, "sdpa"), {"ratio": 1}), **shared))
     for plan in plans:
-        for fixed in (False, True) if plan is plans[0] else (True,):
+        for fixed in (False, True) if plan is plans[0] else (False,):
             model = fhopt.apply(copy.deepcopy(base), plan)
             held = fill(latent_cache(model, max_cache_len=tokens + SPARE if fixed else None), prompt, batch, dtype)
             name = f"fhopt {plan.provenance.get('ratio', 4):.3g}x, " + ("static" if fixed else "growing")
-            made.append(Contender(name, _flashhead(model, {}) if fixed else model, held, token))
+            made.append(Contender(name, _flashhead(model, {}) if fixed else fhopt.prepare(model), held, token))
     return made
 
 
@@ -295,13 +296,13 @@ def summary_line(case: str, rows: list[Row]) -> str:
 
 
 def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
-    """Fit plans for this kind of machine."""
+    """Fit plans as `fhopt fit` does; quick ones for this kind of machine."""
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.run import fit
 
     if quick:
         return [fit(loaded, FitOptions(ratio=4.0, device="cpu", sequences=2, rate_sequences=1))[0]]
-    return [fit(loaded, FitOptions(ratio=ratio, device="cpu"))[0] for ratio in RATIOS]
+    return [fit(loaded, FitOptions(ratio=ratio))[0] for ratio in RATIOS]
 
 
 if __name__ == "__main__":
