@@ -16,6 +16,7 @@ Letters: B batch, H query heads, G kv heads, S queries, T all tokens, N exact to
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from fhopt.ops import attention, masks
 
 ATTRIBUTE = "fhopt_latents"  # of exact keys, under torch.compile
 WATCH = "fhopt_watch"  # of a module: the function that computes its attention where there are no latents
+
+
+rehearsed = threading.local()  # .attention: what stands in for `latent_attention` in this thread, while it is set
 
 
 class Reader:
@@ -56,6 +60,11 @@ def latent_attention(
     broadcastable to [B,H,S,T], s_aux [H] (attention sinks). Returns [B,S,H,D], and None in place of weights. Raises
     FhoptError for options that it does not support.
     """
+    stand_in = None if torch.compiler.is_compiling() else getattr(rehearsed, "attention", None)
+    if stand_in is not None:
+        options = dict(scaling=scaling, dropout=dropout, softcap=softcap, position_bias=position_bias, s_aux=s_aux)
+        attended: Tensor = stand_in(module, query, key, value, attention_mask, options | kwargs)
+        return attended, None
     unknown = [name for name in ("head_mask", "output_attentions") if kwargs.get(name) not in (None, False)]
     if unknown:
         raise FhoptError(f"attention on latents has no {unknown[0]}. Call fhopt.unapply(model), or leave it out.")
@@ -71,19 +80,19 @@ def latent_attention(
     if position_bias is not None:
         bias = masks.additive(mask, position_bias.dtype)
         mask = position_bias if bias is None else position_bias + bias
-    options: dict[str, Any] = dict(
+    numbers: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.reshape(1, -1, 1),
     )
     if latents is None:
         output = getattr(module, WATCH, _attend_exactly)(
-            query, keys, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **options
+            query, keys, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **numbers
         )
     else:
         if mask is None and not causal:
             mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-        output = attend(query, keys, values, latents, mask, **options)
+        output = attend(query, keys, values, latents, mask, **numbers)
     return output.transpose(1, 2).contiguous(), None
 
 

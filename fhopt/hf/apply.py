@@ -113,7 +113,7 @@ def apply(
     if skinny_products:
         replace_products(model)
     if layer_programs and network._fhopt_applied.interface:
-        use_programs(model, plan, IMPLEMENTATION)
+        use_programs(model, plan)
     return model
 
 

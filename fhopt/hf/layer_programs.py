@@ -57,8 +57,7 @@ class _Candidate:
 class LayerPrograms:
     """What a model's layers share: programs by their traces."""
 
-    def __init__(self, attention: str) -> None:
-        self.attention = attention  # name of the implementation
+    def __init__(self) -> None:
         self.candidates: dict[LayerTrace, _Candidate] = {}
 
     def rehearse(
@@ -66,7 +65,7 @@ class LayerPrograms:
     ) -> tuple[LayerProgram, Recording]:
         """Return the program of a layer for calls like this one, and a recording. Raises UnsupportedError."""
         for later in REHEARSALS:
-            recording = rehearse(layer, forward, args, kwargs, self.attention, later)
+            recording = rehearse(layer, forward, args, kwargs, later)
             candidate = self.candidates.get(recording.trace)
             if candidate is None:
                 candidate = self.candidates[recording.trace] = _lowered(recording.trace)
@@ -85,15 +84,25 @@ def _lowered(trace: LayerTrace) -> _Candidate:
         return _Candidate(None, str(error), set())
 
 
+class _Known(threading.local):
+    """What a thread knows of a layer: addresses that programs are bound to are written and read by one thread.
+
+    bound: for each shape of its input, programs that are bound to its weights. tried: calls of a shape.
+    """
+
+    def __init__(self) -> None:
+        self.bound: dict[tuple[Any, ...], list[_Bound]] = {}
+        self.tried: Counter[tuple[Any, ...]] = Counter()
+
+
 class LayerState:
-    """What one layer knows: for each shape of its input, programs that are bound to its weights."""
+    """A layer, and what is known of it."""
 
     def __init__(self, layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
         self.layer, self.shared = layer, shared
         self.inner = inner  # its attention, which may run as a program where the whole layer cannot
         self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
-        self.bound: dict[tuple[Any, ...], list[_Bound]] = {}
-        self.tried: Counter[tuple[Any, ...]] = Counter()
+        self.known = _Known()
         self.reason = ""  # why there is no program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
@@ -102,7 +111,7 @@ class LayerState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to make a state that knows nothing yet."""
-        return LayerState, (self.layer, LayerPrograms(self.shared.attention), self.inner)
+        return LayerState, (self.layer, LayerPrograms(), self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -110,13 +119,13 @@ class LayerState:
         if type(x) is not Tensor or torch.is_grad_enabled() or self.layer.training:
             return self.original(*args, **kwargs)
         key = (x.shape, x.dtype)
-        for bound in self.bound.get(key, ()):
+        for bound in self.known.bound.get(key, ()):
             if bound.fits(args, kwargs):
-                return bound.run(self.original, args, kwargs)
-        if x.dim() != 3 or x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.tried[key] >= MOST_TRIED:
+                return bound(args, kwargs)
+        if x.dim() != 3 or x.numel() > MOST_ROWS * x.shape[-1] or not x.is_cpu or self.known.tried[key] >= MOST_TRIED:
             return self.original(*args, **kwargs)
         made = self._bind(key, x.shape[1] > 1, args, kwargs)
-        return self.original(*args, **kwargs) if made is None else made.run(self.original, args, kwargs)
+        return self.original(*args, **kwargs) if made is None else made(args, kwargs)
 
     def _bind(
         self, key: tuple[Any, ...], several: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,8 +136,8 @@ class LayerState:
         """
         if torch.is_autocast_enabled("cpu") or not layer_programs_are_built() or not _is_open(self.layer):
             return None
-        self.tried[key] += 1
-        if several and self.tried[key] <= MOST_TRIED // 2:
+        self.known.tried[key] += 1
+        if several and self.known.tried[key] <= MOST_TRIED // 2:
             return None
         try:
             program, recording = self.shared.rehearse(self.layer, self.original, args, kwargs)
@@ -137,12 +146,12 @@ class LayerState:
                 raise UnsupportedError("its program gives other numbers")
         except UnsupportedError as error:
             self.reason = str(error)
-            self.tried[key] = MOST_TRIED
+            self.known.tried[key] = MOST_TRIED
             log.info("%s runs operation by operation: %s", type(self.layer).__name__, error)
             if self.inner is not None:
                 _use(self.inner, self.shared)
             return None
-        self.bound[key] = [b for b in self.bound.get(key, ()) if b.is_current()] + [bound]
+        self.known.bound[key] = [b for b in self.known.bound.get(key, ()) if b.is_current()] + [bound]
         return bound
 
 
@@ -184,7 +193,6 @@ class _Bound:
         kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         self.program, self.attention, self.extra = program, recording.attention, recording.extra
-        self.lock = threading.Lock()
         self.externals = (ctypes.c_int64 * program.externals)()
         self.address = ctypes.addressof(self.externals)
         self.weights = list(recording.weights.values())
@@ -240,15 +248,6 @@ class _Bound:
         if any(self.hooks) or not all(weight.is_current() for weight in self.weights):
             return False
         return all(("forward" in holder) == was for was, holder in self.replaced)
-
-    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the layer; operation by operation while another thread runs this program: addresses are one set."""
-        if not self.lock.acquire(blocking=False):
-            return original(*args, **kwargs)
-        try:
-            return self(args, kwargs)
-        finally:
-            self.lock.release()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the program."""
@@ -334,13 +333,12 @@ def _close(x: Tensor, y: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------- models
 
 
-def use_programs(model: torch.nn.Module, plan: LatentPlan, attention: str) -> None:
+def use_programs(model: torch.nn.Module, plan: LatentPlan) -> None:
     """Let the decoder layers of `model` that hold sites of `plan` run decode steps as programs.
 
     A decoder layer is an element of a list of modules; of one that does more than programs can, its attention may.
-    attention: name of the implementation that reads the cache.
     """
-    shared = LayerPrograms(attention)
+    shared = LayerPrograms()
     for site in (site.site.name.partition("#")[0] for site in plan.sites):
         name = _layer_name(model, site)
         if name is not None:
@@ -364,7 +362,7 @@ def drop_programs(model: torch.nn.Module) -> None:
 def program_reasons(model: torch.nn.Module) -> dict[str, str]:
     """Return for every decoder layer that may run as a program why it does not; "" where it does, or may yet."""
     states = ((name, vars(module).get(STATE)) for name, module in model.named_modules())
-    return {name: "" if state.bound else state.reason for name, state in states if state is not None}
+    return {name: "" if state.known.bound else state.reason for name, state in states if state is not None}
 
 
 def _layer_name(model: torch.nn.Module, site: str) -> str | None:

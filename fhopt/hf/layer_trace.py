@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fhopt.attention.interface import rehearsed
 from fhopt.codegen.cpu.skinny_linear import kept_bytes
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
@@ -232,21 +233,19 @@ class _Recorder(TorchDispatchMode):
 
 
 def rehearse(
-    layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-    attention: str, later: int,
-) -> Recording:  # fmt: skip
+    layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], later: int
+) -> Recording:
     """Run `forward` of a layer once beside the cache, which stays as it is, and return the recording.
 
-    attention: name of the implementation in transformers' `AttentionInterface` that reads the cache. later: tokens by
-    which the cache shall seem longer; what a layer does with that number is seen by comparing two rehearsals. Raises
-    UnsupportedError where a layer does what programs cannot.
+    later: tokens by which the cache shall seem longer; what a layer does with that number is seen by comparing two
+    rehearsals. Raises UnsupportedError where a layer does what programs cannot.
     """
     recorder = _Recorder(layer, dict(leaves(args, kwargs)))
 
     def replaced(x: Any) -> Any:
         return _CacheStandIn(x, recorder, later) if _is_cache(x) else x
 
-    with _attention_stand_in(recorder, attention), recorder:
+    with _attention_stand_in(recorder), recorder:
         try:
             result = forward(*map(replaced, args), **{name: replaced(x) for name, x in kwargs.items()})
         except Exception as error:  # whatever the layer expects of a cache that the stand-in does not give
@@ -280,23 +279,20 @@ class _CacheStandIn:
 
 
 @contextmanager
-def _attention_stand_in(recorder: _Recorder, name: str) -> Iterator[None]:
-    """Let attention be recorded, inside, and return the new values: their numbers are only looked at as such."""
-    from transformers import AttentionInterface
+def _attention_stand_in(recorder: _Recorder) -> Iterator[None]:
+    """Let attention of this thread be recorded, inside, and return the new values: their numbers mean nothing."""
 
-    registered: Callable[..., Any] = AttentionInterface()[name]
-
-    def attend(module: Any, query: Tensor, key: Any, value: Any, mask: Any = None, *args: Any, **options: Any) -> Any:
+    def attend(module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Tensor:
         with recorder.pausing():
             out = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
         recorder.attended(module, query, key, value, mask, options, out)
-        return out, None
+        return out
 
-    AttentionInterface.register(name, attend)
+    rehearsed.attention = attend
     try:
         yield
     finally:
-        AttentionInterface.register(name, registered)
+        rehearsed.attention = None
 
 
 def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Any]]:

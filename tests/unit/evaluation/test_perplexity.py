@@ -43,7 +43,7 @@ def test_one_paired_pass_gives_what_two_passes_give(fitted: Fitted) -> None:
     exact = score(fitted.model, ids, None)
     assert costs.exact.shape == costs.plan.shape == costs.kl.shape == (2, 69)
     assert float(costs.exact.mean()) == pytest.approx(exact.nats, rel=1e-6)  # float32, in steps of another size
-    assert float(costs.plan.mean()) == pytest.approx(coded.nats, rel=1e-12)
+    assert float(costs.plan.mean()) == pytest.approx(coded.nats, rel=1e-6)
 
 
 def test_an_exact_plan_costs_nothing(fitted: Fitted) -> None:

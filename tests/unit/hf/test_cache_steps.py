@@ -49,7 +49,7 @@ def test_most_steps_of_a_window_of_8_bits_are_one_call(counted: list[int]) -> No
 def test_a_window_of_16_bits_is_read_by_ordinary_calls(counted: list[int]) -> None:
     model = model_of(16)
     logits(model, latent_cache(model), token_ids(1, 60), list(range(40, 60)))
-    assert not counted and vars(model.model.layers[0])[STATE].bound
+    assert not counted and vars(model.model.layers[0])[STATE].known.bound
 
 
 def test_caches_hold_the_same_afterwards() -> None:

@@ -236,10 +236,10 @@ def test_short_prompts_that_come_once_are_not_rehearsed(llama: tuple[Any, fhopt.
     prepared(model, plan)
     for tokens in (5, 6, 7):
         _filled(model, token_ids(1, tokens))
-    assert not any(vars(layer)[STATE].bound for layer in model.model.layers)
+    assert not any(vars(layer)[STATE].known.bound for layer in model.model.layers)
     for _ in range(3):
         _filled(model, token_ids(1, 5))
-    assert all(vars(layer)[STATE].bound for layer in model.model.layers)
+    assert all(vars(layer)[STATE].known.bound for layer in model.model.layers)
 
 
 def test_beams_and_samples_are_those_of_operations(llama: tuple[Any, fhopt.LatentPlan]) -> None:

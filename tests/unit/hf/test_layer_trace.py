@@ -65,7 +65,7 @@ def recorded(oddity: str = "", later: int = 0, **options: Any) -> Any:
     register()
     torch.manual_seed(0)
     layer = Layer(oddity)
-    return rehearse(layer, layer.forward, (torch.randn(2, 1, 16), Cache()), options, IMPLEMENTATION, later)
+    return rehearse(layer, layer.forward, (torch.randn(2, 1, 16), Cache()), options, later)
 
 
 def test_a_recording_says_what_a_layer_did() -> None:
@@ -76,7 +76,7 @@ def test_a_recording_says_what_a_layer_did() -> None:
     (weight,) = recording.weights.values()
     assert weight.name == "weight" and weight.is_current()
     call = recording.attention
-    assert (call.layer, call.cache, call.mask, dict(call.options)) == (0, (1,), ("mask",), {"scaling": 0.25})
+    assert (call.layer, call.cache, call.mask, call.options["scaling"]) == (0, (1,), ("mask",), 0.25)
     assert recording.extra == -1
 
 
@@ -105,7 +105,7 @@ def test_a_layer_that_fails_beside_the_cache_says_so() -> None:
     register()
     layer = Layer()
     with torch.no_grad(), pytest.raises(UnsupportedError, match=r"fails beside the cache \(RuntimeError"):
-        rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, IMPLEMENTATION, 0)
+        rehearse(layer, layer.forward, (torch.randn(1, 1, 15), Cache()), {}, 0)
 
 
 def test_a_rehearsal_leaves_the_cache_and_the_implementation_as_they_were() -> None:
@@ -117,9 +117,7 @@ def test_a_rehearsal_leaves_the_cache_and_the_implementation_as_they_were() -> N
     hidden, position = torch.randn(1, 1, 64), token_ids(1, 1)
     angles = model.model.rotary_emb(hidden, position)
     with torch.no_grad():
-        recording = rehearse(
-            layer, layer.forward, (hidden,), dict(cache=cache, position_embeddings=angles), IMPLEMENTATION, 7
-        )
+        recording = rehearse(layer, layer.forward, (hidden,), dict(cache=cache, position_embeddings=angles), 7)
     fhopt.unapply(model)
     assert recording.attention.layer == 0 and cache.get_seq_length() == 0
     assert AttentionInterface()[IMPLEMENTATION] is before
