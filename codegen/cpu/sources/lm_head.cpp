@@ -392,8 +392,8 @@ struct Exact {
         : a(arguments), input(static_cast<typename T::Input*>(memory)) {
         const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP;
         const auto* x = static_cast<const typename T::Element*>(a.hidden) + m * a.hidden_row;
-        for (int64_t k = 0; k < a.width; k++) input[k] = T::prepared(x[k]);
-        std::fill(input + a.width, input + stride, typename T::Input());
+        std::fill(input, input + stride, typename T::Input());
+        for (int64_t k = 0; k < a.width; k++) input[T::place(k)] = T::prepared(x[k]);
     }
 
     const typename T::Element* at(int32_t row) const {

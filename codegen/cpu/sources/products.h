@@ -47,6 +47,7 @@ struct Floating {
     typedef Floats Vector;
     static constexpr int STEP = LANES;
 
+    static INLINE int64_t place(int64_t k) { return k; }  // of the k-th number of a row of the input
     static INLINE Vector weight(const Element* p) { return Stored::load(p); }
     static INLINE Vector input(const Input* p) { return load(p); }
     static INLINE Floats add(Floats sum, Vector x, Vector w) { return add_product(sum, x, w); }
@@ -90,7 +91,24 @@ struct OfBFloat16Pairs : OfBFloat16 {
     static INLINE Input prepared(Element x) { return x; }
 };
 #else
-typedef OfBFloat16 OfBFloat16Pairs;
+// The even and the odd numbers of 2 LANES: no number moves to another lane, which costs more than to multiply.
+struct OfBFloat16Pairs : OfBFloat16 {
+    struct Vector {
+        Floats even, odd;
+    };
+    static constexpr int STEP = 2 * LANES;
+
+    static INLINE int64_t place(int64_t k) { return k / STEP * STEP + k % 2 * LANES + k % STEP / 2; }
+    static INLINE Vector weight(const Element* p) {
+        Ints pairs;
+        std::memcpy(&pairs, p, sizeof pairs);
+        return {(Floats)(pairs << 16), (Floats)(pairs & int32_t(0xffff0000))};
+    }
+    static INLINE Vector input(const Input* p) { return {load(p), load(p + LANES)}; }
+    static INLINE Floats add(Floats sum, Vector x, Vector w) {
+        return add_product(add_product(sum, x.even, w.even), x.odd, w.odd);
+    }
+};
 #endif
 
 struct OfFloat16 : Floating<Float16> {
@@ -128,12 +146,20 @@ INLINE void multiply(const typename T::Input* input, int64_t stride, const typen
         }
     };
     const int64_t whole = width / T::STEP * T::STEP;
-    UNROLL(1) for (int64_t i = 0; i < whole; i += T::STEP) {
+    if (ROWS == 1) {  // a weight is used once: it needs no register of its own
+        UNROLL(1) for (int64_t i = 0; i < whole; i += T::STEP) {
+            const auto x = T::input(input + i);
+            UNROLL(8) for (int c = 0; c < COLUMNS; c++) {
+                sum[0][c] = T::add(sum[0][c], x, T::weight(weight + c * weight_row + i));
+            }
+        }
+    }
+    UNROLL(1) for (int64_t i = ROWS == 1 ? whole : 0; i < whole; i += T::STEP) {
         typename T::Vector w[COLUMNS];
         UNROLL(8) for (int c = 0; c < COLUMNS; c++) {
             w[c] = T::weight(weight + c * weight_row + i);
             // Into the second-level cache; of one row of input the CPU's own prefetching is faster.
-            if (ROWS > 1) __builtin_prefetch(weight + (c + COLUMNS) * weight_row + i, 0, 2);
+            __builtin_prefetch(weight + (c + COLUMNS) * weight_row + i, 0, 2);
         }
         add(i, w);
     }

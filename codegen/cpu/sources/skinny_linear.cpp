@@ -91,15 +91,16 @@ void products(const Arguments* all, int64_t count) {
     const int64_t stride = (a.width + T::STEP - 1) / T::STEP * T::STEP + 64 / int64_t(sizeof(typename T::Input));
     const int64_t bytes = (std::max<int64_t>(a.rows, 1) * stride * int64_t(sizeof(typename T::Input)) + 63) / 64 * 64;
     auto* input = static_cast<typename T::Input*>(std::aligned_alloc(64, bytes));
+    std::fill(input, input + a.rows * stride, typename T::Input());
     for (int64_t r = 0; r < a.rows; r++) {
+        auto* row = input + r * stride;
         if (a.is_float) {
             const float* x = static_cast<const float*>(a.input) + r * a.input_row;
-            for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(T::rounded(x[k]));
+            for (int64_t k = 0; k < a.width; k++) row[T::place(k)] = T::prepared(T::rounded(x[k]));
         } else {
             const auto* x = static_cast<const typename T::Element*>(a.input) + r * a.input_row;
-            for (int64_t k = 0; k < a.width; k++) input[r * stride + k] = T::prepared(x[k]);
+            for (int64_t k = 0; k < a.width; k++) row[T::place(k)] = T::prepared(x[k]);
         }
-        std::fill(input + r * stride + a.width, input + (r + 1) * stride, typename T::Input());
     }
     const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t step = blocks > 1 ? CACHED : 2 * CACHED;
