@@ -56,7 +56,7 @@ def _takes(x: Tensor, width: int, bias: Tensor | None) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _SignedBytes:
+class SignedBytes:
     """A weight that a library keeps as signed bytes: its values int8 [N,K], its scales as float32 [N]."""
 
     values: Tensor
@@ -69,7 +69,7 @@ class _SignedBytes:
         return weight.qdata is self.values and weight.scale is self.given and _version(self.given) == self.version
 
 
-_signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `_SignedBytes`; None where the kernel does not take it
+_signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `SignedBytes`; None where the kernel does not take it
 
 
 def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -77,23 +77,20 @@ def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     if type(weight) in _PLAIN:
         return None
     found = kept_bytes(weight)
-    return None if found is None or not _takes(x, found[0].shape[1], bias) else found
+    return None if found is None or not _takes(x, found.values.shape[1], bias) else (found.values, found.scale)
 
 
-def kept_bytes(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return values int8 [N,K] and scales float32 [N] of a quantized weight as they are now; None of any other.
-
-    They are the same tensors as long as the weight keeps its own.
-    """
-    found: _SignedBytes | None = _signed_bytes.get(weight)
+def kept_bytes(weight: Tensor) -> SignedBytes | None:
+    """Return what a quantized weight is kept as now, the same object as long as that is so; None of any other."""
+    found: SignedBytes | None = _signed_bytes.get(weight)
     if found is None and weight in _signed_bytes:
         return None
     if found is None or not found.is_current(weight):
         found = _signed_bytes[weight] = _rows_of_bytes(weight)
-    return None if found is None else (found.values, found.scale)
+    return found
 
 
-def _rows_of_bytes(weight: Tensor) -> _SignedBytes | None:
+def _rows_of_bytes(weight: Tensor) -> SignedBytes | None:
     """Read a weight as torchao keeps it, where it is symmetric, with a scale a row, and for plain activations."""
     values, scale, zero = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
     if not isinstance(values, Tensor) or not isinstance(scale, Tensor) or values.dtype != torch.int8:
@@ -104,7 +101,7 @@ def _rows_of_bytes(weight: Tensor) -> _SignedBytes | None:
     is_plain = values.dim() == 2 and values.is_cpu and values.stride(1) == 1 and scale.numel() == values.shape[0]
     if not is_symmetric or not is_plain or list(getattr(weight, "block_size", ())) != [1, values.shape[1]]:
         return None
-    return _SignedBytes(values, scale.detach().reshape(-1).float().contiguous(), scale, _version(scale))
+    return SignedBytes(values, scale.detach().reshape(-1).float().contiguous(), scale, _version(scale))
 
 
 def _version(x: Tensor) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fhopt.attention.interface import rehearsed
-from fhopt.codegen.cpu.skinny_linear import kept_bytes
+from fhopt.codegen.cpu.skinny_linear import SignedBytes, kept_bytes
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
@@ -32,23 +32,22 @@ _OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # of attenti
 class Weight:
     """A parameter or buffer: the dict of its module that holds it, its name there, the tensor, its address.
 
-    part: of a weight that a library keeps as signed bytes, 0 for these and 1 for their scales; address: of the part.
+    kept: of a weight that a library keeps as signed bytes: these and their scales, one of which is at `address`.
     """
 
     holder: dict[str, Any]
     name: str
     tensor: Tensor
     address: int
-    part: int = -1
+    kept: SignedBytes | None = None
 
     def is_current(self) -> bool:
         """Return whether the module still has this tensor, at this address."""
         if self.holder[self.name] is not self.tensor:
             return False
-        if self.part < 0:
-            return self.tensor.data_ptr() == self.address
-        parts = kept_bytes(self.tensor)
-        return parts is not None and parts[self.part].data_ptr() == self.address
+        if self.kept is not None:
+            return self.kept.is_current(self.tensor)
+        return self.tensor.data_ptr() == self.address
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +152,9 @@ class _Recorder(TorchDispatchMode):
         if known is not None and type(x) in (Tensor, torch.nn.Parameter):
             return Weight(*known, x.data_ptr())
         for quantized in self.quantized:
-            for part, tensor in enumerate(kept_bytes(quantized[2]) or ()):
-                if tensor is x:
-                    return Weight(*quantized, x.data_ptr(), part)
+            kept = kept_bytes(quantized[2])
+            if kept is not None and (kept.values is x or kept.scale is x):
+                return Weight(*quantized, x.data_ptr(), kept)
         return None
 
     def _made(self, x: Tensor) -> Ref:
