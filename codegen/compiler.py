@@ -109,6 +109,8 @@ _UNITS = (
         "AVX-512 VNNI: products of bytes, and of 16 floats",
     ),
     ({"__AVX512F__"}, "AVX-512: products of 16 floats"),
+    ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, "AVX2 with VNNI: products of words, and of 8 floats"),
+    ({"__AVX2__", "__F16C__"}, "AVX2: products of words, and of 8 floats"),
     ({"__AVX2__"}, "AVX2: products of 8 floats"),
     ({"__ARM_NEON"}, "NEON: products of 4 floats"),
 )

@@ -5,7 +5,8 @@
 
 What varies with the spec (bit groups, widths, softcap) is data, so that a plan needs no compiler. The file is compiled
 by GCC or Clang for whatever vector unit the host has and called through one struct (`ARGUMENTS`). Products of floats
-are written in vector extensions; products of bytes, for AVX-512 VNNI, in intrinsics (sources/integer_products.h).
+are written in vector extensions; products of quantized values in intrinsics, as bytes for AVX-512 VNNI
+(sources/byte_tiles.h), as words of 16 bits for AVX2 (sources/word_tiles.h).
 
 Letters: B batch, H query heads, J latent heads, S queries, T tokens, R latent width.
 """

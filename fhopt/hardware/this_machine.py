@@ -185,8 +185,8 @@ def _on_cpu(machine: Machine) -> list[Finding]:
         found.append(Finding(SLOW, words, "Install g++ (or clang++) with its headers."))
     else:
         found.append(Finding(GOOD, f"Decoding on the CPU runs on generated C++ kernels ({machine.kernels})."))
-        if "VNNI" not in machine.kernels:
-            words = "Kernels convert quantized values to floats, where CPUs with AVX-512 VNNI multiply bytes."
+        if not any(f"products of {numbers}" in machine.kernels for numbers in ("bytes", "words")):
+            words = "Kernels convert quantized values to floats, where CPUs with AVX2 multiply words, with VNNI bytes."
             found.append(Finding(SLOW, words))
     variable = next((name for name in _THREAD_VARIABLES if os.environ.get(name)), None)
     if variable and machine.threads < machine.cores:

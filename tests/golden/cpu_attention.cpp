@@ -19,7 +19,7 @@
 //
 // Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
 // whole sums, and the token's scale multiplies its logit and its weight. Products are
-// of floats or, with AVX-512 VNNI, of bytes.
+// of floats or, with AVX-512 VNNI, of bytes or, with AVX2, of words of 16 bits.
 //
 // Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
 // its tokens in tiles that fit the first-level cache, and passes over those that are masked whole: unpack a tile of
@@ -280,6 +280,11 @@ struct Tier {
     double step;
 };
 
+constexpr int MOST_TOKENS = 256;  // of a tile
+// From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
+// cache sets.
+constexpr int TILE = MOST_TOKENS + 16;
+
 // ------------------------------------------------------------------------------------------------ codes as bytes
 //
 // With AVX-512 VNNI codes are multiplied as bytes, four products and their sum to a lane; not so uncoded sides, values
@@ -296,10 +301,17 @@ struct Tier {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)
-#define INTEGER true
+#define BYTES true
 #else
-#define INTEGER false
+#define BYTES false
 #endif
+// AVX-512 without VNNI multiplies 16 floats at once, no fewer than AVX2 words.
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__) && !defined(FHOPT_FLOAT)
+#define WORDS true
+#else
+#define WORDS false
+#endif
+#define INTEGER (BYTES || WORDS)
 
 // A code of a row: in its first plane it has `high` bits from bit `high_bit` of the row on, `low` in its second.
 struct Code {
@@ -307,6 +319,8 @@ struct Code {
 
     int shift() const { return 8 - high - low; }  // of the code in its byte
 };
+
+#if !WORDS
 
 // What it takes to bring codes of a row to bytes: they are bytes, in order; they come from one block of 64 bytes of the
 // row or from several, and have one plane or two. The greater of two kinds serves both.
@@ -381,6 +395,9 @@ struct Layout {
 
     int count() const { return int(codes.size()); }
     int halves() const { return int(half_channel.size()); }
+    int reach(int bytes) const { return (bytes + 63) / 64 * 64; }  // whole blocks of a row are read
+    int bytes_of_token(bool values) const { return values ? (count() + 15) / 16 * 16 : count(); }  // in a tile
+    int bytes_of_tile(bool values, int tokens) const { return tokens * bytes_of_token(values); }
 
     void add(int bits, int width, int bit, int channel) {
         const int high = high_bits(bits), low = bits - high;
@@ -406,14 +423,129 @@ struct Layout {
     }
 };
 
-constexpr int MOST_TOKENS = 256;  // of a tile
+#endif
+// ------------------------------------------------------------------------------------------------ codes as words
+//
+// With AVX2, codes are multiplied as words of 16 bits, two products and their sum to a lane of 32. What they are
+// multiplied with becomes q = unit * (q0 + 256 q1), where q1 is a word.
+//
+//     keys      a vector of codes:  2 channels of 8 tokens   times a part of q[r]:  2 channels, the same for all lanes
+//     values    a vector of codes:  1 channel of 16 tokens   times a part of w[r]:  16 tokens
+//
+// Rows are transposed as they are stored, 16 bytes at a time: a lane then has four bytes (keys) or two (values) of a
+// plane of bits. A shift and a mask give a vector of codes at the upper end of a byte, and their bits of a second plane
+// come from another lane. Planes are read from their own first byte on, so that none shares a lane with another.
+
+#if WORDS
+
+// Codes of a lane of keys: in four bytes; in two, which are brought to its two words; in one, of which they are halves.
+enum Form { FOUR_BYTES, TWO_BYTES, ONE_BYTE };
+
+constexpr int MOST_PAIRS = 128;  // 256 products of a word and a byte are below 2^31
+
+// A transposed lane with codes, and the one with their lower bits, from byte (keys) or bit (values) `at` on.
+struct Group {
+    int high, high_at, low, low_at;
+};
+
+// Groups whose codes have as many bits, as many of them in a word of a lane.
+struct Run {
+    int bits, count;
+    Form form;
+    bool follows_floats;  // sums so far become floats first: they might not fit 32 bits
+    std::vector<Group> groups;
+
+    bool is_like(const Run& other) const { return bits == other.bits && count == other.count && form == other.form; }
+};
+
+// Codes of a row in the order in which they are multiplied, its float16 channels, and how it is taken apart.
+struct Layout {
+    struct Bits {
+        int bits, width, bit, channel;
+    };
+
+    std::vector<Bits> tiers;
+    std::vector<Code> codes;
+    std::vector<int> half_channel, half_pieces;  // of float16 channels; the pieces that they are in, eight in each
+    std::vector<int> pieces;  // of 16 bytes of a row: where they begin
+    std::vector<Run> runs;
+    int added = 0;  // pairs of codes of keys since sums became floats
+
+    int count() const { return int(codes.size()); }
+    int halves() const { return int(half_channel.size()); }
+    int reach(int bytes) const { return std::max(bytes, *std::max_element(pieces.begin(), pieces.end()) + 16); }
+    // Transposed rows: of values those of a tile, of which a quarter at most is in use at a time; of keys 16.
+    int bytes_of_token(bool values) const { return values ? 4 * int(pieces.size()) : 0; }
+    int bytes_of_tile(bool values, int tokens) const { return 16 * int(pieces.size()) * (values ? tokens : 16); }
+
+    void add(int bits, int width, int bit, int channel) {
+        tiers.push_back({bits, width, bit, channel});
+        for (int i = 0; i < width && bits == 16; i++) half_channel.push_back(channel + i);
+    }
+    void take_apart(bool values, int) {
+        for (const Bits& tier : tiers) {
+            for (int i = 0; i < tier.width;) {
+                if (tier.bits == 16) half_pieces.push_back(lane(tier.bit / 8 + 2 * i, 16)), i += 8;
+                else i += values ? add_words(tier, i) : add_dwords(tier, i);
+            }
+        }
+    }
+    // The lane of `size` bytes that begins at a byte of the row, among those of all pieces.
+    int lane(int byte, int size) {
+        const int lanes = 16 / size;
+        for (int i = 0; i < int(pieces.size()); i++) {
+            const int at = byte - pieces[i];
+            if (at >= 0 && at < 16 && at % size == 0) return i * lanes + at / size;
+        }
+        pieces.push_back(byte);
+        return int(pieces.size() - 1) * lanes;
+    }
+    void add(const Group& group, int bits, Form form, int count) {
+        added += count;
+        const Run run = {bits, count, form, added > MOST_PAIRS, {}};
+        if (runs.empty() || run.follows_floats || !run.is_like(runs.back())) runs.push_back(run);
+        if (run.follows_floats) added = count;
+        runs.back().groups.push_back(group);
+    }
+    static Code code(const Bits& tier, int i) {
+        const int high = high_bits(tier.bits), low = tier.bits - high;
+        return {tier.channel + i, high, tier.bit + i * high, low, tier.bit + tier.width * high + i * low};
+    }
+    // Values: the codes of a word from channel i on. How many there are.
+    int add_words(const Bits& tier, int i) {
+        const Code first = code(tier, 0), here = code(tier, i);
+        const auto word = [&](int from, int bit) { return lane(from / 8 + (bit - from) / 16 * 2, 2); };
+        const int count = std::min(16 / here.high, tier.width - i);
+        const Group group = {word(first.high_bit, here.high_bit), 0,
+                             first.low ? word(first.low_bit, here.low_bit) : 0, (here.low_bit - first.low_bit) % 16};
+        add(group, tier.bits, FOUR_BYTES, count);
+        for (int k = 0; k < count; k++) codes.push_back(code(tier, i + k));
+        return count;
+    }
+    // Keys: those of a dword. A vector has codes k and k + count of them.
+    int add_dwords(const Bits& tier, int i) {
+        const Code first = code(tier, 0), here = code(tier, i);
+        const auto dword = [&](int from, int bit) { return lane(from / 8 + (bit - from) / 32 * 4, 4); };
+        const auto at = [&](int from, int bit) { return (bit - from) / 8 % 4; };
+        const int most = 32 / here.high, left = tier.width - i;
+        const Form form = left >= most ? FOUR_BYTES : 2 * left >= most ? TWO_BYTES : ONE_BYTE;
+        const int count = most >> int(form) >> 1;
+        const Group group = {dword(first.high_bit, here.high_bit), at(first.high_bit, here.high_bit),
+                             first.low ? dword(first.low_bit, here.low_bit) : 0, at(first.low_bit, here.low_bit)};
+        add(group, tier.bits, form, count);
+        for (int k = 0; k < count; k++) codes.insert(codes.end(), {code(tier, i + k), code(tier, i + k + count)});
+        return 2 * count;
+    }
+};
+
+#endif
 
 // Rows of keys or of values.
 struct Side {
     std::vector<Tier> tiers;  // none: not quantized
     Stored stored;
     int width, pad, bytes, element;  // R; floats of an unpacked row, whole vectors; of a row; of what strides count
-    int reach;                       // bytes of whole blocks of a row
+    int reach;                       // bytes from the begin of a row to the end of what may be read with it
     int ahead;                       // rows between the one that is read and the one that is fetched
     bool scaled, in_place, integer;  // a token has a scale; rows can be read as they are; codes are multiplied as bytes
     std::vector<float> step, middle;  // [pad]: what a code is multiplied with, and the code that stands for 0
@@ -438,11 +570,12 @@ struct Side {
         }
         if (!count) std::fill(step.begin(), step.end(), 1.0f);
         bytes = count ? bit / 8 : width * element;
-        reach = (bytes + 63) / 64 * 64;
+        reach = bytes;
         ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
         integer = INTEGER && scaled && !(values && layout.halves());
         if (!integer) return;
         layout.take_apart(values, bytes);
+        reach = layout.reach(bytes);
         for (int i = 0; values && i < layout.count(); i++) {  // codes as bytes are shifted
             const Code& code = layout.codes[i];
             step[code.channel] /= float(1 << code.shift());
@@ -454,37 +587,39 @@ struct Side {
 struct Kernel {
     Side key, value;
     bool softcap, pairs;  // pairs: keys in bfloat16 are multiplied as they are
-    int key_vectors, value_vectors, key_dwords;  // of bytes, of a token's codes; key_dwords in whole vectors
-    int floats, codes, halves;  // of a token in a tile: floats, bytes, float16 channels
+    int key_vectors, value_vectors, key_dwords;  // of a token's codes; key_dwords in whole vectors
+    int floats, codes, halves;  // of a token in a tile floats, of a tile bytes for codes, of a token float16 channels
     int stride, tokens;  // of a tile: floats from row to row, and how many rows it has
-    std::vector<float> key_factor, key_middle;  // [4 key_dwords]: what brings a query to a code's byte, its middle
+    std::vector<float> key_factor,
+        key_middle;  // [channels of key_dwords]: what brings a query to a code's byte, its middle
 
     Kernel(const Side& k, const Side& v, bool capped) : key(k), value(v), softcap(capped), pairs(false) {
 #if defined(__AVX512BF16__)
         pairs = key.in_place && key.stored == BFLOAT16 && key.pad % 32 == 0;
 #endif
-        key_vectors = key.layout.count() / 4;
+        constexpr int CHANNELS = WORDS ? 2 : 4;  // of a lane of keys
+        key_vectors = key.layout.count() / CHANNELS;
         value_vectors = (value.layout.count() + 15) / 16;
         key_dwords = (key_vectors + 15) / 16 * 16;
-        key_factor.resize(4 * key_dwords);
-        key_middle.resize(4 * key_dwords);
+        key_factor.resize(CHANNELS * key_dwords);
+        key_middle.resize(CHANNELS * key_dwords);
         for (int i = 0; i < key.layout.count(); i++) {
             const Code& code = key.layout.codes[i];
             key_factor[i] = 1.0f / float(1 << code.shift());
             key_middle[i] = key.middle[code.channel] * float(1 << code.shift());
         }
         floats = std::max(key.integer ? 0 : key.pad, value.integer ? 0 : value.pad);
-        codes = std::max(key.integer ? 4 * key_vectors : 0, value.integer ? 16 * value_vectors : 0);
+        const int key_bytes = key.integer ? key.layout.bytes_of_token(false) : 0;
+        const int bytes = std::max(key_bytes, value.integer ? value.layout.bytes_of_token(true) : 0);
         halves = key.integer ? key.layout.halves() : 0;
         stride = floats + 16;  // a power of two would put all rows on the same cache sets
-        const int bytes = std::max(std::max(4 * floats, codes + 4 * halves), 1);
-        tokens = std::clamp(24576 / bytes / 16 * 16, 16, floats ? 64 : MOST_TOKENS);  // stay in the first-level cache
+        const int most = std::max(std::max(4 * floats, bytes + 4 * halves), 1);
+        tokens = std::clamp(24576 / most / 16 * 16, 16, floats ? 64 : MOST_TOKENS);  // stay in the first-level cache
+        codes = std::max(key.integer ? key.layout.bytes_of_tile(false, tokens) : 0,
+                         value.integer ? value.layout.bytes_of_tile(true, tokens) : 0);
     }
 };
 
-// From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
-// cache sets.
-constexpr int TILE = MOST_TOKENS + 16;
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
@@ -565,6 +700,14 @@ struct State {
     float top, total, mass;  // mass: the sum of weight * scale, kept where weights are split
     float* sum;              // of weight * scale * (code - middle), as many as a row of values is padded to
 };
+
+// Weights of a row as words.
+struct Split {
+    float unit, total;
+    bool low;  // they have lower bytes, or, of keys, a query's count
+};
+
+constexpr int PART_BYTES = WORDS ? 8 : 12;  // of the parts of a query, for each lane of a key
 
 // ------------------------------------------------------------------------------------------------ two products
 
@@ -797,35 +940,40 @@ T* allocate(int64_t count) {
 
 struct Scratch {
     const Kernel& kernel;
+    const int64_t rows;
     float *tile, *query, *middle, *logits, *totals;  // [tokens, stride], [rows, R_K], [rows], [rows, TILE], [rows]
     State* states;                                   // [rows]
     float* sums;                                     // of the states, [rows, R_V]
-    uint8_t *codes, *room;                           // [tokens, codes], [16, whole blocks of a row]
-    int8_t *parts, *weights;                         // of queries [rows, 3, 4 key_dwords], of weights [5, 3, TILE]
-    float *unit, *halves;                            // [rows], [halves, TILE]
+    uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
+    int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
+    float *unit, *lowest, *limits, *halves;          // [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
     float factor;                                    // that these are to be multiplied by
+    Split* splits;  // of words: [rows]
+    int32_t* products;  // and sums with values, [rows, 2, R_V]
     alignas(64) float scale[TILE];
 
     Scratch(const Kernel& k, int64_t rows)
-        : kernel(k), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
+        : kernel(k), rows(rows), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
           query(allocate<float>(rows * k.key.pad)), middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)),
           totals(allocate<float>(rows)), states(allocate<State>(rows)), sums(allocate<float>(rows * k.value.pad)),
-          codes(allocate<uint8_t>(k.tokens * k.codes)),
-          room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
-          parts(allocate<int8_t>(k.key.integer ? rows * 12 * k.key_dwords : 0)),
-          weights(allocate<int8_t>(k.value.integer ? 15 * TILE : 0)), unit(allocate<float>(rows)),
-          halves(allocate<float>(TILE * k.halves)), pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)),
-          are_pairs(k.pairs), factor(1), scale() {
+          codes(allocate<uint8_t>(k.codes)), room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
+          parts(allocate<int8_t>(k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0)),
+          weights(allocate<int8_t>(k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0)), unit(allocate<float>(rows)),
+          lowest(allocate<float>(rows)), limits(allocate<float>(rows)), halves(allocate<float>(TILE * k.halves)),
+          pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)), are_pairs(k.pairs), factor(1),
+          splits(allocate<Split>(WORDS ? rows : 0)),
+          products(allocate<int32_t>(WORDS && k.value.integer ? rows * 2 * k.value.pad : 0)), scale() {
         if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
         for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
-        for (float* memory : {tile, query, middle, logits, totals, sums, unit, halves}) std::free(memory);
+        for (float* memory : {tile, query, middle, logits, totals, sums, unit, lowest, limits, halves})
+            std::free(memory);
         for (void* memory : {(void*)states, (void*)codes, (void*)room, (void*)parts, (void*)weights}) std::free(memory);
-        std::free(pairs);
+        for (void* memory : {(void*)pairs, (void*)splits, (void*)products}) std::free(memory);
     }
 };
 
@@ -911,7 +1059,7 @@ void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------ products of bytes
+// ------------------------------------------------------------------------------------------------ rows of a tile
 
 #if INTEGER
 
@@ -922,6 +1070,104 @@ struct Sixteen {
 
     INLINE const uint8_t* operator[](int i) const { return runs[i / SIDE_BY_SIDE] + i % SIDE_BY_SIDE * stride; }
 };
+
+// Queries of 16 bits have 9 or 12 of precision: two digits, 15 bits, are more, and weights have no more then. Of
+// queries of 32 bits the third digit counts.
+//
+// Weights of a tile have two parts where the largest is at most 1/SMALL of all so far: rounding to 2^-16 of it then
+// moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
+constexpr float SMALL = 256;
+
+// Into the second-level cache, rows of SIDE_BY_SIDE tokens.
+INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
+    const bool dense = stride <= side.reach;  // one row behind the other
+    const int64_t bytes = dense ? SIDE_BY_SIDE * stride : side.bytes, end = dense ? stride : SIDE_BY_SIDE * stride;
+    for (int64_t from = 0; from < end; from += stride) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + from + byte, 0, 2);
+    }
+}
+
+// `count` rows of a tile from token t on are copied to where there is room behind them, the last one again up to 16.
+void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t t, int count, uint8_t* room) {
+    for (int i = 0; i < 16; i++, room += side.reach) {
+        std::memcpy(room, rows.at<uint8_t>(p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
+    }
+}
+
+// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
+// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
+INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
+                       int t, int tokens, bool fetches, Scratch& s) {
+    const int64_t from = begin + t, stride = rows.token;
+    const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
+    if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
+    if (tokens - t >= 16) {
+        if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
+        const Sixteen z = {{at(p.listed.at(from)), at(p.listed.at(from + SIDE_BY_SIDE))}, stride};
+        if (z[15] + side.reach <= at(a.tokens - 1) + side.bytes) return z;
+    }
+    copy_rows(side, rows, p, j, from, std::min(tokens - t, 16), s.room);
+    return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
+}
+
+// The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
+INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
+                        Scratch& s) {
+    std::fill_n(s.scale + whole_vectors(tokens) - 16, 16, 0.0f);  // weights of no token are 0 times it
+    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
+        const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
+        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
+        const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
+        if (scales.token == 1 && last == SIDE_BY_SIDE - 1) {
+            _mm256_store_ps(s.scale + t, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale))));
+        } else {
+            for (int i = 0; i <= last; i++) s.scale[t + i] = from_float16(scale[i * scales.token]);
+        }
+    }
+}
+
+// The lowest digit of queries counts for tokens whose weight may be more than 1/MINOR of all so far: without it a logit
+// is off by some 2^-15 of what its largest products are, and the output by that times the root of the largest weight.
+constexpr float MINOR = 256;
+
+// Of each of `rows` rows the largest logit for which it does not count.
+INLINE void set_limits(const Arguments& a, int64_t row, int rows, Scratch& s) {
+    const bool all = s.kernel.softcap || a.mask_kind == ADDITIVE_MASK;  // logits are not yet what the softmax sees
+    for (int64_t r = row; r < row + rows; r++) {
+        s.limits[r] = all ? -INF : s.states[r].top + std::log2(s.states[r].total / MINOR);
+    }
+}
+
+// Whether no logit of ROWS rows and `count` tokens from t on is larger.
+template <int ROWS>
+INLINE bool are_minor(int64_t row, int t, int count, const Scratch& s) {
+    Floats top = Floats{} - INF;
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
+        for (int i = t; i < t + count; i += LANES) {
+            const Floats over = load(s.logits + (row + r) * TILE + i) - s.limits[row + r];
+            top = over > top ? over : top;
+        }
+    }
+    return !(largest_of(top) > 0.0f);
+}
+
+#else
+
+template <class... T>
+void score_codes(const T&...) {}
+template <class... T>
+void mix_codes(const T&...) {}
+template <class... T>
+void to_parts(const T&...) {}
+#endif
+#if !WORDS
+template <class... T>
+void arrange_queries(const T&...) {}
+
+#endif
+// ------------------------------------------------------------------------------------------------ products of bytes
+
+#if BYTES
 
 // What takes a slice apart, in registers.
 template <Kind KIND>
@@ -1123,9 +1369,9 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
-// A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. `middle` is
-// what the middle of all codes adds to a logit.
-void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle) {
+// A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. What the middle
+// of all codes adds to a logit: by all digits but the lowest, and by the lowest.
+void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle, float& lowest) {
     const int count = k.key.layout.count(), padded = 4 * k.key_dwords;
     float largest = 0, none = 0;
     for (int i = 0; i < count; i++) {
@@ -1135,7 +1381,7 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
         none += q * 0.0f;  // NaN stays NaN
     }
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
-    Floats sum = {};
+    Floats sum = {}, low = {};
     for (int i = 0; i < padded; i += 16) {
         alignas(64) float q[16] = {};
         for (int lane = 0; lane < std::min(count - i, 16); lane++) {
@@ -1143,66 +1389,13 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
         }
         const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q) * inverse));
         store_parts<3>(x, parts + i, padded);
-        sum += __builtin_convertvector(x, Floats16) * load(k.key_middle.data() + i);
+        const Ints16 digit = (x << 24) >> 24;
+        sum += __builtin_convertvector(x - digit, Floats16) * load(k.key_middle.data() + i);
+        low += __builtin_convertvector(digit, Floats16) * load(k.key_middle.data() + i);
     }
     unit = largest / largest_integer(3) + none;
     middle = sum_of(sum) * unit;
-}
-
-// Queries of 16 bits have 9 or 12 of precision: two digits, 15 bits, are more, and weights have no more then. Of
-// queries of 32 bits the third digit counts.
-//
-// Weights of a tile have two parts where the largest is at most 1/SMALL of all so far: rounding to 2^-16 of it then
-// moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
-constexpr float SMALL = 256;
-
-// Into the second-level cache, rows of SIDE_BY_SIDE tokens.
-INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
-    const bool dense = stride <= side.reach;  // one row behind the other
-    const int64_t bytes = dense ? SIDE_BY_SIDE * stride : side.bytes, end = dense ? stride : SIDE_BY_SIDE * stride;
-    for (int64_t from = 0; from < end; from += stride) {
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + from + byte, 0, 2);
-    }
-}
-
-// `count` rows of a tile from token t on are copied to where there is room behind them, the last one again up to 16.
-void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t t, int count, uint8_t* room) {
-    for (int i = 0; i < 16; i++, room += side.reach) {
-        std::memcpy(room, rows.at<uint8_t>(p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
-    }
-}
-
-// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
-// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
-INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
-                       int t, int tokens, bool fetches, Scratch& s) {
-    const int64_t from = begin + t, stride = rows.token;
-    const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
-    if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
-    if (tokens - t >= 16) {
-        if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
-        const Sixteen z = {{at(p.listed.at(from)), at(p.listed.at(from + SIDE_BY_SIDE))}, stride};
-        if (z[15] + side.reach <= at(a.tokens - 1) + side.bytes) return z;
-    }
-    copy_rows(side, rows, p, j, from, std::min(tokens - t, 16), s.room);
-    return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
-}
-
-// The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
-INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
-                        Scratch& s) {
-    _mm512_store_ps(s.scale + whole_vectors(tokens) - 16, _mm512_setzero_ps());  // weights of no token are 0 times it
-    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
-        const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
-        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
-        const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
-        if (scales.token == 1) {
-            const __m128i dense = _mm_maskz_loadu_epi16((2u << last) - 1, scale);
-            _mm256_store_ps(s.scale + t, _mm256_cvtph_ps(dense));
-        } else {
-            for (int i = 0; i <= last; i++) s.scale[t + i] = from_float16(scale[i * scales.token]);
-        }
-    }
+    lowest = sum_of(low) * unit;
 }
 
 // Logits without the lowest of the three digits of queries.
@@ -1243,7 +1436,8 @@ INLINE void score_low(int64_t row, int t, Scratch& s) {
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             float* x = s.logits + (row + r) * TILE + t + 16 * v;
-            store(x, load(x) + joined(sums[r][v]) * s.unit[row + r] * load(s.scale + t + 16 * v));
+            const Floats16 more = joined(sums[r][v]) * s.unit[row + r] - s.lowest[row + r];
+            store(x, load(x) + more * load(s.scale + t + 16 * v));
         }
     }
 }
@@ -1253,22 +1447,6 @@ INLINE void for_vectors(int whole, F f) {
     int t = 0;
     for (; t + 16 * VECTORS <= whole; t += 16 * VECTORS) f(t, std::integral_constant<int, VECTORS>());
     for (; t < whole; t += 16) f(t, std::integral_constant<int, 1>());
-}
-
-// The lowest digit counts where a weight may be more than 1/MINOR of all so far: without it a logit is off by some
-// 2^-15 of what its largest products are, and the output by that times the root of the largest weight.
-constexpr float MINOR = 1024;
-
-bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratch& s) {
-    if (s.kernel.softcap || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
-    for (int64_t r = row; r < row + rows; r++) {
-        const float* x = s.logits + r * TILE;
-        Floats top = load(x);
-        for (int t = 16; t < whole; t += 16) top = load(x + t) > top ? load(x + t) : top;
-        const State& state = s.states[r];
-        if (!(std::exp2(largest_of(top) - state.top) * MINOR <= state.total)) return false;
-    }
-    return true;
 }
 
 // Sums of 16 vectors: those of four and four, then of the quarters that are left.
@@ -1327,10 +1505,13 @@ void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         }
         store(logits + t, x);
     }
-    if (a.digits == 2 || is_minor(a, row, 1, whole, s)) return;
+    if (a.digits == 2) return;
+    set_limits(a, row, 1, s);
     for (int t = 0; t < whole; t += 16) {
+        if (are_minor<1>(row, t, 16, s)) continue;
         const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s);
-        store(logits + t, load(logits + t) + products_of_row<KIND, 1>(k, z, parts) * unit * load(s.scale + t));
+        const Floats16 more = products_of_row<KIND, 1>(k, z, parts) * unit - s.lowest[row];
+        store(logits + t, load(logits + t) + more * load(s.scale + t));
     }
 }
 
@@ -1355,9 +1536,11 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
             score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
         });
-        if (a.digits == 2 || is_minor(a, row + first, ROWS, whole, s)) return;
+        if (a.digits == 2) return;
+        set_limits(a, row + first, ROWS, s);
         for_vectors<ROWS, vectors_for(ROWS, 1)>(whole, [&](int t, auto vectors) {
-            score_low<ROWS, decltype(vectors)::value>(row + first, t, s);
+            constexpr int VECTORS = decltype(vectors)::value;
+            if (!are_minor<ROWS>(row + first, t, 16 * VECTORS, s)) score_low<ROWS, VECTORS>(row + first, t, s);
         });
     });
 }
@@ -1488,14 +1671,468 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     });
 }
 
-#else
+#endif
+// ------------------------------------------------------------------------------------------------ products of words
 
-template <class... T>
-void score_codes(const T&...) {}
-template <class... T>
-void mix_codes(const T&...) {}
-template <class... T>
-void to_parts(const T&...) {}
+#if WORDS
+
+// To each of 8 sums, two words of codes times two others. As instructions of their own: given intrinsics, GCC keeps
+// some of the sums in memory.
+INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i factors) {
+#if defined(__AVXVNNI__)
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(factors));
+    return sum;
+#else
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(codes), "x"(factors));
+    return sum;
+#endif
+}
+
+INLINE __m256i load_words(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+
+// 16 bytes of two rows.
+INLINE __m256i two_rows(const uint8_t* a, const uint8_t* b) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+// 16 bytes of 8 rows -> out[i]: dword i of each.
+INLINE void transpose_dwords(const uint8_t* rows, int64_t stride, __m256i* out) {
+    __m256i x[4];
+    UNROLL(4) for (int i = 0; i < 4; i++) x[i] = two_rows(rows + i * stride, rows + (i + 4) * stride);
+    const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+    const __m256i c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+    out[0] = _mm256_unpacklo_epi64(a, c), out[1] = _mm256_unpackhi_epi64(a, c);
+    out[2] = _mm256_unpacklo_epi64(b, d), out[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+// 16 bytes of 16 rows -> out[i]: word i of each, `step` vectors from one to the next.
+INLINE void transpose_words(const Sixteen& rows, int offset, int64_t step, __m256i* out) {
+    __m256i x[8], y[8];
+    UNROLL(8) for (int i = 0; i < 8; i++) x[i] = two_rows(rows[i] + offset, rows[i + 8] + offset);
+    UNROLL(4) for (int i = 0; i < 4; i++) {
+        y[i] = _mm256_unpacklo_epi16(x[2 * i], x[2 * i + 1]), y[i + 4] = _mm256_unpackhi_epi16(x[2 * i], x[2 * i + 1]);
+    }
+    UNROLL(2) for (int i = 0; i < 8; i += 4) {
+        const __m256i a = _mm256_unpacklo_epi32(y[i], y[i + 1]), b = _mm256_unpackhi_epi32(y[i], y[i + 1]);
+        const __m256i c = _mm256_unpacklo_epi32(y[i + 2], y[i + 3]), d = _mm256_unpackhi_epi32(y[i + 2], y[i + 3]);
+        _mm256_store_si256(out + i * step, _mm256_unpacklo_epi64(a, c));
+        _mm256_store_si256(out + (i + 1) * step, _mm256_unpackhi_epi64(a, c));
+        _mm256_store_si256(out + (i + 2) * step, _mm256_unpacklo_epi64(b, d));
+        _mm256_store_si256(out + (i + 3) * step, _mm256_unpackhi_epi64(b, d));
+    }
+}
+
+// Words shifted to the left, or with a negative count to the right.
+template <int COUNT>
+INLINE __m256i shifted(__m256i x) {
+    if constexpr (COUNT == 0) return x;
+    else if constexpr (COUNT > 0) return _mm256_slli_epi16(x, COUNT);
+    else return _mm256_srli_epi16(x, -COUNT);
+}
+
+// Code K of each word of `high`, with its lower bits from `low`, at the upper end of a byte.
+template <int HIGH, int LOW, int K>
+INLINE __m256i code_of(__m256i high, __m256i low) {
+    constexpr int TOP = 8 - HIGH, NEXT = TOP - LOW;
+    const __m256i code = shifted<TOP - HIGH * K>(high) & _mm256_set1_epi16(((1 << HIGH) - 1) << TOP);
+    if constexpr (LOW == 0) return code;
+    else return code | (shifted<NEXT - LOW * K>(low) & _mm256_set1_epi16(((1 << LOW) - 1) << NEXT));
+}
+
+// Where bytes of both words of four dwords come from: byte `at` of each and the next one, or the same one.
+#define SPREAD_BYTES(a, b) {a, 128, b, 128, a + 4, 128, b + 4, 128, a + 8, 128, b + 8, 128, a + 12, 128, b + 12, 128}
+alignas(16) constexpr uint8_t SPREAD[2][4][16] = {
+    {SPREAD_BYTES(0, 1), SPREAD_BYTES(1, 2), SPREAD_BYTES(2, 3), SPREAD_BYTES(3, 3)},
+    {SPREAD_BYTES(0, 0), SPREAD_BYTES(1, 1), SPREAD_BYTES(2, 2), SPREAD_BYTES(3, 3)},
+};
+
+// A dword of keys in its form: codes in both words.
+template <Form FORM>
+INLINE __m256i in_words(__m256i x, int at) {
+    if constexpr (FORM == FOUR_BYTES) return x;
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(SPREAD[FORM == ONE_BYTE][at]));
+    x = _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(bytes));
+    if constexpr (FORM == TWO_BYTES) return x;
+    return _mm256_blend_epi16(x, _mm256_srli_epi16(x, 4), 0xaa);
+}
+
+// Calls f(bits of the first plane, of the second).
+template <class F>
+INLINE void with_planes(int bits, F f) {
+    const auto call = [&](auto high, auto low) { f(high, low); };
+    typedef std::integral_constant<int, 0> None;
+    typedef std::integral_constant<int, 1> One;
+    typedef std::integral_constant<int, 2> Two;
+    typedef std::integral_constant<int, 4> Four;
+    switch (bits) {
+        case 1: return call(One(), None());
+        case 2: return call(Two(), None());
+        case 3: return call(Two(), One());
+        case 4: return call(Four(), None());
+        case 5: return call(Four(), One());
+        case 6: return call(Four(), Two());
+        default: return call(std::integral_constant<int, 8>(), None());
+    }
+}
+
+// Calls f(K) for K < COUNT as compile-time numbers.
+template <class F, int... K>
+INLINE void for_each(F f, std::integer_sequence<int, K...>) {
+    (f(std::integral_constant<int, K>()), ...);
+}
+
+// 16 tokens of keys -> dwords [2, 4 pieces], and halves [channels, TILE] of float16 channels.
+INLINE void unpack_keys(const Layout& layout, const Sixteen& rows, __m256i* dwords, float* halves) {
+    for (int v = 0; v < 16; v += 8, halves += 8) {
+        for (const int piece : layout.pieces) {
+            transpose_dwords(rows[v] + piece, rows.stride, dwords);
+            dwords += 4;
+        }
+        float* half = halves;
+        for (const int piece : layout.half_pieces) {
+            UNROLL(4) for (int i = 0; i < 4; i++, half += 2 * TILE) {
+                const __m256i x = load_words(dwords + 4 * (piece - int(layout.pieces.size())) + i);
+                const __m256i low = _mm256_and_si256(x, _mm256_set1_epi32(0xffff)), high = _mm256_srli_epi32(x, 16);
+                const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+                _mm256_store_ps(half, _mm256_cvtph_ps(_mm256_castsi256_si128(words)));
+                _mm256_store_ps(half + TILE, _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1)));
+            }
+        }
+    }
+}
+
+constexpr int MOST_KEY_ROWS = 10, MOST_VALUE_ROWS = 5;  // with sums of all there are registers for codes
+
+constexpr float LARGEST = 32600.0f;  // the largest word, and 1/256 of the largest number that has a byte below
+
+// 16 integers as words, and where `low` is not null as the signed bytes below them.
+INLINE void store_words(__m256i a, __m256i b, int16_t* high, int16_t* low) {
+    const auto joined = [](__m256i x, __m256i y) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(x, y), 0xd8); };
+    if (low) {
+        const __m256i byte = _mm256_set1_epi32(255), half = _mm256_set1_epi32(128);
+        const __m256i bytes = joined(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte));
+        const __m256i digits = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(low), digits);
+        a = _mm256_srai_epi32(_mm256_add_epi32(a, half), 8), b = _mm256_srai_epi32(_mm256_add_epi32(b, half), 8);
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(high), joined(a, b));
+}
+
+INLINE __m256 floats_of_words(const int16_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// A query of floats in the order of channels -> its parts, and what one stands for. What the middle of all codes adds
+// to a logit: by all digits but the lowest, and by the lowest.
+void to_parts(const Kernel& k, const float* query, int8_t* to, float& unit, float& middle, float& lowest) {
+    const int count = k.key.layout.count(), padded = 2 * k.key_dwords;
+    int16_t* parts = reinterpret_cast<int16_t*>(to);
+    float largest = 0, none = 0;
+    for (int i = 0; i < count; i++) {
+        const float q = query[k.key.layout.codes[i].channel] * k.key_factor[i];
+        largest = std::max(largest, std::abs(q));
+        none += q * 0.0f;  // NaN stays NaN
+    }
+    const float inverse = largest > 1e-30f ? 256 * LARGEST / largest : 0.0f;
+    __m256 sum = {}, low = {};
+    for (int i = 0; i < padded; i += 16) {
+        alignas(32) float q[16] = {};
+        for (int n = 0; n < std::min(count - i, 16); n++) {
+            q[n] = query[k.key.layout.codes[i + n].channel] * k.key_factor[i + n] * inverse;
+        }
+        const __m256i a = _mm256_cvtps_epi32(_mm256_load_ps(q)), b = _mm256_cvtps_epi32(_mm256_load_ps(q + 8));
+        store_words(a, b, parts + padded + i, parts + i);
+        for (int n = i; n < i + 16; n += 8) {
+            sum += floats_of_words(parts + padded + n) * _mm256_loadu_ps(k.key_middle.data() + n);
+            low += floats_of_words(parts + n) * _mm256_loadu_ps(k.key_middle.data() + n);
+        }
+    }
+    unit = largest / (256 * LARGEST) + none;
+    middle = sum_of(sum) * unit * 256;
+    lowest = sum_of(low) * unit;
+}
+
+// Parts of queries of `rows` rows from `row` on, [2, pairs] of each -> [2, pairs, ROWS] of each block of them.
+void arrange_queries(const Kernel& k, int64_t row, int rows, Scratch& s) {
+    const int64_t dwords = k.key_dwords;
+    const auto* from = reinterpret_cast<const int32_t*>(s.parts) + 2 * (s.rows + row) * dwords;
+    for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {
+        constexpr int ROWS = decltype(count)::value;
+        auto* to = reinterpret_cast<int32_t*>(s.parts) + 2 * (row + first) * dwords;
+        for (int r = 0; r < ROWS; r++, from += 2 * dwords) {
+            for (int i = 0; i < 2 * dwords; i++) to[i * ROWS + r] = from[i];
+        }
+    });
+}
+
+// Tokens of keys at once: 8 for each vector, as many as there are registers for sums.
+constexpr int vectors_of_keys(int rows) { return rows <= 4 ? 2 : 1; }
+
+// Adds the codes of a run of keys times a part of queries [pairs, ROWS] to sums.
+template <Form FORM, int HIGH, int LOW, int ROWS, int VECTORS>
+INLINE void add_run(const Run& run, const __m256i* dwords, int lanes, const int32_t* query,
+                    __m256i (&to)[ROWS][VECTORS]) {
+    constexpr int COUNT = 16 / HIGH >> int(FORM);
+    constexpr Form LOWER = LOW == 0 ? FOUR_BYTES : COUNT * LOW == 8 ? TWO_BYTES : ONE_BYTE;
+    __m256i sums[ROWS][VECTORS];
+    UNROLL(10) for (int r = 0; r < ROWS; r++) UNROLL(2) for (int v = 0; v < VECTORS; v++) sums[r][v] = to[r][v];
+    UNROLL(1) for (const Group& g : run.groups) {
+        __m256i high[VECTORS], low[VECTORS];
+        UNROLL(2) for (int v = 0; v < VECTORS; v++) {
+            high[v] = in_words<FORM>(load_words(dwords + v * lanes + g.high), g.high_at);
+            low[v] = LOW ? in_words<LOWER>(load_words(dwords + v * lanes + g.low), g.low_at) : high[v];
+        }
+        for_each(
+            [&](auto k) {
+                constexpr int K = decltype(k)::value;
+                __m256i codes[VECTORS];
+                UNROLL(2) for (int v = 0; v < VECTORS; v++) codes[v] = code_of<HIGH, LOW, K>(high[v], low[v]);
+                UNROLL(10) for (int r = 0; r < ROWS; r++) {
+                    const __m256i q = _mm256_set1_epi32(query[ROWS * K + r]);
+                    UNROLL(2) for (int v = 0; v < VECTORS; v++) sums[r][v] = add_products(sums[r][v], codes[v], q);
+                }
+            },
+            std::make_integer_sequence<int, COUNT>());
+        query += ROWS * COUNT;
+    }
+    UNROLL(10) for (int r = 0; r < ROWS; r++) UNROLL(2) for (int v = 0; v < VECTORS; v++) to[r][v] = sums[r][v];
+}
+
+template <int ROWS, int VECTORS>
+INLINE void add_any_run(const Run& run, const __m256i* dwords, int lanes, const int32_t* query,
+                        __m256i (&sums)[ROWS][VECTORS]) {
+    with_planes(run.bits, [&](auto high, auto low) {
+        constexpr int HIGH = decltype(high)::value, LOW = decltype(low)::value;
+        if (run.form == FOUR_BYTES) return add_run<FOUR_BYTES, HIGH, LOW>(run, dwords, lanes, query, sums);
+        if constexpr (HIGH <= 2) {
+            if (run.form == TWO_BYTES) return add_run<TWO_BYTES, HIGH, LOW>(run, dwords, lanes, query, sums);
+        }
+        if constexpr (HIGH == 1) add_run<ONE_BYTE, HIGH, LOW>(run, dwords, lanes, query, sums);
+    });
+}
+
+// Products of a part of queries with codes of 8 VECTORS tokens.
+template <int ROWS, int VECTORS>
+INLINE void products_of_keys(const Kernel& k, const Scratch& s, int64_t row, int part, int vector,
+                             __m256 (&x)[ROWS][VECTORS]) {
+    const auto* query = reinterpret_cast<const int32_t*>(s.parts) + (2 * row + part * ROWS) * k.key_dwords;
+    const int lanes = 4 * int(k.key.layout.pieces.size());
+    const auto* dwords = reinterpret_cast<const __m256i*>(s.codes) + vector * lanes;
+    __m256i sums[ROWS][VECTORS];
+    const auto for_all = [&](auto f) {
+        UNROLL(10) for (int r = 0; r < ROWS; r++) UNROLL(2) for (int v = 0; v < VECTORS; v++) f(x[r][v], sums[r][v]);
+    };
+    for_all([](__m256& x, __m256i& sum) { x = __m256{}, sum = __m256i{}; });
+    for (const Run& run : k.key.layout.runs) {
+        if (run.follows_floats) {
+            for_all([](__m256& x, __m256i& sum) { x += _mm256_cvtepi32_ps(sum), sum = __m256i{}; });
+        }
+        add_any_run<ROWS, VECTORS>(run, dwords, lanes, query, sums);
+        query += ROWS * run.count * int(run.groups.size());
+    }
+    for_all([](__m256& x, __m256i& sum) { x += _mm256_cvtepi32_ps(sum); });
+}
+
+// Logits without the lowest bytes of queries.
+template <int ROWS, int VECTORS>
+INLINE void score_high(int64_t row, int t, int vector, Scratch& s) {
+    const Kernel& k = s.kernel;
+    __m256 x[ROWS][VECTORS];
+    products_of_keys<ROWS, VECTORS>(k, s, row, 1, vector, x);
+    UNROLL(10) for (int r = 0; r < ROWS; r++) {
+        UNROLL(2) for (int v = 0; v < VECTORS; v++) {
+            x[r][v] = (x[r][v] * (s.unit[row + r] * 256) - s.middle[row + r]) * _mm256_load_ps(s.scale + t + 8 * v);
+        }
+    }
+    for (int i = 0; i < k.halves; i++) {
+        const float* q = s.query + row * k.key.pad + k.key.layout.half_channel[i];
+        UNROLL(2) for (int v = 0; v < VECTORS; v++) {
+            const __m256 half = _mm256_load_ps(s.halves + i * TILE + t + 8 * v);
+            UNROLL(10) for (int r = 0; r < ROWS; r++) x[r][v] += q[r * k.key.pad] * half;
+        }
+    }
+    UNROLL(10) for (int r = 0; r < ROWS; r++) {
+        UNROLL(2) for (int v = 0; v < VECTORS; v++) _mm256_store_ps(s.logits + (row + r) * TILE + t + 8 * v, x[r][v]);
+    }
+}
+
+// What the lowest bytes add to them.
+template <int ROWS, int VECTORS>
+INLINE void score_low(int64_t row, int t, int vector, Scratch& s) {
+    __m256 sums[ROWS][VECTORS];
+    products_of_keys<ROWS, VECTORS>(s.kernel, s, row, 0, vector, sums);
+    UNROLL(10) for (int r = 0; r < ROWS; r++) {
+        UNROLL(2) for (int v = 0; v < VECTORS; v++) {
+            float* x = s.logits + (row + r) * TILE + t + 8 * v;
+            const __m256 more = sums[r][v] * s.unit[row + r] - s.lowest[row + r];
+            _mm256_store_ps(x, _mm256_load_ps(x) + more * _mm256_load_ps(s.scale + t + 8 * v));
+        }
+    }
+}
+
+// One of both for 16 tokens.
+template <int ROWS>
+void score_sixteen(int64_t row, int t, bool low, Scratch& s) {
+    constexpr int VECTORS = vectors_of_keys(ROWS);
+    UNROLL(1) for (int v = 0; v < 2; v += VECTORS) {
+        if (low) score_low<ROWS, VECTORS>(row, t + 8 * v, v, s);
+        else score_high<ROWS, VECTORS>(row, t + 8 * v, v, s);
+    }
+}
+
+// Logits of a tile of keys for `rows` rows from `row` on, all of them of latent head j.
+void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
+                 Scratch& s) {
+    const Kernel& k = s.kernel;
+    const int whole = whole_vectors(tokens);
+    __m256i* dwords = reinterpret_cast<__m256i*>(s.codes);
+    load_scales(k.key, a.key_scale, p, j, begin, tokens, s);
+    for (int t = 0; t < whole; t += 16) {
+        unpack_keys(k.key.layout, rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s), dwords, s.halves + t);
+        for_blocks_of_rows<MOST_KEY_ROWS>(
+            rows, [&](int first, auto count) { score_sixteen<decltype(count)::value>(row + first, t, false, s); });
+    }
+    if (a.digits == 2) return;
+    set_limits(a, row, rows, s);
+    for (int t = 0; t < whole; t += 16) {
+        bool are_there = false;
+        for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {
+            constexpr int ROWS = decltype(count)::value;
+            if (are_minor<ROWS>(row + first, t, 16, s)) return;
+            const auto z = [&] { return rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s); };
+            if (!are_there) unpack_keys(k.key.layout, z(), dwords, s.halves + t);
+            are_there = true;
+            score_sixteen<ROWS>(row + first, t, true, s);
+        });
+    }
+}
+
+// Weights of a tile of values times the tokens' scales, as words and where they count as the bytes below.
+INLINE void split_weights(int64_t row, int whole, int64_t digits, Scratch& s) {
+    float* w = s.logits + row * TILE;
+    __m256 top = {}, sum = {};
+    for (int t = 0; t < whole; t += 8) {
+        const __m256 scaled = _mm256_load_ps(w + t) * _mm256_load_ps(s.scale + t);
+        _mm256_store_ps(w + t, scaled);
+        sum += scaled;
+        top = _mm256_max_ps(scaled, top);
+    }
+    const float largest = largest_of(top);
+    State& state = s.states[row];
+    Split& split = s.splits[row];
+    state.mass += sum_of(sum);
+    split.low = digits > 2 && !(largest * SMALL <= state.mass);
+    const float limit = split.low ? 256 * LARGEST : LARGEST, inverse = largest > 1e-30f ? limit / largest : 0.0f;
+    int16_t* parts = reinterpret_cast<int16_t*>(s.weights) + 2 * row * TILE;
+    Ints8 total = {};
+    for (int t = 0; t < whole; t += 16) {
+        const __m256i a = _mm256_cvtps_epi32(_mm256_load_ps(w + t) * inverse);
+        const __m256i b = _mm256_cvtps_epi32(_mm256_load_ps(w + t + 8) * inverse);
+        total += (Ints8)a + (Ints8)b;
+        store_words(a, b, parts + TILE + t, split.low ? parts + t : nullptr);
+    }
+    split.unit = largest / limit;
+    int32_t whole_total = 0;
+    UNROLL(8) for (int i = 0; i < 8; i++) whole_total += total[i];
+    split.total = float(whole_total);
+}
+
+// Of each 128 bits of x and y, two sums of two lanes of x and y each.
+INLINE __m256i sums_of_dwords(__m256i x, __m256i y) {
+    return _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
+}
+
+// Codes K and K + 1 of all words of a tile, `low` bits `at` in a word, times weights: to sums [rows, 2, R_V].
+template <int HIGH, int LOW, int K, int ROWS>
+INLINE void multiply_values(const __m256i* high, const __m256i* low, __m128i at, const int16_t* weights, int vectors,
+                            int pad, int32_t* to) {
+    __m256i sums[ROWS][2];
+    UNROLL(5) for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = __m256i{};
+    UNROLL(1) for (int t = 0; t < vectors; t++) {
+        const __m256i x = load_words(high + t), y = LOW ? _mm256_srl_epi16(load_words(low + t), at) : x;
+        const __m256i a = code_of<HIGH, LOW, K>(x, y), b = code_of<HIGH, LOW, K + 1>(x, y);
+        UNROLL(5) for (int r = 0; r < ROWS; r++) {
+            const __m256i w = load_words(weights + 2 * r * TILE + 16 * t);
+            sums[r][0] = add_products(sums[r][0], a, w);
+            sums[r][1] = add_products(sums[r][1], b, w);
+        }
+    }
+    UNROLL(5) for (int r = 0; r < ROWS; r += 2) {
+        const int other = std::min(r + 1, ROWS - 1);
+        const __m256i x = sums_of_dwords(sums[r][0], sums[r][1]), y = sums_of_dwords(sums[other][0], sums[other][1]);
+        const __m256i z = _mm256_add_epi32(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y));
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(z), _mm256_extracti128_si256(z, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 2 * r * pad), four);
+        if (other == r) continue;
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 2 * other * pad), _mm_unpackhi_epi64(four, four));
+    }
+}
+
+// The codes of a run of values from a channel on, times a part of weights.
+template <int HIGH, int LOW, int ROWS>
+void mix_run(const Run& run, const __m256i* words, const int16_t* weights, int vectors, int pad, int32_t* sums) {
+    for (const Group& g : run.groups) {
+        const __m128i at = _mm_cvtsi32_si128(g.low_at);
+        const __m256i *high = words + g.high * vectors, *low = words + g.low * vectors;
+        for_each(
+            [&](auto k) {
+                constexpr int K = 2 * decltype(k)::value;
+                if (K >= run.count) return;
+                multiply_values<HIGH, LOW, K, ROWS>(high, low, at, weights, vectors, pad, sums + K);
+            },
+            std::make_integer_sequence<int, 8 / HIGH>());
+        sums += run.count;
+    }
+}
+
+// Adds a tile of values to the states of `rows` rows from `row` on, all of them of latent head j.
+void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int tokens, int64_t row, int rows,
+               Scratch& s) {
+    const Kernel& k = s.kernel;
+    const Layout& layout = k.value.layout;
+    const int whole = whole_vectors(tokens), vectors = whole / 16;
+    __m256i* words = reinterpret_cast<__m256i*>(s.codes);
+    load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
+    for (int t = 0; t < vectors; t++) {
+        const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, 16 * t, tokens, true, s);
+        __m256i* to = words + t;
+        for (const int piece : layout.pieces) {
+            transpose_words(z, piece, vectors, to);
+            to += 8 * vectors;
+        }
+    }
+    for (int r = 0; r < rows; r++) split_weights(row + r, whole, a.digits, s);
+    for_blocks_of_rows<MOST_VALUE_ROWS>(rows, [&](int first, auto block) {
+        constexpr int ROWS = decltype(block)::value;
+        const int16_t* weights = reinterpret_cast<const int16_t*>(s.weights) + 2 * (row + first) * TILE;
+        int32_t* sums = s.products + 2 * (row + first) * k.value.pad;
+        bool any = false;
+        for (int r = 0; r < ROWS; r++) any |= s.splits[row + first + r].low;
+        for (const Run& run : layout.runs) {
+            with_planes(run.bits, [&](auto high, auto low) {
+                constexpr int HIGH = decltype(high)::value, LOW = decltype(low)::value;
+                const int pad = k.value.pad;
+                mix_run<HIGH, LOW, ROWS>(run, words, weights + TILE, vectors, pad, sums + pad);
+                if (any) mix_run<HIGH, LOW, ROWS>(run, words, weights, vectors, pad, sums);
+            });
+            sums += run.count * int(run.groups.size());
+        }
+    });
+    for (int64_t r = row; r < row + rows; r++) {
+        const Split& split = s.splits[r];
+        const int32_t *low = s.products + 2 * r * k.value.pad, *high = low + k.value.pad;
+        float* sum = s.states[r].sum;
+        for (int c = 0; c < k.value.width; c += 8) {
+            __m256 x = _mm256_cvtepi32_ps(load_words(high + c));
+            if (split.low) x = x * 256.0f + _mm256_cvtepi32_ps(load_words(low + c));
+            const __m256 middle = _mm256_loadu_ps(k.value.middle.data() + c);
+            _mm256_store_ps(sum + c, _mm256_load_ps(sum + c) + (x - split.total * middle) * split.unit);
+        }
+    }
+}
 
 #endif
 
@@ -1565,6 +2202,17 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
     }
 }
 
+// Queries as digits, in the order in which they are multiplied.
+void split_queries(const Arguments& a, const Part& p, Scratch& s) {
+    const Kernel& k = s.kernel;
+    const int64_t bytes = PART_BYTES * k.key_dwords, shared = a.heads / a.key_heads * p.queries;
+    int8_t* parts = s.parts + (WORDS ? s.rows * bytes : 0);  // words are arranged anew
+    for (int r = 0; r < p.rows(); r++) {
+        to_parts(k, s.query + r * k.key.pad, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r]);
+    }
+    for (int64_t row = 0; WORDS && row < p.rows(); row += shared) arrange_queries(k, row, int(shared), s);
+}
+
 // Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
 void load_queries(const Arguments& a, const Part& p, Scratch& s) {
     const Kernel& k = s.kernel;
@@ -1586,8 +2234,8 @@ void load_queries(const Arguments& a, const Part& p, Scratch& s) {
         Floats middle = {};
         for (int i = 0; i < pad; i += LANES) middle += load(out + i) * load(k.key.middle.data() + i);
         s.middle[r] = sum_of(middle);
-        if (k.key.integer) to_parts(k, out, s.parts + r * 12 * k.key_dwords, s.unit[r], s.middle[r]);
     }
+    if (k.key.integer) split_queries(a, p, s);
 }
 
 void attend(const Arguments& a, const Part& p, Scratch& s) {

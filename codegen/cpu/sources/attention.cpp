@@ -18,7 +18,7 @@
 //
 // Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
 // whole sums, and the token's scale multiplies its logit and its weight. Products are
-// of floats or, with AVX-512 VNNI, of bytes.
+// of floats or, with AVX-512 VNNI, of bytes or, with AVX2, of words of 16 bits.
 //
 // Work is cut into parts: (batch, query heads that share latents, some queries, a range of tokens). A part walks over
 // its tokens in tiles that fit the first-level cache, and passes over those that are masked whole: unpack a tile of
@@ -129,9 +129,6 @@ INLINE void copy_bfloat16(const uint8_t* row, int width, float* z) {
 
 #include "kernel_table.h"
 
-// From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
-// cache sets.
-constexpr int TILE = MOST_TOKENS + 16;
 constexpr int ROWS_OF_A_PART = 48;  // enough to make unpacking cheap
 
 constexpr int whole_vectors(int tokens) { return (tokens + 15) / 16 * 16; }
@@ -216,6 +213,14 @@ struct State {
     float* sum;              // of weight * scale * (code - middle), as many as a row of values is padded to
     // clang-format on
 };
+
+// Weights of a row as words.
+struct Split {
+    float unit, total;
+    bool low;  // they have lower bytes, or, of keys, a query's count
+};
+
+constexpr int PART_BYTES = WORDS ? 8 : 12;  // of the parts of a query, for each lane of a key
 
 // ------------------------------------------------------------------------------------------------ two products
 
@@ -423,37 +428,42 @@ T* allocate(int64_t count) {
 
 struct Scratch {
     const Kernel& kernel;
+    const int64_t rows;
     float *tile, *query, *middle, *logits, *totals;  // [tokens, stride], [rows, R_K], [rows], [rows, TILE], [rows]
     // clang-format off
     State* states;                                   // [rows]
     float* sums;                                     // of the states, [rows, R_V]
-    uint8_t *codes, *room;                           // [tokens, codes], [16, whole blocks of a row]
-    int8_t *parts, *weights;                         // of queries [rows, 3, 4 key_dwords], of weights [5, 3, TILE]
-    float *unit, *halves;                            // [rows], [halves, TILE]
+    uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
+    int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
+    float *unit, *lowest, *limits, *halves;          // [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
     float factor;                                    // that these are to be multiplied by
     // clang-format on
+    Split* splits;  // of words: [rows]
+    int32_t* products;  // and sums with values, [rows, 2, R_V]
     alignas(64) float scale[TILE];
 
     Scratch(const Kernel& k, int64_t rows)
-        : kernel(k), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
+        : kernel(k), rows(rows), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
           query(allocate<float>(rows * k.key.pad)), middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)),
           totals(allocate<float>(rows)), states(allocate<State>(rows)), sums(allocate<float>(rows * k.value.pad)),
-          codes(allocate<uint8_t>(k.tokens * k.codes)),
-          room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
-          parts(allocate<int8_t>(k.key.integer ? rows * 12 * k.key_dwords : 0)),
-          weights(allocate<int8_t>(k.value.integer ? 15 * TILE : 0)), unit(allocate<float>(rows)),
-          halves(allocate<float>(TILE * k.halves)), pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)),
-          are_pairs(k.pairs), factor(1), scale() {
+          codes(allocate<uint8_t>(k.codes)), room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
+          parts(allocate<int8_t>(k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0)),
+          weights(allocate<int8_t>(k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0)), unit(allocate<float>(rows)),
+          lowest(allocate<float>(rows)), limits(allocate<float>(rows)), halves(allocate<float>(TILE * k.halves)),
+          pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)), are_pairs(k.pairs), factor(1),
+          splits(allocate<Split>(WORDS ? rows : 0)),
+          products(allocate<int32_t>(WORDS && k.value.integer ? rows * 2 * k.value.pad : 0)), scale() {
         if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
         for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
     ~Scratch() {
-        for (float* memory : {tile, query, middle, logits, totals, sums, unit, halves}) std::free(memory);
+        for (float* memory : {tile, query, middle, logits, totals, sums, unit, lowest, limits, halves})
+            std::free(memory);
         for (void* memory : {(void*)states, (void*)codes, (void*)room, (void*)parts, (void*)weights}) std::free(memory);
-        std::free(pairs);
+        for (void* memory : {(void*)pairs, (void*)splits, (void*)products}) std::free(memory);
     }
 };
 
@@ -539,7 +549,9 @@ void scale_weights(int64_t row, int rows, int tokens, Scratch& s) {
     }
 }
 
-#include "integer_products.h"
+#include "quantized_rows.h"
+#include "byte_tiles.h"
+#include "word_tiles.h"
 
 void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
     const Side& side = s.kernel.key;
@@ -609,6 +621,17 @@ void mix_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Scra
     }
 }
 
+// Queries as digits, in the order in which they are multiplied.
+void split_queries(const Arguments& a, const Part& p, Scratch& s) {
+    const Kernel& k = s.kernel;
+    const int64_t bytes = PART_BYTES * k.key_dwords, shared = a.heads / a.key_heads * p.queries;
+    int8_t* parts = s.parts + (WORDS ? s.rows * bytes : 0);  // words are arranged anew
+    for (int r = 0; r < p.rows(); r++) {
+        to_parts(k, s.query + r * k.key.pad, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r]);
+    }
+    for (int64_t row = 0; WORDS && row < p.rows(); row += shared) arrange_queries(k, row, int(shared), s);
+}
+
 // Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
 void load_queries(const Arguments& a, const Part& p, Scratch& s) {
     const Kernel& k = s.kernel;
@@ -630,8 +653,8 @@ void load_queries(const Arguments& a, const Part& p, Scratch& s) {
         Floats middle = {};
         for (int i = 0; i < pad; i += LANES) middle += load(out + i) * load(k.key.middle.data() + i);
         s.middle[r] = sum_of(middle);
-        if (k.key.integer) to_parts(k, out, s.parts + r * 12 * k.key_dwords, s.unit[r], s.middle[r]);
     }
+    if (k.key.integer) split_queries(a, p, s);
 }
 
 void attend(const Arguments& a, const Part& p, Scratch& s) {

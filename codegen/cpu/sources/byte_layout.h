@@ -1,4 +1,4 @@
-//: Where quantized values of a row go as bytes, the same on every CPU. integer_products.h multiplies them.
+//: Where quantized values of a row go as bytes, where they are not words. byte_tiles.h multiplies them.
 // ------------------------------------------------------------------------------------------------ codes as bytes
 //
 // With AVX-512 VNNI codes are multiplied as bytes, four products and their sum to a lane; not so uncoded sides, values
@@ -15,10 +15,17 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)
-#define INTEGER true
+#define BYTES true
 #else
-#define INTEGER false
+#define BYTES false
 #endif
+// AVX-512 without VNNI multiplies 16 floats at once, no fewer than AVX2 words.
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__) && !defined(FHOPT_FLOAT)
+#define WORDS true
+#else
+#define WORDS false
+#endif
+#define INTEGER (BYTES || WORDS)
 
 // A code of a row: in its first plane it has `high` bits from bit `high_bit` of the row on, `low` in its second.
 struct Code {
@@ -26,6 +33,8 @@ struct Code {
 
     int shift() const { return 8 - high - low; }  // of the code in its byte
 };
+
+#if !WORDS
 
 // What it takes to bring codes of a row to bytes: they are bytes, in order; they come from one block of 64 bytes of the
 // row or from several, and have one plane or two. The greater of two kinds serves both.
@@ -100,6 +109,9 @@ struct Layout {
 
     int count() const { return int(codes.size()); }
     int halves() const { return int(half_channel.size()); }
+    int reach(int bytes) const { return (bytes + 63) / 64 * 64; }  // whole blocks of a row are read
+    int bytes_of_token(bool values) const { return values ? (count() + 15) / 16 * 16 : count(); }  // in a tile
+    int bytes_of_tile(bool values, int tokens) const { return tokens * bytes_of_token(values); }
 
     void add(int bits, int width, int bit, int channel) {
         const int high = high_bits(bits), low = bits - high;
@@ -124,3 +136,5 @@ struct Layout {
         for (Slice& slice : half_slices) slice.settle(bytes);
     }
 };
+
+#endif

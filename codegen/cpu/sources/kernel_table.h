@@ -11,16 +11,20 @@ struct Tier {
     double step;
 };
 
-#include "byte_layout.h"
-
 constexpr int MOST_TOKENS = 256;  // of a tile
+// From one row of logits to the next: more than a tile's tokens, since a power of two would put all rows on the same
+// cache sets.
+constexpr int TILE = MOST_TOKENS + 16;
+
+#include "byte_layout.h"
+#include "word_layout.h"
 
 // Rows of keys or of values.
 struct Side {
     std::vector<Tier> tiers;  // none: not quantized
     Stored stored;
     int width, pad, bytes, element;  // R; floats of an unpacked row, whole vectors; of a row; of what strides count
-    int reach;                       // bytes of whole blocks of a row
+    int reach;                       // bytes from the begin of a row to the end of what may be read with it
     int ahead;                       // rows between the one that is read and the one that is fetched
     bool scaled, in_place, integer;  // a token has a scale; rows can be read as they are; codes are multiplied as bytes
     std::vector<float> step, middle;  // [pad]: what a code is multiplied with, and the code that stands for 0
@@ -45,11 +49,12 @@ struct Side {
         }
         if (!count) std::fill(step.begin(), step.end(), 1.0f);
         bytes = count ? bit / 8 : width * element;
-        reach = (bytes + 63) / 64 * 64;
+        reach = bytes;
         ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
         integer = INTEGER && scaled && !(values && layout.halves());
         if (!integer) return;
         layout.take_apart(values, bytes);
+        reach = layout.reach(bytes);
         for (int i = 0; values && i < layout.count(); i++) {  // codes as bytes are shifted
             const Code& code = layout.codes[i];
             step[code.channel] /= float(1 << code.shift());
@@ -61,30 +66,35 @@ struct Side {
 struct Kernel {
     Side key, value;
     bool softcap, pairs;  // pairs: keys in bfloat16 are multiplied as they are
-    int key_vectors, value_vectors, key_dwords;  // of bytes, of a token's codes; key_dwords in whole vectors
-    int floats, codes, halves;  // of a token in a tile: floats, bytes, float16 channels
+    int key_vectors, value_vectors, key_dwords;  // of a token's codes; key_dwords in whole vectors
+    int floats, codes, halves;  // of a token in a tile floats, of a tile bytes for codes, of a token float16 channels
     int stride, tokens;  // of a tile: floats from row to row, and how many rows it has
-    std::vector<float> key_factor, key_middle;  // [4 key_dwords]: what brings a query to a code's byte, its middle
+    std::vector<float> key_factor,
+        key_middle;  // [channels of key_dwords]: what brings a query to a code's byte, its middle
 
     Kernel(const Side& k, const Side& v, bool capped) : key(k), value(v), softcap(capped), pairs(false) {
 #if defined(__AVX512BF16__)
         pairs = key.in_place && key.stored == BFLOAT16 && key.pad % 32 == 0;
 #endif
-        key_vectors = key.layout.count() / 4;
+        constexpr int CHANNELS = WORDS ? 2 : 4;  // of a lane of keys
+        key_vectors = key.layout.count() / CHANNELS;
         value_vectors = (value.layout.count() + 15) / 16;
         key_dwords = (key_vectors + 15) / 16 * 16;
-        key_factor.resize(4 * key_dwords);
-        key_middle.resize(4 * key_dwords);
+        key_factor.resize(CHANNELS * key_dwords);
+        key_middle.resize(CHANNELS * key_dwords);
         for (int i = 0; i < key.layout.count(); i++) {
             const Code& code = key.layout.codes[i];
             key_factor[i] = 1.0f / float(1 << code.shift());
             key_middle[i] = key.middle[code.channel] * float(1 << code.shift());
         }
         floats = std::max(key.integer ? 0 : key.pad, value.integer ? 0 : value.pad);
-        codes = std::max(key.integer ? 4 * key_vectors : 0, value.integer ? 16 * value_vectors : 0);
+        const int key_bytes = key.integer ? key.layout.bytes_of_token(false) : 0;
+        const int bytes = std::max(key_bytes, value.integer ? value.layout.bytes_of_token(true) : 0);
         halves = key.integer ? key.layout.halves() : 0;
         stride = floats + 16;  // a power of two would put all rows on the same cache sets
-        const int bytes = std::max(std::max(4 * floats, codes + 4 * halves), 1);
-        tokens = std::clamp(24576 / bytes / 16 * 16, 16, floats ? 64 : MOST_TOKENS);  // stay in the first-level cache
+        const int most = std::max(std::max(4 * floats, bytes + 4 * halves), 1);
+        tokens = std::clamp(24576 / most / 16 * 16, 16, floats ? 64 : MOST_TOKENS);  // stay in the first-level cache
+        codes = std::max(key.integer ? key.layout.bytes_of_tile(false, tokens) : 0,
+                         value.integer ? value.layout.bytes_of_tile(true, tokens) : 0);
     }
 };

@@ -17,6 +17,7 @@ from needs import needs_compiler
 from fhopt.codegen import build
 from fhopt.codegen.build import build_cpp
 from fhopt.codegen.compiler import find_compiler, vector_unit
+from fhopt.hardware.this_cpu import vector_units
 
 pytestmark = pytest.mark.usefixtures("nothing_built")
 
@@ -84,9 +85,17 @@ def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86-64")
-def test_kernels_of_another_instruction_set_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FHOPT_ISA", "x86-64-v2")
-    assert vector_unit().startswith("vectors of 4 floats")
+@pytest.mark.parametrize(
+    ("isa", "unit"),
+    [("x86-64-v2", "vectors of 4 floats"), ("x86-64-v3", "AVX2: products of words"), ("alderlake", "AVX2 with VNNI")],
+)
+def test_kernels_of_another_instruction_set_give_the_same_numbers(
+    isa: str, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHOPT_ISA", isa)
+    assert vector_unit().startswith(unit)
+    if isa == "alderlake" and "AVX-VNNI" not in vector_units():
+        pytest.skip("this CPU has no AVX-VNNI")
     for case in CASES.values():
         x = inputs(case)
         assert_same(build_cpp(case.spec())(*x, None, **case.options()), expected(case, x, None))

@@ -45,6 +45,15 @@ pytestmark = pytest.mark.usefixtures("nothing_built")
 TARGETS = [pytest.param(build_cpp, id="cpp", marks=needs_compiler), pytest.param(build_torch, id="torch")]
 
 
+@pytest.fixture(params=["", "x86-64-v3"], ids=["this CPU", "AVX2"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The instruction set that kernels are compiled for, the CPU's own or AVX2: quantized values as bytes, as words."""
+    if request.param and platform.machine() != "x86_64":
+        pytest.skip("an instruction set of x86-64")
+    monkeypatch.setenv("FHOPT_ISA", request.param)
+    return str(request.param)
+
+
 # --------------------------------------------------------------------------------------------------- numbers
 
 
@@ -102,6 +111,7 @@ def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -
 
 @needs_compiler
 @pytest.mark.parametrize("bits", sampled(SUPPORTED_BITS[::-1], 2))
+@pytest.mark.usefixtures("isa")
 def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> None:
     """Keys of one width, values of another; in every second tier the wide ones are the values."""
     step = 2 / 2**bits
@@ -115,6 +125,7 @@ def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> Non
 
 @needs_compiler
 @pytest.mark.parametrize("seed", sampled(range(6), 2))
+@pytest.mark.usefixtures("isa")
 def test_bytes_and_floats_of_random_tiers_agree_with_the_reference(seed: int) -> None:
     draw = random.Random(seed)
     halves: Tiers = ((16, 8 * draw.randint(1, 2), 0.0),) if seed % 3 == 0 else ()
@@ -138,7 +149,7 @@ def random_tiers(draw: random.Random) -> Tiers:
 
 
 def assert_bytes_and_floats_agree(case: Case) -> None:
-    """The two ways to multiply codes in C++ (the same one on a CPU without AVX-512 VNNI) and the reference."""
+    """The two ways to multiply codes in C++ (the same one on a CPU without AVX2) and the reference."""
     x, spec = inputs(case), case.spec()
     floats: LatentKernel = LibraryKernel(load("attention", library(), ("-DFHOPT_FLOAT",)), spec)
     for mask in masks(case):
@@ -148,8 +159,10 @@ def assert_bytes_and_floats_agree(case: Case) -> None:
 
 
 @needs_compiler
-def test_nothing_is_read_outside_of_the_rows() -> None:
-    case = Case(PLANES, ODD, 9, 1, 1, 1, 19)
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("tokens", [1, 19, 48])
+def test_nothing_is_read_outside_of_the_rows(tokens: int) -> None:
+    case = Case(PLANES, ODD, 9, 1, 1, 1, tokens)
     query, key, key_scale, value, value_scale = (None if x is None else x[:1] for x in inputs(case))
     assert query is not None and key is not None and value is not None
     found = build_cpp(case.spec())(
@@ -166,6 +179,20 @@ def at_end_of_page(x: Tensor) -> Tensor:
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
     copy = torch.frombuffer(memory, dtype=torch.uint8, count=x.numel(), offset=size - x.numel()).view(x.shape)
     return copy.copy_(x)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_of_many_of_the_largest_codes_stay_right(bits: int) -> None:
+    """Integers of 32 bits hold the products of 256 codes of 8 bits: of more channels they become floats on the way."""
+    tiers = ((bits, 1024, 1.0),)
+    case = Case(tiers, tiers, 2, 1, 1, 1, 300)
+    query, key, key_scale, value, value_scale = inputs(case)
+    largest = torch.full_like(key, 255), torch.full_like(value, 255)
+    same = torch.full_like(query, 1e-4)
+    x: Inputs = (same, largest[0], key_scale, largest[1], value_scale)
+    assert_same(build_cpp(case.spec())(*x, None, **case.options()), expected(case, x, None))
 
 
 @needs_compiler
@@ -228,12 +255,9 @@ def page_mask(pages: Tensor, page_tokens: int, case: Case) -> Tensor:
 
 
 @needs_compiler
-@pytest.mark.parametrize("isa", ["", "x86-64-v3"])
-def test_what_is_no_number_stays_in_its_own_sequence(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also behind a list that ends in the middle of 16 tokens, where nothing is read; of bytes and of floats."""
-    if isa and platform.machine() != "x86_64":
-        pytest.skip("an instruction set of x86-64")
-    monkeypatch.setenv("FHOPT_ISA", isa)
+@pytest.mark.usefixtures("isa")
+def test_what_is_no_number_stays_in_its_own_sequence() -> None:
+    """Also behind a list that ends in the middle of 16 tokens, where nothing is read."""
     case = Case(((4, 32, 0.33),), ((4, 32, 0.33),), 2, 1, 1, 1, 40)
     query, key, key_scale, value, value_scale = inputs(case)
     assert value_scale is not None

@@ -1,15 +1,7 @@
-//: Scores and mixes of quantized values as bytes, with AVX-512 VNNI. Part of attention.cpp, behind byte_layout.h.
+//: Scores and mixes of quantized values as bytes, with AVX-512 VNNI. Part of attention.cpp, behind quantized_rows.h.
 // ------------------------------------------------------------------------------------------------ products of bytes
 
-#if INTEGER
-
-// Rows of 16 tokens: SIDE_BY_SIDE of them lie one behind the other.
-struct Sixteen {
-    const uint8_t* runs[16 / SIDE_BY_SIDE];
-    int64_t stride;
-
-    INLINE const uint8_t* operator[](int i) const { return runs[i / SIDE_BY_SIDE] + i % SIDE_BY_SIDE * stride; }
-};
+#if BYTES
 
 // What takes a slice apart, in registers.
 template <Kind KIND>
@@ -211,9 +203,9 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
-// A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. `middle` is
-// what the middle of all codes adds to a logit.
-void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle) {
+// A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. What the middle
+// of all codes adds to a logit: by all digits but the lowest, and by the lowest.
+void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle, float& lowest) {
     const int count = k.key.layout.count(), padded = 4 * k.key_dwords;
     float largest = 0, none = 0;
     for (int i = 0; i < count; i++) {
@@ -223,7 +215,7 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
         none += q * 0.0f;  // NaN stays NaN
     }
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
-    Floats sum = {};
+    Floats sum = {}, low = {};
     for (int i = 0; i < padded; i += 16) {
         alignas(64) float q[16] = {};
         for (int lane = 0; lane < std::min(count - i, 16); lane++) {
@@ -231,66 +223,13 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
         }
         const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q) * inverse));
         store_parts<3>(x, parts + i, padded);
-        sum += __builtin_convertvector(x, Floats16) * load(k.key_middle.data() + i);
+        const Ints16 digit = (x << 24) >> 24;
+        sum += __builtin_convertvector(x - digit, Floats16) * load(k.key_middle.data() + i);
+        low += __builtin_convertvector(digit, Floats16) * load(k.key_middle.data() + i);
     }
     unit = largest / largest_integer(3) + none;
     middle = sum_of(sum) * unit;
-}
-
-// Queries of 16 bits have 9 or 12 of precision: two digits, 15 bits, are more, and weights have no more then. Of
-// queries of 32 bits the third digit counts.
-//
-// Weights of a tile have two parts where the largest is at most 1/SMALL of all so far: rounding to 2^-16 of it then
-// moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
-constexpr float SMALL = 256;
-
-// Into the second-level cache, rows of SIDE_BY_SIDE tokens.
-INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
-    const bool dense = stride <= side.reach;  // one row behind the other
-    const int64_t bytes = dense ? SIDE_BY_SIDE * stride : side.bytes, end = dense ? stride : SIDE_BY_SIDE * stride;
-    for (int64_t from = 0; from < end; from += stride) {
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + from + byte, 0, 2);
-    }
-}
-
-// `count` rows of a tile from token t on are copied to where there is room behind them, the last one again up to 16.
-void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t t, int count, uint8_t* room) {
-    for (int i = 0; i < 16; i++, room += side.reach) {
-        std::memcpy(room, rows.at<uint8_t>(p.b, j, p.listed.at(t + std::min(i, count - 1))), side.bytes);
-    }
-}
-
-// Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
-// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
-INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
-                       int t, int tokens, bool fetches, Scratch& s) {
-    const int64_t from = begin + t, stride = rows.token;
-    const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
-    if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
-    if (tokens - t >= 16) {
-        if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
-        const Sixteen z = {{at(p.listed.at(from)), at(p.listed.at(from + SIDE_BY_SIDE))}, stride};
-        if (z[15] + side.reach <= at(a.tokens - 1) + side.bytes) return z;
-    }
-    copy_rows(side, rows, p, j, from, std::min(tokens - t, 16), s.room);
-    return {{s.room, s.room + SIDE_BY_SIDE * side.reach}, side.reach};
-}
-
-// The scales of a tile as floats. Those of later pages are fetched: nothing else foresees where they are.
-INLINE void load_scales(const Side& side, const Rows& scales, const Part& p, int64_t j, int64_t begin, int tokens,
-                        Scratch& s) {
-    _mm512_store_ps(s.scale + whole_vectors(tokens) - 16, _mm512_setzero_ps());  // weights of no token are 0 times it
-    for (int t = 0; t < tokens; t += SIDE_BY_SIDE) {
-        const uint16_t* scale = scales.at<uint16_t>(p.b, j, p.listed.at(begin + t));
-        __builtin_prefetch(scales.at<uint16_t>(p.b, j, p.listed.ahead(begin + t, side.ahead)), 0, 2);
-        const int last = std::min(tokens - t, SIDE_BY_SIDE) - 1;
-        if (scales.token == 1) {
-            const __m128i dense = _mm_maskz_loadu_epi16((2u << last) - 1, scale);
-            _mm256_store_ps(s.scale + t, _mm256_cvtph_ps(dense));
-        } else {
-            for (int i = 0; i <= last; i++) s.scale[t + i] = from_float16(scale[i * scales.token]);
-        }
-    }
+    lowest = sum_of(low) * unit;
 }
 
 // Logits without the lowest of the three digits of queries.
@@ -331,7 +270,8 @@ INLINE void score_low(int64_t row, int t, Scratch& s) {
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         UNROLL(4) for (int v = 0; v < VECTORS; v++) {
             float* x = s.logits + (row + r) * TILE + t + 16 * v;
-            store(x, load(x) + joined(sums[r][v]) * s.unit[row + r] * load(s.scale + t + 16 * v));
+            const Floats16 more = joined(sums[r][v]) * s.unit[row + r] - s.lowest[row + r];
+            store(x, load(x) + more * load(s.scale + t + 16 * v));
         }
     }
 }
@@ -341,22 +281,6 @@ INLINE void for_vectors(int whole, F f) {
     int t = 0;
     for (; t + 16 * VECTORS <= whole; t += 16 * VECTORS) f(t, std::integral_constant<int, VECTORS>());
     for (; t < whole; t += 16) f(t, std::integral_constant<int, 1>());
-}
-
-// The lowest digit counts where a weight may be more than 1/MINOR of all so far: without it a logit is off by some
-// 2^-15 of what its largest products are, and the output by that times the root of the largest weight.
-constexpr float MINOR = 1024;
-
-bool is_minor(const Arguments& a, int64_t row, int rows, int whole, const Scratch& s) {
-    if (s.kernel.softcap || a.mask_kind == ADDITIVE_MASK) return false;  // logits are not yet what the softmax sees
-    for (int64_t r = row; r < row + rows; r++) {
-        const float* x = s.logits + r * TILE;
-        Floats top = load(x);
-        for (int t = 16; t < whole; t += 16) top = load(x + t) > top ? load(x + t) : top;
-        const State& state = s.states[r];
-        if (!(std::exp2(largest_of(top) - state.top) * MINOR <= state.total)) return false;
-    }
-    return true;
 }
 
 // Sums of 16 vectors: those of four and four, then of the quarters that are left.
@@ -415,10 +339,13 @@ void score_row(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         }
         store(logits + t, x);
     }
-    if (a.digits == 2 || is_minor(a, row, 1, whole, s)) return;
+    if (a.digits == 2) return;
+    set_limits(a, row, 1, s);
     for (int t = 0; t < whole; t += 16) {
+        if (are_minor<1>(row, t, 16, s)) continue;
         const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s);
-        store(logits + t, load(logits + t) + products_of_row<KIND, 1>(k, z, parts) * unit * load(s.scale + t));
+        const Floats16 more = products_of_row<KIND, 1>(k, z, parts) * unit - s.lowest[row];
+        store(logits + t, load(logits + t) + more * load(s.scale + t));
     }
 }
 
@@ -444,9 +371,11 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
             score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
         });
-        if (a.digits == 2 || is_minor(a, row + first, ROWS, whole, s)) return;
+        if (a.digits == 2) return;
+        set_limits(a, row + first, ROWS, s);
         for_vectors<ROWS, vectors_for(ROWS, 1)>(whole, [&](int t, auto vectors) {
-            score_low<ROWS, decltype(vectors)::value>(row + first, t, s);
+            constexpr int VECTORS = decltype(vectors)::value;
+            if (!are_minor<ROWS>(row + first, t, 16 * VECTORS, s)) score_low<ROWS, VECTORS>(row + first, t, s);
         });
         // clang-format on
     });
@@ -577,14 +506,5 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         else mix_block<ROWS, 3>(whole / 4, unit, total, states, s);
     });
 }
-
-#else
-
-template <class... T>
-void score_codes(const T&...) {}
-template <class... T>
-void mix_codes(const T&...) {}
-template <class... T>
-void to_parts(const T&...) {}
 
 #endif
