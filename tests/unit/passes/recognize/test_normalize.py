@@ -94,6 +94,11 @@ def expand_and_reshape(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.transpose(2, 3)) * 0.25).softmax(-1) @ v
 
 
+def scores_in_float64(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q.double() @ k.double().mT * 0.3).softmax(-1).to(v.dtype) @ v
+
+
 def enable_gqa(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
@@ -134,7 +139,7 @@ def scaled_after_repetition(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.tanh(scores).softmax(-1) @ v
 
 
-GROUPED = [scaled_after_repetition, repeat_interleave, expand_and_reshape, enable_gqa]
+GROUPED = [scaled_after_repetition, repeat_interleave, scores_in_float64, expand_and_reshape, enable_gqa]
 
 
 def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes_outcome.Outcome]:
