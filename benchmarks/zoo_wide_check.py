@@ -94,7 +94,16 @@ def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
     """Fill the row with what the finder makes of `model(**arguments)`."""
     start = time.perf_counter()
     torch.manual_seed(0)
-    row.expected = count(lambda: model(**arguments), model.parameters())
+    try:
+        row.expected = count(lambda: model(**arguments), model.parameters())
+    except (RuntimeError, MemoryError) as error:  # counting keeps every tensor
+        if not is_out_of_memory(error):
+            raise
+        row.status, row.why = "not built", ["its attentions take more memory to count than a class may"]
+        return row
+    if row.expected and not _is_finite(model(**arguments)):
+        row.status, row.why = "not built", ["its own numbers are not finite on small inputs"]
+        return row
     try:
         captured = capture_graphs(model, (), arguments)
     except FhoptError as error:
@@ -107,6 +116,18 @@ def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
     _sum_up(row, [one.runs for one in captured], graphs)
     row.seconds = time.perf_counter() - start
     return row
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed: torch has no error of its own for that on a CPU."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _is_finite(result: Any) -> bool:
+    """Return whether the first tensor of numbers of a result, the main one, has no infinite number and no NaN."""
+    leaves = torch.utils._pytree.tree_leaves(result)
+    main = next((x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()), None)
+    return main is None or bool(main.isfinite().all())
 
 
 def _check_graph(captured: Captured) -> _Graph:
@@ -129,7 +150,7 @@ def _find(program: Program, graph: _Graph) -> None:
     graph.sites = len(outcome.sites)
     graph.reasons = [m.reason for m in outcome.missed if _is_of_attention(m)]
     graph.others = [m.reason for m in outcome.missed if not _is_of_attention(m)]
-    graph.fault = next((reason for reason in graph.reasons if FAULT in reason), "")
+    graph.fault = next((m.reason for m in outcome.missed if FAULT in m.reason), "")
     pipeline.lower(outcome)
     program.module.recompile()
 

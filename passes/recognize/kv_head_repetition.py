@@ -5,8 +5,9 @@
     o = fhopt.attention(q, k, v)
 
 A cast behind the repetition to a type that holds the same numbers is left out: the core's products have the widest type
-of their operands. No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the result is compared
-with each of its heads. Where heads are shared in another order than in blocks, the queries are put in that order.
+of their operands. No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the
+result is compared with each of its heads. Where heads are shared in another order than in blocks, the queries are put
+in that order.
 """
 
 from __future__ import annotations

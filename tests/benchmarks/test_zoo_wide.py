@@ -170,6 +170,32 @@ def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: p
     assert row.status == "crashed" and row.why == ["ValueError: no"]
 
 
+def test_a_pass_that_fails_on_a_site_that_is_rewritten_all_the_same_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fhopt.passes.recognize.find_attention import FindAttention
+
+    def fail(*args: Any) -> Any:
+        raise ValueError("no")
+
+    monkeypatch.setattr(FindAttention, "match", fail)
+    row = checked()
+    assert row.status == "crashed" and "a fault of fhopt (ValueError: no)" in row.why[0]
+
+
+def test_a_class_whose_own_numbers_are_not_finite_says_nothing_about_the_finder() -> None:
+    module, arguments = attend()
+    row = check(Row("Attention", "text", "eager"), module, {k: v * float("nan") for k, v in arguments.items()})
+    assert row.status == "not built" and row.why == ["its own numbers are not finite on small inputs"]
+
+
+def test_a_class_too_large_to_count_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> int:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes")
+
+    monkeypatch.setattr(zoo_wide_check, "count", fail)
+    row = checked()
+    assert row.status == "not built" and "more memory to count" in row.why[0]
+
+
 # ---- processes
 
 
