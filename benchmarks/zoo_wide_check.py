@@ -16,6 +16,7 @@ from zoo_wide_counting import count
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured, capture_graphs
 from fhopt.passes import pipeline
+from fhopt.passes.graph.nodes import remove_dead_code
 from fhopt.passes.graph.program import Program
 from fhopt.passes.outcome import Explanation
 
@@ -79,7 +80,10 @@ class Row:
 
 @dataclass
 class _Graph:
-    """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference."""
+    """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference.
+
+    unread: attentions whose results nothing reads; they are not in `expected`.
+    """
 
     expected: int
     found: int = 0
@@ -88,6 +92,7 @@ class _Graph:
     others: list[str] = field(default_factory=list)  # why softmaxes are no attention
     error: float = 0.0
     fault: str = ""
+    unread: int = 0
 
 
 def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
@@ -135,7 +140,11 @@ def _check_graph(captured: Captured) -> _Graph:
     weights = [program.values[name] for name in program.parameters]
     with torch.no_grad():
         before = run_outputs(program)
+        whole = count(lambda: run_outputs(program, keeps=True), weights)
+        remove_dead_code(program)
+        program.module.recompile()
         graph = _Graph(count(lambda: run_outputs(program, keeps=True), weights))
+        graph.unread = whole - graph.expected
     try:
         _find(program, graph)
         graph.error = largest_output_difference(before, run_outputs(program))
@@ -162,6 +171,7 @@ def _is_of_attention(missed: Explanation) -> bool:
 def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
     """Set figures and status; a graph counts as often as it ran."""
     counted = [(graph, n) for graph, n in zip(graphs, runs, strict=True)]
+    row.expected -= sum(g.unread * n for g, n in counted)
     row.found = sum(g.found * n for g, n in counted)
     row.sites = sum(g.sites * n for g, n in counted)
     row.explained = sum(min(len(g.reasons), max(g.expected - g.found, 0)) * n for g, n in counted)

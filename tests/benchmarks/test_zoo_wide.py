@@ -136,6 +136,16 @@ def test_a_class_whose_attentions_are_rewritten_is_found() -> None:
     assert row.as_result()["ratio"] == 1 and row.as_result()["metric"] == "attentions_found"
 
 
+def test_an_attention_whose_result_nothing_reads_does_not_count() -> None:
+    class Unread(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            super().forward(x + 1)
+            return super().forward(x)
+
+    row = check(Row("Unread", "text", "eager"), Unread().requires_grad_(False), {"x": torch.randn(2, 5, 8)})
+    assert (row.status, row.expected, row.found) == ("found", 1, 1)
+
+
 def test_what_is_neither_found_nor_explained_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.passes.recognize.normalize import Normalize
 
