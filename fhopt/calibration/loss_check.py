@@ -86,7 +86,8 @@ class Part(NamedTuple):
 
 def _attended(q: Tensor, parts: Sequence[Part], bias: Tensor | None, extra: Tensor | None, softcap: float) -> Tensor:
     """Attend with scaled queries [B,H,S,D] to keys and values of which each is seen in one of the parts."""
-    logits = sum(attention.grouped_scores(q, part.k) * part.seen for part in parts)
+    products = [attention.grouped_scores(q, part.k) * part.seen for part in parts]
+    logits = sum(products[1:], products[0])
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     logits = logits if bias is None else logits + bias
     tokens = logits.shape[3]
