@@ -107,7 +107,7 @@ def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
         row.status, row.why = "not built", ["its attentions take more memory to count than a class may"]
         return row
     if row.expected and not _is_finite(model(**arguments)):
-        row.status, row.why = "not built", ["its own numbers are not finite on small inputs"]
+        row.status, row.why, row.expected = "not built", ["its own numbers are not finite on small inputs"], 0
         return row
     try:
         captured = capture_graphs(model, (), arguments)
