@@ -16,6 +16,7 @@ from zoo_wide_counting import count
 from fhopt.errors import FhoptError
 from fhopt.models.capture import Captured, capture_graphs
 from fhopt.passes import pipeline
+from fhopt.passes.graph.nodes import remove_dead_code
 from fhopt.passes.graph.program import Program
 from fhopt.passes.outcome import Explanation
 
@@ -79,7 +80,10 @@ class Row:
 
 @dataclass
 class _Graph:
-    """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference."""
+    """One graph: attentions that it computes, those that were rewritten, explanations of others, the difference.
+
+    unread: attentions whose results nothing reads; they are not in `expected`.
+    """
 
     expected: int
     found: int = 0
@@ -88,13 +92,23 @@ class _Graph:
     others: list[str] = field(default_factory=list)  # why softmaxes are no attention
     error: float = 0.0
     fault: str = ""
+    unread: int = 0
 
 
 def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
     """Fill the row with what the finder makes of `model(**arguments)`."""
     start = time.perf_counter()
     torch.manual_seed(0)
-    row.expected = count(lambda: model(**arguments), model.parameters())
+    try:
+        row.expected = count(lambda: model(**arguments), model.parameters())
+    except (RuntimeError, MemoryError) as error:  # counting keeps every tensor
+        if not is_out_of_memory(error):
+            raise
+        row.status, row.why = "not built", ["its attentions take more memory to count than a class may"]
+        return row
+    if row.expected and not _is_finite(model(**arguments)):
+        row.status, row.why, row.expected = "not built", ["its own numbers are not finite on small inputs"], 0
+        return row
     try:
         captured = capture_graphs(model, (), arguments)
     except FhoptError as error:
@@ -109,12 +123,28 @@ def check(row: Row, model: nn.Module, arguments: Mapping[str, Any]) -> Row:
     return row
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed: torch has no error of its own for that on a CPU."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _is_finite(result: Any) -> bool:
+    """Return whether the first tensor of numbers of a result, the main one, has no infinite number and no NaN."""
+    leaves = torch.utils._pytree.tree_leaves(result)
+    main = next((x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()), None)
+    return main is None or bool(main.isfinite().all())
+
+
 def _check_graph(captured: Captured) -> _Graph:
     program = captured.program
     weights = [program.values[name] for name in program.parameters]
     with torch.no_grad():
         before = run_outputs(program)
+        whole = count(lambda: run_outputs(program, keeps=True), weights)
+        remove_dead_code(program)
+        program.module.recompile()
         graph = _Graph(count(lambda: run_outputs(program, keeps=True), weights))
+        graph.unread = whole - graph.expected
     try:
         _find(program, graph)
         graph.error = largest_output_difference(before, run_outputs(program))
@@ -129,7 +159,7 @@ def _find(program: Program, graph: _Graph) -> None:
     graph.sites = len(outcome.sites)
     graph.reasons = [m.reason for m in outcome.missed if _is_of_attention(m)]
     graph.others = [m.reason for m in outcome.missed if not _is_of_attention(m)]
-    graph.fault = next((reason for reason in graph.reasons if FAULT in reason), "")
+    graph.fault = next((m.reason for m in outcome.missed if FAULT in m.reason), "")
     pipeline.lower(outcome)
     program.module.recompile()
 
@@ -141,6 +171,7 @@ def _is_of_attention(missed: Explanation) -> bool:
 def _sum_up(row: Row, runs: list[int], graphs: list[_Graph]) -> None:
     """Set figures and status; a graph counts as often as it ran."""
     counted = [(graph, n) for graph, n in zip(graphs, runs, strict=True)]
+    row.expected -= sum(g.unread * n for g, n in counted)
     row.found = sum(g.found * n for g, n in counted)
     row.sites = sum(g.sites * n for g, n in counted)
     row.explained = sum(min(len(g.reasons), max(g.expected - g.found, 0)) * n for g, n in counted)

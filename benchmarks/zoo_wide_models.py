@@ -68,8 +68,13 @@ def build(candidate: Candidate, implementation: str) -> tuple[nn.Module, dict[st
     return model, forward_arguments(model)
 
 
-def make(candidate: Candidate, implementation: str, is_decoder: bool = False) -> nn.Module:
-    """Make the model with random weights. is_decoder: as a decoder, where it may also be an encoder."""
+def make(
+    candidate: Candidate, implementation: str, is_decoder: bool = False, change: Callable[[Any], None] | None = None
+) -> nn.Module:
+    """Make the model with random weights. is_decoder: as a decoder, where it may also be an encoder.
+
+    change: of its configuration.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -78,6 +83,8 @@ def make(candidate: Candidate, implementation: str, is_decoder: bool = False) ->
     config = tiny(cls.config_class or CONFIG_MAPPING[candidate.model_type])
     if is_decoder and hasattr(config, "is_decoder"):
         config.is_decoder = True
+    if change is not None:
+        change(config)
     _check_size(cls, config)
     model: nn.Module = cls._from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():

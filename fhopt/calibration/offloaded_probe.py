@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fhopt.attention.interface import WATCH
-from fhopt.calibration.probe import Batch, Watch
+from fhopt.calibration.probe import Attends, Batch, Watch
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import IMPLEMENTATION, register
 from fhopt.models.capture import capture
@@ -52,15 +52,23 @@ class Dispatched:
     modules: Mapping[str, torch.nn.Module]
     is_logits: bool
 
+    def run(self, batch: Batch, attends: Attends) -> Tensor:
+        """Run forward on a batch with attention by `attends`; return the main output."""
+        with self._watched(attends), torch.no_grad():
+            return self._output(batch)
+
+    def _output(self, batch: Batch) -> Tensor:
+        result = self.model(**batch, **_without_cache(self.model))
+        output: Tensor = result.logits if self.is_logits else torch.utils._pytree.tree_leaves(result)[0]
+        return output
+
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
         """Run forward on a batch, and backward from `likelihood` of the main output to the watch."""
         with self._watched(watch), _blocks_run_again(self.model, self.modules.values()), torch.enable_grad():
-            result = self.model(**batch, **_without_cache(self.model))
-            output = result.logits if self.is_logits else torch.utils._pytree.tree_leaves(result)[0]
-            torch.autograd.grad(likelihood(output), watch.leaf)
+            torch.autograd.grad(likelihood(self._output(batch)), watch.leaf)
 
     @contextlib.contextmanager
-    def _watched(self, watch: Watch) -> Iterator[None]:
+    def _watched(self, watch: Attends) -> Iterator[None]:
         """Run attention of the sites by `watch` inside the context."""
         register()
         before = implementations(self.model.config)
@@ -76,7 +84,7 @@ class Dispatched:
 
 
 def _attend(
-    watch: Watch, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
+    watch: Attends, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
     sinks: Tensor | None, **options: Any,
 ) -> Tensor:  # fmt: skip
     return watch.attend(site, query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options)

@@ -42,8 +42,8 @@ class _ProbedAttention(torch.autograd.Function):
         softcap: float, observe: Callable[..., None],
     ) -> Tensor:  # fmt: skip
         parts = []
-        for rows, columns in _tiles(q, k, bias):
-            masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
+        for rows, columns in tiles(q, k, bias):
+            masks = cut(bias, rows, columns), cut(sinks, rows, EVERY)
             p, _ = _weights(q[:, :, rows], k[:, :, columns], *masks, scale, softcap)
             parts.append(attention.grouped_mix(p, v[:, :, columns]))
         ctx.save_for_backward(q, k, v, bias, sinks)
@@ -56,9 +56,9 @@ class _ProbedAttention(torch.autograd.Function):
         groups, (scale, softcap) = k.shape[1], ctx.options
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         far_k, far_v = torch.zeros_like(k), torch.zeros_like(v)
-        for rows, columns in _tiles(q, k, bias):
+        for rows, columns in tiles(q, k, bias):
             part, grad = q[:, :, rows], gradients[0][:, :, rows]
-            masks = _cut(bias, rows, columns), _cut(sinks, rows, EVERY)
+            masks = cut(bias, rows, columns), cut(sinks, rows, EVERY)
             p, slope = _weights(part, k[:, :, columns], *masks, scale, softcap)
             d_p = attention.grouped_scores(grad, v[:, :, columns])
             d_s = p * (d_p - (d_p * p).sum(-1, keepdim=True))
@@ -66,14 +66,14 @@ class _ProbedAttention(torch.autograd.Function):
             d_q[:, :, rows] = attention.grouped_mix(d_s, k[:, :, columns])
             d_k[:, :, columns] += _to_keys(d_s, part, groups)
             d_v[:, :, columns] += _to_keys(p, grad, groups)
-            far = _cut(ctx.far, rows, columns)
+            far = cut(ctx.far, rows, columns)
             far_k[:, :, columns] += _to_keys(d_s * far, part, groups)
             far_v[:, :, columns] += _to_keys(p * far, grad, groups)
         ctx.observe(k.detach(), v.detach(), far_k, far_v)
         return d_q, d_k, d_v, None, None, None, None, None, None
 
 
-def _tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
+def tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice]]:
     """Return (queries, keys that any of them sees) of each tile."""
     queries, keys = q.shape[2], k.shape[2]
     out = []
@@ -81,18 +81,18 @@ def _tiles(q: Tensor, k: Tensor, bias: Tensor | None) -> list[tuple[slice, slice
         rows = slice(start, min(start + QUERIES, queries))
         seen = keys
         if bias is not None:
-            columns = (_cut(bias, rows, EVERY) > -math.inf).flatten(0, -2).any(0).expand(keys).nonzero()
+            columns = (cut(bias, rows, EVERY) > -math.inf).flatten(0, -2).any(0).expand(keys).nonzero()
             seen = int(columns.max()) + 1 if len(columns) else 1
         out.append((rows, slice(0, seen)))
     return out
 
 
-def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+def additive_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """Return a mask as numbers with at least two dimensions, so that it has rows and columns to cut."""
     return None if mask is None else torch.atleast_2d(ops_masks.additive(mask, query.dtype))
 
 
-def _cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
+def cut(mask: Tensor | None, rows: slice, columns: slice) -> Any:
     """Cut a mask broadcastable to [..., S, T] to a tile."""
     if mask is None:
         return None
@@ -144,7 +144,7 @@ class Watch:
         _, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
         given = q.dtype
         q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q + self.leaf.to(q), k, v))
-        bias, extra = _additive(ops_masks.total_mask(q, k, mask, is_causal), q), _additive(extra, q)
+        bias, extra = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q), additive_mask(extra, q)
 
         def observe(*tensors: Tensor) -> None:
             key, value, key_gradient, value_gradient = [x[:, :, sinks:] for x in tensors]
@@ -154,12 +154,26 @@ class Watch:
         return result.to(given)
 
 
+class Attends(Protocol):
+    """What runs attention of known sites in place of the model: a `Watch`, or the attention of a plan."""
+
+    def attend(
+        self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+        extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
+        dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Compute attention, with the arguments of `ops.attention.attention_reference`."""
+
+
 class Probed(Protocol):
     """A model whose attention can be run by a `Watch`."""
 
     @property
     def is_logits(self) -> bool:
         """Whether the main output is logits."""
+
+    def run(self, batch: Batch, attends: Attends) -> Tensor:
+        """Run forward on a batch with attention by `attends`, without gradients; return the main output."""
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
         """Run forward on a batch, and backward from `likelihood` of the main output to the watch."""
@@ -168,7 +182,7 @@ class Probed(Protocol):
 class _Instrumented(fx.Interpreter):
     """Runs a graph with the attention nodes of known sites replaced."""
 
-    def __init__(self, captured: Captured, outcome: Outcome, watch: Watch) -> None:
+    def __init__(self, captured: Captured, outcome: Outcome, watch: Attends) -> None:
         super().__init__(captured.program.module)
         self.sites, self.watch = outcome.sites, watch
 
@@ -197,6 +211,13 @@ class ProbedGraph:
     def is_logits(self) -> bool:
         """Whether the main output is logits."""
         return self.captured.is_logits
+
+    def run(self, batch: Batch, attends: Attends) -> Tensor:
+        """Run forward on a batch with attention by `attends`. Raises FhoptError where it does not fit the graph."""
+        runner, arguments = _Instrumented(self.captured, self.outcome, attends), graph_arguments(self.captured, batch)
+        with torch.no_grad():
+            output: Tensor = runner.run(*arguments)[self.captured.result]
+        return output
 
     def probe(self, batch: Batch, watch: Watch, likelihood: Callable[[Tensor], Tensor]) -> None:
         """Run forward and backward on a batch. Raises FhoptError when the batch does not fit the graph."""
@@ -229,6 +250,11 @@ class ProbedGraph:
         return segments.cut(graph, self.outcome.sites, self._result)
 
 
+def probed(captured: Captured | Probed, outcome: Outcome) -> Probed:
+    """Return the model to probe: of a captured graph, attention at the sites of `outcome`."""
+    return ProbedGraph(captured, outcome) if isinstance(captured, Captured) else captured
+
+
 def run_probed(
     captured: Captured | Probed, outcome: Outcome, batches: Iterable[tuple[int, Batch]], far: tuple[int, int],
     seed: int, see: Callable[[str, Tensor, Tensor], OnGradients], done: Callable[[int], None],
@@ -238,7 +264,7 @@ def run_probed(
     The labels of a batch depend on its number and the seed alone. far, see: as of `Watch`. `done(number)` is called
     after each batch. Raises FhoptError when a batch does not fit the graph.
     """
-    model = ProbedGraph(captured, outcome) if isinstance(captured, Captured) else captured
+    model = probed(captured, outcome)
     for number, batch in batches:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         sampled = functools.partial(_sampled_likelihood, is_logits=model.is_logits, generator=generator)

@@ -3,6 +3,7 @@
     statistics   collected over the first batches             fhopt/calibration/collect.py
     bases        fitted to the statistics                     fhopt/fitting/candidates.py
     costs        of the bases' channels, over other batches   fhopt/calibration/collect.py
+    losses       of two plans, on held-out text               fhopt/calibration/loss_check.py
     plan         bits allocated by the costs                  fhopt/fitting/fit_plan.py
 
 Statistics, bases and costs of one calibration serve plans of any size, and can be kept in a file
@@ -22,14 +23,17 @@ from torch import Tensor
 
 from fhopt.calibration.checkpoint import MOMENTS, RATES, BatchPass, Checkpoint, named_costs, named_moments
 from fhopt.calibration.collect import collect, measure_costs
+from fhopt.calibration.loss_check import check_losses
 from fhopt.calibration.offloaded_probe import Dispatched, find_dispatched, is_dispatched
 from fhopt.calibration.options import FitOptions
+from fhopt.calibration.probe import Batch, Probed, probed
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, fit_plan
 from fhopt.fitting.allocation import STEPS
 from fhopt.fitting.bases import CandidateBases
 from fhopt.fitting.candidates import fit_bases, fit_layouts, select_bases
 from fhopt.fitting.costs import Costs, empty_costs
+from fhopt.fitting.loss_interval import CHECKS, checks_of, loss_interval
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.capture import Captured, capture
@@ -42,6 +46,7 @@ from fhopt.parallel.tensor_parallel import check_whole
 from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
 from fhopt.plan.cache_size import is_compressible, record_of
+from fhopt.plan.expected_loss import EXPECTED
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
@@ -50,6 +55,9 @@ from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
 
 Source = Captured | Dispatched  # what calibration runs
+LOSSES = "losses"  # the stage that measures them
+CHECKED_RATIOS = (4.0, 8.0)  # of which held-out losses are measured
+CHECKED_TEXTS = 8  # at most
 
 
 @dataclass
@@ -103,7 +111,12 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
         mean_tokens=calibration.options.mean_tokens, kernel_shapes=options.kernel_shapes,
     )  # fmt: skip
-    return plan.with_provenance(**calibration.prints, **calibration.provenance)
+    plan = plan.with_provenance(**calibration.prints, **calibration.provenance)
+    checks = checks_of(calibration.provenance.get(CHECKS, ()))
+    if not checks or options.is_lossless:
+        return plan
+    nats, least, most = loss_interval(checks, plan.provenance["predicted_nats"])
+    return plan.with_provenance(**{EXPECTED: {"nats": nats, "least": least, "most": most}})
 
 
 def measure(
@@ -129,9 +142,22 @@ def measure(
         "context": options.context,
     }
     weights, digest = Weights(model), provenance["text_sha256"]
-    calibration = measure_batches(captured, batches, options, weights, loaded.name, progress, digest, layouts=layouts)
+    calibration = measure_batches(
+        captured, batches, options, weights, loaded.name, progress, digest, layouts=layouts,
+        held_out=_held_out(loaded, options),
+    )  # fmt: skip
     calibration.provenance |= provenance | record_of(measured_layers(model))
     return calibration
+
+
+def _held_out(loaded: LoadedModel, options: FitOptions) -> list[tuple[str, Batch]]:
+    """Return a sequence of the second half of each text, by its name; two of a single text."""
+    names = options.texts[:CHECKED_TEXTS] if len(options.texts) > 1 else options.texts * 2
+    try:
+        ids = texts_tokens.held_out_ids(loaded.tokenizer, options.texts, count=len(names), length=options.context)
+    except FhoptError:  # too short: losses are not checked
+        return []
+    return [(name, {"input_ids": row.unsqueeze(0)}) for name, row in zip(names, ids, strict=True)]
 
 
 def measure_module(
@@ -161,21 +187,25 @@ def measure_module(
 def measure_batches(
     captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
     name: str, progress: Progress = silent, data_digest: Any = "", encoder: str | None = None,
-    layouts: Sequence[str] = (),
+    layouts: Sequence[str] = (), held_out: Sequence[tuple[str, Batch]] = (),
 ) -> Calibration:  # fmt: skip
     """Calibrate in two passes over batches. Under torchrun, each process takes its share and all get the sum.
 
     What fails in one process fails in all (`collectives.together`). data_digest distinguishes the data of calibrations,
     for checkpoints. encoder: path of a module of which nothing is cached, so that its sites get no bytes; a model that
-    is nothing else keeps them. layouts: as of `measure`.
+    is nothing else keeps them. layouts: as of `measure`. held_out: other batches, by the names of their texts, on which
+    the losses of plans are measured.
     """
     with collectives.together():
-        return _measure_batches(captured, batches, options, weights, name, progress, data_digest, encoder, layouts)
+        return _measure_batches(
+            captured, batches, options, weights, name, progress, data_digest, encoder, layouts, held_out
+        )
 
 
 def _measure_batches(
     captured: Source, batches: Iterable[Mapping[str, Tensor]], options: FitOptions, weights: Mapping[str, Tensor],
     name: str, progress: Progress, data_digest: Any, encoder: str | None, layouts: Sequence[str],
+    held_out: Sequence[tuple[str, Batch]],
 ) -> Calibration:  # fmt: skip
     outcome = _sites(captured, name, encoder)
     options = replace(options, mean_tokens=0 if options.is_lossless else options.mean_tokens)
@@ -213,13 +243,36 @@ def _measure_batches(
                 f"the {options.sequences} batches for the bases took all there were, and bits are chosen by others; "
                 "give more batches, or a smaller number of sequences."
             )
-    for checkpoint in checkpoints:
-        checkpoint.remove()
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
     sites = list(outcome.sites.values())
     prints = {"fingerprint": fingerprint(weights, sites), "weights": weight_prints(weights, sites)}
-    return Calibration(statistics, bases, costs, provenance, options, prints, outcome)
+    calibration = Calibration(statistics, bases, costs, provenance, options, prints, outcome)
+    if held_out and costs:
+        calibration.provenance[CHECKS] = _check_losses(calibration, probed(captured, outcome), held_out, progress)
+    for checkpoint in checkpoints:
+        checkpoint.remove()
+    return calibration
+
+
+def _check_losses(
+    calibration: Calibration, model: Probed, held_out: Sequence[tuple[str, Batch]], progress: Progress
+) -> list[dict[str, Any]]:
+    """Measure what plans of a calibration lose on held-out batches, as JSON values; none where no plan can be made."""
+    options, plans = calibration.options, []
+    for ratio in CHECKED_RATIOS:
+        try:
+            plan = plan_for(calibration, replace(options, ratio=ratio))
+        except FhoptError:  # a size that cannot be reached
+            continue
+        plans.append((plan.provenance["predicted_nats"], plan))
+    recent = options.near_tokens + options.block // 2  # a window grows by a block, and is cut again
+
+    def done(number: int) -> None:
+        progress(LOSSES, number + 1, len(held_out))
+
+    checks = check_losses(model, held_out, plans, recent, done) if plans and model.is_logits else ()
+    return [check.as_json() for check in checks]
 
 
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:

@@ -289,15 +289,21 @@ def _ratio_of(measured: Any, bytes_per_token: float) -> float:
 def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: bool) -> None:
     from fhopt.inspection.tables import plan_table
     from fhopt.plan.cache_size import cache_size
+    from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
 
     size = cache_size(plan)
     if as_json:
         about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
-        more = {"predicted_nats": plan.provenance["predicted_nats"], "trials": trials}
+        more = {"predicted_nats": plan.provenance["predicted_nats"], "expected_loss": plan.provenance.get(EXPECTED)}
+        more |= {"trials": trials, "warning": calibration_warning(plan)}
         print_json(about | more | {"whole_ratio": size.ratio, "cache": size.as_json()})
         return
     console = output_console(as_json)
     console.print(plan_table(plan))
+    if loss := expected_loss(plan):
+        console.print(f"expected loss: {loss.words}", highlight=False, soft_wrap=True)
+    if warning := calibration_warning(plan):
+        console.print(f"Warning: {warning}", highlight=False, soft_wrap=True)
     for ratio, trial in trials.items():
         low, high = trial["increase_percent_ci"]
         console.print(f"{ratio}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")

@@ -20,7 +20,7 @@ from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
 LOADING = {"loading": 1.0, "finding attention": 1.0}  # stages of commands that look at a model, and their shares
-CALIBRATING = {"finding attention": 1.0, "moments": 5.0, "rates": 10.0}
+CALIBRATING = {"finding attention": 1.0, "moments": 5.0, "rates": 10.0, "losses": 2.0}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 

@@ -11,6 +11,7 @@ from fhopt.evaluation.statistics import Comparison
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan.cache_size import CacheLayer, cache_size, compressed_sites
+from fhopt.plan.expected_loss import calibration_warning, expected_loss
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import MeasuredText
 from fhopt.plan.quality_card import card as card_of
@@ -134,17 +135,19 @@ def _bytes(plan: LatentPlan, layers: Sequence[CacheLayer]) -> str:
 
 
 def _provenance(plan: LatentPlan, network: Any) -> str:
-    known = plan.provenance
+    known, expected = plan.provenance, expected_loss(plan)
     rows = {
         "model": known.get("model", type(network).__name__),
         "fingerprint of its projections": known.get("fingerprint", "not taken"),
         "digest of the plan": plan.digest(),
         "calibrated on": f"{', '.join(map(str, known.get('texts', [])))} ({known.get('tokens', 0):,} tokens)",
         "hash of these tokens": known.get("text_sha256", "none"),
-        "loss that the fit predicted": f"{known.get('predicted_nats', float('nan')):.3g} nats per token",
+        "expected loss": expected.words if expected else "unknown",
         "fitted with": ", ".join(f"{k} {v}" for k, v in sorted(known.get("versions", {}).items())),
         "written with": f"fhopt {__version__}",
     }
+    if warning := calibration_warning(plan):
+        rows["warning"] = warning
     if "healing" in known:
         rows["healed on"] = f"{known['healing'].get('tokens', 0):,} tokens"
     return "## Where it comes from\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()) + "\n"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidence_of
+from fhopt.fitting.loss_interval import CHECKS, LossCheck, checks_of, loss_interval
 from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
 from fhopt.hardware.devices import find_device
@@ -25,6 +26,7 @@ from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, cache_size, compressed_sites
 from fhopt.plan.cache_size import KEY as LAYERS_KEY
 from fhopt.plan.display import mask_words, rope_words, tiers
+from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
 from fhopt.plan.fingerprint import check_model
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import QUALITY, QualityCard, card
@@ -122,7 +124,9 @@ class InspectedSite:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """The plan as a whole. nats: expected loss.
+    """The plan as a whole. expected_nats, expected_interval: see `ExpectedLoss`, whose words `expected_words` are.
+
+    warning: where it was fitted to few tokens.
 
     ratio, bytes_per_token: of the layers that the plan compresses, everything included, at `tokens` cached tokens.
     whole_ratio, cache: of the whole model, with the layers that stay exact.
@@ -138,6 +142,9 @@ class PlanFacts:
     block: int
     window_bits: int
     expected_nats: float | None
+    expected_interval: tuple[float, float] | None
+    expected_words: str
+    warning: str | None
     digest: str
     formulas: Formulas
     curve: tuple[Size, ...]
@@ -346,11 +353,12 @@ def _formulas(cost: cost_model.Cost) -> Formulas:
     return Formulas(cost_model.pretty(cost.bytes), cost_model.pretty(cost.operations))
 
 
-_SHOWN = (KEY, "weights", QUALITY, LAYERS_KEY)
+_SHOWN = (KEY, "weights", QUALITY, LAYERS_KEY, CHECKS, EXPECTED)
 
 
 def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> PlanFacts:
     seen: Evidence | None = evidence_of(plan)
+    expected = expected_loss(plan)
     provenance = {name: value for name, value in plan.provenance.items() if name not in _SHOWN}
     return PlanFacts(
         ratio=size.compressed_ratio,
@@ -362,13 +370,23 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> 
         recent=plan.recent,
         block=plan.block,
         window_bits=plan.window_bits,
-        expected_nats=plan.provenance.get("predicted_nats"),
+        expected_nats=expected.nats if expected else None,
+        expected_interval=expected.interval if expected else None,
+        expected_words=expected.words if expected else "unknown",
+        warning=calibration_warning(plan),
         digest=plan.digest(),
         formulas=_formulas(planned),
-        curve=seen.curve if seen else (),
+        curve=_checked_curve(seen.curve if seen else (), checks_of(plan.provenance.get(CHECKS, ()))),
         provenance=provenance,
         card=card(plan),
     )
+
+
+def _checked_curve(curve: Sequence[Size], checks: Sequence[LossCheck]) -> tuple[Size, ...]:
+    """Return plans of other sizes with the losses that follow from what was measured, where something was."""
+    if not checks:
+        return tuple(curve)
+    return tuple(replace(size, nats=loss_interval(checks, size.nats)[0]) for size in curve)
 
 
 def _roofline(costs: Mapping[str, cost_model.Cost], device: hardware_devices.Device, tokens: int) -> Roofline:

@@ -12,6 +12,7 @@ from fhopt.calibration.run import Calibration
 from fhopt.errors import FhoptError
 from fhopt.files import appearing, check_picture
 from fhopt.fitting.allocation import channel_nats
+from fhopt.plan.expected_loss import expected_loss
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import TIER_QUANTUM
 
@@ -29,7 +30,7 @@ def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path
     check_picture(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 11), layout="constrained")
+    figure, expected = Figure(figsize=(12, 11), layout="constrained"), expected_loss(plan)
     axes = figure.subplots(3, 2)
     for column, side in enumerate(SIDES):
         _spectrum(figure, axes[0][column], calibration, plan, column)
@@ -40,7 +41,7 @@ def explain_plan(calibration: Calibration, plan: LatentPlan, path: Path) -> Path
     _size(axes[2][1], plan)
     figure.suptitle(
         f"{plan.provenance.get('model', 'plan')}: {plan.ratio():.2f}x, "
-        f"expected loss {plan.provenance.get('predicted_nats', 0.0):.2g} nats per token"
+        f"expected loss {expected.words if expected else 'unknown'}"
     )
     save_figure(figure, path)
     return path

@@ -140,7 +140,9 @@ def _totals(inspection: Inspection) -> Table:
         table.add_row("plan", f"{size}: {plan.ratio:.2f}x smaller")
         if plan.cache.exact_layers:
             table.add_row("", f"{plan.cache.exact_layers} layers stay exact. Whole model: {plan.cache.words} smaller")
-        table.add_row("expected loss", f"{_nats(plan.expected_nats) or 'unknown'} nats per token")
+        table.add_row("expected loss", plan.expected_words)
+        if plan.warning:
+            table.add_row("warning", plan.warning)
         table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
         table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized. Formulas of a site: --site NAME")

@@ -127,6 +127,10 @@ _PROVENANCE = record(
         "layout": text,
         "ratio": number(0),
         "predicted_nats": _MEASURED,
+        "expected_loss": record({"nats": _MEASURED, "least": _MEASURED, "most": _MEASURED}),
+        "loss_checks": several(
+            record({"text": text, "predicted_nats": several(_MEASURED), "nats": several(_MEASURED)})
+        ),
         "seed": whole(),
         "sequences": whole(),
         "tokens": whole(),

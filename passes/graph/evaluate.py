@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx
+from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
 from fhopt.errors import Miss
 from fhopt.passes.graph.nodes import FLOATS, SIZED, fake, shape, size_hint
@@ -117,10 +118,18 @@ class Evaluator(fx.Interpreter):
         return self.env[node]
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
-        """Return `node` and its ancestors without a value, inputs first."""
+        """Return `node` and its ancestors without a value, inputs first; of a traced `vmap`, all of its nodes."""
+        order = self._ancestors([node])
+        mapped = [scope for scope in vmap_scopes(self.program.graph) if not scope.isdisjoint(order)]
+        if not mapped:
+            return order
+        return sorted(self._ancestors([node, *(n for scope in mapped for n in scope)]), key=_position)
+
+    def _ancestors(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Return nodes and their ancestors without a value, inputs first."""
         order: list[fx.Node] = []
         seen: set[fx.Node] = set()
-        stack = [(node, False)]
+        stack = [(node, False) for node in nodes]
         while stack:
             current, expanded = stack.pop()
             if expanded:
@@ -130,6 +139,26 @@ class Evaluator(fx.Interpreter):
                 stack.append((current, True))
                 stack.extend((source, False) for source in current.all_input_nodes)
         return order
+
+
+def vmap_scopes(graph: fx.Graph) -> list[set[fx.Node]]:
+    """Return the nodes of each `vmap` that was traced into a graph: from where it begins to where it ends.
+
+    Beginning and end change the state of functorch, and nothing reads their results: what lies between runs as a whole
+    or not at all.
+    """
+    opens = graph.find_nodes(op="call_function", target=_vmap_increment_nesting)
+    scopes: list[set[fx.Node]] = []
+    for node in sorted(opens, key=_position):
+        if scopes and node in scopes[-1]:
+            continue
+        scope, depth = {node}, 1
+        while depth and node.next.op != "output":
+            node = node.next
+            scope.add(node)
+            depth += (node.target is _vmap_increment_nesting) - (node.target is _vmap_decrement_nesting)
+        scopes.append(scope)
+    return scopes
 
 
 class Region:
@@ -151,13 +180,13 @@ class Region:
     def run(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """Return the value of `end` for these values of inputs and sides; other sides have their example value.
 
-                Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
-        RuntimeError when the result is not a tensor.
+        Everything is promoted to float64, whatever dtype the region casts to. Raises what a node raises, and
+        RuntimeError when the result is not a tensor, or a side's smaller part hides what the side is.
         """
         env: dict[fx.Node, Any] = dict(values)
         for side in self.sides:
             if side not in env:
-                env[side] = _promote(self.base.example(side))
+                env[side] = _promote(self._shown(side))
         evaluator = Evaluator(self.base.program, env, promote=True)
         with torch.no_grad():
             for node in self.nodes:
@@ -166,6 +195,20 @@ class Region:
         if not isinstance(result, Tensor):
             raise RuntimeError(f"{self.end.name} is not a tensor")
         return result
+
+    def _shown(self, side: fx.Node) -> Any:
+        """Return the example of a side; raise RuntimeError where all of its part is one number, and not all of it.
+
+        Such as a mask of padding that begins behind the tokens that are run.
+        """
+        part, whole = self.base.example(side), self.base.value(side)
+        if isinstance(part, Tensor) and part.shape != whole.shape and _is_one(part) and not _is_one(whole):
+            raise RuntimeError(f"{side.name} begins with {list(part.shape)} equal numbers, and has others")
+        return part
+
+
+def _is_one(tensor: Tensor) -> bool:
+    return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
 
 
 def signature(region: Region, describe: Callable[[fx.Node], Any]) -> tuple[Any, ...]:

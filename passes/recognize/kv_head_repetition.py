@@ -4,8 +4,10 @@
     k = repeat_kv(k)   [B, G, T, D] -> [B, H, T, D]     o = fhopt.attention(q, k, v)      with k, v [B, G, T, D]
     o = fhopt.attention(q, k, v)
 
-No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the result is compared
-with each of its heads. Where heads are shared in another order than in blocks, the queries are put in that order.
+A cast behind the repetition to a type that holds the same numbers is left out: the core's products have the widest type
+of their operands. No spelling is matched: an ancestor with fewer heads is run on random numbers, and each head of the
+result is compared with each of its heads. Where heads are shared in another order than in blocks, the queries are put
+in that order.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from fhopt.passes.recognize.layout import JOINS, MOVEMENT, Steps, arrange
 from fhopt.passes.recognize.scores import DIVISION, MULTIPLICATION
 
 TAKES = MOVEMENT | JOINS | {"index", "gather", "clone", "take_along_dim"}
+CASTS = frozenset({"float", "double", "to", "_to_copy", "type"})
 EQUAL = 1e-12  # relative; a factor that is made of several rounds in float64
 DEPTH = 10  # nodes that are searched behind a repeated key
 
@@ -68,7 +71,7 @@ def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated
     for _ in range(DEPTH):
         inputs = [n for n in current.all_input_nodes if isinstance(fake(n), Tensor)]
         number = _scale(current)
-        if not inputs or (number is None and op_name(current) not in TAKES):
+        if not inputs or (number is None and op_name(current) not in TAKES and not _widens(current, inputs[0])):
             return None
         current, factor = inputs[0], factor * (number or 1.0)
         for steps in _ways_to(example_shape(current), final):
@@ -76,6 +79,14 @@ def before_repetition(operand: Operand, heads: int, base: Evaluator) -> Repeated
             if taken is not None:
                 return Repeated(Operand(current, steps), taken, factor)
     return None
+
+
+def _widens(node: fx.Node, source: fx.Node) -> bool:
+    """Return whether the node casts its one tensor to a type that holds the same numbers."""
+    before, after = fake(source), fake(node)
+    if op_name(node) not in CASTS or before.shape != after.shape or before.device != after.device:
+        return False
+    return bool(torch.promote_types(before.dtype, after.dtype) == after.dtype)
 
 
 def _scale(node: fx.Node) -> float | None:

@@ -48,7 +48,7 @@ def _pattern_kind(allowed: Tensor) -> tuple[str, int]:
     queries, keys = allowed.shape[-2:]
     if bool(allowed.all()):
         return "none", 0
-    if queries == 1 or keys == 1:
+    if queries == 1 or keys == 1 or not bool(allowed.any()):
         return "bool", 0
     past = (
         torch.arange(queries, device=allowed.device)[:, None]

@@ -12,7 +12,7 @@ import zoo_plans_check
 from small_models import tiny_llama
 from window_models import windowed
 from zoo_plans_check import PlanRow, check_plan
-from zoo_wide_models import DECODERS, Candidate
+from zoo_wide_models import DECODERS, Candidate, candidates
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
@@ -34,6 +34,15 @@ def test_other_numbers_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_plans_check, "FACTOR", 0.0)
     row = check_plan(PlanRow("llama", 4.0), tiny_llama())
     assert row.status == "more" and "| llama | 5.0e-01 |" in zoo_plans.page([row])
+
+
+def test_a_mixture_in_which_a_token_changes_its_expert_is_checked_with_all_experts() -> None:
+    mixture = next(c for c in candidates() if c.name == "HYV3ForCausalLM")
+    row = zoo_plans.attempt(mixture, 4.0)
+    assert row.status == "works" and row.measured <= 5 * row.expected
+    assert "a token changes its expert: 7.9e-02 nats" in row.why[0]
+    assert "In these, a token changed its expert" in zoo_plans.page([row])
+    assert zoo_plans._with_all_experts(Candidate("LlamaForCausalLM", "llama", DECODERS, ()), row) is row
 
 
 def test_a_plan_that_no_layer_of_the_cache_uses_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

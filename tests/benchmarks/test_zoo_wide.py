@@ -136,6 +136,16 @@ def test_a_class_whose_attentions_are_rewritten_is_found() -> None:
     assert row.as_result()["ratio"] == 1 and row.as_result()["metric"] == "attentions_found"
 
 
+def test_an_attention_whose_result_nothing_reads_does_not_count() -> None:
+    class Unread(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            super().forward(x + 1)
+            return super().forward(x)
+
+    row = check(Row("Unread", "text", "eager"), Unread().requires_grad_(False), {"x": torch.randn(2, 5, 8)})
+    assert (row.status, row.expected, row.found) == ("found", 1, 1)
+
+
 def test_what_is_neither_found_nor_explained_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     from fhopt.passes.recognize.normalize import Normalize
 
@@ -168,6 +178,33 @@ def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: p
     monkeypatch.setattr("fhopt.passes.pipeline.lower", fail)
     row = checked()
     assert row.status == "crashed" and row.why == ["ValueError: no"]
+
+
+def test_a_pass_that_fails_on_a_site_that_is_rewritten_all_the_same_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fhopt.passes.recognize.find_attention import FindAttention
+
+    def fail(*args: Any) -> Any:
+        raise ValueError("no")
+
+    monkeypatch.setattr(FindAttention, "match", fail)
+    row = checked()
+    assert row.status == "crashed" and "a fault of fhopt (ValueError: no)" in row.why[0]
+
+
+def test_a_class_whose_own_numbers_are_not_finite_says_nothing_about_the_finder() -> None:
+    module, arguments = attend()
+    row = check(Row("Attention", "text", "eager"), module, {k: v * float("nan") for k, v in arguments.items()})
+    assert (row.status, row.expected) == ("not built", 0)
+    assert row.why == ["its own numbers are not finite on small inputs"]
+
+
+def test_a_class_too_large_to_count_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> int:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes")
+
+    monkeypatch.setattr(zoo_wide_check, "count", fail)
+    row = checked()
+    assert row.status == "not built" and "more memory to count" in row.why[0]
 
 
 # ---- processes

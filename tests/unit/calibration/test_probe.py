@@ -54,7 +54,7 @@ def test_the_probe_gives_the_gradients_that_reach_far_keys_and_values(
     q, k, v = (torch.randn(2, heads, 20, dim, dtype=torch.float64) for heads, dim in ((4, 16), (2, 16), (2, 8)))
     q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     mask = MASKS[kind](20, 20)
-    bias = calibration_probe._additive(mask, q)
+    bias = calibration_probe.additive_mask(mask, q)
     sinks = torch.randn(1, 4, 1, extra, dtype=torch.float64) if extra else None
     _, far = masks.split_mask(q, k, None, False, 2, 5)
     seen: list[Tensor] = []

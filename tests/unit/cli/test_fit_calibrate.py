@@ -44,6 +44,19 @@ def test_a_plan_is_fitted_without_the_model(folder: Path, ratio: float) -> None:
     assert plan.provenance["calibration"]["dtype"] == "float32"
 
 
+def test_the_expected_loss_is_an_interval_wherever_it_is_printed(folder: Path) -> None:
+    """Calibration kept what plans lose on the second halves of its texts, and it was small for this model or not."""
+    told = fit(folder)
+    known = told["expected_loss"]
+    assert known["least"] < known["nats"] < known["most"] and told["warning"] is None
+    result = call("fit", "--statistics", str(folder / "stats"), "-o", str(folder / "plan"))
+    assert f"expected loss: {known['nats']:.2g} nats per token (" in result.output
+    shown = call("inspect", str(folder / "model"), "--plan", str(folder / "plan"), "--json")
+    plan = json.loads(shown.stdout)["plan"]
+    assert plan["expected_interval"] == [known["least"], known["most"]]
+    assert plan["expected_words"].endswith("on texts of other kinds)")
+
+
 def test_a_plan_is_that_of_fit_alone(folder: Path) -> None:
     result = call("fit", str(folder / "model"), *SAMPLE, "-o", str(folder / "alone"))
     assert result.exit_code == 0, result.output

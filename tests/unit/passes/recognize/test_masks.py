@@ -38,6 +38,7 @@ def added(allowed: Tensor, least: float = -math.inf) -> Tensor:
         (TOGETHER, ("block", 0)),
         (TOGETHER & CAUSAL, ("causal block", 0)),
         (CAUSAL & (torch.arange(T) > 2), ("bool", 0)),  # causal and padded on the left
+        (torch.zeros(1, 1, T, T, dtype=torch.bool), ("bool", 0)),  # nothing is seen
         (CAUSAL[-1:], ("none", 0)),  # one query sees everything
         ((torch.arange(T) < 9)[None], ("bool", 0)),  # one query tells no pattern
     ],

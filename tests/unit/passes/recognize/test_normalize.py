@@ -94,6 +94,11 @@ def expand_and_reshape(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.transpose(2, 3)) * 0.25).softmax(-1) @ v
 
 
+def scores_in_float64(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q.double() @ k.double().mT * 0.3).softmax(-1).to(v.dtype) @ v
+
+
 def enable_gqa(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
@@ -134,7 +139,7 @@ def scaled_after_repetition(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.tanh(scores).softmax(-1) @ v
 
 
-GROUPED = [scaled_after_repetition, repeat_interleave, expand_and_reshape, enable_gqa]
+GROUPED = [scaled_after_repetition, repeat_interleave, scores_in_float64, expand_and_reshape, enable_gqa]
 
 
 def outcome(module: nn.Module, x: Tensor) -> tuple[Captured, passes_outcome.Outcome]:
@@ -418,3 +423,43 @@ def test_one_key_alone_is_no_attention_with_a_reason() -> None:
     _, result = outcome(Block(scale_after).eval(), torch.randn(2, 1, H * D))
     assert not result.sites
     assert "one key alone, whose weight is always 1" in result.missed[0].reason
+
+
+LONG = 72  # tokens: more than the check by execution runs on
+
+
+def padded_at_the_end(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = F.pad(torch.zeros(LONG - 20), (0, 20), value=torch.finfo(torch.float32).min)
+    return (q @ k.mT * 0.3 + mask).softmax(-1) @ v
+
+
+def weighed_down_at_the_end(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.where(torch.arange(LONG) < LONG - 20, 0.0, -2.0)
+    return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("core", [padded_at_the_end, weighed_down_at_the_end])
+def test_a_mask_that_begins_behind_the_tokens_of_the_check_is_kept(core: Callable[..., Tensor]) -> None:
+    """It is all zeros on the first tokens, as where a text is filled up to whole blocks."""
+    torch.manual_seed(0)
+    block, x = Block(core), torch.randn(2, LONG, H * D)
+    expected = block(x)
+    captured, found = outcome(block, x)
+    assert len(found.sites) == 1
+    pipeline.lower(found)
+    captured.program.module.recompile()
+    result = torch.fx.Interpreter(captured.program.module).run(*captured.program.values.values())
+    torch.testing.assert_close(result[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def masked_by_vmap(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows, columns = torch.arange(T), torch.arange(T)
+    allowed = torch.vmap(lambda i: torch.vmap(lambda j: (i >= j) & (i - j < 4))(columns))(rows)
+    bias = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
+
+
+def test_a_mask_that_vmap_computes_is_read() -> None:
+    """What begins and ends a traced `vmap` has no data flow: parts of it cannot be run by themselves."""
+    found = outcome(Block(masked_by_vmap), torch.randn(1, T, H * D))[1]
+    assert [(site.mask, site.window) for site in found.sites.values()] == [("sliding", 4)], found.missed

@@ -1,0 +1,145 @@
+"""What plans of a calibration lose on held-out text, measured: the model runs once as it is, and once for each plan.
+
+Attention of every site reads keys and values as a cache of the plan would give them, all of a sequence at once:
+
+    attention sinks, the token itself    exact
+    the newest tokens, of the window     rounded to 8 bits, where the plan has such a window
+    all others                           encoded, quantized, dequantized, decoded
+
+No cache and no kernel takes part, so any model that can be calibrated can be checked, and nothing is compiled for it.
+What the sizes in between lose follows in fhopt/fitting/loss_interval.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fhopt.calibration.probe import Batch, Probed, additive_mask, cut, tiles
+from fhopt.fitting.loss_interval import LossCheck
+from fhopt.fitting.statistics import differences
+from fhopt.ops import algebra, attention, packing
+from fhopt.ops import masks as ops_masks
+from fhopt.parallel import collectives
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+from fhopt.plan.site_plan import SidePlan, SitePlan
+
+POSITIONS = 64  # whose probabilities over the vocabulary exist at once, twice
+
+
+class PlanAttention:
+    """Attention of a plan's sites on keys and values as its cache would give them; of other sites, exact.
+
+    plan: None for exact attention everywhere, by the same arithmetic. recent: newest tokens of the residual window.
+    """
+
+    def __init__(self, plan: LatentPlan | None, recent: int = 0) -> None:
+        self.plan, self.recent = plan, recent
+        self.sites: Mapping[str, SitePlan] = {} if plan is None else {s.site.name: s for s in plan.sites}
+
+    def attend(
+        self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+        extra: Tensor | None = None, *, scale: float, is_causal: bool = False, softcap: float = 0.0,
+        dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Compute attention in float32 at least."""
+        given = q.dtype
+        q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q, k, v))
+        bias, extra = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q), additive_mask(extra, q)
+        parts = self._parts(site, q, k, v)
+        outputs = []
+        for rows, columns in tiles(q, k, bias):
+            masks = cut(bias, rows, columns), cut(extra, rows, slice(None))
+            tile = [Part(cut(p.seen, rows, columns), p.k[:, :, columns], p.v[:, :, columns]) for p in parts]
+            outputs.append(_attended(q[:, :, rows] * scale, tile, *masks, softcap))
+        return torch.cat(outputs, 2).to(given)
+
+    def _parts(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
+        """Return keys and values as they came, as the window holds them, and as packed latents do."""
+        planned = self.sites.get(site.name)
+        if planned is None or self.plan is None:
+            return [Part(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device), k, v)]
+        sinks, recent = site.exact_tokens(self.plan.sinks, self.recent)
+        near, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
+        own, _ = ops_masks.split_mask(q, k, None, False, sinks, min(recent, 1))
+        plain = differences(site, k, v, self.plan.sinks, self.plan.mean_tokens)
+        moved = [read - x for read, x in zip(_through_latents(planned, *plain), plain, strict=True)]
+        parts = [Part(far, k + moved[0], v + moved[1])]
+        if self.plan.window_bits == 16:
+            return [Part(near, k, v), *parts]
+        moved = [packing.unround_rows(*packing.round_rows(x), x.dtype) - x for x in plain]
+        return [Part(own, k, v), Part(near & ~own, k + moved[0], v + moved[1]), *parts]
+
+
+class Part(NamedTuple):
+    """Keys and values [B,G,T,D] as some of the queries see them: seen, bool [S,T]."""
+
+    seen: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _attended(q: Tensor, parts: Sequence[Part], bias: Tensor | None, extra: Tensor | None, softcap: float) -> Tensor:
+    """Attend with scaled queries [B,H,S,D] to keys and values of which each is seen in one of the parts."""
+    products = [attention.grouped_scores(q, part.k) * part.seen for part in parts]
+    logits = sum(products[1:], products[0])
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    logits = logits if bias is None else logits + bias
+    tokens = logits.shape[3]
+    if extra is not None:
+        logits = torch.cat((logits, extra.to(logits).expand(*logits.shape[:3], -1)), -1)
+    weights = attention.safe_softmax(logits)[0][..., :tokens]
+    outputs = [attention.grouped_mix(weights * part.seen, part.v) for part in parts]
+    return sum(outputs[1:], outputs[0])
+
+
+def _through_latents(plan: SitePlan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode, quantize, dequantize and decode keys and values [B,G,T,D], without their means."""
+    if plan.is_shared:
+        shared = _quantized(torch.cat([k, v], -1), plan.key)
+        return algebra.decode(shared, plan.key.decode.to(k)), algebra.decode(shared, plan.value.decode.to(v))
+    keys, values = _quantized(k, plan.key), _quantized(v, plan.value)
+    return algebra.decode(keys, plan.key.decode.to(k)), algebra.decode(values, plan.value.decode.to(v))
+
+
+def _quantized(x: Tensor, side: SidePlan) -> Tensor:
+    """Encode x [B,G,T,D] to latents [B,J,T,R], with the rounding of the side's bit groups."""
+    latent = algebra.encode(x, side.encode.to(x))
+    groups = algebra.bit_groups(side)
+    return packing.straight_through(latent, *groups) if groups.bits else latent
+
+
+def check_losses(
+    model: Probed, batches: Sequence[tuple[str, Batch]], plans: Sequence[tuple[float, LatentPlan]], recent: int,
+    done: Callable[[int], None] = lambda number: None,
+) -> tuple[LossCheck, ...]:  # fmt: skip
+    """Measure the KL of plans from the exact model on named held-out batches; each process takes its share.
+
+    plans: with the sums of their costs. recent: of `PlanAttention`. `done(number)` is called after each batch.
+    """
+
+    def measure(numbered: tuple[int, Batch]) -> Tensor:
+        number, batch = numbered
+        exact = model.run(batch, PlanAttention(None))
+        losses = [_divergence(exact, model.run(batch, PlanAttention(plan, recent))) for _, plan in plans]
+        done(number)
+        return torch.tensor(losses, dtype=torch.float64)
+
+    rows = collectives.by_process([(i, batch) for i, (_, batch) in enumerate(batches)], measure)
+    predicted = tuple(nats for nats, _ in plans)
+    checks = (LossCheck(text, predicted, tuple(row.tolist())) for (text, _), row in zip(batches, rows, strict=True))
+    return tuple(check for check in checks if all(map(math.isfinite, check.measured)))
+
+
+def _divergence(exact: Tensor, other: Tensor) -> float:
+    """Return the mean KL, nats per token, of logits [..., V] from the exact ones."""
+    total, rows = 0.0, exact.reshape(-1, exact.shape[-1])
+    for one, two in zip(rows.split(POSITIONS), other.reshape(rows.shape).split(POSITIONS), strict=True):
+        p, q = one.double().log_softmax(-1), two.double().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum(-1).clamp(min=0).sum())
+    return total / len(rows)

@@ -1,0 +1,85 @@
+"""Losses on held-out batches: those of a real cache of the plan, nothing for exact plans, and where they are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interrupted_calibration import OPTIONS, sequences
+from offloaded_models import offloaded
+from small_models import FAR, Fitted, found, numbered, tiny_llama, token_ids
+
+from fhopt.calibration import loss_check, probe, run
+from fhopt.calibration.loss_check import check_losses
+from fhopt.calibration.offloaded_probe import find_dispatched
+from fhopt.calibration.statistics_file import load_statistics, save_statistics
+from fhopt.evaluation.perplexity import token_costs
+from fhopt.fitting.fit_plan import exact_plan
+from fhopt.fitting.loss_interval import CHECKS
+from fhopt.plan.expected_loss import expected_loss
+
+TEXT = [("one", {"input_ids": token_ids(1, 96)})]
+
+
+@pytest.mark.parametrize("options", [{"window_bits": 8, "mean_tokens": 16}, {"window_bits": 16}, {"layout": "auto"}])
+def test_losses_are_those_of_the_real_cache(llama: Fitted, options: dict[str, Any]) -> None:
+    """That is read in steps of 8 tokens, of which the window holds 8 to 15 and their own: about, then."""
+    plan = llama.plan(4, **options)
+    model = probe.probed(llama.captured, llama.outcome)
+    (check,) = check_losses(model, TEXT, [(1.0, plan)], FAR["recent"] + plan.block // 2)
+    real = float(token_costs(llama.model, TEXT[0][1]["input_ids"], plan).kl.mean())
+    assert check.text == "one" and check.predicted == (1.0,)
+    assert real / 1.6 < check.measured[0] < real * 1.6
+
+
+def test_an_exact_plan_loses_nothing(llama: Fitted) -> None:
+    plan = exact_plan(llama.outcome.sites.values(), sinks=4, recent=8, block=8)
+    model = probe.probed(llama.captured, llama.outcome)
+    (check,) = check_losses(model, TEXT, [(0.0, plan)], 8)
+    assert 0 <= check.measured[0] < 1e-9  # float32, in another order
+
+
+def test_attention_without_a_plan_is_the_model_itself(llama: Fitted) -> None:
+    model = probe.probed(llama.captured, llama.outcome)
+    exact = model.run(TEXT[0][1], loss_check.PlanAttention(None))
+    with torch.no_grad():
+        expected = llama.model(TEXT[0][1]["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dispatched_model_is_checked_as_one_in_memory(llama: Fitted, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    away = find_dispatched(offloaded(tmp_path / "model"), TEXT[0][1])
+    losses = [
+        check_losses(model, TEXT, [(1.0, llama.plan(4))], 12)[0].measured[0]
+        for model in (away, probe.probed(llama.captured, llama.outcome))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_calibration_keeps_its_checks_and_its_plans_have_an_interval(llama: Fitted, tmp_path: Path) -> None:
+    steps: list[tuple[str, int]] = []
+    held_out = [(f"text {i}", batch) for i, batch in numbered(2, start=50)]
+    measured = run.measure_batches(
+        llama.captured, sequences(), OPTIONS, {}, "tiny", lambda stage, done, total: steps.append((stage, done)),
+        held_out=held_out,
+    )  # fmt: skip
+    assert steps[-2:] == [("losses", 1), ("losses", 2)]
+    assert [check["text"] for check in measured.provenance[CHECKS]] == [name for name, _ in held_out]
+    save_statistics(measured, tmp_path / "stats")
+    plan = run.plan_for(load_statistics(tmp_path / "stats"), OPTIONS)
+    plan.save(tmp_path / "plan")
+    loss = expected_loss(type(plan).load(tmp_path / "plan"))
+    assert loss is not None and loss.interval is not None
+    assert loss.interval[0] < loss.nats < loss.interval[1]
+    model = probe.probed(*found(llama.model, 96))
+    (check,) = check_losses(model, [("new", numbered(1, start=90)[0][1])], [(0.0, plan)], 12)
+    assert loss.interval[0] < check.measured[0] < loss.interval[1]
+
+
+def test_a_calibration_without_held_out_text_is_as_before(llama: Fitted) -> None:
+    measured = run.measure_batches(llama.captured, sequences(), OPTIONS, {}, "tiny")
+    loss = expected_loss(run.plan_for(measured, OPTIONS))
+    assert CHECKS not in measured.provenance and loss is not None and loss.interval is None
