@@ -18,6 +18,7 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, tiles
+from fhopt.serving.compiled_step import CompiledStep, compiled_step
 from fhopt.serving.decode_step import DecodeStep, attend_step
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 
@@ -66,13 +67,29 @@ class LayerCache:
     """What one layer writes and reads of its caches, by the plan of its site."""
 
     def __init__(self, plan: LatentPlan, site: SitePlan, scale: float, dtype: torch.dtype) -> None:
-        self.window, self.site, self.scale = plan.window, site, scale
+        self.window, self.site, self.scale, self.dtype = plan.window, site, scale, dtype
         self.means_from = means_from(plan)
         self.latent_rows = LatentRows(site, dtype)
         self.window_rows = WindowRows(site, plan.window_bits, dtype)
         self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
         self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
         self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
+        self.compiled: CompiledStep | None = None
+
+    def compile(self) -> None:
+        """Build the decode step as one call of machine code, where there is a compiler."""
+        self.compiled = compiled_step(self, self.dtype)
+
+    def write_and_attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
+        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens, attend with their queries [T,H,D].
+
+        output [T,H,E] is filled.
+        """
+        if self.compiled and self.compiled.serves(caches, query) and self.compiled.writes(caches.batch):
+            self.compiled(caches, query, keys, values, output, writes=True)
+        else:
+            self.write(caches, keys, values)
+            self.attend(caches, query, keys, values, output)
 
     # ---- writing
 
@@ -141,7 +158,9 @@ class LayerCache:
         keys [T,G,D], values [T,G,E]: of the new tokens.
         """
         batch = caches.batch
-        if batch.singles:
+        if self.compiled and self.compiled.serves(caches, query):
+            self.compiled(caches, query, keys, values, output, writes=False)
+        elif batch.singles:
             step = caches.decode_step(self.window)
             out = attend_step(self, caches, step, query[step.tokens].unsqueeze(2))
             output[step.tokens] = out[:, :, 0].to(output.dtype)
