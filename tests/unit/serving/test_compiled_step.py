@@ -25,7 +25,7 @@ FLIPS = 0.001  # of bytes: latents on the border of two values, whose sums are i
 pytestmark = needs_compiler
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -81,8 +81,12 @@ def same_blocks(engine: Engine, other: Engine) -> None:
         assert float((a != b).float().mean()) <= FLIPS
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("name", PLANS)
+CASES = [(name, torch.float32) for name in PLANS] + [
+    (name, dtype) for name in ("means, one latent", "not quantized") for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_it_gives_what_torch_operations_give(name: str, dtype: torch.dtype) -> None:
     plan = PLANS[name]
     torch.manual_seed(0)
@@ -90,7 +94,7 @@ def test_it_gives_what_torch_operations_give(name: str, dtype: torch.dtype) -> N
     reference, compiled = engines(plan, dtype)
     lengths = [60, 1, 13]  # of the second nothing is quantized at first
     spans = [(0, length) for length in lengths]
-    for step in range(28):
+    for step in range(20):
         expected = reference.step(tokens, spans)  # type: ignore[arg-type]
         close(compiled.step(tokens, spans), expected)  # type: ignore[arg-type]
         spans = [(length + step, length + step + 1) for length in lengths]
@@ -107,6 +111,7 @@ def test_sequences_with_one_new_token_stand_beside_others() -> None:
     same_blocks(compiled, reference)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("layout", ["head", "joint"])
 def test_long_sequences_are_read_in_ranges(layout: str) -> None:
     plan = plan_of(layout, window_bits=8, mean_tokens=12)
