@@ -16,8 +16,9 @@ from fhopt.serving.layer_cache import Caches, Held, LayerCache
 class Engine:
     """One layer's caches in blocks in any order, for sequences that have `keys`, `values` and `queries` [T,heads,D]."""
 
-    def __init__(self, plan: LatentPlan, sizes: BlockSizes, most: int = 256, count: int = 3,
-                 dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, plan: LatentPlan, sizes: BlockSizes, most: int = 256, count: int = 3, dtype: torch.dtype = torch.float32
+    ) -> None:
         site = plan.sites[0]
         self.layer = LayerCache(plan, site, site.site.scale, dtype)
         self.sizes, self.window = sizes, plan.window
