@@ -14,6 +14,7 @@ from torch import Tensor
 from fhopt.codegen.cpu.block_tables import BlockAttention, BlockLayout, SideLayout, StepNumbers, attention_of, blocks_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.serving.batch import Batch
+from fhopt.serving.rows import Part
 
 if TYPE_CHECKING:
     from fhopt.serving.layer_cache import Caches, Held, LayerCache
@@ -74,14 +75,19 @@ def compiled_step(layer: LayerCache, dtype: torch.dtype) -> CompiledStep | None:
 def layout_of(layer: LayerCache, dtype: torch.dtype) -> BlockLayout:
     """Return where what stands in the rows of a layer's caches."""
     site, sides = layer.site.site, _sides(layer.site, layer)
-    window = [part.start for part in layer.window_rows.parts]
-    first = [part.start for part in (*layer.first_rows.sink_parts, *layer.first_rows.mean_parts)]
+    first_parts = [*layer.first_rows.sink_parts, *layer.first_rows.mean_parts]
     return BlockLayout(
         heads=site.heads, kv_heads=site.kv_heads, sizes=(site.key_dim, site.value_dim), dtype=dtype, scale=layer.scale,
         key=sides[0], value=sides[1], is_shared=layer.site.is_shared,
-        window=(*window, 0, 0)[:4], window_bits=8 if layer.window_rows.is_rounded else 16,
-        first_rows=(*first, 0, 0)[:4], sinks=layer.window.sinks, means_from=layer.means_from,
+        window=_starts(layer.window_rows.parts), window_bits=8 if layer.window_rows.is_rounded else 16,
+        first_rows=_starts(first_parts), sinks=layer.window.sinks, means_from=layer.means_from,
     )  # fmt: skip
+
+
+def _starts(parts: list[Part]) -> tuple[int, int, int, int]:
+    """Return the first bytes of up to four parts of a row, 0 for those that there are not."""
+    first, second, third, fourth = [*(part.start for part in parts), 0, 0][:4]
+    return first, second, third, fourth
 
 
 def _sides(plan: SitePlan, layer: LayerCache) -> tuple[SideLayout, SideLayout]:
