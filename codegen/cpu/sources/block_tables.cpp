@@ -25,9 +25,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -43,12 +43,14 @@ struct Kernel {
     const void* table;
 };
 
+constexpr int PANEL = $panel;
+
 // A basis [matrices, n, m] in panels of PANEL columns, [matrices, panels, n, PANEL], zeros behind the last column.
 struct Basis {
     const void* data;
     int64_t n, panels;
 
-    int64_t width() const;  // of what it is multiplied to
+    int64_t width() const { return panels * PANEL; }  // of a row of the product
 };
 
 // Packed latents of keys or of values. start, scale: bytes in a token's row before quantized values, before scales.
@@ -151,10 +153,7 @@ void round_row(const float* x, int64_t n, uint8_t* codes, uint8_t* scale) {
 
 // ------------------------------------------------------------------------------------------------ products with bases
 
-constexpr int PANEL = $panel;
 constexpr int PANEL_ROWS = LANES == 16 ? 8 : 2;  // sums that registers hold
-
-int64_t Basis::width() const { return panels * PANEL; }
 
 // y[r][c] = sum_i x[r][i] panel[i][c], added to what is there if `adds` says so.
 template <class Stored, int ROWS>
@@ -442,64 +441,51 @@ const uint8_t* rows_of(const Blocks& blocks, int64_t owner, int64_t begin, int64
     return room.data();
 }
 
-// Bytes of a token's row in which keys, values and scales begin, and bytes from one head to the next.
-struct Format {
-    int64_t start[2], scale[2], heads[2], head_bytes[2], row;
-    bool is_coded[2];
+// Keys or values of a piece, and their scales, as a kernel takes them.
+struct SideRows {
+    int64_t heads;
+    Rows numbers, scales;
 };
 
-Format format_of(const Run& run, Kind kind) {
+SideRows side_of(const Run& run, const Piece& piece, int side, const uint8_t* rows) {
     const Layer& l = run.l;
-    Format f{};
-    for (int side = 0; side < 2; side++) {
-        const Side& one = l.sides[side];
-        const bool latents = kind == LATENTS;
-        f.is_coded[side] = latents ? one.tier_count > 0 : kind == WINDOW && l.is_rounded;
-        f.start[side] = latents ? one.start : kind == WINDOW ? l.window[side] : l.sink_starts[side];
-        f.scale[side] = latents ? one.scale : l.window[2 + side];
-        f.heads[side] = latents ? one.heads : l.kv_heads;
-        f.head_bytes[side] = latents ? one.bytes : l.sizes[side] * (f.is_coded[side] ? 1 : bytes_of(l.type));
+    const Side& one = l.sides[side];
+    const int64_t size = l.sizes[side], number = bytes_of(l.type);
+    if (piece.kind == LATENTS) {
+        const int64_t row = run.c.latents.row, element = one.tier_count ? 1 : number;
+        const Rows scales = {rows + one.scale, {0, 1, row / 2}};
+        return {one.heads, {rows + one.start, {0, one.bytes / element, row / element}}, scales};
     }
-    f.row = kind == LATENTS ? run.c.latents.row : run.c.window.row;
-    return f;
+    if (piece.kind == SINKS) {
+        const uint8_t* first = rows + l.sink_starts[side] + piece.begin * l.kv_heads * size * number;
+        return {l.kv_heads, {first, {0, size, l.kv_heads * size}}, {}};
+    }
+    const int64_t row = run.c.window.row, element = l.is_rounded ? 1 : number;
+    const Rows scales = {rows + l.window[2 + side], {0, 1, row / 2}};
+    return {l.kv_heads, {rows + l.window[side], {0, size, row / element}}, scales};
 }
 
-// Keys or values, and their scales, as a kernel takes them: strides in bytes of quantized values, or in numbers.
-void set_side(const Layer& l, const Format& f, int side, const uint8_t* rows, Rows& values, Rows& scales) {
-    const int64_t element = f.is_coded[side] ? 1 : bytes_of(l.type);
-    values = {rows + f.start[side], {0, f.head_bytes[side] / element, f.row / element}};
-    if (f.is_coded[side]) scales = {rows + f.scale[side], {0, 1, f.row / 2}};
+const uint8_t* rows_of(const Run& run, const Piece& piece) {
+    static thread_local std::vector<uint8_t> room;
+    if (piece.kind == SINKS) return run.page(piece.sequence);
+    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
+    return rows_of(blocks, run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
 }
 
 void attend(const Run& run, const Piece& piece) {
-    static thread_local std::vector<uint8_t> room;
     const Layer& l = run.l;
     const bool latents = piece.kind == LATENTS;
-    Format f = format_of(run, piece.kind);
     const Kernel& kernel = latents ? l.latents_kernel : piece.kind == WINDOW ? l.window_kernel : l.sinks_kernel;
-    Attention a{1, l.heads, 1, piece.tokens, f.heads[0], f.heads[1], 1, 0};
+    const uint8_t* rows = rows_of(run, piece);
+    const SideRows key = side_of(run, piece, 0, rows), value = side_of(run, piece, 1, rows);
     const int64_t width = latents ? l.sides[0].decode.width() : l.sizes[0];
-    const float* query = (latents ? run.absorbed : run.queries) + piece.sequence * l.heads * width;
-    a.query = {query, {0, width, width}};
-    const int64_t owner = run.s.owner(piece.sequence);
-    const uint8_t* rows = piece.kind == SINKS
-                              ? run.page(piece.sequence)
-                              : rows_of(latents ? run.c.latents : run.c.window, owner, piece.begin, piece.tokens, room);
-    if (piece.kind == SINKS) {
-        for (int side = 0; side < 2; side++) {
-            f.row = l.kv_heads * f.head_bytes[side];
-            f.start[side] += piece.begin * f.row;
-            set_side(l, f, side, rows, side ? a.value : a.key, side ? a.value_scale : a.key_scale);
-        }
-    } else {
-        set_side(l, f, 0, rows, a.key, a.key_scale);
-        set_side(l, f, 1, rows, a.value, a.value_scale);
-    }
-    a.output = piece.output;
-    a.lse = piece.lse;
-    a.scale = l.scale;
+    Attention a{1, l.heads, 1, piece.tokens, key.heads, value.heads, 1, 0};
+    a.query = {(latents ? run.absorbed : run.queries) + piece.sequence * l.heads * width, {0, width, width}};
+    a.key = key.numbers, a.key_scale = key.scales;
+    a.value = value.numbers, a.value_scale = value.scales;
+    a.output = piece.output, a.lse = piece.lse;
+    a.scale = l.scale, a.digits = l.digits;
     a.kernel = kernel.table;
-    a.digits = l.digits;
     kernel.run(&a);
 }
 
