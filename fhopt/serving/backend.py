@@ -55,7 +55,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 class LatentBackend(AttentionBackend):  # type: ignore[misc]
     """Attention on the caches of a plan."""
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
@@ -99,26 +99,16 @@ class LatentAttention(AttentionImpl):  # type: ignore[misc]
         window, first = (context.no_compile_layers[self.name + part].kv_cache for part in (WINDOW, FIRST))
         return Caches(held(self.name, latents), held(self.name + WINDOW, window), held(self.name + FIRST, first))
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write the new tokens' keys [T,G,D] and values [T,G,E] to all caches."""
-        if kv_cache.numel() == 0 or get_forward_context().attn_metadata is None:
-            return
-        caches = self._caches(kv_cache)
-        count = caches.batch.tokens
-        self.cache.write(caches, key[:count], value[:count])
-
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
         output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attend with queries [T,H,D] of new tokens, into `output` [T,H,E]."""
-        if attn_metadata is None:  # memory is measured, or nothing is to be computed
+        """Write keys [T,G,D] and values [T,G,E] of new tokens, attend with queries [T,H,D], into `output` [T,H,E]."""
+        if attn_metadata is None or not kv_cache.numel():  # memory is measured, or nothing is to be computed
             return output.fill_(0)
         caches = self._caches(kv_cache)
         count = caches.batch.tokens
-        self.cache.attend(caches, query[:count], key[:count], value[:count], output[:count])
+        self.cache.write_and_attend(caches, query[:count], key[:count], value[:count], output[:count])
         return output
 
 

@@ -6,6 +6,7 @@ Letters: H query heads, G kv heads, T tokens, D and E head size of keys and valu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from torch.nn import functional as F
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import Latents, SideRows
-from fhopt.ops.masks import causal_mask
+from fhopt.ops.masks import additive, causal_mask
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, tiles
+from fhopt.serving.compiled_step import CompiledStep, compiled_step
 from fhopt.serving.decode_step import DecodeStep, attend_step
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 
@@ -66,18 +68,37 @@ class LayerCache:
     """What one layer writes and reads of its caches, by the plan of its site."""
 
     def __init__(self, plan: LatentPlan, site: SitePlan, scale: float, dtype: torch.dtype) -> None:
-        self.window, self.site, self.scale = plan.window, site, scale
+        self.window, self.site, self.scale, self.dtype = plan.window, site, scale, dtype
         self.means_from = means_from(plan)
         self.latent_rows = LatentRows(site, dtype)
         self.window_rows = WindowRows(site, plan.window_bits, dtype)
         self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
         self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
         self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
+        self.compiled: CompiledStep | None = None
+
+    def compile(self) -> None:
+        """Build the decode step as one call of machine code, where there is a compiler."""
+        self.compiled = compiled_step(self, self.dtype)
+
+    def write_and_attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
+        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens, attend with their queries [T,H,D].
+
+        output [T,H,E] is filled.
+        """
+        if self.compiled and self.compiled.serves(caches, query) and self.compiled.writes(caches.batch):
+            self.compiled(caches, query, keys, values, output, writes=True)
+        else:
+            rows = self.write(caches, keys, values)
+            self.attend(caches, query, rows, output)
 
     # ---- writing
 
-    def write(self, caches: Caches, keys: Tensor, values: Tensor) -> None:
-        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens to all caches."""
+    def write(self, caches: Caches, keys: Tensor, values: Tensor) -> Tensor:
+        """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens to all caches.
+
+        Returns their rows in the residual window, uint8 [T,bytes].
+        """
         rows = self.window_rows.rows(keys, values)
         caches.window.blocks.write_new(caches.window.cache, rows)
         for one in caches.batch.sequences:
@@ -94,6 +115,7 @@ class LayerCache:
             owners = torch.full_like(places, one.index)
             self._write_latents(caches, owners, places, *whole)
         self._write_encoded(caches, keys, values)
+        return rows
 
     def _write_sinks(self, caches: Caches, one: Sequence, keys: Tensor, values: Tensor) -> None:
         new = slice(one.begin, min(one.end, one.begin + self.window.sinks - one.start))
@@ -135,30 +157,35 @@ class LayerCache:
 
     # ---- attention
 
-    def attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
-        """Attend with the queries [T,H,D] of the batch's new tokens, after `write`, into `output` [T,H,E].
+    def attend(self, caches: Caches, query: Tensor, rows: Tensor, output: Tensor) -> None:
+        """Attend with the queries [T,H,D] of the batch's new tokens into `output` [T,H,E].
 
-        keys [T,G,D], values [T,G,E]: of the new tokens.
+        rows uint8 [T,bytes]: of the new tokens, as `write` returned them.
         """
         batch = caches.batch
-        if batch.singles:
+        if self.compiled and self.compiled.serves(caches, query):
+            self.compiled(caches, query, query, query, output, writes=False)
+        elif batch.singles:
             step = caches.decode_step(self.window)
             out = attend_step(self, caches, step, query[step.tokens].unsqueeze(2))
             output[step.tokens] = out[:, :, 0].to(output.dtype)
         for one in batch.several:
-            new = slice(one.begin, one.end)
-            reader = _Reader(self, caches, one, keys[new], values[new])
+            reader = _Reader(self, caches, one, rows[one.begin : one.end], query.dtype)
             for tile in tiles(self.window, one.start, one.stop):
-                rows = slice(one.begin + tile.start - one.start, one.begin + tile.stop - one.start)
-                out = reader.attend(tile, query[rows].transpose(0, 1)[None])
-                output[rows] = out[0].transpose(0, 1).to(output.dtype)
+                new = slice(one.begin + tile.start - one.start, one.begin + tile.stop - one.start)
+                out = reader.attend(tile, query[new].transpose(0, 1)[None])
+                output[new] = out[0].transpose(0, 1).to(output.dtype)
 
 
 class _Reader:
-    """What the queries of one sequence read, fetched once for all of its tiles."""
+    """What the queries of one sequence read, fetched once for all of its tiles.
 
-    def __init__(self, layer: LayerCache, caches: Caches, one: Sequence, keys: Tensor, values: Tensor) -> None:
-        self.layer, self.one, self.dtype = layer, one, keys.dtype
+    Tiles read more and more tokens as latents. Keys and values that are reconstructed from these stand in one buffer
+    for all tiles, over those of the residual window that the first tile reads in their place.
+    """
+
+    def __init__(self, layer: LayerCache, caches: Caches, one: Sequence, rows: Tensor, dtype: torch.dtype) -> None:
+        self.layer, self.one, self.dtype, self.made = layer, one, dtype, caches.batch.made
         self.start = layer.window.sinks + layer.window.quantized_tokens(one.start)  # the window's first token
         self.quantized = layer.window.quantized_tokens(one.stop - 1)
         page = caches.page(one)
@@ -167,17 +194,16 @@ class _Reader:
         if layer.means_from:
             key_mean, value_mean = layer.first_rows.read_means(page)
             self.means = key_mean.unsqueeze(2), value_mean.unsqueeze(2)
-        self.open = self._window(caches, keys, values)
+        self.open = self._window(caches, rows)
         self.sides = self._sides(caches) if self.quantized else None
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self._placed = layer.window.quantized_tokens(one.start)  # tokens that stand in `_whole` as reconstructed
 
-    def _window(self, caches: Caches, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _window(self, caches: Caches, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys [1,G,N,D] and values of the residual window, from `start` on, new tokens behind."""
         one, codec, parts = self.one, self.layer.window_rows, []
         if one.start > self.start:
             parts.append(caches.window.read(one, self.start, one.start)[:, : codec.size])
-        behind = max(0, self.start - one.start)
-        parts.append(codec.rows(keys[behind:], values[behind:]))
+        parts.append(rows[max(0, self.start - one.start) :])
         key, value = codec.read(torch.cat(parts), self.dtype)
         return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
@@ -191,27 +217,58 @@ class _Reader:
 
     def attend(self, tile: Tile, query: Tensor) -> Tensor:
         """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""
+        if not tile.quantized or self.sides is None or query.shape[2] > FEW_QUERIES:
+            return self._plain(tile, query)
         sinks = min(self.layer.window.sinks, tile.stop)
         opened = slice(self.layer.window.sinks + tile.quantized - self.start, max(0, tile.stop - self.start))
         parts = zip(self.sinks, self.open, strict=True)
         keys, values = (torch.cat([x[:, :, :sinks], w[:, :, opened]], 2) for x, w in parts)
-        if not tile.quantized or self.sides is None or query.shape[2] > FEW_QUERIES:
-            return self._plain(tile.quantized, sinks, query, keys, values)
         key, value = (_first(side, tile.quantized) for side in self.sides)
         latents = Latents(key, value, sinks, tile.quantized)
         return attend(query, keys, values, latents, None, scale=self.layer.scale)
 
-    def _plain(self, quantized: int, sinks: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend to open tokens and to keys and values that are reconstructed from latents."""
-        if quantized and self.sides is not None:
-            if self._whole is None:
-                keys, values = (side.reconstruct().to(self.dtype) for side in self.sides)
-                self._whole = keys, values
-            parts = zip((key, value), self._whole, strict=True)
-            key, value = (torch.cat([x[:, :, :sinks], far[:, :, :quantized], x[:, :, sinks:]], 2) for x, far in parts)
-        count, tokens = query.shape[2], key.shape[2]
-        mask = causal_mask(count, tokens, query.device) if count > 1 else None
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=self.layer.scale, enable_gqa=True)
+    @cached_property
+    def _far(self) -> tuple[Tensor, Tensor]:
+        """Keys [1,G,V,D] and values of all packed latents."""
+        if self.sides is None:
+            return self.open[0][:, :, :0], self.open[1][:, :, :0]
+        key, value = (side.reconstruct().to(self.dtype) for side in self.sides)
+        return key, value
+
+    @cached_property
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """Keys [1,G,T,D] and values of all tokens, as the first tile reads them."""
+        sinks = min(self.layer.window.sinks, self.one.stop)
+        parts = zip(self.sinks, self._far, self.open, strict=True)
+        key, value = (
+            torch.cat([first[:, :, :sinks].to(self.dtype), far[:, :, : self._placed], near], 2)
+            for first, far, near in parts
+        )
+        return key, value
+
+    def _plain(self, tile: Tile, query: Tensor) -> Tensor:
+        """Attend to keys and values of all tokens, of which some are reconstructed from latents."""
+        sinks, (key, value) = self.layer.window.sinks, self._whole
+        if tile.quantized > self._placed:
+            for whole, far in zip((key, value), self._far, strict=True):
+                whole[:, :, sinks + self._placed : sinks + tile.quantized] = far[:, :, self._placed : tile.quantized]
+            self._placed = tile.quantized
+        heads, groups, count = query.shape[1], key.shape[1], query.shape[2]
+        grouped = query.reshape(1, groups, heads // groups * count, -1)  # [1, G, H/G*S, D]
+        mask = self._mask(count, heads // groups)[:, -tile.stop :] if count > 1 else None
+        key, value = key[:, :, : tile.stop], value[:, :, : tile.stop]
+        out = F.scaled_dot_product_attention(grouped, key, value, mask, scale=self.layer.scale)
+        return out.view(1, heads, count, -1)
+
+    def _mask(self, count: int, shared: int) -> Tensor:
+        """Return a causal mask for the last `count` tokens and `shared` query heads, as numbers [shared * count, T]."""
+        key = "mask", count, shared, self.one.stop, self.dtype
+        if key not in self.made:
+            causal = additive(causal_mask(count, self.one.stop, self.open[0].device), self.dtype)
+            assert causal is not None
+            self.made[key] = causal.repeat(shared, 1)
+        mask: Tensor = self.made[key]
+        return mask
 
 
 def _first(side: SideRows, count: int) -> SideRows:

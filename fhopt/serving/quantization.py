@@ -101,7 +101,9 @@ class _Made:
         self.sizes = block_sizes.choose(self._needs(config.model_config.max_model_len), given)
 
     def _cache(self, site: SitePlan, dtype: torch.dtype) -> LayerCache:
-        return LayerCache(self.plan, site, site.site.scale, dtype)
+        cache = LayerCache(self.plan, site, site.site.scale, dtype)
+        cache.compile()
+        return cache
 
     def _needs(self, tokens: int) -> block_sizes.CacheNeeds:
         caches = list(self.caches.values())

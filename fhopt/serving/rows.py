@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fhopt.cache.quantized_rows import encoder_inputs
-from fhopt.ops import algebra, packing
+from fhopt.ops import algebra, packing, registry
 from fhopt.plan.site_plan import SCALE_BYTES, SidePlan, SitePlan
 
 LEAST_ALIGNMENT = SCALE_BYTES  # bytes of which a row is a multiple
@@ -112,12 +112,12 @@ class WindowRows:
     def rows(self, keys: Tensor, values: Tensor) -> Tensor:
         """Make rows uint8 [T, size] of keys [T,G,D] and values [T,G,E]."""
         rows = torch.empty((len(keys), self.size), dtype=torch.uint8, device=keys.device)
-        numbers: list[Tensor] = [keys, values]
-        if self.is_rounded:
-            rounded = [packing.round_rows(x) for x in numbers]
-            numbers = [codes for codes, _ in rounded] + [scale.unsqueeze(-1) for _, scale in rounded]
-        for part, x in zip(self.parts, numbers, strict=True):
-            part.write(rows, x)
+        for i, x in enumerate((keys, values)):
+            if self.is_rounded:
+                codes, scale = self.parts[i].read(rows), self.parts[2 + i].read(rows)[..., 0]
+                _round_into(x.transpose(0, 1)[None], codes.transpose(0, 1)[None], scale.t()[None])
+            else:
+                self.parts[i].write(rows, x)
         return rows
 
     def read(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -128,6 +128,13 @@ class WindowRows:
         keys, values, *scales = numbers
         key, value = (packing.unround_rows(x, s[..., 0], dtype) for x, s in zip((keys, values), scales, strict=True))
         return key, value
+
+
+def _round_into(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Round x [1,G,T,D] to codes uint8 [1,G,T,D] and scale float16 [1,G,T], by machine code where there is some."""
+    kernel = registry.kernel_of("round_rows_into", x.device.type)
+    if kernel is None or not kernel(x, None, codes, scale, 0):
+        packing.round_rows_into_reference(x, None, codes, scale, 0)
 
 
 class FirstRows:

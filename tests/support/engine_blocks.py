@@ -16,9 +16,11 @@ from fhopt.serving.layer_cache import Caches, Held, LayerCache
 class Engine:
     """One layer's caches in blocks in any order, for sequences that have `keys`, `values` and `queries` [T,heads,D]."""
 
-    def __init__(self, plan: LatentPlan, sizes: BlockSizes, most: int = 256, count: int = 3) -> None:
+    def __init__(
+        self, plan: LatentPlan, sizes: BlockSizes, most: int = 256, count: int = 3, dtype: torch.dtype = torch.float32
+    ) -> None:
         site = plan.sites[0]
-        self.layer = LayerCache(plan, site, site.site.scale, torch.float32)
+        self.layer = LayerCache(plan, site, site.site.scale, dtype)
         self.sizes, self.window = sizes, plan.window
         rows = self.layer.latent_rows.size, self.layer.window_rows.size, self.layer.first_rows.size
         tokens = sizes.latents, sizes.window, 1
@@ -49,9 +51,8 @@ class Engine:
         pieces = [[x[start:stop] for x in one] for one, (start, stop) in zip(tokens, spans, strict=True)]
         query, key, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         caches = self.caches_of(starts, [stop for _, stop in spans])
-        self.layer.write(caches, key, value)
         output = query.new_empty((*query.shape[:2], value.shape[2]))
-        self.layer.attend(caches, query, key, value, output)
+        self.layer.write_and_attend(caches, query, key, value, output)
         return [output[begin:end] for begin, end in pairwise(starts)]
 
 

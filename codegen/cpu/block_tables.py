@@ -1,0 +1,214 @@
+"""A decode step of one layer on the blocks of a serving engine, in one call of machine code.
+
+    BlockLayout                       BlockAttention(layout)           called once a layer and step
+    where what stands in a row   ->   bases in panels, addresses  ->   writes the new tokens, attends with their queries
+
+The C++ file (sources/block_tables.cpp) follows block tables; rows are read by the kernels of cpu/attention.py and packed
+by cpu/packing.py. It is the same for all plans, and compiled once on a machine.
+
+Letters: B sequences, H query heads, G kv heads, J latent heads, D and E head size of keys and values, R latent width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fhopt.codegen.build import build
+from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.cpu import packing
+from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.rows import PAGE_QUANTUM
+from fhopt.codegen.source_files import read_source
+from fhopt.codegen.tiers import UNCODED_DTYPES, Tiers
+from fhopt.plan.kernel_spec import KernelSpec
+
+NAME = "block_tables"  # of the library
+PANEL = 32  # columns of a basis that lie side by side
+log = logging.getLogger(__name__)
+_DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # `Type` of the C++ file
+# The C++ structs as formats of the module `struct`: 8 bytes a field, in the order of the struct.
+_side = struct.Struct("@5qPqPqqPqq").pack
+_layer = struct.Struct("@4q2q5qd").pack
+_starts = struct.Struct("@4q2q2q7P").pack
+_call = struct.Struct("@2Pq" + 4 * "P2q" + 3 * "P2qP2q").pack
+_step = struct.Struct("@2qP").pack
+
+
+@dataclass(frozen=True, eq=False)
+class SideLayout:
+    """Packed latents of keys or of values in a token's row.
+
+    encode [J,R,n*D] and decode [G,D,R]: as in `SidePlan`. tiers: bit groups, none where latents are not quantized.
+    bytes: of one latent head. start, scale: bytes of the row before quantized values, and before scales.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    tiers: Tiers
+    bytes: int
+    start: int
+    scale: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """What the rows of a layer's three caches hold, and how they are read.
+
+    key, value: packed latents; with is_shared both are those of `key`. window: bytes of a row before keys, values,
+    scales of keys, scales of values. first_rows: bytes of a page before the sinks' keys and values, the means of keys
+    and of values. means_from: tokens from which on a sequence has means, 0: the plan has none. window_bits: 8 or 16.
+    """
+
+    heads: int
+    kv_heads: int
+    sizes: tuple[int, int]  # D, E
+    dtype: torch.dtype
+    scale: float
+    key: SideLayout
+    value: SideLayout
+    is_shared: bool
+    window: tuple[int, int, int, int]
+    window_bits: int
+    first_rows: tuple[int, int, int, int]
+    sinks: int
+    means_from: int
+
+    def specs(self) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
+        """Return the specs of the kernels of latents, residual window and attention sinks."""
+        name = UNCODED_DTYPES[_DTYPES[self.dtype]]
+        coded = self.key.tiers and self.value.tiers
+        widths = self.key.decode.shape[2], self.value.decode.shape[2]
+        latents = KernelSpec(self.key.tiers, self.value.tiers, *widths, "float32" if coded else name, False)
+        opened = KernelSpec((), (), *self.sizes, name, False)
+        rounded = KernelSpec(((8, self.sizes[0], 1.0),), ((8, self.sizes[1], 1.0),), *self.sizes, "float32", False)
+        return latents, rounded if self.window_bits == 8 else opened, opened
+
+
+@dataclass(frozen=True, eq=False)
+class StepNumbers:
+    """The sequences of a decode step, the same for all layers.
+
+    numbers int64 [4,B]: token in the batch, row of the block tables, position, tokens that are read as latents.
+    """
+
+    numbers: Tensor
+    arguments: bytes
+
+    @staticmethod
+    def of(numbers: list[tuple[int, int, int, int]]) -> StepNumbers:
+        """Make them of one tuple a sequence."""
+        table = torch.tensor(numbers, dtype=torch.int64).view(-1, 4).t().contiguous()
+        return StepNumbers(table, _step(len(numbers), torch.get_num_threads(), table.data_ptr()))
+
+
+Blocks = tuple[int, int, int, int, int, int]
+
+
+def blocks_of(cache: Tensor, table: Tensor, size: int) -> Blocks:
+    """Return what the C++ file knows of a cache uint8 [blocks,1,size,bytes] and a table int32 [sequences,blocks]."""
+    return (cache.data_ptr(), cache.stride(0), cache.stride(2), table.data_ptr(), table.stride(0), size)
+
+
+class BlockAttention:
+    """Writing and attention of decode steps on a layer's blocks."""
+
+    def __init__(self, layout: BlockLayout, library: ctypes.CDLL, kernels: list[LibraryKernel], pack: int) -> None:
+        self.layout, self._function = layout, library.attend_blocks
+        self._function.argtypes, self._function.restype = (ctypes.c_char_p,), None
+        self._kept: list[Any] = []  # memory that the struct points to
+        decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
+        of_side = self._side(layout.key, layout.key.decode, decodes_as)
+        of_value = self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as)
+        head = _layer(
+            *(layout.heads, layout.kv_heads, *layout.sizes, _DTYPES[layout.dtype], _DTYPES[decodes_as]),
+            *(layout.sinks, layout.means_from, layout.is_shared, layout.window_bits == 8),
+            *(3 if layout.dtype == torch.float32 else 2, layout.scale),
+        )
+        addresses = [x for kernel in kernels for x in (kernel.address, kernel.table)]
+        tail = _starts(*layout.window, *layout.first_rows, *addresses, pack)
+        self._layer = self._keep(head + of_side + of_value + tail)
+
+    def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> bytes:
+        table = packing.tier_table(*(tuple(x) for x in zip(*side.tiers, strict=True))) if side.tiers else None
+        self._kept.append(table)
+        encode, decode = side.encode.transpose(1, 2).float(), basis.to(self.layout.dtype).to(dtype)
+        return _side(
+            *(side.encode.shape[0], side.decode.shape[2], side.bytes, side.start, side.scale),
+            *((table.address, table.tier_count) if table else (0, 0)),
+            *self._panels(encode), *self._panels(decode),
+        )  # fmt: skip
+
+    def _panels(self, basis: Tensor) -> tuple[int, int, int]:
+        """Return address, rows and panels of a basis [matrices,n,m] as panels [matrices,panels,n,PANEL]."""
+        count, n, m = basis.shape
+        whole = F.pad(basis, (0, -m % PANEL))
+        panels = whole.view(count, n, -1, PANEL).transpose(1, 2).contiguous()
+        self._kept.append(panels)
+        return panels.data_ptr(), n, panels.shape[1]
+
+    def _keep(self, memory: bytes) -> int:
+        buffer = ctypes.create_string_buffer(memory)
+        self._kept.append(buffer)
+        return ctypes.addressof(buffer)
+
+    def serves(self, query: Tensor, *caches: Tensor) -> bool:
+        """Return whether queries and caches are of the type, and on the device, that the code is made for."""
+        itemsize = self.layout.dtype.itemsize
+        aligned = all(cache.is_cpu and cache.stride(2) % itemsize == 0 for cache in caches)
+        return aligned and query.dtype == self.layout.dtype
+
+    def __call__(
+        self, step: StepNumbers, blocks: tuple[Blocks, Blocks, Blocks], query: Tensor, key: Tensor, value: Tensor,
+        output: Tensor, writes: bool,
+    ) -> None:  # fmt: skip
+        """Write the new tokens of a step, if `writes`, and attend with their queries, into `output`.
+
+        query [T,H,D], key [T,G,D], value [T,G,E], output [T,H,E]: of all tokens of the batch, dense in the last
+        dimension. blocks: of packed latents, residual window and first tokens.
+        """
+        numbers = ctypes.c_char_p(step.arguments)
+        address = ctypes.cast(numbers, ctypes.c_void_p).value
+        tensors = [n for x in (query, key, value, output) for n in (x.data_ptr(), x.stride(0), x.stride(1))]
+        self._function(_call(self._layer, address, writes, *tensors, *blocks[0], *blocks[1], *blocks[2]))
+
+
+def attention_of(layout: BlockLayout) -> BlockAttention | None:
+    """Build the decode step of a layer; None where nothing can be compiled, or a plan has odd bit groups."""
+    if layout.dtype not in _DTYPES:
+        return None
+    functions, loaded = packing.library(), library()
+    kernels = [build(spec) for spec in layout.specs()]
+    if functions is None or loaded is None:
+        return None
+    served = [kernel for kernel in kernels if isinstance(kernel, LibraryKernel)]
+    pack = ctypes.cast(functions[0], ctypes.c_void_p).value
+    return BlockAttention(layout, loaded, served, pack or 0) if len(served) == len(kernels) else None
+
+
+def render() -> str:
+    """Render the C++ file; it is always the same."""
+    return read_source("fhopt.codegen.cpu", "block_tables.cpp").substitute(panel=PANEL, page_quantum=PAGE_QUANTUM)
+
+
+def compiles_library() -> bool:
+    """Return whether `library` runs a compiler, which takes seconds; once on a machine it does."""
+    return compiles(NAME, render())
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Compile and load the library; None where it cannot be compiled."""
+    try:
+        return load(NAME, render())
+    except CompileError as error:
+        log.info("%s Decode steps on blocks run on torch operations.", error)
+        return None

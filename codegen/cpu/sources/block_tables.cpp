@@ -1,0 +1,582 @@
+// block_tables
+//
+// A decode step of one layer on an engine's blocks: writing and reading of every sequence's new token in one call.
+//
+//     write    the token as it came into the residual window, its packed latents beside it
+//     read     attention sinks, residual window, packed latents: each by its kernel, merged by log-sum-exp
+//
+//     query [B,H,D]   key [B,G,D]   value [B,G,E]   caches [blocks, tokens of a block, bytes]   ->   output [B,H,E]
+//
+//     B sequences, H query heads, G kv heads, J latent heads, D and E head size of keys and values, R latent width.
+//
+// A token at position p of a sequence stands in block table[sequence][p / size], at place p % size. Kernels read rows
+// that lie one behind the other: a range of tokens is brought together, a block at a time, in memory of the thread that
+// stays in its second-level cache, and read from there. That is one pass over bytes that come from memory anyway.
+//
+// Four loops, each over what can be done side by side:
+//
+//     sequences           numbers as floats, rows of the window
+//     panels of bases     latents = encode (x - mean), absorbed queries = decode_K^T q: of all sequences at once
+//     ranges of tokens    attention; latents are packed
+//     heads               merge, expand
+//
+// Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+#include "products.h"
+#include "kernel_call.h"
+#include "pack_call.h"
+// ------------------------------------------------------------------------------------------------ arguments
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+struct Kernel {
+    void (*run)(const Attention*);
+    const void* table;
+};
+
+constexpr int PANEL = $panel;
+
+// A basis [matrices, n, m] in panels of PANEL columns, [matrices, panels, n, PANEL], zeros behind the last column.
+struct Basis {
+    const void* data;
+    int64_t n, panels;
+
+    int64_t width() const { return panels * PANEL; }  // of a row of the product
+};
+
+// Packed latents of keys or of values. start, scale: bytes in a token's row before quantized values, before scales.
+struct Side {
+    int64_t heads, width, bytes, start, scale;  // J; R; of one head's row
+    const void* tiers;
+    int64_t tier_count;  // 0: not quantized
+    Basis encode, decode;  // float [J,n*D,R]; of keys [G,D,R], of values [G,R,E]
+};
+
+struct Layer {
+    int64_t heads, kv_heads, sizes[2];  // H, G, D and E
+    Type type;  // of the model
+    Type decode_type;  // of the bases `decode`
+    int64_t sinks, means_from, is_shared, is_rounded, digits;
+    double scale;
+    Side sides[2];
+    int64_t window[4], sink_starts[2], mean_starts[2];  // bytes in a row before keys, values, scales of each
+    Kernel latents_kernel, window_kernel, sinks_kernel;
+    void (*pack)(const Pack*);
+};
+
+// The sequences, of `numbers` [4, count]: their new token in the batch, their row in the tables, the token's position,
+// how many tokens its query reads as latents.
+struct Step {
+    int64_t count, threads;
+    const int64_t* numbers;
+
+    int64_t token(int64_t i) const { return numbers[i]; }
+    int64_t owner(int64_t i) const { return numbers[count + i]; }
+    int64_t position(int64_t i) const { return numbers[2 * count + i]; }
+    int64_t quantized(int64_t i) const { return numbers[3 * count + i]; }
+};
+
+constexpr int32_t NO_BLOCK = 0;  // of tokens that are not kept
+
+// A cache's memory and a batch's blocks in it.
+struct Blocks {
+    uint8_t* data;
+    int64_t block, row;  // bytes from one block, one token to the next
+    const int32_t* table;
+    int64_t table_row, size;  // numbers from one sequence to the next; tokens of a block
+
+    int32_t number(int64_t owner, int64_t position) const { return table[owner * table_row + position / size]; }
+    uint8_t* at(int64_t owner, int64_t position) const {
+        return data + number(owner, position) * block + position % size * row;
+    }
+};
+
+struct Numbers {  // [tokens, heads, dense]
+    uint8_t* data;
+    int64_t token, head;  // strides in numbers
+};
+
+struct Call {
+    const Layer* layer;
+    const Step* step;
+    int64_t writes;  // the new tokens have to be written
+    Numbers query, key, value, output;
+    Blocks latents, window, first;
+};
+
+// ------------------------------------------------------------------------------------------------ numbers
+
+void to_floats(const uint8_t* from, Type type, int64_t count, float* to) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(from);
+    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *to);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = from_bits(uint32_t(halves[i]) << 16);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_float16(halves[i]);
+}
+
+void from_floats(const float* from, Type type, int64_t count, uint8_t* to) {
+    auto* halves = reinterpret_cast<uint16_t*>(to);
+    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *from);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) halves[i] = to_float16(from[i]);
+}
+
+constexpr int64_t bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+
+// x[n] as 8-bit values with one scale, as fhopt.ops.packing.round_rows does.
+void round_row(const float* x, int64_t n, uint8_t* codes, uint8_t* scale) {
+    float largest = 0, unknown = 0;  // NaN where x has one
+    for (int64_t i = 0; i < n; i++) {
+        largest = std::abs(x[i]) > largest ? std::abs(x[i]) : largest;
+        unknown += x[i] == x[i] ? 0.0f : x[i];
+    }
+    const uint16_t half = to_float16(std::clamp(largest / 127.5f, 0x1p-24f, 65504.0f) + unknown);
+    std::memcpy(scale, &half, sizeof half);
+    const float step = from_float16(half);
+    for (int64_t i = 0; i < n; i++) {
+        const float level = std::floor(x[i] / step + 128.0f);
+        codes[i] = uint8_t(level > 0 ? std::min(level, 255.0f) : 0.0f);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ products with bases
+
+constexpr int PANEL_ROWS = LANES == 16 ? 8 : 2;  // sums that registers hold
+
+// y[r][c] = sum_i x[r][i] panel[i][c], added to what is there if `adds` says so.
+template <class Stored, int ROWS>
+void times_panel(const float* const* x, const typename Stored::Number* panel, int64_t n, bool adds, float* const* y) {
+    constexpr int VECTORS = PANEL / LANES;
+    Floats sums[ROWS][VECTORS] = {};
+    UNROLL(8) for (int r = 0; r < ROWS && adds; r++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) sums[r][v] = load(y[r] + v * LANES);
+    }
+    UNROLL(1) for (int64_t i = 0; i < n; i++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) {
+            const Floats b = Stored::load(panel + i * PANEL + v * LANES);
+            UNROLL(8) for (int r = 0; r < ROWS; r++) sums[r][v] += x[r][i] * b;
+        }
+    }
+    UNROLL(8) for (int r = 0; r < ROWS; r++) {
+        UNROLL(8) for (int v = 0; v < VECTORS; v++) store(y[r] + v * LANES, sums[r][v]);
+    }
+}
+
+template <class Stored, int... I>
+void times_rows(int rows, const float* const* x, const typename Stored::Number* panel, int64_t n, bool adds,
+                float* const* y, std::integer_sequence<int, I...>) {
+    ((rows == I + 1 ? times_panel<Stored, I + 1>(x, panel, n, adds, y) : void()), ...);
+}
+
+// Rows that are multiplied by a matrix of a basis, and where the products go.
+struct Factors {
+    std::vector<const float*> x;
+    std::vector<float*> y;
+    bool adds;
+};
+
+template <class Stored>
+void times(const Factors& rows, const Basis& basis, int64_t matrix, int64_t panel) {
+    const auto* data = static_cast<const typename Stored::Number*>(basis.data);
+    const auto* from = data + (matrix * basis.panels + panel) * basis.n * PANEL;
+    for (size_t first = 0; first < rows.x.size(); first += PANEL_ROWS) {
+        const int count = int(std::min<size_t>(PANEL_ROWS, rows.x.size() - first));
+        float* y[PANEL_ROWS];
+        for (int r = 0; r < count; r++) y[r] = rows.y[first + r] + panel * PANEL;
+        const auto counts = std::make_integer_sequence<int, PANEL_ROWS>();
+        times_rows<Stored>(count, &rows.x[first], from, basis.n, rows.adds, y, counts);
+    }
+}
+
+// One panel of a matrix, which is of 32 bits or bfloat16.
+void times(Type type, const Factors& rows, const Basis& basis, int64_t matrix, int64_t panel) {
+    if (type == BFLOAT16) times<BFloat16>(rows, basis, matrix, panel);
+    else times<Float32>(rows, basis, matrix, panel);
+}
+
+// ------------------------------------------------------------------------------------------------ what is to be done
+
+constexpr int64_t ROOM = 192 << 10;  // bytes of rows that are brought together: they stay in the second-level cache
+constexpr int64_t QUANTUM = 64;  // tokens of which a range has a multiple
+
+enum Kind { LATENTS, WINDOW, SINKS };
+
+// What one kernel attends to at once, and where its results go: [H, width] and [H].
+struct Piece {
+    Kind kind;
+    int64_t sequence, begin, tokens;
+    float *output, *lse;
+};
+
+int64_t tokens_of_a_range(int64_t all, int64_t ranges, int64_t row) {
+    const int64_t most = std::max(ROOM / row / QUANTUM * QUANTUM, QUANTUM);
+    return std::clamp((all / ranges + QUANTUM - 1) / QUANTUM * QUANTUM, QUANTUM, most);
+}
+
+// All pieces: those of latents first, which take longest, of every kind those of the first sequence first.
+struct Pieces {
+    std::vector<Piece> all;
+    std::vector<int64_t> first[3];  // of each sequence, and the end
+    int64_t threads;
+
+    explicit Pieces(const Call& c) {
+        const Layer& l = *c.layer;
+        const Step& s = *c.step;
+        const auto start = [&](int64_t i) { return l.sinks + s.quantized(i); };  // of the window
+        int64_t latents = 0, window = 0;
+        for (int64_t i = 0; i < s.count; i++) {
+            latents += s.quantized(i);
+            window += std::max<int64_t>(s.position(i) + 1 - start(i), 0);
+        }
+        const int64_t width = l.sides[0].width + l.sides[1].width, size = l.sizes[0] + l.sizes[1];
+        const int64_t products = l.heads * (latents * width + window * size);
+        threads = std::clamp<int64_t>(products / 200000, 1, s.threads);  // a thread is worth about 10 us of work
+        const int64_t of_latents = tokens_of_a_range(latents, threads == 1 ? 1 : 4 * threads, c.latents.row);
+        const int64_t of_window = tokens_of_a_range(window, threads, c.window.row);
+        for (int64_t i = 0; i < s.count; i++) cut(LATENTS, i, l.sinks, start(i), of_latents);
+        for (int64_t i = 0; i < s.count; i++) cut(WINDOW, i, start(i), s.position(i) + 1, of_window);
+        for (int64_t i = 0; i < s.count; i++) cut(SINKS, i, 0, std::min(l.sinks, s.position(i) + 1), QUANTUM);
+        for (std::vector<int64_t>& one : first) one.push_back(int64_t(&one == &first[2] ? all.size() : 0));
+        first[LATENTS].back() = first[WINDOW].empty() ? 0 : first[WINDOW][0];
+        first[WINDOW].back() = first[SINKS].empty() ? 0 : first[SINKS][0];
+    }
+
+    void cut(Kind kind, int64_t sequence, int64_t begin, int64_t end, int64_t range) {
+        first[kind].push_back(int64_t(all.size()));
+        for (; begin < end; begin += range) {
+            all.push_back({kind, sequence, begin, std::min(range, end - begin), nullptr, nullptr});
+        }
+    }
+};
+
+// Floats of a call, in memory that the calling thread keeps: what is asked for first, then where it is.
+struct Memory {
+    std::vector<float>& floats;
+    std::vector<std::pair<float**, int64_t>> wanted;
+
+    void want(float*& at, int64_t count) { wanted.push_back({&at, (count + 15) / 16 * 16}); }
+
+    void give() {
+        int64_t all = 0;
+        for (const auto& [at, count] : wanted) all += count;
+        if (int64_t(floats.size()) < all) floats.resize(all);
+        float* next = floats.data();
+        for (const auto& [at, count] : wanted) {
+            *at = next;
+            next += count;
+        }
+    }
+};
+
+struct Run {
+    const Call& c;
+    const Layer& l;
+    const Step& s;
+    Pieces pieces;
+    std::vector<int64_t> encoded, far;  // sequences whose new token is encoded; that read latents
+    float *queries, *inputs[2], *latents[2], *absorbed, *mixed, *outputs, *lse;
+
+    Run(const Call& call, std::vector<float>& floats) : c(call), l(*call.layer), s(*call.step), pieces(call) {
+        for (int64_t i = 0; i < s.count; i++) {
+            if (c.writes && s.position(i) >= l.means_from) encoded.push_back(i);
+            if (s.quantized(i)) far.push_back(i);
+        }
+        const int64_t rows = s.count * l.heads;
+        Memory memory{floats, {}};
+        memory.want(queries, rows * l.sizes[0]);
+        memory.want(absorbed, rows * l.sides[0].decode.width());
+        memory.want(mixed, rows * l.sides[1].width);
+        memory.want(outputs, rows * l.sides[1].decode.width());
+        for (int side = 0; side < sides(); side++) {
+            memory.want(inputs[side], s.count * input_width(side));
+            memory.want(latents[side], s.count * l.sides[side].heads * l.sides[side].encode.width());
+        }
+        memory.want(lse, int64_t(pieces.all.size()) * l.heads);
+        for (Piece& piece : pieces.all) memory.want(piece.output, l.heads * width_of(piece.kind));
+        memory.give();
+        for (size_t p = 0; p < pieces.all.size(); p++) pieces.all[p].lse = lse + int64_t(p) * l.heads;
+    }
+
+    int sides() const { return l.is_shared ? 1 : 2; }
+    int64_t width_of(Kind kind) const { return kind == LATENTS ? l.sides[1].width : l.sizes[1]; }
+    int64_t input_width(int side) const { return l.sides[side].heads * l.sides[side].encode.n; }
+    float* query(int64_t i, int64_t head) const { return queries + (i * l.heads + head) * l.sizes[0]; }
+    float* latent(int side, int64_t i, int64_t j) const {
+        const Side& one = l.sides[side];
+        return latents[side] + (i * one.heads + j) * one.encode.width();
+    }
+    const uint8_t* page(int64_t i) const { return c.first.at(s.owner(i), 0); }
+    const float* mean(int64_t i, int side, int64_t group) const {  // of a plan that has means
+        return reinterpret_cast<const float*>(page(i) + l.mean_starts[side]) + group * l.sizes[side];
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ writing
+
+// The window's row of a new token, of heads as they came and as floats.
+void write_window(const Run& run, int64_t i, const uint8_t* head, const float* x, int side, int64_t group) {
+    const Layer& l = run.l;
+    const Blocks& window = run.c.window;
+    if (window.number(run.s.owner(i), run.s.position(i)) == NO_BLOCK) return;
+    uint8_t* row = window.at(run.s.owner(i), run.s.position(i));
+    const int64_t size = l.sizes[side];
+    if (l.is_rounded) {
+        round_row(x, size, row + l.window[side] + group * size, row + l.window[2 + side] + 2 * group);
+    } else {
+        const int64_t bytes = size * bytes_of(l.type);
+        std::memcpy(row + l.window[side] + group * bytes, head, bytes);
+    }
+}
+
+// What the encoder of a side reads of a head.
+void set_input(const Run& run, int64_t i, const float* x, int side, int64_t group) {
+    const Layer& l = run.l;
+    const int64_t size = l.sizes[side], both = l.sizes[0] + l.sizes[1];
+    float* to = l.is_shared ? run.inputs[0] + (i * l.kv_heads + group) * both + side * l.sizes[0]
+                            : run.inputs[side] + (i * l.kv_heads + group) * size;
+    const float* mean = l.means_from ? run.mean(i, side, group) : nullptr;
+    for (int64_t d = 0; d < size; d++) to[d] = mean ? x[d] - mean[d] : x[d];
+}
+
+void prepare(const Run& run, int64_t i) {
+    const Layer& l = run.l;
+    const auto head_of = [&](const Numbers& x, int64_t head) {
+        return x.data + (run.s.token(i) * x.token + head * x.head) * bytes_of(l.type);
+    };
+    for (int64_t h = 0; h < l.heads; h++) to_floats(head_of(run.c.query, h), l.type, l.sizes[0], run.query(i, h));
+    if (!run.c.writes) return;
+    std::vector<float> x(std::max(l.sizes[0], l.sizes[1]));
+    for (int side = 0; side < 2; side++) {
+        for (int64_t group = 0; group < l.kv_heads; group++) {
+            const uint8_t* head = head_of(side ? run.c.value : run.c.key, group);
+            to_floats(head, l.type, l.sizes[side], x.data());
+            write_window(run, i, head, x.data(), side, group);
+            if (run.s.position(i) >= l.means_from) set_input(run, i, x.data(), side, group);
+        }
+    }
+}
+
+void pack(const Run& run, int64_t i, int side) {
+    const Side& one = run.l.sides[side];
+    const Blocks& cache = run.c.latents;
+    if (cache.number(run.s.owner(i), run.s.position(i)) == NO_BLOCK) return;
+    uint8_t* row = cache.at(run.s.owner(i), run.s.position(i));
+    if (one.tier_count == 0) {
+        for (int64_t j = 0; j < one.heads; j++) {
+            from_floats(run.latent(side, i, j), run.l.type, one.width, row + one.start + j * one.bytes);
+        }
+        return;
+    }
+    Pack a{{1, one.heads, 1}, 1, FLOAT32, one.tiers, one.tier_count, one.width, {}, {}, {}};
+    a.latent = {run.latent(side, i, 0), {0, one.encode.width(), 0}};
+    a.codes = {row + one.start, {0, one.bytes, 0}};
+    a.scale = {row + one.scale, {0, 1, 0}};
+    run.l.pack(&a);
+}
+
+// ------------------------------------------------------------------------------------------------ bases
+
+int64_t encode_panels(const Run& run, int side) {
+    return run.encoded.empty() || side >= run.sides() ? 0 : run.l.sides[side].heads * run.l.sides[side].encode.panels;
+}
+
+int64_t absorb_panels(const Run& run) { return run.far.empty() ? 0 : run.l.kv_heads * run.l.sides[0].decode.panels; }
+
+void encode(const Run& run, int side, int64_t task) {
+    const Side& one = run.l.sides[side];
+    const int64_t j = task / one.encode.panels;
+    Factors rows{{}, {}, false};
+    for (int64_t i : run.encoded) {
+        rows.x.push_back(run.inputs[side] + i * run.input_width(side) + j * one.encode.n);
+        rows.y.push_back(run.latent(side, i, j));
+    }
+    times(FLOAT32, rows, one.encode, j, task % one.encode.panels);
+}
+
+void absorb(const Run& run, int64_t task) {
+    const Basis& basis = run.l.sides[0].decode;
+    const int64_t group = task / basis.panels, shared = run.l.heads / run.l.kv_heads;
+    Factors rows{{}, {}, false};
+    for (int64_t i : run.far) {
+        for (int64_t h = group * shared; h < (group + 1) * shared; h++) {
+            rows.x.push_back(run.query(i, h));
+            rows.y.push_back(run.absorbed + (i * run.l.heads + h) * basis.width());
+        }
+    }
+    times(run.l.decode_type, rows, basis, group, task % basis.panels);
+}
+
+void multiply(const Run& run, int64_t task) {
+    const int64_t keys = encode_panels(run, 0), both = keys + encode_panels(run, 1);
+    if (task < keys) encode(run, 0, task);
+    else if (task < both) encode(run, 1, task - keys);
+    else absorb(run, task - both);
+}
+
+// ------------------------------------------------------------------------------------------------ reading
+
+// Rows of tokens from `begin` on, one behind the other: where they are, or brought together in `room`.
+const uint8_t* rows_of(const Blocks& blocks, int64_t owner, int64_t begin, int64_t tokens, std::vector<uint8_t>& room) {
+    if (begin / blocks.size == (begin + tokens - 1) / blocks.size) return blocks.at(owner, begin);
+    if (int64_t(room.size()) < tokens * blocks.row) room.resize(tokens * blocks.row);
+    uint8_t* to = room.data();
+    for (int64_t position = begin, end = begin + tokens; position < end;) {
+        const int64_t count = std::min(blocks.size - position % blocks.size, end - position);
+        std::memcpy(to, blocks.at(owner, position), count * blocks.row);
+        to += count * blocks.row;
+        position += count;
+    }
+    return room.data();
+}
+
+// Keys or values of a piece, and their scales, as a kernel takes them.
+struct SideRows {
+    int64_t heads;
+    Rows numbers, scales;
+};
+
+SideRows side_of(const Run& run, const Piece& piece, int side, const uint8_t* rows) {
+    const Layer& l = run.l;
+    const Side& one = l.sides[side];
+    const int64_t size = l.sizes[side], number = bytes_of(l.type);
+    if (piece.kind == LATENTS) {
+        const int64_t row = run.c.latents.row, element = one.tier_count ? 1 : number;
+        const Rows scales = {rows + one.scale, {0, 1, row / 2}};
+        return {one.heads, {rows + one.start, {0, one.bytes / element, row / element}}, scales};
+    }
+    if (piece.kind == SINKS) {
+        const uint8_t* first = rows + l.sink_starts[side] + piece.begin * l.kv_heads * size * number;
+        return {l.kv_heads, {first, {0, size, l.kv_heads * size}}, {}};
+    }
+    const int64_t row = run.c.window.row, element = l.is_rounded ? 1 : number;
+    const Rows scales = {rows + l.window[2 + side], {0, 1, row / 2}};
+    return {l.kv_heads, {rows + l.window[side], {0, size, row / element}}, scales};
+}
+
+const uint8_t* rows_of(const Run& run, const Piece& piece) {
+    static thread_local std::vector<uint8_t> room;
+    if (piece.kind == SINKS) return run.page(piece.sequence);
+    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
+    return rows_of(blocks, run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
+}
+
+void attend(const Run& run, const Piece& piece) {
+    const Layer& l = run.l;
+    const bool latents = piece.kind == LATENTS;
+    const Kernel& kernel = latents ? l.latents_kernel : piece.kind == WINDOW ? l.window_kernel : l.sinks_kernel;
+    const uint8_t* rows = rows_of(run, piece);
+    const SideRows key = side_of(run, piece, 0, rows), value = side_of(run, piece, 1, rows);
+    const int64_t width = latents ? l.sides[0].decode.width() : l.sizes[0];
+    Attention a{1, l.heads, 1, piece.tokens, key.heads, value.heads, 1, 0};
+    a.query = {(latents ? run.absorbed : run.queries) + piece.sequence * l.heads * width, {0, width, width}};
+    a.key = key.numbers, a.key_scale = key.scales;
+    a.value = value.numbers, a.value_scale = value.scales;
+    a.output = piece.output, a.lse = piece.lse;
+    a.scale = l.scale, a.digits = l.digits;
+    a.kernel = kernel.table;
+    kernel.run(&a);
+}
+
+// ------------------------------------------------------------------------------------------------ merging
+
+constexpr int64_t MERGED = 4;  // sequences whose outputs are expanded at once
+
+// Of one head: open tokens to its output, latents, weighted alike, to `mixed`.
+void mix(const Run& run, int64_t i, int64_t head) {
+    const Layer& l = run.l;
+    const int64_t row = i * l.heads + head, group = head / (l.heads / l.kv_heads);
+    float shift = 0;  // of logits of latents, which are differences from a mean
+    if (l.means_from && run.s.quantized(i)) {
+        const float *query = run.query(i, head), *mean = run.mean(i, 0, group);
+        for (int64_t d = 0; d < l.sizes[0]; d++) shift += query[d] * mean[d];
+        shift *= float(l.scale);
+    }
+    const auto each = [&](auto f) {
+        for (int kind = LATENTS; kind <= SINKS; kind++) {
+            for (int64_t p = run.pieces.first[kind][i]; p < run.pieces.first[kind][i + 1]; p++) {
+                const Piece& piece = run.pieces.all[p];
+                f(piece, piece.lse[head] + (kind == LATENTS ? shift : 0.0f));
+            }
+        }
+    };
+    float top = -INF, total = 0, far = 0;
+    each([&](const Piece&, float lse) { top = std::max(top, lse); });
+    each([&](const Piece& piece, float lse) {
+        total += std::exp(lse - top);
+        if (piece.kind == LATENTS) far += std::exp(lse - top);
+    });
+    float *out = run.outputs + row * l.sides[1].decode.width(), *latents = run.mixed + row * l.sides[1].width;
+    std::fill(out, out + l.sides[1].decode.width(), 0.0f);
+    std::fill(latents, latents + l.sides[1].width, 0.0f);
+    each([&](const Piece& piece, float lse) {
+        const int64_t width = run.width_of(piece.kind);
+        const float weight = std::exp(lse - top) / total, *from = piece.output + head * width;
+        float* to = piece.kind == LATENTS ? latents : out;
+        for (int64_t n = 0; n < width; n++) to[n] += weight * from[n];
+    });
+    const float* mean = l.means_from && far > 0 ? run.mean(i, 1, group) : nullptr;
+    for (int64_t d = 0; mean && d < l.sizes[1]; d++) out[d] += far / total * mean[d];
+}
+
+int64_t merges(const Run& run) { return (run.s.count + MERGED - 1) / MERGED * run.l.kv_heads; }
+
+// Heads of a group, of some sequences: merge, expand, round.
+void merge(const Run& run, int64_t task) {
+    const Layer& l = run.l;
+    const Basis& basis = l.sides[1].decode;
+    const int64_t group = task % l.kv_heads, shared = l.heads / l.kv_heads, begin = task / l.kv_heads * MERGED;
+    const auto for_heads = [&](auto f) {
+        for (int64_t i = begin; i < std::min(begin + MERGED, run.s.count); i++) {
+            for (int64_t h = group * shared; h < (group + 1) * shared; h++) f(i, h, i * l.heads + h);
+        }
+    };
+    Factors rows{{}, {}, true};
+    for_heads([&](int64_t i, int64_t h, int64_t row) {
+        mix(run, i, h);
+        if (run.s.quantized(i) == 0) return;
+        rows.x.push_back(run.mixed + row * l.sides[1].width);
+        rows.y.push_back(run.outputs + row * basis.width());
+    });
+    for (int64_t panel = 0; panel < basis.panels; panel++) times(l.decode_type, rows, basis, group, panel);
+    for_heads([&](int64_t i, int64_t h, int64_t row) {
+        const Numbers& to = run.c.output;
+        uint8_t* at = to.data + (run.s.token(i) * to.token + h * to.head) * bytes_of(l.type);
+        from_floats(run.outputs + row * basis.width(), l.type, l.sizes[1], at);
+    });
+}
+
+}  // namespace
+
+extern "C" void attend_blocks(const Call* call) {
+    static thread_local std::vector<float> floats;
+    const Run run(*call, floats);
+    const int64_t count = run.s.count, panels = encode_panels(run, 0) + encode_panels(run, 1) + absorb_panels(run);
+    const int64_t pieces = int64_t(run.pieces.all.size()), packed = int64_t(run.encoded.size()) * run.sides();
+    const int threads = int(run.pieces.threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) prepare(run, i);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < panels; i++) multiply(run, i);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < pieces + packed; i++) {
+            if (i < pieces) attend(run, run.pieces.all[i]);
+            else pack(run, run.encoded[(i - pieces) / run.sides()], int((i - pieces) % run.sides()));
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < merges(run); i++) merge(run, i);
+    }
+}

@@ -1,0 +1,107 @@
+"""A decode step on an engine's blocks as one call of machine code a layer (fhopt/codegen/cpu/block_tables.py).
+
+It writes what `LayerCache.write` writes and attends as `decode_step.attend_step` does, which serve where nothing can be
+compiled, and are what it is tested against.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.cpu.block_tables import BlockAttention, BlockLayout, SideLayout, StepNumbers, attention_of, blocks_of
+from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.serving.batch import Batch
+from fhopt.serving.rows import Part
+
+if TYPE_CHECKING:
+    from fhopt.serving.layer_cache import Caches, Held, LayerCache
+
+
+class CompiledStep:
+    """The decode step of one layer."""
+
+    def __init__(self, layer: LayerCache, attention: BlockAttention) -> None:
+        self.window, self.means_from, self._attention = layer.window, layer.means_from, attention
+
+    def serves(self, caches: Caches, query: Tensor) -> bool:
+        """Return whether the sequences with one new token can be served."""
+        memory = caches.latents.cache, caches.window.cache, caches.first.cache
+        return bool(caches.batch.singles) and self._attention.serves(query, *memory)
+
+    def writes(self, batch: Batch) -> bool:
+        """Return whether new tokens can be written, too.
+
+        All sequences have one new token, behind the attention sinks, and none comes to have means by it.
+        """
+        key = "writes", self.window, self.means_from
+        if key not in batch.made:
+            plain = all(one.start >= self.window.sinks for one in batch.singles)
+            batch.made[key] = plain and not batch.several and not batch.gaining_means(self.means_from)
+        return bool(batch.made[key])
+
+    def __call__(
+        self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
+    ) -> None:
+        """Attend with the queries [T,H,D] of sequences with one new token into `output` [T,H,E]; write these first.
+
+        keys [T,G,D], values [T,G,E]: of the batch's new tokens.
+        """
+        blocks = _blocks(caches.latents), _blocks(caches.window), _blocks(caches.first)
+        self._attention(self._numbers(caches.batch), blocks, query, keys, values, output, writes)
+
+    def _numbers(self, batch: Batch) -> StepNumbers:
+        key = "numbers", self.window
+        if key not in batch.made:
+            quantized = self.window.quantized_tokens
+            rows = [(one.begin, one.index, one.start, quantized(one.start)) for one in batch.singles]
+            batch.made[key] = StepNumbers.of(rows)
+        numbers: StepNumbers = batch.made[key]
+        return numbers
+
+
+def _blocks(held: Held) -> tuple[int, int, int, int, int, int]:
+    return blocks_of(held.cache, held.blocks.table, held.blocks.size)
+
+
+def compiled_step(layer: LayerCache, dtype: torch.dtype) -> CompiledStep | None:
+    """Build the decode step of a layer of a model of type `dtype`; None where nothing can be compiled."""
+    attention = attention_of(layout_of(layer, dtype))
+    return None if attention is None else CompiledStep(layer, attention)
+
+
+def layout_of(layer: LayerCache, dtype: torch.dtype) -> BlockLayout:
+    """Return where what stands in the rows of a layer's caches."""
+    site, sides = layer.site.site, _sides(layer.site, layer)
+    first_parts = [*layer.first_rows.sink_parts, *layer.first_rows.mean_parts]
+    return BlockLayout(
+        heads=site.heads, kv_heads=site.kv_heads, sizes=(site.key_dim, site.value_dim), dtype=dtype, scale=layer.scale,
+        key=sides[0], value=sides[1], is_shared=layer.site.is_shared,
+        window=_starts(layer.window_rows.parts), window_bits=8 if layer.window_rows.is_rounded else 16,
+        first_rows=_starts(first_parts), sinks=layer.window.sinks, means_from=layer.means_from,
+    )  # fmt: skip
+
+
+def _starts(parts: list[Part]) -> tuple[int, int, int, int]:
+    """Return the first bytes of up to four parts of a row, 0 for those that there are not."""
+    first, second, third, fourth = [*(part.start for part in parts), 0, 0][:4]
+    return first, second, third, fourth
+
+
+def _sides(plan: SitePlan, layer: LayerCache) -> tuple[SideLayout, SideLayout]:
+    parts = iter(layer.latent_rows.parts)
+    found = []
+    for side in layer.latent_rows.sides:
+        latents = next(parts)
+        scale = next(parts).start if side.tiers else 0
+        found.append((side, latents.start, scale, latents.numbers * latents.dtype.itemsize))
+    key, value = found[0], found[-1]
+    return _side(plan.key, *key), _side(plan.value, *value)
+
+
+def _side(own: SidePlan, stored: SidePlan, start: int, scale: int, size: int) -> SideLayout:
+    """Return the layout of one side, whose latents are those of `stored`."""
+    tiers = tuple((tier.bits, tier.width, tier.step) for tier in stored.tiers)
+    return SideLayout(stored.encode, own.decode, tiers, size, start, scale)

@@ -1,0 +1,74 @@
+"""The C++ decode step on blocks (codegen/cpu/block_tables.py), against plain attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from needs import needs_compiler
+from torch.nn import functional as F
+
+from fhopt.codegen.cpu import block_tables
+from fhopt.codegen.cpu.block_tables import BlockLayout, SideLayout, StepNumbers, attention_of, blocks_of
+
+H, G, D, SIZE = 4, 2, 16, 8  # query heads, kv heads, head size, tokens of a block
+LENGTHS = (37, 20, 5)
+QUANTIZED = (24, 8, 0)
+
+pytestmark = needs_compiler
+
+
+def layout() -> BlockLayout:
+    """Latents that are keys and values themselves, in float32; a window as it came; no sinks."""
+    one = torch.eye(D).expand(G, D, D)
+    key, value = (SideLayout(one, one, (), 4 * D, start, 0) for start in (0, 4 * G * D))
+    return BlockLayout(
+        heads=H, kv_heads=G, sizes=(D, D), dtype=torch.float32, scale=0.25, key=key, value=value, is_shared=False,
+        window=(0, 4 * G * D, 0, 0), window_bits=16, first_rows=(0, 0, 0, 0), sinks=0, means_from=0,
+    )  # fmt: skip
+
+
+def test_it_attends_through_block_tables() -> None:
+    torch.manual_seed(0)
+    attention = attention_of(layout())
+    assert attention is not None
+    count, blocks = len(LENGTHS), 8
+    key, value = (torch.randn(count, G, max(LENGTHS), D) for _ in range(2))
+    caches = [torch.zeros(1 + count * blocks, 1, SIZE, 2 * 4 * G * D, dtype=torch.uint8) for _ in range(3)]
+    tables = [1 + torch.randperm(count * blocks).view(count, blocks).int() for _ in range(3)]
+    for b, length in enumerate(LENGTHS):
+        for t in range(length - 1):  # the last is written by the step
+            row = torch.cat([key[b, :, t].flatten(), value[b, :, t].flatten()]).view(torch.uint8)
+            for cache, table in zip(caches, tables, strict=True):
+                cache[table[b, t // SIZE], 0, t % SIZE] = row
+    new = [torch.stack([x[b, :, length - 1] for b, length in enumerate(LENGTHS)]) for x in (key, value)]
+    query, output = torch.randn(count, H, D), torch.empty(count, H, D)
+    step = StepNumbers.of([(i, i, length - 1, QUANTIZED[i]) for i, length in enumerate(LENGTHS)])
+    held = [blocks_of(cache, table, SIZE) for cache, table in zip(caches, tables, strict=True)]
+    attention(step, (held[0], held[1], held[2]), query, *new, output, writes=True)
+    for b, length in enumerate(LENGTHS):
+        k, v = key[b : b + 1, :, :length], value[b : b + 1, :, :length]
+        expected = F.scaled_dot_product_attention(query[b, :, None][None], k, v, scale=0.25, enable_gqa=True)
+        assert torch.allclose(output[b], expected[0, :, 0], atol=1e-5)
+
+
+def test_numbers_that_kernels_do_not_know_are_left_to_torch() -> None:
+    assert attention_of(replace(layout(), dtype=torch.float64)) is None
+    attention = attention_of(layout())
+    rows = torch.zeros(2, 1, SIZE, 12, dtype=torch.uint8)
+    assert attention is not None and attention.serves(torch.zeros(1, H, D), rows)
+    assert not attention.serves(torch.zeros(1, H, D).half(), rows)
+    assert not attention.serves(torch.zeros(1, H, D), rows[..., :10].contiguous())  # numbers would not be aligned
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_specs_are_those_of_latents_window_and_sinks(bits: int) -> None:
+    latents, window, sinks = replace(layout(), window_bits=bits).specs()
+    assert (latents.key_width, latents.dtype) == (D, "float32")
+    assert bool(window.key_tiers) == (bits == 8) and not sinks.key_tiers
+
+
+def test_the_file_is_always_the_same() -> None:
+    assert block_tables.render() == block_tables.render()
+    assert not block_tables.compiles_library()  # other tests have built it
