@@ -195,7 +195,13 @@ class _Bound:
         self.program, self.attention, self.extra = program, recording.attention, recording.extra
         self.externals = (ctypes.c_int64 * program.externals)()
         self.address = ctypes.addressof(self.externals)
-        self.weights = list(recording.weights.values())
+        weights = recording.weights.values()
+        self.plain = [(w.tensor, w.address) for w in weights if w.kept is None]
+        self.quantized = [w for w in weights if w.kept is not None]
+        self.held: list[tuple[dict[str, Any], str, Any]] = [
+            (w.holder, w.name, w.tensor) for w in weights if w.kept is None
+        ]
+        self.held += [(m._modules, name, part) for m in layer.modules() for name, part in m._modules.items()]
         for number, weight in recording.weights.items():
             self.externals[number] = weight.address
         self.reads = [(n, path) for n, path in recording.inputs.items() if n in program.read]
@@ -203,8 +209,7 @@ class _Bound:
         like = recording.tensors[self.attended]
         self.result_of_attention = (like.shape, like.dtype)
         self.hooks = [h for m in layer.modules() if m is not layer for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.holders = [vars(m) for m in layer.modules() if m is not layer]
-        self.replaced = [("forward" in holder, holder) for holder in self.holders]
+        self.replaced = [("forward" in vars(m), vars(m)) for m in layer.modules() if m is not layer]
         self.count, self.names = len(args), tuple(kwargs)
         paths = {path for _, path in self.reads}
         self.arguments = [(path, *_expected(x, path in paths)) for path, x in leaves(args, kwargs)]
@@ -245,9 +250,16 @@ class _Bound:
 
     def is_current(self) -> bool:
         """Return whether the layer has the weights and the parts that it had, and nothing hooks into these."""
-        if any(self.hooks) or not all(weight.is_current() for weight in self.weights):
-            return False
-        return all(("forward" in holder) == was for was, holder in self.replaced)
+        for holder, name, thing in self.held:
+            if holder.get(name) is not thing:
+                return False
+        for tensor, address in self.plain:
+            if tensor.data_ptr() != address:
+                return False
+        for was, holder in self.replaced:
+            if ("forward" in holder) is not was:
+                return False
+        return not any(self.hooks) and all(weight.is_current() for weight in self.quantized)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the program."""

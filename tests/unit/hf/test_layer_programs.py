@@ -152,6 +152,7 @@ def test_hooks_and_replaced_weights_are_seen(llama: tuple[Any, fhopt.LatentPlan]
     with torch.no_grad():
         layer.mlp.up_proj.weight.mul_(2)
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.randn(64, 96) / 8)
+    model.model.layers[0].self_attn.o_proj = torch.nn.Linear(64, 64, bias=False)
     output, _ = stepwise(model, ids)
     calls.clear()
     changed, again = of_both(model, plan, ids)
