@@ -46,7 +46,7 @@ def test_it_attends_through_block_tables() -> None:
     query, output = torch.randn(count, H, D), torch.empty(count, H, D)
     step = StepNumbers.of([(i, i, length - 1, QUANTIZED[i]) for i, length in enumerate(LENGTHS)])
     held = [blocks_of(cache, table, SIZE) for cache, table in zip(caches, tables, strict=True)]
-    attention(step, (held[0], held[1], held[2]), query, *new, output, writes=True)
+    attention(step, (held[0], held[1], held[2]), query, new[0], new[1], output, writes=True)
     for b, length in enumerate(LENGTHS):
         k, v = key[b : b + 1, :, :length], value[b : b + 1, :, :length]
         expected = F.scaled_dot_product_attention(query[b, :, None][None], k, v, scale=0.25, enable_gqa=True)
