@@ -3,8 +3,8 @@
     BlockLayout                       BlockAttention(layout)           called once a layer and step
     where what stands in a row   ->   bases in panels, addresses  ->   writes the new tokens, attends with their queries
 
-The C++ file (sources/block_tables.cpp) follows block tables; rows are read by the kernels of cpu/attention.py, packed
-by cpu/packing.py. It is the same for all plans, and compiled once on a machine.
+The C++ file (sources/block_tables.cpp) follows block tables; rows are read by the kernels of cpu/attention.py and
+packed by cpu/packing.py. It is the same for all plans, and compiled once on a machine.
 
 Letters: B sequences, H query heads, G kv heads, J latent heads, D and E head size of keys and values, R latent width.
 """
