@@ -46,30 +46,13 @@ using torch::stable::Tensor;
 // ------------------------------------------------------------------------------------------------ structs of kernels
 
 #include "kernel_call.h"
+#include "pack_call.h"
+#include "skinny_call.h"
 #include "cache_attention.h"
 
 struct Tier {
     int64_t bits, width;
     double step;
-};
-
-struct Pack {
-    int64_t shape[3], threads, type;
-    const void* tiers;
-    int64_t count, width;
-    Rows latent, codes, scale;
-};
-
-struct Skinny {
-    int64_t rows, width, columns, threads, type;
-    const void* input;
-    int64_t input_row;
-    const void* weight;
-    int64_t weight_row;
-    const void* bias;
-    void* output;
-    const float* scale;
-    int64_t is_float;
 };
 
 struct Kernel {

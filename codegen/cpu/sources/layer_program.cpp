@@ -22,6 +22,7 @@
 #include "exponential.h"
 #include "products.h"
 #include "kernel_call.h"
+#include "skinny_call.h"
 #include "cache_attention.h"
 
 // ------------------------------------------------------------------------------------------------ instructions
@@ -65,19 +66,6 @@ struct Instruction {
     int64_t strides[4], offset;  // LOAD: of the tensor, in its numbers
     double number;               // FILL
     int64_t bias, scale, weight_row, joined;  // LINEAR: externals or -1; how many instructions read the same input
-};
-
-// As in skinny_linear.cpp.
-struct Skinny {
-    int64_t rows, width, columns, threads, type;
-    const void* input;
-    int64_t input_row;
-    const void* weight;
-    int64_t weight_row;
-    const void* bias;
-    void* output;
-    const float* scale;
-    int64_t is_float;
 };
 
 struct Run {
