@@ -26,6 +26,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +276,7 @@ def main(
     loaded = load_model("demo")
     plans = [LatentPlan.load(path) for path in plan_paths] or _fitted(loaded, quick)
     whole = prompt_cache(loaded, max(contexts))
+    name = "decode-quick" if quick else "decode" if contexts == (TOKENS,) else "decode-contexts"
     rows: list[Row] = []
     for tokens, (batch, dtype) in itertools.product(contexts, cases(quick, batches, dtypes)):
         prompt = [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in whole]
@@ -282,11 +284,10 @@ def main(
         measure(implementations, cache_argument(loaded.language_model()), 2 if quick else rounds)
         rows += rows_of(f"batch {batch}, {dtype}, {tokens:,} tokens", batch, implementations)
         click.echo(summary_line(rows[-1].case, rows), err=True)
+        record(name, rows, partial(draw, rows=rows), summary(rows))
         del implementations
         gc.collect()
         torch._dynamo.reset()
-    name = "decode-quick" if quick else "decode" if contexts == (TOKENS,) else "decode-contexts"
-    record(name, rows, lambda figure: draw(figure, rows), summary(rows))
 
 
 def summary_line(case: str, rows: list[Row]) -> str:
