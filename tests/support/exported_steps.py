@@ -24,7 +24,7 @@ from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
 def by_the_model(model: Any, plan: LatentPlan, ids: Tensor) -> list[Tensor]:
     """Logits of each token, with a latent cache."""
-    fhopt.apply(model, decode_step.unrounded(plan))
+    fhopt.apply(model, decode_step.unrounded(plan), layer_programs=False)  # a number may be rounded otherwise
     cache = latent_cache(model)
     with torch.no_grad():
         found = [model(ids[:, i : i + 1], **cached(cache)).logits for i in range(ids.shape[1])]
