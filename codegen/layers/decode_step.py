@@ -65,7 +65,7 @@ class DecodeStep:
         keys, values = sides
         self._bases = [_basis(side.decode) for side in sides]
         means = [_mean(side.mean, query.shape[1]) for side in sides]
-        sizes = (*query.shape[:3], query.shape[3], values.tokens.shape[3])
+        sizes = (*query.shape, values.tokens.shape[3])
         self._kept = (program, query, attended, *sides)
         packed = b"".join([
             packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),

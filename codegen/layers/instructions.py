@@ -26,10 +26,15 @@ _INSTRUCTION = struct.Struct("@5q5q5q5q2q5qd4q")
 
 @dataclass(eq=False)
 class Buffer:
-    """Floats of the arena: how many, where, and the last instruction that touches them."""
+    """Floats of the arena: how many, and where; -1: that is not known yet."""
 
     size: int
     offset: int = -1
+
+    @property
+    def room(self) -> int:
+        """Return the floats that it takes: whole lines of the CPU's caches."""
+        return -(-max(self.size, 1) // 16) * 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +109,7 @@ def place(instructions: list[Instruction]) -> int:
     for number, instruction in enumerate(instructions):
         for buffer in instruction.touched:
             if buffer.offset < 0:
-                size = -(-max(buffer.size, 1) // 16) * 16
+                size = buffer.room
                 fit = next((f for f in free if f[1] >= size), None)
                 if fit is None:
                     buffer.offset, end = end, end + size
@@ -114,7 +119,7 @@ def place(instructions: list[Instruction]) -> int:
                     if fit[1] > size:
                         free.append((fit[0] + size, fit[1] - size))
         done = {id(b): b for b in instruction.touched if last[id(b)] == number}
-        free += [(b.offset, -(-max(b.size, 1) // 16) * 16) for b in done.values()]
+        free += [(b.offset, b.room) for b in done.values()]
     return end
 
 

@@ -31,7 +31,7 @@ from fhopt.codegen.layers.instructions import (
     packed,
     place,
     row_layout,
-)  # fmt: skip
+)
 from fhopt.codegen.layers.program import LayerProgram, Segment, Stored
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
@@ -119,6 +119,8 @@ class Lowering:
 
     def operand(self, x: Any) -> Value:
         """Return an operand of arithmetic in the arena; a number is a value of one."""
+        if isinstance(x, Value):
+            return self.in_arena(x)
         if isinstance(x, Ref):
             return self.in_arena(self.value(x))
         if not isinstance(x, (int, float)) or isinstance(x, bool):
@@ -166,7 +168,7 @@ class Lowering:
     def _change(self, op: TracedOp, base: str) -> None:
         """Lower an operation that changes its first operand in place."""
         target = self.value(op.args[0])
-        if target.buffer is None or target.view.numel() != math.prod(target.view.shape):
+        if target.buffer is None:
             raise UnsupportedError(f"{op.name} on an input or a weight")
         result = operations.HANDLERS[base](self, op.args, dict(op.kwargs))
         if tuple(result.view.shape) != tuple(target.view.shape):
@@ -176,7 +178,7 @@ class Lowering:
 
     def two(self, code: int, x: Any, y: Any) -> Value:
         """Emit an operation on two operands, of which one may be a number, with broadcasting."""
-        a, b = self.operand(x) if not isinstance(x, Value) else x, y if isinstance(y, Value) else self.operand(y)
+        a, b = self.operand(x), self.operand(y)
         shape = torch.broadcast_shapes(a.view.shape, b.view.shape)
         a, b = (Value(v.view.expand(shape), v.buffer) for v in (a, b))
         if code in (ADD, MULTIPLY) and shape and not a.view.stride(-1):
@@ -185,12 +187,12 @@ class Lowering:
 
     def one(self, code: int, x: Any) -> Value:
         """Emit a function of one operand."""
-        a = x if isinstance(x, Value) else self.operand(x)
+        a = self.operand(x)
         return self.emit(Instruction(code, four(a.view.shape), self.new(a.view.shape), a))
 
     def reduce(self, code: int, x: Any, dims: Any, keep: bool) -> Value:
         """Emit a sum or mean over the last dimension."""
-        a = self.operand(x) if not isinstance(x, Value) else x
+        a = self.operand(x)
         count = a.view.dim()
         given = [dims] if isinstance(dims, int) else list(dims or range(count))
         if {d % count for d in given} != {count - 1}:
@@ -201,8 +203,7 @@ class Lowering:
 
     def linear(self, x: Any, weight: Value, bias: Any, scale: Any = None) -> Value:
         """Emit x [..., K] times weight [N, K], joined with an earlier product of the same input."""
-        operand = x if isinstance(x, Value) else self.value(x)
-        a = self.in_arena(operand)
+        a = self.operand(x)
         width, columns = weight.view.shape[1], weight.view.shape[0]
         if weight.external < 0 or weight.view.stride(1) != 1 or weight.view.storage_offset():
             raise UnsupportedError("a product with what is no weight")
@@ -276,8 +277,7 @@ class Lowering:
 
     def _store(self, value: Value, like: TracedValue) -> int:
         """Emit the instruction that writes a dense tensor of the type of `like`; return its external."""
-        if value.buffer is None:
-            value = self.in_arena(value)
+        value = self.in_arena(value)
         if like.dtype not in TYPES or tuple(value.view.shape) != like.shape:
             raise UnsupportedError(f"a result of {like.dtype} {like.shape}")
         external, self.externals = self.externals, self.externals + 1

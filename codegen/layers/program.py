@@ -48,8 +48,7 @@ class Segment:
 class LayerProgram:
     """A lowered trace. Externals are addressed by the numbers of values of the trace, then what segments write.
 
-    arena: floats that a run needs. externals: their count. loaded: numbers of inputs and attention results that are
-    read, in the order of the trace.
+    arena: floats that a run needs. externals: their count. read: numbers of the values that are loaded.
     """
 
     segments: tuple[Segment, ...]

@@ -51,3 +51,8 @@ class LayerTrace:
     values: tuple[TracedValue, ...]
     ops: tuple[TracedOp, ...]
     output: Ref
+
+    @property
+    def attention(self) -> TracedOp:
+        """Return the operation that reads the cache. Expects a trace that has one."""
+        return next(op for op in self.ops if op.name == ATTENTION)

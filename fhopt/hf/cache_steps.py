@@ -89,7 +89,7 @@ def prepare_step(
     if kernels is None:
         return None
     sides = tuple(
-        CacheSide(new, exact, places[0], places[1], places[0].shape[2] - _spare(side, places), side.decode, side.mean)
+        CacheSide(new, exact, places[0], places[1], side.rounded, side.decode, side.mean)
         for new, exact, places, side in zip((tensors.keys, tensors.values), opened, room, (key, value), strict=True)
     )
     parts = _calls(kernels, tensors.query, key, value, room, opened, options)
@@ -121,10 +121,6 @@ def _left(layer: LatentLayer, room: tuple[Tensor, Tensor]) -> int:
     held, window = layer.window_keys.count, layer.window
     spare = room[0].shape[2] - layer.window_keys.parts[1].shape[2]
     return next((n for n in range(spare) if window.quantized_tokens(held + n + 1)), spare)
-
-
-def _spare(side: SideRows, room: tuple[Tensor, Tensor]) -> int:
-    return room[0].shape[2] - side.rounded
 
 
 def _opened(sinks: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from fhopt.codegen import layer_programs_are_built
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.program import LayerProgram, Stored, run_segment
-from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, UnsupportedError
+from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
 from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
 from fhopt.hf.layer_trace import Path, Recording, leaves, rehearse
 from fhopt.plan.latent_plan import LatentPlan
@@ -168,15 +168,12 @@ def _is_open(layer: torch.nn.Module) -> bool:
 
     home = type(layer).__module__.partition(".")[0]
     for module in layer.modules():
-        own = module is layer
-        if (
-            module._backward_hooks
-            or module.training
-            or (not own and (module._forward_hooks or module._forward_pre_hooks))
-        ):
+        if module._backward_hooks or module.training:
             return False
-        if not own and "forward" in vars(module) and not is_replaced(module):
-            return False
+        if module is not layer:  # its own hooks run around a program
+            stands_in = "forward" in vars(module) and not is_replaced(module)
+            if stands_in or module._forward_hooks or module._forward_pre_hooks:
+                return False
         if type(module).__module__.partition(".")[0] not in ("torch", "transformers", home):
             return False  # such as an adapter, which may be switched on and off
     return True
@@ -205,7 +202,7 @@ class _Bound:
         for number, weight in recording.weights.items():
             self.externals[number] = weight.address
         self.reads = [(n, path) for n, path in recording.inputs.items() if n in program.read]
-        self.attended = next(op for op in recording.trace.ops if op.name == ATTENTION).results[0].number
+        self.attended = recording.trace.attention.results[0].number
         like = recording.tensors[self.attended]
         self.result_of_attention = (like.shape, like.dtype)
         self.hooks = [h for m in layer.modules() if m is not layer for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -218,9 +215,8 @@ class _Bound:
         self.steps: WeakKeyDictionary[Any, CacheStep] = WeakKeyDictionary()  # by the layer of a cache
         self.tensors = tensors = result_tensors(program, self.result_of_attention)
         stored = self.query.external, self.keys.external, self.values.external
-        self.fixed = list(
-            zip((*stored, self.attended), (tensors.query, tensors.keys, tensors.values, tensors.attended), strict=True)
-        )
+        places = (x.data_ptr() for x in (tensors.query, tensors.keys, tensors.values, tensors.attended))
+        self.fixed = list(zip((*stored, self.attended), places, strict=True))  # of externals, and their addresses
         scaling = self.attention.options.get("scaling")
         self.options = {
             "scale": self.query.shape[3] ** -0.5 if scaling is None else scaling,
@@ -273,12 +269,12 @@ class _Bound:
             if step is not None:
                 output = self._new(self.output)
                 step(cache.layers[call.layer])
-                return output if self.extra < 0 else (output, *(None,) * self.extra)
+                return self._result(output)
         query, keys, values = (self._new(stored) for stored in (self.query, self.keys, self.values))
         run_segment(self.program, 0, externals, self.address, threads)
         read = cache.update(keys, values, call.layer)
         attended, _ = latent_attention(call.module, query, read[0], read[1], mask, **call.options)
-        return self._finish(attended, threads)
+        return self._result(self._finish(attended, threads))
 
     def _step(self, cache: Any, threads: int) -> CacheStep | None:
         """Return the step of a layer of the cache, prepared for this call; None where this is an ordinary one."""
@@ -286,21 +282,25 @@ class _Bound:
         step = self.steps.get(layer)
         if step is None or not step.is_current(layer, threads):
             tensors, options = self.tensors, self.options
-            step = (
-                None if cache.offloading else prepare_step(layer, self.program, self.address, tensors, options, threads)
-            )
+            if cache.offloading:
+                return None
+            step = prepare_step(layer, self.program, self.address, tensors, options, threads)
             if step is None:
                 return None
             self.steps[layer] = step
-        for external, tensor in self.fixed:
-            self.externals[external] = tensor.data_ptr()
+        for external, address in self.fixed:
+            self.externals[external] = address
         return step
 
-    def _finish(self, attended: Tensor, threads: int) -> Any:
+    def _result(self, output: Tensor) -> Any:
+        """Return what the layer returns with this output."""
+        return output if self.extra < 0 else (output, *(None,) * self.extra)
+
+    def _finish(self, attended: Tensor, threads: int) -> Tensor:
         self.externals[self.attended] = attended.data_ptr()
         output = self._new(self.output)
         run_segment(self.program, 1, self.externals, self.address, threads)
-        return output if self.extra < 0 else (output, *(None,) * self.extra)
+        return output
 
     def _new(self, stored: Stored) -> Tensor:
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
@@ -314,10 +314,8 @@ class _Bound:
             self.externals[number] = recording.arguments[number].data_ptr()
         made = [self._new(stored) for stored in (self.query, self.keys, self.values)]
         run_segment(self.program, 0, self.externals, self.address, threads)
-        attention = next(op for op in recording.trace.ops if op.name == ATTENTION)
-        expected = [recording.tensors[ref.number] for ref in attention.args]
-        output = self._finish(recording.tensors[self.attended], threads)
-        made.append(output if self.extra < 0 else output[0])
+        expected = [recording.tensors[ref.number] for ref in recording.trace.attention.args]
+        made.append(self._finish(recording.tensors[self.attended], threads))
         expected.append(recording.tensors[recording.trace.output.number])
         return all(_close(x, y) for x, y in zip(made, expected, strict=True))
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from fhopt.plan.latent_plan import LatentPlan
 
 EXPECTED = "expected_loss"  # of the provenance
-LEAST_TOKENS = (
-    8  # for each number of a token's keys, of all heads that one latent mixes. With 13, plans of 8x lost 30 %
-)
-# more than with 64, those of 4x 6 % (SmolLM2-135M-Instruct, benchmarks/results/calibration_curve.json)
+# For each number of a token's keys, of all heads that one latent mixes. With 13, plans of 8x lost 30 % more than with
+# 64, those of 4x 6 % (SmolLM2-135M-Instruct, benchmarks/results/calibration_curve.json).
+LEAST_TOKENS = 8
 
 
 @dataclass(frozen=True)

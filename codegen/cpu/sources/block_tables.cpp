@@ -32,11 +32,11 @@
 
 #include "vectors.h"
 #include "products.h"
+#include "typed_numbers.h"
+#include "window_rows.h"
 #include "kernel_call.h"
 #include "pack_call.h"
 // ------------------------------------------------------------------------------------------------ arguments
-
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 struct Kernel {
     void (*run)(const Attention*);
@@ -112,44 +112,6 @@ struct Call {
     Numbers query, key, value, output;
     Blocks latents, window, first;
 };
-
-// ------------------------------------------------------------------------------------------------ numbers
-
-void to_floats(const uint8_t* from, Type type, int64_t count, float* to) {
-    const auto* halves = reinterpret_cast<const uint16_t*>(from);
-    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *to);
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) to[i] = from_bits(uint32_t(halves[i]) << 16);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = from_float16(halves[i]);
-}
-
-void from_floats(const float* from, Type type, int64_t count, uint8_t* to) {
-    auto* halves = reinterpret_cast<uint16_t*>(to);
-    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *from);
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
-    else
-        for (int64_t i = 0; i < count; i++) halves[i] = to_float16(from[i]);
-}
-
-constexpr int64_t bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
-
-// x[n] as 8-bit values with one scale, as fhopt.ops.packing.round_rows does.
-void round_row(const float* x, int64_t n, uint8_t* codes, uint8_t* scale) {
-    float largest = 0, unknown = 0;  // NaN where x has one
-    for (int64_t i = 0; i < n; i++) {
-        largest = std::abs(x[i]) > largest ? std::abs(x[i]) : largest;
-        unknown += x[i] == x[i] ? 0.0f : x[i];
-    }
-    const uint16_t half = to_float16(std::clamp(largest / 127.5f, 0x1p-24f, 65504.0f) + unknown);
-    std::memcpy(scale, &half, sizeof half);
-    const float step = from_float16(half);
-    for (int64_t i = 0; i < n; i++) {
-        const float level = std::floor(x[i] / step + 128.0f);
-        codes[i] = uint8_t(level > 0 ? std::min(level, 255.0f) : 0.0f);
-    }
-}
 
 // ------------------------------------------------------------------------------------------------ products with bases
 
@@ -333,7 +295,9 @@ void write_window(const Run& run, int64_t i, const uint8_t* head, const float* x
     uint8_t* row = window.at(run.s.owner(i), run.s.position(i));
     const int64_t size = l.sizes[side];
     if (l.is_rounded) {
-        round_row(x, size, row + l.window[side] + group * size, row + l.window[2 + side] + 2 * group);
+        HalfBits scale(0.0f);
+        round_row(x, nullptr, size, row + l.window[side] + group * size, scale);
+        std::memcpy(row + l.window[2 + side] + 2 * group, &scale.bits, sizeof scale.bits);
     } else {
         const int64_t bytes = size * bytes_of(l.type);
         std::memcpy(row + l.window[side] + group * bytes, head, bytes);

@@ -49,6 +49,7 @@ using torch::stable::Tensor;
 #include "pack_call.h"
 #include "skinny_call.h"
 #include "cache_attention.h"
+#include "window_rows.h"
 
 struct Tier {
     int64_t bits, width;

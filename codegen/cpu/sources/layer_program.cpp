@@ -21,6 +21,8 @@
 #include "vectors.h"
 #include "exponential.h"
 #include "products.h"
+#include "typed_numbers.h"
+#include "window_rows.h"
 #include "kernel_call.h"
 #include "skinny_call.h"
 #include "cache_attention.h"
@@ -274,17 +276,11 @@ struct Append {
 
 struct DecodeStep {
     Run before, after;
-    int64_t type;
+    Type type;
     const void* query;  // [B,H,1,D], dense
     void* attended;     // [B,1,H,E], dense
     CacheAttention attention;
     Append sides[2];
-};
-
-struct HalfBits {
-    uint16_t bits;
-    explicit HalfBits(float x) : bits(to_float16(x)) {}
-    explicit operator float() const { return from_float16(bits); }
 };
 
 struct Float16Bits {
@@ -315,36 +311,22 @@ void round_into(const Append& side, const CacheMean& mean, int64_t batch) {
     }
 }
 
-void append(Append& side, const CacheMean& mean, int64_t batch, int64_t type) {
-    if (type == 0) round_into<float>(side, mean, batch);
-    else if (type == 1) round_into<Bits16>(side, mean, batch);
+void append(Append& side, const CacheMean& mean, int64_t batch, Type type) {
+    if (type == FLOAT32) round_into<float>(side, mean, batch);
+    else if (type == BFLOAT16) round_into<Bits16>(side, mean, batch);
     else round_into<Float16Bits>(side, mean, batch);
     side.at++;
-}
-
-template <class T>
-void as_floats(const void* x, std::vector<float>& y) {
-    for (size_t i = 0; i < y.size(); i++) y[i] = T::number(static_cast<const typename T::Element*>(x)[i]);
-}
-
-template <class T>
-void from_floats(const std::vector<float>& x, void* y) {
-    for (size_t i = 0; i < x.size(); i++) static_cast<typename T::Element*>(y)[i] = T::rounded(x[i]);
 }
 
 void attend(DecodeStep& s) {
     CacheAttention a = s.attention;
     std::vector<float> query(a.batch * a.heads * a.head_size), output(a.batch * a.heads * a.value_size);
-    if (s.type == 0) as_floats<OfFloat32>(s.query, query);
-    else if (s.type == 1) as_floats<OfBFloat16>(s.query, query);
-    else as_floats<OfFloat16>(s.query, query);
+    to_floats(static_cast<const uint8_t*>(s.query), s.type, int64_t(query.size()), query.data());
     a.query = {query.data(), {a.heads * a.head_size, a.head_size, a.head_size}};
     a.output = output.data();
-    for (const Append& side : s.sides) open(side, a.batch, s.type == 0 ? 4 : 2);
+    for (const Append& side : s.sides) open(side, a.batch, bytes_of(s.type));
     attend_cache(a);
-    if (s.type == 0) from_floats<OfFloat32>(output, s.attended);
-    else if (s.type == 1) from_floats<OfBFloat16>(output, s.attended);
-    else from_floats<OfFloat16>(output, s.attended);
+    from_floats(output.data(), s.type, int64_t(output.size()), static_cast<uint8_t*>(s.attended));
     append(s.sides[0], a.key_mean, a.batch, s.type);
     append(s.sides[1], a.value_mean, a.batch, s.type);
     s.attention.window.call.tokens++;

@@ -1,0 +1,31 @@
+//: Numbers whose type is known when they are read. Stands behind products.h.
+// ------------------------------------------------------------------------------------------------ types
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+void to_floats(const uint8_t* from, Type type, int64_t count, float* to) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(from);
+    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *to);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = from_bits(uint32_t(halves[i]) << 16);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_float16(halves[i]);
+}
+
+void from_floats(const float* from, Type type, int64_t count, uint8_t* to) {
+    auto* halves = reinterpret_cast<uint16_t*>(to);
+    if (type == FLOAT32) std::memcpy(to, from, count * sizeof *from);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) halves[i] = to_float16(from[i]);
+}
+
+constexpr int64_t bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+
+// A float16, made of a float and read as one.
+struct HalfBits {
+    uint16_t bits;
+    explicit HalfBits(float x) : bits(to_float16(x)) {}
+    explicit operator float() const { return from_float16(bits); }
+};
