@@ -19,6 +19,7 @@ from fhopt.codegen.build import build_torch, build_triton
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
+from fhopt.codegen.cpu import prefill as cpu_prefill
 from fhopt.codegen.cpu import skinny_linear as skinny_products
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
@@ -50,6 +51,8 @@ def install() -> None:
     registry.use("attend_pages", "cpu", attend_pages)
     registry.use("attend_latents", "cpu", attend_latents)
     registry.use("round_rows_into", "cpu", round_rows_into)
+    registry.use("open_attention", "cpu", cpu_prefill.open_attention)
+    registry.use("rebuilt_attention", "cpu", cpu_prefill.rebuilt_attention)
     if has_triton():
         registry.use("pack", "cuda", _pack_by_triton)
         registry.use("unpack", "cuda", _unpack_by_triton)
@@ -61,6 +64,7 @@ def start() -> None:
     """Start to build the libraries that a model with a plan needs on a CPU, where this machine has none yet."""
     builder.start_attention()
     cpu_packing.start()
+    cpu_prefill.start()
     builder.start(graph_kernels.NAME, graph_kernels.serve_skinny)
     builder.start(layer_program.NAME, layer_program.is_built)
 

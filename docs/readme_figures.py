@@ -115,10 +115,10 @@ def _speed(results: Results) -> str:
     rows = {row["impl"]: row for row in results.of("step_ms") if row["case"] == case}
     four, eight, exact = (rows[name] for name in ("fhopt 4x, growing", "fhopt 8x, growing", "fhopt exact"))
     return _item(
-        f"**Speed.** With 8,192 cached tokens a decode step takes {four['value']:.1f} ms, as `apply` and `generate` run "
-        f"it; the fastest implementation in transformers takes {four['baseline']:.1f} ms ({four['ratio']:.2f}x). With "
-        f"an 8 times smaller cache: {eight['ratio']:.2f}x; with the exact cache, compiled: {exact['ratio']:.2f}x (batch "
-        f"1, float32, {results.machine['threads']} CPU threads)."
+        f"**Speed.** With 8,192 cached tokens a decode step takes {four['value']:.1f} ms, as `apply` and `generate` "
+        f"run it; the fastest implementation in transformers takes {four['baseline']:.1f} ms ({four['ratio']:.2f}x). "
+        f"With an 8 times smaller cache: {eight['ratio']:.2f}x; with the exact cache, compiled: {exact['ratio']:.2f}x "
+        f"(batch 1, float32, {results.machine['threads']} CPU threads)."
     )
 
 

@@ -4,9 +4,9 @@
     attend_parts   softmax(q K^T) V, with masks of the parts; in decode steps on a CPU one call of machine code, in
                    compiled graphs the op fhopt::attend_latents
 
-K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries on a
-GPU may run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a
-single query reads the latents of the pages that it selects (fhopt/attention/paged.py).
+K and V are not reconstructed: queries are absorbed (q . D z = D^T q . z) and outputs expanded. Only many queries may
+run on reconstructed K/V, a tile at a time (fhopt/ops/prefill_attention.py). Where the cache has a page index, a single
+query reads the latents of the pages that it selects (fhopt/attention/paged.py).
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T all tokens, N exact tokens, M tokens of the
 window in 8 bits, V packed latents, D and E head size of keys and values, R latent width.
@@ -57,20 +57,25 @@ def attend(
 
 def attend_parts(operands: AttentionOperands) -> Tensor:
     """Attend to packed latents, to the window in 8 bits and to exact tokens, and merge: [B,H,S,E]."""
-    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
-    parts = []
-    if key.rows.shape[2] and _reconstructs(operands):
-        output, lse = torch.ops.fhopt.rebuilt_attention(
-            query, key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths,
-            **algebra.group_options(key.bit_groups, value.bit_groups), **operands.numbers,
-        )  # fmt: skip
-        parts.append(with_means(operands, output, lse))
-    elif key.rows.shape[2]:
-        absorbed = algebra.absorb(query, key.decode)
-        output, lse = attend_latents(absorbed, key, value, masks.latents, lengths=masks.lengths, **operands.numbers)
-        parts.append(with_means(operands, algebra.expand(output, value.decode), lse))
+    parts = [with_means(operands, *_latent_part(operands))] if operands.key_side.rows.shape[2] else []
     parts += exact_parts(operands)
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
+    """Attend to packed latents, without the means that they are differences from: output [B,H,S,E], lse [B,H,S]."""
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+    rows = key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths
+    options = algebra.group_options(key.bit_groups, value.bit_groups) | operands.numbers
+    if _reconstructs(operands):
+        result: tuple[Tensor, Tensor] = torch.ops.fhopt.rebuilt_attention(query, *rows, **options)
+        return result
+    rebuilt = prefill_attention.attend_on_cpu("rebuilt_attention", query, *rows, **options)
+    if rebuilt is not None:
+        return rebuilt
+    absorbed = algebra.absorb(query, key.decode)
+    output, lse = attend_latents(absorbed, key, value, masks.latents, lengths=masks.lengths, **operands.numbers)
+    return algebra.expand(output, value.decode), lse
 
 
 def _reconstructs(operands: AttentionOperands) -> bool:

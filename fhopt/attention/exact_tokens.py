@@ -19,25 +19,37 @@ def exact_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
     Returns (output [B,H,S,E], lse [B,H,S]) of each.
     """
     query, key, value, masks = operands.query, operands.key, operands.value, operands.masks
-    key_window, value_window = operands.key_side.window, operands.value_side.window
     numbers = operands.numbers
     parts: list[tuple[Tensor, Tensor]] = []
-    if key_window is not None and value_window is not None:
-        options = algebra.group_options(_window_groups(query), _window_groups(value)) | numbers
-        rounded = latent_attention.latent_attention(query, *key_window, *value_window, masks.window, **options)
-        parts.append(with_means(operands, *rounded))
-    if key.shape[2] and prefill_attention.is_gpu_prefill(query, key, value, masks.exact):
-        parts.append(torch.ops.fhopt.open_attention(query, key, value, masks.exact, causal=operands.causal, **numbers))
+    if operands.key_side.rounded:
+        parts.append(with_means(operands, *_window_part(operands)))
+    if key.shape[2] and prefill_attention.is_prefill(query, key, value, masks.exact):
+        options = numbers | {"causal": operands.causal}
+        parts.append(torch.ops.fhopt.open_attention(query, key, value, masks.exact, **options))
     elif key.shape[2]:
-        options = algebra.uncoded_options()
-        parts.append(
-            latent_attention.latent_attention(query, key, None, value, None, masks.exact, **options, **numbers)
-        )
+        options = algebra.uncoded_options() | numbers
+        parts.append(latent_attention.latent_attention(query, key, None, value, None, masks.exact, **options))
     if operands.sinks is not None:
-        blank = query.new_zeros((*query.shape[:3], value.shape[3]))
-        lse = operands.sinks.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[:3])
-        parts.append((blank, lse))
+        parts.append(no_token(query, value, operands.sinks))
     return parts
+
+
+def no_token(query: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a logit, broadcastable to [B,H,S], gives that takes weight and has no value [B,G,_,E]."""
+    blank = query.new_zeros((*query.shape[:3], value.shape[3]))
+    return blank, sinks.to(torch.promote_types(query.dtype, torch.float32)).expand(query.shape[:3])
+
+
+def _window_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
+    """Attend to the window in 8 bits, without the means that it is differences from."""
+    query, mask, (keys, values) = operands.query, operands.masks.window, (operands.key_side, operands.value_side)
+    assert keys.window is not None and values.window is not None
+    options = algebra.group_options(_window_groups(query), _window_groups(operands.value)) | operands.numbers
+    rows = *keys.window, None, *values.window, None, mask, None
+    rebuilt = prefill_attention.attend_on_cpu("rebuilt_attention", query, *rows, **options)
+    if rebuilt is not None:
+        return rebuilt
+    return latent_attention.latent_attention(query, *keys.window, *values.window, mask, **options)
 
 
 def joint_lse(parts: list[tuple[Tensor, Tensor]]) -> Tensor | None:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fhopt.attention import exact_tokens
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import AnyLatents
 from fhopt.attention.latent_tensor import LatentTensor, joined_latents
 from fhopt.errors import FhoptError
-from fhopt.ops import attention, masks
+from fhopt.ops import algebra, attention, masks, prefill_attention
 
 ATTRIBUTE = "fhopt_latents"  # of exact keys, under torch.compile
 WATCH = "fhopt_watch"  # of a module: the function that computes its attention where there are no latents
@@ -97,8 +98,17 @@ def latent_attention(
 
 
 def _attend_exactly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None, **options: Any
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None, is_causal: bool = False,
+    dropout: float = 0.0, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Attend to all tokens: on a CPU many queries by their kernel, others by torch."""
+    square = not is_causal or query.shape[2] == key.shape[2]
+    if not dropout and square and all(type(x) is Tensor for x in (query, key, value)):
+        kernel_options = options | {"causal": is_causal}
+        part = prefill_attention.attend_on_cpu("open_attention", query, key, value, mask, **kernel_options)
+        if part is not None:
+            return part[0] if sinks is None else algebra.merge([part, exact_tokens.no_token(query, value, sinks)])
+    options |= {"is_causal": is_causal, "dropout": dropout}
     return attention.attention_reference(
         query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options
     )

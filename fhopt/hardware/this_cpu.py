@@ -130,12 +130,12 @@ def _threads(count: int) -> Iterator[None]:
 
 def cpu_name() -> str:
     """Return the name of the CPU as the system reports it."""
-    return _reported("model name") or platform.processor() or platform.machine()
+    return reported("model name") or platform.processor() or platform.machine()
 
 
 def vector_units() -> tuple[str, ...]:
     """Return the vector units of the CPU that kernels can use, as the system reports them; none where it does not."""
-    known = set((_reported("flags") or _reported("Features")).split())
+    known = set((reported("flags") or reported("Features")).split())
     return tuple(words for flag, words in _UNITS.items() if flag in known)
 
 
@@ -147,7 +147,7 @@ _UNITS = {  # flags of /proc/cpuinfo
 }  # fmt: skip
 
 
-def _reported(field: str) -> str:
+def reported(field: str) -> str:
     """Return a field of the first CPU in /proc/cpuinfo; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

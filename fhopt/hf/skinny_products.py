@@ -4,8 +4,9 @@
     after    y = fhopt.skinny_linear(x, w, b)     w is read once (fhopt/codegen/cpu/skinny_linear.py)
 
 Decoding is bound by reading weights and cache. Calls that the kernel does not serve are torch's as before: more than 16
-rows, gradients, autocast, weights that are no plain dense tensors, graphs that are being compiled (which have ways of
-their own, fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernel is built.
+rows (of float32 by oneDNN where MKL is slow: fhopt/hardware/float_products.py), gradients, autocast, weights that are
+no plain dense tensors, graphs that are being compiled (which have ways of their own,
+fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernel is built.
 
 Letters: M rows, K width of the input, N width of the output.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fhopt.codegen import skinny_linear
+from fhopt.hardware.float_products import onednn_products
 
 
 def replace_products(model: torch.nn.Module) -> None:
@@ -46,4 +48,7 @@ def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return linear(input, weight, bias)
     output = skinny_linear(input, weight, bias)
-    return linear(input, weight, bias) if output is None else output
+    if output is not None:
+        return output
+    with onednn_products():
+        return linear(input, weight, bias)

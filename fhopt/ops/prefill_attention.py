@@ -1,10 +1,11 @@
-"""Attention of many queries on a KV cache: whether K/V are reconstructed for it, and attention to exact tokens.
+"""Attention of many queries, as a prompt asks for it: to exact tokens, and to latents whose K/V are reconstructed.
 
     fhopt::rebuilt_attention  q [B,H,S,D]  rows [B,J,T,..] and decoders of keys and values   -> o [B,H,S,E], lse [B,H,S]
     fhopt::open_attention     q [B,H,S,D]  k [B,G,N,D]  v [B,G,N,E]                          -> o [B,H,S,E], lse [B,H,S]
 
-A decode step absorbs the decoder into its query and reads latents as they are. A prefill has M = S H/G rows of every kv
-head for the same tokens. For one token, in operations of tensor cores, CONVERSION for a quantized value unpacked:
+On a GPU, a decode step absorbs the decoder into its query and reads latents as they are. A prefill has M = S H/G rows
+of every kv head for the same tokens. For one token, in operations of tensor cores, CONVERSION for a quantized value
+unpacked:
 
     absorbed        2 M (R_K + R_V) + c (R_K + R_V) tiles    tiles of STEP_ROWS rows, each of which unpacks all values
     reconstructed   2 M (D + E) + 2 (R_K D + R_V E) + c (R_K + R_V)
@@ -14,7 +15,9 @@ products are shorter, else because values are unpacked once. It never pays where
 16 bits. Both read the same bytes; keys and values are reconstructed 32 MB at a time (codegen/gpu/prefill.py), never all
 of them.
 
-Both ops are for GPUs of NVIDIA. On a CPU nothing calls them; their references define the results.
+On a CPU the products of such queries run twice to five times as fast on keys and values as they are
+(codegen/cpu/prefill.py) than on anything else, so from CPU_QUERIES of a head on both kinds of tokens go there, in eager
+mode; in graphs they do not. Other GPUs than those of NVIDIA absorb. References define the results.
 
 Letters: B batch, H query heads, G kv heads, J latent heads, S queries, T quantized tokens, N exact tokens, D and E head
 size of keys and values, R latent width, M rows of a kv head.
@@ -37,6 +40,9 @@ STEP_ROWS, STEP_STATE = 32, 12288  # of a program of a decode step: most rows, a
 FEWEST_ROWS = 32  # of a kv head, from which exact tokens are read by kernels for many rows
 FLASH_SIZES = range(8, 257, 8)  # of heads that flash attention takes
 HALVES = (torch.bfloat16, torch.float16)
+CPU_QUERIES = 16  # of a head: for fewer, to bring keys and values in order costs more than it gains
+CPU_ROWS = 192  # of a kv head: for fewer, to reconstruct keys and values costs more (Zen 5: as much at 192)
+_CPU_TYPES = (torch.float32, *HALVES)
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define(
     "rebuilt_attention(Tensor query, Tensor key, Tensor? key_scale, Tensor? key_decode, Tensor value, "
@@ -112,6 +118,34 @@ def is_gpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def is_cpu_prefill(query: Tensor, *others: Tensor | None) -> bool:
+    """Return True for queries [B,H,S,D] that the kernels of a CPU for many queries are for: in eager mode, no gradient.
+
+    others: the tensors that they attend to.
+    """
+    if query.device.type != "cpu" or query.dtype not in _CPU_TYPES or torch.compiler.is_compiling():
+        return False
+    return query.shape[2] >= CPU_QUERIES and not latent_attention.needs_gradient(query, *others)
+
+
+def attend_on_cpu(op: str, query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor] | None:
+    """Run the CPU's kernel of "open_attention" or "rebuilt_attention", with the arguments of the op.
+
+    None where there is none, it does not serve these tensors, or is not built yet.
+    """
+    if not is_cpu_prefill(query, *(x for x in args if isinstance(x, Tensor))):
+        return None
+    if op == "rebuilt_attention" and query.shape[2] * query.shape[1] < CPU_ROWS * args[0].shape[1]:
+        return None
+    kernel = registry.kernel_of(op, "cpu")
+    return None if kernel is None else kernel(query, *args, **options)
+
+
+def is_prefill(query: Tensor, *others: Tensor | None) -> bool:
+    """Return True for queries [B,H,S,D] that `fhopt::open_attention` is for, on any device."""
+    return is_gpu_prefill(query, *others) or is_cpu_prefill(query, *others)
+
+
 def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
@@ -173,10 +207,10 @@ def _reconstructed(
 def _rebuilt_attention(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     tensors = [x for x in (query, *args) if isinstance(x, Tensor)]
     kernel = registry.kernel_of("rebuilt_attention", query.device.type)
-    if kernel is None or query.dtype == torch.float64 or latent_attention.needs_gradient(*tensors):
-        return rebuilt_attention_reference(query, *args, **options)
-    result: tuple[Tensor, Tensor] = kernel(query, *args, **options)
-    return result
+    served = query.dtype != torch.float64 and not latent_attention.needs_gradient(*tensors)
+    result: tuple[Tensor, Tensor] | None = kernel(query, *args, **options) if kernel and served else None
+    output, lse = rebuilt_attention_reference(query, *args, **options) if result is None else result
+    return output.contiguous(), lse
 
 
 def _rebuilt_attention_fake(
@@ -203,9 +237,13 @@ def open_attention(
 
     mask: bool or additive, broadcastable to [B,H,S,N]. causal: the mask says that the last query sees everything, the
     one before all but the last key, and so on, and nothing else. Returns o [B,H,S,E] in the dtype of query and lse
-    [B,H,S] float32, as `fhopt::latent_attention` does. Runs flash attention where nothing else is masked, else the
-    kernel for many rows of a kv head, and for few rows that of a decode step.
+    [B,H,S] float32, as `fhopt::latent_attention` does. Many queries run on the CPU's kernel for them; on a GPU by flash
+    attention where nothing else is masked, else by the kernel for many rows of a kv head; few rows by the kernel of a
+    decode step.
     """
+    result = attend_on_cpu("open_attention", query, key, value, mask, causal=causal, scale=scale, softcap=softcap)
+    if result is not None:
+        return result[0].contiguous(), result[1]
     if softcap == 0.0 and (causal or mask is None) and _flashes(query, key, value):
         return _by_flash(query, key, value, causal and query.shape[2] > 1, scale)
     options: Any = dict(**algebra.uncoded_options(), scale=scale, softcap=softcap)

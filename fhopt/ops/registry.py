@@ -18,6 +18,7 @@ OPS = {
     "unpack": "fhopt.ops.packing.unpack_reference",
     "encode_rows": "fhopt.ops.encode_rows.encode_rows_reference",
     "rebuilt_attention": "fhopt.ops.prefill_attention.rebuilt_attention_reference",
+    "open_attention": "fhopt.ops.prefill_attention.open_attention",  # None where it does not serve
     "page_weights": "fhopt.ops.paged_attention.page_weights_reference",
     "attend_pages": "fhopt.ops.paged_attention.attend_pages_reference",
     "round_rows_into": "fhopt.ops.packing.round_rows_into_reference",

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fhopt.plan.cache_size import CacheLayer
 
+_BOUND_FORWARD = re.compile(r"\.forward\.__self__\b")  # of a module whose `forward` was replaced by a bound method
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 
@@ -96,11 +97,11 @@ def source_name(node: fx.Node) -> str:
 def _source_text(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     text = "" if source is None else source.name
-    return str(text() if callable(text) else text)
+    return _BOUND_FORWARD.sub("", str(text() if callable(text) else text))
 
 
 def module_path(node: fx.Node) -> str:
     """Return the qualified name of the module in whose forward a node was traced, "" where it is not known."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     text = stack[-1][0] if stack else ""
-    return re.sub(r"^[LG]\['[^']*'\](?:\[\d+\])?\.?", "", str(text))
+    return re.sub(r"^[LG]\['[^']*'\](?:\[\d+\])?\.?", "", _BOUND_FORWARD.sub("", str(text)))

@@ -15,6 +15,7 @@ import pytest
 
 from fhopt.codegen.build import render
 from fhopt.codegen.cpu import packing, pages
+from fhopt.codegen.cpu import prefill as cpu_prefill
 from fhopt.codegen.gpu import prefill
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -32,6 +33,7 @@ KERNELS: dict[str, Callable[[], str]] = {
     "cpu_attention.cpp": lambda: render(SPEC, "cpp"),
     "cpu_packing.cpp": packing.render,
     "cpu_pages.cpp": pages.render,
+    "cpu_prefill.cpp": cpu_prefill.render,
     "eager_attention.py": lambda: render(SPEC, "torch"),
     "gpu_attention.py": lambda: render(SPEC, "triton"),
     "gpu_prefill.py": lambda: prefill.render(SPEC),

@@ -252,3 +252,81 @@ def test_nothing_changes_on_a_cpu_in_other_types_or_where_something_learns() -> 
         assert prefill_attention.is_gpu_prefill(There(torch.bfloat16))  # type: ignore[arg-type]
         assert not prefill_attention.is_gpu_prefill(There(torch.float32))  # type: ignore[arg-type]
     assert not prefill_attention.is_gpu_prefill(There(torch.bfloat16))  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------- on a CPU
+
+
+@pytest.fixture
+def on_a_cpu() -> Iterator[list[str]]:
+    """Kernels of a CPU that note that they ran, and compute as the references do."""
+    ran: list[str] = []
+
+    def opened(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        ran.append("open")
+        mask = masks.causal_mask(query.shape[2], key.shape[2], key.device) if options.pop("causal") else mask
+        return latent_attention.latent_attention_reference(
+            query, key, None, value, None, mask, **algebra.uncoded_options(), **options
+        )
+
+    def rebuilt(*args: Any, **options: Any) -> Any:
+        ran.append("rebuilt")
+        return prefill_attention.rebuilt_attention_reference(*args, **options)
+
+    before = registry.use("open_attention", "cpu", opened), registry.use("rebuilt_attention", "cpu", rebuilt)
+    yield ran
+    registry.use("open_attention", "cpu", before[0])
+    registry.use("rebuilt_attention", "cpu", before[1])
+
+
+def seen(queries: int, heads: int, window: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention on all parts of a cache of 40 latents and `window` rounded tokens: by kernels, and in float64."""
+    torch.manual_seed(queries)
+    key = torch.randn(1, 2, 3 + queries, 24)
+    rounded = [packing.round_rows(torch.randn(1, 2, window, 24)) if window else None for _ in "kv"]
+    packed = [torch.ops.fhopt.pack(torch.randn(1, 2, 40, 40), *TIERS) for _ in "kv"]
+    decoders = torch.randn(2, 2, 24, 40) / 6
+
+    def latents_in(dtype: torch.dtype) -> cache_view.Latents:
+        key, value = (
+            cache_view.SideRows(TIERS, codes, scale, decoders[i].to(dtype), rounded[i])
+            for i, (codes, scale) in enumerate(packed)
+        )
+        return cache_view.Latents(key, value, 3, 40)
+
+    latents, query = latents_in(torch.float32), torch.randn(1, heads, queries, 24)
+    mask = None if causal else torch.rand(queries, latents.length(key)) < 0.7
+    with torch.no_grad():
+        found = attend.attend(query, key, key, latents, mask, scale=0.2)
+    wide = latents_in(torch.float64)
+    exact = key.double()
+    return found, attend.attend(query.double(), exact, exact, wide, mask, scale=0.2)
+
+
+@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "heads", "runs"), [(96, 4, "ro"), (16, 4, "o"), (15, 4, ""), (16, 24, "ro")])
+def test_many_queries_run_on_keys_and_values_that_are_reconstructed(
+    on_a_cpu: list[str], window: int, causal: bool, queries: int, heads: int, runs: str
+) -> None:
+    found, wanted = seen(queries, heads, window, causal)
+    near(found, wanted, 1e-4)
+    rebuilt = ["rebuilt"] * (1 + (window > 0)) if "r" in runs else []
+    assert on_a_cpu == rebuilt + (["open"] if "o" in runs else [])
+
+
+def test_gradients_and_graphs_do_not(on_a_cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 2, 20, 8, requires_grad=True)
+    options: Any = {"causal": False, "scale": 0.3, "softcap": 0.0}
+    assert prefill_attention.attend_on_cpu("open_attention", query, query, query, None, **options) is None
+    with torch.no_grad():
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert prefill_attention.attend_on_cpu("open_attention", query, query, query, None, **options) is None
+    assert not on_a_cpu
+
+
+def test_a_kernel_that_does_not_serve_leaves_it_to_others(on_a_cpu: list[str]) -> None:
+    registry.use("open_attention", "cpu", lambda *args, **options: None)
+    registry.use("rebuilt_attention", "cpu", lambda *args, **options: None)
+    near(*seen(96, 4, 24, True), 1e-4)
+    assert not on_a_cpu

@@ -1,0 +1,185 @@
+"""Attention of many queries on keys and values as they are, in one C++ file for CPUs: what a prompt asks for.
+
+    open_attention      exact keys and values, or those of a cache that were reconstructed
+    rebuilt_attention   keys and values that are reconstructed from packed latents, a tile at a time
+
+torch computes such attention by products of small matrices with scores in between; here both products stay in registers
+and caches, with AVX-512 BF16 on pairs of bfloat16 (sources/prefill.cpp). Results are those of the references in
+fhopt/ops/prefill_attention.py within the rounding of the type.
+
+Letters: B batch, H query heads, G kv heads, S queries, T tokens, D and E head size of keys and values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.background import builder
+from fhopt.codegen.compiler import CompileError, compiles, load
+from fhopt.codegen.cpu import packing
+from fhopt.codegen.source_files import read_source
+from fhopt.ops import algebra
+from fhopt.ops.masks import within
+
+NAME = "prefill"  # of the library
+NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
+LEAST_LANES = 8
+_NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind`
+# The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
+_arguments = struct.Struct("@9q4q4q4q6q2q4qq2d").pack
+log = logging.getLogger(__name__)
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether the kernel takes these tensors: of one type of 32 or 16 bits, and none of them empty."""
+    alike = query.dtype == key.dtype == value.dtype and query.dtype in _TYPES and query.is_cpu
+    shaped = query.dim() == key.dim() == value.dim() == 4 and 0 not in (*query.shape, *key.shape, *value.shape)
+    return alike and shaped and query.shape[1] % key.shape[1] == 0
+
+
+def open_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Attend with queries [B,H,S,D] to keys [B,G,T,D] and values [B,G,T,E]; None where no kernel serves.
+
+    mask: bool or additive, broadcastable to [B,H,S,T]. causal: in its place, the last query sees everything, the one
+    before all but the last key, and so on. Returns o [B,H,S,E] in the dtype of query, and lse [B,H,S] float32: -inf,
+    and o = 0, where a query sees nothing. For calls without gradients.
+    """
+    function = builder.get(NAME, library, compiles_library) if serves(query, key, value) else None
+    if function is None:
+        return None
+    tokens = key.shape[2]
+    first_seen, mask = (tokens - query.shape[2] + 1, None) if causal else (tokens, mask)
+    return _call(function, (query, key, value), mask, query.dtype, first_seen, scale, softcap)
+
+
+def rebuilt_attention(
+    query: Tensor, key: Tensor, key_scale: Tensor | None, key_decode: Tensor | None, value: Tensor,
+    value_scale: Tensor | None, value_decode: Tensor | None, mask: Tensor | None, lengths: Tensor | None, *,
+    key_bits: Sequence[int], key_widths: Sequence[int], key_steps: Sequence[float], value_bits: Sequence[int],
+    value_widths: Sequence[int], value_steps: Sequence[float], scale: float, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Attend to keys and values that are reconstructed from latents, with the arguments of its reference.
+
+    None where no kernel serves.
+    """
+    function = builder.get(NAME, library, compiles_library) if query.dtype in _TYPES else None
+    if function is None:
+        return None
+    tokens = key.shape[2]
+    if lengths is not None:
+        mask, tokens = within(lengths, tokens, mask), min(tokens, max(1, int(lengths.max())))
+    sides = (
+        Rows(key, key_scale, key_decode, (key_bits, key_widths, key_steps)),
+        Rows(value, value_scale, value_decode, (value_bits, value_widths, value_steps)),
+    )
+    at_once = max(LEAST_TOKENS, NUMBERS // max(1, sum(side.numbers for side in sides)) // LEAST_TOKENS * LEAST_TOKENS)
+    parts = []
+    for start in range(0, tokens, at_once):
+        part = slice(start, min(tokens, start + at_once))
+        operands = (query, *(side.reconstruct(part, query.dtype) for side in sides))
+        masked = mask if mask is None or mask.shape[-1] == 1 else mask[..., part]
+        parts.append(_call(function, operands, masked, torch.float32, tokens, scale, softcap))
+    output, lse = parts[0]
+    if len(parts) > 1:
+        output, lse = algebra.merge(parts), torch.stack([lse for _, lse in parts], -1).logsumexp(-1)
+    return output.to(query.dtype), lse
+
+
+class Rows(NamedTuple):
+    """Latents of keys or of values, and how they are read: see `SideRows` of fhopt/attention/cache_view.py."""
+
+    rows: Tensor
+    scale: Tensor | None
+    decode: Tensor | None  # None: they are keys or values
+    groups: tuple[Sequence[int], Sequence[int], Sequence[float]]
+
+    @property
+    def numbers(self) -> int:
+        """Of the keys or values of one token."""
+        batch, heads = self.rows.shape[:2]
+        width = sum(self.groups[1]) or self.rows.shape[3]
+        return batch * (heads * width if self.decode is None else self.decode.shape[0] * self.decode.shape[1])
+
+    def reconstruct(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Reconstruct keys or values [B,G,T,D] of `dtype` from a part of the rows."""
+        rows = self.rows[:, :, part]
+        latent = rows if self.scale is None else packing.unpack(rows, self.scale[:, :, part], *self.groups)
+        return latent.to(dtype) if self.decode is None else algebra.decode(latent.to(dtype), self.decode.to(dtype))
+
+
+def _call(
+    function: Any, operands: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype, first_seen: int, scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call the kernel: output of `dtype` [B,H,S,E], whose memory is that of [B,S,H,E], and lse [B,H,S].
+
+    operands: queries, keys and values. first_seen: how many keys the first query sees, if there are so many; each
+    following one sees one more.
+    """
+    query, key, value = operands = [x if x.stride(3) == 1 else x.contiguous() for x in operands]
+    (b, h, s, d), (_, g, t, _), e = query.shape, key.shape, value.shape[3]
+    kind, masking = _mask(mask, (b, h, s, t))
+    output = query.new_empty((b, s, h, e), dtype=dtype).transpose(1, 2)
+    lse = query.new_empty((b, h, s), dtype=torch.float32)
+    function(
+        _arguments(
+            *(b, h, g, s, t, d, e, torch.get_num_threads(), _TYPES[query.dtype]),
+            *[number for x in operands for number in (x.data_ptr(), *x.stride()[:3])],
+            *((kind, 0, 0, 0, 0, 0) if masking is None else (kind, masking.data_ptr(), *masking.stride())),
+            *(first_seen, _TYPES[dtype], output.data_ptr(), *output.stride()[:3], lse.data_ptr(), scale, softcap),
+        )
+    )
+    return output, lse
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, Tensor | None]:
+    """Return the kind of a mask, and the mask as the kernel reads it."""
+    if mask is None:
+        return _NO_MASK, None
+    kind = _BOOL_MASK if mask.dtype == torch.bool else _ADDITIVE_MASK
+    mask = mask if kind == _BOOL_MASK else mask.to(torch.float32)
+    if mask.dim() and mask.stride(-1) not in (0, 1) and mask.shape[-1] > 1:
+        mask = mask.contiguous()
+    return kind, mask.expand(shape)
+
+
+def render() -> str:
+    """Render the C++ file; it is always the same."""
+    return read_source("fhopt.codegen.cpu", "prefill.cpp").substitute()
+
+
+def compiles_library() -> bool:
+    """Return whether `library` runs a compiler, which takes seconds; once on a machine it does."""
+    return compiles(NAME, render())
+
+
+def start() -> None:
+    """Start to build the library, in the background."""
+    builder.start(NAME, library)
+
+
+@functools.cache
+def library() -> Any | None:
+    """Compile the function `open_attention`; None where it cannot be compiled, or vectors are of less than 8 floats."""
+    try:
+        loaded = load(NAME, render())
+    except CompileError as error:
+        log.info("%s Attention of many queries is left to torch.", error)
+        return None
+    if loaded.lanes() < LEAST_LANES:  # torch is faster: 0.44 times as long with 4, on x86
+        return None
+    function = loaded.open_attention
+    function.argtypes, function.restype = (ctypes.c_char_p,), None
+    return function

@@ -1,0 +1,73 @@
+"""Products of float32 by oneDNN: where they are used, that they are exact, and that torch is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fhopt.hardware import float_products
+from fhopt.hardware.float_products import is_onednn_faster, onednn_products
+
+PRECISION: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
+ZEN = {"vendor_id": "AuthenticAMD", "flags": "avx2 avx512f avx512_bf16"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What was found out before is forgotten, and what a test makes be found, too."""
+    is_onednn_faster.cache_clear()
+    yield
+    is_onednn_faster.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None = None, error: float = 0.0) -> None:
+    """Let /proc/cpuinfo say `fields`, and a product by oneDNN have this error."""
+    monkeypatch.setattr(float_products, "reported", lambda field: (ZEN | (fields or {}))[field])
+    monkeypatch.setattr(float_products, "_error", lambda: error)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+
+def test_products_are_exact_here_and_torch_is_left_as_it_was() -> None:
+    before = PRECISION.fp32_precision
+    x, y = torch.randn(2, 200, 200)
+    with onednn_products():
+        product = x @ y
+    exact = x.double() @ y.double()
+    assert (product - exact).norm() / exact.norm() < float_products.ROUNDING
+    assert PRECISION.fp32_precision == before
+
+
+def test_they_are_allowed_on_such_a_cpu_and_an_error_ends_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    before = PRECISION.fp32_precision
+    with pytest.raises(ZeroDivisionError), onednn_products():
+        assert PRECISION.fp32_precision == "bf16"
+        raise ZeroDivisionError
+    assert PRECISION.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vendor_id": "GenuineIntel"},
+        {"vendor_id": ""},
+        {"flags": "avx2"},
+        {"flags": "avx2 avx512f avx512_bf16 amx_bf16"},
+    ],
+    ids=["another vendor", "unknown", "no AVX-512", "AMX rounds operands"],
+)
+def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str]) -> None:
+    pretend(monkeypatch, fields)
+    before = PRECISION.fp32_precision
+    with onednn_products():
+        assert PRECISION.fp32_precision == before
+    assert not is_onednn_faster()
+
+
+def test_operands_that_are_rounded_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, error=2**-9)
+    assert not is_onednn_faster()
