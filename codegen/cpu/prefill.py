@@ -48,20 +48,29 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def open_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False, scale: float,
-    softcap: float = 0.0,
+    softcap: float = 0.0, spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Attend with queries [B,H,S,D] to keys [B,G,T,D] and values [B,G,T,E]; None where no kernel serves.
 
     mask: bool or additive, broadcastable to [B,H,S,T]. causal: in its place, the last query sees everything, the one
-    before all but the last key, and so on. Returns o [B,H,S,E] in the dtype of query, and lse [B,H,S] float32: -inf,
-    and o = 0, where a query sees nothing. For calls without gradients.
+    before all but the last key, and so on. spans, int64 [S,2]: each query sees no keys but those from the first number
+    to before the second; then output is float32, for it is a part of something. Returns o [B,H,S,E] in the dtype of
+    query, and lse [B,H,S] float32: -inf, and o = 0, where a query sees nothing. For calls without gradients.
     """
     function = builder.get(NAME, library, compiles_library) if serves(query, key, value) else None
     if function is None:
         return None
-    tokens = key.shape[2]
-    first_seen, mask = (tokens - query.shape[2] + 1, None) if causal else (tokens, mask)
-    return _call(function, (query, key, value), mask, query.dtype, first_seen, scale, softcap)
+    dtype = query.dtype if spans is None else torch.float32
+    if causal:
+        mask, spans = None, causal_spans(query.shape[2], key.shape[2])
+    return _call(function, (query, key, value), mask, dtype, spans, scale, softcap)
+
+
+@functools.lru_cache(maxsize=8)
+def causal_spans(queries: int, tokens: int) -> Tensor:
+    """Return which keys the newest `queries` of `tokens` tokens see: int64 [S,2]."""
+    ends = torch.arange(tokens - queries + 1, tokens + 1)
+    return torch.stack([torch.zeros_like(ends), ends], -1)
 
 
 def rebuilt_attention(
@@ -90,7 +99,7 @@ def rebuilt_attention(
         part = slice(start, min(tokens, start + at_once))
         operands = (query, *(side.reconstruct(part, query.dtype) for side in sides))
         masked = mask if mask is None or mask.shape[-1] == 1 else mask[..., part]
-        parts.append(_call(function, operands, masked, torch.float32, tokens, scale, softcap))
+        parts.append(_call(function, operands, masked, torch.float32, None, scale, softcap))
     output, lse = parts[0]
     if len(parts) > 1:
         output, lse = algebra.merge(parts), torch.stack([lse for _, lse in parts], -1).logsumexp(-1)
@@ -120,17 +129,17 @@ class Rows(NamedTuple):
 
 
 def _call(
-    function: Any, operands: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype, first_seen: int, scale: float,
-    softcap: float,
+    function: Any, operands: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype, spans: Tensor | None,
+    scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Call the kernel: output of `dtype` [B,H,S,E], whose memory is that of [B,S,H,E], and lse [B,H,S].
 
-    operands: queries, keys and values. first_seen: how many keys the first query sees, if there are so many; each
-    following one sees one more.
+    operands: queries, keys and values. spans: as of `open_attention`.
     """
     query, key, value = operands = [x if x.stride(3) == 1 else x.contiguous() for x in operands]
     (b, h, s, d), (_, g, t, _), e = query.shape, key.shape, value.shape[3]
     kind, masking = _mask(mask, (b, h, s, t))
+    seen = 0 if spans is None else spans.data_ptr()
     output = query.new_empty((b, s, h, e), dtype=dtype).transpose(1, 2)
     lse = query.new_empty((b, h, s), dtype=torch.float32)
     function(
@@ -138,7 +147,7 @@ def _call(
             *(b, h, g, s, t, d, e, torch.get_num_threads(), _TYPES[query.dtype]),
             *[number for x in operands for number in (x.data_ptr(), *x.stride()[:3])],
             *((kind, 0, 0, 0, 0, 0) if masking is None else (kind, masking.data_ptr(), *masking.stride())),
-            *(first_seen, _TYPES[dtype], output.data_ptr(), *output.stride()[:3], lse.data_ptr(), scale, softcap),
+            *(seen, _TYPES[dtype], output.data_ptr(), *output.stride()[:3], lse.data_ptr(), scale, softcap),
         )
     )
     return output, lse

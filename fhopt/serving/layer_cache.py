@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import Latents, SideRows
+from fhopt.ops import algebra
 from fhopt.ops.masks import additive, causal_mask
+from fhopt.ops.prefill_attention import attend_on_cpu
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.plan.window import ResidualWindow
@@ -171,6 +173,10 @@ class LayerCache:
             output[step.tokens] = out[:, :, 0].to(output.dtype)
         for one in batch.several:
             reader = _Reader(self, caches, one, rows[one.begin : one.end], query.dtype)
+            attended = reader.attend_at_once(query[one.begin : one.end].transpose(0, 1)[None])
+            if attended is not None:
+                output[one.begin : one.end] = attended[0].transpose(0, 1).to(output.dtype)
+                continue
             for tile in tiles(self.window, one.start, one.stop):
                 new = slice(one.begin + tile.start - one.start, one.begin + tile.stop - one.start)
                 out = reader.attend(tile, query[new].transpose(0, 1)[None])
@@ -227,6 +233,35 @@ class _Reader:
         latents = Latents(key, value, sinks, tile.quantized)
         return attend(query, keys, values, latents, None, scale=self.layer.scale)
 
+    def attend_at_once(self, query: Tensor) -> Tensor | None:
+        """Attend with all new queries [1,H,S,D] of the sequence: [1,H,S,E]; None where the CPU has no kernel for them.
+
+        Each query has spans of its own: of first tokens and reconstructed latents, and of the residual window.
+        """
+        near, far = self._spans()
+        numbers = {"scale": self.layer.scale, "softcap": 0.0}
+        opened = attend_on_cpu("open_attention", query, *self.open, None, spans=near, **numbers)
+        behind = opened and attend_on_cpu("open_attention", query, *self._behind_sinks, None, spans=far, **numbers)
+        return None if opened is None or behind is None else algebra.merge([opened, behind])
+
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        """Return which tokens each query sees, int64 [S,2]: of `open`, and of `_behind_sinks`."""
+        key = "spans", self.layer.window, self.one.start, self.one.stop
+        if key not in self.made:
+            sinks, at = self.layer.window.sinks, torch.arange(self.one.start, self.one.stop)
+            far = torch.where(at < sinks, at + 1, sinks + self.layer.window.quantized_tokens(at))
+            near = torch.stack([sinks + self.layer.window.quantized_tokens(at), at + 1], -1) - self.start
+            self.made[key] = near.contiguous(), torch.stack([torch.zeros_like(far), far], -1)
+        spans: tuple[Tensor, Tensor] = self.made[key]
+        return spans
+
+    @cached_property
+    def _behind_sinks(self) -> tuple[Tensor, Tensor]:
+        """Keys [1,G,T,D] and values of the first tokens, and behind them of all packed latents."""
+        parts = zip(self.sinks, self._far, strict=True)
+        key, value = (torch.cat([first[:, :, : self.one.stop].to(self.dtype), far], 2) for first, far in parts)
+        return key, value
+
     @cached_property
     def _far(self) -> tuple[Tensor, Tensor]:
         """Keys [1,G,V,D] and values of all packed latents."""
@@ -254,9 +289,9 @@ class _Reader:
                 whole[:, :, sinks + self._placed : sinks + tile.quantized] = far[:, :, self._placed : tile.quantized]
             self._placed = tile.quantized
         heads, groups, count = query.shape[1], key.shape[1], query.shape[2]
+        key, value = key[:, :, : tile.stop], value[:, :, : tile.stop]
         grouped = query.reshape(1, groups, heads // groups * count, -1)  # [1, G, H/G*S, D]
         mask = self._mask(count, heads // groups)[:, -tile.stop :] if count > 1 else None
-        key, value = key[:, :, : tile.stop], value[:, :, : tile.stop]
         out = F.scaled_dot_product_attention(grouped, key, value, mask, scale=self.layer.scale)
         return out.view(1, heads, count, -1)
 

@@ -423,7 +423,7 @@ struct Arguments {
     MaskKind mask_kind;
     const void* mask;
     int64_t mask_strides[4];  // the last is 0 or 1
-    int64_t first_seen;  // keys that the first query sees, if there are so many; the next one sees one more
+    const int64_t* spans;  // [S,2], or null: which keys a query may see, from the first to behind the last
     Type output_type;
     uint8_t* output;
     int64_t output_strides[3];
@@ -434,7 +434,11 @@ struct Arguments {
         return rows.data + (b * rows.strides[0] + h * rows.strides[1] + t * rows.strides[2]) * bytes_of(type);
     }
 
-    int64_t seen_by(int64_t query) const { return std::clamp<int64_t>(first_seen + query, 0, tokens); }
+    int64_t first_of(int64_t query) const { return spans ? std::clamp<int64_t>(spans[2 * query], 0, tokens) : 0; }
+
+    int64_t end_of(int64_t query) const {
+        return spans ? std::clamp<int64_t>(spans[2 * query + 1], 0, tokens) : tokens;
+    }
 };
 
 constexpr int ROWS = 6, COLUMNS = LANES == 16 ? 4 : 2;  // of sums in registers: rows, vectors of a row
@@ -647,9 +651,13 @@ class Block {
         std::fill(mixed, mixed + rows() * ordered.panels.size(), 0.0f);
         std::fill(top, top + rows(), -INF);
         std::fill(total, total + rows(), 0.0f);
-        const int64_t seen = a.seen_by(first + count - 1);
-        for (int64_t t = 0; t < seen; t += TILE) {
-            const int64_t tokens = std::min(TILE, seen - t);
+        int64_t begin = a.tokens, end = 0;
+        for (int64_t r = 0; r < count; r++) {
+            begin = std::min(begin, a.first_of(first + r));
+            end = std::max(end, a.end_of(first + r));
+        }
+        for (int64_t t = begin / TILE * TILE; t < end; t += TILE) {
+            const int64_t tokens = std::min(TILE, end - t);
             if (is_hidden(t, tokens)) continue;
             const int64_t panels = ceil_div(tokens, PANEL);
             score(group.tile_keys(t / TILE), panels);
@@ -700,8 +708,9 @@ class Block {
         }
     }
 
-    // Turns the scores of a row into logits, in units of log 2; `end` of them, of which all but `seen` are -inf.
-    void cap_and_mask(int64_t r, int64_t t, int64_t seen, int64_t end, float* x) {
+    // Turns the scores of a row into logits, in units of log 2; `end` of them, of which those outside [begin, seen) are
+    // -inf.
+    void cap_and_mask(int64_t r, int64_t t, int64_t begin, int64_t seen, int64_t end, float* x) {
         const float scale = float(a.scale * (a.softcap != 0.0 ? 1.0 / a.softcap : LOG2E));
         const float cap = float(a.softcap * LOG2E);
         for (int64_t c = 0; c < seen; c += LANES) {
@@ -719,21 +728,26 @@ class Block {
         }
         if (a.mask_kind != NONE)
             for (int64_t c = 0; c < seen; c++) x[c] += bias[c];
+        std::fill(x, x + begin, -INF);
         std::fill(x + seen, x + end, -INF);
     }
 
     void weigh(int64_t r, int64_t t, int64_t tokens, int64_t end) {
         float* x = scores + r * TILE;
         uint32_t* row = weights + r * WEIGHT_ROW;
-        const int64_t seen = r < count ? std::clamp<int64_t>(a.seen_by(first + r) - t, 0, tokens) : 0;
-        if (seen) cap_and_mask(r, t, seen, end, x);
-        Floats most = Floats{} + (seen ? top[r] : -INF);
-        for (int64_t c = 0; seen && c < end; c += LANES) {
-            const Floats y = load(x + c);
-            most = y > most ? y : most;
+        const int64_t seen = r < count ? std::clamp<int64_t>(a.end_of(first + r) - t, 0, tokens) : 0;
+        const int64_t begin = r < count ? std::clamp<int64_t>(a.first_of(first + r) - t, 0, tokens) : 0;
+        float largest = -INF;
+        if (begin < seen) {
+            cap_and_mask(r, t, begin, seen, end, x);
+            Floats most = Floats{} + top[r];
+            for (int64_t c = 0; c < end; c += LANES) {
+                const Floats y = load(x + c);
+                most = y > most ? y : most;
+            }
+            largest = largest_of(most);
         }
-        const float largest = largest_of(most);
-        if (!seen || largest == -INF) {
+        if (largest == -INF) {
             std::memset(row, 0, end / K::DEPTH * 4);
             return;
         }

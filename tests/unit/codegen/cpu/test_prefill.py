@@ -92,6 +92,23 @@ def test_it_is_attention(
     assert_near(found, expected(query, key, value, mask, kind == "causal", **options), dtype)
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 130), st.integers(1, 900)), width=st.integers(-5, 400), dtype=st.sampled_from(DTYPES)
+)
+def test_each_query_has_a_span_of_keys(shape: tuple[int, int], width: int, dtype: torch.dtype) -> None:
+    queries, tokens = shape
+    query, key = torch.randn(2, 4, queries, 32).to(dtype), torch.randn(2, 2, tokens, 32).to(dtype)
+    first = torch.randint(-10, tokens + 10, (queries,)).sort().values
+    spans = torch.stack([first, first + width], -1)
+    places = torch.arange(tokens)
+    mask = (places >= first[:, None]) & (places < first[:, None] + width)
+    found = prefill.open_attention(query, key, key, None, spans=spans, scale=0.2)
+    wanted = expected(query, key, key, mask, False, scale=0.2)
+    assert found is not None and found[0].dtype == torch.float32
+    assert_near((found[0].to(dtype), found[1]), wanted, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_are_read(dtype: torch.dtype) -> None:
     projected = torch.randn(2, 70, 4 + 2 + 2, 64).to(dtype).transpose(1, 2)
