@@ -75,7 +75,8 @@ def latent_attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     several = True if queries > 1 else False  # noqa: SIM210  # a symbol becomes a guard
     mask = None if attention_mask is None else attention_mask[..., :tokens]
-    needs_mask = position_bias is not None or (latents is None and queries < tokens)
+    watch = getattr(module, WATCH, None)
+    needs_mask = position_bias is not None or (watch is not None and latents is None and queries < tokens)
     if mask is None and causal and several and needs_mask:
         mask = masks.causal_mask(queries, tokens, query.device)
     if position_bias is not None:
@@ -87,7 +88,7 @@ def latent_attention(
         sinks=None if s_aux is None else s_aux.reshape(1, -1, 1),
     )
     if latents is None:
-        output = getattr(module, WATCH, _attend_exactly)(
+        output = (watch or _attend_exactly)(
             query, keys, values, mask, is_causal=mask is None and causal and several, dropout=dropout, **numbers
         )
     else:
@@ -101,13 +102,18 @@ def _attend_exactly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None, is_causal: bool = False,
     dropout: float = 0.0, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Attend to all tokens: on a CPU many queries by their kernel, others by torch."""
-    square = not is_causal or query.shape[2] == key.shape[2]
-    if not dropout and square and all(type(x) is Tensor for x in (query, key, value)):
-        kernel_options = options | {"causal": is_causal}
-        part = prefill_attention.attend_on_cpu("open_attention", query, key, value, mask, **kernel_options)
+    """Attend to all tokens: on a CPU many queries by their kernel, others by torch.
+
+    is_causal: the last of at most T queries sees all tokens, the one before all but the last, and so on.
+    """
+    queries, tokens = query.shape[2], key.shape[2]
+    if not dropout and queries <= tokens and all(type(x) is Tensor for x in (query, key, value)):
+        given = options | {"causal": is_causal}
+        part = prefill_attention.attend_on_cpu("open_attention", query, key, value, mask, **given)
         if part is not None:
             return part[0] if sinks is None else algebra.merge([part, exact_tokens.no_token(query, value, sinks)])
+    if is_causal and queries < tokens:
+        mask, is_causal = masks.causal_mask(queries, tokens, query.device), False
     options |= {"is_causal": is_causal, "dropout": dropout}
     return attention.attention_reference(
         query, key, value, mask, None if sinks is None else sinks.unsqueeze(-1), **options

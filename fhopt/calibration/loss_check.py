@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fhopt import codegen
 from fhopt.calibration.probe import Batch, Probed, additive_mask, cut, tiles
 from fhopt.fitting.loss_interval import LossCheck
 from fhopt.fitting.statistics import differences
-from fhopt.ops import algebra, attention, packing
+from fhopt.ops import algebra, attention, packing, prefill_attention
 from fhopt.ops import masks as ops_masks
 from fhopt.parallel import collectives
 from fhopt.plan.latent_plan import LatentPlan
@@ -50,9 +51,12 @@ class PlanAttention:
         """Compute attention in float32 at least."""
         given = q.dtype
         q, k, v = (x.to(torch.promote_types(given, torch.float32)) for x in (q, k, v))
-        bias, extra = additive_mask(ops_masks.total_mask(q, k, mask, is_causal), q), additive_mask(extra, q)
+        allowed, extra = ops_masks.total_mask(q, k, mask, is_causal), additive_mask(extra, q)
         parts = self._parts(site, q, k, v)
-        outputs = []
+        output = _attended_by_kernels(q, parts, allowed, extra, {"scale": scale, "softcap": softcap})
+        if output is not None:
+            return output.to(given)
+        bias, outputs = additive_mask(allowed, q), []
         for rows, columns in tiles(q, k, bias):
             masks = cut(bias, rows, columns), cut(extra, rows, slice(None))
             tile = [Part(cut(p.seen, rows, columns), p.k[:, :, columns], p.v[:, :, columns]) for p in parts]
@@ -82,6 +86,23 @@ class Part(NamedTuple):
     seen: Tensor
     k: Tensor
     v: Tensor
+
+
+def _attended_by_kernels(
+    q: Tensor, parts: Sequence[Part], allowed: Tensor | None, extra: Tensor | None, numbers: Mapping[str, float]
+) -> Tensor | None:
+    """Attend with queries [B,H,S,D] to each part by the CPU's kernel, and merge; None where it does not serve."""
+    attended = []
+    for part in parts:
+        mask = part.seen if allowed is None else ops_masks.restricted(allowed, part.seen)
+        one = prefill_attention.attend_on_cpu("open_attention", q, part.k, part.v, mask, causal=False, **numbers)
+        if one is None:
+            return None
+        attended.append(one)
+    if extra is not None:
+        lse = extra.expand(*q.shape[:3], -1).logsumexp(-1)
+        attended.append((torch.zeros_like(attended[0][0]), lse))
+    return algebra.merge(attended)
 
 
 def _attended(q: Tensor, parts: Sequence[Part], bias: Tensor | None, extra: Tensor | None, softcap: float) -> Tensor:
@@ -120,8 +141,10 @@ def check_losses(
 ) -> tuple[LossCheck, ...]:  # fmt: skip
     """Measure the KL of plans from the exact model on named held-out batches; each process takes its share.
 
-    plans: with the sums of their costs. recent: of `PlanAttention`. `done(number)` is called after each batch.
+    Installs the kernels of this machine. plans: with the sums of their costs. recent: of `PlanAttention`.
+    `done(number)` is called after each batch.
     """
+    codegen.install()
 
     def measure(numbered: tuple[int, Batch]) -> Tensor:
         number, batch = numbered

@@ -231,12 +231,33 @@ def _uses_latents(config: Any) -> bool:
 def register() -> None:
     """Make `fhopt.attention.latent_attention` known to transformers as IMPLEMENTATION."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     from fhopt.attention.interface import latent_attention
 
     AttentionInterface.register(IMPLEMENTATION, latent_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it padding would be ignored
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)  # without it padding would be ignored
+
+
+def _mask(*args: Any, **options: Any) -> Any:
+    """Make transformers' mask; None where it says no more than that tokens see those before them.
+
+    `latent_attention` knows that by itself, also behind a cache, where `sdpa_mask` makes one for torch's attention.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    given = inspect.signature(sdpa_mask).bind(*args, **options)
+    given.apply_defaults()
+    of, padding = given.arguments, given.arguments.get("attention_mask")
+    is_plain = of.get("mask_function") is causal_mask_function and of.get("local_size") is None
+    if not is_plain or not of.get("allow_is_causal_skip") or torch.compiler.is_compiling():
+        return sdpa_mask(*args, **options)
+    numbers: list[Any] = [of.get(name) for name in ("q_offset", "q_length", "kv_offset", "kv_length")]
+    if not all(type(n) is int for n in numbers) or numbers[0] + numbers[1] != numbers[2] + numbers[3]:
+        return sdpa_mask(*args, **options)
+    if padding is not None and (padding.device.type != "cpu" or not bool(padding.all())):
+        return sdpa_mask(*args, **options)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------- caches

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from interrupted_calibration import OPTIONS, sequences
+from needs import needs_compiler
 from offloaded_models import offloaded
 from small_models import FAR, Fitted, found, numbered, tiny_llama, token_ids
 
+from fhopt import codegen
 from fhopt.calibration import loss_check, probe, run
 from fhopt.calibration.loss_check import check_losses
 from fhopt.calibration.offloaded_probe import find_dispatched
@@ -47,6 +49,35 @@ def test_attention_without_a_plan_is_the_model_itself(llama: Fitted) -> None:
     with torch.no_grad():
         expected = llama.model(TEXT[0][1]["input_ids"], use_cache=False).logits
     torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("masked", ["causal", "bool", "additive", "none"])
+def test_kernels_attend_as_one_softmax_over_all_parts(
+    llama: Fitted, masked: str, extra: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = llama.outcome.sites[next(iter(llama.outcome.sites))]
+    q, k = torch.randn(2, site.heads, 60, site.key_dim), torch.randn(2, site.kv_heads, 60, site.key_dim)
+    v = torch.randn(2, site.kv_heads, 60, site.value_dim)
+    mask = {"bool": torch.rand(2, 1, 60, 60) < 0.8, "additive": torch.randn(1, site.heads, 60, 60)}.get(masked)
+    further = torch.randn(1, site.heads, 1, 1) if extra else None
+    attention = loss_check.PlanAttention(llama.plan(4, window_bits=8, mean_tokens=16), 12)
+    options: dict[str, Any] = {"scale": 0.2, "is_causal": masked == "causal", "softcap": softcap}
+    codegen.install()
+    used, by_kernels = list[bool](), loss_check._attended_by_kernels
+
+    def watched(*args: Any) -> torch.Tensor | None:
+        output = None if used else by_kernels(*args)
+        used.append(output is not None)
+        return output
+
+    monkeypatch.setattr(loss_check, "_attended_by_kernels", watched)
+    with codegen.waiting():
+        found = [attention.attend(site, q, k, v, mask, further, **options) for _ in range(2)]
+    assert used == [True, False]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_dispatched_model_is_checked_as_one_in_memory(llama: Fitted, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_models import Fitted, token_ids
@@ -32,8 +34,9 @@ def test_drift_is_what_the_tokens_cost_behind_the_prompt(llama: Fitted) -> None:
     prompt, text = ids[:40].tolist(), ids[40:].tolist()
     plan = llama.plan(8)
     drift, costs = drift_of(llama.model, prompt, text, plan), token_costs(llama.model, ids[None], plan)
-    torch.testing.assert_close(drift.kl, costs.kl[0, 39:])
-    torch.testing.assert_close(drift.change, (costs.plan - costs.exact)[0, 39:])
+    rounding: Any = {"rtol": 1e-4, "atol": 5e-6}  # of float32: both read in calls of other lengths
+    torch.testing.assert_close(drift.kl, costs.kl[0, 39:], **rounding)
+    torch.testing.assert_close(drift.change, (costs.plan - costs.exact)[0, 39:], **rounding)
     assert drift.kl.shape == drift.agrees.shape == (160,) and float(drift.kl.max()) > 0
     mean, interval = drift.kl_between(64, 160)
     assert mean == pytest.approx(float(drift.kl[64:160].mean())) and interval is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from small_models import Fitted, cached, tiny_gpt2, tiny_llama, token_ids
@@ -11,6 +14,8 @@ from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.errors import FhoptError
 from fhopt.hf.apply import _layer_index, latent_cache
+
+applying = importlib.import_module("fhopt.hf.apply")  # `fhopt.hf.apply` as an attribute is the function
 
 # ---- wrong use
 
@@ -77,3 +82,38 @@ def test_a_cache_of_the_callers_own_is_filled_not_replaced(llama: Fitted) -> Non
     fhopt.unapply(llama.model)
     assert old.get_seq_length() == 41
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- masks
+
+
+def mask_of(**changed: Any) -> Any:
+    """Ask for a mask as transformers does, for 20 tokens behind 12."""
+    from transformers.masking_utils import causal_mask_function
+
+    given = dict(batch_size=2, q_length=20, kv_length=32, q_offset=12, mask_function=causal_mask_function)
+    return applying._mask(**given | changed)
+
+
+@pytest.mark.parametrize("padding", [None, torch.ones(2, 32, dtype=torch.bool)])
+def test_a_chunk_behind_a_cache_has_no_mask_that_only_says_causal(padding: torch.Tensor | None) -> None:
+    assert mask_of(attention_mask=padding) is None
+
+
+@pytest.mark.parametrize("case", ["padding", "window", "function", "places", "not to be left out"])
+def test_other_masks_are_those_of_transformers(case: str) -> None:
+    from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+
+    changed: dict[str, Any] = {
+        "padding": {"attention_mask": torch.arange(32).expand(2, -1) > 3},
+        "window": {"mask_function": sliding_window_causal_mask_function(8), "local_size": 8},
+        "function": {"mask_function": lambda b, h, q, k: k <= q + 1},
+        "places": {"kv_length": 40},
+        "not to be left out": {"allow_is_causal_skip": False},
+    }[case]
+    given = dict(batch_size=2, q_length=20, kv_length=32, q_offset=12) | changed
+    found = mask_of(**changed)
+    assert found is not None
+    if case not in ("places", "padding", "not to be left out"):
+        assert torch.equal(found, sdpa_mask(**given))
+    assert found.shape[-2:] == (20, given["kv_length"])

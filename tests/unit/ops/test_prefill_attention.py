@@ -134,6 +134,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return call
 
     monkeypatch.setattr(prefill_attention, "is_gpu_prefill", lambda query, *others: query.shape[2] > 1)
+    monkeypatch.setattr(prefill_attention, "is_cpu_prefill", lambda query, *others: False)
     monkeypatch.setattr(prefill_attention, "_has_flash", lambda device: True)
     monkeypatch.setattr(prefill_attention, "_flash", noted("flash", prefill_attention._flash))
     monkeypatch.setattr(
