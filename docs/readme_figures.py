@@ -96,9 +96,14 @@ def _cache(name: str, size: float, rises: list[float], kl: list[float]) -> Cache
 
 
 def measured(folder: Path) -> str:
-    """State loss, speed and memory, one figure each, with what it was measured on."""
+    """State loss, speed, engines and memory, with what each was measured on."""
     plans = {cache.size: cache for cache in caches(_read(folder, QUALITY)) if cache.family == FHOPT}
-    lines = [_loss(plans[4.0], plans[8.0]), _speed(_read(folder, "decode")), _memory(_read(folder, "memory"))]
+    lines = [
+        _loss(plans[4.0], plans[8.0]),
+        _speed(_read(folder, "decode")),
+        _engines(_read(folder, "peers")),
+        _memory(_read(folder, "memory")),
+    ]
     return "\n".join(lines)
 
 
@@ -119,6 +124,24 @@ def _speed(results: Results) -> str:
         f"run it; the fastest implementation in transformers takes {four['baseline']:.1f} ms ({four['ratio']:.2f}x). "
         f"With an 8 times smaller cache: {eight['ratio']:.2f}x; with the exact cache, compiled: {exact['ratio']:.2f}x "
         f"(batch 1, float32, {results.machine['threads']} CPU threads)."
+    )
+
+
+def _engines(results: Results) -> str:
+    """State how fast tokens are generated behind the longest prompt, by each engine with its fastest cache."""
+    rows = [r for r in results.of("decode_tokens_per_second") if r["case"].split("/")[2] == "1"]
+    longest = max(int(row["case"].split("/")[1]) for row in rows)
+    speeds: dict[str, float] = {}
+    for row in rows:
+        if int(row["case"].split("/")[1]) == longest:
+            name = row["impl"] if row["impl"].startswith("fhopt") else row["impl"].split()[0]
+            speeds[name] = max(row["value"], speeds.get(name, 0.0))
+    others = sorted((speed, name) for name, speed in speeds.items() if not name.startswith("fhopt"))
+    listed = ", ".join(f"{name} {speed:.0f}" for speed, name in others)
+    return _item(
+        f"**Beside other engines**, behind {longest:,} tokens, 16-bit weights: {speeds['fhopt 4x']:.0f} tokens a second "
+        f"with a 4 times smaller cache, {speeds['fhopt 8x']:.0f} with an 8 times smaller one; with the fastest cache of "
+        f"each, {listed} ({results.machine['threads']} CPU threads)."
     )
 
 

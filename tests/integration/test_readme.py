@@ -84,7 +84,7 @@ def test_no_measured_figure_is_typed_by_hand() -> None:
 
 def test_other_figures_in_the_files_are_other_figures_in_the_text(tmp_path: Path) -> None:
     quality = figures().QUALITY
-    for name in (quality, "decode", "memory", "zoo"):
+    for name in (quality, "decode", "peers", "memory", "zoo"):
         shutil.copy(ROOT / "benchmarks" / "results" / f"{name}.json", tmp_path)
     content = json.loads((tmp_path / f"{quality}.json").read_text())
     for row in content["rows"]:
