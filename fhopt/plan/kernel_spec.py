@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import asdict, dataclass
 
@@ -33,7 +34,7 @@ class KernelSpec:
         sides = tiers(site.key), tiers(site.value)
         return KernelSpec(*sides, site.key.width, site.value.width, dtype, site.site.softcap != 0.0)
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Readable parameters and a short hash: the name of the generated file."""
 
