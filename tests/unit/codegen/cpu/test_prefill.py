@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import pytest
@@ -26,9 +27,12 @@ reference: Any = rebuilt_attention_reference
 TIERS = algebra.BitGroups([8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7])
 
 
-@pytest.fixture(autouse=True)
-def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls wait for the kernel, and are checked where its vectors are too short to pay, too."""
+@pytest.fixture(autouse=True, params=["", "x86-64-v3", "x86-64"], ids=["this CPU", "AVX2", "SSE"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait for the kernel, for this CPU or a lesser one, though with vectors of 4 floats it would not pay."""
+    if request.param and platform.machine() != "x86_64":
+        pytest.skip("an instruction set of x86-64")
+    monkeypatch.setenv("FHOPT_ISA", request.param)
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
     monkeypatch.setattr(prefill, "LEAST_LANES", 1)
     prefill.library.cache_clear()
