@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +10,19 @@ import pytest
 import torch
 from engine_blocks import Engine, random_tokens
 from hand_plans import CODED, random_plan
+from needs import needs_compiler
 from torch import Tensor
 
+from fhopt import codegen
 from fhopt.attention.attend import attend
 from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.ops import algebra, packing
 from fhopt.ops.attention import attention_reference
+from fhopt.ops.prefill_attention import CPU_QUERIES, attend_on_cpu
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.serving import layer_cache
 from fhopt.serving.batch import means_from
 from fhopt.serving.block_sizes import BlockSizes
 
@@ -130,3 +135,28 @@ def test_sequences_of_one_batch_do_not_touch_each_other() -> None:
     for spans in steps:
         for result, expected, (start, stop) in zip(engine.step(several, spans), alone, spans, strict=True):
             close(result, expected[start:stop])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("ends", [(), (20,), (3, 40, 57)])
+def test_a_prompt_is_read_in_two_calls_of_a_kernel(
+    name: str, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(op: str, query: Tensor, *args: Any, **options: Any) -> Any:
+        part = attend_on_cpu(op, query, *args, **options)
+        calls.append(query.shape[2] if part is not None else 0)
+        return part
+
+    monkeypatch.setattr(layer_cache, "attend_on_cpu", counted)
+    codegen.install()
+    plan = PLANS[name]
+    tokens = random_tokens(plan, COUNT)
+    with codegen.waiting():
+        found = in_pieces(plan, tokens, *ends)
+    close(found, by_hand(plan, tokens))
+    bounds = [0, *ends, COUNT]
+    pieces = [stop - start for start, stop in itertools.pairwise(bounds)]
+    assert [n for n in calls if n] == [n for n in pieces if n >= CPU_QUERIES for _ in ("window", "latents")]
