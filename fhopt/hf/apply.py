@@ -244,20 +244,26 @@ def _mask(*args: Any, **options: Any) -> Any:
 
     `latent_attention` knows that by itself, also behind a cache, where `sdpa_mask` makes one for torch's attention.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
 
-    given = inspect.signature(sdpa_mask).bind(*args, **options)
+    if not torch.compiler.is_compiling() and _is_causal(inspect.signature(sdpa_mask).bind(*args, **options)):
+        return None
+    return sdpa_mask(*args, **options)
+
+
+def _is_causal(given: inspect.BoundArguments) -> bool:
+    """Return whether `sdpa_mask` would say no more with its arguments: new tokens at the end, none of them padding."""
+    from transformers.masking_utils import causal_mask_function
+
     given.apply_defaults()
     of, padding = given.arguments, given.arguments.get("attention_mask")
-    is_plain = of.get("mask_function") is causal_mask_function and of.get("local_size") is None
-    if not is_plain or not of.get("allow_is_causal_skip") or torch.compiler.is_compiling():
-        return sdpa_mask(*args, **options)
+    if of.get("mask_function") is not causal_mask_function or of.get("local_size") is not None:
+        return False
     numbers: list[Any] = [of.get(name) for name in ("q_offset", "q_length", "kv_offset", "kv_length")]
-    if not all(type(n) is int for n in numbers) or numbers[0] + numbers[1] != numbers[2] + numbers[3]:
-        return sdpa_mask(*args, **options)
-    if padding is not None and (padding.device.type != "cpu" or not bool(padding.all())):
-        return sdpa_mask(*args, **options)
-    return None
+    if not of.get("allow_is_causal_skip") or not all(type(n) is int for n in numbers):
+        return False
+    at_the_end = numbers[0] + numbers[1] == numbers[2] + numbers[3]
+    return at_the_end and (padding is None or (padding.device.type == "cpu" and bool(padding.all())))
 
 
 # --------------------------------------------------------------------------------------------------- caches
