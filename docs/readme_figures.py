@@ -139,9 +139,9 @@ def _engines(results: Results) -> str:
     others = sorted((speed, name) for name, speed in speeds.items() if not name.startswith("fhopt"))
     listed = ", ".join(f"{name} {speed:.0f}" for speed, name in others)
     return _item(
-        f"**Beside other engines**, behind {longest:,} tokens, 16-bit weights: {speeds['fhopt 4x']:.0f} tokens a second "
-        f"with a 4 times smaller cache, {speeds['fhopt 8x']:.0f} with an 8 times smaller one; with the fastest cache of "
-        f"each, {listed} ({results.machine['threads']} CPU threads)."
+        f"**Beside other engines**, behind {longest:,} tokens, 16-bit weights: {speeds['fhopt 4x']:.0f} tokens a "
+        f"second with a 4 times smaller cache, {speeds['fhopt 8x']:.0f} with an 8 times smaller one; with the fastest "
+        f"cache of each, {listed} ({results.machine['threads']} CPU threads)."
     )
 
 

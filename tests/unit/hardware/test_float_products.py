@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,3 +72,50 @@ def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch, fields: dict
 def test_operands_that_are_rounded_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, error=2**-9)
     assert not is_onednn_faster()
+
+
+def test_a_linear_layer_is_exact_and_needs_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.randn(2, 30, 64), torch.randn(48, 64), torch.randn(48)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    for faster in (False, True):
+        monkeypatch.setattr(float_products, "is_onednn_faster", lambda faster=faster: faster)
+        before = PRECISION.fp32_precision
+        torch.testing.assert_close(float_products.linear(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            float_products.linear(x.mT, weight[:, :30], None).double(), x.mT.double() @ weight[:, :30].mT.double(),
+            rtol=1e-5, atol=1e-4,
+        )  # fmt: skip
+        assert PRECISION.fp32_precision == before
+
+
+@pytest.mark.parametrize("case", ["dtype", "empty", "subclass", "autocast"])
+def test_other_layers_are_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_products, "is_onednn_faster", lambda: pytest.fail("was asked"))
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    if case == "dtype":
+        x, weight = x.bfloat16(), weight.bfloat16()
+    elif case == "empty":
+        x = x[:0]
+    elif case == "subclass":
+        x = torch.nn.Parameter(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        assert torch.equal(float_products.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+
+
+def test_the_last_thread_that_leaves_switches_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    before, entered, may_leave = PRECISION.fp32_precision, threading.Event(), threading.Event()
+
+    def other() -> None:
+        with onednn_products():
+            entered.set()
+            may_leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    with onednn_products():
+        thread.start()
+        assert entered.wait(30)
+    assert PRECISION.fp32_precision == "bf16"
+    may_leave.set()
+    thread.join()
+    assert PRECISION.fp32_precision == before

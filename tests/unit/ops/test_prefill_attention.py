@@ -143,8 +143,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         noted("rebuilt", prefill_attention.rebuilt_attention_reference),
     )
     before = registry.use("latent_attention", "cpu", noted("step", latent_attention.latent_attention_reference))
+    rebuilt = registry.use("rebuilt_attention", "cpu", None)
     yield ran
     registry.use("latent_attention", "cpu", before)
+    registry.use("rebuilt_attention", "cpu", rebuilt)
 
 
 @pytest.mark.parametrize("tokens", [S, S + 1, S + 30])
