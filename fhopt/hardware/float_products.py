@@ -25,6 +25,9 @@ from torch import Tensor
 from fhopt.hardware.this_cpu import reported
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
+ROWS = (
+    256  # to a multiple of which rows are filled up: oneDNN keeps some 100 KB of machine code for each number of them
+)
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a product of SIDE terms, relative to its norm
 SIDE = 128
 
@@ -34,14 +37,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     plain = type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if not plain or not _takes(x, weight, bias) or not is_onednn_faster():
         return torch.nn.functional.linear(x, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return product
+    rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
+    missing = -rows % ROWS
+    whole = torch.nn.functional.pad(x.reshape(rows, width), (0, 0, 0, missing)) if missing else x.reshape(rows, width)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(whole, weight, bias, "none", [], "")
+    return product[:rows].view(*x.shape[:-1], columns)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether these are of float32 on the CPU, and none of them empty."""
+    """Return whether these are of float32 on the CPU, with rows enough."""
     alike = all(t.dtype == torch.float32 and t.is_cpu for t in (x, weight, *(() if bias is None else (bias,))))
-    return alike and x.numel() > 0 and weight.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    enough = weight.numel() > 0 and x.numel() >= ROWS * x.shape[-1]
+    return alike and enough and x.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager

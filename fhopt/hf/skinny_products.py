@@ -4,8 +4,8 @@
     after    y = fhopt.skinny_linear(x, w, b)     w is read once (fhopt/codegen/cpu/skinny_linear.py)
 
 Decoding is bound by reading weights and cache. Calls that the kernel does not serve are torch's as before: more than 16
-rows (of float32 by oneDNN where MKL is slow: fhopt/hardware/float_products.py), gradients, autocast, weights that are
-no plain dense tensors, graphs that are being compiled (which have ways of their own,
+rows (from 256 on, of float32, by oneDNN where MKL is slow: fhopt/hardware/float_products.py), gradients, autocast,
+weights that are no plain dense tensors, graphs that are being compiled (which have ways of their own,
 fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernel is built.
 
 Letters: M rows, K width of the input, N width of the output.

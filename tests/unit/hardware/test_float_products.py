@@ -74,28 +74,30 @@ def test_operands_that_are_rounded_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     assert not is_onednn_faster()
 
 
-def test_a_linear_layer_is_exact_and_needs_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias = torch.randn(2, 30, 64), torch.randn(48, 64), torch.randn(48)
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    for faster in (False, True):
-        monkeypatch.setattr(float_products, "is_onednn_faster", lambda faster=faster: faster)
-        before = PRECISION.fp32_precision
-        torch.testing.assert_close(float_products.linear(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(
-            float_products.linear(x.mT, weight[:, :30], None).double(), x.mT.double() @ weight[:, :30].mT.double(),
-            rtol=1e-5, atol=1e-4,
-        )  # fmt: skip
-        assert PRECISION.fp32_precision == before
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("shape", [(256,), (2, 150), (3, 256), (700,)])
+def test_a_linear_layer_is_exact_and_needs_no_switch(
+    shape: tuple[int, ...], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias = torch.randn(*shape, 64), torch.randn(40, 64), torch.randn(40)
+    monkeypatch.setattr(float_products, "is_onednn_faster", lambda: faster)
+    before = PRECISION.fp32_precision
+    for y, w, b in ((x, weight, bias), (x, weight, None), (x[..., :30], weight[:, :30], bias)):
+        exact = torch.nn.functional.linear(y.double(), w.double(), None if b is None else b.double())
+        torch.testing.assert_close(float_products.linear(y, w, b).double(), exact, rtol=1e-5, atol=1e-4)
+    assert PRECISION.fp32_precision == before
 
 
-@pytest.mark.parametrize("case", ["dtype", "empty", "subclass", "autocast"])
+@pytest.mark.parametrize("case", ["dtype", "empty", "few", "subclass", "autocast"])
 def test_other_layers_are_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float_products, "is_onednn_faster", lambda: pytest.fail("was asked"))
-    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    x, weight = torch.randn(260, 8), torch.randn(4, 8)
     if case == "dtype":
         x, weight = x.bfloat16(), weight.bfloat16()
     elif case == "empty":
         x = x[:0]
+    elif case == "few":
+        x = x[:255]
     elif case == "subclass":
         x = torch.nn.Parameter(x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
