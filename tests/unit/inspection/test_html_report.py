@@ -186,7 +186,7 @@ def test_expanding_a_site_shows_its_drawings_spectra_and_kernel(browser: Any, ti
             chart.scroll_into_view_if_needed()
             chart.locator("svg").wait_for()
         site.locator("p.links a").first.click()
-        assert watched.page.locator(f"#kernel-{tiny.listings.files.index(kernel)}").get_attribute("open") is not None
+        watched.page.locator(f"#kernel-{tiny.listings.files.index(kernel)}[open]").wait_for(state="attached")
         watched.expect_quiet(tiny_file)
 
 
