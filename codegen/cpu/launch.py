@@ -98,7 +98,7 @@ class LibraryKernel:
         self._value.check(v, value_scale, shape, tokens)
         if lengths is not None and lengths.numel() != 1:
             mask, lengths = within(lengths, tokens, mask), None
-        kind, masking = _mask(mask, (b, h, s, tokens))
+        kind, masking = mask_operand(mask, (b, h, s, tokens))
         heads = math.gcd(k.shape[1], v.shape[1])
         if pages is not None and not pages.shape[2]:
             pages = pages.new_full((*pages.shape[:2], 1), -1)  # an empty list has no address, and none means all pages
@@ -138,7 +138,8 @@ def _pages(pages: Tensor, page_tokens: int, shape: tuple[int, int, int]) -> tupl
     return (pages.data_ptr(), *pages.stride(), pages.shape[1], pages.shape[2], page_tokens)
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
+def mask_operand(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, Tensor | None]:
+    """Return the kind of a mask (`MaskKind` of the C++ files), and the mask as kernels read it: expanded to `shape`."""
     if mask is None:
         return _NO_MASK, None
     if mask.dtype == torch.bool:

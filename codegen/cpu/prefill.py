@@ -25,6 +25,7 @@ from torch import Tensor
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import packing
+from fhopt.codegen.cpu.launch import mask_operand
 from fhopt.codegen.source_files import read_source
 from fhopt.ops import algebra
 from fhopt.ops.masks import within
@@ -33,7 +34,6 @@ NAME = "prefill"  # of the library
 NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Type` of the C++ file
 LEAST_LANES = 8
-_NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind`
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
 _arguments = struct.Struct("@9q4q4q4q6q2q4qq2d").pack
 log = logging.getLogger(__name__)
@@ -138,7 +138,9 @@ def _call(
     """
     query, key, value = operands = [x if x.stride(3) == 1 else x.contiguous() for x in operands]
     (b, h, s, d), (_, g, t, _), e = query.shape, key.shape, value.shape[3]
-    kind, masking = _mask(mask, (b, h, s, t))
+    if mask is not None and mask.dim() and mask.shape[-1] > 1 and mask.stride(-1) > 1:
+        mask = mask.contiguous()
+    kind, masking = mask_operand(mask, (b, h, s, t))
     seen = 0 if spans is None else spans.data_ptr()
     output = query.new_empty((b, s, h, e), dtype=dtype).transpose(1, 2)
     lse = query.new_empty((b, h, s), dtype=torch.float32)
@@ -151,17 +153,6 @@ def _call(
         )
     )
     return output, lse
-
-
-def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, Tensor | None]:
-    """Return the kind of a mask, and the mask as the kernel reads it."""
-    if mask is None:
-        return _NO_MASK, None
-    kind = _BOOL_MASK if mask.dtype == torch.bool else _ADDITIVE_MASK
-    mask = mask if kind == _BOOL_MASK else mask.to(torch.float32)
-    if mask.dim() and mask.stride(-1) not in (0, 1) and mask.shape[-1] > 1:
-        mask = mask.contiguous()
-    return kind, mask.expand(shape)
 
 
 def render() -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fhopt import codegen
+from fhopt.attention.exact_tokens import no_token
 from fhopt.calibration.probe import Batch, Probed, additive_mask, cut, tiles
 from fhopt.fitting.loss_interval import LossCheck
 from fhopt.fitting.statistics import differences
@@ -100,8 +101,7 @@ def _attended_by_kernels(
             return None
         attended.append(one)
     if extra is not None:
-        lse = extra.expand(*q.shape[:3], -1).logsumexp(-1)
-        attended.append((torch.zeros_like(attended[0][0]), lse))
+        attended.append(no_token(q, parts[0].v, extra.logsumexp(-1)))
     return algebra.merge(attended)
 
 

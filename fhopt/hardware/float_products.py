@@ -25,9 +25,7 @@ from torch import Tensor
 from fhopt.hardware.this_cpu import reported
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
-ROWS = (
-    256  # to a multiple of which rows are filled up: oneDNN keeps some 100 KB of machine code for each number of them
-)
+ROWS = 256  # to a multiple of which rows are filled up: oneDNN keeps 100 KB of machine code for each number of them
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a product of SIDE terms, relative to its norm
 SIDE = 128
 
