@@ -17,6 +17,8 @@ from small_models import Fitted
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One core for each worker: threads of processes that a test starts would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# On Intel's CPUs MKL rounds by where a matrix lies in memory, and a code of a latent may then be its neighbour: not so.
+os.environ["MKL_CBWR"] = "AUTO,STRICT"
 TESTS = Path(__file__).parent
 LONGEST = (
     "integration/test_demo.py",

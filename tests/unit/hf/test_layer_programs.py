@@ -232,6 +232,18 @@ def test_threads_do_not_disturb_each_other(llama: tuple[Any, fhopt.LatentPlan]) 
                 assert close(output, alone)
 
 
+def test_programs_run_in_inference_mode_too(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+    model, plan = llama
+    ids = token_ids(1, TOKENS + 8)
+    expected, _ = stepwise(prepared(model, plan, False), ids)
+    prepared(model, plan)
+    with torch.inference_mode():
+        output, _ = stepwise(model, ids)
+    assert set(program_reasons(model).values()) == {""}
+    assert all(vars(layer)[STATE].known.bound for layer in model.model.layers)
+    assert close(output, expected)
+
+
 def test_short_prompts_that_come_once_are_not_rehearsed(llama: tuple[Any, fhopt.LatentPlan]) -> None:
     model, plan = llama
     prepared(model, plan)
