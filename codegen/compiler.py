@@ -103,11 +103,13 @@ def vector_unit() -> str:
 
 
 # Macros of a compiler, and what kernels compute with where they are defined.
+_BYTES = {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"}
 _UNITS = (
     (
-        {"__AVX512VNNI__", "__AVX512BW__", "__AVX512VL__", "__AVX512VBMI__"},
-        "AVX-512 VNNI: products of bytes, and of 16 floats",
+        _BYTES | {"__AVX512BF16__", "__AMX_BF16__"},
+        "AVX-512 VNNI: products of bytes, and of 16 floats; AMX for prompts in bfloat16",
     ),
+    (_BYTES, "AVX-512 VNNI: products of bytes, and of 16 floats"),
     ({"__AVX512F__"}, "AVX-512: products of 16 floats"),
     ({"__AVX2__", "__F16C__", "__AVXVNNI__"}, "AVX2 with VNNI: products of words, and of 8 floats"),
     ({"__AVX2__", "__F16C__"}, "AVX2: products of words, and of 8 floats"),

@@ -4,7 +4,7 @@
     rebuilt_attention   keys and values that are reconstructed from packed latents, a tile at a time
 
 torch computes such attention by products of small matrices with scores in between; here both products stay in registers
-and caches, with AVX-512 BF16 on pairs of bfloat16 (sources/prefill.cpp). Results are those of the references in
+and caches, with AMX or AVX-512 BF16 on pairs of bfloat16 (sources/prefill.cpp). Results are those of the references in
 fhopt/ops/prefill_attention.py within the rounding of the type.
 
 Letters: B batch, H query heads, G kv heads, S queries, T tokens, D and E head size of keys and values.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fhopt.codegen.background import Builder
 from fhopt.codegen.cpu import prefill
+from fhopt.hardware.this_cpu import vector_units
 from fhopt.ops import algebra
 from fhopt.ops.latent_attention import latent_attention_reference
 from fhopt.ops.prefill_attention import rebuilt_attention_reference
@@ -27,11 +28,16 @@ reference: Any = rebuilt_attention_reference
 TIERS = algebra.BitGroups([8, 4, 3], [8, 16, 16], [0.06, 0.4, 0.7])
 
 
-@pytest.fixture(autouse=True, params=["", "x86-64-v3", "x86-64"], ids=["this CPU", "AVX2", "SSE"])
+UNITS = {"this CPU": "", "AVX-512 BF16": "cooperlake", "AVX2": "x86-64-v3", "SSE": "x86-64"}
+
+
+@pytest.fixture(autouse=True, params=UNITS.values(), ids=list(UNITS))
 def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls wait for the kernel, for this CPU or a lesser one, though with vectors of 4 floats it would not pay."""
     if request.param and platform.machine() != "x86_64":
         pytest.skip("an instruction set of x86-64")
+    if request.param == UNITS["AVX-512 BF16"] and "AVX-512 BF16" not in vector_units():
+        pytest.skip("an instruction set that this CPU does not have")
     monkeypatch.setenv("FHOPT_ISA", request.param)
     monkeypatch.setattr(prefill, "builder", Builder(waits=True))
     monkeypatch.setattr(prefill, "LEAST_LANES", 1)
