@@ -31,8 +31,49 @@ FOREIGN = {  # loggers of other libraries, and how a message begins that tells a
 }
 
 
+COMMANDS = {  # as `fhopt --help` lists them, in lines of at most 80 columns
+    "First": {
+        "demo": "Fit, use and measure a plan for SmolLM2-135M, in minutes",
+        "doctor": "What this machine has, what will be fast, and the cure",
+    },
+    "Plans": {
+        "fit": "Calibrate MODEL on text and write a plan",
+        "calibrate": "Only calibrate: write statistics to fit many plans from",
+        "heal": "Bring a plan's decoders closer to the exact model",
+        "head": "Fit a retrieval language-model head, which reads less",
+        "plans": "Plans stored on this machine: list, fit, add, find, prune",
+    },
+    "Use": {
+        "generate": "Generate text behind PROMPT, streamed",
+        "chat": "Chat with MODEL on one KV cache",
+        "rewrite": "Write MODEL and plan as one folder, which vLLM serves too",
+        "export": "Export a decode step: .pt2, MLIR, IREE, DeepSeek's layout",
+        "verify": "Prove that an exported step never reconstructs K/V",
+    },
+    "Measure": {
+        "eval": "Perplexity and tasks, exact KV cache against a plan",
+        "bench": "Tokens per second and bytes over contexts and batches",
+        "cost": "Estimate a decode step on devices from data sheets",
+        "device": "Measure this machine's CPU, for `--device here`",
+    },
+    "See": {
+        "inspect": "The attention of MODEL, and what a plan does to it",
+        "explain": "Why attention in MODEL is not rewritten",
+        "report": "Everything about MODEL and plan as one HTML file",
+        "view": "The report in a browser, and the progress of a fit",
+        "kernels": "The generated kernels of a plan",
+    },
+}
+
+
 class _Commands(click.Group):
     """The group of commands, which turns FhoptError, or a missing extra, into one line and exit code 2."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands by what they are for."""
+        for title, lines in COMMANDS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, line) for name, line in lines.items() if name in self.commands])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

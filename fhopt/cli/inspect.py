@@ -36,8 +36,8 @@ def inspect(
 
     A .fhopt file has the graphs after all passes, for Model Explorer.
 
-    Columns: nats, the expected loss per token; faster on DEVICE, the number of cached tokens from which on the plan is
-    faster, by roofline.
+    Columns: keys and values, channels of a latent head x mean bits; nats, the expected loss per token; faster from,
+    DEVICE: the number of cached tokens from which on the plan is faster, by roofline.
     """
     if stage is not None and graph is None:
         raise FhoptError("--stage chooses the graph that --graph writes; expected both, or --graph alone.")

@@ -146,11 +146,9 @@ def statistics(done: Generated, kind: str, dtype: str, prompt_form: str = "") ->
         read += f", {done.prefill_tokens:,} of them new"
     if not done.times:
         return [f"{read}: stopped before the first token"]
+    rates = f"first token after {quantity(done.times[0], 's')}, prefill {rate(done.prefill_rate or 0)} tokens/s"
     decode = "" if done.decode_rate is None else f", decode {rate(done.decode_rate)} tokens/s"
-    lines = [
-        f"{read}: first token after {quantity(done.times[0], 's')}, prefill {rate(done.prefill_rate or 0)} tokens/s; "
-        f"{len(done.ids):,} tokens{decode}"
-    ]
+    lines = [f"{read}: {rates}", f"{len(done.ids):,} tokens{decode}"]
     if values["cache_bytes"]:
         size, exact = (quantity(values[name], "B") for name in ("cache_bytes", "exact_cache_bytes"))
         than = f", exact {exact} in {dtype}: {times(values['ratio'])} smaller" if kind != "exact KV cache" else ""

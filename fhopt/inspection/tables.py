@@ -23,14 +23,19 @@ from fhopt.plan.quality_card import QualityCard
 from fhopt.plan.site import AttentionSite
 
 
+def _light_table(title: str | Text) -> Table:
+    """Make a table without upright lines: ten columns fit into 80 characters."""
+    return Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+
+
 def describe(plan: LatentPlan) -> list[dict[str, Any]]:
-    """Tabulate latent plans, a row per site: layout, widths and bits of each side, bytes per token and ratio."""
+    """Tabulate latent plans, a row per site: layout, width and mean bits of each side, bytes per token and ratio."""
     return [
         {
             "site": p.site.name,
             "layout": p.layout,
-            "key": " + ".join(f"{t.width}x{t.bits}" for t in p.key.tiers) or f"{p.key.width} not quantized",
-            "value": " + ".join(f"{t.width}x{t.bits}" for t in p.value.tiers) or f"{p.value.width} not quantized",
+            "key": mean_bits(p.key.width, ((t.bits, t.width) for t in p.key.tiers)),
+            "value": mean_bits(p.value.width, ((t.bits, t.width) for t in p.value.tiers)),
             "bytes": p.token_bytes(),
             "exact_bytes": 2 * p.site.exact_numbers_per_token,
         }
@@ -70,7 +75,8 @@ def _sites_in_rows(inspection: Inspection) -> Table:
     pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
     rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in inspection.sites]
     alike = [n for n in _SITE_COLUMNS if inspection.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
-    table = Table(title=Text(f"Attention of {inspection.model}{pattern}"), title_justify="left", caption_justify="left")
+    table = _light_table(Text(f"Attention of {inspection.model}{pattern}"))
+    table.caption_justify = "left"
     table.add_column("site", overflow="fold")
     for name in _SITE_COLUMNS:
         if name not in alike:
@@ -95,7 +101,7 @@ def _add_plan_columns(table: Table, inspection: Inspection) -> None:
     for name in ("B/token", "ratio", "nats"):
         table.add_column(name, justify="right", no_wrap=True)
     for roofline in inspection.rooflines:
-        table.add_column(f"faster on {roofline.device}", justify="right")
+        table.add_column(f"faster\nfrom,\n{roofline.device}", justify="right", no_wrap=True)
 
 
 def _site_cells(inspected: InspectedSite) -> list[str]:
@@ -115,10 +121,16 @@ def _site_cells(inspected: InspectedSite) -> list[str]:
 def _plan_cells(plan: PlannedSite | None, devices: int) -> list[str]:
     if plan is None:
         return ["exact", *[""] * (5 + devices)]
-    words = [side.words for side in plan.sides]
+    words = [mean_bits(side.width, side.tiers) for side in plan.sides]
     sides = [words[0], words[1] if len(words) > 1 else "shared"]
-    pays = [paying.words for paying in plan.pays]
+    pays = [paying.words.removeprefix("from ") for paying in plan.pays]
     return [plan.layout, *sides, f"{plan.bytes:,}", f"{plan.ratio:.2f}x", _nats(plan.expected_nats), *pays]
+
+
+def mean_bits(width: int, tiers: Iterable[tuple[int, int]]) -> str:
+    """Write the channels of a latent head and their mean bits: `192x5.4`. tiers: (bits, channels) of each group."""
+    bits = sum(b * channels for b, channels in tiers)
+    return f"{width}x{bits / width:.1f}" if bits else f"{width} not quantized"
 
 
 def _nats(value: float | None) -> str:
@@ -145,7 +157,8 @@ def _totals(inspection: Inspection) -> Table:
             table.add_row("warning", plan.warning)
         table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
-        table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized. Formulas of a site: --site NAME")
+        table.add_row("keys, values", "channels of a latent head x mean bits. Bit groups and formulas: --site NAME")
+        table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized")
     return table
 
 
@@ -205,8 +218,8 @@ def _add_plan(table: Table, plan: PlannedSite) -> None:
 
 
 def plan_table(plan: LatentPlan) -> Table:
-    """Tabulate a plan, a row per site: layout, channels x bits of keys and values, bytes per quantized token."""
-    table = Table(title="Latent plan (channels x bits)", title_justify="left")
+    """Tabulate a plan, a row per site: layout, channels x mean bits of keys and values, bytes per quantized token."""
+    table = Table(title="Latent plan (channels x mean bits)", title_justify="left")
     for name in ("site", "layout", "keys", "values"):
         table.add_column(name, overflow="fold")
     for name in ("bytes/token", "exact", "ratio"):
@@ -329,7 +342,7 @@ def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
     rows, batches = result["rows"], {row["batch"] for row in result["rows"]}
     about = f"{result['model']}: {result['dtype']} on {result['device']}, medians of {result['rounds']} rounds"
-    table = Table(title=Text(about), title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    table = _light_table(Text(about))
     names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
     names += ["prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes"]
     for name in names:
@@ -382,22 +395,24 @@ def _formulas(costs: Mapping[str, Cost]) -> Table:
 
 
 def _figures(comparison: CostComparison, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("device", "cached tokens", "cache", "read", "operations", "attention", "faster", "bound by", "step",
-                 "faster", "faster from"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("device", "cache", "bound by") else "right")
+    lengths = sorted({row.tokens for row in comparison.rows})
+    is_one = len(lengths) == 1
+    table = _light_table(f"{title}, {lengths[0]:,} cached tokens" if is_one else title)
+    for name in ("device", *([] if is_one else ["cached\ntokens"]), "cache", "read", "attention", "faster",
+                 "bound by", "step", "faster", "faster\nfrom"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("device", "cache", "bound by") else "right", no_wrap=True)
     for (device, tokens), rows in groupby(comparison.rows, key=lambda r: (r.device, r.tokens)):
-        labels = [device, f"{tokens:,}"]
+        labels = [device, *([] if is_one else [f"{tokens:,}"])]
         for row in rows:
             now, is_exact = row.figures, row.cache == "exact"
             pays = f"{math.ceil(row.pays_from):,}" if row.pays_from is not None else row.pays
             step = quantity(now.step_seconds, "s") + ("" if now.fits else " [red]!")
             table.add_row(
-                *labels, row.cache, quantity(now.bytes, "B"), quantity(now.operations, ""),
-                quantity(now.attention_seconds, "s"), "" if is_exact else f"{row.attention_speedup:.2f}x", now.bound,
-                step, "" if is_exact else f"{row.step_speedup:.2f}x", pays,
+                *labels, row.cache, quantity(now.bytes, "B"), quantity(now.attention_seconds, "s"),
+                "" if is_exact else f"{row.attention_speedup:.2f}x", now.bound, step,
+                "" if is_exact else f"{row.step_speedup:.2f}x", pays,
             )  # fmt: skip
-            labels = ["", ""]
+            labels = [""] * len(labels)
         table.add_section()
     table.caption, table.caption_justify = "Upper bounds: kernels reach a part of the peak figures.", "left"
     if not all(row.figures.fits for row in comparison.rows):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from command_models import call, make_unwritable
 
+from fhopt.cli.app import COMMANDS, main
 from fhopt.errors import FhoptError
 from fhopt.texts import tokens
 
@@ -32,6 +33,17 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "an unwritable folder": (["demo", "--out", "{unwritable}"], "Choose another folder"),
     "an unwritable report": (["report", "command_models:encoder", "-o", "{unwritable}/r.html"], "cannot write to"),
 }
+
+
+def test_help_lists_every_command_once_in_a_line_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [name for lines in COMMANDS.values() for name in lines]
+    assert sorted(listed) == sorted(main.commands)
+    monkeypatch.setenv("COLUMNS", "80")
+    text = call("--help").output
+    assert all(len(line) < 80 for line in text.splitlines())
+    for lines in COMMANDS.values():
+        for name, line in lines.items():
+            assert any(found.split() == [name, *line.split()] for found in text.splitlines()), name
 
 
 @pytest.mark.parametrize("case", WRONG)

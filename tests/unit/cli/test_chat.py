@@ -55,7 +55,8 @@ def test_commands_forget_show_and_leave(folder: Path) -> None:
     assert first == again and len(first) == 6
     lines = result.stderr.splitlines()
     assert lines[0] == "no turn yet" and lines[1].endswith("tokens in the KV cache") and "prefill" in lines[2]
-    assert lines[3].startswith("exact KV cache: ") and lines[4].startswith("unknown command /what; expected one of")
+    assert "decode" in lines[3] and lines[4].startswith("exact KV cache: ")
+    assert lines[5].startswith("unknown command /what; expected one of")
 
 
 def test_a_piped_turn_without_room_ends_the_command(folder: Path) -> None:

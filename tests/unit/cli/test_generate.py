@@ -26,8 +26,8 @@ def test_standard_output_has_the_text_and_standard_error_the_statistics(folder: 
     result = call("generate", str(folder), "hello", "--max-new-tokens", "20")
     assert result.exit_code == 0, result.output
     assert len(result.stdout) == 21 and result.stdout.endswith("\n")
-    speed, size = result.stderr.splitlines()
-    assert speed.startswith("12 prompt tokens (chat template): first token after") and "decode" in speed
+    read, decoded, size = result.stderr.splitlines()
+    assert read.startswith("12 prompt tokens (chat template): first token after") and "decode" in decoded
     assert size == "exact KV cache: 15.9 kB"
 
 

@@ -97,11 +97,11 @@ def test_a_rewritten_folder_brings_its_plan(llama: Fitted, folders: dict[str, Pa
         read_plan(str(tmp_path / "new"), tmp_path / "plan", exact=True)
 
 
-def test_statistics_are_one_or_two_lines() -> None:
+def test_statistics_are_short_lines() -> None:
     stopped = Generated((), "", 9, 9, (), None, 1)
     assert statistics(stopped, "exact KV cache", "float32") == ["9 prompt tokens: stopped before the first token"]
     done = Generated((1, 2, 3), "abc", 9, 4, (0.5, 0.75, 1.0), None)
-    (line,) = statistics(done, "exact KV cache", "float32", "raw")
-    read, _, speed = line.partition(": ")
+    first, decoded = statistics(done, "exact KV cache", "float32", "raw")
+    read, _, speed = first.partition(": ")
     assert read == "9 prompt tokens (raw), 4 of them new"
-    assert speed == "first token after 500 ms, prefill 8 tokens/s; 3 tokens, decode 4 tokens/s"
+    assert speed == "first token after 500 ms, prefill 8 tokens/s" and decoded == "3 tokens, decode 4 tokens/s"
