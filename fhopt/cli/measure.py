@@ -22,6 +22,7 @@ from fhopt.cli.options import (
     progress_bar,
 )
 from fhopt.errors import FhoptError
+from fhopt.hardware.devices import SHOWN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,7 +189,7 @@ def _perplexities(
     "names",
     type=DEVICE,
     multiple=True,
-    default=("h100", "cpu"),
+    default=SHOWN,
     show_default=True,
     help="Device; also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
 )

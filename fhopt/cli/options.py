@@ -16,6 +16,7 @@ from rich.console import Console
 from fhopt.cli.arguments import DEVICE, TEXT
 from fhopt.cli.progress import Job, bar, lines
 from fhopt.errors import FhoptError
+from fhopt.hardware.devices import SHOWN
 from fhopt.progress import silent
 
 PIPED_WIDTH = 120  # columns without a terminal
@@ -161,6 +162,6 @@ def placement_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 device_option = click.option(
-    "--device", "devices", type=DEVICE, multiple=True, default=("h100", "cpu"), show_default=True,
+    "--device", "devices", type=DEVICE, multiple=True, default=SHOWN, show_default=True,
     help="Device for break-even contexts and rooflines, as in cost; repeatable.",
 )  # fmt: skip

@@ -43,6 +43,7 @@ DEVICES = {
     )
 }
 HERE = "here"  # this machine's CPU, measured by fhopt/hardware/this_cpu.py
+SHOWN = ("h100", HERE)  # where no device is asked for
 SOCKET_GB_S = 460.8  # twelve channels of DDR5-4800: more threads than fill them read no faster
 
 
@@ -65,6 +66,8 @@ def _this_cpu(threads: str) -> Device:
 
     rates = this_cpu.measured(int(threads) if threads else torch.get_num_threads())
     matrix = max(rates.bfloat16_tflops, rates.float32_tflops)
+    if "AMX BF16" in this_cpu.vector_units():  # by which torch multiplies; decode steps are vectors, at most in pairs
+        matrix = min(matrix, 2 * rates.float32_tflops)
     return Device(f"{name}:{rates.threads}", "cpu", rates.read_gb_s, matrix, rates.float32_tflops, rates.memory_gb)
 
 

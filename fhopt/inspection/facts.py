@@ -20,7 +20,7 @@ from fhopt.fitting.fit_summary import KEY, Evidence, SideEvidence, Size, evidenc
 from fhopt.fitting.loss_interval import CHECKS, LossCheck, checks_of, loss_interval
 from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
-from fhopt.hardware.devices import find_device
+from fhopt.hardware.devices import SHOWN, find_device
 from fhopt.models.cache_layers import measured_layers
 from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, cache_size, compressed_sites
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from fhopt.models.loaded_model import LoadedModel
 
 
-DEVICES = ("h100", "cpu")
 TOKENS = COUNTED_AT  # cached tokens for which sizes and times are shown
 DTYPES = {2: "bfloat16", 4: "float32"}
 
@@ -236,7 +235,7 @@ class Inspection:
 
 
 def inspect(
-    loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
+    loaded: LoadedModel, outcome: Outcome, plan: LatentPlan | None = None, devices: Sequence[str] = SHOWN,
     tokens: int = TOKENS,
 ) -> Inspection:  # fmt: skip
     """Collect the facts of the sites of `outcome`, and of `plan` where there is one.
@@ -253,7 +252,7 @@ def inspect(
 
 
 def inspect_sites(
-    model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = DEVICES,
+    model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = SHOWN,
     tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
     layers: Sequence[CacheLayer] = (),
 ) -> Inspection:  # fmt: skip

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from fhopt.errors import FhoptError
 from fhopt.files import appearing
+from fhopt.hardware.devices import SHOWN
 from fhopt.inspection import charts, drawing
-from fhopt.inspection.facts import DEVICES, TOKENS, Inspection, common_form, inspect, short_name
+from fhopt.inspection.facts import TOKENS, Inspection, common_form, inspect, short_name
 from fhopt.inspection.kernel_listing import LANGUAGES, Listings, list_kernels, style_sheet
 from fhopt.inspection.optional import need
 from fhopt.inspection.snapshots import Snapshots, StageChanges
@@ -68,7 +69,7 @@ class Report:
 
 
 def build(
-    loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = DEVICES, tokens: int = TOKENS
+    loaded: LoadedModel, plan: LatentPlan | None = None, *, devices: Sequence[str] = SHOWN, tokens: int = TOKENS
 ) -> Report:
     """Collect the report of a model and its plan.
 

@@ -67,6 +67,16 @@ def test_here_is_a_device_with_the_measured_rates() -> None:
     assert find_device("here").name == f"here:{torch.get_num_threads()}"
 
 
+@pytest.mark.parametrize(("units", "matrix"), [(("AVX-512", "AMX BF16"), 0.8), (("AVX-512 BF16",), 2.8)])
+def test_a_matrix_unit_multiplies_no_decode_step(
+    units: tuple[str, ...], matrix: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = this_cpu.CpuRates("a CPU", 2, 25.0, 27.0, 0.4, 2.8, 25.0)
+    monkeypatch.setattr(this_cpu, "measured", lambda threads: rates)
+    monkeypatch.setattr(this_cpu, "vector_units", lambda: units)
+    assert find_device("here").matrix_tflops == pytest.approx(matrix)
+
+
 @pytest.mark.parametrize("name", ["here:0", "here:many", f"here:{cores() + 1}", "her"])
 def test_another_name_is_refused(name: str) -> None:
     with pytest.raises(FhoptError, match=r"is unknown; expected .*here"):

@@ -72,7 +72,7 @@ def test_every_number_of_the_page_stands_in_its_json(tiny: Report, tiny_page: Pa
         assert shown == html_report.FORMS[form](html_report.at(facts, path)), path
 
 
-KNOWN = r"\d sites?|.* with 2 bits in every channel|fhopt [\d.]+\. This page is .*|h100:|\d"
+KNOWN = r"\d sites?|.* with 2 bits in every channel|fhopt [\d.]+\. This page is .*|h100:|here:\d+:|\d"
 
 
 def test_no_number_is_shown_that_is_not_marked(tiny: Report, tiny_page: Page) -> None:
