@@ -126,7 +126,7 @@ def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[
         "cache_nbytes": speed["bytes"],
         "perplexity": perplexity,
         "tokens_per_second": {k: speed[k] for k in ("exact", "plan")},
-        "speed_by_context": speed["contexts"],
+        "speed_by_context": {str(length): of_both for length, of_both in speed["contexts"].items()},
         "break_even_tokens": break_even(speed["contexts"]),
         "answer": answers,
         "threads": torch.get_num_threads(),

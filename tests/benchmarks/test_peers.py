@@ -293,16 +293,16 @@ def test_a_process_reports_its_own_times_memory_and_versions(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    ("body", "limit_s", "reason"),
     [
-        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
-        ("import os; os.kill(os.getpid(), 9)", r"ended by signal 9 \(out of memory\?\)"),
-        ("import time; time.sleep(60)", "took longer than 3 s"),
+        ("raise ValueError('two\\nlines')", 60.0, "ValueError: two lines"),
+        ("import os; os.kill(os.getpid(), 9)", 60.0, r"ended by signal 9 \(out of memory\?\)"),
+        ("import time; time.sleep(600)", 3.0, "took longer than 3 s"),
     ],
 )
-def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path, body: str, reason: str) -> None:
+def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path, body: str, limit_s: float, reason: str) -> None:
     with pytest.raises(Unavailable, match=reason):
-        started(tmp_path, body, 3.0)
+        started(tmp_path, body, limit_s)
 
 
 # --------------------------------------------------------------------------------------------------- preparation

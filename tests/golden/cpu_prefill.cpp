@@ -16,8 +16,9 @@
 //     keys      panels of COLUMNS vectors of tokens        [D'][tokens]
 //     values    panels of up to COLUMNS vectors of sizes   [T'][sizes]
 //
-// With AVX-512 BF16, neighbours of D and T are pairs of bfloat16, which one instruction multiplies and adds; weights
-// are rounded to bfloat16. Other numbers become floats, and D' is D, T' is T.
+// With AVX-512 BF16 or AMX, neighbours of D and T are pairs of bfloat16, which one instruction multiplies and adds;
+// weights are rounded to bfloat16. AMX multiplies 16 rows of 32 numbers by 16 columns at once, and D' is filled up to
+// 16 pairs. Other numbers become floats, and D' is D, T' is T.
 //
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
@@ -29,6 +30,13 @@
 #include <limits>
 #include <memory>
 #include <utility>
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MATRIX_UNIT true
+#else
+#define MATRIX_UNIT false
+#endif
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -441,13 +449,14 @@ struct Arguments {
     }
 };
 
-constexpr int ROWS = 6, COLUMNS = LANES == 16 ? 4 : 2;  // of sums in registers: rows, vectors of a row
+constexpr int VECTOR_ROWS = 6, COLUMNS = LANES == 16 ? 4 : 2;  // of sums in registers: rows, vectors of a row
 constexpr int64_t PANEL = COLUMNS * LANES;  // tokens
 constexpr int64_t TILE = 256, BLOCK = 96;  // tokens and queries
 constexpr int64_t MOST_BYTES = 1 << 24;  // of keys and values in order at once, if not of one head
-static_assert(TILE % PANEL == 0 && TILE % 2 == 0 && BLOCK % ROWS == 0, "whole panels, pairs and rows");
+static_assert(TILE % PANEL == 0 && TILE % 2 == 0 && BLOCK % VECTOR_ROWS == 0, "whole panels, pairs and rows");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t up_to(int64_t a, int64_t b) { return ceil_div(a, b) * b; }  // the next multiple of b
 
 // ------------------------------------------------------------------------------------------------ operands
 
@@ -457,8 +466,44 @@ INLINE Ints load_words(const uint32_t* p) {
     return v;
 }
 
+// out [VECTOR_ROWS][N vectors] (+)= left [VECTOR_ROWS][depth] . right [depth][N vectors]
+template <class K, int N, bool ADDS>
+INLINE void multiply_rows(const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t depth, float* out,
+                          int64_t out_row) {
+    Floats sum[VECTOR_ROWS][N];
+    UNROLL(6) for (int r = 0; r < VECTOR_ROWS; r++) {
+        UNROLL(4) for (int c = 0; c < N; c++) sum[r][c] = ADDS ? load(out + r * out_row + c * LANES) : Floats{};
+    }
+    UNROLL(1) for (int64_t i = 0; i < depth; i++) {
+        Ints panel[N];
+        UNROLL(4) for (int c = 0; c < N; c++) panel[c] = load_words(right + (i * N + c) * LANES);
+        UNROLL(6) for (int r = 0; r < VECTOR_ROWS; r++) {
+            UNROLL(4) for (int c = 0; c < N; c++) sum[r][c] = K::add(sum[r][c], left[r * left_row + i], panel[c]);
+        }
+    }
+    UNROLL(6) for (int r = 0; r < VECTOR_ROWS; r++) {
+        UNROLL(4) for (int c = 0; c < N; c++) store(out + r * out_row + c * LANES, sum[r][c]);
+    }
+}
+
+// Products in vectors: those of K::add.
+template <class K>
+struct ByVectors {
+    struct Unit {};  // what a thread needs while it multiplies
+    static constexpr int64_t ROWS = VECTOR_ROWS, WORDS = 1;  // rows and depth are multiples of these
+
+    // out [rows][N vectors] (+)= left [rows][depth] . right [depth][N vectors]
+    template <int N, bool ADDS>
+    static void multiply(const uint32_t* left, int64_t left_row, int64_t rows, const uint32_t* right, int64_t depth,
+                         float* out, int64_t out_row) {
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            multiply_rows<K, N, ADDS>(left + r * left_row, left_row, right, depth, out + r * out_row, out_row);
+        }
+    }
+};
+
 // Numbers as floats: a word holds one.
-struct Singles {
+struct Singles : ByVectors<Singles> {
     static constexpr int64_t DEPTH = 1;  // numbers in a word
     static INLINE Floats add(Floats sum, uint32_t left, Ints right) {
         return add_product(sum, Floats{} + from_bits(left), (Floats)right);
@@ -469,16 +514,14 @@ struct Singles {
     static void pair(const uint8_t* from, const uint8_t*, Type type, int64_t size, uint32_t* to) {
         row(from, type, size, to);
     }
+    static INLINE Floats power(Floats x) { return exp2(x); }
     static INLINE void weights(Floats x, uint32_t* row, int64_t t) { store(reinterpret_cast<float*>(row) + t, x); }
 };
 
 #if defined(__AVX512BF16__)
 // Numbers of bfloat16: a word holds two neighbours.
-struct Pairs {
+struct BFloat16Words {
     static constexpr int64_t DEPTH = 2;
-    static INLINE Floats add(Floats sum, uint32_t left, Ints right) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
-    }
     static void row(const uint8_t* from, Type, int64_t size, uint32_t* to) {
         to[(size - 1) / 2] = 0;
         std::memcpy(to, from, size * 2);
@@ -490,36 +533,121 @@ struct Pairs {
         else
             for (int64_t i = 0; i < size; i++) to[i] = uint32_t(low[i]) | uint32_t(high[i]) << 16;
     }
+    // 2^x to 3e-6, for x <= 0: weights are rounded to 2e-3. The polynomial's relative error is least over [0, 1).
+    static INLINE Floats power(Floats x) {
+        const __m512 least = _mm512_max_ps((__m512)x, _mm512_set1_ps(-150.0f));
+        const Floats part = (Floats)_mm512_reduce_ps(least, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        Floats y = part * 0.01353416775f + 0.05201146094f;
+        y = y * part + 0.2414427567f;
+        y = y * part + 0.6930038345f;
+        y = y * part + 1.000002593f;
+        return (Floats)_mm512_scalef_ps((__m512)y, least);  // times 2^floor(x)
+    }
     static INLINE void weights(Floats x, uint32_t* row, int64_t t) {
         const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
         std::memcpy(reinterpret_cast<uint16_t*>(row) + t, &rounded, sizeof rounded);
+    }
+};
+
+struct Pairs : BFloat16Words, ByVectors<Pairs> {
+    static INLINE Floats add(Floats sum, uint32_t left, Ints right) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
     }
 };
 #else
 typedef Singles Pairs;
 #endif
 
-// ------------------------------------------------------------------------------------------------ products
+// ------------------------------------------------------------------------------------------------ the matrix unit
 
-// out [ROWS][N vectors] (+)= left [ROWS][depth] . right [depth][N vectors]
-template <class K, int N, bool ADDS>
-INLINE void multiply_panel(const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t depth, float* out,
-                           int64_t out_row) {
-    Floats sum[ROWS][N];
-    UNROLL(6) for (int r = 0; r < ROWS; r++) {
-        UNROLL(4) for (int c = 0; c < N; c++) sum[r][c] = ADDS ? load(out + r * out_row + c * LANES) : Floats{};
+#if MATRIX_UNIT
+// Pairs in AMX: tiles of 16 rows by 16 words. Sums are tiles 0 to 3, two rows of tiles by two columns; 4 and 5 are of
+// the left operand, 6 and 7 of the right one.
+struct Tiles : BFloat16Words {
+    static constexpr int64_t ROWS = 16, WORDS = 16;
+
+    // Whether the system lets this process use the unit: Linux asks for that once.
+    static bool are_allowed() {
+        constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+        return allowed;
     }
-    UNROLL(1) for (int64_t i = 0; i < depth; i++) {
-        Ints panel[N];
-        UNROLL(4) for (int c = 0; c < N; c++) panel[c] = load_words(right + (i * N + c) * LANES);
-        UNROLL(6) for (int r = 0; r < ROWS; r++) {
-            UNROLL(4) for (int c = 0; c < N; c++) sum[r][c] = K::add(sum[r][c], left[r * left_row + i], panel[c]);
+
+    // The unit of a thread, all eight tiles of full size.
+    struct Unit {
+        Unit() {
+            struct {
+                uint8_t palette = 1, start = 0, reserved[14] = {};
+                uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } shape;
+            _tile_loadconfig(&shape);
+        }
+        Unit(const Unit&) = delete;
+        ~Unit() { _tile_release(); }
+    };
+
+    // R by C tiles of sums.
+    template <int R, int C, bool ADDS>
+    static INLINE void multiply_tiles(const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t right_row,
+                                      int64_t depth, float* out, int64_t out_row) {
+        float* below = out + ROWS * out_row;
+        if constexpr (ADDS) {
+            _tile_loadd(0, out, out_row * 4);
+            if constexpr (C > 1) _tile_loadd(1, out + LANES, out_row * 4);
+            if constexpr (R > 1) _tile_loadd(2, below, out_row * 4);
+            if constexpr (R > 1 && C > 1) _tile_loadd(3, below + LANES, out_row * 4);
+        } else {
+            _tile_zero(0);
+            if constexpr (C > 1) _tile_zero(1);
+            if constexpr (R > 1) _tile_zero(2);
+            if constexpr (R > 1 && C > 1) _tile_zero(3);
+        }
+        UNROLL(1) for (int64_t i = 0; i < depth; i += WORDS) {
+            _tile_loadd(4, left + i, left_row * 4);
+            if constexpr (R > 1) _tile_loadd(5, left + ROWS * left_row + i, left_row * 4);
+            _tile_loadd(6, right + i * right_row, right_row * 4);
+            if constexpr (C > 1) _tile_loadd(7, right + i * right_row + LANES, right_row * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
+            if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
+            if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, out, out_row * 4);
+        if constexpr (C > 1) _tile_stored(1, out + LANES, out_row * 4);
+        if constexpr (R > 1) _tile_stored(2, below, out_row * 4);
+        if constexpr (R > 1 && C > 1) _tile_stored(3, below + LANES, out_row * 4);
+    }
+
+    template <int R, int N, bool ADDS>
+    static INLINE void multiply_columns(const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t depth,
+                                        float* out, int64_t out_row) {
+        constexpr int64_t WIDTH = N * LANES;
+        for (int c = 0; c + 2 <= N; c += 2) {
+            multiply_tiles<R, 2, ADDS>(left, left_row, right + c * LANES, WIDTH, depth, out + c * LANES, out_row);
+        }
+        if constexpr (N % 2 == 1) {
+            constexpr int64_t LAST = (N - 1) * LANES;
+            multiply_tiles<R, 1, ADDS>(left, left_row, right + LAST, WIDTH, depth, out + LAST, out_row);
         }
     }
-    UNROLL(6) for (int r = 0; r < ROWS; r++) {
-        UNROLL(4) for (int c = 0; c < N; c++) store(out + r * out_row + c * LANES, sum[r][c]);
+
+    template <int N, bool ADDS>
+    static void multiply(const uint32_t* left, int64_t left_row, int64_t rows, const uint32_t* right, int64_t depth,
+                         float* out, int64_t out_row) {
+        int64_t r = 0;
+        for (; r + 2 * ROWS <= rows; r += 2 * ROWS) {
+            multiply_columns<2, N, ADDS>(left + r * left_row, left_row, right, depth, out + r * out_row, out_row);
+        }
+        if (r < rows) {
+            multiply_columns<1, N, ADDS>(left + r * left_row, left_row, right, depth, out + r * out_row, out_row);
+        }
     }
-}
+};
+static_assert(BLOCK % Tiles::ROWS == 0 && PANEL / 2 % Tiles::WORDS == 0 && LANES == Tiles::ROWS, "whole tiles");
+#endif
+
+// ------------------------------------------------------------------------------------------------ products
 
 // How sizes of values are cut into panels: as few as registers allow, as even as can be.
 struct ValuePanels {
@@ -536,8 +664,9 @@ struct ValuePanels {
 
 template <class K, int... I>
 INLINE void mix_panel(std::integer_sequence<int, I...>, int64_t vectors, const uint32_t* weights, int64_t weight_row,
-                      const uint32_t* values, int64_t depth, float* out, int64_t out_row) {
-    ((vectors == I + 1 ? multiply_panel<K, I + 1, true>(weights, weight_row, values, depth, out, out_row) : void()),
+                      int64_t rows, const uint32_t* values, int64_t depth, float* out, int64_t out_row) {
+    ((vectors == I + 1 ? K::template multiply<I + 1, true>(weights, weight_row, rows, values, depth, out, out_row)
+                       : void()),
      ...);
 }
 
@@ -551,8 +680,8 @@ struct Ordered {
     uint32_t *keys, *values;
 
     explicit Ordered(const Arguments& a)
-        : key_depth(ceil_div(a.key_size, K::DEPTH)), value_depth(TILE / K::DEPTH), tiles(ceil_div(a.tokens, TILE)),
-          panels(a.value_size), keys(nullptr), values(nullptr) {}
+        : key_depth(up_to(ceil_div(a.key_size, K::DEPTH), K::WORDS)), value_depth(TILE / K::DEPTH),
+          tiles(ceil_div(a.tokens, TILE)), panels(a.value_size), keys(nullptr), values(nullptr) {}
 
     int64_t key_words() const { return tiles * TILE * key_depth; }
     int64_t value_words() const { return tiles * value_depth * panels.size(); }
@@ -566,7 +695,7 @@ struct Ordered {
     }
 
     void order_keys(const Arguments& a, int64_t b, int64_t g, int64_t tile) const {
-        uint32_t row[PANEL][MOST_DEPTH];
+        uint32_t row[PANEL][MOST_DEPTH] = {};
         const int64_t end = std::min(a.tokens, (tile + 1) * TILE);
         for (int64_t t = tile * TILE, p = 0; t < end; t += PANEL, p++) {
             uint32_t* to = tile_keys(tile) + p * PANEL * key_depth;
@@ -632,7 +761,7 @@ class Block {
     Block(const Arguments& arguments, const Ordered<K>& o) : a(arguments), ordered(o), memory(nullptr, std::free) {
         const int64_t query = BLOCK * o.key_depth, weight = BLOCK * WEIGHT_ROW, score = BLOCK * TILE;
         const int64_t mix = BLOCK * o.panels.size();
-        const int64_t bytes = ceil_div((query + weight + score + mix + TILE) * 4, 64) * 64;
+        const int64_t bytes = up_to((query + weight + score + mix + TILE) * 4, 64);
         memory.reset(static_cast<uint32_t*>(std::aligned_alloc(64, bytes)));
         scores = reinterpret_cast<float*>(memory.get());
         mixed = scores + score;
@@ -668,7 +797,7 @@ class Block {
     }
 
   private:
-    int64_t rows() const { return ceil_div(count, ROWS) * ROWS; }
+    int64_t rows() const { return up_to(count, K::ROWS); }
 
     template <class T>
     const T* mask_row(int64_t r, int64_t t) const {
@@ -690,27 +819,25 @@ class Block {
     void score(const uint32_t* keys, int64_t panels) {
         const int64_t depth = ordered.key_depth;
         for (int64_t p = 0; p < panels; p++) {
-            for (int64_t r = 0; r < rows(); r += ROWS) {
-                multiply_panel<K, COLUMNS, false>(queries + r * depth, depth, keys + p * PANEL * depth, depth,
-                                                  scores + r * TILE + p * PANEL, TILE);
-            }
+            K::template multiply<COLUMNS, false>(queries, depth, rows(), keys + p * PANEL * depth, depth,
+                                                 scores + p * PANEL, TILE);
         }
     }
 
     void mix(const uint32_t* values, int64_t depth) {
         const ValuePanels& panels = ordered.panels;
         for (int64_t p = 0; p < panels.count; p++) {
-            for (int64_t r = 0; r < rows(); r += ROWS) {
-                mix_panel<K>(std::make_integer_sequence<int, COLUMNS>(), panels.vectors, weights + r * WEIGHT_ROW,
-                             WEIGHT_ROW, values + p * ordered.value_depth * panels.panel(), depth,
-                             mixed + r * panels.size() + p * panels.panel(), panels.size());
-            }
+            mix_panel<K>(std::make_integer_sequence<int, COLUMNS>(), panels.vectors, weights, WEIGHT_ROW, rows(),
+                         values + p * ordered.value_depth * panels.panel(), depth, mixed + p * panels.panel(),
+                         panels.size());
         }
     }
 
-    // Turns the scores of a row into logits, in units of log 2; `end` of them, of which those outside [begin, seen) are
-    // -inf.
-    void cap_and_mask(int64_t r, int64_t t, int64_t begin, int64_t seen, int64_t end, float* x) {
+    // Whether logits are products times a positive number, which `weigh` multiplies with as it goes.
+    bool are_plain() const { return a.mask_kind == NONE && a.softcap == 0.0 && a.scale > 0.0; }
+
+    // Turns the scores of a row into logits, in units of log 2, the first `seen` of them.
+    void cap_and_mask(int64_t r, int64_t t, int64_t seen, float* x) {
         const float scale = float(a.scale * (a.softcap != 0.0 ? 1.0 / a.softcap : LOG2E));
         const float cap = float(a.softcap * LOG2E);
         for (int64_t c = 0; c < seen; c += LANES) {
@@ -728,43 +855,60 @@ class Block {
         }
         if (a.mask_kind != NONE)
             for (int64_t c = 0; c < seen; c++) x[c] += bias[c];
-        std::fill(x, x + begin, -INF);
-        std::fill(x + seen, x + end, -INF);
     }
 
+    // Turns the scores of a row into weights, up to column `end`.
     void weigh(int64_t r, int64_t t, int64_t tokens, int64_t end) {
         float* x = scores + r * TILE;
         uint32_t* row = weights + r * WEIGHT_ROW;
         const int64_t seen = r < count ? std::clamp<int64_t>(a.end_of(first + r) - t, 0, tokens) : 0;
         const int64_t begin = r < count ? std::clamp<int64_t>(a.first_of(first + r) - t, 0, tokens) : 0;
-        float largest = -INF;
+        const int64_t start = begin / PANEL * PANEL, stop = up_to(seen, PANEL);  // of the panels that the row sees
+        float largest = -INF, factor = 1;
         if (begin < seen) {
-            cap_and_mask(r, t, begin, seen, end, x);
-            Floats most = Floats{} + top[r];
-            for (int64_t c = 0; c < end; c += LANES) {
-                const Floats y = load(x + c);
-                most = y > most ? y : most;
-            }
-            largest = largest_of(most);
+            if (are_plain()) factor = float(a.scale * LOG2E);
+            else cap_and_mask(r, t, seen, x);
+            std::fill(x + start, x + begin, -INF);
+            std::fill(x + seen, x + stop, -INF);
+            largest = largest_product(x, start, stop, factor, top[r]);
         }
         if (largest == -INF) {
             std::memset(row, 0, end / K::DEPTH * 4);
             return;
         }
-        Floats sum = {};
-        for (int64_t c = 0; c < end; c += LANES) {
-            const Floats y = exp2(load(x + c) - largest);
-            sum += y;
-            K::weights(y, row, c);
+        std::memset(row, 0, start / K::DEPTH * 4);
+        Floats sums[COLUMNS] = {};
+        for (int64_t c = start; c < stop; c += PANEL) {
+            UNROLL(4) for (int64_t i = 0; i < COLUMNS; i++) {
+                const Floats y = K::power(load(x + c + i * LANES) * factor - largest);
+                sums[i] += y;
+                K::weights(y, row, c + i * LANES);
+            }
         }
+        std::memset(row + stop / K::DEPTH, 0, (end - stop) / K::DEPTH * 4);
         if (largest > top[r]) {
-            const float factor = exp2(Floats{} + (top[r] - largest))[0];
+            const float less = exp2(Floats{} + (top[r] - largest))[0];
             float* out = mixed + r * ordered.panels.size();
-            for (int64_t e = 0; e < ordered.panels.size(); e += LANES) store(out + e, load(out + e) * factor);
-            total[r] *= factor;
+            for (int64_t e = 0; e < ordered.panels.size(); e += LANES) store(out + e, load(out + e) * less);
+            total[r] *= less;
             top[r] = largest;
         }
-        total[r] += sum_of(sum);
+        UNROLL(4) for (int64_t i = 1; i < COLUMNS; i++) sums[0] += sums[i];
+        total[r] += sum_of(sums[0]);
+    }
+
+    // The largest of `least` and the numbers of x in [start, stop) times `factor`.
+    static float largest_product(const float* x, int64_t start, int64_t stop, float factor, float least) {
+        Floats most[COLUMNS];
+        UNROLL(4) for (int64_t i = 0; i < COLUMNS; i++) most[i] = Floats{} + least;
+        for (int64_t c = start; c < stop; c += PANEL) {
+            UNROLL(4) for (int64_t i = 0; i < COLUMNS; i++) {
+                const Floats y = load(x + c + i * LANES) * factor;
+                most[i] = y > most[i] ? y : most[i];
+            }
+        }
+        UNROLL(4) for (int64_t i = 1; i < COLUMNS; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+        return largest_of(most[0]);
     }
 
     void finish() {
@@ -789,8 +933,7 @@ void attend(const Arguments& a) {
     const int64_t copies = a.heads / a.groups, blocks = ceil_div(a.queries, BLOCK), bytes = shape.words() * 4;
     const int64_t at_once = std::clamp<int64_t>(MOST_BYTES / std::max<int64_t>(bytes, 1), 1, a.groups);
     const std::unique_ptr<uint32_t, decltype(&std::free)> memory(
-        static_cast<uint32_t*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(bytes, 1) * at_once, 64) * 64)),
-        std::free);
+        static_cast<uint32_t*>(std::aligned_alloc(64, up_to(std::max<int64_t>(bytes, 1) * at_once, 64))), std::free);
     for (int64_t i = 0; i < a.batch * a.groups; i += at_once) {
         const int64_t groups = std::min(at_once, a.batch * a.groups - i), tasks = groups * copies * blocks;
         const auto group = [&](int64_t n) {
@@ -800,6 +943,7 @@ void attend(const Arguments& a) {
         };
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
         {
+            [[maybe_unused]] const typename K::Unit unit;
             Block<K> block(a, shape);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t n = 0; n < groups * shape.tiles; n++) {
@@ -823,5 +967,9 @@ void attend(const Arguments& a) {
 extern "C" int64_t lanes() { return LANES; }
 
 extern "C" void open_attention(const Arguments* arguments) {
-    arguments->type == BFLOAT16 ? attend<Pairs>(*arguments) : attend<Singles>(*arguments);
+    if (arguments->type != BFLOAT16) return attend<Singles>(*arguments);
+#if MATRIX_UNIT
+    if (Tiles::are_allowed()) return attend<Tiles>(*arguments);
+#endif
+    attend<Pairs>(*arguments);
 }

@@ -14,6 +14,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+WAIT_MS = 120_000  # for what a page shall show: a busy machine takes long
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -64,6 +65,7 @@ class Watched:
 def opened(browser: Any, address: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> Iterator[Watched]:
     """A page of its own, watched from before it loads."""
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     watched = Watched(page)
     page.on("console", lambda message: watched.messages.append(f"{message.type}: {message.text}"))

@@ -89,7 +89,9 @@ def test_what_the_demo_measured_is_shown_and_in_the_json(tiny: Report) -> None:
         "perplexity": {"topics": {"exact": 7.39521, "plan": 7.39694}},
         "bytes_per_token": {"exact": 23040, "plan": 5758.9},
         "cache_nbytes": {"exact": 94371840, "plan": 12824352},
-        "tokens_per_second": {"exact": 15.04, "plan": 13.2},
+        "decode_tokens": 8000,
+        "dtype": "float32",
+        "speed_by_context": {"512": {"exact": 20.04, "plan": 30.2}, "8000": {"exact": 15.04, "plan": 33.2}},
         "answer": {"exact": "<b>Paris", "plan": "Paris."},
     }
     found = Page(html_report.page(replace(tiny, measured=measured)))
@@ -97,7 +99,8 @@ def test_what_the_demo_measured_is_shown_and_in_the_json(tiny: Report) -> None:
     shown = {path: text for path, _, text in found.numbers}
     assert shown["measured.perplexity.topics.plan"] == "7.3969"
     assert shown["measured.cache_nbytes.exact"] == "94,371,840"
-    assert shown["measured.tokens_per_second.exact"] == "15.0"
+    assert shown["measured.speed_by_context.8000.exact"] == "15.0"
+    assert any("after 8,000 tokens" in text for text in found.text)
 
 
 def test_the_page_loads_nothing_and_forbids_it(tiny_page: Page) -> None:
@@ -280,7 +283,7 @@ SCROLL = """async () => {
   let frames = 0;
   for (let y = 0; y < document.body.scrollHeight; y += 400, frames += 1) {
     window.scrollTo(0, y);
-    await new Promise(requestAnimationFrame);
+    await Promise.race([new Promise(requestAnimationFrame), new Promise((go) => setTimeout(go, 1000))]);
   }
   return frames;
 }"""

@@ -263,10 +263,10 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
         torch.ops.fhopt.latent_kernel(**{**given, **change})
 
 
-# A window in 8 bits that is centred rounds a number in thousands otherwise where sums differ in their last bits.
-@pytest.mark.parametrize(("window_bits", "mean_tokens"), [(8, 0), (16, 16)])
+# A window in 8 bits rounds a number in thousands otherwise where sums differ in their last bits, more if it is centred.
+@pytest.mark.parametrize(("window_bits", "mean_tokens", "tolerance"), [(8, 0, 1e-2), (16, 16, 1e-5)])
 def test_a_compiled_cache_step_calls_its_kernels_from_c(
-    llama: Fitted, monkeypatch: pytest.MonkeyPatch, window_bits: int, mean_tokens: int
+    llama: Fitted, monkeypatch: pytest.MonkeyPatch, window_bits: int, mean_tokens: int, tolerance: float
 ) -> None:
     """Every layer: its attention, and what it codes, keys and values."""
     seen: list[str] = []
@@ -287,5 +287,5 @@ def test_a_compiled_cache_step_calls_its_kernels_from_c(
         for i in range(50, 60):
             expected = model(ids[:, i : i + 1], **cached(eager)).logits
             found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert sorted(seen) == 2 * ["fhopt.attend_kernel.default"] + 2 * 2 * ["fhopt.pack_kernel.default"]
