@@ -61,7 +61,7 @@ def inspect(
         outcome = find_sites(loaded)
         result = facts.inspect(loaded, outcome, plan, devices)
         if site is not None:
-            result.site(site)
+            site = result.site(site).site.name
         if graph is not None and plan is not None:
             pipeline.optimize(outcome, plan)
     written = []

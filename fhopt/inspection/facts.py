@@ -206,14 +206,14 @@ class Inspection:
     missed: tuple[Missed, ...]
 
     def site(self, name: str) -> InspectedSite:
-        """Return the site called `name`. Raises FhoptError when there is none."""
-        for site in self.sites:
-            if site.site.name == name:
-                return site
-        raise FhoptError(
-            f"there is no site named {name!r}; found {len(self.sites)}, the first is {self.sites[0].site.name!r}. "
-            "fhopt inspect MODEL lists all."
-        )
+        """Return the site called `name`, in full or as tables shorten it. Raises FhoptError when there is none."""
+        names = tuple(site.site.name for site in self.sites)
+        form = common_form(names)
+        for wanted in (names, tuple(short_name(full, form) for full in names)):
+            if name in wanted:
+                return self.sites[wanted.index(name)]
+        first = f", the first is {names[0]!r}" if names else ""
+        raise FhoptError(f"there is no site named {name!r}; found {len(names)}{first}. fhopt inspect MODEL lists all.")
 
     def as_json(self) -> dict[str, Any]:
         """Return one object for programs."""

@@ -49,6 +49,15 @@ def test_a_plan_of_another_model_is_refused(llama: Fitted, gpt2: Fitted) -> None
         inspect(loaded, find_sites(loaded), plan)
 
 
+def test_a_site_is_found_by_its_name_in_full_or_as_tables_shorten_it(llama: Fitted) -> None:
+    found = inspect(sample_reports.loaded(llama), find_sites(sample_reports.loaded(llama)), devices=("h100",))
+    assert found.site("1") is found.site(found.sites[1].site.name) is found.sites[1]
+    with pytest.raises(FhoptError, match=r"no site named '7'; found 2, the first is 'model\.layers\.0"):
+        found.site("7")
+    with pytest.raises(FhoptError, match=r"found 0\. fhopt inspect"):
+        replace(found, sites=()).site("1")
+
+
 def test_what_names_share_is_cut_at_dots() -> None:
     names = ("model.layers.0.self_attn", "model.layers.10.self_attn")
     form = common_form(names)
