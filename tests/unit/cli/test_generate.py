@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 from command_models import call
 from rewritten_folders import written
 from small_models import Fitted, tiny_llama
-from text_models import interrupt, save_plan, save_text_model, start
+from text_models import interrupt, save_plan, save_text_model, shown_on, start
 
 from fhopt.cli.app import main
 
@@ -29,6 +31,18 @@ def test_standard_output_has_the_text_and_standard_error_the_statistics(folder: 
     read, decoded, size = result.stderr.splitlines()
     assert read.startswith("12 prompt tokens (chat template): first token after") and "decode" in decoded
     assert size == "exact KV cache: 15.9 kB"
+
+
+def test_a_terminal_shows_the_text_and_the_statistics_behind_it(folder: Path) -> None:
+    piped = call("generate", str(folder), "hello", "--max-new-tokens", "12").stdout.strip()
+    own, other = pty.openpty()
+    process = start("generate", folder, "hello", "--max-new-tokens", 12, stdout=other, stderr=other)
+    os.close(other)
+    shown = shown_on(own).decode()
+    os.close(own)
+    assert process.wait(timeout=240) == 0
+    text, _, statistics = shown.partition("12 prompt tokens")
+    assert text.replace("\r", "").strip().endswith(piped) and "12 tokens, decode" in statistics
 
 
 def test_a_raw_prompt_is_continued(folder: Path) -> None:
