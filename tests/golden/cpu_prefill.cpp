@@ -10,7 +10,7 @@
 //
 // A block of queries of one head walks over the keys, a tile at a time, and keeps the largest logit, the sum of weights
 // and the mix of values that it has so far (online softmax: arXiv 1805.02867, 2205.14135). Tiles that no query of the
-// block sees are left out. Both products run on registers of ROWS by up to COLUMNS vectors; keys and values are brought
+// block sees are left out. Both products run on sums of ROWS by up to COLUMNS vectors; keys and values are brought
 // into the order in which these read them once for all queries:
 //
 //     keys      panels of COLUMNS vectors of tokens        [D'][tokens]
@@ -716,7 +716,7 @@ struct Ordered {
 
     void order_values(const Arguments& a, int64_t b, int64_t g, int64_t tile) const {
         const int64_t first = tile * TILE, end = std::min(a.tokens, first + TILE), size = panels.panel();
-        const int64_t depth = ceil_div(std::min(TILE, ceil_div(end - first, PANEL) * PANEL), K::DEPTH);
+        const int64_t depth = ceil_div(std::min(TILE, up_to(end - first, PANEL)), K::DEPTH);
         for (int64_t p = 0; p < panels.count; p++) {
             const int64_t start = p * size, width = std::clamp<int64_t>(a.value_size - start, 0, size);
             uint32_t* to = tile_values(tile) + p * value_depth * size;
