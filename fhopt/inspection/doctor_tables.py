@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from fhopt.hardware.this_machine import GOOD, Finding, GpuFacts, Machine
 from fhopt.inspection.prospects import Prospect, Prospects
+from fhopt.inspection.tables import light_table
 from fhopt.plan.display import quantity, times
 
 _LEGEND = (
@@ -77,7 +77,7 @@ def prospects_report(prospects: Prospects) -> Group:
 def _caches_table(prospects: Prospects) -> Table:
     """Tabulate the KV caches, a column each."""
     caches = prospects.caches
-    table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    table = light_table()
     table.add_column("KV cache, whole model", no_wrap=True)
     for one in caches:
         table.add_column(one.cache, justify="right", no_wrap=True)

@@ -23,7 +23,7 @@ from fhopt.plan.quality_card import QualityCard
 from fhopt.plan.site import AttentionSite
 
 
-def _light_table(title: str | Text) -> Table:
+def light_table(title: str | Text | None = None) -> Table:
     """Make a table without upright lines: ten columns fit into 80 characters."""
     return Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
 
@@ -75,7 +75,7 @@ def _sites_in_rows(inspection: Inspection) -> Table:
     pattern = f": {'.'.join(filter(None, (form[0], '…', form[1])))}" if any(form) else ""
     rows = [dict(zip(_SITE_COLUMNS, _site_cells(site), strict=True)) for site in inspection.sites]
     alike = [n for n in _SITE_COLUMNS if inspection.plan and len(rows) > 1 and len({row[n] for row in rows}) == 1]
-    table = _light_table(Text(f"Attention of {inspection.model}{pattern}"))
+    table = light_table(Text(f"Attention of {inspection.model}{pattern}"))
     table.caption_justify = "left"
     table.add_column("site", overflow="fold")
     for name in _SITE_COLUMNS:
@@ -342,7 +342,7 @@ def throughput_table(result: Mapping[str, Any]) -> Table:
     """Tabulate `fhopt bench`, a row per context, batch and KV cache; factors are against the exact KV cache."""
     rows, batches = result["rows"], {row["batch"] for row in result["rows"]}
     about = f"{result['model']}: {result['dtype']} on {result['device']}, medians of {result['rounds']} rounds"
-    table = _light_table(Text(about))
+    table = light_table(Text(about))
     names = ["context", *(["batch"] if len(batches) > 1 else []), "KV cache"]
     names += ["prefill,\ntokens/s", "first\ntoken", "decode,\ntokens/s", "KV cache,\nbytes"]
     for name in names:
@@ -397,7 +397,7 @@ def _formulas(costs: Mapping[str, Cost]) -> Table:
 def _figures(comparison: CostComparison, title: str) -> Table:
     lengths = sorted({row.tokens for row in comparison.rows})
     is_one = len(lengths) == 1
-    table = _light_table(f"{title}, {lengths[0]:,} cached tokens" if is_one else title)
+    table = light_table(f"{title}, {lengths[0]:,} cached tokens" if is_one else title)
     for name in ("device", *([] if is_one else ["cached\ntokens"]), "cache", "read", "attention", "faster",
                  "bound by", "step", "faster", "faster\nfrom"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("device", "cache", "bound by") else "right", no_wrap=True)
