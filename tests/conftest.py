@@ -107,8 +107,10 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     os.environ["FHOPT_CACHE_DIR"] = str(folder / "kernels")
+    os.environ["FHOPT_MODELS_GB"] = "0"  # pytest keeps the folders of several sessions, of half a gigabyte each
     yield
-    os.environ.pop("FHOPT_CACHE_DIR")
+    for name in ("FHOPT_CACHE_DIR", "FHOPT_MODELS_GB"):
+        os.environ.pop(name)
     if before is not None:
         os.environ["FHOPT_CACHE_DIR"] = before
 

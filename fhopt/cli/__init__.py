@@ -10,8 +10,22 @@ from fhopt.cli import (  # they register their commands
     generate,
     inspect,
     measure,
+    models,
     plans,
 )
 from fhopt.cli.app import main
 
-__all__ = ["bench", "chat", "demo", "doctor", "export", "fit", "generate", "inspect", "main", "measure", "plans"]
+__all__ = [
+    "bench",
+    "chat",
+    "demo",
+    "doctor",
+    "export",
+    "fit",
+    "generate",
+    "inspect",
+    "main",
+    "measure",
+    "models",
+    "plans",
+]

@@ -49,6 +49,7 @@ COMMANDS = {  # as `fhopt --help` lists them, in lines of at most 80 columns
         "rewrite": "Write MODEL and plan as one folder, which vLLM serves too",
         "export": "Export a decode step: .pt2, MLIR, IREE, DeepSeek's layout",
         "verify": "Prove that an exported step never reconstructs K/V",
+        "models": "Models converted from GGUF files: list, prune",
     },
     "Measure": {
         "eval": "Perplexity and tasks, exact KV cache against a plan",

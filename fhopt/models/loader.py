@@ -5,7 +5,6 @@ Nothing is downloaded: every form names something that is already on this machin
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.models import converted_models
 from fhopt.models.example_inputs import example_arguments
+from fhopt.models.gguf_files import read_gguf
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_files import check_model
 from fhopt.models.model_name import folder_of
@@ -75,43 +76,27 @@ def _load_demo(dtype: torch.dtype) -> LoadedModel:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """Load a GGUF file, dequantized; the model is built again from a configuration without `quantization_config`."""
-    hf = transformers()
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise FhoptError(
-                f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
-            )
-    try:
-        with QuietProgress(), _parsed_once():
-            tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            read = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FhoptError(
-            f"{path} could not be read as a GGUF model ({_one_line(error)}). Fetch the file again, or convert it with "
-            "llama.cpp's own script."
-        ) from error
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(read)(config).to(dtype)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
+    """Load a GGUF file, dequantized: from its conversion, where one was kept, else converted and kept."""
+    kept = converted_models.find(path, dtype)
+    read = _load_converted(kept, dtype) if kept else None
+    if read is None:
+        read = read_gguf(path, dtype)
+        converted_models.keep(path, dtype, *read)
+    model, tokenizer = read
+    model.config.name_or_path = str(path.parent)
     return LoadedModel(path.stem, model.eval().requires_grad_(False), tokenizer)
 
 
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Cache gguf's readers and name maps, which transformers makes again for tokenizer, configuration and weights."""
-    gguf: Any = importlib.import_module("gguf")
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, make in before.items():
-        setattr(gguf, name, functools.cache(make))
+def _load_converted(folder: Path, dtype: torch.dtype) -> tuple[Any, Any] | None:
+    """Load a model that was converted before, and its tokenizer; None where it is damaged, and is removed."""
+    hf = transformers()
     try:
-        yield
-    finally:
-        for name, make in before.items():
-            setattr(gguf, name, make)
+        with QuietProgress():
+            model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_NOTHING_RUNS)
+            return model, hf.AutoTokenizer.from_pretrained(folder, **_NOTHING_RUNS)
+    except Exception:  # a damaged folder makes loaders raise many kinds; the file itself is read again
+        converted_models.remove(folder)
+        return None
 
 
 def _load_placed(name: str, dtype: torch.dtype, placement: Mapping[str, Any]) -> LoadedModel:

@@ -1,0 +1,157 @@
+"""The store of models that were converted from GGUF files, so that the next command loads them in seconds.
+
+    <cache folder>/models/<name>-<dtype>-<digest>/     a Hugging Face folder, as `save_pretrained` writes it
+
+A model appears whole or not at all. It belongs to one file as it is (place, size, time, both ends), to one dtype, and
+to the versions of transformers and gguf that read it. The models that were used longest ago make room for new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.files import appearing_folder
+from fhopt.system import cache_folder, make_private, warn_once
+
+LIMIT_VARIABLE = "FHOPT_MODELS_GB"
+DEFAULT_LIMIT = 20.0  # GB of 10^9 bytes
+_ENDS = 1 << 20  # bytes at each end of a file that its digest is of
+_LEFT_BEHIND = 24 * 3600.0  # seconds after which a folder of an interrupted conversion may be removed
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One converted model. nbytes: of its folder. used: when it was loaded last, seconds since 1970."""
+
+    name: str
+    path: Path
+    nbytes: int
+    used: float
+
+
+def models_folder() -> Path:
+    """Return the folder of converted models, below the cache folder."""
+    return cache_folder() / "models"
+
+
+def limit_bytes() -> int:
+    """Return how many bytes of converted models are kept: FHOPT_MODELS_GB, else 20 GB. Raises FhoptError."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        limit = float(text) if text else DEFAULT_LIMIT
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < float("inf"):
+        raise FhoptError(f"{LIMIT_VARIABLE}={text!r}; expected a number of gigabytes. 0 keeps no converted models.")
+    return round(1e9 * limit)
+
+
+def entries() -> list[Converted]:
+    """List the converted models, the one that was used last first."""
+    folder = models_folder()
+    paths = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
+    known = [Converted(p.name, p, _size(p), p.stat().st_mtime) for p in paths]
+    return sorted(known, key=lambda c: c.used, reverse=True)
+
+
+def find(file: Path, dtype: torch.dtype) -> Path | None:
+    """Return the folder of a file's conversion to `dtype`; None where there is none."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+        path = models_folder() / _name(file, dtype)
+        if path.is_dir():
+            make_private(path)  # others could have put other weights there
+            os.utime(path)
+            return path
+    return None
+
+
+def keep(file: Path, dtype: torch.dtype, model: Any, tokenizer: Any) -> None:
+    """Keep the conversion of a file, where the limit and the disk have room for it; else warn, once.
+
+    Raises FhoptError for a limit that is no number.
+    """
+    limit = limit_bytes()
+    needed = sum(t.numel() * t.element_size() for t in model.parameters())  # tied ones are named once
+    if limit == 0:
+        return
+    try:
+        folder = models_folder()
+        make_private(folder)
+        free = shutil.disk_usage(folder).free
+        if needed > limit or 2 * needed > free:
+            raise OSError(
+                f"it has {needed / 1e9:.1f} GB, the limit {LIMIT_VARIABLE} is {limit / 1e9:.0f} GB, and the disk has "
+                f"{free / 1e9:.1f} GB free, of which half may be used"
+            )
+        _make_room(limit - needed)
+        with appearing_folder(folder / _name(file, dtype)) as staging:
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+    except (OSError, RuntimeError, FhoptError) as error:
+        warn_once(
+            "converted models",
+            f"The converted model of {file} could not be kept ({error}); the next command converts it again. "
+            f"{LIMIT_VARIABLE}=0 says that none shall be kept.",
+        )
+
+
+def remove(path: Path) -> None:
+    """Remove a converted model."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(limit: int | None = None) -> list[Converted]:
+    """Remove what goes beyond `limit` bytes, used longest ago first, and what was left behind; return the removed."""
+    removed = _make_room(limit_bytes() if limit is None else limit)
+    folder = models_folder()
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if time.time() - path.lstat().st_mtime > _LEFT_BEHIND:
+            remove(path)
+    return removed
+
+
+def _make_room(limit: int) -> list[Converted]:
+    known = entries()
+    total, removed = sum(c.nbytes for c in known), []
+    while known and total > max(0, limit):
+        removed.append(known.pop())
+        total -= removed[-1].nbytes
+        remove(removed[-1].path)
+    return removed
+
+
+def _name(file: Path, dtype: torch.dtype) -> str:
+    """Name a conversion. Raises OSError for a file that cannot be read."""
+    about = file.stat()
+    with file.open("rb") as content:
+        head = content.read(_ENDS)
+        content.seek(max(0, about.st_size - _ENDS))
+        tail = content.read(_ENDS)
+    versions = [_version(package) for package in ("transformers", "gguf")]
+    facts = [os.path.realpath(file), about.st_size, about.st_mtime_ns, *versions]
+    digest = hashlib.sha256(repr(facts).encode() + head + tail).hexdigest()[:16]
+    stem = re.sub(r"[^A-Za-z0-9._]+", "-", file.stem).strip("-.")[:60] or "model"
+    return f"{stem}-{str(dtype).removeprefix('torch.')}-{digest}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -1,0 +1,104 @@
+"""Reading a GGUF file: its weights dequantized to one dtype, its configuration, its tokenizer.
+
+transformers does the reading. What is added here: metadata is parsed once, not three times; a tensor is dequantized a
+few rows at a time, since gguf holds several copies of a whole one; and the model does not keep what it was made from.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fhopt.errors import FhoptError
+from fhopt.models.transformers_import import QuietProgress, transformers
+
+_ROWS_BYTES = 1 << 24  # of quantized blocks that are dequantized at once
+
+
+def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Read the model, its weights in `dtype`, and the tokenizer of a GGUF file. Raises FhoptError."""
+    hf = transformers()
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FhoptError(
+                f"{package} is not installed; GGUF files need it. Install it with: pip install 'fhopt[hf]'"
+            )
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    if hasattr(hf, "GgufConfig"):  # else newer versions leave weights in their blocks where they have kernels
+        options["quantization_config"] = hf.GgufConfig(dequantize=True)
+    try:
+        with QuietProgress(), _frugal():
+            tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = hf.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FhoptError(
+            f"{path} could not be read as a GGUF model ({reason}). Fetch the file again, or convert it with "
+            "llama.cpp's own script."
+        ) from error
+    return _plain(model), tokenizer
+
+
+def _plain(model: Any) -> Any:
+    """Make a dequantized model one like any other: its weights are plain tensors, and may be moved and saved."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+@contextmanager
+def _frugal() -> Iterator[None]:
+    """Cache gguf's readers and name maps, which transformers makes again each time, and dequantize row by row."""
+    gguf: Any = importlib.import_module("gguf")
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map", "dequantize")}
+    gguf.GGUFReader = functools.cache(type("PlainReader", (before["GGUFReader"],), {"data": property(_bytes, _keep)}))
+    gguf.get_tensor_name_map = functools.cache(before["get_tensor_name_map"])
+    gguf.dequantize = functools.partial(_dequantize_rows, before["dequantize"])
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            setattr(gguf, name, make)
+
+
+def _bytes(reader: Any) -> Any:
+    return vars(reader)["data"]
+
+
+def _keep(reader: Any, mapped: Any) -> None:
+    """Keep a mapped file as a plain array: gguf makes slices of it by the million, and those of maps are slow."""
+    vars(reader)["data"] = mapped.view(np.ndarray)
+
+
+def _dequantize_rows(dequantize: Callable[[Any, Any], Any], data: Any, kind: Any) -> Any:
+    """Dequantize blocks [..., rows, bytes] to float32 [..., rows, columns], some rows at a time."""
+    rows = max(1, _ROWS_BYTES // max(1, data[0].nbytes)) if data.ndim > 1 and len(data) else len(data)
+    if rows >= len(data):
+        return dequantize(data, kind)
+    first = dequantize(data[:rows], kind)
+    result = np.empty((len(data), *first.shape[1:]), first.dtype)
+    result[:rows] = first
+    for start in range(rows, len(data), rows):
+        result[start : start + rows] = dequantize(data[start : start + rows], kind)
+        _forget(data)
+    return result
+
+
+def _forget(data: Any) -> None:
+    """Tell the system that the pages of a mapped file that were read are not needed again."""
+    while isinstance(data, np.ndarray):
+        data = data.base
+    if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)
