@@ -46,7 +46,8 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 def test_a_kept_conversion_is_the_model_and_its_tokenizer_again(file: Path, conversions: list[torch.dtype]) -> None:
     first, second = load_model(str(file)), load_model(str(file))
     assert conversions == [torch.float32]
-    one, two = (loaded.language_model() for loaded in (first, second))
+    one: Any = first.language_model()
+    two: Any = second.language_model()
     assert type(one) is type(two) and one.config.to_dict() == two.config.to_dict()
     assert one.config.name_or_path == two.config.name_or_path == str(file.parent)
     assert one.generation_config.to_dict() == two.generation_config.to_dict()
