@@ -6,7 +6,9 @@
     python benchmarks/zoo_wide.py --quick           a sample of under a minute (also QUICK=1); writes nothing
 
 Each class is tried in a process of its own, with limits of time and memory. What is done is kept in
-build/zoo_wide.jsonl: a run that was stopped goes on there, and --again starts anew. How many attentions there are is
+build/zoo_wide.jsonl: a run that was stopped goes on there, and --again starts anew. Models of other libraries (timm,
+diffusers, x-transformers, vit-pytorch, open_clip) are tried where these are installed, and stay as they are elsewhere.
+How many attentions there are is
 counted from what the model computes (zoo_wide_counting), never from what the finder says. Ends with 1 when a class has
 attention that is missed in silence, wrong numbers, or a crash.
 """
@@ -112,6 +114,9 @@ def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
             done[row.case, row.impl] = row
             file.write(json.dumps(row.as_dict()) + "\n")
             file.flush()
+    asked = {(candidate.name, implementation) for candidate, implementation in jobs}
+    others = {(row.case, row.impl): row for row in _former()}
+    done = {key: row for key, row in others.items() if key not in asked} | done
     rows = sorted(done.values(), key=lambda row: (row.family != DECODERS, row.family, row.case.lower(), row.impl))
     write(RESULTS / "zoo_wide.json", rows)
     untried = len({c.name for c in every()} - {row.case for row in rows})
@@ -121,10 +126,17 @@ def _all(jobs: Sequence[tuple[Candidate, str]], again: bool) -> list[Row]:
 
 
 def _kept() -> list[Row]:
-    """Return the rows of the run that was stopped, or of the results where there is none."""
-    if KEPT.exists():
-        return [Row.from_dict(json.loads(line)) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-    return []
+    """Return the rows of a run that was stopped."""
+    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
+    return [Row.from_dict(json.loads(line)) for line in lines]
+
+
+def _former() -> list[Row]:
+    """Return the rows of the results as they are."""
+    path = RESULTS / "zoo_wide.json"
+    return (
+        [Row.from_result(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+    )
 
 
 def within(

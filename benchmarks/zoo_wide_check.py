@@ -59,6 +59,13 @@ class Row:
         error = math.inf if fields["max_error"] is None else fields["max_error"]
         return Row(**dict(fields) | {"max_error": error})
 
+    @staticmethod
+    def from_result(fields: Mapping[str, Any]) -> Row:
+        """Return the row of `as_result`, with the reasons that stand there, and without its time."""
+        known = {name: fields[name] for name in Row.__dataclass_fields__ if name in fields}
+        counted = {"found": fields["value"], "expected": fields["baseline"]}
+        return Row.from_dict({"max_error": 0.0} | known | counted)
+
     def as_result(self) -> dict[str, Any]:
         """Return the row as it stands in the results: that of every benchmark, and what is said besides."""
         said = {k: v for k, v in self.as_dict().items() if v not in (0, 0.0, "", [])}

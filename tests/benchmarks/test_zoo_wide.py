@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,24 @@ def test_a_run_that_was_stopped_goes_on_and_its_rows_are_written(
     saved = json.loads((tmp_path / "zoo_wide.json").read_text())
     assert [row["case"] for row in saved["rows"]] == ["LlamaForCausalLM", "OtherForCausalLM"]
     assert (tmp_path / "page.md").exists()
+
+
+def test_a_row_of_the_results_is_read_as_it_was_but_for_its_time() -> None:
+    full = Row("A", "text", "eager", 3, 2, 1, 1, 2e-6, 1, 4.0, "explained", ["one reason", "another"])
+    for row in (full, Row("B", "text", "sdpa", status="not built"), Row("C", "text", max_error=math.inf)):
+        assert Row.from_result(json.loads(json.dumps(row.as_result()))) == replace(row, seconds=0.0)
+
+
+def test_a_family_alone_leaves_the_rows_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo_wide, "RESULTS", tmp_path)
+    monkeypatch.setattr(zoo_wide, "ROOT", tmp_path)
+    monkeypatch.setattr(zoo_wide, "KEPT", tmp_path / "build" / "kept.jsonl")
+    monkeypatch.setattr(zoo_wide, "PAGE", tmp_path / "page.md")
+    former = [Row("Old", "text", "eager", 1, 1, status="found"), Row("New", "vision", "eager", status="crashed")]
+    zoo_wide.write(tmp_path / "zoo_wide.json", former)
+    fresh = Row("New", "vision", "eager", 2, 2, status="found")
+    monkeypatch.setattr(zoo_wide, "_checked", lambda jobs: iter([fresh] if jobs else []))
+    monkeypatch.setattr(zoo_wide, "every", list)
+    jobs = [(Candidate("New", "vision", "vision", ("eager",)), "eager")]
+    assert [row.case for row in zoo_wide._all(jobs, again=True)] == ["Old", "New"]
+    assert [row.status for row in zoo_wide._former()] == ["found", "found"]
