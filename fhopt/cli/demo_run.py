@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fhopt import progress as fhopt_progress
 from fhopt.calibration import options as calibration_options
 from fhopt.calibration import run
 from fhopt.evaluation import decode_speed
-from fhopt.evaluation import perplexity as evaluation_perplexity
+from fhopt.evaluation.perplexity import token_costs
+from fhopt.evaluation.statistics import Comparison
 from fhopt.files import check_writable
 from fhopt.hf.apply import apply, unapply
 from fhopt.inspection import html_report
 from fhopt.inspection.tables import plan_table, sites_table, summary_table
 from fhopt.models.loader import load_model
+from fhopt.plan.quality_card import with_measured
 from fhopt.texts import tokens
 
 TEXTS = ("topics", "source")  # their second halves, which calibrate nothing
@@ -51,18 +54,19 @@ def run_demo(
     console.print(plan_table(plan))
     plan_path = plan.save(out / "plan")
     console.print(f"3. A {plan.ratio(COUNTED_AT):.2f}x plan is fitted and saved.")
-    reported = time.perf_counter()
-    progress("report", 0, 1)
-    page = html_report.build(loaded, plan)
-    reported = time.perf_counter() - reported
+    texts = _perplexities(loaded, plan, progress)
+    plan = with_measured(plan, {name: asdict(one) for name, one in texts.items()}, {})
+    plan.save(plan_path)
     result = _measure(loaded, plan, progress)
+    result["perplexity"] = {name: {"exact": one.exact, "plan": one.plan} for name, one in texts.items()}
     result |= {"model": loaded.name, "sites_found": len(outcome.sites), "ratio": plan.ratio(COUNTED_AT)}
     result["plan_path"] = str(plan_path)
     result["report_path"] = str(out / "report.html")
     result["seconds"] = time.perf_counter() - start
+    progress("report", 0, 1)
     writing = time.perf_counter()
-    html_report.write(replace(page, measured=result), out / "report.html")
-    result["report_seconds"] = reported + time.perf_counter() - writing
+    html_report.write(replace(html_report.build(loaded, plan), measured=result), out / "report.html")
+    result["report_seconds"] = time.perf_counter() - writing
     console.print(summary_table(result))
     for name in ("exact", "plan"):
         console.print(f"answer, {name}: {result['answer'][name]}", soft_wrap=True, highlight=False)
@@ -95,27 +99,32 @@ def break_even(speeds: Mapping[int, Mapping[str, float]]) -> int | None:
     return pays
 
 
+def _unseen(loaded: Any, name: str, length: int) -> Tensor:
+    """Return the first tokens [1, length] of the half of a text that calibrates nothing."""
+    half = tokens.halves(tokens.read_text(name))[1]
+    return tokens.sequences(loaded.tokenizer, half, count=1, length=length, what=f"text {name!r}")
+
+
+def _perplexities(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Comparison]:
+    """Measure what each of TEXTS costs with the exact KV cache and with latents."""
+    found = {}
+    for done, name in enumerate(TEXTS):
+        progress("perplexity", done, len(TEXTS))
+        found[name] = token_costs(loaded.language_model(), _unseen(loaded, name, CONTEXT), plan).compare()
+    progress("perplexity", len(TEXTS), len(TEXTS))
+    return found
+
+
 def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[str, Any]:
-    """Measure perplexity, answer, bytes and speed, with the exact KV cache and with latents."""
+    """Measure answer, bytes and speed, with the exact KV cache and with latents."""
     model, tokenizer = loaded.language_model(), loaded.tokenizer
-    tests = {name: tokens.halves(tokens.read_text(name))[1] for name in TEXTS}
-    ids = {n: tokens.sequences(tokenizer, t, count=1, length=CONTEXT, what=f"text {n!r}") for n, t in tests.items()}
-    notes = tokenizer.decode(ids["topics"][0][:600])
-    perplexity: dict[str, dict[str, float]] = {name: {} for name in TEXTS}
+    notes = tokenizer.decode(_unseen(loaded, "topics", CONTEXT)[0][:600])
     answers = {}
-    done, total = 0, 2 * (len(TEXTS) + 1)
+    progress("speed", 0, 1)
     for kind, used in (("exact", None), ("plan", plan)):
         (apply(model, plan) if used is not None else unapply(model))
-        for name in TEXTS:
-            perplexity[name][kind] = evaluation_perplexity.score(model, ids[name], used).perplexity
-            done += 1
-            progress("perplexity", done, total)
         answers[kind] = decode_speed.answer(model, tokenizer, QUESTION, context=f"{notes}\n\n")
-        done += 1
-        progress("perplexity", done, total)
-    progress("speed", 0, 1)
-    half = tokens.halves(tokens.read_text("topics"))[1]
-    prompt = tokens.sequences(tokenizer, half, count=1, length=SPEED_CONTEXTS[-1], what="text 'topics'")[0]
+    prompt = _unseen(loaded, "topics", SPEED_CONTEXTS[-1])[0]
     speed = decode_speed.decode_speed(model, plan, prompt, SPEED_CONTEXTS)
     exact = plan.exact_token_bytes()
     return {
@@ -124,7 +133,6 @@ def _measure(loaded: Any, plan: Any, progress: fhopt_progress.Progress) -> dict[
         "dtype": str(model.dtype).removeprefix("torch."),
         "decode_tokens": SPEED_CONTEXTS[-1],
         "cache_nbytes": speed["bytes"],
-        "perplexity": perplexity,
         "tokens_per_second": {k: speed[k] for k in ("exact", "plan")},
         "speed_by_context": {str(length): of_both for length, of_both in speed["contexts"].items()},
         "break_even_tokens": break_even(speed["contexts"]),

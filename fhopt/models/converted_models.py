@@ -142,7 +142,7 @@ def _name(file: Path, dtype: torch.dtype) -> str:
     versions = [_version(package) for package in ("transformers", "gguf")]
     facts = [os.path.realpath(file), about.st_size, about.st_mtime_ns, *versions]
     digest = hashlib.sha256(repr(facts).encode() + head + tail).hexdigest()[:16]
-    stem = re.sub(r"[^A-Za-z0-9._]+", "-", file.stem).strip("-.")[:60] or "model"
+    stem = re.sub(r"[^A-Za-z0-9._]+", "-", Path(os.path.realpath(file)).stem).strip("-.")[:60] or "model"
     return f"{stem}-{str(dtype).removeprefix('torch.')}-{digest}"
 
 
