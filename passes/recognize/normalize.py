@@ -216,6 +216,14 @@ def _mixes_after(softmax: Softmax, roles: Roles) -> list[tuple[Contraction, bool
             softmax.weights,
             reached,
         )
+    users = [u for node in sorted(known) for u in node.users if roles.projection(u) is not None]
+    if any(_meets_product(after, roles) for user in users for after in user.users):
+        raise Miss(
+            "the weights are multiplied by a parameter before the second product, as where heads are mixed (talking "
+            "heads, DeepViT); expected steps that keep each weight",
+            softmax.weights,
+            reached,
+        )
     raise Miss("no product of the weights with values follows the softmax", softmax.weights, reached)
 
 

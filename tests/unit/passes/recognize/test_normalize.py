@@ -228,6 +228,11 @@ def heads_mixed(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhst,hg->bgst", q @ k.mT, m.o.weight[:H, :H]).softmax(-1) @ v
 
 
+def heads_mixed_after(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As DeepViT's re-attention."""
+    return torch.einsum("bhst,hg->bgst", (q @ k.mT).softmax(-1), m.o.weight[:H, :H]) @ v
+
+
 def weights_without_values(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).sum(-1, keepdim=True) * v
 
@@ -277,6 +282,11 @@ def between_channels(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (scaled_over_keys, "expected scale \\* q k \\+ mask", "softmax, both products"),
         (scaled_after_a_view, "after their axes were changed", "softmax, both products"),
         (heads_mixed, "pass through the weight o.weight, which mixes heads", "softmax"),
+        (
+            heads_mixed_after,
+            "multiplied by a parameter before the second product",
+            "softmax, product of queries and keys",
+        ),
         (weights_without_values, "no product of the weights with values", "softmax, product of queries and keys"),
         (weights_skewed, "pass through pad before the second product", "softmax, product of queries and keys"),
         (weights_gated, "the canonical op differs by", "softmax, both products, scores, layout"),
