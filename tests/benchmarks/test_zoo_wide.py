@@ -173,6 +173,11 @@ def test_a_pass_that_fails_is_a_crash_and_other_numbers_are_wrong(monkeypatch: p
 
     monkeypatch.setattr(zoo_wide_check, "largest_output_difference", differs)
     assert checked().status == "wrong"
+    measured = iter([0.5, 1e-12])
+    monkeypatch.setattr(zoo_wide_check, "largest_output_difference", lambda before, after: next(measured))
+    amplified = checked()
+    assert (amplified.status, amplified.max_error) == ("found", 1e-12)
+    assert amplified.why == [zoo_wide_check.AMPLIFIED]
 
     def fail(*args: Any) -> Any:
         raise ValueError("no")
