@@ -9,6 +9,9 @@ prints at 8,192 tokens a request, in bfloat16. A case is a number of requests at
 
     time_to_first_token_ms     of all requests together, until each has one token
     decode_tokens_per_second   of all requests together, behind their prompts, which are found as prefixes
+
+The log-likelihood of `TOKENS` tokens of documentation that calibrated nothing, nats a token in float32, stands beside
+that of fhopt's own cache on the same tokens (the baseline), which reads them in calls of 64.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ CASES = ((1, 512), (8, 512), (8, 2048), (8, 8000))  # requests, tokens of a prom
 QUICK = ((2, 300),)
 NEW = 33  # tokens that are decoded behind a prompt, the first one of which counts as prefill
 ROUNDS = 2
+TOKENS, TEXT, CALL = 2048, "topics", 64  # of the log-likelihood: tokens, text, tokens of a call of the own cache
 
 
 # --------------------------------------------------------------------------------------------------- in a process
@@ -70,11 +74,54 @@ def _seconds(engine: Any, prompts: list[list[int]], tokens: int) -> float:
     return time.perf_counter() - start
 
 
+# --------------------------------------------------------------------------------------------------- likelihood
+
+
+def likelihood(folder: str) -> dict[str, float]:
+    """Measure the mean log-likelihood of a text in vLLM and in fhopt's own cache, in this process."""
+    from vllm import LLM, SamplingParams
+
+    from fhopt.texts import tokens
+
+    engine = LLM(folder, dtype="float32", max_model_len=LENGTH, kv_cache_memory_bytes=BYTES, enforce_eager=True)
+    half = tokens.halves(tokens.read_text(TEXT))[1]
+    (ids,) = tokens.sequences(engine.get_tokenizer(), half, count=1, length=TOKENS, what=f"the text {TEXT}").tolist()
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    (one,) = engine.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
+    served = [next(iter(token.values())).logprob for token in one.prompt_logprobs[1:]]
+    return {"served": sum(served) / len(served), "own": _own_likelihood(Path(folder), ids)}
+
+
+def _own_likelihood(folder: Path, ids: list[int]) -> float:
+    """Return what transformers gives on the same tokens, with the cache of the folder's plan or the exact one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fhopt.cache import LatentCache
+    from fhopt.hf.apply import apply
+    from fhopt.models.rewritten_folder import is_rewritten, read_folder
+    from fhopt.models.rewritten_model import load_exact
+    from fhopt.serving.batch import means_from
+
+    options: dict[str, Any] = {}
+    first = CALL
+    if is_rewritten(folder):
+        read = read_folder(folder)
+        model: Any = apply(load_exact(read, dtype=torch.float32).eval(), read.plan)
+        options, first = {"past_key_values": LatentCache(read.plan)}, max(CALL, means_from(read.plan))
+        calls = [ids[:first], *(ids[at : at + CALL] for at in range(first, len(ids) - 1, CALL))]
+    else:
+        model, calls = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), [ids]
+    with torch.inference_mode():
+        logits = torch.cat([model(torch.tensor([call]), **options).logits[0] for call in calls])[: len(ids) - 1]
+    return float(logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean())
+
+
 # --------------------------------------------------------------------------------------------------- all processes
 
 
 def in_a_process(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
-    """Run `measured` in a process of its own."""
+    """Run `measured` in a process of its own, or `likelihood` where there are no cases."""
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--one", folder, "--cases", json.dumps(cases)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -117,6 +164,15 @@ def rows_of(results: dict[str, list[dict[str, Any]]]) -> list[Row]:
     return rows
 
 
+def likelihood_rows(found: dict[str, dict[str, float]]) -> list[Row]:
+    """Return a row for each implementation: log-likelihood in vLLM, beside that of the own cache."""
+    return [
+        Row(f"{TOKENS} tokens of text", name, "log_likelihood_nats", one["served"], "nats", one["own"],
+            one["served"] / one["own"])
+        for name, one in found.items()
+    ]  # fmt: skip
+
+
 @click.command()
 @click.option("--model", default="", help="Folder of the original.")
 @click.option("--plan", "plans", multiple=True, help="NAME=FOLDER of a plan, such as 4x=demo/plan; repeatable.")
@@ -127,7 +183,8 @@ def rows_of(results: dict[str, list[dict[str, Any]]]) -> list[Row]:
 def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, one: str, cases: str) -> None:
     """Measure all engines in turns, and write benchmarks/results/serving.json."""
     if one:
-        print(json.dumps(measured(one, json.loads(cases))))
+        asked = json.loads(cases)
+        print(json.dumps(measured(one, asked) if asked else likelihood(one)))
         return
     named = dict(plan.split("=", 1) for plan in plans)
     chosen = list(QUICK if quick else CASES)
@@ -137,7 +194,8 @@ def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, one: str,
         for _ in range(1 if quick else rounds):
             for name, path in folders.items():
                 results[name].append(in_a_process(path, chosen))
-    record("serving", rows_of(results))
+        likelihoods = {} if quick else {name: in_a_process(path, []) for name, path in folders.items()}
+    record("serving", rows_of(results) + likelihood_rows(likelihoods))
 
 
 if __name__ == "__main__":
