@@ -156,10 +156,9 @@ class TritonKernel:
         programs = b * (h // shared) * -(-shared * s // config.block_m)
         splits = splits or choose_splits(programs, most, processors(query.device) * max(1, WARPS // config.num_warps))
         sizes = (h, h // shared, s, tokens, slots, splits, h // shared // key.shape[1], h // shared // value.shape[1])
-        sizes += (0, 0, 1) if span is None else span.numbers
         constants = _constants(config, query.is_cuda) | {"CAUSAL": causal, "WINDOW": window, "PAGE": page}
-        constants["SPAN"] = 0 if span is None else span.kind
-        return self._launch((programs, splits), query, sides, features, (*sizes, scale, softcap), constants)
+        rule, constants["SPAN"] = ((0, 0, 1), 0) if span is None else (span.numbers, span.kind)
+        return self._launch((programs, splits), query, sides, features, (*sizes, *rule, scale, softcap), constants)
 
     def _check(self, query: Tensor, softcap: float, positions: Tensor | None, needs_positions: bool) -> None:
         """Raise ValueError for queries of another kernel, and where positions are needed and missing."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.block_tables import BlockAttention, BlockLayout, SideLayout, StepNumbers, attention_of, blocks_of
+from fhopt.codegen.block_layout import BlockLayout, SideLayout
+from fhopt.codegen.cpu.block_tables import BlockAttention, StepNumbers, attention_of, blocks_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.serving.batch import Batch
 from fhopt.serving.rows import Part

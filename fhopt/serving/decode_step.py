@@ -1,6 +1,7 @@
 """A decode step on an engine's blocks: the sequences of a batch that have one new token each, all at once.
 
-On torch operations: what `compiled_step` does in machine code, where nothing can be compiled.
+On torch operations: what `compiled_step` does in machine code and `device_step` by Triton kernels, where there is
+neither.
 
 Rows of all sequences are brought together, as many as the longest one has, and masks say which of them count. What they
 are, and where they stand, is the same for all layers: `DecodeStep` is made once a batch.

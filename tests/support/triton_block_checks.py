@@ -13,7 +13,6 @@ from hand_plans import random_plan
 from torch import Tensor
 from triton_attention_checks import right_bfloat16
 
-from fhopt.codegen.gpu.block_launch import BlockAttention
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 from fhopt.serving.block_sizes import BlockSizes
@@ -65,6 +64,8 @@ class Counted(DeviceStep):
 
 def engines(plan: LatentPlan, dtype: torch.dtype, **options: Any) -> tuple[Engine, Engine]:
     """Two engines with the same blocks, the first on torch operations, the other with kernels."""
+    from fhopt.codegen.gpu.block_launch import BlockAttention  # late: in the process that interprets
+
     made = []
     for _ in range(2):
         torch.manual_seed(1)

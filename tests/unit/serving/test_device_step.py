@@ -9,17 +9,11 @@ import torch
 from hand_plans import CODED, random_plan
 from needs import needs_triton
 from triton_processes import failures
+from triton_step_checks import CHECKS
 
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.serving import device_step
 from fhopt.serving.layer_cache import LayerCache
-
-CHECKS = (
-    "nothing_is_read_back_and_sequences_of_no_tokens_are_left_out",
-    "sequences_with_one_new_token_stand_beside_others",
-    "tokens_without_a_block_are_not_written",
-    "other_tensors_are_left_to_torch",
-)
 
 
 @pytest.fixture(scope="module")

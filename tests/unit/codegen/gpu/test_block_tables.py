@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from needs import needs_triton
+from triton_block_checks import CHECKS
 from triton_processes import failures
 
 from fhopt.codegen.build import render
@@ -18,16 +19,6 @@ from fhopt.codegen.gpu.resources import Request, compile_kernels, objection
 from fhopt.codegen.gpu.signatures import POINTERS, attention_example
 from fhopt.plan.kernel_spec import KernelSpec
 
-CHECKS = (
-    "a latent for each head",
-    "one latent for the heads of a side, means",
-    "one latent for keys and values, means, window of 8 bits",
-    "bit groups of 2 to 8 bits, means, window of 8 bits",
-    "not quantized",
-    "no sinks, window of 8 bits",
-    "odd numbers",
-    "in bfloat16",
-)
 DEVICES = ("a100-80", "h100", "mi300x")
 
 
