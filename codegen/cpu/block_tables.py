@@ -15,20 +15,21 @@ import ctypes
 import functools
 import logging
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, compiles, load
 from fhopt.codegen.cpu import packing
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import UNCODED_DTYPES, Tiers
+from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "block_tables"  # of the library
@@ -41,56 +42,6 @@ _layer = struct.Struct("@4q2q5qd").pack
 _starts = struct.Struct("@4q2q2q7P").pack
 _call = struct.Struct("@2Pq" + 4 * "P2q" + 3 * "P2qP2q").pack
 _step = struct.Struct("@2qP").pack
-
-
-@dataclass(frozen=True, eq=False)
-class SideLayout:
-    """Packed latents of keys or of values in a token's row.
-
-    encode [J,R,n*D] and decode [G,D,R]: as in `SidePlan`. tiers: bit groups, none where latents are not quantized.
-    bytes: of one latent head. start, scale: bytes of the row before quantized values, and before scales.
-    """
-
-    encode: Tensor
-    decode: Tensor
-    tiers: Tiers
-    bytes: int
-    start: int
-    scale: int
-
-
-@dataclass(frozen=True, eq=False)
-class BlockLayout:
-    """What the rows of a layer's three caches hold, and how they are read.
-
-    key, value: packed latents; with is_shared both are those of `key`. window: bytes of a row before keys, values,
-    scales of keys, scales of values. first_rows: bytes of a page before the sinks' keys and values, the means of keys
-    and of values. means_from: tokens from which on a sequence has means, 0: the plan has none. window_bits: 8 or 16.
-    """
-
-    heads: int
-    kv_heads: int
-    sizes: tuple[int, int]  # D, E
-    dtype: torch.dtype
-    scale: float
-    key: SideLayout
-    value: SideLayout
-    is_shared: bool
-    window: tuple[int, int, int, int]
-    window_bits: int
-    first_rows: tuple[int, int, int, int]
-    sinks: int
-    means_from: int
-
-    def specs(self) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
-        """Return the specs of the kernels of latents, residual window and attention sinks."""
-        name = UNCODED_DTYPES[_DTYPES[self.dtype]]
-        coded = self.key.tiers and self.value.tiers
-        widths = self.key.decode.shape[2], self.value.decode.shape[2]
-        latents = KernelSpec(self.key.tiers, self.value.tiers, *widths, "float32" if coded else name, False)
-        opened = KernelSpec((), (), *self.sizes, name, False)
-        rounded = KernelSpec(((8, self.sizes[0], 1.0),), ((8, self.sizes[1], 1.0),), *self.sizes, "float32", False)
-        return latents, rounded if self.window_bits == 8 else opened, opened
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +81,11 @@ class BlockAttention:
         of_value = self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as)
         head = _layer(
             *(layout.heads, layout.kv_heads, *layout.sizes, _DTYPES[layout.dtype], _DTYPES[decodes_as]),
-            *(layout.sinks, layout.means_from, layout.is_shared, layout.window_bits == 8),
+            *(layout.window.sinks, layout.means_from, layout.is_shared, layout.window.bits == 8),
             *(3 if layout.dtype == torch.float32 else 2, layout.scale),
         )
         addresses = [x for kernel in kernels for x in (kernel.address, kernel.table)]
-        tail = _starts(*layout.window, *layout.first_rows, *addresses, pack)
+        tail = _starts(*layout.window_rows, *layout.first_rows, *addresses, pack)
         self._layer = self._keep(head + of_side + of_value + tail)
 
     def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> bytes:
@@ -186,12 +137,17 @@ def attention_of(layout: BlockLayout) -> BlockAttention | None:
     if layout.dtype not in _DTYPES:
         return None
     functions, loaded = packing.library(), library()
-    kernels = [build(spec) for spec in layout.specs()]
+    kernels = [build(_for_floats(spec)) for spec in layout.specs()]
     if functions is None or loaded is None:
         return None
     served = [kernel for kernel in kernels if isinstance(kernel, LibraryKernel)]
     pack = ctypes.cast(functions[0], ctypes.c_void_p).value
     return BlockAttention(layout, loaded, served, pack or 0) if len(served) == len(kernels) else None
+
+
+def _for_floats(spec: KernelSpec) -> KernelSpec:
+    """Return the spec of a kernel that is called with queries of float32, as all are here."""
+    return replace(spec, dtype="float32") if spec.key_tiers and spec.value_tiers else spec
 
 
 def render() -> str:

@@ -24,6 +24,7 @@ FULL_STATE = 10240  # from which they hold no more than a tile of 16 tokens besi
 TILE_ROWS = 128  # rows of a program of `chunk_kernel`, where there are as many
 WITHIN_ROWS = 64  # rows up to which a program of `chunk_kernel` has all of a kv head, and rebuilds as it goes
 LONGEST = 128  # tokens of a tile at most
+SCATTERED = 32  # the same where each has an address of its own
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ def default_config(spec: KernelSpec, rows: int, backend: str = "cuda") -> Config
         return Config(32, m, 4, 3)
     state = _columns(spec, widened=2) * m
     return Config(64 if 3 * state <= LARGEST_STATE else 32 if state < FULL_STATE else 16, m, 2, 3)
+
+
+def scattered_config(config: Config) -> Config:
+    """Cut the tiles of a configuration for rows that lie in any block: registers hold the address of each."""
+    return dataclasses.replace(config, block_t=min(SCATTERED, config.block_t))
 
 
 def prefill_config(

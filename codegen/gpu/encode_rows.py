@@ -196,25 +196,71 @@ def encode_kernel(
     entry, place, here = destination(t, b, live, at, places, table, table_b, PAGE)
     row = codes + entry * codes_b + j.to(tl.int64) * codes_j + place * codes_t  # [T]
 
+    source = (rows, None, None, x_h, 0, 0, size)
+    half = scales_of(
+        source, None, bases, size, basis_r, heads, tiers, tier_count, coded, live, BLOCK_T, BLOCK_G, BLOCK_D
+    )
+    tl.store(scale + entry * scale_b + j.to(tl.int64) * scale_j + place * scale_t, half, mask=here)
+    store_codes(
+        source, None, bases, size, basis_r, heads, tiers, tier_count, half, row, live, here, BLOCK_T, BLOCK_G, BLOCK_D
+    )
+
+
+@_jit
+def scales_of(
+    x: tl.tensor,
+    y: tl.tensor,
+    bases: tl.tensor,
+    basis_h: tl.tensor,
+    basis_r: tl.tensor,
+    heads: tl.tensor,
+    tiers: tl.tensor,
+    tier_count: tl.tensor,
+    coded: tl.tensor,
+    live: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
+    """Return the scales of `live` tokens in a latent head, float16 [T]. x, y: as in `project`."""
     energy = tl.zeros([BLOCK_T], tl.float32)
     for i in range(tier_count):
-        bits, width, channel, byte, step = tier(tiers, i)
+        bits, width, channel, _, _ = tier(tiers, i)
         if bits < 16:
             for first in range(0, width // 8, BLOCK_G):
-                z = project(rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D)
+                z = project(
+                    x, y, bases, basis_h, basis_r, heads, channel, first, width, live, BLOCK_T, BLOCK_G, BLOCK_D
+                )
                 energy += tl.sum(tl.sum(z * z, 2), 1)
     mean = tl.div_rn(energy, tl.zeros([BLOCK_T], tl.float32) + coded)
-    half = limited(tl.sqrt_rn(mean), 2.0**-14, 65504.0).to(tl.float16)
-    tl.store(scale + entry * scale_b + j.to(tl.int64) * scale_j + place * scale_t, half, mask=here)
-    inverse = tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), half.to(tl.float32))
+    return limited(tl.sqrt_rn(mean), 2.0**-14, 65504.0).to(tl.float16)
 
+
+@_jit
+def store_codes(
+    x: tl.tensor,
+    y: tl.tensor,
+    bases: tl.tensor,
+    basis_h: tl.tensor,
+    basis_r: tl.tensor,
+    heads: tl.tensor,
+    tiers: tl.tensor,
+    tier_count: tl.tensor,
+    half: tl.tensor,
+    row: tl.tensor,
+    live: tl.tensor,
+    here: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Quantize tokens [T] by their scales and store them in their rows [T], those that are `here`."""
+    inverse = tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), half.to(tl.float32))
     for i in range(tier_count):
         bits, width, channel, byte, step = tier(tiers, i)
         for first in range(0, width // 8, BLOCK_G):
             g = first + tl.arange(0, BLOCK_G)  # [G]
-            z = project(
-                rows, bases, channel, first, width, live, heads, size, x_h, basis_r, BLOCK_G, BLOCK_D
-            )  # [T, G, 8]
+            z = project(x, y, bases, basis_h, basis_r, heads, channel, first, width, live, BLOCK_T, BLOCK_G, BLOCK_D)
             store_tier(row + byte, z, inverse, bits, width, step, g, here)
 
 
@@ -243,34 +289,72 @@ def destination(
 
 @_jit
 def project(
-    rows: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
     bases: tl.tensor,
+    basis_h: tl.tensor,
+    basis_r: tl.tensor,
+    heads: tl.tensor,
     channel: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
     live: tl.tensor,
-    heads: tl.tensor,
-    size: tl.tensor,
-    x_h: tl.tensor,
-    basis_r: tl.tensor,
+    BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """Project `rows` [T] of n heads to BLOCK_G runs of 8 channels of a bit group: float32 [T, G, 8]; 0 outside."""
-    C: tl.constexpr = 8 * BLOCK_G
-    c = 8 * first + tl.arange(0, C)  # [C], of the tier
+    """Project tokens of n heads to BLOCK_G runs of 8 channels of a bit group: float32 [T, G, 8]; 0 outside.
+
+    x: what is known of keys or values: addresses of the first head's numbers [T], of the scales of numbers of 8 bits
+    [T] or None, of means that are subtracted [T] or None, strides over heads of each of them, numbers of a head. y:
+    where a latent is of keys and values, the latter; a head of the basis has both side by side. None: there is one.
+    """
+    z = tl.zeros([BLOCK_T, 8 * BLOCK_G], tl.float32)
+    z = add_projected(z, x, bases, basis_h, basis_r, heads, channel, first, width, live, BLOCK_G, BLOCK_D)
+    if y is not None:
+        z = add_projected(z, y, bases + x[6], basis_h, basis_r, heads, channel, first, width, live, BLOCK_G, BLOCK_D)
+    return tl.reshape(z, [BLOCK_T, BLOCK_G, 8])
+
+
+@_jit
+def add_projected(
+    z: tl.tensor,
+    x: tl.tensor,
+    bases: tl.tensor,
+    basis_h: tl.tensor,
+    basis_r: tl.tensor,
+    heads: tl.tensor,
+    channel: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    live: tl.tensor,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
+    """Add to z [T, C] what keys or values give, of which x is known: see `project`."""
+    rows, scales, means, rows_h, scales_h, means_h, size = x
+    c = 8 * first + tl.arange(0, 8 * BLOCK_G)  # [C], of the tier
     column = bases + (channel + c).to(tl.int64) * basis_r  # [C]
-    z = tl.zeros([rows.shape[0], C], tl.float32)
     for _ in range(heads):
         for start in range(0, size, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)  # [D]
             real = d < size
-            x = tl.load(rows[:, None] + d[None, :], mask=live[:, None] & real[None, :], other=0.0)
+            inside = live[:, None] & real[None, :]
+            v = tl.load(rows[:, None] + d[None, :], mask=inside, other=0)  # both before either is used: ptxas spills
             e = tl.load(column[None, :] + d[:, None], mask=(c < width)[None, :] & real[:, None], other=0.0)
-            z = tl.dot(x.to(tl.float32), e, z, input_precision="ieee")
-        rows += x_h
-        column += size
-    return tl.reshape(z, [rows.shape[0], BLOCK_G, 8])
+            v = v.to(tl.float32)
+            if scales is not None:
+                v = (v - 127.5) * tl.load(scales, mask=live, other=0.0).to(tl.float32)[:, None]
+            if means is not None:
+                v -= tl.load(means[:, None] + d[None, :], mask=inside, other=0.0)
+            z = tl.dot(v, e, z, input_precision="ieee")
+        rows += rows_h
+        if scales is not None:
+            scales += scales_h
+        if means is not None:
+            means += means_h
+        column += basis_h
+    return z
 
 
 @_jit

@@ -19,16 +19,36 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.gpu.attention import MERGED
-from fhopt.codegen.gpu.configs import Config, default_config, tuned_config
+from fhopt.codegen.gpu.configs import Config, default_config, scattered_config, tuned_config
 from fhopt.codegen.gpu.row_layout import SMALLEST_PIECE, is_crowded, places
 from fhopt.codegen.rows import PAGE_QUANTUM, RowFormat
 from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.window import ResidualWindow
 
 WARPS = 16  # that a multiprocessor holds of these kernels, about: registers are what limits them
 SHORTEST = 256  # tokens that a range has at least
 MOST_SPLITS = 128
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as it is
 Rows = tuple[Tensor, Tensor | None, tuple[int, ...], int]  # rows, scales, their strides, what those of rows divide by
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens that the newest token of a sequence reads: by the rule of `window` those of one kind, in its cache."""
+
+    kind: int
+    window: ResidualWindow
+
+    QUANTIZED, OPEN, FIRST = 1, 2, 3  # kinds, as the kernel knows them
+
+    def most(self, tokens: int) -> int:
+        """Return how many there are at most, of `tokens` tokens."""
+        return min(tokens, {self.OPEN: self.window.capacity, self.FIRST: self.window.sinks}.get(self.kind, tokens))
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """The rule, in the order of the kernel's arguments."""
+        return self.window.sinks, self.window.recent, self.window.block
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +113,7 @@ class TritonKernel:
         table: Tensor | None = None,
         pages: Tensor | None = None,
         page_tokens: int = 0,
+        span: Span | None = None,
         splits: int | None = None,
         config: Config | None = None,
         **_tiers: object,
@@ -104,7 +125,8 @@ class TritonKernel:
         slope * (token - position) is added). sinks [H]: a further logit that takes weight and gives nothing; it counts
         in lse. table [B,P]: keys and values are pools [pages,J,page,...], and page i of a sequence lies at table[b, i].
         pages [B,U,n]: only these pages, of `page_tokens` tokens, are read, by query head h those of list h*U//H; -1:
-        none. splits, config: how the work is cut.
+        none. span: of sequences of `lengths` tokens, in pages of any size at `table`, only these; a program finds them
+        by the length that it reads. splits, config: how the work is cut.
         """
         self._check(query, softcap, positions, causal or bool(window) or slopes is not None)
         b, h, s, _ = query.shape
@@ -125,13 +147,18 @@ class TritonKernel:
             pages=None if pages is None else _per_unit(pages, b, h // shared),
         )
         known = config or self._config(shared * s, query.device)
-        config = _within(known, page, pages is not None, table is not None)
+        if span is None:
+            config = _within(known, page, pages is not None, table is not None)
+        else:
+            config = scattered_config(known)
         slots = tokens if features.pages is None else features.pages.shape[2] * page
+        most = slots if span is None else span.most(slots)
         programs = b * (h // shared) * -(-shared * s // config.block_m)
-        splits = splits or choose_splits(programs, slots, processors(query.device) * max(1, WARPS // config.num_warps))
+        splits = splits or choose_splits(programs, most, processors(query.device) * max(1, WARPS // config.num_warps))
         sizes = (h, h // shared, s, tokens, slots, splits, h // shared // key.shape[1], h // shared // value.shape[1])
         constants = _constants(config, query.is_cuda) | {"CAUSAL": causal, "WINDOW": window, "PAGE": page}
-        return self._launch((programs, splits), query, sides, features, (*sizes, scale, softcap), constants)
+        rule, constants["SPAN"] = ((0, 0, 1), 0) if span is None else (span.numbers, span.kind)
+        return self._launch((programs, splits), query, sides, features, (*sizes, *rule, scale, softcap), constants)
 
     def _check(self, query: Tensor, softcap: float, positions: Tensor | None, needs_positions: bool) -> None:
         """Raise ValueError for queries of another kernel, and where positions are needed and missing."""

@@ -24,7 +24,10 @@ STRIDES = tuple(
     )
     for axis in axes
 )  # fmt: skip
-SIZES = ("heads", "units", "queries", "tokens", "slots", "splits", "key_group", "value_group")
+SIZES = (
+    "heads", "units", "queries", "tokens", "slots", "splits", "key_group", "value_group", "kept_first", "kept_last",
+    "leaving",
+)  # fmt: skip
 PREFILL_STRIDES = tuple(
     f"{name}_{axis}"
     for name, axes in (
@@ -41,7 +44,7 @@ def attention_example(spec: KernelSpec, config: Config, **features: object) -> d
 
     Types, constants and alignment are those with which the launcher calls them for contiguous tensors. Features by
     name: mask ("bool" or a dtype), slopes, sinks, lengths, positions, table, pages (True), causal, whole (bool),
-    window, page (int), packed (False for AMD).
+    window, page, span (int), packed (False for AMD).
     """
     types: dict[str, str] = {"query": POINTERS[spec.dtype]}
     for side, tiers in sides_of(spec):
@@ -59,6 +62,7 @@ def attention_example(spec: KernelSpec, config: Config, **features: object) -> d
     types |= dict.fromkeys(ones, "constexpr")
     constants |= dict.fromkeys(ones, 1) | {
         "CAUSAL": bool(features.get("causal")), "WINDOW": features.get("window", 0), "PAGE": features.get("page", 0),
+        "SPAN": features.get("span", 0),
         "WHOLE": whole, "PACKED": bool(features.get("packed", True)),
         "KEY_ALIGN": gcd(16, row_size(spec.key_tiers, spec.key_width)),
         "VALUE_ALIGN": gcd(16, row_size(spec.value_tiers, spec.value_width)),

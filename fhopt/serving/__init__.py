@@ -9,7 +9,8 @@ block_groups  how the engine counts and frees the blocks of these caches
 block_sizes   how many tokens a block of each cache has
 rows          bytes of a token in a block: packed latents, residual window, attention sinks and means
 batch         one batch of the engine: which tokens stand where, and which are read as what
-compiled_step writing and attention of the sequences that have one new token, in one call of machine code
+compiled_step writing and attention of the sequences that have one new token, in one call of machine code, on CPUs
+device_step   the same by Triton kernels, on GPUs
 decode_step   their attention on torch operations, where nothing can be compiled
 layer_cache   writing and attention of one layer, on blocks
 

@@ -14,7 +14,13 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -22,6 +28,7 @@ from fhopt.plan.window import ResidualWindow
 from fhopt.serving.batch import Batch, Blocks
 from fhopt.serving.block_groups import FirstSpec, WindowSpec
 from fhopt.serving.block_sizes import BlockSizes
+from fhopt.serving.device_step import DeviceStep
 from fhopt.serving.layer_cache import Caches, Held, LayerCache
 
 WINDOW, FIRST = ".window", ".first"  # behind the name of a layer
@@ -40,13 +47,25 @@ class LatentMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Return that decode steps can be recorded in CUDA graphs, where all layers have kernels for them."""
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        caches = [
+            impl.cache for impl in (getattr(x, "impl", None) for x in layers) if isinstance(impl, LatentAttention)
+        ]
+        recordable = caches and all(isinstance(cache.compiled, DeviceStep) for cache in caches)
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if recordable else AttentionCGSupport.NEVER
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Make the metadata of a batch."""
         about, key = common_attn_metadata, f"_fhopt_{self.kv_cache_spec.block_size}"
         blocks = getattr(about, key, None)
         if blocks is None or blocks.table is not about.block_table_tensor:
             starts = about.query_start_loc_cpu[: about.num_reqs + 1].tolist()
-            batch = Batch(starts, about.seq_lens[: about.num_reqs].tolist(), about.block_table_tensor.device)
+            lengths = about.seq_lens[: about.num_reqs]  # on a GPU they stay there
+            device = about.block_table_tensor.device
+            batch = Batch(starts, lengths.tolist() if lengths.is_cpu else lengths, device)
             blocks = Blocks(batch, about.block_table_tensor, self.kv_cache_spec.block_size)
             setattr(about, key, blocks)
         return LatentMetadata(blocks)

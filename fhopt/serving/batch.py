@@ -76,24 +76,36 @@ def means_from(plan: LatentPlan) -> int:
 class Batch:
     """New tokens of several sequences, one behind the other.
 
-    starts [sequences + 1]: of each sequence's new tokens in the batch. lengths: tokens of each, with the new ones.
+    starts [sequences + 1]: of each sequence's new tokens in the batch. lengths: tokens of each, with the new ones;
+    integers on a device are read back only where something asks for them.
     """
 
     starts: list[int]
-    lengths: list[int]
+    lengths: list[int] | Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     made: dict[object, Any] = field(default_factory=dict, repr=False)  # once for all layers, by what it is made of
 
     @cached_property
     def sequences(self) -> list[Sequence]:
         """The sequences that have new tokens."""
-        spans = zip(self.starts, self.starts[1:], self.lengths, strict=False)
+        lengths = self.lengths.tolist() if isinstance(self.lengths, Tensor) else self.lengths
+        spans = zip(self.starts, self.starts[1:], lengths, strict=False)
         return [Sequence(i, b, e, length - e + b) for i, (b, e, length) in enumerate(spans) if e > b]
 
     @property
     def tokens(self) -> int:
         """New tokens of all sequences."""
         return self.starts[-1]
+
+    @cached_property
+    def is_step(self) -> bool:
+        """Whether every sequence has one new token, as in a decode step; behind them there may be some without any."""
+        return self.tokens > 0 and self.starts[: self.tokens + 1] == list(range(self.tokens + 1))
+
+    @cached_property
+    def lengths_there(self) -> Tensor:
+        """Tokens of each sequence, int32 on the device."""
+        return torch.as_tensor(self.lengths, dtype=torch.int32, device=self.device)
 
     @cached_property
     def owners(self) -> Tensor:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fhopt.codegen.cpu.block_tables import BlockAttention, BlockLayout, SideLayout, StepNumbers, attention_of, blocks_of
+from fhopt.codegen.block_layout import BlockLayout, SideLayout
+from fhopt.codegen.cpu.block_tables import BlockAttention, StepNumbers, attention_of, blocks_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.serving.batch import Batch
 from fhopt.serving.rows import Part
@@ -79,8 +80,8 @@ def layout_of(layer: LayerCache, dtype: torch.dtype) -> BlockLayout:
     return BlockLayout(
         heads=site.heads, kv_heads=site.kv_heads, sizes=(site.key_dim, site.value_dim), dtype=dtype, scale=layer.scale,
         key=sides[0], value=sides[1], is_shared=layer.site.is_shared,
-        window=_starts(layer.window_rows.parts), window_bits=8 if layer.window_rows.is_rounded else 16,
-        first_rows=_starts(first_parts), sinks=layer.window.sinks, means_from=layer.means_from,
+        window=layer.window, window_rows=_starts(layer.window_rows.parts), first_rows=_starts(first_parts),
+        means_from=layer.means_from,
     )  # fmt: skip
 
 

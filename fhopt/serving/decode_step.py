@@ -1,6 +1,7 @@
 """A decode step on an engine's blocks: the sequences of a batch that have one new token each, all at once.
 
-On torch operations: what `compiled_step` does in machine code, where nothing can be compiled.
+On torch operations: what `compiled_step` does in machine code and `device_step` by Triton kernels, where there is
+neither.
 
 Rows of all sequences are brought together, as many as the longest one has, and masks say which of them count. What they
 are, and where they stand, is the same for all layers: `DecodeStep` is made once a batch.
@@ -93,16 +94,16 @@ def _open_tokens(
 def _sides(
     layer: LayerCache, caches: Caches, step: DecodeStep, means: tuple[Tensor | None, Tensor | None]
 ) -> tuple[SideRows, SideRows]:
-    """Return packed latents [B,J,V,...] of all sequences; rows that stand for no token have scales of 0."""
+    """Return packed latents [B,J,V,...] of all sequences; rows that stand for no token count as 0."""
     blocks, first = step.latent_blocks(caches.latents.blocks)
     rows = caches.latents.cache[blocks, 0].flatten(1, 2)[:, first : first + step.most]  # [B, V, bytes]
     packed = layer.latent_rows.read(rows.reshape(-1, rows.shape[2]))
     sides = []
     for groups, (latents, scale), decode, mean in zip(layer.groups, packed, layer.decode, means, strict=True):
         z = latents[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1)
-        if scale is None:
+        if scale is None or 16 in groups.bits:
             z = z.masked_fill(step.absent.unsqueeze(3), 0)
-        else:
+        if scale is not None:
             scale = scale[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1).masked_fill(step.absent, 0)
         sides.append(SideRows(groups, z, scale, decode, mean=mean))
     return sides[0], sides[1]

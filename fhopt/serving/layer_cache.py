@@ -5,8 +5,9 @@ Letters: H query heads, G kv heads, T tokens, D and E head size of keys and valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.plan.window import ResidualWindow
 from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, tiles
-from fhopt.serving.compiled_step import CompiledStep, compiled_step
+from fhopt.serving.compiled_step import compiled_step
 from fhopt.serving.decode_step import DecodeStep, attend_step
+from fhopt.serving.device_step import device_step
 from fhopt.serving.rows import FirstRows, LatentRows, WindowRows
 
+CPU = torch.device("cpu")
 FEW_QUERIES = 4  # queries of a tile at most that are absorbed; for more, keys and values are reconstructed
 
 
@@ -66,10 +69,28 @@ class Caches:
         return self.first.cache[int(self.first.blocks.table[sequence.index, 0]), 0]
 
 
-class LayerCache:
-    """What one layer writes and reads of its caches, by the plan of its site."""
+class Step(Protocol):
+    """Writing and attention of the sequences with one new token, by kernels."""
 
-    def __init__(self, plan: LatentPlan, site: SitePlan, scale: float, dtype: torch.dtype) -> None:
+    def serves(self, caches: Caches, query: Tensor) -> bool:
+        """Return whether there are such sequences, and these tensors are of the kernels."""
+
+    def writes(self, batch: Batch) -> bool:
+        """Return whether the new tokens of a batch can be written, too."""
+
+    def __call__(
+        self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
+    ) -> None:
+        """Attend with the queries [T,H,D] of these sequences into `output` [T,H,E]; write the new tokens first."""
+
+
+class LayerCache:
+    """What one layer writes and reads of its caches, by the plan of its site; bases stand on `device`."""
+
+    def __init__(
+        self, plan: LatentPlan, site: SitePlan, scale: float, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
+        site, self.device = _placed(site, device), device
         self.window, self.site, self.scale, self.dtype = plan.window, site, scale, dtype
         self.means_from = means_from(plan)
         self.latent_rows = LatentRows(site, dtype)
@@ -77,11 +98,14 @@ class LayerCache:
         self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
         self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
         self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
-        self.compiled: CompiledStep | None = None
+        self.compiled: Step | None = None
 
     def compile(self) -> None:
-        """Build the decode step as one call of machine code, where there is a compiler."""
-        self.compiled = compiled_step(self, self.dtype)
+        """Build the decode step: as one call of machine code on a CPU, of Triton kernels on a GPU.
+
+        Where that cannot be, steps run on torch operations, and a line of the log says why.
+        """
+        self.compiled = compiled_step(self, self.dtype) if self.device.type == "cpu" else device_step(self, self.device)
 
     def write_and_attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
         """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens, attend with their queries [T,H,D].
@@ -304,6 +328,14 @@ class _Reader:
             self.made[key] = causal.repeat(shared, 1)
         mask: Tensor = self.made[key]
         return mask
+
+
+def _placed(site: SitePlan, device: torch.device) -> SitePlan:
+    """Return the plan of a site with its bases on a device."""
+    key, value = (
+        replace(side, encode=side.encode.to(device), decode=side.decode.to(device)) for side in (site.key, site.value)
+    )
+    return replace(site, key=key, value=value)
 
 
 def _first(side: SideRows, count: int) -> SideRows:

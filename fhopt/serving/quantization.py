@@ -94,6 +94,7 @@ class _Made:
         codegen.prepare()
         parallel = config.parallel_config
         self.plan, dtype = plan, config.model_config.dtype
+        self.device = torch.device(config.device_config.device_type)
         sites = [refusals.local_site(site, parallel.tensor_parallel_size, parallel.rank) for site in plan.sites]
         self.caches = {site.site.name: self._cache(site, dtype) for site in sites}
         self.rows = block_sizes.uneven({name: cache.latent_rows.size for name, cache in self.caches.items()})
@@ -101,7 +102,7 @@ class _Made:
         self.sizes = block_sizes.choose(self._needs(config.model_config.max_model_len), given)
 
     def _cache(self, site: SitePlan, dtype: torch.dtype) -> LayerCache:
-        cache = LayerCache(self.plan, site, site.site.scale, dtype)
+        cache = LayerCache(self.plan, site, site.site.scale, dtype, self.device)
         cache.compile()
         return cache
 

@@ -50,8 +50,11 @@ class Part:
 
 
 def _laid_out(wanted: Sequence[tuple[int, int, torch.dtype]]) -> tuple[list[Part], int]:
-    """Place parts of (heads, numbers of a head, dtype) in a row: (parts in the given order, bytes of the row)."""
-    order = sorted(range(len(wanted)), key=lambda i: -wanted[i][2].itemsize)
+    """Place parts of (heads, numbers of a head, dtype) in a row: (parts in the given order, bytes of the row).
+
+    Heads of an even number of bytes stand before others: GPUs read them in words of 16 bits.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: (-wanted[i][2].itemsize, wanted[i][1] % 2))
     parts: dict[int, Part] = {}
     start = 0
     for i in order:

@@ -16,7 +16,7 @@ FROM, BEFORE = (0, 32), (0, 33)  # versions of vLLM that are supported
 
 # Module, and what the plugin uses of it.
 HOOKS = {
-    "vllm.config": ("get_current_vllm_config",),
+    "vllm.config": ("get_current_vllm_config", "DeviceConfig.device_type"),
     "vllm.forward_context": ("get_forward_context", "ForwardContext.no_compile_layers", "ForwardContext.attn_metadata"),
     "vllm.model_executor.layers.attention": ("Attention",),
     "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase.get_kv_cache_spec",),
@@ -27,7 +27,8 @@ HOOKS = {
     ),
     "vllm.v1.attention.backend": (
         "AttentionBackend.supported_kv_cache_layouts", "AttentionBackend.customize_spec", "AttentionImpl",
-        "AttentionMetadataBuilder.build", "CommonAttentionMetadata.block_table_tensor",
+        "AttentionMetadataBuilder.build", "AttentionMetadataBuilder.get_cudagraph_support",
+        "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE", "CommonAttentionMetadata.block_table_tensor",
         "CommonAttentionMetadata.query_start_loc_cpu", "CommonAttentionMetadata.seq_lens",
     ),
     "vllm.v1.core.kv_cache_utils": ("resolve_block_hashes", "get_max_concurrency_for_kv_cache_config"),

@@ -45,7 +45,7 @@ LOWEST = tl.constexpr(-1e38)  # of finite masks, in base e: lets a row attend to
         *("query_b", "query_h", "query_s", "key_b", "key_h", "key_t", "key_scale_b", "key_scale_h"),
         *("value_b", "value_h", "value_t", "value_scale_b", "value_scale_h", "mask_b", "mask_h", "mask_s"),
         *("lengths_b", "positions_b", "table_b", "pages_b", "pages_h", "heads", "units", "queries", "tokens", "slots"),
-        *("splits", "key_group", "value_group"),
+        *("splits", "key_group", "value_group", "kept_first", "kept_last", "leaving"),
     )
 )
 def attention_kernel(
@@ -96,11 +96,15 @@ def attention_kernel(
     splits,
     key_group,  # units that share a latent head of keys
     value_group,
+    kept_first,  # by a residual window's rule: first tokens that stay exact, newest ones, and how many leave at once
+    kept_last,
+    leaving,
     scale,
     softcap,
+    SPAN: tl.constexpr,  # tokens by that rule: 1: those that were quantized, 2: newest ones, 3: first ones; 0: all
     CAUSAL: tl.constexpr,  # token <= position
     WINDOW: tl.constexpr,  # position - token < WINDOW; 0: no window
-    PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK_T, or any number where there are `pages`; 0: no pages
+    PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK_T, or any number with `pages` or a SPAN; 0: no pages
     WHOLE: tl.constexpr,  # one range of tokens, and no channel of two planes
     PACKED: tl.constexpr,  # NVIDIA: codes by PTX
     KEY_ALIGN: tl.constexpr,
@@ -162,6 +166,8 @@ def attention_kernel(
     begin, end, length = 0, slots, tokens
     if lengths is not None:
         length = tl.minimum(tokens, tl.load(lengths + b * lengths_b).to(tl.int32))
+    if SPAN:
+        begin, length = span(length, kept_first, kept_last, leaving, SPAN)
     if pages is None:
         end = tl.minimum(end, length)
         if CAUSAL:
@@ -194,8 +200,13 @@ def attention_kernel(
         t = first + t_in
         here = t < (length if pages is not None else end)
         if table is not None:
-            entry = tl.load(table + b.to(tl.int64) * table_b + first // PAGE, mask=first < length, other=0)
-            first = first % PAGE
+            if SPAN:  # a tile has tokens of several pages, each a row of its own
+                entry = tl.load(table + b.to(tl.int64) * table_b + t // PAGE, mask=here, other=0)
+                first, t_in = start * 0, t % PAGE
+                far = t_in.to(tl.int64)
+            else:
+                entry = tl.load(table + b.to(tl.int64) * table_b + first // PAGE, mask=first < length, other=0)
+                first = first % PAGE
         key_rows = key + (entry.to(tl.int64) * key_b + first.to(tl.int64) * key_t) * KEY_ALIGN
         value_rows = value + (entry.to(tl.int64) * value_b + first.to(tl.int64) * value_t) * VALUE_ALIGN
         key_scales = key_scale + entry.to(tl.int64) * key_scale_b + first.to(tl.int64) * key_scale_t
@@ -295,6 +306,18 @@ def attention_kernel(
 
 
 @triton.jit
+def span(length, kept_first, kept_last, leaving, SPAN: tl.constexpr):
+    """Begin and end of the tokens that the newest token of a sequence, the last of `length`, reads as SPAN says."""
+    quantized = tl.maximum(length - 1 - kept_first - kept_last, 0) // leaving * leaving
+    begin, end = kept_first, kept_first + quantized
+    if SPAN == 2:
+        begin, end = end, length
+    if SPAN == 3:
+        begin, end = 0, tl.minimum(kept_first, length)
+    return begin, end
+
+
+@triton.jit
 def score(x, q, total):
     """x [T, n] . query [n, M] + total [T, M]."""
     return tl.dot(x, q, total, input_precision="ieee")
@@ -328,16 +351,17 @@ def added(sums):
 def load(rows, stride, far, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
     """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none.
 
-    far: how many rows from the first each is, [T]; None: they lie one behind the other.
+    rows: the first row, or one for each token [T]. far: how many rows from there each is, [T]; None: they lie one
+    behind the other.
     """
     i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
     if far is not None:
         t = far
     if TURNED:
-        at = rows + (t * stride)[None, :] + (START + i)[:, None]
+        at = (rows + t * stride)[None, :] + (START + i)[:, None]
         inside = here[None, :] if USED == SIZE else here[None, :] & (i < USED)[:, None]
     else:
-        at = rows + (t * stride)[:, None] + (START + i)[None, :]
+        at = (rows + t * stride)[:, None] + (START + i)[None, :]
         inside = here[:, None] if USED == SIZE else here[:, None] & (i < USED)[None, :]
     return tl.load(at, mask=inside, other=0)
 
@@ -366,7 +390,7 @@ def load_odd_halves(
     i, t = 2 * tl.arange(0, SIZE), tl.arange(0, here.shape[0])
     if far is not None:
         t = far
-    at = rows + (t * stride)[:, None] + (START + i)[None, :]
+    at = (rows + t * stride)[:, None] + (START + i)[None, :]
     inside = here[:, None] & (i < 2 * USED)[None, :]
     low = tl.load(at, mask=inside, other=0).to(tl.int16)
     high = tl.load(at + 1, mask=inside, other=0).to(tl.int16)

@@ -303,16 +303,17 @@ def capped(x):
 def load(rows, stride, far, here, START: tl.constexpr, SIZE: tl.constexpr, USED: tl.constexpr, TURNED: tl.constexpr):
     """Elements START to START + USED of the rows of a tile [T, SIZE], or TURNED [SIZE, T]; 0 where there are none.
 
-    far: how many rows from the first each is, [T]; None: they lie one behind the other.
+    rows: the first row, or one for each token [T]. far: how many rows from there each is, [T]; None: they lie one
+    behind the other.
     """
     i, t = tl.arange(0, SIZE), tl.arange(0, here.shape[0])
     if far is not None:
         t = far
     if TURNED:
-        at = rows + (t * stride)[None, :] + (START + i)[:, None]
+        at = (rows + t * stride)[None, :] + (START + i)[:, None]
         inside = here[None, :] if USED == SIZE else here[None, :] & (i < USED)[:, None]
     else:
-        at = rows + (t * stride)[:, None] + (START + i)[None, :]
+        at = (rows + t * stride)[:, None] + (START + i)[None, :]
         inside = here[:, None] if USED == SIZE else here[:, None] & (i < USED)[None, :]
     return tl.load(at, mask=inside, other=0)
 
@@ -341,7 +342,7 @@ def load_odd_halves(
     i, t = 2 * tl.arange(0, SIZE), tl.arange(0, here.shape[0])
     if far is not None:
         t = far
-    at = rows + (t * stride)[:, None] + (START + i)[None, :]
+    at = (rows + t * stride)[:, None] + (START + i)[None, :]
     inside = here[:, None] & (i < 2 * USED)[None, :]
     low = tl.load(at, mask=inside, other=0).to(tl.int16)
     high = tl.load(at + 1, mask=inside, other=0).to(tl.int16)

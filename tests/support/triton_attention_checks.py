@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from fhopt.codegen.build import build_triton
 from fhopt.codegen.gpu.configs import Config
+from fhopt.codegen.gpu.launch import Span
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.plan.site_plan import SUPPORTED_BITS
+from fhopt.plan.window import ResidualWindow
 
 SMALL = Config(block_t=16, block_m=8, num_warps=4, num_stages=2)
 
@@ -181,6 +184,40 @@ def a_head_reads_the_pages_it_chose() -> None:
     assert_close(found, expected(case, alike, seen))  # type: ignore[arg-type]
 
 
+def the_rule_of_a_window_says_what_is_read_of_pages_of_any_size() -> None:
+    window, lengths = (
+        ResidualWindow(3, 5, 8),
+        torch.tensor([90, 17], dtype=torch.int32),
+    )  # at a border: 17 = 3 + 5 + 8 + 1
+    for tiers, page in ((FOUR, 7), (ODD, 12), (UNCODED, 16)):
+        case = Case(tiers, tiers, 4, 2, 2, 1, 9 * page)
+        x = inputs(case)
+        table = torch.randperm(18).view(2, 9).to(torch.int32)
+        pooled = [t if t is None or i == 0 else scattered(t, table, page) for i, t in enumerate(x)]
+        t, last = torch.arange(9 * page), lengths.clamp(max=9 * page).view(2, 1) - 1
+        end = window.sinks + window.quantized_tokens(last)
+        seen = {
+            Span.QUANTIZED: (t >= window.sinks) & (t < end),
+            Span.OPEN: (t >= end) & (t <= last),
+            Span.FIRST: (t < window.sinks) & (t <= last),
+        }
+        for kind, mask in seen.items():
+            wanted = expected(case, x, mask.view(2, 1, 1, -1))
+            for splits in (1, 3):
+                features = dict(table=table, lengths=lengths, span=Span(kind, window), splits=splits)
+                assert_close(attend(case, pooled, **features), wanted)  # type: ignore[arg-type]
+    empty = attend(case, pooled, table=table, lengths=lengths * 0, span=Span(Span.OPEN, window))  # type: ignore[arg-type]
+    assert not bool(empty[0].any()) and bool((empty[1] == -math.inf).all())
+
+
+def scattered(x: Tensor, table: Tensor, page: int) -> Tensor:
+    """Tokens of each sequence, x [B,J,T,...], in the pages of `table` [B,P] of a pool [pages,J,page,...]."""
+    out = torch.empty((int(table.max()) + 1, x.shape[1], page, *x.shape[3:]), dtype=x.dtype)
+    for b, i in itertools.product(*map(range, table.shape)):
+        out[table[b, i]] = x[b, :, page * i : page * i + page]
+    return out
+
+
 def rows_of_a_longer_cache_are_read_where_they_are() -> None:
     case = Case(ODD, FOUR, 4, 2, 2, 1, 30)
     long = inputs(replace(case, tokens=50))
@@ -242,6 +279,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         sinks_take_weight_and_give_nothing,
         pages_lie_anywhere_in_a_pool,
         a_head_reads_the_pages_it_chose,
+        the_rule_of_a_window_says_what_is_read_of_pages_of_any_size,
         rows_of_a_longer_cache_are_read_where_they_are,
         half_precision_multiplies_in_its_own_type,
     )

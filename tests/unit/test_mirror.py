@@ -26,6 +26,7 @@ COMMANDS = "the commands, unit/cli"
 PAGES = "the pages made of it, unit/inspection/test_html_report.py and test_server.py"
 WITHOUT_A_FILE = {
     "codegen/cpu/launch": "every kernel that is called, unit/codegen/cpu",
+    "codegen/gpu/block_launch": "unit/codegen/gpu/test_block_tables.py",
     "codegen/gpu/compile_worker": "every compilation, unit/codegen/gpu/test_resources.py and test_tuning.py",
     "codegen/gpu/gpus": "unit/codegen/gpu/test_tuning.py and unit/hardware/test_kernel_table.py",
     "codegen/gpu/machine_code": "unit/codegen/gpu/test_resources.py",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from needs import needs_compiler
 from torch.nn import functional as F
 
+from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.cpu import block_tables
-from fhopt.codegen.cpu.block_tables import BlockLayout, SideLayout, StepNumbers, attention_of, blocks_of
+from fhopt.codegen.cpu.block_tables import StepNumbers, attention_of, blocks_of
+from fhopt.plan.window import ResidualWindow
 
 H, G, D, SIZE = 4, 2, 16, 8  # query heads, kv heads, head size, tokens of a block
 LENGTHS = (37, 20, 5)
@@ -25,7 +26,7 @@ def layout() -> BlockLayout:
     key, value = (SideLayout(one, one, (), 4 * D, start, 0) for start in (0, 4 * G * D))
     return BlockLayout(
         heads=H, kv_heads=G, sizes=(D, D), dtype=torch.float32, scale=0.25, key=key, value=value, is_shared=False,
-        window=(0, 4 * G * D, 0, 0), window_bits=16, first_rows=(0, 0, 0, 0), sinks=0, means_from=0,
+        window=ResidualWindow(0, 1, 8), window_rows=(0, 4 * G * D, 0, 0), first_rows=(0, 0, 0, 0), means_from=0,
     )  # fmt: skip
 
 
@@ -60,13 +61,6 @@ def test_numbers_that_kernels_do_not_know_are_left_to_torch() -> None:
     assert attention is not None and attention.serves(torch.zeros(1, H, D), rows)
     assert not attention.serves(torch.zeros(1, H, D).half(), rows)
     assert not attention.serves(torch.zeros(1, H, D), rows[..., :10].contiguous())  # numbers would not be aligned
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_specs_are_those_of_latents_window_and_sinks(bits: int) -> None:
-    latents, window, sinks = replace(layout(), window_bits=bits).specs()
-    assert (latents.key_width, latents.dtype) == (D, "float32")
-    assert bool(window.key_tiers) == (bits == 8) and not sinks.key_tiers
 
 
 def test_the_file_is_always_the_same_and_compiled_once() -> None:

@@ -1,0 +1,120 @@
+"""A decode step on an engine's blocks by Triton kernels (fhopt/codegen/gpu/block_tables.py), on a GPU.
+
+Where every sequence has one new token, nothing is read back: lengths and block tables are those of the engine, in
+memory that it fills before each step, so that the step may be recorded in a CUDA graph. It writes what
+`LayerCache.write` writes and attends as `decode_step.attend_step` does, which serve where there are no kernels, and are
+what it is tested against. Beside sequences with several new tokens, those with one are attended to, and torch
+operations write.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fhopt.errors import FhoptError
+from fhopt.serving.batch import Batch
+from fhopt.serving.compiled_step import layout_of
+from fhopt.system import has_triton
+
+if TYPE_CHECKING:
+    from fhopt.codegen.gpu.block_launch import BlockAttention, StepBlocks
+    from fhopt.serving.layer_cache import Caches, LayerCache
+
+log = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class DeviceStep:
+    """The decode step of one layer."""
+
+    def __init__(self, attention: BlockAttention) -> None:
+        self._attention = attention
+
+    def serves(self, caches: Caches, query: Tensor) -> bool:
+        """Return whether the sequences with one new token can be served."""
+        batch, held = caches.batch, (caches.latents, caches.window, caches.first)
+        tables = all(one.blocks.table.dtype == torch.int32 and one.blocks.table.stride(1) == 1 for one in held)
+        some = batch.is_step or bool(batch.singles)
+        return some and tables and self._attention.serves(query, *(one.cache for one in held))
+
+    def writes(self, batch: Batch) -> bool:
+        """Return whether new tokens can be written, too: all sequences have one."""
+        return batch.is_step
+
+    def __call__(
+        self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
+    ) -> None:
+        """Attend with the queries [T,H,D] of sequences with one new token into `output` [T,H,E]; write these first.
+
+        keys [T,G,D], values [T,G,E]: of the batch's new tokens.
+        """
+        batch = caches.batch
+        if batch.is_step:
+            count = batch.tokens
+            tables = [one.blocks.table[:count] for one in (caches.latents, caches.window, caches.first)]
+            blocks = self._blocks(caches, tables)
+            self._attention(batch.lengths_there[:count], blocks, query, keys, values, output, writes)
+            return
+        assert not writes, "torch operations write where a sequence has several new tokens"
+        singles = self._singles(caches)
+        part = query.new_empty((len(singles.tokens), *output.shape[1:]), dtype=output.dtype)
+        blocks = self._blocks(caches, singles.tables)
+        self._attention(singles.lengths, blocks, query[singles.tokens], query, query, part, writes=False)
+        output[singles.tokens] = part
+
+    @staticmethod
+    def _blocks(caches: Caches, tables: list[Tensor]) -> StepBlocks:
+        from fhopt.codegen.gpu.block_launch import Blocks, StepBlocks
+
+        held = caches.latents.cache, caches.window.cache, caches.first.cache
+        return StepBlocks(*(Blocks(cache, table) for cache, table in zip(held, tables, strict=True)))
+
+    @staticmethod
+    def _singles(caches: Caches) -> _Singles:
+        """Return what is known of the sequences with one new token, made once for layers that share blocks."""
+        batch, held = caches.batch, (caches.latents, caches.window, caches.first)
+        key = "singles", *(id(one.blocks) for one in held)
+        if key not in batch.made:
+            rows = torch.tensor([(one.begin, one.index) for one in batch.singles], device=batch.device)
+            tokens, owners = rows.unbind(1)
+            tables = [one.blocks.table[owners] for one in held]
+            batch.made[key] = _Singles(tokens, batch.lengths_there[owners], tables)
+        singles: _Singles = batch.made[key]
+        return singles
+
+
+class _Singles(NamedTuple):
+    """Of the sequences with one new token: it in the batch, int64, lengths int32, rows of the three block tables."""
+
+    tokens: Tensor
+    lengths: Tensor
+    tables: list[Tensor]
+
+
+def device_step(layer: LayerCache, device: torch.device) -> DeviceStep | None:
+    """Build the decode step of a layer on a GPU; None, with a warning, where there are no kernels for it."""
+    reason = _objection(layer, device)
+    if not reason:
+        from fhopt.codegen.gpu.block_launch import BlockAttention  # late: importing Triton takes a second
+
+        try:
+            return DeviceStep(BlockAttention(layout_of(layer, layer.dtype), device))
+        except FhoptError as error:
+            reason = str(error)
+    log.warning("%s: decode steps run on torch operations, slower: %s", layer.site.site.name, reason)
+    return None
+
+
+def _objection(layer: LayerCache, device: torch.device) -> str:
+    """Say why a layer has no kernels on a device; empty where it has."""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}, only for CUDA and ROCm."
+    if not has_triton():
+        return "Triton is not installed. Install it: pip install 'triton>=3.6'."
+    if layer.dtype not in DTYPES:
+        return f"no kernel reads {layer.dtype}; expected one of {', '.join(map(str, DTYPES))}."
+    return ""
