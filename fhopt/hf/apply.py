@@ -297,12 +297,12 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
 
     named: arguments of the model's forward. A graph that is being compiled cannot look at the numbers of a mask.
     """
-    from fhopt.cache.left_padding import note_padding
-
     prefix = "decoder_" if applied.config.is_encoder_decoder else ""
     ids = next((named[n] for n in (f"{prefix}input_ids", f"{prefix}inputs_embeds") if named.get(n) is not None), None)
     if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
         return
+    from fhopt.cache.left_padding import note_padding
+
     mask = named.get(f"{prefix}attention_mask")
     if isinstance(mask, dict):  # by kinds of layers
         mask = mask.get("full_attention")
