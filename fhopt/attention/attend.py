@@ -186,6 +186,7 @@ def _part_masks(query: Tensor, key: Tensor, latents: AnyLatents, mask: Tensor | 
     else:
         if mask.shape[-1] == 1:  # one rule for all tokens
             mask = mask.expand(*mask.shape[:-1], latents.length(key))
+        mask = latents.by_place(mask)
         exact, far = latents.split(mask, False if mask.dtype == torch.bool else -math.inf)
         if latents.lengths is not None:  # they hide the other rows
             far = mask[..., latents.sinks : latents.sinks + latents.key.rows.shape[2]]

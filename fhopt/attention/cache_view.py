@@ -3,7 +3,8 @@
 A cache lays its tokens out as [sinks | quantized tokens | window, new tokens]. Sinks, window and new tokens are open,
 their keys and values at hand; quantized tokens are packed latents, a row each. Where the window is rounded to 8 bits it
 belongs to `SideRows`, and the other open tokens are exact. `Latents` and `StaticLatents` say which places are which:
-`split` cuts what has a number for each token, `place` puts it together again.
+`split` cuts what has a number for each place, `place` puts it together again. Tokens stand in order of position, but
+for sequences that begin with padding: `by_place` and `by_position` lead from one order to the other.
 
 Letters: B batch, G kv heads, J latent heads, T all tokens, N open tokens (of which exact ones are stored as they came),
 M tokens of the window in 8 bits, V packed latents, D head size, R latent width.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fhopt.attention.sketches import PageIndex
+from fhopt.attention.token_places import TokenPlaces
 from fhopt.ops import algebra, packing
 from fhopt.ops import masks as ops_masks
 
@@ -68,8 +70,23 @@ class SideRows:
         return (algebra.decode(self.unpacked().to(exact), self.decode) + self.mean).to(self.decode.dtype)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Ordered:
+    """What has a number for each token of a cache. order: its places; None: those of their positions."""
+
+    order: TokenPlaces | None = None
+
+    def by_place(self, x: Tensor) -> Tensor:
+        """Bring numbers of tokens [..., T] from order of position to order of places."""
+        return x if self.order is None else self.order.by_place(x)
+
+    def by_position(self, x: Tensor, dim: int) -> Tensor:
+        """Bring numbers of places along `dim` to order of position: the inverse of `by_place`."""
+        return x if self.order is None else self.order.by_position(x, dim)
+
+
 @dataclass(frozen=True, eq=False)
-class Latents:
+class Latents(_Ordered):
     """Latents of a cache that grows: `visible` quantized tokens, behind the first `sinks` open tokens.
 
     index: by which pages are selected; None: all of them are read. observer: called before attention, which then reads
@@ -93,7 +110,7 @@ class Latents:
         return self.visible + self.key.rounded + exact.shape[2]
 
     def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Split numbers of tokens in order of position, [..., T], into [..., N] of open tokens and [..., V] of latents.
+        """Split numbers of tokens in order of places, [..., T], into [..., N] of open tokens and [..., V] of latents.
 
         fill: not used; every place has a token.
         """
@@ -101,7 +118,7 @@ class Latents:
         return torch.cat([x[..., : self.sinks], x[..., end:]], -1), x[..., self.sinks : end]
 
     def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
-        """Join numbers of open tokens and of latents along `dim`, in order of position: the inverse of `split`."""
+        """Join numbers of open tokens and of latents along `dim`, in order of places: the inverse of `split`."""
         first, rest = opened.narrow(dim, 0, self.sinks), opened.narrow(dim, self.sinks, opened.shape[dim] - self.sinks)
         return torch.cat([first, latent.to(opened.dtype), rest], dim)
 
@@ -112,7 +129,7 @@ class Latents:
 
 
 @dataclass(frozen=True, eq=False)
-class StaticLatents:
+class StaticLatents(_Ordered):
     """Latents of a cache of fixed size, where tensors say which places hold tokens.
 
     positions [N]: of the open places, -1 where there is no token. seen: which rows stand for their token, which is
@@ -143,7 +160,7 @@ class StaticLatents:
         return self.tokens
 
     def split(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Split numbers of places in order of position, [..., T], into [..., N] of open places and [..., V] of latents.
+        """Split numbers of places, [..., T], into [..., N] of open places and [..., V] of latents.
 
         fill: what places without a token get.
         """
@@ -152,7 +169,7 @@ class StaticLatents:
         return opened, rows.masked_fill(~self.seen_rows(), fill)
 
     def place(self, opened: Tensor, latent: Tensor, dim: int) -> Tensor:
-        """Join numbers of open places and of latents along `dim`, in order of position: the inverse of `split`."""
+        """Join numbers of open places and of latents along `dim`: the inverse of `split`."""
         shape = list(opened.shape)
         shape[dim] = self.tokens + 1  # the last one takes what belongs to no token
         whole, rows = opened.new_zeros(shape), self.key.rows.shape[2]

@@ -37,12 +37,12 @@ def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
     far = torch.cat(tiles, -1) if tiles else near[..., :0]
     if side.mean is not None:
         far = (far + algebra.mean_logits(query, side.mean).unsqueeze(-1)).to(near.dtype)
-    return latents.place(near, far, -1)
+    return latents.by_position(latents.place(near, far, -1), -1)
 
 
 def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
     """Compute p v over all tokens: weights [B,H,S,T], exact values [B,G,_,E] -> [B,H,S,E]."""
-    near, far = latents.split(weights)
+    near, far = latents.split(latents.by_place(weights))
     side = latents.value
     output = attention.grouped_mix(near, side.open(value, latents.sinks))
     total = sum(attention.grouped_mix(far[..., cut], tile.to(far.dtype)) for cut, tile in _tiles(side))
@@ -63,4 +63,4 @@ def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
 
 def reconstructed(exact: Tensor, side: SideRows, latents: AnyLatents) -> Tensor:
     """Reconstruct all keys or values [B,G,T,D], in order of position, from the exact ones and the latents."""
-    return latents.place(side.open(exact, latents.sinks), side.reconstruct(), 2)
+    return latents.by_position(latents.place(side.open(exact, latents.sinks), side.reconstruct(), 2), 2)

@@ -12,6 +12,9 @@ once, when the call has read them, so later calls see them in 8 bits. Where a pl
 With `absorb=True` layers return `LatentTensor`s, on which attention runs without anything of full length
 (fhopt/attention/interface.py); with `absorb=False` ordinary tensors of full length, reconstructed in every call.
 
+Where the sequences of a batch begin with padding, each keeps its own first tokens as attention sinks
+(fhopt/cache/left_padding.py), as long as somebody says so before the first call: `fhopt.apply` does.
+
 At a site with page selection, a sketch of each packed latent is stored beside it, and the index that a layer returns
 says how attention selects pages (fhopt/attention/paged.py).
 
@@ -36,6 +39,7 @@ from fhopt.attention.interface import Reader, offer
 from fhopt.attention.manual_attention import reconstructed
 from fhopt.attention.paged import SAMPLE, log_fill
 from fhopt.attention.sketches import PageIndex, Sketcher
+from fhopt.cache.left_padding import PADDING, LeftPadding
 from fhopt.cache.quantized_rows import (
     PackedLatents,
     Sketches,
@@ -61,6 +65,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     packed_values: PackedLatents  # those of the keys, where one latent serves both
     sketches: Sketches | None = None  # where the plan has page selection at the site
     means: SequenceMeans | None = None  # where the plan has means
+    padding: LeftPadding  # not of cross attention, which has no attention sinks
     lists: Tensor  # see `PageIndex.counters`, where it has
     stores: dict[str, Store]  # by their names in files, see `named_stores`
 
@@ -127,6 +132,10 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             for side, window in enumerate((keys, values)):
                 window.means, window.side = self.means, side
 
+    def _use_padding(self, room: int | None = None) -> None:
+        """Keep what padding sequences begin with. room: as of `LeftPadding`."""
+        self.padding = self.stores[PADDING] = LeftPadding(room)
+
     def _encode(self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
         """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means."""
         if self.means is not None:
@@ -192,7 +201,9 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Return everything that `restore` needs, without spare capacity. Expects a layer with tokens."""
         used = self.quantized_tokens
         parts = {
-            name: [part[:, :, : _used(store, used)] for part in store.parts] for name, store in self.stores.items()
+            name: [part[:, :, : _used(store, used)] for part in store.parts]
+            for name, store in self.stores.items()
+            if name != PADDING or store.parts
         }
         return {"parts": parts, "blank": list(self._blank()), **self._counters()}
 
@@ -206,8 +217,11 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             self._check(*state["blank"])
             self.lazy_initialization(*state["blank"])
             for name, store in self.stores.items():
-                self._fill(name, store, state["parts"][name])
+                if name != PADDING:
+                    self._fill(name, store, state["parts"][name])
             self._count(state)
+            if PADDING in state["parts"]:
+                self.padding.restore(state["parts"][PADDING], self.batch_size, int(self.get_seq_length()))
         except Exception:
             self.reset()
             raise
@@ -275,7 +289,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
                 out["sinks"] += store.sink_bytes
                 out["window"] += used - store.sink_bytes
                 out["spare"] += store.nbytes - used
-            elif isinstance(store, SequenceMeans):
+            elif isinstance(store, (SequenceMeans, LeftPadding)):
                 out["sinks"] += store.nbytes
         return out
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fhopt.attention.attend import reads_at_once
 from fhopt.attention.cache_view import Latents, SideRows
+from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.attention.paged import mean_values
 from fhopt.attention.sketches import PageIndex
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, make_packed
@@ -32,6 +33,7 @@ class LatentLayer(LatentLayerBase):
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(Sketches)
         self._use_means(self.window_keys, self.window_values)
+        self._use_padding()
         self.quantized = 0
         self._mean: tuple[tuple[Tensor, ...], int, Tensor] | None = None  # of values, and what it is the mean of
 
@@ -61,13 +63,15 @@ class LatentLayer(LatentLayerBase):
 
     def _with_new(self, new_keys: tuple[Tensor, ...], new_values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return what attention reads of the tokens held and of new ones."""
+        order = self.padding.places
         if not self.quantized and not self._reads_window(new_keys):
-            return self.window_keys.read(*new_keys), self.window_values.read(*new_values)
+            read = self.window_keys.read(*new_keys), self.window_values.read(*new_values)
+            return read if order is None else (order.by_position(read[0], 2), order.by_position(read[1], 2))
         keys, rounded_keys = self.window_keys.for_attention(*new_keys)
         values, rounded_values = self.window_values.for_attention(*new_values)
         sides = self._sides(0, self.quantized, rounded_keys, rounded_values)
         index = self._with_mean(self._index(self.quantized), *sides)
-        latents = Latents(*sides, self.window.sinks, self.quantized, index, self.observer)
+        latents = Latents(*sides, self.window.sinks, self.quantized, index, self.observer, order=order)
         return self._for_attention(keys, values, latents)
 
     def _reads_window(self, new_keys: tuple[Tensor, ...]) -> bool:
@@ -102,10 +106,16 @@ class LatentLayer(LatentLayerBase):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         read = self._with_new((key_states,), (value_states,))
-        if self.means is not None:
-            self.means.see(key_states, value_states, self.get_seq_length())
-        self._keep(key_states, value_states)
+        self._take(key_states, value_states)
         return read
+
+    def _take(self, new_keys: Tensor, new_values: Tensor) -> None:
+        """Hold new tokens."""
+        if self.padding.expected is not None:
+            new_keys, new_values = self.padding.begin(new_keys, new_values)
+        if self.means is not None:
+            self.means.see(new_keys, new_values, self.get_seq_length(), self.padding)
+        self._keep(new_keys, new_values)
 
     def _keep(self, new_keys: Tensor, new_values: Tensor) -> None:
         """Keep new tokens; quantize whole blocks that are older than the recent tokens."""
@@ -160,6 +170,7 @@ class LatentLayer(LatentLayerBase):
         """Forget all tokens."""
         for store in self.stores.values():
             store.parts = ()
+        self.padding.forget()
         self.packed_keys.energy, self.packed_values.energy = LatentEnergy(), LatentEnergy()
         self.quantized, self.is_initialized = 0, False
 
@@ -173,6 +184,9 @@ class LatentLayer(LatentLayerBase):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         target, block = length + tokens_to_remove, self.window.block
+        if self.padding.parts and target < self.padding.reach:
+            self._begin_again(target)
+            return
         keep = min(self.quantized, max(0, target - self.window.sinks) // block * block)
         if self.quantized > keep:
             windows = self.window_keys, self.window_values
@@ -185,3 +199,15 @@ class LatentLayer(LatentLayerBase):
         self.packed_values.trim(keep, block)
         if self.sketches is not None:
             self.sketches.trim(keep, block)
+
+    def _begin_again(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens as if they came anew, dequantized: padding has changed their places."""
+        keys, values = [x.reconstruct() if isinstance(x, LatentTensor) else x for x in self._with_new((), ())]
+        blank = self._blank()
+        self.quantized, self.packed_keys.parts, self.packed_values.parts = 0, (), ()
+        if self.sketches is not None:
+            self.sketches.parts = ()
+        for window, like in zip((self.window_keys, self.window_values), blank, strict=True):
+            window.start(like)
+        self.padding.shorten(self.window.sinks, tokens)
+        self._take(keys[:, :, :tokens], values[:, :, :tokens])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fhopt.cache.left_padding import LeftPadding
 from fhopt.cache.store import Store
 
 MEANS = "means"  # the store's name in files
@@ -32,27 +33,53 @@ class SequenceMeans(Store):
         """Begin with zeros, for keys and values like these."""
         self.parts = tuple([x.new_zeros((*x.shape[:2], 1, x.shape[3]), dtype=torch.float32) for x in (keys, values)])
 
-    def see(self, keys: Tensor, values: Tensor, length: int | Tensor) -> None:
+    def see(self, keys: Tensor, values: Tensor, length: int | Tensor, padding: LeftPadding | None = None) -> None:
         """Take the means of new tokens [B,G,S,D], `length` tokens before them, unless there are means already.
 
-        The means are of the first call with a token behind the sinks. length on a device changes the means in place.
+        The means are of the first call with a token behind the sinks: with padding, behind those of each sequence.
+        length on a device changes the means in place.
         """
+        if padding is not None and padding.parts:
+            return self._see_each(keys, values, length, padding)
         on_host = isinstance(length, int)
         if on_host and not length <= self.sinks < length + keys.shape[2]:
-            return
+            return None
         seen = min(keys.shape[2], self.sinks + self.tokens)
         behind = torch.arange(seen, device=keys.device) + length - self.sinks
-        counted = ((behind >= 0) & (behind < self.tokens)).float()
-        weights = (counted / counted.sum().clamp(min=1)).unsqueeze(1)
-        means = [(x[:, :, :seen].detach().float() * weights).sum(2, keepdim=True) for x in (keys, values)]
-        if not self.of_keys:
-            means[0] = self.parts[0]
+        means = self._of(keys, values, behind)
         if on_host:
-            self.parts = tuple(means)
-            return
-        is_first = (length <= self.sinks) & (behind[-1] >= 0)
+            self.parts = means
+        else:
+            self._replace(means, (length <= self.sinks) & (behind[-1] >= 0))
+        return None
+
+    def _see_each(self, keys: Tensor, values: Tensor, length: int | Tensor, padding: LeftPadding) -> None:
+        """Take means of each sequence, behind its own attention sinks."""
+        seen, starts = keys.shape[2], padding.starts
+        if isinstance(length, int):
+            if length > padding.reach:
+                return
+            seen = min(seen, padding.reach + self.tokens)
+        behind = torch.arange(seen, device=keys.device) + length - starts  # [B,1,N]
+        is_first = ((length <= starts) & (behind[..., -1:] >= 0)).unsqueeze(-1)
+        means = self._of(keys, values, behind)
+        if isinstance(length, int):
+            self.parts = tuple([torch.where(is_first, *pair) for pair in zip(means, self.parts, strict=True)])
+        else:
+            self._replace(means, is_first)
+
+    def _of(self, keys: Tensor, values: Tensor, behind: Tensor) -> tuple[Tensor, ...]:
+        """Compute means of keys and values [B,G,S,D]. behind, [N] or [B,1,N]: of the first N, from the start."""
+        counted = ((behind >= 0) & (behind < self.tokens)).float()
+        weights = (counted / counted.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(-1)
+        seen = behind.shape[-1]
+        means = [(x[:, :, :seen].detach().float() * weights).sum(2, keepdim=True) for x in (keys, values)]
+        return tuple(means) if self.of_keys else (self.parts[0], means[1])
+
+    def _replace(self, means: tuple[Tensor, ...], where: Tensor) -> None:
+        """Take these means in place, where this is so."""
         for part, mean in zip(self.parts, means, strict=True):
-            part.copy_(torch.where(is_first, mean, part))
+            part.copy_(torch.where(where, mean, part))
 
     def differences(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [B,G,S,D] less the means, float32 or as exact as they come."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fhopt.attention.cache_view import StaticLatents
+from fhopt.attention.manual_attention import reconstructed
 from fhopt.cache.base_layer import LatentLayerBase, check_crop, encode_sides, make_packed
 from fhopt.cache.quantized_rows import StaticPackedLatents, StaticSketches
 from fhopt.cache.residual_window import StaticWindow
@@ -31,6 +32,7 @@ class StaticLatentLayer(LatentLayerBase):
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
         self._use_pages(lambda limited: StaticSketches(limited, self.capacity))
         self._use_means(self.window_keys, self.window_values)
+        self._use_padding(max_cache_len)
         self.checks_room = True  # in eager mode this reads a number from the device; one layer of a cache is enough
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.quantized = torch.zeros((), dtype=torch.int64)
@@ -103,7 +105,10 @@ class StaticLatentLayer(LatentLayerBase):
         sides = self._sides(0, self.capacity, rounded_keys, rounded_values)
         quantized = self.quantized.clone()  # what `_write` changes later
         index = self._index(self.capacity)
-        return keys, values, StaticLatents(*sides, self.window.sinks, positions, quantized, self.max_cache_len, index)
+        latents = StaticLatents(
+            *sides, self.window.sinks, positions, quantized, self.max_cache_len, index, order=self.padding.places
+        )
+        return keys, values, latents
 
     def _positions(self) -> Tensor:
         """Return the position of the token in each place of sinks and ring, -1 where there is none."""
@@ -116,6 +121,8 @@ class StaticLatentLayer(LatentLayerBase):
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put new tokens into their places, and their packed latents into theirs."""
+        if self.padding.expected is not None:
+            key_states, value_states = self.padding.begin(key_states, value_states)
         (sinks, ring), count = (self.window.sinks, self.window.capacity), key_states.shape[2]
         index = torch.arange(count, device=self.device)
         behind = index + self.cumulative_length - sinks
@@ -124,7 +131,7 @@ class StaticLatentLayer(LatentLayerBase):
         in_ring = torch.where(is_kept, behind % ring, ring)
         packed_at = torch.where((behind >= 0) & (behind < self.capacity), behind, self.capacity)
         if self.means is not None:
-            self.means.see(key_states, value_states, self.cumulative_length)
+            self.means.see(key_states, value_states, self.cumulative_length, self.padding)
         self.window_keys.write(key_states, in_sinks, in_ring)
         self.window_values.write(value_states, in_sinks, in_ring)
         self._encode(key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at))
@@ -176,6 +183,7 @@ class StaticLatentLayer(LatentLayerBase):
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays where it is."""
+        self.padding.forget()
         self._each(lambda t: t.zero_())
         self.cumulative_length.zero_()
         self.quantized.zero_()
@@ -185,11 +193,26 @@ class StaticLatentLayer(LatentLayerBase):
 
         Raises FhoptError for a positive number or for more tokens than are held.
         """
-        check_crop(tokens_to_remove, int(self.cumulative_length))
+        length = int(self.cumulative_length)
+        check_crop(tokens_to_remove, length)
+        if self.padding.parts and length + tokens_to_remove < self.padding.reach:
+            self._begin_again(length + tokens_to_remove)
+            return
         behind = self.cumulative_length - self.window.sinks
         oldest = torch.maximum(self.quantized, behind - self.window.capacity)  # in the ring
         self.quantized.copy_(torch.minimum(oldest, behind + tokens_to_remove).clamp(min=0))
         self.cumulative_length.add_(tokens_to_remove)
+
+    def _begin_again(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens as if they came anew, dequantized: padding has changed their places."""
+        exact_keys, exact_values, latents = self._read()
+        keys = reconstructed(exact_keys, latents.key, latents)[:, :, :tokens]
+        values = reconstructed(exact_values, latents.value, latents)[:, :, :tokens]
+        self.cumulative_length.zero_()
+        self.quantized.zero_()
+        self.padding.shorten(self.window.sinks, tokens)
+        if tokens:
+            self._write(keys, values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences `beam_idx` (beam search), in place where their number stays."""

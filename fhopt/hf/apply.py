@@ -280,13 +280,34 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     cache = next((named[n] for n in ("cache", "past_key_values") if named.get(n) is not None), None)
     if cache is not None:
         _convert(cache, applied)
+        _note_padding(cache, named, applied)
         return args, kwargs
     uses_cache = named.get("use_cache")
     if uses_cache is None:
         uses_cache = getattr(applied.config.get_text_config(decoder=True), "use_cache", True) and not model.training
     if uses_cache:
-        kwargs = {**kwargs, applied.cache: latent_cache(model)}
+        cache = latent_cache(model)
+        _note_padding(cache, named, applied)
+        kwargs = {**kwargs, applied.cache: cache}
     return args, kwargs
+
+
+def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
+    """Tell an empty cache what padding the sequences of this call begin with, so that it is no attention sink.
+
+    named: arguments of the model's forward. A graph that is being compiled cannot look at the numbers of a mask.
+    """
+    prefix = "decoder_" if applied.config.is_encoder_decoder else ""
+    ids = next((named[n] for n in (f"{prefix}input_ids", f"{prefix}inputs_embeds") if named.get(n) is not None), None)
+    if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
+        return
+    from fhopt.cache.left_padding import note_padding
+
+    mask = named.get(f"{prefix}attention_mask")
+    if isinstance(mask, dict):  # by kinds of layers
+        mask = mask.get("full_attention")
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    note_padding(layers, mask, ids.shape[1])
 
 
 def site_layers(model: torch.nn.Module) -> dict[str, int]:

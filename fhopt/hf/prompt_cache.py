@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from fhopt.cache.layer_map import LATENT_LAYERS
+from fhopt.cache.left_padding import PADDING
 from fhopt.errors import FhoptError
 from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.hf.apply import applied_plan, latent_cache, site_layers
 from fhopt.parallel.offloaded_weights import execution_device, named_weights
 from fhopt.plan.latent_plan import LatentPlan
 
-VERSION = 3
+VERSIONS = (3, 4)  # 4: of sequences that begin with padding, which earlier code would read in the wrong order
 KEY = "fhopt_cache"  # of the description in the file's metadata
 
 
@@ -49,7 +50,7 @@ def save_cache(model: torch.nn.Module, cache: Any, path: str | os.PathLike[str])
     tensors: dict[str, Tensor] = {}
     layers = {name: _describe(name, layer, tensors) for name, layer in _layers(cache).items()}
     about = _identity(model, plan) | {
-        "version": VERSION,
+        "version": VERSIONS[any(_is_padded(layer) for layer in latent)],
         "layers": layers,
         "max_cache_len": next((layer.max_cache_len for layer in latent if hasattr(layer, "max_cache_len")), None),
     }
@@ -91,6 +92,12 @@ def load_cache(
         updated = cache.cross_attention_cache
         cache.is_updated = {i: bool(updated.get_seq_length(i)) for i in range(len(updated))}
     return cache
+
+
+def _is_padded(layer: Any) -> bool:
+    """Return whether sequences of a latent layer begin with padding."""
+    padding = getattr(layer, PADDING, None)
+    return padding is not None and bool(padding.parts)
 
 
 # --------------------------------------------------------------------------------------------------- identity
@@ -143,9 +150,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         about, tensors = read_tensors(file, KEY)
         if not about:
             raise FhoptError(f"{file} is not a cache of fhopt; expected a file that save_cache wrote.")
-        if about.get("version") != VERSION:
+        if about.get("version") not in VERSIONS:
             raise FhoptError(
-                f"{file} has version {about.get('version')}, this fhopt reads version {VERSION}. Fill the cache again."
+                f"{file} has version {about.get('version')}, this fhopt reads versions {VERSIONS}. "
+                "Fill the cache again."
             )
         check_digest(about, tensors)
     except OSError as error:

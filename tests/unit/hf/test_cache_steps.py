@@ -8,6 +8,7 @@ import pytest
 import torch
 from latent_caches import coded, logits, plans
 from needs import needs_compiler
+from padded_batches import call, padded
 from small_models import tiny_llama, token_ids
 
 import fhopt
@@ -80,6 +81,21 @@ def test_a_padded_batch_keeps_its_mask(counted: list[int]) -> None:
         with torch.no_grad():
             outputs.append(model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False))
     assert torch.equal(*outputs) and not counted
+
+
+def test_a_sequence_of_a_padded_batch_is_read_in_one_call_without_a_mask(counted: list[int]) -> None:
+    """It sees its padding then, as in an exact cache; where tokens stand in the cache changes nothing."""
+    (ids, mask), outputs = padded((60, 31), 20), []
+    for programs in (False, True):
+        model = model_of(8, programs)
+        cache = latent_cache(model)
+        with torch.no_grad():
+            call(model, (ids, mask), (0, 60), cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        outputs.append(logits(model, cache, ids[1:, 60:], list(range(1, 20))))
+        assert cache.layers[0].padding.parts
+    assert counted
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
 def test_other_threads_and_other_batches_are_prepared_anew(counted: list[int]) -> None:

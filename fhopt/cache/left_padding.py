@@ -1,0 +1,124 @@
+"""Padding on the left of the sequences of a batch, as a cache keeps it: see fhopt/attention/token_places.py.
+
+Whoever calls the model knows its attention mask, a cache does not: `note_padding` tells the layers of an empty cache
+before their first call. A layer brings the tokens of that call to their places, and keeps two numbers a sequence.
+Sequences of which the first call has no token at all (chunked prefill) stay as they come.
+
+Letters: B batch, G kv heads, S new tokens, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.attention.token_places import TokenPlaces
+from fhopt.cache.store import Store
+
+PADDING = "padding"  # the store's name in files
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedPadding:
+    """Padding of a first call of `tokens` tokens: numbers int64 [B,1,2] and reach as of `TokenPlaces`."""
+
+    numbers: Tensor
+    reach: int
+    tokens: int
+
+    @staticmethod
+    def of(ahead: Tensor, sinks: int, tokens: int) -> ExpectedPadding:
+        """Make it from the padding of each sequence, int64 [B], for a cache with this number of attention sinks."""
+        ahead = torch.where(ahead < tokens, ahead, 0)
+        numbers = torch.stack([ahead, (tokens - ahead).clamp(max=sinks)], -1).unsqueeze(1)
+        return ExpectedPadding(numbers, int(numbers.sum(-1).max()), tokens)
+
+
+class LeftPadding(Store):
+    """Padding before each sequence and its attention sinks, int64 [B,1,2]; no parts where no sequence has padding.
+
+    room: places of a cache of fixed size, None where it grows. expected: of the next call, if that is a first one.
+    """
+
+    def __init__(self, room: int | None = None) -> None:
+        self.room, self.reach = room, 0
+        self.expected: ExpectedPadding | None = None
+
+    @property
+    def places(self) -> TokenPlaces | None:
+        """Places of tokens; None where each stands in the place of its position."""
+        if not self.parts:
+            return None
+        return TokenPlaces(self.parts[0], self.reach if self.room is None else self.room)
+
+    @property
+    def starts(self) -> Tensor:
+        """The first token behind the attention sinks of each sequence, int64 [B,1,1]. Expects parts."""
+        return self.parts[0].sum(-1, keepdim=True)
+
+    def begin(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take what was expected of the first call, and return its keys and values [B,G,S,D] in order of places."""
+        expected, self.expected = self.expected, None
+        if expected is None or (len(expected.numbers), expected.tokens) != (keys.shape[0], keys.shape[2]):
+            return keys, values
+        self.parts = (expected.numbers.to(keys.device, copy=True),)
+        self.reach = expected.reach
+        places = TokenPlaces(self.parts[0], self.reach)
+        return places.by_place(keys, 2), places.by_place(values, 2)
+
+    def shorten(self, sinks: int, tokens: int) -> None:
+        """Expect the same sequences again, their first `tokens` tokens alone."""
+        (numbers,) = self.parts
+        self.expected, self.parts = ExpectedPadding.of(numbers[:, 0, 0], sinks, tokens) if tokens else None, ()
+
+    def forget(self) -> None:
+        """Know of no padding."""
+        self.parts, self.expected = (), None
+
+    def restore(self, parts: list[Tensor], batch: int, length: int) -> None:
+        """Hold saved parts, of a cache of `length` tokens. Raises ValueError when they cannot be such."""
+        if not parts:
+            return
+        (numbers,) = parts
+        if numbers.dtype != torch.int64 or tuple(numbers.shape) != (batch, 1, 2):
+            raise ValueError(f"{PADDING} is {numbers.dtype} {tuple(numbers.shape)}, not int64 {(batch, 1, 2)}")
+        self.reach = int(numbers.sum(-1).max())
+        if int(numbers.min()) < 0 or self.reach > length:
+            raise ValueError(f"{PADDING} up to token {self.reach} of {length}")
+        self.parts = (numbers,)
+
+
+# --------------------------------------------------------------------------------------------------- the mask
+
+
+def note_padding(layers: Iterable[Any], mask: Any, tokens: int) -> None:
+    """Tell latent layers of a cache, where they are empty, what padding their first call begins with.
+
+    tokens: of that call, S. mask: the model's attention mask: [B,T], or [B,1,S,T], bool or additive; None, or anything
+    else: nothing is known of padding.
+    """
+    waiting = [layer for layer in layers if isinstance(getattr(layer, PADDING, None), LeftPadding)]
+    if not waiting or (waiting[0].is_initialized and int(waiting[0].get_seq_length())):
+        return
+    ahead = padding_ahead(mask) if isinstance(mask, Tensor) else None
+    expected = None if ahead is None else ExpectedPadding.of(ahead, waiting[0].window.sinks, tokens)
+    for layer in waiting:
+        layer.padding.expected = expected
+
+
+def padding_ahead(mask: Tensor) -> Tensor | None:
+    """Count the tokens of padding before each sequence: mask as of `note_padding` -> int64 [B], None where none has."""
+    if mask.dim() == 4:
+        mask = mask[:, 0, -1]  # what the newest token sees
+        seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    elif mask.dim() == 2:
+        seen = mask != 0
+    else:
+        return None
+    if bool(seen[:, 0].all()):
+        return None
+    return seen.int().argmax(-1)

@@ -1,0 +1,358 @@
+"""Batches of sequences of different lengths: each keeps attention sinks and means of its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generation import MODES, batch_of, cache_of, generate
+from latent_caches import found_sites, gpt2_with_biases, shared
+from padded_batches import alone, call, divergence, padded, read
+from paged_plans import paged
+from small_models import Fitted, cached, tiny_llama, token_ids
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import fhopt
+from fhopt.cache.latent_cache import LatentCache
+from fhopt.cache.left_padding import PADDING, note_padding, padding_ahead
+from fhopt.errors import FhoptError
+from fhopt.evaluation.perplexity import switched
+from fhopt.fitting import fit_plan
+from fhopt.hf.apply import latent_cache
+from fhopt.plan.latent_plan import LatentPlan
+
+LENGTHS = (70, 46, 21)  # behind no padding, behind blocks of padding (24 tokens), and behind others (49)
+LATER = 30
+CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
+KINDS = pytest.mark.parametrize("options", [{}, {"max_cache_len": 128}], ids=["growing", "static"])
+
+
+@pytest.fixture
+def plan(llama: Fitted) -> LatentPlan:
+    return llama.plan(8, mean_tokens=16)
+
+
+def filled(plan: LatentPlan, model: Any, lengths: tuple[int, ...], **options: Any) -> tuple[Any, Tensor, Tensor]:
+    """A first layer that has read random keys and values of such a batch, and these."""
+    cache = LatentCache(plan, model.config, **options)
+    note_padding(cache.layers, padded(lengths)[1], max(lengths))
+    site = plan.sites[0].site
+    keys, values = (torch.randn(len(lengths), site.kv_heads, max(lengths), n) for n in (site.key_dim, site.value_dim))
+    cache.layers[0].update(keys, values)
+    return cache.layers[0], keys, values
+
+
+# ---- what is kept
+
+
+@KINDS
+def test_attention_sinks_are_the_first_tokens_of_each_sequence(
+    options: dict[str, int], llama: Fitted, plan: LatentPlan
+) -> None:
+    layer, keys, values = filled(plan, llama.model, LENGTHS, **options)
+    for window, x in ((layer.window_keys, keys), (layer.window_values, values)):
+        for row, length in enumerate(LENGTHS):
+            own = x[row, :, max(LENGTHS) - length :]
+            assert torch.equal(window.parts[0][row, :, : plan.sinks], own[:, : plan.sinks])
+
+
+@KINDS
+def test_means_are_those_of_each_sequence_alone(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+    layer, keys, values = filled(plan, llama.model, LENGTHS, **options)
+    for mean, x in zip(layer.means.parts, (keys, values), strict=True):
+        for row, length in enumerate(LENGTHS):
+            start = max(LENGTHS) - length + plan.sinks
+            expected = x[row, :, start : start + plan.mean_tokens].mean(1, keepdim=True)
+            torch.testing.assert_close(mean[row], expected)
+
+
+@KINDS
+def test_prompts_shorter_than_the_attention_sinks_take_means_of_what_comes_behind(
+    options: dict[str, int], llama: Fitted, plan: LatentPlan
+) -> None:
+    layer, keys, _ = filled(plan, llama.model, (70, 2), **options)
+    assert torch.equal(layer.window_keys.parts[0][1, :, :2], keys[1, :, -2:])
+    first = layer.means.parts[0].clone()
+    assert first[0].any() and not first[1].any()
+    more = torch.randn_like(keys[:, :, :1])
+    layer.update(more, more)
+    assert torch.equal(layer.means.parts[0][0], first[0])
+    torch.testing.assert_close(layer.means.parts[0][1], more[1])
+    layer.update(torch.randn_like(more), more)
+    torch.testing.assert_close(layer.means.parts[0][1], more[1])
+
+
+@KINDS
+@pytest.mark.parametrize("window_bits", [8, 16])
+def test_keys_and_values_are_read_in_order_of_position(
+    window_bits: int, options: dict[str, int], llama: Fitted
+) -> None:
+    plan = llama.plan(1, window_bits=window_bits)
+    layer, keys, values = filled(plan, llama.model, (*LENGTHS, 2), absorb=False, **options)
+    kept = plan.sinks, -1 if window_bits == 16 else 1
+    for found, x in ((layer.keys, keys), (layer.values, values)):
+        torch.testing.assert_close(found[:, :, : x.shape[2]], x, rtol=0.0, atol=1e-4 if kept[1] < 0 else 0.05)
+
+
+def test_without_padding_nothing_is_kept(llama: Fitted, plan: LatentPlan) -> None:
+    ids, mask = padded((60, 60), 20)
+    found, cache = read(llama.model, plan, (ids, mask), 20)
+    with torch.no_grad(), switched(llama.model, plan):
+        plain = latent_cache(llama.model)
+        parts = [llama.model(ids[:, :60], **cached(plain)).logits[:, -1:]]
+        parts += [llama.model(ids[:, t : t + 1], **cached(plain)).logits for t in range(60, 80)]
+    assert torch.equal(found, torch.cat(parts, 1))
+    for one, other in zip(cache.layers, plain.layers, strict=True):
+        assert not one.padding.parts and one.padding.places is None and PADDING not in one.state()["parts"]
+        assert one.regions() == other.regions()
+
+
+def test_its_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
+    (_, with_padding), (_, without) = (read(llama.model, plan, padded(n), 0) for n in ((70, 21), (70, 70)))
+    numbers = 2 * 2 * 8  # two of 64 bits a sequence
+    assert with_padding.nbytes - without.nbytes == len(with_padding.layers) * numbers
+
+
+# ---- the same as alone
+
+
+@KINDS
+@pytest.mark.parametrize("window_bits", [8, 16])
+def test_a_short_sequence_is_read_as_if_it_were_alone(window_bits: int, options: dict[str, int], llama: Fitted) -> None:
+    """To the rounding of sums where padding is whole blocks; elsewhere other tokens are the newest ones of a block."""
+    plan = llama.plan(8, mean_tokens=16, window_bits=window_bits)
+    batch = padded(LENGTHS, LATER)
+    found, _ = read(llama.model, plan, batch, LATER, **options)
+    exact, _ = read(llama.model, None, batch, LATER)
+    losses = []
+    for row in range(len(LENGTHS)):
+        own, _ = read(llama.model, plan, alone(*batch, row), LATER, **options)
+        losses.append((divergence(found[row], exact[row]), divergence(own[0], exact[row])))
+        if row < 2:
+            torch.testing.assert_close(found[row], own[0], **CLOSE)
+    assert losses[2][0] < 1.5 * losses[2][1]
+
+
+def test_greedy_tokens_at_8x_are_those_of_each_sequence_alone(llama: Fitted, plan: LatentPlan) -> None:
+    ids, mask = padded((70, 46, 22))  # of padding in whole blocks
+    with switched(llama.model, plan):
+        found = generate(llama.model, MODES["greedy"], ids, attention_mask=mask).sequences[:, -24:]
+        for row in range(3):
+            own, ones = alone(ids, mask, row)
+            one = generate(llama.model, MODES["greedy"], own, attention_mask=ones).sequences[0, -24:]
+            assert torch.equal(found[row], one)
+
+
+# ---- exact plans stay exact in every mode
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if batch_of(m) > 1 and "custom_generate" not in MODES[m]])
+@pytest.mark.parametrize("kind", ["full width", "one latent"])
+def test_latents_of_full_width_generate_the_exact_tokens(kind: str, mode: str, llama: Fitted) -> None:
+    model, plan = (llama.model, llama.plan(1)) if kind == "full width" else (gpt2_with_biases(), shared())
+    ids, mask = padded((50, 23))
+    expected = generate(model, MODES[mode], ids, attention_mask=mask)
+    with switched(model, plan):
+        found = generate(model, MODES[mode], ids, attention_mask=mask)
+    assert any(layer.padding.parts for layer in cache_of(found).layers)
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["chunked prefill", "static chunked prefill"])
+def test_a_sequence_without_a_token_in_the_first_chunk_stays_as_it_comes(mode: str, llama: Fitted) -> None:
+    ids, mask = padded((50, 45, 20))  # chunks of 13 tokens
+    expected = generate(llama.model, MODES["greedy"], ids, attention_mask=mask)
+    with switched(llama.model, llama.plan(1)):
+        found = generate(llama.model, MODES[mode], ids, attention_mask=mask)
+    numbers = cache_of(found).layers[0].padding.parts[0]
+    assert numbers[:, 0].tolist() == [[0, 4], [5, 4], [0, 4]]
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@KINDS
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_models_that_spell_attention_out_read_it_in_order(attention: str, options: dict[str, int]) -> None:
+    model, batch = tiny_llama(attention), padded(LENGTHS, LATER)
+    expected, _ = read(model, None, batch, LATER)
+    plan = fit_plan.exact_plan(found_sites(model), recent=8, block=8)
+    cache = LatentCache(plan, model.config, **options)
+    note_padding(cache.layers, batch[1][:, : max(LENGTHS)], max(LENGTHS))
+    found, _ = read(model, None, batch, LATER, cache=cache)
+    assert cache.layers[0].padding.parts
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@KINDS
+@pytest.mark.parametrize("absorb", [True, False])
+def test_a_second_turn_goes_on_behind_the_first(absorb: bool, options: dict[str, int], llama: Fitted) -> None:
+    ids, mask = padded(LENGTHS, 50)
+    with torch.no_grad():
+        expected = call(llama.model, (ids, mask), (0, 120), None).logits[:, 70:]
+    with torch.no_grad(), switched(llama.model, llama.plan(1)):
+        cache = latent_cache(llama.model, absorb=absorb, **options)
+        parts = [
+            call(llama.model, (ids, mask), part, cache).logits for part in ((0, 70), (70, 71), (71, 110), (110, 120))
+        ]
+    torch.testing.assert_close(torch.cat(parts[1:], 1), expected, **CLOSE)
+
+
+@KINDS
+def test_without_a_mask_later_tokens_see_the_padding_as_in_an_exact_cache(
+    options: dict[str, int], llama: Fitted
+) -> None:
+    ids, mask = padded(LENGTHS, 10)
+    outputs = []
+    for plan in (None, llama.plan(1)):
+        _, cache = read(llama.model, plan, (ids[:, :70], mask[:, :70]), 0, **(options if plan else {}))
+        with torch.no_grad(), switched(llama.model, plan):
+            outputs.append(llama.model(ids[:, 70:], **cached(cache)).logits)
+    torch.testing.assert_close(*outputs, **CLOSE)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_selected_pages_read_no_padding(share: float, llama: Fitted) -> None:
+    plan, batch = paged(llama.plan(4), share), padded((140, 61), 20)
+    found, cache = read(llama.model, plan, batch, 20)
+    other = batch[0].clone()
+    other[1, :79] = token_ids(1, 79)
+    changed, _ = read(llama.model, plan, (other, batch[1]), 20)
+    assert cache.layers[0].padding.parts and bool(found.isfinite().all())
+    torch.testing.assert_close(found, changed, **CLOSE)
+
+
+def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(llama: Fitted, plan: LatentPlan) -> None:
+    model, compiled = llama.model, torch.compile(llama.model, backend="eager", dynamic=False)
+    graphs = []
+    torch._dynamo.reset()
+    counters.clear()
+    for lengths in ((70, 46), (70, 21)):
+        ids, mask = padded(lengths, 6)
+        _, cache = read(model, plan, (ids[:, :70], mask[:, :70]), 0, max_cache_len=128)
+        other, place = copy.deepcopy(cache), torch.arange(128)
+        whole = torch.nn.functional.pad(mask, (0, 52))
+        for t in range(70, 76):
+            seen = ((place <= t) & whole.bool())[:, None, None]
+            given = {"attention_mask": seen, "position_ids": mask[:, :t].sum(1, keepdim=True), "use_cache": True}
+            with torch.no_grad(), switched(model, plan):
+                expected = model(ids[:, t : t + 1], **given, **cached(other)).logits
+                found = compiled(ids[:, t : t + 1], **given, **cached(cache)).logits
+            torch.testing.assert_close(found, expected, **CLOSE)
+        assert cache.layers[0].padding.parts
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
+# ---- sequences that move
+
+
+@KINDS
+def test_padding_moves_with_its_sequence(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+    order = torch.tensor([2, 0, 2])
+    ids, mask = padded(LENGTHS, LATER)
+    expected, _ = read(llama.model, plan, (ids[order], mask[order]), LATER, **options)
+    _, cache = read(llama.model, plan, (ids[:, :70], mask[:, :70]), 0, **options)
+    cache.reorder_cache(order)
+    with torch.no_grad(), switched(llama.model, plan):
+        steps = [call(llama.model, (ids[order], mask[order]), (t, t + 1), cache).logits for t in range(70, 100)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected[:, 1:], **CLOSE)
+
+
+def test_padding_is_repeated_and_selected(llama: Fitted, plan: LatentPlan) -> None:
+    _, cache = read(llama.model, plan, padded(LENGTHS), 0)
+    ahead = [[[0, 4]], [[24, 4]], [[49, 4]]]
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[1].padding.parts[0].tolist() == [x for x in ahead for _ in range(2)]
+    cache.batch_select_indices(torch.tensor([5, 0]))
+    assert cache.layers[1].padding.parts[0].tolist() == [ahead[2], ahead[0]]
+    copied = copy.deepcopy(cache)
+    cache.reset()
+    assert not cache.layers[1].padding.parts and copied.layers[1].padding.parts
+
+
+@KINDS
+def test_a_cache_that_begins_anew_asks_again(options: dict[str, int], llama: Fitted, plan: LatentPlan) -> None:
+    batch, outputs = padded((70, 70), 5), []
+    for before in ((70, 70), (70, 21)):
+        with switched(llama.model, plan):
+            cache = latent_cache(llama.model, **options)
+        read(llama.model, plan, padded(before, 5), 5, cache=cache)
+        cache.reset()
+        outputs.append(read(llama.model, plan, batch, 5, cache=cache)[0])
+        assert not cache.layers[0].padding.parts
+    assert torch.equal(*outputs)
+
+
+@KINDS
+@pytest.mark.parametrize("target", [75, 60, 51, 40, 10, 2, 0])
+def test_crop_keeps_the_first_tokens(target: int, options: dict[str, int], llama: Fitted) -> None:
+    """Behind the sinks of the shortest sequence, at token 53, and before them."""
+    ids, mask = padded((*LENGTHS, 2), 30)
+    first = torch.cat([ids[:, :target], token_ids(4, 80 - target)], 1)
+    first[:, :70][mask[:, :70] == 0] = ids[:, :70][mask[:, :70] == 0]
+    with torch.no_grad():
+        expected = call(llama.model, (ids, mask), (0, 100), None).logits[:, target:]
+    with torch.no_grad(), switched(llama.model, llama.plan(1)):
+        cache = latent_cache(llama.model, **options)
+        call(llama.model, (first, mask[:, :80]), (0, 70), cache)
+        call(llama.model, (first, mask[:, :80]), (70, 80), cache)
+        cache.crop(target - 80)
+        assert int(cache.get_seq_length()) == target
+        parts = [call(llama.model, (ids, mask), part, cache).logits for part in ((target, 90), (90, 91), (91, 100))]
+    seen = mask[:, target:100].bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[seen], expected[seen], **CLOSE)
+
+
+# ---- files
+
+
+@KINDS
+def test_files_keep_it(options: dict[str, int], llama: Fitted, plan: LatentPlan, tmp_path: Path) -> None:
+    ids, mask = padded(LENGTHS, 10)
+    expected, _ = read(llama.model, plan, (ids, mask), 10, **options)
+    _, cache = read(llama.model, plan, (ids[:, :70], mask[:, :70]), 0, **options)
+    with torch.no_grad(), switched(llama.model, plan):
+        loaded = fhopt.load_cache(llama.model, fhopt.save_cache(llama.model, cache, tmp_path / "batch.safetensors"))
+        steps = [call(llama.model, (ids, mask), (t, t + 1), loaded).logits for t in range(70, 80)]
+    assert torch.equal(torch.cat(steps, 1), expected[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor([[[-1, 4]], [[49, 4]]]), torch.tensor([[[0, 4]], [[90, 4]]]), torch.zeros(1, 1, 2)]
+)
+def test_what_cannot_be_padding_is_refused(wrong: Tensor, llama: Fitted, plan: LatentPlan) -> None:
+    _, cache = read(llama.model, plan, padded((70, 21)), 0)
+    state = cache.layers[0].state()
+    state["parts"][PADDING] = [wrong]
+    other = LatentCache(plan, llama.model.config).layers[0]
+    with pytest.raises((ValueError, FhoptError), match="padding"):
+        other.restore(state)
+    assert not other.is_initialized and not other.padding.parts
+
+
+# ---- masks
+
+
+def test_padding_is_read_off_masks_of_every_kind() -> None:
+    _, mask = padded((6, 4, 1))
+    causal = mask[:, None, None].bool() & torch.ones(6, 6, dtype=torch.bool).tril()
+    additive = torch.zeros(3, 1, 6, 6).masked_fill(~causal, torch.finfo(torch.float32).min)
+    for given in (mask, mask.bool(), mask.float(), causal, additive, additive.masked_fill(~causal, -torch.inf)):
+        ahead = padding_ahead(given)
+        assert ahead is not None and ahead.tolist() == [0, 2, 5]
+    for given in (torch.ones(3, 6), torch.ones(2, 1, 4, 9), torch.ones(6), torch.ones(3, 6, dtype=torch.long).tril(3)):
+        assert padding_ahead(given) is None
+
+
+def test_what_was_said_of_another_batch_is_not_believed(llama: Fitted, plan: LatentPlan) -> None:
+    site = plan.sites[0].site
+    for batch, tokens in ((3, 70), (2, 69)):
+        layer = LatentCache(plan, llama.model.config).layers[0]
+        note_padding([layer], padded((70, 21))[1], 70)
+        layer.update(*[torch.randn(batch, site.kv_heads, tokens, n) for n in (site.key_dim, site.value_dim)])
+        assert not layer.padding.parts and layer.padding.expected is None
