@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -359,7 +360,7 @@ def _use(layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module |
     """Let a module run as a program, unless something else stands in for it."""
     if "forward" not in vars(layer):
         vars(layer)[STATE] = LayerState(layer, shared, inner)
-        vars(layer)["forward"] = MethodType(_forward, layer)
+        vars(layer)["forward"] = partial(_forward, layer)  # a method would be pickled as the attribute `_forward`
 
 
 def drop_programs(model: torch.nn.Module) -> None:
