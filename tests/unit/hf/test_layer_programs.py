@@ -180,6 +180,20 @@ def test_gradients_training_and_other_options_run_operation_by_operation(
         model(ids[:, -1:], **cached(cache))
 
 
+def test_an_attention_that_is_set_beside_the_plan_is_the_one_that_runs(
+    llama: tuple[Any, fhopt.LatentPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = llama
+    ids, ran = token_ids(1, TOKENS + 5), []
+    expected, _ = stepwise(prepared(model, plan), ids)
+    run = layer_programs._Bound.__call__
+    monkeypatch.setattr(layer_programs._Bound, "__call__", lambda *given: (ran.append(1), run(*given))[1])
+    for name, programs in (("sdpa", 0), ("fhopt", 10)):
+        model.set_attn_implementation(name)
+        output, _ = stepwise(model, ids)
+        assert close(output, expected) and len(ran) == programs
+
+
 def _filled(model: Any, ids: Tensor) -> tuple[Any, Any]:
     cache = fhopt.hf.apply.latent_cache(model)
     with torch.no_grad():
