@@ -60,6 +60,7 @@ class CommandStates(RuleBasedStateMachine):
         (self.folder / NOTES).write_text("mine")
         self.places = {MODEL: Place(), STATISTICS: Place(), NOTES: Place()}
         self.fit(ratio, PLACES[0])
+        self.rewrite(PLACES[0], NEW)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):

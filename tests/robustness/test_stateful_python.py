@@ -220,12 +220,7 @@ class ModelStates(RuleBasedStateMachine):
     def save_and_load_weights(self) -> None:
         """A folder has nothing of a plan."""
         self.model.save_pretrained(self.place / "model")
-        mode, attention = self.plain.training, self.plain.config._attn_implementation
-        if self.own_attention:
-            attention = self.own_attention
-        self.model = self.reloaded(type(self.plain).from_pretrained, self.place / "model")
-        self.model.train(mode).set_attn_implementation(attention)
-        self.forget()
+        self.reload(type(self.plain).from_pretrained, self.place / "model")
 
     @precondition(lambda self: not self.negated)
     @rule(name=st.sampled_from([*PLANS]))
@@ -233,17 +228,21 @@ class ModelStates(RuleBasedStateMachine):
         """The plan of a folder is that with which it was written, whatever was applied."""
         out = Path(tempfile.mkdtemp(dir=self.place))
         written(out, copy.deepcopy(self.model), self.plans[name])
-        mode, attention = self.plain.training, self.plain.config._attn_implementation
-        exact = self.reloaded(fhopt.load, out)
-        fhopt.unapply(exact).train(mode)
-        exact.set_attn_implementation(self.own_attention or attention)
-        self.model = exact
-        self.forget()
+        self.reload(fhopt.load, out)
         self.put(LatentPlan.load(out / "plan"))
 
-    def reloaded(self, load: Callable[..., Any], folder: Path) -> Any:
-        """What stands in a folder, in memory of its own: what is mapped from a file lies at other addresses."""
-        return copy.deepcopy(load(folder, dtype=self.plain.dtype))
+    def reload(self, load: Callable[..., Any], folder: Path) -> None:
+        """Go on with what stands in a folder, without a plan, and with the plain weights as they are loaded."""
+        mode, attention = self.plain.training, self.own_attention or self.plain.config._attn_implementation
+        dtype = self.plain.dtype
+        self.plain.save_pretrained(self.place / "plain")
+        plain = type(self.plain).from_pretrained(self.place / "plain", dtype=dtype)
+        # In memory of their own: what is mapped from a file lies at other addresses.
+        self.plain, self.model = copy.deepcopy(plain), copy.deepcopy(fhopt.unapply(load(folder, dtype=dtype)))
+        for model in (self.plain, self.model):
+            model.train(mode)
+            model.set_attn_implementation(attention)
+        self.applied, self.own_attention, self.held = None, "", None
 
     # ------------------------------------------------------------------------------------------- use
 
@@ -255,11 +254,6 @@ class ModelStates(RuleBasedStateMachine):
             options = dict(max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0) | WAYS[way]
             made.append(model.generate(self.ids[:, :PROMPT], **options))
         assert torch.equal(*made)
-
-    @precondition(lambda self: self.applied is None)
-    @rule()
-    def ask_for_a_cache_without_a_plan(self) -> None:
-        refused(lambda: latent_cache(self.model))
 
     @precondition(lambda self: self.applied is not None and not self.plain.training)
     @rule()
@@ -316,12 +310,14 @@ class ModelStates(RuleBasedStateMachine):
     def numbers_are_those_of_a_model_without_a_history(self) -> None:
         found = read(self.model, self.ids)
         assert torch.equal(found, read(self.expected(), self.ids))
-        if self.applied is None or self.applied[0].sites[0].is_exact:
+        is_exact = self.applied is None or self.applied[0].sites[0].is_exact
+        if is_exact and not self.plain.training:  # dropout draws in another order
             assert self.close(found, read(self.plain, self.ids))
 
     @invariant()
     def without_a_plan_nothing_is_left_of_one(self) -> None:
         if self.applied is None:
+            refused(lambda: latent_cache(self.model))
             assert not hasattr(self.model, "_fhopt_applied") and not self.model._forward_pre_hooks
             assert not [m for m in self.model.modules() if {"forward", STATE} & vars(m).keys()]
             assert self.model.config._attn_implementation == self.plain.config._attn_implementation
