@@ -6,8 +6,8 @@
 Before its first decode step a layer is rehearsed twice (fhopt/hf/layer_trace.py), and lowered
 (fhopt/codegen/layers/lowering.py) where both give the same trace; layers with equal traces share a program. Before a
 program is used, it is run on the numbers of a rehearsal and must give what the layer gave. A call runs as before
-wherever something is different: an option, a hook, a weight that was replaced, gradients, a graph that is being
-compiled.
+wherever something is different: an option, a hook, a weight or an attention that was replaced, gradients, a graph
+that is being compiled.
 
 Letters: B sequences, S new tokens, D width.
 """
@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,6 +40,7 @@ from fhopt.hf.layer_trace import Path, Recording, leaves, rehearse
 from fhopt.plan.latent_plan import LatentPlan
 
 STATE = "_fhopt_layer_programs"  # of a layer
+IMPLEMENTATION = "_attn_implementation_internal"  # of a configuration: what its property returns, in microseconds
 MOST_TRIED = 4  # calls of one shape: what never looks alike twice is left alone
 REHEARSALS = (0, 1000)  # tokens by which a cache shall seem longer
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
@@ -98,25 +100,31 @@ class _Known(threading.local):
 class LayerState:
     """A layer, and what is known of it."""
 
-    def __init__(self, layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self, layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None, attention: str | None
+    ) -> None:
         self.layer, self.shared = layer, shared
         self.inner = inner  # its attention, which may run as a program where the whole layer cannot
+        self.attention = attention  # the implementation that programs are for
         self.original: Callable[..., Any] = MethodType(type(layer).forward, layer)
         self.known = _Known()
         self.reason = ""  # why there is no program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         """Return a state that knows nothing yet: programs are bound to the weights of one layer."""
-        return LayerState(copy.deepcopy(self.layer, memo), self.shared, copy.deepcopy(self.inner, memo))
+        layer, inner = copy.deepcopy(self.layer, memo), copy.deepcopy(self.inner, memo)
+        return LayerState(layer, self.shared, inner, self.attention)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to make a state that knows nothing yet."""
-        return LayerState, (self.layer, LayerPrograms(), self.inner)
+        return LayerState, (self.layer, LayerPrograms(), self.inner, self.attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
         x = args[0] if args else kwargs.get("hidden_states")
         if type(x) is not Tensor or torch.is_grad_enabled() or self.layer.training:
+            return self.original(*args, **kwargs)
+        if _implementation(self.layer if self.inner is None else self.inner) != self.attention:
             return self.original(*args, **kwargs)
         key = (x.shape, x.dtype)
         for bound in self.known.bound.get(key, ()):
@@ -160,6 +168,13 @@ def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)
     return vars(self)[STATE](*args, **kwargs)
+
+
+def _implementation(module: torch.nn.Module) -> str | None:
+    """Return the attention implementation that a module of transformers is to use; None where it has none."""
+    config = vars(module).get("config")
+    name: str | None = None if config is None else vars(config).get(IMPLEMENTATION)
+    return name
 
 
 def _is_open(layer: torch.nn.Module) -> bool:
@@ -358,8 +373,8 @@ def use_programs(model: torch.nn.Module, plan: LatentPlan) -> None:
 def _use(layer: torch.nn.Module, shared: LayerPrograms, inner: torch.nn.Module | None = None) -> None:
     """Let a module run as a program, unless something else stands in for it."""
     if "forward" not in vars(layer):
-        vars(layer)[STATE] = LayerState(layer, shared, inner)
-        vars(layer)["forward"] = MethodType(_forward, layer)
+        vars(layer)[STATE] = LayerState(layer, shared, inner, _implementation(layer if inner is None else inner))
+        vars(layer)["forward"] = partial(_forward, layer)  # a method would be pickled as the attribute `_forward`
 
 
 def drop_programs(model: torch.nn.Module) -> None:

@@ -13,7 +13,7 @@ Letters: M rows, K width of the input, N width of the output.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def replace_products(model: torch.nn.Module) -> None:
     """Let linear layers of `model` multiply few rows by a kernel; those whose `forward` is not torch's stay."""
     for module in model.modules():
         if type(module) is torch.nn.Linear and "forward" not in vars(module):
-            vars(module)["forward"] = MethodType(_forward, module)
+            vars(module)["forward"] = partial(_forward, module)  # a method would be pickled as the attribute `_forward`
 
 
 def restore_products(model: torch.nn.Module) -> None:
@@ -39,7 +39,7 @@ def restore_products(model: torch.nn.Module) -> None:
 
 def is_replaced(module: torch.nn.Module) -> bool:
     """Return whether the products of a module are those of `replace_products`."""
-    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+    return getattr(vars(module).get("forward"), "func", None) is _forward
 
 
 def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:

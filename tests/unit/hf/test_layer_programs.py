@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -179,6 +180,20 @@ def test_gradients_training_and_other_options_run_operation_by_operation(
         model(ids[:, -1:], **cached(cache))
 
 
+def test_an_attention_that_is_set_beside_the_plan_is_the_one_that_runs(
+    llama: tuple[Any, fhopt.LatentPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = llama
+    ids, ran = token_ids(1, TOKENS + 5), []
+    expected, _ = stepwise(prepared(model, plan), ids)
+    run = layer_programs._Bound.__call__
+    monkeypatch.setattr(layer_programs._Bound, "__call__", lambda *given: (ran.append(1), run(*given))[1])
+    for name, programs in (("sdpa", 0), ("fhopt", 10)):
+        model.set_attn_implementation(name)
+        output, _ = stepwise(model, ids)
+        assert close(output, expected) and len(ran) == programs
+
+
 def _filled(model: Any, ids: Tensor) -> tuple[Any, Any]:
     cache = fhopt.hf.apply.latent_cache(model)
     with torch.no_grad():
@@ -194,6 +209,19 @@ def test_a_copy_of_a_model_has_programs_of_its_own(llama: tuple[Any, fhopt.Laten
         model.model.layers[0].mlp.up_proj.weight.zero_()
     output, _ = stepwise(twin, ids)
     assert close(output, expected) and vars(twin.model.layers[0])[STATE].layer is twin.model.layers[0]
+
+
+def test_a_model_goes_through_a_pickle_with_its_plan(llama: tuple[Any, fhopt.LatentPlan]) -> None:
+    model, plan = llama
+    ids = token_ids(1, TOKENS + 10)
+    expected, _ = stepwise(prepared(model, plan), ids)
+    twin = pickle.loads(pickle.dumps(model))  # noqa: S301  # written here
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    output, _ = stepwise(twin, ids)
+    assert close(output, expected) and set(program_reasons(twin).values()) == {""}
+    fhopt.unapply(twin)
+    assert not {"forward", STATE} & vars(twin.model.layers[0]).keys()
 
 
 def test_unapply_takes_programs_away(llama: tuple[Any, fhopt.LatentPlan]) -> None:

@@ -1,0 +1,411 @@
+"""Any order of what Python offers for a model: its numbers depend on what it is now, not on what was done before.
+
+Beside the model with a history stands one without: a copy of the original on which no plan was ever applied, and whose
+weights, dtype, mode and attention are changed with those of the first. A copy of that one, with the plan applied that
+the first is to have, says what the numbers are.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compiled_models import forward, with_backend
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from rewritten_folders import written
+from small_models import MAKERS, Fitted, cached, numbered, token_ids
+from torch import Tensor
+
+import fhopt
+from fhopt.errors import FhoptError
+from fhopt.hf.apply import latent_cache
+from fhopt.hf.layer_programs import STATE
+from fhopt.plan.fingerprint import fingerprint, weight_prints
+from fhopt.plan.latent_plan import LatentPlan
+
+PROMPT, STEPS = 30, 8  # tokens that are read at once and one by one: 8 + 8 of the window and the sinks are exact
+PLANS: dict[str, dict[str, Any]] = {
+    "exact": dict(ratio=1, layout="head", window_bits=16),
+    "4x": dict(ratio=4, window_bits=8),
+    "4x, 16 bits": dict(ratio=4, layout="head", window_bits=16),
+    "8x": dict(ratio=8, layout="auto", window_bits=8),
+    "8x, means": dict(ratio=8, window_bits=8, mean_tokens=8),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True},
+    "beam search": {"do_sample": False, "num_beams": 2},
+    "static": {"do_sample": False, "cache_implementation": "static"},
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SITES = {"llama": "model.layers.1.self_attn.v_proj.weight", "gpt2": "transformer.h.1.attn.c_attn.weight"}
+OTHERS = {"llama": "model.layers.0.mlp.up_proj.weight", "gpt2": "transformer.h.0.mlp.c_fc.weight"}
+
+
+def read(model: Any, ids: Tensor) -> Tensor:
+    """Logits of a prompt and of single tokens behind it, through the cache that the model makes: [B, T, V]."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(ids[:, :PROMPT], use_cache=True)
+        parts = [output.logits, *steps(model, cache_of(output), ids[:, PROMPT:])]
+    return torch.cat(parts, 1)
+
+
+def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(token, **cached(cache), use_cache=True).logits for token in ids.split(1, 1)]
+
+
+def cache_of(output: Any) -> Any:
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
+def plans_of(fitted: Fitted) -> dict[str, LatentPlan]:
+    """Plans as `fhopt.fit` makes them: they know the weights that they are for."""
+    weights = dict(fitted.model.named_parameters())
+    plans = {name: fitted.plan(sinks=4, **options) for name, options in PLANS.items()}
+    return {name: plan.with_provenance(**prints(plan, weights)) for name, plan in plans.items()}
+
+
+def prints(plan: LatentPlan, weights: dict[str, Tensor]) -> dict[str, Any]:
+    sites = [s.site for s in plan.sites]
+    return {"fingerprint": fingerprint(weights, sites), "weights": weight_prints(weights, sites)}
+
+
+def refused(action: Callable[[], Any]) -> str:
+    """The message of a FhoptError: one line that says what was expected, or how to go on."""
+    with pytest.raises(FhoptError) as caught:
+        action()
+    message = str(caught.value)
+    assert message and "\n" not in message and ". " in message, message
+    return message
+
+
+class ModelStates(RuleBasedStateMachine):
+    """`model` has a history, `plain` has none. applied: plan and options of `apply`, None where none is applied."""
+
+    kind: str
+    plans: dict[str, LatentPlan]
+    strange: LatentPlan  # a plan for another model
+    folder: Path
+
+    @initialize(seed=st.integers(0, 99), name=st.sampled_from([None, *PLANS]))
+    def start(self, seed: int, name: str | None) -> None:
+        torch.manual_seed(seed)
+        self.ids = token_ids(2, PROMPT + STEPS)
+        self.plain = MAKERS[self.kind]()
+        self.model = copy.deepcopy(self.plain)
+        self.applied: tuple[LatentPlan, dict[str, bool]] | None = None
+        self.own_attention = ""  # what was set behind `apply`
+        self.negated = False  # weights that plans know
+        self.held: tuple[Any, LatentPlan, Tensor] | None = None
+        self.place = Path(tempfile.mkdtemp(dir=self.folder))
+        if name is not None:
+            self.put(self.plans[name])
+
+    # ------------------------------------------------------------------------------------------- plans
+
+    @rule(name=st.sampled_from([*PLANS]), products=st.booleans(), programs=st.booleans())
+    def apply(self, name: str, products: bool, programs: bool) -> None:
+        self.put(self.plans[name], skinny_products=products, layer_programs=programs)
+
+    def put(self, plan: LatentPlan, **options: bool) -> None:
+        if self.negated:
+            assert "another model" in refused(lambda: fhopt.apply(self.model, plan, **options))
+            return
+        assert fhopt.apply(self.model, plan, **options) is self.model
+        if self.own_attention:  # and stays beside the plan, for what it is taken back
+            self.plain.set_attn_implementation(self.own_attention)
+        self.applied, self.own_attention = (plan, options), ""
+
+    @rule()
+    def unapply(self) -> None:
+        assert fhopt.unapply(self.model) is self.model
+        self.forget()
+
+    def forget(self) -> None:
+        if self.own_attention:
+            self.plain.set_attn_implementation(self.own_attention)
+        self.applied, self.own_attention = None, ""
+
+    @rule(name=st.sampled_from([*PLANS]))
+    def save_and_load_a_plan(self, name: str) -> None:
+        plan = LatentPlan.load(self.plans[name].save(self.place / "plan"))
+        assert plan.digest() == self.plans[name].digest()
+        self.put(plan)
+
+    @precondition(lambda self: (self.place / "plan").exists())
+    @rule(file=st.sampled_from(["plan.json", "plan.safetensors"]), share=st.floats(0, 0.99))
+    def load_half_a_plan(self, file: str, share: float) -> None:
+        content = (self.place / "plan" / file).read_bytes()
+        (self.place / "plan" / file).write_bytes(content[: int(share * len(content))])
+        refused(lambda: fhopt.apply(self.model, LatentPlan.load(self.place / "plan")))
+
+    # ------------------------------------------------------------------------------------------- the model
+
+    @rule(seed=st.integers(0, 9))
+    def change_a_weight_that_no_plan_knows(self, seed: int) -> None:
+        for model in (self.model, self.plain):
+            torch.manual_seed(seed)
+            weight = model.get_parameter(OTHERS[self.kind])
+            with torch.no_grad():
+                weight.add_(torch.randn(weight.shape).to(weight.dtype) / 10)
+        self.held = None
+
+    @rule(factor=st.sampled_from([0.5, 2.0]))
+    def scale_a_weight_of_a_site(self, factor: float) -> None:
+        """Plans serve it still: a model may have been trained a little more."""
+        self.scale(factor)
+
+    @rule()
+    def negate_a_weight_of_a_site(self) -> None:
+        self.scale(-1)
+        self.negated = not self.negated
+
+    def scale(self, factor: float) -> None:
+        for model in (self.model, self.plain):
+            with torch.no_grad():
+                model.get_parameter(SITES[self.kind]).mul_(factor)
+        self.held = None
+
+    @rule()
+    def put_parameters_in_place_of_others(self) -> None:
+        state = {name: x.clone() * 1.01 for name, x in self.plain.state_dict().items()}
+        self.plain.load_state_dict(state)
+        self.model.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
+        self.model.tie_weights()
+        self.held = None
+
+    @rule(dtype=st.sampled_from(DTYPES))
+    def convert(self, dtype: torch.dtype) -> None:
+        self.model.to(dtype)
+        self.plain.to(dtype)
+        self.held = None
+
+    @rule(mode=st.booleans())
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+        self.plain.train(mode)
+
+    @rule(name=st.sampled_from(["eager", "sdpa"]))
+    def attend_by(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+        if self.applied is None:
+            self.plain.set_attn_implementation(name)
+        else:
+            self.own_attention = name
+
+    # ------------------------------------------------------------------------------------------- copies
+
+    @rule()
+    def go_on_with_a_copy(self) -> None:
+        before, self.model = self.model, copy.deepcopy(self.model)
+        fhopt.unapply(before)
+        for weight in before.parameters():
+            weight.data.zero_()
+
+    @rule()
+    def pickle(self) -> None:
+        self.model = pickle.loads(pickle.dumps(self.model))  # noqa: S301  # made here
+
+    @rule()
+    def save_and_load_weights(self) -> None:
+        """A folder has nothing of a plan."""
+        self.model.save_pretrained(self.place / "model")
+        self.reload(type(self.plain).from_pretrained, self.place / "model")
+
+    @precondition(lambda self: not self.negated)
+    @rule(name=st.sampled_from([*PLANS]))
+    def rewrite_and_load(self, name: str) -> None:
+        """The plan of a folder is that with which it was written, whatever was applied."""
+        out = Path(tempfile.mkdtemp(dir=self.place))
+        written(out, copy.deepcopy(self.model), self.plans[name])
+        self.reload(fhopt.load, out)
+        self.put(LatentPlan.load(out / "plan"))
+
+    def reload(self, load: Callable[..., Any], folder: Path) -> None:
+        """Go on with what stands in a folder, without a plan, and with the plain weights as they are loaded."""
+        mode, attention = self.plain.training, self.own_attention or self.plain.config._attn_implementation
+        dtype = self.plain.dtype
+        self.plain.save_pretrained(self.place / "plain")
+        plain = type(self.plain).from_pretrained(self.place / "plain", dtype=dtype)
+        # In memory of their own: what is mapped from a file lies at other addresses.
+        self.plain, self.model = copy.deepcopy(plain), copy.deepcopy(fhopt.unapply(load(folder, dtype=dtype)))
+        for model in (self.plain, self.model):
+            model.train(mode)
+            model.set_attn_implementation(attention)
+        self.applied, self.own_attention, self.held = None, "", None
+
+    # ------------------------------------------------------------------------------------------- use
+
+    @rule(way=st.sampled_from([*WAYS]), tokens=st.integers(1, 12))
+    def generate(self, way: str, tokens: int) -> None:
+        made = []
+        for model in (self.model, self.expected()):
+            torch.manual_seed(1)
+            options = dict(max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0) | WAYS[way]
+            made.append(model.generate(self.ids[:, :PROMPT], **options))
+        assert torch.equal(*made)
+
+    @precondition(lambda self: self.applied is not None and not self.plain.training)
+    @rule()
+    def hold_a_cache(self) -> None:
+        assert self.applied is not None
+        cache = latent_cache(self.model)
+        with torch.no_grad():
+            self.model(self.ids[:, :PROMPT], **cached(cache))
+        after = torch.cat(steps(self.expected(), copy.deepcopy(cache), self.ids[:, PROMPT:]), 1)
+        self.held = cache, self.applied[0], after
+
+    @precondition(lambda self: self.held is not None and not self.plain.training)
+    @rule()
+    def read_the_held_cache(self) -> None:
+        """What a cache holds was decided when it was made."""
+        assert self.held is not None
+        cache, _, after = self.held
+        found = torch.cat(steps(self.model, copy.deepcopy(cache), self.ids[:, PROMPT:]), 1)
+        assert self.close(found, after)
+
+    @precondition(lambda self: self.held is not None)
+    @rule()
+    def save_and_load_the_held_cache(self) -> None:
+        assert self.held is not None
+        cache, plan, after = self.held
+        file = self.place / "cache.safetensors"
+        if self.applied is None or self.applied[0].digest() != plan.digest():
+            refused(lambda: fhopt.save_cache(self.model, cache, file))
+            return
+        self.held = fhopt.load_cache(self.model, fhopt.save_cache(self.model, cache, file)), plan, after
+
+    # ------------------------------------------------------------------------------------------- what must hold
+
+    def expected(self) -> Any:
+        """A model with the state that `model` is to have, and without a history."""
+        model = copy.deepcopy(self.plain)
+        if self.applied is not None:
+            plan, options = self.applied
+            fhopt.apply(model, plan.with_provenance(fingerprint=None), **options)
+        if self.own_attention:
+            model.set_attn_implementation(self.own_attention)
+        return model
+
+    def close(self, found: Tensor, expected: Tensor) -> bool:
+        tolerance = 0.1 if self.plain.dtype == torch.bfloat16 else 1e-3  # sums in another order
+        return float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+    @invariant()
+    def a_plan_for_another_model_is_refused(self) -> None:
+        """And what is there stays, as the numbers say that are read next."""
+        refused(lambda: fhopt.apply(self.model, self.strange))
+
+    @invariant()
+    def numbers_are_those_of_a_model_without_a_history(self) -> None:
+        found = read(self.model, self.ids)
+        assert torch.equal(found, read(self.expected(), self.ids))
+        is_exact = self.applied is None or self.applied[0].sites[0].is_exact
+        if is_exact and not self.plain.training:  # dropout draws in another order
+            assert self.close(found, read(self.plain, self.ids))
+
+    @invariant()
+    def without_a_plan_nothing_is_left_of_one(self) -> None:
+        if self.applied is None:
+            refused(lambda: latent_cache(self.model))
+            assert not hasattr(self.model, "_fhopt_applied") and not self.model._forward_pre_hooks
+            assert not [m for m in self.model.modules() if {"forward", STATE} & vars(m).keys()]
+            assert self.model.config._attn_implementation == self.plain.config._attn_implementation
+
+
+class ThoroughStates(ModelStates):
+    """The model is also fitted anew, which takes seconds."""
+
+    @precondition(lambda self: self.plain.dtype != torch.bfloat16)
+    @rule()
+    def fit(self) -> None:
+        """What is applied changes neither what is measured nor what is applied."""
+        options: dict[str, Any] = dict(sequences=2, rate_sequences=1, tokens=1024, sinks=4, recent=8, block=8)
+        plans = []
+        for model in (self.model, self.plain):
+            torch.manual_seed(0)
+            plans.append(fhopt.fit(model, batches=[batch for _, batch in numbered(3, 64)], **options))
+        nats = [plan.provenance["predicted_nats"] for plan in plans]
+        assert nats[0] == pytest.approx(nats[1], rel=1e-3)
+        assert [s.layout for s in plans[0].sites] == [s.layout for s in plans[1].sites]
+
+
+class CompiledStates(ModelStates):
+    """The model is also called through torch.compile, before and after it is changed."""
+
+    @initialize()
+    def compile_nothing(self) -> None:
+        torch._dynamo.reset()
+        self.compiled: Any = None
+
+    @rule(name=st.sampled_from([None, "exact"]))
+    def compile(self, name: str | None) -> None:
+        options: dict[str, Any] = {"ratio": 1} if name is None else {"plan": self.plans[name], "weights": "trust"}
+        self.compiled = torch.compile(self.model, backend="flashhead", dynamic=False, options=options)
+
+    @precondition(lambda self: self.compiled is not None and not self.plain.training)
+    @rule()
+    def call_compiled(self) -> None:
+        """The compiled model is still that which was compiled, whatever has become of it since."""
+        if self.compiled._orig_mod is self.model:
+            with torch.no_grad():
+                assert self.close(forward(self.compiled, self.ids), forward(self.plain, self.ids))
+
+    @precondition(lambda self: not self.negated and self.plain.dtype == torch.float32 and not self.plain.training)
+    @rule(name=st.sampled_from(["4x", "8x"]))
+    def compile_with_a_plan(self, name: str) -> None:
+        """A plan that is compiled in depends no more on the one that is applied than calls without a cache do."""
+        outputs = []
+        for model in (self.model, copy.deepcopy(self.plain)):
+            torch._dynamo.reset()
+            with torch.no_grad():
+                outputs.append(forward(with_backend(model, plan=self.plans[name]), self.ids))
+        self.compiled = None
+        assert self.close(*outputs)
+
+
+def run_states(
+    fitted: Fitted, strange: Fitted, folder: Path, examples: int, states: type[ModelStates] = ModelStates
+) -> None:
+    kind = "llama" if "Llama" in type(fitted.model).__name__ else "gpt2"
+    about = {"kind": kind, "plans": plans_of(fitted), "strange": strange.plan(4), "folder": folder}
+    machine: Any = type("Machine", (states,), about)
+    machine.TestCase.settings = settings(
+        max_examples=examples, stateful_step_count=10, deadline=None, suppress_health_check=[*HealthCheck]
+    )
+    machine.TestCase().runTest()
+
+
+@pytest.mark.hypothesis
+@pytest.mark.usefixtures("without_compiling")
+def test_numbers_of_a_model_depend_on_what_it_is_now(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+    run_states(llama, gpt2, tmp_path, 40)
+
+
+@pytest.mark.hypothesis
+@pytest.mark.usefixtures("without_compiling")
+def test_so_do_those_of_a_model_with_fused_projections(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+    run_states(gpt2, llama, tmp_path, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.hypothesis
+def test_so_do_those_that_kernels_give(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+    run_states(llama, gpt2, tmp_path, 60, ThoroughStates)
+
+
+@pytest.mark.slow
+@pytest.mark.hypothesis
+@pytest.mark.usefixtures("without_compiling", "traced_only")
+def test_so_do_those_of_a_model_that_is_compiled(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
+    run_states(llama, gpt2, tmp_path, 15, CompiledStates)
