@@ -101,11 +101,11 @@ def _vit_pytorch_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, nn.Module)]
     cls = next(c for c in reversed(classes) if c.__module__ == module.__name__)
     parameters = inspect.signature(cls.__init__).parameters
-    sizes = VIT_PYTORCH | VIT_PYTORCH_OWN.get(name, {})
+    sizes: dict[str, Any] = VIT_PYTORCH | VIT_PYTORCH_OWN.get(name, {})
     model = cls(**{name: value for name, value in sizes.items() if name in parameters})
-    shape = (1, 3, 64) if "seq_len" in parameters else (1, 3, IMAGE, IMAGE)
+    shape = [1, 3, 64] if "seq_len" in parameters else [1, 3, IMAGE, IMAGE]
     if "frames" in parameters:
-        shape = (1, 3, VIT_PYTORCH["frames"], IMAGE, IMAGE)
+        shape = [1, 3, sizes["frames"], IMAGE, IMAGE]
     return model, {next(iter(inspect.signature(model.forward).parameters)): torch.randn(shape)}
 
 

@@ -103,7 +103,7 @@ def it_gives_what_torch_operations_give(name: str, dtype: torch.dtype = torch.fl
         engine.step(tokens, started)
     spans = [(length, length + 1) for length in lengths]
     found = kernels.step(tokens, spans)
-    assert kernels.layer.compiled.calls == 1
+    assert getattr(kernels.layer.compiled, "calls", 0) == 1
     close(found, reference.step(tokens, spans))
     if plan.sites[0].key.tiers:
         same_blocks(kernels, reference)

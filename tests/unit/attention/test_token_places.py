@@ -28,7 +28,7 @@ def test_first_tokens_behind_the_padding_are_in_the_first_places() -> None:
 
 def test_places_are_those_of_one_exchange_after_another() -> None:
     found = places(*NUMBERS, reach=15).tokens().tolist()
-    assert found == [exchanged(*numbers, 15) for numbers in NUMBERS]
+    assert found == [exchanged(numbers[0], numbers[1], 15) for numbers in NUMBERS]
 
 
 @pytest.mark.parametrize("dim", [-1, 2])
@@ -38,7 +38,7 @@ def test_the_way_back_is_the_inverse(dim: int) -> None:
     moved = order.by_place(x, dim)
     assert torch.equal(order.by_position(moved, dim), x)
     for row, numbers in enumerate(NUMBERS):
-        own = x[row : row + 1].index_select(dim, torch.tensor(exchanged(*numbers, 20)))
+        own = x[row : row + 1].index_select(dim, torch.tensor(exchanged(numbers[0], numbers[1], 20)))
         assert torch.equal(moved[row : row + 1], own)
 
 

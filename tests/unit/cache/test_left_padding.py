@@ -177,7 +177,7 @@ def test_a_sequence_without_a_token_in_the_first_chunk_stays_as_it_comes(mode: s
 
 @KINDS
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_models_that_spell_attention_out_read_it_in_order(attention: str, options: dict[str, int]) -> None:
+def test_models_that_spell_attention_out_read_it_in_order(attention: str, options: dict[str, Any]) -> None:
     model, batch = tiny_llama(attention), padded(LENGTHS, LATER)
     expected, _ = read(model, None, batch, LATER)
     plan = fit_plan.exact_plan(found_sites(model), recent=8, block=8)
@@ -227,7 +227,8 @@ def test_selected_pages_read_no_padding(share: float, llama: Fitted) -> None:
 
 
 def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(llama: Fitted, plan: LatentPlan) -> None:
-    model, compiled = llama.model, torch.compile(llama.model, backend="eager", dynamic=False)
+    model = llama.model
+    compiled: Any = torch.compile(model, backend="eager", dynamic=False)
     graphs = []
     torch._dynamo.reset()
     counters.clear()

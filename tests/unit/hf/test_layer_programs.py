@@ -184,10 +184,16 @@ def test_an_attention_that_is_set_beside_the_plan_is_the_one_that_runs(
     llama: tuple[Any, fhopt.LatentPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plan = llama
-    ids, ran = token_ids(1, TOKENS + 5), []
+    ids = token_ids(1, TOKENS + 5)
+    ran: list[int] = []
     expected, _ = stepwise(prepared(model, plan), ids)
     run = layer_programs._Bound.__call__
-    monkeypatch.setattr(layer_programs._Bound, "__call__", lambda *given: (ran.append(1), run(*given))[1])
+
+    def watched(*given: Any) -> Any:
+        ran.append(1)
+        return run(*given)
+
+    monkeypatch.setattr(layer_programs._Bound, "__call__", watched)
     for name, programs in (("sdpa", 0), ("fhopt", 10)):
         model.set_attn_implementation(name)
         output, _ = stepwise(model, ids)
