@@ -5,7 +5,8 @@
 
 `make bench-serve` runs it in the environment of `make test-serving`. Every engine is a process of its own with the same
 bytes for keys and values; the engines take turns, and each figure is the best of all turns. Concurrency is what vLLM
-prints at 8,192 tokens a request, in bfloat16. A case is a number of requests at once, behind prompts of one length:
+prints at 8,192 tokens a request and 1 GiB, in bfloat16. A case is a number of requests at once, behind prompts of one
+length, for which there is room in every engine, the exact one too:
 
     time_to_first_token_ms     of all requests together, until each has one token
     decode_tokens_per_second   of all requests together, behind their prompts, which are found as prefixes
@@ -30,7 +31,8 @@ from recording import Row, is_quick, record
 
 EXACT = "exact"
 LENGTH = 8192  # tokens a request at which concurrency is printed
-BYTES = 1 << 30  # for keys and values
+BYTES = 1 << 30  # for keys and values, at which concurrency is printed
+ROOM = 2 << 30  # for those of the cases
 CASES = ((1, 512), (8, 512), (8, 2048), (8, 8000))  # requests, tokens of a prompt
 QUICK = ((2, 300),)
 NEW = 33  # tokens that are decoded behind a prompt, the first one of which counts as prefill
@@ -42,17 +44,28 @@ TOKENS, TEXT, CALL = 2048, "topics", 64  # of the log-likelihood: tokens, text, 
 
 
 def measured(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
-    """Measure one engine in this process: concurrency, and for each case seconds of prefill and of decoding."""
+    """Measure one engine in this process: for each case the seconds of prefill and of decoding."""
+    engine = _engine(folder, ROOM)
+    config = engine.llm_engine.vllm_config
+    most = max(count * (length + NEW) for count, length in cases)
+    if most > config.cache_config.kv_cache_size_tokens:
+        raise SystemExit(f"{folder}: {most} tokens, and room for {config.cache_config.kv_cache_size_tokens}.")
+    vocabulary = config.model_config.get_vocab_size()
+    return {f"{count} x {length}": _case(engine, count, length, vocabulary) for count, length in cases}
+
+
+def concurrency(folder: str) -> float:
+    """Return how many requests of `LENGTH` tokens an engine of this process says to hold in `BYTES`."""
+    return float(_engine(folder, BYTES).llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
+
+
+def _engine(folder: str, size: int) -> Any:
     from vllm import LLM
 
-    engine = LLM(
-        folder, dtype="bfloat16", max_model_len=LENGTH, kv_cache_memory_bytes=BYTES, enforce_eager=True,
+    return LLM(
+        folder, dtype="bfloat16", max_model_len=LENGTH, kv_cache_memory_bytes=size, enforce_eager=True,
         max_num_batched_tokens=2048,
     )  # fmt: skip
-    cache = engine.llm_engine.vllm_config.cache_config
-    vocabulary = engine.llm_engine.vllm_config.model_config.get_vocab_size()
-    found = {f"{count} x {length}": _case(engine, count, length, vocabulary) for count, length in cases}
-    return {"concurrency": cache.kv_cache_max_concurrency, "tokens": cache.kv_cache_size_tokens, "cases": found}
 
 
 def _case(engine: Any, count: int, length: int, vocabulary: int) -> dict[str, float]:
@@ -117,16 +130,22 @@ def _own_likelihood(folder: Path, ids: list[int]) -> float:
     return float(logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean())
 
 
+def _called(what: str, folder: str, cases: list[tuple[int, int]]) -> Any:
+    """Call the function of this name."""
+    if what == "measured":
+        return measured(folder, cases)
+    return concurrency(folder) if what == "concurrency" else likelihood(folder)
+
+
 # --------------------------------------------------------------------------------------------------- all processes
 
 
-def in_a_process(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
-    """Run `measured` in a process of its own, or `likelihood` where there are no cases."""
+def in_a_process(what: str, folder: str, cases: list[tuple[int, int]] | None = None) -> Any:
+    """Call the function `what` of this file in a process of its own."""
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--one", folder, "--cases", json.dumps(cases)]
+    command = [sys.executable, __file__, "--what", what, "--one", folder, "--cases", json.dumps(cases or [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def folders_of(model: str, plans: dict[str, str], at: Path) -> dict[str, str]:
@@ -146,17 +165,15 @@ def folders_of(model: str, plans: dict[str, str], at: Path) -> dict[str, str]:
     return folders
 
 
-def rows_of(results: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """Return the rows of all turns of each implementation; the best one counts."""
+def rows_of(results: dict[str, list[dict[str, Any]]], held: dict[str, float]) -> list[Row]:
+    """Return the rows of all turns of each implementation, the best one of which counts, and of requests held."""
     rows = []
-    exact = results[EXACT][0]
     for name, turns in results.items():
-        ratio = turns[0]["concurrency"] / exact["concurrency"]
-        rows.append(Row(f"{LENGTH} tokens", name, "concurrency", turns[0]["concurrency"], "requests",
-                        exact["concurrency"], ratio))  # fmt: skip
-        for case in exact["cases"]:
-            speeds = {n: max(t["cases"][case]["tokens_per_second"] for t in results[n]) for n in (EXACT, name)}
-            firsts = {n: min(t["cases"][case]["first_ms"] for t in results[n]) for n in (EXACT, name)}
+        ratio = held[name] / held[EXACT]
+        rows.append(Row(f"{LENGTH} tokens", name, "concurrency", held[name], "requests", held[EXACT], ratio))
+        for case in turns[0]:
+            speeds = {n: max(t[case]["tokens_per_second"] for t in results[n]) for n in (EXACT, name)}
+            firsts = {n: min(t[case]["first_ms"] for t in results[n]) for n in (EXACT, name)}
             rows.append(Row(case, name, "decode_tokens_per_second", speeds[name], "tokens/s", speeds[EXACT],
                             speeds[name] / speeds[EXACT]))  # fmt: skip
             rows.append(Row(case, name, "time_to_first_token_ms", firsts[name], "ms", firsts[EXACT],
@@ -173,18 +190,42 @@ def likelihood_rows(found: dict[str, dict[str, float]]) -> list[Row]:
     ]  # fmt: skip
 
 
+PANELS = (
+    ("concurrency", "requests in 1 GiB", "linear"),
+    ("decode_tokens_per_second", "tokens decoded a second", "linear"),
+    ("time_to_first_token_ms", "ms until all have a first token", "log"),
+)
+
+
+def draw(figure: Any, rows: list[Row]) -> None:
+    """Fill the picture: a panel of bars for each metric but the likelihood, which is the same to a line's width."""
+    names = list(dict.fromkeys(row.impl for row in rows))
+    figure.set_size_inches(12, 3.6)
+    for axes, (metric, title, scale) in zip(figure.subplots(1, 3, width_ratios=(1, 3, 3)), PANELS, strict=True):
+        mine = {(row.case, row.impl): row.value for row in rows if row.metric == metric}
+        cases = list(dict.fromkeys(case for case, _ in mine))
+        for i, name in enumerate(names):
+            places = [at + 0.8 * (i + 0.5) / len(names) - 0.4 for at in range(len(cases))]
+            values = [mine.get((case, name), 0) for case in cases]
+            axes.bar(places, values, 0.8 / len(names), label=name)
+        axes.set_xticks(range(len(cases)), [] if len(cases) == 1 else cases)
+        axes.set_yscale(scale)
+        axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+
+
 @click.command()
 @click.option("--model", default="", help="Folder of the original.")
 @click.option("--plan", "plans", multiple=True, help="NAME=FOLDER of a plan, such as 4x=demo/plan; repeatable.")
 @click.option("--quick", is_flag=True, default=is_quick, help="One short case, one turn.")
 @click.option("--rounds", default=ROUNDS, show_default=True, help="Turns of each engine.")
+@click.option("--what", default="", hidden=True)
 @click.option("--one", default="", hidden=True)
 @click.option("--cases", default="", hidden=True)
-def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, one: str, cases: str) -> None:
+def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, what: str, one: str, cases: str) -> None:
     """Measure all engines in turns, and write benchmarks/results/serving.json."""
     if one:
-        asked = json.loads(cases)
-        print(json.dumps(measured(one, asked) if asked else likelihood(one)))
+        print(json.dumps(_called(what, one, json.loads(cases))))
         return
     named = dict(plan.split("=", 1) for plan in plans)
     chosen = list(QUICK if quick else CASES)
@@ -193,9 +234,11 @@ def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, one: str,
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
         for _ in range(1 if quick else rounds):
             for name, path in folders.items():
-                results[name].append(in_a_process(path, chosen))
-        likelihoods = {} if quick else {name: in_a_process(path, []) for name, path in folders.items()}
-    record("serving", rows_of(results) + likelihood_rows(likelihoods))
+                results[name].append(in_a_process("measured", path, chosen))
+        held = {name: in_a_process("concurrency", path) for name, path in folders.items()}
+        likelihoods = {} if quick else {name: in_a_process("likelihood", path) for name, path in folders.items()}
+    rows = rows_of(results, held) + likelihood_rows(likelihoods)
+    record("serving", rows, draw=lambda figure: draw(figure, rows))
 
 
 if __name__ == "__main__":
