@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from fhopt.plan.cache_size import CacheLayer
 
-_BOUND_FORWARD = re.compile(r"\.forward\.__self__\b")  # of a module whose `forward` was replaced by a bound method
+# Of a module whose `forward` was replaced by a bound method, or by a partial of its own as fhopt.apply does.
+_BOUND_FORWARD = re.compile(r"\.forward\.(?:__self__\b|args\[0\])")
 _SOURCE_FIELD = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 

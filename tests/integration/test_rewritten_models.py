@@ -76,14 +76,19 @@ def in_memory(model: Any, plan: LatentPlan, ids: Tensor) -> dict[str, tuple[Tens
 
 
 def check_process(
-    process: str, folder: Path, expected: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, ids: Tensor
+    process: str,
+    folder: Path,
+    expected: dict[str, tuple[Tensor, Tensor]],
+    tmp_path: Path,
+    ids: Tensor,
+    rounding: float = ROUNDING,
 ) -> None:
     """Every route of a fresh process against the model in memory."""
     for route, (sequences, logits, kinds, is_imported) in in_a_fresh_process(process, folder, ids, tmp_path).items():
         kind = "DynamicLayer" if "without" in route else "LatentLayer"
         assert kinds == [kind] and is_imported is (kind == "LatentLayer"), route
         assert torch.equal(sequences, expected[kind][0]), route
-        assert difference(logits, expected[kind][1]) < ROUNDING, route
+        assert difference(logits, expected[kind][1]) < rounding, route
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +154,12 @@ def test_smollm2_opens_by_every_route_with_the_tokens_of_the_model_in_memory(tmp
     text = "The first amendment of the constitution says that Congress shall make no law. " * 12
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids
     expected = in_memory(model, plan, ids)
-    assert difference(expected["LatentLayer"][1], expected["DynamicLayer"][1]) > 10 * ROUNDING
+    # A fresh process may sum in another order (one thread), and where that turns a code of 8 bits logits move by some
+    # 1e-5; by what the latents change they move by more than 1e-2.
+    rounding = 1e-3
+    assert difference(expected["LatentLayer"][1], expected["DynamicLayer"][1]) > 10 * rounding
     for process in PROCESSES:
-        check_process(process, out, expected, tmp_path, ids)
+        check_process(process, out, expected, tmp_path, ids, rounding)
     again = load_model(str(out))
     assert again.tokenizer(text).input_ids == ids[0].tolist()
     module: Any = again.module
