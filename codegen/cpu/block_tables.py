@@ -15,7 +15,7 @@ import ctypes
 import functools
 import logging
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,33 +40,47 @@ _DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # 
 _side = struct.Struct("@5qPqPqqPqq").pack
 _layer = struct.Struct("@4q2q5qd").pack
 _starts = struct.Struct("@4q2q2q7P").pack
-_call = struct.Struct("@2Pq" + 4 * "P2q" + 3 * "P2qP2q").pack
+_caches = struct.Struct("@" + 3 * "P2q").pack
+_table = struct.Struct("@P2q").pack
 _step = struct.Struct("@2qP").pack
+_call = struct.Struct("@6Pq" + 4 * "P3q").pack
 
 
-@dataclass(frozen=True, eq=False)
-class StepNumbers:
-    """The sequences of a decode step, the same for all layers.
+class Struct:
+    """Memory of a C++ struct, and the tensors that it points to."""
 
-    numbers int64 [4,B]: token in the batch, row of the block tables, position, tokens that are read as latents.
+    __slots__ = ("_kept", "address")
+
+    def __init__(self, memory: bytes, *kept: Any) -> None:
+        buffer = ctypes.create_string_buffer(memory, len(memory))
+        self._kept, self.address = (buffer, *kept), ctypes.addressof(buffer)
+
+
+def step_of(numbers: list[tuple[int, int, int, int]]) -> Struct:
+    """Return the sequences of a decode step, the same for all layers, of one tuple a sequence.
+
+    A tuple: token in the batch, row of the block tables, position, tokens that are read as latents.
     """
-
-    numbers: Tensor
-    arguments: bytes
-
-    @staticmethod
-    def of(numbers: list[tuple[int, int, int, int]]) -> StepNumbers:
-        """Make them of one tuple a sequence."""
-        table = torch.tensor(numbers, dtype=torch.int64).view(-1, 4).t().contiguous()
-        return StepNumbers(table, _step(len(numbers), torch.get_num_threads(), table.data_ptr()))
+    table = torch.tensor(numbers, dtype=torch.int64).view(-1, 4).t().contiguous()
+    return Struct(_step(len(numbers), torch.get_num_threads(), table.data_ptr()), table)
 
 
-Blocks = tuple[int, int, int, int, int, int]
+def table_of(table: Tensor, size: int) -> Struct:
+    """Return the blocks of `size` tokens of a batch's sequences in one cache, int32 [sequences, blocks].
+
+    It is the same for all layers that share these blocks.
+    """
+    return Struct(_table(table.data_ptr(), table.stride(0), size), table)
 
 
-def blocks_of(cache: Tensor, table: Tensor, size: int) -> Blocks:
-    """Return what the C++ file knows of a cache uint8 [blocks,1,size,bytes] and a table int32 [sequences,blocks]."""
-    return (cache.data_ptr(), cache.stride(0), cache.stride(2), table.data_ptr(), table.stride(0), size)
+class Memory:
+    """The memory of a layer's packed latents, residual window and first tokens, uint8 [blocks,1,size,bytes] each."""
+
+    __slots__ = ("caches", "struct")
+
+    def __init__(self, latents: Tensor, window: Tensor, first: Tensor) -> None:
+        self.caches = latents, window, first
+        self.struct = Struct(_caches(*(n for x in self.caches for n in (x.data_ptr(), x.stride(0), x.stride(2)))))
 
 
 class BlockAttention:
@@ -76,6 +90,7 @@ class BlockAttention:
         self.layout, self._function = layout, library.attend_blocks
         self._function.argtypes, self._function.restype = (ctypes.c_char_p,), None
         self._kept: list[Any] = []  # memory that the struct points to
+        self._memory: Memory | None = None  # of the last call
         decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
         of_side = self._side(layout.key, layout.key.decode, decodes_as)
         of_value = self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as)
@@ -111,25 +126,43 @@ class BlockAttention:
         self._kept.append(buffer)
         return ctypes.addressof(buffer)
 
-    def serves(self, query: Tensor, *caches: Tensor) -> bool:
+    def serves(self, query: Tensor, latents: Tensor, window: Tensor, first: Tensor) -> bool:
         """Return whether queries and caches are of the type, and on the device, that the code is made for."""
-        itemsize = self.layout.dtype.itemsize
-        aligned = all(cache.is_cpu and cache.stride(2) % itemsize == 0 for cache in caches)
-        return aligned and query.dtype == self.layout.dtype
+        return query.dtype == self.layout.dtype and self._memory_of(latents, window, first) is not None
+
+    def _memory_of(self, latents: Tensor, window: Tensor, first: Tensor) -> Memory | None:
+        """Return the memory of caches, which is looked at once; None where the code does not serve it."""
+        known = self._memory
+        if (
+            known is None
+            or known.caches[0] is not latents
+            or known.caches[1] is not window
+            or known.caches[2] is not first
+        ):
+            itemsize = self.layout.dtype.itemsize
+            aligned = all(cache.is_cpu and cache.stride(2) % itemsize == 0 for cache in (latents, window, first))
+            self._memory = known = Memory(latents, window, first) if aligned else None
+        return known
 
     def __call__(
-        self, step: StepNumbers, blocks: tuple[Blocks, Blocks, Blocks], query: Tensor, key: Tensor, value: Tensor,
-        output: Tensor, writes: bool,
+        self, step: Struct, caches: tuple[Tensor, Tensor, Tensor], tables: tuple[Struct, Struct, Struct],
+        query: Tensor, key: Tensor, value: Tensor, output: Tensor, writes: bool,
     ) -> None:  # fmt: skip
         """Write the new tokens of a step, if `writes`, and attend with their queries, into `output`.
 
-        query [T,H,D], key [T,G,D], value [T,G,E], output [T,H,E]: of all tokens of the batch, dense in the last
-        dimension. blocks: of packed latents, residual window and first tokens.
+        caches, tables: memory and blocks of packed latents, residual window and first tokens. query [T,H,D], key
+        [T,G,D], value [T,G,E], output [T,H,E]: of all tokens of the batch, dense in the last dimension.
         """
-        numbers = ctypes.c_char_p(step.arguments)
-        address = ctypes.cast(numbers, ctypes.c_void_p).value
-        tensors = [n for x in (query, key, value, output) for n in (x.data_ptr(), x.stride(0), x.stride(1))]
-        self._function(_call(self._layer, address, writes, *tensors, *blocks[0], *blocks[1], *blocks[2]))
+        memory = self._memory_of(*caches)
+        assert memory is not None, "`serves` was asked"
+        latents, window, first = tables
+        self._function(
+            _call(
+                *(self._layer, step.address, memory.struct.address, latents.address, window.address, first.address),
+                *(writes, query.data_ptr(), *query.stride(), key.data_ptr(), *key.stride()),
+                *(value.data_ptr(), *value.stride(), output.data_ptr(), *output.stride()),
+            )
+        )
 
 
 def attention_of(layout: BlockLayout) -> BlockAttention | None:

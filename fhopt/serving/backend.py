@@ -102,21 +102,21 @@ class LatentBackend(AttentionBackend):  # type: ignore[misc]
 class LatentAttention(AttentionImpl):  # type: ignore[misc]
     """Attention of one layer."""
 
-    def __init__(self, exact: Any, layer_name: str, cache: LayerCache) -> None:
+    def __init__(self, layer: Any, cache: LayerCache, window: FurtherCache, first: FurtherCache) -> None:
+        exact = layer.impl
         self.num_heads, self.head_size, self.scale = exact.num_heads, exact.head_size, exact.scale
         self.num_kv_heads, self.kv_cache_dtype = exact.num_kv_heads, "auto"
-        self.name, self.cache = layer_name, cache
+        self.cache, self.window, self.first = cache, window, first
 
-    def _caches(self, latents: Tensor) -> Caches:
+    def _caches(self, latents: Tensor, blocks: Blocks) -> Caches:
         """Collect the caches of the layer, and the blocks of the batch that is computed."""
-        context = get_forward_context()
-        metadata = context.attn_metadata
-
-        def held(name: str, cache: Tensor) -> Held:
-            return Held(cache, metadata[name].blocks)
-
-        window, first = (context.no_compile_layers[self.name + part].kv_cache for part in (WINDOW, FIRST))
-        return Caches(held(self.name, latents), held(self.name + WINDOW, window), held(self.name + FIRST, first))
+        window, first = self.window, self.first
+        metadata = get_forward_context().attn_metadata
+        return Caches(
+            Held(latents, blocks),
+            Held(window.kv_cache, metadata[window.layer_name].blocks),
+            Held(first.kv_cache, metadata[first.layer_name].blocks),
+        )
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
@@ -125,9 +125,7 @@ class LatentAttention(AttentionImpl):  # type: ignore[misc]
         """Write keys [T,G,D] and values [T,G,E] of new tokens, attend with queries [T,H,D], into `output` [T,H,E]."""
         if attn_metadata is None or not kv_cache.numel():  # memory is measured, or nothing is to be computed
             return output.fill_(0)
-        caches = self._caches(kv_cache)
-        count = caches.batch.tokens
-        self.cache.write_and_attend(caches, query[:count], key[:count], value[:count], output[:count])
+        self.cache.write_and_attend(self._caches(kv_cache, attn_metadata.blocks), query, key, value, output)
         return output
 
 
@@ -159,8 +157,6 @@ def use_plan(layer: Any, cache: LayerCache, sizes: BlockSizes, row_bytes: int, w
         num_head_slots=1, dcp_sharded=False,
     )  # fmt: skip
     spec = FullAttentionSpec(block_size=sizes.latents, state_content_bytes=row_bytes, **packed)
-    layer.impl, layer.attn_backend = LatentAttention(layer.impl, name, cache), LatentBackend
-    layer.get_kv_cache_spec = lambda vllm_config: spec
     layer.window_cache = FurtherCache(name + WINDOW, WindowSpec(
         block_size=sizes.window, sliding_window=window.capacity, window=window,
         state_content_bytes=cache.window_rows.size, **packed,
@@ -169,3 +165,6 @@ def use_plan(layer: Any, cache: LayerCache, sizes: BlockSizes, row_bytes: int, w
         block_size=sizes.first, sliding_window=1, tokens_per_state=sizes.first,
         state_content_bytes=cache.first_rows.size, **packed,
     ))  # fmt: skip
+    layer.impl = LatentAttention(layer, cache, layer.window_cache, layer.first_cache)
+    layer.attn_backend = LatentBackend
+    layer.get_kv_cache_spec = lambda vllm_config: spec

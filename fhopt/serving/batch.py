@@ -149,6 +149,7 @@ class Blocks:
 
     def __init__(self, batch: Batch, table: Tensor, size: int) -> None:
         self.batch, self.table, self.size = batch, table, size
+        self.compiled: Any = None  # what kernels know of the table, once for all layers
         self._read: dict[tuple[int, int, int], Tensor] = {}
 
     @cached_property

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
-from fhopt.codegen.cpu.block_tables import BlockAttention, StepNumbers, attention_of, blocks_of
+from fhopt.codegen.cpu.block_tables import BlockAttention, Struct, attention_of, step_of, table_of
 from fhopt.plan.site_plan import SidePlan, SitePlan
-from fhopt.serving.batch import Batch
+from fhopt.serving.batch import Batch, Blocks
 from fhopt.serving.rows import Part
 
 if TYPE_CHECKING:
-    from fhopt.serving.layer_cache import Caches, Held, LayerCache
+    from fhopt.serving.layer_cache import Caches, LayerCache
 
 
 class CompiledStep:
@@ -26,6 +26,7 @@ class CompiledStep:
 
     def __init__(self, layer: LayerCache, attention: BlockAttention) -> None:
         self.window, self.means_from, self._attention = layer.window, layer.means_from, attention
+        self._writes, self._step = f"writes {self.window} {self.means_from}", f"step {self.window}"
 
     def serves(self, caches: Caches, query: Tensor) -> bool:
         """Return whether the sequences with one new token can be served."""
@@ -37,34 +38,40 @@ class CompiledStep:
 
         All sequences have one new token, behind the attention sinks, and none comes to have means by it.
         """
-        key = "writes", self.window, self.means_from
-        if key not in batch.made:
+        made = batch.made
+        if self._writes not in made:
             plain = all(one.start >= self.window.sinks for one in batch.singles)
-            batch.made[key] = plain and not batch.several and not batch.gaining_means(self.means_from)
-        return bool(batch.made[key])
+            made[self._writes] = plain and not batch.several and not batch.gaining_means(self.means_from)
+        return bool(made[self._writes])
 
     def __call__(
         self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
     ) -> None:
         """Attend with the queries [T,H,D] of sequences with one new token into `output` [T,H,E]; write these first.
 
-        keys [T,G,D], values [T,G,E]: of the batch's new tokens.
+        keys [T,G,D], values [T,G,E]: of the batch's new tokens, and of what the engine may have added behind them.
         """
-        blocks = _blocks(caches.latents), _blocks(caches.window), _blocks(caches.first)
-        self._attention(self._numbers(caches.batch), blocks, query, keys, values, output, writes)
+        latents, window, first = caches.latents, caches.window, caches.first
+        memory = latents.cache, window.cache, first.cache
+        tables = _table(latents.blocks), _table(window.blocks), _table(first.blocks)
+        self._attention(self._numbers(caches.batch), memory, tables, query, keys, values, output, writes)
 
-    def _numbers(self, batch: Batch) -> StepNumbers:
-        key = "numbers", self.window
-        if key not in batch.made:
+    def _numbers(self, batch: Batch) -> Struct:
+        made = batch.made
+        if self._step not in made:
             quantized = self.window.quantized_tokens
-            rows = [(one.begin, one.index, one.start, quantized(one.start)) for one in batch.singles]
-            batch.made[key] = StepNumbers.of(rows)
-        numbers: StepNumbers = batch.made[key]
+            made[self._step] = step_of(
+                [(one.begin, one.index, one.start, quantized(one.start)) for one in batch.singles]
+            )
+        numbers: Struct = made[self._step]
         return numbers
 
 
-def _blocks(held: Held) -> tuple[int, int, int, int, int, int]:
-    return blocks_of(held.cache, held.blocks.table, held.blocks.size)
+def _table(blocks: Blocks) -> Struct:
+    if blocks.compiled is None:
+        blocks.compiled = table_of(blocks.table, blocks.size)
+    table: Struct = blocks.compiled
+    return table
 
 
 def compiled_step(layer: LayerCache, dtype: torch.dtype) -> CompiledStep | None:

@@ -50,11 +50,12 @@ class DeviceStep:
     ) -> None:
         """Attend with the queries [T,H,D] of sequences with one new token into `output` [T,H,E]; write these first.
 
-        keys [T,G,D], values [T,G,E]: of the batch's new tokens.
+        keys [T,G,D], values [T,G,E]: of the batch's new tokens, and of what the engine may have added behind them.
         """
         batch = caches.batch
         if batch.is_step:
             count = batch.tokens
+            query, keys, values, output = (x[:count] for x in (query, keys, values, output))
             tables = [one.blocks.table[:count] for one in (caches.latents, caches.window, caches.first)]
             blocks = self._blocks(caches, tables)
             self._attention(batch.lengths_there[:count], blocks, query, keys, values, output, writes)

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 FEW_QUERIES = 4  # queries of a tile at most that are absorbed; for more, keys and values are reconstructed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: one is made for each cache, layer and step
 class Held:
     """Memory of one cache of a layer, uint8 [blocks, 1, tokens of a block, bytes], and a batch's blocks in it."""
 
@@ -43,7 +43,7 @@ class Held:
         return self.blocks.read(self.cache, sequence.index, start, stop)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Caches:
     """The three caches of a layer, for one batch."""
 
@@ -81,7 +81,10 @@ class Step(Protocol):
     def __call__(
         self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, writes: bool
     ) -> None:
-        """Attend with the queries [T,H,D] of these sequences into `output` [T,H,E]; write the new tokens first."""
+        """Attend with the queries [T,H,D] of these sequences into `output` [T,H,E]; write the new tokens first.
+
+        All tensors may have more than the batch's tokens: an engine fills batches up.
+        """
 
 
 class LayerCache:
@@ -110,13 +113,15 @@ class LayerCache:
     def write_and_attend(self, caches: Caches, query: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
         """Write keys [T,G,D] and values [T,G,E] of the batch's new tokens, attend with their queries [T,H,D].
 
-        output [T,H,E] is filled.
+        output [T,H,E] is filled. All of them may have more than the batch's tokens, which are left alone.
         """
-        if self.compiled and self.compiled.serves(caches, query) and self.compiled.writes(caches.batch):
-            self.compiled(caches, query, keys, values, output, writes=True)
+        batch, step = caches.batch, self.compiled
+        if step and step.writes(batch) and step.serves(caches, query):
+            step(caches, query, keys, values, output, writes=True)
         else:
-            rows = self.write(caches, keys, values)
-            self.attend(caches, query, rows, output)
+            count = batch.tokens
+            rows = self.write(caches, keys[:count], values[:count])
+            self.attend(caches, query[:count], rows, output[:count])
 
     # ---- writing
 

@@ -87,14 +87,21 @@ struct Step {
 
 constexpr int32_t NO_BLOCK = 0;  // of tokens that are not kept
 
-// A cache's memory and a batch's blocks in it.
-struct Blocks {
+struct Cache {  // of a layer
     uint8_t* data;
     int64_t block, row;  // bytes from one block, one token to the next
-    const int32_t* table;
-    int64_t table_row, size;  // numbers from one sequence to the next; tokens of a block
+};
 
-    int32_t number(int64_t owner, int64_t position) const { return table[owner * table_row + position / size]; }
+struct Table {  // of a batch's sequences
+    const int32_t* blocks;
+    int64_t row, size;  // numbers from one sequence to the next; tokens of a block
+};
+
+// A cache's memory and a batch's blocks in it.
+struct Blocks : Cache, Table {
+    using Cache::block, Cache::row;
+
+    int32_t number(int64_t owner, int64_t position) const { return blocks[owner * Table::row + position / size]; }
     uint8_t* at(int64_t owner, int64_t position) const {
         return data + number(owner, position) * block + position % size * row;
     }
@@ -102,15 +109,25 @@ struct Blocks {
 
 struct Numbers {  // [tokens, heads, dense]
     uint8_t* data;
-    int64_t token, head;  // strides in numbers
+    int64_t token, head, number;  // strides in numbers, the last of them 1
 };
 
-struct Call {
+// Everything but the numbers is the same for many calls: of a layer, of a step, of layers that share blocks.
+struct Arguments {
     const Layer* layer;
     const Step* step;
+    const Cache* caches;  // packed latents, residual window, first tokens
+    const Table* tables[3];
     int64_t writes;  // the new tokens have to be written
     Numbers query, key, value, output;
+};
+
+struct Call : Arguments {
     Blocks latents, window, first;
+
+    explicit Call(const Arguments& a)
+        : Arguments(a), latents{a.caches[0], *a.tables[0]}, window{a.caches[1], *a.tables[1]},
+          first{a.caches[2], *a.tables[2]} {}
 };
 
 // ------------------------------------------------------------------------------------------------ products with bases
@@ -523,9 +540,10 @@ void merge(const Run& run, int64_t task) {
 
 }  // namespace
 
-extern "C" void attend_blocks(const Call* call) {
+extern "C" void attend_blocks(const Arguments* arguments) {
     static thread_local std::vector<float> floats;
-    const Run run(*call, floats);
+    const Call call(*arguments);
+    const Run run(call, floats);
     const int64_t count = run.s.count, panels = encode_panels(run, 0) + encode_panels(run, 1) + absorb_panels(run);
     const int64_t pieces = int64_t(run.pieces.all.size()), packed = int64_t(run.encoded.size()) * run.sides();
     const int threads = int(run.pieces.threads);

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.cpu import block_tables
-from fhopt.codegen.cpu.block_tables import StepNumbers, attention_of, blocks_of
+from fhopt.codegen.cpu.block_tables import attention_of, step_of, table_of
 from fhopt.plan.window import ResidualWindow
 
 H, G, D, SIZE = 4, 2, 16, 8  # query heads, kv heads, head size, tokens of a block
@@ -45,9 +45,10 @@ def test_it_attends_through_block_tables() -> None:
                 cache[table[b, t // SIZE], 0, t % SIZE] = row
     new = [torch.stack([x[b, :, length - 1] for b, length in enumerate(LENGTHS)]) for x in (key, value)]
     query, output = torch.randn(count, H, D), torch.empty(count, H, D)
-    step = StepNumbers.of([(i, i, length - 1, QUANTIZED[i]) for i, length in enumerate(LENGTHS)])
-    held = [blocks_of(cache, table, SIZE) for cache, table in zip(caches, tables, strict=True)]
-    attention(step, (held[0], held[1], held[2]), query, new[0], new[1], output, writes=True)
+    step = step_of([(i, i, length - 1, QUANTIZED[i]) for i, length in enumerate(LENGTHS)])
+    latents, window, first = (table_of(table, SIZE) for table in tables)
+    memory = caches[0], caches[1], caches[2]
+    attention(step, memory, (latents, window, first), query, new[0], new[1], output, writes=True)
     for b, length in enumerate(LENGTHS):
         k, v = key[b : b + 1, :, :length], value[b : b + 1, :, :length]
         expected = F.scaled_dot_product_attention(query[b, :, None][None], k, v, scale=0.25, enable_gqa=True)
@@ -58,9 +59,11 @@ def test_numbers_that_kernels_do_not_know_are_left_to_torch() -> None:
     assert attention_of(replace(layout(), dtype=torch.float64)) is None
     attention = attention_of(layout())
     rows = torch.zeros(2, 1, SIZE, 12, dtype=torch.uint8)
-    assert attention is not None and attention.serves(torch.zeros(1, H, D), rows)
-    assert not attention.serves(torch.zeros(1, H, D).half(), rows)
-    assert not attention.serves(torch.zeros(1, H, D), rows[..., :10].contiguous())  # numbers would not be aligned
+    assert attention is not None and attention.serves(torch.zeros(1, H, D), rows, rows, rows)
+    assert not attention.serves(torch.zeros(1, H, D).half(), rows, rows, rows)
+    odd = rows[..., :10].contiguous()  # numbers would not be aligned
+    assert not attention.serves(torch.zeros(1, H, D), rows, odd, rows)
+    assert attention.serves(torch.zeros(1, H, D), rows, rows, rows)  # caches may be others at the next call
 
 
 def test_the_file_is_always_the_same_and_compiled_once() -> None:
