@@ -592,8 +592,10 @@ struct Kernel {
     int stride, tokens;  // of a tile: floats from row to row, and how many rows it has
     std::vector<float> key_factor,
         key_middle;  // [channels of key_dwords]: what brings a query to a code's byte, its middle
+    bool in_order;  // codes of keys are of channels one behind the other
 
-    Kernel(const Side& k, const Side& v, bool capped) : key(k), value(v), softcap(capped), pairs(false) {
+    Kernel(const Side& k, const Side& v, bool capped)
+        : key(k), value(v), softcap(capped), pairs(false), in_order(true) {
 #if defined(__AVX512BF16__)
         pairs = key.in_place && key.stored == BFLOAT16 && key.pad % 32 == 0;
 #endif
@@ -605,6 +607,7 @@ struct Kernel {
         key_middle.resize(CHANNELS * key_dwords);
         for (int i = 0; i < key.layout.count(); i++) {
             const Code& code = key.layout.codes[i];
+            in_order &= code.channel == key.layout.codes[0].channel + i;
             key_factor[i] = 1.0f / float(1 << code.shift());
             key_middle[i] = key.middle[code.channel] * float(1 << code.shift());
         }
@@ -938,6 +941,25 @@ T* allocate(int64_t count) {
     return static_cast<T*>(std::aligned_alloc(64, (count * int64_t(sizeof(T)) + 63) / 64 * 64));
 }
 
+// Memory that a thread keeps from call to call: a decode step makes many short ones.
+struct Kept {
+    uint8_t* data = nullptr;
+    int64_t size = 0;
+
+    Kept() = default;
+    Kept(const Kept&) = delete;
+    ~Kept() { std::free(data); }
+    uint8_t* at_least(int64_t bytes) {
+        if (size < bytes) {
+            std::free(data);
+            data = allocate<uint8_t>(bytes);
+            size = bytes;
+        }
+        return data;
+    }
+};
+
+// What a part needs while it is attended to. There is one at a time in a thread.
 struct Scratch {
     const Kernel& kernel;
     const int64_t rows;
@@ -954,26 +976,32 @@ struct Scratch {
     int32_t* products;  // and sums with values, [rows, 2, R_V]
     alignas(64) float scale[TILE];
 
-    Scratch(const Kernel& k, int64_t rows)
-        : kernel(k), rows(rows), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
-          query(allocate<float>(rows * k.key.pad)), middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)),
-          totals(allocate<float>(rows)), states(allocate<State>(rows)), sums(allocate<float>(rows * k.value.pad)),
-          codes(allocate<uint8_t>(k.codes)), room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
-          parts(allocate<int8_t>(k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0)),
-          weights(allocate<int8_t>(k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0)), unit(allocate<float>(rows)),
-          lowest(allocate<float>(rows)), limits(allocate<float>(rows)), halves(allocate<float>(TILE * k.halves)),
-          pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)), are_pairs(k.pairs), factor(1),
-          splits(allocate<Split>(WORDS ? rows : 0)),
-          products(allocate<int32_t>(WORDS && k.value.integer ? rows * 2 * k.value.pad : 0)), scale() {
+    Scratch(const Kernel& k, int64_t rows) : kernel(k), rows(rows), are_pairs(k.pairs), factor(1), scale() {
+        static thread_local Kept kept;
+        place(kept.at_least(place(nullptr)));
         if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
         for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
-    ~Scratch() {
-        for (float* memory : {tile, query, middle, logits, totals, sums, unit, lowest, limits, halves})
-            std::free(memory);
-        for (void* memory : {(void*)states, (void*)codes, (void*)room, (void*)parts, (void*)weights}) std::free(memory);
-        for (void* memory : {(void*)pairs, (void*)splits, (void*)products}) std::free(memory);
+
+    // Places everything in memory from `begin` on; returns how many bytes that takes.
+    int64_t place(uint8_t* begin) {
+        const Kernel& k = kernel;
+        int64_t used = 0;
+        const auto take = [&](auto*& at, int64_t count) {
+            at = reinterpret_cast<std::decay_t<decltype(at)>>(begin + used);
+            used += (count * int64_t(sizeof *at) + 63) / 64 * 64;
+        };
+        take(tile, k.floats ? k.tokens * k.stride : 0);
+        take(query, rows * k.key.pad), take(middle, rows), take(logits, rows * TILE), take(totals, rows);
+        take(states, rows), take(sums, rows * k.value.pad);
+        take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
+        take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
+        take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
+        take(unit, rows), take(lowest, rows), take(limits, rows), take(halves, TILE * k.halves);
+        take(pairs, k.pairs ? rows * k.key.pad : 0);
+        take(splits, WORDS ? rows : 0), take(products, WORDS && k.value.integer ? rows * 2 * k.value.pad : 0);
+        return used;
     }
 };
 
@@ -1369,25 +1397,36 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
+// 16 numbers of a query of floats, for the codes of keys from `first` on; 0 behind the last.
+INLINE Floats16 query_of_codes(const Kernel& k, const float* query, int first) {
+    const int lanes = std::min(k.key.layout.count() - first, 16);
+    const Code* codes = k.key.layout.codes.data() + first;
+    if (lanes <= 0) return Floats16{};
+    if (k.in_order) {
+        const __mmask16 mask = __mmask16((1 << lanes) - 1);
+        return (Floats16)_mm512_maskz_loadu_ps(mask, query + codes->channel) * load(k.key_factor.data() + first);
+    }
+    alignas(64) float q[16] = {};
+    for (int lane = 0; lane < lanes; lane++) q[lane] = query[codes[lane].channel] * k.key_factor[first + lane];
+    return load(q);
+}
+
 // A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. What the middle
 // of all codes adds to a logit: by all digits but the lowest, and by the lowest.
 void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle, float& lowest) {
-    const int count = k.key.layout.count(), padded = 4 * k.key_dwords;
-    float largest = 0, none = 0;
-    for (int i = 0; i < count; i++) {
-        const Code& code = k.key.layout.codes[i];
-        const float q = query[code.channel] * k.key_factor[i];
-        largest = std::max(largest, std::abs(q));
-        none += q * 0.0f;  // NaN stays NaN
+    const int padded = 4 * k.key_dwords;
+    Floats most = {}, nothing = {};
+    for (int i = 0; i < padded; i += 16) {
+        const Floats q = query_of_codes(k, query, i), size = q < 0.0f ? -q : q;
+        most = size > most ? size : most;
+        nothing += q * 0.0f;  // NaN stays NaN
     }
+    const float largest = largest_of(most), none = sum_of(nothing);
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
     Floats sum = {}, low = {};
     for (int i = 0; i < padded; i += 16) {
-        alignas(64) float q[16] = {};
-        for (int lane = 0; lane < std::min(count - i, 16); lane++) {
-            q[lane] = query[k.key.layout.codes[i + lane].channel] * k.key_factor[i + lane];
-        }
-        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q) * inverse));
+        const Floats q = query_of_codes(k, query, i);
+        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(q * inverse));
         store_parts<3>(x, parts + i, padded);
         const Ints16 digit = (x << 24) >> 24;
         sum += __builtin_convertvector(x - digit, Floats16) * load(k.key_middle.data() + i);

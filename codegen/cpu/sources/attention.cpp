@@ -426,6 +426,25 @@ T* allocate(int64_t count) {
     return static_cast<T*>(std::aligned_alloc(64, (count * int64_t(sizeof(T)) + 63) / 64 * 64));
 }
 
+// Memory that a thread keeps from call to call: a decode step makes many short ones.
+struct Kept {
+    uint8_t* data = nullptr;
+    int64_t size = 0;
+
+    Kept() = default;
+    Kept(const Kept&) = delete;
+    ~Kept() { std::free(data); }
+    uint8_t* at_least(int64_t bytes) {
+        if (size < bytes) {
+            std::free(data);
+            data = allocate<uint8_t>(bytes);
+            size = bytes;
+        }
+        return data;
+    }
+};
+
+// What a part needs while it is attended to. There is one at a time in a thread.
 struct Scratch {
     const Kernel& kernel;
     const int64_t rows;
@@ -444,26 +463,32 @@ struct Scratch {
     int32_t* products;  // and sums with values, [rows, 2, R_V]
     alignas(64) float scale[TILE];
 
-    Scratch(const Kernel& k, int64_t rows)
-        : kernel(k), rows(rows), tile(allocate<float>(k.floats ? k.tokens * k.stride : 0)),
-          query(allocate<float>(rows * k.key.pad)), middle(allocate<float>(rows)), logits(allocate<float>(rows * TILE)),
-          totals(allocate<float>(rows)), states(allocate<State>(rows)), sums(allocate<float>(rows * k.value.pad)),
-          codes(allocate<uint8_t>(k.codes)), room(allocate<uint8_t>(16 * std::max(k.key.reach, k.value.reach))),
-          parts(allocate<int8_t>(k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0)),
-          weights(allocate<int8_t>(k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0)), unit(allocate<float>(rows)),
-          lowest(allocate<float>(rows)), limits(allocate<float>(rows)), halves(allocate<float>(TILE * k.halves)),
-          pairs(allocate<uint16_t>(k.pairs ? rows * k.key.pad : 0)), are_pairs(k.pairs), factor(1),
-          splits(allocate<Split>(WORDS ? rows : 0)),
-          products(allocate<int32_t>(WORDS && k.value.integer ? rows * 2 * k.value.pad : 0)), scale() {
+    Scratch(const Kernel& k, int64_t rows) : kernel(k), rows(rows), are_pairs(k.pairs), factor(1), scale() {
+        static thread_local Kept kept;
+        place(kept.at_least(place(nullptr)));
         if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
         for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
-    ~Scratch() {
-        for (float* memory : {tile, query, middle, logits, totals, sums, unit, lowest, limits, halves})
-            std::free(memory);
-        for (void* memory : {(void*)states, (void*)codes, (void*)room, (void*)parts, (void*)weights}) std::free(memory);
-        for (void* memory : {(void*)pairs, (void*)splits, (void*)products}) std::free(memory);
+
+    // Places everything in memory from `begin` on; returns how many bytes that takes.
+    int64_t place(uint8_t* begin) {
+        const Kernel& k = kernel;
+        int64_t used = 0;
+        const auto take = [&](auto*& at, int64_t count) {
+            at = reinterpret_cast<std::decay_t<decltype(at)>>(begin + used);
+            used += (count * int64_t(sizeof *at) + 63) / 64 * 64;
+        };
+        take(tile, k.floats ? k.tokens * k.stride : 0);
+        take(query, rows * k.key.pad), take(middle, rows), take(logits, rows * TILE), take(totals, rows);
+        take(states, rows), take(sums, rows * k.value.pad);
+        take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
+        take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
+        take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
+        take(unit, rows), take(lowest, rows), take(limits, rows), take(halves, TILE * k.halves);
+        take(pairs, k.pairs ? rows * k.key.pad : 0);
+        take(splits, WORDS ? rows : 0), take(products, WORDS && k.value.integer ? rows * 2 * k.value.pad : 0);
+        return used;
     }
 };
 

@@ -189,6 +189,7 @@ void times(Type type, const Factors& rows, const Basis& basis, int64_t matrix, i
 
 constexpr int64_t ROOM = 192 << 10;  // bytes of rows that are brought together: they stay in the second-level cache
 constexpr int64_t QUANTUM = 64;  // tokens of which a range has a multiple
+constexpr int64_t LEAST = 128;  // tokens of a range of latents that pay for what it costs beside them
 
 enum Kind { LATENTS, WINDOW, SINKS };
 
@@ -222,7 +223,8 @@ struct Pieces {
         const int64_t width = l.sides[0].width + l.sides[1].width, size = l.sizes[0] + l.sizes[1];
         const int64_t products = l.heads * (latents * width + window * size);
         threads = std::clamp<int64_t>(products / 200000, 1, s.threads);  // a thread is worth about 10 us of work
-        const int64_t of_latents = tokens_of_a_range(latents, threads == 1 ? 1 : 4 * threads, c.latents.row);
+        const int64_t ranges = threads == 1 ? 1 : std::clamp(latents / LEAST, threads, 4 * threads);
+        const int64_t of_latents = tokens_of_a_range(latents, ranges, c.latents.row);
         const int64_t of_window = tokens_of_a_range(window, threads, c.window.row);
         for (int64_t i = 0; i < s.count; i++) cut(LATENTS, i, l.sinks, start(i), of_latents);
         for (int64_t i = 0; i < s.count; i++) cut(WINDOW, i, start(i), s.position(i) + 1, of_window);

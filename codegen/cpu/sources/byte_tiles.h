@@ -203,25 +203,36 @@ INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
     }
 }
 
+// 16 numbers of a query of floats, for the codes of keys from `first` on; 0 behind the last.
+INLINE Floats16 query_of_codes(const Kernel& k, const float* query, int first) {
+    const int lanes = std::min(k.key.layout.count() - first, 16);
+    const Code* codes = k.key.layout.codes.data() + first;
+    if (lanes <= 0) return Floats16{};
+    if (k.in_order) {
+        const __mmask16 mask = __mmask16((1 << lanes) - 1);
+        return (Floats16)_mm512_maskz_loadu_ps(mask, query + codes->channel) * load(k.key_factor.data() + first);
+    }
+    alignas(64) float q[16] = {};
+    for (int lane = 0; lane < lanes; lane++) q[lane] = query[codes[lane].channel] * k.key_factor[first + lane];
+    return load(q);
+}
+
 // A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. What the middle
 // of all codes adds to a logit: by all digits but the lowest, and by the lowest.
 void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle, float& lowest) {
-    const int count = k.key.layout.count(), padded = 4 * k.key_dwords;
-    float largest = 0, none = 0;
-    for (int i = 0; i < count; i++) {
-        const Code& code = k.key.layout.codes[i];
-        const float q = query[code.channel] * k.key_factor[i];
-        largest = std::max(largest, std::abs(q));
-        none += q * 0.0f;  // NaN stays NaN
+    const int padded = 4 * k.key_dwords;
+    Floats most = {}, nothing = {};
+    for (int i = 0; i < padded; i += 16) {
+        const Floats q = query_of_codes(k, query, i), size = q < 0.0f ? -q : q;
+        most = size > most ? size : most;
+        nothing += q * 0.0f;  // NaN stays NaN
     }
+    const float largest = largest_of(most), none = sum_of(nothing);
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
     Floats sum = {}, low = {};
     for (int i = 0; i < padded; i += 16) {
-        alignas(64) float q[16] = {};
-        for (int lane = 0; lane < std::min(count - i, 16); lane++) {
-            q[lane] = query[k.key.layout.codes[i + lane].channel] * k.key_factor[i + lane];
-        }
-        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(q) * inverse));
+        const Floats q = query_of_codes(k, query, i);
+        const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(q * inverse));
         store_parts<3>(x, parts + i, padded);
         const Ints16 digit = (x << 24) >> 24;
         sum += __builtin_convertvector(x - digit, Floats16) * load(k.key_middle.data() + i);

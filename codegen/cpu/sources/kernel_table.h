@@ -71,8 +71,10 @@ struct Kernel {
     int stride, tokens;  // of a tile: floats from row to row, and how many rows it has
     std::vector<float> key_factor,
         key_middle;  // [channels of key_dwords]: what brings a query to a code's byte, its middle
+    bool in_order;  // codes of keys are of channels one behind the other
 
-    Kernel(const Side& k, const Side& v, bool capped) : key(k), value(v), softcap(capped), pairs(false) {
+    Kernel(const Side& k, const Side& v, bool capped)
+        : key(k), value(v), softcap(capped), pairs(false), in_order(true) {
 #if defined(__AVX512BF16__)
         pairs = key.in_place && key.stored == BFLOAT16 && key.pad % 32 == 0;
 #endif
@@ -84,6 +86,7 @@ struct Kernel {
         key_middle.resize(CHANNELS * key_dwords);
         for (int i = 0; i < key.layout.count(); i++) {
             const Code& code = key.layout.codes[i];
+            in_order &= code.channel == key.layout.codes[0].channel + i;
             key_factor[i] = 1.0f / float(1 << code.shift());
             key_middle[i] = key.middle[code.channel] * float(1 << code.shift());
         }
