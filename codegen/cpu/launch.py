@@ -114,7 +114,7 @@ class LibraryKernel:
             *((0, 0, 0, 0, 0) if masking is None else (masking.data_ptr(), *masking.stride())),
             *listing,
             *(output.data_ptr(), lse.data_ptr(), scale, softcap, self.table),
-            3 if query.dtype == torch.float32 else 2,  # `digits`
+            *(3 if query.dtype == torch.float32 else 2, 0, 0),  # `digits`, and nothing that is read later
         )
         return PreparedCall(arguments, output, lse, (q, k, v, masking, pages))
 

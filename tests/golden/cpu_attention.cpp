@@ -639,6 +639,11 @@ struct Rows {
     }
 };
 
+struct Extent {
+    const uint8_t* data;
+    int64_t bytes;
+};
+
 enum MaskKind : int64_t { NO_MASK, BOOL_MASK, ADDITIVE_MASK };
 
 struct Arguments {
@@ -654,6 +659,8 @@ struct Arguments {
     double scale, softcap;
     const Kernel* kernel;
     int64_t digits;  // at most so many bytes of queries and weights are multiplied: 3, or 2 for queries of 16 bits
+    const Extent* later;  // what the thread reads after this call: fetched meanwhile, in place of later rows
+    int64_t later_count;
 };
 
 constexpr int SIDE_BY_SIDE = 8;  // tokens of a page are a multiple of it
@@ -959,6 +966,26 @@ struct Kept {
     }
 };
 
+// Memory that is fetched a few lines at a time, while something else is computed.
+struct Later {
+    const Extent *extent = nullptr, *end = nullptr;
+    int64_t at = 0, step = 0;  // bytes of the extent that have been fetched, that are fetched at once
+
+    // Calls of `fetch` until all is there: `steps`.
+    void set(const Extent* extents, int64_t count, int64_t steps) {
+        extent = extents, end = extents + count, at = 0;
+        int64_t bytes = 0;
+        for (int64_t i = 0; i < count; i++) bytes += extents[i].bytes;
+        step = (bytes / std::max<int64_t>(steps, 1) + 64) / 64 * 64;
+    }
+    INLINE void fetch() {
+        if (extent == end) return;
+        const int64_t stop = std::min(at + step, extent->bytes);
+        for (; at < stop; at += 64) __builtin_prefetch(extent->data + at, 0, 2);
+        if (stop == extent->bytes) extent++, at = 0;
+    }
+};
+
 // What a part needs while it is attended to. There is one at a time in a thread.
 struct Scratch {
     const Kernel& kernel;
@@ -974,6 +1001,7 @@ struct Scratch {
     float factor;                                    // that these are to be multiplied by
     Split* splits;  // of words: [rows]
     int32_t* products;  // and sums with values, [rows, 2, R_V]
+    Later later;
     alignas(64) float scale[TILE];
 
     Scratch(const Kernel& k, int64_t rows) : kernel(k), rows(rows), are_pairs(k.pairs), factor(1), scale() {
@@ -1123,11 +1151,12 @@ void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int
 }
 
 // Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
-// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
+// `fetches` says so: rows, or what the call names. Rows may be read in whole blocks of 64 bytes.
 INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
                        int t, int tokens, bool fetches, Scratch& s) {
     const int64_t from = begin + t, stride = rows.token;
     const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
+    if (fetches && a.later_count) s.later.fetch(), fetches = false;
     if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
     if (tokens - t >= 16) {
         if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
@@ -2391,6 +2420,7 @@ extern "C" void latent_attention(const Arguments* arguments) {
 #pragma omp parallel num_threads(int(cut.threads)) if (cut.threads > 1)
     {
         Scratch s(k, cut.heads * cut.queries);
+        if (a.later_count) s.later.set(a.later, a.later_count, (a.key_heads + a.value_heads) * (a.tokens / 16));
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < cut.parts(a); i++) {
             const Part p = cut.part(a, i);

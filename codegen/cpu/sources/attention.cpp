@@ -145,6 +145,11 @@ struct Rows {
     }
 };
 
+struct Extent {
+    const uint8_t* data;
+    int64_t bytes;
+};
+
 enum MaskKind : int64_t { NO_MASK, BOOL_MASK, ADDITIVE_MASK };
 
 struct Arguments {
@@ -162,6 +167,8 @@ struct Arguments {
     double scale, softcap;
     const Kernel* kernel;
     int64_t digits;  // at most so many bytes of queries and weights are multiplied: 3, or 2 for queries of 16 bits
+    const Extent* later;  // what the thread reads after this call: fetched meanwhile, in place of later rows
+    int64_t later_count;
 };
 
 constexpr int SIDE_BY_SIDE = $page_quantum;  // tokens of a page are a multiple of it
@@ -444,6 +451,26 @@ struct Kept {
     }
 };
 
+// Memory that is fetched a few lines at a time, while something else is computed.
+struct Later {
+    const Extent *extent = nullptr, *end = nullptr;
+    int64_t at = 0, step = 0;  // bytes of the extent that have been fetched, that are fetched at once
+
+    // Calls of `fetch` until all is there: `steps`.
+    void set(const Extent* extents, int64_t count, int64_t steps) {
+        extent = extents, end = extents + count, at = 0;
+        int64_t bytes = 0;
+        for (int64_t i = 0; i < count; i++) bytes += extents[i].bytes;
+        step = (bytes / std::max<int64_t>(steps, 1) + 64) / 64 * 64;
+    }
+    INLINE void fetch() {
+        if (extent == end) return;
+        const int64_t stop = std::min(at + step, extent->bytes);
+        for (; at < stop; at += 64) __builtin_prefetch(extent->data + at, 0, 2);
+        if (stop == extent->bytes) extent++, at = 0;
+    }
+};
+
 // What a part needs while it is attended to. There is one at a time in a thread.
 struct Scratch {
     const Kernel& kernel;
@@ -461,6 +488,7 @@ struct Scratch {
     // clang-format on
     Split* splits;  // of words: [rows]
     int32_t* products;  // and sums with values, [rows, 2, R_V]
+    Later later;
     alignas(64) float scale[TILE];
 
     Scratch(const Kernel& k, int64_t rows) : kernel(k), rows(rows), are_pairs(k.pairs), factor(1), scale() {
@@ -798,6 +826,7 @@ extern "C" void latent_attention(const Arguments* arguments) {
 #pragma omp parallel num_threads(int(cut.threads)) if (cut.threads > 1)
     {
         Scratch s(k, cut.heads * cut.queries);
+        if (a.later_count) s.later.set(a.later, a.later_count, (a.key_heads + a.value_heads) * (a.tokens / 16));
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < cut.parts(a); i++) {
             const Part p = cut.part(a, i);

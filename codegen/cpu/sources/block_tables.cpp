@@ -23,6 +23,7 @@
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -455,7 +456,24 @@ const uint8_t* rows_of(const Run& run, const Piece& piece) {
     return rows_of(blocks, run.s.owner(piece.sequence), piece.begin, piece.tokens, room);
 }
 
-void attend(const Run& run, const Piece& piece) {
+// Where the rows of a piece are.
+void extents_of(const Run& run, const Piece& piece, std::vector<Extent>& extents) {
+    extents.clear();
+    if (piece.kind == SINKS) return;
+    const Blocks& blocks = piece.kind == LATENTS ? run.c.latents : run.c.window;
+    const int64_t owner = run.s.owner(piece.sequence), end = piece.begin + piece.tokens;
+    for (int64_t position = piece.begin; position < end;) {
+        const int64_t count = std::min(blocks.size - position % blocks.size, end - position);
+        extents.push_back({blocks.at(owner, position), count * blocks.row});
+        position += count;
+    }
+}
+
+// later: what the thread attends to next.
+void attend(const Run& run, const Piece& piece, const Piece* later) {
+    static thread_local std::vector<Extent> extents;
+    extents.clear();
+    if (later) extents_of(run, *later, extents);
     const Layer& l = run.l;
     const bool latents = piece.kind == LATENTS;
     const Kernel& kernel = latents ? l.latents_kernel : piece.kind == WINDOW ? l.window_kernel : l.sinks_kernel;
@@ -469,6 +487,7 @@ void attend(const Run& run, const Piece& piece) {
     a.output = piece.output, a.lse = piece.lse;
     a.scale = l.scale, a.digits = l.digits;
     a.kernel = kernel.table;
+    a.later = extents.data(), a.later_count = int64_t(extents.size());
     kernel.run(&a);
 }
 
@@ -549,17 +568,22 @@ extern "C" void attend_blocks(const Arguments* arguments) {
     const int64_t count = run.s.count, panels = encode_panels(run, 0) + encode_panels(run, 1) + absorb_panels(run);
     const int64_t pieces = int64_t(run.pieces.all.size()), packed = int64_t(run.encoded.size()) * run.sides();
     const int threads = int(run.pieces.threads);
+    std::atomic<int64_t> queue{0};  // the next piece that no thread has taken
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; i++) prepare(run, i);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < panels; i++) multiply(run, i);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < pieces + packed; i++) {
-            if (i < pieces) attend(run, run.pieces.all[i]);
-            else pack(run, run.encoded[(i - pieces) / run.sides()], int((i - pieces) % run.sides()));
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < packed; i++) pack(run, run.encoded[i / run.sides()], int(i % run.sides()));
+        for (int64_t i = queue++, next; i < pieces; i = next) {
+            const bool early = i + 2 * threads < pieces;  // not at the end, where other threads may have none
+            next = early ? queue++ : pieces;
+            attend(run, run.pieces.all[i], next < pieces ? &run.pieces.all[next] : nullptr);
+            if (!early) next = queue++;
         }
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < merges(run); i++) merge(run, i);
     }

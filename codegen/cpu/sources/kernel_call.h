@@ -6,6 +6,11 @@ struct Rows {
     int64_t strides[3] = {};
 };
 
+struct Extent {
+    const uint8_t* data;
+    int64_t bytes;
+};
+
 struct Attention {
     int64_t batch, heads, queries, tokens, key_heads, value_heads, threads, mask_kind;
     Rows query, key, key_scale, value, value_scale, mask;
@@ -16,4 +21,6 @@ struct Attention {
     double scale, softcap;
     const void* kernel;  // the table of the latents
     int64_t digits;      // of queries and weights, see attention.cpp
+    const Extent* later = nullptr;  // what the thread reads after this call: fetched meanwhile
+    int64_t later_count = 0;
 };

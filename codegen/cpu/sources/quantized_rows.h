@@ -35,11 +35,12 @@ void copy_rows(const Side& side, const Rows& rows, const Part& p, int64_t j, int
 }
 
 // Where 16 tokens of a tile are, from t on, the last one again behind the end. What comes later is fetched, if
-// `fetches` says so. Rows may be read in whole blocks of 64 bytes.
+// `fetches` says so: rows, or what the call names. Rows may be read in whole blocks of 64 bytes.
 INLINE Sixteen rows_of(const Arguments& a, const Side& side, const Rows& rows, const Part& p, int64_t j, int64_t begin,
                        int t, int tokens, bool fetches, Scratch& s) {
     const int64_t from = begin + t, stride = rows.token;
     const auto at = [&](int64_t token) { return rows.at<uint8_t>(p.b, j, token); };
+    if (fetches && a.later_count) s.later.fetch(), fetches = false;
     if (fetches) fetch(side, at(p.listed.ahead(from, side.ahead)), stride);
     if (tokens - t >= 16) {
         if (fetches) fetch(side, at(p.listed.ahead(from + SIDE_BY_SIDE, side.ahead)), stride);
