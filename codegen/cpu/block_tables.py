@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # `Type` of the C++ file
 # The C++ structs as formats of the module `struct`: 8 bytes a field, in the order of the struct.
 _side = struct.Struct("@5qPqPqqPqq").pack
-_layer = struct.Struct("@4q2q5qd").pack
+_layer = struct.Struct("@4q3q5qd").pack
 _starts = struct.Struct("@4q2q2q7P").pack
 _caches = struct.Struct("@" + 3 * "P2q").pack
 _table = struct.Struct("@P2q").pack
@@ -92,10 +92,18 @@ class BlockAttention:
         self._kept: list[Any] = []  # memory that the struct points to
         self._memory: Memory | None = None  # of the last call
         decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
+        encodes_as = layout.key.encode.dtype
         of_side = self._side(layout.key, layout.key.decode, decodes_as)
         of_value = self._side(layout.value, layout.value.decode.transpose(1, 2), decodes_as)
         head = _layer(
-            *(layout.heads, layout.kv_heads, *layout.sizes, _DTYPES[layout.dtype], _DTYPES[decodes_as]),
+            *(
+                layout.heads,
+                layout.kv_heads,
+                *layout.sizes,
+                _DTYPES[layout.dtype],
+                _DTYPES[encodes_as],
+                _DTYPES[decodes_as],
+            ),
             *(layout.window.sinks, layout.means_from, layout.is_shared, layout.window.bits == 8),
             *(3 if layout.dtype == torch.float32 else 2, layout.scale),
         )
@@ -106,7 +114,7 @@ class BlockAttention:
     def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> bytes:
         table = packing.tier_table(*(tuple(x) for x in zip(*side.tiers, strict=True))) if side.tiers else None
         self._kept.append(table)
-        encode, decode = side.encode.transpose(1, 2).float(), basis.to(self.layout.dtype).to(dtype)
+        encode, decode = side.encode.transpose(1, 2), basis.to(self.layout.dtype).to(dtype)
         return _side(
             *(side.encode.shape[0], side.decode.shape[2], side.bytes, side.start, side.scale),
             *((table.address, table.tier_count) if table else (0, 0)),

@@ -489,12 +489,13 @@ struct Scratch {
     Split* splits;  // of words: [rows]
     int32_t* products;  // and sums with values, [rows, 2, R_V]
     Later later;
+    bool cleared;  // the tile has no numbers of calls before this one
     alignas(64) float scale[TILE];
 
-    Scratch(const Kernel& k, int64_t rows) : kernel(k), rows(rows), are_pairs(k.pairs), factor(1), scale() {
+    Scratch(const Kernel& k, int64_t rows)
+        : kernel(k), rows(rows), are_pairs(k.pairs), factor(1), cleared(false), scale() {
         static thread_local Kept kept;
         place(kept.at_least(place(nullptr)));
-        if (k.floats) std::fill(tile, tile + k.tokens * k.stride, 0.0f);
         for (int64_t r = 0; r < rows; r++) states[r].sum = sums + r * k.value.pad;
     }
     Scratch(const Scratch&) = delete;
@@ -559,7 +560,7 @@ INLINE void with_tile(const Side& side, const Rows& rows, const Rows& scales, co
     const uint8_t* head = rows.data + (p.b * rows.batch + j * rows.head) * side.element;
     const int64_t stride = rows.token * side.element;
     const int tile = s.kernel.tokens;
-    if (side.in_place && tokens == tile && p.listed.is_run(begin, tokens)) {
+    if (side.in_place && tokens == whole_vectors(tokens) && p.listed.is_run(begin, tokens)) {
         const int distance = p.listed.pages ? (side.ahead + tile - 1) / tile * tile : side.ahead;
         const uint8_t* row = head + p.listed.at(begin) * stride;
         const uint8_t* next = head + p.listed.ahead(begin, distance) * stride;
@@ -567,6 +568,8 @@ INLINE void with_tile(const Side& side, const Rows& rows, const Rows& scales, co
         if (side.stored == BFLOAT16) return with_rows<BFloat16>(row, next, rows.token, f);
         return with_rows<Float16>(row, next, rows.token, f);
     }
+    if (!s.cleared) std::fill(s.tile, s.tile + tile * s.kernel.stride, 0.0f);
+    s.cleared = true;
     for (int t = 0; t < tokens; t++) {
         const int64_t token = p.listed.at(begin + t), ahead = p.listed.ahead(begin + t, side.ahead);
         for (int i = 0; i < side.bytes; i += 64) __builtin_prefetch(head + ahead * stride + i, 0, 2);

@@ -59,13 +59,13 @@ struct Side {
     int64_t heads, width, bytes, start, scale;  // J; R; of one head's row
     const void* tiers;
     int64_t tier_count;  // 0: not quantized
-    Basis encode, decode;  // float [J,n*D,R]; of keys [G,D,R], of values [G,R,E]
+    Basis encode, decode;  // [J,n*D,R]; of keys [G,D,R], of values [G,R,E]
 };
 
 struct Layer {
     int64_t heads, kv_heads, sizes[2];  // H, G, D and E
     Type type;  // of the model
-    Type decode_type;  // of the bases `decode`
+    Type encode_type, decode_type;  // of the bases
     int64_t sinks, means_from, is_shared, is_rounded, digits;
     double scale;
     Side sides[2];
@@ -180,9 +180,10 @@ void times(const Factors& rows, const Basis& basis, int64_t matrix, int64_t pane
     }
 }
 
-// One panel of a matrix, which is of 32 bits or bfloat16.
+// One panel of a matrix.
 void times(Type type, const Factors& rows, const Basis& basis, int64_t matrix, int64_t panel) {
     if (type == BFLOAT16) times<BFloat16>(rows, basis, matrix, panel);
+    else if (type == FLOAT16) times<Float16>(rows, basis, matrix, panel);
     else times<Float32>(rows, basis, matrix, panel);
 }
 
@@ -386,7 +387,7 @@ void encode(const Run& run, int side, int64_t task) {
         rows.x.push_back(run.inputs[side] + i * run.input_width(side) + j * one.encode.n);
         rows.y.push_back(run.latent(side, i, j));
     }
-    times(FLOAT32, rows, one.encode, j, task % one.encode.panels);
+    times(run.l.encode_type, rows, one.encode, j, task % one.encode.panels);
 }
 
 void absorb(const Run& run, int64_t task) {

@@ -160,3 +160,18 @@ def test_a_prompt_is_read_in_two_calls_of_a_kernel(
     bounds = [0, *ends, COUNT]
     pieces = [stop - start for start, stop in itertools.pairwise(bounds)]
     assert [n for n in calls if n] == [n for n in pieces if n >= CPU_QUERIES for _ in ("window", "latents")]
+
+
+def test_encoders_of_a_model_of_16_bits_are_of_float16_where_it_holds_them() -> None:
+    plan = plan_of()
+    site = plan.sites[0]
+    large = replace(site, key=replace(site.key, encode=site.key.encode * 1e6))  # float16 ends at 65,504
+    for one, dtype, expected in (
+        (site, torch.bfloat16, torch.float16),
+        (site, torch.float32, torch.float32),
+        (large, torch.bfloat16, torch.float32),
+    ):
+        layer = layer_cache.LayerCache(plan, one, 0.25, dtype)
+        for side in (layer.site.key, layer.site.value):
+            assert side.encode.dtype == expected
+        assert torch.allclose(layer.site.key.encode.float(), one.key.encode, rtol=2**-11, atol=2**-24)
