@@ -20,7 +20,8 @@ class SideLayout:
     """Packed latents of keys or of values in a token's row.
 
     encode [J,R,n*D] and decode [G,D,R]: as in `SidePlan`; encoders of both sides are of one type, float32 or of 16
-    bits. tiers: bit groups, none where latents are not quantized. bytes: of one latent head. start, scale: bytes of the row before quantized values, and before scales.
+    bits. tiers: bit groups, none where latents are not quantized. bytes: of one latent head. start, scale: bytes of
+    the row before quantized values, and before scales.
     """
 
     encode: Tensor
