@@ -44,6 +44,9 @@ _caches = struct.Struct("@" + 3 * "P2q").pack
 _table = struct.Struct("@P2q").pack
 _step = struct.Struct("@2qP").pack
 _call = struct.Struct("@6Pq" + 4 * "P3q").pack
+_rounding = struct.Struct("@P3q5qP3q").pack
+_placing = struct.Struct("@P2q2P2qP2q").pack
+_FEW = 1 << 16  # numbers, or bytes, for which other threads do not pay
 
 
 class Struct:
@@ -88,7 +91,6 @@ class BlockAttention:
 
     def __init__(self, layout: BlockLayout, library: ctypes.CDLL, kernels: list[LibraryKernel], pack: int) -> None:
         self.layout, self._function = layout, library.attend_blocks
-        self._function.argtypes, self._function.restype = (ctypes.c_char_p,), None
         self._kept: list[Any] = []  # memory that the struct points to
         self._memory: Memory | None = None  # of the last call
         decodes_as = torch.bfloat16 if layout.dtype == torch.bfloat16 else torch.float32
@@ -173,6 +175,45 @@ class BlockAttention:
         )
 
 
+def round_rows(x: Tensor, rows: Tensor, start: int, scale: int) -> bool:
+    """Round numbers x [T,G,D] into rows uint8 [T,bytes] of a residual window in 8 bits; return whether that was done.
+
+    start, scale: bytes of a row before numbers and before scales, one float16 for each head. Not where nothing can be
+    compiled, or numbers are not of 32 or 16 bits on a CPU.
+    """
+    loaded = library() if x.is_cpu and x.dtype in _DTYPES else None
+    if loaded is None:
+        return False
+    x = x if x.stride(2) == 1 else x.contiguous()
+    threads = torch.get_num_threads() if x.numel() > _FEW else 1
+    loaded.round_rows(
+        _rounding(
+            *(x.data_ptr(), *x.stride(), _DTYPES[x.dtype], *x.shape, threads),
+            *(rows.data_ptr(), rows.stride(0), start, scale),
+        )
+    )
+    return True
+
+
+def place_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> bool:
+    """Write rows uint8 [N,bytes] into a cache uint8 [blocks,1,size,bytes]; return whether that was done.
+
+    blocks, offsets int64 [N]: where each row goes. Not where nothing can be compiled, or memory is not a CPU's.
+    """
+    loaded = library() if cache.is_cpu else None
+    if loaded is None:
+        return False
+    blocks, offsets = blocks.contiguous(), offsets.contiguous()
+    threads = torch.get_num_threads() if rows.numel() > _FEW else 1
+    loaded.place_rows(
+        _placing(
+            *(cache.data_ptr(), cache.stride(0), cache.stride(2), blocks.data_ptr(), offsets.data_ptr()),
+            *(len(rows), threads, rows.data_ptr(), rows.stride(0), rows.shape[1]),
+        )
+    )
+    return True
+
+
 def attention_of(layout: BlockLayout) -> BlockAttention | None:
     """Build the decode step of a layer; None where nothing can be compiled, or a plan has odd bit groups."""
     if layout.dtype not in _DTYPES:
@@ -205,7 +246,10 @@ def compiles_library() -> bool:
 def library() -> ctypes.CDLL | None:
     """Compile and load the library; None where it cannot be compiled."""
     try:
-        return load(NAME, render())
+        loaded = load(NAME, render())
     except CompileError as error:
         log.info("%s Decode steps on blocks run on torch operations.", error)
         return None
+    for function in (loaded.attend_blocks, loaded.round_rows, loaded.place_rows):
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
+    return loaded

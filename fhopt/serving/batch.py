@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fhopt.codegen.cpu import block_tables
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.window import ResidualWindow
 
@@ -170,7 +171,7 @@ class Blocks:
         cache uint8 [blocks, 1, size, bytes]; rows uint8 [tokens, at most as many bytes].
         """
         blocks, offsets, kept = self._new
-        cache[blocks, 0, offsets, : rows.shape[1]] = rows if kept is None else rows[kept]
+        place_rows(cache, blocks, offsets, rows if kept is None else rows[kept])
 
     def span(self, owners: Tensor, start: int, stop: int) -> tuple[Tensor, int]:
         """Return (blocks int64 [sequences, blocks] of positions `start` to `stop`, place of `start` in the first)."""
@@ -184,3 +185,12 @@ class Blocks:
             self._read[key] = self.table[sequence, first:last].long()
         rows = cache[self._read[key], 0].flatten(0, 1)  # [blocks * size, bytes]
         return rows[start - first * self.size : stop - first * self.size]
+
+
+def place_rows(cache: Tensor, blocks: Tensor, offsets: Tensor, rows: Tensor) -> None:
+    """Write rows uint8 [N, at most as many bytes] into a cache uint8 [blocks, 1, size, bytes].
+
+    blocks, offsets int64 [N]: where each row goes.
+    """
+    if not block_tables.place_rows(cache, blocks, offsets, rows):
+        cache[blocks, 0, offsets, : rows.shape[1]] = rows

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import Latents, SideRows
-from fhopt.ops import algebra
 from fhopt.ops.masks import additive, causal_mask
 from fhopt.ops.prefill_attention import attend_on_cpu
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.plan.window import ResidualWindow
-from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, tiles
+from fhopt.serving.batch import Batch, Blocks, Sequence, Tile, means_from, place_rows, tiles
 from fhopt.serving.compiled_step import compiled_step
 from fhopt.serving.decode_step import DecodeStep, attend_step
 from fhopt.serving.device_step import device_step
@@ -188,7 +187,7 @@ class LayerCache:
         rows = torch.empty((len(keys), self.latent_rows.size), dtype=torch.uint8, device=keys.device)
         self.latent_rows.write(keys, values, rows)
         blocks, offsets = caches.latents.blocks.places(owners, positions)
-        caches.latents.cache[blocks, 0, offsets, : rows.shape[1]] = rows
+        place_rows(caches.latents.cache, blocks, offsets, rows)
 
     # ---- attention
 
@@ -243,7 +242,7 @@ class _Reader:
         if one.start > self.start:
             parts.append(caches.window.read(one, self.start, one.start)[:, : codec.size])
         parts.append(rows[max(0, self.start - one.start) :])
-        key, value = codec.read(torch.cat(parts), self.dtype)
+        key, value = codec.read(torch.cat(parts) if len(parts) > 1 else parts[0], self.dtype)
         return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
     def _sides(self, caches: Caches) -> tuple[SideRows, SideRows]:
@@ -275,7 +274,10 @@ class _Reader:
         numbers = {"scale": self.layer.scale, "softcap": 0.0}
         opened = attend_on_cpu("open_attention", query, *self.open, None, spans=near, **numbers)
         behind = opened and attend_on_cpu("open_attention", query, *self._behind_sinks, None, spans=far, **numbers)
-        return None if opened is None or behind is None else algebra.merge([opened, behind])
+        if opened is None or behind is None:
+            return None
+        (out, lse), (other, other_lse) = opened, behind
+        return out.lerp_(other, torch.sigmoid(other_lse - lse).unsqueeze(-1))  # no query sees nothing in both
 
     def _spans(self) -> tuple[Tensor, Tensor]:
         """Return which tokens each query sees, int64 [S,2]: of `open`, and of `_behind_sinks`."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fhopt.cache.quantized_rows import encoder_inputs
-from fhopt.ops import algebra, packing, registry
+from fhopt.codegen.cpu import block_tables
+from fhopt.ops import algebra, packing
 from fhopt.plan.site_plan import SCALE_BYTES, SidePlan, SitePlan
 
 LEAST_ALIGNMENT = SCALE_BYTES  # bytes of which a row is a multiple
@@ -117,8 +118,9 @@ class WindowRows:
         rows = torch.empty((len(keys), self.size), dtype=torch.uint8, device=keys.device)
         for i, x in enumerate((keys, values)):
             if self.is_rounded:
-                codes, scale = self.parts[i].read(rows), self.parts[2 + i].read(rows)[..., 0]
-                _round_into(x.transpose(0, 1)[None], codes.transpose(0, 1)[None], scale.t()[None])
+                codes, scales = self.parts[i], self.parts[2 + i]
+                if not block_tables.round_rows(x, rows, codes.start, scales.start):
+                    _round_into(x, codes.read(rows), scales.read(rows)[..., 0])
             else:
                 self.parts[i].write(rows, x)
         return rows
@@ -134,10 +136,8 @@ class WindowRows:
 
 
 def _round_into(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Round x [1,G,T,D] to codes uint8 [1,G,T,D] and scale float16 [1,G,T], by machine code where there is some."""
-    kernel = registry.kernel_of("round_rows_into", x.device.type)
-    if kernel is None or not kernel(x, None, codes, scale, 0):
-        packing.round_rows_into_reference(x, None, codes, scale, 0)
+    """Round x [T,G,D] to codes uint8 [T,G,D] and scale float16 [T,G] by torch operations."""
+    packing.round_rows_into_reference(x.transpose(0, 1)[None], None, codes.transpose(0, 1)[None], scale.t()[None], 0)
 
 
 class FirstRows:

@@ -589,3 +589,51 @@ extern "C" void attend_blocks(const Arguments* arguments) {
         for (int64_t i = 0; i < merges(run); i++) merge(run, i);
     }
 }
+
+// ------------------------------------------------------------------------------------------------ rows of prompts
+
+struct Rounding {
+    Numbers x;  // [tokens, heads, size]
+    Type type;
+    int64_t tokens, heads, size, threads;
+    uint8_t* rows;
+    int64_t row, start, scale;  // bytes from one row to the next; in a row before the heads, before their scales
+};
+
+// Numbers as rows of a window in 8 bits.
+extern "C" void round_rows(const Rounding* rounding) {
+    const Rounding& a = *rounding;
+#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
+    {
+        std::vector<float> x(a.size);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < a.tokens; t++) {
+            for (int64_t h = 0; h < a.heads; h++) {
+                const uint8_t* from = a.x.data + (t * a.x.token + h * a.x.head) * bytes_of(a.type);
+                to_floats(from, a.type, a.size, x.data());
+                uint8_t* row = a.rows + t * a.row;
+                HalfBits scale(0.0f);
+                round_row(x.data(), nullptr, a.size, row + a.start + h * a.size, scale);
+                std::memcpy(row + a.scale + 2 * h, &scale.bits, sizeof scale.bits);
+            }
+        }
+    }
+}
+
+struct Placing {
+    Cache cache;
+    const int64_t *blocks, *offsets;  // of each row
+    int64_t count, threads;
+    const uint8_t* rows;
+    int64_t row, bytes;  // from one row to the next; of a row
+};
+
+// Rows into blocks.
+extern "C" void place_rows(const Placing* placing) {
+    const Placing& a = *placing;
+#pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1)
+    for (int64_t i = 0; i < a.count; i++) {
+        uint8_t* to = a.cache.data + a.blocks[i] * a.cache.block + a.offsets[i] * a.cache.row;
+        std::memcpy(to, a.rows + i * a.row, a.bytes);
+    }
+}

@@ -416,10 +416,10 @@ class Block {
         for (int64_t t = begin / TILE * TILE; t < end; t += TILE) {
             const int64_t tokens = std::min(TILE, end - t);
             if (is_hidden(t, tokens)) continue;
-            const int64_t panels = ceil_div(tokens, PANEL);
-            score(group.tile_keys(t / TILE), panels);
+            const int64_t unseen = std::max<int64_t>(begin - t, 0) / PANEL, panels = ceil_div(tokens, PANEL);
+            score(group.tile_keys(t / TILE), unseen, panels);
             for (int64_t r = 0; r < rows(); r++) weigh(r, t, tokens, panels * PANEL);
-            mix(group.tile_values(t / TILE), panels * PANEL / K::DEPTH);
+            mix(group.tile_values(t / TILE), unseen * PANEL / K::DEPTH, panels * PANEL / K::DEPTH);
         }
         finish();
     }
@@ -444,20 +444,21 @@ class Block {
         return true;
     }
 
-    void score(const uint32_t* keys, int64_t panels) {
+    // Panels of a tile from `begin` on, those before which no query of the block sees.
+    void score(const uint32_t* keys, int64_t begin, int64_t end) {
         const int64_t depth = ordered.key_depth;
-        for (int64_t p = 0; p < panels; p++) {
+        for (int64_t p = begin; p < end; p++) {
             K::template multiply<COLUMNS, false>(queries, depth, rows(), keys + p * PANEL * depth, depth,
                                                  scores + p * PANEL, TILE);
         }
     }
 
-    void mix(const uint32_t* values, int64_t depth) {
+    void mix(const uint32_t* values, int64_t begin, int64_t end) {
         const ValuePanels& panels = ordered.panels;
         for (int64_t p = 0; p < panels.count; p++) {
-            mix_panel<K>(std::make_integer_sequence<int, COLUMNS>(), panels.vectors, weights, WEIGHT_ROW, rows(),
-                         values + p * ordered.value_depth * panels.panel(), depth, mixed + p * panels.panel(),
-                         panels.size());
+            mix_panel<K>(std::make_integer_sequence<int, COLUMNS>(), panels.vectors, weights + begin, WEIGHT_ROW,
+                         rows(), values + (p * ordered.value_depth + begin) * panels.panel(), end - begin,
+                         mixed + p * panels.panel(), panels.size());
         }
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from needs import needs_compiler
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from fhopt.codegen.block_layout import BlockLayout, SideLayout
 from fhopt.codegen.cpu import block_tables
 from fhopt.codegen.cpu.block_tables import attention_of, step_of, table_of
+from fhopt.ops import packing
 from fhopt.plan.window import ResidualWindow
 
 H, G, D, SIZE = 4, 2, 16, 8  # query heads, kv heads, head size, tokens of a block
@@ -70,3 +72,34 @@ def test_the_file_is_always_the_same_and_compiled_once() -> None:
     assert block_tables.render() == block_tables.render()
     assert attention_of(layout()) is not None
     assert not block_tables.compiles_library()  # it is there now
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2000])  # of 2,000, several threads take some each
+def test_rows_of_a_window_are_rounded_as_by_torch(dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 2 * G, 40).to(dtype)[:, ::2]  # heads of an engine stand beside those of queries
+    x[0, 0] = 0
+    x[-1, -1, 3] = torch.nan
+    codes, scale = torch.zeros(1, G, tokens, 40, dtype=torch.uint8), torch.zeros(1, G, tokens, dtype=torch.float16)
+    packing.round_rows_into_reference(x.transpose(0, 1)[None], None, codes, scale, 0)
+    rows = torch.zeros(tokens, 8 + G * 40 + 2 * G, dtype=torch.uint8)
+    assert block_tables.round_rows(x, rows, 8, 8 + G * 40)
+    scales = rows[:, 8 + G * 40 :].view(torch.float16)
+    known = scales.isfinite()
+    assert torch.equal(scales[known], scale[0].t()[known]) and int((~known).sum()) == 1
+    assert torch.equal(rows[:, 8 : 8 + G * 40].unflatten(1, (G, 40))[known], codes[0].transpose(0, 1)[known])
+    assert not rows[:, :8].any()
+    assert not block_tables.round_rows(x.double(), rows, 8, 8 + G * 40)
+
+
+def test_rows_are_placed_in_blocks() -> None:
+    torch.manual_seed(0)
+    cache = torch.zeros(40, 3, SIZE, 150, dtype=torch.uint8)[:, 1:2]  # between those of other layers
+    places = torch.randperm(40 * SIZE)[: 30 * SIZE]
+    blocks, offsets = places // SIZE, places % SIZE
+    rows = torch.randint(1, 256, (len(places), 160), dtype=torch.uint8)[:, :140]
+    expected = cache.clone()
+    expected[blocks, 0, offsets, :140] = rows
+    assert block_tables.place_rows(cache, blocks, offsets, rows)
+    assert torch.equal(cache, expected)
