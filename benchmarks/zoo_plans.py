@@ -18,6 +18,7 @@ from recording import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # the zoo belongs to the tests, and is not installed
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from rich.table import Table
 from zoo_plans_check import PlanRow, check_plan
 from zoo_wide import QUICK_SECONDS, prepare, within, write
 from zoo_wide_check import one_line
+from zoo_wide_configs import WINDOW
 from zoo_wide_models import DECODERS, Candidate, candidates, make
 from zoo_wide_page import reasons
 from zoo_wide_processes import Ended, run_apart
@@ -36,6 +38,8 @@ KEPT = ROOT / "build" / "zoo_plans.jsonl"
 PAGE = ROOT / "docs" / "zoo_plans.md"
 SECONDS = 300.0  # for one plan; most take 3 to 10
 RATIOS = (4.0, 1.0)
+WIDE = 48  # tokens of a sliding window: compressed, and shorter than the prompt
+WINDOWS = re.compile(r"sliding_window(_size)?|attention_window_size|attention_chunk_size")
 SAMPLE = 20  # in a quick run, one class of this many
 STATUSES = {
     "works": "as expected",
@@ -117,7 +121,7 @@ def attempt(candidate: Candidate, ratio: float) -> PlanRow:
     """Build one class and check a plan on it; in a process of its own."""
     row = PlanRow(candidate.name, ratio)
     try:
-        model = make(candidate, "eager", is_decoder=True)
+        model = make(candidate, "eager", is_decoder=True, change=widen_windows)
     except Exception as error:  # whatever a class says of a configuration that does not suit it
         row.status, row.why = "not built", [one_line(error)]
         return row
@@ -145,8 +149,18 @@ def _with_all_experts(candidate: Candidate, row: PlanRow) -> PlanRow:
     return dense
 
 
+def widen_windows(config: Any) -> None:
+    """Let sliding windows and chunks be long enough to be compressed, and shorter than the prompt."""
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))]
+    for part in parts:
+        for name, value in list(vars(part).items()):
+            if WINDOWS.fullmatch(name) and value == WINDOW:
+                setattr(part, name, WIDE)
+
+
 def take_all_experts(config: Any) -> None:
     """Set a configuration to send each token to all experts. Raises ValueError where it has none."""
+    widen_windows(config)
     counts = (getattr(config, name, None) for name in ("n_routed_experts", "num_experts", "num_local_experts"))
     count = next((n for n in counts if isinstance(n, int) and n > 1), None)
     if count is None or not hasattr(config, "num_experts_per_tok"):

@@ -1,6 +1,7 @@
 """Layers of a `LatentCache`.
 
     LatentLayer         [ attention sinks | packed latents of quantized tokens | residual window ], growing
+    SlidingLatentLayer  these, of the tokens that a sliding window shows
     StaticLatentLayer   these in places of fixed number, for torch.compile and CUDA graphs
     CrossLatentLayer    packed latents of everything that a decoder reads of its encoder
 
@@ -53,6 +54,7 @@ from fhopt.cache.store import PACKED, QUANTIZED, SKETCHES, RoundedPart, Store, p
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.plan.window import ResidualWindow
 
 
 class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
@@ -69,9 +71,9 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     lists: Tensor  # see `PageIndex.counters`, where it has
     stores: dict[str, Store]  # by their names in files, see `named_stores`
 
-    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool) -> None:
+    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool, window: ResidualWindow | None = None) -> None:
         # Without the parent's `__init__`, which sets `keys` and `values`: here they are properties.
-        self.plan, self.window, self.site, self.absorb = plan, plan.window, site, absorb
+        self.plan, self.window, self.site, self.absorb = plan, plan.window if window is None else window, site, absorb
         self.reader = Reader()  # of the model that the cache is for, where a plan is applied
         self.is_initialized = False
         self.each_query = False  # whether each query of a call of several has its own pages, as it would alone

@@ -19,15 +19,19 @@ from fhopt.cache.residual_window import growing_windows
 from fhopt.cache.store import QUANTIZED, named_stores
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
+from fhopt.plan.window import ResidualWindow
 
 
 class LatentLayer(LatentLayerBase):
     """A layer that grows. `quantized` tokens are latents, the others attention sinks and residual window."""
 
     is_compileable = False
+    hidden = 0  # quantized tokens, the oldest, that attention does not read
 
-    def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool = True) -> None:
-        super().__init__(plan, site, absorb)
+    def __init__(
+        self, plan: LatentPlan, site: SitePlan, absorb: bool = True, window: ResidualWindow | None = None
+    ) -> None:
+        super().__init__(plan, site, absorb, window)
         self.packed_keys, self.packed_values = make_packed(site, PackedLatents)
         self.window_keys, self.window_values = growing_windows(self.window)
         self.stores = named_stores((self.window_keys, self.window_values), (self.packed_keys, self.packed_values))
@@ -69,9 +73,10 @@ class LatentLayer(LatentLayerBase):
             return read if order is None else (order.by_position(read[0], 2), order.by_position(read[1], 2))
         keys, rounded_keys = self.window_keys.for_attention(*new_keys)
         values, rounded_values = self.window_values.for_attention(*new_values)
-        sides = self._sides(0, self.quantized, rounded_keys, rounded_values)
+        hidden = self.hidden
+        sides = self._sides(hidden, self.quantized, rounded_keys, rounded_values)
         index = self._with_mean(self._index(self.quantized), *sides)
-        latents = Latents(*sides, self.window.sinks, self.quantized, index, self.observer, order=order)
+        latents = Latents(*sides, self.window.sinks, self.quantized - hidden, index, self.observer, order=order)
         return self._for_attention(keys, values, latents)
 
     def _reads_window(self, new_keys: tuple[Tensor, ...]) -> bool:
@@ -154,9 +159,14 @@ class LatentLayer(LatentLayerBase):
         """Tokens that are read as latents."""
         return self.quantized
 
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held, quantized and not."""
+    @property
+    def held(self) -> int:
+        """Tokens held, quantized and not."""
         return self.quantized + self.window_keys.count if self.is_initialized else 0
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen, which are held."""
+        return self.held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (length, offset) of the mask: all tokens, in order of position."""
@@ -179,7 +189,7 @@ class LatentLayer(LatentLayerBase):
 
         Raises FhoptError for a positive number or for more tokens than are held.
         """
-        length = self.get_seq_length()
+        length = self.held
         check_crop(tokens_to_remove, length)
         if tokens_to_remove == 0 or not self.is_initialized:
             return

@@ -1,9 +1,9 @@
 """`LatentCache`: a transformers cache that holds latents.
 
 It is a `DynamicCache` (or, with `max_cache_len`, stands for a `StaticCache`) of which the layers that a plan names are
-those of fhopt/cache/base_layer.py. Everything else a model caches (sliding windows, linear attention, layers that share
-keys and values) stays as transformers has it. `encoder_decoder_cache` makes the pair for a model that also reads an
-encoder.
+those of fhopt/cache/base_layer.py. Everything else a model caches (linear attention, layers that share keys and values,
+very short sliding windows, in caches of fixed size all of them) stays as transformers has it. `encoder_decoder_cache`
+makes the pair for a model that also reads an encoder.
 """
 
 from __future__ import annotations

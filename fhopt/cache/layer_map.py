@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
 from fhopt.cache.cross_layer import CrossLatentLayer
 from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.cache.sliding_layer import SlidingLatentLayer
 from fhopt.cache.static_layer import StaticLatentLayer
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import cached_sites
 from fhopt.plan.site_plan import SitePlan
+from fhopt.plan.window import LEAST_SLIDING
 
 LATENT_LAYERS = (LatentLayer, StaticLatentLayer, CrossLatentLayer)
 
@@ -25,7 +27,9 @@ def latent_layers(
     plan: LatentPlan, plain: list[Any] | None, *, absorb: bool = True, max_cache_len: int | None = None,
     kind: str = "self", layers: Mapping[str, int] | None = None,
 ) -> list[Any]:  # fmt: skip
-    """Return the layers `plain`, with latent ones where the plan has a site and a layer holds all tokens.
+    """Return the layers `plain`, with latent ones where the plan has a site.
+
+    A layer must hold all tokens, or those of a sliding window that grows up to it.
 
     plain: None for as many as the plan has. A layer that is static becomes a static one. kind, layers: as of
     `cached_sites`. Raises FhoptError.
@@ -34,7 +38,9 @@ def latent_layers(
     last = max([-1, *sites])
     if plain is None:
         plain = [DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len) for _ in range(last + 1)]
-    if last >= len(plain) or (kind == "self" and last < 0):
+    if kind == "self" and last < 0:
+        raise FhoptError("the plan has no site in a layer that this model caches. Fit a plan for this model.")
+    if last >= len(plain):
         raise FhoptError(f"the plan names layer {last}, the model has {len(plain)}. Fit a plan for this model.")
     made = [_latent_layer(plan, sites[i], old, kind, absorb) if i in sites else old for i, old in enumerate(plain)]
     for layer in [layer for layer in made if isinstance(layer, StaticLatentLayer)][1:]:
@@ -47,6 +53,10 @@ def _latent_layer(plan: LatentPlan, site: SitePlan, plain: Any, kind: str, absor
         return CrossLatentLayer(plan, site, absorb)
     if type(plain) is StaticLayer:
         return StaticLatentLayer(plan, site, plain.max_cache_len, absorb)
+    if type(plain) is DynamicSlidingWindowLayer and plain.sliding_window >= LEAST_SLIDING:
+        layer = SlidingLatentLayer(plan, site, plain.sliding_window, absorb)
+        layer.record_past = plain.record_past  # generate asks for it before the plan's layers are there
+        return layer
     return LatentLayer(plan, site, absorb) if type(plain) is DynamicLayer else plain
 
 

@@ -105,9 +105,12 @@ def note_padding(layers: Iterable[Any], mask: Any, tokens: int) -> None:
     if not waiting or (waiting[0].is_initialized and int(waiting[0].get_seq_length())):
         return
     ahead = padding_ahead(mask) if isinstance(mask, Tensor) else None
-    expected = None if ahead is None else ExpectedPadding.of(ahead, waiting[0].window.sinks, tokens)
+    expected: dict[int, ExpectedPadding | None] = {}  # by the number of attention sinks
     for layer in waiting:
-        layer.padding.expected = expected
+        sinks = layer.window.sinks
+        if sinks not in expected:
+            expected[sinks] = None if ahead is None else ExpectedPadding.of(ahead, sinks, tokens)
+        layer.padding.expected = expected[sinks]
 
 
 def padding_ahead(mask: Tensor) -> Tensor | None:

@@ -94,6 +94,16 @@ class PackedLatents(Store):
         """Quantize x [B,G,N,D] and store it behind the first `at` tokens. block: tokens by which storage grows."""
         self.parts = _appended(self.parts, self.encode(x), at, block)
 
+    def insert(self, x: Tensor, count: int) -> None:
+        """Quantize x [B,G,N,D] and store it before the `count` tokens held."""
+        held = [part[:, :, :count] for part in self.parts]
+        new = self.encode(x)
+        self.parts = tuple([torch.cat(pair, 2) for pair in zip(new, held, strict=True)]) if held else new
+
+    def drop(self, first: int, count: int) -> None:
+        """Give back the first tokens of the `count` held."""
+        self.parts = tuple([part[:, :, first:count].clone() for part in self.parts])
+
     @property
     def is_uncoded(self) -> bool:
         """Whether latents are kept as numbers."""

@@ -77,6 +77,13 @@ class ExactWindow(Window):
         """Hold the first `count` tokens only."""
         self.parts = (self.parts[0][:, :, :count].clone(),)
 
+    def take_sinks(self) -> Tensor:
+        """Return the attention sinks, and hold the window alone from now on."""
+        held, count = self.parts[0], self.sinks
+        self.sinks = 0
+        self.parts = (held[:, :, count:].clone(), *self.parts[1:])
+        return held[:, :, :count]
+
 
 class RoundedWindow(ExactWindow):
     """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""

@@ -46,11 +46,12 @@ from fhopt.parallel.offloaded_weights import Weights
 from fhopt.parallel.tensor_parallel import check_whole
 from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
-from fhopt.plan.cache_size import is_compressible, record_of
+from fhopt.plan.cache_size import is_compressible, layers_of, record_of, sliding_windows
 from fhopt.plan.expected_loss import EXPECTED
 from fhopt.plan.fingerprint import fingerprint, weight_prints
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
+from fhopt.plan.window import LEAST_SLIDING
 from fhopt.progress import Progress, silent
 from fhopt.texts import tokens as texts_tokens
 from fhopt.version import __version__
@@ -111,6 +112,7 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         bits=options.bits, sinks=options.sinks, recent=options.recent_tokens, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
         mean_tokens=calibration.options.mean_tokens, kernel_shapes=options.kernel_shapes,
+        sliding=sliding_windows(calibration.sites.values(), layers_of(calibration.provenance)),
     )  # fmt: skip
     plan = plan.with_provenance(**calibration.prints, **calibration.provenance)
     checks = checks_of(calibration.provenance.get(CHECKS, ()))
@@ -211,8 +213,10 @@ def _measure_batches(
     outcome = _sites(captured, name, encoder)
     options = replace(options, mean_tokens=0 if options.is_lossless else options.mean_tokens)
     if not options.is_lossless and not layouts:
-        budget = allocation.Budget(options.ratio, options.window, options.tokens)
-        allocation.check_reach(list(outcome.sites.values()), budget, options.bits, options.device)
+        found = list(outcome.sites.values())
+        sliding = sliding_windows(found, outcome.program.layers)
+        budget = allocation.Budget(options.ratio, options.window, options.tokens, sliding=sliding)
+        allocation.check_reach(found, budget, options.bits, options.device)
     key = _key(options, name, data_digest, weights, outcome) | ({"layouts": list(layouts)} if layouts else {})
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
     source, kept = iter(batches), {"sinks": options.sinks, "recent": options.near_tokens}
@@ -246,6 +250,7 @@ def _measure_batches(
             )
     versions = {"fhopt": __version__, "torch": torch.__version__}
     provenance = {"seed": options.seed, "sequences": options.sequences, "versions": versions}
+    provenance |= record_of(outcome.program.layers)
     sites = list(outcome.sites.values())
     prints = {"fingerprint": fingerprint(weights, sites), "weights": weight_prints(weights, sites)}
     calibration = Calibration(statistics, bases, costs, provenance, options, prints, outcome)
@@ -289,8 +294,8 @@ def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.O
         kept = max(layer.window for layer in layers)
         what = f"windows of at most {kept:,}" if kept else "its cache keeps keys and values beside a state"
         raise FhoptError(
-            f"no attention layer of {name} caches all tokens in a layer of its own ({what}), so there is nothing to "
-            "compress; expected a model in which some layers attend to all tokens."
+            f"no attention layer of {name} keeps tokens enough in a layer of its own ({what}), so there is nothing to "
+            f"compress; expected a model in which some layers attend to all tokens, or to {LEAST_SLIDING} or more."
         )
     return replace(outcome, sites=compressible)
 

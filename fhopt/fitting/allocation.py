@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,31 +41,51 @@ ROUNDS = 4  # of choosing layouts at the price that the last choice led to
 
 @dataclass(frozen=True)
 class Budget:
-    """Size of a KV cache: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted."""
+    """Size of a KV cache: `ratio` times smaller than 16-bit keys and values at `tokens` tokens, all counted.
+
+    sliding: tokens of the sliding window of a site's layer by the site's name, 0 or none where it keeps all tokens.
+    """
 
     ratio: float
     window: ResidualWindow
     tokens: int = 8192
     has_means: bool = False  # of each sequence, see `LatentPlan.mean_tokens`
+    sliding: Mapping[str, int] = field(default_factory=dict)
+
+    def _split(self, site: AttentionSite) -> tuple[int, int, int]:
+        """Return how many tokens of a site are attention sinks, in its residual window, and quantized."""
+        sliding = self.sliding.get(site.name, 0)
+        return self.window.within(sliding).split(self.tokens, sliding)
+
+    def weights(self, sites: Iterable[AttentionSite]) -> dict[str, float]:
+        """Return the quantized tokens of each site by its name, as a share of those of the site with the most."""
+        quantized = {s.name: self._split(s)[2] if s.kind == "self" else self.tokens for s in sites}
+        own = [quantized[s.name] for s in sites if s.kind == "self"]
+        most = max(own) if own and len(own) == len(quantized) else self.tokens
+        return {name: min(1.0, count / max(1, most)) for name, count in quantized.items()}
 
     def quantized_token_bits(self, sites: Iterable[AttentionSite]) -> int:
         """Return the bits of a quantized token: values and scales. Raises FhoptError when every token is exact.
 
         Where there is cross attention, all of whose tokens are quantized, the tokens of other attention count as
-        quantized to the same length.
+        quantized to the same length. The bits of a site with fewer quantized tokens count by its `weights`.
         """
         plans = [_blank(site) for site in sites]
         own = [p for p in plans if p.site.kind == "self"]
-        total = self.tokens * sum(p.window_bytes() for p in plans) / self.ratio
+        kept = [min(self.tokens, self.sliding.get(p.site.name, 0) or self.tokens) for p in plans]
+        total = sum(count * p.window_bytes() for count, p in zip(kept, plans, strict=True)) / self.ratio
         if not own:
             return int(8 * total / self.tokens)
-        window, quantized = self.window, self.window.quantized_tokens(self.tokens)
+        window, quantized = self.window, max(self._split(p.site)[2] for p in own)
         if quantized == 0:
             raise FhoptError(
                 f"{self.tokens} tokens are all exact (sinks {window.sinks}, recent {window.recent}); expected a longer "
                 "context."
             )
-        fixed = window.bytes(self.tokens, own) + (sum(p.mean_bytes() for p in own) if self.has_means else 0)
+        fixed = sum(p.mean_bytes() for p in own) if self.has_means else 0
+        for p in own:
+            sliding = self.sliding.get(p.site.name, 0)
+            fixed += window.within(sliding).bytes(self.tokens, [p], sliding=sliding)
         return int(8 * (total - fixed) / (quantized if len(own) == len(plans) else self.tokens))
 
 
@@ -76,11 +96,11 @@ def _blank(site: AttentionSite) -> SitePlan:
 
 def check_reach(sites: Sequence[AttentionSite], budget: Budget, bits: Sequence[int], device: str | None = None) -> None:
     """Raise FhoptError when the budget is below the least that each side of each site must get."""
-    asked, sides = budget.quantized_token_bits(sites), 2 * len(sites)
+    asked, sides = budget.quantized_token_bits(sites), 2 * sum(budget.weights(sites).values())
     _check_reached(sides * (grain_of(bits, device).least + 8 * SCALE_BYTES), asked)
 
 
-def _check_reached(least: int, asked: int) -> None:
+def _check_reached(least: float, asked: int) -> None:
     if least > asked:
         raise FhoptError(
             f"the size leaves {asked / 8:.0f} bytes for a quantized token, the least possible is {least / 8:.0f} "
@@ -103,7 +123,7 @@ class Allocation:
 class _Part(Protocol):
     """Channels that get bits together: amounts of bits over J latent heads, rising from 0, and the loss with each."""
 
-    bits: list[int]
+    bits: list[float]
     nats: list[float]
 
     def chunks(self, n: int) -> list[int]:
@@ -111,9 +131,9 @@ class _Part(Protocol):
 
 
 class _Chunk:
-    """One chunk with any of the numbers of bits. unit: bits that one bit per channel takes."""
+    """One chunk with any of the numbers of bits. unit: bits that one bit per channel takes, weighted."""
 
-    def __init__(self, costs: Mapping[int, float], unit: int) -> None:
+    def __init__(self, costs: Mapping[int, float], unit: float) -> None:
         self.levels = list(costs)
         self.bits = [b * unit for b in self.levels]
         self.nats = list(costs.values())
@@ -131,7 +151,7 @@ class _Planes:
     least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p), c chunks to a plane.
     """
 
-    def __init__(self, costs: Mapping[int, Sequence[float]], groups: int, plane: int) -> None:
+    def __init__(self, costs: Mapping[int, Sequence[float]], groups: float, plane: int) -> None:
         self.levels = sorted(set(costs) - {0}, reverse=True)
         self.steps = [8 * plane // (TIER_QUANTUM * b) for b in self.levels]
         count = -(-len(costs[0]) // self.steps[-1]) * self.steps[-1]  # the last group may reach past the last chunk
@@ -169,19 +189,24 @@ class _Planes:
 
 @dataclass
 class PartedSide:
-    """Costs of a side in the parts that get bits, and the bits of its scales per token."""
+    """Costs of a side in the parts that get bits, and the bits of its scales per token; bits are weighted."""
 
     parts: Sequence[_Part]
-    fixed: int
+    fixed: float
 
 
 Sides = Mapping[SideKey, PartedSide]
 
 
-def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain) -> Sides:
-    """Divide the sides of every candidate layout into parts of `grain`; where `costs` has none, costs are Gaussian."""
+def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain, weights: Mapping[str, float]) -> Sides:
+    """Divide the sides of every candidate layout into parts of `grain`; where `costs` has none, costs are Gaussian.
+
+    weights: of the bits of each site (`Budget.weights`).
+    """
     return {
-        (name, which, i): side_of(chunk_nats(basis, costs.get((name, which, i)), grain.levels), basis.groups, grain)
+        (name, which, i): side_of(
+            chunk_nats(basis, costs.get((name, which, i)), grain.levels), basis.groups, grain, weights[name]
+        )
         for name, layouts in bases.items()
         for which, pair in layouts.items()
         for i, basis in enumerate(pair)
@@ -240,11 +265,12 @@ def chunk_nats(basis: Basis, costs: SideCosts | None, levels: Sequence[int]) -> 
     return {bits: _per_chunk(channel_nats(basis, costs, bits)) for bits in (0, *levels)}
 
 
-def side_of(costs: Mapping[int, Sequence[float]], groups: int, grain: Grain) -> PartedSide:
+def side_of(costs: Mapping[int, Sequence[float]], groups: int, grain: Grain, weight: float = 1.0) -> PartedSide:
     """Divide a side of J = `groups` latent heads into parts of `grain`, from nats by bits and chunk."""
-    fixed, unit = 8 * SCALE_BYTES * groups, TIER_QUANTUM * groups
+    weighted = groups if weight == 1 else groups * weight
+    fixed, unit = 8 * SCALE_BYTES * weighted, TIER_QUANTUM * weighted
     if grain.plane:
-        return PartedSide([_Planes(costs, groups, grain.plane)], fixed)
+        return PartedSide([_Planes(costs, weighted, grain.plane)], fixed)
     return PartedSide([_Chunk({b: c[i] for b, c in costs.items()}, unit) for i in range(len(costs[0]))], fixed)
 
 
@@ -304,7 +330,7 @@ def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, i
     ]
 
 
-def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: int) -> None:
+def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: float) -> None:
     """Allocate the rest of the budget, too little for the next best amount of any part, to where it helps most."""
     while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], room))]:
         gain, n, at = max(gains)

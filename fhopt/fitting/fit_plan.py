@@ -71,6 +71,7 @@ def fit(
     device: str | None = None,
     mean_tokens: int = 0,
     kernel_shapes: int | None = None,
+    sliding: Mapping[str, int] | None = None,
 ) -> LatentPlan:
     """Fit a plan whose whole KV cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
@@ -79,7 +80,8 @@ def fit(
     here. costs: of these bases, as measured; where there are none, those of a Gaussian. device: what the plan will run
     on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
     bytes. mean_tokens: of the plan, and of the statistics. kernel_shapes: how many different kernels the sites need, at
-    most; None: `GPU_SHAPES` for a GPU, else any. Raises FhoptError when the ratio cannot be reached, when
+    most; None: `GPU_SHAPES` for a GPU, else any. sliding: tokens of the sliding window of a site's layer by the site's
+    name, where it has one. Raises FhoptError when the ratio cannot be reached, when
     options are not possible, or when the layout `input` is asked for where it does not exist.
     """
     check_options(ratio, layout, bits, device)
@@ -96,13 +98,15 @@ def fit(
             which = next(w for w in layouts if w != "input")
             plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
-    budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0)
-    grain = grain_of(bits, device)
-    candidates = candidate_sides(bases, costs, grain)
+    budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0, sliding or {})
+    grain, counted = grain_of(bits, device), budget.weights(sites.values())
+    weights = {name: counted[site.name] for name, site in sites.items()}
+    candidates = candidate_sides(bases, costs, grain, weights)
     most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
     chosen, free = choose_layouts(bases, candidates, asked, grain)
     chunks = {
-        name: _chunks(name, which, bool(sites[name].softcap), bases, costs, grain) for name, which in chosen.items()
+        name: _chunks(name, which, bool(sites[name].softcap), bases, costs, grain, weights[name])
+        for name, which in chosen.items()
     }
     allocation = free if most is None else share(chunks, free, asked, grain, most)
     plans = []
@@ -122,11 +126,13 @@ def fit(
     return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
 
 
-def _chunks(name: str, which: str, capped: bool, bases: CandidateBases, costs: Costs, grain: Grain) -> SiteChunks:
+def _chunks(
+    name: str, which: str, capped: bool, bases: CandidateBases, costs: Costs, grain: Grain, weight: float
+) -> SiteChunks:
     """Collect what the chunks of a site cost in its chosen layout. capped: its logits have a softcap."""
     pair = bases[name][which]
     nats = [chunk_nats(basis, costs.get((name, which, i)), grain.levels) for i, basis in enumerate(pair)]
-    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), capped)
+    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), capped, weight)
 
 
 def _evidence_of_sites(
@@ -154,7 +160,8 @@ def _curve(
     grain: Grain,
 ) -> tuple[Size, ...]:
     """Return the expected losses of plans of other sizes, as far as they can be reached."""
-    exact, sizes = 2 * sum(s.exact_numbers_per_token for s in sites), []
+    weights = budget.weights(sites)
+    exact, sizes = 2 * sum(s.exact_numbers_per_token * weights[s.name] for s in sites), []
     for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
         try:
             _, allocation = choose_layouts(

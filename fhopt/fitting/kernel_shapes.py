@@ -34,17 +34,18 @@ class SiteChunks:
     """What the chunks of one site cost, side by side.
 
     nats: of each side (one where keys and values share a latent). groups: latent heads J of each side. alike: sites
-    can share a kernel only where this is equal.
+    can share a kernel only where this is equal. weight: of its bits, see `Budget.weights`.
     """
 
     nats: tuple[ChunkNats, ...]
     groups: tuple[int, ...]
     alike: Hashable = None
+    weight: float = 1.0
 
     @property
     def kind(self) -> Hashable:
-        """What sites that share a shape have in common: chunks of each side, and `alike`."""
-        return (self.alike, *(len(side[0]) for side in self.nats))
+        """What sites that share a shape have in common: chunks of each side, weight, and `alike`."""
+        return (self.alike, self.weight, *(len(side[0]) for side in self.nats))
 
     def orders(self) -> list[list[int]]:
         """Return the chunks of each side, the dearest first."""
@@ -100,7 +101,7 @@ def _joined_side(sites: Sequence[SiteChunks], side: int, grain: Grain) -> Parted
     ranked = [_ranked(site, side) for site in sites]
     costs = {bits: [sum(part) for part in zip(*(r[bits] for r in ranked), strict=True)] for bits in ranked[0]}
     groups = sum(site.groups[side] for site in sites)
-    return side_of(costs, groups, grain)
+    return side_of(costs, groups, grain, sites[0].weight)
 
 
 def _ranked(site: SiteChunks, side: int) -> dict[int, list[float]]:
@@ -137,7 +138,8 @@ def _worth(site: SiteChunks, levels: Sequence[int], price: float) -> Tensor:
     sides = []
     for i, groups in enumerate(site.groups):
         ranked = _ranked(site, i)
-        rows = [[nats + price * bits * TIER_QUANTUM * groups for nats in ranked[bits]] for bits in levels]
+        unit = TIER_QUANTUM * groups * site.weight
+        rows = [[nats + price * bits * unit for nats in ranked[bits]] for bits in levels]
         sides.append(torch.tensor(rows, dtype=torch.float64))
     return torch.cat(sides, 1)
 

@@ -36,6 +36,7 @@ from fhopt.hardware.devices import Device
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
+from fhopt.plan.window import RECENT_PART
 
 BATCH, QUERIES, TOKENS = sympy.symbols("B S T", positive=True)
 QUANTIZED = sympy.Symbol("T_quantized", nonnegative=True)
@@ -154,14 +155,13 @@ def site_cost(
     site: AttentionSite, latents: SitePlan | LatentSizes | None = None, *, open_tokens: int = 0, itemsize: int = 2,
     window_bits: int = 16, sinks: int = 0,
 ) -> Cost:  # fmt: skip
-    """Compute the cost of one site: exact without `latents`; a sliding window is always exact, as in the cache.
+    """Compute the cost of one site: exact without `latents`; a very short sliding window is always exact.
 
     itemsize: bytes of one exact number and of one number of the bases. window_bits: of a plan's residual window; the
     first `sinks` tokens are exact.
     """
-    slides = site.mask in ("sliding", "chunked") and site.window > 0
-    if latents is None or slides:
-        return Cost((_exact(site, sympy.Min(TOKENS, site.window) if slides else TOKENS, itemsize),), itemsize)
+    if latents is None or (site.slides and not site.sliding):
+        return Cost((_exact(site, sympy.Min(TOKENS, site.window) if site.slides else TOKENS, itemsize),), itemsize)
     sizes = LatentSizes.planned(latents, itemsize) if isinstance(latents, SitePlan) else latents
     per_query = 2 * BATCH * site.heads * QUERIES
     quantized = Work(
@@ -179,7 +179,15 @@ def site_cost(
     window: tuple[Work, ...] = (_exact(site, TOKENS - QUANTIZED, itemsize),)
     if isinstance(latents, SitePlan) and window_bits < 16:
         window = _rounded_window(latents, window_bits, sinks, itemsize)
-    return Cost((*window, quantized, bases), itemsize, open_tokens)
+    works = (*window, quantized, bases)
+    return Cost(tuple(_within(work, site.sliding) for work in works) if site.sliding else works, itemsize, open_tokens)
+
+
+def _within(work: Work, sliding: int) -> Work:
+    """Return what is left of a work where a window slides."""
+    least = {TOKENS: sympy.Min(TOKENS, sliding), QUANTIZED: sympy.Min(QUANTIZED, sliding - sliding // RECENT_PART)}
+    parts = [sympy.sympify(part).subs(least) for part in (work.bytes, work.operations, work.conversions)]
+    return Work(work.name, *parts)
 
 
 def _rounded_window(plan: SitePlan, window_bits: int, sinks: int, itemsize: int) -> tuple[Work, ...]:
@@ -264,7 +272,11 @@ def break_even(exact: Cost, latent: Cost, device: Device, batch: int = 1, querie
         if slope.subs(BATCH, batch) >= 0:
             return BreakEven("always")
     formula = latent.open_tokens - start / slope
-    return BreakEven("from", float(formula.subs(BATCH, batch)), formula)
+    tokens = float(formula.subs(BATCH, batch))
+    later = {TOKENS: math.ceil(tokens) + 1, QUANTIZED: max(0, math.ceil(tokens) + 1 - window), BATCH: batch}
+    if gap.subs(later) > 0:  # a window that slides ends before
+        return BreakEven("never")
+    return BreakEven("from", tokens, formula)
 
 
 def upper_bound(weights: float, cache: float, ratio: float = math.inf) -> float:

@@ -54,7 +54,7 @@ def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[st
     result, known = Listings(), dict[tuple[str, str], int]()
     try:
         kernels = kernels_of(plan, dtype)
-    except FhoptError:  # nothing but sliding windows
+    except FhoptError:  # nothing but short sliding windows
         return result
     by_spec: dict[str, tuple[KernelSpec, list[str]]] = {}
     for (spec, *_), sites in kernels.items():

@@ -132,7 +132,7 @@ def kept_exact(sites: Sequence[AttentionSite], layers: Sequence[CacheLayer] = ()
 
 def _reason(layer: CacheLayer, sites: Sequence[AttentionSite]) -> str:
     """Return why a layer stays exact; empty where a plan may compress it."""
-    if layer.window:
+    if layer.window and not layer.sliding:
         return f"only the newest {layer.window:,} tokens are kept ({layer.mask or 'sliding'} window)"
     if not layer.is_full and not layer.numbers:
         return "a state of fixed size is kept (linear attention)" if layer.state_bytes else "no tokens are kept"

@@ -81,13 +81,12 @@ def _layer_types(config: Any, count: int) -> list[str]:
 
 
 def _layer(name: str, layer: Any, layer_type: str) -> CacheLayer:
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     window = int(getattr(layer, "sliding_window", 0) or 0)
     chunked = window and ("chunk" in layer_type)
-    return CacheLayer(
-        name, CHUNKED if chunked else SLIDING if window else "", window, is_full=type(layer) is DynamicLayer
-    )
+    is_full = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return CacheLayer(name, CHUNKED if chunked else SLIDING if window else "", window, is_full=is_full)
 
 
 def _layer_paths(model: torch.nn.Module) -> dict[int, str]:

@@ -1,15 +1,18 @@
 """Bytes of a KV cache at a stated context, all layers of a model: an ordinary cache, and one with a plan.
 
 Every size and ratio that is printed is computed here. What an ordinary cache keeps of a layer is a `CacheLayer`
-(fhopt/models/cache_layers.py reads them off a model); a plan compresses layers that keep all tokens, and others stay as
-they are: sliding windows, chunks, states of linear attention, layers that read the keys and values of another.
+(fhopt/models/cache_layers.py reads them off a model); a plan compresses layers that keep all tokens or those of a
+sliding window or chunk, and others stay as they are: very short windows, states of linear attention, layers that read
+the keys and values of another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from fhopt.plan.window import LEAST_SLIDING
 
 if TYPE_CHECKING:
     from fhopt.plan.latent_plan import LatentPlan
@@ -25,8 +28,8 @@ class CacheLayer:
     """What transformers' KV cache keeps of one layer, for one sequence.
 
     name: path of the layer, or of its attention. mask: "sliding" or "chunked" where it keeps the newest `window` tokens
-    only, else "". is_full: keys and values of all tokens are kept, and nothing else: a plan may compress them. numbers:
-    of each token that is kept. state_bytes: of what no token adds to.
+    only, else "". is_full: keys and values of all these tokens are kept, and nothing else. numbers: of each token that
+    is kept. state_bytes: of what no token adds to.
     """
 
     name: str
@@ -40,6 +43,16 @@ class CacheLayer:
         """Return the bytes after `tokens` tokens, `itemsize` of each number."""
         kept = min(tokens, self.window) if self.window else tokens
         return kept * self.numbers * itemsize + self.state_bytes
+
+    @property
+    def sliding(self) -> int:
+        """Tokens of a sliding window or chunk that a plan may compress; 0 for any other layer."""
+        return self.window if self.is_full and self.window >= LEAST_SLIDING else 0
+
+    @property
+    def is_compressible(self) -> bool:
+        """Return whether a plan may compress the layer."""
+        return self.is_full and (not self.window or self.sliding > 0)
 
     def has(self, site: str) -> bool:
         """Return whether the attention site of this name is of this layer."""
@@ -97,8 +110,8 @@ def cache_size(
     known = recorded or site_layers(sites or [p.site for p in planned])
     compressed = compressed_sites(plan, recorded) if plan is not None else ()
     exact = sum(layer.bytes(tokens, itemsize) for layer in known)
-    before = sum(p.site.exact_numbers_per_token for p in compressed) * tokens * itemsize
-    after = latent_bytes(plan, tokens, compressed, itemsize, source) if plan is not None else 0
+    before = exact_bytes([p.site for p in compressed], tokens, recorded, itemsize)
+    after = latent_bytes(plan, tokens, compressed, itemsize, source, recorded) if plan is not None else 0
     return CacheSize(tokens, exact, exact - before + after, before, after, len(known) - len(compressed))
 
 
@@ -108,12 +121,12 @@ def hypothetical_size(
 ) -> CacheSize:  # fmt: skip
     """Count the bytes of a cache of `tokens` tokens with a plan that makes all layers it may compress `ratio` smaller.
 
-    layers: of the whole model; without any, one for each of `sites`. Sites with a sliding window stay exact.
+    layers: of the whole model; without any, one for each of `sites`.
     """
     found = list(sites)
     known = tuple(layers) or site_layers(found)
-    open_sites = [s.name for s in found if not s.window]
-    compressed = [one for one in known if one.is_full and not one.window and _is_one_of(one, open_sites)]
+    names = [s.name for s in found]
+    compressed = [one for one in known if one.is_compressible and _is_one_of(one, names)]
     exact = sum(layer.bytes(tokens, itemsize) for layer in known)
     before = sum(layer.bytes(tokens, itemsize) for layer in compressed)
     after = round(before / ratio)
@@ -134,20 +147,40 @@ def tokens_within(room: int, size: Callable[[int], int], most: int = 1 << 40) ->
 
 
 def latent_bytes(
-    plan: LatentPlan, tokens: int, sites: Sequence[SitePlan], itemsize: int = 2, source: int | None = None
-) -> int:
+    plan: LatentPlan, tokens: int, sites: Sequence[SitePlan], itemsize: int = 2, source: int | None = None,
+    layers: Sequence[CacheLayer] = (),
+) -> int:  # fmt: skip
     """Return the bytes of the latents of some sites of a plan, for one sequence of `tokens` tokens.
 
     They are those of quantized values, scales, sketches, attention sinks, residual window and means. source: tokens of
-    the encoder, for a decoder that reads one; None: as many as `tokens`.
+    the encoder, for a decoder that reads one; None: as many as `tokens`. layers: of the whole model, which say what a
+    sliding window keeps; without any, sites keep all tokens.
     """
     own = [p for p in sites if p.site.kind == "self"]
-    packed = sum(p.token_bytes(itemsize) for p in own) + plan.sketch_bytes(own)
-    read = sum(p.token_bytes(itemsize) for p in sites if p.site.kind != "self")
     source = tokens if source is None else source
-    quantized = plan.window.quantized_tokens(tokens)
-    means = sum(p.mean_bytes() for p in own) if plan.mean_tokens else 0
-    return quantized * packed + plan.window.bytes(tokens, own, itemsize) + source * read + means
+    total = source * sum(p.token_bytes(itemsize) for p in sites if p.site.kind != "self")
+    total += sum(p.mean_bytes() for p in own) if plan.mean_tokens else 0
+    slides = sliding_windows([p.site for p in own], layers)
+    for sliding in sorted(set(slides.values())):
+        part, window = [p for p in own if slides[p.site.name] == sliding], plan.window.within(sliding)
+        packed = sum(p.token_bytes(itemsize) for p in part) + (0 if sliding else plan.sketch_bytes(part))
+        total += window.split(tokens, sliding)[2] * packed + window.bytes(tokens, part, itemsize, sliding)
+    return total
+
+
+def exact_bytes(
+    sites: Iterable[AttentionSite], tokens: int, layers: Sequence[CacheLayer] = (), itemsize: int = 2
+) -> int:
+    """Return the bytes of ordinary keys and values of some sites, for one sequence of `tokens` tokens."""
+    found = list(sites)
+    slides = sliding_windows(found, layers)
+    kept = [min(tokens, slides[s.name] or tokens) for s in found]
+    return itemsize * sum(s.exact_numbers_per_token * count for s, count in zip(found, kept, strict=True))
+
+
+def sliding_windows(sites: Iterable[AttentionSite], layers: Sequence[CacheLayer]) -> dict[str, int]:
+    """Return the tokens of the sliding window of each site's layer by the site's name; 0: the layer keeps all."""
+    return {s.name: max((one.sliding for one in layers if one.has(s.name)), default=0) for s in sites}
 
 
 def compressed_sites(plan: LatentPlan, layers: Sequence[CacheLayer] = ()) -> tuple[SitePlan, ...]:
@@ -156,8 +189,8 @@ def compressed_sites(plan: LatentPlan, layers: Sequence[CacheLayer] = ()) -> tup
 
 
 def is_compressible(site: AttentionSite, layers: Sequence[CacheLayer]) -> bool:
-    """Return whether a cache may compress a site: unless one of `layers` is the site's and does not keep all tokens."""
-    return all(layer.is_full for layer in layers if layer.has(site.name))
+    """Return whether a cache may compress a site: unless one of `layers` is the site's and it may not."""
+    return all(layer.is_compressible for layer in layers if layer.has(site.name))
 
 
 def site_layers(sites: Iterable[AttentionSite]) -> tuple[CacheLayer, ...]:
@@ -169,7 +202,12 @@ def site_layers(sites: Iterable[AttentionSite]) -> tuple[CacheLayer, ...]:
 
 def recorded_layers(plan: LatentPlan) -> tuple[CacheLayer, ...]:
     """Return the layers of the whole model that a plan recorded; none for plans that were made before they were."""
-    return tuple(CacheLayer(**item) for item in plan.provenance.get(KEY, ()))
+    return layers_of(plan.provenance)
+
+
+def layers_of(provenance: Mapping[str, Any]) -> tuple[CacheLayer, ...]:
+    """Return the layers that `record_of` put into a provenance."""
+    return tuple(CacheLayer(**item) for item in provenance.get(KEY, ()))
 
 
 def record_of(layers: Iterable[CacheLayer]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 
 from fhopt.errors import FhoptError
 from fhopt.files import write_folder
-from fhopt.plan.cache_size import COUNTED_AT, latent_bytes
+from fhopt.plan.cache_size import COUNTED_AT, exact_bytes, latent_bytes, recorded_layers
 from fhopt.plan.description import numbers_of
 from fhopt.plan.plan_files import altered, damage_named, describe_file, describe_plan, plan_tensors, read_plan
 from fhopt.plan.site_plan import PagePlan, SitePlan
@@ -124,14 +124,14 @@ class LatentPlan:
 
         source: tokens of the encoder, for a decoder that reads one; None: as many as `tokens`.
         """
-        return latent_bytes(self, tokens, self.sites, itemsize, source)
+        return latent_bytes(self, tokens, self.sites, itemsize, source, recorded_layers(self))
 
     def ratio(self, tokens: int = COUNTED_AT) -> float:
         """Return how many times smaller than 16-bit keys and values the latents of all sites are at `tokens` tokens.
 
         The ratio of the whole cache, with layers that stay exact: `cache_size`.
         """
-        return tokens * self.exact_token_bytes() / self.cache_bytes(tokens)
+        return exact_bytes([p.site for p in self.sites], tokens, recorded_layers(self)) / self.cache_bytes(tokens)
 
     @property
     def weights(self) -> Mapping[str, str]:

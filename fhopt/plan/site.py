@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fhopt.plan.window import LEAST_SLIDING, RECENT_PART
+
 # --------------------------------------------------------------------------------------------------- sites
 
 
@@ -67,8 +69,23 @@ class AttentionSite:
         return site_html(self)
 
     def exact_tokens(self, sinks: int, recent: int) -> tuple[int, int]:
-        """Return how many (first, newest) tokens stay exact: none of those that a decoder reads of its encoder."""
-        return (sinks, recent) if self.kind == "self" else (0, 0)
+        """Return how many (first, newest) tokens stay exact: none of those that a decoder reads of its encoder.
+
+        Where a window slides, no more than a residual window has there.
+        """
+        if self.kind != "self":
+            return 0, 0
+        return sinks, min(recent, self.sliding // RECENT_PART) if self.sliding else recent
+
+    @property
+    def slides(self) -> bool:
+        """Return whether a query sees the newest `window` tokens only."""
+        return self.mask in ("sliding", "chunked") and self.window > 0
+
+    @property
+    def sliding(self) -> int:
+        """Tokens of a sliding window that a plan may compress; 0 where there is none, or a shorter one."""
+        return self.window if self.slides and self.window >= LEAST_SLIDING else 0
 
     @property
     def cached_weights(self) -> tuple[str, ...]:

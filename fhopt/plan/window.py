@@ -1,9 +1,14 @@
-"""The residual window of a KV cache: which tokens of a sequence are quantized, and which are not."""
+"""The residual window of a KV cache: which tokens of a sequence are quantized, and which are not.
+
+A layer with a sliding window of W tokens holds W - 1: with the query's own, these are what the next query sees. As long
+as no token has left, it is a layer as any other. Then its attention sinks are quantized too, and blocks are dropped
+that no query sees any more; of what it still holds, attention reads the newest W - 1 tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
 from fhopt.errors import FhoptError
@@ -12,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fhopt.plan.site_plan import SitePlan
+
+LEAST_SLIDING = 32  # tokens of the smallest sliding window of which a layer is compressed
+RECENT_PART, BLOCK_PART = 4, 8  # a residual window takes at most 1/4 of a sliding one, a block 1/8
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,39 @@ class ResidualWindow:
         left = left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)
         return left // self.block * self.block
 
-    def split(self, tokens: int) -> tuple[int, int, int]:
-        """Return how many of `tokens` tokens are attention sinks, in the residual window, and quantized."""
-        first, quantized = min(tokens, self.sinks), self.quantized_tokens(tokens)
-        return first, tokens - first - quantized, quantized
+    def within(self, sliding: int) -> ResidualWindow:
+        """Return the residual window of a layer with a sliding window of that many tokens, 0 for none."""
+        if not sliding:
+            return self
+        recent, block = min(self.recent, sliding // RECENT_PART), min(self.block, sliding // BLOCK_PART)
+        return replace(self, sinks=min(self.sinks, block), recent=recent, block=block)
 
-    def bytes(self, tokens: int, sites: Iterable[SitePlan], itemsize: int = 2) -> int:
+    def without_sinks(self) -> ResidualWindow:
+        """Return the same residual window of a cache that has no attention sinks."""
+        return replace(self, sinks=0)
+
+    def dropped(self, tokens: int, sliding: int) -> int:
+        """Return how many of `tokens` tokens a layer with a sliding window, 0 for none, does not hold any more."""
+        unseen = tokens - (sliding - 1) - self.sinks if sliding else -1  # behind the attention sinks
+        return self.sinks + unseen // self.block * self.block if unseen >= 0 else 0
+
+    def split(self, tokens: int, sliding: int = 0) -> tuple[int, int, int]:
+        """Return how many of `tokens` tokens are held as attention sinks, in the residual window, and quantized.
+
+        sliding: tokens of a sliding window, which this one is `within`; 0: none.
+        """
+        first, quantized = min(tokens, self.sinks), self.quantized_tokens(tokens)
+        newest = tokens - first - quantized
+        if sliding and tokens >= sliding:
+            return 0, newest, first + quantized - self.dropped(tokens, sliding)
+        return first, newest, quantized
+
+    def bytes(self, tokens: int, sites: Iterable[SitePlan], itemsize: int = 2, sliding: int = 0) -> int:
         """Return the bytes of attention sinks and residual window of `tokens` tokens, over all `sites`.
 
-        itemsize: bytes of a number that is kept as it came.
+        itemsize: bytes of a number that is kept as it came. sliding: as of `split`.
         """
         sites = tuple(sites)
-        first, newest, _ = self.split(tokens)
+        first, newest, _ = self.split(tokens, sliding)
         exact = sum(site.window_bytes(16, itemsize) for site in sites)
         return first * exact + newest * sum(site.window_bytes(self.bits, itemsize) for site in sites)

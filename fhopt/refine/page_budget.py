@@ -8,6 +8,7 @@ from dataclasses import replace
 from fhopt.errors import FhoptError
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import check_length
+from fhopt.plan.cache_size import recorded_layers, sliding_windows
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import PagePlan, SitePlan
 from fhopt.progress import Progress, silent
@@ -63,7 +64,9 @@ def _gains(curves: Curves, now: int, size: int, room: float, name: str) -> list[
 
 def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOptions) -> LatentPlan:
     """Return the plan with pages by what was measured; provenance says what they leave out. Raises FhoptError."""
-    lift_of = allocate_lifts(curves, plan.sites, options.share)
+    slides = sliding_windows([s.site for s in plan.sites], recorded_layers(plan))
+    lift_of = allocate_lifts(curves, [s for s in plan.sites if not slides[s.site.name]], options.share)
+    lift_of |= {name: ALL for name, window in slides.items() if window}
     names = [site.site.name for site in plan.sites]
     masses = dict.fromkeys(names, 1.0)
     measured = {name: curves[name] for name in names if name in curves and curves[name].count}

@@ -105,13 +105,15 @@ def test_latent_bytes_are_those_of_the_plan_up_to_half_a_block(tokens: int, item
     assert abs(counted - plan.cache_bytes(tokens, itemsize)) <= PLAN.block / 2 * saved
 
 
-def test_a_sliding_window_is_exact_and_no_longer_than_itself() -> None:
-    sliding = replace(SITE, mask="sliding", window=128)
+@pytest.mark.parametrize(("window", "sizes"), [(16, [1536] * 3), (128, [9600, 12288, 12288])])
+def test_a_sliding_window_is_no_longer_than_itself_and_a_short_one_exact(window: int, sizes: list[int]) -> None:
+    sliding = replace(SITE, mask="sliding", window=window)
     plan = replace(PLAN, sites=(replace(PLAN.sites[0], site=sliding),))
     exact, latent = model_cost([sliding]), model_cost([sliding], plan)
-    assert exact.bytes == latent.bytes
-    assert [exact.number(exact.bytes, t) for t in (100, 128, 5000)] == [9600, 12288, 12288]
-    assert break_even(exact, latent, DEVICES["h100"]).verdict == "never"
+    assert [exact.number(exact.bytes, t) for t in (100, 128, 5000)] == sizes
+    assert window > 16 or break_even(exact, latent, DEVICES["h100"]).verdict == "never"
+    later = [latent.number(latent.bytes, t) for t in (500, 5000)]
+    assert later[0] == later[1] and (later[0] == sizes[2] if window == 16 else sizes[2] / 2 < later[0] < sizes[2])
 
 
 @figures

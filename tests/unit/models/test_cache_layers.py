@@ -15,13 +15,13 @@ TOKENS = (512, 8192, 32768)
 FULL = ("", 0, True)
 STATE, SHARED = ("", 0, False), ("", 0, False)
 KINDS: dict[str, list[tuple[str, int, bool]]] = {
-    "gemma3": [("sliding", WINDOW, False)] * 5 + [FULL],
-    "gpt_oss": [("sliding", WINDOW, False), FULL],
+    "gemma3": [("sliding", WINDOW, True)] * 5 + [FULL],
+    "gpt_oss": [("sliding", WINDOW, True), FULL],
     "qwen3_next": [STATE, FULL],
-    "gemma3n": [*[("sliding", WINDOW, False)] * 2, FULL, ("sliding", WINDOW, False), SHARED, SHARED],
-    "llama4": [("chunked", WINDOW, False)] * 3 + [FULL],
+    "gemma3n": [*[("sliding", WINDOW, True)] * 2, FULL, ("sliding", WINDOW, True), SHARED, SHARED],
+    "llama4": [("chunked", WINDOW, True)] * 3 + [FULL],
     "deepseek": [FULL] * 2,
-    "mistral": [("sliding", WINDOW, False)] * 2,
+    "mistral": [("sliding", WINDOW, True)] * 2,
     "llama": [FULL] * 2,
 }
 

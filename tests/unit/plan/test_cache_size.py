@@ -26,7 +26,8 @@ from fhopt.plan.site import AttentionSite
 
 NUMBERS = 2 * (16 + 8)  # of a token at SITE
 FULL = CacheLayer("layers.0", numbers=NUMBERS)
-SLIDING = CacheLayer("layers.1", "sliding", 100, is_full=False, numbers=NUMBERS)
+SLIDING = CacheLayer("layers.1", "sliding", 100, numbers=NUMBERS)
+SHORT = CacheLayer("layers.1", "sliding", 31, numbers=NUMBERS)
 STATE = CacheLayer("layers.2", is_full=False, state_bytes=640)
 SHARED = CacheLayer("layers.3", is_full=False)
 LAYERS = (FULL, SLIDING, STATE, SHARED)
@@ -38,6 +39,21 @@ def sites(*indices: int) -> list[AttentionSite]:
 
 def plan(*indices: int, **provenance: Any) -> LatentPlan:
     return coded(fit_plan.exact_plan(sites(*indices), recent=8, block=8)).with_provenance(**provenance)
+
+
+@pytest.mark.parametrize("tokens", [50, 99, 100, 112, 8192])
+def test_a_sliding_window_is_compressed_as_far_as_it_holds_tokens(tokens: int) -> None:
+    whole = plan(0, 1, **record_of(LAYERS))
+    size, full = cache_size(whole, tokens), cache_size(whole, tokens, [FULL, replace(SLIDING, mask="", window=0)])
+    assert size.compressed_exact_bytes == 2 * NUMBERS * (tokens + min(tokens, 100)) and size.exact_layers == 2
+    assert whole.cache_bytes(tokens) == size.compressed_bytes
+    assert whole.ratio(tokens) == size.compressed_ratio
+    assert (size.compressed_bytes == full.compressed_bytes) is (tokens < 100)
+    held, window = full.compressed_bytes // 2, whole.window.within(100)
+    first, newest, quantized = window.split(tokens, 100)
+    site = whole.sites[1]
+    own = first * site.window_bytes(16, 2) + newest * site.window_bytes(16, 2) + quantized * site.token_bytes(2)
+    assert size.compressed_bytes == held + own
 
 
 @pytest.mark.parametrize("tokens", [50, 100, 8192])
@@ -52,9 +68,11 @@ def test_layers_that_stay_exact_count_what_an_ordinary_cache_keeps(tokens: int) 
 
 
 def test_a_plan_of_today_that_names_layers_with_windows_gets_the_same_figures() -> None:
-    assert cache_size(plan(0, 1, 3), 8192, LAYERS) == cache_size(plan(0), 8192, LAYERS)
-    assert [p.site.name for p in compressed_sites(plan(0, 1, 3), LAYERS)] == ["layers.0"]
-    nothing = cache_size(plan(1), 8192, LAYERS)
+    layers = (FULL, SHORT, STATE, SHARED)
+    assert cache_size(plan(0, 1, 3), 8192, layers) == cache_size(plan(0), 8192, layers)
+    assert [p.site.name for p in compressed_sites(plan(0, 1, 3), layers)] == ["layers.0"]
+    assert [p.site.name for p in compressed_sites(plan(0, 1, 3), LAYERS)] == ["layers.0", "layers.1"]
+    nothing = cache_size(plan(1), 8192, layers)
     assert (nothing.compressed_ratio, nothing.ratio, nothing.exact_layers) == (1, 1, 4)
 
 
@@ -105,10 +123,12 @@ def test_bytes_of_a_plan_are_those_that_its_cache_allocates(name: str) -> None:
 
 
 def test_a_hypothetical_plan_divides_the_layers_that_it_may_compress() -> None:
-    layers = [CacheLayer("layers.0", "sliding", 100, False, 8), CacheLayer("layers.1", numbers=8)]
+    layers = [CacheLayer("layers.0", "sliding", 30, numbers=8), CacheLayer("layers.1", numbers=8)]
     found = hypothetical_size(4, sites(0, 1), 1000, layers)
-    assert (found.exact_bytes, found.plan_bytes) == (2 * 8 * 1100, 2 * 8 * (100 + 250))
+    assert (found.exact_bytes, found.plan_bytes) == (2 * 8 * 1030, 2 * 8 * (30 + 250))
     assert (found.compressed_ratio, found.exact_layers) == (4, 1)
+    found = hypothetical_size(4, sites(0, 1), 1000, [replace(layers[0], window=100), layers[1]])
+    assert (found.plan_bytes, found.exact_layers) == (2 * 8 * (25 + 250), 0)
     unknown = hypothetical_size(4, sites(0), 1000, [CacheLayer("elsewhere", numbers=8)])
     assert unknown.ratio == 1 and unknown.exact_layers == 1
 
