@@ -19,6 +19,7 @@ from fhopt.ops import packing, registry
 from fhopt.plan.window import ResidualWindow
 
 SPARE = 16  # places by which a window in 8 bits grows, so that most decode steps write one row and copy nothing
+LONG = 1024  # quantized tokens from which on a cache spares so many; before, half: they would be 4 % of its bytes
 
 
 class Window(Store):
@@ -88,6 +89,7 @@ class ExactWindow(Window):
 class RoundedWindow(ExactWindow):
     """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
 
+    spare = SPARE // 2
     _room: tuple[Tensor, Tensor] | None = None  # values and scales with spare places behind, of which the parts
     _grown: tuple[Tensor, ...] = ()  # as they were last appended to are views: any other parts have no spare places
 
@@ -134,7 +136,7 @@ class RoundedWindow(ExactWindow):
         sinks, values, _ = self.parts
         count, more = values.shape[2], new.shape[2]
         kernel = registry.kernel_of("round_rows_into", new.device.type)
-        if kernel is None or more > SPARE or sinks.shape[2] < self.sinks or torch.compiler.is_compiling():
+        if kernel is None or more > self.spare or sinks.shape[2] < self.sinks or torch.compiler.is_compiling():
             return False
         room = self.room(more)
         if not kernel(new.detach(), self.mean, *room, count):
@@ -146,7 +148,7 @@ class RoundedWindow(ExactWindow):
         """Return values and scales with `more` spare places behind those of the window."""
         _, values, scale = self.parts
         if self._room is None or self.parts is not self._grown or values.shape[2] + more > self._room[0].shape[2]:
-            return _with_spare(values), _with_spare(scale)
+            return _with_spare(values, self.spare), _with_spare(scale, self.spare)
         return self._room
 
     def take(self, room: tuple[Tensor, Tensor], more: int) -> None:
@@ -169,10 +171,10 @@ class RoundedWindow(ExactWindow):
         self.parts = (sinks[:, :, :count].clone(), *[part[:, :, :rest].clone() for part in window])
 
 
-def _with_spare(part: Tensor) -> Tensor:
-    """Copy values [B,G,M,D] or scales [B,G,M] to the front of a tensor with SPARE places behind."""
+def _with_spare(part: Tensor, spare: int) -> Tensor:
+    """Copy values [B,G,M,D] or scales [B,G,M] to the front of a tensor with `spare` places behind."""
     count = part.shape[2]
-    room = part.new_zeros((*part.shape[:2], count + SPARE, *part.shape[3:]))
+    room = part.new_zeros((*part.shape[:2], count + spare, *part.shape[3:]))
     room.narrow(2, 0, count).copy_(part)
     return room
 

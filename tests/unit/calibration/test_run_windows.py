@@ -71,9 +71,7 @@ def test_a_plan_of_a_gemma_3_type_makes_the_whole_cache_as_small_as_it_was_asked
         held = sum(x.nbytes for layer in exact.layers for x in (layer.keys, layer.values))
         size = cache_size(plan, tokens)
         assert size.exact_layers == 0 and size.exact_bytes == pytest.approx(held, rel=0.02)
-        spare = sum(row["spare"] for row in latent.report())  # places for the next 16 tokens of each window
-        assert size.plan_bytes == pytest.approx(latent.nbytes - spare, rel=0.02)
-        assert size.plan_bytes == pytest.approx(latent.nbytes, rel=0.04 if tokens == 512 else 0.02)
+        assert size.plan_bytes == pytest.approx(latent.nbytes, rel=0.02)
         assert held / latent.nbytes > least
 
 
