@@ -93,6 +93,7 @@ def test_a_part_is_measured_again_when_its_package_or_its_tests_change(
         ended("passed")
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_interrupted() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     assert covered_parts._wait(child, 0.1) == "interrupted" and child.returncode is not None

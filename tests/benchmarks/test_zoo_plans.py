@@ -24,7 +24,7 @@ def test_a_plan_on_a_decoder_is_as_expected(ratio: float) -> None:
 
 
 def test_what_a_plan_does_not_serve_is_refused_with_its_sentence() -> None:
-    row = check_plan(PlanRow("mistral", 4.0), windowed("mistral"))
+    row = check_plan(PlanRow("mistral", 4.0), windowed("mistral", sliding_window=16))
     assert row.status == "refused" and "nothing to compress" in row.why[0]
 
 

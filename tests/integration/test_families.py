@@ -98,6 +98,7 @@ def test_a_family_generates_the_same_from_latents(name: str, kind: str) -> None:
     assert not any(isinstance(x, LatentTensor) for layer in latent for x in layer.tensors)
 
 
+@pytest.mark.slow
 def test_the_zoo_has_models_with_each_way_to_attend() -> None:
     own = {name for name in MODELS if not model_facts.uses_interface(_attention(prepared(name)))}
     older = set() if has_transformers(5, 24) else {"gptj"}

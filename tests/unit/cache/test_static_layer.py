@@ -133,6 +133,7 @@ class StaticStates(RuleBasedStateMachine):
                 torch.testing.assert_close(held[:, :, : len(self.exact)], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiers", [(), CODED], ids=["uncoded", "coded"])
 @pytest.mark.parametrize("layout", ["head", "input"])
 @pytest.mark.parametrize("window_bits", (16, 8))

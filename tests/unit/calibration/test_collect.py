@@ -235,6 +235,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], int]]
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None:
     make, inputs, count = KINDS[kind]

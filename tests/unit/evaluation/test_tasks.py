@@ -151,6 +151,7 @@ def test_items_read_together_score_as_alone(llama: Fitted, tokenizer: Any, monke
     assert together.plan.log_prob == pytest.approx(alone.plan.log_prob, rel=1e-3)  # that may round to the next code
 
 
+@pytest.mark.slow
 def test_full_width_changes_no_answer_and_a_coarse_plan_does(fitted: Fitted, tokenizer: Any) -> None:
     written = write_items(tokenizer, list(TASKS), SMALL)
     for ratio, least, most in ((1, 0.0, 1e-4), (6, 1e-3, 9.0)):
