@@ -20,8 +20,8 @@ def test_one_kv_head_gives_the_tokens_of_the_original_alone_and_together(tmp_pat
         model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
         for ids in PROMPTS
     ]
-    # vLLM's rotary kernel for CPUs is wrong for [T, H, D], as MLA has it: without its own kernels it is right. Where the
-    # CPU has AMX it would choose a backend that takes weights of 16 bits alone.
+    # vLLM's rotary kernel for CPUs is wrong for [T, H, D], as MLA has it: without its own kernels it is right. On a CPU
+    # with AMX it would choose a backend that takes weights of 16 bits alone.
     options = {"compilation_config": {"custom_ops": ["none"]}, "block_size": 16, "attention_backend": "CPU_MLA"}
     engine = Served(str(tmp_path / "out"), **options)
     assert [engine.greedy([ids], 12)[0] for ids in PROMPTS] == expected
