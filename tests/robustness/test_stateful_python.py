@@ -64,6 +64,12 @@ def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
         return [model(token, **cached(cache), use_cache=True).logits for token in ids.split(1, 1)]
 
 
+def runs_programs(model: Any) -> bool:
+    """Whether layers run as programs, which needs a library that other tests of the process may have built."""
+    states = (vars(module).get(STATE) for module in model.modules())
+    return any(state.known.bound for state in states if state is not None)
+
+
 def cache_of(output: Any) -> Any:
     return output["cache"] if "cache" in output else output["past_key_values"]
 
@@ -308,9 +314,14 @@ class ModelStates(RuleBasedStateMachine):
 
     @invariant()
     def numbers_are_those_of_a_model_without_a_history(self) -> None:
-        found = read(self.model, self.ids)
-        assert torch.equal(found, read(self.expected(), self.ids))
+        other = self.expected()
+        found, expected = read(self.model, self.ids), read(other, self.ids)
         is_exact = self.applied is None or self.applied[0].sites[0].is_exact
+        # A program of a layer sums in another order than the calls before it was recorded, which may turn a code.
+        has_programs = runs_programs(self.model) or runs_programs(other)
+        rounding = 0.1 if self.plain.dtype == torch.bfloat16 else 1e-4 if is_exact else 2e-2
+        is_close = has_programs and float((found - expected).norm()) < rounding * float(expected.norm())
+        assert torch.equal(found, expected) or is_close
         if is_exact and not self.plain.training:  # dropout draws in another order
             assert self.close(found, read(self.plain, self.ids))
 
