@@ -412,7 +412,7 @@ def test_so_do_those_of_a_model_with_fused_projections(llama: Fitted, gpt2: Fitt
 @pytest.mark.slow
 @pytest.mark.hypothesis
 def test_so_do_those_that_kernels_give(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
-    run_states(llama, gpt2, tmp_path, 20, ThoroughStates)
+    run_states(llama, gpt2, tmp_path, 10, ThoroughStates)
 
 
 @pytest.mark.slow
