@@ -26,7 +26,6 @@ class LatentLayer(LatentLayerBase):
     """A layer that grows. `quantized` tokens are latents, the others attention sinks and residual window."""
 
     is_compileable = False
-    hidden = 0  # quantized tokens, the oldest, that attention does not read
 
     def __init__(
         self, plan: LatentPlan, site: SitePlan, absorb: bool = True, window: ResidualWindow | None = None
@@ -134,8 +133,8 @@ class LatentLayer(LatentLayerBase):
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)
             self.quantized += ready
-            if self.quantized >= LONG and self.window.bits == 8:
-                self.window_keys.spare = self.window_values.spare = SPARE  # type: ignore[attr-defined]
+            if self.quantized >= LONG:
+                self.window_keys.spare = self.window_values.spare = SPARE
         self.window_keys.keep(new_keys, ready)
         self.window_values.keep(new_values, ready)
 
@@ -160,6 +159,11 @@ class LatentLayer(LatentLayerBase):
     def quantized_tokens(self) -> int:
         """Tokens that are read as latents."""
         return self.quantized
+
+    @property
+    def hidden(self) -> int:
+        """Quantized tokens, the oldest, that attention does not read."""
+        return 0
 
     @property
     def held(self) -> int:
@@ -214,12 +218,21 @@ class LatentLayer(LatentLayerBase):
 
     def _begin_again(self, tokens: int) -> None:
         """Hold the first `tokens` tokens as if they came anew, dequantized: padding has changed their places."""
+        keys, values = self._reconstructed()
+        self._hold_nothing()
+        self.padding.shorten(self.window.sinks, tokens)
+        self._take(keys[:, :, :tokens], values[:, :, :tokens])
+
+    def _reconstructed(self) -> tuple[Tensor, Tensor]:
+        """Return the keys [B,G,T,D] and values [B,G,T,E] that attention reads, in order of position."""
         keys, values = [x.reconstruct() if isinstance(x, LatentTensor) else x for x in self._with_new((), ())]
+        return keys, values
+
+    def _hold_nothing(self) -> None:
+        """Forget the tokens held, and neither means nor padding."""
         blank = self._blank()
         self.quantized, self.packed_keys.parts, self.packed_values.parts = 0, (), ()
         if self.sketches is not None:
             self.sketches.parts = ()
         for window, like in zip((self.window_keys, self.window_values), blank, strict=True):
             window.start(like)
-        self.padding.shorten(self.window.sinks, tokens)
-        self._take(keys[:, :, :tokens], values[:, :, :tokens])

@@ -35,7 +35,12 @@ class Window(Store):
 
 
 class ExactWindow(Window):
-    """Attention sinks and residual window as they came, one part [B,G,N,D]."""
+    """Attention sinks and residual window as they came, one part [B,G,N,D].
+
+    spare: places by which a window in 8 bits grows.
+    """
+
+    spare = SPARE // 2
 
     def __init__(self, window: ResidualWindow) -> None:
         self.sinks = window.sinks
@@ -89,7 +94,6 @@ class ExactWindow(Window):
 class RoundedWindow(ExactWindow):
     """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
 
-    spare = SPARE // 2
     _room: tuple[Tensor, Tensor] | None = None  # values and scales with spare places behind, of which the parts
     _grown: tuple[Tensor, ...] = ()  # as they were last appended to are views: any other parts have no spare places
 

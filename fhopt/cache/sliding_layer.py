@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.cache.base_layer import check_crop
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.errors import FhoptError
@@ -48,7 +47,7 @@ class SlidingLatentLayer(LatentLayer):
         self.record_past = True
 
     @property
-    def hidden(self) -> int:  # type: ignore[override]
+    def hidden(self) -> int:
         """Quantized tokens, the oldest, that attention does not read."""
         return max(0, self.held - (self.sliding_window - 1)) if self.slides else 0
 
@@ -73,7 +72,7 @@ class SlidingLatentLayer(LatentLayer):
         if self.get_seq_length() < self.sliding_window:
             return
         if not self.slides and self.padding.parts:
-            keys, values = [x.reconstruct() if isinstance(x, LatentTensor) else x for x in self._with_new((), ())]
+            keys, values = self._reconstructed()
             self._hold_nothing()
             self._keep(keys, values)
         elif not self.slides:
@@ -96,12 +95,9 @@ class SlidingLatentLayer(LatentLayer):
         self._packed(side).insert(x, self.quantized)
 
     def _hold_nothing(self) -> None:
-        """Forget the tokens held, not how many there were, and slide."""
-        blank = self._blank()
-        self.quantized, self.packed_keys.parts, self.packed_values.parts = 0, (), ()
+        """Forget the tokens held and their padding, not how many there were, and slide."""
+        super()._hold_nothing()
         self._begin_to_slide()
-        for window, like in zip((self.window_keys, self.window_values), blank, strict=True):
-            window.start(like)
         self.padding.forget()
 
     def _begin_to_slide(self) -> None:
