@@ -58,6 +58,7 @@ def check(task: Task) -> None:
     assert not result.failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [*SMALL[::EVERY], *chosen(FAST)], ids=lambda t: t.label)
 def test_a_compiled_model_is_the_model_in_no_more_graphs_than_inductor_needs(task: Task) -> None:
     check(task)

@@ -92,6 +92,7 @@ def test_a_kernel_that_is_wrong_ends_the_run_before_anything_is_measured(tmp_pat
     assert "Nothing was measured" in done.stderr and "calls are right" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_what_is_needed(tmp_path: Path) -> None:
     done = run(tmp_path)

@@ -36,6 +36,7 @@ def test_other_numbers_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.status == "more" and "| llama | 5.0e-01 |" in zoo_plans.page([row])
 
 
+@pytest.mark.slow
 def test_a_mixture_in_which_a_token_changes_its_expert_is_checked_with_all_experts() -> None:
     mixture = next(c for c in candidates() if c.name == "HYV3ForCausalLM")
     row = zoo_plans.attempt(mixture, 4.0)

@@ -98,6 +98,7 @@ def test_arguments_are_found_by_trying_and_a_refusal_is_named() -> None:
         forward_arguments(nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_every_causal_language_model_is_a_candidate_once() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 

@@ -40,6 +40,7 @@ def check_full_width(fitted: Fitted, layout: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_a_lossy_plan_gives_the_same_with_and_without_gradients(llama: Fitted) -> None:
     ids, plan = token_ids(1, 60), llama.plan(4)
@@ -89,6 +90,7 @@ def test_dynamic_shapes_work_with_a_plan(llama: Fitted) -> None:
             torch.testing.assert_close(forward(compiled, ids), forward(llama.model, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_works_compiled_by_inductor_alone(llama: Fitted) -> None:
     """The ops are ordinary custom ops: no backend of ours is needed to be right."""
     ids, plan = token_ids(1, 40), llama.plan(4)
@@ -105,6 +107,7 @@ def test_a_cache_works_compiled_by_inductor_alone(llama: Fitted) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("with_plan", [False, True])
 def test_one_graph_serves_every_length(llama: Fitted, with_plan: bool) -> None:
@@ -144,6 +147,7 @@ def others(model: Any) -> list[Any]:
     return [p for name, p in model.named_parameters() if not any(part in name for part in cut)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_one_coded_latent_gives_the_same_with_and_without_gradients() -> None:
     model, ids = with_biases(tiny_gpt2()), token_ids(1, 60)
@@ -168,6 +172,7 @@ def test_compiled_generation_with_one_latent_and_a_window_of_codes_gives_the_eag
 # --------------------------------------------------------------------------------------------------- whose weights
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_prompts_of_several_lengths_on_an_applied_plan_are_whole_graphs(llama: Fitted) -> None:
     model = copy.deepcopy(llama.model)

@@ -68,6 +68,7 @@ def test_deepseek_decodes_on_its_latents(version: str, kind: str, attention: str
     assert not any(outcome.missed for outcome in backend.outcomes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_padding_stays_masked(kind: str) -> None:
     model, backend = deepseek(), Absorbing()

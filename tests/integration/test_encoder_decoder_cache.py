@@ -42,6 +42,7 @@ def generate(model: Any, prompt: Tensor, mode: str, **options: Any) -> Any:
     return model.generate(prompt, attention_mask=mask, **(fixed | MODES[mode] | options))
 
 
+@pytest.mark.slow
 def test_a_call_that_makes_its_own_cache_is_one_graph_where_dynamo_can_trace_it() -> None:
     """The configuration is copied there, which Dynamo traces since torch 2.13; before, the refusal says what helps."""
     inputs = {"input_ids": ids(1, 30), "decoder_input_ids": ids(1, 25)}

@@ -50,6 +50,7 @@ def test_every_example_is_short_enough_to_be_read_at_once() -> None:
     assert {name: lines for name, lines in lengths.items() if lines >= 60} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_an_example_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = output_of(name, capsys)

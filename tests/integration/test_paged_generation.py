@@ -169,6 +169,7 @@ def test_codes_in_a_cache_keep_no_history(llama: Fitted, fixed: dict[str, int]) 
         assert parts and not any(part.requires_grad for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", [False, True], ids=["left out", "filled"])
 def test_a_compiled_step_with_a_static_cache_chooses_as_an_eager_one(llama: Fitted, fill: bool) -> None:
     """One graph for all steps, in float32: where two pages weigh the same, another one may be read."""

@@ -102,6 +102,7 @@ def folder(llama: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --------------------------------------------------------------------------------------------------- three ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES)
 def test_a_folder_opens_in_a_fresh_process_with_the_tokens_of_the_model_in_memory(
     process: str, folder: Path, llama: Fitted, tmp_path: Path

@@ -15,6 +15,7 @@ from fhopt.models.capture import capture
 NEW = 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_next", "gemma3n", "llama4"])
 def test_generation_with_an_exact_plan_is_that_of_the_model_alone(name: str) -> None:
     model = windowed(name)

@@ -38,6 +38,7 @@ def test_the_same_passes_read_exported_graphs(name: str) -> None:
     assert result.ok, "\n".join([*result.failures, *(f"{m.reason} ({m.source})" for m in result.missed)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_NAMES)
 def test_prefill_decode_and_export_agree_on_the_names_of_sites(name: str) -> None:
     steps = {e.step: e for e in ZOO if e.name == name and not e.slow}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -321,6 +322,7 @@ def test_attention_of_any_spelling_is_found_and_gives_the_same_numbers_and_gradi
     assert result.failures == [], [missed.reason for missed in result.missed]
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=25)
 @given(
     spelling=spellings().filter(lambda s: s.product != "sdpa" and s.heads > 1),  # with one head nothing is mixed
@@ -332,6 +334,7 @@ def test_what_is_no_attention_is_left_alone_and_reported(spelling: Spelling, spo
     assert len([m for m in result.missed if m.source.startswith("robustness/test_fuzz_capture.py")]) > spelling.twice
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=25)
 @given(spelling=spellings())
 def test_on_latents_of_full_width_every_spelling_gives_the_same_numbers(spelling: Spelling) -> None:
@@ -345,6 +348,7 @@ def test_on_latents_of_full_width_every_spelling_gives_the_same_numbers(spelling
     assert checking._largest_difference(before, after) <= checking.TOLERANCE
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=15)
 @given(spelling=spellings())
 def test_compiled_by_the_backend_every_spelling_gives_what_eager_gives(spelling: Spelling) -> None:

@@ -146,6 +146,7 @@ def kept(request: pytest.FixtureRequest, llama: Fitted, tmp_path_factory: pytest
     return Kept(request.param, write, whole)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_an_error_in_a_sentence_or_what_was_written(kept: Kept, data: st.DataObject) -> None:

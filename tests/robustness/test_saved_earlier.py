@@ -66,6 +66,7 @@ def test_a_saved_prompt_cache_goes_on_where_it_was(model: Any, expected: dict[st
     assert_same(logits, expected["logits"][:, PROMPT:])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15), reason="torch reads programs of newer ones at best"
 )

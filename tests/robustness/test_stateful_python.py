@@ -397,12 +397,14 @@ def run_states(
     machine.TestCase().runTest()
 
 
+@pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
 def test_numbers_of_a_model_depend_on_what_it_is_now(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:
     run_states(llama, gpt2, tmp_path, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.usefixtures("without_compiling")
 def test_so_do_those_of_a_model_with_fused_projections(llama: Fitted, gpt2: Fitted, tmp_path: Path) -> None:

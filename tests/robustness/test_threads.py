@@ -170,6 +170,7 @@ def test_two_threads_compile_and_run_models_at_once(is_planned: bool, traced_onl
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)  # float32, and sums in another order
 
 
+@pytest.mark.slow
 def test_threads_that_call_one_compiled_model_first_at_once_get_what_eager_gives(traced_only: None) -> None:
     model = tiny_llama()
     prompts = [token_ids(2, 20) for _ in range(THREADS)]
@@ -187,6 +188,7 @@ def test_threads_that_call_one_compiled_model_first_at_once_get_what_eager_gives
     assert fhopt.report(compiled).graphs
 
 
+@pytest.mark.slow
 def test_graphs_are_searched_in_threads_at_once(llama: Fitted) -> None:
     """`capture` resets Dynamo; finding alone does not touch it."""
     from fhopt.models.capture import capture

@@ -25,6 +25,7 @@ def test_an_old_name_leads_to_modules_that_are_there(old: str) -> None:
         importlib.import_module(f"fhopt.{place}")
 
 
+@pytest.mark.slow
 def test_a_name_of_an_old_module_is_the_one_of_the_new() -> None:
     text = (
         "import warnings; warnings.simplefilter('ignore'); import fhopt, fhopt.seeing.drawing;"

@@ -20,6 +20,7 @@ def test_torch_knows_the_backend_without_an_import() -> None:
     assert "flashhead" in torch._dynamo.list_backends()
 
 
+@pytest.mark.slow
 def test_without_a_plan_the_numbers_are_inductors() -> None:
     model, ids = tiny_llama(num_hidden_layers=1), token_ids(1, 20)
     compiled = torch.compile(model, backend="flashhead")
@@ -29,6 +30,7 @@ def test_without_a_plan_the_numbers_are_inductors() -> None:
     assert outcome is not None and len(outcome.sites) == 1 and not outcome.compressed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_weights_may_change_after_compilation() -> None:
     """Nothing of a weight is folded into the graph, so the new ones count at once."""

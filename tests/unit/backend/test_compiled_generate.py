@@ -72,6 +72,7 @@ def test_a_model_that_was_compiled_in_place_stays_so() -> None:
     assert model._compiled_call_impl is held
 
 
+@pytest.mark.slow
 def test_methods_run_at_once_in_threads() -> None:
     model, ids = tiny_llama(), token_ids(1, 20)
     expected, compiled = generated(model, ids), torch.compile(model, **EXACT)
@@ -135,6 +136,7 @@ def test_transformers_own_configuration_of_compilation_names_the_backend(monkeyp
     assert fhopt.report(model).graphs
 
 
+@pytest.mark.slow
 def test_reset_forgets_everything_and_the_next_call_compiles_again() -> None:
     model, ids = tiny_llama(), token_ids(1, 20)
     compiled: Any = torch.compile(model, **EXACT)

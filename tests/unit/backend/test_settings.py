@@ -40,6 +40,7 @@ def test_a_wrong_plan_option_is_one_clear_error() -> None:
         with_backend(torch.nn.Linear(2, 2), plan=3)(torch.randn(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_a_plan_that_changes_on_disk_is_not_mixed_with_the_one_before(llama: Fitted, tmp_path: Path) -> None:
     path = llama.plan(1).save(tmp_path / "plan")

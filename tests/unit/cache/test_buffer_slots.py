@@ -80,6 +80,7 @@ def test_tokens_that_a_buffer_holds_already_are_coded() -> None:
 # --------------------------------------------------------------------------------------------------- coded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window_bits", "tiers"),
     [(16, CODED), (16, None), (8, CODED), (8, ()), (8, None)],  # uncoded with 16 bits: the exact plans above

@@ -102,6 +102,7 @@ def test_a_buffer_of_zeros_starts_again() -> None:
         call(compiled, ids[:, 21:22], 21)
 
 
+@pytest.mark.slow
 def test_restored_buffers_hold_what_the_latents_kept() -> None:
     for spelling in ("index", "index_put_, [T,B,G,D]"):
         model, ids = decoder(spelling), words(60)

@@ -187,6 +187,7 @@ def test_a_saved_layer_goes_on_where_it_was(count: int) -> None:
     torch.testing.assert_close(read(model, ids, [count])[0], expected[:, :count], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_short_windows_stay_exact_and_static_caches_keep_theirs() -> None:
     from transformers import DynamicCache, StaticCache
 

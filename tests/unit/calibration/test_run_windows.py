@@ -40,6 +40,7 @@ def test_a_model_in_which_every_layer_slides_is_fitted_and_refused_where_windows
         run._sites(captured, "model", None)
 
 
+@pytest.mark.slow
 def test_the_size_that_is_asked_for_is_that_of_all_layers_that_are_compressed() -> None:
     """Layers of a sliding window count with the tokens that they hold, and get more bits for that."""
     model = windowed("gemma3", **GEMMA)
@@ -75,6 +76,7 @@ def test_a_plan_of_a_gemma_3_type_makes_the_whole_cache_as_small_as_it_was_asked
         assert held / latent.nbytes > least
 
 
+@pytest.mark.slow
 def test_layers_that_read_keys_and_values_of_another_have_their_own_names_and_are_not_fitted() -> None:
     captured, outcome = found(windowed("gemma3n"))
     names = [site.name for site in outcome.sites.values()]

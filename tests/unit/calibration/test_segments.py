@@ -141,6 +141,7 @@ def test_one_segment_alone_has_its_activations(monkeypatch: pytest.MonkeyPatch) 
     assert most() < whole / 4
 
 
+@pytest.mark.slow
 def test_activations_are_counted_from_the_first_attention_on() -> None:
     """Every further layer counts the same, in float32 at least its input, its MLP's three tensors and its queries."""
     inputs: dict[str, Any] = {**numbered(1)[0][1], "use_cache": False}

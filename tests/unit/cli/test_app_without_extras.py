@@ -103,6 +103,7 @@ def test_what_needs_no_extra_has_a_result(command: str, results: dict[str, tuple
     assert results[command] == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in MISSING if c[0] != "+"])
 def test_a_missing_extra_is_one_line_that_says_what_to_install(
     command: str, results: dict[str, tuple[int, str, str]]

@@ -91,6 +91,7 @@ def test_ctrl_c_prints_what_is_complete(tmp_path: Path) -> None:
     assert "stopped" in rest and "20,000" not in text
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar(folder: Path) -> None:
     own, other = pty.openpty()
     process = start("bench", folder, *QUICK, stdout=subprocess.PIPE, stderr=other)

@@ -139,6 +139,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(spaced: Path, opened: Opener) 
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_leaves(folder: Path, opened: Opener) -> None:
     terminal = opened(folder, "--max-new-tokens", 4)
     terminal.wait("> ")
@@ -148,6 +149,7 @@ def test_ctrl_c_twice_leaves(folder: Path, opened: Opener) -> None:
     assert terminal.end() == 130
 
 
+@pytest.mark.slow
 def test_an_error_of_a_turn_does_not_end_the_chat(tmp_path: Path, opened: Opener) -> None:
     terminal = opened(save_text_model(tmp_path), "--json")
     terminal.wait("> ")
@@ -157,6 +159,7 @@ def test_an_error_of_a_turn_does_not_end_the_chat(tmp_path: Path, opened: Opener
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_pipe_leaves(spaced: Path) -> None:
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = start("chat", spaced, "--max-new-tokens", 19_000, **pipes)

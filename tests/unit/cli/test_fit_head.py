@@ -43,6 +43,7 @@ def test_a_model_gets_a_head_that_serves_it(tmp_path: Path) -> None:
     assert api.report(model).rows == 1
 
 
+@pytest.mark.slow
 def test_the_same_data_and_seed_give_the_same_head(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     for name in "ab":

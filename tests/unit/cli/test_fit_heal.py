@@ -42,6 +42,7 @@ def folder(plan: LatentPlan, tmp_path: Path) -> Path:
 SAMPLE = ("--data", "license", "--tokens", str(2 * COUNT * CONTEXT), "--context", str(CONTEXT), "--held-out", "4")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_better_plan(folder: Path) -> None:
     arguments = ["heal", str(folder / "model"), "--plan", str(folder / "plan"), *SAMPLE, "-o", str(folder / "healed")]
     result = call(*arguments, "--json")

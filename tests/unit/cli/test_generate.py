@@ -95,6 +95,7 @@ def test_sampling_follows_the_seed(folder: Path) -> None:
     assert text(1) == text(1) != text(2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_and_still_prints_the_statistics(tmp_path: Path) -> None:
     folder = save_text_model(tmp_path, None, tiny_llama(max_position_embeddings=20_000), spaced=True)
     process = start(

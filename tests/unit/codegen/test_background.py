@@ -130,6 +130,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_process_that_ends_first_stops_its_compilers_and_leaves_no_half_file(tmp_path: Path) -> None:
     environment = {**os.environ, "FHOPT_CACHE_DIR": str(tmp_path / "cache")}

@@ -53,6 +53,7 @@ def test_a_compiler_that_fails_gives_way_to_the_torch_kernel(tmp_path: Path, mon
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_processes_that_need_a_kernel_at_once_compile_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +84,7 @@ def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest
         build_cpp(case.spec())
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86-64")
 @pytest.mark.parametrize(

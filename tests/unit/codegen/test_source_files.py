@@ -103,6 +103,7 @@ def built(kind: str, project: Path, folder: Path) -> Path:
     return folder / done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77,
     reason="builds with setuptools 77 or newer",

@@ -162,6 +162,7 @@ def test_for_a_cpu_the_files_are_c_and_nothing_is_compiled(saved: Path, tmp_path
     assert "registers" not in (out / "kernels.md").read_text().splitlines()[4]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_plan_is_compiled_for_a_gpu_that_is_not_here(plan: LatentPlan, tmp_path: Path) -> None:
     saved = dataclasses.replace(plan, sites=plan.sites[:2]).save(tmp_path / "plan")  # of one kernel, compiled for real

@@ -256,6 +256,7 @@ def test_nothing_is_wider_than_the_screen(browser: Any, tiny_file: str, name: st
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
 
 
+@pytest.mark.slow
 def test_a_printed_page_is_light_and_shows_what_is_open(browser: Any, tiny_file: str) -> None:
     with opened(browser, tiny_file, scheme="dark") as watched:
         page = watched.page
@@ -289,6 +290,7 @@ SCROLL = """async () => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_thousand_sites_open_and_scroll_smoothly(browser: Any, tmp_path: Path) -> None:
     """In seconds of the page's own thread, which other programs on the machine do not lengthen much."""
     address = html_report.write(sample_reports.synthetic_report(1000), tmp_path / "many.html").as_uri()

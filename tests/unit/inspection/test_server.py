@@ -128,6 +128,7 @@ def test_an_error_is_shown_on_the_page() -> None:
     assert viewer.state()["failure"] == "the plan was fitted to another model" and not viewer.state()["ready"]
 
 
+@pytest.mark.slow
 def test_a_browser_shows_progress_and_then_the_report_by_itself(tmp_path: Path) -> None:
     plan = tmp_path / "plan"
     page = html_report.page(sample_reports.synthetic_report(3))

@@ -97,6 +97,7 @@ def test_a_compiled_graph_has_the_same_logits_and_counts() -> None:
     assert torch.equal(compiled(hidden), expected) and module.report().rows == 6
 
 
+@pytest.mark.slow
 def test_a_model_compiled_whole_generates_the_same() -> None:
     model, prompt = tiny_llama(), token_ids(1, 12)
     with torch.no_grad():

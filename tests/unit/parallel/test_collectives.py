@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import processes
+import pytest
 import torch
 from interrupted_calibration import OPTIONS, measure
 from small_models import Fitted, found, tiny_llama
@@ -15,6 +16,7 @@ from fhopt.calibration import run
 from fhopt.plan.latent_plan import LatentPlan
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_plan_of_one(llama: Fitted, tmp_path: Path) -> None:
     """Two processes on this machine, each with every second batch; 11 batches do not divide evenly."""
     processes.launch(__file__, 2, tmp_path)

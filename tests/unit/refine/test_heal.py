@@ -77,6 +77,7 @@ def test_a_site_that_is_exact_is_left_alone(model: LoadedModel, plan: LatentPlan
     assert not torch.equal(healed.sites[1].key.decode, mixed.sites[1].key.decode)
 
 
+@pytest.mark.slow
 def test_a_healed_plan_is_saved_and_read(model: LoadedModel, plan: LatentPlan, tmp_path: Path) -> None:
     healed = heal(model, plan.with_provenance(gate={"kl": 1.0}), OPTIONS)
     again = LatentPlan.load(healed.save(tmp_path / "plan"))
@@ -96,6 +97,7 @@ def interrupted(model: LoadedModel, plan: LatentPlan, folder: Path) -> HealOptio
     return options
 
 
+@pytest.mark.slow
 def test_an_interrupted_healing_goes_on_and_gives_the_same_plan(
     model: LoadedModel, plan: LatentPlan, tmp_path: Path
 ) -> None:

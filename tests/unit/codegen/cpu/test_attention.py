@@ -109,6 +109,7 @@ def test_float16_channels_of_a_single_row_may_start_at_an_odd_byte(make: Make) -
     assert_same(make(case.spec())(*x, None, **case.options()), expected(case, x, None))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("bits", sampled(SUPPORTED_BITS[::-1], 2))
 @pytest.mark.usefixtures("isa")
@@ -123,6 +124,7 @@ def test_bytes_and_floats_of_one_tier_agree_with_the_reference(bits: int) -> Non
     assert_bytes_and_floats_agree(case)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("seed", sampled(range(6), 2))
 @pytest.mark.usefixtures("isa")

@@ -158,6 +158,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     torch.testing.assert_close(found, expected, rtol=close, atol=close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
@@ -237,6 +238,7 @@ def test_without_a_library_a_graph_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     graph_kernels._served.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -264,6 +266,7 @@ def test_what_machine_code_would_read_wrongly_is_refused(change: dict[str, Any],
 
 
 # A window in 8 bits rounds a number in thousands otherwise where sums differ in their last bits, more if it is centred.
+@pytest.mark.slow
 @pytest.mark.parametrize(("window_bits", "mean_tokens", "tolerance"), [(8, 0, 1e-2), (16, 16, 1e-5)])
 def test_a_compiled_cache_step_calls_its_kernels_from_c(
     llama: Fitted, monkeypatch: pytest.MonkeyPatch, window_bits: int, mean_tokens: int, tolerance: float

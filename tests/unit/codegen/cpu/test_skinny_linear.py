@@ -185,6 +185,7 @@ def test_the_option_leaves_them_to_inductor() -> None:
         )
 
 
+@pytest.mark.slow
 def test_training_keeps_products_that_have_gradients() -> None:
     model, x = Layer(), torch.randn(2, 256)
     compiled = torch.compile(model, backend="flashhead", options={"ratio": 1})

@@ -31,6 +31,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return failures("triton_attention_checks", tmp_path_factory.mktemp("triton"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_under_the_interpreter(check: str, failed: dict[str, str]) -> None:
     assert check not in failed, failed[check]

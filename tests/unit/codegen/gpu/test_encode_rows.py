@@ -222,6 +222,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_under_the_interpreter(name: str, failed: dict[str, str]) -> None:
     assert name not in failed, failed[name]

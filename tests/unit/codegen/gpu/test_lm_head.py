@@ -117,6 +117,7 @@ def run(text: str, folder: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [BOUNDS, SEARCHES], ids=["bounds", "searches"])
 def test_the_kernel_is_right_under_the_interpreter(text: str, tmp_path: Path) -> None:
     run(text, tmp_path, TRITON_INTERPRET="1")

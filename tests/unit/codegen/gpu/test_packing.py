@@ -88,11 +88,13 @@ def run(program: str, folder: Path, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_triton_gives_the_bytes_of_the_reference_under_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     run(INTERPRETED, tmp_path, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_triton_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     lines = [line.split() for line in run(COMPILED, tmp_path).splitlines()]

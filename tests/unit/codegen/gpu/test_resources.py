@@ -128,6 +128,7 @@ def test_kernels_are_compiled_for_gpus_that_are_not_here() -> None:
     assert found["a100-80"].shared >= 2 * 2 * 64 * 64 * 2  # two tiles of two stages
 
 
+@pytest.mark.slow
 @needs_triton
 def test_what_the_compiler_refuses_is_a_result_beside_the_others() -> None:
     bad, missing, good = compile_kernels([product(kernel="wrong"), product(kernel="absent"), product(32)], H100)
@@ -137,6 +138,7 @@ def test_what_the_compiler_refuses_is_a_result_beside_the_others() -> None:
     assert fits(good, H100)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_kernel_that_kills_the_compiler_is_a_result_and_is_not_remembered(own_cache: Path) -> None:
     deadly = product(text=KERNELS + "\nimport os, sys\nsys.stderr.write('that was it')\nos._exit(3)\n")
@@ -146,6 +148,7 @@ def test_a_kernel_that_kills_the_compiler_is_a_result_and_is_not_remembered(own_
     assert len(list(own_cache.glob("*.json"))) == 2
 
 
+@pytest.mark.slow
 @needs_triton
 def test_what_was_found_is_kept_by_text_arguments_and_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [product(), dataclasses.replace(product(32), texts=("ttir", "ptx"))]
@@ -176,6 +179,7 @@ def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     gpu_resources.triton_version.cache_clear()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_what_asks_for_more_shared_memory_than_exists_is_found() -> None:
     large, small = compile_kernels([product(128, num_stages=8), product(128, num_stages=2)], H100)

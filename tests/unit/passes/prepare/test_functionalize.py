@@ -229,6 +229,7 @@ def test_decoding_with_a_static_cache_leaves_the_same_cache(make: Callable[[], A
     assert len(written_back) == states * 2  # keys, values and sometimes the length, of two layers
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_gives_the_same_results() -> None:
     def core(y: Tensor, cache: Tensor, count: Tensor) -> Any:
         cache[1:].copy_(y[1:].detach())

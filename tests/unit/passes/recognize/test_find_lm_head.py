@@ -31,6 +31,7 @@ FAMILIES = {
 MODELS = {m.name: m for m in (*zoo.DECODERS, *zoo.ENCODER_DECODERS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_head_of_a_family_is_found(name: str) -> None:
     row = MODELS[name]

@@ -57,6 +57,7 @@ def is_by_number(spelling: str) -> bool:
 # --------------------------------------------------------------------------------------------------- exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", sampled(SPELLINGS, 2))
 def test_any_spelling_of_a_write_gives_the_numbers_of_the_module(spelling: str) -> None:
     from torch._dynamo.utils import counters
