@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import gc
 import importlib
 import json
@@ -40,6 +41,7 @@ def child(action: Callable[[], Any], prepare: Callable[[], Any]) -> int:
         status = 1
         try:
             gc.disable()
+            faulthandler.dump_traceback_later(120, exit=True)
             prepare()
             action()
             status = DONE
