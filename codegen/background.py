@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from fhopt.codegen import compiler
@@ -36,11 +37,15 @@ class Builder:
 
     def __init__(self, waits: bool = False) -> None:
         self.waits = waits  # every call waits for what it asks for
-        self._lock = threading.Condition()
-        self._queue: SimpleQueue[tuple[str, Callable[[], Any]]] = SimpleQueue()
         self._built: dict[str, Any] = {}  # an exception where building failed
-        self._asked: set[str] = set()
-        self._threads: list[threading.Thread] = []
+        self.forget_threads()
+
+    def forget_threads(self) -> None:
+        """Begin without threads and jobs, as a process does that was forked: it has only the thread that forked."""
+        self._lock = threading.Condition()
+        self._queue: deque[tuple[str, Callable[[], Any]]] = deque()
+        self._asked = set(self._built)
+        self._threads: list[threading.Thread] = []  # that will look into the queue again
 
     def kernel(self, spec: KernelSpec) -> LatentKernel | None:
         """Return the kernel of `spec`; None while the library of kernels is being built, in the background.
@@ -66,7 +71,7 @@ class Builder:
                 return None
             self.wait([name])
         found = self._built[name]
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         return found
 
@@ -75,13 +80,13 @@ class Builder:
         with self._lock:
             if name in self._asked or name in self._built:
                 return
+            if len(self._threads) < cores():
+                thread = threading.Thread(target=self._work, name="fhopt-build", daemon=True)
+                thread.start()  # it waits for the lock
+                self._threads.append(thread)
             log.info("building %s", name)
             self._asked.add(name)
-            self._queue.put((name, job))
-            if sum(thread.is_alive() for thread in self._threads) < cores():
-                thread = threading.Thread(target=self._work, name="fhopt-build", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._queue.append((name, job))
 
     def start_attention(self) -> None:
         """Start to build the library of kernels."""
@@ -94,13 +99,14 @@ class Builder:
 
     def _work(self) -> None:
         while True:
-            try:
-                name, job = self._queue.get(timeout=0.1)
-            except Empty:
-                return
+            with self._lock:
+                if not self._queue:
+                    self._threads.remove(threading.current_thread())
+                    return
+                name, job = self._queue.popleft()
             try:
                 built = job()
-            except Exception as error:  # for whoever asks for it
+            except BaseException as error:  # for whoever asks for it
                 built = error
             with self._lock:
                 self._built[name] = built
@@ -109,10 +115,10 @@ class Builder:
     def stop(self) -> None:
         """Stop compilers, and wait a moment for what they leave to be removed."""
         with self._lock:
-            while not self._queue.empty():
-                self._queue.get()
+            self._queue.clear()
+            threads = list(self._threads)
         compiler.stop()
-        for thread in self._threads:
+        for thread in threads:
             thread.join(PATIENCE)
 
 
@@ -123,3 +129,5 @@ def _build_attention() -> bool:
 
 builder = Builder()
 atexit.register(builder.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=builder.forget_threads)

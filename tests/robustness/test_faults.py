@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import faulthandler
 import gc
 import importlib
 import json
@@ -41,7 +40,8 @@ def child(action: Callable[[], Any], prepare: Callable[[], Any]) -> int:
         status = 1
         try:
             gc.disable()
-            faulthandler.dump_traceback_later(120, exit=True)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(120)  # whatever it waits for
             prepare()
             action()
             status = DONE

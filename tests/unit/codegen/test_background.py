@@ -111,6 +111,54 @@ def test_threads_that_ask_at_once_get_one_library(compiler: Compiler) -> None:
     assert found == ["PACK"] * 8 and compiler.built == ["pack"]
 
 
+def test_whatever_ends_a_job_its_name_is_answered_and_the_next_one_is_built() -> None:
+    def ends() -> None:
+        raise SystemExit("stopped")
+
+    builder = Builder(waits=True)
+    with pytest.raises(SystemExit, match="stopped"):
+        builder.get("pack", ends, lambda: True)
+    assert builder.get("next", lambda: 7, lambda: True) == 7
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_job_is_lost_that_comes_as_a_thread_ends(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "cores", lambda: count)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    builder = Builder(waits=True)
+    try:
+        for number in range(300):
+            for name in (f"{number} a", f"{number} b", f"{number} c"):
+                builder.start(name, lambda: 7)
+            assert builder.get(f"{number} c", lambda: 7, lambda: True) == 7
+    finally:
+        sys.setswitchinterval(before)
+
+
+FORKS = """
+    import os, signal, threading
+    from fhopt.codegen.background import builder
+    may, builder.waits = threading.Event(), True
+    for number in range(64):
+        builder.start(str(number), may.wait)
+    child = os.fork()
+    signal.alarm(60)
+    if child == 0:
+        os._exit(builder.get("pack", lambda: 7, lambda: True) + builder.get("0", lambda: 3, lambda: True))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    may.set()
+    builder.wait()
+    os._exit(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_builds_what_its_parent_was_building() -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(FORKS)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 10, done.stderr
+
+
 def test_every_spec_is_served_once_the_library_of_kernels_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     may = threading.Event()
     monkeypatch.setattr(background, "load_library", lambda: may.wait(30))
