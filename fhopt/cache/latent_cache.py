@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.layer_map import LATENT_LAYERS, latent_layers, plain_layers
 from fhopt.cache.report import cache_bytes, cache_report
+from fhopt.cache.sliding_layer import SlidingLatentLayer
 from fhopt.errors import FhoptError
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.system import warn_once
@@ -106,22 +107,31 @@ class LatentCache(DynamicCache):  # type: ignore[misc]
     def latent_energy(self) -> float | None:
         """Mean square of the values' latents against calibration text, where it is about 1 (see `LatentEnergy`).
 
-        The geometric mean over layers with bit groups. None before enough tokens are quantized, and where nothing says:
-        no such layers, fixed sizes, calls in compiled graphs.
+        The geometric mean over layers with bit groups, without sliding windows that have quantized too few tokens. None
+        before enough tokens are quantized, and where nothing says: no such layers, fixed sizes, calls in compiled
+        graphs.
         """
         means = []
         for layer in self.layers:
             if isinstance(layer, LatentLayer) and not layer.packed_values.is_uncoded:
                 mean = layer.packed_values.energy.mean
-                if mean is None:
+                if mean is not None:
+                    means.append(mean)
+                elif not layer.is_sliding:
                     return None
-                means.append(mean)
         return math.exp(sum(math.log(max(mean, 1e-30)) for mean in means) / len(means)) if means else None
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
         self._first_pass = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest -`tokens_to_remove` tokens of all layers, or of none: see `SlidingLatentLayer.crop`."""
+        for layer in self.layers:
+            if isinstance(layer, SlidingLatentLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
 
 from fhopt.cache.layer_map import LATENT_LAYERS
+from fhopt.cache.sliding_layer import SlidingLatentLayer
 from fhopt.cache.store import QUANTIZED_TOKENS
 from fhopt.cache.store import REGIONS as REGIONS
 
@@ -32,7 +33,10 @@ def _exact_bytes(layer: Any) -> int:
     if not layer.is_initialized:
         return 0
     numbers: int = layer.site.site.exact_numbers_per_token * layer.dtype.itemsize
-    return int(layer.get_seq_length()) * layer.batch_size * numbers
+    tokens = int(layer.get_seq_length())
+    if isinstance(layer, SlidingLatentLayer):
+        tokens = min(tokens, layer.sliding_window - 1)
+    return tokens * layer.batch_size * numbers
 
 
 def cache_report(cache: Any) -> list[dict[str, Any]]:

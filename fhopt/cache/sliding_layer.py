@@ -63,7 +63,7 @@ class SlidingLatentLayer(LatentLayer):
             self.padding.begin(new_keys, new_values)
         if self.means is not None:
             self.means.see(new_keys, new_values, length, self.padding)
-        self._hold_nothing()
+        self._hold_nothing_and_slide()
         self.dropped = dropped
         self._keep(new_keys[:, :, dropped - length :], new_values[:, :, dropped - length :])
 
@@ -73,7 +73,7 @@ class SlidingLatentLayer(LatentLayer):
             return
         if not self.slides and self.padding.parts:
             keys, values = self._reconstructed()
-            self._hold_nothing()
+            self._hold_nothing_and_slide()
             self._keep(keys, values)
         elif not self.slides:
             self._encode(self.window_keys.take_sinks(), self.window_values.take_sinks(), self._insert)
@@ -94,9 +94,9 @@ class SlidingLatentLayer(LatentLayer):
     def _insert(self, side: str, x: Tensor) -> None:
         self._packed(side).insert(x, self.quantized)
 
-    def _hold_nothing(self) -> None:
+    def _hold_nothing_and_slide(self) -> None:
         """Forget the tokens held and their padding, not how many there were, and slide."""
-        super()._hold_nothing()
+        self._hold_nothing()
         self._begin_to_slide()
         self.padding.forget()
 
@@ -129,6 +129,13 @@ class SlidingLatentLayer(LatentLayer):
 
         Raises FhoptError also where the next query would see a token that is not held any more.
         """
+        self.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self._slide()
+        self._drop()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise FhoptError where `crop` would, and change nothing."""
         length = self.get_seq_length()
         check_crop(tokens_to_remove, length)
         first = max(0, length + tokens_to_remove - (self.sliding_window - 1))
@@ -138,9 +145,6 @@ class SlidingLatentLayer(LatentLayer):
                 f"{first} on then, and those before {self.dropped} were dropped. Call cache.activate_past_recording() "
                 "before tokens come that may be removed again."
             )
-        super().crop(tokens_to_remove)
-        self._slide()
-        self._drop()
 
     def _counters(self) -> dict[str, Any]:
         return super()._counters() | {DROPPED: self.dropped, SLIDES: self.slides}

@@ -223,7 +223,7 @@ def fit(
         if collectives.leave() > 0:  # the first process writes
             return
         if bytes_per_token is not None:
-            chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token))
+            chosen = replace(chosen, ratio=_ratio_of(measured, bytes_per_token, chosen.tokens))
             chosen.check()
         shown("plan", 0, 1)
         if limit is None or held_out is None or loaded is None:
@@ -277,11 +277,15 @@ def _check_places(out: Path, picture: Path | None) -> None:
         check_picture(picture)
 
 
-def _ratio_of(measured: Any, bytes_per_token: float) -> float:
-    exact = 2 * sum(s.site.exact_numbers_per_token for s in measured.statistics.values())
+def _ratio_of(measured: Any, bytes_per_token: float, tokens: int) -> float:
+    """Return how many times smaller a cache of `tokens` tokens is that takes so many bytes for each of them."""
+    from fhopt.plan.cache_size import exact_bytes, layers_of
+
+    sites = [s.site for s in measured.statistics.values()]
+    exact = exact_bytes(sites, tokens, layers_of(measured.provenance)) / tokens
     if not 0 < bytes_per_token <= exact:
         raise FhoptError(
-            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,} (the exact KV cache)."
+            f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,.0f} (the exact KV cache)."
         )
     return float(exact / bytes_per_token)
 

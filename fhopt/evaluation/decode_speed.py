@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fhopt.cache.report import tensor_bytes
+from fhopt.cache.report import exact_cache_bytes
 from fhopt.evaluation.perplexity import decode_options, new_cache
 from fhopt.evaluation.prefilled import PIECE, prefilled
 from fhopt.hf.apply import apply, unapply, waiting
@@ -32,13 +32,16 @@ def decode_speed(
     lengths = sorted({*contexts, len(ids)})
     caches: dict[tuple[str, int], Any] = {}
     unapply(model)
-    caches["exact", len(ids)] = whole = _read(model, ids)
-    for length in lengths[:-1]:
-        caches["exact", length] = copy.deepcopy(whole)
-        caches["exact", length].crop(length - len(ids))
+    whole = _read(model, ids)
     apply(model, plan)
-    caches |= {("plan", length): prefilled(model, plan, caches["exact", length]) for length in lengths}
-    held = {"exact": sum(tensor_bytes(layer) for layer in whole.layers), "plan": caches["plan", len(ids)].nbytes}
+    for length in lengths:
+        caches["plan", length] = prefilled(model, plan, whole, length)
+        caches["plan", length].activate_past_recording()  # steps are taken back
+    for length in lengths:
+        caches["exact", length] = copy.deepcopy(whole) if length < len(ids) else whole
+        caches["exact", length].crop(length - len(ids))
+    latent = caches["plan", len(ids)]
+    held = {"exact": exact_cache_bytes(latent), "plan": latent.nbytes}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
     for turn in range(rounds):
         for name, used in (("exact", None), ("plan", plan)):
@@ -54,8 +57,9 @@ def decode_speed(
 
 
 def _read(model: Any, ids: Tensor) -> Any:
-    """Read token ids [T] into a new exact KV cache, some at a time."""
+    """Read token ids [T] into a new exact KV cache, some at a time; all its layers hold all tokens."""
     cache = new_cache(model, None)
+    cache.activate_past_recording()
     for piece in ids[None].to(model.device).split(PIECE, 1):
         model(piece, **decode_options(model, cache))
     return cache

@@ -26,6 +26,7 @@ from fhopt.hardware.float_products import onednn_products
 from fhopt.hf.apply import apply, held_plan, unapply, waiting
 from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
+from fhopt.plan.cache_size import recorded_layers, sliding_windows
 from fhopt.plan.latent_plan import LatentPlan
 
 FIRST_STEP, STEP = 336, 64  # tokens, for an exact cache alone: those of a plan with the default sinks and window
@@ -65,10 +66,14 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
 
 
 def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:
-    """Return (start, stop) of each step over `tokens` tokens: a step ends where the plan quantizes a block."""
-    first, step = (plan.window.first_length, plan.block) if plan is not None else (FIRST_STEP, STEP)
-    cuts = [0, *range(first, tokens, step), tokens]
-    return list(itertools.pairwise(cuts))
+    """Return (start, stop) of each step over `tokens` tokens: one ends where a layer of the plan quantizes a block."""
+    if plan is None:
+        ends = set(range(FIRST_STEP, tokens, STEP))
+    else:
+        slides = sliding_windows([p.site for p in plan.sites], recorded_layers(plan))
+        windows = {plan.window.within(sliding) for sliding in (*slides.values(), 0)}
+        ends = {end for window in windows for end in range(window.first_length, tokens, window.block)}
+    return list(itertools.pairwise(sorted({0, *ends, tokens})))
 
 
 def read_steps(

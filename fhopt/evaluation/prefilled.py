@@ -60,6 +60,7 @@ def answers(model: Any, item: Item, plans: Sequence[LatentPlan]) -> Tensor:
     """
     context = torch.tensor([item.context[: item.question]], device=model.device)
     exact = new_cache(model, None)
+    exact.activate_past_recording()  # sliding layers keep what a plan's cache is given
     with switched(model, plans[0] if plans else None):  # whose attention reads an exact cache, too: fast, in pieces
         for piece in context.split(PIECE, 1):
             model(piece, **decode_options(model, exact))
@@ -72,12 +73,16 @@ def answers(model: Any, item: Item, plans: Sequence[LatentPlan]) -> Tensor:
     return torch.stack([torch.stack(column) for column in found], 1)
 
 
-def prefilled(model: Any, plan: LatentPlan, exact: Any) -> Any:
-    """Make the KV cache of a plan, which is applied to the model, from an exact cache that has read a prompt."""
+def prefilled(model: Any, plan: LatentPlan, exact: Any, tokens: int | None = None) -> Any:
+    """Make the KV cache of a plan, which is applied to the model, from an exact cache that has read a prompt.
+
+    exact: all of whose layers hold all tokens (`activate_past_recording`). tokens: so many of them, the first; None:
+    all.
+    """
     cache = new_cache(model, plan)
     for index, layer in enumerate(exact.layers):
         if layer.is_initialized and layer.keys is not None:
-            cache.update(layer.keys, layer.values, index)
+            cache.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens], index)
     return cache
 
 

@@ -64,6 +64,11 @@ class Budget:
         most = max(own) if own and len(own) == len(quantized) else self.tokens
         return {name: min(1.0, count / max(1, most)) for name, count in quantized.items()}
 
+    def exact_bytes(self, sites: Iterable[AttentionSite]) -> int:
+        """Return the bytes of 16-bit keys and values of some sites at `tokens` tokens."""
+        windows = ((site, self.sliding.get(site.name, 0) or self.tokens) for site in sites)
+        return 2 * sum(min(self.tokens, window) * site.exact_numbers_per_token for site, window in windows)
+
     def quantized_token_bits(self, sites: Iterable[AttentionSite]) -> int:
         """Return the bits of a quantized token: values and scales. Raises FhoptError when every token is exact.
 
@@ -72,8 +77,7 @@ class Budget:
         """
         plans = [_blank(site) for site in sites]
         own = [p for p in plans if p.site.kind == "self"]
-        kept = [min(self.tokens, self.sliding.get(p.site.name, 0) or self.tokens) for p in plans]
-        total = sum(count * p.window_bytes() for count, p in zip(kept, plans, strict=True)) / self.ratio
+        total = self.exact_bytes(p.site for p in plans) / self.ratio
         if not own:
             return int(8 * total / self.tokens)
         window, quantized = self.window, max(self._split(p.site)[2] for p in own)

@@ -160,8 +160,7 @@ def _curve(
     grain: Grain,
 ) -> tuple[Size, ...]:
     """Return the expected losses of plans of other sizes, as far as they can be reached."""
-    weights = budget.weights(sites)
-    exact, sizes = 2 * sum(s.exact_numbers_per_token * weights[s.name] for s in sites), []
+    exact, sizes = budget.exact_bytes(sites) / budget.tokens, []
     for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
         try:
             _, allocation = choose_layouts(

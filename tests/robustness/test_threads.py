@@ -25,6 +25,7 @@ BUILD: Any = importlib.import_module("fhopt.codegen.build")
 COMPILER: Any = importlib.import_module("fhopt.codegen.compiler")
 DISPATCH: Any = importlib.import_module("fhopt.codegen.dispatch")
 THREADS = 4
+SECONDS = 120  # in which threads must end
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +69,12 @@ def at_once(*actions: Callable[[], Any]) -> list[Any]:
         except BaseException as error:
             raised.append(error)
 
-    threads = [threading.Thread(target=run, args=each) for each in enumerate(actions)]
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in enumerate(actions)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(SECONDS)
+    assert not any(thread.is_alive() for thread in threads), f"threads that did not end in {SECONDS} s"
     if raised:
         raise raised[0]
     return results

@@ -78,11 +78,11 @@ def test_methods_run_at_once_in_threads() -> None:
     expected, compiled = generated(model, ids), torch.compile(model, **EXACT)
     generated(compiled, ids)
     found: list[torch.Tensor] = []
-    threads = [threading.Thread(target=lambda: found.append(generated(compiled, ids))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(generated(compiled, ids)), daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert len(found) == 4 and all(torch.equal(x, expected) for x in found)
     assert model._compiled_call_impl is None
 
@@ -96,9 +96,9 @@ def test_two_wrappers_at_once_run_each_its_own_code_and_the_model_inside_none() 
     class Watch(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             before = graphs()
-            thread = threading.Thread(target=lambda: model(token_ids(3, 7)))  # the model inside, in another thread
-            thread.start()
-            thread.join()
+            inside = threading.Thread(target=lambda: model(token_ids(3, 7)), daemon=True)
+            inside.start()  # the model inside, in another thread
+            inside.join(120)
             seen.append("compiled" if graphs() > before else "as it is")
             return scores
 

@@ -13,6 +13,7 @@ from window_models import windowed
 
 import fhopt
 from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.cache.report import exact_cache_bytes
 from fhopt.cache.sliding_layer import SlidingLatentLayer
 from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
@@ -75,6 +76,9 @@ def test_an_exact_plan_changes_nothing_and_its_bytes_are_those_that_are_counted(
     assert SlidingLatentLayer in kinds and set(kinds) <= {SlidingLatentLayer, LatentLayer}
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
     assert 2 * cache_size(plan, TOKENS, layers, itemsize=4).plan_bytes == cache.nbytes
+    tokens_of = {SlidingLatentLayer: W - 1, LatentLayer: TOKENS}
+    numbers = [tokens_of[type(layer)] * layer.site.site.exact_numbers_per_token for layer in cache.layers]
+    assert exact_cache_bytes(cache) == 4 * len(ids) * sum(numbers)
     sliding = next(layer for layer in cache.layers if type(layer) is SlidingLatentLayer)
     assert W - 1 <= sliding.held < W - 1 + 8 and sliding.get_seq_length() == TOKENS and sliding.dropped
 
@@ -104,6 +108,27 @@ def test_padding_is_no_part_of_the_means(calls: list[int]) -> None:
     alone = read(model, ids[:1, 37:], [calls[0] - 37, *calls[1:]])[1].layers[0]
     for means, expected in zip(padded.means.parts, alone.means.parts, strict=True):
         torch.testing.assert_close(means[:1], expected)
+
+
+def test_a_padded_batch_that_is_cropped_before_it_slides_goes_on() -> None:
+    model, ids = models(), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    calls = [35, 30] + [1] * 60
+    expected, _ = read(model, ids, calls, mask)
+    fhopt.apply(model, exact(model))
+    _, cache = read(model, ids, [50], mask)
+    cache.crop(-15)
+    assert [layer.get_seq_length() for layer in cache.layers] == [35] * len(cache.layers)
+    positions, at = (mask.cumsum(1) - 1).clamp(min=0), 35
+    for count in calls[1:]:
+        now = slice(at, at + count)
+        options = dict(attention_mask=mask[:, : at + count], position_ids=positions[:, now])
+        with torch.no_grad():
+            logits = model(ids[:, now], cache=cache, use_cache=True, **options).logits
+        seen = mask[:, now].bool()
+        torch.testing.assert_close(logits[seen], expected[:, now][seen], rtol=1e-3, atol=1e-4)
+        at += count
 
 
 def test_quantized_latents_are_the_same_whatever_calls_the_tokens_came_in() -> None:
@@ -147,6 +172,11 @@ def test_a_token_that_a_window_needs_and_no_longer_has_is_an_error_that_changes_
     with pytest.raises(FhoptError, match="activate_past_recording"):
         layer.crop(-20)
     assert layer.held == held and layer.get_seq_length() == 150
+    full = cache.layers[-1]
+    cache.layers.insert(0, cache.layers.pop())  # one that can forget any token comes first
+    with pytest.raises(FhoptError, match="activate_past_recording"):
+        cache.crop(-20)
+    assert full.get_seq_length() == 150
     layer.crop(-150 + 150)  # nothing
     with pytest.raises(FhoptError, match="expected a number from"):
         layer.crop(1)

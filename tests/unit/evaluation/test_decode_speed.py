@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Fitted, token_ids
+from small_models import Fitted, found, token_ids
+from window_models import windowed
 
 import fhopt
 from fhopt.cli.demo_run import break_even, verdict
 from fhopt.evaluation import decode_speed
 from fhopt.evaluation.perplexity import new_cache
 from fhopt.evaluation.prefilled import PIECE
+from fhopt.fitting import fit_plan
+from fhopt.models.cache_layers import measured_layers
 
 
 def test_a_prompt_is_read_once_for_both_caches_and_all_lengths(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +45,16 @@ def test_timed_steps_leave_a_cache_as_it_was(llama: Fitted) -> None:
         assert cache.get_seq_length() == 80
     finally:
         fhopt.unapply(llama.model)
+
+
+def test_steps_of_sliding_windows_are_taken_back() -> None:
+    model = windowed("gemma3", sliding_window=64)
+    sites = [s for s in found(model)[1].sites.values() if any(one.has(s.name) for one in measured_layers(model))]
+    plan = fit_plan.exact_plan(sites, sinks=4, recent=16, block=8)
+    speed = decode_speed.decode_speed(model, plan, token_ids(1, 200)[0], (90,), steps=3, rounds=2)
+    assert sorted(speed["contexts"]) == [90, 200] and min(speed["contexts"][90].values()) > 0
+    numbers = sites[0].exact_numbers_per_token
+    assert speed["bytes"]["exact"] == 4 * numbers * (5 * 63 + 200)
 
 
 @pytest.mark.parametrize(

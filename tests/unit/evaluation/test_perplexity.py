@@ -14,6 +14,8 @@ from fhopt.evaluation import perplexity
 from fhopt.evaluation.perplexity import new_cache, read_steps, score, switched, token_costs
 from fhopt.fitting import fit_plan
 from fhopt.models import model_facts
+from fhopt.plan.cache_size import CacheLayer, record_of
+from fhopt.plan.window import ResidualWindow
 
 
 def test_the_exact_cache_stays_exact_while_a_plan_is_applied(fitted: Fitted) -> None:
@@ -86,6 +88,10 @@ def test_steps_end_where_the_plan_quantizes_a_block(llama: Fitted) -> None:
     bounds = perplexity.step_bounds(45, plan)
     assert bounds == [(0, 20), (20, 28), (28, 36), (36, 44), (44, 45)]
     assert perplexity.step_bounds(7, plan) == [(0, 7)] and perplexity.step_bounds(20, plan) == [(0, 20)]
+    sliding = CacheLayer("model.layers.0", "sliding", 32, numbers=64)  # blocks of 4 then, from 8 + 4 tokens on
+    assert plan.window.within(32) == ResidualWindow(4, 8, 4, plan.window.bits)
+    ends = [stop for _, stop in perplexity.step_bounds(45, plan.with_provenance(**record_of([sliding])))]
+    assert ends == [16, 20, 24, 28, 32, 36, 40, 44, 45]
     with torch.no_grad(), switched(llama.model, plan):
         cache = new_cache(llama.model, plan)
         for _ in read_steps(llama.model, token_ids(1, 44), [cache], plan):

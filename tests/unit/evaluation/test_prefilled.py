@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from character_tokenizer import characters
-from small_models import Fitted, cached, tiny_llama, token_ids
+from small_models import Fitted, cached, found, tiny_llama, token_ids
+from window_models import windowed
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation import prefilled
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.evaluation.tasks import Item, TaskOptions, run_tasks, write_items
+from fhopt.fitting import fit_plan
+from fhopt.models.cache_layers import measured_layers
 
 SHORT = TaskOptions(lengths=(450,), items=1, window=80)
 
@@ -37,9 +40,9 @@ def greedy(model: Any, ids: tuple[int, ...], cache: Any, count: int) -> tuple[in
 
 
 def test_the_exact_cache_scores_as_where_everything_is_read_by_it(llama: Fitted, item: Item) -> None:
-    found = prefilled.answers(llama.model, item, [])
+    scores = prefilled.answers(llama.model, item, [])
     alone = [Item(item.context[:300] + q, a, (0, 1), 300) for q, a in item.questions]
-    for (hit, nats), other in zip(found[:, 0].tolist(), alone, strict=True):
+    for (hit, nats), other in zip(scores[:, 0].tolist(), alone, strict=True):
         cell = (len(other.context), None)
         expected = run_tasks(llama.model, {"copy": {cell: [other]}}, None)["copy"][cell].exact
         assert hit == expected.hits
@@ -58,6 +61,14 @@ def test_a_plan_answers_as_behind_a_prompt_that_it_read_in_one_call(llama: Fitte
     right = Item(item.context, answer, item.needle, 300)
     wrong = Item(item.context, (*answer[:-1], answer[-1] + 1), item.needle, 300)
     assert [float(prefilled.answers(llama.model, i, [plan])[0, 1, 0]) for i in (right, wrong)] == [1, 0]
+
+
+def test_so_it_is_where_windows_slide(item: Item) -> None:
+    """Questions stand behind the whole context, not behind what a window shows of it."""
+    model = windowed("gemma3", sliding_window=64)
+    sites = [s for s in found(model)[1].sites.values() if any(one.has(s.name) for one in measured_layers(model))]
+    scores = prefilled.answers(model, item, [fit_plan.exact_plan(sites, sinks=4, recent=16, block=8)])
+    torch.testing.assert_close(scores[:, 1], scores[:, 0], rtol=0, atol=1e-4)
 
 
 def test_each_plan_stands_beside_the_exact_cache(llama: Fitted, item: Item) -> None:

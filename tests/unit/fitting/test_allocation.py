@@ -50,6 +50,14 @@ def test_bits_of_a_quantized_token_are_what_sinks_and_window_leave(window_bits: 
     assert budget.quantized_token_bits([SITE]) == bits
 
 
+def test_the_exact_cache_of_a_sliding_window_holds_its_tokens() -> None:
+    sites = [site("all"), site("slides")]
+    budget = allocation.Budget(4.0, ResidualWindow(4, 32, 8, 8), tokens=8192, sliding={"slides": 512})
+    bytes_ = [2 * s.exact_numbers_per_token for s in sites]
+    assert budget.exact_bytes(sites) == 8192 * bytes_[0] + 512 * bytes_[1]
+    assert 8 * budget.exact_bytes(sites) / 4 / 8192 > budget.quantized_token_bits(sites)
+
+
 def test_a_context_without_quantized_tokens_is_refused(llama: Fitted) -> None:
     with pytest.raises(FhoptError, match=r"19 tokens are all exact .* longer context"):
         llama.plan(2, tokens=19)

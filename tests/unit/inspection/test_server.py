@@ -150,19 +150,20 @@ def test_a_browser_shows_progress_and_then_the_report_by_itself(tmp_path: Path) 
 def test_the_command_serves_a_model_until_it_is_ended(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fhopt.cli", "view", "command_models:encoder", "--no-open"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "support"), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().split()[0]
-            assert address.startswith("http://127.0.0.1:")
-            for _ in range(600):
-                try:
-                    if json.loads(get(f"{address}progress.json")[1])["ready"]:
-                        break
-                except urllib.error.URLError:  # it does not answer yet
-                    pass
-                time.sleep(0.2)
-            assert "Encoder" in get(address)[1] or "encoder" in get(address)[1]
-        finally:
-            process.terminate()
-            process.wait(20)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[0]
+        assert address.startswith("http://127.0.0.1:")
+        for _ in range(600):
+            try:
+                if json.loads(get(f"{address}progress.json")[1])["ready"]:
+                    break
+            except urllib.error.URLError:  # it does not answer yet
+                pass
+            time.sleep(0.2)
+        assert "Encoder" in get(address)[1] or "encoder" in get(address)[1]
+        process.terminate()
+        process.wait(20)
+    finally:
+        process.kill()
