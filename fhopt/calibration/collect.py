@@ -20,6 +20,11 @@ second pass, which sums over a sequence *before* it squares: labels of different
 contexts, so this square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token scale
 and coherence included.
 
+Sequences of a calibration are short, and stand where a long context begins. Attention depends on differences of
+positions alone, so the same keys further on are these, rotated, and so are their gradients; the means, which are of the
+first tokens, stay where they are. With `span` both passes count tokens as if they stood all over a long context: a
+constant in the keys, as of a bias, turns away from its mean there, and must not be cut off.
+
 Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
 """
 
@@ -33,7 +38,7 @@ from torch import Tensor
 from fhopt.calibration.probe import Batch, OnGradients, Probed, run_probed
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, empty_costs
-from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined
+from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, spread, turned, turns
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
@@ -48,26 +53,30 @@ def collect(
     recent: int,
     seed: int = 0,
     mean_tokens: int = 0,
+    span: int = 0,
     into: dict[str, SiteStatistics] | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> dict[str, SiteStatistics]:
     """Collect statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
 
     Labels are drawn from the model itself. mean_tokens: as of `LatentPlan`; moments are then of differences from the
-    means of each sequence. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
+    means of each sequence. span: keys that turn count as up to so many positions later than they stand, the means as
+    they are. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
     Raises FhoptError when a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         stats, count = statistics[name], k.shape[0] * k.shape[2]
-        k, v = differences(stats.site, k, v, 0, mean_tokens)
+        later = spread(k.shape[2], 0, span).unsqueeze(0) if span and turns(stats.site) else None
+        k, v = differences(stats.site, k, v, 0, mean_tokens, later)
         for side, x in ((stats.key, k), (stats.value, v)):
             _add(side.moment, x, side.groups)
             side.count += count
         _add_cross(stats.cross, k, v)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            key_gradient = key_gradient if later is None else turned(stats.site, key_gradient, later)
             _add(stats.key.metric, key_gradient, stats.key.groups)
             _add(stats.value.metric, value_gradient, stats.value.groups)
             _add_cross(stats.cross_metric, key_gradient, value_gradient)
@@ -109,23 +118,27 @@ def measure_costs(
     recent: int,
     seed: int = 0,
     mean_tokens: int = 0,
+    span: int = 0,
     into: Costs | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> Costs:
     """Measure what channels of every basis cost at 0 bits and at each number of bits in `steps` (bits -> step).
 
     batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. mean_tokens:
-    as of `collect`, for the statistics of the bases. into: add to these costs, which have the same bases and numbers of
-    bits (to resume, or to merge). Raises FhoptError when a batch does not fit the graph.
+    as of `collect`, for the statistics of the bases. span: whole sequences count as up to so many positions later.
+    into: add to these costs, which have the same bases and numbers of bits (to resume, or to merge). Raises FhoptError
+    when a batch does not fit the graph.
     """
     levels = {0: 0.0, **steps}
     costs = empty_costs(bases, levels) if into is None else into
     sites = {site.name: site for site in outcome.sites.values()}
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
-        k, v = differences(sites[name], k, v, 0, mean_tokens)
+        later = _next_places(costs, name, k, span) if span and turns(sites[name]) else None
+        k, v = differences(sites[name], k, v, 0, mean_tokens, later)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            key_gradient = key_gradient if later is None else turned(sites[name], key_gradient, later)
             for layout, sides in bases[name].items():
                 read = [(k, key_gradient), (v, value_gradient)]
                 if len(sides) == 1:
@@ -137,6 +150,12 @@ def measure_costs(
 
     run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
     return costs
+
+
+def _next_places(costs: Costs, name: str, k: Tensor, span: int) -> Tensor:
+    """Return how many positions later the next sequences [B, 1] of a site stand, by how many were counted."""
+    counted = next(int(side.tokens) for (site, _, _), side in costs.items() if site == name)
+    return spread(k.shape[0], counted // k.shape[2], span).unsqueeze(1)
 
 
 @torch.no_grad()

@@ -220,7 +220,8 @@ def _measure_batches(
     key = _key(options, name, data_digest, weights, outcome) | ({"layouts": list(layouts)} if layouts else {})
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
     source, kept = iter(batches), {"sinks": options.sinks, "recent": options.near_tokens}
-    far = kept | {"seed": options.seed, "mean_tokens": options.mean_tokens}
+    span = max(0, options.tokens - options.context)  # over which the tokens of a long context stand
+    far = kept | {"seed": options.seed, "mean_tokens": options.mean_tokens, "span": span}
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     statistics = empty_statistics(outcome.sites.values())

@@ -30,17 +30,52 @@ def joined(x: Tensor, groups: int) -> Tensor:
     return x.reshape(b, groups, g // groups, t, d).permute(1, 0, 3, 2, 4).flatten(3)
 
 
-def differences(site: AttentionSite, k: Tensor, v: Tensor, sinks: int, mean_tokens: int) -> tuple[Tensor, Tensor]:
+def differences(
+    site: AttentionSite, k: Tensor, v: Tensor, sinks: int, mean_tokens: int, later: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return keys and values [B,G,T,D] less their means, as a cache with `mean_tokens` encodes them.
 
     The means are of the first `mean_tokens` tokens behind `sinks`, one for each sequence; keys whose logits are capped,
-    and what is read of an encoder, have none.
+    and what is read of an encoder, have none. later: as of `turned`, by how many positions the tokens stand later than
+    those of the means.
     """
+    seen = k if later is None else turned(site, k, later)
     if not mean_tokens or site.kind != "self":
-        return k, v
+        return seen, v
     first = slice(sinks, sinks + mean_tokens)
     k_mean, v_mean = (x[:, :, first].mean(2, keepdim=True) for x in (k, v))
-    return k if site.softcap else k - k_mean, v - v_mean
+    return seen if site.softcap else seen - k_mean, v - v_mean
+
+
+def turns(site: AttentionSite) -> bool:
+    """Return whether keys of a site turn with their position in a sequence."""
+    return site.kind == "self" and site.rope is not None and site.rope.positions == "sequence"
+
+
+def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
+    """Return keys, or their gradients, [B,G,T,D] as they would be `later` positions on: [B,1] or [1,T], float64.
+
+    The same where keys do not turn. Attention depends on differences of positions alone: turned like this, keys and
+    gradients are those of the same tokens further on in a sequence.
+    """
+    if site.rope is None or not turns(site):
+        return x
+    real, imaginary = torch.tensor(site.rope.pairs, device=x.device).unbind(1)
+    angles = torch.tensor(site.rope.angles, dtype=torch.float64)
+    phase = (later.unsqueeze(-1) * angles).unsqueeze(1)  # [B or 1, 1, T or 1, F]
+    cos, sin = phase.cos().to(x), phase.sin().to(x)
+    out, a, b = x.clone(), x[..., real], x[..., imaginary]
+    out[..., real], out[..., imaginary] = a * cos - b * sin, b * cos + a * sin
+    return out
+
+
+def spread(count: int, first: int, span: int) -> Tensor:
+    """Return `count` numbers of [0, span), float64, evenly spread whatever their count: from the `first`-th of all on.
+
+    Source: the additive recurrence of the golden ratio (Niederreiter 1992).
+    """
+    golden = (5**0.5 - 1) / 2
+    return span * ((torch.arange(first, first + count, dtype=torch.float64) + 1) * golden).frac()
 
 
 # --------------------------------------------------------------------------------------------------- moments

@@ -40,6 +40,7 @@ from fhopt.plan.site import AttentionSite, Rope
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "native_layer_norm"})
 FORWARD = 24  # nodes that are searched between a core and its output projection
+ROUNDED, ROUNDED_STEPS = 2.0**-7, 7  # of sines and cosines in 16 bits: relative errors; least positions that show it
 
 
 @dataclass(frozen=True)
@@ -286,12 +287,43 @@ def rotation(key: Tensor, tolerance: float) -> Rope | None:
     if not moves.numel():
         return None
     offset, size = int(moves[0]), int(moves[-1]) + 1 - int(moves[0])
+    spans = (offset, size), (0, offset + size)  # the slowest frequencies may not seem to move
     for pairing, blocks in (("half", 1), ("interleaved", 1), ("half", 2), ("half", 3)):
-        for start, length in ((offset, size), (0, offset + size)):  # the slowest frequencies may not seem to move
+        for start, length in spans:
             rope = _as_rotation(rows, pairing, blocks, start, length, tolerance * float(scale))
             if rope is not None:
                 return rope
+    for pairing in ("half", "interleaved"):
+        for start, length in spans:
+            rope = _as_rounded_rotation(rows, pairing, start, length)
+            if rope is not None:
+                return rope
     return None
+
+
+def _as_rounded_rotation(rows: Tensor, pairing: str, offset: int, size: int) -> Rope | None:
+    """Return the rotation by sines and cosines that the graph rounds to 16 bits, as those of models in bfloat16.
+
+    Each angle is measured over one step, over two, four and so on to the last, so that what rounding adds is divided by
+    the number of steps.
+    """
+    last = len(rows) - 1
+    if size % 2 or last < ROUNDED_STEPS:
+        return None
+    guess = Rope(pairing, size, (), offset)
+    first, second = torch.tensor(guess.pairs).T
+    pairs = torch.complex(rows[:, first], rows[:, second])  # [T, F]
+    bound = ROUNDED * pairs[:1].abs()
+    if bool(((pairs.abs() - pairs[:1].abs()).abs() > bound).any()):
+        return None
+    angles = torch.zeros(len(first), dtype=torch.float64)
+    for steps in sorted({1 << i for i in range(last.bit_length())} | {last}):
+        left = pairs[steps] * pairs[0].conj() * torch.polar(torch.ones(1).double(), -angles * steps)
+        angles += torch.angle(left) / steps
+    turns = torch.polar(torch.ones(1).double(), torch.arange(last + 1).unsqueeze(1) * angles)
+    if bool(((pairs - pairs[:1] * turns).abs() > 3 * bound).any()) or float(angles.abs().max()) * last < 1:
+        return None
+    return Rope(pairing, size, tuple(float(a) for a in angles), offset)
 
 
 def _as_rotation(rows: Tensor, pairing: str, blocks: int, offset: int, size: int, bound: float) -> Rope | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from small_models import FAR, Fitted, numbered
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fhopt.calibration import collect
 from fhopt.fitting import statistics as fitting_statistics
+from fhopt.fitting.statistics import differences, spread, turned
 
 SITE = "model.layers.1.self_attn"
 
@@ -21,3 +24,50 @@ def test_as_few_latent_heads_as_keep_the_mixed_space_within_the_limit(
     statistics = collect.collect(llama.captured, llama.outcome, numbered(1), **FAR)[SITE]
     assert statistics.key.moment.shape == (groups, 32 // groups, 32 // groups)
     assert fitting_statistics.latent_groups(statistics.site) == groups
+
+
+def at(llama: Fitted, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Keys as the model rotates them at positions [B, T]."""
+    cos, sin = llama.model.model.rotary_emb(keys, positions)
+    rotated: torch.Tensor = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+    return rotated
+
+
+def test_keys_that_are_turned_are_those_of_later_positions(llama: Fitted) -> None:
+    site, keys, here = llama.statistics[SITE].site, torch.randn(2, 2, 20, 16), torch.arange(20).expand(2, 20)
+    for later in (torch.tensor([[37.0], [300.0]]), torch.arange(20.0).unsqueeze(0) * 7):
+        expected = at(llama, keys, here + later.long())
+        torch.testing.assert_close(turned(site, at(llama, keys, here), later.double()), expected, rtol=0, atol=1e-4)
+
+
+def test_a_constant_in_keys_turns_away_from_its_mean(llama: Fitted) -> None:
+    """As in a cache: the means are of the first tokens, wherever the others stand."""
+    site, here = llama.statistics[SITE].site, torch.arange(20).unsqueeze(0)
+    keys = at(llama, torch.randn(1, 2, 1, 16).expand(1, 2, 20, 16), here)
+    later = torch.full((1, 1), 1000.0, dtype=torch.float64)
+    values = torch.randn(1, 2, 20, 16)
+    k, v = differences(site, keys, values, 0, 5, later)
+    expected = at(llama, turned(site, keys, -here.double()), here + 1000) - keys[:, :, :5].mean(2, keepdim=True)
+    torch.testing.assert_close(k, expected, rtol=0, atol=1e-4)
+    assert torch.equal(v, differences(site, keys, values, 0, 5)[1])
+    assert k.square().mean() > 2 * differences(site, keys, values, 0, 5)[0].square().mean()
+
+
+def test_positions_are_spread_evenly_whatever_their_count() -> None:
+    assert torch.equal(torch.cat([spread(5, 0, 100), spread(3, 5, 100)]), spread(8, 0, 100))
+    for count in (8, 20, 500):
+        places, _ = spread(count, 0, 100).sort()
+        assert places[0] >= 0 and places[-1] < 100 and places.diff().max() < 3 * 100 / count
+
+
+def test_statistics_of_a_long_context_keep_what_no_position_changes(fitted: Fitted) -> None:
+    """Turning keeps the energy of keys, of gradients and of both together, and everything of values."""
+    batches = numbered(2)
+    near = collect.collect(fitted.captured, fitted.outcome, batches, **FAR)
+    far = collect.collect(fitted.captured, fitted.outcome, batches, **FAR, span=5000)
+    for one, other in zip(near.values(), far.values(), strict=True):
+        assert torch.equal(one.value.moment, other.value.moment) and torch.equal(one.value.metric, other.value.metric)
+        for before, after in ((one.key.moment, other.key.moment), (one.key.metric, other.key.metric)):
+            energies = [x.diagonal(dim1=1, dim2=2).sum() for x in (before, after)]
+            torch.testing.assert_close(energies[1], energies[0], rtol=1e-4, atol=0)
+            assert torch.equal(before, after) == (one.site.rope is None)

@@ -13,6 +13,7 @@ from small_models import MAKERS, cached, found, run, token_ids
 from fhopt.models.capture import capture, from_exported
 from fhopt.passes import outcome as passes_outcome
 from fhopt.passes import pipeline
+from fhopt.passes.recognize.find_attention import rotation
 from fhopt.plan.site import Rope
 
 
@@ -89,6 +90,31 @@ def test_the_angles_of_the_rotation_are_measured() -> None:
     assert site.rope is not None
     expected = [10000.0 ** (-2 * f / 16) for f in range(8)]
     assert site.rope.angles == pytest.approx(expected, rel=1e-4)  # cos and sin are float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["neox", "gptj", "qwen3", "cohere", "opt", "llama"])
+def test_in_16_bits_the_same_rotation_is_found(name: str, dtype: torch.dtype) -> None:
+    """Most models round sines and cosines to the dtype of their weights."""
+
+    def rope(model: Any, tokens: int) -> Any:
+        return next(iter(found(model, tokens)[1].sites.values())).rope
+
+    model = MAKERS["llama"]() if name == "llama" else family(name).eval()
+    exact, short, long = rope(model, 16), rope(model.to(dtype), 16), rope(model, 60)
+    if name == "opt":
+        assert exact is short is long is None
+        return
+    for rounded, tokens in ((short, 16), (long, 60)):
+        assert replace(rounded, angles=()) == replace(exact, angles=())
+        assert rounded.angles == pytest.approx(exact.angles, rel=2**-8, abs=2**-7 / (tokens - 1))  # so are angles
+
+
+def test_what_moves_a_little_with_the_position_is_no_rotation() -> None:
+    positions = torch.arange(64.0, dtype=torch.float64).unsqueeze(1)
+    row = torch.randn(1, 16, dtype=torch.float64) + 2
+    for rows in (row + 1e-4 * positions * row.flip(1), row * (1 + 1e-3 * torch.rand(64, 16)), row + 1e-3 * positions):
+        assert rotation(rows[None, None], 1e-5) is None
 
 
 def test_prefill_and_cached_decode_agree_on_names_and_the_cache_is_seen() -> None:
