@@ -53,11 +53,11 @@ def test_a_constant_in_keys_turns_away_from_its_mean(llama: Fitted) -> None:
     assert k.square().mean() > 2 * differences(site, keys, values, 0, 5)[0].square().mean()
 
 
-def test_positions_are_spread_evenly_whatever_their_count() -> None:
+def test_positions_are_well_spread_whatever_their_count() -> None:
     assert torch.equal(torch.cat([spread(5, 0, 100), spread(3, 5, 100)]), spread(8, 0, 100))
     for count in (8, 20, 500):
-        places, _ = spread(count, 0, 100).sort()
-        assert places[0] >= 0 and places[-1] < 100 and places.diff().max() < 3 * 100 / count
+        places, _ = (spread(count, 0, 100) / 100).pow(1 / 3).sort()
+        assert places[0] >= 0 and places[-1] < 1 and places.diff().max() < 3 / count
 
 
 def test_statistics_of_a_long_context_keep_what_no_position_changes(fitted: Fitted) -> None:
