@@ -30,7 +30,7 @@ Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -132,9 +132,18 @@ def measure_costs(
     levels = {0: 0.0, **steps}
     costs = empty_costs(bases, levels) if into is None else into
     sites = {site.name: site for site in outcome.sites.values()}
+    current = 0  # number of the batch
+
+    def counted() -> Iterator[tuple[int, Batch]]:
+        nonlocal current
+        for number, batch in batches:
+            current = number
+            yield number, batch
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
-        later = _next_places(costs, name, k, span) if span and turns(sites[name]) else None
+        later = None
+        if span and turns(sites[name]):
+            later = spread(len(k), current * len(k), span).unsqueeze(1)
         k, v = differences(sites[name], k, v, 0, mean_tokens, later)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
@@ -148,14 +157,8 @@ def measure_costs(
 
         return add
 
-    run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
+    run_probed(captured, outcome, counted(), (sinks, recent), seed, see, done)
     return costs
-
-
-def _next_places(costs: Costs, name: str, k: Tensor, span: int) -> Tensor:
-    """Return how many positions later the next sequences [B, 1] of a site stand, by how many were counted."""
-    counted = next(int(side.tokens) for (site, _, _), side in costs.items() if site == name)
-    return spread(k.shape[0], counted // k.shape[2], span).unsqueeze(1)
 
 
 @torch.no_grad()

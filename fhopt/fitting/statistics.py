@@ -72,8 +72,8 @@ def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
 def spread(count: int, first: int, span: int) -> Tensor:
     """Return `count` positions of [0, span), float64, from the `first`-th of all on, well spread whatever their count.
 
-    Cubes of evenly spread numbers: half of them lie in the first eighth, since a plan serves short contexts as well, and
-    every context has a beginning. Source of the numbers: the additive recurrence of the golden ratio (Niederreiter
+    Cubes of evenly spread numbers: half of them lie in the first eighth, since a plan serves short contexts as well,
+    and every context has a beginning. Source of the numbers: the additive recurrence of the golden ratio (Niederreiter
     1992).
     """
     golden = (5**0.5 - 1) / 2

@@ -12,6 +12,7 @@ from quality_rivals import FAMILIES, Field, LeftOut, check_families, offered
 from small_models import tiny_llama, token_ids
 
 from fhopt.errors import FhoptError
+from fhopt.plan.window import ResidualWindow
 
 WANTED = [family for family in FAMILIES if family not in ("quanto", "hqq")]
 
@@ -20,7 +21,13 @@ def plan(ratio: float) -> Any:
     """Stand in for a plan: its exact tokens and its bytes."""
     exact = COUNTED_AT * 2 * 2 * 2 * 16 * 2
     return SimpleNamespace(
-        sinks=4, recent=32, block=32, window=SimpleNamespace(first_length=68), cache_bytes=lambda t: exact / ratio
+        sinks=4,
+        recent=32,
+        block=32,
+        window=ResidualWindow(4, 32, 32),
+        sites=(),
+        provenance={},
+        cache_bytes=lambda t: exact / ratio,
     )
 
 
