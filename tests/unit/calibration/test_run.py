@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from interrupted_calibration import measure
-from small_models import Fitted, tiny_llama, token_ids
+from small_models import Fitted, cached, tiny_llama, token_ids
 
+import fhopt
 from fhopt.calibration import run
 from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
+from fhopt.evaluation.perplexity import new_cache, switched
+from fhopt.evaluation.prefilled import prefilled
 
 
 def test_no_batch_at_all_is_refused(llama: Fitted) -> None:
@@ -66,3 +70,28 @@ def test_the_residual_window_is_a_share_of_the_context_that_a_plan_is_made_for(
     assert (options.window.recent, options.near_tokens) == (window, near)
     assert FitOptions(tokens=tokens, context=context, recent=300).window.recent == 300
     assert FitOptions(tokens=tokens, context=context, recent=300).near_tokens == 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_with_a_constant_part_are_as_right_far_behind_the_calibration_as_within_it(dtype: torch.dtype) -> None:
+    """A bias of keys turns with the position: from its mean, 1,000 tokens later, it has turned away."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    config = transformers.Qwen2Config(**sizes, num_key_value_heads=2, max_position_embeddings=4096)
+    model = transformers.Qwen2ForCausalLM(config).to(dtype).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=10.0)
+    rows = [{"input_ids": token_ids(1, 128)} for _ in range(14)]
+    near: dict[str, Any] = dict(sinks=4, recent=16, block=16, mean_tokens=32, context=128)
+    plan = fhopt.fit(model, batches=rows, ratio=6, tokens=2048, sequences=8, rate_sequences=6, **near)
+    exact = new_cache(model, None)
+    with torch.inference_mode(), switched(model, None):
+        model(token_ids(1, 1900), **cached(exact), use_cache=True)
+    with torch.inference_mode(), switched(model, plan):
+        cache = prefilled(model, plan, exact)
+    for latent, layer in zip(cache.layers, exact.layers, strict=True):
+        keys = latent._reconstructed()[0]
+        error = (keys.double() - layer.keys.double()).square().mean((0, 1, 3)).sqrt()
+        assert 0 < error[1000:1800].mean() < 1.5 * error[40:128].mean()
