@@ -38,7 +38,7 @@ from torch import Tensor
 from fhopt.calibration.probe import Batch, OnGradients, Probed, run_probed
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, empty_costs
-from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, spread, turned, turns
+from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, spread, turned
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
@@ -68,7 +68,7 @@ def collect(
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         stats, count = statistics[name], k.shape[0] * k.shape[2]
-        later = spread(k.shape[2], 0, span).unsqueeze(0) if span and turns(stats.site) else None
+        later = spread(k.shape[2], 0, span).unsqueeze(0) if span else None
         k, v = differences(stats.site, k, v, 0, mean_tokens, later)
         for side, x in ((stats.key, k), (stats.value, v)):
             _add(side.moment, x, side.groups)
@@ -141,9 +141,7 @@ def measure_costs(
             yield number, batch
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
-        later = None
-        if span and turns(sites[name]):
-            later = spread(len(k), current * len(k), span).unsqueeze(1)
+        later = spread(len(k), current * len(k), span).unsqueeze(1) if span else None
         k, v = differences(sites[name], k, v, 0, mean_tokens, later)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:

@@ -47,18 +47,13 @@ def differences(
     return seen if site.softcap else seen - k_mean, v - v_mean
 
 
-def turns(site: AttentionSite) -> bool:
-    """Return whether keys of a site turn with their position in a sequence."""
-    return site.kind == "self" and site.rope is not None and site.rope.positions == "sequence"
-
-
 def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
     """Return keys, or their gradients, [B,G,T,D] as they would be `later` positions on: [B,1] or [1,T], float64.
 
     The same where keys do not turn. Attention depends on differences of positions alone: turned like this, keys and
     gradients are those of the same tokens further on in a sequence.
     """
-    if site.rope is None or not turns(site):
+    if site.kind != "self" or site.rope is None or site.rope.positions != "sequence":
         return x
     real, imaginary = torch.tensor(site.rope.pairs, device=x.device).unbind(1)
     angles = torch.tensor(site.rope.angles, dtype=torch.float64)

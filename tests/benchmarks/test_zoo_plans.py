@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def test_a_mixture_in_which_a_token_changes_its_expert_is_checked_with_all_exper
     mixture = next(c for c in candidates() if c.name == "HYV3ForCausalLM")
     row = zoo_plans.attempt(mixture, 4.0)
     assert row.status == "works" and row.measured <= 5 * row.expected
-    assert re.search(r"a token changes its expert: \d\.\de-\d\d nats, expected \d\.\de-\d\d", row.why[0])
+    assert "a token changes its expert: 7.7e-02 nats" in row.why[0]
     assert "In these, a token changed its expert" in zoo_plans.page([row])
     assert zoo_plans._with_all_experts(Candidate("LlamaForCausalLM", "llama", DECODERS, ()), row) is row
 
