@@ -64,10 +64,10 @@ class SideRows:
 
     def reconstruct(self) -> Tensor:
         """Reconstruct the keys or values of quantized tokens from their latents: [B,G,V,D]."""
+        decoded = algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
         if self.mean is None:
-            return algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
-        exact = torch.promote_types(self.decode.dtype, torch.float32)  # a mean may be much larger than what is added
-        return (algebra.decode(self.unpacked().to(exact), self.decode) + self.mean).to(self.decode.dtype)
+            return decoded
+        return (decoded + self.mean).to(self.decode.dtype)  # in float32: a mean may be much larger than what is added
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

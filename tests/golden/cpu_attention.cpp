@@ -317,7 +317,8 @@ constexpr int TILE = MOST_TOKENS + 16;
 struct Code {
     int channel, high, high_bit, low, low_bit;
 
-    int shift() const { return 8 - high - low; }  // of the code in its byte
+    int bits() const { return high + low; }
+    int shift() const { return 8 - bits(); }  // of the code in its byte
 };
 
 #if !WORDS
@@ -584,6 +585,22 @@ struct Side {
     }
 };
 
+// Where 16 bits are asked for, codes of so few bits are multiplied by one byte of a query or of a weight: what that
+// rounds away is little beside what quantization did. A code of step d is off by d / sqrt(12) deviations of its
+// channel. A byte of a query is off by m / (127 sqrt(12)), m the largest of its coarse channels, some 4 times a typical
+// one: with 5 bits, d = 0.24, the variance of what logits are off by grows by 2 percent. Weights of a tile of 128
+// tokens are off by w sqrt(128) / (127 sqrt(12)), w the largest of them, codes by w d / sqrt(12) or more: with 4 bits,
+// d = 0.40, the variance grows by 5 percent at most, by less the more tokens are attended to.
+constexpr int COARSE_KEY = 5, COARSE_VALUE = 4;
+
+int fine_channels(const Layout& layout, int coarse) {
+    int fine = 0;
+    for (int i = 0; i < layout.count(); i++) {
+        if (layout.codes[i].bits() > coarse) fine = (i / 16 + 1) * 16;
+    }
+    return fine;
+}
+
 struct Kernel {
     Side key, value;
     bool softcap, pairs;  // pairs: keys in bfloat16 are multiplied as they are
@@ -593,6 +610,7 @@ struct Kernel {
     std::vector<float> key_factor,
         key_middle;  // [channels of key_dwords]: what brings a query to a code's byte, its middle
     bool in_order;  // codes of keys are of channels one behind the other
+    int key_fine, value_fine;  // channels up to the last of more bits than COARSE_..., whole vectors
 
     Kernel(const Side& k, const Side& v, bool capped)
         : key(k), value(v), softcap(capped), pairs(false), in_order(true) {
@@ -611,6 +629,8 @@ struct Kernel {
             key_factor[i] = 1.0f / float(1 << code.shift());
             key_middle[i] = key.middle[code.channel] * float(1 << code.shift());
         }
+        key_fine = fine_channels(key.layout, COARSE_KEY);
+        value_fine = fine_channels(value.layout, COARSE_VALUE);
         floats = std::max(key.integer ? 0 : key.pad, value.integer ? 0 : value.pad);
         const int key_bytes = key.integer ? key.layout.bytes_of_token(false) : 0;
         const int bytes = std::max(key_bytes, value.integer ? value.layout.bytes_of_token(true) : 0);
@@ -995,7 +1015,7 @@ struct Scratch {
     float* sums;                                     // of the states, [rows, R_V]
     uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
     int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
-    float *unit, *lowest, *limits, *halves;          // [rows], [rows], [rows], [halves, TILE]
+    float *unit, *lowest, *coarse, *limits, *halves;  // [rows], [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
     float factor;                                    // that these are to be multiplied by
@@ -1027,7 +1047,7 @@ struct Scratch {
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
         take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
-        take(unit, rows), take(lowest, rows), take(limits, rows), take(halves, TILE * k.halves);
+        take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);
         take(pairs, k.pairs ? rows * k.key.pad : 0);
         take(splits, WORDS ? rows : 0), take(products, WORDS && k.value.integer ? rows * 2 * k.value.pad : 0);
         return used;
@@ -1137,6 +1157,15 @@ struct Sixteen {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
+// How many channels are multiplied by all digits of `rows` queries, and by all of their weights; others by one. Of one
+// row unpacking takes longest.
+INLINE int fine_keys(const Arguments& a, int rows, const Kernel& k) {
+    return a.digits == 2 && rows > 1 ? k.key_fine : 4 * k.key_dwords;
+}
+INLINE int fine_values(const Arguments& a, const Kernel& k) {
+    return a.digits == 2 ? k.value_fine : 16 * k.value_vectors;
+}
+
 // Into the second-level cache, rows of SIDE_BY_SIDE tokens.
 INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
     const bool dense = stride <= side.reach;  // one row behind the other
@@ -1217,6 +1246,10 @@ template <class... T>
 void score_codes(const T&...) {}
 template <class... T>
 void mix_codes(const T&...) {}
+template <class... T>
+int fine_keys(const T&...) {
+    return 0;
+}
 template <class... T>
 void to_parts(const T&...) {}
 #endif
@@ -1417,12 +1450,12 @@ INLINE Floats16 joined(const __m512i (&parts)[PARTS]) {
 }
 
 // The largest integer that PARTS signed bytes make is a little more.
-constexpr float largest_integer(int parts) { return parts == 3 ? 8355000.0f : 32600.0f; }
+constexpr float largest_integer(int parts) { return parts == 3 ? 8355000.0f : parts == 2 ? 32600.0f : 127.0f; }
 
 // 16 integers as PARTS times 16 signed bytes: digits of base 256.
 template <int PARTS>
 INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
-    constexpr int half = PARTS == 3 ? 0x808080 : 0x8080;
+    constexpr int half = PARTS == 3 ? 0x808080 : PARTS == 2 ? 0x8080 : 0x80;
     const __m512i digits = (__m512i)((x + half) ^ half);
     UNROLL(3) for (int i = 0; i < PARTS; i++) {
         _mm_storeu_si128((__m128i*)(out + i * stride), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8 * i)));
@@ -1444,20 +1477,31 @@ INLINE Floats16 query_of_codes(const Kernel& k, const float* query, int first) {
 }
 
 // A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. What the middle
-// of all codes adds to a logit: by all digits but the lowest, and by the lowest.
-void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle, float& lowest) {
+// of all codes adds to a logit: by all digits but the lowest, and by the lowest. Channels from `fine` on have one part,
+// where others have their lowest digit, in units of `coarse`; what their middle adds is among the former.
+void to_parts(const Kernel& k, const float* query, int fine, int8_t* parts, float& unit, float& middle, float& lowest,
+              float& coarse) {
     const int padded = 4 * k.key_dwords;
-    Floats most = {}, nothing = {};
+    Floats most = {}, least = {}, nothing = {};
     for (int i = 0; i < padded; i += 16) {
         const Floats q = query_of_codes(k, query, i), size = q < 0.0f ? -q : q;
-        most = size > most ? size : most;
+        if (i < fine) most = size > most ? size : most;
+        else least = size > least ? size : least;
         nothing += q * 0.0f;  // NaN stays NaN
     }
     const float largest = largest_of(most), none = sum_of(nothing);
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
-    Floats sum = {}, low = {};
+    coarse = largest_of(least) / largest_integer(1);
+    const float inverse_of_coarse = coarse > 1e-30f ? 1 / coarse : 0.0f;
+    Floats sum = {}, low = {}, one = {};
     for (int i = 0; i < padded; i += 16) {
         const Floats q = query_of_codes(k, query, i);
+        if (i >= fine) {
+            const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(q * inverse_of_coarse));
+            store_parts<1>(x, parts + i, padded);
+            one += __builtin_convertvector(x, Floats16) * load(k.key_middle.data() + i);
+            continue;
+        }
         const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(q * inverse));
         store_parts<3>(x, parts + i, padded);
         const Ints16 digit = (x << 24) >> 24;
@@ -1465,24 +1509,33 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
         low += __builtin_convertvector(digit, Floats16) * load(k.key_middle.data() + i);
     }
     unit = largest / largest_integer(3) + none;
-    middle = sum_of(sum) * unit;
+    middle = sum_of(sum) * unit + sum_of(one) * coarse;
     lowest = sum_of(low) * unit;
 }
 
-// Logits without the lowest of the three digits of queries.
+// Logits without the lowest of the three digits of queries; of codes from dword `fine` on with the one they have.
 template <int ROWS, int VECTORS>
-INLINE void score_high(int64_t row, int t, Scratch& s) {
+INLINE void score_high(int64_t row, int t, int fine, Scratch& s) {
     __m512i sums[ROWS][VECTORS][2];
     const Kernel& k = s.kernel;
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * k.key_vectors;
     const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * k.key_dwords;
-    multiply<ROWS, VECTORS, 2>(codes, 1, k.key_vectors, query, k.key_dwords, k.key_vectors, sums);
+    multiply<ROWS, VECTORS, 2>(codes, 1, k.key_vectors, query, k.key_dwords, fine, sums);
     Floats16 x[ROWS][VECTORS];
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float unit = s.unit[row + r] * 256.0f;
-        UNROLL(4) for (int v = 0; v < VECTORS; v++) {
-            x[r][v] = (joined(sums[r][v]) * unit - s.middle[row + r]) * load(s.scale + t + 16 * v);
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) x[r][v] = joined(sums[r][v]) * unit - s.middle[row + r];
+    }
+    if (fine < k.key_vectors) {
+        __m512i rest[ROWS][VECTORS][1];
+        const int32_t* parts = query - k.key_dwords + fine;
+        multiply<ROWS, VECTORS, 1>(codes + fine, 1, k.key_vectors, parts, k.key_dwords, k.key_vectors - fine, rest);
+        UNROLL(5) for (int r = 0; r < ROWS; r++) {
+            UNROLL(4) for (int v = 0; v < VECTORS; v++) x[r][v] += joined(rest[r][v]) * s.coarse[row + r];
         }
+    }
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) x[r][v] *= load(s.scale + t + 16 * v);
     }
     UNROLL(1) for (int i = 0; i < k.halves; i++) {
         const float* q = s.query + row * k.key.pad + k.key.layout.half_channel[i];
@@ -1595,7 +1648,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         return with_kind(k.key.layout.kind,
                          [&](auto kind) { score_row<decltype(kind)::value>(a, p, j, begin, tokens, row, s); });
     }
-    const int whole = whole_vectors(tokens);
+    const int whole = whole_vectors(tokens), fine = std::min(fine_keys(a, rows, k) / 4, k.key_vectors);  // dwords
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
@@ -1605,7 +1658,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
-            score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
+            score_high<ROWS, decltype(vectors)::value>(row + first, t, fine, s);
         });
         if (a.digits == 2) return;
         set_limits(a, row + first, ROWS, s);
@@ -1616,9 +1669,14 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     });
 }
 
+// What the integers of a row's weights stand for, and their sum; the sum of their upper bytes.
+struct Weights {
+    float unit, total, upper;
+};
+
 // Weights of a tile of values times the tokens' scales, split into as many parts as is returned.
 template <int ROWS>
-INLINE int scale_and_split(int64_t row, int whole, int64_t digits, float* unit, float* total, Scratch& s) {
+INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weights, Scratch& s) {
     float largest[ROWS];
     bool small = true;  // in all rows
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
@@ -1639,15 +1697,16 @@ INLINE int scale_and_split(int64_t row, int whole, int64_t digits, float* unit, 
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
         const float limit = largest_integer(small ? 2 : 3);
         const float inverse = largest[r] > 1e-30f ? limit / largest[r] : 0.0f;
-        Ints16 sum = {};
+        Ints16 sum = {}, upper = {};
         for (int t = 0; t < whole; t += 16) {
             const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(s.logits + (row + r) * TILE + t) * inverse));
             sum += x;
+            upper += (x + 128) >> 8;
             if (small) store_parts<2>(x, s.weights + 3 * r * TILE + t, TILE);
             else store_parts<3>(x, s.weights + 3 * r * TILE + t, TILE);
         }
-        unit[r] = largest[r] / limit;
-        total[r] = float(_mm512_reduce_add_epi32((__m512i)sum));
+        const auto all = [](Ints16 y) { return float(_mm512_reduce_add_epi32((__m512i)y)); };
+        weights[r] = {largest[r] / limit, all(sum), all(upper)};
     }
     return small ? 2 : 3;
 }
@@ -1664,26 +1723,30 @@ INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], const Side& side, in
     }
 }
 
+// Of PARTS 1 the upper bytes of weights that have two.
 template <int ROWS, int VECTORS, int PARTS>
-INLINE void mix_bytes(int vector, int count, const float* unit, const float* total, State* states, Scratch& s) {
+INLINE void mix_bytes(int vector, int count, const Weights* weights, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
-    const auto* weights = reinterpret_cast<const int32_t*>(s.weights);
-    multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, weights, TILE / 4, count, sums);
+    const auto* parts = reinterpret_cast<const int32_t*>(s.weights + (PARTS == 1 ? TILE : 0));
+    multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, parts, TILE / 4, count, sums);
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
-        add_sums(sums[r], s.kernel.value, vector, VECTORS, unit[r], total[r], states[r]);
+        const Weights& w = weights[r];
+        const float unit = PARTS == 1 ? 256 * w.unit : w.unit, total = PARTS == 1 ? w.upper : w.total;
+        add_sums(sums[r], s.kernel.value, vector, VECTORS, unit, total, states[r]);
     }
 }
 
+// Vectors of channels from `begin` to `end`.
 template <int ROWS, int PARTS>
-void mix_block(int count, const float* unit, const float* total, State* states, Scratch& s) {
+void mix_block(int begin, int end, int count, const Weights* weights, State* states, Scratch& s) {
     constexpr int VECTORS = vectors_for(ROWS, PARTS);
-    const int all = s.kernel.value_vectors, rest = all % VECTORS;
-    for (int v = 0; v < all - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, unit, total, states, s);
+    const int rest = (end - begin) % VECTORS;
+    for (int v = begin; v < end - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, weights, states, s);
     const auto mix_rest = [&](int v, auto vectors) {
-        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, unit, total, states, s);
+        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, weights, states, s);
     };
-    for_count(rest, all - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
+    for_count(rest, end - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
 }
 
 // One row: codes are multiplied as soon as they are there.
@@ -1721,12 +1784,13 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     const Kernel& k = s.kernel;
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
-        float unit, total;
-        const int parts = scale_and_split<1>(row, whole, a.digits, &unit, &total, s);
-        if (parts == 2) mix_row<2>(a, p, j, begin, tokens, unit, total, s.states[row], s);
-        else mix_row<3>(a, p, j, begin, tokens, unit, total, s.states[row], s);
+        Weights w;
+        const int parts = scale_and_split<1>(row, whole, a.digits, &w, s);
+        if (parts == 2) mix_row<2>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
+        else mix_row<3>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         return;
     }
+    const int fine = fine_values(a, k) / 16;
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
@@ -1734,11 +1798,12 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
-        float unit[ROWS], total[ROWS];
+        Weights weights[ROWS];
         State* states = s.states + row + first;
-        const int parts = scale_and_split<ROWS>(row + first, whole, a.digits, unit, total, s);
-        if (parts == 2) mix_block<ROWS, 2>(whole / 4, unit, total, states, s);
-        else mix_block<ROWS, 3>(whole / 4, unit, total, states, s);
+        const int parts = scale_and_split<ROWS>(row + first, whole, a.digits, weights, s);
+        if (parts == 3) return mix_block<ROWS, 3>(0, k.value_vectors, whole / 4, weights, states, s);
+        mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
+        mix_block<ROWS, 1>(fine, k.value_vectors, whole / 4, weights, states, s);
     });
 }
 
@@ -1897,8 +1962,8 @@ INLINE __m256 floats_of_words(const int16_t* p) {
 }
 
 // A query of floats in the order of channels -> its parts, and what one stands for. What the middle of all codes adds
-// to a logit: by all digits but the lowest, and by the lowest.
-void to_parts(const Kernel& k, const float* query, int8_t* to, float& unit, float& middle, float& lowest) {
+// to a logit: by all digits but the lowest, and by the lowest. All channels have the same digits.
+void to_parts(const Kernel& k, const float* query, int, int8_t* to, float& unit, float& middle, float& lowest, float&) {
     const int count = k.key.layout.count(), padded = 2 * k.key_dwords;
     int16_t* parts = reinterpret_cast<int16_t*>(to);
     float largest = 0, none = 0;
@@ -2278,8 +2343,9 @@ void split_queries(const Arguments& a, const Part& p, Scratch& s) {
     const Kernel& k = s.kernel;
     const int64_t bytes = PART_BYTES * k.key_dwords, shared = a.heads / a.key_heads * p.queries;
     int8_t* parts = s.parts + (WORDS ? s.rows * bytes : 0);  // words are arranged anew
+    const int fine = fine_keys(a, int(shared), k);
     for (int r = 0; r < p.rows(); r++) {
-        to_parts(k, s.query + r * k.key.pad, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r]);
+        to_parts(k, s.query + r * k.key.pad, fine, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r], s.coarse[r]);
     }
     for (int64_t row = 0; WORDS && row < p.rows(); row += shared) arrange_queries(k, row, int(shared), s);
 }

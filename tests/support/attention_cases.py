@@ -17,6 +17,7 @@ from fhopt.plan.site_plan import SUPPORTED_BITS
 
 MIXED: Tiers = ((8, 16, 0.02), (4, 40, 0.3), (2, 8, 0.9))
 HALVES: Tiers = ((16, 8, 0.0), (4, 16, 0.3), (16, 16, 0.0), (8, 8, 0.02))
+EIGHT: Tiers = ((8, 64, 0.02),)
 FOUR: Tiers = ((4, 64, 0.3),)
 TWO: Tiers = ((2, 24, 0.9),)
 PLANES: Tiers = ((6, 16, 0.08), (5, 24, 0.15), (3, 40, 0.5), (1, 8, 1.6))

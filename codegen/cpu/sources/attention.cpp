@@ -481,7 +481,7 @@ struct Scratch {
     float* sums;                                     // of the states, [rows, R_V]
     uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
     int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
-    float *unit, *lowest, *limits, *halves;          // [rows], [rows], [rows], [halves, TILE]
+    float *unit, *lowest, *coarse, *limits, *halves;  // [rows], [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
     bool are_pairs;                                  // and they are such numbers
     float factor;                                    // that these are to be multiplied by
@@ -514,7 +514,7 @@ struct Scratch {
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
         take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
-        take(unit, rows), take(lowest, rows), take(limits, rows), take(halves, TILE * k.halves);
+        take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);
         take(pairs, k.pairs ? rows * k.key.pad : 0);
         take(splits, WORDS ? rows : 0), take(products, WORDS && k.value.integer ? rows * 2 * k.value.pad : 0);
         return used;
@@ -682,8 +682,9 @@ void split_queries(const Arguments& a, const Part& p, Scratch& s) {
     const Kernel& k = s.kernel;
     const int64_t bytes = PART_BYTES * k.key_dwords, shared = a.heads / a.key_heads * p.queries;
     int8_t* parts = s.parts + (WORDS ? s.rows * bytes : 0);  // words are arranged anew
+    const int fine = fine_keys(a, int(shared), k);
     for (int r = 0; r < p.rows(); r++) {
-        to_parts(k, s.query + r * k.key.pad, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r]);
+        to_parts(k, s.query + r * k.key.pad, fine, parts + r * bytes, s.unit[r], s.middle[r], s.lowest[r], s.coarse[r]);
     }
     for (int64_t row = 0; WORDS && row < p.rows(); row += shared) arrange_queries(k, row, int(shared), s);
 }

@@ -31,7 +31,8 @@
 struct Code {
     int channel, high, high_bit, low, low_bit;
 
-    int shift() const { return 8 - high - low; }  // of the code in its byte
+    int bits() const { return high + low; }
+    int shift() const { return 8 - bits(); }  // of the code in its byte
 };
 
 #if !WORDS

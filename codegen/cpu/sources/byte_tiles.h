@@ -191,12 +191,12 @@ INLINE Floats16 joined(const __m512i (&parts)[PARTS]) {
 }
 
 // The largest integer that PARTS signed bytes make is a little more.
-constexpr float largest_integer(int parts) { return parts == 3 ? 8355000.0f : 32600.0f; }
+constexpr float largest_integer(int parts) { return parts == 3 ? 8355000.0f : parts == 2 ? 32600.0f : 127.0f; }
 
 // 16 integers as PARTS times 16 signed bytes: digits of base 256.
 template <int PARTS>
 INLINE void store_parts(Ints16 x, int8_t* out, int64_t stride) {
-    constexpr int half = PARTS == 3 ? 0x808080 : 0x8080;
+    constexpr int half = PARTS == 3 ? 0x808080 : PARTS == 2 ? 0x8080 : 0x80;
     const __m512i digits = (__m512i)((x + half) ^ half);
     UNROLL(3) for (int i = 0; i < PARTS; i++) {
         _mm_storeu_si128((__m128i*)(out + i * stride), _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8 * i)));
@@ -218,20 +218,31 @@ INLINE Floats16 query_of_codes(const Kernel& k, const float* query, int first) {
 }
 
 // A query of floats in the order of channels -> its parts, [3, key_dwords, 4], and what one stands for. What the middle
-// of all codes adds to a logit: by all digits but the lowest, and by the lowest.
-void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, float& middle, float& lowest) {
+// of all codes adds to a logit: by all digits but the lowest, and by the lowest. Channels from `fine` on have one part,
+// where others have their lowest digit, in units of `coarse`; what their middle adds is among the former.
+void to_parts(const Kernel& k, const float* query, int fine, int8_t* parts, float& unit, float& middle, float& lowest,
+              float& coarse) {
     const int padded = 4 * k.key_dwords;
-    Floats most = {}, nothing = {};
+    Floats most = {}, least = {}, nothing = {};
     for (int i = 0; i < padded; i += 16) {
         const Floats q = query_of_codes(k, query, i), size = q < 0.0f ? -q : q;
-        most = size > most ? size : most;
+        if (i < fine) most = size > most ? size : most;
+        else least = size > least ? size : least;
         nothing += q * 0.0f;  // NaN stays NaN
     }
     const float largest = largest_of(most), none = sum_of(nothing);
     const float inverse = largest > 1e-30f ? largest_integer(3) / largest : 0.0f;
-    Floats sum = {}, low = {};
+    coarse = largest_of(least) / largest_integer(1);
+    const float inverse_of_coarse = coarse > 1e-30f ? 1 / coarse : 0.0f;
+    Floats sum = {}, low = {}, one = {};
     for (int i = 0; i < padded; i += 16) {
         const Floats q = query_of_codes(k, query, i);
+        if (i >= fine) {
+            const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(q * inverse_of_coarse));
+            store_parts<1>(x, parts + i, padded);
+            one += __builtin_convertvector(x, Floats16) * load(k.key_middle.data() + i);
+            continue;
+        }
         const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(q * inverse));
         store_parts<3>(x, parts + i, padded);
         const Ints16 digit = (x << 24) >> 24;
@@ -239,24 +250,33 @@ void to_parts(const Kernel& k, const float* query, int8_t* parts, float& unit, f
         low += __builtin_convertvector(digit, Floats16) * load(k.key_middle.data() + i);
     }
     unit = largest / largest_integer(3) + none;
-    middle = sum_of(sum) * unit;
+    middle = sum_of(sum) * unit + sum_of(one) * coarse;
     lowest = sum_of(low) * unit;
 }
 
-// Logits without the lowest of the three digits of queries.
+// Logits without the lowest of the three digits of queries; of codes from dword `fine` on with the one they have.
 template <int ROWS, int VECTORS>
-INLINE void score_high(int64_t row, int t, Scratch& s) {
+INLINE void score_high(int64_t row, int t, int fine, Scratch& s) {
     __m512i sums[ROWS][VECTORS][2];
     const Kernel& k = s.kernel;
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + t / 16 * k.key_vectors;
     const int32_t* query = reinterpret_cast<const int32_t*>(s.parts) + (row * 3 + 1) * k.key_dwords;
-    multiply<ROWS, VECTORS, 2>(codes, 1, k.key_vectors, query, k.key_dwords, k.key_vectors, sums);
+    multiply<ROWS, VECTORS, 2>(codes, 1, k.key_vectors, query, k.key_dwords, fine, sums);
     Floats16 x[ROWS][VECTORS];
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const float unit = s.unit[row + r] * 256.0f;
-        UNROLL(4) for (int v = 0; v < VECTORS; v++) {
-            x[r][v] = (joined(sums[r][v]) * unit - s.middle[row + r]) * load(s.scale + t + 16 * v);
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) x[r][v] = joined(sums[r][v]) * unit - s.middle[row + r];
+    }
+    if (fine < k.key_vectors) {
+        __m512i rest[ROWS][VECTORS][1];
+        const int32_t* parts = query - k.key_dwords + fine;
+        multiply<ROWS, VECTORS, 1>(codes + fine, 1, k.key_vectors, parts, k.key_dwords, k.key_vectors - fine, rest);
+        UNROLL(5) for (int r = 0; r < ROWS; r++) {
+            UNROLL(4) for (int v = 0; v < VECTORS; v++) x[r][v] += joined(rest[r][v]) * s.coarse[row + r];
         }
+    }
+    UNROLL(5) for (int r = 0; r < ROWS; r++) {
+        UNROLL(4) for (int v = 0; v < VECTORS; v++) x[r][v] *= load(s.scale + t + 16 * v);
     }
     UNROLL(1) for (int i = 0; i < k.halves; i++) {
         const float* q = s.query + row * k.key.pad + k.key.layout.half_channel[i];
@@ -369,7 +389,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         return with_kind(k.key.layout.kind,
                          [&](auto kind) { score_row<decltype(kind)::value>(a, p, j, begin, tokens, row, s); });
     }
-    const int whole = whole_vectors(tokens);
+    const int whole = whole_vectors(tokens), fine = std::min(fine_keys(a, rows, k) / 4, k.key_vectors);  // dwords
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s);
@@ -380,7 +400,7 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         constexpr int ROWS = decltype(count)::value;
         // clang-format off
         for_vectors<ROWS, vectors_for(ROWS, 2)>(whole, [&](int t, auto vectors) {
-            score_high<ROWS, decltype(vectors)::value>(row + first, t, s);
+            score_high<ROWS, decltype(vectors)::value>(row + first, t, fine, s);
         });
         if (a.digits == 2) return;
         set_limits(a, row + first, ROWS, s);
@@ -392,9 +412,14 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     });
 }
 
+// What the integers of a row's weights stand for, and their sum; the sum of their upper bytes.
+struct Weights {
+    float unit, total, upper;
+};
+
 // Weights of a tile of values times the tokens' scales, split into as many parts as is returned.
 template <int ROWS>
-INLINE int scale_and_split(int64_t row, int whole, int64_t digits, float* unit, float* total, Scratch& s) {
+INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weights, Scratch& s) {
     float largest[ROWS];
     bool small = true;  // in all rows
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
@@ -415,15 +440,16 @@ INLINE int scale_and_split(int64_t row, int whole, int64_t digits, float* unit, 
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
         const float limit = largest_integer(small ? 2 : 3);
         const float inverse = largest[r] > 1e-30f ? limit / largest[r] : 0.0f;
-        Ints16 sum = {};
+        Ints16 sum = {}, upper = {};
         for (int t = 0; t < whole; t += 16) {
             const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(s.logits + (row + r) * TILE + t) * inverse));
             sum += x;
+            upper += (x + 128) >> 8;
             if (small) store_parts<2>(x, s.weights + 3 * r * TILE + t, TILE);
             else store_parts<3>(x, s.weights + 3 * r * TILE + t, TILE);
         }
-        unit[r] = largest[r] / limit;
-        total[r] = float(_mm512_reduce_add_epi32((__m512i)sum));
+        const auto all = [](Ints16 y) { return float(_mm512_reduce_add_epi32((__m512i)y)); };
+        weights[r] = {largest[r] / limit, all(sum), all(upper)};
     }
     return small ? 2 : 3;
 }
@@ -440,26 +466,30 @@ INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], const Side& side, in
     }
 }
 
+// Of PARTS 1 the upper bytes of weights that have two.
 template <int ROWS, int VECTORS, int PARTS>
-INLINE void mix_bytes(int vector, int count, const float* unit, const float* total, State* states, Scratch& s) {
+INLINE void mix_bytes(int vector, int count, const Weights* weights, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
-    const auto* weights = reinterpret_cast<const int32_t*>(s.weights);
-    multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, weights, TILE / 4, count, sums);
+    const auto* parts = reinterpret_cast<const int32_t*>(s.weights + (PARTS == 1 ? TILE : 0));
+    multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, parts, TILE / 4, count, sums);
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
-        add_sums(sums[r], s.kernel.value, vector, VECTORS, unit[r], total[r], states[r]);
+        const Weights& w = weights[r];
+        const float unit = PARTS == 1 ? 256 * w.unit : w.unit, total = PARTS == 1 ? w.upper : w.total;
+        add_sums(sums[r], s.kernel.value, vector, VECTORS, unit, total, states[r]);
     }
 }
 
+// Vectors of channels from `begin` to `end`.
 template <int ROWS, int PARTS>
-void mix_block(int count, const float* unit, const float* total, State* states, Scratch& s) {
+void mix_block(int begin, int end, int count, const Weights* weights, State* states, Scratch& s) {
     constexpr int VECTORS = vectors_for(ROWS, PARTS);
-    const int all = s.kernel.value_vectors, rest = all % VECTORS;
-    for (int v = 0; v < all - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, unit, total, states, s);
+    const int rest = (end - begin) % VECTORS;
+    for (int v = begin; v < end - rest; v += VECTORS) mix_bytes<ROWS, VECTORS, PARTS>(v, count, weights, states, s);
     const auto mix_rest = [&](int v, auto vectors) {
-        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, unit, total, states, s);
+        mix_bytes<ROWS, decltype(vectors)::value, PARTS>(v, count, weights, states, s);
     };
-    for_count(rest, all - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
+    for_count(rest, end - rest, mix_rest, std::make_integer_sequence<int, VECTORS - 1>());
 }
 
 // One row: codes are multiplied as soon as they are there.
@@ -497,12 +527,13 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     const Kernel& k = s.kernel;
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
-        float unit, total;
-        const int parts = scale_and_split<1>(row, whole, a.digits, &unit, &total, s);
-        if (parts == 2) mix_row<2>(a, p, j, begin, tokens, unit, total, s.states[row], s);
-        else mix_row<3>(a, p, j, begin, tokens, unit, total, s.states[row], s);
+        Weights w;
+        const int parts = scale_and_split<1>(row, whole, a.digits, &w, s);
+        if (parts == 2) mix_row<2>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
+        else mix_row<3>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         return;
     }
+    const int fine = fine_values(a, k) / 16;
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
@@ -510,11 +541,12 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     }
     for_blocks_of_rows<MOST_BYTE_ROWS>(rows, [&](int first, auto count) {
         constexpr int ROWS = decltype(count)::value;
-        float unit[ROWS], total[ROWS];
+        Weights weights[ROWS];
         State* states = s.states + row + first;
-        const int parts = scale_and_split<ROWS>(row + first, whole, a.digits, unit, total, s);
-        if (parts == 2) mix_block<ROWS, 2>(whole / 4, unit, total, states, s);
-        else mix_block<ROWS, 3>(whole / 4, unit, total, states, s);
+        const int parts = scale_and_split<ROWS>(row + first, whole, a.digits, weights, s);
+        if (parts == 3) return mix_block<ROWS, 3>(0, k.value_vectors, whole / 4, weights, states, s);
+        mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
+        mix_block<ROWS, 1>(fine, k.value_vectors, whole / 4, weights, states, s);
     });
 }
 

@@ -18,6 +18,15 @@ struct Sixteen {
 // moves the output by about 2^-16 / SMALL * sqrt(TILE) of a latent. Where it counts for more, they have three.
 constexpr float SMALL = 256;
 
+// How many channels are multiplied by all digits of `rows` queries, and by all of their weights; others by one. Of one
+// row unpacking takes longest.
+INLINE int fine_keys(const Arguments& a, int rows, const Kernel& k) {
+    return a.digits == 2 && rows > 1 ? k.key_fine : 4 * k.key_dwords;
+}
+INLINE int fine_values(const Arguments& a, const Kernel& k) {
+    return a.digits == 2 ? k.value_fine : 16 * k.value_vectors;
+}
+
 // Into the second-level cache, rows of SIDE_BY_SIDE tokens.
 INLINE void fetch(const Side& side, const uint8_t* row, int64_t stride) {
     const bool dense = stride <= side.reach;  // one row behind the other
@@ -98,6 +107,10 @@ template <class... T>
 void score_codes(const T&...) {}
 template <class... T>
 void mix_codes(const T&...) {}
+template <class... T>
+int fine_keys(const T&...) {
+    return 0;
+}
 template <class... T>
 void to_parts(const T&...) {}
 #endif

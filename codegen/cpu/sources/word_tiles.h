@@ -153,8 +153,8 @@ INLINE __m256 floats_of_words(const int16_t* p) {
 }
 
 // A query of floats in the order of channels -> its parts, and what one stands for. What the middle of all codes adds
-// to a logit: by all digits but the lowest, and by the lowest.
-void to_parts(const Kernel& k, const float* query, int8_t* to, float& unit, float& middle, float& lowest) {
+// to a logit: by all digits but the lowest, and by the lowest. All channels have the same digits.
+void to_parts(const Kernel& k, const float* query, int, int8_t* to, float& unit, float& middle, float& lowest, float&) {
     const int count = k.key.layout.count(), padded = 2 * k.key_dwords;
     int16_t* parts = reinterpret_cast<int16_t*>(to);
     float largest = 0, none = 0;

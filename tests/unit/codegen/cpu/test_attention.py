@@ -7,11 +7,13 @@ import math
 import mmap
 import platform
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import (
     CASES,
+    EIGHT,
     EVERY,
     FOUR,
     MIXED,
@@ -36,7 +38,7 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import Tiers
 from fhopt.ops import algebra
 from fhopt.ops.latent_attention import LatentKernel
-from fhopt.ops.packing import unpack_reference
+from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SUPPORTED_BITS
 
@@ -69,12 +71,34 @@ def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Ma
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dtype, tolerance: float) -> None:
-    case = Case(UNCODED, FOUR, 6, 2, 1, 2, 50, dtype=dtype)
+    case = Case(UNCODED, EIGHT, 6, 2, 1, 2, 50, dtype=dtype)
     x = inputs(case)
     output, lse = make(case.spec())(*x, None, **case.options())
     assert output.dtype == dtype
     assert lse.dtype == torch.float32
     assert_same((output, lse), expected(case, x, None), 4 * tolerance)  # the output is rounded to dtype
+
+
+@needs_compiler
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("tiers", [PLANES, MIXED, FOUR], ids=["planes", "mixed", "four"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("isa")
+def test_what_one_digit_rounds_away_is_little_beside_what_quantization_did(
+    tiers: Tiers, dtype: torch.dtype, queries: int
+) -> None:
+    case = Case(tiers, tiers, 9, 1, 1, queries, 400, dtype=dtype)
+    query = torch.randn(2, 9, queries, case.key_width).to(dtype)
+    latents = [torch.randn(2, 1, case.tokens, case.key_width) for _ in range(2)]
+    bits, widths, steps = (list(x) for x in zip(*tiers, strict=True))
+    (key, key_scale), (value, value_scale) = (pack_reference(z, bits, widths, steps) for z in latents)
+    x = (query, key, key_scale, value, value_scale)
+    found, _ = build_cpp(case.spec())(*x, None, **case.options())
+    wanted, _ = expected(case, x, None)
+    uncoded = replace(case, key_tiers=UNCODED, value_tiers=UNCODED)
+    exact, _ = expected(uncoded, (query, latents[0], None, latents[1], None), None)
+    rounded_away, quantized_away = (found.double() - wanted).norm(), (wanted - exact).norm()
+    assert rounded_away < 0.15 * quantized_away  # 1.01 times as much noise
 
 
 @pytest.mark.parametrize("make", TARGETS)
