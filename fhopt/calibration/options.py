@@ -8,7 +8,7 @@ from pathlib import Path
 from fhopt.errors import FhoptError
 from fhopt.fitting.choices import AUTO, BITS, check_options
 from fhopt.hardware.devices import find_device
-from fhopt.plan.window import ResidualWindow
+from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
 RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # of the context: a residual window's size where none is given
@@ -34,10 +34,10 @@ class FitOptions:
     sequences: int = 12
     rate_sequences: int = 8
     context: int = 1024
-    sinks: int = 16
+    sinks: int = DEFAULT_WINDOW.sinks
     recent: int | None = None
-    block: int = 64
-    window_bits: int = 8
+    block: int = DEFAULT_WINDOW.block
+    window_bits: int = DEFAULT_WINDOW.bits
     tokens: int = 8192
     seed: int = 0
     device: str | None = None

@@ -46,7 +46,8 @@ def plans_folder() -> Path:
 class Entry:
     """One plan, as described in its plan.json. fault: why it cannot be used, "" where no reason is known.
 
-    ratio and bytes_per_token are the plan's own count at 8,192 tokens. modified: seconds since 1970.
+    request: of `_request`, one or more with spaces between. ratio and bytes_per_token are the plan's own count at 8,192
+    tokens. modified: seconds since 1970.
     """
 
     name: str
@@ -60,6 +61,11 @@ class Entry:
     nbytes: int = 0
     modified: float = 0.0
     fault: str = ""
+
+    @property
+    def requests(self) -> list[str]:
+        """What the plan was asked for by, none where it was not fitted for the store."""
+        return self.request.split()
 
 
 def entries() -> list[Entry]:
@@ -98,11 +104,20 @@ def find(name: str) -> Entry:
 
 
 def add(plan: LatentPlan) -> Entry:
-    """Add a plan to the store; one that is there stays as it is. Raises FhoptError when it cannot be written."""
+    """Add a plan to the store; one that is there stays as it is, but for the request, which is added to its own.
+
+    Raises FhoptError when it cannot be written.
+    """
     path = plans_folder() / _name(plan)
-    if not (path.is_dir() and not verify(_entry(path)).fault):
+    known = _entry(path) if path.is_dir() else None
+    request = str(plan.provenance.get("request", ""))
+    if known is None or verify(known).fault:
         plans_folder().parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels may come to lie there, too
         plan.save(path)
+    elif request and request not in known.requests:
+        from fhopt.plan.latent_plan import LatentPlan
+
+        LatentPlan.load(path).with_provenance(request=" ".join([*known.requests, request])).save(path)
     return _entry(path)
 
 
@@ -213,7 +228,7 @@ def fit_ratios(
         one.check()
     weights = weights_print(loaded.language_model())
     requests = {ratio: _request(one, weights) for ratio, one in asked.items()}
-    known = {e.request: e for e in entries() if e.request and not verify(e).fault}
+    known = {request: e for e in entries() if e.requests and not verify(e).fault for request in e.requests}
     missing = [ratio for ratio in wanted if requests[ratio] not in known]
     if missing:
         name = _request(replace(options, ratio=1.0), weights)  # the same whatever the ratios

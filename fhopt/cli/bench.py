@@ -84,8 +84,8 @@ def _read_plans(model: str, paths: tuple[Path, ...]) -> dict[str, LatentPlan | N
     plans: dict[str, LatentPlan | None] = {"exact": None}
     names = [path.name for path in paths]
     for path in paths:
-        name = path.name if names.count(path.name) == 1 and path.name not in ("", "exact") else str(path)
-        plans[name] = read_plan(model, path)
+        name = path.name if names.count(path.name) == 1 and path.name not in ("", *plans) else str(path)
+        plans[f"plan {name}" if name in plans else name] = read_plan(model, path)
     own = None if paths else read_plan(model, None)
     return plans if own is None else plans | {"plan": own}
 

@@ -166,6 +166,11 @@ def fit(
     if sum(option is not None for option in (ratio, bytes_per_token, max_loss)) > 1:
         raise FhoptError("--ratio, --bytes-per-token and --max-loss each choose the size; expected one of them.")
     limit = _read_gate(max_loss, gate_texts)
+    if limit is not None and (pages is not None or mass is not None):
+        raise FhoptError(
+            "--max-loss is measured with all pages read; expected it, or --pages and --mass. Find the ratio first, "
+            "then fit with --ratio and --pages, and measure that plan: fhopt eval."
+        )
     given = dict(ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), **options)
     measured = None
     if statistics_file is None:
@@ -235,7 +240,7 @@ def fit(
     plan.save(out)
     if explain is not None:
         explain_plan(measured, plan, explain)
-    _show_plan(plan, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
+    _show_plan(plan, chosen.tokens, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -268,10 +273,10 @@ def _read_gate(max_loss: str | None, texts: tuple[str, ...]) -> Gate | None:
 
 def _check_places(out: Path, picture: Path | None) -> None:
     """Raise FhoptError where a plan, or the picture of one, cannot be written."""
-    from fhopt.files import check_folder, check_picture, check_writable
-    from fhopt.plan.plan_files import PLAN_FILES
+    from fhopt.files import check_picture, check_writable
+    from fhopt.models.model_files import check_plan_place
 
-    check_folder(out, PLAN_FILES)
+    check_plan_place(out)
     check_writable(out.parent)
     if picture is not None:
         check_picture(picture)
@@ -290,14 +295,21 @@ def _ratio_of(measured: Any, bytes_per_token: float, tokens: int) -> float:
     return float(exact / bytes_per_token)
 
 
-def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: bool) -> None:
+def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any], as_json: bool) -> None:
+    """Print a plan, with sizes in a context of `tokens` tokens, which it was made for."""
     from fhopt.inspection.tables import plan_table
-    from fhopt.plan.cache_size import cache_size
+    from fhopt.plan.cache_size import COUNTED_AT, cache_size
     from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
 
-    size = cache_size(plan)
+    size, ratio = cache_size(plan, tokens), plan.ratio(tokens)
     if as_json:
-        about = {"plan_path": str(out), "sites": len(plan.sites), "ratio": plan.ratio(), "digest": plan.digest()}
+        about = {
+            "plan_path": str(out),
+            "sites": len(plan.sites),
+            "ratio": ratio,
+            "tokens": tokens,
+            "digest": plan.digest(),
+        }
         more = {"predicted_nats": plan.provenance["predicted_nats"], "expected_loss": plan.provenance.get(EXPECTED)}
         more |= {"trials": trials, "warning": calibration_warning(plan)}
         print_json(about | more | {"whole_ratio": size.ratio, "cache": size.as_json()})
@@ -308,14 +320,15 @@ def _show_plan(plan: LatentPlan, out: Path, trials: dict[str, Any], as_json: boo
         console.print(f"expected loss: {loss.words}", highlight=False, soft_wrap=True)
     if warning := calibration_warning(plan):
         console.print(f"Warning: {warning}", highlight=False, soft_wrap=True)
-    for ratio, trial in trials.items():
+    for tried, trial in trials.items():
         low, high = trial["increase_percent_ci"]
-        console.print(f"{ratio}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
+        console.print(f"{tried}x: perplexity {trial['increase_percent']:+.2f} % ({low:+.2f} to {high:+.2f})")
     if shared := plan.provenance.get("kernel_shapes"):
         more = plan.provenance["predicted_nats"] / shared["predicted_nats_without"] - 1
         console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f} %", highlight=False)
+    context = "" if tokens == COUNTED_AT else f" at {tokens:,} tokens"
     console.print(
-        f"{plan.ratio():.2f}x plan for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
+        f"{ratio:.2f}x plan{context} for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
     )
     if size.exact_layers:
         console.print(f"{size.exact_layers} layers stay exact. Whole model: {size.words}", highlight=False)
@@ -359,15 +372,15 @@ def heal(
 
     The same command resumes an interrupted healing. MODEL must be a causal language model with a tokenizer.
     """
-    from fhopt.files import check_folder, check_writable
-    from fhopt.plan.plan_files import PLAN_FILES
+    from fhopt.files import check_writable
+    from fhopt.models.model_files import check_plan_place
     from fhopt.refine.options import HealOptions
 
     out = Path(os.path.abspath(out))
     chosen = HealOptions(checkpoint=checkpoint or out.with_name(f".{out.name}.healing"), **options)
     chosen = chosen if ridge is None else replace(chosen, ridge=ridge)
     chosen.check()
-    check_folder(out, PLAN_FILES)
+    check_plan_place(out)
 
     import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -101,8 +102,16 @@ def read_counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON value on standard output."""
-    click.echo(json.dumps(value, indent=1, sort_keys=True))
+    """Print one JSON value on standard output; numbers that are not finite, which JSON has not, as null."""
+    click.echo(json.dumps(_finite(value), indent=1, sort_keys=True))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def calibration_options(command: Callable[..., None]) -> Callable[..., None]:

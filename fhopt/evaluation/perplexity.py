@@ -62,7 +62,7 @@ def switched(model: Any, plan: LatentPlan | None) -> Iterator[None]:
         with waiting():
             yield
     finally:
-        (unapply(model) if before is None else apply(model, before.whole_plan))
+        (unapply(model) if before is None else apply(model, before.whole_plan, *before.fast))
 
 
 def step_bounds(tokens: int, plan: LatentPlan | None) -> list[tuple[int, int]]:

@@ -87,6 +87,12 @@ def fit(
     check_options(ratio, layout, bits, device)
     sites = {name: s.site for name, s in statistics.items()}
     lossless = _lossless(statistics, ratio, layout)
+    if lossless is not None and mean_tokens:
+        raise FhoptError(
+            "these statistics are of differences from the means of sequences, and a plan of the layout input without "
+            "bits needs the constant part of keys and values, too; expected statistics without means. Calibrate again "
+            "with --mean-tokens 0."
+        )
     if lossless is not None:
         return LatentPlan(lossless, sinks, recent, block, _provenance("input", ratio, 0.0), 16)
     if bases is None:
@@ -95,7 +101,12 @@ def fit(
     if ratio == 1:
         plans = []
         for name, layouts in bases.items():
-            which = next(w for w in layouts if w != "input")
+            which = next((w for w in layouts if w != "input"), None)
+            if which is None:
+                raise FhoptError(
+                    f"ratio 1 keeps every channel of {name}, and these statistics are of the layout input alone; "
+                    "expected another one. Calibrate again with --layout identity."
+                )
             plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
         return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0, sliding or {})

@@ -36,13 +36,13 @@ from fhopt.hardware.devices import Device
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site import AttentionSite
 from fhopt.plan.site_plan import SitePlan
-from fhopt.plan.window import RECENT_PART
+from fhopt.plan.window import DEFAULT_WINDOW, RECENT_PART
 
 BATCH, QUERIES, TOKENS = sympy.symbols("B S T", positive=True)
 QUANTIZED = sympy.Symbol("T_quantized", nonnegative=True)
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 RATIOS = (2, 4, 8)  # of hypothetical caches, without a plan
-DEFAULT_OPEN_TOKENS = 4 + 64 + 64 // 2  # sinks, recent tokens and half a block of a plan with default options
+DEFAULT_OPEN_TOKENS = DEFAULT_WINDOW.sinks + DEFAULT_WINDOW.recent + DEFAULT_WINDOW.block // 2
 
 
 # --------------------------------------------------------------------------------------------------- formulas
@@ -228,7 +228,8 @@ def model_cost(
 
 def hypothetical_cost(sites: Iterable[AttentionSite], ratio: int, *, parameters: int = 0, itemsize: int = 2) -> Cost:
     """Compute the cost with hypothetical latents of `ratio` times fewer bytes, and a window of default size."""
-    costs = [site_cost(s, LatentSizes.divided(s, ratio, itemsize), itemsize=itemsize) for s in sites]
+    window: dict[str, int] = dict(window_bits=DEFAULT_WINDOW.bits, sinks=DEFAULT_WINDOW.sinks, itemsize=itemsize)
+    costs = [site_cost(s, LatentSizes.divided(s, ratio, itemsize), **window) for s in sites]
     return _sum(costs, DEFAULT_OPEN_TOKENS, parameters, itemsize)
 
 

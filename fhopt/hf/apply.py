@@ -48,6 +48,7 @@ class _Applied:
     interface: bool  # attention is called through the interface, and nothing before it needs keys of full length
     reader: Any  # of the caches of this model
     config: Any  # of the model
+    fast: tuple[bool, bool]  # skinny products, layer programs
 
 
 def apply(
@@ -106,6 +107,7 @@ def apply(
     network._fhopt_applied = _Applied(
         whole_plan, plan, hook, before, layers, cache_argument(model), parameters,
         interface=interface and all(site.mask != "relative" for site in sites), reader=Reader(), config=network.config,
+        fast=(skinny_products, layer_programs),
     )  # fmt: skip
     fhopt.codegen.install()
     if _reads_latents(network):

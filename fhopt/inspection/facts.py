@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
 from fhopt.hardware.devices import SHOWN, find_device
 from fhopt.models.cache_layers import measured_layers
+from fhopt.models.model_facts import decoder_sites
 from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, cache_size, compressed_sites
 from fhopt.plan.cache_size import KEY as LAYERS_KEY
@@ -248,24 +249,29 @@ def inspect(
         check_model(plan, weights, loaded.name)
     parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
     sites, layers = list(outcome.sites.values()), measured_layers(loaded.module) if loaded.module is not None else ()
-    return inspect_sites(loaded.name, sites, plan, devices, tokens, parameters, _missed(outcome), layers=layers)
+    cached = {site.name for site in decoder_sites(loaded.module, sites)}
+    return inspect_sites(
+        loaded.name, sites, plan, devices, tokens, parameters, _missed(outcome), layers=layers, cached=cached
+    )
 
 
 def inspect_sites(
     model: str, sites: Sequence[AttentionSite], plan: LatentPlan | None = None, devices: Sequence[str] = SHOWN,
     tokens: int = TOKENS, parameters: int = 0, missed: Sequence[Missed] = (), itemsize: int = 2,
-    layers: Sequence[CacheLayer] = (),
+    layers: Sequence[CacheLayer] = (), cached: Collection[str] | None = None,
 ) -> Inspection:  # fmt: skip
     """Collect the facts of sites without a graph.
 
     itemsize: bytes of an exact number. layers: of the model's cache, as measured; without any, one for each site.
+    cached: names of the sites that a cache holds keys and values of, and a decode step attends with; None: all.
     """
+    decoding = [site for site in sites if cached is None or site.name in cached]
     targets = [find_device(name) for name in devices]
-    costs = {"exact": cost_model.model_cost(sites, parameters=parameters, itemsize=itemsize)}
+    costs = {"exact": cost_model.model_cost(decoding, parameters=parameters, itemsize=itemsize)}
     if plan is not None:
-        costs["plan"] = cost_model.model_cost(sites, plan, parameters=parameters, itemsize=itemsize)
-    inspect_one = _Inspector(plan, targets, itemsize, layers)
-    size = cache_size(None, tokens, layers, sites=sites)
+        costs["plan"] = cost_model.model_cost(decoding, plan, parameters=parameters, itemsize=itemsize)
+    inspect_one = _Inspector(plan, targets, itemsize, layers, {site.name for site in decoding})
+    size = cache_size(None, tokens, layers, sites=decoding)
     return Inspection(
         model=model,
         parameters=parameters,
@@ -285,9 +291,10 @@ class _Inspector:
 
     def __init__(
         self, plan: LatentPlan | None, devices: Sequence[hardware_devices.Device], itemsize: int,
-        layers: Sequence[CacheLayer],
+        layers: Sequence[CacheLayer], cached: Collection[str],
     ) -> None:  # fmt: skip
         self.plan, self.devices, self.itemsize, self.layers = plan, devices, itemsize, layers
+        self.cached = cached
         self.planned = {p.site.name: p for p in compressed_sites(plan, layers)} if plan else {}
         self.evidence = evidence_of(plan) if plan else None
         self.known: dict[Any, tuple[Formulas, tuple[PaysFrom, ...]]] = {}
@@ -295,7 +302,7 @@ class _Inspector:
     def __call__(self, site: AttentionSite) -> InspectedSite:
         planned = self.planned.get(site.name)
         formulas, _ = self._costs(site, None)
-        is_cached = all(layer.numbers for layer in self.layers if layer.has(site.name))
+        is_cached = site.name in self.cached and all(x.numbers for x in self.layers if x.has(site.name))
         return InspectedSite(
             site, rope_words(site), mask_words(site), 2 * site.exact_numbers_per_token * is_cached, formulas,
             self._planned(planned) if planned else None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from fhopt.errors import FhoptError
+from fhopt.plan.site import AttentionSite
 
 
 def text_key(config: Any) -> str:
@@ -74,6 +76,16 @@ def encoder_path(model: torch.nn.Module) -> str | None:
         return None
     encoder = model.get_encoder()  # type: ignore[operator]
     return next((name for name, module in model.named_modules() if module is encoder), None)
+
+
+def decoder_sites(module: torch.nn.Module | None, sites: Iterable[AttentionSite]) -> list[AttentionSite]:
+    """Return the sites whose keys and values a cache holds: all but those of an encoder.
+
+    All of a model that is nothing else, and of one whose module is not known.
+    """
+    found = list(sites)
+    encoder = None if module is None else encoder_path(module)
+    return [site for site in found if not is_inside(site.name, encoder)] or found
 
 
 def is_inside(name: str, path: str | None) -> bool:

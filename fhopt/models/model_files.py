@@ -18,14 +18,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fhopt.errors import FhoptError
-from fhopt.files import JSON_BYTES, check_no_pickle, check_regular, opened, read_file, read_header
+from fhopt.files import JSON_BYTES, check_folder, check_no_pickle, check_regular, opened, read_file, read_header
+from fhopt.plan.plan_files import PLAN_FILES
 
 FORMS = "demo, a Hugging Face folder, a GGUF file, a .pt2 program, or python.module:function"
-CONFIG, MANIFEST = "config.json", "fhopt.json"
+CONFIG, MANIFEST, PLAN = "config.json", "fhopt.json", "plan"  # of a rewritten folder
 COPY = "Copy the model again."
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "tekken", "sentencepiece", "bpe")
 _TENSOR_MODULES = ("torch", "collections", "numpy", "_codecs")  # of what a file of weights rebuilds tensors with
+
+
+def check_plan_place(path: Path) -> None:
+    """Raise FhoptError where no plan may be written: beside other files, or over the plan of a rewritten folder."""
+    check_folder(path, PLAN_FILES)
+    if path.name == PLAN and (path.parent / MANIFEST).is_file():
+        raise FhoptError(
+            f"{path} is the plan of the rewritten model {path.parent}, which opens with no other; expected a folder of "
+            "its own. Write the plan elsewhere, then: fhopt rewrite MODEL --plan PLAN -o FOLDER."
+        )
 
 
 def check_model(name: str) -> None:

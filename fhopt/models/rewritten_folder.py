@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from fhopt.errors import FhoptError
-from fhopt.files import opened, read_file
+from fhopt.files import appearing, opened, read_file
+from fhopt.models.model_files import MANIFEST as MANIFEST
+from fhopt.models.model_files import PLAN as PLAN
 from fhopt.parallel.offloaded_weights import named_weights
 from fhopt.plan.fingerprint import shape_and_signs
 from fhopt.plan.latent_plan import LatentPlan
@@ -30,11 +32,9 @@ from fhopt.plan.plan_files import PLAN_FILES
 
 VERSION = 1
 METHOD = "fhopt"  # of "quantization_config"
-MANIFEST = "fhopt.json"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-PLAN = "plan"  # folder of the plan
 FORBIDDEN = ("adapter_config.json",)  # with it transformers would load another model, from elsewhere
 _CHUNK = 1 << 22
 
@@ -71,6 +71,21 @@ def read_folder(path: Path) -> RewrittenFolder:
     if plan.digest() != manifest["plan"]:
         raise damaged(path, "its plan is not the one that it was written with")
     return RewrittenFolder(path, plan, config, manifest, tensors)
+
+
+def renew_plan(path: Path, plan: LatentPlan) -> None:
+    """Write the plan of the folder `path` anew with another provenance, and what the manifest says of its files.
+
+    Raises FhoptError for a folder that is not as written, and for another plan.
+    """
+    held = read_folder(path)
+    if held.plan.digest() != plan.digest():
+        raise FhoptError(f"{path} holds another plan; expected the one that it was rewritten with. Rewrite the model.")
+    plan.save(path / PLAN)
+    described = describe_files(path, [f"{PLAN}/{name}" for name in PLAN_FILES])
+    manifest = {**held.manifest, "files": held.manifest["files"] | described}
+    with appearing(path / MANIFEST) as file:
+        file.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def damaged(path: Path, why: str) -> FhoptError:

@@ -105,3 +105,6 @@ class ResidualWindow:
         first, newest, _ = self.split(tokens, sliding)
         exact = sum(site.window_bytes(16, itemsize) for site in sites)
         return first * exact + newest * sum(site.window_bytes(self.bits, itemsize) for site in sites)
+
+
+DEFAULT_WINDOW = ResidualWindow(sinks=16, recent=256, block=64, bits=8)  # of plans for 8,192 tokens

@@ -34,6 +34,7 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import check_length
 from fhopt.plan.fingerprint import check_model, fingerprint
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.quality_card import QUALITY
 from fhopt.progress import Progress, silent
 from fhopt.refine.decoder_equations import Equations, Reader, solved
 from fhopt.refine.options import HealOptions
@@ -116,8 +117,8 @@ def _record(
 
 
 def _with_provenance(plan: LatentPlan, record: dict[str, Any]) -> LatentPlan:
-    """Add the record of the healing and drop that of a gate, which measured other decoders."""
-    kept = {name: value for name, value in plan.provenance.items() if name != "gate"}
+    """Add the record of the healing and drop what was measured with other decoders."""
+    kept = {name: value for name, value in plan.provenance.items() if name not in ("gate", QUALITY)}
     return replace(plan, provenance=kept | {"healing": record})
 
 

@@ -136,6 +136,8 @@ class LayerCache:
         rows = self.window_rows.rows(keys, values)
         caches.window.blocks.write_new(caches.window.cache, rows)
         for one in caches.batch.sequences:
+            if one.start == 0:
+                caches.page(one).zero_()  # the block was another's: there are no means yet
             if one.start < self.window.sinks:
                 self._write_sinks(caches, one, keys, values)
         gaining = caches.batch.gaining_means(self.means_from)
@@ -153,10 +155,7 @@ class LayerCache:
 
     def _write_sinks(self, caches: Caches, one: Sequence, keys: Tensor, values: Tensor) -> None:
         new = slice(one.begin, min(one.end, one.begin + self.window.sinks - one.start))
-        page = caches.page(one)
-        if one.start == 0:
-            page.zero_()  # the block was another's: there are no means yet
-        self.first_rows.write_sinks(page, one.start, keys[new], values[new])
+        self.first_rows.write_sinks(caches.page(one), one.start, keys[new], values[new])
 
     def _first_tokens(self, caches: Caches, one: Sequence, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values, float32, of the tokens that means are of, as the residual window holds them."""

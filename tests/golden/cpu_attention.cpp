@@ -590,7 +590,8 @@ struct Side {
 // channel. A byte of a query is off by m / (127 sqrt(12)), m the largest of its coarse channels, some 4 times a typical
 // one: with 5 bits, d = 0.24, the variance of what logits are off by grows by 2 percent. Weights of a tile of 128
 // tokens are off by w sqrt(128) / (127 sqrt(12)), w the largest of them, codes by w d / sqrt(12) or more: with 4 bits,
-// d = 0.40, the variance grows by 5 percent at most, by less the more tokens are attended to.
+// d = 0.40, the variance grows by 5 percent at most where tokens have nothing in common, by less the more tokens are
+// attended to. What they have in common is kept: weights are rounded so that their sum stays.
 constexpr int COARSE_KEY = 5, COARSE_VALUE = 4;
 
 int fine_channels(const Layout& layout, int coarse) {
@@ -1450,7 +1451,7 @@ INLINE Floats16 joined(const __m512i (&parts)[PARTS]) {
 }
 
 // The largest integer that PARTS signed bytes make is a little more.
-constexpr float largest_integer(int parts) { return parts == 3 ? 8355000.0f : parts == 2 ? 32600.0f : 127.0f; }
+constexpr float largest_integer(int parts) { return parts == 3 ? 8355000.0f : parts == 2 ? 32500.0f : 127.0f; }
 
 // 16 integers as PARTS times 16 signed bytes: digits of base 256.
 template <int PARTS>
@@ -1669,13 +1670,17 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     });
 }
 
-// What the integers of a row's weights stand for, and their sum; the sum of their upper bytes.
+constexpr Ints16 LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// What the integers of a row's weights stand for, and their sum; that of the same weights in one byte.
 struct Weights {
-    float unit, total, upper;
+    float unit, total, bytes;
 };
 
-// Weights of a tile of values times the tokens' scales, split into as many parts as is returned.
-template <int ROWS>
+// Weights of a tile of values times the tokens' scales, split into as many parts as is returned. ROUNDS: of two parts,
+// the third is the same weights in one byte. What that rounds away goes to the token that stands 16 behind, so that
+// many small weights are not lost together: where their tokens share a mean, it would be missing.
+template <int ROWS, bool ROUNDS>
 INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weights, Scratch& s) {
     float largest[ROWS];
     bool small = true;  // in all rows
@@ -1697,16 +1702,22 @@ INLINE int scale_and_split(int64_t row, int whole, int64_t digits, Weights* weig
     UNROLL(1) for (int r = 0; r < ROWS; r++) {
         const float limit = largest_integer(small ? 2 : 3);
         const float inverse = largest[r] > 1e-30f ? limit / largest[r] : 0.0f;
-        Ints16 sum = {}, upper = {};
+        Ints16 sum = {}, bytes = {}, rest = (LANE_NUMBERS - 7) * 16 - 8;  // not all lanes round up at once
         for (int t = 0; t < whole; t += 16) {
             const Ints16 x = (Ints16)_mm512_cvtps_epi32((__m512)(load(s.logits + (row + r) * TILE + t) * inverse));
             sum += x;
-            upper += (x + 128) >> 8;
-            if (small) store_parts<2>(x, s.weights + 3 * r * TILE + t, TILE);
-            else store_parts<3>(x, s.weights + 3 * r * TILE + t, TILE);
+            int8_t* parts = s.weights + 3 * r * TILE + t;
+            if (small) store_parts<2>(x, parts, TILE);
+            else store_parts<3>(x, parts, TILE);
+            if (!ROUNDS) continue;
+            rest += x;
+            const Ints16 byte = (rest + 128) >> 8;
+            rest -= byte << 8;
+            bytes += byte;
+            store_parts<1>(byte, parts + 2 * TILE, TILE);
         }
         const auto all = [](Ints16 y) { return float(_mm512_reduce_add_epi32((__m512i)y)); };
-        weights[r] = {largest[r] / limit, all(sum), all(upper)};
+        weights[r] = {largest[r] / limit, all(sum), all(bytes)};
     }
     return small ? 2 : 3;
 }
@@ -1723,16 +1734,16 @@ INLINE void add_sums(const __m512i (&sums)[VECTORS][PARTS], const Side& side, in
     }
 }
 
-// Of PARTS 1 the upper bytes of weights that have two.
+// Of PARTS 1 the weights in one byte.
 template <int ROWS, int VECTORS, int PARTS>
 INLINE void mix_bytes(int vector, int count, const Weights* weights, State* states, Scratch& s) {
     __m512i sums[ROWS][VECTORS][PARTS];
     const __m512i* codes = reinterpret_cast<const __m512i*>(s.codes) + vector;
-    const auto* parts = reinterpret_cast<const int32_t*>(s.weights + (PARTS == 1 ? TILE : 0));
+    const auto* parts = reinterpret_cast<const int32_t*>(s.weights + (PARTS == 1 ? 2 * TILE : 0));
     multiply<ROWS, VECTORS, PARTS>(codes, s.kernel.value_vectors, 1, parts, TILE / 4, count, sums);
     UNROLL(5) for (int r = 0; r < ROWS; r++) {
         const Weights& w = weights[r];
-        const float unit = PARTS == 1 ? 256 * w.unit : w.unit, total = PARTS == 1 ? w.upper : w.total;
+        const float unit = PARTS == 1 ? 256 * w.unit : w.unit, total = PARTS == 1 ? w.bytes : w.total;
         add_sums(sums[r], s.kernel.value, vector, VECTORS, unit, total, states[r]);
     }
 }
@@ -1785,12 +1796,12 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     if (rows == 1) {
         Weights w;
-        const int parts = scale_and_split<1>(row, whole, a.digits, &w, s);
+        const int parts = scale_and_split<1, false>(row, whole, a.digits, &w, s);
         if (parts == 2) mix_row<2>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         else mix_row<3>(a, p, j, begin, tokens, w.unit, w.total, s.states[row], s);
         return;
     }
-    const int fine = fine_values(a, k) / 16;
+    const int fine = std::min(fine_values(a, k) / 16, k.value_vectors);
     __m512i* codes = reinterpret_cast<__m512i*>(s.codes);
     for (int t = 0; t < whole; t += 16) {
         const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, t, tokens, true, s);
@@ -1800,10 +1811,15 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
         constexpr int ROWS = decltype(count)::value;
         Weights weights[ROWS];
         State* states = s.states + row + first;
-        const int parts = scale_and_split<ROWS>(row + first, whole, a.digits, weights, s);
-        if (parts == 3) return mix_block<ROWS, 3>(0, k.value_vectors, whole / 4, weights, states, s);
-        mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
-        mix_block<ROWS, 1>(fine, k.value_vectors, whole / 4, weights, states, s);
+        if (fine < k.value_vectors) {
+            scale_and_split<ROWS, true>(row + first, whole, a.digits, weights, s);
+            mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
+            mix_block<ROWS, 1>(fine, k.value_vectors, whole / 4, weights, states, s);
+            return;
+        }
+        const int parts = scale_and_split<ROWS, false>(row + first, whole, a.digits, weights, s);
+        if (parts == 2) mix_block<ROWS, 2>(0, fine, whole / 4, weights, states, s);
+        else mix_block<ROWS, 3>(0, fine, whole / 4, weights, states, s);
     });
 }
 

@@ -68,7 +68,8 @@ struct Side {
 // channel. A byte of a query is off by m / (127 sqrt(12)), m the largest of its coarse channels, some 4 times a typical
 // one: with 5 bits, d = 0.24, the variance of what logits are off by grows by 2 percent. Weights of a tile of 128
 // tokens are off by w sqrt(128) / (127 sqrt(12)), w the largest of them, codes by w d / sqrt(12) or more: with 4 bits,
-// d = 0.40, the variance grows by 5 percent at most, by less the more tokens are attended to.
+// d = 0.40, the variance grows by 5 percent at most where tokens have nothing in common, by less the more tokens are
+// attended to. What they have in common is kept: weights are rounded so that their sum stays.
 constexpr int COARSE_KEY = 5, COARSE_VALUE = 4;
 
 int fine_channels(const Layout& layout, int coarse) {

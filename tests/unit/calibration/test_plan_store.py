@@ -103,6 +103,14 @@ def test_several_sizes_come_from_one_calibration_and_are_fitted_once(
     assert [round(e.ratio) for e in two] == [2, 4] and len(calibrations) == 1
     assert plan_store.fit_ratios(loaded, options, (4, 2)) == two[::-1] and len(calibrations) == 1
     assert plan_store.fit_ratios(loaded, options, (4, 3))[0] == two[1] and len(calibrations) == 2
+    monkeypatch.setattr(plan_store, "__version__", "another")  # asks otherwise, and gets an equal plan
+    names = [entry.name for entry in two]
+    for _ in range(2):
+        assert [e.name for e in plan_store.fit_ratios(loaded, options, (2, 4))] == names and len(calibrations) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv("FHOPT_CACHE_DIR", str(own_folder.parent))
+    monkeypatch.setattr(run, "measure", counted)
+    assert [e.name for e in plan_store.fit_ratios(loaded, options, (2, 4))] == names and len(calibrations) == 3
     assert not list(own_folder.glob(".*"))
 
 

@@ -15,6 +15,7 @@ import torch
 from command_models import call, make_unwritable
 
 from fhopt.cli.app import COMMANDS, main
+from fhopt.cli.options import print_json
 from fhopt.errors import FhoptError
 from fhopt.texts import tokens
 
@@ -170,3 +171,9 @@ def test_warnings_of_fhopt_are_one_line_and_those_of_others_are_as_they_were() -
     done = runner.invoke(warns)
     assert done.exit_code == 0 and done.stderr == "fhopt: warning: two lines\n"
     assert [given[1] for given in others] == [FutureWarning, RuntimeWarning]
+
+
+def test_what_is_no_number_in_json_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "interval": (0.5, float("inf")), "rows": [{"kl": float("-inf")}]})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"loss": None, "interval": [0.5, None], "rows": [{"kl": None}]}

@@ -54,6 +54,15 @@ def test_plans_of_the_same_name_are_told_apart_by_their_paths(folder: Path, llam
     assert [r["cache"] for r in json.loads(result.stdout)["rows"][:3]] == ["exact", *plans]
 
 
+def test_a_plan_may_have_the_name_of_the_exact_cache(
+    folder: Path, llama: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_plan(tmp_path / "exact", llama)
+    monkeypatch.chdir(tmp_path)
+    result = call("bench", str(folder), *QUICK, "--plan", "exact", "--json")
+    assert [r["cache"] for r in json.loads(result.stdout)["rows"][:2]] == ["exact", "plan exact"]
+
+
 def row(context: int, batch: int, cache: str) -> dict[str, Any]:
     figures = dict(prefill_tokens_per_second=14_000.3, decode_tokens_per_second=123.4, time_to_first_token_s=10.3)
     gains = dict(prefill_speedup=0.86, decode_speedup=12.31, ratio=14.04)

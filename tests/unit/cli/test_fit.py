@@ -14,8 +14,9 @@ import pytest
 import torch
 from command_models import call, save_tiny_model
 from hand_plans import SITE
+from small_models import Fitted
 
-from fhopt.cli.fit import _ratio_of
+from fhopt.cli.fit import _ratio_of, _show_plan
 from fhopt.errors import FhoptError
 from fhopt.plan.cache_size import CacheLayer, record_of
 
@@ -49,6 +50,8 @@ def test_bytes_of_a_token_are_those_of_what_windows_hold() -> None:
         (("--explain", "picture"), "is not a picture"),
         (("--explain", "."), "is not a picture"),
         (("--gate-data", "source"), "both or neither"),
+        (("--max-loss", "1%", "--pages", "1/8"), "with all pages read"),
+        (("--max-loss", "1%", "--mass", "0.9"), "with all pages read"),
         (("--device", "abacus"), "abacus"),
     ],
 )
@@ -61,6 +64,17 @@ def test_sizes_and_samples_that_cannot_work_are_refused_at_once(
 
 
 SAMPLE = ("--sequences", "6", "--rate-sequences", "2", "--context", "256", "--recent", "64", "--json")
+
+
+def test_sizes_are_those_of_the_context_that_a_plan_is_made_for(
+    llama: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = llama.plan(4)
+    _show_plan(plan, 512, tmp_path, {}, True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["tokens"] == 512 and printed["ratio"] == plan.ratio(512) < plan.ratio() - 0.1
+    _show_plan(plan, 512, tmp_path, {}, False)
+    assert f"{plan.ratio(512):.2f}x plan at 512 tokens for 2 sites" in capsys.readouterr().out
 
 
 def test_a_size_below_the_least_is_refused_before_the_calibration(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from small_models import Fitted, tiny_llama
 
 from fhopt.cli.app import main
 from fhopt.evaluation.tasks import TASKS
+from fhopt.export import rewrite_folder
 from fhopt.inspection.tables import evaluation_tables
+from fhopt.models.loader import load_model
+from fhopt.models.rewritten_folder import read_folder
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.quality_card import card
 
@@ -89,6 +92,20 @@ def test_what_was_measured_goes_into_the_plan_and_is_shown(folder: Path, llama: 
     assert (task.name, task.items) == ("copy", 1) and plan.digest() == llama.plan(4).digest()
     table = CliRunner().invoke(main, ["inspect", str(folder), "--plan", str(tmp_path / "plan")])
     assert table.exit_code == 0 and "Quality card" in table.stdout and "license" in table.stdout, table.output
+
+
+def test_a_rewritten_folder_opens_after_its_plan_has_recorded_and_takes_no_other(
+    folder: Path, llama: Fitted, tmp_path: Path
+) -> None:
+    rewritten = tmp_path / "rewritten"
+    rewrite_folder.rewrite(load_model(str(folder)), llama.plan(4), rewritten, folder)
+    result = call(rewritten, "--plan", rewritten / "plan", "--data", "license", "--context", 150, "--record")
+    assert result.exit_code == 0, result.output
+    assert [text.name for text in card(read_folder(rewritten).plan).texts] == ["license"]
+    for command in (["fit", "demo"], ["heal", "demo", "--plan", str(rewritten / "plan")]):
+        refused = CliRunner().invoke(main, [*command, "-o", str(rewritten / "plan")])
+        assert refused.exit_code == 2 and "is the plan of the rewritten model" in refused.stderr, refused.output
+    read_folder(rewritten)
 
 
 def test_nothing_is_recorded_without_a_plan(folder: Path) -> None:

@@ -74,10 +74,10 @@ def test_the_model_is_left_as_it_was(llama: Fitted) -> None:
     ids, outer = token_ids(1, 40), llama.plan(2)
     token_costs(llama.model, ids, llama.plan(4))
     assert not hasattr(llama.model, "_fhopt_applied") and llama.model.config._attn_implementation == "sdpa"
-    fhopt.apply(llama.model, outer)
+    fhopt.apply(llama.model, outer, skinny_products=False, layer_programs=False)
     try:
         token_costs(llama.model, ids, llama.plan(4))
-        assert llama.model._fhopt_applied.plan is outer
+        assert llama.model._fhopt_applied.plan is outer and llama.model._fhopt_applied.fast == (False, False)
         score(llama.model, ids, outer)
     finally:
         fhopt.unapply(llama.model)

@@ -15,7 +15,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
 from fhopt.fitting.allocation import UNBIASED
 from fhopt.fitting.bases import Basis, CandidateBases, joint_basis
-from fhopt.fitting.candidates import COMPETING
+from fhopt.fitting.candidates import COMPETING, fit_bases
 from fhopt.inspection import tables
 from fhopt.ops import algebra
 from fhopt.passes import pipeline
@@ -113,6 +113,17 @@ def test_a_joint_latent_is_coded_too_and_costs_less_than_two(gpt2: Fitted, ratio
     assert all(s.is_shared and s.key.tiers == s.value.tiers for s in plan.sites)
     assert nats(plan) < nats(gpt2.plan(ratio, "band"))
     assert gpt2.plan(ratio, "auto").digest() == plan.digest()
+
+
+def test_a_joint_latent_without_bits_is_not_made_of_differences_from_means(gpt2: Fitted) -> None:
+    with pytest.raises(FhoptError, match=r"the constant part of keys and values.*--mean-tokens 0"):
+        fit_plan.fit(gpt2.statistics, ratio=2, layout="input", mean_tokens=4)
+
+
+def test_full_width_needs_bases_of_full_width(gpt2: Fitted) -> None:
+    bases = fit_bases(gpt2.statistics, "input", context=TOKENS, tokens=TOKENS)
+    with pytest.raises(FhoptError, match=r"the layout input alone.*--layout identity"):
+        fit_plan.fit(gpt2.statistics, ratio=1, bases=bases)
 
 
 @pytest.mark.parametrize("ratio", [1, 4])

@@ -11,6 +11,7 @@ from costed_plan import SITE, figures
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
 from fhopt.hardware import cost_model
@@ -18,6 +19,7 @@ from fhopt.hardware.cost_model import Cost, break_even, hypothetical_cost, model
 from fhopt.hardware.devices import DEVICES, Device, layout_time
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
+from fhopt.plan.window import DEFAULT_WINDOW
 
 CODED = SidePlan(torch.zeros(2, 16, 16), torch.zeros(2, 16, 16), (Tier(4, 8, 1.0), Tier(2, 8, 1.0)))
 UNCODED = SidePlan(torch.zeros(1, 8, 16), torch.zeros(2, 8, 8), ())
@@ -182,3 +184,9 @@ def test_the_most_a_step_can_gain_is_that_of_its_bytes(batch: int, ratio: float,
 def test_a_plan_for_other_sites_is_refused() -> None:
     with pytest.raises(FhoptError, match=r"1 sites that the model lacks, such as 'layer\.attention'"):
         model_cost([replace(SITE, name="another")], PLAN)
+
+
+def test_hypothetical_latents_have_the_window_of_a_default_plan() -> None:
+    window = FitOptions().window
+    assert window == DEFAULT_WINDOW
+    assert window.sinks + window.recent + window.block // 2 == cost_model.DEFAULT_OPEN_TOKENS

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import sample_reports
+import torch
+from encoder_decoders import model_of
 from hand_plans import SITE
 from small_models import Fitted
 
@@ -13,7 +15,11 @@ from fhopt.errors import FhoptError
 from fhopt.hardware import cost_model
 from fhopt.hardware.devices import find_device
 from fhopt.inspection.facts import common_form, inspect, inspect_sites, short_name
+from fhopt.inspection.prospects import prospects
+from fhopt.models.capture import capture
+from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.sites import find_sites
+from fhopt.passes import pipeline
 
 
 def test_facts_of_a_plan_are_those_of_the_plan_and_of_the_cost_model(llama: Fitted) -> None:
@@ -77,3 +83,17 @@ def test_a_miss_keeps_the_text_of_its_line() -> None:
     loaded = LoadedModel("encoder", model, inputs=(arguments, {}))
     missed = inspect(loaded, find_sites(loaded)).missed
     assert [m.code for m in missed] == ["return y * self.gate(x).softmax(-1)[..., :1]"]
+
+
+def test_an_encoder_caches_nothing() -> None:
+    model = model_of("bart")
+    ids = {"input_ids": torch.ones(1, 12, dtype=torch.int64), "decoder_input_ids": torch.ones(1, 9, dtype=torch.int64)}
+    outcome = pipeline.find(capture(model, (), ids | {"use_cache": False}).program)
+    loaded, sites = LoadedModel("bart", model), list(outcome.sites.values())
+    inner = [site for site in sites if ".encoder." in site.name]
+    outer = [site for site in sites if site not in inner]
+    found = inspect(loaded, outcome, devices=("h100",))
+    assert inner and found.exact_bytes == 2 * sum(site.exact_numbers_per_token for site in outer)
+    assert {one.site.name for one in found.sites if not one.exact_bytes} == {site.name for site in inner}
+    assert found.rooflines == inspect_sites("bart", outer, devices=("h100",), parameters=found.parameters).rooflines
+    assert prospects(loaded, outcome, ()).sites == len(outer)

@@ -34,7 +34,9 @@ OPTIONS = HealOptions(texts=("license",), tokens=COUNT * CONTEXT, context=CONTEX
 
 
 def test_the_loss_falls_and_the_plan_keeps_its_size(model: LoadedModel, plan: LatentPlan) -> None:
-    healed = heal(model, plan, OPTIONS)
+    measured = {"texts": {}, "tasks": {}}
+    healed = heal(model, plan.with_provenance(quality=measured, note="kept"), OPTIONS)
+    assert "quality" not in healed.provenance and healed.provenance["note"] == "kept"
     record = healed.provenance["healing"]
     assert record["after"]["kl"] < record["before"]["kl"]
     assert (record["tokens"], record["texts"]) == (COUNT * CONTEXT, ["license"])

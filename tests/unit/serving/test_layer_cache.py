@@ -137,6 +137,16 @@ def test_sequences_of_one_batch_do_not_touch_each_other() -> None:
             close(result, expected[start:stop])
 
 
+def test_bytes_of_a_former_owner_are_no_means() -> None:
+    plan = plan_of(sinks=0, mean_tokens=12)
+    engine, several = Engine(plan, SIZES), [random_tokens(plan, 60) for _ in range(2)]
+    for cache in engine.caches:
+        cache.fill_(255)  # not a number, as float32
+    engine.step(several, [(0, 50), (0, 3)])
+    for result, one, at in zip(engine.step(several, [(50, 51), (3, 4)]), several, (50, 3), strict=True):
+        close(result, by_hand(plan, one)[at : at + 1])
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("ends", [(), (20,), (3, 40, 57)])

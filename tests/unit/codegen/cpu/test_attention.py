@@ -101,6 +101,25 @@ def test_what_one_digit_rounds_away_is_little_beside_what_quantization_did(
     assert rounded_away < 0.15 * quantized_away  # 1.01 times as much noise
 
 
+@needs_compiler
+@pytest.mark.usefixtures("isa")
+def test_many_small_weights_are_not_rounded_away_together() -> None:
+    tokens, tiers, dtype = 128, FOUR, torch.float16
+    case = Case(tiers, tiers, 4, 1, 1, 1, tokens, dtype=dtype)
+    bits, widths, steps = (list(x) for x in zip(*tiers, strict=True))
+    key = torch.zeros(2, 1, tokens, 64)
+    key[:, :, 5, :8] = 1.0  # one token of a weight that is 400 times those of the others
+    value = 0.2 * torch.randn(2, 1, tokens, 64) + torch.randn(2, 1, 1, 64)  # which share a mean
+    (key, key_scale), (value, value_scale) = (pack_reference(z, bits, widths, steps) for z in (key, value))
+    query = torch.zeros(2, 4, 1, 64)
+    unpacked = unpack_reference(key, key_scale, bits, widths, steps)
+    query[..., :8] = 4 * math.log(400) / (unpacked[:, :, 5:6, :8] - unpacked[:, :, 6:7, :8]).sum(-1, keepdim=True)
+    x = (query.to(dtype), key, key_scale, value, value_scale)
+    found, _ = build_cpp(case.spec())(*x, None, **case.options())
+    wanted, _ = expected(case, x, None)
+    assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
 @pytest.mark.parametrize("make", TARGETS)
 def test_kernels_give_zero_and_minus_infinity_where_there_is_no_token(make: Make) -> None:
     case = Case(ODD, ODD, 4, 2, 2, 1, 5)
