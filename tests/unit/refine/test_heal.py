@@ -34,7 +34,7 @@ OPTIONS = HealOptions(texts=("license",), tokens=COUNT * CONTEXT, context=CONTEX
 
 
 def test_the_loss_falls_and_the_plan_keeps_its_size(model: LoadedModel, plan: LatentPlan) -> None:
-    measured = {"texts": {}, "tasks": {}}
+    measured: dict[str, Any] = {"texts": {}, "tasks": {}}
     healed = heal(model, plan.with_provenance(quality=measured, note="kept"), OPTIONS)
     assert "quality" not in healed.provenance and healed.provenance["note"] == "kept"
     record = healed.provenance["healing"]
