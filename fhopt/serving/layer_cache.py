@@ -136,7 +136,7 @@ class LayerCache:
         rows = self.window_rows.rows(keys, values)
         caches.window.blocks.write_new(caches.window.cache, rows)
         for one in caches.batch.sequences:
-            if one.start == 0:
+            if one.start == 0 and (self.window.sinks or self.means_from):
                 caches.page(one).zero_()  # the block was another's: there are no means yet
             if one.start < self.window.sinks:
                 self._write_sinks(caches, one, keys, values)
