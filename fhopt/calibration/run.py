@@ -39,7 +39,7 @@ from fhopt.hardware.float_products import onednn_products
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.capture import Captured, capture
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.model_facts import check_length, encoder_path, is_inside
+from fhopt.models.model_facts import check_length, decoder_sites, encoder_path
 from fhopt.models.sites import raise_nothing_found
 from fhopt.parallel import collectives
 from fhopt.parallel.offloaded_weights import Weights
@@ -285,8 +285,8 @@ def _check_losses(
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:
     """Find the sites that are to be fitted: those that a cache compresses. Raises FhoptError when there are none."""
     outcome = captured.outcome if isinstance(captured, Dispatched) else pipeline.find(captured.program)
-    decoding = {node: site for node, site in outcome.sites.items() if not is_inside(site.name, encoder)}
-    decoding = decoding or outcome.sites
+    cached = {site.name for site in decoder_sites(outcome.sites.values(), encoder)}
+    decoding = {node: site for node, site in outcome.sites.items() if site.name in cached}
     if not decoding:
         raise_nothing_found(name, outcome)
     layers = outcome.program.layers

@@ -100,7 +100,7 @@ def evaluate(
     from fhopt.models.cache_layers import measured_layers
     from fhopt.models.loader import load_model
     from fhopt.models.model_facts import check_length
-    from fhopt.models.rewritten_folder import PLAN, is_rewritten, renew_plan
+    from fhopt.models.rewritten_folder import save_again
     from fhopt.parallel import collectives
     from fhopt.plan.cache_size import cache_size
     from fhopt.plan.latent_plan import LatentPlan
@@ -136,12 +136,7 @@ def evaluate(
         },
     }
     if record and plan is not None and plan_path is not None:
-        measured = with_measured(plan, result["perplexity"], result["tasks"])
-        folder = plan_path.resolve().parent
-        if is_rewritten(folder) and plan_path.resolve().name == PLAN:
-            renew_plan(folder, measured)
-        else:
-            measured.save(plan_path)
+        save_again(with_measured(plan, result["perplexity"], result["tasks"]), plan_path)
     if as_json:
         print_json(result)
         return
@@ -225,7 +220,7 @@ def cost(
     from fhopt.hardware.devices import find_device
     from fhopt.inspection.tables import cost_tables
     from fhopt.models.loader import load_model
-    from fhopt.models.model_facts import decoder_sites
+    from fhopt.models.model_facts import decoder_sites, encoder_path
     from fhopt.models.sites import find_sites
     from fhopt.plan.fingerprint import check_model
     from fhopt.plan.latent_plan import LatentPlan
@@ -236,7 +231,7 @@ def cost(
         progress("loading", 0, 1)
         loaded = load_model(model)
         progress("finding attention", 0, 1)
-        sites = decoder_sites(loaded.module, find_sites(loaded).sites.values())
+        sites = decoder_sites(find_sites(loaded).sites.values(), encoder_path(loaded.module))
     weights = loaded.weights()
     parameters, itemsize = sum({w.data_ptr(): w.numel() for w in weights.values()}.values()), ITEMSIZES[dtype]
     costs = {"exact": model_cost(sites, parameters=parameters, itemsize=itemsize)}

@@ -86,29 +86,15 @@ def fit(
     """
     check_options(ratio, layout, bits, device)
     sites = {name: s.site for name, s in statistics.items()}
-    lossless = _lossless(statistics, ratio, layout)
-    if lossless is not None and mean_tokens:
-        raise FhoptError(
-            "these statistics are of differences from the means of sequences, and a plan of the layout input without "
-            "bits needs the constant part of keys and values, too; expected statistics without means. Calibrate again "
-            "with --mean-tokens 0."
-        )
+    lossless = _lossless(statistics, ratio, layout, mean_tokens)
     if lossless is not None:
         return LatentPlan(lossless, sinks, recent, block, _provenance("input", ratio, 0.0), 16)
     if bases is None:
         bases = fit_bases(statistics, layout, context=context, tokens=tokens, device=device)
     costs = costs or {}
     if ratio == 1:
-        plans = []
-        for name, layouts in bases.items():
-            which = next((w for w in layouts if w != "input"), None)
-            if which is None:
-                raise FhoptError(
-                    f"ratio 1 keeps every channel of {name}, and these statistics are of the layout input alone; "
-                    "expected another one. Calibrate again with --layout identity."
-                )
-            plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
-        return LatentPlan(tuple(plans), sinks, recent, block, _provenance(plans[0].layout, 1.0, 0.0), 16)
+        whole = _full_width(sites, bases)
+        return LatentPlan(whole, sinks, recent, block, _provenance(whole[0].layout, 1.0, 0.0), 16)
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0, sliding or {})
     grain, counted = grain_of(bits, device), budget.weights(sites.values())
     weights = {name: counted[site.name] for name, site in sites.items()}
@@ -187,10 +173,32 @@ def _provenance(layout: str, ratio: float, nats: float) -> dict[str, Any]:
     return {"layout": layout, "ratio": float(ratio), "predicted_nats": nats}
 
 
-def _lossless(statistics: Mapping[str, SiteStatistics], ratio: float, layout: str) -> tuple[SitePlan, ...] | None:
+def _full_width(sites: Mapping[str, AttentionSite], bases: CandidateBases) -> tuple[SitePlan, ...]:
+    """Return plans of all channels, without bits, of the first layout of each site that keeps them."""
+    plans = []
+    for name, layouts in bases.items():
+        which = next((w for w in layouts if w != "input"), None)
+        if which is None:
+            raise FhoptError(
+                f"ratio 1 keeps every channel of {name}, and these statistics are of the layout input alone; "
+                "expected another one. Calibrate again with --layout identity."
+            )
+        plans.append(_site_plan(sites[name], which, [(b.encode, b.decode, ()) for b in layouts[which]]))
+    return tuple(plans)
+
+
+def _lossless(
+    statistics: Mapping[str, SiteStatistics], ratio: float, layout: str, mean_tokens: int
+) -> tuple[SitePlan, ...] | None:
     """Return exact plans of the layout `input`, where it is asked for and halves the cache; None otherwise."""
     if ratio > 2 or layout != "input":
         return None
+    if mean_tokens:
+        raise FhoptError(
+            "these statistics are of differences from the means of sequences, and a plan of the layout input without "
+            "bits needs the constant part of keys and values, too; expected statistics without means. Calibrate again "
+            "with --mean-tokens 0."
+        )
     plans = []
     for s in statistics.values():
         rows = joint_basis(s)

@@ -22,7 +22,7 @@ from fhopt.hardware import cost_model
 from fhopt.hardware import devices as hardware_devices
 from fhopt.hardware.devices import SHOWN, find_device
 from fhopt.models.cache_layers import measured_layers
-from fhopt.models.model_facts import decoder_sites
+from fhopt.models.model_facts import decoder_sites, encoder_path
 from fhopt.passes.outcome import Explanation, Outcome
 from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, cache_size, compressed_sites
 from fhopt.plan.cache_size import KEY as LAYERS_KEY
@@ -249,7 +249,7 @@ def inspect(
         check_model(plan, weights, loaded.name)
     parameters = sum({w.data_ptr(): w.numel() for w in weights.values()}.values())
     sites, layers = list(outcome.sites.values()), measured_layers(loaded.module) if loaded.module is not None else ()
-    cached = {site.name for site in decoder_sites(loaded.module, sites)}
+    cached = {site.name for site in decoder_sites(sites, encoder_path(loaded.module))}
     return inspect_sites(
         loaded.name, sites, plan, devices, tokens, parameters, _missed(outcome), layers=layers, cached=cached
     )

@@ -17,7 +17,7 @@ from fhopt.hardware import cost_model
 from fhopt.hardware.devices import Device
 from fhopt.inspection.facts import PaysFrom
 from fhopt.models.cache_layers import measured_layers
-from fhopt.models.model_facts import decoder_sites, positions_of
+from fhopt.models.model_facts import decoder_sites, encoder_path, positions_of
 from fhopt.passes.outcome import Outcome
 from fhopt.plan.cache_size import COUNTED_AT, CacheLayer, CacheSize, hypothetical_size, site_layers, tokens_within
 from fhopt.plan.site import AttentionSite
@@ -93,7 +93,7 @@ def prospects(loaded: LoadedModel, outcome: Outcome, places: Sequence[Place], it
     has_config = hasattr(getattr(loaded.module, "config", None), "get_text_config")
     return site_prospects(
         loaded.name,
-        decoder_sites(loaded.module, outcome.sites.values()),
+        decoder_sites(outcome.sites.values(), encoder_path(loaded.module)),
         places,
         parameters,
         layers=measured_layers(loaded.module) if loaded.module is not None else (),

@@ -70,21 +70,20 @@ def check_length(model: Any, tokens: int) -> None:
         )
 
 
-def encoder_path(model: torch.nn.Module) -> str | None:
+def encoder_path(model: torch.nn.Module | None) -> str | None:
     """Return the module path of the encoder of a transformers encoder-decoder, None for any other module."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if model is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder = model.get_encoder()  # type: ignore[operator]
     return next((name for name, module in model.named_modules() if module is encoder), None)
 
 
-def decoder_sites(module: torch.nn.Module | None, sites: Iterable[AttentionSite]) -> list[AttentionSite]:
-    """Return the sites whose keys and values a cache holds: all but those of an encoder.
+def decoder_sites(sites: Iterable[AttentionSite], encoder: str | None) -> list[AttentionSite]:
+    """Return the sites whose keys and values a cache holds: all but those in the module `encoder`, see `encoder_path`.
 
-    All of a model that is nothing else, and of one whose module is not known.
+    All of a model that is nothing else.
     """
     found = list(sites)
-    encoder = None if module is None else encoder_path(module)
     return [site for site in found if not is_inside(site.name, encoder)] or found
 
 

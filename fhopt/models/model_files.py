@@ -29,10 +29,15 @@ _TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "tekken", "sentencepiec
 _TENSOR_MODULES = ("torch", "collections", "numpy", "_codecs")  # of what a file of weights rebuilds tensors with
 
 
+def is_part_of_model(path: Path) -> bool:
+    """Return whether the plan at `path` is that of a rewritten folder."""
+    return path.name == PLAN and (path.parent / MANIFEST).is_file()
+
+
 def check_plan_place(path: Path) -> None:
     """Raise FhoptError where no plan may be written: beside other files, or over the plan of a rewritten folder."""
     check_folder(path, PLAN_FILES)
-    if path.name == PLAN and (path.parent / MANIFEST).is_file():
+    if is_part_of_model(path):
         raise FhoptError(
             f"{path} is the plan of the rewritten model {path.parent}, which opens with no other; expected a folder of "
             "its own. Write the plan elsewhere, then: fhopt rewrite MODEL --plan PLAN -o FOLDER."

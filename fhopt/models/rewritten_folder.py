@@ -25,6 +25,7 @@ from fhopt.errors import FhoptError
 from fhopt.files import appearing, opened, read_file
 from fhopt.models.model_files import MANIFEST as MANIFEST
 from fhopt.models.model_files import PLAN as PLAN
+from fhopt.models.model_files import is_part_of_model
 from fhopt.parallel.offloaded_weights import named_weights
 from fhopt.plan.fingerprint import shape_and_signs
 from fhopt.plan.latent_plan import LatentPlan
@@ -73,15 +74,20 @@ def read_folder(path: Path) -> RewrittenFolder:
     return RewrittenFolder(path, plan, config, manifest, tensors)
 
 
-def renew_plan(path: Path, plan: LatentPlan) -> None:
-    """Write the plan of the folder `path` anew with another provenance, and what the manifest says of its files.
+def save_again(plan: LatentPlan, place: Path) -> None:
+    """Save a plan where it was read, with another provenance; of a rewritten folder, its manifest is written anew.
 
-    Raises FhoptError for a folder that is not as written, and for another plan.
+    Raises FhoptError for such a folder that is not as written, or has another plan.
     """
+    itself = place.resolve()
+    if not is_part_of_model(itself):
+        plan.save(place)
+        return
+    path = itself.parent
     held = read_folder(path)
     if held.plan.digest() != plan.digest():
         raise FhoptError(f"{path} holds another plan; expected the one that it was rewritten with. Rewrite the model.")
-    plan.save(path / PLAN)
+    plan.save(itself)
     described = describe_files(path, [f"{PLAN}/{name}" for name in PLAN_FILES])
     manifest = {**held.manifest, "files": held.manifest["files"] | described}
     with appearing(path / MANIFEST) as file:
