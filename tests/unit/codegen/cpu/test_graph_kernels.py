@@ -154,9 +154,10 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     assert all(graph_kernels.serve(spec) for spec in specs)
     found = torch.ops.fhopt.attend_kernel(*(spec.name for spec in specs), *operands, 0.3, 0.0)
     assert found.dtype == dtype
-    # In 16 bits the parts are rounded in between, and codes of few bits are multiplied by 8 bits.
-    close = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(found, expected, rtol=close, atol=close)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:  # parts are rounded in between, and codes of few bits are multiplied by 8 bits
+        assert (found - expected).float().norm() < 0.015 * expected.float().norm()
 
 
 @pytest.mark.slow
