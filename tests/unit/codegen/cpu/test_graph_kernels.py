@@ -157,7 +157,7 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
     if dtype == torch.float32:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     else:  # parts are rounded in between, and codes of few bits are multiplied by 8 bits
-        assert (found - expected).float().norm() < 0.015 * expected.float().norm()
+        assert (found - expected).float().norm() <= 0.015 * expected.float().norm()
 
 
 @pytest.mark.slow
