@@ -24,7 +24,7 @@ from fhopt.codegen.tiers import PLANES, UNCODED_DTYPES, Tiers, check
 from fhopt.plan.kernel_spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
-ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2dPqPq"
+ARGUMENTS = "@8q4q4q4q4q4q5q7q2q2dPqPq2qP"
 NAME = "attention"  # of the library
 
 

@@ -56,8 +56,8 @@ _LIB.define(
     "attend_kernel(str latents, str window, str opened, Tensor query, Tensor key, Tensor value, Tensor key_rows, "
     "Tensor? key_scale, Tensor key_decode, Tensor value_rows, Tensor? value_scale, Tensor value_decode, "
     "Tensor? window_keys, Tensor? window_key_scale, Tensor? window_values, Tensor? window_value_scale, Tensor? near, "
-    "Tensor? inside, Tensor? far, Tensor? lengths, Tensor? key_mean, Tensor? value_mean, float scale, float softcap) "
-    "-> Tensor"
+    "Tensor? inside, Tensor? far, Tensor? lengths, Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, "
+    "Tensor? turn_phases, int segment, float scale, float softcap) -> Tensor"
 )
 _LIB.define("skinny_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
 _LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!) scale, int at) -> ()")
@@ -224,7 +224,7 @@ def _attend_names(operands: Sequence[Any], options: dict[str, Any]) -> Names | N
     """Return the names of the kernels that serve `fhopt::attend_latents`; None where one does not."""
     query, key, value, key_rows, _, key_decode, value_rows, _, value_decode, window, *_ = operands
     dtype = query.dtype
-    if dtype not in _DTYPES or not all(x is None or x.is_cpu for x in operands):
+    if dtype not in _DTYPES or not all(x.is_cpu for x in operands if isinstance(x, Tensor)):
         return None
     if not dtype == key.dtype == value.dtype == key_decode.dtype == value_decode.dtype:
         return None

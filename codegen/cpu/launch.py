@@ -115,6 +115,7 @@ class LibraryKernel:
             *listing,
             *(output.data_ptr(), lse.data_ptr(), scale, softcap, self.table),
             *(3 if query.dtype == torch.float32 else 2, 0, 0),  # `digits`, and nothing that is read later
+            *(0, 0, 0),  # no segments: `attend_kernel` has them
         )
         return PreparedCall(arguments, output, lse, (q, k, v, masking, pages))
 

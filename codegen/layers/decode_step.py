@@ -22,6 +22,9 @@ from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
 _SIDE = struct.Struct("@PqqPqP3qP3qq")
 
 
+Turning = tuple[Tensor, Tensor, int]  # of queries, for keys relative to segments: `Turns.pairs`, its phases, tokens
+
+
 @dataclass(frozen=True, eq=False)
 class CacheSide:
     """Keys or values of a cache: what a decode step reads beside packed latents, and where its token goes.
@@ -58,6 +61,7 @@ class DecodeStep:
     def __init__(
         self, program: LayerProgram, address: int, threads: int, query: Tensor, attended: Tensor,
         sides: tuple[CacheSide, CacheSide], parts: Sequence[tuple[LibraryKernel, bytes] | None], scale: float,
+        turning: Turning | None = None,
     ) -> None:  # fmt: skip
         compiled = functions()
         assert compiled is not None
@@ -66,12 +70,13 @@ class DecodeStep:
         self._bases = [_basis(side.decode) for side in sides]
         means = [_mean(side.mean, query.shape[1]) for side in sides]
         sizes = (*query.shape, values.tokens.shape[3])
-        self._kept = (program, query, attended, *sides)
+        self._kept = (program, query, attended, *sides, turning)
         packed = b"".join([
             packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),
             struct.pack("@qPP", TYPES.index(query.dtype), query.data_ptr(), attended.data_ptr()),
             struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0), *map(_part, parts),
-            *[packed for _, packed in self._bases], *means, struct.pack("@P", 0), keys.packed(), values.packed(),
+            *[packed for _, packed in self._bases], *means, _turn(turning), struct.pack("@P", 0),
+            keys.packed(), values.packed(),
         ])  # fmt: skip
         self._struct = ctypes.create_string_buffer(packed, len(packed))
         self._address = ctypes.addressof(self._struct)
@@ -93,6 +98,14 @@ def _basis(decode: Tensor) -> tuple[Tensor, bytes]:
     """Return the tensor behind a `CacheBasis`, and that struct."""
     dense = decode.contiguous() if decode.dtype in TYPES[:2] else decode.float()
     return dense, struct.pack("@P4q", dense.data_ptr(), dense.dtype == torch.bfloat16, *dense.shape)
+
+
+def _turn(turning: Turning | None) -> bytes:
+    """Return the C++ struct `CacheTurn`."""
+    if turning is None:
+        return bytes(32)
+    pairs, phases, segment = turning
+    return struct.pack("@2P2q", pairs.data_ptr(), phases.data_ptr(), pairs.shape[1], segment)
 
 
 def _mean(mean: Tensor | None, heads: int) -> bytes:

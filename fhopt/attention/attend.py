@@ -25,6 +25,7 @@ from fhopt.attention.exact_tokens import exact_parts, split_off
 from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents, with_means
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, prefill_attention, registry
+from fhopt.ops.turns import Turns
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,9 +58,18 @@ def attend(
 
 def attend_parts(operands: AttentionOperands) -> Tensor:
     """Attend to packed latents, to the window in 8 bits and to exact tokens, and merge: [B,H,S,E]."""
-    parts = [with_means(operands, *_latent_part(operands))] if operands.key_side.rows.shape[2] else []
+    parts = _latent_parts(operands) if operands.key_side.rows.shape[2] else []
     parts += exact_parts(operands)
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
+
+
+def _latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
+    """Attend to packed latents, those of each segment by queries that turn: outputs [B,H,S,E], lse [B,H,S]."""
+    turns = operands.key_side.turns
+    if turns is None:
+        return [with_means(operands, *_latent_part(operands))]
+    parts = [operands.of_segment(i) for i in range(turns.segments(operands.key_side.rows.shape[2]))]
+    return [with_means(part, *_latent_part(part)) for part in parts]
 
 
 def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
@@ -94,7 +104,7 @@ _LIB.define(
     "attend_latents(Tensor query, Tensor key, Tensor value, Tensor key_rows, Tensor? key_scale, Tensor key_decode, "
     "Tensor value_rows, Tensor? value_scale, Tensor value_decode, Tensor? window_keys, Tensor? window_key_scale, "
     "Tensor? window_values, Tensor? window_value_scale, Tensor? near, Tensor? inside, Tensor? far, Tensor? lengths, "
-    "Tensor? key_mean, Tensor? value_mean, *, "
+    "Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, Tensor? turn_phases, int segment, *, "
     "int[] key_bits, int[] key_widths, float[] key_steps, int[] value_bits, int[] value_widths, float[] value_steps, "
     "float scale, float softcap=0.0) -> Tensor"
 )
@@ -111,11 +121,12 @@ def _attend_at_once(operands: AttentionOperands) -> Tensor | None:
 def _with_flat_operands(kernel: Any, operands: AttentionOperands) -> Tensor | None:
     """Call `kernel` with the operands in the order of the schema of `fhopt::attend_latents`."""
     sides, masks = (operands.key_side, operands.value_side), operands.masks
+    turning = operands.key_side.turning or (None, None, 0)
     output: Tensor | None = kernel(
         operands.query, operands.key, operands.value,
         *[x for side in sides for x in (side.rows, side.scale, side.decode)],
         *[x for side in sides for x in (side.window or (None, None))],
-        masks.exact, masks.window, masks.latents, masks.lengths, *[side.mean for side in sides],
+        masks.exact, masks.window, masks.latents, masks.lengths, *[side.mean for side in sides], *turning,
         **algebra.group_options(*[side.bit_groups for side in sides]), **operands.numbers,
     )  # fmt: skip
     return output
@@ -129,18 +140,22 @@ def attend_latents_reference(
     window_values: Tensor | None, window_value_scale: Tensor | None,
     near: Tensor | None, inside: Tensor | None, far: Tensor | None, lengths: Tensor | None,
     key_mean: Tensor | None = None, value_mean: Tensor | None = None,
+    turn_pairs: Tensor | None = None, turn_phases: Tensor | None = None, segment: int = 0,
     *, key_bits: list[int], key_widths: list[int], key_steps: list[float],
     value_bits: list[int], value_widths: list[int], value_steps: list[float], scale: float, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Compute `attend_parts` from the flat operands of `fhopt::attend_latents`.
 
     near, inside and far are the masks of exact tokens, window and latents; key_mean and value_mean those of `SideRows`.
+    turn_pairs, turn_phases and segment: of keys relative to segments, `Turns.pairs`, `Turns.phases` and the tokens of
+    one; 0: they are not.
     """
     key_window = None if window_keys is None or window_key_scale is None else (window_keys, window_key_scale)
     value_window = None if window_values is None or window_value_scale is None else (window_values, window_value_scale)
     key_groups = algebra.BitGroups(key_bits, key_widths, key_steps)
     value_groups = algebra.BitGroups(value_bits, value_widths, value_steps)
-    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean)
+    turns = None if turn_pairs is None or turn_phases is None else Turns.by_phases(segment, turn_pairs, turn_phases)
+    key_side = SideRows(key_groups, key_rows, key_scale, key_decode, key_window, key_mean, turns)
     value_side = SideRows(value_groups, value_rows, value_scale, value_decode, value_window, value_mean)
     masks = PartMasks(near, inside, far, lengths)
     return attend_parts(AttentionOperands(query, key, value, key_side, value_side, masks, scale, softcap))

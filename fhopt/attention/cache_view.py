@@ -13,7 +13,7 @@ M tokens of the window in 8 bits, V packed latents, D head size, R latent width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fhopt.attention.sketches import PageIndex
 from fhopt.attention.token_places import TokenPlaces
 from fhopt.ops import algebra, packing
 from fhopt.ops import masks as ops_masks
+from fhopt.ops.turns import Turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class SideRows:
     bit_groups: none for uncoded latents. rows: quantized values uint8 [B,J,V,bytes] with scale float16 [B,J,V], or
     uncoded latents [B,J,V,R] without a scale. decode [G,D,R]. window: quantized values uint8 [B,G,M,D] and scales
     float16 [B,G,M] of the window in 8 bits, as from `ops.packing.round_rows`; None: the window is exact. mean: float32
-    [B,G,1,D], from which latents and a window in 8 bits are differences; None: they are not.
+    [B,G,1,D], from which latents and a window in 8 bits are differences; None: they are not. turns: keys are relative
+    to their segments, the first row being number `first` behind the attention sinks; None: they are as they came.
     """
 
     bit_groups: algebra.BitGroups
@@ -40,6 +42,8 @@ class SideRows:
     decode: Tensor
     window: tuple[Tensor, Tensor] | None = None
     mean: Tensor | None = None
+    turns: Turns | None = None
+    first: int = 0
 
     @property
     def rounded(self) -> int:
@@ -65,9 +69,25 @@ class SideRows:
     def reconstruct(self) -> Tensor:
         """Reconstruct the keys or values of quantized tokens from their latents: [B,G,V,D]."""
         decoded = algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
-        if self.mean is None:
-            return decoded
-        return (decoded + self.mean).to(self.decode.dtype)  # in float32: a mean may be much larger than what is added
+        if self.mean is not None:
+            decoded = decoded + self.mean  # in float32: a mean may be much larger than what is added
+        if self.turns is not None:
+            places = torch.arange(decoded.shape[2], device=decoded.device) + self.first
+            decoded = self.turns.finished(decoded, places)
+        return decoded.to(self.decode.dtype)
+
+    @property
+    def turning(self) -> tuple[Tensor, Tensor, int] | None:
+        """Channels that turn, cosines and sines of all segments, and tokens of one; None: keys are as they came."""
+        if self.turns is None:
+            return None
+        phases = self.turns.phases(self.turns.segments(self.rows.shape[2]))
+        return self.turns.pairs, phases, self.turns.segment
+
+    def part(self, start: int, stop: int) -> SideRows:
+        """Return some of the rows, keys as relative as they are: turned queries read them."""
+        scale = None if self.scale is None else self.scale[:, :, start:stop]
+        return replace(self, rows=self.rows[:, :, start:stop], scale=scale, turns=None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

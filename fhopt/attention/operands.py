@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,22 @@ class AttentionOperands:
     softcap: float = 0.0
     sinks: Tensor | None = None
     causal: bool = False
+
+    def of_segment(self, number: int) -> AttentionOperands:
+        """Return the operands of packed latents of one segment, with queries turned to it."""
+        key, value, masks = self.key_side, self.value_side, self.masks
+        turns = key.turns
+        assert turns is not None
+        start, end = number * turns.segment, min((number + 1) * turns.segment, key.rows.shape[2])
+        latents, lengths = masks.latents, masks.lengths
+        if latents is not None and latents.shape[-1] != 1:
+            latents = latents[..., start:end]
+        if lengths is not None:
+            lengths = (lengths - start).clamp(0, end - start)
+        return replace(
+            self, query=turns.query(self.query, number), key_side=key.part(start, end),
+            value_side=value.part(start, end), masks=replace(masks, latents=latents, lengths=lengths),
+        )  # fmt: skip
 
     @property
     def numbers(self) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from fhopt.cache.residual_window import ExactWindow, StaticWindow
 from fhopt.cache.sequence_means import MEANS, SequenceMeans
 from fhopt.cache.store import PACKED, QUANTIZED, SKETCHES, RoundedPart, Store, place_bases
 from fhopt.errors import FhoptError
+from fhopt.ops.turns import Turns
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SidePlan, SitePlan
 from fhopt.plan.window import ResidualWindow
@@ -69,6 +70,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     means: SequenceMeans | None = None  # where the plan has means
     padding: LeftPadding  # not of cross attention, which has no attention sinks
     lists: Tensor  # see `PageIndex.counters`, where it has
+    turns: Turns | None = None  # where keys are encoded relative to segments
     stores: dict[str, Store]  # by their names in files, see `named_stores`
 
     def __init__(self, plan: LatentPlan, site: SitePlan, absorb: bool, window: ResidualWindow | None = None) -> None:
@@ -105,6 +107,8 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
     def _place_bases(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fetch the bases to where the tokens are."""
         self.device, self.dtype = key_states.device, key_states.dtype
+        if self.site.segment and self.site.site.rope is not None:
+            self.turns = Turns.on(self.site.site.rope, self.site.segment, self.device)
         if self.sketches is not None and self.site.sketch is not None:
             self.sketches.sketcher = Sketcher.on(self.site.sketch, self.device)
             self.lists = self.lists.to(self.device)
@@ -122,7 +126,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         key, value = rounded or (None, None)
         key_mean, value_mean = (None, None) if self.means is None else self.means.parts
         return (
-            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean),
+            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean, self.turns),
             self.packed_values.side(start, stop, self.value_bases.decode, value, value_mean),
         )
 
@@ -138,8 +142,15 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Keep what padding sequences begin with. room: as of `LeftPadding`."""
         self.padding = self.stores[PADDING] = LeftPadding(room)
 
-    def _encode(self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None]) -> None:
-        """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means."""
+    def _encode(self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None], places: Tensor | int = 0) -> None:
+        """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means.
+
+        places: numbers of the tokens behind the attention sinks, int64 [T], or that of the first.
+        """
+        if self.turns is not None:
+            if isinstance(places, int):
+                places = torch.arange(keys.shape[2], device=keys.device) + places
+            keys = self.turns.relative(keys, places)
         if self.means is not None:
             keys, values = self.means.differences(keys, values)
         encode_sides(self.site, keys, values, use)

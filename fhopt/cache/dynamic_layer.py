@@ -128,7 +128,7 @@ class LatentLayer(LatentLayerBase):
         if ready:
             out = slice(window.sinks, window.sinks + ready)
             keys, values = self.window_keys.read(new_keys), self.window_values.read(new_values)
-            self._encode(keys[:, :, out], values[:, :, out], self._append)
+            self._encode(keys[:, :, out], values[:, :, out], self._append, self.quantized)
             if self.sketches is not None:
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)

@@ -32,6 +32,11 @@ class SlidingLatentLayer(LatentLayer):
     is_sliding = True
 
     def __init__(self, plan: LatentPlan, site: SitePlan, sliding_window: int, absorb: bool = True) -> None:
+        if site.segment:
+            raise FhoptError(
+                f"{site.site.name}: keys in a sliding window are not relative to segments, and the plan says so. Fit it "
+                "for this model again."
+            )
         self.whole_window = plan.window.within(sliding_window)
         self.sliding_window, self.record_past = sliding_window, False
         self.dropped, self.slides = 0, False

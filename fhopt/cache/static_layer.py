@@ -134,7 +134,7 @@ class StaticLatentLayer(LatentLayerBase):
             self.means.see(key_states, value_states, self.cumulative_length, self.padding)
         self.window_keys.write(key_states, in_sinks, in_ring)
         self.window_values.write(value_states, in_sinks, in_ring)
-        self._encode(key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at))
+        self._encode(key_states, value_states, lambda side, x: self._packed_at(side).write(x, packed_at), behind)
         if isinstance(self.sketches, StaticSketches):
             self.sketches.write(self._packed_at("key").unpack_at(packed_at), packed_at)
         self.cumulative_length.add_(count)

@@ -23,7 +23,8 @@ and coherence included.
 Sequences of a calibration are short, and stand where a long context begins. Attention depends on differences of
 positions alone, so the same keys further on are these, rotated, and so are their gradients; the means, which are of the
 first tokens, stay where they are. With `span` both passes count tokens as if they stood all over a long context: a
-constant in the keys, as of a bias, turns away from its mean there, and must not be cut off.
+constant in the keys, as of a bias, turns away from its mean there, and must not be cut off. Where keys are relative to
+segments (fhopt/ops/turns.py) they are so in both passes, and need no span.
 
 Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighted rank allocation in Palu (2407.21118).
 """
@@ -31,6 +32,7 @@ Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ from torch import Tensor
 from fhopt.calibration.probe import Batch, OnGradients, Probed, run_probed
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.costs import Costs, SideCosts, empty_costs
-from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, spread, turned
+from fhopt.fitting.statistics import SiteStatistics, differences, empty_statistics, joined, placed, turned
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
@@ -61,14 +63,14 @@ def collect(
 
     Labels are drawn from the model itself. mean_tokens: as of `LatentPlan`; moments are then of differences from the
     means of each sequence. span: keys that turn count as up to so many positions later than they stand, the means as
-    they are. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
+    they are; but not where statistics are of keys relative to segments. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
     Raises FhoptError when a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         stats, count = statistics[name], k.shape[0] * k.shape[2]
-        later = spread(k.shape[2], 0, span).unsqueeze(0) if span else None
+        later = placed(stats.segment, span, k.shape[2])
         k, v = differences(stats.site, k, v, 0, mean_tokens, later)
         for side, x in ((stats.key, k), (stats.value, v)):
             _add(side.moment, x, side.groups)
@@ -119,6 +121,7 @@ def measure_costs(
     seed: int = 0,
     mean_tokens: int = 0,
     span: int = 0,
+    segments: Mapping[str, int] = MappingProxyType({}),
     into: Costs | None = None,
     done: Callable[[int], None] = lambda number: None,
 ) -> Costs:
@@ -126,6 +129,7 @@ def measure_costs(
 
     batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. mean_tokens:
     as of `collect`, for the statistics of the bases. span: whole sequences count as up to so many positions later.
+    segments: by site name, as of these statistics.
     into: add to these costs, which have the same bases and numbers of bits (to resume, or to merge). Raises FhoptError
     when a batch does not fit the graph.
     """
@@ -141,7 +145,7 @@ def measure_costs(
             yield number, batch
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
-        later = spread(len(k), current * len(k), span).unsqueeze(1) if span else None
+        later = placed(segments.get(name, 0), span, k.shape[2], current)
         k, v = differences(sites[name], k, v, 0, mean_tokens, later)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:

@@ -23,7 +23,7 @@ from fhopt import codegen
 from fhopt.attention.exact_tokens import no_token
 from fhopt.calibration.probe import Batch, Probed, additive_mask, cut, tiles
 from fhopt.fitting.loss_interval import LossCheck
-from fhopt.fitting.statistics import differences
+from fhopt.fitting.statistics import differences, relative_to_segments, turned
 from fhopt.ops import algebra, attention, packing, prefill_attention
 from fhopt.ops import masks as ops_masks
 from fhopt.parallel import collectives
@@ -72,11 +72,15 @@ class PlanAttention:
         sinks, recent = site.exact_tokens(self.plan.sinks, self.recent)
         near, far = ops_masks.split_mask(q, k, None, False, sinks, recent)
         own, _ = ops_masks.split_mask(q, k, None, False, sinks, min(recent, 1))
-        plain = differences(site, k, v, self.plan.sinks, self.plan.mean_tokens)
-        moved = [read - x for read, x in zip(_through_latents(planned, *plain), plain, strict=True)]
+        later = relative_to_segments(planned.segment, k.shape[2], self.plan.sinks)
+        relative = differences(site, k, v, self.plan.sinks, self.plan.mean_tokens, later)
+        moved = [read - x for read, x in zip(_through_latents(planned, *relative), relative, strict=True)]
+        if later is not None:
+            moved[0] = turned(site, moved[0], -later)
         parts = [Part(far, k + moved[0], v + moved[1])]
         if self.plan.window_bits == 16:
             return [Part(near, k, v), *parts]
+        plain = differences(site, k, v, self.plan.sinks, self.plan.mean_tokens)
         moved = [packing.unround_rows(*packing.round_rows(x), x.dtype) - x for x in plain]
         return [Part(own, k, v), Part(near & ~own, k + moved[0], v + moved[1]), *parts]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fhopt.errors import FhoptError
 from fhopt.fitting.choices import AUTO, BITS, check_options
 from fhopt.hardware.devices import find_device
+from fhopt.plan.site_plan import LEAST_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
@@ -22,7 +23,8 @@ class FitOptions:
     texts: calibration texts, read in turn. sequences, rate_sequences: how many calibration sequences of `context`
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
-    for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). kernel_shapes: how many
+    for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
+    relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are. kernel_shapes: how many
     different kernels the sites of a plan need, at most (None: few on a GPU, else any). checkpoint: file that lets an
     interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
@@ -43,6 +45,7 @@ class FitOptions:
     device: str | None = None
     checkpoint: Path | None = None
     mean_tokens: int = 256
+    segment: int = 0
     kernel_shapes: int | None = None
 
     def check(self) -> None:
@@ -63,6 +66,11 @@ class FitOptions:
         check_options(self.ratio, self.layout, self.bits, self.device)
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
+        if self.segment < 0 or self.segment % max(LEAST_SEGMENT, self.block):
+            raise FhoptError(
+                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT} and of a "
+                f"block, {self.block}. Try 512."
+            )
         if self.kernel_shapes is not None and self.kernel_shapes < 1:
             raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")
         if self.window.quantized_tokens(self.tokens) == 0:

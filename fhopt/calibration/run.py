@@ -170,9 +170,10 @@ def measure_module(
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
     Of an encoder-decoder of transformers, the decoder's sites are fitted: nothing of its encoder is cached. Latents are
-    of keys and values as they are, for a module may hold them without a cache of fhopt's, which would keep means.
+    of keys and values as they are, for a module may hold them without a cache of fhopt's, which would keep means and turn
+    queries.
     """
-    options = replace(options, mean_tokens=0)
+    options = replace(options, mean_tokens=0, segment=0)
     options.check_sizes()
     check_whole(model)
     source = iter(batches)
@@ -211,7 +212,8 @@ def _measure_batches(
     held_out: Sequence[tuple[str, Batch]],
 ) -> Calibration:  # fmt: skip
     outcome = _sites(captured, name, encoder)
-    options = replace(options, mean_tokens=0 if options.is_lossless else options.mean_tokens)
+    if options.is_lossless:
+        options = replace(options, mean_tokens=0, segment=0)
     if not options.is_lossless and not layouts:
         found = list(outcome.sites.values())
         sliding = sliding_windows(found, outcome.program.layers)
@@ -221,10 +223,11 @@ def _measure_batches(
     checkpoints = [Checkpoint(options.checkpoint, key, stage) for stage in (MOMENTS, RATES)]
     source, kept = iter(batches), {"sinks": options.sinks, "recent": options.near_tokens}
     span = max(0, options.tokens - options.context)  # over which the tokens of a long context stand
-    far = kept | {"seed": options.seed, "mean_tokens": options.mean_tokens, "span": span}
+    far: dict[str, Any] = kept | {"seed": options.seed, "mean_tokens": options.mean_tokens, "span": span}
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
-    statistics = empty_statistics(outcome.sites.values())
+    sliding = sliding_windows(list(outcome.sites.values()), outcome.program.layers)
+    statistics = empty_statistics(outcome.sites.values(), options.segment, sliding)
     sums = named_moments(statistics)
     collect(captured, outcome, moments.batches(source, sums), into=statistics, done=moments.done, **far)
     collectives.share(sums)
@@ -242,6 +245,7 @@ def _measure_batches(
         costs = empty_costs(bases, (0, *STEPS))
         sums = named_costs(costs)
         rated = rates.batches(source, sums)
+        far["segments"] = {name: s.segment for name, s in statistics.items()}
         measure_costs(captured, outcome, rated, bases, STEPS, into=costs, done=rates.done, **far)
         collectives.share(sums)
         if not rates.sequences:

@@ -30,6 +30,7 @@ from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.fitting.bases import Basis
 from fhopt.fitting.costs import empty_costs
 from fhopt.fitting.statistics import empty_statistics
+from fhopt.plan.cache_size import layers_of, sliding_windows
 from fhopt.plan.site import site_from
 
 PARTS = ("encode", "decode", "variance")
@@ -76,7 +77,8 @@ def load_statistics(file: Path) -> Calibration:
 
 def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
     sites = [site_from(item) for item in about["sites"]]
-    statistics = empty_statistics(sites)
+    segment = about["options"].get("segment", 0)  # files of earlier versions have none
+    statistics = empty_statistics(sites, segment, sliding_windows(sites, layers_of(about["provenance"])))
     bases = {name: _bases(name, layouts, tensors) for name, layouts in about["layouts"].items()}
     costs = empty_costs(bases, about["levels"]) if about["levels"] else {}
     for name, total in (named_moments(statistics) | named_costs(costs)).items():
@@ -85,7 +87,8 @@ def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
     chosen: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in about["options"].items() if k in known
     }
-    return Calibration(statistics, bases, costs, about["provenance"], FitOptions(**chosen), about["prints"])
+    options = FitOptions(**chosen | {"segment": segment})
+    return Calibration(statistics, bases, costs, about["provenance"], options, about["prints"])
 
 
 def _bases(name: str, layouts: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Basis, ...]]:

@@ -136,6 +136,11 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
             "--mean-tokens", 256,
             "Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
         ),
+        _count(
+            "--segment", 0,
+            "Encode keys relative to segments of so many tokens, so that a plan is as good however long the context is; "
+            "0: as they are.",
+        ),
         click.option(
             "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers."
         ),
@@ -146,7 +151,7 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 CALIBRATION_OPTIONS = (  # names, of those that a file of statistics has decided; it was made for `tokens`, no more
-    "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "seed",
+    "texts", "sequences", "rate_sequences", "context", "recent", "sinks", "mean_tokens", "segment", "seed",
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ Finished keys are encoded, so every basis is exact at full width, rotated or not
 is made for. The average over positions t of R(t) C R(t)^T is known in closed form: it leaves products of channels that
 turn at the same speed, and takes away the others as far as they drift apart within the context. Fast frequencies thus
 become blocks of complex numbers of their own (TransMLA's RoRoPE, 2502.07864), and slow ones mix freely, without a
-threshold between the two.
+threshold between the two. Where keys are relative to segments (fhopt/ops/turns.py), they stand at no position but
+those of a segment, and are as calibration sees them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def fit_basis(statistics: SiteStatistics, side: str, layout: str, tokens: int, c
     if layout == "identity":
         return _scaled(moment, metric)
     if rope is not None:
-        span = float("inf") if layout == "freq" else max(0, tokens - context)
+        span = float("inf") if layout == "freq" else 0 if statistics.segment else max(0, tokens - context)
         average = _Average(rope, moment.shape[-1] // dim, dim, span)
         moment, metric = average(moment), average(metric)
     return _transform(moment, metric)

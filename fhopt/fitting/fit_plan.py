@@ -112,7 +112,7 @@ def fit(
             _coded(basis, allocation.bits[name, i], UNBIASED if i == 1 else {})
             for i, basis in enumerate(bases[name][which])
         ]
-        plans.append(_site_plan(sites[name], which, sides))
+        plans.append(replace(_site_plan(sites[name], which, sides), segment=statistics[name].segment))
     evidence = Evidence(
         _evidence_of_sites(bases, chunks, chosen, allocation),
         _curve(bases, candidates, budget, sites.values(), grain),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fhopt.ops.turns import Turns
 from fhopt.plan.site import AttentionSite
 
 MIX_LIMIT = 1024  # widest real space (heads x channels) that one basis mixes
@@ -47,21 +48,47 @@ def differences(
     return seen if site.softcap else seen - k_mean, v - v_mean
 
 
+def segment_of(site: AttentionSite, segment: int, sliding: Mapping[str, int]) -> int:
+    """Return the tokens of a segment at a site, 0 where keys are encoded as they are.
+
+    segment: that of a plan. sliding: tokens of the sliding window of a site's layer by the site's name, where it has
+    one: its tokens are dropped, and never far apart.
+    """
+    return 0 if not site.turns or site.slides or sliding.get(site.name) else segment
+
+
+def relative_to_segments(segment: int, tokens: int, sinks: int = 0) -> Tensor | None:
+    """Return by how many positions later keys count that are relative to segments: float64 [1,T], 0 or less.
+
+    sinks: so many tokens stand before the first segment. None: no token has another position.
+    """
+    if not segment or tokens - sinks <= segment:
+        return None
+    return -((torch.arange(tokens) - sinks).clamp(min=0) // segment * segment).double().unsqueeze(0)
+
+
+def placed(segment: int, span: int, tokens: int, number: int | None = None) -> Tensor | None:
+    """Return by how many positions later keys count than they stand: float64 [1,T]; None: they are as they are.
+
+    segment: they are relative to segments of so many tokens, and stand earlier. Otherwise they count as up to `span`
+    positions later: each as another number (`spread`), or all alike, as that of sequence `number`.
+    """
+    if segment:
+        return relative_to_segments(segment, tokens)
+    if not span:
+        return None
+    return spread(tokens, 0, span).unsqueeze(0) if number is None else spread(1, number, span).unsqueeze(0)
+
+
 def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:
     """Return keys, or their gradients, [B,G,T,D] as they would be `later` positions on: [B,1] or [1,T], float64.
 
     The same where keys do not turn. Attention depends on differences of positions alone: turned like this, keys and
     gradients are those of the same tokens further on in a sequence.
     """
-    if site.kind != "self" or site.rope is None or site.rope.positions != "sequence":
+    if not site.turns or site.rope is None:
         return x
-    real, imaginary = torch.tensor(site.rope.pairs, device=x.device).unbind(1)
-    angles = torch.tensor(site.rope.angles, dtype=torch.float64)
-    phase = (later.unsqueeze(-1) * angles).unsqueeze(1)  # [B or 1, 1, T or 1, F]
-    cos, sin = phase.cos().to(x), phase.sin().to(x)
-    out, a, b = x.clone(), x[..., real], x[..., imaginary]
-    out[..., real], out[..., imaginary] = a * cos - b * sin, b * cos + a * sin
-    return out
+    return Turns.on(site.rope, 1, x.device).later(x, later.to(x.device).unsqueeze(1))
 
 
 def spread(count: int, first: int, span: int) -> Tensor:
@@ -78,8 +105,10 @@ def spread(count: int, first: int, span: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------- moments
 
 
-def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics]:
-    """Return statistics with nothing collected yet, by site name."""
+def empty_statistics(
+    sites: Iterable[AttentionSite], segment: int = 0, sliding: Mapping[str, int] | None = None
+) -> dict[str, SiteStatistics]:
+    """Return statistics with nothing collected yet, by site name. segment, sliding: as of `segment_of`."""
     out = {}
     for site in sites:
         groups = latent_groups(site)
@@ -88,7 +117,7 @@ def empty_statistics(sites: Iterable[AttentionSite]) -> dict[str, SiteStatistics
             width = site.kv_heads // groups * dim
             zero = torch.zeros(groups, width, width, dtype=torch.float64)
             sides.append(SideStatistics(groups, zero, zero.clone()))
-        out[site.name] = SiteStatistics(site, sides[0], sides[1])
+        out[site.name] = SiteStatistics(site, *sides, segment=segment_of(site, segment, sliding or {}))
         if site.rope is None and groups == 1:
             cross = torch.zeros(site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, dtype=torch.float64)
             out[site.name].cross, out[site.name].cross_metric = cross, cross.clone()
@@ -118,7 +147,8 @@ class SiteStatistics:
     """Second moments of the keys and values of one site.
 
     `cross` and `cross_metric` [G*D, G*E] are the sums of k v^T and of their gradients' product, kept where keys and
-    values may be maps of one narrower input (no rotation), else None.
+    values may be maps of one narrower input (no rotation), else None. segment: keys are relative to segments of so many
+    tokens (fhopt/ops/turns.py); 0: as they are.
     """
 
     site: AttentionSite
@@ -126,3 +156,4 @@ class SiteStatistics:
     value: SideStatistics
     cross: Tensor | None = None
     cross_metric: Tensor | None = None
+    segment: int = 0

@@ -94,7 +94,8 @@ def prepare_step(
     )
     parts = _calls(kernels, tensors.query, key, value, room, opened, options)
     scale = options["scale"]
-    step = DecodeStep(program, address, threads, tensors.query, tensors.attended, sides, parts, scale)  # type: ignore[arg-type]
+    pair: Any = sides
+    step = DecodeStep(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
     for window, places in zip((layer.window_keys, layer.window_values), room, strict=True):
         window.take(places, 0)  # type: ignore[attr-defined]
     return CacheStep(layer, step, (room[0], room[1]), left, threads)

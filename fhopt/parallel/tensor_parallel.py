@@ -110,7 +110,7 @@ def shard_site(plan: SitePlan, share: Share) -> SitePlan:
     own = share.part(site.kv_heads)
     gather = None if key_heads == value_heads == own else GatheredHeads(share, key_heads, value_heads)
     sketch = None if plan.sketch is None else _shard_sketch(plan.sketch, _latent_heads(plan.key.groups, share))
-    return SitePlan(heads, plan.layout, key, value, sketch=sketch, gather=gather)
+    return SitePlan(heads, plan.layout, key, value, sketch=sketch, gather=gather, segment=plan.segment)
 
 
 def _shard_side(side: SidePlan, share: Share, site: AttentionSite) -> tuple[SidePlan, slice]:

@@ -3,7 +3,8 @@
     version                             3: neither pages nor means. 4: pages. 5: means. 6: any, every byte covered
     sinks, recent, block, window_bits   the residual window
     mean_tokens, pages                  where the plan has them
-    sites                               of each: the attention, its layout, the bit groups of keys, values and sketches
+    sites                               of each: the attention, its layout, the bit groups of keys, values and sketches,
+                                        and the tokens of a segment, where keys are relative to segments
     provenance                          where the plan comes from, and what it was measured to lose
     digest                              of all that changes numbers: description without provenance, and tensors
     tensors_sha256, checksum            from version 6 on: of plan.safetensors, and of everything else in plan.json
@@ -75,7 +76,10 @@ _SITE = record(
         "sinks": truth,
     }
 )
-_SITE_PLAN = record({"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS}, {"sketch": _TIERS})
+_SITE_PLAN = record(
+    {"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS},
+    {"sketch": _TIERS, "segment": whole(1, (1 << 20) - 1)},
+)
 _SHARES = several(number(0, 1))
 _PAGES = record(
     {"tokens": whole(1), "shares": _SHARES, "masses": _SHARES, "least": whole(), "limit": number(0, 1)},

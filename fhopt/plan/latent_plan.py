@@ -73,6 +73,16 @@ class LatentPlan:
                 f"{what} has no means of a sequence, and the latents of this plan are differences from them (of "
                 f"{self.mean_tokens} tokens). Fit a plan without: fhopt fit MODEL --mean-tokens 0."
             )
+        if self.segment:
+            raise FhoptError(
+                f"{what} does not turn queries, and the keys of this plan are relative to segments of {self.segment} "
+                "tokens. Fit a plan without: fhopt fit MODEL --segment 0."
+            )
+
+    @property
+    def segment(self) -> int:
+        """Tokens of a segment, where keys of some sites are encoded relative to segments; 0: nowhere."""
+        return max((s.segment for s in self.sites), default=0)
 
     def site(self, name: str) -> SitePlan:
         """Return the plan of the site called `name`. Raises FhoptError when the plan has none."""

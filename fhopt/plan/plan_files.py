@@ -78,6 +78,7 @@ def describe_plan(plan: LatentPlan) -> dict[str, Any]:
                     "value": [[t.bits, t.width, t.step] for t in s.value.tiers],
                 }
                 | ({} if s.sketch is None else {"sketch": [[t.bits, t.width, t.step] for t in s.sketch.tiers]})
+                | ({"segment": s.segment} if s.segment else {})
                 for s in plan.sites
             ],
         }
@@ -180,7 +181,7 @@ def _site_plan(item: dict[str, Any], tensors: dict[str, Tensor]) -> SitePlan:
         tiers = tuple(Tier(int(b), int(w), float(s)) for b, w, s in item["sketch"])
         parts = {part: tensors.pop(f"{site.name}.sketch.{part}") for part in _SKETCH}
         sketch = SketchPlan(**parts, tiers=tiers)
-    return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch)
+    return SitePlan(site, item["layout"], side("key"), side("value"), sketch=sketch, segment=item.get("segment", 0))
 
 
 def _page_plan(item: dict[str, Any] | None) -> PagePlan | None:

@@ -78,6 +78,11 @@ class AttentionSite:
         return sinks, min(recent, self.sliding // RECENT_PART) if self.sliding else recent
 
     @property
+    def turns(self) -> bool:
+        """Return whether keys turn with the position of their token, in a way that is known."""
+        return self.kind == "self" and self.rope is not None and self.rope.positions == "sequence"
+
+    @property
     def slides(self) -> bool:
         """Return whether a query sees the newest `window` tokens only."""
         return self.mask in ("sliding", "chunked") and self.window > 0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its bit planes starts on a whole byte
+LEAST_SEGMENT = 64  # tokens; kernels read as many in one go
 SCALE_BYTES = 2  # one float16 per token and side
 MEAN_BYTES = 4  # of a number in the mean of a sequence's keys or values
 SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
@@ -119,7 +120,8 @@ class SitePlan:
     In the layout "input" keys and values are read from one latent (J = 1): `key.encode` [1, R, G*(D+E)] takes each
     head's key and value side by side, `value.encode` [1, R, 0] is empty, the tiers are those of the key.
     sketch: what pages are selected by; None: all of them are read. gather: of one process's part of a plan, where its
-    encoders read heads of others (fhopt/parallel/tensor_parallel.py).
+    encoders read heads of others (fhopt/parallel/tensor_parallel.py). segment: keys are encoded relative to segments of
+    so many tokens (fhopt/ops/turns.py); 0: as they are.
     """
 
     site: AttentionSite
@@ -128,6 +130,7 @@ class SitePlan:
     value: SidePlan
     sketch: SketchPlan | None = field(default=None, kw_only=True)
     gather: HeadGather | None = field(default=None, kw_only=True)
+    segment: int = field(default=0, kw_only=True)
 
     def __deepcopy__(self, memo: Any) -> SitePlan:
         return self

@@ -10,6 +10,7 @@ import torch
 from fhopt.errors import FhoptError
 from fhopt.plan.site_plan import (
     LAYOUTS,
+    LEAST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
@@ -42,10 +43,25 @@ def check_plan(plan: LatentPlan) -> None:
             raise FhoptError(
                 f"{site.site.name}: keys and values must share one latent head and its bit groups. Fit again."
             )
+        if site.segment:
+            _check_segment(site, plan)
         if site.sketch is not None:
             _check_sketch(site.site.name, site.key, site.sketch)
     if plan.pages is not None:
         _check_pages(plan, plan.pages)
+
+
+def _check_segment(site: SitePlan, plan: LatentPlan) -> None:
+    """Raise FhoptError where keys cannot be relative to segments."""
+    if not site.site.turns or site.is_shared or not site.key.tiers:
+        raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
+    if site.segment < LEAST_SEGMENT or site.segment % LEAST_SEGMENT or site.segment % plan.block:
+        raise FhoptError(
+            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {LEAST_SEGMENT} and of the "
+            f"plan's block, {plan.block}. Fit again."
+        )
+    if plan.pages is not None:
+        raise FhoptError("keys relative to segments have no page selection. Fit the plan with --segment 0.")
 
 
 def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:

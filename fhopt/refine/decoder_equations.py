@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fhopt.calibration.probe import graph_arguments
 from fhopt.errors import FhoptError, Miss
-from fhopt.fitting.statistics import differences
+from fhopt.fitting.statistics import differences, relative_to_segments
 from fhopt.models.capture import Captured
 from fhopt.ops import algebra, attention, packing
 from fhopt.ops import masks as ops_masks
@@ -149,7 +149,8 @@ def add_attention(
     near, far = (
         torch.atleast_2d(ops_masks.additive(m, q.dtype)) for m in ops_masks.split_mask(q, k, mask, is_causal, *exact)
     )
-    latents, errors = zip(*_coded(plan, *differences(plan.site, k, v, exact[0], mean_tokens)), strict=True)
+    later = relative_to_segments(plan.segment, k.shape[2], exact[0])
+    latents, errors = zip(*_coded(plan, *differences(plan.site, k, v, exact[0], mean_tokens, later)), strict=True)
     counts = k.new_zeros(k.shape[:3])  # [B, G, T]
     for start in range(0, q.shape[2], QUERIES):
         rows = slice(start, start + QUERIES)

@@ -30,6 +30,23 @@ struct CacheMean {
     }
 };
 
+// Keys that are relative to segments, and how queries turn for each.
+struct CacheTurn {
+    const int64_t* pairs = nullptr;  // channels of each frequency, [2,F]
+    const float* phases = nullptr;   // cosines and sines of each segment, [N,2,F]
+    int64_t frequencies = 0, segment = 0;
+
+    void turn(const float* query, int64_t size, int64_t number, float* to) const {
+        std::copy(query, query + size, to);
+        const float *cos = phases + number * 2 * frequencies, *sin = cos + frequencies;
+        for (int64_t f = 0; f < frequencies; f++) {
+            const int64_t real = pairs[f], imaginary = pairs[frequencies + f];
+            to[real] = query[real] * cos[f] - query[imaginary] * sin[f];
+            to[imaginary] = query[imaginary] * cos[f] + query[real] * sin[f];
+        }
+    }
+};
+
 struct CacheAttention {
     int64_t batch, heads, queries, head_size, value_size;
     double scale;
@@ -37,6 +54,7 @@ struct CacheAttention {
     CachePart latents, window, opened;
     CacheBasis encode, decode;
     CacheMean key_mean, value_mean;
+    CacheTurn turn;
     float* output;  // [B,H,S,E], dense
 };
 
@@ -105,20 +123,36 @@ void attend_cache(const CacheAttention& a) {
                i / s % h * a.query.strides[1] + i % s * a.query.strides[2];
     };
     const bool some = a.latents.run != nullptr, window = a.window.run != nullptr;
-    std::vector<float> absorbed(some ? rows * width : 0), sums(some ? rows * value_width : 0), outputs(2 * rows * e);
+    const int64_t segment = a.turn.segment, tokens = a.latents.call.tokens;
+    const int64_t segments = segment ? std::max<int64_t>((tokens + segment - 1) / segment, 1) : 1;
+    std::vector<float> absorbed(some ? segments * rows * width : 0), sums(some ? rows * value_width : 0);
+    std::vector<float> outputs(2 * rows * e), shifts(some && segment && a.key_mean.data ? segments * rows : 0);
     std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
     if (some) {
-#pragma omp parallel for if (rows * a.head_size * width > SMALL)
-        for (int64_t i = 0; i < rows; i++) absorb(a.encode, at(i), i / s % h, h, &absorbed[i * width]);
-        run_part(a.latents, {absorbed.data(), {h * s * width, s * width, width}}, sums.data(), &lse[0]);
+#pragma omp parallel for if (segments * rows * a.head_size * width > SMALL)
+        for (int64_t k = 0; k < segments * rows; k++) {
+            const int64_t i = k % rows, head = i / s % h;
+            const float* query = at(i);
+            std::vector<float> turned(segment ? a.head_size : 0);
+            if (segment) {
+                a.turn.turn(query, a.head_size, k / rows, turned.data());
+                query = turned.data();
+            }
+            if (!shifts.empty()) shifts[k] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
+            absorb(a.encode, query, head, h, &absorbed[k * width]);
+        }
+        CachePart latents = a.latents;
+        latents.call.segment = segment, latents.call.query_segment = rows * width;
+        latents.call.shift = shifts.empty() ? nullptr : shifts.data();
+        run_part(latents, {absorbed.data(), {h * s * width, s * width, width}}, sums.data(), &lse[0]);
     }
     if (window) run_part(a.window, a.query, &outputs[0], &lse[rows]);
     run_part(a.opened, a.query, &outputs[rows * e], &lse[2 * rows]);
 #pragma omp parallel for if (rows * e * value_width > SMALL)
     for (int64_t i = 0; i < rows; i++) {
-        // Logits of latents and window are differences from means.
+        // Logits of latents and window are differences from means; those of segments have been shifted.
         const float shift = a.key_mean.data ? float(a.scale) * a.key_mean.dot(at(i), i / (h * s), i / s % h) : 0.0f;
-        lse[i] += shift, lse[rows + i] += shift;
+        lse[i] += segment ? 0.0f : shift, lse[rows + i] += shift;
         const float top = std::max(std::max(lse[i], lse[rows + i]), lse[2 * rows + i]);
         float weights[3], total = 0;
         for (int part = 0; part < 3; part++) {

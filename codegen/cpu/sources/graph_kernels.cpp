@@ -279,6 +279,20 @@ CacheMean means(const std::string& name, const std::optional<Tensor>& mean, int6
     return {static_cast<const float*>(mean->data_ptr()), mean->stride(0), mean->stride(1), h / mean->size(1), d};
 }
 
+// How queries turn for segments of keys: channels int64 [2,F], cosines and sines float [N,2,F].
+CacheTurn turning(const std::string& name, const std::optional<Tensor>& pairs, const std::optional<Tensor>& phases,
+                  int64_t segment, int64_t tokens, int64_t size) {
+    if (!segment || !pairs || !phases) return {};
+    const int64_t count = pairs->size(1);
+    const bool fits = segment > 0 && pairs->dim() == 2 && pairs->scalar_type() == ScalarType::Long &&
+                      pairs->is_contiguous() && phases->dim() == 3 && phases->scalar_type() == ScalarType::Float &&
+                      phases->is_contiguous() && phases->size(2) == count && 2 * count <= size &&
+                      phases->size(0) * segment >= tokens;
+    expect(fits, name, "a rotation that does not fit");
+    return {static_cast<const int64_t*>(pairs->data_ptr()), static_cast<const float*>(phases->data_ptr()), count,
+            segment};
+}
+
 // clang-format off
 Tensor attend_kernel(
     std::string latents, std::string window, std::string opened, Tensor query, Tensor key, Tensor value,
@@ -288,6 +302,7 @@ Tensor attend_kernel(
     std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
     std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far,
     std::optional<Tensor> lengths, std::optional<Tensor> key_mean, std::optional<Tensor> value_mean,
+    std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases, int64_t segment,
     double scale, double softcap) {
     // clang-format on
     const Kernel of_latents = find(latents), of_opened = find(opened);
@@ -318,6 +333,7 @@ Tensor attend_kernel(
     }
     a.opened = part(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query);
     a.encode = encode.view(), a.decode = decode.view();
+    a.turn = turning(latents, turn_pairs, turn_phases, segment, a.latents.call.tokens, d);
     a.key_mean = means(latents, key_mean, b, h, d), a.value_mean = means(latents, value_mean, b, h, e);
     a.output = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
     attend_cache(a);

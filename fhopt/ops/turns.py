@@ -1,0 +1,114 @@
+"""Keys relative to their segment: a rotary embedding taken out of what is encoded, as far as it is known.
+
+Rotated keys of a long context fill more directions than those of a short one: every frequency that turns little within
+a short context turns all the way round in a long one, and a basis that is fitted to all positions has to give bits to
+all of them. So quantized tokens are cut into segments of S tokens, and a key is encoded as it would be if the first
+token of its segment stood at position 0:
+
+    x_i = R(-p) k_i,    p = S floor(i / S),    q . k_i = (R(-p) q) . x_i
+
+with i the number of the token behind the attention sinks. A basis then sees keys of S positions, however long the
+context is, and a plan is as good at token 100,000 as at token 1,000. Attention turns each query once a segment. The
+rotation is that of RoFormer (2104.09864, equation 34), as `fhopt.plan.site.Rope` has measured it.
+
+Letters: B batch, H query heads, G kv heads, S queries, T tokens, D head size, F frequencies, N segments.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fhopt.plan.site import Rope
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The rotation of keys at one site, and the tokens of a segment.
+
+    pairs int64 [2,F]: the channels (real, imaginary) of each frequency. angles float64 [F]: radians a position, or
+    known: cosines and sines of segments, as of `phases`.
+    """
+
+    segment: int
+    pairs: Tensor
+    angles: Tensor
+    known: Tensor | None = None
+
+    @staticmethod
+    def by_phases(segment: int, pairs: Tensor, phases: Tensor) -> Turns:
+        """Return a rotation that turns queries alone, by the numbers of `phases`."""
+        return Turns(segment, pairs, phases.new_empty(0), phases)
+
+    @staticmethod
+    def on(rope: Rope, segment: int, device: torch.device) -> Turns:
+        """Return the rotation `rope` with its numbers on a device, made once."""
+        return _turns(rope, segment, device)
+
+    def segments(self, tokens: int) -> int:
+        """Return how many segments so many tokens are in."""
+        return -(-tokens // self.segment)
+
+    def relative(self, keys: Tensor, places: Tensor) -> Tensor:
+        """Turn keys [B,G,T,D] to what is encoded of them. places int64 [T]: their numbers behind the sinks."""
+        return self._turned(keys, -self._starts(places))
+
+    def finished(self, keys: Tensor, places: Tensor) -> Tensor:
+        """Turn what is decoded [B,G,T,D] to keys: the inverse of `relative`."""
+        return self._turned(keys, self._starts(places))
+
+    def query(self, query: Tensor, segment: int) -> Tensor:
+        """Turn queries [B,H,S,D] to those that read the keys of segment number `segment` as they are encoded."""
+        if segment == 0:
+            return query
+        if self.known is not None:
+            return self._by(query, *self.known[segment].unsqueeze(1))
+        start = torch.full((1,), -float(segment * self.segment), dtype=torch.float64, device=query.device)
+        return self._turned(query, start)
+
+    def phases(self, segments: int) -> Tensor:
+        """Return cosines and sines by which queries turn for each of at least `segments` segments: float32 [N,2,F]."""
+        if self.known is not None and len(self.known) >= segments:
+            return self.known
+        return _phases(self, 1 << max(4, (segments - 1).bit_length()))
+
+    def knowing(self, segments: int) -> Turns:
+        """Return the same with the phases of so many segments, for a graph that shall not compute them."""
+        return replace(self, known=self.phases(segments))
+
+    def later(self, x: Tensor, by: Tensor) -> Tensor:
+        """Turn keys, or their gradients, [B,G,T,D] on by positions, float64, broadcastable to [B,1,T]."""
+        return self._turned(x, by)
+
+    def _starts(self, places: Tensor) -> Tensor:
+        return (places.clamp(min=0) // self.segment * self.segment).double()
+
+    def _turned(self, x: Tensor, by: Tensor) -> Tensor:
+        """Turn x [B,G,T,D] by positions [T], or [1], or [B,1,T]; products in float32, or float64 for float64."""
+        phase = by.unsqueeze(-1) * self.angles  # [T, F]
+        return self._by(x, phase.cos(), phase.sin())
+
+    def _by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn x [B,G,T,D] by cosines and sines [T,F], or [1,F]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin, (real, imaginary) = cos.to(dtype), sin.to(dtype), self.pairs
+        a, b = x[..., real].to(dtype), x[..., imaginary].to(dtype)
+        out = x.to(dtype, copy=True)
+        out[..., real], out[..., imaginary] = a * cos - b * sin, b * cos + a * sin
+        return out.to(x.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _turns(rope: Rope, segment: int, device: torch.device) -> Turns:
+    pairs = torch.tensor(rope.pairs, dtype=torch.int64).T.contiguous()
+    return Turns(segment, pairs.to(device), torch.tensor(rope.angles, dtype=torch.float64).to(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _phases(turns: Turns, segments: int) -> Tensor:
+    starts = torch.arange(segments, dtype=torch.float64, device=turns.angles.device) * -turns.segment
+    phase = starts.unsqueeze(1) * turns.angles
+    return torch.stack([phase.cos(), phase.sin()], 1).float()
