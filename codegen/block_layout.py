@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.tiers import Tiers
+from fhopt.ops.turns import Turns
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.window import ResidualWindow
 
@@ -39,7 +40,8 @@ class BlockLayout:
     key, value: packed latents; with is_shared both are those of `key`. window: which tokens are read as what, and the
     bits of its rows. window_rows: bytes of such a row before keys, values, scales of keys, scales of values.
     first_rows: bytes of a page before the attention sinks' keys and values, the means of keys and of values.
-    means_from: tokens from which on a sequence has means, 0: the plan has none.
+    means_from: tokens from which on a sequence has means, 0: the plan has none. turns: of keys that are relative to
+    segments; None: they are as they came.
     """
 
     heads: int
@@ -54,6 +56,7 @@ class BlockLayout:
     window_rows: tuple[int, int, int, int]
     first_rows: tuple[int, int, int, int]
     means_from: int
+    turns: Turns | None = None
 
     def specs(self) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
         """Return the specs of the kernels of latents, residual window and attention sinks."""

@@ -30,16 +30,18 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES
+from fhopt.ops.turns import Turns
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "block_tables"  # of the library
+MOST_TOKENS = 1 << 20  # of a sequence whose keys are relative to segments: so far queries can be turned
 PANEL = 32  # columns of a basis that lie side by side
 log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # `Type` of the C++ file
 # The C++ structs as formats of the module `struct`: 8 bytes a field, in the order of the struct.
 _side = struct.Struct("@5qPqPqqPqq").pack
 _layer = struct.Struct("@4q3q5qd").pack
-_starts = struct.Struct("@4q2q2q7P").pack
+_starts = struct.Struct("@4q2q2q7P2P2q").pack
 _caches = struct.Struct("@" + 3 * "P2q").pack
 _table = struct.Struct("@P2q").pack
 _step = struct.Struct("@2qP").pack
@@ -110,7 +112,7 @@ class BlockAttention:
             *(3 if layout.dtype == torch.float32 else 2, layout.scale),
         )
         addresses = [x for kernel in kernels for x in (kernel.address, kernel.table)]
-        tail = _starts(*layout.window_rows, *layout.first_rows, *addresses, pack)
+        tail = _starts(*layout.window_rows, *layout.first_rows, *addresses, pack, *self._turning(layout.turns))
         self._layer = self._keep(head + of_side + of_value + tail)
 
     def _side(self, side: SideLayout, basis: Tensor, dtype: torch.dtype) -> bytes:
@@ -122,6 +124,14 @@ class BlockAttention:
             *((table.address, table.tier_count) if table else (0, 0)),
             *self._panels(encode), *self._panels(decode),
         )  # fmt: skip
+
+    def _turning(self, turns: Turns | None) -> tuple[int, int, int, int]:
+        """Return addresses of pairs and phases, frequencies and tokens of a segment; zeros without segments."""
+        if turns is None:
+            return 0, 0, 0, 0
+        phases = turns.phases(turns.segments(MOST_TOKENS))
+        self._kept += [turns.pairs, phases]
+        return turns.pairs.data_ptr(), phases.data_ptr(), turns.pairs.shape[1], turns.segment
 
     def _panels(self, basis: Tensor) -> tuple[int, int, int]:
         """Return address, rows and panels of a basis [matrices,n,m] as panels [matrices,panels,n,PANEL]."""

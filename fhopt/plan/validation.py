@@ -53,7 +53,7 @@ def check_plan(plan: LatentPlan) -> None:
 
 def _check_segment(site: SitePlan, plan: LatentPlan) -> None:
     """Raise FhoptError where keys cannot be relative to segments."""
-    if not site.site.turns or site.is_shared or not site.key.tiers:
+    if not site.site.turns or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
     if site.segment < LEAST_SEGMENT or site.segment % LEAST_SEGMENT or site.segment % plan.block:
         raise FhoptError(

@@ -11,6 +11,7 @@ Letters: B sequences, H query heads, G kv heads, J latent heads, N open tokens, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,4 +107,4 @@ def _sides(
         if scale is not None:
             scale = scale[0].unflatten(1, (len(blocks), step.most)).transpose(0, 1).masked_fill(step.absent, 0)
         sides.append(SideRows(groups, z, scale, decode, mean=mean))
-    return sides[0], sides[1]
+    return replace(sides[0], turns=layer.turns), sides[1]

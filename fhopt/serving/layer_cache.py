@@ -17,6 +17,7 @@ from fhopt.attention.attend import attend
 from fhopt.attention.cache_view import Latents, SideRows
 from fhopt.ops.masks import additive, causal_mask
 from fhopt.ops.prefill_attention import attend_on_cpu
+from fhopt.ops.turns import Turns
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.site_plan import SitePlan
 from fhopt.plan.window import ResidualWindow
@@ -102,6 +103,8 @@ class LayerCache:
         self.latent_rows = LatentRows(site, dtype)
         self.window_rows = WindowRows(site, plan.window_bits, dtype)
         self.first_rows = FirstRows(site, plan.sinks, self.means_from > 0, dtype)
+        rope, segment = site.site.rope, site.segment
+        self.turns = Turns.on(rope, segment, device) if segment and rope is not None else None
         self.decode = site.key.decode.to(dtype), site.value.decode.to(dtype)
         self.groups = self.latent_rows.groups[0], self.latent_rows.groups[-1]
         self.compiled: Step | None = None
@@ -179,6 +182,8 @@ class LayerCache:
             self._write_latents(caches, owners, positions, keys.float(), values.float())
 
     def _write_latents(self, caches: Caches, owners: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        if self.turns is not None:
+            keys = self.turns.relative(keys.transpose(0, 1)[None], positions - self.window.sinks)[0].transpose(0, 1)
         if self.means_from:
             blocks = caches.first.blocks.table[:, 0].long()
             key_mean, value_mean = self.first_rows.read_means(caches.first.cache[blocks, 0, 0])
@@ -250,7 +255,7 @@ class _Reader:
         packed = self.layer.latent_rows.read(rows)
         parts = zip(self.layer.groups, packed, self.layer.decode, self.means, strict=True)
         key, value = (SideRows(groups, *latents, decode, mean=mean) for groups, latents, decode, mean in parts)
-        return key, value
+        return replace(key, turns=self.layer.turns), value
 
     def attend(self, tile: Tile, query: Tensor) -> Tensor:
         """Attend with the queries [1,H,S,D] of a tile: [1,H,S,E]."""
@@ -357,5 +362,4 @@ def _first(side: SideRows, count: int) -> SideRows:
     """Return the first `count` packed latents of a side."""
     if side.rows.shape[2] == count:
         return side
-    scale = None if side.scale is None else side.scale[:, :, :count]
-    return SideRows(side.bit_groups, side.rows[:, :, :count], scale, side.decode, mean=side.mean)
+    return replace(side.part(0, count), turns=side.turns)

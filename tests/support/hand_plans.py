@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from fhopt.passes.graph.evaluate import Evaluator
 from fhopt.passes.outcome import Outcome
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site import AttentionSite
+from fhopt.plan.site import AttentionSite, Rope
 from fhopt.plan.site_plan import SidePlan, SitePlan, Tier
 
 CODED = (Tier(8, 8, 2 / 64), Tier(4, 8, 0.4))
@@ -32,6 +33,13 @@ def random_plan(layout: str, tiers: tuple[Tier, ...] = (), **options: Any) -> La
         for (heads, read), dim in zip(sizes, (16, 8), strict=True)
     ]
     return LatentPlan((SitePlan(SITE, layout, *sides),), **(dict(sinks=4, recent=8, block=8) | options))
+
+
+def in_segments(plan: LatentPlan, segment: int = 64) -> LatentPlan:
+    """The plan with keys that turn, twelve of their channels, relative to segments."""
+    rope = Rope("half", 12, tuple(0.9 / 3**i for i in range(6)), offset=2)
+    sites = tuple(replace(s, site=replace(s.site, rope=rope), segment=segment) for s in plan.sites)
+    return replace(plan, sites=sites)
 
 
 def shared_plan(outcome: Outcome, width: int, tiers: tuple[Tier, ...] = (), **options: Any) -> LatentPlan:

@@ -36,6 +36,7 @@
 #include "typed_numbers.h"
 #include "window_rows.h"
 #include "kernel_call.h"
+#include "turning.h"
 #include "pack_call.h"
 // ------------------------------------------------------------------------------------------------ arguments
 
@@ -72,6 +73,11 @@ struct Layer {
     int64_t window[4], sink_starts[2], mean_starts[2];  // bytes in a row before keys, values, scales of each
     Kernel latents_kernel, window_kernel, sinks_kernel;
     void (*pack)(const Pack*);
+    Turning turn;
+
+    // Of the token at a position behind the attention sinks, and how many there are up to it.
+    int64_t segment(int64_t position) const { return turn.segment ? (position - sinks) / turn.segment : 0; }
+    int64_t segments(int64_t quantized) const { return quantized ? segment(sinks + quantized - 1) + 1 : 0; }
 };
 
 // The sequences, of `numbers` [4, count]: their new token in the batch, their row in the tables, the token's position,
@@ -226,9 +232,19 @@ struct Pieces {
         const int64_t products = l.heads * (latents * width + window * size);
         threads = std::clamp<int64_t>(products / 200000, 1, s.threads);  // a thread is worth about 10 us of work
         const int64_t ranges = threads == 1 ? 1 : std::clamp(latents / LEAST, threads, 4 * threads);
-        const int64_t of_latents = tokens_of_a_range(latents, ranges, c.latents.row);
+        int64_t of_latents = tokens_of_a_range(latents, ranges, c.latents.row);
+        if (l.turn.segment) {  // all of a piece have the same queries
+            const int64_t parts = (l.turn.segment + of_latents - 1) / of_latents;
+            of_latents = (l.turn.segment / parts + QUANTUM - 1) / QUANTUM * QUANTUM;
+        }
         const int64_t of_window = tokens_of_a_range(window, threads, c.window.row);
-        for (int64_t i = 0; i < s.count; i++) cut(LATENTS, i, l.sinks, start(i), of_latents);
+        for (int64_t i = 0; i < s.count; i++) {
+            first[LATENTS].push_back(int64_t(all.size()));
+            const int64_t segment = l.turn.segment ? l.turn.segment : s.quantized(i);
+            for (int64_t begin = l.sinks; begin < start(i); begin += segment) {
+                add(LATENTS, i, begin, std::min(begin + segment, start(i)), of_latents);
+            }
+        }
         for (int64_t i = 0; i < s.count; i++) cut(WINDOW, i, start(i), s.position(i) + 1, of_window);
         for (int64_t i = 0; i < s.count; i++) cut(SINKS, i, 0, std::min(l.sinks, s.position(i) + 1), QUANTUM);
         for (std::vector<int64_t>& one : first) one.push_back(int64_t(&one == &first[2] ? all.size() : 0));
@@ -238,6 +254,10 @@ struct Pieces {
 
     void cut(Kind kind, int64_t sequence, int64_t begin, int64_t end, int64_t range) {
         first[kind].push_back(int64_t(all.size()));
+        add(kind, sequence, begin, end, range);
+    }
+
+    void add(Kind kind, int64_t sequence, int64_t begin, int64_t end, int64_t range) {
         for (; begin < end; begin += range) {
             all.push_back({kind, sequence, begin, std::min(range, end - begin), nullptr, nullptr});
         }
@@ -269,17 +289,22 @@ struct Run {
     const Step& s;
     Pieces pieces;
     std::vector<int64_t> encoded, far;  // sequences whose new token is encoded; that read latents
-    float *queries, *inputs[2], *latents[2], *absorbed, *mixed, *outputs, *lse;
+    std::vector<int64_t> slots;  // of each sequence, the first of its segments among all of them
+    float *queries, *turned, *shifts, *inputs[2], *latents[2], *absorbed, *mixed, *outputs, *lse;
 
     Run(const Call& call, std::vector<float>& floats) : c(call), l(*call.layer), s(*call.step), pieces(call) {
         for (int64_t i = 0; i < s.count; i++) {
             if (c.writes && s.position(i) >= l.means_from) encoded.push_back(i);
             if (s.quantized(i)) far.push_back(i);
+            slots.push_back(i ? slots.back() + l.segments(s.quantized(i - 1)) : 0);
         }
         const int64_t rows = s.count * l.heads;
+        const int64_t read = (s.count ? slots.back() + l.segments(s.quantized(s.count - 1)) : 0) * l.heads;
         Memory memory{floats, {}};
         memory.want(queries, rows * l.sizes[0]);
-        memory.want(absorbed, rows * l.sides[0].decode.width());
+        memory.want(turned, l.turn.segment ? read * l.sizes[0] : 0);
+        memory.want(shifts, read);
+        memory.want(absorbed, read * l.sides[0].decode.width());
         memory.want(mixed, rows * l.sides[1].width);
         memory.want(outputs, rows * l.sides[1].decode.width());
         for (int side = 0; side < sides(); side++) {
@@ -296,6 +321,11 @@ struct Run {
     int64_t width_of(Kind kind) const { return kind == LATENTS ? l.sides[1].width : l.sizes[1]; }
     int64_t input_width(int side) const { return l.sides[side].heads * l.sides[side].encode.n; }
     float* query(int64_t i, int64_t head) const { return queries + (i * l.heads + head) * l.sizes[0]; }
+    int64_t row(int64_t i, int64_t segment, int64_t head) const { return (slots[i] + segment) * l.heads + head; }
+    // As it reads latents of a segment.
+    float* query(int64_t i, int64_t segment, int64_t head) const {
+        return l.turn.segment ? turned + row(i, segment, head) * l.sizes[0] : query(i, head);
+    }
     float* latent(int side, int64_t i, int64_t j) const {
         const Side& one = l.sides[side];
         return latents[side] + (i * one.heads + j) * one.encode.width();
@@ -332,7 +362,25 @@ void set_input(const Run& run, int64_t i, const float* x, int side, int64_t grou
     float* to = l.is_shared ? run.inputs[0] + (i * l.kv_heads + group) * both + side * l.sizes[0]
                             : run.inputs[side] + (i * l.kv_heads + group) * size;
     const float* mean = l.means_from ? run.mean(i, side, group) : nullptr;
-    for (int64_t d = 0; d < size; d++) to[d] = mean ? x[d] - mean[d] : x[d];
+    if (l.turn.segment && side == 0) l.turn.turn(x, size, l.segment(run.s.position(i)), to);
+    else std::copy(x, x + size, to);
+    for (int64_t d = 0; mean && d < size; d++) to[d] -= mean[d];
+}
+
+// Queries of a sequence for each segment, and what a mean of keys, from which latents are differences, adds to logits.
+void set_queries(const Run& run, int64_t i) {
+    const Layer& l = run.l;
+    for (int64_t segment = 0; segment < l.segments(run.s.quantized(i)); segment++) {
+        for (int64_t h = 0; h < l.heads; h++) {
+            float *query = run.query(i, segment, h), &shift = run.shifts[run.row(i, segment, h)];
+            if (l.turn.segment) l.turn.turn(run.query(i, h), l.sizes[0], segment, query);
+            shift = 0;
+            if (!l.means_from) continue;
+            const float* mean = run.mean(i, 0, h / (l.heads / l.kv_heads));
+            for (int64_t d = 0; d < l.sizes[0]; d++) shift += query[d] * mean[d];
+            shift *= float(l.scale);
+        }
+    }
 }
 
 void prepare(const Run& run, int64_t i) {
@@ -341,6 +389,7 @@ void prepare(const Run& run, int64_t i) {
         return x.data + (run.s.token(i) * x.token + head * x.head) * bytes_of(l.type);
     };
     for (int64_t h = 0; h < l.heads; h++) to_floats(head_of(run.c.query, h), l.type, l.sizes[0], run.query(i, h));
+    set_queries(run, i);
     if (!run.c.writes) return;
     std::vector<float> x(std::max(l.sizes[0], l.sizes[1]));
     for (int side = 0; side < 2; side++) {
@@ -395,9 +444,11 @@ void absorb(const Run& run, int64_t task) {
     const int64_t group = task / basis.panels, shared = run.l.heads / run.l.kv_heads;
     Factors rows{{}, {}, false};
     for (int64_t i : run.far) {
-        for (int64_t h = group * shared; h < (group + 1) * shared; h++) {
-            rows.x.push_back(run.query(i, h));
-            rows.y.push_back(run.absorbed + (i * run.l.heads + h) * basis.width());
+        for (int64_t segment = 0; segment < run.l.segments(run.s.quantized(i)); segment++) {
+            for (int64_t h = group * shared; h < (group + 1) * shared; h++) {
+                rows.x.push_back(run.query(i, segment, h));
+                rows.y.push_back(run.absorbed + run.row(i, segment, h) * basis.width());
+            }
         }
     }
     times(run.l.decode_type, rows, basis, group, task % basis.panels);
@@ -482,7 +533,8 @@ void attend(const Run& run, const Piece& piece, const Piece* later) {
     const SideRows key = side_of(run, piece, 0, rows), value = side_of(run, piece, 1, rows);
     const int64_t width = latents ? l.sides[0].decode.width() : l.sizes[0];
     Attention a{1, l.heads, 1, piece.tokens, key.heads, value.heads, 1, 0};
-    a.query = {(latents ? run.absorbed : run.queries) + piece.sequence * l.heads * width, {0, width, width}};
+    const int64_t row = latents ? run.row(piece.sequence, l.segment(piece.begin), 0) : piece.sequence * l.heads;
+    a.query = {(latents ? run.absorbed : run.queries) + row * width, {0, width, width}};
     a.key = key.numbers, a.key_scale = key.scales;
     a.value = value.numbers, a.value_scale = value.scales;
     a.output = piece.output, a.lse = piece.lse;
@@ -500,17 +552,12 @@ constexpr int64_t MERGED = 4;  // sequences whose outputs are expanded at once
 void mix(const Run& run, int64_t i, int64_t head) {
     const Layer& l = run.l;
     const int64_t row = i * l.heads + head, group = head / (l.heads / l.kv_heads);
-    float shift = 0;  // of logits of latents, which are differences from a mean
-    if (l.means_from && run.s.quantized(i)) {
-        const float *query = run.query(i, head), *mean = run.mean(i, 0, group);
-        for (int64_t d = 0; d < l.sizes[0]; d++) shift += query[d] * mean[d];
-        shift *= float(l.scale);
-    }
     const auto each = [&](auto f) {
         for (int kind = LATENTS; kind <= SINKS; kind++) {
             for (int64_t p = run.pieces.first[kind][i]; p < run.pieces.first[kind][i + 1]; p++) {
                 const Piece& piece = run.pieces.all[p];
-                f(piece, piece.lse[head] + (kind == LATENTS ? shift : 0.0f));
+                const bool far = kind == LATENTS;
+                f(piece, piece.lse[head] + (far ? run.shifts[run.row(i, l.segment(piece.begin), head)] : 0.0f));
             }
         }
     };

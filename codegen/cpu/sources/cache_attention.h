@@ -1,4 +1,4 @@
-//: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and needs <algorithm>, <cmath>,
+//: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and turning.h, and needs <algorithm>, <cmath>,
 //: <cstdint>, <cstring> and <vector>.
 // ------------------------------------------------------------------------------------------------ a KV cache
 
@@ -30,23 +30,6 @@ struct CacheMean {
     }
 };
 
-// Keys that are relative to segments, and how queries turn for each.
-struct CacheTurn {
-    const int64_t* pairs = nullptr;  // channels of each frequency, [2,F]
-    const float* phases = nullptr;   // cosines and sines of each segment, [N,2,F]
-    int64_t frequencies = 0, segment = 0;
-
-    void turn(const float* query, int64_t size, int64_t number, float* to) const {
-        std::copy(query, query + size, to);
-        const float *cos = phases + number * 2 * frequencies, *sin = cos + frequencies;
-        for (int64_t f = 0; f < frequencies; f++) {
-            const int64_t real = pairs[f], imaginary = pairs[frequencies + f];
-            to[real] = query[real] * cos[f] - query[imaginary] * sin[f];
-            to[imaginary] = query[imaginary] * cos[f] + query[real] * sin[f];
-        }
-    }
-};
-
 struct CacheAttention {
     int64_t batch, heads, queries, head_size, value_size;
     double scale;
@@ -54,7 +37,7 @@ struct CacheAttention {
     CachePart latents, window, opened;
     CacheBasis encode, decode;
     CacheMean key_mean, value_mean;
-    CacheTurn turn;
+    Turning turn;
     float* output;  // [B,H,S,E], dense
 };
 

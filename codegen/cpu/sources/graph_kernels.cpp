@@ -46,6 +46,7 @@ using torch::stable::Tensor;
 // ------------------------------------------------------------------------------------------------ structs of kernels
 
 #include "kernel_call.h"
+#include "turning.h"
 #include "pack_call.h"
 #include "skinny_call.h"
 #include "cache_attention.h"
@@ -280,7 +281,7 @@ CacheMean means(const std::string& name, const std::optional<Tensor>& mean, int6
 }
 
 // How queries turn for segments of keys: channels int64 [2,F], cosines and sines float [N,2,F].
-CacheTurn turning(const std::string& name, const std::optional<Tensor>& pairs, const std::optional<Tensor>& phases,
+Turning turning_of(const std::string& name, const std::optional<Tensor>& pairs, const std::optional<Tensor>& phases,
                   int64_t segment, int64_t tokens, int64_t size) {
     if (!segment || !pairs || !phases) return {};
     const int64_t count = pairs->size(1);
@@ -333,7 +334,7 @@ Tensor attend_kernel(
     }
     a.opened = part(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query);
     a.encode = encode.view(), a.decode = decode.view();
-    a.turn = turning(latents, turn_pairs, turn_phases, segment, a.latents.call.tokens, d);
+    a.turn = turning_of(latents, turn_pairs, turn_phases, segment, a.latents.call.tokens, d);
     a.key_mean = means(latents, key_mean, b, h, d), a.value_mean = means(latents, value_mean, b, h, e);
     a.output = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
     attend_cache(a);

@@ -24,6 +24,7 @@
 #include "typed_numbers.h"
 #include "window_rows.h"
 #include "kernel_call.h"
+#include "turning.h"
 #include "skinny_call.h"
 #include "cache_attention.h"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_blocks import Engine, random_tokens
-from hand_plans import CODED, random_plan
+from hand_plans import CODED, in_segments, random_plan
 from needs import needs_compiler
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def plan_of(layout: str = "head", tiers: Any = CODED, **options: Any) -> LatentP
             encode = torch.cat(list(encode), 1).unsqueeze(0)  # [1, R, G*D]
         return SidePlan(encode, side.decode.float(), side.tiers)
 
-    sites = tuple(SitePlan(s.site, s.layout, single(s.key), single(s.value)) for s in plan.sites)
+    sites = tuple(replace(s, key=single(s.key), value=single(s.value)) for s in plan.sites)
     return replace(plan, sites=sites)
 
 
@@ -54,6 +54,8 @@ PLANS: dict[str, LatentPlan] = {
     "means, window of 8 bits": plan_of(mean_tokens=12, window_bits=8),
     "means, one latent": plan_of("joint", mean_tokens=12),
     "not quantized": plan_of(tiers=()),
+    "relative to segments": in_segments(plan_of("joint", mean_tokens=12, window_bits=8)),
+    "relative to segments, no means": in_segments(plan_of(sinks=5, recent=7, block=16)),
     "no sinks": plan_of(sinks=0, window_bits=8),
     "odd sinks": plan_of("joint", sinks=5, recent=7, block=16),
 }
@@ -82,7 +84,7 @@ def same_blocks(engine: Engine, other: Engine) -> None:
 
 
 CASES = [(name, torch.float32) for name in PLANS] + [
-    (name, dtype) for name in ("means, one latent", "not quantized") for dtype in (torch.bfloat16, torch.float16)
+    (name, dtype) for name in ("means, one latent", "not quantized", "relative to segments") for dtype in (torch.bfloat16, torch.float16)
 ]
 
 
@@ -90,9 +92,9 @@ CASES = [(name, torch.float32) for name in PLANS] + [
 def test_it_gives_what_torch_operations_give(name: str, dtype: torch.dtype) -> None:
     plan = PLANS[name]
     torch.manual_seed(0)
-    tokens = [tuple(x.to(dtype) for x in random_tokens(plan, 100)) for _ in range(3)]
+    tokens = [tuple(x.to(dtype) for x in random_tokens(plan, 180)) for _ in range(3)]
     reference, compiled = engines(plan, dtype)
-    lengths = [60, 1, 13]  # of the second nothing is quantized at first
+    lengths = [150, 1, 70]  # of the second nothing is quantized at first
     spans = [(0, length) for length in lengths]
     for step in range(20):
         expected = reference.step(tokens, spans)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_blocks import Engine, random_tokens
-from hand_plans import CODED, random_plan
+from hand_plans import CODED, in_segments, random_plan
 from needs import needs_compiler
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def plan_of(layout: str = "head", tiers: Any = CODED, **options: Any) -> LatentP
     def single(side: SidePlan) -> SidePlan:
         return SidePlan(side.encode.float(), side.decode.float(), side.tiers)
 
-    sites = tuple(SitePlan(s.site, s.layout, single(s.key), single(s.value)) for s in plan.sites)
+    sites = tuple(replace(s, key=single(s.key), value=single(s.value)) for s in plan.sites)
     return replace(plan, sites=sites)
 
 
@@ -109,6 +109,9 @@ PLANS: dict[str, LatentPlan] = {
 }
 
 
+SEGMENTS = in_segments(plan_of(window_bits=16))
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_every_query_reads_by_the_rule(name: str) -> None:
     plan = PLANS[name]
@@ -119,9 +122,8 @@ def test_every_query_reads_by_the_rule(name: str) -> None:
     close(in_pieces(plan, tokens, 3, 9, 13, 14, 40, 41, 77), expected)
 
 
-@pytest.mark.parametrize("layout", ["head", "input"])
-def test_it_is_what_the_own_cache_gives_token_by_token(layout: str) -> None:
-    plan = plan_of(layout, window_bits=16)
+@pytest.mark.parametrize("plan", [plan_of(window_bits=16), plan_of("input", window_bits=16), SEGMENTS])
+def test_it_is_what_the_own_cache_gives_token_by_token(plan: LatentPlan) -> None:
     tokens = random_tokens(plan, COUNT)
     close(in_pieces(plan, tokens, *range(1, COUNT)), own_cache(plan, tokens))
 

@@ -1,0 +1,17 @@
+//: Keys that are relative to segments. Needs <algorithm> and <cstdint>.
+// How queries turn to read the keys of a segment, and these to be relative to it.
+struct Turning {
+    const int64_t* pairs = nullptr;  // channels of each frequency, [2,F]
+    const float* phases = nullptr;   // cosines and sines of each segment, [N,2,F]
+    int64_t frequencies = 0, segment = 0;
+
+    void turn(const float* x, int64_t size, int64_t number, float* to) const {
+        std::copy(x, x + size, to);
+        const float *cos = phases + number * 2 * frequencies, *sin = cos + frequencies;
+        for (int64_t f = 0; f < frequencies; f++) {
+            const int64_t real = pairs[f], imaginary = pairs[frequencies + f];
+            to[real] = x[real] * cos[f] - x[imaginary] * sin[f];
+            to[imaginary] = x[imaginary] * cos[f] + x[real] * sin[f];
+        }
+    }
+};

@@ -1,0 +1,97 @@
+"""Keys relative to their segment: the rotation, and attention by queries that turn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import CODED, in_segments, random_plan
+from torch import Tensor
+
+from fhopt.attention.attend import attend
+from fhopt.attention.latent_tensor import LatentTensor
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.ops.attention import attention_reference
+from fhopt.ops.turns import Turns
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import Rope
+
+ROPE = Rope("interleaved", 6, (1.0, 0.1, 0.01), offset=1)
+CPU = torch.device("cpu")
+
+
+def turned_by_hand(x: Tensor, position: int) -> Tensor:
+    """RoFormer, equation 34, of one vector."""
+    out = x.clone()
+    for (real, imaginary), angle in zip(ROPE.pairs, ROPE.angles, strict=True):
+        turned = complex(x[real], x[imaginary]) * complex(math.cos(position * angle), math.sin(position * angle))
+        out[real], out[imaginary] = turned.real, turned.imag
+    return out
+
+
+def test_keys_are_what_they_would_be_if_their_segment_began_at_position_0() -> None:
+    turns, raw = Turns.on(ROPE, 64, CPU), torch.randn(8, dtype=torch.float64)
+    places = torch.tensor([0, 63, 64, 130, 1000])
+    keys = torch.stack([turned_by_hand(raw, int(i)) for i in places])[None, None]
+    expected = torch.stack([turned_by_hand(raw, int(i) % 64) for i in places])[None, None]
+    torch.testing.assert_close(turns.relative(keys, places), expected)
+    torch.testing.assert_close(turns.finished(expected, places), keys)
+
+
+def test_a_turned_query_reads_relative_keys_as_it_would_have_read_the_keys() -> None:
+    turns, keys, query = Turns.on(ROPE, 64, CPU), torch.randn(1, 1, 200, 8), torch.randn(1, 1, 1, 8)
+    relative = turns.relative(keys, torch.arange(200))
+    for number in range(turns.segments(200)):
+        part = slice(64 * number, 64 * (number + 1))
+        for reader in (turns, turns.knowing(4), Turns.by_phases(64, turns.pairs, turns.phases(4))):
+            found = reader.query(query, number) @ relative[:, :, part].mT
+            torch.testing.assert_close(found, query @ keys[:, :, part].mT, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_far_away_are_as_exact_as_near_ones() -> None:
+    turns, key = Turns.on(ROPE, 512, CPU), torch.randn(1, 1, 1, 8)
+    place = torch.tensor([1_000_000])
+    torch.testing.assert_close(turns.finished(turns.relative(key, place), place), key)
+
+
+def read(plan: LatentPlan, dtype: torch.dtype, count: int, queries: int) -> tuple[Any, Any, Any, Tensor]:
+    """What a cache of `count` tokens gives attention, and queries."""
+    torch.manual_seed(0)
+    layer, site = LatentLayer(plan, plan.sites[0]), plan.sites[0].site
+    keys = torch.randn(2, site.kv_heads, count, site.key_dim).to(dtype) + 1
+    values = torch.randn(2, site.kv_heads, count, site.value_dim).to(dtype) + 1
+    layer.update(keys[:, :, :-queries], values[:, :, :-queries])
+    key, value = layer.update(keys[:, :, -queries:], values[:, :, -queries:])
+    return key, value, layer, torch.randn(2, site.heads, queries, site.key_dim).to(dtype)
+
+
+@pytest.mark.parametrize("layout", ["head", "input"])
+@pytest.mark.parametrize(("means", "bits"), [(0, 16), (12, 8), (12, 16)])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_is_that_on_reconstructed_keys(layout: str, means: int, bits: int, queries: int) -> None:
+    plan = in_segments(random_plan(layout, CODED, mean_tokens=means, window_bits=bits))
+    key, value, layer, query = read(plan, torch.float64, 230, queries)
+    assert isinstance(key, LatentTensor) and layer.quantized > 3 * 64
+    found = attend(query, key.exact, value.exact, key.latents, None, scale=0.25)
+    mask = torch.ones(queries, 230, dtype=torch.bool).tril(230 - queries)
+    expected = attention_reference(query, key.reconstruct(), value.reconstruct(), mask, scale=0.25)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("means", [0, 12])
+@pytest.mark.parametrize("count", [40, 80, 230, 700])
+def test_a_kernel_turns_queries_as_torch_operations_do(dtype: torch.dtype, means: int, count: int) -> None:
+    from fhopt.codegen import dispatch
+
+    dispatch.install()
+    with dispatch.waiting(), torch.inference_mode():
+        dispatch.prepare()
+        plan = in_segments(random_plan("head", CODED, mean_tokens=means, window_bits=8))
+        key, value, _, query = read(plan, dtype, count, 1)
+        found = attend(query, key.exact, value.exact, key.latents, None, scale=0.25)
+        expected = attend(query.double(), key.exact.double(), value.exact.double(), key.latents, None, scale=0.25)
+        close = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
