@@ -142,7 +142,9 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Keep what padding sequences begin with. room: as of `LeftPadding`."""
         self.padding = self.stores[PADDING] = LeftPadding(room)
 
-    def _encode(self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None], places: Tensor | int = 0) -> None:
+    def _encode(
+        self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None], places: Tensor | int = 0
+    ) -> None:
         """Call `use(side, x)` with what each encoder matrix reads of keys and values, less their means.
 
         places: numbers of the tokens behind the attention sinks, int64 [T], or that of the first.

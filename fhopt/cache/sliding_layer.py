@@ -34,8 +34,8 @@ class SlidingLatentLayer(LatentLayer):
     def __init__(self, plan: LatentPlan, site: SitePlan, sliding_window: int, absorb: bool = True) -> None:
         if site.segment:
             raise FhoptError(
-                f"{site.site.name}: keys in a sliding window are not relative to segments, and the plan says so. Fit it "
-                "for this model again."
+                f"{site.site.name}: keys in a sliding window are not relative to segments, but the plan's are. "
+                "Fit it for this model again."
             )
         self.whole_window = plan.window.within(sliding_window)
         self.sliding_window, self.record_past = sliding_window, False

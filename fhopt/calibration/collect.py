@@ -63,7 +63,8 @@ def collect(
 
     Labels are drawn from the model itself. mean_tokens: as of `LatentPlan`; moments are then of differences from the
     means of each sequence. span: keys that turn count as up to so many positions later than they stand, the means as
-    they are; but not where statistics are of keys relative to segments. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
+    they are; but not where statistics are of keys relative to segments. into: add to these (to resume, or to merge).
+    `done(number)` is called after each batch.
     Raises FhoptError when a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into

@@ -13,6 +13,7 @@ from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
 RECENT_SHARE, LEAST_RECENT, MOST_RECENT = 32, 64, 1024  # of the context: a residual window's size where none is given
+SEGMENT = 512  # tokens of a segment: as the first that means are of, more than `mean_tokens` and the sinks
 LEAST_FAR_TOKENS = 512  # with fewer, the moments say more about the sample than about the model
 
 
@@ -24,8 +25,8 @@ class FitOptions:
     tokens the bases are fitted to, and how many more the bits. tokens: length of context that the plan is made for, at
     which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
     for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
-    relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are. kernel_shapes: how many
-    different kernels the sites of a plan need, at most (None: few on a GPU, else any). checkpoint: file that lets an
+    relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are; None: as `segment_tokens` says.
+    kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any). checkpoint: file that lets an
     interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
 
@@ -45,7 +46,7 @@ class FitOptions:
     device: str | None = None
     checkpoint: Path | None = None
     mean_tokens: int = 256
-    segment: int = 0
+    segment: int | None = None
     kernel_shapes: int | None = None
 
     def check(self) -> None:
@@ -66,10 +67,10 @@ class FitOptions:
         check_options(self.ratio, self.layout, self.bits, self.device)
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
-        if self.segment < 0 or self.segment % max(LEAST_SEGMENT, self.block):
+        if self.segment_tokens < 0 or self.segment_tokens % LEAST_SEGMENT:
             raise FhoptError(
-                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT} and of a "
-                f"block, {self.block}. Try 512."
+                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT}. "
+                f"Try {SEGMENT}."
             )
         if self.kernel_shapes is not None and self.kernel_shapes < 1:
             raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")
@@ -99,6 +100,13 @@ class FitOptions:
     def near_tokens(self) -> int:
         """Newest tokens that calibration takes for exact: those of the window, but at most a quarter of a sequence."""
         return self.recent if self.recent is not None else min(self.recent_tokens, max(1, self.context // 4))
+
+    @property
+    def segment_tokens(self) -> int:
+        """Tokens of a segment: as given, else 512, and 0 for plans without means or bits, which stand in graphs."""
+        if self.segment is None:
+            return SEGMENT if self.mean_tokens and not self.is_lossless else 0
+        return self.segment
 
     @property
     def is_lossless(self) -> bool:

@@ -170,7 +170,7 @@ def measure_module(
 
     The first `options.sequences` batches fit the bases, the others the bits; further options of the text are not used.
     Of an encoder-decoder of transformers, the decoder's sites are fitted: nothing of its encoder is cached. Latents are
-    of keys and values as they are, for a module may hold them without a cache of fhopt's, which would keep means and turn
+    of keys and values as they are: a module may hold them without a cache of fhopt's, which keeps means and turns
     queries.
     """
     options = replace(options, mean_tokens=0, segment=0)
@@ -213,7 +213,8 @@ def _measure_batches(
 ) -> Calibration:  # fmt: skip
     outcome = _sites(captured, name, encoder)
     if options.is_lossless:
-        options = replace(options, mean_tokens=0, segment=0)
+        options = replace(options, mean_tokens=0)
+    options = replace(options, segment=0 if options.is_lossless else options.segment_tokens)
     if not options.is_lossless and not layouts:
         found = list(outcome.sites.values())
         sliding = sliding_windows(found, outcome.program.layers)
@@ -227,7 +228,7 @@ def _measure_batches(
 
     moments = BatchPass(options.sequences, checkpoints[0], progress)
     sliding = sliding_windows(list(outcome.sites.values()), outcome.program.layers)
-    statistics = empty_statistics(outcome.sites.values(), options.segment, sliding)
+    statistics = empty_statistics(outcome.sites.values(), options.segment_tokens, sliding)
     sums = named_moments(statistics)
     collect(captured, outcome, moments.batches(source, sums), into=statistics, done=moments.done, **far)
     collectives.share(sums)

@@ -77,7 +77,7 @@ def load_statistics(file: Path) -> Calibration:
 
 def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
     sites = [site_from(item) for item in about["sites"]]
-    segment = about["options"].get("segment", 0)  # files of earlier versions have none
+    segment = about["options"].get("segment") or 0  # files of earlier versions have none
     statistics = empty_statistics(sites, segment, sliding_windows(sites, layers_of(about["provenance"])))
     bases = {name: _bases(name, layouts, tensors) for name, layouts in about["layouts"].items()}
     costs = empty_costs(bases, about["levels"]) if about["levels"] else {}

@@ -160,6 +160,7 @@ def fit(
     larger than one device: --device-map. With --statistics nothing is calibrated.
     """
     from fhopt.calibration.options import FitOptions
+    from fhopt.plan.site_plan import no_pages
     from fhopt.refine import page_options
 
     out = Path(os.path.abspath(out))
@@ -186,6 +187,10 @@ def fit(
         chosen = FitOptions(**(given | decided))
     chosen.check()
     paged = page_options.read_options(pages, mass, chosen.texts)
+    if paged is not None and chosen.segment is None:
+        chosen = replace(chosen, segment=0)
+    if paged is not None and chosen.segment_tokens:
+        raise no_pages()
     exact = chosen.window.first_length
     if paged is not None:
         paged.check(chosen.block, exact)

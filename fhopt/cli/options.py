@@ -136,10 +136,10 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
             "--mean-tokens", 256,
             "Encode differences from the mean of so many first tokens of a sequence; 0: for plans to be exported.",
         ),
-        _count(
-            "--segment", 0,
-            "Encode keys relative to segments of so many tokens, so that a plan is as good however long the context is; "
-            "0: as they are.",
+        click.option(
+            "--segment", type=int,
+            help="Encode keys relative to segments of so many tokens, so that a plan is as good however long the "
+            "context is; 0: as they are. [default: 512; 0 with --pages or --mean-tokens 0]",
         ),
         click.option(
             "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fhopt.errors import FhoptError
 from fhopt.plan.site import AttentionSite
 
 if TYPE_CHECKING:
@@ -169,6 +170,14 @@ class SitePlan:
             return unquantized
         full = self.key.groups * self.key.width >= self.site.kv_heads * self.site.key_dim
         return unquantized and full and self.value.groups * self.value.width >= self.site.kv_heads * self.site.value_dim
+
+
+def no_pages() -> FhoptError:
+    """Make the error for page selection of keys that are relative to segments."""
+    return FhoptError(
+        "keys relative to segments have no page selection; expected a plan without. Fit, or calibrate, with "
+        "--segment 0."
+    )
 
 
 @dataclass(frozen=True)

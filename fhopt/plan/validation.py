@@ -18,6 +18,7 @@ from fhopt.plan.site_plan import (
     SidePlan,
     SitePlan,
     SketchPlan,
+    no_pages,
 )
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ def _check_segment(site: SitePlan, plan: LatentPlan) -> None:
     """Raise FhoptError where keys cannot be relative to segments."""
     if not site.site.turns or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
-    if site.segment < LEAST_SEGMENT or site.segment % LEAST_SEGMENT or site.segment % plan.block:
+    if site.segment < 0 or site.segment % LEAST_SEGMENT:
         raise FhoptError(
-            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {LEAST_SEGMENT} and of the "
-            f"plan's block, {plan.block}. Fit again."
+            f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {LEAST_SEGMENT}. Fit it "
+            "again."
         )
     if plan.pages is not None:
-        raise FhoptError("keys relative to segments have no page selection. Fit the plan with --segment 0.")
+        raise no_pages()
 
 
 def _check_pages(plan: LatentPlan, pages: PagePlan) -> None:

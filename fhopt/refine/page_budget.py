@@ -10,7 +10,7 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.model_facts import check_length
 from fhopt.plan.cache_size import recorded_layers, sliding_windows
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import PagePlan, SitePlan
+from fhopt.plan.site_plan import PagePlan, SitePlan, no_pages
 from fhopt.progress import Progress, silent
 from fhopt.refine.page_options import PagingOptions
 from fhopt.refine.page_probes import ALL, LIFTS, MASSES, Curves, measure
@@ -93,6 +93,8 @@ def with_pages(plan: LatentPlan, curves: Mapping[str, Curves], options: PagingOp
 def calibrate(loaded: LoadedModel, plan: LatentPlan, options: PagingOptions, progress: Progress = silent) -> LatentPlan:
     """Return the plan with page selection, calibrated on the first halves of the texts. Raises FhoptError."""
     options.check(plan.block, plan.window.first_length)
+    if plan.segment:
+        raise no_pages()
     model = loaded.language_model()
     check_length(model, options.context)
     ids = texts_tokens.calibration_ids(loaded.tokenizer, options.texts, count=options.sequences, length=options.context)

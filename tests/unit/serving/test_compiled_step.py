@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fhopt import codegen
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.plan.site_plan import SidePlan
 from fhopt.serving.block_sizes import BlockSizes
 
 SIZES = BlockSizes(12, 4, 24)
@@ -84,7 +84,9 @@ def same_blocks(engine: Engine, other: Engine) -> None:
 
 
 CASES = [(name, torch.float32) for name in PLANS] + [
-    (name, dtype) for name in ("means, one latent", "not quantized", "relative to segments") for dtype in (torch.bfloat16, torch.float16)
+    (name, dtype)
+    for name in ("means, one latent", "not quantized", "relative to segments")
+    for dtype in (torch.bfloat16, torch.float16)
 ]
 
 

@@ -21,7 +21,7 @@ from fhopt.ops import algebra, packing
 from fhopt.ops.attention import attention_reference
 from fhopt.ops.prefill_attention import CPU_QUERIES, attend_on_cpu
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan, SitePlan
+from fhopt.plan.site_plan import SidePlan
 from fhopt.serving import layer_cache
 from fhopt.serving.batch import means_from
 from fhopt.serving.block_sizes import BlockSizes
