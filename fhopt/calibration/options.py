@@ -26,8 +26,8 @@ class FitOptions:
     which its size is counted. recent: None for a share of these (`recent_tokens`). device: what the plan will run on,
     for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
     relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are; None: as `segment_tokens` says.
-    kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any). checkpoint: file that lets an
-    interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
+    kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any).
+    checkpoint: file that lets an interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
 
     texts: tuple[str, ...] = DEFAULT_TEXTS
