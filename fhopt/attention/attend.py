@@ -25,8 +25,11 @@ from fhopt.attention.exact_tokens import exact_parts, split_off
 from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents, with_means
 from fhopt.attention.paged import attend_selected_pages, selects_pages
 from fhopt.ops import algebra, prefill_attention, registry
+from fhopt.ops import masks as ops_masks
 from fhopt.ops.turns import Turns
 
+# Tokens that are reconstructed at once for many queries: at least, and as keys and values of so many numbers.
+LEAST_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,8 +71,38 @@ def _latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
     turns = operands.key_side.turns
     if turns is None:
         return [with_means(operands, *_latent_part(operands))]
-    parts = [operands.of_segment(i) for i in range(turns.segments(operands.key_side.rows.shape[2]))]
-    return [with_means(part, *_latent_part(part)) for part in parts]
+    parts = _finished_parts(operands)
+    if parts is not None:
+        return parts
+    segments = [operands.of_segment(i) for i in range(turns.segments(operands.key_side.rows.shape[2]))]
+    return [with_means(part, *_latent_part(part)) for part in segments]
+
+
+def _finished_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]] | None:
+    """Attend with many queries to keys that are turned back, some tokens at a time: outputs and lse, means included.
+
+    None where no kernel of the CPU serves.
+    """
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+    if query.shape[1] * query.shape[2] < prefill_attention.CPU_ROWS * key.rows.shape[1]:
+        return None
+    tokens = key.rows.shape[2]
+    seen = ops_masks.within(masks.lengths, tokens, masks.latents)
+    at_once = max(
+        LEAST_AT_ONCE, NUMBERS_AT_ONCE // (len(query) * (key.decode[..., 0].numel() + value.decode[..., 0].numel()))
+    )
+    parts = []
+    for start in range(0, tokens, at_once):
+        stop = min(tokens, start + at_once)
+        keys, values = (side.part(start, stop).reconstruct().to(query.dtype) for side in (key, value))
+        mask = seen if seen is None or seen.shape[-1] == 1 else seen[..., start:stop]
+        part = prefill_attention.attend_on_cpu(
+            "open_attention", query, keys, values, mask, causal=False, **operands.numbers
+        )
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
 
 
 def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:

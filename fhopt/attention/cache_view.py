@@ -85,9 +85,10 @@ class SideRows:
         return self.turns.pairs, phases, self.turns.segment
 
     def part(self, start: int, stop: int) -> SideRows:
-        """Return some of the rows, keys as relative as they are: turned queries read them."""
+        """Return some of the rows."""
         scale = None if self.scale is None else self.scale[:, :, start:stop]
-        return replace(self, rows=self.rows[:, :, start:stop], scale=scale, turns=None)
+        first = self.first + start if self.turns is not None else 0
+        return replace(self, rows=self.rows[:, :, start:stop], scale=scale, first=first)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

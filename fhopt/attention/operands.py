@@ -57,7 +57,8 @@ class AttentionOperands:
         if lengths is not None:
             lengths = (lengths - start).clamp(0, end - start)
         return replace(
-            self, query=turns.query(self.query, number), key_side=key.part(start, end),
+            self, query=turns.query(self.query, number),
+            key_side=replace(key.part(start, end), turns=None, first=0),
             value_side=value.part(start, end), masks=replace(masks, latents=latents, lengths=lengths),
         )  # fmt: skip
 

@@ -30,13 +30,14 @@ class Turns:
     """The rotation of keys at one site, and the tokens of a segment.
 
     pairs int64 [2,F]: the channels (real, imaginary) of each frequency. angles float64 [F]: radians a position, or
-    known: cosines and sines of segments, as of `phases`.
+    known: cosines and sines of segments, as of `phases`. slices: the channels, where they lie evenly.
     """
 
     segment: int
     pairs: Tensor
     angles: Tensor
     known: Tensor | None = None
+    slices: tuple[slice, slice] | None = None
 
     @staticmethod
     def by_phases(segment: int, pairs: Tensor, phases: Tensor) -> Turns:
@@ -94,7 +95,7 @@ class Turns:
     def _by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn x [B,G,T,D] by cosines and sines [T,F], or [1,F]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin, (real, imaginary) = cos.to(dtype), sin.to(dtype), self.pairs
+        cos, sin, (real, imaginary) = cos.to(dtype), sin.to(dtype), self.slices or tuple(self.pairs)
         a, b = x[..., real].to(dtype), x[..., imaginary].to(dtype)
         out = x.to(dtype, copy=True)
         out[..., real], out[..., imaginary] = a * cos - b * sin, b * cos + a * sin
@@ -104,7 +105,17 @@ class Turns:
 @functools.lru_cache(maxsize=1024)
 def _turns(rope: Rope, segment: int, device: torch.device) -> Turns:
     pairs = torch.tensor(rope.pairs, dtype=torch.int64).T.contiguous()
-    return Turns(segment, pairs.to(device), torch.tensor(rope.angles, dtype=torch.float64).to(device))
+    angles = torch.tensor(rope.angles, dtype=torch.float64)
+    return Turns(segment, pairs.to(device), angles.to(device), slices=_slices(rope))
+
+
+def _slices(rope: Rope) -> tuple[slice, slice] | None:
+    """Return the real and the imaginary channels as slices; None where they are no two even rows."""
+    real, imaginary = zip(*rope.pairs, strict=True)
+    step = real[1] - real[0] if len(real) > 1 else 1
+    found = slice(real[0], real[-1] + 1, step), slice(imaginary[0], imaginary[-1] + 1, step)
+    channels = range(imaginary[-1] + 1)
+    return found if (tuple(channels[found[0]]), tuple(channels[found[1]])) == (real, imaginary) else None
 
 
 @functools.lru_cache(maxsize=4096)

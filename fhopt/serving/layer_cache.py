@@ -362,4 +362,4 @@ def _first(side: SideRows, count: int) -> SideRows:
     """Return the first `count` packed latents of a side."""
     if side.rows.shape[2] == count:
         return side
-    return replace(side.part(0, count), turns=side.turns)
+    return side.part(0, count)
