@@ -77,6 +77,53 @@ void add_times(const T* basis, const float* x, int64_t n, int64_t m, float facto
     }
 }
 
+constexpr int STRIP = 16;
+typedef float Strip __attribute__((vector_size(4 * STRIP)));
+
+inline Strip strip_of(const float* p) {
+    Strip x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline Strip strip_of(const Bits16* p) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * STRIP)));
+    typedef uint32_t Words __attribute__((vector_size(4 * STRIP)));
+    Halves x;
+    std::memcpy(&x, p, sizeof x);
+    return (Strip)(__builtin_convertvector(x, Words) << 16);
+}
+
+// ROWS rows of x, `step` apart, and of y, `out` apart: y[m] = x[n] B[n, m], of at least a strip.
+template <int ROWS, class T>
+void times_rows(const float* x, int64_t step, const T* basis, int64_t n, int64_t m, float* y, int64_t out) {
+    for (int64_t c = 0; c < m; c += STRIP) {
+        const int64_t at = std::min(c, m - STRIP);
+        Strip sums[ROWS] = {};
+        for (int64_t i = 0; i < n; i++) {
+            const Strip row = strip_of(basis + i * m + at);
+            for (int r = 0; r < ROWS; r++) sums[r] += x[r * step + i] * row;
+        }
+        for (int r = 0; r < ROWS; r++) std::memcpy(y + r * out + at, &sums[r], sizeof sums[r]);
+    }
+}
+
+template <class T>
+void times_all(const float* x, int64_t rows, int64_t step, const T* basis, int64_t n, int64_t m, float* y,
+               int64_t out) {
+    int64_t r = 0;
+    for (; m >= STRIP && r + 8 <= rows; r += 8) times_rows<8>(x + r * step, step, basis, n, m, y + r * out, out);
+    for (; r < rows; r++) times(x + r * step, basis, n, m, y + r * out);
+}
+
+// Of several queries of one head, `step` apart, to rows that are `out` apart.
+void absorb_all(const CacheBasis& basis, const float* x, int64_t rows, int64_t step, int64_t head, int64_t heads,
+                float* y, int64_t out) {
+    const int64_t at = basis.at(head, heads), n = basis.n, m = basis.m;
+    if (basis.is_bfloat) times_all(x, rows, step, static_cast<const Bits16*>(basis.data) + at, n, m, y, out);
+    else times_all(x, rows, step, static_cast<const float*>(basis.data) + at, n, m, y, out);
+}
+
 void absorb(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float* y) {
     const int64_t at = basis.at(head, heads);
     if (basis.is_bfloat) times(x, static_cast<const Bits16*>(basis.data) + at, basis.n, basis.m, y);
@@ -113,16 +160,19 @@ void attend_cache(const CacheAttention& a) {
     std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
     if (some) {
 #pragma omp parallel for if (segments * rows * a.head_size * width > SMALL)
-        for (int64_t k = 0; k < segments * rows; k++) {
-            const int64_t i = k % rows, head = i / s % h;
-            const float* query = at(i);
-            std::vector<float> turned(segment ? a.head_size : 0);
-            if (segment) {
-                a.turn.turn(query, a.head_size, k / rows, turned.data());
-                query = turned.data();
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t head = i / s % h, size = a.head_size;
+            if (!segment) {
+                absorb(a.encode, at(i), head, h, &absorbed[i * width]);
+                continue;
             }
-            if (!shifts.empty()) shifts[k] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
-            absorb(a.encode, query, head, h, &absorbed[k * width]);
+            std::vector<float> turned(segments * size);
+            for (int64_t k = 0; k < segments; k++) {
+                float* query = &turned[k * size];
+                a.turn.turn(at(i), size, k, query);
+                if (!shifts.empty()) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
+            }
+            absorb_all(a.encode, turned.data(), segments, size, head, h, &absorbed[i * width], rows * width);
         }
         CachePart latents = a.latents;
         latents.call.segment = segment, latents.call.query_segment = rows * width;
