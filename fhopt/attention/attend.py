@@ -22,14 +22,12 @@ from torch import Tensor
 
 from fhopt.attention.cache_view import AnyLatents, Latents, SideRows
 from fhopt.attention.exact_tokens import exact_parts, split_off
-from fhopt.attention.operands import AttentionOperands, PartMasks, attend_latents, with_means
+from fhopt.attention.latent_parts import latent_parts
+from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.attention.paged import attend_selected_pages, selects_pages
-from fhopt.ops import algebra, prefill_attention, registry
-from fhopt.ops import masks as ops_masks
+from fhopt.ops import algebra, registry
 from fhopt.ops.turns import Turns
 
-# Tokens that are reconstructed at once for many queries: at least, and as keys and values of so many numbers.
-LEAST_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,73 +59,9 @@ def attend(
 
 def attend_parts(operands: AttentionOperands) -> Tensor:
     """Attend to packed latents, to the window in 8 bits and to exact tokens, and merge: [B,H,S,E]."""
-    parts = _latent_parts(operands) if operands.key_side.rows.shape[2] else []
+    parts = latent_parts(operands) if operands.key_side.rows.shape[2] else []
     parts += exact_parts(operands)
     return algebra.merge(parts) if len(parts) > 1 else parts[0][0]
-
-
-def _latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
-    """Attend to packed latents, those of each segment by queries that turn: outputs [B,H,S,E], lse [B,H,S]."""
-    turns = operands.key_side.turns
-    if turns is None:
-        return [with_means(operands, *_latent_part(operands))]
-    parts = _finished_parts(operands)
-    if parts is not None:
-        return parts
-    segments = [operands.of_segment(i) for i in range(turns.segments(operands.key_side.rows.shape[2]))]
-    return [with_means(part, *_latent_part(part)) for part in segments]
-
-
-def _finished_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]] | None:
-    """Attend with many queries to keys that are turned back, some tokens at a time: outputs and lse, means included.
-
-    None where no kernel of the CPU serves.
-    """
-    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
-    if query.shape[1] * query.shape[2] < prefill_attention.CPU_ROWS * key.rows.shape[1]:
-        return None
-    tokens = key.rows.shape[2]
-    seen = ops_masks.within(masks.lengths, tokens, masks.latents)
-    at_once = max(
-        LEAST_AT_ONCE, NUMBERS_AT_ONCE // (len(query) * (key.decode[..., 0].numel() + value.decode[..., 0].numel()))
-    )
-    parts = []
-    for start in range(0, tokens, at_once):
-        stop = min(tokens, start + at_once)
-        keys, values = (side.part(start, stop).reconstruct().to(query.dtype) for side in (key, value))
-        mask = seen if seen is None or seen.shape[-1] == 1 else seen[..., start:stop]
-        part = prefill_attention.attend_on_cpu(
-            "open_attention", query, keys, values, mask, causal=False, **operands.numbers
-        )
-        if part is None:
-            return None
-        parts.append(part)
-    return parts
-
-
-def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
-    """Attend to packed latents, without the means that they are differences from: output [B,H,S,E], lse [B,H,S]."""
-    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
-    rows = key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths
-    options = algebra.group_options(key.bit_groups, value.bit_groups) | operands.numbers
-    if _reconstructs(operands):
-        result: tuple[Tensor, Tensor] = torch.ops.fhopt.rebuilt_attention(query, *rows, **options)
-        return result
-    rebuilt = prefill_attention.attend_on_cpu("rebuilt_attention", query, *rows, **options)
-    if rebuilt is not None:
-        return rebuilt
-    absorbed = algebra.absorb(query, key.decode)
-    output, lse = attend_latents(absorbed, key, value, masks.latents, lengths=masks.lengths, **operands.numbers)
-    return algebra.expand(output, value.decode), lse
-
-
-def _reconstructs(operands: AttentionOperands) -> bool:
-    """Return True where K/V are reconstructed from packed latents for these queries."""
-    key, value = operands.key_side, operands.value_side
-    return prefill_attention.should_reconstruct(
-        operands.query, key.rows, key.decode, value.rows, value.decode, operands.masks.latents,
-        bool(key.bit_groups[0] or value.bit_groups[0]),
-    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- the op

@@ -117,7 +117,7 @@ def empty_statistics(
             width = site.kv_heads // groups * dim
             zero = torch.zeros(groups, width, width, dtype=torch.float64)
             sides.append(SideStatistics(groups, zero, zero.clone()))
-        out[site.name] = SiteStatistics(site, *sides, segment=segment_of(site, segment, sliding or {}))
+        out[site.name] = SiteStatistics(site, sides[0], sides[1], segment=segment_of(site, segment, sliding or {}))
         if site.rope is None and groups == 1:
             cross = torch.zeros(site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, dtype=torch.float64)
             out[site.name].cross, out[site.name].cross_metric = cross, cross.clone()

@@ -70,6 +70,12 @@ class Turns:
         start = torch.full((1,), -float(segment * self.segment), dtype=torch.float64, device=query.device)
         return self._turned(query, start)
 
+    def queries(self, query: Tensor, segments: int) -> Tensor:
+        """Turn queries of one sequence [1,H,S,D] to each of the first segments: [N,H,S,D]."""
+        cos, sin = self.phases(segments)[:segments].unsqueeze(3).unsqueeze(3).unbind(1)  # [N, F, 1, 1]
+        cos, sin = (x.movedim(1, -1) for x in (cos, sin))  # [N, 1, 1, F]
+        return self._by(query.expand(segments, -1, -1, -1), cos, sin)
+
     def phases(self, segments: int) -> Tensor:
         """Return cosines and sines by which queries turn for each of at least `segments` segments: float32 [N,2,F]."""
         if self.known is not None and len(self.known) >= segments:

@@ -1,0 +1,136 @@
+"""Attention to packed latents, in one part or several.
+
+Keys that are relative to segments (fhopt/ops/turns.py) are read by queries that turn. Few queries turn for each
+segment, and segments of a sequence are read as if they were a batch; for many queries keys are reconstructed, and
+turned back. In decode steps on a CPU all of this is one call of machine code (fhopt/attention/attend.py).
+
+Letters: B batch, H query heads, S queries, N segments, D and E head size of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fhopt.attention.operands import AttentionOperands, attend_latents, with_means
+from fhopt.ops import algebra, prefill_attention
+from fhopt.ops import masks as ops_masks
+from fhopt.ops.attention import safe_softmax
+
+# Tokens that are reconstructed at once for many queries: at least, and as keys and values of so many numbers.
+LEAST_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
+
+
+def latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
+    """Attend to packed latents, those of each segment by queries that turn: outputs [B,H,S,E], lse [B,H,S]."""
+    turns = operands.key_side.turns
+    if turns is None:
+        return [with_means(operands, *_latent_part(operands))]
+    parts = _finished_parts(operands)
+    if parts is not None:
+        return parts
+    whole = operands.key_side.rows.shape[2] // turns.segment
+    folds = len(operands.query) <= whole and not _reconstructs(operands)
+    segments = [
+        operands.of_segment(i) for i in range(whole if folds else 0, turns.segments(operands.key_side.rows.shape[2]))
+    ]
+    parts = [with_means(part, *_latent_part(part)) for part in segments]
+    return [_folded_part(operands, whole), *parts] if folds else parts
+
+
+def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Tensor]:
+    """Attend to the first, whole segments, those of a sequence as if they were a batch: output and lse, means included.
+
+    Fewer calls than one for each segment, of which each fills a device.
+    """
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+    turns, parts = key.turns, []
+    assert turns is not None
+    for b in range(len(query)):
+        one = slice(b, b + 1)
+        turned = turns.queries(query[one], segments)  # [N,H,S,D]
+        far, lengths = masks.latents, masks.lengths
+        if far is not None:
+            far = far.reshape((1,) * (4 - far.dim()) + far.shape)
+            far = far[one] if len(far) > 1 else far
+            if far.shape[-1] != 1:
+                far = _folded(far, segments, turns.segment, 3)
+        if lengths is not None:
+            starts = torch.arange(segments, device=query.device) * turns.segment
+            lengths = (lengths.reshape(-1)[b if lengths.numel() > 1 else 0] - starts).clamp(0, turns.segment)
+        sides = [
+            replace(
+                side, rows=_folded(side.rows[one], segments, turns.segment, 2), turns=None,
+                scale=None if side.scale is None else _folded(side.scale[one], segments, turns.segment, 2),
+            )
+            for side in (key, value)
+        ]  # fmt: skip
+        absorbed = algebra.absorb(turned, key.decode)
+        output, lse = attend_latents(absorbed, sides[0], sides[1], far, lengths=lengths, **operands.numbers)
+        if key.mean is not None:
+            mean = key.mean[one].expand(segments, -1, -1, -1)
+            lse = lse + operands.scale * algebra.mean_logits(turned, mean).to(lse.dtype)
+        weights, total = safe_softmax(lse.movedim(0, -1))
+        parts.append(((output * weights.movedim(-1, 0).unsqueeze(-1).to(output.dtype)).sum(0), total))
+    output, lse = (torch.stack(x) for x in zip(*parts, strict=True))
+    counted = replace(operands, key_side=replace(key, mean=None))  # in the lse of each segment
+    return with_means(counted, algebra.expand(output, value.decode), lse)
+
+
+def _folded(x: Tensor, segments: int, tokens: int, dim: int) -> Tensor:
+    """View numbers of one sequence's tokens along `dim`, [1,...], as those of segments: [N,...]."""
+    return x.narrow(dim, 0, segments * tokens).unflatten(dim, (segments, tokens)).movedim(dim, 0).squeeze(1)
+
+
+def _finished_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]] | None:
+    """Attend with many queries to keys that are turned back, some tokens at a time: outputs and lse, means included.
+
+    None where no kernel of the CPU serves.
+    """
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+    if query.shape[1] * query.shape[2] < prefill_attention.CPU_ROWS * key.rows.shape[1]:
+        return None
+    tokens = key.rows.shape[2]
+    seen = ops_masks.within(masks.lengths, tokens, masks.latents)
+    at_once = max(
+        LEAST_AT_ONCE, NUMBERS_AT_ONCE // (len(query) * (key.decode[..., 0].numel() + value.decode[..., 0].numel()))
+    )
+    parts = []
+    for start in range(0, tokens, at_once):
+        stop = min(tokens, start + at_once)
+        keys, values = (side.part(start, stop).reconstruct().to(query.dtype) for side in (key, value))
+        mask = seen if seen is None or seen.shape[-1] == 1 else seen[..., start:stop]
+        part = prefill_attention.attend_on_cpu(
+            "open_attention", query, keys, values, mask, causal=False, **operands.numbers
+        )
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
+
+
+def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:
+    """Attend to packed latents, without the means that they are differences from: output [B,H,S,E], lse [B,H,S]."""
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+    rows = key.rows, key.scale, key.decode, value.rows, value.scale, value.decode, masks.latents, masks.lengths
+    options = algebra.group_options(key.bit_groups, value.bit_groups) | operands.numbers
+    if _reconstructs(operands):
+        result: tuple[Tensor, Tensor] = torch.ops.fhopt.rebuilt_attention(query, *rows, **options)
+        return result
+    rebuilt = prefill_attention.attend_on_cpu("rebuilt_attention", query, *rows, **options)
+    if rebuilt is not None:
+        return rebuilt
+    absorbed = algebra.absorb(query, key.decode)
+    output, lse = attend_latents(absorbed, key, value, masks.latents, lengths=masks.lengths, **operands.numbers)
+    return algebra.expand(output, value.decode), lse
+
+
+def _reconstructs(operands: AttentionOperands) -> bool:
+    """Return True where K/V are reconstructed from packed latents for these queries."""
+    key, value = operands.key_side, operands.value_side
+    return prefill_attention.should_reconstruct(
+        operands.query, key.rows, key.decode, value.rows, value.decode, operands.masks.latents,
+        bool(key.bit_groups[0] or value.bit_groups[0]),
+    )  # fmt: skip

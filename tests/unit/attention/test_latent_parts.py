@@ -1,0 +1,89 @@
+"""Attention to latents in segments: every way to read them gives what reconstructed keys do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hand_plans import CODED, in_segments, random_plan
+from torch import Tensor
+
+from fhopt.attention import latent_parts as parts_module
+from fhopt.attention.attend import attend_parts
+from fhopt.attention.latent_tensor import LatentTensor
+from fhopt.attention.operands import AttentionOperands, PartMasks
+from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.ops.attention import attention_reference
+
+COUNT = 300
+
+
+def operands(batch: int, queries: int, masks: str, means: int = 12) -> tuple[AttentionOperands, Tensor]:
+    """Operands of a cache of COUNT tokens, and what attention on reconstructed keys gives."""
+    torch.manual_seed(0)
+    plan = in_segments(random_plan("head", CODED, mean_tokens=means))
+    layer, site = LatentLayer(plan, plan.sites[0]), plan.sites[0].site
+    keys, values = (
+        torch.randn(batch, site.kv_heads, COUNT, n, dtype=torch.float64) + 1 for n in (site.key_dim, site.value_dim)
+    )
+    key: Any
+    value: Any
+    layer.update(keys[:, :, :-1], values[:, :, :-1])
+    key, value = layer.update(keys[:, :, -1:], values[:, :, -1:])
+    assert isinstance(key, LatentTensor)
+    query = torch.randn(batch, site.heads, queries, site.key_dim, dtype=torch.float64)
+    latents, sinks = key.latents, plan.sinks
+    far, lengths, seen = None, None, torch.ones(batch, 1, 1, COUNT, dtype=torch.bool)
+    rows = latents.key.rows.shape[2]
+    if masks == "of each sequence":
+        far = torch.rand(batch, 1, 1, rows) > 0.5
+        seen[..., sinks : sinks + rows] = far
+    elif masks == "of all":
+        far = torch.rand(rows) > 0.5
+        seen[..., sinks : sinks + rows] = far
+    elif masks == "a length":
+        lengths = torch.tensor(100)
+        seen[..., sinks + 100 : sinks + rows] = False
+    elif masks == "lengths":
+        lengths = torch.arange(batch) * 90
+        for b in range(batch):
+            seen[b, ..., sinks + 90 * b : sinks + rows] = False
+    expected = attention_reference(query, key.reconstruct(), value.reconstruct(), seen, scale=0.25)
+    read = PartMasks(latents=far, lengths=lengths)
+    return AttentionOperands(query, key.exact, value.exact, latents.key, latents.value, read, 0.25), expected
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])  # of more sequences than segments, each segment is read of all
+@pytest.mark.parametrize("masks", ["", "of each sequence", "of all", "a length", "lengths"])
+@pytest.mark.parametrize("means", [0, 12])
+def test_segments_are_read_as_reconstructed_keys_are(batch: int, masks: str, means: int) -> None:
+    given, expected = operands(batch, 2, masks, means)
+    torch.testing.assert_close(attend_parts(given), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("masks", ["", "of all", "a length", "lengths"])
+def test_many_queries_read_keys_that_are_turned_back(masks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fhopt.codegen import dispatch
+
+    dispatch.install()
+    monkeypatch.setattr(parts_module, "NUMBERS_AT_ONCE", 1)  # in several parts
+    monkeypatch.setattr(parts_module, "LEAST_AT_ONCE", 100)
+    given, expected = operands(2, 128, masks)
+    single = replace(
+        given, query=given.query.float(), key=given.key.float(), value=given.value.float(),
+        key_side=replace(given.key_side, decode=given.key_side.decode.float()),
+        value_side=replace(given.value_side, decode=given.value_side.decode.float()),
+    )  # fmt: skip
+    with dispatch.waiting(), torch.inference_mode():
+        dispatch.prepare()
+        assert parts_module._finished_parts(single) is not None
+        torch.testing.assert_close(attend_parts(single).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_queries_through_every_segment() -> None:
+    given, _ = operands(1, 1, "")
+    query = given.query.requires_grad_()
+    attend_parts(replace(given, query=query)).sum().backward()
+    assert query.grad is not None and bool(query.grad.isfinite().all()) and bool((query.grad != 0).all())
