@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generation import MODES, generate
-from hand_plans import CODED, random_plan
+from hand_plans import CODED, in_segments, random_plan
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -182,6 +182,25 @@ def test_static_and_growing_caches_give_the_same_logits(fitted: Fitted, ratio: f
             steps = [(0, 20), (20, 33), *[(i, i + 1) for i in range(33, 70)]]
             found.append(torch.cat([model(ids[:, a:b], **cached(cache)).logits for a, b in steps], 1))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # the kernel of attention reckons in float32
+
+
+def test_static_and_growing_layers_hold_the_same_keys_in_segments() -> None:
+    plan = in_segments(random_plan("head", CODED, mean_tokens=12))
+    layers = LatentLayer(plan, plan.sites[0], absorb=False), StaticLatentLayer(plan, plan.sites[0], 330, absorb=False)
+    keys, values = torch.randn(2, 2, 320, 16).double(), torch.randn(2, 2, 320, 8).double()
+    for start, stop in [(0, 70), (70, 71), (71, 200), *[(i, i + 1) for i in range(200, 320)]]:
+        for layer in layers:
+            layer.update(keys[:, :, start:stop], values[:, :, start:stop])
+    for layer in layers:
+        layer.crop(-100)
+    grown, static = layers
+    assert grown.quantized > 3 * 64
+    for a, b in ((grown.keys, static.keys), (grown.values, static.values)):
+        assert a is not None and b is not None
+        count = plan.sinks + grown.quantized
+        torch.testing.assert_close(a[:, :, :count], b[:, :, :count], rtol=1e-6, atol=1e-6)
+    error = (grown.keys[:, :, :200] - keys[:, :, :200]).norm() / keys[:, :, :200].norm()  # type: ignore[index]
+    assert error < 1.5  # random bases keep little; keys of another segment would be worse than none
 
 
 def test_a_static_cache_takes_the_bytes_of_its_places_at_once(llama: Fitted) -> None:

@@ -18,9 +18,10 @@ from fhopt.fitting import allocation, fit_plan
 from fhopt.fitting.bases import Basis
 from fhopt.fitting.candidates import fit_bases
 from fhopt.fitting.costs import SideCosts, empty_costs
-from fhopt.fitting.statistics import SiteStatistics
+from fhopt.fitting.statistics import SiteStatistics, empty_statistics
 from fhopt.models.capture import capture
 from fhopt.ops import packing
+from fhopt.ops.turns import Turns
 from fhopt.passes import pipeline
 
 SITE = "model.layers.1.self_attn"
@@ -62,6 +63,31 @@ def test_moments_are_those_of_the_keys_that_stand_behind_the_sinks(llama: Fitted
         for side, x in zip((s.key, s.value), seen[name], strict=True):
             rows = x[0].permute(1, 0, 2).reshape(92, 32).double()
             torch.testing.assert_close(side.moment[0], rows.mT @ rows)
+
+
+def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fitted) -> None:
+    """Moments and metrics, and so no other position than those of a segment."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
+        def keep(key_gradient: Tensor, value_gradient: Tensor) -> None:
+            seen[name] = k, key_gradient
+
+        return keep
+
+    batches, sites = numbered(1), list(llama.outcome.sites.values())
+    probe.run_probed(llama.captured, llama.outcome, batches, (4, 8), 0, see, lambda n: None)
+    statistics = collect.collect(
+        llama.captured, llama.outcome, batches, **FAR, span=5000, into=empty_statistics(sites, 64)
+    )
+    for name, s in statistics.items():
+        assert s.segment == 64 and s.site.rope is not None
+        turns, places = Turns.on(s.site.rope, 64, torch.device("cpu")), torch.arange(92)
+        for total, x in zip((s.key.moment, s.key.metric), seen[name], strict=True):
+            rows = turns.relative(x, places)[0].permute(1, 0, 2).reshape(92, 32).double()
+            torch.testing.assert_close(total[0], rows.mT @ rows)
+            plain = x[0].permute(1, 0, 2).reshape(92, 32).double()
+            assert not torch.allclose(total[0], plain.mT @ plain, rtol=1e-3)
 
 
 def test_keys_and_values_without_rotation_are_also_summed_together(fitted: Fitted) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fhopt.calibration.options import FitOptions
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, switched
 from fhopt.evaluation.prefilled import prefilled
+from fhopt.plan.latent_plan import LatentPlan
 
 
 def test_no_batch_at_all_is_refused(llama: Fitted) -> None:
@@ -50,6 +52,29 @@ def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: F
             assert not torch.allclose(moments[0], moments[1], rtol=1e-3)
     module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
     assert run.plan_for(module, OPTIONS).mean_tokens == 0
+
+
+def test_keys_are_relative_to_segments_where_a_plan_has_means(llama: Fitted) -> None:
+    """And the plan may be written, with what it says."""
+    torch.manual_seed(0)
+    batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
+    weights = dict(llama.model.named_parameters())
+
+    def plan_with(**changes: Any) -> LatentPlan:
+        options = replace(OPTIONS, **changes)
+        return run.plan_for(run.measure_batches(llama.captured, batches, options, weights, "tiny"), options)
+
+    assert [s.segment for s in plan_with().sites] == [512] * len(llama.outcome.sites)
+    assert plan_with(segment=64).segment == 64
+    assert plan_with(mean_tokens=0).segment == plan_with(segment=0).segment == plan_with(ratio=1.0).segment == 0
+    module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
+    assert run.plan_for(module, OPTIONS).segment == 0
+
+
+@pytest.mark.parametrize("segment", [-64, 100, 32])
+def test_segments_that_no_kernel_reads_are_refused(segment: int) -> None:
+    with pytest.raises(FhoptError, match=f"segments of {segment} tokens; expected 0, for none, or a multiple of 64"):
+        replace(OPTIONS, segment=segment).check_sizes()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from interrupted_calibration import OPTIONS, sequences
 from safetensors.torch import load_file, save_file
 from small_models import Fitted
 
-from fhopt.calibration import run
+from fhopt.calibration import run, statistics_file
 from fhopt.calibration.statistics_file import load_statistics, save_statistics
 from fhopt.errors import FhoptError
 
@@ -45,6 +45,17 @@ def test_plans_are_those_of_the_calibration(
         for one, other in ((a.key, b.key), (a.value, b.value)):
             assert one.tiers == other.tiers
             assert torch.equal(one.encode, other.encode) and torch.equal(one.decode, other.decode)
+
+
+def test_a_file_of_before_there_were_segments_is_of_keys_as_they_were(
+    measured: run.Calibration, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_statistics(file).options.segment == 512
+    monkeypatch.setattr(statistics_file, "UNKEPT", (*statistics_file.UNKEPT, "segment"))
+    save_statistics(measured, tmp_path / "old.stats")
+    old = load_statistics(tmp_path / "old.stats")
+    assert old.options.segment == 0 and not any(s.segment for s in old.statistics.values())
+    assert run.plan_for(old, replace(OPTIONS, ratio=4.0)).segment == 0
 
 
 def test_one_calibration_gives_the_plans_that_calibrating_for_each_gives(llama: Fitted, file: Path) -> None:

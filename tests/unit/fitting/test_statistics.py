@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import FAR, Fitted, numbered
@@ -9,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fhopt.calibration import collect
 from fhopt.fitting import statistics as fitting_statistics
-from fhopt.fitting.statistics import differences, spread, turned
+from fhopt.fitting.statistics import differences, segment_of, spread, turned
 
 SITE = "model.layers.1.self_attn"
 
@@ -51,6 +53,16 @@ def test_a_constant_in_keys_turns_away_from_its_mean(llama: Fitted) -> None:
     torch.testing.assert_close(k, expected, rtol=0, atol=1e-4)
     assert torch.equal(v, differences(site, keys, values, 0, 5)[1])
     assert k.square().mean() > 2 * differences(site, keys, values, 0, 5)[0].square().mean()
+
+
+def test_what_slides_or_does_not_turn_has_no_segments(llama: Fitted) -> None:
+    site = next(iter(llama.outcome.sites.values()))
+    assert segment_of(site, 512, {}) == 512
+    assert segment_of(site, 512, {site.name: 256}) == 0
+    assert segment_of(replace(site, mask="sliding", window=64), 512, {}) == 0
+    assert segment_of(replace(site, rope=None), 512, {}) == 0
+    assert segment_of(replace(site, rope=replace(site.rope, positions="grid")), 512, {}) == 0  # type: ignore[type-var]
+    assert segment_of(replace(site, kind="cross"), 512, {}) == 0
 
 
 def test_positions_are_well_spread_whatever_their_count() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_plans import CODED, SITE, random_plan
+from hand_plans import CODED, SITE, in_segments, random_plan
 from small_models import Fitted
 
 from fhopt.errors import FhoptError
@@ -24,6 +24,21 @@ def test_a_plan_comes_back_whole(fitted: Fitted, tmp_path: Path) -> None:
     assert again.digest() == plan.digest()
     assert [s.site for s in again.sites] == [s.site for s in plan.sites]
     assert again.provenance["text"] == "topics"
+
+
+def test_segments_come_back(tmp_path: Path) -> None:
+    plan = in_segments(random_plan("head", CODED))
+    single = replace(
+        plan, sites=tuple(replace(s, key=_single(s.key), value=_single(s.value)) for s in plan.sites)
+    )  # fmt: skip
+    again = LatentPlan.load(single.save(tmp_path / "plan"))
+    assert again.segment == 64 and again.digest() == single.digest()
+    without = replace(single, sites=tuple(replace(s, segment=0) for s in single.sites))
+    assert without.digest() != single.digest()
+
+
+def _single(side: SidePlan) -> SidePlan:
+    return SidePlan(side.encode.float(), side.decode.float(), side.tiers)
 
 
 def _damage(folder: Path, how: str) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hand_plans import CODED, SITE, random_plan
+from hand_plans import CODED, SITE, in_segments, random_plan
 from paged_plans import TOKENS, paged, sketch
 
 from fhopt.cache.latent_cache import LatentCache
+from fhopt.cache.sliding_layer import SlidingLatentLayer
 from fhopt.errors import FhoptError
 from fhopt.inspection import drawing
 from fhopt.ops import page_selection
@@ -135,6 +137,29 @@ def test_what_reads_an_encoder_cannot_choose() -> None:
     with pytest.raises(FhoptError, match="expected a share of 1"):
         replace(plan, sites=(site,), pages=PagePlan(4, (0.5,), (1.0,)))
     assert replace(plan, sites=(site,), pages=PagePlan(4, (1.0,), (1.0,))).sketch_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda plan: replace(plan, sites=(replace(plan.sites[0], segment=100),)), "expected a multiple of 64"),
+        (lambda plan: replace(plan, sites=(replace(plan.sites[0], site=SITE),)), "only quantized keys that turn"),
+        (
+            lambda plan: replace(
+                plan, sites=(replace(plan.sites[0], site=replace(plan.sites[0].site, mask="sliding", window=64)),)
+            ),
+            "only quantized keys that turn",
+        ),
+        (lambda plan: in_segments(random_plan("head")), "only quantized keys that turn"),
+        (lambda plan: replace(plan, pages=PagePlan(4, (0.5,), (1.0,))), "no page selection"),
+        (lambda plan: plan.check_no_means("an exported step"), "does not turn queries"),
+        (lambda plan: SlidingLatentLayer(plan, plan.sites[0], 64), "not relative to segments"),
+    ],
+)
+def test_segments_that_cannot_be_are_refused(change: Callable[[LatentPlan], Any], reason: str) -> None:
+    plan = in_segments(random_plan("head", CODED))
+    with pytest.raises(FhoptError, match=reason):
+        change(plan)
 
 
 def test_keys_and_values_of_one_latent_must_agree_on_it() -> None:
