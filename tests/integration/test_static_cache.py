@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,29 @@ def test_every_step_of_a_compiled_model_runs_one_graph(
     fhopt.unapply(model)
     assert counter.frame_count == 1
     assert [t.data_ptr() for layer in compiled.layers for t in layer.tensors] == addresses
+
+
+@pytest.mark.parametrize("absorbs", [True, False])
+def test_a_compiled_step_turns_queries_for_every_segment(llama: Fitted, absorbs: bool) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    plan, ids = llama.plan(4, window_bits=16), token_ids(2, 170)
+    plan = replace(plan, sites=tuple(replace(s, segment=64) for s in plan.sites))
+    model = llama.model
+    fhopt.apply(model, plan)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    step: Any = torch.compile(model.forward, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        grown, compiled = latent_cache(model, absorb=absorbs), latent_cache(model, max_cache_len=180, absorb=absorbs)
+        for cache in (grown, compiled):
+            model(ids[:, :150], **cached(cache))
+        for i in range(150, 170):
+            expected = model(ids[:, i : i + 1], **cached(grown)).logits
+            found = step(input_ids=ids[:, i : i + 1], **cached(compiled), use_cache=True).logits
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    fhopt.unapply(model)
+    assert counter.frame_count == 1 and grown.layers[0].quantized > 2 * 64
 
 
 @pytest.mark.slow
