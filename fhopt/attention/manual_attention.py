@@ -19,12 +19,8 @@ TILE = 1024  # tokens that are unpacked at a time
 
 def latent_logits(query: Tensor, latents: AnyLatents, *, scale: float, softcap: float = 0.0) -> Tensor:
     """Compute logits of all quantized tokens: query [B,H,S,D] -> [B,H,S,V], float32 or more exact."""
-    queries = algebra.absorb(query, latents.key.decode)
     exact = torch.promote_types(query.dtype, torch.float32)
-    tiles = [attention.grouped_scores(queries.to(exact) * scale, tile.to(exact)) for _, tile in _tiles(latents.key)]
-    logits = torch.cat(tiles, -1)
-    if latents.key.mean is not None:
-        logits = logits + scale * algebra.mean_logits(query, latents.key.mean).to(exact).unsqueeze(-1)
+    logits = torch.cat(list(_logits(query, latents.key, exact, scale)), -1)
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
@@ -32,11 +28,8 @@ def scores(query: Tensor, key: Tensor, latents: AnyLatents) -> Tensor:
     """Compute q k^T for all tokens in order of position: query [B,H,S,D], exact keys [B,G,_,D] -> [B,H,S,T]."""
     side = latents.key
     near = attention.grouped_scores(query, side.open(key, latents.sinks))
-    queries = algebra.absorb(query, side.decode)
-    tiles = [attention.grouped_scores(queries, tile.to(queries.dtype)) for _, tile in _tiles(side)]
-    far = torch.cat(tiles, -1) if tiles else near[..., :0]
-    if side.mean is not None:
-        far = (far + algebra.mean_logits(query, side.mean).unsqueeze(-1)).to(near.dtype)
+    tiles = list(_logits(query, side, query.dtype, 1.0))
+    far = torch.cat(tiles, -1).to(near.dtype) if tiles else near[..., :0]
     return latents.by_position(latents.place(near, far, -1), -1)
 
 
@@ -54,10 +47,27 @@ def mix(weights: Tensor, value: Tensor, latents: AnyLatents) -> Tensor:
     return output + algebra.expand(total, side.decode)
 
 
+def _logits(query: Tensor, side: SideRows, dtype: torch.dtype, scale: float) -> Iterator[Tensor]:
+    """Compute logits of quantized tokens, a tile at a time: query [B,H,S,D] -> [B,H,S,tokens], products in `dtype`."""
+    turned, queries = query, algebra.absorb(query, side.decode)
+    for part, tile in _tiles(side):
+        if side.turns is not None and part.start:
+            turned = side.turns.query(query, part.start // side.turns.segment)
+            queries = algebra.absorb(turned, side.decode)
+        logits = attention.grouped_scores(queries.to(dtype) * scale, tile.to(dtype))
+        if side.mean is not None:
+            logits = logits + scale * algebra.mean_logits(turned, side.mean).to(logits.dtype).unsqueeze(-1)
+        yield logits
+
+
 def _tiles(side: SideRows) -> Iterator[tuple[slice, Tensor]]:
-    """Unpack latents a tile at a time, never all of them at once: places, and numbers [B,J,TILE,R]."""
-    for start in range(0, side.rows.shape[2], TILE):
-        part = slice(start, start + TILE)
+    """Unpack latents a tile at a time, never all of them at once: places, and numbers [B,J,tokens,R].
+
+    Tokens of a tile are of one segment, where keys are relative to such.
+    """
+    size = TILE if side.turns is None else side.turns.segment
+    for start in range(0, side.rows.shape[2], size):
+        part = slice(start, start + size)
         yield part, side.unpacked(part)
 
 

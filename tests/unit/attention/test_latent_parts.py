@@ -11,6 +11,7 @@ from hand_plans import CODED, in_segments, random_plan
 from torch import Tensor
 
 from fhopt.attention import latent_parts as parts_module
+from fhopt.attention import manual_attention
 from fhopt.attention.attend import attend_parts
 from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.attention.operands import AttentionOperands, PartMasks
@@ -61,6 +62,25 @@ def operands(batch: int, queries: int, masks: str, means: int = 12) -> tuple[Att
 def test_segments_are_read_as_reconstructed_keys_are(batch: int, masks: str, means: int) -> None:
     given, expected = operands(batch, 2, masks, means)
     torch.testing.assert_close(attend_parts(given), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("means", [0, 12])
+def test_products_by_hand_are_those_with_reconstructed_keys(means: int) -> None:
+    """As BLOOM and MPT multiply: queries with keys, then weights with values."""
+    torch.manual_seed(0)
+    plan = in_segments(random_plan("head", CODED, mean_tokens=means, window_bits=8))
+    layer = LatentLayer(plan, plan.sites[0])
+    keys, values = (torch.randn(2, 2, COUNT, n, dtype=torch.float64) + 1 for n in (16, 8))
+    layer.update(keys[:, :, :-1], values[:, :, :-1])
+    key: Any
+    key, _ = layer.update(keys[:, :, -1:], values[:, :, -1:])
+    query = torch.randn(2, 4, 3, 16, dtype=torch.float64)
+    whole = key.reconstruct().repeat_interleave(2, 1)
+    found = manual_attention.scores(query, key.exact, key.latents)
+    torch.testing.assert_close(found, query @ whole.mT, rtol=1e-6, atol=1e-6)
+    quantized = slice(plan.sinks, plan.sinks + key.latents.visible)
+    found = manual_attention.latent_logits(query, key.latents, scale=0.5)
+    torch.testing.assert_close(found, 0.5 * (query @ whole.mT)[..., quantized], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("masks", ["", "of all", "a length", "lengths"])
