@@ -24,7 +24,7 @@ SHARE = 0.005  # of nats a token: the window rounds a token also for itself, and
 
 @pytest.fixture(scope="module")
 def plan(llama: Fitted) -> LatentPlan:
-    return plan_of(llama, mean_tokens=24)
+    return plan_of(llama, mean_tokens=24, segment=64)
 
 
 @pytest.fixture(scope="module")

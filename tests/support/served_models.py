@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ ENGINE: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def plan_of(fitted: Fitted, ratio: float = 4, **options: Any) -> LatentPlan:
-    return fitted.plan(ratio, **(WINDOW | options))
+def plan_of(fitted: Fitted, ratio: float = 4, segment: int = 0, **options: Any) -> LatentPlan:
+    """segment: keys are relative to such, though the bases were fitted to keys as they are."""
+    plan = fitted.plan(ratio, **(WINDOW | options))
+    return replace(plan, sites=tuple(replace(site, segment=segment) for site in plan.sites))
 
 
 def folder_of(path: Path, model: Any, plan: LatentPlan) -> str:
