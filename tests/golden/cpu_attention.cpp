@@ -682,6 +682,9 @@ struct Arguments {
     int64_t digits;  // at most so many bytes of queries and weights are multiplied: 3, or 2 for queries of 16 bits
     const Extent* later;  // what the thread reads after this call: fetched meanwhile, in place of later rows
     int64_t later_count;
+    int64_t segment;  // tokens that the same queries read, 0: all of them
+    int64_t query_segment;  // numbers from their queries to those of the next
+    const float* shift;  // of the logits of a segment, float32 [segments, B, H, S], dense; none: 0
 };
 
 constexpr int SIDE_BY_SIDE = 8;  // tokens of a page are a multiple of it
@@ -2320,11 +2323,15 @@ void score_tile(const Arguments& a, const Part& p, int64_t begin, int tokens, Sc
     }
 }
 
-void update_softmax(const Arguments& a, const Part& p, int64_t begin, int tokens, Scratch& s) {
+void update_softmax(const Arguments& a, const Part& p, int64_t begin, int tokens, int64_t segment, Scratch& s) {
     const int whole = whole_vectors(tokens);
     for (int r = 0; r < p.rows(); r++) {
         float* x = s.logits + r * TILE;
         if (s.kernel.softcap) cap(x, whole, float(a.softcap));
+        if (a.shift) {
+            const float shift = a.shift[segment * a.batch * a.heads * a.queries + p.row(a, r)] * LOG2E;
+            for (int t = 0; t < whole; t += LANES) store(x + t, load(x + t) + shift);
+        }
         add_mask(a, p, r, begin, tokens, x);
         std::fill(x + tokens, x + whole, -INF);
         to_weights(x, whole, s.kernel.value.pad, s.states[r]);
@@ -2366,8 +2373,9 @@ void split_queries(const Arguments& a, const Part& p, Scratch& s) {
     for (int64_t row = 0; WORDS && row < p.rows(); row += shared) arrange_queries(k, row, int(shared), s);
 }
 
-// Queries with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from each logit.
-void load_queries(const Arguments& a, const Part& p, Scratch& s) {
+// Queries of a segment with everything folded in that may be: scale, steps, base 2. Also q . middle, to be taken from
+// each logit.
+void load_queries(const Arguments& a, const Part& p, int64_t segment, Scratch& s) {
     const Kernel& k = s.kernel;
     const int width = k.key.width, pad = k.key.pad;
     const float factor = float(k.softcap ? a.scale / a.softcap : a.scale * LOG2E);
@@ -2375,6 +2383,7 @@ void load_queries(const Arguments& a, const Part& p, Scratch& s) {
     s.are_pairs = k.pairs;
     for (int r = 0; r < p.rows(); r++) {
         const float* q = a.query.at<float>(p.b, p.head + r / p.queries, p.query + r % p.queries);
+        q += segment * a.query_segment;
         for (int i = 0; k.pairs && i < width; i++) {
             uint32_t bits;
             std::memcpy(&bits, q + i, sizeof bits);
@@ -2391,19 +2400,32 @@ void load_queries(const Arguments& a, const Part& p, Scratch& s) {
     if (k.key.integer) split_queries(a, p, s);
 }
 
+// Where the tokens end that the same queries read as number `begin`.
+int64_t end_of_segment(const Arguments& a, const Part& p, int64_t begin) {
+    if (!a.segment) return p.end;
+    const int64_t end = (p.listed.at(begin) / a.segment + 1) * a.segment;
+    if (!p.listed.pages) return std::min(p.end, end);
+    while (begin < p.end && p.listed.at(begin) < end) begin = (begin / a.page_tokens + 1) * a.page_tokens;
+    return std::min(p.end, begin);
+}
+
 void attend(const Arguments& a, const Part& p, Scratch& s) {
-    load_queries(a, p, s);
     for (int r = 0; r < p.rows(); r++) {
         s.states[r].top = -INF;
         s.states[r].total = s.states[r].mass = 0;
         std::fill(s.states[r].sum, s.states[r].sum + s.kernel.value.pad, 0.0f);
     }
-    for (int64_t begin = p.begin; begin < p.end; begin += s.kernel.tokens) {
-        const int tokens = int(std::min<int64_t>(s.kernel.tokens, p.end - begin));
-        if (is_hidden(a, p, begin, tokens)) continue;
-        score_tile(a, p, begin, tokens, s);
-        update_softmax(a, p, begin, tokens, s);
-        mix_tile(a, p, begin, tokens, s);
+    for (int64_t next = p.begin, end; next < p.end; next = end) {
+        const int64_t segment = a.segment ? p.listed.at(next) / a.segment : 0;
+        end = end_of_segment(a, p, next);
+        load_queries(a, p, segment, s);
+        for (int64_t begin = next; begin < end; begin += s.kernel.tokens) {
+            const int tokens = int(std::min<int64_t>(s.kernel.tokens, end - begin));
+            if (is_hidden(a, p, begin, tokens)) continue;
+            score_tile(a, p, begin, tokens, s);
+            update_softmax(a, p, begin, tokens, segment, s);
+            mix_tile(a, p, begin, tokens, s);
+        }
     }
 }
 

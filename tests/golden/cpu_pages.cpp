@@ -261,6 +261,9 @@ struct Attention {
     int64_t digits;      // of queries and weights, see attention.cpp
     const Extent* later = nullptr;  // what the thread reads after this call: fetched meanwhile
     int64_t later_count = 0;
+    // Tokens in segments, each read by queries of its own: from one segment's to the next, and what is added to logits.
+    int64_t segment = 0, query_segment = 0;
+    const float* shift = nullptr;  // [segments, B, H, S], dense
 };
 
 // ------------------------------------------------------------------------------------------------ arguments

@@ -169,8 +169,9 @@ struct Arguments {
     int64_t digits;  // at most so many bytes of queries and weights are multiplied: 3, or 2 for queries of 16 bits
     const Extent* later;  // what the thread reads after this call: fetched meanwhile, in place of later rows
     int64_t later_count;
-    int64_t segment, query_segment;  // tokens that the same queries read, 0: all of them; from their queries to the next
-    const float* shift;              // of the logits of a segment, float32 [segments, B, H, S], dense; none: 0
+    int64_t segment;  // tokens that the same queries read, 0: all of them
+    int64_t query_segment;  // numbers from their queries to those of the next
+    const float* shift;  // of the logits of a segment, float32 [segments, B, H, S], dense; none: 0
 };
 
 constexpr int SIDE_BY_SIDE = $page_quantum;  // tokens of a page are a multiple of it

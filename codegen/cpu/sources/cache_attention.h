@@ -1,5 +1,5 @@
-//: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and turning.h, and needs <algorithm>, <cmath>,
-//: <cstdint>, <cstring> and <vector>.
+//: A decode step's attention on a KV cache, by addresses. Stands behind kernel_call.h and turning.h, and needs
+//: <algorithm>, <cmath>, <cstdint>, <cstring> and <vector>.
 // ------------------------------------------------------------------------------------------------ a KV cache
 
 // A kernel and what it is called with, but for queries and results. run: null where there is no such part.

@@ -282,7 +282,7 @@ CacheMean means(const std::string& name, const std::optional<Tensor>& mean, int6
 
 // How queries turn for segments of keys: channels int64 [2,F], cosines and sines float [N,2,F].
 Turning turning_of(const std::string& name, const std::optional<Tensor>& pairs, const std::optional<Tensor>& phases,
-                  int64_t segment, int64_t tokens, int64_t size) {
+                   int64_t segment, int64_t tokens, int64_t size) {
     if (!segment || !pairs || !phases) return {};
     const int64_t count = pairs->size(1);
     const bool fits = segment > 0 && pairs->dim() == 2 && pairs->scalar_type() == ScalarType::Long &&
