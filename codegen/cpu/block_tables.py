@@ -30,11 +30,10 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import UNCODED_DTYPES
-from fhopt.ops.turns import Turns
+from fhopt.ops.turns import MOST_TOKENS, Turns
 from fhopt.plan.kernel_spec import KernelSpec
 
 NAME = "block_tables"  # of the library
-MOST_TOKENS = 1 << 20  # of a sequence whose keys are relative to segments: so far queries can be turned
 PANEL = 32  # columns of a basis that lie side by side
 log = logging.getLogger(__name__)
 _DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # `Type` of the C++ file

@@ -9,6 +9,7 @@ Letters: B batch, H query heads, S queries, N segments, D and E head size of key
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -21,23 +22,55 @@ from fhopt.ops.attention import safe_softmax
 
 # Tokens that are reconstructed at once for many queries: at least, and as keys and values of so many numbers.
 LEAST_AT_ONCE, NUMBERS_AT_ONCE = 256, 1 << 20
+MOST_TURNED = 1 << 22  # numbers of queries that are turned to all segments at once
 
 
 def latent_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]]:
     """Attend to packed latents, those of each segment by queries that turn: outputs [B,H,S,E], lse [B,H,S]."""
-    turns = operands.key_side.turns
-    if turns is None:
+    if operands.key_side.turns is None:
         return [with_means(operands, *_latent_part(operands))]
-    parts = _finished_parts(operands)
-    if parts is not None:
-        return parts
-    whole = operands.key_side.rows.shape[2] // turns.segment
-    folds = len(operands.query) <= whole and not _reconstructs(operands)
-    segments = [
-        operands.of_segment(i) for i in range(whole if folds else 0, turns.segments(operands.key_side.rows.shape[2]))
-    ]
-    parts = [with_means(part, *_latent_part(part)) for part in segments]
-    return [_folded_part(operands, whole), *parts] if folds else parts
+    output, lse = _joined(_segment_parts(operands))
+    return [(output.to(operands.query.dtype), lse)]
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge parts as they come, in float32 or more exactly: there are many, and their outputs are of all queries."""
+    rest = iter(parts)
+    output, lse = next(rest)
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    for other, other_lse in rest:
+        total = torch.logaddexp(lse, other_lse)
+        share = (other_lse - total).exp().nan_to_num(0.0)  # neither has a token: both are -inf
+        output = output + (other.to(output.dtype) - output) * share.unsqueeze(-1).to(output.dtype)
+        lse = total
+    return output, lse
+
+
+def _segment_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attend to segments, one or several at a time: outputs [B,H,S,E], lse [B,H,S], means included."""
+    query, key = operands.query, operands.key_side
+    turns = key.turns
+    assert turns is not None
+    if _reads_finished(operands):
+        yield from _finished_parts(operands)
+        return
+    whole = key.rows.shape[2] // turns.segment
+    folds = len(query) <= whole and whole * query[:1].numel() <= MOST_TURNED and not _reconstructs(operands)
+    if folds:
+        yield _folded_part(operands, whole)
+    exact = query.to(torch.promote_types(query.dtype, torch.float32))
+    for number in range(whole if folds else 0, turns.segments(key.rows.shape[2])):
+        turned = turns.query(exact, number)
+        part = operands.of_segment(number, turned.to(query.dtype))
+        output, lse = _latent_part(part)
+        if key.mean is not None:  # of queries that are not rounded again: a mean may be much larger than what varies
+            lse = lse + operands.scale * algebra.mean_logits(turned, key.mean).to(lse.dtype)
+        yield _with_value_means(operands, output, lse)
+
+
+def _with_value_means(operands: AttentionOperands, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the means of values; those of keys are in the lse."""
+    return with_means(replace(operands, key_side=replace(operands.key_side, mean=None)), output, lse)
 
 
 def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +83,8 @@ def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Te
     assert turns is not None
     for b in range(len(query)):
         one = slice(b, b + 1)
-        turned = turns.queries(query[one], segments)  # [N,H,S,D]
+        exact = query[one].to(torch.promote_types(query.dtype, torch.float32))
+        turned = turns.queries(exact, segments)  # [N,H,S,D]
         far, lengths = masks.latents, masks.lengths
         if far is not None:
             far = far.reshape((1,) * (4 - far.dim()) + far.shape)
@@ -67,16 +101,16 @@ def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Te
             )
             for side in (key, value)
         ]  # fmt: skip
-        absorbed = algebra.absorb(turned, key.decode)
+        absorbed = algebra.absorb(turned.to(query.dtype), key.decode)
         output, lse = attend_latents(absorbed, sides[0], sides[1], far, lengths=lengths, **operands.numbers)
         if key.mean is not None:
             mean = key.mean[one].expand(segments, -1, -1, -1)
             lse = lse + operands.scale * algebra.mean_logits(turned, mean).to(lse.dtype)
         weights, total = safe_softmax(lse.movedim(0, -1))
-        parts.append(((output * weights.movedim(-1, 0).unsqueeze(-1).to(output.dtype)).sum(0), total))
+        mixed = (output.to(weights.dtype) * weights.movedim(-1, 0).unsqueeze(-1)).sum(0)
+        parts.append((mixed.to(output.dtype), total))
     output, lse = (torch.stack(x) for x in zip(*parts, strict=True))
-    counted = replace(operands, key_side=replace(key, mean=None))  # in the lse of each segment
-    return with_means(counted, algebra.expand(output, value.decode), lse)
+    return _with_value_means(operands, algebra.expand(output, value.decode), lse)
 
 
 def _folded(x: Tensor, segments: int, tokens: int, dim: int) -> Tensor:
@@ -84,20 +118,24 @@ def _folded(x: Tensor, segments: int, tokens: int, dim: int) -> Tensor:
     return x.narrow(dim, 0, segments * tokens).unflatten(dim, (segments, tokens)).movedim(dim, 0).squeeze(1)
 
 
-def _finished_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]] | None:
-    """Attend with many queries to keys that are turned back, some tokens at a time: outputs and lse, means included.
-
-    None where no kernel of the CPU serves.
-    """
-    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
+def _reads_finished(operands: AttentionOperands) -> bool:
+    """Return True where a kernel of the CPU for many queries reads keys that are turned back."""
+    query, key, value = operands.query, operands.key_side, operands.value_side
     if query.shape[1] * query.shape[2] < prefill_attention.CPU_ROWS * key.rows.shape[1]:
-        return None
+        return False
+    if not prefill_attention.is_cpu_prefill(query, key.rows, key.decode, value.rows, value.decode):
+        return False
+    keys, values = (side.part(0, 1).reconstruct().to(query.dtype) for side in (key, value))
+    return prefill_attention.attend_on_cpu("open_attention", query, keys, values, None, **operands.numbers) is not None
+
+
+def _finished_parts(operands: AttentionOperands) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attend with many queries to keys that are turned back, some tokens at a time: outputs and lse, means included."""
+    query, key, value, masks = operands.query, operands.key_side, operands.value_side, operands.masks
     tokens = key.rows.shape[2]
     seen = ops_masks.within(masks.lengths, tokens, masks.latents)
-    at_once = max(
-        LEAST_AT_ONCE, NUMBERS_AT_ONCE // (len(query) * (key.decode[..., 0].numel() + value.decode[..., 0].numel()))
-    )
-    parts = []
+    numbers = len(query) * (key.decode[..., 0].numel() + value.decode[..., 0].numel())
+    at_once = max(LEAST_AT_ONCE, NUMBERS_AT_ONCE // numbers)
     for start in range(0, tokens, at_once):
         stop = min(tokens, start + at_once)
         keys, values = (side.part(start, stop).reconstruct().to(query.dtype) for side in (key, value))
@@ -105,10 +143,8 @@ def _finished_parts(operands: AttentionOperands) -> list[tuple[Tensor, Tensor]] 
         part = prefill_attention.attend_on_cpu(
             "open_attention", query, keys, values, mask, causal=False, **operands.numbers
         )
-        if part is None:
-            return None
-        parts.append(part)
-    return parts
+        assert part is not None, "`_reads_finished` was asked"
+        yield part
 
 
 def _latent_part(operands: AttentionOperands) -> tuple[Tensor, Tensor]:

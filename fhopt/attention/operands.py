@@ -45,8 +45,8 @@ class AttentionOperands:
     sinks: Tensor | None = None
     causal: bool = False
 
-    def of_segment(self, number: int) -> AttentionOperands:
-        """Return the operands of packed latents of one segment, with queries turned to it."""
+    def of_segment(self, number: int, query: Tensor) -> AttentionOperands:
+        """Return the operands of packed latents of one segment. query: turned to it."""
         key, value, masks = self.key_side, self.value_side, self.masks
         turns = key.turns
         assert turns is not None
@@ -57,7 +57,7 @@ class AttentionOperands:
         if lengths is not None:
             lengths = (lengths - start).clamp(0, end - start)
         return replace(
-            self, query=turns.query(self.query, number),
+            self, query=query,
             key_side=replace(key.part(start, end), turns=None, first=0),
             value_side=value.part(start, end), masks=replace(masks, latents=latents, lengths=lengths),
         )  # fmt: skip

@@ -152,7 +152,8 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         if self.turns is not None:
             if isinstance(places, int):
                 places = torch.arange(keys.shape[2], device=keys.device) + places
-            keys = self.turns.relative(keys, places)
+            exact = keys.to(torch.promote_types(keys.dtype, torch.float32))  # a mean may be much larger than the rest
+            keys = self.turns.relative(exact, places)
         if self.means is not None:
             keys, values = self.means.differences(keys, values)
         encode_sides(self.site, keys, values, use)

@@ -146,7 +146,7 @@ def measure_costs(
             yield number, batch
 
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
-        later = placed(segments.get(name, 0), span, k.shape[2], current)
+        later = placed(segments.get(name, 0), span, k.shape[2], current * len(k), len(k))
         k, v = differences(sites[name], k, v, 0, mean_tokens, later)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:

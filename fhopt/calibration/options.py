@@ -8,7 +8,7 @@ from pathlib import Path
 from fhopt.errors import FhoptError
 from fhopt.fitting.choices import AUTO, BITS, check_options
 from fhopt.hardware.devices import find_device
-from fhopt.plan.site_plan import LEAST_SEGMENT
+from fhopt.plan.site_plan import LEAST_SEGMENT, MOST_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
 
 DEFAULT_TEXTS = ("topics", "source", "docstrings", "mixture")  # what every machine has: see `fhopt.texts.tokens`
@@ -67,10 +67,10 @@ class FitOptions:
         check_options(self.ratio, self.layout, self.bits, self.device)
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
-        if self.segment_tokens < 0 or self.segment_tokens % LEAST_SEGMENT:
+        if not 0 <= self.segment_tokens <= MOST_SEGMENT or self.segment_tokens % LEAST_SEGMENT:
             raise FhoptError(
-                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT}. "
-                f"Try {SEGMENT}."
+                f"segments of {self.segment} tokens; expected 0, for none, or a multiple of {LEAST_SEGMENT} up to "
+                f"{MOST_SEGMENT}. Try {SEGMENT}."
             )
         if self.kernel_shapes is not None and self.kernel_shapes < 1:
             raise FhoptError(f"{self.kernel_shapes} kernel shapes; expected 1 or more. Try 4.")
@@ -103,10 +103,14 @@ class FitOptions:
 
     @property
     def segment_tokens(self) -> int:
-        """Tokens of a segment: as given, else 512, and 0 for plans without means or bits, which stand in graphs."""
-        if self.segment is None:
-            return SEGMENT if self.mean_tokens and not self.is_lossless else 0
-        return self.segment
+        """Tokens of a segment: as given, else 512.
+
+        0 for plans without means or bits, which stand in graphs, and for GPUs, where no kernel turns queries.
+        """
+        if self.segment is not None:
+            return self.segment
+        on_gpu = self.device is not None and find_device(self.device).kind == "gpu"
+        return 0 if on_gpu or not self.mean_tokens or self.is_lossless else SEGMENT
 
     @property
     def is_lossless(self) -> bool:

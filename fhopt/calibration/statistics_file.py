@@ -24,7 +24,7 @@ from torch import Tensor
 from fhopt.calibration.checkpoint import named_costs, named_moments
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import Calibration
-from fhopt.calibration.statistics_header import STATISTICS_VERSION, check_statistics, damaged_statistics
+from fhopt.calibration.statistics_header import STATISTICS_VERSION, WITH_SEGMENTS, check_statistics, damaged_statistics
 from fhopt.errors import FhoptError
 from fhopt.files import check_digest, read_tensors, write_tensors
 from fhopt.fitting.bases import Basis
@@ -41,7 +41,7 @@ def save_statistics(calibration: Calibration, file: Path) -> None:
     """Write a calibration to `file`, whole or not at all. Raises FhoptError when it cannot be written."""
     options = {name: value for name, value in asdict(calibration.options).items() if name not in UNKEPT}
     about = {
-        "version": STATISTICS_VERSION,
+        "version": WITH_SEGMENTS if calibration.options.segment else STATISTICS_VERSION,
         "sites": [asdict(site) for site in calibration.sites.values()],
         "layouts": {name: {w: len(sides) for w, sides in t.items()} for name, t in calibration.bases.items()},
         "levels": sorted({bits for costs in calibration.costs.values() for bits in costs.sums}),

@@ -8,7 +8,7 @@ from typing import Any
 from fhopt.errors import FhoptError
 from fhopt.files import check_writable, read_description
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION, WITH_SEGMENTS = 1, 2  # the second: of keys relative to segments
 
 
 def check_statistics(file: Path) -> dict[str, Any]:
@@ -23,10 +23,10 @@ def check_statistics(file: Path) -> dict[str, Any]:
         raise damaged_statistics(file, error) from error
     if "levels" not in about:
         raise FhoptError(f"{file} has no statistics; expected a file of `fhopt calibrate MODEL -o FILE`.")
-    if about.get("version") != STATISTICS_VERSION:
+    if about.get("version") not in (STATISTICS_VERSION, WITH_SEGMENTS):
         raise FhoptError(
-            f"{file} has statistics of version {str(about.get('version'))[:20]}; this fhopt reads version "
-            f"{STATISTICS_VERSION}. Calibrate again with this version."
+            f"{file} has statistics of version {str(about.get('version'))[:20]}; this fhopt reads versions "
+            f"{STATISTICS_VERSION} and {WITH_SEGMENTS}. Calibrate again with this version."
         )
     return about
 

@@ -139,7 +139,7 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--segment", type=int,
             help="Encode keys relative to segments of so many tokens, so that a plan is as good however long the "
-            "context is; 0: as they are. [default: 512; 0 with --pages or --mean-tokens 0]",
+            "context is; 0: as they are. [default: 512; 0 with --pages, --mean-tokens 0 or a GPU]",
         ),
         click.option(
             "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of random numbers."

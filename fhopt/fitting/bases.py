@@ -80,7 +80,7 @@ def fit_basis(statistics: SiteStatistics, side: str, layout: str, tokens: int, c
     if layout == "identity":
         return _scaled(moment, metric)
     if rope is not None:
-        span = float("inf") if layout == "freq" else 0 if statistics.segment else max(0, tokens - context)
+        span = float("inf") if layout == "freq" else max(0, (statistics.segment or tokens) - context)
         average = _Average(rope, moment.shape[-1] // dim, dim, span)
         moment, metric = average(moment), average(metric)
     return _transform(moment, metric)

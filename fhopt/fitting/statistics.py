@@ -67,17 +67,19 @@ def relative_to_segments(segment: int, tokens: int, sinks: int = 0) -> Tensor | 
     return -((torch.arange(tokens) - sinks).clamp(min=0) // segment * segment).double().unsqueeze(0)
 
 
-def placed(segment: int, span: int, tokens: int, number: int | None = None) -> Tensor | None:
-    """Return by how many positions later keys count than they stand: float64 [1,T]; None: they are as they are.
+def placed(segment: int, span: int, tokens: int, first: int | None = None, batch: int = 1) -> Tensor | None:
+    """Return by how many positions later keys count than they stand: float64 [1,T] or [B,1]; None: as they are.
 
-    segment: they are relative to segments of so many tokens, and stand earlier. Otherwise they count as up to `span`
-    positions later: each as another number (`spread`), or all alike, as that of sequence `number`.
+    segment: they are relative to segments of so many tokens, and stand earlier; of a longer one than there are tokens
+    they count as anywhere in it. Otherwise they count as up to `span` positions later: each as another number
+    (`spread`), or all of a sequence alike, as numbers from `first` on for the sequences of a batch.
     """
-    if segment:
+    if segment and tokens >= segment:
         return relative_to_segments(segment, tokens)
+    span = max(0, segment - tokens) if segment else span
     if not span:
         return None
-    return spread(tokens, 0, span).unsqueeze(0) if number is None else spread(1, number, span).unsqueeze(0)
+    return spread(tokens, 0, span).unsqueeze(0) if first is None else spread(batch, first, span).unsqueeze(1)
 
 
 def turned(site: AttentionSite, x: Tensor, later: Tensor) -> Tensor:

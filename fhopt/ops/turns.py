@@ -8,21 +8,25 @@ token of its segment stood at position 0:
     x_i = R(-p) k_i,    p = S floor(i / S),    q . k_i = (R(-p) q) . x_i
 
 with i the number of the token behind the attention sinks. A basis then sees keys of S positions, however long the
-context is, and a plan is as good at token 100,000 as at token 1,000. Attention turns each query once a segment. The
-rotation is that of RoFormer (2104.09864, equation 34), as `fhopt.plan.site.Rope` has measured it.
+context is, and a plan is as good in a long context as in a short one. Attention turns each query once a segment. The
+rotation is that of RoFormer (2104.09864, equation 34), as `fhopt.plan.site.Rope` has measured it: what is missing of an
+angle (1e-7 radians a position and less) changes no product q . k, but lets x_i drift as far as p is.
 
 Letters: B batch, H query heads, G kv heads, S queries, T tokens, D head size, F frequencies, N segments.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fhopt.plan.site import Rope
+
+MOST_TOKENS = 1 << 20  # of a sequence that is served: so far a serving engine's queries are turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +51,17 @@ class Turns:
     @staticmethod
     def on(rope: Rope, segment: int, device: torch.device) -> Turns:
         """Return the rotation `rope` with its numbers on a device, made once."""
-        return _turns(rope, segment, device)
+        key = rope, segment, device
+        if key not in _made:
+            with torch.inference_mode(False):  # others may train with them
+                made = _turns(rope, segment, device)
+            if type(made.angles) is not Tensor:  # of a fake mode, which ends
+                return made
+            _made[key] = made
+        return _made[key]
+
+    def __deepcopy__(self, memo: Any) -> Turns:
+        return self  # what is frozen needs no copies
 
     def segments(self, tokens: int) -> int:
         """Return how many segments so many tokens are in."""
@@ -80,7 +94,22 @@ class Turns:
         """Return cosines and sines by which queries turn for each of at least `segments` segments: float32 [N,2,F]."""
         if self.known is not None and len(self.known) >= segments:
             return self.known
-        return _phases(self, 1 << max(4, (segments - 1).bit_length()))
+        count = 1 << max(4, (segments - 1).bit_length())
+        if torch.compiler.is_compiling():
+            return self._phases(count)
+        table = _phases.setdefault(self, {})
+        if count not in table:
+            with torch.inference_mode(False):
+                made = self._phases(count)
+            if type(made) is not Tensor:
+                return made
+            table[count] = made
+        return table[count]
+
+    def _phases(self, segments: int) -> Tensor:
+        starts = torch.arange(segments, dtype=torch.float64, device=self.angles.device) * -self.segment
+        phase = starts.unsqueeze(1) * self.angles
+        return torch.stack([phase.cos(), phase.sin()], 1).float()
 
     def knowing(self, segments: int) -> Turns:
         """Return the same with the phases of so many segments, for a graph that shall not compute them."""
@@ -108,7 +137,11 @@ class Turns:
         return out.to(x.dtype)
 
 
-@functools.lru_cache(maxsize=1024)
+# What is made once; phases by how many segments they are of.
+_made: dict[tuple[Rope, int, torch.device], Turns] = {}
+_phases: WeakKeyDictionary[Turns, dict[int, Tensor]] = WeakKeyDictionary()
+
+
 def _turns(rope: Rope, segment: int, device: torch.device) -> Turns:
     pairs = torch.tensor(rope.pairs, dtype=torch.int64).T.contiguous()
     angles = torch.tensor(rope.angles, dtype=torch.float64)
@@ -122,10 +155,3 @@ def _slices(rope: Rope) -> tuple[slice, slice] | None:
     found = slice(real[0], real[-1] + 1, step), slice(imaginary[0], imaginary[-1] + 1, step)
     channels = range(imaginary[-1] + 1)
     return found if (tuple(channels[found[0]]), tuple(channels[found[1]])) == (real, imaginary) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _phases(turns: Turns, segments: int) -> Tensor:
-    starts = torch.arange(segments, dtype=torch.float64, device=turns.angles.device) * -turns.segment
-    phase = starts.unsqueeze(1) * turns.angles
-    return torch.stack([phase.cos(), phase.sin()], 1).float()

@@ -37,7 +37,7 @@ from fhopt.plan.json_kinds import (
     truth,
     whole,
 )
-from fhopt.plan.site_plan import LAYOUTS, SUPPORTED_BITS
+from fhopt.plan.site_plan import LAYOUTS, MOST_SEGMENT, SUPPORTED_BITS
 
 PLAIN, PAGED, WITH_MEANS, CHECKED = 3, 4, 5, 6
 PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # that can be read; plans are written in the last
@@ -78,7 +78,7 @@ _SITE = record(
 )
 _SITE_PLAN = record(
     {"site": _SITE, "layout": one_of(*LAYOUTS), "key": _TIERS, "value": _TIERS},
-    {"sketch": _TIERS, "segment": whole(1, (1 << 20) - 1)},
+    {"sketch": _TIERS, "segment": whole(1, MOST_SEGMENT)},
 )
 _SHARES = several(number(0, 1))
 _PAGES = record(

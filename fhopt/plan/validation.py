@@ -11,6 +11,7 @@ from fhopt.errors import FhoptError
 from fhopt.plan.site_plan import (
     LAYOUTS,
     LEAST_SEGMENT,
+    MOST_SEGMENT,
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
@@ -56,7 +57,7 @@ def _check_segment(site: SitePlan, plan: LatentPlan) -> None:
     """Raise FhoptError where keys cannot be relative to segments."""
     if not site.site.turns or site.site.slides or not site.key.tiers:
         raise FhoptError(f"{site.site.name}: only quantized keys that turn are relative to segments. Fit again.")
-    if site.segment < 0 or site.segment % LEAST_SEGMENT:
+    if not 0 < site.segment <= MOST_SEGMENT or site.segment % LEAST_SEGMENT:
         raise FhoptError(
             f"{site.site.name} has segments of {site.segment} tokens; expected a multiple of {LEAST_SEGMENT}. Fit it "
             "again."

@@ -11,6 +11,7 @@ from typing import Any
 from fhopt.errors import FhoptError
 from fhopt.models.rewritten_folder import RewrittenFolder
 from fhopt.models.stored_weights import check_stored
+from fhopt.ops.turns import MOST_TOKENS
 from fhopt.parallel.tensor_parallel import Share, shard_site
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.plan.layer_index import layer_indices
@@ -59,6 +60,12 @@ def check_engine(plan: LatentPlan, config: Any) -> None:
     for is_found, what, why in found:
         if is_found:
             raise FhoptError(f"{what} is not supported for a model with a plan of fhopt: {why}. Leave it out.")
+    longest = config.model_config.max_model_len
+    if plan.segment and longest > MOST_TOKENS:
+        raise FhoptError(
+            f"--max-model-len {longest}: queries of a plan with segments are turned up to {MOST_TOKENS} tokens. "
+            "Expected no more, or a plan without: fhopt fit MODEL --segment 0."
+        )
     for site in plan.sites:
         local_site(site, parallel.tensor_parallel_size, 0)
 

@@ -305,7 +305,7 @@ def _as_rounded_rotation(rows: Tensor, pairing: str, offset: int, size: int) -> 
     """Return the rotation by sines and cosines that the graph rounds to 16 bits, as those of models in bfloat16.
 
     Each angle is measured over one step, over two, four and so on to the last, so that what rounding adds is divided by
-    the number of steps.
+    the number of steps; then by least squares over all positions, since keys are turned by it over many thousands.
     """
     last = len(rows) - 1
     if size % 2 or last < ROUNDED_STEPS:
@@ -316,11 +316,13 @@ def _as_rounded_rotation(rows: Tensor, pairing: str, offset: int, size: int) -> 
     bound = ROUNDED * pairs[:1].abs()
     if bool(((pairs.abs() - pairs[:1].abs()).abs() > bound).any()):
         return None
-    angles = torch.zeros(len(first), dtype=torch.float64)
+    angles, at = torch.zeros(len(first), dtype=torch.float64), torch.arange(last + 1).unsqueeze(1).double()
     for steps in sorted({1 << i for i in range(last.bit_length())} | {last}):
         left = pairs[steps] * pairs[0].conj() * torch.polar(torch.ones(1).double(), -angles * steps)
         angles += torch.angle(left) / steps
-    turns = torch.polar(torch.ones(1).double(), torch.arange(last + 1).unsqueeze(1) * angles)
+    rest = torch.angle(pairs * pairs[:1].conj() * torch.polar(torch.ones(1).double(), -at * angles))
+    angles += ((at - at.mean()) * rest).sum(0) / (at - at.mean()).square().sum()
+    turns = torch.polar(torch.ones(1).double(), at * angles)
     if bool(((pairs - pairs[:1] * turns).abs() > 3 * bound).any()) or float(angles.abs().max()) * last < 1:
         return None
     return Rope(pairing, size, tuple(float(a) for a in angles), offset)

@@ -301,10 +301,9 @@ Tensor attend_kernel(
     Tensor value_rows, std::optional<Tensor> value_scale, Tensor value_decode,
     std::optional<Tensor> window_keys, std::optional<Tensor> window_key_scale,
     std::optional<Tensor> window_values, std::optional<Tensor> window_value_scale,
-    std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far,
-    std::optional<Tensor> lengths, std::optional<Tensor> key_mean, std::optional<Tensor> value_mean,
-    std::optional<Tensor> turn_pairs, std::optional<Tensor> turn_phases, int64_t segment,
-    double scale, double softcap) {
+    std::optional<Tensor> near, std::optional<Tensor> inside, std::optional<Tensor> far, std::optional<Tensor> lengths,
+    std::optional<Tensor> key_mean, std::optional<Tensor> value_mean, std::optional<Tensor> turn_pairs,
+    std::optional<Tensor> turn_phases, int64_t segment, double scale, double softcap) {
     // clang-format on
     const Kernel of_latents = find(latents), of_opened = find(opened);
     const int64_t b = query.size(0), h = query.size(1), s = query.size(2), d = query.size(3), e = value.size(3);

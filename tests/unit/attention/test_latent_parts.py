@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -98,8 +99,26 @@ def test_many_queries_read_keys_that_are_turned_back(masks: str, monkeypatch: py
     )  # fmt: skip
     with dispatch.waiting(), torch.inference_mode():
         dispatch.prepare()
-        assert parts_module._finished_parts(single) is not None
+        assert parts_module._reads_finished(single)
         torch.testing.assert_close(attend_parts(single).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_parts_in_16_bits_are_merged_as_exactly_as_one() -> None:
+    """In 16 bits a part of one 512th would be lost beside the sum of those before it."""
+    outputs, lse = torch.randn(600, 1, 1, 1, 64).bfloat16(), torch.zeros(600, 1, 1, 1)
+    found, total = parts_module._joined(zip(outputs, lse, strict=True))
+    torch.testing.assert_close(found, outputs.float().mean(0), rtol=1e-3, atol=1e-4)
+    assert abs(float(total) - math.log(600)) < 1e-4
+    nothing = torch.full((2, 1, 1, 1), -math.inf)
+    empty, none = parts_module._joined(zip(torch.zeros(2, 1, 1, 1, 4), nothing, strict=True))
+    assert not empty.any() and float(none) == -math.inf
+
+
+@pytest.mark.parametrize("most", [0, 1 << 40])
+def test_segments_are_read_one_by_one_where_queries_are_many(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "MOST_TURNED", most)
+    given, expected = operands(1, 5, "of all")
+    torch.testing.assert_close(attend_parts(given), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_reach_queries_through_every_segment() -> None:

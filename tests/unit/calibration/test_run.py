@@ -67,13 +67,14 @@ def test_keys_are_relative_to_segments_where_a_plan_has_means(llama: Fitted) -> 
     assert [s.segment for s in plan_with().sites] == [512] * len(llama.outcome.sites)
     assert plan_with(segment=64).segment == 64
     assert plan_with(mean_tokens=0).segment == plan_with(segment=0).segment == plan_with(ratio=1.0).segment == 0
+    assert replace(OPTIONS, device="h100").segment_tokens == 0  # no kernel of a GPU turns queries
     module = run.measure_module(tiny_llama(), [batch | {"use_cache": False} for batch in batches], OPTIONS)
     assert run.plan_for(module, OPTIONS).segment == 0
 
 
-@pytest.mark.parametrize("segment", [-64, 100, 32])
+@pytest.mark.parametrize("segment", [-64, 100, 32, 1 << 20])
 def test_segments_that_no_kernel_reads_are_refused(segment: int) -> None:
-    with pytest.raises(FhoptError, match=f"segments of {segment} tokens; expected 0, for none, or a multiple of 64"):
+    with pytest.raises(FhoptError, match=f"segments of {segment} tokens; expected 0, for none, or a multiple of 64 up"):
         replace(OPTIONS, segment=segment).check_sizes()
 
 

@@ -61,7 +61,7 @@ def test_a_file_of_before_there_were_segments_is_of_keys_as_they_were(
 def test_one_calibration_gives_the_plans_that_calibrating_for_each_gives(llama: Fitted, file: Path) -> None:
     weights = dict(llama.model.named_parameters())
     for layout, device, ratio in (("auto", None, 4.0), ("auto", "h100", 2.0), ("head", None, 4.0)):
-        options = replace(OPTIONS, ratio=ratio, layout=layout, device=device)
+        options = replace(OPTIONS, ratio=ratio, layout=layout, device=device, segment=512)
         alone = run.plan_for(run.measure_batches(llama.captured, sequences(), options, weights, "tiny"), options)
         assert run.plan_for(load_statistics(file), options).digest() == alone.digest()
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fhopt.calibration import collect
 from fhopt.fitting import statistics as fitting_statistics
-from fhopt.fitting.statistics import differences, segment_of, spread, turned
+from fhopt.fitting.statistics import differences, placed, segment_of, spread, turned
 
 SITE = "model.layers.1.self_attn"
 
@@ -63,6 +63,18 @@ def test_what_slides_or_does_not_turn_has_no_segments(llama: Fitted) -> None:
     assert segment_of(replace(site, rope=None), 512, {}) == 0
     assert segment_of(replace(site, rope=replace(site.rope, positions="grid")), 512, {}) == 0  # type: ignore[type-var]
     assert segment_of(replace(site, kind="cross"), 512, {}) == 0
+
+
+def test_keys_of_a_short_calibration_count_as_anywhere_in_their_segment() -> None:
+    inside = placed(512, 7000, 200)
+    assert inside is not None and inside.shape == (1, 200) and 0 <= float(inside.min()) < float(inside.max()) < 312
+    whole = placed(512, 7000, 200, 4, 3)
+    assert whole is not None and whole.shape == (3, 1) and float(whole.max()) < 312
+    behind = placed(64, 7000, 200)
+    assert behind is not None and behind.flatten().tolist()[63:65] == [0, -64] and float(behind.min()) == -192
+    assert placed(0, 0, 200) is None
+    far = placed(0, 7000, 200, 0, 2)
+    assert far is not None and torch.equal(far.flatten(), spread(2, 0, 7000))
 
 
 def test_positions_are_well_spread_whatever_their_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hand_plans import CODED, in_segments, random_plan
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fhopt.attention.attend import attend
 from fhopt.attention.latent_tensor import LatentTensor
@@ -54,6 +56,21 @@ def test_positions_far_away_are_as_exact_as_near_ones() -> None:
     turns, key = Turns.on(ROPE, 512, CPU), torch.randn(1, 1, 1, 8)
     place = torch.tensor([1_000_000])
     torch.testing.assert_close(turns.finished(turns.relative(key, place), place), key)
+
+
+def test_numbers_are_made_once_and_may_be_trained_with() -> None:
+    """Also where the first to ask were in inference mode, or a fake one."""
+    rope = Rope("half", 8, (0.7, 0.3, 0.2, 0.1))
+    with FakeTensorMode():
+        Turns.on(rope, 64, CPU).phases(3)
+    with torch.inference_mode():
+        turns = Turns.on(rope, 64, CPU)
+        turns.phases(3)
+    assert Turns.on(rope, 64, CPU) is copy.deepcopy(turns) is turns
+    assert turns.phases(5) is turns.phases(3) and type(turns.phases(3)) is Tensor
+    query = torch.randn(1, 1, 1, 8, requires_grad=True)
+    turns.queries(query, 3).sum().backward()
+    assert query.grad is not None
 
 
 def read(plan: LatentPlan, dtype: torch.dtype, count: int, queries: int) -> tuple[Any, Any, Any, Tensor]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hand_plans import CODED, random_plan
+from hand_plans import CODED, in_segments, random_plan
 
 from fhopt.errors import FhoptError
 from fhopt.models.rewritten_folder import RewrittenFolder
@@ -22,12 +22,13 @@ def config(**changes: Any) -> SimpleNamespace:
     """vLLM's configuration, as far as it is looked at."""
     known: dict[str, Any] = dict(
         cache_dtype="auto", pipeline_parallel_size=1, decode_context_parallel_size=1, tensor_parallel_size=1,
-        disable_hybrid_kv_cache_manager=False, method=None, kv_transfer_config=None,
+        disable_hybrid_kv_cache_manager=False, method=None, kv_transfer_config=None, max_model_len=4096,
     )  # fmt: skip
     known |= changes
     part = SimpleNamespace(**known)
     speculative = part if known["method"] else None
     return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=known["max_model_len"]),
         cache_config=part, parallel_config=part, scheduler_config=part, speculative_config=speculative,
         kv_transfer_config=known["kv_transfer_config"],
     )  # fmt: skip
@@ -55,6 +56,13 @@ def test_options_that_a_plan_has_no_part_in_are_refused(message: str) -> None:
     with pytest.raises(FhoptError, match=message) as raised:
         refusals.check_engine(PLAN, config(**REFUSED[message]))
     assert "\n" not in str(raised.value)
+
+
+def test_sequences_are_as_long_as_queries_can_be_turned() -> None:
+    long = config(max_model_len=2_000_000)
+    refusals.check_engine(PLAN, long)
+    with pytest.raises(FhoptError, match=r"--max-model-len 2000000.*fhopt fit MODEL --segment 0"):
+        refusals.check_engine(in_segments(PLAN), long)
 
 
 def test_one_latent_of_all_heads_is_not_split() -> None:

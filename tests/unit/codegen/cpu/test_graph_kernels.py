@@ -19,7 +19,9 @@ from fhopt.codegen import dispatch
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.hf.apply import latent_cache
 from fhopt.ops import algebra, latent_attention, packing
+from fhopt.ops.turns import Turns
 from fhopt.plan.kernel_spec import KernelSpec
+from fhopt.plan.site import Rope
 
 B, H, J, T, S = 2, 6, 3, 37, 2
 PAGE = 32  # tokens
@@ -115,12 +117,20 @@ def test_lengths_hide_what_stands_behind_them(length: int, several: bool) -> Non
 @settings(deadline=None)
 @given(
     st.sampled_from(DTYPES), st.booleans(), st.booleans(),
-    st.sampled_from([0, 1, 20, T, None]), st.booleans(), st.booleans(), st.integers(0, 99),
+    st.sampled_from([0, 1, 20, T, None]), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_on_a_cache_is_the_attention_on_its_parts(
-    dtype: torch.dtype, window: bool, masked: bool, length: int | None, shared: bool, centred: bool, seed: int
+    dtype: torch.dtype,
+    window: bool,
+    masked: bool,
+    length: int | None,
+    shared: bool,
+    centred: bool,
+    segments: bool,
+    seed: int,
 ) -> None:
-    """Every part may be hidden whole; then the others count alone. Latents may be differences from means.
+    """Every part may be hidden whole; then the others count alone. Latents may be differences from means, their keys
+    relative to segments.
 
     length: of latents that are seen; None: there are none.
     """
@@ -138,10 +148,14 @@ def test_attention_on_a_cache_is_the_attention_on_its_parts(
         torch.randn(B, n, count, width, dtype=dtype) for n, count, width in ((H, 1, d), (J, 3, d), (J, 3, e))
     )
     masks = [torch.rand(n) > 0.5 if masked else None for n in (3, 9, tokens)]
+    turning: tuple[Any, ...] = (None, None, 0)
+    if segments:  # of 8 tokens, so that there are several
+        turns = Turns.on(Rope("half", 8, (0.9, 0.3, 0.1, 0.03), offset=4), 8, torch.device("cpu"))
+        turning = turns.pairs, turns.phases(T // 8 + 1), 8
     operands: Any = (
         query.transpose(1, 2).contiguous().transpose(1, 2), key, value, *rows[0], bases[0], *rows[1], bases[1],
         *(x for pair in rounded for x in (pair if window else (None, None))),
-        *masks, torch.tensor(length or 0), *(torch.randn(B, J, 1, n) if centred else None for n in (d, e)),
+        *masks, torch.tensor(length or 0), *(torch.randn(B, J, 1, n) if centred else None for n in (d, e)), *turning,
     )  # fmt: skip
     options: Any = algebra.group_options(key_tiers, value_tiers)
     expected = attend_latents_reference(*operands, **options, scale=0.3)
