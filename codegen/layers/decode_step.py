@@ -101,7 +101,7 @@ def _basis(decode: Tensor) -> tuple[Tensor, bytes]:
 
 
 def _turn(turning: Turning | None) -> bytes:
-    """Return the C++ struct `CacheTurn`."""
+    """Return the C++ struct `Turning`."""
     if turning is None:
         return bytes(32)
     pairs, phases, segment = turning

@@ -69,11 +69,11 @@ class Turns:
 
     def relative(self, keys: Tensor, places: Tensor) -> Tensor:
         """Turn keys [B,G,T,D] to what is encoded of them. places int64 [T]: their numbers behind the sinks."""
-        return self._turned(keys, -self._starts(places))
+        return self.later(keys, -self._starts(places))
 
     def finished(self, keys: Tensor, places: Tensor) -> Tensor:
         """Turn what is decoded [B,G,T,D] to keys: the inverse of `relative`."""
-        return self._turned(keys, self._starts(places))
+        return self.later(keys, self._starts(places))
 
     def query(self, query: Tensor, segment: int) -> Tensor:
         """Turn queries [B,H,S,D] to those that read the keys of segment number `segment` as they are encoded."""
@@ -82,12 +82,11 @@ class Turns:
         if self.known is not None:
             return self._by(query, *self.known[segment].unsqueeze(1))
         start = torch.full((1,), -float(segment * self.segment), dtype=torch.float64, device=query.device)
-        return self._turned(query, start)
+        return self.later(query, start)
 
     def queries(self, query: Tensor, segments: int) -> Tensor:
         """Turn queries of one sequence [1,H,S,D] to each of the first segments: [N,H,S,D]."""
-        cos, sin = self.phases(segments)[:segments].unsqueeze(3).unsqueeze(3).unbind(1)  # [N, F, 1, 1]
-        cos, sin = (x.movedim(1, -1) for x in (cos, sin))  # [N, 1, 1, F]
+        cos, sin = self.phases(segments)[:segments, :, None, None].unbind(1)  # [N, 1, 1, F]
         return self._by(query.expand(segments, -1, -1, -1), cos, sin)
 
     def phases(self, segments: int) -> Tensor:
@@ -115,15 +114,11 @@ class Turns:
         """Return the same with the phases of so many segments, for a graph that shall not compute them."""
         return replace(self, known=self.phases(segments))
 
-    def later(self, x: Tensor, by: Tensor) -> Tensor:
-        """Turn keys, or their gradients, [B,G,T,D] on by positions, float64, broadcastable to [B,1,T]."""
-        return self._turned(x, by)
-
     def _starts(self, places: Tensor) -> Tensor:
         return (places.clamp(min=0) // self.segment * self.segment).double()
 
-    def _turned(self, x: Tensor, by: Tensor) -> Tensor:
-        """Turn x [B,G,T,D] by positions [T], or [1], or [B,1,T]; products in float32, or float64 for float64."""
+    def later(self, x: Tensor, by: Tensor) -> Tensor:
+        """Turn x [B,G,T,D] on by positions, float64 [T], [1] or [B,1,T]; products in float32, or float64 for such."""
         phase = by.unsqueeze(-1) * self.angles  # [T, F]
         return self._by(x, phase.cos(), phase.sin())
 

@@ -117,17 +117,11 @@ void times_all(const float* x, int64_t rows, int64_t step, const T* basis, int64
 }
 
 // Of several queries of one head, `step` apart, to rows that are `out` apart.
-void absorb_all(const CacheBasis& basis, const float* x, int64_t rows, int64_t step, int64_t head, int64_t heads,
-                float* y, int64_t out) {
+void absorb(const CacheBasis& basis, const float* x, int64_t rows, int64_t step, int64_t head, int64_t heads, float* y,
+            int64_t out) {
     const int64_t at = basis.at(head, heads), n = basis.n, m = basis.m;
     if (basis.is_bfloat) times_all(x, rows, step, static_cast<const Bits16*>(basis.data) + at, n, m, y, out);
     else times_all(x, rows, step, static_cast<const float*>(basis.data) + at, n, m, y, out);
-}
-
-void absorb(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float* y) {
-    const int64_t at = basis.at(head, heads);
-    if (basis.is_bfloat) times(x, static_cast<const Bits16*>(basis.data) + at, basis.n, basis.m, y);
-    else times(x, static_cast<const float*>(basis.data) + at, basis.n, basis.m, y);
 }
 
 void expand(const CacheBasis& basis, const float* x, int64_t head, int64_t heads, float factor, float* y) {
@@ -163,7 +157,7 @@ void attend_cache(const CacheAttention& a) {
         for (int64_t i = 0; i < rows; i++) {
             const int64_t head = i / s % h, size = a.head_size;
             if (!segment) {
-                absorb(a.encode, at(i), head, h, &absorbed[i * width]);
+                absorb(a.encode, at(i), 1, size, head, h, &absorbed[i * width], width);
                 continue;
             }
             std::vector<float> turned(segments * size);
@@ -172,7 +166,7 @@ void attend_cache(const CacheAttention& a) {
                 a.turn.turn(at(i), size, k, query);
                 if (!shifts.empty()) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
             }
-            absorb_all(a.encode, turned.data(), segments, size, head, h, &absorbed[i * width], rows * width);
+            absorb(a.encode, turned.data(), segments, size, head, h, &absorbed[i * width], rows * width);
         }
         CachePart latents = a.latents;
         latents.call.segment = segment, latents.call.query_segment = rows * width;
