@@ -5,20 +5,23 @@ over several devices runs as it is (fhopt/calibration/offloaded_probe.py). Nothi
 sums in float64:
 
     collect         moment  sum over tokens of x x^T         what is there
-                    metric  sum over tokens of g g^T         what an error costs: g = d log p(y) / d x, y drawn from p
+                    metric  sum over tokens of g g^T         what an error costs: g = d s / d x, s a random score
     measure_costs   cost[b] sum over sequences of (sum over tokens of (D^T g)_c e_c)^2, e: error of channel c at b bits
 
-The metric is the Fisher information of the key (value): to second order, an error e of a cached key changes the
-predicted distribution by KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy,
-softmax, the spread of values, the output projection, and all layers above. One backward pass gives it for all sites at
-once. Only positions that a cache would see compressed count: the gradient through attention sinks and recent tokens,
-which stay exact, is left out.
+with g of some queries at a time, whose squares are summed (`probe.Watch`).
+
+A score is random such that the squares of its gradients at the logits are their Fisher information in expectation, as
+are those of log p(y) for labels y that are drawn (fhopt/calibration/probe.py says why not these). So the metric is the
+Fisher information of the key (value): to second order, an error e of a cached key changes the predicted distribution by
+KL = 1/2 e^T F e. It holds everything that other weightings put in by hand: query energy, softmax, the spread of values,
+the output projection, and all layers above. One backward pass gives it for all sites at once. Only positions that a
+cache would see compressed count: the gradient through attention sinks and recent tokens, which stay exact, is left out.
 
 The metric assumes that errors of tokens are independent. They are not: a dropped channel is wrong in the same direction
 in all tokens that attention reads together, and a clipped one is wrong where it matters most. So bits are chosen by the
-second pass, which sums over a sequence *before* it squares: labels of different positions are independent given their
-contexts, so this square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token scale
-and coherence included.
+second pass, which sums over a sequence *before* it squares: scores of different positions are independent, so this
+square is, in expectation, the whole second-order cost of the channel at b bits, clipping, token scale and coherence
+included.
 
 Sequences of a calibration are short, and stand where a long context begins. Attention depends on differences of
 positions alone, so the same keys further on are these, rotated, and so are their gradients; the means, which are of the
@@ -31,7 +34,7 @@ Source of the idea: optimal brain surgeon (Hassibi & Stork 1992), Fisher-weighte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -44,6 +47,7 @@ from fhopt.fitting.statistics import SiteStatistics, differences, empty_statisti
 from fhopt.models.capture import Captured
 from fhopt.ops import packing
 from fhopt.passes.outcome import Outcome
+from fhopt.plan.site import AttentionSite
 
 
 def collect(
@@ -61,10 +65,9 @@ def collect(
 ) -> dict[str, SiteStatistics]:
     """Collect statistics of every site over numbered batches (each: argument name -> tensor of the captured shape).
 
-    Labels are drawn from the model itself. mean_tokens: as of `LatentPlan`; moments are then of differences from the
-    means of each sequence. span: keys that turn count as up to so many positions later than they stand, the means as
-    they are; but not where statistics are of keys relative to segments. into: add to these (to resume, or to merge).
-    `done(number)` is called after each batch.
+    mean_tokens: as of `LatentPlan`; moments are then of differences from the means of each sequence. span: keys that
+    turn count as up to so many positions later than they stand, the means as they are; but not where statistics are of
+    keys relative to segments. into: add to these (to resume, or to merge). `done(number)` is called after each batch.
     Raises FhoptError when a batch does not fit the graph.
     """
     statistics = empty_statistics(outcome.sites.values()) if into is None else into
@@ -79,7 +82,7 @@ def collect(
         _add_cross(stats.cross, k, v)
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
-            key_gradient = key_gradient if later is None else turned(stats.site, key_gradient, later)
+            key_gradient = _turned(stats.site, key_gradient, later)
             _add(stats.key.metric, key_gradient, stats.key.groups)
             _add(stats.value.metric, value_gradient, stats.value.groups)
             _add_cross(stats.cross_metric, key_gradient, value_gradient)
@@ -88,6 +91,11 @@ def collect(
 
     run_probed(captured, outcome, batches, (sinks, recent), seed, see, done)
     return statistics
+
+
+def _turned(site: AttentionSite, gradient: Tensor, later: Tensor | None) -> Tensor:
+    """Return gradients of the first tokens as of `turned`; later: as of `placed`, of all tokens."""
+    return gradient if later is None else turned(site, gradient, later[:, : gradient.shape[2]])
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
@@ -148,15 +156,17 @@ def measure_costs(
     def see(name: str, k: Tensor, v: Tensor) -> OnGradients:
         later = placed(segments.get(name, 0), span, k.shape[2], current * len(k), len(k))
         k, v = differences(sites[name], k, v, 0, mean_tokens, later)
+        measured = []
+        for layout, sides in bases[name].items():
+            for i, (basis, x) in enumerate(zip(sides, _read_by(sides, k, v), strict=True)):
+                measured.append((costs[name, layout, i], basis, _errors(basis, x, levels)))
+                costs[name, layout, i].tokens.add_(x.shape[0] * x.shape[2])
 
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
-            key_gradient = key_gradient if later is None else turned(sites[name], key_gradient, later)
-            for layout, sides in bases[name].items():
-                read = [(k, key_gradient), (v, value_gradient)]
-                if len(sides) == 1:
-                    read = [(torch.cat([k, v], -1), torch.cat([key_gradient, value_gradient], -1))]
-                for i, (basis, (x, gradient)) in enumerate(zip(sides, read, strict=True)):
-                    _add_costs(costs[name, layout, i], basis, x, gradient, levels)
+            key_gradient = _turned(sites[name], key_gradient, later)
+            read = [x for sides in bases[name].values() for x in _read_by(sides, key_gradient, value_gradient)]
+            for (costs, basis, errors), gradient in zip(measured, read, strict=True):
+                _add_costs(costs, basis, errors, gradient)
 
         return add
 
@@ -164,17 +174,31 @@ def measure_costs(
     return costs
 
 
+def _exact(x: Tensor) -> torch.dtype:
+    """Return the dtype in which latents of x are made: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _read_by(sides: Sequence[Basis], keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """Return what each basis of a layout reads: keys and values, or both side by side."""
+    return (keys, values) if len(sides) == 2 else (torch.cat([keys, values], -1),)
+
+
 @torch.no_grad()
-def _add_costs(costs: SideCosts, basis: Basis, x: Tensor, gradient: Tensor, levels: Mapping[int, float]) -> None:
-    groups, exact = basis.groups, torch.promote_types(x.dtype, torch.float32)  # a latent is made in float32
-    x, gradient = x.to(exact), gradient.to(exact)
-    latent = joined(x, groups) @ basis.encode.to(x).unsqueeze(1).mT  # [J, B, T, R]
-    effect = joined(gradient, groups) @ basis.decode.to(x).unsqueeze(1)  # [J, B, T, R]
+def _errors(basis: Basis, x: Tensor, levels: Mapping[int, float]) -> dict[int, Tensor]:
+    """Return the errors [J,B,T,R] of latents of x [B,G,T,D] by number of bits."""
+    latent = joined(x.to(_exact(x)), basis.groups) @ basis.encode.to(x.device, _exact(x)).unsqueeze(1).mT
     used = max(1, latent.shape[-1] // 2)  # about the channels that share a token's scale in a plan
     scale = latent[..., :used].square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14)
     unit = latent / scale
-    effect = effect * scale
-    for bits, step in levels.items():
-        error = packing.rounded(unit, bits, step) - unit if bits else -unit
-        costs.sums[bits].add_((effect * error).double().sum(2).square().sum(1).cpu())  # [J, R]
-    costs.tokens.add_(x.shape[0] * x.shape[2])
+    return {bits: scale * ((packing.rounded(unit, bits, step) if bits else 0) - unit) for bits, step in levels.items()}
+
+
+@torch.no_grad()
+def _add_costs(costs: SideCosts, basis: Basis, errors: Mapping[int, Tensor], gradient: Tensor) -> None:
+    """Add the squares of what errors [J,B,T,R] do with gradients of the first tokens [B,G,N,D]."""
+    decode = basis.decode.to(gradient.device, _exact(gradient)).unsqueeze(1)
+    effect = joined(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
+    for bits, error in errors.items():
+        summed = (effect * error[:, :, : effect.shape[2]]).sum(2, dtype=torch.float64)
+        costs.sums[bits].add_(summed.square().sum(1).cpu())  # [J, R]

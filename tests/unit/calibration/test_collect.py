@@ -82,11 +82,11 @@ def test_keys_relative_to_segments_are_counted_as_a_cache_encodes_them(llama: Fi
     )
     for name, s in statistics.items():
         assert s.segment == 64 and s.site.rope is not None
-        turns, places = Turns.on(s.site.rope, 64, torch.device("cpu")), torch.arange(92)
+        turns = Turns.on(s.site.rope, 64, torch.device("cpu"))
         for total, x in zip((s.key.moment, s.key.metric), seen[name], strict=True):
-            rows = turns.relative(x, places)[0].permute(1, 0, 2).reshape(92, 32).double()
+            rows = turns.relative(x, torch.arange(x.shape[2]))[0].permute(1, 0, 2).flatten(1).double()
             torch.testing.assert_close(total[0], rows.mT @ rows)
-            plain = x[0].permute(1, 0, 2).reshape(92, 32).double()
+            plain = x[0].permute(1, 0, 2).flatten(1).double()
             assert not torch.allclose(total[0], plain.mT @ plain, rtol=1e-3)
 
 
@@ -107,7 +107,7 @@ def test_keys_and_values_without_rotation_are_also_summed_together(fitted: Fitte
             assert float(cross.abs().max()) > 0
 
 
-def test_labels_depend_on_the_number_of_a_batch_and_the_seed_alone(llama: Fitted) -> None:
+def test_what_is_random_depends_on_the_number_of_a_batch_and_the_seed_alone(llama: Fitted) -> None:
     first, second = numbered(2)
 
     def metrics(batches: list[Any], seed: int = 0) -> Tensor:
@@ -133,27 +133,39 @@ def test_progress_is_reported_batch_by_batch(llama: Fitted) -> None:
 # ---- costs
 
 
-def test_what_dropping_costs_is_the_square_of_a_sum_over_the_sequence(llama: Fitted) -> None:
-    """One sequence, computed directly: ((sum over tokens of g x^T) applied to each channel's direction)^2."""
+@pytest.mark.parametrize("rows", [24, 128])
+def test_what_dropping_costs_is_the_square_of_a_sum_over_the_sequence(
+    llama: Fitted, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """One sequence, computed directly: ((sum over tokens of g x^T) applied to each channel's direction)^2, by queries.
+
+    Gradients of some queries each: of the first tokens, and their squares are summed.
+    """
+    monkeypatch.setattr(probe, "QUERIES", rows)
     bases = {name: {"band": layouts["band"]} for name, layouts in llama.bases.items()}
     batches, seen = numbered(1), []
     costs = collect.measure_costs(llama.captured, llama.outcome, batches, bases, {4: 0.4}, **FAR)
 
     def see(name: str, k: Tensor, v: Tensor) -> probe.OnGradients:
-        return lambda a, b: seen.append((k, a, v, b)) if name == SITE else None
+        return lambda a, b: seen.append((k, v, a, b)) if name == SITE else None
 
     probe.run_probed(llama.captured, llama.outcome, batches, (4, 8), 0, see, lambda n: None)
-    k, dk, v, dv = (x[0].transpose(0, 1).flatten(1).double() for x in seen[0])  # [T, 32]
-    for i, (basis, x, g) in enumerate(zip(bases[SITE]["band"], (k, v), (dk, dv), strict=True)):
-        measured = costs[SITE, "band", i]
-        direct = torch.einsum("rc,tc,td,dr->r", basis.encode[0], x, g, basis.decode[0]) ** 2
+    assert [a.shape[2] for _, _, a, _ in seen] == ([84] if rows == 128 else [12, 36, 60, 84])  # 4 sinks, 8 recent
+    tiles = [[x[0].transpose(0, 1).flatten(1).double() for x in tile] for tile in seen]  # [T, 32], gradients [N, 32]
+    for i, basis in enumerate(bases[SITE]["band"]):
+        measured, x, gradients = costs[SITE, "band", i], tiles[0][i], [tile[2 + i] for tile in tiles]
+        direct = sum(
+            torch.einsum("rc,tc,td,dr->r", basis.encode[0], x[: len(g)], g, basis.decode[0]) ** 2 for g in gradients
+        )
+        assert isinstance(direct, Tensor)
         scale = float(direct.max())
         # float32 sums of 92 tokens
         torch.testing.assert_close(measured.sums[0][0], direct, rtol=1e-3, atol=1e-5 * scale)
         latent = x @ basis.encode[0].mT
         token = latent[:, :16].square().mean(1, keepdim=True).sqrt()
         error = packing.rounded(latent / token, 4, 0.4) * token - latent
-        coded = ((g @ basis.decode[0]) * error).sum(0) ** 2
+        coded = sum(((g @ basis.decode[0]) * error[: len(g)]).sum(0) ** 2 for g in gradients)
+        assert isinstance(coded, Tensor)
         # a number within float32 rounding of a threshold falls to the other side: rare, a step of one token each
         torch.testing.assert_close(measured.sums[4][0], coded, rtol=0.05, atol=1e-3 * float(coded.max()))
         assert int(measured.tokens) == 92
@@ -171,8 +183,8 @@ def test_one_latent_of_keys_and_values_costs_what_both_errors_do_together(gpt2: 
         return lambda a, b: seen.append((torch.cat([k, v], -1), torch.cat([a, b], -1))) if site == name else None
 
     probe.run_probed(gpt2.captured, gpt2.outcome, batches, (4, 8), 0, see, lambda n: None)
-    x, g = (part[0].transpose(0, 1).flatten(1).double() for part in seen[0])  # [T, G*(D+E)]
-    direct = torch.einsum("rc,tc,td,dr->r", basis.encode[0], x, g, basis.decode[0]) ** 2
+    x, g = (part[0].transpose(0, 1).flatten(1).double() for part in seen[0])  # [T, G*(D+E)], of the first tokens
+    direct = torch.einsum("rc,tc,td,dr->r", basis.encode[0], x[: len(g)], g, basis.decode[0]) ** 2
     # float32 sums of 92 tokens
     torch.testing.assert_close(costs[name, "input", 0].sums[0][0], direct, rtol=1e-3, atol=1e-5 * float(direct.max()))
 
@@ -202,8 +214,9 @@ def test_costs_of_a_model_in_bfloat16_are_those_of_latents_in_float32(llama: Fit
     x, gradient = (torch.randn(1, 2, 40, 16).bfloat16() for _ in range(2))
     basis = llama.bases[SITE]["band"][0]
     one, two = (SideCosts({bits: torch.zeros_like(basis.variance) for bits in (0, 8)}) for _ in range(2))
-    collect._add_costs(one, basis, x, gradient, {0: 0.0, 8: 0.03})
-    collect._add_costs(two, basis, x.float(), gradient.float(), {0: 0.0, 8: 0.03})
+    levels = {0: 0.0, 8: 0.03}
+    collect._add_costs(one, basis, collect._errors(basis, x, levels), gradient)
+    collect._add_costs(two, basis, collect._errors(basis, x.float(), levels), gradient.float())
     assert torch.equal(one.sums[8], two.sums[8]) and one.sums[8].any()
 
 
@@ -287,6 +300,6 @@ def test_every_kind_of_attention_can_be_calibrated_and_fitted(kind: str) -> None
 
 def test_another_output_counts_as_the_mean_of_a_unit_gaussian() -> None:
     output = torch.zeros(20_000, 2, requires_grad=True)
-    likelihood = probe._sampled_likelihood(output, False, torch.Generator().manual_seed(0))
+    likelihood = probe._random_score(output, False, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(likelihood, output)
     torch.testing.assert_close(gradient.mT @ gradient / 20_000, torch.eye(2), rtol=0, atol=0.03)  # of 20,000 numbers
