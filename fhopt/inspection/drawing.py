@@ -222,6 +222,7 @@ def _window(site: SitePlan, plan: LatentPlan | None) -> list[str]:
         return []
     sinks, recent = site.site.exact_tokens(plan.sinks, plan.recent)
     kept = [f"{sinks} attention sinks; residual window of {recent} in {plan.window_bits} bits"] if recent else []
+    kept += [f"keys relative to segments of {site.segment} tokens"] if site.segment else []
     share = plan.page_share(site)
     read = f"reads {plan.page_read(site):.0%} of the pages, at most {share:.0%}"
     return kept + ([read] if share < 1 else [])

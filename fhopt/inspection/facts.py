@@ -126,7 +126,8 @@ class InspectedSite:
 class PlanFacts:
     """The plan as a whole. expected_nats, expected_interval: see `ExpectedLoss`, whose words `expected_words` are.
 
-    warning: where it was fitted to few tokens.
+    warning: where it was fitted to few tokens. mean_tokens: of each sequence, whose mean is taken off what is
+    quantized; 0: none. segment: tokens to whose first position quantized keys are relative; 0: as they stand.
 
     ratio, bytes_per_token: of the layers that the plan compresses, everything included, at `tokens` cached tokens.
     whole_ratio, cache: of the whole model, with the layers that stay exact.
@@ -141,6 +142,8 @@ class PlanFacts:
     recent: int
     block: int
     window_bits: int
+    mean_tokens: int
+    segment: int
     expected_nats: float | None
     expected_interval: tuple[float, float] | None
     expected_words: str
@@ -376,6 +379,8 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> 
         recent=plan.recent,
         block=plan.block,
         window_bits=plan.window_bits,
+        mean_tokens=plan.mean_tokens,
+        segment=plan.segment,
         expected_nats=expected.nats if expected else None,
         expected_interval=expected.interval if expected else None,
         expected_words=expected.words if expected else "unknown",

@@ -157,6 +157,10 @@ def _totals(inspection: Inspection) -> Table:
             table.add_row("warning", plan.warning)
         table.add_row("attention sinks", f"first {plan.sinks} tokens, exact")
         table.add_row("residual window", f"newest {plan.recent} tokens in {plan.window_bits} bits")
+        if plan.mean_tokens:
+            table.add_row("means", f"of the first {plan.mean_tokens} tokens of a sequence, taken off what is quantized")
+        if plan.segment:
+            table.add_row("segments", f"quantized keys are relative to segments of {plan.segment} tokens")
         table.add_row("keys, values", "channels of a latent head x mean bits. Bit groups and formulas: --site NAME")
         table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized")
     return table

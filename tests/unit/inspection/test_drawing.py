@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hand_plans import CODED, SITE, random_plan
 from seen_plans import SVG, texts
+from small_models import Fitted
 
 import fhopt
 from fhopt.errors import FhoptError
@@ -28,6 +29,16 @@ def test_a_drawing_has_shapes_of_exact_and_of_latent_attention() -> None:
     assert "q~ [B, 4, S, 16]" in latent and "keys: 8x8 + 8x4" in latent and "56 bytes/token" in latent
     assert "D_K^T [2, 16, 16]" in latent and "4 attention sinks; residual window of 8 in 16 bits" in latent
     assert drawn._repr_html_().count("<svg") == 2
+
+
+def test_a_drawing_says_that_keys_are_relative_to_segments(llama: Fitted) -> None:
+    pytest.importorskip("pygraphviz")
+    plan = llama.plan(4)
+    for segment, shown in ((0, False), (512, True)):
+        given = replace(plan, sites=tuple(replace(site, segment=segment) for site in plan.sites))
+        drawn = fhopt.draw(plan.sites[0].site, given)
+        assert drawn.after is not None
+        assert ("keys relative to segments of 512 tokens" in " ".join(texts(drawn.after))) == shown
 
 
 def test_keys_and_values_in_one_latent_have_one_encoder() -> None:

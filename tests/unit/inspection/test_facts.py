@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import sample_reports
 import torch
 from encoder_decoders import model_of
 from hand_plans import SITE
+from rich.console import Console
 from small_models import Fitted
 
 from fhopt.errors import FhoptError
@@ -16,6 +18,7 @@ from fhopt.hardware import cost_model
 from fhopt.hardware.devices import find_device
 from fhopt.inspection.facts import common_form, inspect, inspect_sites, short_name
 from fhopt.inspection.prospects import prospects
+from fhopt.inspection.tables import inspection_tables
 from fhopt.models.capture import capture
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.sites import find_sites
@@ -40,6 +43,19 @@ def test_facts_of_a_plan_are_those_of_the_plan_and_of_the_cost_model(llama: Fitt
         assert site.plan.formulas.bytes == cost_model.pretty(latent.bytes)
         expected = cost_model.break_even(cost_model.site_cost(planned.site), latent, find_device("h100"))
         assert (site.plan.pays[0].verdict, site.plan.pays[0].tokens) == (expected.verdict, expected.tokens)
+
+
+def test_means_and_segments_are_shown_where_a_plan_has_them(llama: Fitted) -> None:
+    fitted, loaded = llama.plan(4), sample_reports.loaded(llama)
+    for mean_tokens, segment in ((0, 0), (256, 512)):
+        sites = tuple(replace(site, segment=segment) for site in fitted.sites)
+        plan = replace(fitted, sites=sites, mean_tokens=mean_tokens)
+        found = inspect(loaded, find_sites(loaded), plan)
+        assert found.plan is not None and (found.plan.mean_tokens, found.plan.segment) == (mean_tokens, segment)
+        shown = io.StringIO()
+        Console(width=160, file=shown).print(inspection_tables(found))
+        assert ("relative to segments of 512 tokens" in shown.getvalue()) == bool(segment)
+        assert ("of the first 256 tokens of a sequence" in shown.getvalue()) == bool(mean_tokens)
 
 
 def test_sites_of_one_shape_are_worked_out_once_and_those_of_two_apart(llama: Fitted) -> None:
