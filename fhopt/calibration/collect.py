@@ -138,9 +138,8 @@ def measure_costs(
 
     batches: numbered, argument name -> tensor of the captured shape; others than the bases were fitted to. mean_tokens:
     as of `collect`, for the statistics of the bases. span: whole sequences count as up to so many positions later.
-    segments: by site name, as of these statistics.
-    into: add to these costs, which have the same bases and numbers of bits (to resume, or to merge). Raises FhoptError
-    when a batch does not fit the graph.
+    segments: by site name, as of these statistics. into: add to these costs, which have the same bases and numbers of
+    bits (to resume, or to merge). Raises FhoptError when a batch does not fit the graph.
     """
     levels = {0: 0.0, **steps}
     costs = empty_costs(bases, levels) if into is None else into
@@ -165,8 +164,8 @@ def measure_costs(
         def add(key_gradient: Tensor, value_gradient: Tensor) -> None:
             key_gradient = _turned(sites[name], key_gradient, later)
             read = [x for sides in bases[name].values() for x in _read_by(sides, key_gradient, value_gradient)]
-            for (costs, basis, errors), gradient in zip(measured, read, strict=True):
-                _add_costs(costs, basis, errors, gradient)
+            for (total, basis, errors), gradient in zip(measured, read, strict=True):
+                _add_costs(total, basis, errors, gradient)
 
         return add
 
