@@ -80,7 +80,7 @@ def main(
         results = measure(loaded.language_model(), impls, read, next(iter(fitted.values())))
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    name = "quality" if model == "demo" else f"quality-{Path(model).name}"
+    name = "quality" if model == "demo" else f"quality-{Path(model).name.removesuffix('.gguf')}"
     record(name, rows(results), lambda figure: draw(figure, results, loaded.name), summary(results))
     screen().print(contest_table(results))
     if not quick and model == "demo":

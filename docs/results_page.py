@@ -394,7 +394,15 @@ SECTIONS = {
         "The same of a larger model, in bfloat16: exact cache and plans add up in other orders, and what that rounds "
         "differently is part of every figure. `law` is the GNU GPL; `de`, `fr`, `zh`, `it` are manuals of Debian; "
         "`prose` and `chat` are quotations; `numbers` is a table of stocks. Unlike the smaller model's, these plans "
-        "count keys as they stand all over a context of 8,192 tokens.",
+        "have segments.",
+        quality_and_kl,
+    ),
+    "quality-Qwen2.5-Coder-1.5B-Instruct-float32": Section(
+        "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct in float32",
+        "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 "
+        "--texts FILE",
+        "The same plans, fitted to the model in bfloat16, and the same texts with the model in float32: what caches "
+        "lose, without what bfloat16 rounds differently.",
         quality_and_kl,
     ),
     "decode": Section(
