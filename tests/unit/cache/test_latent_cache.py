@@ -24,7 +24,7 @@ from fhopt.plan.latent_plan import LatentPlan
 
 
 def test_a_lossy_plan_stays_close_and_full_width_costs_nothing(llama: Fitted) -> None:
-    ids = token_ids(2, 80)
+    ids = token_ids(16, 80)  # random: a KL of 0.07 changes the mean of so many by 0.01 either way
     exact = score(llama.model, ids, None).nats
     for ratio, bound in ((1, 1e-5), (4, 0.05)):
         plan = llama.plan(ratio)
