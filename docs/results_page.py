@@ -399,8 +399,8 @@ SECTIONS = {
     ),
     "quality-Qwen2.5-Coder-1.5B-Instruct-float32": Section(
         "Loss against bytes: Qwen2.5-Coder-1.5B-Instruct in float32",
-        "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --rival kivi-3bit --context 1024 "
-        "--texts FILE",
+        "python benchmarks/quality.py --model FOLDER --plans PLANS --ratio 4 --ratio 8 --rival kivi-3bit --context "
+        "1024 --texts FILE",
         "The same plans, fitted to the model in bfloat16, and the same texts with the model in float32: what caches "
         "lose, without what bfloat16 rounds differently.",
         quality_and_kl,
