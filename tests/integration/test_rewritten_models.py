@@ -108,7 +108,8 @@ def test_a_folder_opens_in_a_fresh_process_with_the_tokens_of_the_model_in_memor
     process: str, folder: Path, llama: Fitted, tmp_path: Path
 ) -> None:
     ids = token_ids(2, 60)
-    check_process(process, folder, in_memory(llama.model, llama.plan(4), ids), tmp_path, ids)
+    rounding = 1e-4  # a second model in one process has its weights elsewhere: 2.4e-5 was measured behind a plan of 4x
+    check_process(process, folder, in_memory(llama.model, llama.plan(4), ids), tmp_path, ids, rounding)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

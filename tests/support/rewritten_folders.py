@@ -19,7 +19,7 @@ from fhopt.models.loaded_model import LoadedModel
 from fhopt.plan import description
 from fhopt.plan.latent_plan import LatentPlan
 
-ROUNDING = 1e-4  # of the largest logit: weights at other addresses are summed in another order (2e-5 was measured)
+ROUNDING = 1e-5  # of the largest logit: weights at other addresses are summed in another order
 
 
 def difference(a: Tensor, b: Tensor) -> float:
