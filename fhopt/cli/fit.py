@@ -124,7 +124,8 @@ def calibrate(
 @click.option(
     "--device",
     type=DEVICE,
-    help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
+    help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it. [default: "
+    "excludes what takes a CPU more than twice the time, where torch has no GPU]",
 )
 @click.option(
     "--kernel-shapes",
@@ -209,6 +210,7 @@ def fit(
 
     from fhopt.calibration.run import measure, plan_for
     from fhopt.evaluation.statistics import Comparison
+    from fhopt.fitting.choices import AUTO
     from fhopt.inspection.plots import explain_plan
     from fhopt.inspection.progress_file import ProgressFile, beside
     from fhopt.models.loader import load_model
@@ -246,6 +248,8 @@ def fit(
     if explain is not None:
         explain_plan(measured, plan, explain)
     _show_plan(plan, chosen.tokens, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
+    if chosen.layout == AUTO and chosen.device is None:
+        _show_device(plan, chosen.tokens, as_json)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -298,6 +302,19 @@ def _ratio_of(measured: Any, bytes_per_token: float, tokens: int) -> float:
             f"{bytes_per_token:g} bytes per token is not possible; expected at most {exact:,.0f} (the exact KV cache)."
         )
     return float(exact / bytes_per_token)
+
+
+def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
+    """Say for what the layouts were chosen, where that made a difference."""
+    from fhopt.fitting.candidates import is_slow
+
+    slow = sum(is_slow(site.site, tokens) for site in plan.sites)
+    if slow and not as_json:
+        output_console(as_json).print(
+            f"{slow} of {len(plan.sites)} sites have a latent for each kv head: one for all of them would lose less, "
+            "and take a CPU more than twice the time. For a GPU: --device h100; by loss alone: --layout band.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any], as_json: bool) -> None:

@@ -1,8 +1,15 @@
-"""Candidate bases: those of every layout that a site may get in a plan."""
+"""Candidate bases: those of every layout that a site may get in a plan.
+
+Layouts compete by loss, but not at any price in time: a latent that is shared by all heads is multiplied by the queries
+of each of them, so with 8 kv heads it takes a CPU three to five times as long as a latent for each (and no longer than
+that with 2 or 3). A GPU does not feel it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+
+import torch
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.bases import Basis, CandidateBases, fit_basis, fit_joint
@@ -12,7 +19,9 @@ from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.site import AttentionSite
 
 COMPETING = ("band", "identity")  # what "auto" chooses from
-SLOWER = 1.5  # for a device, layouts that take more than this many times the fastest one's time do not compete
+# Layouts that take more than so many times the fastest one's time do not compete: on a device that was named, because
+# speed there was asked for; on a CPU that was not. At 8x latents that are shared lose a third of what others do.
+SLOWER, SLOWER_UNNAMED = 1.25, 2.0
 USED = 0.6  # share of the channels of a basis that get bits, at 4x to 8x
 
 
@@ -22,12 +31,14 @@ def fit_bases(
 ) -> CandidateBases:  # fmt: skip
     """Fit the bases of every site in the layouts that may be chosen.
 
-    context: tokens of a calibration sequence. tokens: length of context that the plan is made for. With a `device`
-    (`hardware.devices.DEVICES`), "auto" has latents per head to choose from too, and leaves out what would be slow
-    there: one latent for many heads means more arithmetic, which a CPU feels and a GPU does not. Raises FhoptError when
-    the layout `input` is asked for and a site has none, or the device is unknown.
+    context: tokens of a calibration sequence. tokens: length of context that the plan is made for. device: what the
+    plan will run on (`hardware.devices.DEVICES`); "auto" leaves out what would be slow there. None: what a CPU takes
+    more than twice the time for is left out, nothing where torch has a GPU. Raises FhoptError when the layout `input`
+    is asked for and a site has none, or the device is unknown.
     """
-    bases = fit_layouts(statistics, _competing(layout, device), context=context, tokens=tokens)
+    bases: dict[str, Mapping[str, tuple[Basis, ...]]] = {}
+    for name, s in statistics.items():
+        bases |= fit_layouts({name: s}, _competing(layout, device, s.site, tokens), context=context, tokens=tokens)
     return select_bases(bases, {name: s.site for name, s in statistics.items()}, layout, tokens=tokens, device=device)
 
 
@@ -57,7 +68,10 @@ def select_bases(
     chosen: dict[str, dict[str, tuple[Basis, ...]]] = {}
     fitted = {which for layouts in bases.values() for which in layouts}
     for name, layouts in bases.items():
-        chosen[name] = {which: sides for which, sides in layouts.items() if which in _competing(layout, device)}
+        competing = _competing(layout, device, sites[name], tokens)
+        if layout == AUTO and device is None and "head" not in layouts:
+            competing = ("input", *COMPETING)  # statistics without what is faster
+        chosen[name] = {which: sides for which, sides in layouts.items() if which in competing}
         if layout == AUTO and device is not None:
             chosen[name] = _fast_enough(chosen[name], sites[name], find_device(device), tokens)
         if not chosen[name]:
@@ -65,10 +79,25 @@ def select_bases(
     return chosen
 
 
-def _competing(layout: str, device: str | None) -> tuple[str, ...]:
+def _competing(layout: str, device: str | None, site: AttentionSite, tokens: int) -> tuple[str, ...]:
     if layout != AUTO:
         return (layout,)
-    return ("input", *COMPETING) if device is None else ("input", *COMPETING, "head")
+    if device is not None:
+        return ("input", *COMPETING, "head")
+    return ("head", "identity") if is_slow(site, tokens) else ("input", *COMPETING)
+
+
+def is_slow(site: AttentionSite, tokens: int) -> bool:
+    """Return whether latents that all heads share are too slow for a plan whose device is not known."""
+    if torch.cuda.is_available():
+        return False
+    keys, values, bytes_ = site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, _bytes(site)
+    cpu, heads = find_device("cpu"), site.kv_heads
+    joint = layout_time(cpu, site.heads, 1, int(USED * keys), int(USED * values), bytes_, tokens)
+    each = layout_time(
+        cpu, site.heads, heads, int(USED * site.key_dim), int(USED * site.value_dim), bytes_ / heads, tokens
+    )
+    return joint > SLOWER_UNNAMED * each
 
 
 def _not_fitted(layout: str, fitted: Iterable[str]) -> FhoptError:
@@ -81,11 +110,8 @@ def _not_fitted(layout: str, fitted: Iterable[str]) -> FhoptError:
 def _fast_enough(
     layouts: Mapping[str, tuple[Basis, ...]], site: AttentionSite, device: Device, tokens: int
 ) -> dict[str, tuple[Basis, ...]]:
-    """Return the layouts of a site that are not much slower than the fastest; `identity` always stays.
-
-    Times are those at a quarter of the bytes of 16-bit keys and values.
-    """
-    total = site.exact_numbers_per_token / 2  # bytes: 16-bit numbers, four times smaller
+    """Return the layouts of a site that are not much slower than the fastest; `identity` always stays."""
+    total = _bytes(site)
 
     def seconds(layout: str) -> float:
         share = 1.0 if layout == "identity" else USED
@@ -97,6 +123,11 @@ def _fast_enough(
     times = {layout: seconds(layout) for layout in layouts}
     limit = SLOWER * min(times.values())
     return {layout: sides for layout, sides in layouts.items() if layout == "identity" or times[layout] <= limit}
+
+
+def _bytes(site: AttentionSite) -> float:
+    """Return the bytes of a token for which times are compared: a quarter of 16-bit keys and values."""
+    return site.exact_numbers_per_token / 2
 
 
 def no_joint_basis(site: AttentionSite) -> FhoptError:

@@ -16,9 +16,11 @@ from command_models import call, save_tiny_model
 from hand_plans import SITE
 from small_models import Fitted
 
-from fhopt.cli.fit import _ratio_of, _show_plan
+from fhopt.cli.fit import _ratio_of, _show_device, _show_plan
 from fhopt.errors import FhoptError
+from fhopt.fitting.fit_plan import exact_plan
 from fhopt.plan.cache_size import CacheLayer, record_of
+from fhopt.plan.site import AttentionSite
 
 
 def test_bytes_of_a_token_are_those_of_what_windows_hold() -> None:
@@ -112,3 +114,12 @@ def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
     for left, right in zip(one.sites, two.sites, strict=True):
         assert (left.layout, left.key.tiers, left.value.tiers) == (right.layout, right.key.tiers, right.value.tiers)
         torch.testing.assert_close(left.key.encode, right.key.encode, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kv_heads", "told"), [(8, True), (2, False)])
+def test_it_is_said_where_latents_are_not_shared_because_of_time(
+    kv_heads: int, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = AttentionSite("a", {}, "self", 16, kv_heads, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")
+    _show_device(exact_plan([site]), 8192, as_json=False)
+    assert ("1 of 1 sites have a latent for each kv head" in capsys.readouterr().out) is told

@@ -15,8 +15,8 @@ def test_a_shared_latent_head_suits_a_gpu_and_heads_of_their_own_a_cpu() -> None
              for n in ("h100", "cpu")}  # fmt: skip
     assert times["h100"][0] < times["h100"][1]
     assert times["cpu"][0] > times["cpu"][1]
-    measured = (7.3e-3, 3.2e-3)  # generated C++, one thread of the machine whose peaks are in the table
-    assert all(m / 3 < t < m for t, m in zip(times["cpu"], measured, strict=True))
+    measured = (6.1e-3, 3.0e-3)  # codes of 8 bits, one thread of a Zen 4 with AVX-512 VNNI
+    assert all(m / 1.3 < t < 1.3 * m for t, m in zip(times["cpu"], measured, strict=True))
 
 
 def test_threads_add_up_until_the_memory_channels_are_full() -> None:
