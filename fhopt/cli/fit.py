@@ -27,8 +27,11 @@ from fhopt.cli.options import (
 from fhopt.errors import FhoptError
 
 if TYPE_CHECKING:
+    from fhopt.calibration.options import FitOptions
+    from fhopt.calibration.run import Calibration
     from fhopt.plan.latent_plan import LatentPlan
     from fhopt.refine.options import Gate
+    from fhopt.refine.page_options import PagingOptions
 
 
 @main.command()
@@ -160,8 +163,6 @@ def fit(
     The same command resumes an interrupted calibration. Under torchrun the processes share the calibration. For models
     larger than one device: --device-map. With --statistics nothing is calibrated.
     """
-    from fhopt.calibration.options import FitOptions
-    from fhopt.plan.site_plan import no_pages
     from fhopt.refine import page_options
 
     out = Path(os.path.abspath(out))
@@ -174,27 +175,8 @@ def fit(
             "then fit with --ratio and --pages, and measure that plan: fhopt eval."
         )
     given = dict(ratio=4.0 if ratio is None else ratio, window_bits=int(window_bits), **options)
-    measured = None
-    if statistics_file is None:
-        chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **given)
-    else:
-        _check_decided(invoked)
-        from fhopt.calibration.statistics_file import load_statistics
-
-        measured = load_statistics(statistics_file)
-        decided = {name: getattr(measured.options, name) for name in CALIBRATION_OPTIONS}
-        if not _is_given(invoked, "tokens"):
-            decided["tokens"] = measured.options.tokens
-        chosen = FitOptions(**(given | decided))
-    chosen.check()
-    paged = page_options.read_options(pages, mass, chosen.texts)
-    if paged is not None and chosen.segment is None:
-        chosen = replace(chosen, segment=0)
-    if paged is not None and chosen.segment_tokens:
-        raise no_pages()
-    exact = chosen.window.first_length
-    if paged is not None:
-        paged.check(chosen.block, exact)
+    chosen, measured = _read_options(invoked, statistics_file, out, given)
+    chosen, paged = _with_pages(chosen, pages, mass)
     _check_places(out, explain)
     if model is None and (measured is None or limit is not None or paged is not None):
         raise FhoptError(
@@ -223,7 +205,8 @@ def fit(
             loaded = load_model(model, getattr(torch, dtype), where)
         if measured is not None:
             measured.check_model(loaded)
-    paged = None if paged is None or loaded is None else page_options.for_model(loaded, paged, chosen.block, exact)
+    if paged is not None and loaded is not None:
+        paged = page_options.for_model(loaded, paged, chosen.block, chosen.window.first_length)
     held_out = loss_target.held_out(loaded, chosen, limit) if limit is not None and loaded is not None else None
     shares = (CALIBRATING if measured is None else {}) | {"plan": 1.0}
     shares |= ({"gate": 10.0} if limit is not None else {}) | ({"pages": 10.0} if paged is not None else {})
@@ -250,6 +233,44 @@ def fit(
     _show_plan(plan, chosen.tokens, out, {f"{r:.4g}": asdict(c) for r, c in sorted(trials.items())}, as_json)
     if chosen.layout == AUTO and chosen.device is None:
         _show_device(plan, chosen.tokens, as_json)
+
+
+def _read_options(
+    invoked: click.Context, statistics_file: Path | None, out: Path, given: dict[str, Any]
+) -> tuple[FitOptions, Calibration | None]:
+    """Return checked options, and the calibration where there is a file of one, which decides some of them."""
+    from fhopt.calibration.options import FitOptions
+
+    measured = None
+    if statistics_file is None:
+        chosen = FitOptions(checkpoint=out.with_name(f".{out.name}.calibration"), **given)
+    else:
+        _check_decided(invoked)
+        from fhopt.calibration.statistics_file import load_statistics
+
+        measured = load_statistics(statistics_file)
+        decided = {name: getattr(measured.options, name) for name in CALIBRATION_OPTIONS}
+        if not _is_given(invoked, "tokens"):
+            decided["tokens"] = measured.options.tokens
+        chosen = FitOptions(**(given | decided))
+    chosen.check()
+    return chosen, measured
+
+
+def _with_pages(chosen: FitOptions, pages: str | None, mass: str | None) -> tuple[FitOptions, PagingOptions | None]:
+    """Return options, without segments where pages are selected, and what was asked of these. Raises FhoptError."""
+    from fhopt.plan.site_plan import no_pages
+    from fhopt.refine import page_options
+
+    paged = page_options.read_options(pages, mass, chosen.texts)
+    if paged is None:
+        return chosen, None
+    if chosen.segment is None:
+        chosen = replace(chosen, segment=0)
+    if chosen.segment_tokens:
+        raise no_pages()
+    paged.check(chosen.block, chosen.window.first_length)
+    return chosen, paged
 
 
 def _is_given(context: click.Context, name: str) -> bool:
