@@ -40,7 +40,7 @@ _DTYPES = {getattr(torch, name): i for i, name in enumerate(UNCODED_DTYPES)}  # 
 # The C++ structs as formats of the module `struct`: 8 bytes a field, in the order of the struct.
 _side = struct.Struct("@5qPqPqqPqq").pack
 _layer = struct.Struct("@4q3q5qd").pack
-_starts = struct.Struct("@4q2q2q7P2P2q").pack
+_starts = struct.Struct("@4q2q2q7P2P3q").pack
 _caches = struct.Struct("@" + 3 * "P2q").pack
 _table = struct.Struct("@P2q").pack
 _step = struct.Struct("@2qP").pack
@@ -124,13 +124,13 @@ class BlockAttention:
             *self._panels(encode), *self._panels(decode),
         )  # fmt: skip
 
-    def _turning(self, turns: Turns | None) -> tuple[int, int, int, int]:
-        """Return addresses of pairs and phases, frequencies and tokens of a segment; zeros without segments."""
+    def _turning(self, turns: Turns | None) -> tuple[int, int, int, int, int]:
+        """Return the C++ struct `Turning`: the same for all sequences, none of which begins with padding."""
         if turns is None:
-            return 0, 0, 0, 0
+            return 0, 0, 0, 0, 0
         phases = turns.phases(turns.segments(MOST_TOKENS))
         self._kept += [turns.pairs, phases]
-        return turns.pairs.data_ptr(), phases.data_ptr(), turns.pairs.shape[1], turns.segment
+        return turns.pairs.data_ptr(), phases.data_ptr(), turns.pairs.shape[1], turns.segment, 0
 
     def _panels(self, basis: Tensor) -> tuple[int, int, int]:
         """Return address, rows and panels of a basis [matrices,n,m] as panels [matrices,panels,n,PANEL]."""

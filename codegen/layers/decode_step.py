@@ -103,9 +103,10 @@ def _basis(decode: Tensor) -> tuple[Tensor, bytes]:
 def _turn(turning: Turning | None) -> bytes:
     """Return the C++ struct `Turning`."""
     if turning is None:
-        return bytes(32)
+        return bytes(40)
     pairs, phases, segment = turning
-    return struct.pack("@2P2q", pairs.data_ptr(), phases.data_ptr(), pairs.shape[1], segment)
+    of_each = phases.stride(0) if phases.dim() == 4 else 0
+    return struct.pack("@2P3q", pairs.data_ptr(), phases.data_ptr(), pairs.shape[1], segment, of_each)
 
 
 def _mean(mean: Tensor | None, heads: int) -> bytes:

@@ -84,7 +84,7 @@ def _folded_part(operands: AttentionOperands, segments: int) -> tuple[Tensor, Te
     for b in range(len(query)):
         one = slice(b, b + 1)
         exact = query[one].to(torch.promote_types(query.dtype, torch.float32))
-        turned = turns.queries(exact, segments)  # [N,H,S,D]
+        turned = turns.queries(exact, segments, b)  # [N,H,S,D]
         far, lengths = masks.latents, masks.lengths
         if far is not None:
             far = far.reshape((1,) * (4 - far.dim()) + far.shape)

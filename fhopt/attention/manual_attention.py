@@ -51,7 +51,7 @@ def _logits(query: Tensor, side: SideRows, dtype: torch.dtype, scale: float) -> 
     """Compute logits of quantized tokens, a tile at a time: query [B,H,S,D] -> [B,H,S,tokens], products in `dtype`."""
     turned, queries = query, algebra.absorb(query, side.decode)
     for part, tile in _tiles(side):
-        if side.turns is not None and part.start:
+        if side.turns is not None and (part.start or side.turns.is_of_each):
             turned = side.turns.query(query, part.start // side.turns.segment)
             queries = algebra.absorb(turned, side.decode)
         logits = attention.grouped_scores(queries.to(dtype) * scale, tile.to(dtype))

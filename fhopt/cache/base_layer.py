@@ -82,6 +82,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         self.observer: Callable[..., None] | None = None  # see `Latents`
         self.share, self.mass, self.lift = plan.page_share(site), plan.page_mass(site), plan.page_lift(site)
         self.fill: Tensor | None = None  # see `PageIndex`
+        self._padded: tuple[Tensor, Turns] | None = None  # the last padding with which there were segments
 
     def _check_site(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise FhoptError when the tokens do not fit the plan."""
@@ -126,7 +127,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         key, value = rounded or (None, None)
         key_mean, value_mean = (None, None) if self.means is None else self.means.parts
         return (
-            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean, self.turns),
+            self.packed_keys.side(start, stop, self.key_bases.decode, key, key_mean, self._turns_now()),
             self.packed_values.side(start, stop, self.value_bases.decode, value, value_mean),
         )
 
@@ -142,6 +143,15 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
         """Keep what padding sequences begin with. room: as of `LeftPadding`."""
         self.padding = self.stores[PADDING] = LeftPadding(room)
 
+    def _turns_now(self) -> Turns | None:
+        """Return the rotation of keys, of sequences that begin with padding each by its own positions."""
+        if self.turns is None or not self.padding.parts:
+            return self.turns
+        (numbers,) = self.padding.parts
+        if self._padded is None or self._padded[0] is not numbers:
+            self._padded = numbers, self.turns.behind(numbers[:, 0, 0])
+        return self._padded[1]
+
     def _encode(
         self, keys: Tensor, values: Tensor, use: Callable[[str, Tensor], None], places: Tensor | int = 0
     ) -> None:
@@ -149,11 +159,12 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
 
         places: numbers of the tokens behind the attention sinks, int64 [T], or that of the first.
         """
-        if self.turns is not None:
+        turns = self._turns_now()
+        if turns is not None:
             if isinstance(places, int):
                 places = torch.arange(keys.shape[2], device=keys.device) + places
             exact = keys.to(torch.promote_types(keys.dtype, torch.float32))  # a mean may be much larger than the rest
-            keys = self.turns.relative(exact, places)
+            keys = turns.relative(exact, places)
         if self.means is not None:
             keys, values = self.means.differences(keys, values)
         encode_sides(self.site, keys, values, use)

@@ -2,7 +2,8 @@
 
 Whoever calls the model knows its attention mask, a cache does not: `note_padding` tells the layers of an empty cache
 before their first call. A layer brings the tokens of that call to their places, and keeps two numbers a sequence.
-Sequences of which the first call has no token at all (chunked prefill) stay as they come.
+Sequences of which the first call has no token at all (chunked prefill) stay as they come, with padding for attention
+sinks; their means, and the segments of their keys, begin with their first token all the same.
 
 Letters: B batch, G kv heads, S new tokens, T tokens, D head size.
 """
@@ -70,6 +71,17 @@ class LeftPadding(Store):
         places = TokenPlaces(self.parts[0], self.reach)
         return places.by_place(keys, 2), places.by_place(values, 2)
 
+    def learn(self, ahead: Tensor, before: int, tokens: int) -> None:
+        """Take the padding, int64 [B], of sequences whose first token is one of the next `tokens`, `before` behind."""
+        late = (ahead >= before) & (ahead < before + tokens)
+        if before == 0 or not bool(late.any()):
+            return
+        numbers = self.parts[0] if self.parts else ahead.new_zeros((len(ahead), 1, 2))
+        late, ahead = late.to(numbers.device), ahead.to(numbers.device)
+        own = torch.stack([ahead, torch.zeros_like(ahead)], -1).unsqueeze(1)
+        self.parts = (torch.where(late[:, None, None], own, numbers),)
+        self.reach = int(self.parts[0].sum(-1).max())
+
     def shorten(self, sinks: int, tokens: int) -> None:
         """Expect the same sequences again, their first `tokens` tokens alone."""
         (numbers,) = self.parts
@@ -96,15 +108,20 @@ class LeftPadding(Store):
 
 
 def note_padding(layers: Iterable[Any], mask: Any, tokens: int) -> None:
-    """Tell latent layers of a cache, where they are empty, what padding their first call begins with.
+    """Tell latent layers of a cache what padding their first call begins with, and later ones of several tokens.
 
-    tokens: of that call, S. mask: the model's attention mask: [B,T], or [B,1,S,T], bool or additive; None, or anything
+    tokens: of the call, S. mask: the model's attention mask: [B,T], or [B,1,S,T], bool or additive; None, or anything
     else: nothing is known of padding.
     """
     waiting = [layer for layer in layers if isinstance(getattr(layer, PADDING, None), LeftPadding)]
-    if not waiting or (waiting[0].is_initialized and int(waiting[0].get_seq_length())):
+    if not waiting:
         return
-    ahead = padding_ahead(mask) if isinstance(mask, Tensor) else None
+    before = int(waiting[0].get_seq_length()) if waiting[0].is_initialized else 0
+    ahead = padding_ahead(mask, any_query=before > 0) if isinstance(mask, Tensor) else None
+    if before:
+        for layer in waiting if ahead is not None and len(ahead) == waiting[0].batch_size else ():
+            layer.padding.learn(ahead, before, tokens)
+        return
     expected: dict[int, ExpectedPadding | None] = {}  # by the number of attention sinks
     for layer in waiting:
         sinks = layer.window.sinks
@@ -113,11 +130,16 @@ def note_padding(layers: Iterable[Any], mask: Any, tokens: int) -> None:
         layer.padding.expected = expected[sinks]
 
 
-def padding_ahead(mask: Tensor) -> Tensor | None:
-    """Count the tokens of padding before each sequence: mask as of `note_padding` -> int64 [B], None where none has."""
+def padding_ahead(mask: Tensor, any_query: bool = False) -> Tensor | None:
+    """Count the tokens of padding before each sequence: mask as of `note_padding` -> int64 [B], None where none has.
+
+    any_query: of a mask with queries, what any of them sees is no padding; else what the newest one does, from which a
+    sliding window may hide more.
+    """
     if mask.dim() == 4:
-        mask = mask[:, 0, -1]  # what the newest token sees
+        mask = mask[:, 0] if any_query else mask[:, 0, -1:]
         seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+        seen = seen.any(1)
     elif mask.dim() == 2:
         seen = mask != 0
     else:

@@ -34,7 +34,8 @@ class Turns:
     """The rotation of keys at one site, and the tokens of a segment.
 
     pairs int64 [2,F]: the channels (real, imaginary) of each frequency. angles float64 [F]: radians a position, or
-    known: cosines and sines of segments, as of `phases`. slices: the channels, where they lie evenly.
+    known: cosines and sines of segments, as of `phases`. slices: the channels, where they lie evenly. ahead float64
+    [B,1,1]: by how many positions tokens of each sequence are behind their places, which is its padding; None: by none.
     """
 
     segment: int
@@ -42,6 +43,7 @@ class Turns:
     angles: Tensor
     known: Tensor | None = None
     slices: tuple[slice, slice] | None = None
+    ahead: Tensor | None = None
 
     @staticmethod
     def by_phases(segment: int, pairs: Tensor, phases: Tensor) -> Turns:
@@ -63,6 +65,15 @@ class Turns:
     def __deepcopy__(self, memo: Any) -> Turns:
         return self  # what is frozen needs no copies
 
+    def behind(self, padding: Tensor) -> Turns:
+        """Return the same for sequences that begin with padding: int64 [B].
+
+        A segment of a sequence begins where it begins for the batch, and its keys are relative to that position of
+        their own: a basis knows keys of the positions of one segment, not of those that are `padding` ahead of it.
+        """
+        made = replace(self, known=None, ahead=padding.double().view(-1, 1, 1))
+        return made if self.known is None else made.knowing(len(self.known))
+
     def segments(self, tokens: int) -> int:
         """Return how many segments so many tokens are in."""
         return -(-tokens // self.segment)
@@ -77,21 +88,31 @@ class Turns:
 
     def query(self, query: Tensor, segment: int) -> Tensor:
         """Turn queries [B,H,S,D] to those that read the keys of segment number `segment` as they are encoded."""
-        if segment == 0:
+        if segment == 0 and not self.is_of_each:
             return query
         if self.known is not None:
-            return self._by(query, *self.known[segment].unsqueeze(1))
-        start = torch.full((1,), -float(segment * self.segment), dtype=torch.float64, device=query.device)
-        return self.later(query, start)
+            cos, sin = self.known[..., segment, :, :].unbind(-2)  # [F], or [B, F]
+            return self._by(query, cos[..., None, None, :], sin[..., None, None, :])
+        return self.later(query, -self._starts(torch.full((1,), segment * self.segment, device=query.device)))
 
-    def queries(self, query: Tensor, segments: int) -> Tensor:
-        """Turn queries of one sequence [1,H,S,D] to each of the first segments: [N,H,S,D]."""
-        cos, sin = self.phases(segments)[:segments, :, None, None].unbind(1)  # [N, 1, 1, F]
+    @property
+    def is_of_each(self) -> bool:
+        """Return whether each sequence turns by its own positions."""
+        return self.ahead is not None or (self.known is not None and self.known.dim() == 4)
+
+    def queries(self, query: Tensor, segments: int, sequence: int = 0) -> Tensor:
+        """Turn queries of one sequence [1,H,S,D] of a batch to each of the first segments: [N,H,S,D]."""
+        phases = self.phases(segments)
+        phases = phases[sequence] if phases.dim() == 4 else phases
+        cos, sin = phases[:segments, :, None, None].unbind(1)  # [N, 1, 1, F]
         return self._by(query.expand(segments, -1, -1, -1), cos, sin)
 
     def phases(self, segments: int) -> Tensor:
-        """Return cosines and sines by which queries turn for each of at least `segments` segments: float32 [N,2,F]."""
-        if self.known is not None and len(self.known) >= segments:
+        """Return cosines and sines by which queries turn for each of at least `segments` segments.
+
+        float32 [N,2,F], or [B,N,2,F] of sequences that begin with padding.
+        """
+        if self.known is not None and self.known.shape[-3] >= segments:
             return self.known
         count = 1 << max(4, (segments - 1).bit_length())
         if torch.compiler.is_compiling():
@@ -106,16 +127,18 @@ class Turns:
         return table[count]
 
     def _phases(self, segments: int) -> Tensor:
-        starts = torch.arange(segments, dtype=torch.float64, device=self.angles.device) * -self.segment
-        phase = starts.unsqueeze(1) * self.angles
-        return torch.stack([phase.cos(), phase.sin()], 1).float()
+        starts = self._starts(torch.arange(segments, device=self.angles.device) * self.segment)
+        phase = -(starts if self.ahead is None else starts.squeeze(1)).unsqueeze(-1) * self.angles  # [N,F], or [B,N,F]
+        return torch.stack([phase.cos(), phase.sin()], -2).float()
 
     def knowing(self, segments: int) -> Turns:
         """Return the same with the phases of so many segments, for a graph that shall not compute them."""
         return replace(self, known=self.phases(segments))
 
     def _starts(self, places: Tensor) -> Tensor:
-        return (places.clamp(min=0) // self.segment * self.segment).double()
+        """Return the positions at which the segments of places begin: float64 [T], or [B,1,T]."""
+        starts = (places.clamp(min=0) // self.segment * self.segment).double()
+        return starts if self.ahead is None else starts - self.ahead
 
     def later(self, x: Tensor, by: Tensor) -> Tensor:
         """Turn x [B,G,T,D] on by positions, float64 [T], [1] or [B,1,T]; products in float32, or float64 for such."""
@@ -123,7 +146,7 @@ class Turns:
         return self._by(x, phase.cos(), phase.sin())
 
     def _by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn x [B,G,T,D] by cosines and sines [T,F], or [1,F]."""
+        """Turn x [B,G,T,D] by cosines and sines [T,F], [1,F] or [B,1,T,F]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         cos, sin, (real, imaginary) = cos.to(dtype), sin.to(dtype), self.slices or tuple(self.pairs)
         a, b = x[..., real].to(dtype), x[..., imaginary].to(dtype)

@@ -163,7 +163,7 @@ void attend_cache(const CacheAttention& a) {
             std::vector<float> turned(segments * size);
             for (int64_t k = 0; k < segments; k++) {
                 float* query = &turned[k * size];
-                a.turn.turn(at(i), size, k, query);
+                a.turn.turn(at(i), size, k, query, i / (h * s));
                 if (!shifts.empty()) shifts[k * rows + i] = float(a.scale) * a.key_mean.dot(query, i / (h * s), head);
             }
             absorb(a.encode, turned.data(), segments, size, head, h, &absorbed[i * width], rows * width);

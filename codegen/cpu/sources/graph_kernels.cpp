@@ -280,18 +280,20 @@ CacheMean means(const std::string& name, const std::optional<Tensor>& mean, int6
     return {static_cast<const float*>(mean->data_ptr()), mean->stride(0), mean->stride(1), h / mean->size(1), d};
 }
 
-// How queries turn for segments of keys: channels int64 [2,F], cosines and sines float [N,2,F].
+// How queries of b sequences turn for segments of keys: channels int64 [2,F], cosines and sines float [N,2,F], or of
+// each sequence [B,N,2,F].
 Turning turning_of(const std::string& name, const std::optional<Tensor>& pairs, const std::optional<Tensor>& phases,
-                   int64_t segment, int64_t tokens, int64_t size) {
+                   int64_t segment, int64_t tokens, int64_t b, int64_t size) {
     if (!segment || !pairs || !phases) return {};
-    const int64_t count = pairs->size(1);
+    const int64_t count = pairs->size(1), of_each = phases->dim() == 4;
     const bool fits = segment > 0 && pairs->dim() == 2 && pairs->scalar_type() == ScalarType::Long &&
-                      pairs->is_contiguous() && phases->dim() == 3 && phases->scalar_type() == ScalarType::Float &&
-                      phases->is_contiguous() && phases->size(2) == count && 2 * count <= size &&
-                      phases->size(0) * segment >= tokens;
+                      pairs->is_contiguous() && phases->dim() == 3 + of_each && (!of_each || phases->size(0) == b) &&
+                      phases->scalar_type() == ScalarType::Float && phases->is_contiguous() &&
+                      phases->size(2 + of_each) == count && 2 * count <= size &&
+                      phases->size(of_each) * segment >= tokens;
     expect(fits, name, "a rotation that does not fit");
     return {static_cast<const int64_t*>(pairs->data_ptr()), static_cast<const float*>(phases->data_ptr()), count,
-            segment};
+            segment, of_each ? phases->stride(0) : 0};
 }
 
 // clang-format off
@@ -333,7 +335,7 @@ Tensor attend_kernel(
     }
     a.opened = part(of_opened, {opened, key, value, none, none, near, none, scale, softcap, none}, query);
     a.encode = encode.view(), a.decode = decode.view();
-    a.turn = turning_of(latents, turn_pairs, turn_phases, segment, a.latents.call.tokens, d);
+    a.turn = turning_of(latents, turn_pairs, turn_phases, segment, a.latents.call.tokens, b, d);
     a.key_mean = means(latents, key_mean, b, h, d), a.value_mean = means(latents, value_mean, b, h, e);
     a.output = is_float ? static_cast<float*>(output.data_ptr()) : memory.data();
     attend_cache(a);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,17 @@ CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 KINDS = pytest.mark.parametrize("options", [{}, {"max_cache_len": 128}], ids=["growing", "static"])
 
 
+SEGMENT = 64
+
+
 @pytest.fixture
 def plan(llama: Fitted) -> LatentPlan:
     return llama.plan(8, mean_tokens=16)
+
+
+def in_parts(plan: LatentPlan) -> LatentPlan:
+    """The plan with keys relative to segments, though its bases were fitted to keys as they are."""
+    return replace(plan, sites=tuple(replace(site, segment=SEGMENT) for site in plan.sites))
 
 
 def filled(plan: LatentPlan, model: Any, lengths: tuple[int, ...], **options: Any) -> tuple[Any, Tensor, Tensor]:
@@ -122,14 +131,21 @@ def test_its_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
 
 @KINDS
 @pytest.mark.parametrize("window_bits", [8, 16])
-def test_a_short_sequence_is_read_as_if_it_were_alone(window_bits: int, options: dict[str, int], llama: Fitted) -> None:
-    """To the rounding of sums where padding is whole blocks; elsewhere other tokens are the newest ones of a block."""
+@pytest.mark.parametrize("lengths", [LENGTHS, (90, 26, 41)])
+def test_a_short_sequence_is_read_as_if_it_were_alone(
+    lengths: tuple[int, ...], window_bits: int, options: dict[str, int], llama: Fitted
+) -> None:
+    """To the rounding of sums where padding is whole blocks; elsewhere other tokens are the newest ones of a block.
+
+    With the longer sequences keys are relative to segments, of which the padding of the second one is a whole one.
+    """
     plan = llama.plan(8, mean_tokens=16, window_bits=window_bits)
-    batch = padded(LENGTHS, LATER)
+    plan = in_parts(plan) if lengths[0] - lengths[1] == SEGMENT else plan
+    batch = padded(lengths, LATER)
     found, _ = read(llama.model, plan, batch, LATER, **options)
     exact, _ = read(llama.model, None, batch, LATER)
     losses = []
-    for row in range(len(LENGTHS)):
+    for row in range(len(lengths)):
         own, _ = read(llama.model, plan, alone(*batch, row), LATER, **options)
         losses.append((divergence(found[row], exact[row]), divergence(own[0], exact[row])))
         if row < 2:
@@ -165,14 +181,31 @@ def test_latents_of_full_width_generate_the_exact_tokens(kind: str, mode: str, l
 
 
 @pytest.mark.parametrize("mode", ["chunked prefill", "static chunked prefill"])
-def test_a_sequence_without_a_token_in_the_first_chunk_stays_as_it_comes(mode: str, llama: Fitted) -> None:
+def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mode: str, llama: Fitted) -> None:
     ids, mask = padded((50, 45, 20))  # chunks of 13 tokens
     expected = generate(llama.model, MODES["greedy"], ids, attention_mask=mask)
     with switched(llama.model, llama.plan(1)):
         found = generate(llama.model, MODES[mode], ids, attention_mask=mask)
     numbers = cache_of(found).layers[0].padding.parts[0]
-    assert numbers[:, 0].tolist() == [[0, 4], [5, 4], [0, 4]]
+    assert numbers[:, 0].tolist() == [[0, 4], [5, 4], [30, 0]]
     assert torch.equal(found.sequences, expected.sequences)
+
+
+@KINDS
+def test_chunks_know_where_a_sequence_begins(options: dict[str, Any], llama: Fitted, plan: LatentPlan) -> None:
+    """Segments and means are those of the sequence alone, whose first tokens are the only ones quantized more."""
+    ids, mask = padded((110, 21))
+    cache = LatentCache(in_parts(plan), llama.model.config, **options)
+    with torch.no_grad(), switched(llama.model, in_parts(plan)):
+        for t in range(0, 110, 10):
+            given = {"attention_mask": mask[:, : t + 10], "position_ids": (mask.cumsum(1) - 1)[:, t : t + 10].clamp(0)}
+            llama.model(ids[:, t : t + 10], **given, **cached(cache))
+    layer = cache.layers[0]
+    assert layer.padding.parts[0][:, 0].tolist() == [[0, 4], [89, 0]]
+    keys = layer.keys[:, :, :110][1, :, 89:]
+    with torch.no_grad():
+        exact = llama.model(ids[1:, 89:], use_cache=True).past_key_values.layers[0].keys[0]
+    assert float((keys - exact).square().mean() / exact.square().mean()) < 0.1
 
 
 @KINDS
@@ -226,8 +259,11 @@ def test_selected_pages_read_no_padding(share: float, llama: Fitted) -> None:
     torch.testing.assert_close(found, changed, **CLOSE)
 
 
-def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(llama: Fitted, plan: LatentPlan) -> None:
-    model = llama.model
+@pytest.mark.parametrize("segments", [False, True])
+def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(
+    segments: bool, llama: Fitted, plan: LatentPlan
+) -> None:
+    model, plan = llama.model, in_parts(plan) if segments else plan
     compiled: Any = torch.compile(model, backend="eager", dynamic=False)
     graphs = []
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fhopt.attention.attend import attend
 from fhopt.attention.latent_tensor import LatentTensor
 from fhopt.cache.dynamic_layer import LatentLayer
+from fhopt.cache.left_padding import ExpectedPadding
 from fhopt.ops.attention import attention_reference
 from fhopt.ops.turns import Turns
 from fhopt.plan.latent_plan import LatentPlan
@@ -40,6 +41,32 @@ def test_keys_are_what_they_would_be_if_their_segment_began_at_position_0() -> N
     expected = torch.stack([turned_by_hand(raw, int(i) % 64) for i in places])[None, None]
     torch.testing.assert_close(turns.relative(keys, places), expected)
     torch.testing.assert_close(turns.finished(expected, places), keys)
+
+
+def test_keys_behind_padding_are_relative_to_the_position_that_they_have() -> None:
+    raw, ahead = torch.randn(8, dtype=torch.float64), (0, 70, 300)
+    turns, places = Turns.on(ROPE, 64, CPU).behind(torch.tensor(ahead)), torch.tensor([0, 63, 64, 130, 1000])
+    keys = torch.stack([torch.stack([turned_by_hand(raw, int(i) - n) for i in places])[None] for n in ahead])
+    expected = torch.stack([turned_by_hand(raw, int(i) % 64) for i in places])[None, None].expand(3, -1, -1, -1)
+    torch.testing.assert_close(turns.relative(keys, places), expected)
+    torch.testing.assert_close(turns.finished(expected, places), keys)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_queries_turn_for_each_sequence_behind_its_padding(known: bool) -> None:
+    turns, keys, query = Turns.on(ROPE, 64, CPU), torch.randn(2, 1, 200, 8), torch.randn(2, 1, 1, 8)
+    turns = (turns.knowing(4) if known else turns).behind(torch.tensor([0, 100]))
+    relative = turns.relative(keys, torch.arange(200))
+    by_phases = Turns.by_phases(64, turns.pairs, turns.phases(4))
+    for number in range(turns.segments(200)):
+        part = slice(64 * number, 64 * (number + 1))
+        expected = query @ keys[:, :, part].mT
+        for reader in (turns, by_phases):
+            found = reader.query(query, number) @ relative[:, :, part].mT
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            for b in range(2):
+                one = reader.queries(query[b : b + 1], 4, b)[number] @ relative[b, :, part].mT
+                torch.testing.assert_close(one, expected[b], rtol=1e-4, atol=1e-4)
 
 
 def test_a_turned_query_reads_relative_keys_as_it_would_have_read_the_keys() -> None:
@@ -73,10 +100,14 @@ def test_numbers_are_made_once_and_may_be_trained_with() -> None:
     assert query.grad is not None
 
 
-def read(plan: LatentPlan, dtype: torch.dtype, count: int, queries: int) -> tuple[Any, Any, Any, Tensor]:
-    """What a cache of `count` tokens gives attention, and queries."""
+def read(
+    plan: LatentPlan, dtype: torch.dtype, count: int, queries: int, padding: int = 0
+) -> tuple[Any, Any, Any, Tensor]:
+    """What a cache of `count` tokens gives attention, and queries. padding: of the second of two sequences."""
     torch.manual_seed(0)
     layer, site = LatentLayer(plan, plan.sites[0]), plan.sites[0].site
+    if padding:
+        layer.padding.expected = ExpectedPadding.of(torch.tensor([0, padding]), plan.sinks, count - queries)
     keys = torch.randn(2, site.kv_heads, count, site.key_dim).to(dtype) + 1
     values = torch.randn(2, site.kv_heads, count, site.value_dim).to(dtype) + 1
     layer.update(keys[:, :, :-queries], values[:, :, :-queries])
@@ -87,9 +118,12 @@ def read(plan: LatentPlan, dtype: torch.dtype, count: int, queries: int) -> tupl
 @pytest.mark.parametrize("layout", ["head", "input"])
 @pytest.mark.parametrize(("means", "bits"), [(0, 16), (12, 8), (12, 16)])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_attention_is_that_on_reconstructed_keys(layout: str, means: int, bits: int, queries: int) -> None:
+@pytest.mark.parametrize("padding", [0, 100])
+def test_attention_is_that_on_reconstructed_keys(
+    layout: str, means: int, bits: int, queries: int, padding: int
+) -> None:
     plan = in_segments(random_plan(layout, CODED, mean_tokens=means, window_bits=bits))
-    key, value, layer, query = read(plan, torch.float64, 230, queries)
+    key, value, layer, query = read(plan, torch.float64, 230, queries, padding)
     assert isinstance(key, LatentTensor) and layer.quantized > 3 * 64
     found = attend(query, key.exact, value.exact, key.latents, None, scale=0.25)
     mask = torch.ones(queries, 230, dtype=torch.bool).tril(230 - queries)
@@ -99,15 +133,17 @@ def test_attention_is_that_on_reconstructed_keys(layout: str, means: int, bits: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("means", [0, 12])
-@pytest.mark.parametrize("count", [40, 80, 230, 700])
-def test_a_kernel_turns_queries_as_torch_operations_do(dtype: torch.dtype, means: int, count: int) -> None:
+@pytest.mark.parametrize(("count", "padding"), [(40, 0), (80, 0), (230, 0), (700, 0), (230, 100), (700, 300)])
+def test_a_kernel_turns_queries_as_torch_operations_do(
+    dtype: torch.dtype, means: int, count: int, padding: int
+) -> None:
     from fhopt.codegen import dispatch
 
     dispatch.install()
     with dispatch.waiting(), torch.inference_mode():
         dispatch.prepare()
         plan = in_segments(random_plan("head", CODED, mean_tokens=means, window_bits=8))
-        key, value, _, query = read(plan, dtype, count, 1)
+        key, value, _, query = read(plan, dtype, count, 1, padding)
         found = attend(query, key.exact, value.exact, key.latents, None, scale=0.25)
         expected = attend(query.double(), key.exact.double(), value.exact.double(), key.latents, None, scale=0.25)
         close = 1e-5 if dtype == torch.float32 else 2e-2
