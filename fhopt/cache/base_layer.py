@@ -149,7 +149,7 @@ class LatentLayerBase(CacheLayerMixin):  # type: ignore[misc]
             return self.turns
         (numbers,) = self.padding.parts
         if self._padded is None or self._padded[0] is not numbers:
-            self._padded = numbers, self.turns.behind(numbers[:, 0, 0])
+            self._padded = numbers, self.turns.behind(self.padding.behind)
         return self._padded[1]
 
     def _encode(

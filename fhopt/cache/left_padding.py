@@ -1,7 +1,9 @@
 """Padding on the left of the sequences of a batch, as a cache keeps it: see fhopt/attention/token_places.py.
 
 Whoever calls the model knows its attention mask, a cache does not: `note_padding` tells the layers of an empty cache
-before their first call. A layer brings the tokens of that call to their places, and keeps two numbers a sequence.
+before their first call. A layer brings the tokens of that call to their places, and keeps three numbers a sequence:
+its padding, its attention sinks, and by how many positions its tokens are behind their numbers in the batch. That is
+the padding where positions are counted without it, as `generate` does, and nothing where the model counts it.
 Sequences of which the first call has no token at all (chunked prefill) stay as they come, with padding for attention
 sinks; their means, and the segments of their keys, begin with their first token all the same.
 
@@ -25,22 +27,31 @@ PADDING = "padding"  # the store's name in files
 
 @dataclass(frozen=True, eq=False)
 class ExpectedPadding:
-    """Padding of a first call of `tokens` tokens: numbers int64 [B,1,2] and reach as of `TokenPlaces`."""
+    """Padding of a first call of `tokens` tokens: numbers int64 [B,1,3], and reach as of `TokenPlaces`."""
 
     numbers: Tensor
     reach: int
     tokens: int
 
     @staticmethod
-    def of(ahead: Tensor, sinks: int, tokens: int) -> ExpectedPadding:
-        """Make it from the padding of each sequence, int64 [B], for a cache with this number of attention sinks."""
+    def of(ahead: Tensor, behind: Tensor, sinks: int, tokens: int) -> ExpectedPadding:
+        """Make it from the padding of each sequence and its positions behind numbers of tokens, both int64 [B].
+
+        sinks: how many a cache has.
+        """
         ahead = torch.where(ahead < tokens, ahead, 0)
-        numbers = torch.stack([ahead, (tokens - ahead).clamp(max=sinks)], -1).unsqueeze(1)
-        return ExpectedPadding(numbers, int(numbers.sum(-1).max()), tokens)
+        numbers = torch.stack([ahead, (tokens - ahead).clamp(max=sinks), behind], -1).unsqueeze(1)
+        return ExpectedPadding(numbers, _reach(numbers), tokens)
+
+
+def _reach(numbers: Tensor) -> int:
+    return int(numbers[..., :2].sum(-1).max())
 
 
 class LeftPadding(Store):
-    """Padding before each sequence and its attention sinks, int64 [B,1,2]; no parts where no sequence has padding.
+    """Padding before each sequence, its attention sinks, and positions that it is behind: int64 [B,1,3].
+
+    No parts where all sequences have no padding and the positions of their tokens' numbers.
 
     room: places of a cache of fixed size, None where it grows. expected: of the next call, if that is a first one.
     """
@@ -54,12 +65,17 @@ class LeftPadding(Store):
         """Places of tokens; None where each stands in the place of its position."""
         if not self.parts:
             return None
-        return TokenPlaces(self.parts[0], self.reach if self.room is None else self.room)
+        return TokenPlaces(self.parts[0][..., :2], self.reach if self.room is None else self.room)
 
     @property
     def starts(self) -> Tensor:
         """The first token behind the attention sinks of each sequence, int64 [B,1,1]. Expects parts."""
-        return self.parts[0].sum(-1, keepdim=True)
+        return self.parts[0][..., :2].sum(-1, keepdim=True)
+
+    @property
+    def behind(self) -> Tensor:
+        """By how many positions the tokens of each sequence are behind their numbers, int64 [B]. Expects parts."""
+        return self.parts[0][:, 0, 2]
 
     def begin(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take what was expected of the first call, and return its keys and values [B,G,S,D] in order of places."""
@@ -68,24 +84,24 @@ class LeftPadding(Store):
             return keys, values
         self.parts = (expected.numbers.to(keys.device, copy=True),)
         self.reach = expected.reach
-        places = TokenPlaces(self.parts[0], self.reach)
+        places = TokenPlaces(self.parts[0][..., :2], self.reach)
         return places.by_place(keys, 2), places.by_place(values, 2)
 
-    def learn(self, ahead: Tensor, before: int, tokens: int) -> None:
-        """Take the padding, int64 [B], of sequences whose first token is one of the next `tokens`, `before` behind."""
+    def learn(self, ahead: Tensor, behind: Tensor, before: int, tokens: int) -> None:
+        """Take what `ExpectedPadding.of` takes of sequences whose first token is one of `tokens`, `before` behind."""
         late = (ahead >= before) & (ahead < before + tokens)
         if before == 0 or not bool(late.any()):
             return
-        numbers = self.parts[0] if self.parts else ahead.new_zeros((len(ahead), 1, 2))
-        late, ahead = late.to(numbers.device), ahead.to(numbers.device)
-        own = torch.stack([ahead, torch.zeros_like(ahead)], -1).unsqueeze(1)
-        self.parts = (torch.where(late[:, None, None], own, numbers),)
-        self.reach = int(self.parts[0].sum(-1).max())
+        numbers = self.parts[0] if self.parts else ahead.new_zeros((len(ahead), 1, 3))
+        own = torch.stack([ahead, torch.zeros_like(ahead), behind], -1).unsqueeze(1)
+        self.parts = (torch.where(late[:, None, None].to(numbers.device), own.to(numbers.device), numbers),)
+        self.reach = _reach(self.parts[0])
 
     def shorten(self, sinks: int, tokens: int) -> None:
         """Expect the same sequences again, their first `tokens` tokens alone."""
         (numbers,) = self.parts
-        self.expected, self.parts = ExpectedPadding.of(numbers[:, 0, 0], sinks, tokens) if tokens else None, ()
+        ahead, _, behind = numbers[:, 0].unbind(-1)
+        self.expected, self.parts = ExpectedPadding.of(ahead, behind, sinks, tokens) if tokens else None, ()
 
     def forget(self) -> None:
         """Know of no padding."""
@@ -96,10 +112,12 @@ class LeftPadding(Store):
         if not parts:
             return
         (numbers,) = parts
-        if numbers.dtype != torch.int64 or tuple(numbers.shape) != (batch, 1, 2):
-            raise ValueError(f"{PADDING} is {numbers.dtype} {tuple(numbers.shape)}, not int64 {(batch, 1, 2)}")
-        self.reach = int(numbers.sum(-1).max())
-        if int(numbers.min()) < 0 or self.reach > length:
+        if numbers.dtype == torch.int64 and tuple(numbers.shape) == (batch, 1, 2):  # of files before there were three
+            numbers = torch.cat([numbers, numbers[..., :1]], -1)
+        if numbers.dtype != torch.int64 or tuple(numbers.shape) != (batch, 1, 3):
+            raise ValueError(f"{PADDING} is {numbers.dtype} {tuple(numbers.shape)}, not int64 {(batch, 1, 3)}")
+        self.reach = _reach(numbers)
+        if int(numbers[..., :2].min()) < 0 or self.reach > length:
             raise ValueError(f"{PADDING} up to token {self.reach} of {length}")
         self.parts = (numbers,)
 
@@ -107,27 +125,42 @@ class LeftPadding(Store):
 # --------------------------------------------------------------------------------------------------- the mask
 
 
-def note_padding(layers: Iterable[Any], mask: Any, tokens: int) -> None:
+def note_padding(layers: Iterable[Any], mask: Any, tokens: int, positions: Any = None) -> None:
     """Tell latent layers of a cache what padding their first call begins with, and later ones of several tokens.
 
     tokens: of the call, S. mask: the model's attention mask: [B,T], or [B,1,S,T], bool or additive; None, or anything
-    else: nothing is known of padding.
+    else: nothing is known of padding. positions: those of the call's tokens, int64 [B,S] or [1,S]; None, or anything
+    else: the model counts all tokens.
     """
     waiting = [layer for layer in layers if isinstance(getattr(layer, PADDING, None), LeftPadding)]
     if not waiting:
         return
     before = int(waiting[0].get_seq_length()) if waiting[0].is_initialized else 0
     ahead = padding_ahead(mask, any_query=before > 0) if isinstance(mask, Tensor) else None
+    behind = _behind(positions, before + tokens, ahead)
     if before:
         for layer in waiting if ahead is not None and len(ahead) == waiting[0].batch_size else ():
-            layer.padding.learn(ahead, before, tokens)
+            layer.padding.learn(ahead, behind, before, tokens)
         return
+    if ahead is None and behind is not None and bool(behind.any()):
+        ahead = torch.zeros_like(behind)
     expected: dict[int, ExpectedPadding | None] = {}  # by the number of attention sinks
     for layer in waiting:
         sinks = layer.window.sinks
         if sinks not in expected:
-            expected[sinks] = None if ahead is None else ExpectedPadding.of(ahead, sinks, tokens)
+            expected[sinks] = None if ahead is None else ExpectedPadding.of(ahead, behind, sinks, tokens)
         layer.padding.expected = expected[sinks]
+
+
+def _behind(positions: Any, tokens: int, ahead: Tensor | None) -> Any:
+    """Return by how many positions the newest of `tokens` tokens of each sequence is behind its number, int64 [B].
+
+    None where neither positions nor padding are known.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None if ahead is None else torch.zeros_like(ahead)
+    behind = tokens - 1 - positions[:, -1].long()
+    return behind if ahead is None else behind.to(ahead.device).expand(len(ahead))
 
 
 def padding_ahead(mask: Tensor, any_query: bool = False) -> Tensor | None:

@@ -105,7 +105,8 @@ class FitOptions:
     def segment_tokens(self) -> int:
         """Tokens of a segment: as given, else 512.
 
-        0 for plans without means or bits, which stand in graphs, and for GPUs, where no kernel turns queries.
+        0 for plans without means or bits, which stand in graphs, and for GPUs, where no kernel turns queries. Where
+        positions are those in images a calibration has none, either.
         """
         if self.segment is not None:
             return self.segment

@@ -39,7 +39,7 @@ from fhopt.hardware.float_products import onednn_products
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.capture import Captured, capture
 from fhopt.models.loaded_model import LoadedModel
-from fhopt.models.model_facts import check_length, decoder_sites, encoder_path
+from fhopt.models.model_facts import check_length, check_segments, counts_in_images, decoder_sites, encoder_path
 from fhopt.models.sites import raise_nothing_found
 from fhopt.parallel import collectives
 from fhopt.parallel.offloaded_weights import Weights
@@ -131,6 +131,9 @@ def measure(
     """
     options.check()
     model = loaded.language_model()
+    if options.segment is None and counts_in_images(model.config):
+        options = replace(options, segment=0)
+    check_segments(model.config, options.segment_tokens, loaded.name)
     check_whole(model)
     check_length(model, options.context)
     count = options.sequences + options.rate_sequences

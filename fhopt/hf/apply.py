@@ -20,6 +20,7 @@ from fhopt.hf.layer_programs import drop_programs, use_programs
 from fhopt.hf.skinny_products import replace_products, restore_products
 from fhopt.models.model_facts import (
     cache_argument,
+    check_segments,
     encoder_path,
     implementations,
     is_inside,
@@ -87,6 +88,7 @@ def apply(
             "first, with device_map where they are more than one device holds."
         )
     check_model(plan, weights, type(model).__name__)
+    check_segments(network.config, max(site.segment for site in plan.sites), type(model).__name__)
     plan = local_plan(model, plan)
     encoder = encoder_path(model)
     sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
@@ -309,7 +311,7 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     if isinstance(mask, dict):  # by kinds of layers
         mask = mask.get("full_attention")
     layers = getattr(cache, "self_attention_cache", cache).layers
-    note_padding(layers, mask, ids.shape[1])
+    note_padding(layers, mask, ids.shape[1], named.get(f"{prefix}position_ids"))
 
 
 def site_layers(model: torch.nn.Module) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,3 +90,23 @@ def decoder_sites(sites: Iterable[AttentionSite], encoder: str | None) -> list[A
 def is_inside(name: str, path: str | None) -> bool:
     """Return True when the module `name` is `path` or lies below it."""
     return path is not None and f"{name}.".startswith(f"{path}.")
+
+
+def counts_in_images(config: Any) -> bool:
+    """Return whether positions of tokens are those in images, so that many tokens may share one.
+
+    M-RoPE (Qwen2-VL, 2409.12191): keys of a text behind images are at positions far below their numbers.
+    """
+    text = config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = (parameters, *parameters.values()) if isinstance(parameters, Mapping) else ()
+    return any(isinstance(kind, Mapping) and "mrope_section" in kind for kind in kinds)
+
+
+def check_segments(config: Any, segment: int, name: str) -> None:
+    """Raise FhoptError where keys cannot be relative to segments of so many tokens, because of their positions."""
+    if segment and counts_in_images(config):
+        raise FhoptError(
+            f"{name}: positions are those in images (mrope_section), and segments of {segment} tokens need one for "
+            "each token; expected plans without segments. Fit with --segment 0."
+        )

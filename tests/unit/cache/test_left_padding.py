@@ -122,7 +122,7 @@ def test_without_padding_nothing_is_kept(llama: Fitted, plan: LatentPlan) -> Non
 
 def test_its_bytes_are_counted(llama: Fitted, plan: LatentPlan) -> None:
     (_, with_padding), (_, without) = (read(llama.model, plan, padded(n), 0) for n in ((70, 21), (70, 70)))
-    numbers = 2 * 2 * 8  # two of 64 bits a sequence
+    numbers = 2 * 3 * 8  # three of 64 bits a sequence
     assert with_padding.nbytes - without.nbytes == len(with_padding.layers) * numbers
 
 
@@ -151,6 +151,24 @@ def test_a_short_sequence_is_read_as_if_it_were_alone(
         if row < 2:
             torch.testing.assert_close(found[row], own[0], **CLOSE)
     assert losses[2][0] < 1.5 * losses[2][1]
+
+
+@KINDS
+@torch.no_grad()
+def test_segments_begin_where_positions_are_counted_from(options: dict[str, Any], llama: Fitted) -> None:
+    """A call without positions has those of the model, which counts padding; those of `generate` do not."""
+    plan, (ids, mask) = in_parts(llama.plan(8, mean_tokens=16)), padded((120, 40))
+    errors, counted = [], {"position_ids": (mask.cumsum(1) - 1).clamp(0)}
+    for positions, behind in (({}, [0, 0]), (counted, [0, 80])):
+        given = {"attention_mask": mask, "use_cache": True, **positions}
+        exact = llama.model(ids, **given).past_key_values.layers[0].keys[1, :, 80:]
+        with switched(llama.model, plan):
+            cache = LatentCache(plan, llama.model.config, **options)
+            llama.model(ids, **given, **cached(cache))
+        assert cache.layers[0].padding.behind.tolist() == behind
+        found = cache.layers[0].keys[:, :, :120][1, :, 80:]
+        errors.append(float((found - exact).square().mean() / exact.square().mean()))
+    assert 0 < errors[0] < 1.2 * errors[1] and errors[1] < 1.2 * errors[0]
 
 
 def test_greedy_tokens_at_8x_are_those_of_each_sequence_alone(llama: Fitted, plan: LatentPlan) -> None:
@@ -187,7 +205,7 @@ def test_a_sequence_without_a_token_in_the_first_chunk_has_padding_for_sinks(mod
     with switched(llama.model, llama.plan(1)):
         found = generate(llama.model, MODES[mode], ids, attention_mask=mask)
     numbers = cache_of(found).layers[0].padding.parts[0]
-    assert numbers[:, 0].tolist() == [[0, 4], [5, 4], [30, 0]]
+    assert numbers[:, 0].tolist() == [[0, 4, 0], [5, 4, 5], [30, 0, 30]]
     assert torch.equal(found.sequences, expected.sequences)
 
 
@@ -201,7 +219,7 @@ def test_chunks_know_where_a_sequence_begins(options: dict[str, Any], llama: Fit
             given = {"attention_mask": mask[:, : t + 10], "position_ids": (mask.cumsum(1) - 1)[:, t : t + 10].clamp(0)}
             llama.model(ids[:, t : t + 10], **given, **cached(cache))
     layer = cache.layers[0]
-    assert layer.padding.parts[0][:, 0].tolist() == [[0, 4], [89, 0]]
+    assert layer.padding.parts[0][:, 0].tolist() == [[0, 4, 0], [89, 0, 89]]
     keys = layer.keys[:, :, :110][1, :, 89:]
     with torch.no_grad():
         exact = llama.model(ids[1:, 89:], use_cache=True).past_key_values.layers[0].keys[0]
@@ -302,7 +320,7 @@ def test_padding_moves_with_its_sequence(options: dict[str, int], llama: Fitted,
 
 def test_padding_is_repeated_and_selected(llama: Fitted, plan: LatentPlan) -> None:
     _, cache = read(llama.model, plan, padded(LENGTHS), 0)
-    ahead = [[[0, 4]], [[24, 4]], [[49, 4]]]
+    ahead = [[[0, 4, 0]], [[24, 4, 24]], [[49, 4, 49]]]
     cache.batch_repeat_interleave(2)
     assert cache.layers[1].padding.parts[0].tolist() == [x for x in ahead for _ in range(2)]
     cache.batch_select_indices(torch.tensor([5, 0]))
@@ -360,7 +378,8 @@ def test_files_keep_it(options: dict[str, int], llama: Fitted, plan: LatentPlan,
 
 
 @pytest.mark.parametrize(
-    "wrong", [torch.tensor([[[-1, 4]], [[49, 4]]]), torch.tensor([[[0, 4]], [[90, 4]]]), torch.zeros(1, 1, 2)]
+    "wrong",
+    [torch.tensor([[[-1, 4, 0]], [[49, 4, 0]]]), torch.tensor([[[0, 4, 0]], [[90, 4, 0]]]), torch.zeros(1, 1, 3)],
 )
 def test_what_cannot_be_padding_is_refused(wrong: Tensor, llama: Fitted, plan: LatentPlan) -> None:
     _, cache = read(llama.model, plan, padded((70, 21)), 0)

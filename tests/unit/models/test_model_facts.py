@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from small_models import tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
 from fhopt.calibration import run
+from fhopt.errors import FhoptError
 from fhopt.fitting import fit_plan
 from fhopt.models.capture import capture
-from fhopt.models.model_facts import uses_interface
+from fhopt.models.model_facts import check_segments, counts_in_images, uses_interface
 
 
 def tiny_git() -> Any:
@@ -44,3 +48,19 @@ def test_an_exact_plan_on_attention_by_hand_changes_no_number() -> None:
         found = model(input_ids=ids, use_cache=True).logits
     fhopt.unapply(model)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+SECTIONS = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [(SECTIONS, True), ({"full_attention": SECTIONS}, True), ({"rope_theta": 1e4}, False), (None, False)],
+)
+def test_positions_in_images_are_told_from_those_of_tokens(parameters: Any, expected: bool) -> None:
+    config = SimpleNamespace(rope_parameters=parameters)
+    config.get_text_config = lambda decoder: config
+    assert counts_in_images(config) is expected
+    check_segments(config, 0, "model")
+    with pytest.raises(FhoptError, match="--segment 0") if expected else nullcontext():
+        check_segments(config, 512, "model")

@@ -107,7 +107,8 @@ def read(
     torch.manual_seed(0)
     layer, site = LatentLayer(plan, plan.sites[0]), plan.sites[0].site
     if padding:
-        layer.padding.expected = ExpectedPadding.of(torch.tensor([0, padding]), plan.sinks, count - queries)
+        ahead = torch.tensor([0, padding])
+        layer.padding.expected = ExpectedPadding.of(ahead, ahead, plan.sinks, count - queries)
     keys = torch.randn(2, site.kv_heads, count, site.key_dim).to(dtype) + 1
     values = torch.randn(2, site.kv_heads, count, site.value_dim).to(dtype) + 1
     layer.update(keys[:, :, :-queries], values[:, :, :-queries])
