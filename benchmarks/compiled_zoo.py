@@ -27,6 +27,7 @@ from recording import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # the zoo belongs to the tests, and is not installed
 
 import gc
+import math
 import os
 import time
 import warnings
@@ -177,21 +178,37 @@ def compared(results: Iterable[Result]) -> list[Result]:
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """Return the figures of each task that eager and inductor can do; the baseline is inductor's."""
-    return [
-        Row(result.task.label, "flashhead", metric, result.figure(metric, "flashhead"), unit,
-            baseline=result.figure(metric, "inductor"))
-        for result in compared(results)
-        for metric, (unit, _, _) in METRICS.items()
-        if metric != "max_gradient_error" or result.seen["eager"].gradients
-    ]  # fmt: skip
+    """Return figures of each mode and family, over the tasks that eager and inductor can do.
+
+    The baseline is inductor's; of `tasks` how many there are, of which the value is how many were compared.
+    """
+    found = []
+    for (mode, family), members in _groups(results).items():
+        case, known = f"{family}/{mode.replace(' ', '_')}", compared(members)
+        found.append(Row(case, "flashhead", "tasks", len(known), "", baseline=len(members)))
+        for metric, (unit, over, _) in METRICS.items():
+            of = [r for r in known if metric != "max_gradient_error" or _has_gradients(r)]
+            if of:
+                ours, theirs = (over([r.figure(metric, c) for r in of]) for c in ("flashhead", "inductor"))
+                found.append(Row(case, "flashhead", metric, ours, unit, baseline=theirs))
+    return found
+
+
+def _has_gradients(result: Result) -> bool:
+    """Return whether there are gradients, and inductor has the same of them as eager mode."""
+    return bool(result.seen["eager"].gradients) and math.isfinite(result.figure("max_gradient_error", "inductor"))
+
+
+def _groups(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
+    return groups
 
 
 def summary(results: Iterable[Result]) -> Table:
     """Format a line for each mode and family."""
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.task.mode, result.task.entry.family), []).append(result)
+    groups = _groups(results)
     table = Table(title="The zoo, compiled (fhopt / inductor)", title_justify="left")
     for heading in ("task", "family"):
         table.add_column(heading)

@@ -242,13 +242,17 @@ def head(results: Results) -> str:
 
 def compiled_zoo(results: Results) -> str:
     """Format sums over all tasks, with those of inductor."""
-    lines = [["tasks", number(len(results.of("max_error"))), ""]]
+    counts = results.of("tasks")
+    lines = [
+        ["tasks", f"{number(sum(r['value'] for r in counts))} of {number(sum(r['baseline'] for r in counts))}", ""]
+    ]
     for metric in ("graphs", "breaks"):
         rows = results.of(metric)
         lines.append([metric, number(sum(r["value"] for r in rows)), number(sum(r["baseline"] or 0 for r in rows))])
     for metric, name in (("max_error", "an output"), ("max_gradient_error", "a gradient")):
         for words, is_half in (("float32", False), ("16 bits", True)):
-            collected = [r["value"] for r in results.of(metric) if r["case"].endswith(HALVES) == is_half]
+            known = [r for r in results.of(metric) if r["case"].endswith(HALVES) == is_half]
+            collected = [r["value"] for r in known if r["value"] is not None]
             lines.append([f"largest difference of {name}, {words}", f"{max(collected):.1e}", ""])
     return table(["", "flashhead", "inductor"], lines)
 
