@@ -311,7 +311,10 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     if isinstance(mask, dict):  # by kinds of layers
         mask = mask.get("full_attention")
     layers = getattr(cache, "self_attention_cache", cache).layers
-    note_padding(layers, mask, ids.shape[1], named.get(f"{prefix}position_ids"))
+    positions = named.get(f"{prefix}position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        positions = positions.expand(len(ids), -1)
+    note_padding(layers, mask, ids.shape[1], positions)
 
 
 def site_layers(model: torch.nn.Module) -> dict[str, int]:

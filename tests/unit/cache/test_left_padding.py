@@ -303,6 +303,27 @@ def test_compiled_steps_read_it_and_other_padding_needs_no_other_graph(
     assert graphs[0] == graphs[1]
 
 
+def test_compiled_steps_go_on_with_sequences_in_another_order(llama: Fitted, plan: LatentPlan) -> None:
+    """As beam search does after each step; what turns keys and queries then is made anew, in the graph."""
+    model, plan = llama.model, in_parts(plan)
+    compiled: Any = torch.compile(model, backend="eager", dynamic=False)
+    torch._dynamo.reset()
+    ids, mask = padded((140, 46), 4)
+    _, cache = read(model, plan, (ids[:, :140], mask[:, :140]), 0, max_cache_len=256)
+    other, order = copy.deepcopy(cache), torch.tensor([1, 0])
+    whole = torch.nn.functional.pad(mask, (0, 112)).bool()
+    for t in range(140, 144):
+        for one in (cache, other):
+            one.reorder_cache(order)
+        whole, mask = whole[order], mask[order]
+        seen = ((torch.arange(256) <= t) & whole)[:, None, None]
+        given = {"attention_mask": seen, "position_ids": mask[:, :t].sum(1, keepdim=True), "use_cache": True}
+        with torch.no_grad(), switched(model, plan):
+            expected = model(ids[:, t : t + 1], **given, **cached(other)).logits
+            found = compiled(ids[:, t : t + 1], **given, **cached(cache)).logits
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
 # ---- sequences that move
 
 
