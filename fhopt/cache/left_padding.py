@@ -51,19 +51,20 @@ def _reach(numbers: Tensor) -> int:
 class LeftPadding(Store):
     """Padding before each sequence, its attention sinks, and positions that it is behind: int64 [B,1,3].
 
-    No parts where all sequences have no padding and the positions of their tokens' numbers.
+    No parts where all sequences have no padding and the positions of their tokens' numbers. moves: tokens are brought
+    to other places.
 
     room: places of a cache of fixed size, None where it grows. expected: of the next call, if that is a first one.
     """
 
     def __init__(self, room: int | None = None) -> None:
-        self.room, self.reach = room, 0
+        self.room, self.reach, self.moves = room, 0, True
         self.expected: ExpectedPadding | None = None
 
     @property
     def places(self) -> TokenPlaces | None:
         """Places of tokens; None where each stands in the place of its position."""
-        if not self.parts:
+        if not self.parts or not self.moves:
             return None
         return TokenPlaces(self.parts[0][..., :2], self.reach if self.room is None else self.room)
 
@@ -80,12 +81,18 @@ class LeftPadding(Store):
     def begin(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take what was expected of the first call, and return its keys and values [B,G,S,D] in order of places."""
         expected, self.expected = self.expected, None
+        self.moves = True
         if expected is None or (len(expected.numbers), expected.tokens) != (keys.shape[0], keys.shape[2]):
             return keys, values
         self.parts = (expected.numbers.to(keys.device, copy=True),)
         self.reach = expected.reach
         places = TokenPlaces(self.parts[0][..., :2], self.reach)
         return places.by_place(keys, 2), places.by_place(values, 2)
+
+    def follow(self, behind: Tensor, own: int) -> None:
+        """Take positions behind numbers of tokens, int64 [B], and no padding. own: attention sinks so far."""
+        zeros = torch.zeros_like(behind)
+        self.parts, self.reach, self.moves = (torch.stack([zeros, zeros + own, behind], -1).unsqueeze(1),), own, False
 
     def learn(self, ahead: Tensor, behind: Tensor, before: int, tokens: int) -> None:
         """Take what `ExpectedPadding.of` takes of sequences whose first token is one of `tokens`, `before` behind."""
@@ -94,6 +101,7 @@ class LeftPadding(Store):
             return
         numbers = self.parts[0] if self.parts else ahead.new_zeros((len(ahead), 1, 3))
         own = torch.stack([ahead, torch.zeros_like(ahead), behind], -1).unsqueeze(1)
+        self.moves = True
         self.parts = (torch.where(late[:, None, None].to(numbers.device), own.to(numbers.device), numbers),)
         self.reach = _reach(self.parts[0])
 
@@ -150,6 +158,21 @@ def note_padding(layers: Iterable[Any], mask: Any, tokens: int, positions: Any =
         if sinks not in expected:
             expected[sinks] = None if ahead is None else ExpectedPadding.of(ahead, behind, sinks, tokens)
         layer.padding.expected = expected[sinks]
+
+
+def note_positions(layers: Iterable[Any], positions: Any, tokens: int) -> None:
+    """Tell latent layers whose keys are relative to segments the positions of their first call, within a graph.
+
+    There padding is not known, and stays in the attention sinks; without its positions keys would be read wrongly.
+    positions: as of `note_padding`, of each sequence; of a single one none are taken: it seldom has padding.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or len(positions) == 1:
+        return
+    for layer in layers:
+        padding = getattr(layer, PADDING, None)
+        if isinstance(padding, LeftPadding) and not padding.parts and layer.site.segment:
+            before = layer.get_seq_length() if layer.is_initialized else 0
+            padding.follow(before + tokens - 1 - positions[:, -1], min(layer.window.sinks, tokens))
 
 
 def _behind(positions: Any, tokens: int, ahead: Tensor | None) -> Any:

@@ -299,13 +299,14 @@ def _use_latents(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     """Tell an empty cache what padding the sequences of this call begin with, so that it is no attention sink.
 
-    named: arguments of the model's forward. A graph that is being compiled cannot look at the numbers of a mask.
+    named: arguments of the model's forward. A graph that is being compiled cannot look at the numbers of a mask; it can
+    compute with those of positions.
     """
     prefix = "decoder_" if applied.config.is_encoder_decoder else ""
     ids = next((named[n] for n in (f"{prefix}input_ids", f"{prefix}inputs_embeds") if named.get(n) is not None), None)
-    if ids is None or ids.shape[1] == 1 or torch.compiler.is_compiling():
+    if ids is None or ids.shape[1] == 1:
         return
-    from fhopt.cache.left_padding import note_padding
+    from fhopt.cache.left_padding import note_padding, note_positions
 
     mask = named.get(f"{prefix}attention_mask")
     if isinstance(mask, dict):  # by kinds of layers
@@ -314,6 +315,9 @@ def _note_padding(cache: Any, named: dict[str, Any], applied: _Applied) -> None:
     positions = named.get(f"{prefix}position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 2:
         positions = positions.expand(len(ids), -1)
+    if torch.compiler.is_compiling():
+        note_positions(layers, positions, ids.shape[1])
+        return
     note_padding(layers, mask, ids.shape[1], positions)
 
 

@@ -324,6 +324,28 @@ def test_compiled_steps_go_on_with_sequences_in_another_order(llama: Fitted, pla
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@KINDS
+@torch.no_grad()
+def test_a_graph_of_the_whole_model_knows_positions_though_not_padding(options: dict[str, Any], llama: Fitted) -> None:
+    """Whose tokens stay where they are; the keys are as right as those of a call that is not compiled."""
+    model, plan, (ids, mask) = llama.model, in_parts(llama.plan(8, mean_tokens=16)), padded((120, 40))
+    positions = (mask.cumsum(1) - 1).clamp(0)
+    given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+    exact = model(ids, **given).past_key_values.layers[0].keys[1, :, 80:]
+    compiled: Any = torch.compile(model, backend="eager", dynamic=False)
+    torch._dynamo.reset()
+    errors = []
+    for call_model in (compiled, model):
+        with switched(model, plan):
+            cache = LatentCache(plan, model.config, **options)
+            call_model(ids, **given, **cached(cache))
+        assert cache.layers[0].padding.behind.tolist() == [0, 80]
+        assert (cache.layers[0].padding.places is None) is (call_model is compiled)
+        found = cache.layers[0].keys[:, :, :120][1, :, 80:]
+        errors.append(float((found - exact).square().mean() / exact.square().mean()))
+    assert 0 < errors[0] < 1.3 * errors[1]
+
+
 # ---- sequences that move
 
 
