@@ -127,8 +127,7 @@ def calibrate(
 @click.option(
     "--device",
     type=DEVICE,
-    help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it. [default: "
-    "excludes what takes a CPU more than twice the time, where torch has no GPU]",
+    help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
 )
 @click.option(
     "--kernel-shapes",
@@ -326,14 +325,14 @@ def _ratio_of(measured: Any, bytes_per_token: float, tokens: int) -> float:
 
 
 def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
-    """Say for what the layouts were chosen, where that made a difference."""
+    """Say where layouts that were chosen by loss alone are slow on a CPU."""
     from fhopt.fitting.candidates import is_slow
 
-    slow = sum(is_slow(site.site, tokens) for site in plan.sites)
+    slow = sum(len(site.key.encode) == 1 and is_slow(site.site, tokens) for site in plan.sites)
     if slow and not as_json:
         output_console(as_json).print(
-            f"{slow} of {len(plan.sites)} sites have a latent for each kv head: one for all of them would lose less, "
-            "and take a CPU more than twice the time. For a GPU: --device h100; by loss alone: --layout band.",
+            f"{slow} of {len(plan.sites)} sites have one latent for all kv heads, chosen by loss alone: attention "
+            "takes a CPU more than twice the time of a latent for each. For a CPU: --device cpu; a GPU: --device h100.",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Candidate bases: those of every layout that a site may get in a plan.
 
-Layouts compete by loss, but not at any price in time: a latent that is shared by all heads is multiplied by the queries
-of each of them, so with 8 kv heads it takes a CPU three to five times as long as a latent for each (and no longer than
-that with 2 or 3). A GPU does not feel it.
+Layouts compete by loss, and for a device not at any price in time: a latent that is shared by all heads is multiplied
+by the queries of each of them, so with 8 kv heads it takes a CPU three to five times as long as a latent for each. A
+GPU does not feel it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.site import AttentionSite
 
 COMPETING = ("band", "identity")  # what "auto" chooses from
-# Layouts that take more than so many times the fastest one's time do not compete: on a device that was named, because
-# speed there was asked for; on a CPU that was not. At 8x latents that are shared lose a third of what others do.
-SLOWER, SLOWER_UNNAMED = 1.25, 2.0
+# For a device, layouts that take more than so many times the fastest one's time do not compete. Without one they do: at
+# 8x latents that are shared lose a third of what others do on SmolLM2, and less than that with a kv head for each head.
+SLOWER = 1.5
+SLOW = 2.0  # from so many times on a user is told
 USED = 0.6  # share of the channels of a basis that get bits, at 4x to 8x
 
 
@@ -32,13 +33,11 @@ def fit_bases(
     """Fit the bases of every site in the layouts that may be chosen.
 
     context: tokens of a calibration sequence. tokens: length of context that the plan is made for. device: what the
-    plan will run on (`hardware.devices.DEVICES`); "auto" leaves out what would be slow there. None: what a CPU takes
-    more than twice the time for is left out, nothing where torch has a GPU. Raises FhoptError when the layout `input`
-    is asked for and a site has none, or the device is unknown.
+    plan will run on (`hardware.devices.DEVICES`): "auto" has latents per head to choose from then, too, and leaves out
+    what would be slow there. Raises FhoptError when the layout `input` is asked for and a site has none, or the device
+    is unknown.
     """
-    bases: dict[str, Mapping[str, tuple[Basis, ...]]] = {}
-    for name, s in statistics.items():
-        bases |= fit_layouts({name: s}, _competing(layout, device, s.site, tokens), context=context, tokens=tokens)
+    bases = fit_layouts(statistics, _competing(layout, device), context=context, tokens=tokens)
     return select_bases(bases, {name: s.site for name, s in statistics.items()}, layout, tokens=tokens, device=device)
 
 
@@ -68,10 +67,7 @@ def select_bases(
     chosen: dict[str, dict[str, tuple[Basis, ...]]] = {}
     fitted = {which for layouts in bases.values() for which in layouts}
     for name, layouts in bases.items():
-        competing = _competing(layout, device, sites[name], tokens)
-        if layout == AUTO and device is None and "head" not in layouts:
-            competing = ("input", *COMPETING)  # statistics without what is faster
-        chosen[name] = {which: sides for which, sides in layouts.items() if which in competing}
+        chosen[name] = {which: sides for which, sides in layouts.items() if which in _competing(layout, device)}
         if layout == AUTO and device is not None:
             chosen[name] = _fast_enough(chosen[name], sites[name], find_device(device), tokens)
         if not chosen[name]:
@@ -79,16 +75,17 @@ def select_bases(
     return chosen
 
 
-def _competing(layout: str, device: str | None, site: AttentionSite, tokens: int) -> tuple[str, ...]:
+def _competing(layout: str, device: str | None) -> tuple[str, ...]:
     if layout != AUTO:
         return (layout,)
-    if device is not None:
-        return ("input", *COMPETING, "head")
-    return ("head", "identity") if is_slow(site, tokens) else ("input", *COMPETING)
+    return ("input", *COMPETING) if device is None else ("input", *COMPETING, "head")
 
 
 def is_slow(site: AttentionSite, tokens: int) -> bool:
-    """Return whether latents that all heads share are too slow for a plan whose device is not known."""
+    """Return whether a latent that all heads share takes a CPU more than `SLOW` times as long as one for each.
+
+    False where torch has a GPU.
+    """
     if torch.cuda.is_available():
         return False
     keys, values, bytes_ = site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, _bytes(site)
@@ -97,7 +94,7 @@ def is_slow(site: AttentionSite, tokens: int) -> bool:
     each = layout_time(
         cpu, site.heads, heads, int(USED * site.key_dim), int(USED * site.value_dim), bytes_ / heads, tokens
     )
-    return joint > SLOWER_UNNAMED * each
+    return joint > SLOW * each
 
 
 def _not_fitted(layout: str, fitted: Iterable[str]) -> FhoptError:

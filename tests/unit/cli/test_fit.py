@@ -18,7 +18,8 @@ from small_models import Fitted
 
 from fhopt.cli.fit import _ratio_of, _show_device, _show_plan
 from fhopt.errors import FhoptError
-from fhopt.fitting.fit_plan import exact_plan
+from fhopt.fitting import fit_plan
+from fhopt.fitting.statistics import empty_statistics
 from fhopt.plan.cache_size import CacheLayer, record_of
 from fhopt.plan.site import AttentionSite
 
@@ -116,10 +117,11 @@ def test_processes_under_torchrun_share_a_calibration(tmp_path: Path) -> None:
         torch.testing.assert_close(left.key.encode, right.key.encode, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kv_heads", "told"), [(8, True), (2, False)])
-def test_it_is_said_where_latents_are_not_shared_because_of_time(
-    kv_heads: int, told: bool, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("kv_heads", "layout", "told"), [(8, "band", True), (8, "head", False), (2, "band", False)])
+def test_it_is_said_where_a_plan_is_slow_on_a_cpu(
+    kv_heads: int, layout: str, told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = AttentionSite("a", {}, "self", 16, kv_heads, 64, 64, 0.125, None, False, "causal", 0.0, "none", "")
-    _show_device(exact_plan([site]), 8192, as_json=False)
-    assert ("1 of 1 sites have a latent for each kv head" in capsys.readouterr().out) is told
+    plan = fit_plan.fit(empty_statistics([site]), ratio=4, layout=layout, context=64)
+    _show_device(plan, 8192, as_json=False)
+    assert ("1 of 1 sites have one latent for all kv heads" in capsys.readouterr().out) is told
