@@ -7,7 +7,7 @@ GPU does not feel it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -20,7 +20,7 @@ from fhopt.plan.site import AttentionSite
 
 COMPETING = ("band", "identity")  # what "auto" chooses from
 # For a device, layouts that take more than so many times the fastest one's time do not compete. Without one they do: at
-# 8x latents that are shared lose a third of what others do on SmolLM2, and less than that with a kv head for each head.
+# 8x latents that are shared lose a third of what others do (expected, SmolLM2).
 SLOWER = 1.5
 SLOW = 2.0  # from so many times on a user is told
 USED = 0.6  # share of the channels of a basis that get bits, at 4x to 8x
@@ -88,13 +88,12 @@ def is_slow(site: AttentionSite, tokens: int) -> bool:
     """
     if torch.cuda.is_available():
         return False
-    keys, values, bytes_ = site.kv_heads * site.key_dim, site.kv_heads * site.value_dim, _bytes(site)
-    cpu, heads = find_device("cpu"), site.kv_heads
-    joint = layout_time(cpu, site.heads, 1, int(USED * keys), int(USED * values), bytes_, tokens)
-    each = layout_time(
-        cpu, site.heads, heads, int(USED * site.key_dim), int(USED * site.value_dim), bytes_ / heads, tokens
-    )
-    return joint > SLOW * each
+
+    def seconds(groups: int) -> float:
+        widths = [int(USED * site.kv_heads * size / groups) for size in (site.key_dim, site.value_dim)]
+        return _seconds(find_device("cpu"), site, groups, widths, tokens)
+
+    return seconds(1) > SLOW * seconds(site.kv_heads)
 
 
 def _not_fitted(layout: str, fitted: Iterable[str]) -> FhoptError:
@@ -108,23 +107,24 @@ def _fast_enough(
     layouts: Mapping[str, tuple[Basis, ...]], site: AttentionSite, device: Device, tokens: int
 ) -> dict[str, tuple[Basis, ...]]:
     """Return the layouts of a site that are not much slower than the fastest; `identity` always stays."""
-    total = _bytes(site)
 
     def seconds(layout: str) -> float:
         share = 1.0 if layout == "identity" else USED
         widths = [int(share * basis.encode.shape[1]) for basis in layouts[layout]]
-        groups = layouts[layout][0].groups
-        shared = len(widths) == 1
-        return layout_time(device, site.heads, groups, widths[0], widths[-1], total / groups, tokens, shared=shared)
+        return _seconds(device, site, layouts[layout][0].groups, widths, tokens)
 
     times = {layout: seconds(layout) for layout in layouts}
     limit = SLOWER * min(times.values())
     return {layout: sides for layout, sides in layouts.items() if layout == "identity" or times[layout] <= limit}
 
 
-def _bytes(site: AttentionSite) -> float:
-    """Return the bytes of a token for which times are compared: a quarter of 16-bit keys and values."""
-    return site.exact_numbers_per_token / 2
+def _seconds(device: Device, site: AttentionSite, groups: int, widths: Sequence[int], tokens: int) -> float:
+    """Estimate the time of attention at a quarter of the bytes of 16-bit keys and values.
+
+    groups: latent heads. widths: channels of each, of keys and of values, or of rows that serve both.
+    """
+    size = site.exact_numbers_per_token / 2 / groups
+    return layout_time(device, site.heads, groups, widths[0], widths[-1], size, tokens, shared=len(widths) == 1)
 
 
 def no_joint_basis(site: AttentionSite) -> FhoptError:

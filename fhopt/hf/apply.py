@@ -88,7 +88,7 @@ def apply(
             "first, with device_map where they are more than one device holds."
         )
     check_model(plan, weights, type(model).__name__)
-    check_segments(network.config, max(site.segment for site in plan.sites), type(model).__name__)
+    check_segments(network.config, plan.segment, type(model).__name__)
     plan = local_plan(model, plan)
     encoder = encoder_path(model)
     sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]
