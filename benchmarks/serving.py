@@ -12,6 +12,13 @@ length, for which there is room in every engine, the exact one too:
     decode_tokens_per_second   of all requests together, behind their prompts, which are found as prefixes: from when
                                all have their first token to when all have their last
 
+The load is `LOAD` requests that come at once, behind prompts of `SPREAD` tokens (evenly spaced lengths on a logarithmic
+scale), for which there is no room at once in the exact engine, so that they wait there:
+
+    requests_per_minute        until all have their `ANSWER` tokens
+    mean_first_token_ms        from when a request comes, waiting included
+    mean_token_ms              between a request's first token and its last, for each token
+
 The log-likelihood of `TOKENS` tokens of documentation that calibrated nothing, nats a token in float32, stands beside
 that of fhopt's own cache on the same tokens (the baseline), which reads them in calls of 64.
 """
@@ -36,8 +43,11 @@ BYTES = 1 << 30  # for keys and values, at which concurrency is printed
 ROOM = 2 << 30  # for those of the cases
 CASES = ((1, 512), (8, 512), (8, 2048), (8, 8000))  # requests, tokens of a prompt
 QUICK = ((2, 300),)
+LOAD, SPREAD, ANSWER = 32, (512, 8000), 128  # of the load: requests, shortest and longest prompt, decoded tokens
+LOAD_ROOM = 1 << 29  # for keys and values of the load
 NEW = 33  # tokens that are decoded behind a prompt, the first one of which counts as prefill
 ROUNDS = 2
+LOAD_CASE = f"{LOAD} x {SPREAD[0]}-{SPREAD[1]}"
 TOKENS, TEXT, CALL = 2048, "topics", 64  # of the log-likelihood: tokens, text, tokens of a call of the own cache
 
 
@@ -51,8 +61,7 @@ def measured(folder: str, cases: list[tuple[int, int]]) -> dict[str, Any]:
     most = max(count * (length + NEW) for count, length in cases)
     if most > config.cache_config.kv_cache_size_tokens:
         raise SystemExit(f"{folder}: {most} tokens, and room for {config.cache_config.kv_cache_size_tokens}.")
-    vocabulary = config.model_config.get_vocab_size()
-    return {f"{count} x {length}": _case(engine, count, length, vocabulary) for count, length in cases}
+    return {f"{count} x {length}": _case(engine, count, length) for count, length in cases}
 
 
 def concurrency(folder: str) -> float:
@@ -69,9 +78,9 @@ def _engine(folder: str, size: int) -> Any:
     )  # fmt: skip
 
 
-def _case(engine: Any, count: int, length: int, vocabulary: int) -> dict[str, float]:
+def _case(engine: Any, count: int, length: int) -> dict[str, float]:
     """Time prompts of `length` tokens, then decoding behind them."""
-    prompts = [[(7919 * (i + 1) * (j + 3)) % (vocabulary - 10) + 5 for j in range(length)] for i in range(count)]
+    prompts = [_prompt(i, length, engine.llm_engine.vllm_config) for i in range(count)]
     engine.reset_prefix_cache()
     start = time.perf_counter()
     _generated(engine, prompts, 1)
@@ -79,6 +88,29 @@ def _case(engine: Any, count: int, length: int, vocabulary: int) -> dict[str, fl
     times = [one.metrics for one in _generated(engine, prompts, NEW)]  # the engine's own clock
     decoding = max(t.last_token_ts for t in times) - max(t.first_token_ts for t in times)
     return {"first_ms": 1000 * first, "tokens_per_second": count * (NEW - 1) / decoding}
+
+
+def load(folder: str) -> dict[str, float]:
+    """Time the load in this process."""
+    engine = _engine(folder, LOAD_ROOM)
+    shortest, longest = SPREAD
+    lengths = [round(shortest * (longest / shortest) ** (i / (LOAD - 1))) for i in range(LOAD)]
+    mixed = [lengths[7 * i % LOAD] for i in range(LOAD)]  # short and long ones in turns
+    prompts = [_prompt(i, length, engine.llm_engine.vllm_config) for i, length in enumerate(mixed)]
+    start = time.perf_counter()
+    times = [one.metrics for one in _generated(engine, prompts, ANSWER)]
+    seconds = time.perf_counter() - start
+    return {
+        "requests_per_minute": 60 * LOAD / seconds,
+        "mean_first_token_ms": 1000 * sum(t.first_token_latency for t in times) / LOAD,
+        "mean_token_ms": 1000 * sum(t.last_token_ts - t.first_token_ts for t in times) / LOAD / (ANSWER - 1),
+    }
+
+
+def _prompt(i: int, length: int, config: Any) -> list[int]:
+    """Return tokens of request `i`, which share no prefix with those of another."""
+    vocabulary = config.model_config.get_vocab_size()
+    return [(7919 * (i + 1) * (j + 3)) % (vocabulary - 10) + 5 for j in range(length)]
 
 
 def _generated(engine: Any, prompts: list[list[int]], tokens: int) -> Any:
@@ -135,7 +167,7 @@ def _called(what: str, folder: str, cases: list[tuple[int, int]]) -> Any:
     """Call the function of this name."""
     if what == "measured":
         return measured(folder, cases)
-    return concurrency(folder) if what == "concurrency" else likelihood(folder)
+    return {"concurrency": concurrency, "likelihood": likelihood, "load": load}[what](folder)
 
 
 # --------------------------------------------------------------------------------------------------- all processes
@@ -191,18 +223,31 @@ def likelihood_rows(found: dict[str, dict[str, float]]) -> list[Row]:
     ]  # fmt: skip
 
 
+def load_rows(found: dict[str, dict[str, float]]) -> list[Row]:
+    """Return a row for each figure of the load of each implementation."""
+    rows = []
+    for name, one in found.items():
+        for metric, value in one.items():
+            exact = found[EXACT][metric]
+            more = metric == "requests_per_minute"
+            unit = "requests/min" if more else "ms"
+            rows.append(Row(LOAD_CASE, name, metric, value, unit, exact, value / exact if more else exact / value))
+    return rows
+
+
 PANELS = (
     ("concurrency", "requests in 1 GiB", "linear"),
     ("decode_tokens_per_second", "tokens decoded a second", "linear"),
     ("time_to_first_token_ms", "ms until all have a first token", "log"),
+    ("requests_per_minute", "requests a minute in 512 MiB", "linear"),
 )
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
     """Fill the picture: a panel of bars for each metric but the likelihood, which is the same to a line's width."""
     names = list(dict.fromkeys(row.impl for row in rows))
-    figure.set_size_inches(12, 3.6)
-    for axes, (metric, title, scale) in zip(figure.subplots(1, 3, width_ratios=(1, 3, 3)), PANELS, strict=True):
+    figure.set_size_inches(14, 3.6)
+    for axes, (metric, title, scale) in zip(figure.subplots(1, 4, width_ratios=(1, 3, 3, 1)), PANELS, strict=True):
         mine = {(row.case, row.impl): row.value for row in rows if row.metric == metric}
         cases = list(dict.fromkeys(case for case, _ in mine))
         for i, name in enumerate(names):
@@ -237,8 +282,9 @@ def main(model: str, plans: tuple[str, ...], quick: bool, rounds: int, what: str
             for name, path in folders.items():
                 results[name].append(in_a_process("measured", path, chosen))
         held = {name: in_a_process("concurrency", path) for name, path in folders.items()}
+        loads = {} if quick else {name: in_a_process("load", path) for name, path in folders.items()}
         likelihoods = {} if quick else {name: in_a_process("likelihood", path) for name, path in folders.items()}
-    rows = rows_of(results, held) + likelihood_rows(likelihoods)
+    rows = rows_of(results, held) + load_rows(loads) + likelihood_rows(likelihoods)
     record("serving", rows, draw=lambda figure: draw(figure, rows))
 
 
