@@ -106,7 +106,7 @@ def process_bytes(trim: bool = True) -> int:
 def screen() -> Console:
     """Return a console whose tables keep their columns where the output is piped into a file."""
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=240)
 
 
 def _shown(path: Path) -> Path:
@@ -199,7 +199,7 @@ def table(name: str, rows: Iterable[Row]) -> Table:
         metrics[row.metric] = row.unit
     out = Table(title=name, title_justify="left")
     for heading in ("case", "impl"):
-        out.add_column(heading, overflow="fold")
+        out.add_column(heading, no_wrap=True)
     for metric, unit in metrics.items():
         out.add_column(f"{metric}\n{unit}", justify="right", no_wrap=True)
     for (case, impl), values in cells.items():

@@ -239,7 +239,7 @@ PANELS = (
     ("concurrency", "requests in 1 GiB", "linear"),
     ("decode_tokens_per_second", "tokens decoded a second", "linear"),
     ("time_to_first_token_ms", "ms until all have a first token", "log"),
-    ("requests_per_minute", "requests a minute in 512 MiB", "linear"),
+    ("requests_per_minute", "requests/min, 512 MiB", "linear"),
 )
 
 
@@ -257,7 +257,8 @@ def draw(figure: Any, rows: list[Row]) -> None:
         axes.set_xticks(range(len(cases)), [] if len(cases) == 1 else cases)
         axes.set_yscale(scale)
         axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+        if metric == "decode_tokens_per_second":
+            axes.legend(fontsize=8, loc="upper right")
 
 
 @click.command()

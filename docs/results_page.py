@@ -426,8 +426,9 @@ SECTIONS = {
     "serving": Section(
         "Plans in vLLM", "make bench-serve",
         "vLLM for CPUs, SmolLM2 in bfloat16, 1 GiB for keys and values, a process for each engine: requests of 8,192 "
-        "tokens that vLLM says fit at once, and the speed of `requests x tokens of a prompt`. In brackets: against "
-        "exact vLLM; [how](howto/serve_with_vllm.md).", by_case,
+        "tokens that vLLM says fit at once, and the speed of `requests x tokens of a prompt`. `32 x 512-8000` is a "
+        "load of requests in 512 MiB, where the exact engine lets most of them wait. In brackets: against exact vLLM; "
+        "[how](howto/serve_with_vllm.md).", by_case,
     ),
     "attention": Section(
         "Attention of one token", "make bench-attention",

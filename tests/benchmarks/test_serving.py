@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving import likelihood_rows, rows_of
+from serving import likelihood_rows, load_rows, rows_of
 
 
 def turn(speed: float, first: float) -> dict[str, Any]:
@@ -30,3 +30,10 @@ def test_a_likelihood_stands_beside_that_of_the_own_cache() -> None:
     assert (row.impl, row.metric, row.value, row.baseline, row.ratio) == (
         "fhopt@4x", "log_likelihood_nats", -2.02, -2.0, 1.01,
     )  # fmt: skip
+
+
+def test_of_a_load_more_requests_and_less_time_are_better() -> None:
+    exact = {"requests_per_minute": 10.0, "mean_token_ms": 200.0}
+    rows = load_rows({"exact": exact, "fhopt@4x": {"requests_per_minute": 15.0, "mean_token_ms": 400.0}})
+    ratios = {row.metric: row.ratio for row in rows if row.impl == "fhopt@4x"}
+    assert ratios == {"requests_per_minute": 1.5, "mean_token_ms": 0.5}
