@@ -25,7 +25,7 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.layers import program as layer_program
 from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.tiers import UNCODED_DTYPES
+from fhopt.codegen.tiers import UNCODED_DTYPES, has_trellis
 from fhopt.ops import registry
 from fhopt.ops.encode_rows import empty_rows
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, needs_gradient
@@ -234,7 +234,7 @@ def _kernel(
 
 @functools.cache
 def _stand_in(spec: KernelSpec) -> LatentKernel:
-    return build_torch(spec)
+    return latent_attention_reference if has_trellis(spec) else build_torch(spec)
 
 
 def _pack_by_triton(

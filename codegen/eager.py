@@ -11,14 +11,14 @@ from __future__ import annotations
 from string import Template
 
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
+from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
 
 def render(spec: KernelSpec) -> str:
     """Render the Python file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
-    check(spec)
+    check_uniform(spec)
     return read_source("fhopt.codegen", "eager.py.in").substitute(
         name=spec.name,
         planes="".join(f"{line}\n" for line in PLANES),

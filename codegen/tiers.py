@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fhopt.errors import FhoptError
+from fhopt.ops import trellis
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
 
@@ -11,6 +12,7 @@ PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), fo
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )
+TABLE = ", ".join(map(str, bytes.fromhex(trellis.TABLE)))  # of trellis codes, by window
 UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,6 +28,18 @@ def check(spec: KernelSpec) -> None:
             raise FhoptError(f"the {side} tiers {tiers} do not add up to the width {width}; give widths that do.")
     if spec.dtype not in UNCODED_DTYPES:
         raise FhoptError(f"no kernel reads uncoded {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors.")
+
+
+def has_trellis(spec: KernelSpec) -> bool:
+    """Return True where channels have a trellis code (fhopt/ops/trellis.py), which kernels for CPUs alone read."""
+    return any(bits < 16 and step < 0 for bits, _, step in (*spec.key_tiers, *spec.value_tiers))
+
+
+def check_uniform(spec: KernelSpec) -> None:
+    """Raise FhoptError as `check` does, and where `spec` has trellis codes."""
+    check(spec)
+    if has_trellis(spec):
+        raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
 
 
 def is_scaled(tiers: Tiers) -> bool:

@@ -23,9 +23,9 @@ from torch import Tensor
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES
+from fhopt.codegen.tiers import PLANES, TABLE
 from fhopt.ops.packing import pack_reference, unpack_reference
-from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS
 
 # The C++ structs `Arguments` and `Tier` as formats of the module `struct`: 8 bytes a field, in the order of the struct.
 _arguments = struct.Struct("@8q4q4q4q").pack
@@ -84,7 +84,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 
 def render() -> str:
     """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES))
+    return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES), trellis=TABLE)
 
 
 def _built() -> tuple[Any, Any] | None:
@@ -123,6 +123,8 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
     if not tiers or not len(bits) == len(widths) == len(steps):
         return None
     if any(b not in SUPPORTED_BITS or w < 1 or w % TIER_QUANTUM for b, w, _ in tiers):
+        return None
+    if any(b < 16 and s < 0 and b not in TRELLIS_BITS for b, _, s in tiers):
         return None
     memory = ctypes.create_string_buffer(b"".join(_tier(*tier) for tier in tiers))
     return Table(memory, ctypes.addressof(memory), len(tiers), sum(widths), sum(b * w for b, w, _ in tiers) // 8)

@@ -31,7 +31,7 @@ from string import Template
 
 from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces, places
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
+from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.ops.packing import planes
 from fhopt.plan.kernel_spec import KernelSpec
 
@@ -44,7 +44,7 @@ KERNELS = ("attention_kernel", "merge_kernel")
 
 def render(spec: KernelSpec) -> str:
     """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
-    check(spec)
+    check_uniform(spec)
     keys, values = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     return read_source("fhopt.codegen.gpu", "attention.py.in").substitute(
         name=spec.name,

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fhopt.codegen.cpu.packing import can_pack, can_unpack, tier_table
+from fhopt.errors import FhoptError
 from fhopt.ops.packing import pack_reference, unpack_reference
 
 BLOCK_T, BLOCK_G = 16, 8
@@ -84,6 +85,8 @@ def device_table(
     bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...], device: torch.device
 ) -> Tensor:
     """Make the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
+    if any(b < 16 and step < 0 for b, step in zip(bits, steps, strict=True)):
+        raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
     lines, channel, byte = [], 0, 0
     for b, w in zip(bits, widths, strict=True):
         lines.append((b, w, channel, byte))

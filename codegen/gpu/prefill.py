@@ -33,7 +33,7 @@ from string import Template
 from fhopt.codegen.gpu.attention import reading
 from fhopt.codegen.gpu.row_layout import MANTISSA, ONES, Field, Piece, fields, pieces
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, Tiers, check, is_scaled, legend
+from fhopt.codegen.tiers import PLANES, Tiers, check_uniform, is_scaled, legend
 from fhopt.plan.kernel_spec import KernelSpec
 
 KERNELS = ("rebuild_kernel", "chunk_kernel")
@@ -96,7 +96,7 @@ def padded(size: int) -> int:
 
 def render(spec: KernelSpec) -> str:
     """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
-    check(spec)
+    check_uniform(spec)
     sides = (("key", "D", spec.key_tiers, spec.key_width), ("value", "E", spec.value_tiers, spec.value_width))
     return read_source("fhopt.codegen.gpu", "prefill.py.in").substitute(
         name=spec.name,

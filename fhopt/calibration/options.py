@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.choices import AUTO, BITS, check_options
+from fhopt.fitting.codes import UNIFORM
 from fhopt.hardware.devices import find_device
 from fhopt.plan.site_plan import LEAST_SEGMENT, MOST_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
@@ -27,6 +28,7 @@ class FitOptions:
     for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
     relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are; None: as `segment_tokens` says.
     kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any).
+    code: how bit groups are quantized, one of `fhopt.fitting.codes.CODES`.
     checkpoint: file that lets an interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
 
@@ -48,6 +50,7 @@ class FitOptions:
     mean_tokens: int = 256
     segment: int | None = None
     kernel_shapes: int | None = None
+    code: str = UNIFORM
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
@@ -64,7 +67,7 @@ class FitOptions:
         """Check what does not depend on the sample: sizes, layout, device. Raises FhoptError."""
         if self.device is not None:
             find_device(self.device)
-        check_options(self.ratio, self.layout, self.bits, self.device)
+        check_options(self.ratio, self.layout, self.bits, self.device, self.code)
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
         if not 0 <= self.segment_tokens <= MOST_SEGMENT or self.segment_tokens % LEAST_SEGMENT:

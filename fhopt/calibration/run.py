@@ -101,8 +101,8 @@ def fit(
 def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
     """Fit a plan to a calibration, with its provenance. Raises FhoptError.
 
-    Of `options`, those count that choose size and form: ratio, layout, bits, device, tokens, kernel shapes, and sizes
-    of the window.
+    Of `options`, those count that choose size and form: ratio, layout, bits, code, device, tokens, kernel shapes, and
+    sizes of the window.
     """
     bases = select_bases(
         calibration.bases, calibration.sites, options.layout, tokens=options.tokens, device=options.device
@@ -112,7 +112,7 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         bits=options.bits, sinks=options.sinks, recent=options.recent_tokens, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
         mean_tokens=calibration.options.mean_tokens, kernel_shapes=options.kernel_shapes,
-        sliding=sliding_windows(calibration.sites.values(), layers_of(calibration.provenance)),
+        code=options.code, sliding=sliding_windows(calibration.sites.values(), layers_of(calibration.provenance)),
     )  # fmt: skip
     plan = plan.with_provenance(**calibration.prints, **calibration.provenance)
     checks = checks_of(calibration.provenance.get(CHECKS, ()))
@@ -313,7 +313,7 @@ def _key(
     options: FitOptions, name: str, data_digest: Any, weights: Mapping[str, Tensor], outcome: passes_outcome.Outcome
 ) -> dict[str, Any]:
     """Return what an interrupted calibration must have in common with the one that goes on; JSON values only."""
-    irrelevant = {"ratio", "bits", "block", "window_bits", "checkpoint", "kernel_shapes"}
+    irrelevant = {"ratio", "bits", "block", "window_bits", "checkpoint", "kernel_shapes", "code"}
     about = {"model": name, "data": str(data_digest), "version": __version__}
     if options.checkpoint is not None:
         names = sorted({n for site in outcome.sites.values() for role in site.projections.values() for n in role})

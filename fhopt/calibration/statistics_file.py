@@ -34,7 +34,7 @@ from fhopt.plan.cache_size import layers_of, sliding_windows
 from fhopt.plan.site import site_from
 
 PARTS = ("encode", "decode", "variance")
-UNKEPT = ("checkpoint", "kernel_shapes")  # options that are of a run, not of what it measured
+UNKEPT = ("checkpoint", "kernel_shapes", "code")  # options that are of a run, not of what it measured
 
 
 def save_statistics(calibration: Calibration, file: Path) -> None:

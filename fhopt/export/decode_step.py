@@ -102,6 +102,7 @@ def _check(model: Any, plan: LatentPlan) -> None:
         )
     check_model(plan, dict(model.named_parameters()), type(model).__name__)
     plan.check_no_means("an exported decode step")
+    plan.check_uniform("an exported decode step")
     module = inspect.getmodule(type(model))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         raise FhoptError(

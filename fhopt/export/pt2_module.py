@@ -105,6 +105,7 @@ def export_module(loaded: LoadedModel, plan: LatentPlan, kernels: bool = False) 
     """
     check_model(plan, loaded.weights(), loaded.name)
     plan.check_no_means("an exported module")
+    plan.check_uniform("an exported module")
     rewritten = _rewritten(loaded, plan)
     specs: list[KernelSpec] = []
     table = _REFERENCES | ({torch.ops.fhopt.latent_attention.default: _kernel_call(specs)} if kernels else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
+from fhopt.fitting import codes
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.choices import Grain, grain_of
 from fhopt.fitting.costs import Costs, SideCosts, SideKey
@@ -209,7 +211,7 @@ def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain, weights: 
     """
     return {
         (name, which, i): side_of(
-            chunk_nats(basis, costs.get((name, which, i)), grain.levels), basis.groups, grain, weights[name]
+            chunk_nats(basis, costs.get((name, which, i)), grain), basis.groups, grain, weights[name]
         )
         for name, layouts in bases.items()
         for which, pair in layouts.items()
@@ -264,9 +266,10 @@ def channel_nats(basis: Basis, costs: SideCosts | None, bits: int) -> Tensor:
     return 0.5 * (basis.variance * DISTORTION[bits])
 
 
-def chunk_nats(basis: Basis, costs: SideCosts | None, levels: Sequence[int]) -> dict[int, list[float]]:
-    """Return nats per token of each chunk with 0 bits and with each of `levels`."""
-    return {bits: _per_chunk(channel_nats(basis, costs, bits)) for bits in (0, *levels)}
+def chunk_nats(basis: Basis, costs: SideCosts | None, grain: Grain) -> dict[int, list[float]]:
+    """Return nats per token of each chunk with 0 bits and with each of the grain's levels, in its code."""
+    share = functools.partial(codes.share, grain.code)
+    return {bits: _per_chunk(share(bits) * channel_nats(basis, costs, bits)) for bits in (0, *grain.levels)}
 
 
 def side_of(costs: Mapping[int, Sequence[float]], groups: int, grain: Grain, weight: float = 1.0) -> PartedSide:

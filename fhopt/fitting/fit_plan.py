@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
+from fhopt.fitting import codes
 from fhopt.fitting.allocation import (
     STEPS,
     UNBIASED,
@@ -34,6 +35,7 @@ from fhopt.fitting.allocation import (
 from fhopt.fitting.bases import Basis, CandidateBases, joint_basis
 from fhopt.fitting.candidates import fit_bases, no_joint_basis
 from fhopt.fitting.choices import AUTO, BITS, Grain, check_options, grain_of
+from fhopt.fitting.codes import UNIFORM
 from fhopt.fitting.costs import Costs
 from fhopt.fitting.fit_summary import (
     CURVE_RATIOS,
@@ -72,6 +74,7 @@ def fit(
     mean_tokens: int = 0,
     kernel_shapes: int | None = None,
     sliding: Mapping[str, int] | None = None,
+    code: str = UNIFORM,
 ) -> LatentPlan:
     """Fit a plan whose whole KV cache is `ratio` times smaller than 16-bit keys and values at `tokens` tokens.
 
@@ -81,10 +84,10 @@ def fit(
     on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
     bytes. mean_tokens: of the plan, and of the statistics. kernel_shapes: how many different kernels the sites need, at
     most; None: `GPU_SHAPES` for a GPU, else any. sliding: tokens of the sliding window of a site's layer by the site's
-    name, where it has one. Raises FhoptError when the ratio cannot be reached, when
-    options are not possible, or when the layout `input` is asked for where it does not exist.
+    name, where it has one. code: of bit groups (`fhopt.fitting.codes`). Raises FhoptError when the ratio cannot
+    be reached, when options are not possible, or when the layout `input` is asked for where it does not exist.
     """
-    check_options(ratio, layout, bits, device)
+    check_options(ratio, layout, bits, device, code)
     sites = {name: s.site for name, s in statistics.items()}
     lossless = _lossless(statistics, ratio, layout, mean_tokens)
     if lossless is not None:
@@ -96,7 +99,7 @@ def fit(
         whole = _full_width(sites, bases)
         return LatentPlan(whole, sinks, recent, block, _provenance(whole[0].layout, 1.0, 0.0), 16)
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0, sliding or {})
-    grain, counted = grain_of(bits, device), budget.weights(sites.values())
+    grain, counted = grain_of(bits, device, code), budget.weights(sites.values())
     weights = {name: counted[site.name] for name, site in sites.items()}
     candidates = candidate_sides(bases, costs, grain, weights)
     most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
@@ -108,10 +111,7 @@ def fit(
     allocation = free if most is None else share(chunks, free, asked, grain, most)
     plans = []
     for name, which in chosen.items():
-        sides = [
-            _coded(basis, allocation.bits[name, i], UNBIASED if i == 1 else {})
-            for i, basis in enumerate(bases[name][which])
-        ]
+        sides = [_coded(basis, allocation.bits[name, i], i == 1, code) for i, basis in enumerate(bases[name][which])]
         plans.append(replace(_site_plan(sites[name], which, sides), segment=statistics[name].segment))
     evidence = Evidence(
         _evidence_of_sites(bases, chunks, chosen, allocation),
@@ -128,7 +128,7 @@ def _chunks(
 ) -> SiteChunks:
     """Collect what the chunks of a site cost in its chosen layout. capped: its logits have a softcap."""
     pair = bases[name][which]
-    nats = [chunk_nats(basis, costs.get((name, which, i)), grain.levels) for i, basis in enumerate(pair)]
+    nats = [chunk_nats(basis, costs.get((name, which, i)), grain) for i, basis in enumerate(pair)]
     return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), capped, weight)
 
 
@@ -243,21 +243,24 @@ def exact_plan(sites: Iterable[AttentionSite], *, sinks: int = 4, recent: int = 
     return LatentPlan(tuple(plans), sinks, recent, block, {"layout": "identity", "ratio": 1.0, "predicted_nats": 0.0})
 
 
-def _coded(basis: Basis, bits: Sequence[int], gains: Mapping[int, float]) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
+def _coded(basis: Basis, bits: Sequence[int], unbiased: bool, code: str) -> tuple[Tensor, Tensor, tuple[Tier, ...]]:
     """Return (encode, decode, tiers) of the channels that got bits, in bit groups of falling bits.
 
-    gains: by bits, of decoders; 1 where there is none.
+    unbiased: decoders have the gains with which errors have nothing of what is encoded.
     """
     order = sorted((i for i, b in enumerate(bits) if b), key=lambda i: (-bits[i], i))  # chunks
     channels = [c for i in order for c in range(i * TIER_QUANTUM, (i + 1) * TIER_QUANTUM)]
     spare = TIER_QUANTUM * len(bits) - basis.encode.shape[1]  # the last chunks may reach past the last channel
     encode = torch.nn.functional.pad(basis.encode, (0, 0, 0, spare))[:, channels]
     decode = torch.nn.functional.pad(basis.decode, (0, spare))[:, :, channels]
-    scale = torch.tensor([gains.get(bits[c // TIER_QUANTUM], 1.0) for c in channels])
-    decode = decode.float() * scale.to(decode.device)
     widths = {b: TIER_QUANTUM * list(bits).count(b) for b in sorted(set(bits) - {0}, reverse=True)}
-    tiers = tuple(Tier(b, w, STEPS.get(b, 1.0)) for b, w in widths.items())
-    return encode, decode, tiers
+    tiers, gains = [], []
+    for b, w in widths.items():
+        is_trellis = codes.is_trellis(code, b, w)
+        tiers.append(codes.trellis_tier(b, w) if is_trellis else Tier(b, w, STEPS.get(b, 1.0)))
+        gains += [(codes.GAIN if is_trellis else UNBIASED).get(b, 1.0) if unbiased else 1.0] * w
+    decode = decode.float() * torch.tensor(gains, device=decode.device)
+    return encode, decode, tuple(tiers)
 
 
 def _by_head(decode: Tensor, kv_heads: int) -> Tensor:

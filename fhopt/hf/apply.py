@@ -89,6 +89,8 @@ def apply(
         )
     check_model(plan, weights, type(model).__name__)
     check_segments(network.config, plan.segment, type(model).__name__)
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        plan.check_uniform("a GPU")
     plan = local_plan(model, plan)
     encoder = encoder_path(model)
     sites = [p.site for p in plan.sites if not is_inside(p.site.name, encoder)]

@@ -4,6 +4,7 @@ attention          fhopt::attention: grouped-query attention, the canonical node
 latent_attention   fhopt::latent_attention: attention on latents, packed or not
 prefill_attention  fhopt::rebuilt_attention, fhopt::open_attention: many queries on a GPU
 packing            fhopt::pack, fhopt::unpack: latents to packed latents and back
+trellis            codes whose bits serve more than one channel
 encode_rows        fhopt::encode_rows: keys or values to packed latents at once
 page_selection     which pages a query reads, in torch operations
 paged_attention    fhopt::page_weights, fhopt::attend_pages: one query on the pages that it selects

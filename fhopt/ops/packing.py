@@ -11,7 +11,8 @@ lanes of 1, 2, 4 and 8 bits. The codes 5, 3, 0, 0, 0, 0, 0, 4 of 3 bits are 10|1
 
     plane of 2 bits  00000110 10000000      plane of 1 bit  00000011
 
-Arguments of both ops, for each bit group: bits, widths (channels), steps (quantization steps, as shares of the scale).
+Arguments of both ops, for each bit group: bits, widths (channels), steps (quantization steps, as shares of the scale;
+negative: a trellis code of fhopt/ops/trellis.py, in steps of this magnitude).
 
 Letters: B batch, G kv heads, T tokens, D head size, R latent width, W channels of a bit group.
 """
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fhopt.ops import registry
+from fhopt.ops import registry, trellis
 
 _LIB = torch.library.Library("fhopt", "FRAGMENT")
 _LIB.define("pack(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
@@ -73,7 +74,12 @@ def planes(bits: int) -> tuple[int, ...]:
 
 
 def integer_bytes(x: Tensor, bits: int, step: float) -> Tensor:
-    """Quantize by a uniform mid-rise quantizer, then split into bit planes: x [..., W] -> uint8 [..., W*bits/8]."""
+    """Quantize by a uniform mid-rise quantizer, then split into bit planes: x [..., W] -> uint8 [..., W*bits/8].
+
+    With a negative step: by a trellis code, to a ring of bits.
+    """
+    if step < 0:
+        return trellis.encode(x / -step, bits)
     levels = 2**bits
     codes = (torch.floor(x / step) + levels // 2).clamp(0, levels - 1).to(torch.uint8)
     widths = planes(bits)
@@ -107,7 +113,8 @@ def unpack_reference(
 def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequence[float]) -> Tensor:
     """Unpack codes uint8 [..., bytes] without their scale: float32 [..., R].
 
-    A code u of fewer than 16 bits is (u - (2^bits - 1)/2) * step; channels of 16 bits are their float16 value.
+    A code u of fewer than 16 bits is (u - (2^bits - 1)/2) * step, that of a trellis (u - 127.5) * -step; channels of 16
+    bits are their float16 value.
     """
     rows = codes.split([w * b // 8 for w, b in zip(widths, bits, strict=True)], -1)
     parts = [_values(row, b, step) for row, b, step in zip(rows, bits, steps, strict=True)]
@@ -117,6 +124,8 @@ def unscaled(codes: Tensor, bits: Sequence[int], widths: Sequence[int], steps: S
 def _values(row: Tensor, bits: int, step: float) -> Tensor:
     if bits == 16:  # copied: a view must start at an even byte, and a row that 3 bits or so come before may not
         return row.clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
+    if step < 0:
+        return trellis.decode(row, bits) * -step
     return (_codes(row, bits).to(torch.float32) - (2**bits - 1) / 2) * step
 
 

@@ -44,7 +44,7 @@ PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # that can be read; plans a
 CHECKSUM, TENSORS = "checksum", "tensors_sha256"
 
 _SIZE = whole(1, (1 << 20) - 1)  # heads, channels
-_STEP = number(0, 1e30)
+_STEP = number(-1e30, 1e30)  # negative: of a trellis code
 _TIERS = several(row(one_of(*SUPPORTED_BITS), _SIZE, _STEP))
 _ROPE = record(
     {
@@ -193,7 +193,7 @@ def check_description(description: Mapping[str, Any]) -> None:
             raise ValueError(f"{site['name'][:60]} has {site['heads']} heads for {site['kv_heads']} of keys and values")
         for name in ("key", "value", "sketch"):
             for bits, width, step in item.get(name, ()):
-                if bits < 16 and not step > 0:
+                if bits < 16 and not (step > 0 or (step < 0 and name != "sketch")):
                     raise ValueError(f"{site['name'][:60]} has {bits} bits of {width} channels in steps of {step}")
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def tiers(side: SidePlan) -> str:
-    """Describe the bit groups of one latent head as channels x bits: `8x6 + 40x3`, or `64 uncoded`."""
-    return " + ".join(f"{t.width}x{t.bits}" for t in side.tiers) or f"{side.width} uncoded"
+    """Describe the bit groups of one latent head as `8x6 + 40x3t`: channels x bits, t for a trellis code."""
+    return " + ".join(f"{t.width}x{t.bits}{'t' if t.is_trellis else ''}" for t in side.tiers) or f"{side.width} uncoded"
 
 
 # --------------------------------------------------------------------------------------------------- words

@@ -80,6 +80,16 @@ class LatentPlan:
             )
 
     @property
+    def has_trellis(self) -> bool:
+        """Whether bit groups of some sites have trellis codes."""
+        return any(tier.is_trellis for site in self.sites for side in (site.key, site.value) for tier in side.tiers)
+
+    def check_uniform(self, what: str) -> None:
+        """Raise FhoptError where latents have trellis codes, which `what` cannot read."""
+        if self.has_trellis:
+            raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
+
+    @property
     def segment(self) -> int:
         """Tokens of a segment, where keys of some sites are encoded relative to segments; 0: nowhere."""
         return max((s.segment for s in self.sites), default=0)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its bit planes starts on a whole byte
 LEAST_SEGMENT, MOST_SEGMENT = 64, 1 << 16  # tokens of a segment; kernels read as many as the least in one go
+TRELLIS_BITS = (1, 2, 3, 4)  # that a trellis code may have
 SCALE_BYTES = 2  # one float16 per token and side
 MEAN_BYTES = 4  # of a number in the mean of a sequence's keys or values
 SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
@@ -25,12 +26,18 @@ class Tier:
     """A bit group: a run of latent channels stored with the same number of bits.
 
     Quantized values are unsigned integers u of `bits` bits; the value is (u - (2^bits - 1)/2) * step * scale[token].
-    With 16 bits the value is float16 and `step` is ignored.
+    With 16 bits the value is float16 and `step` is ignored. With a negative step it is a trellis code
+    (fhopt/ops/trellis.py), in steps of this magnitude.
     """
 
     bits: int
     width: int
     step: float
+
+    @property
+    def is_trellis(self) -> bool:
+        """Whether values are those of a trellis code."""
+        return self.bits < 16 and self.step < 0
 
 
 @dataclass(frozen=True, eq=False)

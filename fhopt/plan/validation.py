@@ -15,6 +15,7 @@ from fhopt.plan.site_plan import (
     SKETCH_BITS,
     SUPPORTED_BITS,
     TIER_QUANTUM,
+    TRELLIS_BITS,
     PagePlan,
     SidePlan,
     SitePlan,
@@ -145,8 +146,10 @@ def _check_side(name: str, side: SidePlan, encoded: tuple[int, int], decoded: tu
             f"{name}: bit groups {side.tiers} are not widths of {TIER_QUANTUM}k with bits of {SUPPORTED_BITS}. "
             "Fit the plan again."
         )
-    if not all(t.bits == 16 or 0 < t.step < math.inf for t in side.tiers):
-        raise FhoptError(f"{name}: quantization steps of {side.tiers} are not positive numbers. Fit the plan again.")
+    if not all(t.bits == 16 or 0 < abs(t.step) < math.inf for t in side.tiers):
+        raise FhoptError(f"{name}: quantization steps of {side.tiers} are not numbers but 0. Fit the plan again.")
+    if any(t.is_trellis and t.bits not in TRELLIS_BITS for t in side.tiers):
+        raise FhoptError(f"{name}: trellis codes of {side.tiers}; expected bits of {TRELLIS_BITS}. Fit the plan again.")
     if side.tiers and sum(t.width for t in side.tiers) != width:
         raise FhoptError(
             f"{name}: bit groups cover {sum(t.width for t in side.tiers)} channels of {width}. Fit the plan again."

@@ -16,6 +16,7 @@
 // A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 // A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider
 // one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.
+// With a negative step it has a trellis code: 8 bits of a ring of bits are looked up, u is a code of 8 bits then.
 //
 // Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
 // whole sums, and the token's scale multiplies its logit and its weight. Products are
@@ -260,6 +261,32 @@ INLINE void copy_float16(const uint8_t* row, int width, float* z, float factor =
     }
 }
 
+// ------------------------------------------------------------------------------------------------ trellis codes
+//
+// A bit group of b bits and W channels with a trellis code is a ring of W b bits. The code of channel c is that of a
+// table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window.
+
+constexpr int WINDOW = 8;
+alignas(64) constexpr uint8_t TRELLIS[1 << WINDOW] = {0, 159, 102, 129, 142, 118, 182, 80, 153, 121, 195, 92, 70, 168, 109, 135, 119, 146, 86, 188, 161, 49, 132, 105, 172, 74, 138, 111, 125, 152, 95, 213, 86, 190, 119, 144, 130, 105, 165, 55, 140, 112, 172, 78, 96, 209, 125, 155, 101, 128, 17, 158, 180, 80, 144, 116, 197, 93, 150, 120, 107, 135, 70, 167, 196, 95, 148, 124, 108, 137, 68, 169, 101, 131, 33, 160, 183, 81, 143, 114, 139, 112, 174, 75, 98, 212, 123, 154, 87, 190, 116, 145, 131, 103, 162, 47, 172, 79, 140, 111, 126, 153, 95, 209, 120, 146, 83, 189, 164, 55, 131, 105, 152, 122, 195, 91, 71, 167, 106, 137, 30, 160, 101, 130, 142, 117, 182, 82, 130, 102, 158, 40, 82, 180, 115, 144, 92, 205, 123, 150, 137, 110, 168, 65, 187, 87, 146, 119, 105, 134, 58, 163, 112, 140, 74, 175, 224, 94, 154, 124, 147, 120, 187, 89, 62, 164, 104, 133, 75, 175, 114, 140, 152, 128, 220, 96, 160, 37, 130, 101, 114, 145, 83, 178, 126, 152, 90, 204, 169, 66, 137, 109, 123, 151, 90, 200, 168, 64, 137, 109, 159, 46, 129, 100, 115, 145, 82, 179, 74, 174, 110, 137, 151, 124, 232, 96, 146, 116, 181, 89, 61, 162, 104, 131, 110, 140, 73, 174, 248, 96, 152, 125, 188, 88, 146, 117, 102, 135, 58, 162, 93, 202, 123, 151, 136, 112, 166, 65, 133, 103, 158, 51, 84, 178, 118, 144};
+
+// The bits of 8 channels from a multiple of 8 on, and before them the byte in which their windows begin.
+INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int64_t channel) {
+    const uint8_t* from = ring + channel / 8 * bits;
+    uint64_t word = channel ? from[-1] : ring[bytes - 1];
+    for (int i = 0; i < bits; i++) word |= uint64_t(from[i]) << 8 * (i + 1);
+    return word;
+}
+
+// Window i of these.
+INLINE int window_of(uint64_t word, int bits, int i) { return int(word >> (i + 1) * bits & 255); }
+// A tier with a trellis code.
+INLINE void copy_trellis(const uint8_t* row, int bits, int width, float* z) {
+    for (int i = 0; i < width; i += 8) {
+        const uint64_t word = bits_of_eight(row, width * bits / 8, bits, i);
+        for (int j = 0; j < 8; j++) z[i + j] = float(TRELLIS[window_of(word, bits, j)]);
+    }
+}
+
 INLINE void copy_bfloat16(const uint8_t* row, int width, float* z) {
     for (int i = 0; i < width; i++) {
         uint16_t half;
@@ -274,10 +301,13 @@ constexpr int FETCHED = 16384;
 
 enum Stored : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // numbers of rows that are not quantized
 
-// A bit group: 16 bits are float16, not codes.
+// A bit group: 16 bits are float16, not codes. With a negative step it has a trellis code, of steps of its magnitude.
 struct Tier {
     int64_t bits, width;
     double step;
+
+    bool is_trellis() const { return bits < 16 && step < 0; }
+    float middle() const { return bits < 16 ? 0.5f * ((1 << (is_trellis() ? 8 : bits)) - 1) : 0.0f; }
 };
 
 constexpr int MOST_TOKENS = 256;  // of a tile
@@ -297,7 +327,8 @@ constexpr int TILE = MOST_TOKENS + 16;
 //
 // A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
-// a code b is then 2^(8-b) times itself is folded into the query or the output.
+// a code b is then 2^(8-b) times itself is folded into the query or the output. Of a trellis code the bits are a window,
+// which is looked up in four vectors.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)
@@ -314,9 +345,12 @@ constexpr int TILE = MOST_TOKENS + 16;
 #define INTEGER (BYTES || WORDS)
 
 // A code of a row: in its first plane it has `high` bits from bit `high_bit` of the row on, `low` in its second.
+// A trellis code: its window from `high_bit` on, which goes on in the byte `next`.
 struct Code {
     int channel, high, high_bit, low, low_bit;
+    int trellis = 0, next = -1;  // bits of a trellis code
 
+    int precision() const { return trellis ? trellis : bits(); }  // of what it stands for
     int bits() const { return high + low; }
     int shift() const { return 8 - bits(); }  // of the code in its byte
 };
@@ -325,11 +359,13 @@ struct Code {
 
 // What it takes to bring codes of a row to bytes: they are bytes, in order; they come from one block of 64 bytes of the
 // row or from several, and have one plane or two. The greater of two kinds serves both.
-enum Kind { WHOLE, ONE_HIGH, ONE_LOW, MANY_HIGH, MANY_LOW };
+enum Kind { WHOLE, ONE_HIGH, ONE_LOW, ONE_TRELLIS, MANY_HIGH, MANY_LOW, MANY_TRELLIS };
 
+constexpr bool is_many(Kind kind) { return kind >= MANY_HIGH; }
+constexpr int depth_of(Kind kind) { return is_many(kind) ? kind - MANY_HIGH + ONE_HIGH : kind; }
 constexpr Kind either(Kind a, Kind b) {
-    const bool many = std::max(a, b) >= MANY_HIGH, low = a == ONE_LOW || a == MANY_LOW || b == ONE_LOW || b == MANY_LOW;
-    return many ? (low ? MANY_LOW : MANY_HIGH) : low ? ONE_LOW : std::max(a, b);
+    const int deeper = std::max(depth_of(a), depth_of(b));
+    return Kind(is_many(a) || is_many(b) ? std::max(deeper - ONE_HIGH, 0) + MANY_HIGH : deeper);
 }
 
 // How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
@@ -346,6 +382,7 @@ struct Slice {
     int source[64];
     std::vector<Block> blocks;
     bool has_low = false;  // codes have a second plane
+    uint64_t looked = 0;   // which bytes are windows of a trellis code
     Kind kind = WHOLE;
 
     Slice() {
@@ -363,7 +400,21 @@ struct Slice {
         keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
         has_low |= plane == 1;
     }
+    int slot_of_two(int to, int byte, int next) {  // of bytes that stand side by side
+        const int first = to / 8 * 8;
+        int i = first;
+        while (source[i] >= 0 && (source[i] != byte || source[i + 1] != next)) i++;
+        if (source[i] < 0 && i > first && source[i - 1] == byte) i--;
+        source[i] = byte, source[i + 1] = next;
+        return i % 8;
+    }
+    void put_window(int to, const Code& code) {
+        from[0][to] = uint8_t(8 * slot_of_two(to, code.high_bit / 8, code.next) + code.high_bit % 8);
+        keep[0][to] = 255;
+        looked |= uint64_t(1) << to;
+    }
     void put(int to, const Code& code) {
+        if (code.trellis) return put_window(to, code);
         put(to, 0, code.high, code.high_bit, code.shift() + code.low);
         put(to, 1, code.low, code.low_bit, code.shift());
     }
@@ -379,7 +430,8 @@ struct Slice {
             }
             if (block.mask) blocks.push_back(block);
         }
-        kind = blocks.size() > 1 ? (has_low ? MANY_LOW : MANY_HIGH) : has_low ? ONE_LOW : WHOLE;
+        kind = looked ? ONE_TRELLIS : has_low ? ONE_LOW : WHOLE;
+        if (blocks.size() > 1) kind = either(MANY_HIGH, kind);
         for (int i = 0; i < 64 && kind == WHOLE; i++) {
             const bool whole = keep[0][i] == 255 && from[0][i] == 8 * (i % 8) && blocks[0].index[i] == i;
             if (source[i] >= 0 && !whole) kind = ONE_HIGH;
@@ -400,7 +452,15 @@ struct Layout {
     int bytes_of_token(bool values) const { return values ? (count() + 15) / 16 * 16 : count(); }  // in a tile
     int bytes_of_tile(bool values, int tokens) const { return tokens * bytes_of_token(values); }
 
-    void add(int bits, int width, int bit, int channel) {
+    void add_trellis(int bits, int width, int bit, int channel) {
+        const int first = bit / 8, bytes = width * bits / 8;
+        for (int i = 0; i < width; i++) {
+            const int window = ((i + 1) * bits + 8 * bytes - WINDOW) % (8 * bytes), byte = window / 8;
+            codes.push_back({channel + i, 8, bit + window, 0, 0, bits, first + (byte + 1) % bytes});
+        }
+    }
+    void add(int bits, int width, int bit, int channel, bool is_trellis) {
+        if (is_trellis) return add_trellis(bits, width, bit, channel);
         const int high = high_bits(bits), low = bits - high;
         for (int i = 0; i < width; i++) {
             if (bits < 16) codes.push_back({channel + i, high, bit + i * high, low, bit + width * high + i * low});
@@ -479,7 +539,7 @@ struct Layout {
     int bytes_of_token(bool values) const { return values ? 4 * int(pieces.size()) : 0; }
     int bytes_of_tile(bool values, int tokens) const { return 16 * int(pieces.size()) * (values ? tokens : 16); }
 
-    void add(int bits, int width, int bit, int channel) {
+    void add(int bits, int width, int bit, int channel, bool) {
         tiers.push_back({bits, width, bit, channel});
         for (int i = 0; i < width && bits == 16; i++) half_channel.push_back(channel + i);
     }
@@ -559,21 +619,23 @@ struct Side {
                                                 : 2),
           scaled(false), in_place(!count && width % LANES == 0), step(pad), middle(pad) {
         int bit = 0, channel = 0;
+        bool has_trellis = false;
         for (const Tier& tier : tiers) {
             const int bits = int(tier.bits);
-            layout.add(bits, int(tier.width), bit, channel);
+            layout.add(bits, int(tier.width), bit, channel, tier.is_trellis());
             for (int i = 0; i < tier.width; i++, channel++) {
-                step[channel] = bits < 16 ? float(tier.step) : 1.0f;
-                middle[channel] = bits < 16 ? 0.5f * ((1 << bits) - 1) : 0.0f;
+                step[channel] = bits < 16 ? float(std::abs(tier.step)) : 1.0f;
+                middle[channel] = tier.middle();
             }
             bit += bits * int(tier.width);
             scaled |= bits < 16;
+            has_trellis |= tier.is_trellis();
         }
         if (!count) std::fill(step.begin(), step.end(), 1.0f);
         bytes = count ? bit / 8 : width * element;
         reach = bytes;
         ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
-        integer = INTEGER && scaled && !(values && layout.halves());
+        integer = INTEGER && scaled && !(values && layout.halves()) && !(WORDS && has_trellis);
         if (!integer) return;
         layout.take_apart(values, bytes);
         reach = layout.reach(bytes);
@@ -597,7 +659,7 @@ constexpr int COARSE_KEY = 5, COARSE_VALUE = 4;
 int fine_channels(const Layout& layout, int coarse) {
     int fine = 0;
     for (int i = 0; i < layout.count(); i++) {
-        if (layout.codes[i].bits() > coarse) fine = (i / 16 + 1) * 16;
+        if (layout.codes[i].precision() > coarse) fine = (i / 16 + 1) * 16;
     }
     return fine;
 }
@@ -1069,7 +1131,8 @@ INLINE void unpack_floats(const Side& side, const uint8_t* row, float* z) {
 INLINE void unpack_codes(const Side& side, const uint8_t* row, float scale, float* z) {
     for (const Tier& tier : side.tiers) {
         const int width = int(tier.width);
-        switch (tier.bits) {
+        switch (tier.is_trellis() ? 0 : tier.bits) {
+            case 0: copy_trellis(row, int(tier.bits), width, z); break;
             case 1: copy_codes<1>(row, width, z); break;
             case 2: copy_codes<2>(row, width, z); break;
             case 3: copy_codes<3>(row, width, z); break;
@@ -1269,9 +1332,10 @@ void arrange_queries(const T&...) {}
 // What takes a slice apart, in registers.
 template <Kind KIND>
 struct Taken {
-    static constexpr bool LOW = KIND == ONE_LOW || KIND == MANY_LOW, MANY = KIND == MANY_HIGH || KIND == MANY_LOW;
+    static constexpr bool MANY = is_many(KIND), LOW = depth_of(KIND) >= ONE_LOW, LOOKED = depth_of(KIND) == ONE_TRELLIS;
     const Slice::Block *block, *end;
-    __m512i index, from[2], keep[2];
+    __m512i index, from[2], keep[2], table[4];
+    __mmask64 looked;
     int offset;
 
     INLINE explicit Taken(const Slice& slice) : block(slice.blocks.data()), end(block + slice.blocks.size()) {
@@ -1281,6 +1345,8 @@ struct Taken {
             from[i] = _mm512_load_si512(slice.from[i]);
             keep[i] = _mm512_load_si512(slice.keep[i]);
         }
+        looked = slice.looked;
+        UNROLL(4) for (int i = 0; i < 4 && LOOKED; i++) table[i] = _mm512_load_si512(TRELLIS + 64 * i);
     }
     // The bytes of a row; what no code needs is arbitrary.
     INLINE __m512i bytes_of(const uint8_t* row) const {
@@ -1297,7 +1363,14 @@ struct Taken {
         const __m512i bytes = bytes_of(row);
         const __m512i high = _mm512_multishift_epi64_epi8(from[0], bytes) & keep[0];
         if (!LOW) return high;
-        return high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
+        const __m512i codes = high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
+        return LOOKED ? _mm512_mask_mov_epi8(codes, looked, looked_up(high)) : codes;
+    }
+    // The codes of windows.
+    INLINE __m512i looked_up(__m512i window) const {
+        const __m512i lower = _mm512_permutex2var_epi8(table[0], window, table[1]);
+        const __m512i upper = _mm512_permutex2var_epi8(table[2], window, table[3]);
+        return _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(window), upper);
     }
 };
 
@@ -1308,8 +1381,10 @@ INLINE auto with_kind(Kind kind, F f) {
         case WHOLE: return f(std::integral_constant<Kind, WHOLE>());
         case ONE_HIGH: return f(std::integral_constant<Kind, ONE_HIGH>());
         case ONE_LOW: return f(std::integral_constant<Kind, ONE_LOW>());
+        case ONE_TRELLIS: return f(std::integral_constant<Kind, ONE_TRELLIS>());
         case MANY_HIGH: return f(std::integral_constant<Kind, MANY_HIGH>());
-        default: return f(std::integral_constant<Kind, MANY_LOW>());
+        case MANY_LOW: return f(std::integral_constant<Kind, MANY_LOW>());
+        default: return f(std::integral_constant<Kind, MANY_TRELLIS>());
     }
 }
 

@@ -6,6 +6,8 @@
 //     u[c] = clamp(floor(z[c] / s / step) + 2^(b-1), 0, 2^b - 1)          a channel of b < 16 bits
 //     z[c] = (u[c] - (2^b - 1)/2) * step * s                              and back
 //
+// A tier with a negative step has a trellis code: a ring of bits, of which windows are looked up.
+//
 //     z [B,J,T,R]   ->   codes [B,J,T,bytes]   s [B,J,T]   ->   z [B,J,T,R]
 //
 //     B batch, J latent heads, T tokens, R channels of a latent.
@@ -23,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -51,11 +54,137 @@ INLINE Floats clamp(Floats x, float low, float high) {  // NaN becomes `low`
     return x < high ? x : Floats{} + high;
 }
 
+// ------------------------------------------------------------------------------------------------ trellis codes
+//
+// A bit group of b bits and W channels with a trellis code is a ring of W b bits. The code of channel c is that of a
+// table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window.
+
+constexpr int WINDOW = 8;
+alignas(64) constexpr uint8_t TRELLIS[1 << WINDOW] = {0, 159, 102, 129, 142, 118, 182, 80, 153, 121, 195, 92, 70, 168, 109, 135, 119, 146, 86, 188, 161, 49, 132, 105, 172, 74, 138, 111, 125, 152, 95, 213, 86, 190, 119, 144, 130, 105, 165, 55, 140, 112, 172, 78, 96, 209, 125, 155, 101, 128, 17, 158, 180, 80, 144, 116, 197, 93, 150, 120, 107, 135, 70, 167, 196, 95, 148, 124, 108, 137, 68, 169, 101, 131, 33, 160, 183, 81, 143, 114, 139, 112, 174, 75, 98, 212, 123, 154, 87, 190, 116, 145, 131, 103, 162, 47, 172, 79, 140, 111, 126, 153, 95, 209, 120, 146, 83, 189, 164, 55, 131, 105, 152, 122, 195, 91, 71, 167, 106, 137, 30, 160, 101, 130, 142, 117, 182, 82, 130, 102, 158, 40, 82, 180, 115, 144, 92, 205, 123, 150, 137, 110, 168, 65, 187, 87, 146, 119, 105, 134, 58, 163, 112, 140, 74, 175, 224, 94, 154, 124, 147, 120, 187, 89, 62, 164, 104, 133, 75, 175, 114, 140, 152, 128, 220, 96, 160, 37, 130, 101, 114, 145, 83, 178, 126, 152, 90, 204, 169, 66, 137, 109, 123, 151, 90, 200, 168, 64, 137, 109, 159, 46, 129, 100, 115, 145, 82, 179, 74, 174, 110, 137, 151, 124, 232, 96, 146, 116, 181, 89, 61, 162, 104, 131, 110, 140, 73, 174, 248, 96, 152, 125, 188, 88, 146, 117, 102, 135, 58, 162, 93, 202, 123, 151, 136, 112, 166, 65, 133, 103, 158, 51, 84, 178, 118, 144};
+
+// The bits of 8 channels from a multiple of 8 on, and before them the byte in which their windows begin.
+INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int64_t channel) {
+    const uint8_t* from = ring + channel / 8 * bits;
+    uint64_t word = channel ? from[-1] : ring[bytes - 1];
+    for (int i = 0; i < bits; i++) word |= uint64_t(from[i]) << 8 * (i + 1);
+    return word;
+}
+
+// Window i of these.
+INLINE int window_of(uint64_t word, int bits, int i) { return int(word >> (i + 1) * bits & 255); }
+// ------------------------------------------------------------------------------------------------ search of a trellis
+//
+// The Viterbi algorithm: a state is the WINDOW - BITS newest bits, of which each window, 2^BITS of them, leads to one.
+// The cost of a window is its error's square. Sums are made in the order of fhopt/ops/trellis.py, and of equal costs the
+// first counts.
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints16{__VA_ARGS__})
+#endif
+
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+
+constexpr int WINDOWS = 1 << WINDOW;
+constexpr int AROUND = 12;         // channels on either side of the seam that the first search sees
+constexpr float FARTHEST = 1024;   // numbers are searched for up to so many steps
+constexpr float UNREACHED = 1e30f;  // cost of a state in which no ring may begin
+
+// Of each window: its value in steps.
+struct Windows {
+    alignas(64) float value[WINDOWS];
+
+    Windows() {
+        for (int w = 0; w < WINDOWS; w++) value[w] = float(TRELLIS[w]) - 127.5f;
+    }
+};
+
+const Windows windows;
+
+// The lesser of each two neighbours of 32 numbers.
+INLINE Floats16 least_of_pairs(Floats16 a, Floats16 b) {
+    const Floats16 even = PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const Floats16 odd = PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return odd < even ? odd : even;
+}
+
+template <int BITS>
+struct Trellis {
+    static constexpr int BRANCHES = 1 << BITS, STATES = WINDOWS >> BITS, VECTORS = STATES / 16;
+
+    // Costs of states behind one more channel, from those before it.
+    static void step(const float* before, float x, float* after) {
+        Floats16 costs[WINDOWS / 16];
+        for (int v = 0; v < WINDOWS / 16; v++) {
+            const Floats16 error = x - load<Floats16>(windows.value + 16 * v);
+            costs[v] = load<Floats16>(before + v % VECTORS * 16) + error * error;
+        }
+        for (int count = WINDOWS / 32; count >= VECTORS; count /= 2) {
+            for (int v = 0; v < count; v++) costs[v] = least_of_pairs(costs[2 * v], costs[2 * v + 1]);
+        }
+        for (int v = 0; v < VECTORS; v++) store(after + 16 * v, costs[v]);
+    }
+
+    // The window of the channel between costs `before` and a state.
+    static int window(const float* before, float x, int state) {
+        int found = state * BRANCHES;
+        float least = UNREACHED * 2;
+        for (int w = state * BRANCHES; w < (state + 1) * BRANCHES; w++) {
+            const float error = x - windows.value[w], cost = before[w & (STATES - 1)] + error * error;
+            if (cost < least) least = cost, found = w;
+        }
+        return found;
+    }
+
+    // The windows of least error for x [width] from channel `first` on, from any state to any, or from the state
+    // `closed` to itself. costs [width + 1, STATES].
+    static void search(const float* x, int64_t width, int closed, float* costs, uint8_t* found, int64_t first = 0) {
+        std::fill_n(costs, STATES, closed < 0 ? 0.0f : UNREACHED);
+        if (closed >= 0) costs[closed] = 0;
+        for (int64_t c = 0; c < width; c++) step(costs + c * STATES, x[c], costs + (c + 1) * STATES);
+        const float* last = costs + width * STATES;
+        int state = closed < 0 ? int(std::min_element(last, last + STATES) - last) : closed;
+        for (int64_t c = width - 1; c >= first; c--) {
+            found[c] = uint8_t(window(costs + c * STATES, x[c], state));
+            state = found[c] & (STATES - 1);
+        }
+    }
+
+    // x [width], a multiple of 8 -> a ring
+    static void encode(const float* x, int64_t width, uint8_t* ring) {
+        const int64_t around = std::min<int64_t>(AROUND, width / 2);
+        thread_local std::vector<float> costs;
+        thread_local std::vector<uint8_t> found;
+        if (costs.size() < size_t(width + 1) * STATES) costs.resize((width + 1) * STATES);
+        if (found.size() < size_t(width)) found.resize(width);
+        float seam[2 * AROUND];
+        std::copy_n(x + width - around, around, seam);
+        std::copy_n(x, around, seam + around);
+        search(seam, 2 * around, -1, costs.data(), found.data(), around - 1);
+        search(x, width, found[around - 1] >> BITS, costs.data(), found.data());
+        for (int64_t i = 0; i < width; i += 8) {
+            uint64_t word = 0;
+            for (int j = 0; j < 8; j++) word |= uint64_t(found[i + j] >> (WINDOW - BITS)) << j * BITS;
+            std::memcpy(ring + i / 8 * BITS, &word, BITS);
+        }
+    }
+};
+
+void write_ring(const float* x, int64_t width, int bits, uint8_t* ring) {
+    switch (bits) {
+        case 1: return Trellis<1>::encode(x, width, ring);
+        case 2: return Trellis<2>::encode(x, width, ring);
+        case 3: return Trellis<3>::encode(x, width, ring);
+        default: return Trellis<4>::encode(x, width, ring);
+    }
+}
 // ------------------------------------------------------------------------------------------------ arguments
 
 struct Tier {
     int64_t bits, width;
-    double step;
+    double step;  // negative: a trellis code, of steps of this magnitude
 };
 
 struct Rows {
@@ -248,6 +377,16 @@ void write_codes(const T* z, const Tier& tier, float inverse, uint8_t* row) {
 }
 
 template <class T>
+void write_trellis(const T* z, const Tier& tier, float inverse, uint8_t* row) {
+    std::vector<float> x(tier.width);
+    const float step = float(-tier.step);
+    for (int64_t i = 0; i < tier.width; i += 8) {
+        store(x.data() + i, clamp(floats(z + i) * inverse / step, -FARTHEST, FARTHEST));
+    }
+    write_ring(x.data(), tier.width, int(tier.bits), row);
+}
+
+template <class T>
 void write_halves(const T* z, int64_t width, uint8_t* row) {
     for (int64_t i = 0; i < width; i += 8) {
         const Floats x = floats(z + i), kept = clamp(x, -65504.0f, 65504.0f);
@@ -262,6 +401,7 @@ void pack_row(const Arguments& a, const T* z, uint8_t* row, uint16_t* scale) {
     for (int64_t i = 0; i < a.count; i++) {
         const Tier& tier = a.tiers[i];
         if (tier.bits == 16) write_halves(z, tier.width, row);
+        else if (tier.step < 0) write_trellis(z, tier, inverse, row);
         else write_codes(z, tier, inverse, row);
         z += tier.width;
         row += tier.width * tier.bits / 8;
@@ -291,6 +431,16 @@ INLINE void read_codes(const uint8_t* row, const Tier& tier, float scale, float*
     }
 }
 
+INLINE void read_trellis(const uint8_t* row, const Tier& tier, float scale, float* z) {
+    const float step = float(-tier.step);
+    const int bits = int(tier.bits);
+    const int64_t bytes = tier.width * bits / 8;
+    for (int64_t i = 0; i < tier.width; i += 8) {
+        const uint64_t word = bits_of_eight(row, bytes, bits, i);
+        for (int j = 0; j < 8; j++) z[i + j] = windows.value[window_of(word, bits, j)] * step * scale;
+    }
+}
+
 INLINE void read_halves(const uint8_t* row, int64_t width, float* z) {
     for (int64_t i = 0; i < width; i += 8) store(z + i, from_float16(load<Halves>(row + 2 * i)));
 }
@@ -300,6 +450,7 @@ void unpack_row(const Arguments& a, const uint8_t* row, uint16_t half, float* z)
     for (int64_t i = 0; i < a.count; i++) {
         const Tier& tier = a.tiers[i];
         if (tier.bits == 16) read_halves(row, tier.width, z);
+        else if (tier.step < 0) read_trellis(row, tier, scale, z);
         else read_codes(row, tier, scale, z);
         row += tier.width * tier.bits / 8;
         z += tier.width;

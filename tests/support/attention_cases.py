@@ -24,6 +24,10 @@ PLANES: Tiers = ((6, 16, 0.08), (5, 24, 0.15), (3, 40, 0.5), (1, 8, 1.6))
 ODD: Tiers = ((3, 8, 0.5), (16, 8, 0.0), (1, 24, 1.6), (5, 8, 0.15), (4, 24, 0.3))  # float16 from byte 3 on
 EVERY: Tiers = tuple((bits, width, 2 / 2**bits) for bits in SUPPORTED_BITS for width in (8, 16, 24))
 LONGEST: Tiers = tuple((bits, 128, math.pi / 2**bits) for bits in reversed(SUPPORTED_BITS))
+# Trellis codes, on several sides of the 64 bytes and 64 channels that are read at once.
+RINGS: Tiers = ((6, 8, 0.1), (4, 16, -0.03), (3, 24, -0.03), (2, 40, -0.025), (1, 40, -0.022))
+RING: Tiers = ((2, 16, -0.025),)
+LONG_RINGS: Tiers = ((4, 200, -0.03), (3, 104, -0.03), (16, 8, 0.0), (1, 8, -0.022), (2, 8, 0.9))
 UNCODED: Tiers = ()
 
 Make = Callable[[KernelSpec], LatentKernel]
@@ -82,6 +86,14 @@ CASES = {
     "tiers of two bit planes, several queries, softcap": Case(ODD, PLANES, 6, 1, 2, 3, 67, softcap=4.0),
     "one token": Case(HALVES, HALVES, 3, 1, 1, 1, 1),
     "uncoded, several queries": Case(UNCODED, UNCODED, 9, 3, 3, 5, 100, width=16),
+}
+# Which kernels for CPUs alone serve.
+TRELLIS_CASES = {
+    "trellis codes beside others": Case(RINGS, RINGS, 9, 1, 1, 1, 203),
+    "a short ring, long ones": Case(RING, LONG_RINGS, 6, 2, 3, 5, 131),
+    "float16 channels beside rings, softcap": Case(LONG_RINGS, RING, 4, 4, 1, 3, 70, softcap=4.0),
+    "one token of a ring": Case(RINGS, RING, 3, 1, 1, 1, 1),
+    "rings of keys, values uncoded": Case(RINGS, UNCODED, 4, 2, 4, 1, 77, width=20),
 }
 
 

@@ -15,6 +15,7 @@
 //
 // A code u of b bits stands for (u - (2^b - 1)/2) * step * scale[token]; 16 bits are a float16 without scale.
 // $planes
+// With a negative step it has a trellis code: 8 bits of a ring of bits are looked up, u is a code of 8 bits then.
 //
 // Codes are multiplied as they are: steps go into the query and the output, the middle (2^b - 1)/2 is subtracted from
 // whole sums, and the token's scale multiplies its logit and its weight. Products are
@@ -116,6 +117,15 @@ INLINE void copy_float16(const uint8_t* row, int width, float* z, float factor =
         uint16_t half;
         std::memcpy(&half, row + 2 * i, 2);
         z[i] = from_float16(half) * factor;
+    }
+}
+
+#include "trellis.h"
+// A tier with a trellis code.
+INLINE void copy_trellis(const uint8_t* row, int bits, int width, float* z) {
+    for (int i = 0; i < width; i += 8) {
+        const uint64_t word = bits_of_eight(row, width * bits / 8, bits, i);
+        for (int j = 0; j < 8; j++) z[i + j] = float(TRELLIS[window_of(word, bits, j)]);
     }
 }
 
@@ -535,7 +545,8 @@ INLINE void unpack_floats(const Side& side, const uint8_t* row, float* z) {
 INLINE void unpack_codes(const Side& side, const uint8_t* row, float scale, float* z) {
     for (const Tier& tier : side.tiers) {
         const int width = int(tier.width);
-        switch (tier.bits) {
+        switch (tier.is_trellis() ? 0 : tier.bits) {
+            case 0: copy_trellis(row, int(tier.bits), width, z); break;
             case 1: copy_codes<1>(row, width, z); break;
             case 2: copy_codes<2>(row, width, z); break;
             case 3: copy_codes<3>(row, width, z); break;

@@ -11,7 +11,8 @@
 //
 // A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
-// a code b is then 2^(8-b) times itself is folded into the query or the output.
+// a code b is then 2^(8-b) times itself is folded into the query or the output. Of a trellis code the bits are a window,
+// which is looked up in four vectors.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)
@@ -28,9 +29,12 @@
 #define INTEGER (BYTES || WORDS)
 
 // A code of a row: in its first plane it has `high` bits from bit `high_bit` of the row on, `low` in its second.
+// A trellis code: its window from `high_bit` on, which goes on in the byte `next`.
 struct Code {
     int channel, high, high_bit, low, low_bit;
+    int trellis = 0, next = -1;  // bits of a trellis code
 
+    int precision() const { return trellis ? trellis : bits(); }  // of what it stands for
     int bits() const { return high + low; }
     int shift() const { return 8 - bits(); }  // of the code in its byte
 };
@@ -39,11 +43,13 @@ struct Code {
 
 // What it takes to bring codes of a row to bytes: they are bytes, in order; they come from one block of 64 bytes of the
 // row or from several, and have one plane or two. The greater of two kinds serves both.
-enum Kind { WHOLE, ONE_HIGH, ONE_LOW, MANY_HIGH, MANY_LOW };
+enum Kind { WHOLE, ONE_HIGH, ONE_LOW, ONE_TRELLIS, MANY_HIGH, MANY_LOW, MANY_TRELLIS };
 
+constexpr bool is_many(Kind kind) { return kind >= MANY_HIGH; }
+constexpr int depth_of(Kind kind) { return is_many(kind) ? kind - MANY_HIGH + ONE_HIGH : kind; }
 constexpr Kind either(Kind a, Kind b) {
-    const bool many = std::max(a, b) >= MANY_HIGH, low = a == ONE_LOW || a == MANY_LOW || b == ONE_LOW || b == MANY_LOW;
-    return many ? (low ? MANY_LOW : MANY_HIGH) : low ? ONE_LOW : std::max(a, b);
+    const int deeper = std::max(depth_of(a), depth_of(b));
+    return Kind(is_many(a) || is_many(b) ? std::max(deeper - ONE_HIGH, 0) + MANY_HIGH : deeper);
 }
 
 // How 64 codes of a row come to 64 bytes. `source`: the byte of the row, -1 for none, that each byte of eight is; of
@@ -60,6 +66,7 @@ struct Slice {
     int source[64];
     std::vector<Block> blocks;
     bool has_low = false;  // codes have a second plane
+    uint64_t looked = 0;   // which bytes are windows of a trellis code
     Kind kind = WHOLE;
 
     Slice() {
@@ -77,7 +84,21 @@ struct Slice {
         keep[plane][to] = uint8_t(((1 << bits) - 1) << shift);
         has_low |= plane == 1;
     }
+    int slot_of_two(int to, int byte, int next) {  // of bytes that stand side by side
+        const int first = to / 8 * 8;
+        int i = first;
+        while (source[i] >= 0 && (source[i] != byte || source[i + 1] != next)) i++;
+        if (source[i] < 0 && i > first && source[i - 1] == byte) i--;
+        source[i] = byte, source[i + 1] = next;
+        return i % 8;
+    }
+    void put_window(int to, const Code& code) {
+        from[0][to] = uint8_t(8 * slot_of_two(to, code.high_bit / 8, code.next) + code.high_bit % 8);
+        keep[0][to] = 255;
+        looked |= uint64_t(1) << to;
+    }
     void put(int to, const Code& code) {
+        if (code.trellis) return put_window(to, code);
         put(to, 0, code.high, code.high_bit, code.shift() + code.low);
         put(to, 1, code.low, code.low_bit, code.shift());
     }
@@ -93,7 +114,8 @@ struct Slice {
             }
             if (block.mask) blocks.push_back(block);
         }
-        kind = blocks.size() > 1 ? (has_low ? MANY_LOW : MANY_HIGH) : has_low ? ONE_LOW : WHOLE;
+        kind = looked ? ONE_TRELLIS : has_low ? ONE_LOW : WHOLE;
+        if (blocks.size() > 1) kind = either(MANY_HIGH, kind);
         for (int i = 0; i < 64 && kind == WHOLE; i++) {
             const bool whole = keep[0][i] == 255 && from[0][i] == 8 * (i % 8) && blocks[0].index[i] == i;
             if (source[i] >= 0 && !whole) kind = ONE_HIGH;
@@ -114,7 +136,15 @@ struct Layout {
     int bytes_of_token(bool values) const { return values ? (count() + 15) / 16 * 16 : count(); }  // in a tile
     int bytes_of_tile(bool values, int tokens) const { return tokens * bytes_of_token(values); }
 
-    void add(int bits, int width, int bit, int channel) {
+    void add_trellis(int bits, int width, int bit, int channel) {
+        const int first = bit / 8, bytes = width * bits / 8;
+        for (int i = 0; i < width; i++) {
+            const int window = ((i + 1) * bits + 8 * bytes - WINDOW) % (8 * bytes), byte = window / 8;
+            codes.push_back({channel + i, 8, bit + window, 0, 0, bits, first + (byte + 1) % bytes});
+        }
+    }
+    void add(int bits, int width, int bit, int channel, bool is_trellis) {
+        if (is_trellis) return add_trellis(bits, width, bit, channel);
         const int high = high_bits(bits), low = bits - high;
         for (int i = 0; i < width; i++) {
             if (bits < 16) codes.push_back({channel + i, high, bit + i * high, low, bit + width * high + i * low});

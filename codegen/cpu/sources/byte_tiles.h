@@ -6,9 +6,10 @@
 // What takes a slice apart, in registers.
 template <Kind KIND>
 struct Taken {
-    static constexpr bool LOW = KIND == ONE_LOW || KIND == MANY_LOW, MANY = KIND == MANY_HIGH || KIND == MANY_LOW;
+    static constexpr bool MANY = is_many(KIND), LOW = depth_of(KIND) >= ONE_LOW, LOOKED = depth_of(KIND) == ONE_TRELLIS;
     const Slice::Block *block, *end;
-    __m512i index, from[2], keep[2];
+    __m512i index, from[2], keep[2], table[4];
+    __mmask64 looked;
     int offset;
 
     INLINE explicit Taken(const Slice& slice) : block(slice.blocks.data()), end(block + slice.blocks.size()) {
@@ -18,6 +19,8 @@ struct Taken {
             from[i] = _mm512_load_si512(slice.from[i]);
             keep[i] = _mm512_load_si512(slice.keep[i]);
         }
+        looked = slice.looked;
+        UNROLL(4) for (int i = 0; i < 4 && LOOKED; i++) table[i] = _mm512_load_si512(TRELLIS + 64 * i);
     }
     // The bytes of a row; what no code needs is arbitrary.
     INLINE __m512i bytes_of(const uint8_t* row) const {
@@ -34,7 +37,14 @@ struct Taken {
         const __m512i bytes = bytes_of(row);
         const __m512i high = _mm512_multishift_epi64_epi8(from[0], bytes) & keep[0];
         if (!LOW) return high;
-        return high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
+        const __m512i codes = high | (_mm512_multishift_epi64_epi8(from[1], bytes) & keep[1]);
+        return LOOKED ? _mm512_mask_mov_epi8(codes, looked, looked_up(high)) : codes;
+    }
+    // The codes of windows.
+    INLINE __m512i looked_up(__m512i window) const {
+        const __m512i lower = _mm512_permutex2var_epi8(table[0], window, table[1]);
+        const __m512i upper = _mm512_permutex2var_epi8(table[2], window, table[3]);
+        return _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(window), upper);
     }
 };
 
@@ -45,8 +55,10 @@ INLINE auto with_kind(Kind kind, F f) {
         case WHOLE: return f(std::integral_constant<Kind, WHOLE>());
         case ONE_HIGH: return f(std::integral_constant<Kind, ONE_HIGH>());
         case ONE_LOW: return f(std::integral_constant<Kind, ONE_LOW>());
+        case ONE_TRELLIS: return f(std::integral_constant<Kind, ONE_TRELLIS>());
         case MANY_HIGH: return f(std::integral_constant<Kind, MANY_HIGH>());
-        default: return f(std::integral_constant<Kind, MANY_LOW>());
+        case MANY_LOW: return f(std::integral_constant<Kind, MANY_LOW>());
+        default: return f(std::integral_constant<Kind, MANY_TRELLIS>());
     }
 }
 

@@ -5,10 +5,13 @@ constexpr int FETCHED = 16384;
 
 enum Stored : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // numbers of rows that are not quantized
 
-// A bit group: 16 bits are float16, not codes.
+// A bit group: 16 bits are float16, not codes. With a negative step it has a trellis code, of steps of its magnitude.
 struct Tier {
     int64_t bits, width;
     double step;
+
+    bool is_trellis() const { return bits < 16 && step < 0; }
+    float middle() const { return bits < 16 ? 0.5f * ((1 << (is_trellis() ? 8 : bits)) - 1) : 0.0f; }
 };
 
 constexpr int MOST_TOKENS = 256;  // of a tile
@@ -37,21 +40,23 @@ struct Side {
                                                 : 2),
           scaled(false), in_place(!count && width % LANES == 0), step(pad), middle(pad) {
         int bit = 0, channel = 0;
+        bool has_trellis = false;
         for (const Tier& tier : tiers) {
             const int bits = int(tier.bits);
-            layout.add(bits, int(tier.width), bit, channel);
+            layout.add(bits, int(tier.width), bit, channel, tier.is_trellis());
             for (int i = 0; i < tier.width; i++, channel++) {
-                step[channel] = bits < 16 ? float(tier.step) : 1.0f;
-                middle[channel] = bits < 16 ? 0.5f * ((1 << bits) - 1) : 0.0f;
+                step[channel] = bits < 16 ? float(std::abs(tier.step)) : 1.0f;
+                middle[channel] = tier.middle();
             }
             bit += bits * int(tier.width);
             scaled |= bits < 16;
+            has_trellis |= tier.is_trellis();
         }
         if (!count) std::fill(step.begin(), step.end(), 1.0f);
         bytes = count ? bit / 8 : width * element;
         reach = bytes;
         ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
-        integer = INTEGER && scaled && !(values && layout.halves());
+        integer = INTEGER && scaled && !(values && layout.halves()) && !(WORDS && has_trellis);
         if (!integer) return;
         layout.take_apart(values, bytes);
         reach = layout.reach(bytes);
@@ -75,7 +80,7 @@ constexpr int COARSE_KEY = 5, COARSE_VALUE = 4;
 int fine_channels(const Layout& layout, int coarse) {
     int fine = 0;
     for (int i = 0; i < layout.count(); i++) {
-        if (layout.codes[i].bits() > coarse) fine = (i / 16 + 1) * 16;
+        if (layout.codes[i].precision() > coarse) fine = (i / 16 + 1) * 16;
     }
     return fine;
 }

@@ -6,6 +6,8 @@
 //     u[c] = clamp(floor(z[c] / s / step) + 2^(b-1), 0, 2^b - 1)          a channel of b < 16 bits
 //     z[c] = (u[c] - (2^b - 1)/2) * step * s                              and back
 //
+// A tier with a negative step has a trellis code: a ring of bits, of which windows are looked up.
+//
 //     z [B,J,T,R]   ->   codes [B,J,T,bytes]   s [B,J,T]   ->   z [B,J,T,R]
 //
 //     B batch, J latent heads, T tokens, R channels of a latent.
@@ -22,6 +24,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -50,11 +53,13 @@ INLINE Floats clamp(Floats x, float low, float high) {  // NaN becomes `low`
     return x < high ? x : Floats{} + high;
 }
 
+#include "trellis.h"
+#include "trellis_search.h"
 // ------------------------------------------------------------------------------------------------ arguments
 
 struct Tier {
     int64_t bits, width;
-    double step;
+    double step;  // negative: a trellis code, of steps of this magnitude
 };
 
 struct Rows {
@@ -249,6 +254,16 @@ void write_codes(const T* z, const Tier& tier, float inverse, uint8_t* row) {
 }
 
 template <class T>
+void write_trellis(const T* z, const Tier& tier, float inverse, uint8_t* row) {
+    std::vector<float> x(tier.width);
+    const float step = float(-tier.step);
+    for (int64_t i = 0; i < tier.width; i += 8) {
+        store(x.data() + i, clamp(floats(z + i) * inverse / step, -FARTHEST, FARTHEST));
+    }
+    write_ring(x.data(), tier.width, int(tier.bits), row);
+}
+
+template <class T>
 void write_halves(const T* z, int64_t width, uint8_t* row) {
     for (int64_t i = 0; i < width; i += 8) {
         const Floats x = floats(z + i), kept = clamp(x, -65504.0f, 65504.0f);
@@ -263,6 +278,7 @@ void pack_row(const Arguments& a, const T* z, uint8_t* row, uint16_t* scale) {
     for (int64_t i = 0; i < a.count; i++) {
         const Tier& tier = a.tiers[i];
         if (tier.bits == 16) write_halves(z, tier.width, row);
+        else if (tier.step < 0) write_trellis(z, tier, inverse, row);
         else write_codes(z, tier, inverse, row);
         z += tier.width;
         row += tier.width * tier.bits / 8;
@@ -292,6 +308,16 @@ INLINE void read_codes(const uint8_t* row, const Tier& tier, float scale, float*
     }
 }
 
+INLINE void read_trellis(const uint8_t* row, const Tier& tier, float scale, float* z) {
+    const float step = float(-tier.step);
+    const int bits = int(tier.bits);
+    const int64_t bytes = tier.width * bits / 8;
+    for (int64_t i = 0; i < tier.width; i += 8) {
+        const uint64_t word = bits_of_eight(row, bytes, bits, i);
+        for (int j = 0; j < 8; j++) z[i + j] = windows.value[window_of(word, bits, j)] * step * scale;
+    }
+}
+
 INLINE void read_halves(const uint8_t* row, int64_t width, float* z) {
     for (int64_t i = 0; i < width; i += 8) store(z + i, from_float16(load<Halves>(row + 2 * i)));
 }
@@ -301,6 +327,7 @@ void unpack_row(const Arguments& a, const uint8_t* row, uint16_t half, float* z)
     for (int64_t i = 0; i < a.count; i++) {
         const Tier& tier = a.tiers[i];
         if (tier.bits == 16) read_halves(row, tier.width, z);
+        else if (tier.step < 0) read_trellis(row, tier, scale, z);
         else read_codes(row, tier, scale, z);
         row += tier.width * tier.bits / 8;
         z += tier.width;

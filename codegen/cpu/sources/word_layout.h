@@ -53,7 +53,7 @@ struct Layout {
     int bytes_of_token(bool values) const { return values ? 4 * int(pieces.size()) : 0; }
     int bytes_of_tile(bool values, int tokens) const { return 16 * int(pieces.size()) * (values ? tokens : 16); }
 
-    void add(int bits, int width, int bit, int channel) {
+    void add(int bits, int width, int bit, int channel, bool) {
         tiers.push_back({bits, width, bit, channel});
         for (int i = 0; i < width && bits == 16; i++) half_channel.push_back(channel + i);
     }

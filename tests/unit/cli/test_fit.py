@@ -56,6 +56,7 @@ def test_bytes_of_a_token_are_those_of_what_windows_hold() -> None:
         (("--max-loss", "1%", "--pages", "1/8"), "with all pages read"),
         (("--max-loss", "1%", "--mass", "0.9"), "with all pages read"),
         (("--device", "abacus"), "abacus"),
+        (("--code", "trellis", "--device", "h100"), "trellis codes are for CPUs"),
     ],
 )
 def test_sizes_and_samples_that_cannot_work_are_refused_at_once(

@@ -44,6 +44,15 @@ def test_a_plan_is_fitted_without_the_model(folder: Path, ratio: float) -> None:
     assert plan.provenance["calibration"]["dtype"] == "float32"
 
 
+def test_trellis_codes_are_fitted_to_the_same_statistics(folder: Path) -> None:
+    uniform, trellis = (
+        fit(folder, "--ratio", "6", "--code", code)["predicted_nats"] for code in ("uniform", "trellis")
+    )
+    assert LatentPlan.load(folder / "plan").has_trellis and trellis < 0.9 * uniform
+    shown = call("inspect", str(folder / "model"), "--plan", str(folder / "plan"))
+    assert shown.exit_code == 0 and "t" in shown.output
+
+
 def test_the_expected_loss_is_an_interval_wherever_it_is_printed(folder: Path) -> None:
     """Calibration kept what plans lose on the second halves of its texts, and it was small for this model or not."""
     told = fit(folder)

@@ -119,7 +119,7 @@ def test_for_a_gpu_no_plane_is_left_of_the_budget(groups: int, channels: int, ra
 
 
 def side_of(side: Basis, costs: SideCosts | None, grain: choices.Grain) -> allocation.PartedSide:
-    return allocation.side_of(allocation.chunk_nats(side, costs, grain.levels), side.groups, grain)
+    return allocation.side_of(allocation.chunk_nats(side, costs, grain), side.groups, grain)
 
 
 @pytest.mark.parametrize("levels", [(2, 4, 8), (4, 8), (2, 8), (4,)])

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fhopt import codegen
 from fhopt.plan.latent_plan import LatentPlan
-from fhopt.plan.site_plan import SidePlan
+from fhopt.plan.site_plan import SidePlan, Tier
 from fhopt.serving.block_sizes import BlockSizes
 
 SIZES = BlockSizes(12, 4, 24)
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # torch rounds between operations
 FLIPS = 0.001  # of bytes: latents on the border of two values, whose sums are in another order
 
+RINGS = (Tier(4, 8, -0.031), Tier(4, 8, -0.031))
 pytestmark = needs_compiler
 
 
@@ -53,6 +54,7 @@ PLANS: dict[str, LatentPlan] = {
     "one latent for keys and values": plan_of("input", window_bits=8),
     "means, window of 8 bits": plan_of(mean_tokens=12, window_bits=8),
     "means, one latent": plan_of("joint", mean_tokens=12),
+    "trellis codes": plan_of("joint", RINGS, mean_tokens=12, window_bits=8),
     "not quantized": plan_of(tiers=()),
     "relative to segments": in_segments(plan_of("joint", mean_tokens=12, window_bits=8)),
     "relative to segments, no means": in_segments(plan_of(sinks=5, recent=7, block=16)),

@@ -19,6 +19,8 @@ from attention_cases import (
     MIXED,
     ODD,
     PLANES,
+    RINGS,
+    TRELLIS_CASES,
     UNCODED,
     Case,
     Inputs,
@@ -36,6 +38,7 @@ from fhopt.codegen.compiler import load
 from fhopt.codegen.cpu.attention import library
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.tiers import Tiers
+from fhopt.errors import FhoptError
 from fhopt.ops import algebra
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.ops.packing import pack_reference, unpack_reference
@@ -68,6 +71,21 @@ def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Ma
         assert_same(kernel(*x, mask, **case.options()), expected(case, x, mask))
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", TRELLIS_CASES)
+@pytest.mark.usefixtures("isa")
+def test_trellis_codes_are_looked_up_as_by_the_reference(name: str) -> None:
+    case = TRELLIS_CASES[name]
+    x, kernel = inputs(case), build_cpp(case.spec())
+    for mask in masks(case):
+        assert_same(kernel(*x, mask, **case.options()), expected(case, x, mask))
+
+
+def test_torch_refuses_trellis_codes_in_one_sentence() -> None:
+    with pytest.raises(FhoptError, match="reads no trellis codes"):
+        build_torch(TRELLIS_CASES["one token of a ring"].spec())
+
+
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dtype, tolerance: float) -> None:
@@ -81,7 +99,7 @@ def test_half_precision_latents_are_read_as_they_are(make: Make, dtype: torch.dt
 
 @needs_compiler
 @pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("tiers", [PLANES, MIXED, FOUR], ids=["planes", "mixed", "four"])
+@pytest.mark.parametrize("tiers", [PLANES, MIXED, FOUR, RINGS], ids=["planes", "mixed", "four", "rings"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("isa")
 def test_what_one_digit_rounds_away_is_little_beside_what_quantization_did(

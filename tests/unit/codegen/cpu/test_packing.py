@@ -23,7 +23,7 @@ from fhopt.codegen.cpu.packing import library, pack, render, tier_table, unpack
 from fhopt.codegen.dispatch import install
 from fhopt.ops import registry
 from fhopt.ops.packing import pack_reference, unpack_reference
-from fhopt.plan.site_plan import SUPPORTED_BITS
+from fhopt.plan.site_plan import SUPPORTED_BITS, TRELLIS_BITS
 
 BUILD = importlib.import_module("fhopt.codegen.build")  # `fhopt.codegen.build` as an attribute is the function
 PACK = importlib.import_module("fhopt.codegen.cpu.packing")
@@ -69,6 +69,24 @@ def compiled() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- numbers
+
+
+RINGS: list[Tiers] = [
+    *(([bits], [width], [-0.025]) for bits in TRELLIS_BITS for width in (8, 24, 136)),
+    ([6, 4, 3, 16, 2, 1], [8, 24, 24, 8, 40, 32], [0.15, -0.027, -0.0264, 1.0, -0.0252, -0.0219]),
+    ([3, 2, 1], [520, 64, 1144], [-0.026, 0.99, -0.022]),
+]
+
+
+@pytest.mark.parametrize("plan", RINGS, ids=named)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rings_are_those_of_the_reference(plan: Tiers, dtype: torch.dtype, compiled: None) -> None:
+    z = latents(plan, 2, 3, 5).to(dtype)
+    z[0, 0, 0, 3], z[1, 1, 1, 5] = torch.nan, torch.inf
+    packed = pack(z, *plan)
+    assert_packed(packed, pack_reference(z, *plan))
+    found, wanted = unpack(*packed, *plan), unpack_reference(*packed, *plan)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @every_tiers

@@ -1,0 +1,34 @@
+"""How bit groups are quantized: uniformly, or by a trellis code (fhopt/ops/trellis.py), which errs less with as many.
+
+Numbers of trellis codes are of a unit Gaussian and the table of fhopt/ops/trellis.py, in a bit group of 64 channels, as
+`benchmarks/trellis_table.py` measures them.
+"""
+
+from __future__ import annotations
+
+from fhopt.plan.site_plan import Tier
+
+UNIFORM, TRELLIS = "uniform", "trellis"
+CODES = (UNIFORM, TRELLIS)
+
+# Error relative to that of the best uniform quantizer; the step in standard deviations, a little more than is best for a
+# Gaussian, as with `allocation.WIDER`; and with that step 1 / E[r x], see `allocation.UNBIASED`.
+SHARE = {1: 0.82, 2: 0.665, 3: 0.555, 4: 0.48}
+STEP = {1: 0.0230, 2: 0.0265, 3: 0.0290, 4: 0.0310}
+GAIN = {1: 1.362, 2: 1.073, 3: 1.017, 4: 1.004}
+LEAST_RING = 32  # bits: shorter rings have too few windows that are independent
+
+
+def is_trellis(code: str, bits: int, width: int) -> bool:
+    """Return whether a bit group gets a trellis code where `code` is chosen."""
+    return code == TRELLIS and bits in STEP and bits * width >= LEAST_RING
+
+
+def trellis_tier(bits: int, width: int) -> Tier:
+    """Return a bit group with a trellis code, of channels of unit variance."""
+    return Tier(bits, width, -STEP[bits])
+
+
+def share(code: str, bits: int) -> float:
+    """Return what channels lose with `code`, relative to what they lose with uniform quantizers."""
+    return SHARE.get(bits, 1.0) if code == TRELLIS else 1.0

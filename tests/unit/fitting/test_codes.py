@@ -1,0 +1,29 @@
+"""Which bit groups get a trellis code."""
+
+from __future__ import annotations
+
+import pytest
+
+from fhopt.fitting import codes
+
+
+@pytest.mark.parametrize(
+    ("code", "bits", "width", "expected"),
+    [
+        ("trellis", 2, 16, True), ("trellis", 2, 8, False), ("trellis", 1, 24, False), ("trellis", 4, 8, True),
+        ("trellis", 5, 64, False), ("trellis", 16, 64, False), ("uniform", 2, 64, False),
+    ],
+)  # fmt: skip
+def test_long_rings_of_few_bits_get_one(code: str, bits: int, width: int, expected: bool) -> None:
+    assert codes.is_trellis(code, bits, width) is expected
+
+
+def test_it_loses_less_by_what_was_measured_and_nothing_changes_without() -> None:
+    for bits in (0, 1, 2, 3, 4, 5, 8, 16):
+        assert codes.share(codes.UNIFORM, bits) == 1
+        assert (codes.share(codes.TRELLIS, bits) < 1) is (bits in (1, 2, 3, 4))
+
+
+def test_its_bit_group_says_that_it_is_one() -> None:
+    tier = codes.trellis_tier(2, 40)
+    assert tier.is_trellis and (tier.bits, tier.width) == (2, 40)
