@@ -140,7 +140,7 @@ def calibrate(
     type=click.Choice(CODES),
     default=UNIFORM,
     show_default=True,
-    help="How latents are quantized. trellis loses a third less at 8x; for CPUs, fast with AVX-512 VBMI.",
+    help="How latents are quantized. trellis loses a third less at 8x; for CPUs with AVX-512 VBMI, slow without.",
 )
 @click.option(
     "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."

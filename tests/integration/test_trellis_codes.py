@@ -96,8 +96,8 @@ def test_a_rewritten_graph_runs_on_it(llama: Fitted) -> None:
     with torch.no_grad():
         exact = llama.model(ids, use_cache=False).logits
         for code in ("uniform", TRELLIS):
-            plan = llama.plan(6, code=code, window_bits=16)
-            compiled: Any = torch.compile(llama.model, backend="flashhead", options={"plan": plan})
+            options: Any = {"plan": llama.plan(6, code=code, window_bits=16)}
+            compiled: Any = torch.compile(llama.model, backend="flashhead", options=options)
             errors.append(float((compiled(ids, use_cache=False).logits - exact).norm()))
             torch._dynamo.reset()
     assert 0 < errors[1] < errors[0]

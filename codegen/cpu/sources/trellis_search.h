@@ -2,8 +2,8 @@
 // ------------------------------------------------------------------------------------------------ search of a trellis
 //
 // The Viterbi algorithm: a state is the WINDOW - BITS newest bits, of which each window, 2^BITS of them, leads to one.
-// The cost of a window is its error's square. Sums are made in the order of fhopt/ops/trellis.py, and of equal costs the
-// first counts.
+// The cost of a window is its error's square. Sums are made in the order of fhopt/ops/trellis.py, and of equal costs
+// the first counts.
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
