@@ -355,6 +355,8 @@ ENGINE_METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 HALVES = ("/bfloat16", "/autocast")  # tasks of the compiled zoo that round to 16 bits
 
 
+CODES_COMMAND = "python benchmarks/quality_codes.py --plan uniform@8x=PLAN --plan trellis@8x=PLAN --text FILE"
+
 SECTIONS = {
     "quality": Section(
         "Loss against bytes", "make bench-quality",
@@ -407,6 +409,16 @@ SECTIONS = {
         "The same plans, fitted to the model in bfloat16, and the same texts with the model in float32: what caches "
         "lose, without what bfloat16 rounds differently.",
         quality_and_kl,
+    ),
+    "quality-SmolLM2-135M-Instruct-codes": Section(
+        "Trellis codes: SmolLM2", CODES_COMMAND,
+        "Plans of one calibration with uniform and with [trellis codes](explanation/algebra.md#trellis-codes), the "
+        "model in float32, 1,024 tokens of texts of kinds that did not calibrate, but for `docstrings`.",
+        quality_and_kl,
+    ),
+    "quality-Qwen2.5-Coder-1.5B-Instruct-codes": Section(
+        "Trellis codes: Qwen2.5-Coder-1.5B-Instruct", CODES_COMMAND + " --model FOLDER",
+        "The same of plans that were calibrated on the model in bfloat16, the model in float32.", quality_and_kl,
     ),
     "decode": Section(
         "A decode step at a context of 8,192 tokens", "make bench-decode",
