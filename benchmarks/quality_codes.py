@@ -12,6 +12,7 @@ written after each text; figures of texts that a former run measured stay in it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -65,9 +66,13 @@ def rows_of(text: str, found: dict[str, tuple[float, float]]) -> list[Row]:
 @click.option("--context", default=1024, show_default=True, help="Tokens of each text.")
 def main(model: str, dtype: str, plans: tuple[str, ...], texts: tuple[str, ...], context: int) -> None:
     """Measure all plans on each text."""
+    if not all(re.fullmatch(r"[^@=]+@[\d.]+x=.+", plan) for plan in plans):
+        raise click.BadParameter("expected CODE@SIZE=FOLDER, such as trellis@8x=plans/8t.", param_hint="--plan")
     try:
         loaded = load_model(model, getattr(torch, dtype))
         fitted = {name: LatentPlan.load(folder) for name, folder in (plan.split("=", 1) for plan in plans)}
+        if len({(plan.window, plan.mean_tokens) for plan in fitted.values()}) > 1:
+            raise FhoptError("the plans have different windows or means; expected those of one calibration.")
         label = "SmolLM2-135M-Instruct" if model == "demo" else Path(model).name.removesuffix(".gguf")
         rows: list[Row] = []
         for text in texts:

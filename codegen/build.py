@@ -22,8 +22,9 @@ from fhopt.codegen.cpu import attention as cpu_attention
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu import attention as gpu_attention
 from fhopt.codegen.gpu.launch import TritonKernel
+from fhopt.codegen.tiers import has_trellis
 from fhopt.errors import FhoptError
-from fhopt.ops.latent_attention import LatentKernel
+from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference
 from fhopt.plan.kernel_spec import KernelSpec
 from fhopt.system import cached_file, text_digest, write_text
 
@@ -45,14 +46,20 @@ def build(spec: KernelSpec) -> LatentKernel:
     """Build the kernel of `spec` for CPUs, once in a process.
 
     It has the signature of `fhopt.ops.latent_attention_reference`. Compiled C++ where a compiler is found, else (with
-    one warning) plain torch operations. The kernel ignores the arguments for bit groups: they are fixed by `spec`.
+    one warning) plain torch operations, which are those of the reference where there are trellis codes. The kernel
+    ignores the arguments for bit groups: they are fixed by `spec`.
     Raises FhoptError for a spec that no kernel serves.
     """
     try:
         return build_cpp(spec)
     except CompileError as error:
         warn_without_compiler(error)
-    return build_torch(spec)
+    return without_compiler(spec)
+
+
+def without_compiler(spec: KernelSpec) -> LatentKernel:
+    """Return what serves `spec` in torch operations: a generated file, or of trellis codes the reference."""
+    return latent_attention_reference if has_trellis(spec) else build_torch(spec)
 
 
 def needs_compiler() -> bool:

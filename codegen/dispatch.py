@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.background import builder
-from fhopt.codegen.build import build_torch, build_triton
+from fhopt.codegen.build import build_triton, without_compiler
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
@@ -25,7 +25,7 @@ from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.layers import program as layer_program
 from fhopt.codegen.rows import PAGE_QUANTUM
-from fhopt.codegen.tiers import UNCODED_DTYPES, has_trellis
+from fhopt.codegen.tiers import UNCODED_DTYPES
 from fhopt.ops import registry
 from fhopt.ops.encode_rows import empty_rows
 from fhopt.ops.latent_attention import LatentKernel, latent_attention_reference, needs_gradient
@@ -228,13 +228,13 @@ def _kernel(
         kernel = builder.kernel(spec)
         return (_stand_in(spec), False) if kernel is None else (kernel, True)
     if not has_triton():
-        return build_torch(spec), True
+        return without_compiler(spec), True
     return build_triton(replace(spec, dtype=_DTYPES[query.dtype])), True
 
 
 @functools.cache
 def _stand_in(spec: KernelSpec) -> LatentKernel:
-    return latent_attention_reference if has_trellis(spec) else build_torch(spec)
+    return without_compiler(spec)
 
 
 def _pack_by_triton(

@@ -18,7 +18,7 @@ from fhopt.plan.kernel_spec import KernelSpec
 
 def render(spec: KernelSpec) -> str:
     """Render the Python file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
-    check_uniform(spec)
+    check_uniform(spec, "a generated file of torch operations")
     return read_source("fhopt.codegen", "eager.py.in").substitute(
         name=spec.name,
         planes="".join(f"{line}\n" for line in PLANES),

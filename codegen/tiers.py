@@ -5,14 +5,17 @@ from __future__ import annotations
 from fhopt.errors import FhoptError
 from fhopt.ops import trellis
 from fhopt.plan.kernel_spec import KernelSpec
-from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS
 
 Tiers = tuple[tuple[int, int, float], ...]  # bit groups (bits, width, step) in channel order; none: not quantized
 PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), for the head of a generated file
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )
-TABLE = ", ".join(map(str, bytes.fromhex(trellis.TABLE)))  # of trellis codes, by window
+_CODES = bytes.fromhex(trellis.TABLE)
+TABLE = "".join(  # of trellis codes, by window: lines of C++
+    f"    {', '.join(map(str, _CODES[i : i + 16]))},\n" for i in range(0, len(_CODES), 16)
+)
 UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,6 +29,8 @@ def check(spec: KernelSpec) -> None:
             )
         if tiers and sum(w for _, w, _ in tiers) != width:
             raise FhoptError(f"the {side} tiers {tiers} do not add up to the width {width}; give widths that do.")
+        if any(bits < 16 and step < 0 and bits not in TRELLIS_BITS for bits, _, step in tiers):
+            raise FhoptError(f"the {side} tiers {tiers} have trellis codes; expected bits of {TRELLIS_BITS} for these.")
     if spec.dtype not in UNCODED_DTYPES:
         raise FhoptError(f"no kernel reads uncoded {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors.")
 
@@ -35,11 +40,11 @@ def has_trellis(spec: KernelSpec) -> bool:
     return any(bits < 16 and step < 0 for bits, _, step in (*spec.key_tiers, *spec.value_tiers))
 
 
-def check_uniform(spec: KernelSpec) -> None:
-    """Raise FhoptError as `check` does, and where `spec` has trellis codes."""
+def check_uniform(spec: KernelSpec, what: str) -> None:
+    """Raise FhoptError as `check` does, and where `spec` has trellis codes, which `what` cannot read."""
     check(spec)
     if has_trellis(spec):
-        raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
+        raise FhoptError(f"{what} reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
 
 
 def is_scaled(tiers: Tiers) -> bool:

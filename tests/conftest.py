@@ -176,7 +176,7 @@ def kernels_where_they_are_the_point(request: pytest.FixtureRequest) -> None:
 def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention on latents runs on torch operations, for tests in which no generated C++ is the point."""
     dispatch, background = (importlib.import_module(f"fhopt.codegen.{name}") for name in ("dispatch", "background"))
-    monkeypatch.setattr(background, "build", importlib.import_module("fhopt.codegen.build").build_torch)
+    monkeypatch.setattr(background, "build", importlib.import_module("fhopt.codegen.build").without_compiler)
     monkeypatch.setattr(dispatch, "builder", background.Builder(waits=True))
     monkeypatch.setattr(dispatch, "_kernels", {})
 

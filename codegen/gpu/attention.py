@@ -44,7 +44,7 @@ KERNELS = ("attention_kernel", "merge_kernel")
 
 def render(spec: KernelSpec) -> str:
     """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
-    check_uniform(spec)
+    check_uniform(spec, "a GPU")
     keys, values = pieces(spec.key_tiers, spec.key_width), pieces(spec.value_tiers, spec.value_width)
     return read_source("fhopt.codegen.gpu", "attention.py.in").substitute(
         name=spec.name,

@@ -42,7 +42,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     """Pack latents as `fhopt.ops.pack_reference` does, on a GPU; other calls run the reference."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
-    if table is None or not can_pack(latent, table):
+    if table is None or not can_pack(latent, table) or has_trellis(bits, steps):
         return pack_reference(latent, bits, widths, steps)
     shape = latent.shape[:-1]
     rows = _rows(latent)
@@ -57,6 +57,11 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
     return codes, scale
 
 
+def has_trellis(bits: Sequence[int], steps: Sequence[float]) -> bool:
+    """Return whether a bit group has a trellis code, which no kernel here reads."""
+    return any(b < 16 and step < 0 for b, step in zip(bits, steps, strict=True))
+
+
 def packs_right(device: torch.device) -> bool:
     """Pack some latents on a GPU, and return whether the result is that of the reference. Raises what Triton raises."""
     rows, options = torch.ones(16, 64), ((4,), (64,), (0.4,))
@@ -68,7 +73,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
     """Unpack latents as `fhopt.ops.unpack_reference` does, on a GPU; calls it does not serve run the reference."""
     tiers = (tuple(bits), tuple(widths), tuple(steps))
     table = tier_table(*tiers)
-    if table is None or not can_unpack(codes, scale, table):
+    if table is None or not can_unpack(codes, scale, table) or has_trellis(bits, steps):
         return unpack_reference(codes, scale, bits, widths, steps)
     rows = _rows(codes)
     latent = codes.new_empty((*codes.shape[:-1], table.width), dtype=torch.float32)
@@ -85,7 +90,7 @@ def device_table(
     bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[float, ...], device: torch.device
 ) -> Tensor:
     """Make the table int32 [groups, 5]: bits, width, first channel, first byte, the step as the bits of a float32."""
-    if any(b < 16 and step < 0 for b, step in zip(bits, steps, strict=True)):
+    if has_trellis(bits, steps):
         raise FhoptError("a GPU reads no trellis codes, which this plan has. Fit a plan without: --code uniform.")
     lines, channel, byte = [], 0, 0
     for b, w in zip(bits, widths, strict=True):

@@ -96,7 +96,7 @@ def padded(size: int) -> int:
 
 def render(spec: KernelSpec) -> str:
     """Render the Triton file of `spec`; the same spec gives the same text. Raises FhoptError for odd bit groups."""
-    check_uniform(spec)
+    check_uniform(spec, "a GPU")
     sides = (("key", "D", spec.key_tiers, spec.key_width), ("value", "E", spec.value_tiers, spec.value_width))
     return read_source("fhopt.codegen.gpu", "prefill.py.in").substitute(
         name=spec.name,

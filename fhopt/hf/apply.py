@@ -89,7 +89,7 @@ def apply(
         )
     check_model(plan, weights, type(model).__name__)
     check_segments(network.config, plan.segment, type(model).__name__)
-    if any(p.device.type != "cpu" for p in model.parameters()):
+    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):  # meta: offloaded to a disk
         plan.check_uniform("a GPU")
     plan = local_plan(model, plan)
     encoder = encoder_path(model)

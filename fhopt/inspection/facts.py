@@ -128,6 +128,7 @@ class PlanFacts:
 
     warning: where it was fitted to few tokens. mean_tokens: of each sequence, whose mean is taken off what is
     quantized; 0: none. segment: tokens to whose first position quantized keys are relative; 0: as they stand.
+    has_trellis: some bit groups have trellis codes.
 
     ratio, bytes_per_token: of the layers that the plan compresses, everything included, at `tokens` cached tokens.
     whole_ratio, cache: of the whole model, with the layers that stay exact.
@@ -144,6 +145,7 @@ class PlanFacts:
     window_bits: int
     mean_tokens: int
     segment: int
+    has_trellis: bool
     expected_nats: float | None
     expected_interval: tuple[float, float] | None
     expected_words: str
@@ -381,6 +383,7 @@ def _plan_facts(plan: LatentPlan, planned: cost_model.Cost, size: CacheSize) -> 
         window_bits=plan.window_bits,
         mean_tokens=plan.mean_tokens,
         segment=plan.segment,
+        has_trellis=plan.has_trellis,
         expected_nats=expected.nats if expected else None,
         expected_interval=expected.interval if expected else None,
         expected_words=expected.words if expected else "unknown",

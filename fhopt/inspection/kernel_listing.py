@@ -16,6 +16,7 @@ from pygments.lexer import Lexer
 from pygments.lexers import CppLexer, PythonLexer
 
 from fhopt.codegen.build import render
+from fhopt.codegen.tiers import has_trellis
 from fhopt.errors import FhoptError
 from fhopt.hardware.kernel_table import kernels_of
 from fhopt.plan.kernel_spec import KernelSpec
@@ -62,6 +63,8 @@ def list_kernels(plan: LatentPlan, dtype: str = "bfloat16", targets: Sequence[st
     for target in targets:
         lexer: Lexer = (CppLexer if target == "cpp" else PythonLexer)(**_OPTIONS)
         for name, (spec, names) in by_spec.items():
+            if target != "cpp" and has_trellis(spec):  # which kernels for CPUs alone read
+                continue
             text = render(spec, target)
             pieces = tuple(_piece(result, known, target, lexer, piece) for piece in _pieces(text, target))
             lines = text.count("\n")

@@ -161,6 +161,8 @@ def _totals(inspection: Inspection) -> Table:
             table.add_row("means", f"of the first {plan.mean_tokens} tokens of a sequence, taken off what is quantized")
         if plan.segment:
             table.add_row("segments", f"quantized keys are relative to segments of {plan.segment} tokens")
+        if plan.has_trellis:
+            table.add_row("codes", "trellis codes where a channel has up to 4 bits, for CPUs")
         table.add_row("keys, values", "channels of a latent head x mean bits. Bit groups and formulas: --site NAME")
         table.add_row("B batch, S queries, T tokens", "T_quantized of them quantized")
     return table

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 WINDOW = 8  # bits that a value depends on
+TOGETHER = 1024  # rows that are searched for at once: each takes memory for the costs of all states and channels
 FARTHEST = 1024.0  # numbers are searched for up to so many steps
 AROUND = 12  # channels on either side of the seam that the first search sees
 TABLE = (  # codes by window, hexadecimal
@@ -62,7 +63,8 @@ def encode(x: Tensor, bits: int) -> Tensor:
     """Return rings uint8 [..., W*bits/8] whose values are near x [..., W], which is in steps."""
     rows = x.to(torch.float32).flatten(0, -2) if x.dim() > 1 else x.to(torch.float32)[None]
     rows = torch.where(rows > -FARTHEST, rows, -FARTHEST).clamp(max=FARTHEST)  # NaN is the least
-    ring = _ring(closed(rows, bits, table(rows.device)), bits)
+    values, parts = table(rows.device), rows.split(TOGETHER)
+    ring = torch.cat([_ring(closed(part, bits, values), bits) for part in parts])
     return ring.view(*x.shape[:-1], x.shape[-1] * bits // 8)
 
 

@@ -60,6 +60,8 @@ def check_engine(plan: LatentPlan, config: Any) -> None:
     for is_found, what, why in found:
         if is_found:
             raise FhoptError(f"{what} is not supported for a model with a plan of fhopt: {why}. Leave it out.")
+    if config.device_config.device_type != "cpu":
+        plan.check_uniform("vLLM on a GPU")
     longest = config.model_config.max_model_len
     if plan.segment and longest > MOST_TOKENS:
         raise FhoptError(

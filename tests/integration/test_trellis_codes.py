@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import fhopt
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import token_costs
 from fhopt.export.decode_step import Step
+from fhopt.export.pt2_module import export_module
 from fhopt.fitting.codes import TRELLIS
 from fhopt.hf.apply import latent_cache
+from fhopt.models.loaded_model import LoadedModel
 from fhopt.ops import registry
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -38,22 +41,23 @@ def test_a_plan_on_disk_keeps_its_codes(llama: Fitted, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("segment", [0, 64])
-def test_every_cache_reads_what_the_references_read(llama: Fitted, segment: int) -> None:
+def test_every_cache_reads_what_the_references_read(
+    llama: Fitted, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, ids, model = llama.plan(6, code=TRELLIS, window_bits=16), token_ids(2, 150), llama.model
     plan = replace(plan, sites=tuple(replace(s, segment=segment) for s in plan.sites))
     fhopt.apply(model, plan)
     fhopt.prepare(model)
     try:
         found: list[Any] = []
+        names = ("latent_attention", "pack", "unpack", "rebuilt_attention", "open_attention", "attend_latents")
         for length in (None, 160):
             cache = latent_cache(model, **({} if length is None else {"max_cache_len": length}))
             found.append([model(ids[:, a:b], **cached(cache)).logits for a, b in ((0, 90), (90, 91), (91, 150))])
-        names = ("latent_attention", "pack", "unpack", "rebuilt_attention", "open_attention", "attend_latents")
-        before = {op: registry.use(op, "cpu", None) for op in names}
+        for op in names:
+            monkeypatch.setitem(registry._kernels, (op, "cpu"), None)
         cache = latent_cache(model)
         wanted = [model(ids[:, a:b], **cached(cache)).logits for a, b in ((0, 90), (90, 91), (91, 150))]
-        for op, kernel in before.items():
-            registry.use(op, "cpu", kernel)
     finally:
         fhopt.unapply(model)
     for logits in found:
@@ -103,6 +107,13 @@ def test_a_rewritten_graph_runs_on_it(llama: Fitted) -> None:
     assert 0 < errors[1] < errors[0]
 
 
-def test_an_export_refuses_it_in_one_sentence(llama: Fitted) -> None:
+def test_a_gpu_and_exports_refuse_it_in_one_sentence(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = llama.plan(6, code=TRELLIS, window_bits=16)
+    with pytest.raises(FhoptError, match="an exported module reads no trellis codes"):
+        export_module(LoadedModel("llama", llama.model, None), plan)
     with pytest.raises(FhoptError, match=r"an exported decode step reads no trellis codes.*--code uniform"):
-        Step(llama.model, llama.plan(6, code=TRELLIS, window_bits=16))
+        Step(llama.model, plan)
+    elsewhere = [SimpleNamespace(device=torch.device("cuda"))]
+    monkeypatch.setattr(llama.model, "parameters", lambda: iter(elsewhere))
+    with pytest.raises(FhoptError, match="a GPU reads no trellis codes"):
+        fhopt.apply(llama.model, plan)

@@ -74,7 +74,8 @@ struct Side {
 // one: with 5 bits, d = 0.24, the variance of what logits are off by grows by 2 percent. Weights of a tile of 128
 // tokens are off by w sqrt(128) / (127 sqrt(12)), w the largest of them, codes by w d / sqrt(12) or more: with 4 bits,
 // d = 0.40, the variance grows by 5 percent at most where tokens have nothing in common, by less the more tokens are
-// attended to. What they have in common is kept: weights are rounded so that their sum stays.
+// attended to; by twice as much with a trellis code of 4 bits, which errs half as much. What they have in common is
+// kept: weights are rounded so that their sum stays.
 constexpr int COARSE_KEY = 5, COARSE_VALUE = 4;
 
 int fine_channels(const Layout& layout, int coarse) {

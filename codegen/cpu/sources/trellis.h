@@ -5,7 +5,11 @@
 // table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window.
 
 constexpr int WINDOW = 8;
-alignas(64) constexpr uint8_t TRELLIS[1 << WINDOW] = {$trellis};
+// clang-format off
+alignas(64) constexpr uint8_t TRELLIS[1 << WINDOW] = {
+$trellis
+};
+// clang-format on
 
 // The bits of 8 channels from a multiple of 8 on, and before them the byte in which their windows begin.
 INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int64_t channel) {

@@ -20,3 +20,8 @@ def test_a_listing_is_the_text_of_the_kernel(llama: Fitted) -> None:
         plain = "".join(ET.fromstring(f"<pre>{found.html(listing)}</pre>").itertext())
         assert plain.strip() == render(specs[name], listing.language).strip()
         assert set(listing.sites) <= {p.site.name for p in plan.sites}
+
+
+def test_trellis_codes_have_kernels_for_cpus_alone(llama: Fitted) -> None:
+    found = list_kernels(llama.plan(6, code="trellis"))
+    assert found.files and all(listing.file.endswith(".cpp") for listing in found.files)

@@ -13,6 +13,7 @@ from hand_plans import CODED, in_segments, random_plan
 from fhopt.errors import FhoptError
 from fhopt.models.rewritten_folder import RewrittenFolder
 from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site_plan import Tier
 from fhopt.serving import refusals
 
 PLAN = random_plan("head", CODED)
@@ -23,6 +24,7 @@ def config(**changes: Any) -> SimpleNamespace:
     known: dict[str, Any] = dict(
         cache_dtype="auto", pipeline_parallel_size=1, decode_context_parallel_size=1, tensor_parallel_size=1,
         disable_hybrid_kv_cache_manager=False, method=None, kv_transfer_config=None, max_model_len=4096,
+        device_type="cpu",
     )  # fmt: skip
     known |= changes
     part = SimpleNamespace(**known)
@@ -31,6 +33,7 @@ def config(**changes: Any) -> SimpleNamespace:
         model_config=SimpleNamespace(max_model_len=known["max_model_len"]),
         cache_config=part, parallel_config=part, scheduler_config=part, speculative_config=speculative,
         kv_transfer_config=known["kv_transfer_config"],
+        device_config=SimpleNamespace(device_type=known["device_type"]),
     )  # fmt: skip
 
 
@@ -38,6 +41,14 @@ def test_an_engine_with_ordinary_options_is_accepted() -> None:
     refusals.check_engine(PLAN, config())
     refusals.check_engine(PLAN, config(method="ngram"))
     refusals.check_engine(PLAN, config(tensor_parallel_size=2))
+
+
+def test_trellis_codes_are_served_on_cpus_only() -> None:
+    ring = random_plan("head", (Tier(4, 16, -0.031),))
+    refusals.check_engine(ring, config())
+    refusals.check_engine(PLAN, config(device_type="cuda"))
+    with pytest.raises(FhoptError, match="vLLM on a GPU reads no trellis codes"):
+        refusals.check_engine(ring, config(device_type="cuda"))
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -33,11 +33,11 @@ from attention_cases import (
 from needs import needs_compiler, sampled
 from torch import Tensor
 
-from fhopt.codegen.build import build_cpp, build_torch
+from fhopt.codegen.build import build_cpp, build_torch, without_compiler
 from fhopt.codegen.compiler import load
 from fhopt.codegen.cpu.attention import library
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.tiers import Tiers
+from fhopt.codegen.tiers import Tiers, check
 from fhopt.errors import FhoptError
 from fhopt.ops import algebra
 from fhopt.ops.latent_attention import LatentKernel
@@ -81,9 +81,18 @@ def test_trellis_codes_are_looked_up_as_by_the_reference(name: str) -> None:
         assert_same(kernel(*x, mask, **case.options()), expected(case, x, mask))
 
 
-def test_torch_refuses_trellis_codes_in_one_sentence() -> None:
-    with pytest.raises(FhoptError, match="reads no trellis codes"):
-        build_torch(TRELLIS_CASES["one token of a ring"].spec())
+def test_without_a_compiler_the_reference_reads_trellis_codes() -> None:
+    case = TRELLIS_CASES["trellis codes beside others"]
+    x = inputs(case)
+    assert_same(without_compiler(case.spec())(*x, None, **case.options()), expected(case, x, None))
+    with pytest.raises(FhoptError, match="torch operations reads no trellis codes"):
+        build_torch(case.spec())
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_trellis_codes_of_more_bits_are_refused(bits: int) -> None:
+    with pytest.raises(FhoptError, match=r"have trellis codes; expected bits of \(1, 2, 3, 4\)"):
+        check(KernelSpec(((bits, 64, -0.1),), FOUR, 64, 64, "float32", False))
 
 
 @pytest.mark.parametrize("make", TARGETS)
