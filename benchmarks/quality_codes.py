@@ -22,11 +22,10 @@ from torch import Tensor
 
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, read_steps, switched
+from fhopt.fitting.codes import UNIFORM
 from fhopt.models.loader import load_model
 from fhopt.plan.latent_plan import LatentPlan
 from fhopt.texts import tokens
-
-UNIFORM = "uniform"
 
 
 def measured(model: object, ids: Tensor, plans: dict[str, LatentPlan]) -> dict[str, tuple[float, float]]:

@@ -15,6 +15,7 @@ import math
 
 import click
 import torch
+from recording import screen
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -128,8 +129,6 @@ def main(trains: bool) -> None:
         gain = float((x * x).mean() / (x * kept).mean())
         cells = left, left / DISTORTION[bits], left * 4**bits, step, gain
         out.add_row(str(bits), *(f"{cell:.4g}" for cell in cells))
-    from recording import screen
-
     screen().print(out)
 
 

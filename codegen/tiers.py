@@ -5,7 +5,7 @@ from __future__ import annotations
 from fhopt.errors import FhoptError
 from fhopt.ops import trellis
 from fhopt.plan.kernel_spec import KernelSpec
-from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
 Tiers = tuple[tuple[int, int, float], ...]  # bit groups (bits, width, step) in channel order; none: not quantized
 PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), for the head of a generated file
@@ -29,7 +29,7 @@ def check(spec: KernelSpec) -> None:
             )
         if tiers and sum(w for _, w, _ in tiers) != width:
             raise FhoptError(f"the {side} tiers {tiers} do not add up to the width {width}; give widths that do.")
-        if any(bits < 16 and step < 0 and bits not in TRELLIS_BITS for bits, _, step in tiers):
+        if any(is_trellis(bits, step) and bits not in TRELLIS_BITS for bits, _, step in tiers):
             raise FhoptError(f"the {side} tiers {tiers} have trellis codes; expected bits of {TRELLIS_BITS} for these.")
     if spec.dtype not in UNCODED_DTYPES:
         raise FhoptError(f"no kernel reads uncoded {spec.dtype}; expected {UNCODED_DTYPES}. Convert the tensors.")
@@ -37,7 +37,7 @@ def check(spec: KernelSpec) -> None:
 
 def has_trellis(spec: KernelSpec) -> bool:
     """Return True where channels have a trellis code (fhopt/ops/trellis.py), which kernels for CPUs alone read."""
-    return any(bits < 16 and step < 0 for bits, _, step in (*spec.key_tiers, *spec.value_tiers))
+    return any(is_trellis(bits, step) for bits, _, step in (*spec.key_tiers, *spec.value_tiers))
 
 
 def check_uniform(spec: KernelSpec, what: str) -> None:

@@ -25,7 +25,7 @@ from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_co
 from fhopt.codegen.source_files import read_source
 from fhopt.codegen.tiers import PLANES, TABLE
 from fhopt.ops.packing import pack_reference, unpack_reference
-from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS
+from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
 # The C++ structs `Arguments` and `Tier` as formats of the module `struct`: 8 bytes a field, in the order of the struct.
 _arguments = struct.Struct("@8q4q4q4q").pack
@@ -124,7 +124,7 @@ def tier_table(bits: tuple[int, ...], widths: tuple[int, ...], steps: tuple[floa
         return None
     if any(b not in SUPPORTED_BITS or w < 1 or w % TIER_QUANTUM for b, w, _ in tiers):
         return None
-    if any(b < 16 and s < 0 and b not in TRELLIS_BITS for b, _, s in tiers):
+    if any(is_trellis(b, step) and b not in TRELLIS_BITS for b, _, step in tiers):
         return None
     memory = ctypes.create_string_buffer(b"".join(_tier(*tier) for tier in tiers))
     return Table(memory, ctypes.addressof(memory), len(tiers), sum(widths), sum(b * w for b, w, _ in tiers) // 8)

@@ -29,6 +29,7 @@ from torch import Tensor
 from fhopt.codegen.cpu.packing import can_pack, can_unpack, tier_table
 from fhopt.errors import FhoptError
 from fhopt.ops.packing import pack_reference, unpack_reference
+from fhopt.plan.site_plan import is_trellis
 
 BLOCK_T, BLOCK_G = 16, 8
 _jit: Callable[..., Any] = triton.jit
@@ -59,7 +60,7 @@ def pack(latent: Tensor, bits: Sequence[int], widths: Sequence[int], steps: Sequ
 
 def has_trellis(bits: Sequence[int], steps: Sequence[float]) -> bool:
     """Return whether a bit group has a trellis code, which no kernel here reads."""
-    return any(b < 16 and step < 0 for b, step in zip(bits, steps, strict=True))
+    return any(map(is_trellis, bits, steps))
 
 
 def packs_right(device: torch.device) -> bool:

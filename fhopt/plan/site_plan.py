@@ -21,6 +21,11 @@ SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token
 LAYOUTS = ("band", "freq", "head", "identity", "input")  # DESIGN: Layouts
 
 
+def is_trellis(bits: int, step: float) -> bool:
+    """Return whether a bit group has a trellis code (fhopt/ops/trellis.py): its step is negative."""
+    return bits < 16 and step < 0
+
+
 @dataclass(frozen=True)
 class Tier:
     """A bit group: a run of latent channels stored with the same number of bits.
@@ -37,7 +42,7 @@ class Tier:
     @property
     def is_trellis(self) -> bool:
         """Whether values are those of a trellis code."""
-        return self.bits < 16 and self.step < 0
+        return is_trellis(self.bits, self.step)
 
 
 @dataclass(frozen=True, eq=False)
