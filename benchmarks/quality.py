@@ -4,6 +4,7 @@
     python benchmarks/quality.py --quick             one short text, one ratio, two methods (also QUICK=1); no page
     python benchmarks/quality.py --plans FOLDER      saved plans FOLDER/8x, ... in place of calibration
     python benchmarks/quality.py --model FOLDER      another model: benchmarks/results/quality-NAME.json; no page
+    python benchmarks/quality.py --kept ...          plans anew, other methods as the last run of this model had them
 
 Loss is measured against the exact cache: the increase of perplexity, and KL(exact || other) of the next token. The
 exact model reads each text once; its log-probabilities are stored; every other cache reads it in the same calls.
@@ -26,6 +27,7 @@ import click
 import torch
 from quality_caches import fit_plans, load_plans, ours, rivals
 from quality_comparison import rows
+from quality_kept import kept_results
 from quality_measurement import TEXTS, measure, read_texts
 from quality_page import contest_table, draw, summary, write_page
 from quality_rivals import check_families
@@ -54,10 +56,11 @@ QUICK_CONTEXT, QUICK_RATIO = 512, 8.0
 @click.option(
     "--rival", "families", multiple=True, help="Another method, such as kivi or kivi-3bit; all when not given."
 )
+@click.option("--kept", is_flag=True, help="Measure plans only; other methods are those of the former file.")
 @click.option("--quick", is_flag=True, help="A small version, of under a minute.")
 def main(
     ratios: tuple[float, ...], texts: tuple[str, ...], plans: Path | None, model: str, dtype: str, context: int,
-    families: tuple[str, ...], data: tuple[str, ...], quick: bool,
+    families: tuple[str, ...], data: tuple[str, ...], kept: bool, quick: bool,
 ) -> None:  # fmt: skip
     """Measure plans and other methods on a model, SmolLM2-135M-Instruct if no other, and write the figures."""
     os.environ["PATH"] = os.pathsep.join(
@@ -76,11 +79,12 @@ def main(
         chosen = tuple(sorted(ratios)) or ((QUICK_RATIO,) if quick else RATIOS)
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)
         fitted = load_plans(plans, chosen) if plans is not None else fit_plans(loaded, chosen, options)
-        impls = ours(fitted) + rivals(loaded, fitted, options, quick, families)
+        impls = ours(fitted) + ([] if kept else rivals(loaded, fitted, options, quick, families))
         results = measure(loaded.language_model(), impls, read, next(iter(fitted.values())))
+        name = "quality" if model == "demo" else f"quality-{Path(model).name.removesuffix('.gguf')}"
+        results += kept_results(name, results) if kept else []
     except FhoptError as error:
         raise click.ClickException(str(error)) from error
-    name = "quality" if model == "demo" else f"quality-{Path(model).name.removesuffix('.gguf')}"
     record(name, rows(results), lambda figure: draw(figure, results, loaded.name), summary(results))
     screen().print(contest_table(results))
     if not quick and model == "demo":

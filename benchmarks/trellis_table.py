@@ -1,22 +1,26 @@
-"""Measure what trellis codes leave of Gaussian numbers, and train their table.
+"""Measure what trellis codes leave of Gaussian numbers, and search for their tables.
 
-    python benchmarks/trellis_table.py              the figures of fhopt/fitting/codes.py, of the table that is in use
-    python benchmarks/trellis_table.py --train      another table, trained as that one was; a minute or two
+    python benchmarks/trellis_table.py                  the figures of fhopt/fitting/codes.py, of the tables in use
+    python benchmarks/trellis_table.py --search 60      other tables, searched for during so many minutes
 
-A table gives each window of 8 bits a value, at all numbers of bits a channel. It begins as quantiles of a Gaussian in
-an order that is linear over bits, drawn at random among those in which, at each number of bits, what follows one state
-is spread over the whole range, and so is what leads to one. Then values move to the means of the numbers that are
-encoded by them (Lloyd's algorithm). The best of `DRAWN` orders is trained to the end.
+A window's value is LEVELS[h ^ ORDER[l]] + OFFSETS[l], where l and h are its low-order and its high-order half. For an
+order, the means of the numbers that are encoded by each window give levels and offsets by least squares (Lloyd's
+algorithm, all numbers of bits at once). Orders and starts are searched for by simulated annealing: an entry is drawn
+anew, two are exchanged, or values are moved a little; what follows is kept if it errs less, or by chance. The tables in
+use are the better of two runs of 80,000 such moves each, made in C++ within seven minutes; this file makes a few a
+second.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import time
+from dataclasses import dataclass, replace
 
 import click
 import torch
 from recording import screen
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -25,10 +29,13 @@ from fhopt.fitting.allocation import DISTORTION
 from fhopt.ops import trellis
 from fhopt.plan.site_plan import TRELLIS_BITS
 
-WINDOWS = 1 << trellis.WINDOW
-DRAWN, FIRST_ROUNDS, ROUNDS = 40, 3, 15  # orders; rounds of Lloyd's algorithm for each, and for the best
+WINDOWS, HALF = 1 << trellis.WINDOW, 1 << trellis.WINDOW // 2
+LOW, HIGH = torch.arange(WINDOWS) % HALF, torch.arange(WINDOWS) // HALF
 WEIGHTS = {1: 1.0, 2: 3.0, 3: 10.0, 4: 30.0}  # of errors by bits, which are a third for each more
 WIDTH = 64  # channels of a bit group
+ROWS = 224  # of numbers that a move is judged by
+FIRST = 0.15  # part of the time in which starts are drawn
+HOT, COLD = 0.025, 1e-4  # temperatures, of the sum of logarithms of errors
 
 
 def gaussian(rows: int, width: int, seed: int) -> Tensor:
@@ -36,71 +43,94 @@ def gaussian(rows: int, width: int, seed: int) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def is_invertible(matrix: Tensor) -> bool:
-    """Return whether a matrix of bits has an inverse over bits."""
-    rows = matrix.clone()
-    for i in range(len(rows)):
-        pivots = [r for r in range(i, len(rows)) if rows[r, i]]
-        if not pivots:
-            return False
-        rows[[i, pivots[0]]] = rows[[pivots[0], i]]
-        for r in range(len(rows)):
-            if r != i and rows[r, i]:
-                rows[r] = (rows[r] + rows[i]) % 2
-    return True
+@dataclass(frozen=True)
+class Tables:
+    """ORDER [16], OFFSETS and LEVELS [16 + 16] as numbers, what they are multiplied by at each number of bits."""
+
+    order: Tensor
+    numbers: Tensor
+    steps: dict[int, float]
+    score: float = math.inf  # sum of the logarithms of errors
+
+    def values(self) -> Tensor:
+        """Return the value of each window, float32 [256]."""
+        return (self.numbers[LOW] + self.numbers[HALF + (HIGH ^ self.order[LOW])]).float()
 
 
-def drawn_order(seed: int) -> Tensor:
-    """Return the quantile [256] of each window."""
-    generator, size = torch.Generator().manual_seed(seed), trellis.WINDOW
-    while True:
-        matrix = torch.randint(
-            0, 2, (size, size), generator=generator
-        )  # high-order bits of quantiles, of windows first
-        spreads = (is_invertible(part) for b in TRELLIS_BITS for part in (matrix[:b, :b], matrix[:b, size - b :]))
-        if is_invertible(matrix) and all(spreads):
-            break
-    places = torch.arange(size - 1, -1, -1)
-    bits = torch.arange(WINDOWS)[:, None] >> places & 1
-    return ((bits @ matrix.T % 2) << places).sum(-1)
-
-
-def trained(values: Tensor, steps: dict[int, float], rounds: int, rows: int) -> Tensor:
-    """Move `values` [256] to what is encoded by them; `steps`, factors by bits, follow."""
-    for _ in range(rounds):
-        sums, weights = torch.zeros(WINDOWS), torch.zeros(WINDOWS)
+def settled(tables: Tables, rounds: int) -> Tables:
+    """Move numbers to the means of what is encoded by them; measure what is left."""
+    numbers, steps = tables.numbers, dict(tables.steps)
+    entries = torch.zeros(WINDOWS, 2 * HALF, dtype=torch.float64)
+    entries.scatter_(1, torch.stack([LOW, HALF + (HIGH ^ tables.order[LOW])], 1), 1.0)
+    score = 0.0
+    for i in range(rounds + 1):
+        values, score = replace(tables, numbers=numbers).values(), 0.0
+        sums, weights = torch.zeros(WINDOWS, dtype=torch.float64), torch.zeros(WINDOWS, dtype=torch.float64)
         for bits, weight in WEIGHTS.items():
-            x = gaussian(rows, WIDTH, bits)
-            windows, step = trellis.search(x, bits, steps[bits] * values).flatten(), steps[bits]
-            sums.scatter_add_(0, windows, weight * step * x.flatten())
-            weights.scatter_add_(0, windows, torch.full((x.numel(),), weight * step**2))
-            kept = values[windows]
-            steps[bits] = float((x.flatten() * kept).sum() / (kept * kept).sum())
-        values = torch.where(weights > 0, sums / weights.clamp_min(1e-9), values)
-    return values
+            x, step = gaussian(ROWS, WIDTH, bits), steps[bits]
+            windows = trellis.search(x, bits, step * values).flatten()
+            kept, wanted = values[windows].double(), x.flatten().double()
+            score += math.log(float((wanted - step * kept).square().mean()))
+            sums.scatter_add_(0, windows, weight * step * wanted)
+            weights.scatter_add_(0, windows, torch.full_like(wanted, weight * step**2))
+            steps[bits] = float((wanted * kept).sum() / (kept * kept).sum())
+        if i < rounds:
+            ridge = 1e-5 * weights.mean() * torch.eye(2 * HALF, dtype=torch.float64)
+            products = entries.T @ (weights[:, None] * entries) + ridge
+            numbers = torch.linalg.solve(products, entries.T @ sums + ridge @ numbers)
+    return Tables(tables.order, numbers, steps, score)
 
 
-def errors(values: Tensor, steps: dict[int, float], rows: int) -> float:
-    """Return the sum of the logarithms of what is left at each number of bits."""
-    x, total = gaussian(rows, WIDTH, 0), 0.0
-    for bits in TRELLIS_BITS:
-        kept = steps[bits] * values[trellis.search(x, bits, steps[bits] * values)]
-        total += math.log(float((x - kept).square().mean()))
-    return total
+def drawn(draw: random.Random) -> Tables:
+    """Return tables to start from, whose values have unit variance."""
+    order = torch.tensor([draw.randrange(HALF) for _ in range(HALF)])
+    spread = 0.05 + 0.95 * draw.random()
+    numbers = torch.tensor([draw.gauss(0, spread if i < HALF else 1) for i in range(2 * HALF)], dtype=torch.float64)
+    values = Tables(order, numbers, {}).values().double()
+    numbers = (numbers - values.mean() * (torch.arange(2 * HALF) >= HALF)) / values.std()
+    return settled(Tables(order, numbers, dict.fromkeys(TRELLIS_BITS, 1.0)), 3)
 
 
-def train() -> str:
-    """Train a table; return it in hexadecimal."""
-    quantiles = math.sqrt(2) * torch.erfinv((2 * torch.arange(WINDOWS) + 1) / WINDOWS - 1)
-    found = []
-    for seed in track(range(DRAWN), "orders", transient=True):
-        steps = dict.fromkeys(TRELLIS_BITS, 1.0)
-        values = trained(quantiles[drawn_order(seed)], steps, FIRST_ROUNDS, 100)
-        found.append((errors(values, steps, 100), seed, values, steps))
-    _, _, values, steps = min(found, key=lambda each: each[:2])
-    values = trained(values, steps, ROUNDS, 400)
-    unit = float(values.abs().max()) / 127.5
-    return bytes((values / unit + 127.5).round().clamp(0, 255).int().tolist()).hex()
+def moved(tables: Tables, draw: random.Random) -> Tables:
+    """Return tables beside these."""
+    order, numbers = tables.order.clone(), tables.numbers.clone()
+    i, j, kind = draw.randrange(HALF), draw.randrange(HALF), draw.random()
+    if kind < 0.225:
+        order[i] = draw.randrange(HALF)
+    elif kind < 0.45:
+        order[[i, j]] = order[[j, i]]
+    elif kind < 0.7:
+        first = HALF * draw.randrange(2)
+        numbers[[first + i, first + j]] = numbers[[first + j, first + i]]
+    elif kind < 0.85:
+        numbers[HALF * draw.randrange(2) + i] += 0.3 * draw.gauss(0, 1)
+    else:
+        numbers += 0.05 * torch.tensor([draw.gauss(0, 1) for _ in range(2 * HALF)], dtype=torch.float64)
+    return settled(replace(tables, order=order, numbers=numbers), 1)
+
+
+def searched(seconds: float, seed: int) -> Tables:
+    """Search for tables."""
+    draw, begin = random.Random(seed), time.monotonic()
+    best = drawn(draw)
+    while time.monotonic() - begin < FIRST * seconds:
+        best = min(best, drawn(draw), key=lambda each: each.score)
+    now = best
+    while (spent := time.monotonic() - begin) < seconds:
+        heat = HOT * (1 - spent / seconds) ** 1.5 + COLD
+        other = moved(now, draw)
+        if other.score < now.score or draw.random() < math.exp((now.score - other.score) / heat):
+            now = other
+        best = min(best, now, key=lambda each: each.score)
+    return best
+
+
+def as_bytes(tables: Tables) -> tuple[list[int], list[int], list[int]]:
+    """Return ORDER, LEVELS and OFFSETS; 127.5 stands for 0."""
+    offsets, levels = tables.numbers[:HALF], tables.numbers[HALF:]
+    unit = float(tables.values().abs().max()) / 127.0  # sums of rounded numbers stay bytes
+    levels = ((levels + offsets.min()) / unit + 127.5).round().int()
+    return tables.order.tolist(), levels.tolist(), ((offsets - offsets.min()) / unit).round().int().tolist()
 
 
 def best_step(x: Tensor, bits: int, values: Tensor) -> float:
@@ -113,13 +143,15 @@ def best_step(x: Tensor, bits: int, values: Tensor) -> float:
 
 
 @click.command()
-@click.option("--train", "trains", is_flag=True, help="Train a table and measure it, in place of the one in use.")
-def main(trains: bool) -> None:
+@click.option("--search", "minutes", type=float, help="Search for tables for so long, and measure them.")
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
+def main(minutes: float | None, seed: int) -> None:
     """Print what trellis codes leave of a unit Gaussian, beside the best uniform quantizer."""
-    text = train() if trains else trellis.TABLE
-    values = torch.tensor(list(bytes.fromhex(text)), dtype=torch.float32) - 127.5
-    if trains:
-        click.echo(text)
+    values = trellis.table(torch.device("cpu"))
+    if minutes is not None:
+        order, levels, offsets = as_bytes(searched(60 * minutes, seed))
+        click.echo(f"LEVELS = {tuple(levels)}\nOFFSETS = {tuple(offsets)}\nORDER = {tuple(order)}")
+        values = trellis.values_of(levels, offsets, order)
     out = Table("bits", "error", "of a uniform quantizer's", "of the least possible", "step", "1 / E[r x]")
     x = gaussian(400, WIDTH, 0)
     for bits in TRELLIS_BITS:

@@ -12,10 +12,10 @@ PLANES = (  # the format of quantized values (fhopt/ops/latent_attention.py), fo
     "A tier is stored as bit planes: one for 1, 2, 4 and 8 bits, two for 3 = 2 + 1, 5 = 4 + 1 and 6 = 4 + 2, the wider",
     "one first and with the high-order bits. A plane holds its part of all codes of the tier, low-order codes first.",
 )
-_CODES = bytes.fromhex(trellis.TABLE)
-TABLE = "".join(  # of trellis codes, by window: lines of C++
-    f"    {', '.join(map(str, _CODES[i : i + 16]))},\n" for i in range(0, len(_CODES), 16)
-)
+TABLES = {  # of trellis codes, for the sources in C++
+    name: ", ".join(map(str, table))
+    for name, table in (("levels", trellis.LEVELS), ("offsets", trellis.OFFSETS), ("order", trellis.ORDER))
+}
 UNCODED_DTYPES = ("float32", "bfloat16", "float16")
 
 

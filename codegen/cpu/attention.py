@@ -20,7 +20,7 @@ from typing import Any
 
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, TABLE, UNCODED_DTYPES, Tiers, check
+from fhopt.codegen.tiers import PLANES, TABLES, UNCODED_DTYPES, Tiers, check
 from fhopt.plan.kernel_spec import KernelSpec
 
 # The C++ struct `Arguments` as a format of the module `struct`: 8 bytes a field, in the order of the struct.
@@ -32,7 +32,7 @@ NAME = "attention"  # of the library
 def library() -> str:
     """Render the C++ file that serves every spec; it is always the same."""
     text = read_source("fhopt.codegen.cpu", "attention.cpp")
-    return text.substitute(planes="\n// ".join(PLANES), trellis=TABLE, page_quantum=PAGE_QUANTUM)
+    return text.substitute(planes="\n// ".join(PLANES), page_quantum=PAGE_QUANTUM, **TABLES)
 
 
 def render(spec: KernelSpec) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fhopt.codegen.background import builder
 from fhopt.codegen.compiler import CompileError, compiles, load, warn_without_compiler
 from fhopt.codegen.source_files import read_source
-from fhopt.codegen.tiers import PLANES, TABLE
+from fhopt.codegen.tiers import PLANES, TABLES
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.site_plan import SUPPORTED_BITS, TIER_QUANTUM, TRELLIS_BITS, is_trellis
 
@@ -84,7 +84,7 @@ def unpack(codes: Tensor, scale: Tensor, bits: Sequence[int], widths: Sequence[i
 
 def render() -> str:
     """Render the C++ file; it is always the same."""
-    return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES), trellis=TABLE)
+    return read_source("fhopt.codegen.cpu", "packing.cpp").substitute(planes="\n// ".join(PLANES), **TABLES)
 
 
 def _built() -> tuple[Any, Any] | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.choices import AUTO, BITS, check_options
-from fhopt.fitting.codes import UNIFORM
+from fhopt.fitting.codes import AUTO as AUTO_CODE
+from fhopt.fitting.codes import chosen
 from fhopt.hardware.devices import find_device
 from fhopt.plan.site_plan import LEAST_SEGMENT, MOST_SEGMENT
 from fhopt.plan.window import DEFAULT_WINDOW, ResidualWindow
@@ -28,7 +29,8 @@ class FitOptions:
     for layouts that differ in arithmetic. mean_tokens: of the plan (see `LatentPlan`). segment: keys are encoded
     relative to segments of so many tokens (fhopt/ops/turns.py); 0: as they are; None: as `segment_tokens` says.
     kernel_shapes: how many different kernels the sites of a plan need, at most (None: few on a GPU, else any).
-    code: how bit groups are quantized, one of `fhopt.fitting.codes.CODES`.
+    code: how bit groups are quantized, one of `fhopt.fitting.codes.CHOICES`; auto: trellis
+    codes from a ratio of 5 on, in KV caches on CPUs; uniformly with `mean_tokens` 0, as plans to be exported have it.
     checkpoint: file that lets an interrupted calibration go on. The other options are those of `fhopt.fitting.fit`.
     """
 
@@ -50,7 +52,7 @@ class FitOptions:
     mean_tokens: int = 256
     segment: int | None = None
     kernel_shapes: int | None = None
-    code: str = UNIFORM
+    code: str = AUTO_CODE
 
     def check(self) -> None:
         """Raise FhoptError for values that cannot work, before anything slow starts."""
@@ -67,7 +69,7 @@ class FitOptions:
         """Check what does not depend on the sample: sizes, layout, device. Raises FhoptError."""
         if self.device is not None:
             find_device(self.device)
-        check_options(self.ratio, self.layout, self.bits, self.device, self.code)
+        check_options(self.ratio, self.layout, self.bits, self.device, chosen(self.code, self.ratio, is_read=False))
         if self.mean_tokens < 0:
             raise FhoptError(f"means of {self.mean_tokens} tokens; expected 0, for none, or more. Try 256.")
         if not 0 <= self.segment_tokens <= MOST_SEGMENT or self.segment_tokens % LEAST_SEGMENT:

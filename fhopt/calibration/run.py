@@ -28,13 +28,14 @@ from fhopt.calibration.offloaded_probe import Dispatched, find_dispatched, is_di
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.probe import Batch, Probed, probed
 from fhopt.errors import FhoptError
-from fhopt.fitting import allocation, fit_plan
+from fhopt.fitting import allocation, codes, fit_plan
 from fhopt.fitting.allocation import STEPS
 from fhopt.fitting.bases import CandidateBases
 from fhopt.fitting.candidates import fit_bases, fit_layouts, select_bases
 from fhopt.fitting.costs import Costs, empty_costs
 from fhopt.fitting.loss_interval import CHECKS, checks_of, loss_interval
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics
+from fhopt.hardware.devices import find_device
 from fhopt.hardware.float_products import onednn_products
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.capture import Captured, capture
@@ -112,7 +113,8 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         bits=options.bits, sinks=options.sinks, recent=options.recent_tokens, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
         mean_tokens=calibration.options.mean_tokens, kernel_shapes=options.kernel_shapes,
-        code=options.code, sliding=sliding_windows(calibration.sites.values(), layers_of(calibration.provenance)),
+        code=_code(calibration, options),
+        sliding=sliding_windows(calibration.sites.values(), layers_of(calibration.provenance)),
     )  # fmt: skip
     plan = plan.with_provenance(**calibration.prints, **calibration.provenance)
     checks = checks_of(calibration.provenance.get(CHECKS, ()))
@@ -120,6 +122,13 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         return plan
     nats, least, most = loss_interval(checks, plan.provenance["predicted_nats"])
     return plan.with_provenance(**{EXPECTED: {"nats": nats, "least": least, "most": most}})
+
+
+def _code(calibration: Calibration, options: FitOptions) -> str:
+    """Return how a plan of this calibration is quantized: no GPU reads trellis codes, nor does what has no means."""
+    device = options.device
+    on_cpu = not torch.accelerator.is_available() if device is None else find_device(device).kind == "cpu"
+    return codes.chosen(options.code, options.ratio, on_cpu and calibration.options.mean_tokens > 0)
 
 
 def measure(

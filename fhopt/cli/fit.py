@@ -25,7 +25,7 @@ from fhopt.cli.options import (
     progress_bar,
 )
 from fhopt.errors import FhoptError
-from fhopt.fitting.codes import CODES, UNIFORM
+from fhopt.fitting.codes import AUTO, CHOICES
 
 if TYPE_CHECKING:
     from fhopt.calibration.options import FitOptions
@@ -137,10 +137,10 @@ def calibrate(
 )
 @click.option(
     "--code",
-    type=click.Choice(CODES),
-    default=UNIFORM,
+    type=click.Choice(CHOICES),
+    default=AUTO,
     show_default=True,
-    help="How latents are quantized. trellis loses a third less at 8x; for CPUs with AVX-512 VBMI, slow without.",
+    help="How latents are quantized. trellis loses a third less at 8x; for CPUs. auto: where it pays, from 5x on.",
 )
 @click.option(
     "--window-bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Bits of the residual window."

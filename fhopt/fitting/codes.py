@@ -9,15 +9,24 @@ from __future__ import annotations
 
 from fhopt.plan.site_plan import Tier
 
-UNIFORM, TRELLIS = "uniform", "trellis"
+UNIFORM, TRELLIS, AUTO = "uniform", "trellis", "auto"
 CODES = (UNIFORM, TRELLIS)
+CHOICES = (AUTO, *CODES)
+TRELLIS_FROM = 5.0  # ratio: what plans lose below it is little, and attention takes longer with trellis codes
 
 # Error relative to that of the best uniform quantizer; the step in standard deviations, a little more than is best for
 # a Gaussian, as with `allocation.WIDER`; and with that step 1 / E[r x], see `allocation.UNBIASED`.
-SHARE = {1: 0.82, 2: 0.665, 3: 0.555, 4: 0.48}
-STEP = {1: 0.0230, 2: 0.0265, 3: 0.0290, 4: 0.0310}
-GAIN = {1: 1.362, 2: 1.073, 3: 1.017, 4: 1.004}
+SHARE = {1: 0.84, 2: 0.68, 3: 0.575, 4: 0.515}
+STEP = {1: 0.0190, 2: 0.0225, 3: 0.0255, 4: 0.0280}
+GAIN = {1: 1.380, 2: 1.079, 3: 1.018, 4: 1.004}
 LEAST_RING = 32  # bits: shorter rings have too few windows that are independent
+
+
+def chosen(code: str, ratio: float, is_read: bool) -> str:
+    """Return the code that one of `CHOICES` stands for. is_read: where the plan will run, trellis codes are read."""
+    if code != AUTO:
+        return code
+    return TRELLIS if is_read and ratio >= TRELLIS_FROM else UNIFORM
 
 
 def is_trellis(code: str, bits: int, width: int) -> bool:

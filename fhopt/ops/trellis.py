@@ -4,12 +4,14 @@ A bit group of `bits` b and width W is a ring of W b bits, b new ones for each c
 of a table at the `WINDOW` newest bits of the ring, its own b and those of the channels before it:
 
     window[c] = bits (c + 1) b - WINDOW ... (c + 1) b - 1 of the ring, the newest the high-order ones
-    z[c]      = (TABLE[window[c]] - 127.5) * step * scale
+    z[c]      = (code(window[c]) - 127.5) * step * scale
+    code(w)   = LEVELS[h ^ ORDER[l]] + OFFSETS[l]    w = 16 h + l, of 8 bits as is the sum
 
 Every value can be had on its own, from a shift and a look-up, as with a uniform quantizer; only who encodes has to
 search for the ring that errs least (`encode`: the Viterbi algorithm). Trellis-coded quantization: Marcellin and
 Fischer 1990; with windows of bits in place of a state machine, closed to a ring: Tseng et al. 2024 (QTIP, arXiv
-2406.11235). The table is our own, trained on Gaussian numbers at 1 to 4 bits at once by `benchmarks/trellis_table.py`.
+2406.11235). The tables are our own, found on Gaussian numbers at 1 to 4 bits at once by `benchmarks/trellis_table.py`:
+three of 16 bytes each, which fit vector registers, lose little beside one of 256.
 
 A ring is stored as it is, the bits of the first channel first within a byte. A bit group with a trellis code has a
 negative step, of which the magnitude counts.
@@ -18,6 +20,7 @@ negative step, of which the magnitude counts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,22 +29,22 @@ WINDOW = 8  # bits that a value depends on
 TOGETHER = 1024  # rows that are searched for at once: each takes memory for the costs of all states and channels
 FARTHEST = 1024.0  # numbers are searched for up to so many steps
 AROUND = 12  # channels on either side of the seam that the first search sees
-TABLE = (  # codes by window, hexadecimal
-    "009f66818e76b6509979c35c46a86d87779256bca1318469ac4a8a6f7d985fd5"
-    "56be77908269a5378c70ac4e60d17d9b6580119eb4509074c55d96786b8746a7"
-    "c45f947c6c8944a9658321a0b7518f728b70ae4b62d47b9a57be74918367a22f"
-    "ac4f8c6f7e995fd1789253bda4378369987ac35b47a76a891ea065828e75b652"
-    "82669e2852b473905ccd7b96896ea841bb57927769863aa3708c4aafe05e9a7c"
-    "9378bb593ea468854baf728c9880dc60a0258265729153b27e985acca942896d"
-    "7b975ac8a840896d9f2e8164739152b34aae6e89977ce8609274b5593da26883"
-    "6e8c49aef860987dbc58927566873aa25dca7b978870a64185679e3354b27690"
-)
+# By half of a window, see above.
+LEVELS = (74, 0, 122, 154, 143, 132, 90, 82, 106, 98, 55, 45, 34, 65, 186, 114)
+OFFSETS = (31, 27, 27, 47, 29, 49, 36, 33, 41, 23, 19, 41, 53, 69, 0, 15)
+ORDER = (9, 13, 5, 1, 3, 13, 15, 1, 9, 1, 13, 5, 6, 9, 1, 8)
 
 
 @functools.cache
 def table(device: torch.device) -> Tensor:
     """Return the value of each window in steps, float32 [256]."""
-    return torch.tensor(list(bytes.fromhex(TABLE)), dtype=torch.float32, device=device) - 127.5
+    return values_of(LEVELS, OFFSETS, ORDER).to(device)
+
+
+def values_of(levels: Sequence[int], offsets: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Return the value of each window in steps with other tables [16], float32 [256]."""
+    codes = [levels[w // 16 ^ order[w % 16]] + offsets[w % 16] for w in range(1 << WINDOW)]
+    return torch.tensor(codes, dtype=torch.float32) - 127.5
 
 
 def windows(ring: Tensor, bits: int) -> Tensor:

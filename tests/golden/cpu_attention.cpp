@@ -78,6 +78,8 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
 typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint64_t Words8 __attribute__((vector_size(64)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint16_t Halves8 __attribute__((vector_size(16)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
@@ -264,27 +266,24 @@ INLINE void copy_float16(const uint8_t* row, int width, float* z, float factor =
 // ------------------------------------------------------------------------------------------------ trellis codes
 //
 // A bit group of b bits and W channels with a trellis code is a ring of W b bits. The code of channel c is that of a
-// table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window.
+// table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window. Of a window with low-order half l and
+// high-order half h that is LEVELS[h ^ ORDER[l]] + OFFSETS[l].
 
 constexpr int WINDOW = 8;
-alignas(64) constexpr uint8_t TRELLIS[1 << WINDOW] = {
-    0, 159, 102, 129, 142, 118, 182, 80, 153, 121, 195, 92, 70, 168, 109, 135,
-    119, 146, 86, 188, 161, 49, 132, 105, 172, 74, 138, 111, 125, 152, 95, 213,
-    86, 190, 119, 144, 130, 105, 165, 55, 140, 112, 172, 78, 96, 209, 125, 155,
-    101, 128, 17, 158, 180, 80, 144, 116, 197, 93, 150, 120, 107, 135, 70, 167,
-    196, 95, 148, 124, 108, 137, 68, 169, 101, 131, 33, 160, 183, 81, 143, 114,
-    139, 112, 174, 75, 98, 212, 123, 154, 87, 190, 116, 145, 131, 103, 162, 47,
-    172, 79, 140, 111, 126, 153, 95, 209, 120, 146, 83, 189, 164, 55, 131, 105,
-    152, 122, 195, 91, 71, 167, 106, 137, 30, 160, 101, 130, 142, 117, 182, 82,
-    130, 102, 158, 40, 82, 180, 115, 144, 92, 205, 123, 150, 137, 110, 168, 65,
-    187, 87, 146, 119, 105, 134, 58, 163, 112, 140, 74, 175, 224, 94, 154, 124,
-    147, 120, 187, 89, 62, 164, 104, 133, 75, 175, 114, 140, 152, 128, 220, 96,
-    160, 37, 130, 101, 114, 145, 83, 178, 126, 152, 90, 204, 169, 66, 137, 109,
-    123, 151, 90, 200, 168, 64, 137, 109, 159, 46, 129, 100, 115, 145, 82, 179,
-    74, 174, 110, 137, 151, 124, 232, 96, 146, 116, 181, 89, 61, 162, 104, 131,
-    110, 140, 73, 174, 248, 96, 152, 125, 188, 88, 146, 117, 102, 135, 58, 162,
-    93, 202, 123, 151, 136, 112, 166, 65, 133, 103, 158, 51, 84, 178, 118, 144,
+alignas(16) constexpr uint8_t LEVELS[16] = {74, 0, 122, 154, 143, 132, 90, 82, 106, 98, 55, 45, 34, 65, 186, 114};
+alignas(16) constexpr uint8_t OFFSETS[16] = {31, 27, 27, 47, 29, 49, 36, 33, 41, 23, 19, 41, 53, 69, 0, 15};
+alignas(16) constexpr uint8_t ORDER[16] = {9, 13, 5, 1, 3, 13, 15, 1, 9, 1, 13, 5, 6, 9, 1, 8};
+
+struct Table {
+    alignas(64) uint8_t code[1 << WINDOW] = {};
+
+    constexpr Table() {
+        for (int w = 0; w < 1 << WINDOW; w++) code[w] = uint8_t(LEVELS[w / 16 ^ ORDER[w % 16]] + OFFSETS[w % 16]);
+    }
+    constexpr const uint8_t& operator[](int window) const { return code[window]; }
 };
+
+constexpr Table TRELLIS;
 
 // The bits of 8 channels from a multiple of 8 on, and before them the byte in which their windows begin.
 INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int64_t channel) {
@@ -296,11 +295,56 @@ INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int6
 
 // Window i of these.
 INLINE int window_of(uint64_t word, int bits, int i) { return int(word >> (i + 1) * bits & 255); }
-// A tier with a trellis code.
+// Where windows of 16 channels of a ring come from, whose bits begin in the second of 16 bytes: for each of two times 8
+// channels the two bytes that have the window, and the factor that brings it to the upper of them.
+struct Spread {
+    alignas(16) uint8_t bytes[2][16] = {};
+    alignas(16) uint16_t factor[2][8] = {};
+
+    constexpr explicit Spread(int bits) {
+        for (int i = 0; i < 16; i++) {
+            const int bit = (i + 1) * bits;
+            bytes[i / 8][i % 8 * 2] = uint8_t(bit / 8), bytes[i / 8][i % 8 * 2 + 1] = uint8_t(bit / 8 + 1);
+            factor[i / 8][i % 8] = uint16_t(1 << (8 - bit % 8));
+        }
+    }
+};
+
+constexpr Spread SPREADS[] = {Spread(1), Spread(2), Spread(3), Spread(4)};
+
+// Bytes `at` of 16; where the upper half of a byte of `at` is not 0, any.
+INLINE Bytes16 picked(Bytes16 from, Bytes16 at) {
+#if defined(__F16C__)
+    return (Bytes16)_mm_shuffle_epi8((__m128i)from, (__m128i)at);
+#elif defined(__clang__)
+    Bytes16 out;
+    for (int i = 0; i < 16; i++) out[i] = from[at[i] & 15];
+    return out;
+#else
+    return __builtin_shuffle(from, at);
+#endif
+}
+
+template <class V, class T>
+INLINE V vector_of(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// A tier with a trellis code: 8 windows at once, each in a word of 16 bits.
 INLINE void copy_trellis(const uint8_t* row, int bits, int width, float* z) {
+    const Spread& its = SPREADS[bits - 1];
+    const Bytes16 from = vector_of<Bytes16>(its.bytes[0]), levels = vector_of<Bytes16>(LEVELS);
+    const Bytes16 offsets = vector_of<Bytes16>(OFFSETS), order = vector_of<Bytes16>(ORDER);
+    const Halves8 factor = vector_of<Halves8>(its.factor[0]);
     for (int i = 0; i < width; i += 8) {
-        const uint64_t word = bits_of_eight(row, width * bits / 8, bits, i);
-        for (int j = 0; j < 8; j++) z[i + j] = float(TRELLIS[window_of(word, bits, j)]);
+        const uint64_t word[2] = {bits_of_eight(row, width * bits / 8, bits, i), 0};
+        const Halves8 windows = (Halves8)picked(vector_of<Bytes16>(word), from) * factor >> 8;
+        const Halves8 low = windows & 15, high = windows >> 4;
+        const Bytes16 level = picked(levels, (Bytes16)high ^ picked(order, (Bytes16)low));
+        const Halves8 codes = (Halves8)(level + picked(offsets, (Bytes16)low)) & 255;
+        store(z + i, __builtin_convertvector(codes, Floats8));
     }
 }
 
@@ -345,7 +389,7 @@ constexpr int TILE = MOST_TOKENS + 16;
 // A row is taken apart 64 channels, a slice, at a time: its bytes are brought to the eight bytes of those channels that
 // have bits in them, then the bits of each channel to the upper end of its own byte, once for each plane of bits. That
 // a code b is then 2^(8-b) times itself is folded into the query or the output. Of a trellis code the bits are a
-// window, which is looked up in four vectors.
+// window, which is looked up in vectors of 16 bytes.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && \
     !defined(FHOPT_FLOAT)
@@ -513,6 +557,9 @@ struct Layout {
 // Rows are transposed as they are stored, 16 bytes at a time: a lane then has four bytes (keys) or two (values) of a
 // plane of bits. A shift and a mask give a vector of codes at the upper end of a byte, and their bits of a second plane
 // come from another lane. Planes are read from their own first byte on, so that none shares a lane with another.
+//
+// Trellis codes become bytes first: rows are copied, and behind each is put what its rings stand for, as a bit group of
+// 8 bits would be stored.
 
 #if WORDS
 
@@ -536,10 +583,16 @@ struct Run {
     bool is_like(const Run& other) const { return bits == other.bits && count == other.count && form == other.form; }
 };
 
+// A ring of trellis codes from a byte of the row on, and where what they stand for is put.
+struct Ring {
+    int bits, width, byte, at;
+};
+
 // Codes of a row in the order in which they are multiplied, its float16 channels, and how it is taken apart.
 struct Layout {
     struct Bits {
         int bits, width, bit, channel;
+        bool is_trellis;
     };
 
     std::vector<Bits> tiers;
@@ -547,26 +600,37 @@ struct Layout {
     std::vector<int> half_channel, half_pieces;  // of float16 channels; the pieces that they are in, eight in each
     std::vector<int> pieces;  // of 16 bytes of a row: where they begin
     std::vector<Run> runs;
+    std::vector<Ring> rings;
+    int looked_up = 0;  // bytes of a row with what its rings stand for, if it has any
     int added = 0;  // pairs of codes of keys since sums became floats
 
     int count() const { return int(codes.size()); }
     int halves() const { return int(half_channel.size()); }
-    int reach(int bytes) const { return std::max(bytes, *std::max_element(pieces.begin(), pieces.end()) + 16); }
+    int read() const { return *std::max_element(pieces.begin(), pieces.end()) + 16; }
+    int reach(int bytes) const { return rings.empty() ? std::max(bytes, read()) : bytes + 32; }
     // Transposed rows: of values those of a tile, of which a quarter at most is in use at a time; of keys 16.
     int bytes_of_token(bool values) const { return values ? 4 * int(pieces.size()) : 0; }
     int bytes_of_tile(bool values, int tokens) const { return 16 * int(pieces.size()) * (values ? tokens : 16); }
 
-    void add(int bits, int width, int bit, int channel, bool) {
-        tiers.push_back({bits, width, bit, channel});
+    void add(int bits, int width, int bit, int channel, bool is_trellis) {
+        tiers.push_back({bits, width, bit, channel, is_trellis});
         for (int i = 0; i < width && bits == 16; i++) half_channel.push_back(channel + i);
     }
-    void take_apart(bool values, int) {
+    void take_apart(bool values, int bytes) {
+        int at = (bytes + 31) / 32 * 32;
+        for (Bits& tier : tiers) {
+            if (!tier.is_trellis) continue;
+            rings.push_back({tier.bits, tier.width, tier.bit / 8, at});
+            tier.bits = 8, tier.bit = 8 * at;
+            at += (tier.width + 31) / 32 * 32;
+        }
         for (const Bits& tier : tiers) {
             for (int i = 0; i < tier.width;) {
                 if (tier.bits == 16) half_pieces.push_back(lane(tier.bit / 8 + 2 * i, 16)), i += 8;
                 else i += values ? add_words(tier, i) : add_dwords(tier, i);
             }
         }
+        if (!rings.empty()) looked_up = (std::max(at, read()) + 31) / 32 * 32;
     }
     // The lane of `size` bytes that begins at a byte of the row, among those of all pieces.
     int lane(int byte, int size) {
@@ -636,7 +700,6 @@ struct Side {
                                                 : 2),
           scaled(false), in_place(!count && width % LANES == 0), step(pad), middle(pad) {
         int bit = 0, channel = 0;
-        bool has_trellis = false;
         for (const Tier& tier : tiers) {
             const int bits = int(tier.bits);
             layout.add(bits, int(tier.width), bit, channel, tier.is_trellis());
@@ -646,13 +709,12 @@ struct Side {
             }
             bit += bits * int(tier.width);
             scaled |= bits < 16;
-            has_trellis |= tier.is_trellis();
         }
         if (!count) std::fill(step.begin(), step.end(), 1.0f);
         bytes = count ? bit / 8 : width * element;
         reach = bytes;
         ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
-        integer = INTEGER && scaled && !(values && layout.halves()) && !(WORDS && has_trellis);
+        integer = INTEGER && scaled && !(values && layout.halves());
         if (!integer) return;
         layout.take_apart(values, bytes);
         reach = layout.reach(bytes);
@@ -663,6 +725,15 @@ struct Side {
         }
     }
 };
+
+// Of a row with what its trellis codes stand for, where rows are read so.
+INLINE int looked_up_bytes([[maybe_unused]] const Side& side) {
+#if WORDS
+    return side.layout.looked_up;
+#else
+    return 0;
+#endif
+}
 
 // Where 16 bits are asked for, codes of so few bits are multiplied by one byte of a query or of a weight: what that
 // rounds away is little beside what quantization did. A code of step d is off by d / sqrt(12) deviations of its
@@ -1098,6 +1169,7 @@ struct Scratch {
     State* states;                                   // [rows]
     float* sums;                                     // of the states, [rows, R_V]
     uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
+    uint8_t* looked_up;                              // [16, rows with what their trellis codes stand for]
     int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
     float *unit, *lowest, *coarse, *limits, *halves;  // [rows], [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
@@ -1129,6 +1201,7 @@ struct Scratch {
         take(query, rows * k.key.pad), take(middle, rows), take(logits, rows * TILE), take(totals, rows);
         take(states, rows), take(sums, rows * k.value.pad);
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
+        take(looked_up, 16 * std::max(looked_up_bytes(k.key), looked_up_bytes(k.value)));
         take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
         take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);
@@ -1352,7 +1425,7 @@ template <Kind KIND>
 struct Taken {
     static constexpr bool MANY = is_many(KIND), LOW = depth_of(KIND) >= ONE_LOW, LOOKED = depth_of(KIND) == ONE_TRELLIS;
     const Slice::Block *block, *end;
-    __m512i index, from[2], keep[2], table[4];
+    __m512i index, from[2], keep[2], levels, offsets, order;
     __mmask64 looked;
     int offset;
 
@@ -1364,7 +1437,11 @@ struct Taken {
             keep[i] = _mm512_load_si512(slice.keep[i]);
         }
         looked = slice.looked;
-        UNROLL(4) for (int i = 0; i < 4 && LOOKED; i++) table[i] = _mm512_load_si512(TRELLIS + 64 * i);
+        if (!LOOKED) return;
+        const auto in_each_quarter = [](const void* p) {
+            return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(p)));
+        };
+        levels = in_each_quarter(LEVELS), offsets = in_each_quarter(OFFSETS), order = in_each_quarter(ORDER);
     }
     // The bytes of a row; what no code needs is arbitrary.
     INLINE __m512i bytes_of(const uint8_t* row) const {
@@ -1386,9 +1463,9 @@ struct Taken {
     }
     // The codes of windows.
     INLINE __m512i looked_up(__m512i window) const {
-        const __m512i lower = _mm512_permutex2var_epi8(table[0], window, table[1]);
-        const __m512i upper = _mm512_permutex2var_epi8(table[2], window, table[3]);
-        return _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(window), upper);
+        const __m512i half = _mm512_set1_epi8(15), low = window & half, high = _mm512_srli_epi16(window, 4) & half;
+        const __m512i level = _mm512_shuffle_epi8(levels, high ^ _mm512_shuffle_epi8(order, low));
+        return _mm512_add_epi8(level, _mm512_shuffle_epi8(offsets, low));
     }
 };
 
@@ -1973,6 +2050,57 @@ INLINE void transpose_words(const Sixteen& rows, int offset, int64_t step, __m25
     }
 }
 
+INLINE __m256i in_both_halves(const void* p) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(p)));
+}
+
+// What 32 windows stand for.
+INLINE __m256i codes_of_windows(__m256i windows, __m256i levels, __m256i offsets, __m256i order) {
+    const __m256i half = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_and_si256(windows, half), high = _mm256_and_si256(_mm256_srli_epi16(windows, 4), half);
+    const __m256i level = _mm256_shuffle_epi8(levels, _mm256_xor_si256(high, _mm256_shuffle_epi8(order, low)));
+    return _mm256_add_epi8(level, _mm256_shuffle_epi8(offsets, low));
+}
+
+// What a ring stands for in 16 rows, `step` bytes from one to the next.
+void look_up(const Ring& ring, const Sixteen& rows, uint8_t* to, int64_t step) {
+    const __m256i levels = in_both_halves(LEVELS), offsets = in_both_halves(OFFSETS), order = in_both_halves(ORDER);
+    const Spread& its = SPREADS[ring.bits - 1];
+    const __m256i first = in_both_halves(its.bytes[0]), second = in_both_halves(its.bytes[1]);
+    const __m256i factor = in_both_halves(its.factor[0]), factor_of_second = in_both_halves(its.factor[1]);
+    const int last = ring.bits * ring.width / 8 - 1;
+    UNROLL(1) for (int t = 0; t < 16; t++, to += step) {
+        const uint8_t* row = rows[t] + ring.byte;
+        const __m128i begin = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        __m128i low = _mm_insert_epi8(_mm_slli_si128(begin, 1), row[last], 0);
+        UNROLL(1) for (int i = 0; i < ring.width; i += 32) {
+            const uint8_t* from = row + i / 8 * ring.bits - 1;
+            if (i) low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+            const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * ring.bits));
+            const __m256i x = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+            const __m256i a = _mm256_mullo_epi16(_mm256_shuffle_epi8(x, first), factor);
+            const __m256i b = _mm256_mullo_epi16(_mm256_shuffle_epi8(x, second), factor_of_second);
+            const __m256i windows = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+            const __m256i codes = codes_of_windows(windows, levels, offsets, order);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), codes);
+        }
+    }
+}
+
+// Rows as they are taken apart: with what their trellis codes stand for, if they have any.
+INLINE Sixteen looked_up(const Side& side, const Sixteen& rows, Scratch& s) {
+    const int64_t step = side.layout.looked_up;
+    if (!step) return rows;
+    UNROLL(1) for (int t = 0; t < 16; t++) {
+        for (int i = 0; i < side.bytes; i += 32) {
+            const auto* from = reinterpret_cast<const __m256i*>(rows[t] + i);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(s.looked_up + t * step + i), _mm256_loadu_si256(from));
+        }
+    }
+    for (const Ring& ring : side.layout.rings) look_up(ring, rows, s.looked_up + ring.at, step);
+    return {{s.looked_up, s.looked_up + SIDE_BY_SIDE * step}, step};
+}
+
 // Words shifted to the left, or with a negative count to the right.
 template <int COUNT>
 INLINE __m256i shifted(__m256i x) {
@@ -2239,7 +2367,8 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     __m256i* dwords = reinterpret_cast<__m256i*>(s.codes);
     load_scales(k.key, a.key_scale, p, j, begin, tokens, s);
     for (int t = 0; t < whole; t += 16) {
-        unpack_keys(k.key.layout, rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s), dwords, s.halves + t);
+        const Sixteen z = looked_up(k.key, rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s), s);
+        unpack_keys(k.key.layout, z, dwords, s.halves + t);
         for_blocks_of_rows<MOST_KEY_ROWS>(
             rows, [&](int first, auto count) { score_sixteen<decltype(count)::value>(row + first, t, false, s); });
     }
@@ -2250,7 +2379,9 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {
             constexpr int ROWS = decltype(count)::value;
             if (are_minor<ROWS>(row + first, t, 16, s)) return;
-            const auto z = [&] { return rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s); };
+            const auto z = [&] {
+                return looked_up(k.key, rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s), s);
+            };
             if (!are_there) unpack_keys(k.key.layout, z(), dwords, s.halves + t);
             are_there = true;
             score_sixteen<ROWS>(row + first, t, true, s);
@@ -2345,7 +2476,7 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     __m256i* words = reinterpret_cast<__m256i*>(s.codes);
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     for (int t = 0; t < vectors; t++) {
-        const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, 16 * t, tokens, true, s);
+        const Sixteen z = looked_up(k.value, rows_of(a, k.value, a.value, p, j, begin, 16 * t, tokens, true, s), s);
         __m256i* to = words + t;
         for (const int piece : layout.pieces) {
             transpose_words(z, piece, vectors, to);

@@ -57,27 +57,24 @@ INLINE Floats clamp(Floats x, float low, float high) {  // NaN becomes `low`
 // ------------------------------------------------------------------------------------------------ trellis codes
 //
 // A bit group of b bits and W channels with a trellis code is a ring of W b bits. The code of channel c is that of a
-// table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window.
+// table at bits (c + 1) b - 8 ... (c + 1) b - 1 of the ring, its window. Of a window with low-order half l and
+// high-order half h that is LEVELS[h ^ ORDER[l]] + OFFSETS[l].
 
 constexpr int WINDOW = 8;
-alignas(64) constexpr uint8_t TRELLIS[1 << WINDOW] = {
-    0, 159, 102, 129, 142, 118, 182, 80, 153, 121, 195, 92, 70, 168, 109, 135,
-    119, 146, 86, 188, 161, 49, 132, 105, 172, 74, 138, 111, 125, 152, 95, 213,
-    86, 190, 119, 144, 130, 105, 165, 55, 140, 112, 172, 78, 96, 209, 125, 155,
-    101, 128, 17, 158, 180, 80, 144, 116, 197, 93, 150, 120, 107, 135, 70, 167,
-    196, 95, 148, 124, 108, 137, 68, 169, 101, 131, 33, 160, 183, 81, 143, 114,
-    139, 112, 174, 75, 98, 212, 123, 154, 87, 190, 116, 145, 131, 103, 162, 47,
-    172, 79, 140, 111, 126, 153, 95, 209, 120, 146, 83, 189, 164, 55, 131, 105,
-    152, 122, 195, 91, 71, 167, 106, 137, 30, 160, 101, 130, 142, 117, 182, 82,
-    130, 102, 158, 40, 82, 180, 115, 144, 92, 205, 123, 150, 137, 110, 168, 65,
-    187, 87, 146, 119, 105, 134, 58, 163, 112, 140, 74, 175, 224, 94, 154, 124,
-    147, 120, 187, 89, 62, 164, 104, 133, 75, 175, 114, 140, 152, 128, 220, 96,
-    160, 37, 130, 101, 114, 145, 83, 178, 126, 152, 90, 204, 169, 66, 137, 109,
-    123, 151, 90, 200, 168, 64, 137, 109, 159, 46, 129, 100, 115, 145, 82, 179,
-    74, 174, 110, 137, 151, 124, 232, 96, 146, 116, 181, 89, 61, 162, 104, 131,
-    110, 140, 73, 174, 248, 96, 152, 125, 188, 88, 146, 117, 102, 135, 58, 162,
-    93, 202, 123, 151, 136, 112, 166, 65, 133, 103, 158, 51, 84, 178, 118, 144,
+alignas(16) constexpr uint8_t LEVELS[16] = {74, 0, 122, 154, 143, 132, 90, 82, 106, 98, 55, 45, 34, 65, 186, 114};
+alignas(16) constexpr uint8_t OFFSETS[16] = {31, 27, 27, 47, 29, 49, 36, 33, 41, 23, 19, 41, 53, 69, 0, 15};
+alignas(16) constexpr uint8_t ORDER[16] = {9, 13, 5, 1, 3, 13, 15, 1, 9, 1, 13, 5, 6, 9, 1, 8};
+
+struct Table {
+    alignas(64) uint8_t code[1 << WINDOW] = {};
+
+    constexpr Table() {
+        for (int w = 0; w < 1 << WINDOW; w++) code[w] = uint8_t(LEVELS[w / 16 ^ ORDER[w % 16]] + OFFSETS[w % 16]);
+    }
+    constexpr const uint8_t& operator[](int window) const { return code[window]; }
 };
+
+constexpr Table TRELLIS;
 
 // The bits of 8 channels from a multiple of 8 on, and before them the byte in which their windows begin.
 INLINE uint64_t bits_of_eight(const uint8_t* ring, int64_t bytes, int bits, int64_t channel) {

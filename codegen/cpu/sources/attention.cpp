@@ -121,11 +121,56 @@ INLINE void copy_float16(const uint8_t* row, int width, float* z, float factor =
 }
 
 #include "trellis.h"
-// A tier with a trellis code.
+// Where windows of 16 channels of a ring come from, whose bits begin in the second of 16 bytes: for each of two times 8
+// channels the two bytes that have the window, and the factor that brings it to the upper of them.
+struct Spread {
+    alignas(16) uint8_t bytes[2][16] = {};
+    alignas(16) uint16_t factor[2][8] = {};
+
+    constexpr explicit Spread(int bits) {
+        for (int i = 0; i < 16; i++) {
+            const int bit = (i + 1) * bits;
+            bytes[i / 8][i % 8 * 2] = uint8_t(bit / 8), bytes[i / 8][i % 8 * 2 + 1] = uint8_t(bit / 8 + 1);
+            factor[i / 8][i % 8] = uint16_t(1 << (8 - bit % 8));
+        }
+    }
+};
+
+constexpr Spread SPREADS[] = {Spread(1), Spread(2), Spread(3), Spread(4)};
+
+// Bytes `at` of 16; where the upper half of a byte of `at` is not 0, any.
+INLINE Bytes16 picked(Bytes16 from, Bytes16 at) {
+#if defined(__F16C__)
+    return (Bytes16)_mm_shuffle_epi8((__m128i)from, (__m128i)at);
+#elif defined(__clang__)
+    Bytes16 out;
+    for (int i = 0; i < 16; i++) out[i] = from[at[i] & 15];
+    return out;
+#else
+    return __builtin_shuffle(from, at);
+#endif
+}
+
+template <class V, class T>
+INLINE V vector_of(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// A tier with a trellis code: 8 windows at once, each in a word of 16 bits.
 INLINE void copy_trellis(const uint8_t* row, int bits, int width, float* z) {
+    const Spread& its = SPREADS[bits - 1];
+    const Bytes16 from = vector_of<Bytes16>(its.bytes[0]), levels = vector_of<Bytes16>(LEVELS);
+    const Bytes16 offsets = vector_of<Bytes16>(OFFSETS), order = vector_of<Bytes16>(ORDER);
+    const Halves8 factor = vector_of<Halves8>(its.factor[0]);
     for (int i = 0; i < width; i += 8) {
-        const uint64_t word = bits_of_eight(row, width * bits / 8, bits, i);
-        for (int j = 0; j < 8; j++) z[i + j] = float(TRELLIS[window_of(word, bits, j)]);
+        const uint64_t word[2] = {bits_of_eight(row, width * bits / 8, bits, i), 0};
+        const Halves8 windows = (Halves8)picked(vector_of<Bytes16>(word), from) * factor >> 8;
+        const Halves8 low = windows & 15, high = windows >> 4;
+        const Bytes16 level = picked(levels, (Bytes16)high ^ picked(order, (Bytes16)low));
+        const Halves8 codes = (Halves8)(level + picked(offsets, (Bytes16)low)) & 255;
+        store(z + i, __builtin_convertvector(codes, Floats8));
     }
 }
 
@@ -493,6 +538,7 @@ struct Scratch {
     State* states;                                   // [rows]
     float* sums;                                     // of the states, [rows, R_V]
     uint8_t *codes, *room;                           // of a tile; [16, whole rows with what is read behind them]
+    uint8_t* looked_up;                              // [16, rows with what their trellis codes stand for]
     int8_t *parts, *weights;                         // of queries [rows, PART_BYTES key_dwords], of weights
     float *unit, *lowest, *coarse, *limits, *halves;  // [rows], [rows], [rows], [rows], [halves, TILE]
     uint16_t* pairs;                                 // queries in bfloat16, [rows, R_K], where they are multiplied so
@@ -525,6 +571,7 @@ struct Scratch {
         take(query, rows * k.key.pad), take(middle, rows), take(logits, rows * TILE), take(totals, rows);
         take(states, rows), take(sums, rows * k.value.pad);
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
+        take(looked_up, 16 * std::max(looked_up_bytes(k.key), looked_up_bytes(k.value)));
         take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
         take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);

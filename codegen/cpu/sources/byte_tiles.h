@@ -8,7 +8,7 @@ template <Kind KIND>
 struct Taken {
     static constexpr bool MANY = is_many(KIND), LOW = depth_of(KIND) >= ONE_LOW, LOOKED = depth_of(KIND) == ONE_TRELLIS;
     const Slice::Block *block, *end;
-    __m512i index, from[2], keep[2], table[4];
+    __m512i index, from[2], keep[2], levels, offsets, order;
     __mmask64 looked;
     int offset;
 
@@ -20,7 +20,11 @@ struct Taken {
             keep[i] = _mm512_load_si512(slice.keep[i]);
         }
         looked = slice.looked;
-        UNROLL(4) for (int i = 0; i < 4 && LOOKED; i++) table[i] = _mm512_load_si512(TRELLIS + 64 * i);
+        if (!LOOKED) return;
+        const auto in_each_quarter = [](const void* p) {
+            return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(p)));
+        };
+        levels = in_each_quarter(LEVELS), offsets = in_each_quarter(OFFSETS), order = in_each_quarter(ORDER);
     }
     // The bytes of a row; what no code needs is arbitrary.
     INLINE __m512i bytes_of(const uint8_t* row) const {
@@ -42,9 +46,9 @@ struct Taken {
     }
     // The codes of windows.
     INLINE __m512i looked_up(__m512i window) const {
-        const __m512i lower = _mm512_permutex2var_epi8(table[0], window, table[1]);
-        const __m512i upper = _mm512_permutex2var_epi8(table[2], window, table[3]);
-        return _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(window), upper);
+        const __m512i half = _mm512_set1_epi8(15), low = window & half, high = _mm512_srli_epi16(window, 4) & half;
+        const __m512i level = _mm512_shuffle_epi8(levels, high ^ _mm512_shuffle_epi8(order, low));
+        return _mm512_add_epi8(level, _mm512_shuffle_epi8(offsets, low));
     }
 };
 

@@ -40,7 +40,6 @@ struct Side {
                                                 : 2),
           scaled(false), in_place(!count && width % LANES == 0), step(pad), middle(pad) {
         int bit = 0, channel = 0;
-        bool has_trellis = false;
         for (const Tier& tier : tiers) {
             const int bits = int(tier.bits);
             layout.add(bits, int(tier.width), bit, channel, tier.is_trellis());
@@ -50,13 +49,12 @@ struct Side {
             }
             bit += bits * int(tier.width);
             scaled |= bits < 16;
-            has_trellis |= tier.is_trellis();
         }
         if (!count) std::fill(step.begin(), step.end(), 1.0f);
         bytes = count ? bit / 8 : width * element;
         reach = bytes;
         ahead = std::max(FETCHED / std::max(bytes, 1) / 16 * 16, 16);
-        integer = INTEGER && scaled && !(values && layout.halves()) && !(WORDS && has_trellis);
+        integer = INTEGER && scaled && !(values && layout.halves());
         if (!integer) return;
         layout.take_apart(values, bytes);
         reach = layout.reach(bytes);
@@ -67,6 +65,15 @@ struct Side {
         }
     }
 };
+
+// Of a row with what its trellis codes stand for, where rows are read so.
+INLINE int looked_up_bytes([[maybe_unused]] const Side& side) {
+#if WORDS
+    return side.layout.looked_up;
+#else
+    return 0;
+#endif
+}
 
 // Where 16 bits are asked for, codes of so few bits are multiplied by one byte of a query or of a weight: what that
 // rounds away is little beside what quantization did. A code of step d is off by d / sqrt(12) deviations of its

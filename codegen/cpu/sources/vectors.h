@@ -38,6 +38,8 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
 typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint64_t Words8 __attribute__((vector_size(64)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint16_t Halves8 __attribute__((vector_size(16)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;

@@ -10,6 +10,9 @@
 // Rows are transposed as they are stored, 16 bytes at a time: a lane then has four bytes (keys) or two (values) of a
 // plane of bits. A shift and a mask give a vector of codes at the upper end of a byte, and their bits of a second plane
 // come from another lane. Planes are read from their own first byte on, so that none shares a lane with another.
+//
+// Trellis codes become bytes first: rows are copied, and behind each is put what its rings stand for, as a bit group of
+// 8 bits would be stored.
 
 #if WORDS
 
@@ -33,10 +36,16 @@ struct Run {
     bool is_like(const Run& other) const { return bits == other.bits && count == other.count && form == other.form; }
 };
 
+// A ring of trellis codes from a byte of the row on, and where what they stand for is put.
+struct Ring {
+    int bits, width, byte, at;
+};
+
 // Codes of a row in the order in which they are multiplied, its float16 channels, and how it is taken apart.
 struct Layout {
     struct Bits {
         int bits, width, bit, channel;
+        bool is_trellis;
     };
 
     std::vector<Bits> tiers;
@@ -44,26 +53,37 @@ struct Layout {
     std::vector<int> half_channel, half_pieces;  // of float16 channels; the pieces that they are in, eight in each
     std::vector<int> pieces;  // of 16 bytes of a row: where they begin
     std::vector<Run> runs;
+    std::vector<Ring> rings;
+    int looked_up = 0;  // bytes of a row with what its rings stand for, if it has any
     int added = 0;  // pairs of codes of keys since sums became floats
 
     int count() const { return int(codes.size()); }
     int halves() const { return int(half_channel.size()); }
-    int reach(int bytes) const { return std::max(bytes, *std::max_element(pieces.begin(), pieces.end()) + 16); }
+    int read() const { return *std::max_element(pieces.begin(), pieces.end()) + 16; }
+    int reach(int bytes) const { return rings.empty() ? std::max(bytes, read()) : bytes + 32; }
     // Transposed rows: of values those of a tile, of which a quarter at most is in use at a time; of keys 16.
     int bytes_of_token(bool values) const { return values ? 4 * int(pieces.size()) : 0; }
     int bytes_of_tile(bool values, int tokens) const { return 16 * int(pieces.size()) * (values ? tokens : 16); }
 
-    void add(int bits, int width, int bit, int channel, bool) {
-        tiers.push_back({bits, width, bit, channel});
+    void add(int bits, int width, int bit, int channel, bool is_trellis) {
+        tiers.push_back({bits, width, bit, channel, is_trellis});
         for (int i = 0; i < width && bits == 16; i++) half_channel.push_back(channel + i);
     }
-    void take_apart(bool values, int) {
+    void take_apart(bool values, int bytes) {
+        int at = (bytes + 31) / 32 * 32;
+        for (Bits& tier : tiers) {
+            if (!tier.is_trellis) continue;
+            rings.push_back({tier.bits, tier.width, tier.bit / 8, at});
+            tier.bits = 8, tier.bit = 8 * at;
+            at += (tier.width + 31) / 32 * 32;
+        }
         for (const Bits& tier : tiers) {
             for (int i = 0; i < tier.width;) {
                 if (tier.bits == 16) half_pieces.push_back(lane(tier.bit / 8 + 2 * i, 16)), i += 8;
                 else i += values ? add_words(tier, i) : add_dwords(tier, i);
             }
         }
+        if (!rings.empty()) looked_up = (std::max(at, read()) + 31) / 32 * 32;
     }
     // The lane of `size` bytes that begins at a byte of the row, among those of all pieces.
     int lane(int byte, int size) {

@@ -52,6 +52,57 @@ INLINE void transpose_words(const Sixteen& rows, int offset, int64_t step, __m25
     }
 }
 
+INLINE __m256i in_both_halves(const void* p) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(p)));
+}
+
+// What 32 windows stand for.
+INLINE __m256i codes_of_windows(__m256i windows, __m256i levels, __m256i offsets, __m256i order) {
+    const __m256i half = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_and_si256(windows, half), high = _mm256_and_si256(_mm256_srli_epi16(windows, 4), half);
+    const __m256i level = _mm256_shuffle_epi8(levels, _mm256_xor_si256(high, _mm256_shuffle_epi8(order, low)));
+    return _mm256_add_epi8(level, _mm256_shuffle_epi8(offsets, low));
+}
+
+// What a ring stands for in 16 rows, `step` bytes from one to the next.
+void look_up(const Ring& ring, const Sixteen& rows, uint8_t* to, int64_t step) {
+    const __m256i levels = in_both_halves(LEVELS), offsets = in_both_halves(OFFSETS), order = in_both_halves(ORDER);
+    const Spread& its = SPREADS[ring.bits - 1];
+    const __m256i first = in_both_halves(its.bytes[0]), second = in_both_halves(its.bytes[1]);
+    const __m256i factor = in_both_halves(its.factor[0]), factor_of_second = in_both_halves(its.factor[1]);
+    const int last = ring.bits * ring.width / 8 - 1;
+    UNROLL(1) for (int t = 0; t < 16; t++, to += step) {
+        const uint8_t* row = rows[t] + ring.byte;
+        const __m128i begin = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        __m128i low = _mm_insert_epi8(_mm_slli_si128(begin, 1), row[last], 0);
+        UNROLL(1) for (int i = 0; i < ring.width; i += 32) {
+            const uint8_t* from = row + i / 8 * ring.bits - 1;
+            if (i) low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+            const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * ring.bits));
+            const __m256i x = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+            const __m256i a = _mm256_mullo_epi16(_mm256_shuffle_epi8(x, first), factor);
+            const __m256i b = _mm256_mullo_epi16(_mm256_shuffle_epi8(x, second), factor_of_second);
+            const __m256i windows = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+            const __m256i codes = codes_of_windows(windows, levels, offsets, order);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), codes);
+        }
+    }
+}
+
+// Rows as they are taken apart: with what their trellis codes stand for, if they have any.
+INLINE Sixteen looked_up(const Side& side, const Sixteen& rows, Scratch& s) {
+    const int64_t step = side.layout.looked_up;
+    if (!step) return rows;
+    UNROLL(1) for (int t = 0; t < 16; t++) {
+        for (int i = 0; i < side.bytes; i += 32) {
+            const auto* from = reinterpret_cast<const __m256i*>(rows[t] + i);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(s.looked_up + t * step + i), _mm256_loadu_si256(from));
+        }
+    }
+    for (const Ring& ring : side.layout.rings) look_up(ring, rows, s.looked_up + ring.at, step);
+    return {{s.looked_up, s.looked_up + SIDE_BY_SIDE * step}, step};
+}
+
 // Words shifted to the left, or with a negative count to the right.
 template <int COUNT>
 INLINE __m256i shifted(__m256i x) {
@@ -318,7 +369,8 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
     __m256i* dwords = reinterpret_cast<__m256i*>(s.codes);
     load_scales(k.key, a.key_scale, p, j, begin, tokens, s);
     for (int t = 0; t < whole; t += 16) {
-        unpack_keys(k.key.layout, rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s), dwords, s.halves + t);
+        const Sixteen z = looked_up(k.key, rows_of(a, k.key, a.key, p, j, begin, t, tokens, true, s), s);
+        unpack_keys(k.key.layout, z, dwords, s.halves + t);
         for_blocks_of_rows<MOST_KEY_ROWS>(
             rows, [&](int first, auto count) { score_sixteen<decltype(count)::value>(row + first, t, false, s); });
     }
@@ -329,7 +381,9 @@ void score_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, in
         for_blocks_of_rows<MOST_KEY_ROWS>(rows, [&](int first, auto count) {
             constexpr int ROWS = decltype(count)::value;
             if (are_minor<ROWS>(row + first, t, 16, s)) return;
-            const auto z = [&] { return rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s); };
+            const auto z = [&] {
+                return looked_up(k.key, rows_of(a, k.key, a.key, p, j, begin, t, tokens, false, s), s);
+            };
             if (!are_there) unpack_keys(k.key.layout, z(), dwords, s.halves + t);
             are_there = true;
             score_sixteen<ROWS>(row + first, t, true, s);
@@ -424,7 +478,7 @@ void mix_codes(const Arguments& a, const Part& p, int64_t j, int64_t begin, int 
     __m256i* words = reinterpret_cast<__m256i*>(s.codes);
     load_scales(k.value, a.value_scale, p, j, begin, tokens, s);
     for (int t = 0; t < vectors; t++) {
-        const Sixteen z = rows_of(a, k.value, a.value, p, j, begin, 16 * t, tokens, true, s);
+        const Sixteen z = looked_up(k.value, rows_of(a, k.value, a.value, p, j, begin, 16 * t, tokens, true, s), s);
         __m256i* to = words + t;
         for (const int piece : layout.pieces) {
             transpose_words(z, piece, vectors, to);

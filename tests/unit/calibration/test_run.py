@@ -54,6 +54,27 @@ def test_plans_have_means_where_statistics_are_of_differences_from_them(llama: F
     assert run.plan_for(module, OPTIONS).mean_tokens == 0
 
 
+def test_small_plans_have_trellis_codes_where_these_are_read(llama: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    batches: list[dict[str, Any]] = [{"input_ids": token_ids(1, 96)} for _ in range(5)]
+    weights = dict(llama.model.named_parameters())
+    measured, plain = (
+        run.measure_batches(llama.captured, batches, replace(OPTIONS, mean_tokens=means), weights, "tiny")
+        for means in (16, 0)
+    )
+
+    def has_trellis(calibration: run.Calibration, **options: Any) -> bool:
+        return run.plan_for(calibration, replace(OPTIONS, ratio=6, bits=(1, 2, 4, 8), **options)).has_trellis
+
+    assert has_trellis(measured) and has_trellis(measured, device="cpu")
+    assert not run.plan_for(measured, OPTIONS).has_trellis  # 4x
+    assert not has_trellis(plain) and has_trellis(plain, code="trellis")
+    assert not has_trellis(measured, code="uniform")
+    assert run._code(measured, replace(OPTIONS, ratio=8, device="h100")) == "uniform"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not has_trellis(measured) and has_trellis(measured, device="cpu")
+
+
 def test_keys_are_relative_to_segments_where_a_plan_has_means(llama: Fitted) -> None:
     """And the plan may be written, with what it says."""
     torch.manual_seed(0)

@@ -18,6 +18,17 @@ def test_long_rings_of_few_bits_get_one(code: str, bits: int, width: int, expect
     assert codes.is_trellis(code, bits, width) is expected
 
 
+@pytest.mark.parametrize(
+    ("code", "ratio", "is_read", "expected"),
+    [
+        ("auto", 8, True, "trellis"), ("auto", 5, True, "trellis"), ("auto", 4.9, True, "uniform"),
+        ("auto", 8, False, "uniform"), ("trellis", 2, False, "trellis"), ("uniform", 12, True, "uniform"),
+    ],
+)  # fmt: skip
+def test_auto_is_trellis_where_it_pays_and_is_read(code: str, ratio: float, is_read: bool, expected: str) -> None:
+    assert codes.chosen(code, ratio, is_read) == expected
+
+
 def test_it_loses_less_by_what_was_measured_and_nothing_changes_without() -> None:
     for bits in (0, 1, 2, 3, 4, 5, 8, 16):
         assert codes.share(codes.UNIFORM, bits) == 1

@@ -19,6 +19,7 @@ from attention_cases import (
     MIXED,
     ODD,
     PLANES,
+    RING,
     RINGS,
     TRELLIS_CASES,
     UNCODED,
@@ -43,7 +44,7 @@ from fhopt.ops import algebra
 from fhopt.ops.latent_attention import LatentKernel
 from fhopt.ops.packing import pack_reference, unpack_reference
 from fhopt.plan.kernel_spec import KernelSpec
-from fhopt.plan.site_plan import SUPPORTED_BITS
+from fhopt.plan.site_plan import SUPPORTED_BITS, TRELLIS_BITS
 
 pytestmark = pytest.mark.usefixtures("nothing_built")
 
@@ -215,6 +216,25 @@ def test_bytes_and_floats_of_random_tiers_agree_with_the_reference(seed: int) ->
     assert_bytes_and_floats_agree(case)
 
 
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("seed", sampled(range(8), 2))
+@pytest.mark.usefixtures("isa")
+def test_random_rings_of_trellis_codes_agree_with_the_reference(seed: int) -> None:
+    draw = random.Random(seed)
+    key_heads, value_heads = draw.choice([(1, 1), (3, 3), (9, 9), (1, 3)])
+    tokens, queries = draw.choice([1, 15, 16, 63, 129, 1000]), draw.choice([1, 1, 5])
+    assert_bytes_and_floats_agree(
+        Case(random_rings(draw), random_rings(draw), 9, key_heads, value_heads, queries, tokens)
+    )
+
+
+def random_rings(draw: random.Random) -> Tiers:
+    """Bit groups of which most have trellis codes, of any width."""
+    codes = [(b, 8 * draw.randint(1, 12), -0.03 if b in TRELLIS_BITS else 0.1) for b in (5, 4, 3, 2, 1)]
+    return tuple(draw.sample([*codes, (2, 8, 0.9)], draw.randint(1, 6)))
+
+
 def random_tiers(draw: random.Random) -> Tiers:
     kinds = sorted(draw.sample([b for b in SUPPORTED_BITS if b < 16], draw.randint(1, 7)), reverse=True)
     return tuple((bits, 8 * draw.randint(1, 4), 3 / 2**bits) for bits in kinds)
@@ -233,8 +253,9 @@ def assert_bytes_and_floats_agree(case: Case) -> None:
 @needs_compiler
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("tokens", [1, 19, 48])
-def test_nothing_is_read_outside_of_the_rows(tokens: int) -> None:
-    case = Case(PLANES, ODD, 9, 1, 1, 1, tokens)
+@pytest.mark.parametrize(("keys", "values"), [(PLANES, ODD), (RING, RINGS)], ids=["planes", "rings"])
+def test_nothing_is_read_outside_of_the_rows(keys: Tiers, values: Tiers, tokens: int) -> None:
+    case = Case(keys, values, 9, 1, 1, 1, tokens)
     query, key, key_scale, value, value_scale = (None if x is None else x[:1] for x in inputs(case))
     assert query is not None and key is not None and value is not None
     found = build_cpp(case.spec())(
