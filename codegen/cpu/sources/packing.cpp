@@ -26,6 +26,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -314,7 +318,7 @@ INLINE void read_trellis(const uint8_t* row, const Tier& tier, float scale, floa
     const int64_t bytes = tier.width * bits / 8;
     for (int64_t i = 0; i < tier.width; i += 8) {
         const uint64_t word = bits_of_eight(row, bytes, bits, i);
-        for (int j = 0; j < 8; j++) z[i + j] = windows.value[window_of(word, bits, j)] * step * scale;
+        for (int j = 0; j < 8; j++) z[i + j] = (float(TRELLIS[window_of(word, bits, j)]) - 127.5f) * step * scale;
     }
 }
 

@@ -8,71 +8,109 @@
 #if defined(__clang__) || __GNUC__ >= 12
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints16{__VA_ARGS__})
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
 
-typedef float Floats16 __attribute__((vector_size(64)));
-typedef int32_t Ints16 __attribute__((vector_size(64)));
-
 constexpr int WINDOWS = 1 << WINDOW;
-constexpr int AROUND = 12;         // channels on either side of the seam that the first search sees
-constexpr float FARTHEST = 1024;   // numbers are searched for up to so many steps
+constexpr int AROUND = 12;          // channels on either side of the seam that the first search sees
+constexpr float FARTHEST = 1024;    // numbers are searched for up to so many steps
 constexpr float UNREACHED = 1e30f;  // cost of a state in which no ring may begin
 
-// Of each window: its value in steps.
-struct Windows {
-    alignas(64) float value[WINDOWS];
-
-    Windows() {
-        for (int w = 0; w < WINDOWS; w++) value[w] = float(TRELLIS[w]) - 127.5f;
-    }
-};
-
-const Windows windows;
-
-// The lesser of each two neighbours of 32 numbers.
-INLINE Floats16 least_of_pairs(Floats16 a, Floats16 b) {
-    const Floats16 even = PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const Floats16 odd = PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return odd < even ? odd : even;
+INLINE Floats lesser(Floats a, Floats b) {
+#if defined(__AVX__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
 }
 
+// Of 16 numbers, those at even places and those at odd ones.
+INLINE Floats even_of(Floats a, Floats b) { return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+INLINE Floats odd_of(Floats a, Floats b) { return PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+
+// Window s 2^BITS + r leads to state s, from state i 2^BITS + r, where i = s mod GROUPS. For each r, 8 states of a
+// vector come from 8 others (1 and 2 bits: states stand in their order, and are taken apart by r) or from the same one
+// (3 and 4 bits: a vector has states that differ by multiples of GROUPS).
 template <int BITS>
 struct Trellis {
-    static constexpr int BRANCHES = 1 << BITS, STATES = WINDOWS >> BITS, VECTORS = STATES / 16;
+    static constexpr int BRANCHES = 1 << BITS, STATES = WINDOWS >> BITS, GROUPS = STATES / BRANCHES;
+
+    // Where the cost of a state stands.
+    static constexpr int place(int state) { return BITS == 3 ? state % 4 * 8 + state / 4 : state; }
+
+    // Values of windows in steps: in their order, and by r and the place of the state that they lead to.
+    struct Values {
+        alignas(64) float value[WINDOWS], by_branch[BRANCHES][STATES];
+
+        Values() {
+            for (int w = 0; w < WINDOWS; w++) {
+                value[w] = float(TRELLIS[w]) - 127.5f;
+                by_branch[w % BRANCHES][place(w / BRANCHES)] = value[w];
+            }
+        }
+    };
+
+    static inline const Values values;
+
+    // Costs before a channel by r, [BRANCHES, GROUPS].
+    static INLINE void take_apart(const float* before, Floats (&parts)[BRANCHES][std::max(GROUPS / 8, 1)]) {
+        if constexpr (BITS == 1) {
+            for (int v = 0; v < GROUPS / 8; v++) {
+                const Floats a = load<Floats>(before + 16 * v), b = load<Floats>(before + 16 * v + 8);
+                parts[0][v] = even_of(a, b), parts[1][v] = odd_of(a, b);
+            }
+        } else if constexpr (BITS == 2) {
+            Floats even[4], odd[4];
+            for (int v = 0; v < 4; v++) {
+                const Floats a = load<Floats>(before + 16 * v), b = load<Floats>(before + 16 * v + 8);
+                even[v] = even_of(a, b), odd[v] = odd_of(a, b);
+            }
+            for (int v = 0; v < 2; v++) {
+                parts[0][v] = even_of(even[2 * v], even[2 * v + 1]), parts[2][v] = odd_of(even[2 * v], even[2 * v + 1]);
+                parts[1][v] = even_of(odd[2 * v], odd[2 * v + 1]), parts[3][v] = odd_of(odd[2 * v], odd[2 * v + 1]);
+            }
+        }
+    }
 
     // Costs of states behind one more channel, from those before it.
-    static void step(const float* before, float x, float* after) {
-        Floats16 costs[WINDOWS / 16];
-        for (int v = 0; v < WINDOWS / 16; v++) {
-            const Floats16 error = x - load<Floats16>(windows.value + 16 * v);
-            costs[v] = load<Floats16>(before + v % VECTORS * 16) + error * error;
+    static INLINE void step(const float* before, float x, float* after) {
+        Floats parts[BRANCHES][std::max(GROUPS / 8, 1)];
+        take_apart(before, parts);
+        for (int v = 0; v < STATES / 8; v++) {
+            Floats least;
+            for (int r = 0; r < BRANCHES; r++) {
+                const Floats error = x - load<Floats>(values.by_branch[r] + 8 * v), square = error * error;
+                Floats cost;
+                if constexpr (BITS <= 2) cost = parts[r][v % (GROUPS / 8)] + square;
+                else cost = before[place((BITS == 3 ? v : 0) * BRANCHES + r)] + square;
+                least = r ? lesser(cost, least) : cost;
+            }
+            store(after + 8 * v, least);
         }
-        for (int count = WINDOWS / 32; count >= VECTORS; count /= 2) {
-            for (int v = 0; v < count; v++) costs[v] = least_of_pairs(costs[2 * v], costs[2 * v + 1]);
-        }
-        for (int v = 0; v < VECTORS; v++) store(after + 16 * v, costs[v]);
     }
 
     // The window of the channel between costs `before` and a state.
-    static int window(const float* before, float x, int state) {
-        int found = state * BRANCHES;
-        float least = UNREACHED * 2;
-        for (int w = state * BRANCHES; w < (state + 1) * BRANCHES; w++) {
-            const float error = x - windows.value[w], cost = before[w & (STATES - 1)] + error * error;
-            if (cost < least) least = cost, found = w;
+    static INLINE int window(const float* before, float x, int state) {
+        const int first = state * BRANCHES, from = first & (STATES - 1);
+        float costs[BRANCHES];
+        for (int r = 0; r < BRANCHES; r++) {
+            const float error = x - values.value[first + r];
+            costs[r] = before[place(from + r)] + error * error;
         }
-        return found;
+        int found = 0;
+        for (int r = 1; r < BRANCHES; r++) found = costs[r] < costs[found] ? r : found;
+        return first + found;
     }
 
     // The windows of least error for x [width] from channel `first` on, from any state to any, or from the state
     // `closed` to itself. costs [width + 1, STATES].
     static void search(const float* x, int64_t width, int closed, float* costs, uint8_t* found, int64_t first = 0) {
         std::fill_n(costs, STATES, closed < 0 ? 0.0f : UNREACHED);
-        if (closed >= 0) costs[closed] = 0;
+        if (closed >= 0) costs[place(closed)] = 0;
         for (int64_t c = 0; c < width; c++) step(costs + c * STATES, x[c], costs + (c + 1) * STATES);
         const float* last = costs + width * STATES;
-        int state = closed < 0 ? int(std::min_element(last, last + STATES) - last) : closed;
+        int state = std::max(closed, 0);
+        for (int s = 1; closed < 0 && s < STATES; s++) state = last[place(s)] < last[place(state)] ? s : state;
         for (int64_t c = width - 1; c >= first; c--) {
             found[c] = uint8_t(window(costs + c * STATES, x[c], state));
             state = found[c] & (STATES - 1);
