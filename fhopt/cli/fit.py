@@ -361,7 +361,7 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any],
             "digest": plan.digest(),
         }
         more = {"predicted_nats": plan.provenance["predicted_nats"], "expected_loss": plan.provenance.get(EXPECTED)}
-        more |= {"trials": trials, "warning": calibration_warning(plan)}
+        more |= {"trellis": plan.has_trellis, "trials": trials, "warning": calibration_warning(plan)}
         print_json(about | more | {"whole_ratio": size.ratio, "cache": size.as_json()})
         return
     console = output_console(as_json)
@@ -376,6 +376,8 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any],
     if shared := plan.provenance.get("kernel_shapes"):
         more = plan.provenance["predicted_nats"] / shared["predicted_nats_without"] - 1
         console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f} %", highlight=False)
+    if plan.has_trellis:
+        console.print("trellis codes, which CPUs read; for GPUs and exports: --code uniform", highlight=False)
     context = "" if tokens == COUNTED_AT else f" at {tokens:,} tokens"
     console.print(
         f"{ratio:.2f}x plan{context} for {len(plan.sites)} sites written to {out}", soft_wrap=True, highlight=False
