@@ -183,14 +183,34 @@ struct Trellis {
     // The window of the channel between costs `before` and a state.
     static INLINE int window(const float* before, float x, int state) {
         const int first = state * BRANCHES, from = first & (STATES - 1);
-        float costs[BRANCHES];
+        alignas(32) float costs[BRANCHES];
         for (int r = 0; r < BRANCHES; r++) {
             const float error = x - values.value[first + r];
             costs[r] = before[place(from + r)] + error * error;
         }
+        if constexpr (BITS >= 3) return first + first_of_least(costs);
         int found = 0;
         for (int r = 1; r < BRANCHES; r++) found = costs[r] < costs[found] ? r : found;
         return first + found;
+    }
+
+    // The first of the least of 8 or 16 numbers.
+    static INLINE int first_of_least(const float* costs) {
+        const Floats low = load<Floats>(costs), high = load<Floats>(costs + (BRANCHES - 8));
+        Floats least = lesser(low, high);
+        least = lesser(least, PICK(least, least, 4, 5, 6, 7, 0, 1, 2, 3));
+        least = lesser(least, PICK(least, least, 2, 3, 0, 1, 6, 7, 4, 5));
+        least = lesser(least, PICK(least, least, 1, 0, 3, 2, 5, 4, 7, 6));
+#if defined(__AVX__)
+        const auto places = [&](Floats x) {
+            return unsigned(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)least, _CMP_EQ_OQ)));
+        };
+        return __builtin_ctz(places(low) | places(high) << (BRANCHES - 8));
+#else
+        int found = 0;
+        while (costs[found] != least[0]) found++;
+        return found;
+#endif
     }
 
     // The windows of least error for x [width] from channel `first` on, from any state to any, or from the state
