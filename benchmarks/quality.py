@@ -27,8 +27,8 @@ import click
 import torch
 from quality_caches import fit_plans, load_plans, ours, rivals
 from quality_comparison import rows
-from quality_kept import kept_results
-from quality_measurement import TEXTS, measure, read_texts
+from quality_kept import check_kept, kept_results
+from quality_measurement import TEXTS, exact_perplexity, measure, read_texts
 from quality_page import contest_table, draw, summary, write_page
 from quality_rivals import check_families
 from recording import ROOT, is_quick, record, screen
@@ -80,8 +80,11 @@ def main(
         read = read_texts(loaded, (TEXTS[:1] if quick else TEXTS) + texts, options.texts, context, with_seen=not quick)
         fitted = load_plans(plans, chosen) if plans is not None else fit_plans(loaded, chosen, options)
         impls = ours(fitted) + ([] if kept else rivals(loaded, fitted, options, quick, families))
-        results = measure(loaded.language_model(), impls, read, next(iter(fitted.values())))
         name = "quality" if model == "demo" else f"quality-{Path(model).name.removesuffix('.gguf')}"
+        first = next(iter(fitted.values()))
+        if kept:  # before it takes long
+            check_kept(name, {text.name: exact_perplexity(loaded.language_model(), text, first) for text in read})
+        results = measure(loaded.language_model(), impls, read, first)
         results += kept_results(name, results) if kept else []
     except FhoptError as error:
         raise click.ClickException(str(error)) from error

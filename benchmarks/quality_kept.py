@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quality_measurement import COUNTED_AT, OURS, Implementation, Result
@@ -13,40 +13,58 @@ from recording import kept_rows
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import Comparison, Interval
 
+METRIC = "perplexity_increase_percent"
 ALIKE = 1e-3  # relative: so near is the exact perplexity of the same texts and the same model
 
 
-def kept_results(name: str, measured: Sequence[Result]) -> list[Result]:
-    """Return what `results/<name>.json` has of other methods on the texts of `measured`.
+_Figures = dict[tuple[str, str], dict[str, dict[str, float]]]  # by method and size, text, metric
 
-    Raises FhoptError where the file has none, or is of other texts or another model.
+
+def check_kept(name: str, exact: Mapping[str, float]) -> None:
+    """Raise FhoptError where `results/<name>.json` is of other texts than these, or of another model.
+
+    exact: perplexity with the exact cache, by the name of a text.
     """
-    parts: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for (impl, _), texts in _figures(name).items():
+        for text, now in exact.items():
+            if text not in texts:
+                raise FhoptError(f"results/{name}.json has no {text} of {impl}; expected the texts of that run.")
+            then = _exact(texts[text])
+            if abs(then / now - 1) > ALIKE:
+                raise FhoptError(
+                    f"the exact perplexity of {text} is {now:.4f}, and {then:.4f} in results/{name}.json; expected the "
+                    "same model, texts and --context. Measure all anew: without --kept."
+                )
+
+
+def kept_results(name: str, measured: Sequence[Result]) -> list[Result]:
+    """Return what `results/<name>.json` has of other methods on the texts of `measured`. Raises FhoptError."""
+    texts = measured[0].by_text
+    check_kept(name, {text.name: now.exact for text, now in texts.items()})
+    results = []
+    for (impl, size), figures in _figures(name).items():
+        held = int(COUNTED_AT * next(iter(figures.values()))["bytes_per_token"])
+        result: Any = Result(Implementation(impl, _family(impl), held, float(size.removesuffix("x"))))
+        result.by_text = {text: _comparison(figures[text.name], now) for text, now in texts.items()}
+        result.mean = _mean([c for text, c in result.by_text.items() if text.is_unseen])
+        results.append(result)
+    return results
+
+
+def _figures(name: str) -> _Figures:
+    """Read what the file has of other methods than plans."""
+    figures: _Figures = {}
     for row in kept_rows(name, lambda case: False):
         text, _, size = row.case.rpartition("@")
         if row.impl != OURS:
-            parts.setdefault((row.impl, size), {}).setdefault(text, {})[row.metric] = row.value
-    if not parts:
+            figures.setdefault((row.impl, size), {}).setdefault(text, {})[row.metric] = row.value
+    if not figures:
         raise FhoptError(f"results/{name}.json has no other method; expected those of a run without --kept.")
-    return [_kept(*at, texts, measured[0], name) for at, texts in parts.items()]
+    return figures
 
 
-def _kept(impl: str, size: str, texts: dict[str, dict[str, float]], measured: Result, name: str) -> Result:
-    missing = [text.name for text in measured.by_text if text.name not in texts]
-    if missing:
-        raise FhoptError(f"results/{name}.json has no {missing[0]} of {impl}; expected the texts of that run.")
-    held = int(COUNTED_AT * next(iter(texts.values()))["bytes_per_token"])
-    result: Any = Result(Implementation(impl, _family(impl), held, float(size.removesuffix("x"))))
-    result.by_text = {text: _comparison(texts[text.name], now) for text, now in measured.by_text.items()}
-    for text, now in measured.by_text.items():
-        then = result.by_text[text].exact
-        if abs(then / now.exact - 1) > ALIKE:
-            raise FhoptError(
-                f"the exact perplexity of {text.name} is {now.exact:.4f}, and {then:.4f} in results/{name}.json; "
-                "expected the same model and texts. Measure all anew: without --kept."
-            )
-    result.mean = _mean([c for text, c in result.by_text.items() if text.is_unseen])
-    return result
+def _exact(row: Mapping[str, float]) -> float:
+    return row["perplexity"] / (1 + row[METRIC] / 100)
 
 
 def _family(impl: str) -> str:
@@ -55,12 +73,10 @@ def _family(impl: str) -> str:
     return max(families, key=len, default=impl)
 
 
-def _comparison(row: dict[str, float], now: Comparison) -> Comparison:
-    metric = "perplexity_increase_percent"
-    ends = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+def _comparison(row: Mapping[str, float], now: Comparison) -> Comparison:
+    ends = row.get(f"{METRIC}_low"), row.get(f"{METRIC}_high")
     interval: Interval | None = None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
-    exact = row["perplexity"] / (1 + row[metric] / 100)
-    return Comparison(exact, row["perplexity"], row[metric], interval, row["kl"], None, now.tokens)
+    return Comparison(_exact(row), row["perplexity"], row[METRIC], interval, row["kl"], None, now.tokens)
 
 
 def _mean(parts: Sequence[Comparison]) -> Comparison:

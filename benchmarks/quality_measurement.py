@@ -161,6 +161,12 @@ def exact_log_probabilities(model: Any, ids: Tensor, steps: LatentPlan) -> Tenso
         return torch.cat([logits[0].double().log_softmax(-1).float() for _, (logits,) in read])
 
 
+def exact_perplexity(model: Any, text: Text, steps: LatentPlan) -> float:
+    """Return the perplexity of a text with the exact cache."""
+    log_p = exact_log_probabilities(model, text.ids, steps)
+    return float(log_p.gather(1, text.ids[1:, None]).double().mean().neg().exp())
+
+
 @torch.inference_mode()
 def costs(model: Any, ids: Tensor, impl: Implementation, log_p: Tensor, steps: LatentPlan) -> TokenCosts:
     """Return the cost of each token of ids [T] with the cache of `impl`, and the exact one."""
