@@ -75,6 +75,11 @@ def find_compiler() -> str:
     raise CompileError(f"No C++ compiler was found (looked for {', '.join(COMPILERS)}).")
 
 
+def has_compiler() -> bool:
+    """Return whether there is a C++ compiler on PATH."""
+    return any(map(shutil.which, COMPILERS))
+
+
 def compiler_version(compiler: str) -> str:
     """Return the first line that a compiler prints about its version. Raises CompileError where it cannot be run."""
     return _run([compiler, "--version"]).stdout.partition("\n")[0]

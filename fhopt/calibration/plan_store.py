@@ -250,6 +250,9 @@ def _calibrate(loaded: LoadedModel, options: FitOptions, name: str, progress: Pr
 
 def _request(options: FitOptions, weights: str) -> str:
     """Return a hash of what a plan is fitted by: equal requests give equal plans."""
+    from fhopt.calibration import run
+
     about: dict[str, Any] = {k: v for k, v in asdict(options).items() if k != "checkpoint"}
+    about["code"] = run.code_of(options, options.mean_tokens)
     text = json.dumps(about | {"weights": weights, "version": __version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -27,6 +27,7 @@ from fhopt.calibration.loss_check import check_losses
 from fhopt.calibration.offloaded_probe import Dispatched, find_dispatched, is_dispatched
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.probe import Batch, Probed, probed
+from fhopt.codegen.compiler import has_compiler
 from fhopt.errors import FhoptError
 from fhopt.fitting import allocation, codes, fit_plan
 from fhopt.fitting.allocation import STEPS
@@ -113,7 +114,7 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
         bits=options.bits, sinks=options.sinks, recent=options.recent_tokens, block=options.block,
         window_bits=options.window_bits, tokens=options.tokens, device=options.device,
         mean_tokens=calibration.options.mean_tokens, kernel_shapes=options.kernel_shapes,
-        code=_code(calibration, options),
+        code=code_of(options, calibration.options.mean_tokens),
         sliding=sliding_windows(calibration.sites.values(), layers_of(calibration.provenance)),
     )  # fmt: skip
     plan = plan.with_provenance(**calibration.prints, **calibration.provenance)
@@ -124,11 +125,14 @@ def plan_for(calibration: Calibration, options: FitOptions) -> LatentPlan:
     return plan.with_provenance(**{EXPECTED: {"nats": nats, "least": least, "most": most}})
 
 
-def _code(calibration: Calibration, options: FitOptions) -> str:
-    """Return how a plan of this calibration is quantized: no GPU reads trellis codes, nor does what has no means."""
+def code_of(options: FitOptions, mean_tokens: int) -> str:
+    """Return how plans of these options are quantized, which have means of so many tokens.
+
+    No GPU reads trellis codes, nor does what has no means; and without a compiler rings take minutes to find.
+    """
     device = options.device
     on_cpu = not torch.accelerator.is_available() if device is None else find_device(device).kind == "cpu"
-    return codes.chosen(options.code, options.ratio, on_cpu and calibration.options.mean_tokens > 0)
+    return codes.chosen(options.code, options.ratio, on_cpu and mean_tokens > 0 and has_compiler())
 
 
 def measure(
@@ -286,7 +290,7 @@ def _check_losses(
     options, plans = calibration.options, []
     for ratio in CHECKED_RATIOS:
         try:
-            plan = plan_for(calibration, replace(options, ratio=ratio))
+            plan = plan_for(calibration, replace(options, ratio=ratio, code=codes.UNIFORM))
         except FhoptError:  # a size that cannot be reached
             continue
         plans.append((plan.provenance["predicted_nats"], plan))

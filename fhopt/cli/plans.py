@@ -19,6 +19,7 @@ from fhopt.cli.options import (
     print_json,
     progress_bar,
 )
+from fhopt.fitting.codes import AUTO, CHOICES
 
 if TYPE_CHECKING:
     from fhopt.calibration.plan_store import Entry
@@ -61,6 +62,7 @@ def _show_plans(results: list[Entry], as_json: bool) -> None:
 )
 @calibration_options
 @click.option("--device", type=DEVICE, help="Target device, as in fit.")
+@click.option("--code", type=click.Choice(CHOICES), default=AUTO, show_default=True, help="Of latents, as in fit.")
 @json_option
 def fit_plans(model: str, ratios: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Fit plans of several ratios for MODEL from one calibration, and store them.

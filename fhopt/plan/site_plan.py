@@ -15,6 +15,7 @@ SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 TIER_QUANTUM = 8  # the width of a bit group is a multiple of this: each of its bit planes starts on a whole byte
 LEAST_SEGMENT, MOST_SEGMENT = 64, 1 << 16  # tokens of a segment; kernels read as many as the least in one go
 TRELLIS_BITS = (1, 2, 3, 4)  # that a trellis code may have
+TRELLIS_TABLES = 2  # which tables of fhopt/ops/trellis.py: with others, what is stored stands for other numbers
 SCALE_BYTES = 2  # one float16 per token and side
 MEAN_BYTES = 4  # of a number in the mean of a sequence's keys or values
 SKETCH_BITS = (2, 4)  # of a channel in the sketch of a token

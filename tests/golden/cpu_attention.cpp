@@ -40,7 +40,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 
@@ -78,6 +78,7 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
 typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint64_t Words8 __attribute__((vector_size(64)));
+typedef uint64_t Words2 __attribute__((vector_size(16)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint16_t Halves8 __attribute__((vector_size(16)));
 
@@ -310,16 +311,13 @@ struct Spread {
     }
 };
 
-constexpr Spread SPREADS[] = {Spread(1), Spread(2), Spread(3), Spread(4)};
+[[maybe_unused]] constexpr Spread SPREADS[] = {Spread(1), Spread(2), Spread(3), Spread(4)};
 
-// Bytes `at` of 16; where the upper half of a byte of `at` is not 0, any.
+#if defined(__SSSE3__) || (defined(__aarch64__) && !defined(__clang__))
+// Bytes `at` of 16, all of them below 16.
 INLINE Bytes16 picked(Bytes16 from, Bytes16 at) {
-#if defined(__F16C__)
+#if defined(__SSSE3__)
     return (Bytes16)_mm_shuffle_epi8((__m128i)from, (__m128i)at);
-#elif defined(__clang__)
-    Bytes16 out;
-    for (int i = 0; i < 16; i++) out[i] = from[at[i] & 15];
-    return out;
 #else
     return __builtin_shuffle(from, at);
 #endif
@@ -339,14 +337,23 @@ INLINE void copy_trellis(const uint8_t* row, int bits, int width, float* z) {
     const Bytes16 offsets = vector_of<Bytes16>(OFFSETS), order = vector_of<Bytes16>(ORDER);
     const Halves8 factor = vector_of<Halves8>(its.factor[0]);
     for (int i = 0; i < width; i += 8) {
-        const uint64_t word[2] = {bits_of_eight(row, width * bits / 8, bits, i), 0};
-        const Halves8 windows = (Halves8)picked(vector_of<Bytes16>(word), from) * factor >> 8;
+        const Words2 word = {bits_of_eight(row, width * bits / 8, bits, i), 0};
+        const Halves8 windows = (Halves8)picked((Bytes16)word, from) * factor >> 8;
         const Halves8 low = windows & 15, high = windows >> 4;
         const Bytes16 level = picked(levels, (Bytes16)high ^ picked(order, (Bytes16)low));
         const Halves8 codes = (Halves8)(level + picked(offsets, (Bytes16)low)) & 255;
         store(z + i, __builtin_convertvector(codes, Floats8));
     }
 }
+#else
+// A tier with a trellis code.
+INLINE void copy_trellis(const uint8_t* row, int bits, int width, float* z) {
+    for (int i = 0; i < width; i += 8) {
+        const uint64_t word = bits_of_eight(row, width * bits / 8, bits, i);
+        for (int j = 0; j < 8; j++) z[i + j] = float(TRELLIS[window_of(word, bits, j)]);
+    }
+}
+#endif
 
 INLINE void copy_bfloat16(const uint8_t* row, int width, float* z) {
     for (int i = 0; i < width; i++) {

@@ -27,7 +27,7 @@
 #include <numeric>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 
@@ -65,6 +65,7 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
 typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint64_t Words8 __attribute__((vector_size(64)));
+typedef uint64_t Words2 __attribute__((vector_size(16)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint16_t Halves8 __attribute__((vector_size(16)));
 

@@ -38,7 +38,7 @@
 #define MATRIX_UNIT false
 #endif
 
-#if defined(__F16C__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,7 @@ typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));  // used where LANES is 16
 typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint64_t Words8 __attribute__((vector_size(64)));
+typedef uint64_t Words2 __attribute__((vector_size(16)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint16_t Halves8 __attribute__((vector_size(16)));
 

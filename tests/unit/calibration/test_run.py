@@ -70,7 +70,10 @@ def test_small_plans_have_trellis_codes_where_these_are_read(llama: Fitted, monk
     assert not run.plan_for(measured, OPTIONS).has_trellis  # 4x
     assert not has_trellis(plain) and has_trellis(plain, code="trellis")
     assert not has_trellis(measured, code="uniform")
-    assert run._code(measured, replace(OPTIONS, ratio=8, device="h100")) == "uniform"
+    assert run.code_of(replace(OPTIONS, ratio=8, device="h100"), 16) == "uniform"
+    with monkeypatch.context() as without:
+        without.setattr(run, "has_compiler", lambda: False)
+        assert not has_trellis(measured) and has_trellis(measured, code="trellis")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert not has_trellis(measured) and has_trellis(measured, device="cpu")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from fhopt.errors import FhoptError
 from fhopt.fitting import codes
 from fhopt.fitting.allocation import DISTORTION
 from fhopt.ops import packing, trellis
-from fhopt.plan.site_plan import TRELLIS_BITS
+from fhopt.plan.site_plan import TRELLIS_BITS, TRELLIS_TABLES
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -39,6 +41,12 @@ def test_a_ring_stands_for_what_the_text_says(bits: int, octets: int, seed: int)
     ring = torch.randint(0, 256, (3, octets * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     wanted = [values_by_definition(row, bits) for row in ring.tolist()]
     assert trellis.decode(ring, bits).tolist() == wanted
+
+
+def test_other_tables_have_another_number() -> None:
+    """It is part of the digest of plans with trellis codes: with other tables, stored rows stand for other numbers."""
+    text = repr((trellis.LEVELS, trellis.OFFSETS, trellis.ORDER))
+    assert (TRELLIS_TABLES, hashlib.sha256(text.encode()).hexdigest()[:16]) == (2, "70cb37e23aca5775")
 
 
 def test_no_ring_that_is_closed_in_the_same_state_errs_less() -> None:

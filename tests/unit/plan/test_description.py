@@ -206,3 +206,14 @@ assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     check_plan_files(full)
+
+
+def test_other_tables_make_another_plan_of_one_with_trellis_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored by them stands for other numbers: a file of a prompt, say."""
+    plans = [{"sites": [{"key": [[2, 64, step]], "value": [[16, 8, 0.0]]}]} for step in (-0.02, 0.9)]
+    before = [description.numbers_of(plan) for plan in plans]
+    monkeypatch.setattr(description, "TRELLIS_TABLES", 3)
+    assert [description.numbers_of(plan) == numbers for plan, numbers in zip(plans, before, strict=True)] == [
+        False,
+        True,
+    ]

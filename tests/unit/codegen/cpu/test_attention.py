@@ -74,8 +74,14 @@ def test_a_kernel_agrees_with_the_reference_under_every_mask(name: str, make: Ma
 
 @needs_compiler
 @pytest.mark.parametrize("name", TRELLIS_CASES)
-@pytest.mark.usefixtures("isa")
-def test_trellis_codes_are_looked_up_as_by_the_reference(name: str) -> None:
+@pytest.mark.parametrize("target", ["", "x86-64-v3", "x86-64-v2", "x86-64"])
+def test_trellis_codes_are_looked_up_as_by_the_reference(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bytes, as words, by eights, and one by one."""
+    if target and platform.machine() != "x86_64":
+        pytest.skip("an instruction set of x86-64")
+    monkeypatch.setenv("FHOPT_ISA", target)
     case = TRELLIS_CASES[name]
     x, kernel = inputs(case), build_cpp(case.spec())
     for mask in masks(case):
