@@ -11,6 +11,7 @@ from recording import Row
 
 from fhopt.evaluation.statistics import Comparison
 
+INCREASE = "perplexity_increase_percent"
 COMPARABLE = 1.65  # a method with more bytes than this many times the plan's is listed, but is no baseline
 
 
@@ -76,16 +77,16 @@ def rows(results: Sequence[Result]) -> list[Row]:
 
 
 def _text_rows(impl: Implementation, text: Text, comparison: Comparison, rival: Comparison | None) -> list[Row]:
-    case, metric = f"{text.name}@{size_name(impl)}", "perplexity_increase_percent"
+    case = f"{text.name}@{size_name(impl)}"
     low, high = comparison.increase_percent_ci or (math.nan, math.nan)
 
     def row(metric: str, value: float, unit: str, baseline: float | None = None) -> Row:
         return Row(case, impl.name, metric, value, unit, baseline, gain(baseline, value))
 
     return [
-        row(metric, comparison.increase_percent, "%", None if rival is None else rival.increase_percent),
-        row(f"{metric}_low", low, "%"),
-        row(f"{metric}_high", high, "%"),
+        row(INCREASE, comparison.increase_percent, "%", None if rival is None else rival.increase_percent),
+        row(f"{INCREASE}_low", low, "%"),
+        row(f"{INCREASE}_high", high, "%"),
         row("kl", comparison.kl, "nats/token", None if rival is None else rival.kl),
         row("perplexity", comparison.plan, ""),
         row("bytes_per_token", impl.token_bytes, "B"),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quality_comparison import INCREASE
 from quality_measurement import COUNTED_AT, OURS, Implementation, Result
 from quality_rivals import FAMILIES
 from recording import kept_rows
@@ -13,9 +14,7 @@ from recording import kept_rows
 from fhopt.errors import FhoptError
 from fhopt.evaluation.statistics import Comparison, Interval
 
-METRIC = "perplexity_increase_percent"
 ALIKE = 1e-3  # relative: so near is the exact perplexity of the same texts and the same model
-
 
 _Figures = dict[tuple[str, str], dict[str, dict[str, float]]]  # by method and size, text, metric
 
@@ -64,7 +63,7 @@ def _figures(name: str) -> _Figures:
 
 
 def _exact(row: Mapping[str, float]) -> float:
-    return row["perplexity"] / (1 + row[METRIC] / 100)
+    return row["perplexity"] / (1 + row[INCREASE] / 100)
 
 
 def _family(impl: str) -> str:
@@ -74,9 +73,9 @@ def _family(impl: str) -> str:
 
 
 def _comparison(row: Mapping[str, float], now: Comparison) -> Comparison:
-    ends = row.get(f"{METRIC}_low"), row.get(f"{METRIC}_high")
+    ends = row.get(f"{INCREASE}_low"), row.get(f"{INCREASE}_high")
     interval: Interval | None = None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
-    return Comparison(_exact(row), row["perplexity"], row[METRIC], interval, row["kl"], None, now.tokens)
+    return Comparison(_exact(row), row["perplexity"], row[INCREASE], interval, row["kl"], None, now.tokens)
 
 
 def _mean(parts: Sequence[Comparison]) -> Comparison:

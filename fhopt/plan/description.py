@@ -37,7 +37,7 @@ from fhopt.plan.json_kinds import (
     truth,
     whole,
 )
-from fhopt.plan.site_plan import LAYOUTS, MOST_SEGMENT, SUPPORTED_BITS, TRELLIS_TABLES
+from fhopt.plan.site_plan import LAYOUTS, MOST_SEGMENT, SUPPORTED_BITS, TRELLIS_TABLES, is_trellis
 
 PLAIN, PAGED, WITH_MEANS, CHECKED = 3, 4, 5, 6
 PLAN_VERSIONS = (PLAIN, PAGED, WITH_MEANS, CHECKED)  # that can be read; plans are written in the last
@@ -209,7 +209,7 @@ def numbers_of(description: Mapping[str, Any]) -> bytes:
     """Return the part of a description that the digest covers, as JSON in UTF-8."""
     kept = {k: v for k, v in description.items() if k not in ("provenance", "digest", CHECKSUM, TENSORS)}
     sides = [dict(site).get(name, ()) for site in description["sites"] for name in ("key", "value")]
-    if any(bits < 16 and step < 0 for tiers in sides for bits, _, step in tiers):
+    if any(is_trellis(bits, step) for tiers in sides for bits, _, step in tiers):
         kept["trellis"] = TRELLIS_TABLES
     return json.dumps(kept | {"version": content_version(description)}, sort_keys=True).encode()
 

@@ -513,6 +513,7 @@ struct Layout {
     std::vector<int> half_channel, half_byte;  // of float16 channels
     std::vector<Slice> slices, half_slices;  // of codes, of float16 channels
     Kind kind = WHOLE;  // serves all slices of codes
+    static constexpr int looked_up = 0;  // bytes of a row with what its rings stand for: none is kept
 
     int count() const { return int(codes.size()); }
     int halves() const { return int(half_channel.size()); }
@@ -732,15 +733,6 @@ struct Side {
         }
     }
 };
-
-// Of a row with what its trellis codes stand for, where rows are read so.
-INLINE int looked_up_bytes([[maybe_unused]] const Side& side) {
-#if WORDS
-    return side.layout.looked_up;
-#else
-    return 0;
-#endif
-}
 
 // Where 16 bits are asked for, codes of so few bits are multiplied by one byte of a query or of a weight: what that
 // rounds away is little beside what quantization did. A code of step d is off by d / sqrt(12) deviations of its
@@ -1208,7 +1200,7 @@ struct Scratch {
         take(query, rows * k.key.pad), take(middle, rows), take(logits, rows * TILE), take(totals, rows);
         take(states, rows), take(sums, rows * k.value.pad);
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
-        take(looked_up, 16 * std::max(looked_up_bytes(k.key), looked_up_bytes(k.value)));
+        take(looked_up, 16 * std::max(k.key.layout.looked_up, k.value.layout.looked_up));
         take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
         take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);

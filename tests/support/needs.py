@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="there is no C++ compiler"
-)
+from fhopt.codegen.compiler import has_compiler
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 

@@ -577,7 +577,7 @@ struct Scratch {
         take(query, rows * k.key.pad), take(middle, rows), take(logits, rows * TILE), take(totals, rows);
         take(states, rows), take(sums, rows * k.value.pad);
         take(codes, k.codes), take(room, 16 * std::max(k.key.reach, k.value.reach));
-        take(looked_up, 16 * std::max(looked_up_bytes(k.key), looked_up_bytes(k.value)));
+        take(looked_up, 16 * std::max(k.key.layout.looked_up, k.value.layout.looked_up));
         take(parts, k.key.integer ? (WORDS ? 2 : 1) * rows * PART_BYTES * k.key_dwords : 0);
         take(weights, k.value.integer ? (WORDS ? rows * 4 : 15) * TILE : 0);
         take(unit, rows), take(lowest, rows), take(coarse, rows), take(limits, rows), take(halves, TILE * k.halves);

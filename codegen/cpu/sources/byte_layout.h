@@ -129,6 +129,7 @@ struct Layout {
     std::vector<int> half_channel, half_byte;  // of float16 channels
     std::vector<Slice> slices, half_slices;  // of codes, of float16 channels
     Kind kind = WHOLE;  // serves all slices of codes
+    static constexpr int looked_up = 0;  // bytes of a row with what its rings stand for: none is kept
 
     int count() const { return int(codes.size()); }
     int halves() const { return int(half_channel.size()); }

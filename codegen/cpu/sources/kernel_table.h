@@ -66,15 +66,6 @@ struct Side {
     }
 };
 
-// Of a row with what its trellis codes stand for, where rows are read so.
-INLINE int looked_up_bytes([[maybe_unused]] const Side& side) {
-#if WORDS
-    return side.layout.looked_up;
-#else
-    return 0;
-#endif
-}
-
 // Where 16 bits are asked for, codes of so few bits are multiplied by one byte of a query or of a weight: what that
 // rounds away is little beside what quantization did. A code of step d is off by d / sqrt(12) deviations of its
 // channel. A byte of a query is off by m / (127 sqrt(12)), m the largest of its coarse channels, some 4 times a typical

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import platform
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from packed_rows import ALONE, DTYPES, MIXED, Tiers, bits_of, latents, tiers
 from torch import Tensor
 
 from fhopt.codegen.background import Builder
+from fhopt.codegen.compiler import has_compiler
 from fhopt.codegen.cpu.packing import library, pack, render, tier_table, unpack
 from fhopt.codegen.dispatch import install
 from fhopt.ops import registry
@@ -63,7 +63,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def compiled() -> None:
     """The kernel, not the reference, is what the test tries."""
-    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    if not has_compiler():
         pytest.skip("there is no C++ compiler")
     assert library() is not None
 
