@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import recording
@@ -27,6 +27,15 @@ PROMISES = {  # times the best of torch, at 32,768 tokens, batch 1, on either nu
 }
 
 
+COPY = "copy"  # the implementation whose row has the speed of a copy
+
+
+def speed_gb_s(by_key: Mapping[tuple[str, str, str], Row], case: str, name: str) -> float | None:
+    """Return at how many GB/s an implementation reads its keys and values, None where it was not timed."""
+    time_ms, size = by_key.get((case, name, "time_ms")), by_key.get((case, name, "bytes"))
+    return size.value / time_ms.value / 1e6 if time_ms and size else None
+
+
 def promised(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     """Return (case and implementation, promised, measured) of the promises whose cases were measured."""
     out = []
@@ -40,21 +49,18 @@ def promised(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
 
 def summary(rows: Sequence[Row]) -> Table:
     """Format a row a case, a column an implementation: milliseconds, speed-up over torch, share of a copy's GB/s."""
-    names = list(dict.fromkeys(row.impl for row in rows))
+    names = [name for name in dict.fromkeys(row.impl for row in rows) if name != COPY]
     by_key = {(row.case, row.impl, row.metric): row for row in rows}
     out = Table(title="attention of one token: ms (speed-up over the fastest of torch, share of a copy's GB/s)")
     out.add_column("", overflow="fold")
     for name in names:
         out.add_column(name, justify="right")
     for case in dict.fromkeys(row.case for row in rows):
-        cells = []
+        cells, copy = [], by_key[case, COPY, "gb_s"].value
         for name in names:
-            time_ms, speed = by_key.get((case, name, "time_ms")), by_key.get((case, name, "gb_s"))
-            cells.append(
-                f"{time_ms.value:.3g} ({time_ms.ratio:.2f}x, {100 * (speed.ratio or 0):.0f} %)"
-                if time_ms and speed
-                else ""
-            )
+            time_ms, speed = by_key.get((case, name, "time_ms")), speed_gb_s(by_key, case, name)
+            shown = time_ms and speed and f"{time_ms.value:.3g} ({time_ms.ratio:.2f}x, {100 * speed / copy:.0f} %)"
+            cells.append(shown or "")
         out.add_row(case, *cells)
     return out
 
@@ -63,7 +69,7 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
     """Return the page of results: a table a shape and dtype, skipped cases, and the promises."""
     versions, about = recording.versions(), recording.machine()
     by_key = {(row.case, row.impl, row.metric): row for row in rows}
-    names = list(dict.fromkeys(row.impl for row in rows))
+    names = [name for name in dict.fromkeys(row.impl for row in rows) if name != COPY]
     every = list(dict.fromkeys(row.case for row in rows))
     text = [
         "# Attention of one token on a CPU",
@@ -80,8 +86,8 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
         for name in names:
             cells = [_cell(by_key, case, name) for case in here]
             text.append(f"| {name} | " + " | ".join(cells) + " |")
-        copies = [next(r.baseline or 0.0 for r in rows if r.case == c and r.metric == "gb_s") for c in here]
-        text.append("| a copy, GB/s | " + " | ".join(f"{x:.0f}" for x in copies) + " |")
+        copies = [f"{by_key[case, COPY, 'gb_s'].value:.0f}" for case in here]
+        text.append("| a copy, GB/s | " + " | ".join(copies) + " |")
     if left_out:
         text += ["", "Left out: " + "; ".join(left_out) + "."]
     text += ["", "## Promises, T=32768, B=1", "", "| | promised | measured |", "|---|---|---|"]
@@ -100,11 +106,11 @@ def _label(case: str) -> tuple[str, str, str]:
 
 
 def _cell(by_key: dict[tuple[str, str, str], Row], case: str, name: str) -> str:
-    time_ms, speed = by_key.get((case, name, "time_ms")), by_key.get((case, name, "gb_s"))
+    time_ms, speed = by_key.get((case, name, "time_ms")), speed_gb_s(by_key, case, name)
     if time_ms is None or speed is None:
         return "-"
     text = f"{time_ms.value:.3g} ({time_ms.ratio:.2f}x)"
-    return f"{text}, {speed.value:.0f} GB/s" if name.startswith("fhopt") else text
+    return f"{text}, {speed:.0f} GB/s" if name.startswith("fhopt") else text
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:

@@ -137,7 +137,10 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return what a file has of a value: six digits of a fraction, null for what is no number."""
+    if not isinstance(value, float) or value.is_integer():
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def machine() -> dict[str, Any]:

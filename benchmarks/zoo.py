@@ -35,14 +35,8 @@ if TYPE_CHECKING:
 
 PAGE = ROOT / "docs" / "zoo.md"
 COMMAND = "make zoo"
-METRICS = {
-    "sites_expected": "",
-    "sites_found": "",
-    "sites_explained": "",
-    "max_error": "relative",
-    "max_gradient_error": "relative",
-    "seconds_find": "s",
-}
+METRICS = {"sites_expected": "", "sites_found": "", "sites_explained": "", "max_error": "relative"}
+ALL = "all"
 FAMILIES = {
     "huggingface": "Models of transformers",
     "torch": "Modules of torch",
@@ -95,12 +89,18 @@ def sample(zoo: Iterable[Entry]) -> list[Entry]:
     return [variants[index % len(variants)] for index, variants in enumerate(list(by_name.values())[::SAMPLE])]
 
 
-def rows(results: Iterable[Result]) -> list[Row]:
-    """Return the figures of each entry."""
-    return [
+def rows(results: Sequence[Result]) -> list[Row]:
+    """Return the figures of each entry, then what is of interest over all of them."""
+    each = [
         Row(result.entry.label, "find", metric, float(getattr(result, metric)), unit)
         for result in results
         for metric, unit in METRICS.items()
+    ]
+    worst, seconds = max(r.max_gradient_error for r in results), sum(r.seconds_find for r in results)
+    return [
+        *each,
+        Row(ALL, "find", "max_gradient_error", worst, "relative"),
+        Row(ALL, "find", "seconds_find", seconds, "s"),
     ]
 
 
