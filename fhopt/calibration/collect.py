@@ -165,7 +165,7 @@ def measure_costs(
             key_gradient = _turned(sites[name], key_gradient, later)
             read = [x for sides in bases[name].values() for x in _read_by(sides, key_gradient, value_gradient)]
             for (total, basis, errors), gradient in zip(measured, read, strict=True):
-                _add_costs(total, basis, errors, gradient)
+                _add_costs(total, basis, errors, gradient, levels)
 
         return add
 
@@ -184,20 +184,26 @@ def _read_by(sides: Sequence[Basis], keys: Tensor, values: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
-def _errors(basis: Basis, x: Tensor, levels: Mapping[int, float]) -> dict[int, Tensor]:
-    """Return the errors [J,B,T,R] of latents of x [B,G,T,D] by number of bits."""
+def _errors(basis: Basis, x: Tensor, levels: Mapping[int, float]) -> Tensor:
+    """Return the errors of latents of x [B,G,T,D] at each number of bits in `levels`: [levels, J, B, T, R]."""
     latent = joined(x.to(_exact(x)), basis.groups) @ basis.encode.to(x.device, _exact(x)).unsqueeze(1).mT
     used = max(1, latent.shape[-1] // 2)  # about the channels that share a token's scale in a plan
     scale = latent[..., :used].square().mean(-1, keepdim=True).sqrt().clamp_min(2.0**-14)
     unit = latent / scale
-    return {bits: scale * ((packing.rounded(unit, bits, step) if bits else 0) - unit) for bits, step in levels.items()}
+    errors = unit.new_empty((len(levels), *unit.shape))
+    for out, (bits, step) in zip(errors, levels.items(), strict=True):
+        torch.mul(scale, packing.rounded(unit, bits, step) - unit if bits else -unit, out=out)
+    return errors
 
 
 @torch.no_grad()
-def _add_costs(costs: SideCosts, basis: Basis, errors: Mapping[int, Tensor], gradient: Tensor) -> None:
-    """Add the squares of what errors [J,B,T,R] do with gradients of the first tokens [B,G,N,D]."""
+def _add_costs(costs: SideCosts, basis: Basis, errors: Tensor, gradient: Tensor, bits: Iterable[int]) -> None:
+    """Add the squares of what errors [levels, J, B, T, R], as of `_errors`, do with gradients of the first tokens.
+
+    gradient: [B,G,N,D]. bits: the levels.
+    """
     decode = basis.decode.to(gradient.device, _exact(gradient)).unsqueeze(1)
     effect = joined(gradient.to(_exact(gradient)), basis.groups) @ decode  # [J, B, N, R]
-    for bits, error in errors.items():
-        summed = (effect * error[:, :, : effect.shape[2]]).sum(2, dtype=torch.float64)
-        costs.sums[bits].add_(summed.square().sum(1).cpu())  # [J, R]
+    summed = (effect * errors[..., : effect.shape[2], :]).sum(3).double()  # [levels, J, B, R]
+    for level, squares in zip(bits, summed.square().sum(2).cpu(), strict=True):
+        costs.sums[level].add_(squares)  # [J, R]

@@ -215,8 +215,8 @@ def test_costs_of_a_model_in_bfloat16_are_those_of_latents_in_float32(llama: Fit
     basis = llama.bases[SITE]["band"][0]
     one, two = (SideCosts({bits: torch.zeros_like(basis.variance) for bits in (0, 8)}) for _ in range(2))
     levels = {0: 0.0, 8: 0.03}
-    collect._add_costs(one, basis, collect._errors(basis, x, levels), gradient)
-    collect._add_costs(two, basis, collect._errors(basis, x.float(), levels), gradient.float())
+    collect._add_costs(one, basis, collect._errors(basis, x, levels), gradient, levels)
+    collect._add_costs(two, basis, collect._errors(basis, x.float(), levels), gradient.float(), levels)
     assert torch.equal(one.sums[8], two.sums[8]) and one.sums[8].any()
 
 
