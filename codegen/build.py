@@ -64,7 +64,11 @@ def without_compiler(spec: KernelSpec) -> LatentKernel:
 
 def needs_compiler() -> bool:
     """Return whether building a kernel for CPUs runs a compiler, which takes seconds; once on a machine it does."""
-    return compiler.compiles(cpu_attention.NAME, cpu_attention.library())
+    try:
+        flags = compiler.flags_for_products()
+    except CompileError:  # there is none
+        return False
+    return compiler.compiles(cpu_attention.NAME, cpu_attention.library(), flags)
 
 
 def load_library() -> None:
@@ -77,7 +81,7 @@ def load_library() -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return load(cpu_attention.NAME, cpu_attention.library())
+    return load(cpu_attention.NAME, cpu_attention.library(), compiler.flags_for_products())
 
 
 def build_cpp(spec: KernelSpec) -> LatentKernel:

@@ -20,7 +20,7 @@
 #else
 #define BYTES false
 #endif
-// AVX-512 without VNNI multiplies 16 floats at once, no fewer than AVX2 words.
+// AVX-512 without VBMI is left out where this is compiled (codegen/compiler.py), so that words are multiplied.
 #if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__) && !defined(FHOPT_FLOAT)
 #define WORDS true
 #else

@@ -89,8 +89,11 @@ def test_a_kernel_that_is_in_the_cache_is_not_compiled_again(monkeypatch: pytest
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86-64")
 @pytest.mark.parametrize(
     ("isa", "unit"),
-    [("x86-64-v2", "vectors of 4 floats"), ("x86-64-v3", "AVX2: products of words"), ("alderlake", "AVX2 with VNNI")],
-)
+    [
+        ("x86-64-v2", "vectors of 4 floats"), ("x86-64-v3", "AVX2: products of words"),
+        ("alderlake", "AVX2 with VNNI"), ("cascadelake", "AVX-512 without VBMI: products of words"),
+    ],
+)  # fmt: skip
 def test_kernels_of_another_instruction_set_give_the_same_numbers(
     isa: str, unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
