@@ -79,7 +79,8 @@ def _calibration(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
     sites = [site_from(item) for item in about["sites"]]
     segment = about["options"].get("segment") or 0  # files of earlier versions have none
     statistics = empty_statistics(sites, segment, sliding_windows(sites, layers_of(about["provenance"])))
-    bases = {name: _bases(name, layouts, tensors) for name, layouts in about["layouts"].items()}
+    layouts = {site.name: about["layouts"][site.name] for site in sites}  # keys of JSON objects are sorted
+    bases = {name: _bases(name, which, tensors) for name, which in layouts.items()}
     costs = empty_costs(bases, about["levels"]) if about["levels"] else {}
     for name, total in (named_moments(statistics) | named_costs(costs)).items():
         total.copy_(tensors[name])

@@ -47,6 +47,14 @@ def test_plans_are_those_of_the_calibration(
             assert torch.equal(one.encode, other.encode) and torch.equal(one.decode, other.decode)
 
 
+def test_sites_of_a_plan_keep_the_order_of_the_model(measured: run.Calibration, tmp_path: Path) -> None:
+    reversed_names = list(measured.statistics)[::-1]  # as layer 10 comes behind layer 9, but not by name
+    other = replace(measured, statistics={name: measured.statistics[name] for name in reversed_names})
+    save_statistics(other, tmp_path / "other.stats")
+    plan = run.plan_for(load_statistics(tmp_path / "other.stats"), replace(OPTIONS, ratio=4.0))
+    assert [one.site.name for one in plan.sites] == reversed_names
+
+
 def test_a_file_of_before_there_were_segments_is_of_keys_as_they_were(
     measured: run.Calibration, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
