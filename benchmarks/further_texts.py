@@ -1,10 +1,10 @@
 """Collect further texts for benchmarks/quality.py from packages of Debian, so that anyone measures the same ones.
 
-    apt-get install debian-reference-en debian-reference-fr debian-reference-de debian-reference-zh-cn fortunes zlib1g-dev
+    apt-get install debian-reference-{en,fr,de,zh-cn} fortunes zlib1g-dev
     python benchmarks/further_texts.py FOLDER            FOLDER/law.txt, manual.txt, ... and how to give them
 
-None of them calibrates plans or was looked at while plans were developed but where docs/measurements.md says so. Nothing
-is downloaded; the texts keep the licences of their packages and are no part of fhopt.
+None of them calibrates plans. Nothing is downloaded; the texts keep the licences of their packages and are no part of
+fhopt.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from fhopt.fitting.costs import Costs, empty_costs
 from fhopt.fitting.loss_interval import CHECKS, checks_of, loss_interval
 from fhopt.fitting.statistics import SiteStatistics, empty_statistics
 from fhopt.hardware.devices import find_device
-from fhopt.hardware.float_products import onednn_products
+from fhopt.hardware.float_products import fast_products
 from fhopt.models.cache_layers import measured_layers
 from fhopt.models.capture import Captured, capture
 from fhopt.models.loaded_model import LoadedModel
@@ -216,7 +216,7 @@ def measure_batches(
     is nothing else keeps them. layouts: as of `measure`. held_out: other batches, by the names of their texts, on which
     the losses of plans are measured.
     """
-    with collectives.together(), onednn_products():
+    with collectives.together(), fast_products():
         return _measure_batches(
             captured, batches, options, weights, name, progress, data_digest, encoder, layouts, held_out
         )

@@ -1,26 +1,35 @@
-"""Products of float32 matrices on CPUs of AMD with AVX-512: by oneDNN, in the place of MKL.
+"""Products of matrices on CPUs on which torch has a way that is several times as fast as the one that it takes.
 
-torch leaves them to MKL, which uses half the width of the vector unit of these CPUs: 218 GFLOP/s where oneDNN reaches
-487 (Zen 5, 2 threads, torch 2.15, 1,024 rows).
+    numbers     where                             torch takes                            here
+    float32     AMD with AVX-512                  MKL, which uses half the vectors       oneDNN
+    bfloat16    no instructions for it (AVX2)     loops: 11 to 16 GFLOP/s                float32: 120 to 143
+    float16     no instructions for it (most)     loops                                  float32
 
-    linear             calls oneDNN's product itself: safe in any thread
-    onednn_products    lets all products inside go there, of the whole process
+(2 threads, torch 2.15: float32 on Zen 5, 218 GFLOP/s by MKL, 487 by oneDNN; bfloat16 on Zen 3, 1,024 rows.) Products
+of 16-bit numbers are exact in float32, in which sums are either way; only the result is rounded. A weight is converted
+some rows at a time, so that what it takes stays in the caches.
 
-For the second, torch has a switch that allows to round operands to bfloat16 (`torch.backends.mkldnn.matmul`), but
-oneDNN does so by AMX alone, which these CPUs do not have. That no operand is rounded is checked by a product before it
-is relied on, once in a process.
+    linear             a linear layer without gradients: safe in any thread
+    fast_products      lets all products inside go there: of float32 in the whole process, of 16 bits in linear layers
+
+For products of float32 torch has a switch that allows to round operands to bfloat16 (`torch.backends.mkldnn.matmul`),
+but oneDNN does so by AMX alone, which these CPUs do not have. That no operand is rounded is checked by a product before
+it is relied on, once in a process.
+
+Letters: M rows, K width of the input, N width of the output.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fhopt.hardware.this_cpu import reported
 
@@ -28,13 +37,25 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no mor
 ROWS = 256  # to a multiple of which rows are filled up: oneDNN keeps 100 KB of machine code for each number of them
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a product of SIDE terms, relative to its norm
 SIDE = 128
+MOST_FEW_ROWS = 16  # no more than these are worth a loop over the weight as it is
+CONVERTED = 1 << 20  # numbers of a weight that are float32 at once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x [..., K] w^T [K, N] + bias [N] -> [..., N], without gradients, by oneDNN where that is faster."""
+    """Compute x [..., K] w^T [K, N] + bias [N] -> [..., N], without gradients, in the fastest way of this CPU."""
+    return _way(x, weight, bias)(x, weight, bias)
+
+
+def _way(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return what computes a linear layer fastest."""
     plain = type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-    if not plain or not _takes(x, weight, bias) or not is_onednn_faster():
-        return torch.nn.functional.linear(x, weight, bias)
+    if plain and _takes(x, weight, bias, torch.float32, ROWS) and is_onednn_faster():
+        return _by_onednn
+    sixteen_bits = plain and x.dtype in _SUPPORT and _takes(x, weight, bias, x.dtype, MOST_FEW_ROWS + 1)
+    return _in_float32 if sixteen_bits and is_slow(x.dtype) else torch.nn.functional.linear
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
     missing = -rows % ROWS
     whole = torch.nn.functional.pad(x.reshape(rows, width), (0, 0, 0, missing)) if missing else x.reshape(rows, width)
@@ -42,24 +63,97 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product[:rows].view(*x.shape[:-1], columns)
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether these are of float32 on the CPU, with rows enough."""
-    alike = all(t.dtype == torch.float32 and t.is_cpu for t in (x, weight, *(() if bias is None else (bias,))))
-    enough = weight.numel() > 0 and x.numel() >= ROWS * x.shape[-1]
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a linear layer of 16-bit numbers by products of float32."""
+    rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
+    given, output = x.reshape(rows, width).float(), x.new_empty(rows, columns)
+    for part in _parts(columns, width):
+        added = None if bias is None else bias[part].float()
+        output[:, part] = linear(given, weight[part].float(), added)
+    return output.view(*x.shape[:-1], columns)
+
+
+def _parts(columns: int, width: int) -> list[slice]:
+    """Divide the rows of a weight [N,K] into parts of CONVERTED numbers."""
+    step = max(1, CONVERTED // width)
+    return [slice(first, first + step) for first in range(0, columns, step)]
+
+
+class _InFloat32(torch.autograd.Function):
+    """`_in_float32` with the gradient of its input, of weights that need none; nothing but the weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _in_float32(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), grad = ctx.saved_tensors, gradients[0]
+        columns, width = weight.shape
+        rows = grad.reshape(-1, columns)
+        total = torch.zeros(len(rows), width, dtype=torch.float32)
+        for part in _parts(columns, width):
+            total.addmm_(rows[:, part].float(), weight[part].float())
+        return total.to(grad.dtype).view(*grad.shape[:-1], width), None, None
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> bool:
+    """Return whether these are of one type on the CPU, with rows enough."""
+    alike = all(t.dtype == dtype and t.is_cpu for t in (x, weight, *(() if bias is None else (bias,))))
+    enough = weight.numel() > 0 and x.numel() >= rows * x.shape[-1]
     return alike and enough and x.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled("cpu")
 
 
-@contextmanager
-def onednn_products() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices where it is faster than MKL and as exact; elsewhere nothing changes.
+class _Linears(TorchFunctionMode):
+    """Computes linear layers of 16-bit numbers in float32, with gradients of inputs."""
 
-    For the whole process, until the last thread that is inside leaves.
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in _LINEAR or torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        return self._linear(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _way(input, weight, bias) is not _in_float32:
+            return torch.nn.functional.linear(input, weight, bias)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (input, weight, bias) if t is not None):
+            return _in_float32(input, weight, bias)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return torch.nn.functional.linear(input, weight, bias)
+        output: Tensor = _InFloat32.apply(input, weight, bias)
+        return output
+
+
+_LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let matrices be multiplied in the fastest way of this CPU that is as exact; elsewhere nothing changes.
+
+    Products of float32 of the whole process, until the last thread that is inside leaves, and linear layers of 16-bit
+    numbers of this thread.
     """
-    if not is_onednn_faster():
+    with ExitStack() as entered:
+        if is_onednn_faster():
+            entered.enter_context(_allowed)
+        if any(map(is_slow, _SUPPORT)):
+            entered.enter_context(_Linears())
         yield
-        return
-    with _allowed:
-        yield
+
+
+# What torch asks for whether oneDNN multiplies numbers of a type with instructions of this CPU.
+_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+@functools.cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Return whether torch multiplies matrices of a 16-bit type by loops, for want of instructions of this CPU."""
+    supported = getattr(torch.ops.mkldnn, _SUPPORT[dtype], None)
+    return supported is not None and torch.backends.mkldnn.is_available() and not supported()
 
 
 @functools.cache

@@ -3,8 +3,8 @@
     before   y = F.linear(x, w, b)                torch brings w into an order of its own, in each call
     after    y = fhopt.skinny_linear(x, w, b)     w is read once (fhopt/codegen/cpu/skinny_linear.py)
 
-Decoding is bound by reading weights and cache. Calls that the kernel does not serve are torch's as before: more than 16
-rows (from 256 on, of float32, by oneDNN where MKL is slow: fhopt/hardware/float_products.py), gradients, autocast,
+Decoding is bound by reading weights and cache. Calls of more than 16 rows go the fastest way that torch has on this CPU
+(fhopt/hardware/float_products.py). Others that the kernel does not serve are torch's as before: gradients, autocast,
 weights that are no plain dense tensors, graphs that are being compiled (which have ways of their own,
 fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernel is built.
 

@@ -1,4 +1,4 @@
-"""Products of float32 by oneDNN: where they are used, that they are exact, and that torch is left as it was."""
+"""Products in a faster way than torch's: where they are used, that they are exact, and that torch is left as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fhopt.hardware import float_products
-from fhopt.hardware.float_products import is_onednn_faster, onednn_products
+from fhopt.hardware.float_products import fast_products, is_onednn_faster
 
 PRECISION: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
 ZEN = {"vendor_id": "AuthenticAMD", "flags": "avx2 avx512f avx512_bf16"}
@@ -25,7 +25,8 @@ def fresh() -> Iterator[None]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None = None, error: float = 0.0) -> None:
-    """Let /proc/cpuinfo say `fields`, and a product by oneDNN have this error."""
+    """Let /proc/cpuinfo say `fields`, a product by oneDNN have this error, and those of 16 bits be fast."""
+    monkeypatch.setattr(float_products, "is_slow", lambda dtype: False)
     monkeypatch.setattr(float_products, "reported", lambda field: (ZEN | (fields or {}))[field])
     monkeypatch.setattr(float_products, "_error", lambda: error)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -35,7 +36,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None = Non
 def test_products_are_exact_here_and_torch_is_left_as_it_was() -> None:
     before = PRECISION.fp32_precision
     x, y = torch.randn(2, 200, 200)
-    with onednn_products():
+    with fast_products():
         product = x @ y
     exact = x.double() @ y.double()
     assert (product - exact).norm() / exact.norm() < float_products.ROUNDING
@@ -45,7 +46,7 @@ def test_products_are_exact_here_and_torch_is_left_as_it_was() -> None:
 def test_they_are_allowed_on_such_a_cpu_and_an_error_ends_that(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     before = PRECISION.fp32_precision
-    with pytest.raises(ZeroDivisionError), onednn_products():
+    with pytest.raises(ZeroDivisionError), fast_products():
         assert PRECISION.fp32_precision == "bf16"
         raise ZeroDivisionError
     assert PRECISION.fp32_precision == before
@@ -64,7 +65,7 @@ def test_they_are_allowed_on_such_a_cpu_and_an_error_ends_that(monkeypatch: pyte
 def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str]) -> None:
     pretend(monkeypatch, fields)
     before = PRECISION.fp32_precision
-    with onednn_products():
+    with fast_products():
         assert PRECISION.fp32_precision == before
     assert not is_onednn_faster()
 
@@ -88,12 +89,67 @@ def test_a_linear_layer_is_exact_and_needs_no_switch(
     assert PRECISION.fp32_precision == before
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without instructions for 16-bit numbers, and weights that are converted in several parts."""
+    monkeypatch.setattr(float_products, "is_slow", lambda dtype: True)
+    monkeypatch.setattr(float_products, "CONVERTED", 1000)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(17,), (2, 150)])
+def test_linear_layers_of_16_bits_are_exact_to_their_rounding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*size).to(dtype) for size in ((*shape, 64), (40, 64), (40,)))
+    strided = weight.t().contiguous().t()
+    for y, w, b in ((x, weight, bias), (x, weight, None), (x[..., :30], weight[:, :30], bias), (x, strided, bias)):
+        assert float_products._way(y, w, b) is float_products._in_float32
+        exact = torch.nn.functional.linear(y.double(), w.double(), None if b is None else b.double())
+        found = float_products.linear(y, w, b)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)  # rounded once
+
+
+@pytest.mark.usefixtures("slow")
+def test_inside_they_have_the_gradient_of_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = float_products._in_float32
+    monkeypatch.setattr(float_products, "_in_float32", lambda *args: made.append(1) or real(*args))
+    layer = torch.nn.Linear(64, 40).bfloat16().requires_grad_(False)
+    x, grad = torch.randn(2, 30, 64).bfloat16().requires_grad_(), torch.randn(2, 30, 40).bfloat16()
+    with fast_products():
+        (found,) = torch.autograd.grad(layer(x), x, grad)
+    assert made and found.dtype == torch.bfloat16
+    exact = grad.double() @ layer.weight.double()
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)  # rounded once
+    layer(x)
+    assert len(made) == 1
+
+
+@pytest.mark.usefixtures("slow")
+def test_weights_that_are_trained_keep_their_gradients() -> None:
+    layer, x = torch.nn.Linear(64, 40).bfloat16(), torch.randn(30, 64).bfloat16()
+    with fast_products():
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_is_what_onednn_has_no_instructions_for(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    for supported in (False, True):
+        float_products.is_slow.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=supported: answer, raising=False)
+        assert float_products.is_slow(dtype) == (not supported and torch.backends.mkldnn.is_available())
+    float_products.is_slow.cache_clear()
+
+
 @pytest.mark.parametrize("case", ["dtype", "empty", "few", "subclass", "autocast"])
 def test_other_layers_are_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float_products, "is_onednn_faster", lambda: pytest.fail("was asked"))
     x, weight = torch.randn(260, 8), torch.randn(4, 8)
     if case == "dtype":
-        x, weight = x.bfloat16(), weight.bfloat16()
+        x, weight = x.double(), weight.double()
     elif case == "empty":
         x = x[:0]
     elif case == "few":
@@ -109,12 +165,12 @@ def test_the_last_thread_that_leaves_switches_back(monkeypatch: pytest.MonkeyPat
     before, entered, may_leave = PRECISION.fp32_precision, threading.Event(), threading.Event()
 
     def other() -> None:
-        with onednn_products():
+        with fast_products():
             entered.set()
             may_leave.wait(30)
 
     thread = threading.Thread(target=other)
-    with onednn_products():
+    with fast_products():
         thread.start()
         assert entered.wait(30)
     assert PRECISION.fp32_precision == "bf16"
