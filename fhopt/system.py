@@ -1,4 +1,4 @@
-"""The file cache, CPUs and memory of this process, and whether Triton is installed.
+"""The file cache, CPUs and memory of this process, what torch does badly on them, and whether Triton is installed.
 
 Files go to the folder named by FHOPT_CACHE_DIR, else XDG_CACHE_HOME/fhopt or ~/.cache/fhopt. Generated code in it is
 run, so no other user may write to it, nor put another folder in its place: each parent is opened from the root on,
@@ -26,13 +26,33 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fhopt.files import appearing
+
+if TYPE_CHECKING:
+    import torch
 
 CACHE_VARIABLE = "FHOPT_CACHE_DIR"
 
 
 _warned: set[str] = set()
+
+
+# What torch asks for whether oneDNN multiplies numbers of a 16-bit type with instructions of this CPU.
+_ASKED = {"torch.bfloat16": "_is_mkldnn_bf16_supported", "torch.float16": "_is_mkldnn_fp16_supported"}
+
+
+@functools.cache
+def multiplies_by_loops(dtype: torch.dtype) -> bool:
+    """Return whether torch multiplies matrices of a 16-bit type by loops, for want of instructions of this CPU.
+
+    Products of float32 are then 8 times as fast (Zen 3, 1,024 rows).
+    """
+    import torch
+
+    supported = getattr(torch.ops.mkldnn, _ASKED.get(str(dtype), ""), None)
+    return supported is not None and torch.backends.mkldnn.is_available() and not supported()
 
 
 @functools.cache

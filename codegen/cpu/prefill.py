@@ -29,6 +29,7 @@ from fhopt.codegen.cpu.launch import mask_operand
 from fhopt.codegen.source_files import read_source
 from fhopt.ops import algebra
 from fhopt.ops.masks import within
+from fhopt.system import multiplies_by_loops
 
 NAME = "prefill"  # of the library
 NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
@@ -125,7 +126,10 @@ class Rows(NamedTuple):
         """Reconstruct keys or values [B,G,T,D] of `dtype` from a part of the rows."""
         rows = self.rows[:, :, part]
         latent = rows if self.scale is None else packing.unpack(rows, self.scale[:, :, part], *self.groups)
-        return latent.to(dtype) if self.decode is None else algebra.decode(latent.to(dtype), self.decode.to(dtype))
+        if self.decode is None:
+            return latent.to(dtype)
+        exact = torch.float32 if multiplies_by_loops(dtype) else dtype
+        return algebra.decode(latent.to(exact), self.decode.to(exact)).to(dtype)
 
 
 def _call(

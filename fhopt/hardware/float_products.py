@@ -32,7 +32,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fhopt.hardware.this_cpu import reported
+from fhopt.system import multiplies_by_loops
 
+_HALVES = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 ROWS = 256  # to a multiple of which rows are filled up: oneDNN keeps 100 KB of machine code for each number of them
 ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a product of SIDE terms, relative to its norm
@@ -51,8 +53,8 @@ def _way(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Te
     plain = type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     if plain and _takes(x, weight, bias, torch.float32, ROWS) and is_onednn_faster():
         return _by_onednn
-    sixteen_bits = plain and x.dtype in _SUPPORT and _takes(x, weight, bias, x.dtype, MOST_FEW_ROWS + 1)
-    return _in_float32 if sixteen_bits and is_slow(x.dtype) else torch.nn.functional.linear
+    sixteen_bits = plain and x.dtype in _HALVES and _takes(x, weight, bias, x.dtype, MOST_FEW_ROWS + 1)
+    return _in_float32 if sixteen_bits and multiplies_by_loops(x.dtype) else torch.nn.functional.linear
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,20 +142,9 @@ def fast_products() -> Iterator[None]:
     with ExitStack() as entered:
         if is_onednn_faster():
             entered.enter_context(_allowed)
-        if any(map(is_slow, _SUPPORT)):
+        if any(map(multiplies_by_loops, _HALVES)):
             entered.enter_context(_Linears())
         yield
-
-
-# What torch asks for whether oneDNN multiplies numbers of a type with instructions of this CPU.
-_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-
-
-@functools.cache
-def is_slow(dtype: torch.dtype) -> bool:
-    """Return whether torch multiplies matrices of a 16-bit type by loops, for want of instructions of this CPU."""
-    supported = getattr(torch.ops.mkldnn, _SUPPORT[dtype], None)
-    return supported is not None and torch.backends.mkldnn.is_available() and not supported()
 
 
 @functools.cache

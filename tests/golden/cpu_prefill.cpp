@@ -477,11 +477,16 @@ INLINE void multiply_rows(const uint32_t* left, int64_t left_row, const uint32_t
     UNROLL(6) for (int r = 0; r < VECTOR_ROWS; r++) {
         UNROLL(4) for (int c = 0; c < N; c++) sum[r][c] = ADDS ? load(out + r * out_row + c * LANES) : Floats{};
     }
-    UNROLL(1) for (int64_t i = 0; i < depth; i++) {
+    constexpr int HALF = VECTOR_ROWS / 2;  // of the rows: so few offsets stay in registers
+    const uint32_t *upper = left, *lower = left + HALF * left_row;
+    UNROLL(1) for (int64_t i = 0; i < depth; i++, upper++, lower++) {
         Ints panel[N];
         UNROLL(4) for (int c = 0; c < N; c++) panel[c] = load_words(right + (i * N + c) * LANES);
-        UNROLL(6) for (int r = 0; r < VECTOR_ROWS; r++) {
-            UNROLL(4) for (int c = 0; c < N; c++) sum[r][c] = K::add(sum[r][c], left[r * left_row + i], panel[c]);
+        UNROLL(3) for (int r = 0; r < HALF; r++) {
+            UNROLL(4) for (int c = 0; c < N; c++) {
+                sum[r][c] = K::add(sum[r][c], upper[r * left_row], panel[c]);
+                sum[HALF + r][c] = K::add(sum[HALF + r][c], lower[r * left_row], panel[c]);
+            }
         }
     }
     UNROLL(6) for (int r = 0; r < VECTOR_ROWS; r++) {
@@ -509,7 +514,7 @@ struct ByVectors {
 struct Singles : ByVectors<Singles> {
     static constexpr int64_t DEPTH = 1;  // numbers in a word
     static INLINE Floats add(Floats sum, uint32_t left, Ints right) {
-        return add_product(sum, Floats{} + from_bits(left), (Floats)right);
+        return add_product(sum, from_bits(left) - Floats{}, (Floats)right);  // x + 0 is not x where x is -0
     }
     static void row(const uint8_t* from, Type type, int64_t size, uint32_t* to) {
         to_floats(from, type, size, reinterpret_cast<float*>(to));

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from attention_cases import CASES, assert_same, expected, inputs
 
 from fhopt.codegen import build
@@ -144,6 +145,18 @@ def test_bytecode_beside_a_kernel_is_not_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FHOPT_CACHE_DIR", str(tmp_path))
     BUILD.load_module("left", "x = 1")
     assert not list(tmp_path.rglob("*.pyc"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_multiplies_by_loops_what_onednn_has_no_instructions_for(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not SYSTEM.multiplies_by_loops(torch.float32)
+    for supported in (False, True):
+        SYSTEM.multiplies_by_loops.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, SYSTEM._ASKED[str(dtype)], lambda answer=supported: answer, raising=False)
+        assert SYSTEM.multiplies_by_loops(dtype) == (not supported and torch.backends.mkldnn.is_available())
+    SYSTEM.multiplies_by_loops.cache_clear()
 
 
 def test_memory_is_that_of_the_system_or_of_its_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

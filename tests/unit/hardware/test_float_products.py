@@ -26,7 +26,7 @@ def fresh() -> Iterator[None]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, fields: dict[str, str] | None = None, error: float = 0.0) -> None:
     """Let /proc/cpuinfo say `fields`, a product by oneDNN have this error, and those of 16 bits be fast."""
-    monkeypatch.setattr(float_products, "is_slow", lambda dtype: False)
+    monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: False)
     monkeypatch.setattr(float_products, "reported", lambda field: (ZEN | (fields or {}))[field])
     monkeypatch.setattr(float_products, "_error", lambda: error)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -92,7 +92,7 @@ def test_a_linear_layer_is_exact_and_needs_no_switch(
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without instructions for 16-bit numbers, and weights that are converted in several parts."""
-    monkeypatch.setattr(float_products, "is_slow", lambda dtype: True)
+    monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: True)
     monkeypatch.setattr(float_products, "CONVERTED", 1000)
 
 
@@ -132,16 +132,6 @@ def test_weights_that_are_trained_keep_their_gradients() -> None:
     with fast_products():
         layer(x).sum().backward()
     assert layer.weight.grad is not None and layer.bias.grad is not None
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_slow_is_what_onednn_has_no_instructions_for(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    for supported in (False, True):
-        float_products.is_slow.cache_clear()
-        monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=supported: answer, raising=False)
-        assert float_products.is_slow(dtype) == (not supported and torch.backends.mkldnn.is_available())
-    float_products.is_slow.cache_clear()
 
 
 @pytest.mark.parametrize("case", ["dtype", "empty", "few", "subclass", "autocast"])
