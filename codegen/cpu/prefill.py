@@ -29,7 +29,6 @@ from fhopt.codegen.cpu.launch import mask_operand
 from fhopt.codegen.source_files import read_source
 from fhopt.ops import algebra
 from fhopt.ops.masks import within
-from fhopt.system import multiplies_by_loops
 
 NAME = "prefill"  # of the library
 NUMBERS, LEAST_TOKENS = 1 << 22, 256  # of keys and values that are reconstructed at once; tokens, however wide
@@ -128,7 +127,7 @@ class Rows(NamedTuple):
         latent = rows if self.scale is None else packing.unpack(rows, self.scale[:, :, part], *self.groups)
         if self.decode is None:
             return latent.to(dtype)
-        exact = torch.float32 if multiplies_by_loops(dtype) else dtype
+        exact = algebra.product_dtype(dtype, latent.device)
         return algebra.decode(latent.to(exact), self.decode.to(exact)).to(dtype)
 
 

@@ -68,7 +68,8 @@ class SideRows:
 
     def reconstruct(self) -> Tensor:
         """Reconstruct the keys or values of quantized tokens from their latents: [B,G,V,D]."""
-        decoded = algebra.decode(self.unpacked().to(self.decode.dtype), self.decode)
+        dtype = algebra.product_dtype(self.decode.dtype, self.decode.device)
+        decoded = algebra.decode(self.unpacked().to(dtype), self.decode.to(dtype))
         if self.mean is not None:
             decoded = decoded + self.mean  # in float32: a mean may be much larger than what is added
         if self.turns is not None:

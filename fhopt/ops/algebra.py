@@ -13,8 +13,15 @@ from torch import Tensor
 
 from fhopt.ops.attention import safe_softmax
 from fhopt.plan.site_plan import SidePlan, Tier
+from fhopt.system import multiplies_by_loops
 
 # --------------------------------------------------------------------------------------------------- building blocks
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type in which to multiply matrices of `dtype`: float32 for 16 bits that a CPU has only loops for."""
+    by_loops = device.type == "cpu" and not torch.compiler.is_compiling() and multiplies_by_loops(dtype)
+    return torch.float32 if by_loops else dtype
 
 
 def encode(x: Tensor, basis: Tensor) -> Tensor:

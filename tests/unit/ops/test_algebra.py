@@ -23,3 +23,14 @@ def test_parts_merge_to_the_whole_and_an_empty_part_changes_nothing() -> None:
     torch.testing.assert_close(algebra.merge([part(0, 4), part(4, 10)]), whole, rtol=1e-5, atol=1e-6)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
     torch.testing.assert_close(algebra.merge([part(0, 10), part(0, 4, nothing)]), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_loops", [False, True])
+def test_sixteen_bits_are_multiplied_in_float32_where_there_are_loops_alone(
+    by_loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algebra, "multiplies_by_loops", lambda dtype: by_loops and dtype != torch.float64)
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert algebra.product_dtype(torch.bfloat16, cpu) == (torch.float32 if by_loops else torch.bfloat16)
+    assert algebra.product_dtype(torch.bfloat16, other) == torch.bfloat16
+    assert algebra.product_dtype(torch.float64, cpu) == torch.float64
