@@ -1,6 +1,6 @@
 """Collect further texts for benchmarks/quality.py from packages of Debian, so that anyone measures the same ones.
 
-    apt-get install debian-reference-{en,fr,de,zh-cn} fortunes zlib1g-dev
+    apt-get install debian-reference-{en,fr,de,zh-cn} fortunes perl-modules-5.40 tzdata zlib1g-dev    (Debian 13)
     python benchmarks/further_texts.py FOLDER            FOLDER/law.txt, manual.txt, ... and how to give them
 
 None of them calibrates plans. Nothing is downloaded; the texts keep the licences of their packages and are no part of

@@ -96,7 +96,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
         for result in results
         for metric, unit in METRICS.items()
     ]
-    worst, seconds = max(r.max_gradient_error for r in results), sum(r.seconds_find for r in results)
+    worst, seconds = max((r.max_gradient_error for r in results), default=0.0), sum(r.seconds_find for r in results)
     return [
         *each,
         Row(ALL, "find", "max_gradient_error", worst, "relative"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from fhopt.attention.interface import WATCH
 from fhopt.calibration.probe import Attends, Batch, Watch
 from fhopt.errors import FhoptError
+from fhopt.hardware.float_products import fast_products
 from fhopt.hf.apply import IMPLEMENTATION, register
 from fhopt.models.capture import capture
 from fhopt.models.model_facts import implementations, text_key, uses_interface
@@ -143,12 +144,14 @@ def outline(model: Any) -> torch.nn.Module:
 def _blocks_run_again(model: torch.nn.Module, modules: Any) -> Iterator[None]:
     """Checkpoint blocks around attention inside the context: they keep their inputs alone, and run again in backward.
 
-    They run to their ends: where they stopped early, weights would stay where they were fetched to.
+    They run to their ends: where they stopped early, weights would stay where they were fetched to. Both times products
+    are `fast_products`, which a backward pass takes away: else what is kept would be of other functions.
     """
     blocks = [block for block in _blocks(model) if any(m in modules for m in block.modules())]
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        run = functools.partial(_run_fast, block.forward, [*block.parameters()])
+        again = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         vars(block)["forward"] = again
     try:
         with set_checkpoint_early_stop(False):
@@ -159,6 +162,11 @@ def _blocks_run_again(model: torch.nn.Module, modules: Any) -> Iterator[None]:
                 del vars(block)["forward"]
             else:
                 vars(block)["forward"] = forward
+
+
+def _run_fast(forward: Callable[..., Any], weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    with fast_products(weights):
+        return forward(*args, **kwargs)
 
 
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:

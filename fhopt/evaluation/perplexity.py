@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fhopt.evaluation.statistics import Score, TokenCosts
-from fhopt.hardware.float_products import fast_products
+from fhopt.hardware.float_products import with_fast_products
 from fhopt.hf.apply import apply, held_plan, unapply, waiting
 from fhopt.models.model_facts import cache_argument
 from fhopt.parallel.collectives import by_process, processes
@@ -104,7 +104,7 @@ def decode_options(model: Any, cache: Any) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-@fast_products()
+@with_fast_products
 def score(
     model: Any, ids: Tensor, plan: LatentPlan | None, progress: Callable[[int], None] = lambda n: None,
     *, shared: bool = False,
@@ -129,7 +129,7 @@ def _each(ids: Tensor, measure: Callable[[Tensor], Tensor], shared: bool) -> lis
 
 
 @torch.inference_mode()
-@fast_products()
+@with_fast_products
 def token_costs(
     model: Any, ids: Tensor, plan: LatentPlan, progress: Callable[[int], None] = lambda n: None,
     *, shared: bool = False,

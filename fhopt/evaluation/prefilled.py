@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fhopt.evaluation.perplexity import decode_options, new_cache, step_bounds, switched
 from fhopt.evaluation.tasks import Cell, Item, TaskResult, score_answer, summarize
-from fhopt.hardware.float_products import fast_products
+from fhopt.hardware.float_products import with_fast_products
 from fhopt.models.model_facts import check_length
 from fhopt.plan.latent_plan import LatentPlan
 
@@ -51,7 +51,7 @@ def ask(
 
 
 @torch.inference_mode()
-@fast_products()
+@with_fast_products
 def answers(model: Any, item: Item, plans: Sequence[LatentPlan]) -> Tensor:
     """Read an item's context once and ask all its questions.
 

@@ -37,7 +37,7 @@ from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, read_steps, switched
 from fhopt.evaluation.ruler import FIRST_NAMES, RULER, Room, Task, Wording
 from fhopt.evaluation.statistics import Interval, bootstrap_interval, mcnemar, paired_rate_interval
-from fhopt.hardware.float_products import fast_products
+from fhopt.hardware.float_products import with_fast_products
 from fhopt.models.model_facts import check_length
 from fhopt.parallel.collectives import by_process, processes
 from fhopt.plan.latent_plan import LatentPlan
@@ -300,7 +300,7 @@ def _run_task(
 
 
 @torch.inference_mode()
-@fast_products()
+@with_fast_products
 def _answer(model: Any, items: list[Item], plan: LatentPlan | None) -> Tensor:
     """Read items of one length at once, into an exact KV cache and into that of the plan.
 

@@ -23,17 +23,20 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fhopt.hardware.this_cpu import reported
 from fhopt.system import multiplies_by_loops
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _HALVES = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no more than their numbers
 ROWS = 256  # to a multiple of which rows are filled up: oneDNN keeps 100 KB of machine code for each number of them
@@ -68,11 +71,12 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a linear layer of 16-bit numbers by products of float32."""
     rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
-    given, output = x.reshape(rows, width).float(), x.new_empty(rows, columns)
+    given, output = x.reshape(rows, width).float(), x.new_empty(*x.shape[:-1], columns)
+    flat = output.view(rows, columns)
     for part in _parts(columns, width):
         added = None if bias is None else bias[part].float()
-        output[:, part] = linear(given, weight[part].float(), added)
-    return output.view(*x.shape[:-1], columns)
+        flat[:, part] = linear(given, weight[part].float(), added)
+    return output  # no view: the output of an autograd function that is one may not be written to
 
 
 def _parts(columns: int, width: int) -> list[slice]:
@@ -101,19 +105,27 @@ class _InFloat32(torch.autograd.Function):
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> bool:
-    """Return whether these are of one type on the CPU, with rows enough."""
-    alike = all(t.dtype == dtype and t.is_cpu for t in (x, weight, *(() if bias is None else (bias,))))
-    enough = weight.numel() > 0 and x.numel() >= rows * x.shape[-1]
-    return alike and enough and x.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled("cpu")
+    """Return whether these are dense and of one type on the CPU, with rows enough, as linear layers have them."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if not all(t.dtype == dtype and t.is_cpu and t.layout is torch.strided for t in operands):
+        return False
+    if weight.dim() != 2 or not x.dim() or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    enough = weight.numel() > 0 and x.numel() >= rows * x.shape[-1] and x.shape[-1] == weight.shape[1]
+    return enough and not torch.is_autocast_enabled("cpu")
 
 
 class _Linears(TorchFunctionMode):
-    """Computes linear layers of 16-bit numbers in float32, with gradients of inputs."""
+    """Computes linear layers of 16-bit numbers in float32, with gradients of inputs.
+
+    Not inside a backward pass, of which torch takes all modes away: who runs layers again there enters it again.
+    Graphs that are compiled or traced, and functions that torch.func transforms, keep torch's products.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in _LINEAR or torch.compiler.is_compiling():
+        if func not in _LINEAR or torch.compiler.is_compiling() or _is_transformed():
             return func(*args, **(kwargs or {}))
         return self._linear(*args, **(kwargs or {}))
 
@@ -132,19 +144,46 @@ class _Linears(TorchFunctionMode):
 _LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 
 
+def _is_transformed() -> bool:
+    """Return whether tensors stand for others: under torch.func, or where a mode sees every operation."""
+    functorch: Any = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+
+
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_products(weights: Iterable[Tensor] | None = None) -> Iterator[None]:
     """Let matrices be multiplied in the fastest way of this CPU that is as exact; elsewhere nothing changes.
 
     Products of float32 of the whole process, until the last thread that is inside leaves, and linear layers of 16-bit
-    numbers of this thread.
+    numbers of this thread. weights: those of the layers inside, where they are known: every operation of torch takes
+    some microseconds longer where linear layers are watched.
     """
     with ExitStack() as entered:
         if is_onednn_faster():
             entered.enter_context(_allowed)
-        if any(map(multiplies_by_loops, _HALVES)):
+        if _has_loops(weights) and not any(type(mode) is _Linears for mode in _get_current_function_mode_stack()):
             entered.enter_context(_Linears())
         yield
+
+
+def _has_loops(weights: Iterable[Tensor] | None) -> bool:
+    """Return whether torch has only loops for some weights, of which those on meta come to it; None: of any type."""
+    if weights is None:
+        return any(map(multiplies_by_loops, _HALVES))
+    there = {weight.dtype for weight in weights if weight.device.type in ("cpu", "meta")}
+    return any(dtype in there and multiplies_by_loops(dtype) for dtype in _HALVES)
+
+
+def with_fast_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function whose first argument is a model: it runs inside `fast_products`."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        model: Any = args[0]
+        with fast_products(model.parameters()):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

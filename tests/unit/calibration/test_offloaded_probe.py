@@ -16,6 +16,7 @@ from torch import Tensor
 from fhopt.calibration import checkpoint, options, probe, run
 from fhopt.calibration.offloaded_probe import find_dispatched, is_dispatched, outline
 from fhopt.errors import FhoptError
+from fhopt.hardware import float_products
 
 OPTIONS = options.FitOptions(sequences=6, rate_sequences=5, context=96, recent=8, block=8, tokens=2048)
 
@@ -48,6 +49,17 @@ def test_a_model_on_disk_gives_the_plan_of_one_in_memory(folder: Path) -> None:
     there = {name for name, weight in away.named_parameters() if not weight.is_meta}
     assert there == {"model.embed_tokens.weight", "model.norm.weight"}
     assert away.config._attn_implementation == whole.config._attn_implementation
+
+
+def test_products_in_float32_are_those_of_both_runs_of_a_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, sums = [batch for _, batch in numbered(3)], []
+    few = replace(OPTIONS, sequences=2, rate_sequences=1)
+    for by_loops in (False, True):
+        monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype, here=by_loops: here)
+        model = offloaded(folder, torch.bfloat16)
+        measured = run.measure_module(model, batches, few)
+        sums.append(checkpoint.named_moments(measured.statistics))
+    assert largest_difference(sums[1], sums[0]) < 0.2  # rounding to bfloat16; with a weight transposed above 1
 
 
 def test_no_weights_of_blocks_are_held_for_the_backward_pass(folder: Path) -> None:

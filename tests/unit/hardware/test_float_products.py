@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from fhopt.hardware import float_products
 from fhopt.hardware.float_products import fast_products, is_onednn_faster
@@ -112,9 +114,14 @@ def test_linear_layers_of_16_bits_are_exact_to_their_rounding(shape: tuple[int, 
 
 @pytest.mark.usefixtures("slow")
 def test_inside_they_have_the_gradient_of_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made: list[int] = []
     real = float_products._in_float32
-    monkeypatch.setattr(float_products, "_in_float32", lambda *args: made.append(1) or real(*args))
+
+    def counted(*args: Any) -> torch.Tensor:
+        made.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(float_products, "_in_float32", counted)
     layer = torch.nn.Linear(64, 40).bfloat16().requires_grad_(False)
     x, grad = torch.randn(2, 30, 64).bfloat16().requires_grad_(), torch.randn(2, 30, 40).bfloat16()
     with fast_products():
@@ -124,6 +131,62 @@ def test_inside_they_have_the_gradient_of_their_input(monkeypatch: pytest.Monkey
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)  # rounded once
     layer(x)
     assert len(made) == 1
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_a_layer_returned_may_be_written_to() -> None:
+    layer = torch.nn.Linear(64, 40).bfloat16().requires_grad_(False)
+    x = torch.randn(2, 30, 64).bfloat16().requires_grad_()
+    with fast_products():
+        y = layer(x)
+        assert y.grad_fn is not None and "_InFloat32" in y.grad_fn.name()
+        y.clamp_(-0.1, 0.1)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    kept = (y.abs() < 0.1).double()
+    torch.testing.assert_close(grad.double(), kept @ layer.weight.double(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calls_that_no_linear_layer_makes_are_left_to_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float_products, "is_onednn_faster", lambda: True)
+    x, weight = torch.randn(300, 64).to(dtype), torch.randn(40, 64).to(dtype)
+    linear = torch.nn.functional.linear
+    calls: list[Any] = [
+        lambda: linear(x, weight[0]),
+        lambda: linear(x, weight, torch.ones((), dtype=dtype)),
+        lambda: linear(x, weight, torch.ones(1, dtype=dtype)),
+        lambda: linear(x, weight, torch.ones(1, 40, dtype=dtype)),
+    ]
+    monkeypatch.setattr(float_products, "_allowed", nullcontext())
+    for call in calls:
+        expected = call()
+        with fast_products():
+            assert torch.equal(call(), expected)
+
+
+@pytest.mark.usefixtures("slow")
+def test_functions_that_torch_transforms_keep_its_products() -> None:
+    x, weight = torch.randn(20, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight).float().sum()
+
+    expected = torch.func.grad(loss)(x)
+    with fast_products():
+        assert torch.equal(torch.func.grad(loss)(x), expected)
+
+
+def test_operations_are_watched_where_a_weight_is_multiplied_by_loops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: dtype == torch.bfloat16)
+    for dtype, count in ((torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 1)):
+        with fast_products([torch.ones(1, dtype=dtype)]), fast_products():  # the inner one knows no weights
+            modes = [type(mode).__name__ for mode in _get_current_function_mode_stack()]
+        assert modes == ["_Linears"]
+        with fast_products([torch.ones(1, dtype=dtype)]):
+            assert len(_get_current_function_mode_stack()) == count
 
 
 @pytest.mark.usefixtures("slow")
