@@ -148,7 +148,7 @@ def test_a_short_sequence_is_read_as_if_it_were_alone(
     for row in range(len(lengths)):
         own, _ = read(llama.model, plan, alone(*batch, row), LATER, **options)
         losses.append((divergence(found[row], exact[row]), divergence(own[0], exact[row])))
-        if row < 2:  # but for a latent on the edge of two codes, which the rounding of sums decides: it moves few logits
+        if row < 2:  # but for a latent on the edge of two codes, which rounding decides: it moves few logits
             far = ~torch.isclose(found[row], own[0], **CLOSE)
             assert far.double().mean() < 0.2 and (found[row] - own[0]).abs().max() < 0.05
     assert losses[2][0] < 1.5 * losses[2][1]
