@@ -71,8 +71,11 @@ def rows(results: Sequence[Result]) -> list[Row]:
     best, out = baselines(results), []
     for result in results:
         rival = best.get(size_name(result.impl)) if result.impl.family == OURS else None
-        for text, comparison in result.by_text.items():
+        for number, (text, comparison) in enumerate(result.by_text.items()):
             out += _text_rows(result.impl, text, comparison, rival.by_text[text] if rival is not None else None)
+            if not number:  # the same with every text
+                case = f"{text.name}@{size_name(result.impl)}"
+                out.append(Row(case, result.impl.name, "bytes_per_token", result.impl.token_bytes, "B"))
     return out
 
 
@@ -89,7 +92,6 @@ def _text_rows(impl: Implementation, text: Text, comparison: Comparison, rival: 
         row(f"{INCREASE}_high", high, "%"),
         row("kl", comparison.kl, "nats/token", None if rival is None else rival.kl),
         row("perplexity", comparison.plan, ""),
-        row("bytes_per_token", impl.token_bytes, "B"),
     ]
 
 
