@@ -11,7 +11,9 @@ from fhopt.export import decode_step, step_attention, step_state
 from fhopt.fitting import fit_plan
 from fhopt.plan.site_plan import Tier
 
-ROUNDING = 1e-4  # logits of about 4 in float32: attention is summed in another order, a float16 rounded differently
+# Logits of about 4 in float32: attention is summed in another order, and with some CPUs a latent on the edge of two codes
+# is rounded to the other one (3e-4 seen); a bit that is read wrongly changes them by 1e-2 and more.
+ROUNDING = 1e-3
 
 
 @pytest.mark.usefixtures("without_compiling")
