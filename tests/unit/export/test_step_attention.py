@@ -11,8 +11,8 @@ from fhopt.export import decode_step, step_attention, step_state
 from fhopt.fitting import fit_plan
 from fhopt.plan.site_plan import Tier
 
-# Logits of about 4 in float32: attention is summed in another order, and with some CPUs a latent on the edge of two codes
-# is rounded to the other one (3e-4 seen); a bit that is read wrongly changes them by 1e-2 and more.
+# Logits of about 4 in float32: attention is summed in another order, and on some CPUs a latent on the edge of two codes
+# comes to the other one (3e-4 seen).
 ROUNDING = 1e-3
 
 
