@@ -60,7 +60,8 @@ def test_compiled_generation_with_a_latent_cache_gives_the_eager_tokens(llama: F
     model = tiny_llama()
     model.load_state_dict(llama.model.state_dict())
     fhopt.apply(model, llama.plan(4))
-    assert_compiled_generation_is_eager(model, new_tokens=30, atol=1e-4)
+    # A latent on the edge of two codes may be rounded to the other one (3e-4 seen); one bit read wrongly gives 1e-2.
+    assert_compiled_generation_is_eager(model, new_tokens=30, atol=1e-3)
 
 
 def assert_compiled_generation_is_eager(model: Any, new_tokens: int, atol: float) -> None:
