@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,27 +63,44 @@ class DecodeStep:
         sides: tuple[CacheSide, CacheSide], parts: Sequence[tuple[LibraryKernel, bytes] | None], scale: float,
         turning: Turning | None = None,
     ) -> None:  # fmt: skip
-        compiled = functions()
-        assert compiled is not None
-        self._function = compiled[1]
         keys, values = sides
         self._bases = [_basis(side.decode) for side in sides]
         means = [_mean(side.mean, query.shape[1]) for side in sides]
         sizes = (*query.shape, values.tokens.shape[3])
-        self._kept = (program, query, attended, *sides, turning)
-        packed = b"".join([
+        self._kept, self._sides = (program, query, attended, turning), list(sides)
+        latents, window, exact = map(_part, parts)
+        before = b"".join([
             packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),
             struct.pack("@qPP", TYPES.index(query.dtype), query.data_ptr(), attended.data_ptr()),
-            struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0), *map(_part, parts),
-            *[packed for _, packed in self._bases], *means, _turn(turning), struct.pack("@P", 0),
-            keys.packed(), values.packed(),
+            struct.pack("@5qd4q", *sizes, scale, 0, 0, 0, 0), latents,
         ])  # fmt: skip
+        behind = b"".join([
+            exact, *[packed for _, packed in self._bases], *means, _turn(turning), struct.pack("@P", 0)
+        ])  # fmt: skip
+        packed = before + window + behind + keys.packed() + values.packed()
         self._struct = ctypes.create_string_buffer(packed, len(packed))
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
+        self._window_at, self._sides_at = len(before), len(before) + len(window) + len(behind)
 
-    def __call__(self) -> None:
-        """Run the step."""
-        self._function(self._address)
+    def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int, part: tuple[LibraryKernel, bytes]) -> None:
+        """Let the window stand elsewhere: codes and scale of keys and of values, `at` places of them taken.
+
+        part: kernel and arguments that read it there.
+        """
+        moved = [
+            replace(side, codes=codes, scale=scale, at=at)
+            for side, (codes, scale) in zip(self._sides, places, strict=True)
+        ]
+        for offset, packed in ((self._sides_at, b"".join(s.packed() for s in moved)), (self._window_at, _part(part))):
+            ctypes.memmove(self.address + offset, packed, len(packed))
+        self._sides = moved
+
+
+def run_decode_steps(steps: Sequence[DecodeStep]) -> None:
+    """Run steps one after the other: each may read what the ones before it wrote."""
+    compiled = functions()
+    assert compiled is not None
+    compiled[1]((ctypes.c_void_p * len(steps))(*[step.address for step in steps]), len(steps))
 
 
 _NO_PART = bytes(8 + struct.calcsize(ARGUMENTS))

@@ -64,7 +64,7 @@ def render() -> str:
 
 @functools.cache
 def functions() -> tuple[Any, Any, int] | None:
-    """Return (`run_layer`, `run_decode_step`, address of `skinny_group`); None where they cannot be compiled."""
+    """Return (`run_layer`, `run_decode_steps`, address of `skinny_group`); None where they cannot be compiled."""
     try:
         library = load(NAME, render())
         group = ctypes.cast(load(skinny_linear.NAME, skinny_linear.render()).skinny_group, ctypes.c_void_p).value
@@ -72,9 +72,9 @@ def functions() -> tuple[Any, Any, int] | None:
         log.info("%s Layers run operation by operation.", error)
         return None
     assert group is not None
-    for function, kind in ((library.run_layer, ctypes.c_char_p), (library.run_decode_step, ctypes.c_void_p)):
-        function.argtypes, function.restype = (kind,), None
-    return library.run_layer, library.run_decode_step, group
+    library.run_layer.argtypes, library.run_layer.restype = (ctypes.c_char_p,), None
+    library.run_decode_steps.argtypes, library.run_decode_steps.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    return library.run_layer, library.run_decode_steps, group
 
 
 def is_built() -> bool:

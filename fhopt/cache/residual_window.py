@@ -96,6 +96,22 @@ class RoundedWindow(ExactWindow):
 
     _room: tuple[Tensor, Tensor] | None = None  # values and scales with spare places behind, of which the parts
     _grown: tuple[Tensor, ...] = ()  # as they were last appended to are views: any other parts have no spare places
+    _held: tuple[Tensor, ...] = ()
+    _ahead = 0  # tokens behind those of `_held` in the room: `parts` are made when somebody reads them
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Sinks, values of the window, their scales."""
+        if self._ahead:
+            assert self._room is not None
+            count = self._held[1].shape[2] + self._ahead
+            self._ahead = 0
+            self._held = self._grown = (self._held[0], *[part.narrow(2, 0, count) for part in self._room])
+        return self._held
+
+    @parts.setter
+    def parts(self, parts: tuple[Tensor, ...]) -> None:
+        self._held, self._ahead = parts, 0
 
     def start(self, like: Tensor) -> None:
         """Hold no tokens, of the shape and dtype of `like`."""
@@ -105,7 +121,7 @@ class RoundedWindow(ExactWindow):
     @property
     def count(self) -> int:
         """Tokens."""
-        return int(self.parts[0].shape[2] + self.parts[1].shape[2])
+        return int(self._held[0].shape[2] + self._held[1].shape[2]) + self._ahead
 
     def read(self, *new: Tensor) -> Tensor:
         """Return the tokens, and `new` ones behind them exactly as they came, in the dtype of the sinks."""
@@ -161,6 +177,15 @@ class RoundedWindow(ExactWindow):
         count = values.shape[2] + more
         self._room = room
         self.parts = self._grown = (sinks, room[0].narrow(2, 0, count), room[1].narrow(2, 0, count))
+
+    def take_next(self) -> None:
+        """Hold the token that was written behind those that `take` put into a room."""
+        self._ahead += 1
+
+    def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
+        """Return whether the window is the first `count` tokens of `room`."""
+        held = self._held
+        return self._room is room and held is self._grown and held[1].shape[2] + self._ahead == count
 
     def insert(self, dequantized: Tensor) -> None:
         """Put tokens between attention sinks and window, rounded."""

@@ -9,8 +9,11 @@ Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,9 +23,11 @@ from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.residual_window import RoundedWindow
 from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu.launch import LibraryKernel
-from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, run_decode_steps
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.ops import algebra
+
+Room = tuple[Tensor, Tensor]  # places of a window in 8 bits: values and scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,33 +40,84 @@ class StepTensors:
     attended: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What a step was made of, but for the places of the window; `window` is the kernel that reads it."""
+
+    step: DecodeStep
+    query: Tensor
+    window: LibraryKernel
+    options: dict[str, Any]
+
+
 class CacheStep:
     """A prepared step of one layer of a cache; `left`: how many times it may be run."""
 
-    def __init__(self, layer: LatentLayer, step: DecodeStep, rooms: tuple[Any, Any], left: int, threads: int) -> None:
-        self._step, self._rooms, self.left, self._threads = step, rooms, left, threads
-        self._held = _parts(layer)
-        self._quantized = layer.quantized
+    def __init__(self, layer: LatentLayer, made: _Made, rooms: tuple[Room, Room], left: int, threads: int) -> None:
+        self._step, self._rooms, self.left, self._threads = made.step, rooms, left, threads
+        self._made = made
+        self._windows: tuple[Any, Any] = layer.window_keys, layer.window_values
+        self._count = self._windows[0].parts[1].shape[2]  # tokens of the window
+        self.quantized, self._stays = layer.quantized, _staying(layer)
+        self._layer, self._is_open = ref(layer), False  # open: it was run, and the cache does not hold its token yet
 
     def is_current(self, layer: LatentLayer, threads: int) -> bool:
         """Return whether the step may be run: the layer of the cache is what this step left."""
-        if self.left <= 0 or threads != self._threads or layer.quantized != self._quantized or layer.observer:
+        return self.left > 0 and self._is_what_it_left(layer, threads)
+
+    def _is_what_it_left(self, layer: LatentLayer, threads: int) -> bool:
+        if threads != self._threads or layer.observer or self._is_open:
             return False
-        return all(x is y for x, y in zip(_parts(layer), self._held, strict=True))
+        return self._is_where_it_was(layer)
 
-    def __call__(self, layer: LatentLayer) -> None:
-        """Run the step; the cache holds its token then."""
-        self._step()
+    def _is_where_it_was(self, layer: LatentLayer) -> bool:
+        (keys, values), rooms, count = self._windows, self._rooms, self._count
+        if layer.quantized != self.quantized or layer.window_keys is not keys or layer.window_values is not values:
+            return False
+        windows = keys.is_in(rooms[0], count) and values.is_in(rooms[1], count)
+        return windows and all(map(is_, _staying(layer), self._stays))
+
+    def move(self, layer: LatentLayer, threads: int) -> bool:
+        """Give the window other places, where nothing but these has run out; return whether there are more steps."""
+        if not self._is_what_it_left(layer, threads):
+            return False
+        room, made = _rooms(self._windows), self._made
+        left = _left(layer, room[0])
+        if left <= 0:
+            return False
+        count = self._count
+        call = _window_call(made.window, made.query, room, count, made.options)
+        made.step.move_window(room, count, (made.window, call))
+        for window, places in zip(self._windows, room, strict=True):
+            window.take(places, 0)
+        self._rooms, self.left = room, left
+        return True
+
+    def is_unchanged(self) -> bool:
+        """Return whether the layer of the cache still is what it was when the step was run."""
+        layer = self._layer()
+        return layer is not None and not layer.observer and self._is_where_it_was(layer)
+
+    def finish(self) -> None:
+        """Let the cache hold the token of the step, which was run."""
+        self._is_open = False
         self.left -= 1
-        layer.window_keys.take(self._rooms[0], 1)  # type: ignore[attr-defined]
-        layer.window_values.take(self._rooms[1], 1)  # type: ignore[attr-defined]
-        self._held = _parts(layer)
+        self._count += 1
+        for window in self._windows:
+            window.take_next()
 
 
-def _parts(layer: LatentLayer) -> tuple[Any, ...]:
+def run_steps(steps: Sequence[CacheStep]) -> None:
+    """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
+    for step in steps:
+        step._is_open = True
+    run_decode_steps([step._step for step in steps])
+
+
+def _staying(layer: LatentLayer) -> tuple[Any, ...]:
+    """Return what a step leaves as it is: packed latents, of which there are more after a block alone, and means."""
     means = layer.means
-    packed = layer.packed_keys.parts, layer.packed_values.parts
-    return layer.window_keys.parts, layer.window_values.parts, *packed, None if means is None else means.parts
+    return layer.packed_keys.parts, layer.packed_values.parts, None if means is None else means.parts
 
 
 def prepare_step(
@@ -73,14 +129,13 @@ def prepare_step(
     """
     if type(layer) is not LatentLayer or not _is_plain(layer, tensors):
         return None
-    room = [window.room(1) for window in (layer.window_keys, layer.window_values)]  # type: ignore[attr-defined]
+    windows: Any = (layer.window_keys, layer.window_values)
+    room = _rooms(windows)
     left = _left(layer, room[0])
     if left <= 0:
         return None
-    key, value = layer._sides(
-        0, layer.quantized, *[w.for_attention()[1] for w in (layer.window_keys, layer.window_values)]
-    )
-    opened = [_opened(w.parts[0]) for w in (layer.window_keys, layer.window_values)]
+    key, value = layer._sides(0, layer.quantized, *[w.for_attention()[1] for w in windows])
+    opened = [_opened(w.parts[0]) for w in windows]
     kernels = graph_kernels.cache_kernels(
         (tensors.query, *opened, key.rows, key.scale, key.decode, value.rows, value.scale, value.decode,
          *(key.window or ()), *(value.window or ()), *(None,) * 6),
@@ -96,9 +151,14 @@ def prepare_step(
     scale = options["scale"]
     pair: Any = sides
     step = DecodeStep(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
-    for window, places in zip((layer.window_keys, layer.window_values), room, strict=True):
-        window.take(places, 0)  # type: ignore[attr-defined]
-    return CacheStep(layer, step, (room[0], room[1]), left, threads)
+    for window, places in zip(windows, room, strict=True):
+        window.take(places, 0)
+    assert kernels[1] is not None
+    return CacheStep(layer, _Made(step, tensors.query, kernels[1], options), room, left, threads)
+
+
+def _rooms(windows: tuple[Any, Any]) -> tuple[Room, Room]:
+    return windows[0].room(1), windows[1].room(1)
 
 
 def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
@@ -133,7 +193,7 @@ def _opened(sinks: Tensor) -> Tensor:
 
 def _calls(
     kernels: tuple[LibraryKernel | None, ...], query: Tensor, key: SideRows, value: SideRows,
-    room: list[tuple[Tensor, Tensor]], opened: list[Tensor], options: dict[str, Any],
+    room: tuple[Room, Room], opened: list[Tensor], options: dict[str, Any],
 ) -> list[tuple[LibraryKernel, bytes] | None]:  # fmt: skip
     """Return kernel and arguments of latents, window and open tokens; None for a part without tokens."""
     latents, window, exact = kernels
@@ -146,12 +206,19 @@ def _calls(
             absorbed, key.rows, key.scale, value.rows, value.scale, None, None, None, 0, scale, softcap
         )
         calls[0] = (latents, call.arguments)
-    count = key.rounded
-    (keys, key_scale), (values, value_scale) = ([part[:, :, :count] for part in places] for places in room)
-    call = window.prepared(query, keys, key_scale, values, value_scale, None, None, None, 0, scale, softcap)
-    calls.append((window, call.arguments))
+    calls.append((window, _window_call(window, query, room, key.rounded, options)))
     call = exact.prepared(query, opened[0], None, opened[1], None, None, None, None, 0, scale, softcap)
     return [*calls, (exact, call.arguments)]
+
+
+def _window_call(
+    kernel: LibraryKernel, query: Tensor, room: tuple[Room, Room], count: int, options: dict[str, Any]
+) -> bytes:
+    """Return the arguments of attention on the first `count` tokens of a window."""
+    (keys, key_scale), (values, value_scale) = ([part[:, :, :count] for part in places] for places in room)
+    scale, softcap = options["scale"], options["softcap"]
+    call = kernel.prepared(query, keys, key_scale, values, value_scale, None, None, None, 0, scale, softcap)
+    return call.arguments
 
 
 def result_tensors(program: LayerProgram, result: tuple[torch.Size, torch.dtype]) -> StepTensors:

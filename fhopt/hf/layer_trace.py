@@ -11,7 +11,7 @@ Letters: B sequences, H query heads, G kv heads, S new tokens, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from fhopt.codegen.cpu.skinny_linear import SignedBytes, kept_bytes
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue, UnsupportedError
 
 Path = tuple[int | str, ...]  # of an argument of the layer: its position or name, then its place in a tuple
-_SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _OPTIONS = ("scaling", "dropout", "softcap", "is_causal", "s_aux")  # of attention, which `replay` hands on
 
 
@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):
             return Ref(self._number(x))
         if isinstance(x, (list, tuple)):
             return tuple(self._reference(y) for y in x)
-        if not isinstance(x, _SCALARS):
+        if not isinstance(x, SCALARS):
             raise UnsupportedError(f"an operand of type {type(x).__name__}")
         return x
 
@@ -214,8 +214,7 @@ class _Recorder(TorchDispatchMode):
         result = self._made(out)
         self.borders |= {ref.number: x for ref, x in zip((*refs, result), (query, *pending[:2], out), strict=True)}
         self.ops.append(TracedOp(ATTENTION, refs, (), (result,)))
-        kept = {name: options[name] for name in _OPTIONS if options.get(name) is not None}
-        self.attention = AttentionCall(module, pending[2], cache, mask_path, kept)
+        self.attention = AttentionCall(module, pending[2], cache, mask_path, _kept(options))
 
     def recording(self, result: Any) -> Recording:
         """Return the recording of a call that returned `result`. Raises UnsupportedError."""
@@ -245,16 +244,84 @@ def rehearse(
     rehearsals. Raises UnsupportedError where a layer does what programs cannot.
     """
     recorder = _Recorder(layer, dict(leaves(args, kwargs)))
+    with _attention_stand_in(recorder), recorder:
+        result = _beside_the_cache(forward, args, kwargs, recorder.updated, later)
+    return recorder.recording(result)
+
+
+def _beside_the_cache(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], updated: Callable[..., Any], later: int
+) -> Any:
+    """Call `forward` with stand-ins for caches. Raises UnsupportedError where it fails."""
 
     def replaced(x: Any) -> Any:
-        return _CacheStandIn(x, recorder, later) if _is_cache(x) else x
+        return _CacheStandIn(x, updated, later) if _is_cache(x) else x
 
-    with _attention_stand_in(recorder), recorder:
-        try:
-            result = forward(*map(replaced, args), **{name: replaced(x) for name, x in kwargs.items()})
-        except Exception as error:  # whatever the layer expects of a cache that the stand-in does not give
-            raise UnsupportedError(f"it fails beside the cache ({type(error).__name__}: {error})") from error
-    return recorder.recording(result)
+    try:
+        return forward(*map(replaced, args), **{name: replaced(x) for name, x in kwargs.items()})
+    except Exception as error:  # whatever the layer expects of a cache that the stand-in does not give
+        raise UnsupportedError(f"it fails beside the cache ({type(error).__name__}: {error})") from error
+
+
+@dataclass(eq=False)
+class Observation:
+    """What a call of a layer gave its cache and its attention, and what it returned.
+
+    borders: query, keys, values and attention's result. output: the first element of the result; extra: as of
+    `Recording`.
+    """
+
+    borders: tuple[Tensor, ...]
+    attention: AttentionCall
+    output: Any
+    extra: int
+
+
+def observe(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], like: Recording) -> Observation:
+    """Run `forward` of a layer once beside the cache, which stays as it is, and return what went in and out.
+
+    like: of a layer that is built alike; operations are not recorded. Raises UnsupportedError where cache, mask or
+    result are not what they were there.
+    """
+    seen = _Seen(None if like.attention.mask is None else leaf(args, kwargs, like.attention.mask), like.attention)
+    with _attention_stand_in(seen):
+        result = _beside_the_cache(forward, args, kwargs, seen.updated, 0)
+    first, extra = (result[0], len(result) - 1) if isinstance(result, tuple) and result else (result, -1)
+    if seen.calls != 1 or seen.updates != 1 or seen.attention is None:
+        raise UnsupportedError("it calls cache or attention in another way than a layer that is built alike")
+    if extra != like.extra or not isinstance(first, Tensor):
+        raise UnsupportedError("it returns something else than a layer that is built alike")
+    return Observation(seen.borders, seen.attention, first, extra)
+
+
+class _Seen:
+    """The state of observing one call."""
+
+    def __init__(self, mask: Any, like: AttentionCall) -> None:
+        self.mask, self.like = mask, like
+        self.updates = self.calls = 0
+        self.written: tuple[Any, Any, int] = (None, None, 0)
+        self.borders: tuple[Tensor, ...] = ()
+        self.attention: AttentionCall | None = None
+
+    def pausing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def updated(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.updates += 1
+        self.written = keys, values, layer
+        return keys, values
+
+    def attended(self, module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: Any, out: Any) -> None:
+        keys, values, layer = self.written
+        self.calls += 1
+        if mask is self.mask and key is keys and value is values and options.get("position_bias") is None:
+            self.borders = query, keys, values, out
+            self.attention = AttentionCall(module, layer, self.like.cache, self.like.mask, _kept(options))
+
+
+def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _OPTIONS if options.get(name) is not None}
 
 
 def _is_cache(x: Any) -> bool:
@@ -267,8 +334,8 @@ class _CacheStandIn:
     later: tokens by which it seems longer than the cache is.
     """
 
-    def __init__(self, cache: Any, recorder: _Recorder, later: int) -> None:
-        self._cache, self._later, self.update = cache, later, recorder.updated
+    def __init__(self, cache: Any, updated: Callable[..., Any], later: int) -> None:
+        self._cache, self._later, self.update = cache, later, updated
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # for who asks whether this is a cache
@@ -283,7 +350,7 @@ class _CacheStandIn:
 
 
 @contextmanager
-def _attention_stand_in(recorder: _Recorder) -> Iterator[None]:
+def _attention_stand_in(recorder: _Recorder | _Seen) -> Iterator[None]:
     """Let attention of this thread be recorded, inside, and return the new values: their numbers mean nothing."""
 
     def attend(module: Any, query: Tensor, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Tensor:
@@ -307,6 +374,13 @@ def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path
             yield from (((key, i), y) for i, y in enumerate(x))
         else:
             yield (key,), x
+
+
+def leaf(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
+    """Return the argument of a call at a path of `leaves`."""
+    key = path[0]
+    x = args[key] if isinstance(key, int) else kwargs[key]
+    return x if len(path) == 1 else x[path[1]]
 
 
 def _overload(func: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from fhopt.plan.site_plan import SidePlan, SitePlan
 
@@ -41,7 +41,8 @@ class KernelSpec:
         def side(tiers: tuple[tuple[int, int, float], ...], width: int) -> str:
             return "x".join(f"{w}b{b}" for b, w, _ in tiers) or f"{width}f"
 
-        digest = hashlib.sha256(repr(asdict(self)).encode()).hexdigest()[:8]
+        parameters = {field.name: getattr(self, field.name) for field in fields(self)}
+        digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
         cap = "_cap" if self.softcap else ""
         key, value = side(self.key_tiers, self.key_width), side(self.value_tiers, self.value_width)
         return f"latent_k{key}_v{value}_{self.dtype}{cap}_{digest}"

@@ -346,8 +346,11 @@ void run_all(const Run& run) {
 extern "C" void run_layer(const Run* run) { run_all(*run); }
 
 // What comes before attention, attention on the cache, what comes after; the new token is in the cache then.
-extern "C" void run_decode_step(DecodeStep* s) {
-    run_all(s->before);
-    attend(*s);
-    run_all(s->after);
+// Of several layers, one after the other.
+extern "C" void run_decode_steps(DecodeStep* const* steps, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        run_all(steps[i]->before);
+        attend(*steps[i]);
+        run_all(steps[i]->after);
+    }
 }

@@ -23,13 +23,13 @@ pytestmark = needs_compiler
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Quantized tokens of the layer in every prepared step that was run."""
     calls: list[int] = []
-    run = cache_steps.CacheStep.__call__
+    finish = cache_steps.CacheStep.finish
 
-    def watched(self: Any, layer: Any) -> None:
-        calls.append(layer.quantized)
-        run(self, layer)
+    def watched(self: Any) -> None:
+        calls.append(self.quantized)
+        finish(self)
 
-    monkeypatch.setattr(cache_steps.CacheStep, "__call__", watched)
+    monkeypatch.setattr(cache_steps.CacheStep, "finish", watched)
     return calls
 
 

@@ -14,7 +14,7 @@ from fhopt.attention.attend import attend_parts
 from fhopt.attention.cache_view import SideRows
 from fhopt.attention.operands import AttentionOperands, PartMasks
 from fhopt.codegen.cpu import graph_kernels
-from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep
+from fhopt.codegen.layers.decode_step import CacheSide, DecodeStep, run_decode_steps
 from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.trace import ATTENTION, LayerTrace, Ref, TracedOp, TracedValue
 from fhopt.hf.cache_steps import _calls
@@ -79,7 +79,7 @@ def test_a_step_attends_and_keeps_its_token(dtype: torch.dtype, packed: int, wit
     step = DecodeStep(program, ctypes.addressof(externals), 2, new[0], attended, pair, calls, 0.25)
     for number in range(2):
         expected = attend_parts(_operands(inputs, exact, sides, rooms, WINDOW + number, options))
-        step()
+        run_decode_steps([step])
         close = 3e-3 if dtype == torch.float32 else 2e-2  # in 16 bits, codes of few bits are multiplied by 8
         torch.testing.assert_close(output.float() - 1, expected.transpose(1, 2), rtol=close, atol=close)
         for x, side, room in zip(inputs[1:], sides, rooms, strict=True):

@@ -1,0 +1,87 @@
+"""Decoder layers that are built alike: what was recorded of one holds for the others, with their own weights.
+
+A model has dozens of layers of one class with the same options, which differ in weights and in their number. Two layers
+are alike where their modules have the same names, classes and attributes (numbers, names and flags by value, anything
+else as the same object), their weights the same shapes, and their calls the same arguments. That leaves what a layer
+does with its number: its program must give what the layer gives when it is called beside the cache
+(`fhopt.hf.layer_trace.observe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fhopt.codegen.cpu.skinny_linear import kept_bytes
+from fhopt.hf.layer_trace import SCALARS, Weight, leaves
+
+_NUMBERS = {"layer_idx", "layer_index", "layer_id", "layer_number"}  # of a layer in its model
+_PARTS = ("_parameters", "_buffers")
+_OF_ALL = {*vars(torch.nn.Module()), "forward"} - {"training"}  # `forward`: of products that fhopt replaces
+
+
+def structure_of(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """Return what is equal for layers that are built alike and called alike."""
+    modules = [(name, type(module), _attributes(module), _shapes(module)) for name, module in _modules(layer).items()]
+    return tuple(modules), tuple([(path, _kind(x)) for path, x in leaves(args, kwargs)])
+
+
+def _modules(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return dict(layer.named_modules(remove_duplicate=False))
+
+
+def _attributes(module: torch.nn.Module) -> Hashable:
+    named = [(n, x) for n, x in vars(module).items() if n not in _OF_ALL and n not in _NUMBERS and "fhopt" not in n]
+    return tuple([(name, x if isinstance(x, SCALARS) else (type(x), id(x))) for name, x in named])
+
+
+def _shapes(module: torch.nn.Module) -> Hashable:
+    return tuple([(n, None if x is None else _kind(x)) for part in _PARTS for n, x in vars(module)[part].items()])
+
+
+def _kind(x: Any) -> Hashable:
+    if isinstance(x, Tensor):
+        return type(x), x.shape, x.stride(), x.dtype
+    if isinstance(x, SCALARS):
+        return type(x), x
+    return type(x)
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """Where a weight stands in a layer: the name of the module, which of its dicts, the name in it.
+
+    is_scale: of a weight that is kept as signed bytes, whether its scale is meant.
+    """
+
+    module: str
+    part: str
+    name: str
+    is_scale: bool
+
+    def of(self, modules: Mapping[str, torch.nn.Module]) -> Weight:
+        """Return the weight at this place of a layer, whose modules are given by their names."""
+        holder = vars(modules[self.module])[self.part]
+        tensor = holder[self.name]
+        kept = None if type(tensor) in (Tensor, torch.nn.Parameter) else kept_bytes(tensor)
+        read = tensor if kept is None else kept.scale if self.is_scale else kept.values
+        return Weight(holder, self.name, tensor, read.data_ptr(), kept)
+
+
+def weight_places(layer: torch.nn.Module, weights: Mapping[int, Weight]) -> dict[int, WeightPlace]:
+    """Return where the weights of a recording stand in the layer, by the numbers of their values."""
+    holders = {id(vars(module)[part]): (name, part) for name, module in _modules(layer).items() for part in _PARTS}
+    return {
+        number: WeightPlace(*holders[id(w.holder)], w.name, w.kept is not None and w.address == w.kept.scale.data_ptr())
+        for number, w in weights.items()
+    }
+
+
+def weights_at(layer: torch.nn.Module, places: Mapping[int, WeightPlace]) -> dict[int, Weight]:
+    """Return the weights of a layer at these places."""
+    modules = _modules(layer)
+    return {number: place.of(modules) for number, place in places.items()}

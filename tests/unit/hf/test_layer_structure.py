@@ -1,0 +1,150 @@
+"""Layers that are built alike: found, given their own weights, and not taken for alike where they differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from latent_caches import coded, logits, plans
+from needs import needs_compiler
+from small_models import tiny_llama, token_ids
+from torch import Tensor
+
+import fhopt
+from fhopt.hf import layer_programs, layer_trace
+from fhopt.hf.apply import latent_cache
+from fhopt.hf.layer_programs import STATE, program_reasons
+from fhopt.hf.layer_structure import structure_of, weight_places, weights_at
+from fhopt.hf.layer_trace import Weight
+
+ARGUMENTS: tuple[Any, ...] = ((torch.ones(1, 1, 64),), {"position_ids": torch.ones(1, 1), "use_cache": True})
+
+
+def layers() -> list[Any]:
+    return list(tiny_llama(num_hidden_layers=3).model.layers)
+
+
+def test_layers_of_a_model_differ_in_their_number_alone() -> None:
+    structures = {structure_of(layer, *ARGUMENTS) for layer in layers()}
+    assert len(structures) == 1
+
+
+def _other_option(layer: Any) -> None:
+    layer.self_attn.scaling *= 2
+
+
+def _other_object(layer: Any) -> None:
+    layer.self_attn.config = copy.copy(layer.self_attn.config)
+
+
+def _other_class(layer: Any) -> None:
+    layer.mlp.act_fn = torch.nn.GELU()
+
+
+def _other_shape(layer: Any) -> None:
+    layer.mlp.up_proj.weight = torch.nn.Parameter(torch.ones(97, 64))
+
+
+def _other_dtype(layer: Any) -> None:
+    layer.mlp.up_proj.half()
+
+
+def _more_weights(layer: Any) -> None:
+    layer.mlp.up_proj.bias = torch.nn.Parameter(torch.ones(96))
+
+
+def _more_modules(layer: Any) -> None:
+    layer.mlp.dropout = torch.nn.Dropout()
+
+
+@pytest.mark.parametrize(
+    "change", [_other_option, _other_object, _other_class, _other_shape, _other_dtype, _more_weights, _more_modules]
+)
+def test_anything_else_is_seen(change: Callable[[Any], None]) -> None:
+    one, other, _ = layers()
+    change(other)
+    assert structure_of(one, *ARGUMENTS) != structure_of(other, *ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "args,kwargs",
+    [
+        ((torch.ones(2, 1, 64),), ARGUMENTS[1]),
+        ((torch.ones(1, 1, 64, dtype=torch.bfloat16),), ARGUMENTS[1]),
+        (ARGUMENTS[0], {"position_ids": torch.ones(1, 1), "use_cache": False}),
+        (ARGUMENTS[0], {"position_ids": None, "use_cache": True}),
+        (ARGUMENTS[0], {"use_cache": True}),
+    ],
+)
+def test_so_are_other_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    layer = layers()[0]
+    assert structure_of(layer, args, kwargs) != structure_of(layer, *ARGUMENTS)
+
+
+def test_weights_stand_in_the_same_places() -> None:
+    one, other, _ = layers()
+    holder = one.mlp.up_proj._parameters
+    weights = {7: Weight(holder, "weight", one.mlp.up_proj.weight, one.mlp.up_proj.weight.data_ptr())}
+    (found,) = weights_at(other, weight_places(one, weights)).values()
+    assert found.tensor is other.mlp.up_proj.weight and found.address == found.tensor.data_ptr()
+    assert found.holder is other.mlp.up_proj._parameters and found.is_current()
+
+
+# --------------------------------------------------------------------------------------------------- in a model
+
+
+def three_layers() -> Any:
+    return tiny_llama(num_hidden_layers=3)
+
+
+@pytest.fixture
+def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Layers that were rehearsed."""
+    seen: list[Any] = []
+    rehearse = layer_trace.rehearse
+
+    def watched(layer: Any, *rest: Any) -> Any:
+        seen.append(layer)
+        return rehearse(layer, *rest)
+
+    monkeypatch.setattr(layer_programs, "rehearse", watched)
+    return seen
+
+
+def decoded(model: Any, ids: Tensor, programs: bool = True) -> Any:
+    fhopt.prepare(fhopt.apply(model, coded(plans(three_layers, 8)), layer_programs=programs))
+    return logits(model, latent_cache(model), ids, list(range(40, 60)))
+
+
+@needs_compiler
+def test_one_layer_is_rehearsed_for_all(rehearsals: list[Any]) -> None:
+    model, ids = three_layers(), token_ids(1, 60)
+    expected, output = decoded(three_layers(), ids, False), decoded(model, ids)
+    assert set(rehearsals) == {model.model.layers[0]} and set(program_reasons(model).values()) == {""}
+    assert float((output - expected).norm() / expected.norm()) < 1e-3
+
+
+@needs_compiler
+def test_a_layer_that_does_something_else_with_its_number_is_rehearsed_on_its_own(
+    rehearsals: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which nothing but its numbers shows."""
+    model = three_layers()
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+
+    def by_number(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        factor = 1.0 if self.layer_idx != 1 else 3.0
+        out, *rest = forward(self, hidden_states, *args, **kwargs)
+        return out * factor, *rest
+
+    monkeypatch.setattr(attention, "forward", by_number)
+    ids = token_ids(1, 60)
+    expected, output = decoded(three_layers(), ids, False), decoded(model, ids)
+    first, second, third = model.model.layers
+    assert set(rehearsals) == {first, second} and vars(second)[STATE].known.unlike
+    assert not vars(third)[STATE].known.unlike
+    assert float((output - expected).norm() / expected.norm()) < 1e-3
