@@ -203,7 +203,7 @@ class RoundedWindow(ExactWindow):
 def _with_spare(part: Tensor, spare: int) -> Tensor:
     """Copy values [B,G,M,D] or scales [B,G,M] to the front of a tensor with `spare` places behind."""
     count = part.shape[2]
-    room = part.new_zeros((*part.shape[:2], count + spare, *part.shape[3:]))
+    room = part.new_empty((*part.shape[:2], count + spare, *part.shape[3:]))
     room.narrow(2, 0, count).copy_(part)
     return room
 

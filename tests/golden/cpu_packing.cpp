@@ -285,11 +285,11 @@ struct Arguments {
     Rows scale;            // float16 [B,J,T]
 };
 
-// Calls f(b, j, t) for all rows, on as many threads as there is work for.
+// Calls f(b, j, t) for all rows, each of which is so much work, on as many threads as there is work for.
 template <class F>
-void for_rows(const Arguments& a, F f) {
+void for_rows(const Arguments& a, int64_t work, F f) {
     const int64_t rows = a.batch * a.heads * a.tokens;
-    const int threads = int(std::clamp<int64_t>(rows * a.width / 50000, 1, a.threads));  // one is worth about 10 us
+    const int threads = int(std::clamp<int64_t>(rows * work / 50000, 1, a.threads));  // one is worth about 10 us
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) f(i / (a.heads * a.tokens), i / a.tokens % a.heads, i % a.tokens);
 }
@@ -484,9 +484,14 @@ void pack_row(const Arguments& a, const T* z, uint8_t* row, uint16_t* scale) {
     }
 }
 
+// The search of a trellis code takes as long as rounding so many numbers.
+constexpr int64_t SEARCH = 200;
+
 template <class T>
 void pack_rows(const Arguments& a) {
-    for_rows(a, [&a](int64_t b, int64_t j, int64_t t) {
+    int64_t work = 0;
+    for (int64_t i = 0; i < a.count; i++) work += a.tiers[i].width * (a.tiers[i].step < 0 ? SEARCH : 1);
+    for_rows(a, work, [&a](int64_t b, int64_t j, int64_t t) {
         pack_row(a, a.latent.at<const T>(b, j, t), a.codes.at<uint8_t>(b, j, t), a.scale.at<uint16_t>(b, j, t));
     });
 }
@@ -546,7 +551,7 @@ extern "C" void pack(const Arguments* arguments) {
 
 extern "C" void unpack(const Arguments* arguments) {
     const Arguments& a = *arguments;
-    for_rows(a, [&a](int64_t b, int64_t j, int64_t t) {
+    for_rows(a, a.width, [&a](int64_t b, int64_t j, int64_t t) {
         unpack_row(a, a.codes.at<uint8_t>(b, j, t), *a.scale.at<uint16_t>(b, j, t), a.latent.at<float>(b, j, t));
     });
 }
