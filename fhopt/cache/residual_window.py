@@ -97,17 +97,16 @@ class RoundedWindow(ExactWindow):
     _room: tuple[Tensor, Tensor] | None = None  # values and scales with spare places behind, of which the parts
     _grown: tuple[Tensor, ...] = ()  # as they were last appended to are views: any other parts have no spare places
     _held: tuple[Tensor, ...] = ()
-    _ahead = 0  # tokens behind those of `_held` in the room: `parts` are made when somebody reads them
+    _ahead = 0  # tokens behind those of `_held` in the room: `parts` are made when somebody reads them. Reading changes
+    # nothing, so that another thread may ask for the size of a cache that grows.
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Sinks, values of the window, their scales."""
-        if self._ahead:
-            assert self._room is not None
-            count = self._held[1].shape[2] + self._ahead
-            self._ahead = 0
-            self._held = self._grown = (self._held[0], *[part.narrow(2, 0, count) for part in self._room])
-        return self._held
+        held, ahead, room = self._held, self._ahead, self._room
+        if not ahead or room is None:
+            return held
+        return held[0], *[part.narrow(2, 0, held[1].shape[2] + ahead) for part in room]
 
     @parts.setter
     def parts(self, parts: tuple[Tensor, ...]) -> None:
@@ -167,7 +166,7 @@ class RoundedWindow(ExactWindow):
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return values and scales with `more` spare places behind those of the window."""
         _, values, scale = self.parts
-        if self._room is None or self.parts is not self._grown or values.shape[2] + more > self._room[0].shape[2]:
+        if self._room is None or self._held is not self._grown or values.shape[2] + more > self._room[0].shape[2]:
             return _with_spare(values, self.spare), _with_spare(scale, self.spare)
         return self._room
 

@@ -65,8 +65,8 @@ def apply(
     skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once
     (fhopt/hf/skinny_products.py), also where the plan leaves all attention exact; False leaves them to torch.
 
-    layer_programs: on a CPU, decode steps run what a decoder layer does beside attention in two calls of machine code
-    (fhopt/hf/layer_programs.py), once a layer has been seen at work; False leaves it to torch's operations.
+    layer_programs: on a CPU, decode steps of consecutive decoder layers are one call of machine code
+    (fhopt/hf/layer_programs.py), once a layer has been seen at work; False leaves them to torch's operations.
 
     Kernels that no process has built yet are built beside the first calls; `prepare` waits for them.
     """

@@ -79,13 +79,10 @@ class CacheStep:
 
     def move(self, layer: LatentLayer, threads: int) -> bool:
         """Give the window other places, where nothing but these has run out; return whether there are more steps."""
-        if not self._is_what_it_left(layer, threads):
+        if not self._is_what_it_left(layer, threads) or _completes_a_block(layer):
             return False
         room, made = _rooms(self._windows), self._made
-        left = _left(layer, room[0])
-        if left <= 0:
-            return False
-        count = self._count
+        left, count = _left(layer, room[0]), self._count
         call = _window_call(made.window, made.query, room, count, made.options)
         made.step.move_window(room, count, (made.window, call))
         for window, places in zip(self._windows, room, strict=True):
@@ -93,9 +90,14 @@ class CacheStep:
         self._rooms, self.left = room, left
         return True
 
+    @property
+    def layer(self) -> LatentLayer | None:
+        """The layer of the cache; None where it is gone."""
+        return self._layer()
+
     def is_unchanged(self) -> bool:
         """Return whether the layer of the cache still is what it was when the step was run."""
-        layer = self._layer()
+        layer = self.layer
         return layer is not None and not layer.observer and self._is_where_it_was(layer)
 
     def finish(self) -> None:
@@ -127,13 +129,11 @@ def prepare_step(
 
     address: of the program's externals, among which are the `tensors`. options: `scale` and `softcap`.
     """
-    if type(layer) is not LatentLayer or not _is_plain(layer, tensors):
+    if type(layer) is not LatentLayer or not _is_plain(layer, tensors) or _completes_a_block(layer):
         return None
     windows: Any = (layer.window_keys, layer.window_values)
     room = _rooms(windows)
     left = _left(layer, room[0])
-    if left <= 0:
-        return None
     key, value = layer._sides(0, layer.quantized, *[w.for_attention()[1] for w in windows])
     opened = [_opened(w.parts[0]) for w in windows]
     kernels = graph_kernels.cache_kernels(
@@ -175,6 +175,11 @@ def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
     sinks = layer.window_keys.parts[0]
     fits = sinks.dtype == tensors.keys.dtype and sinks.is_cpu
     return fits and (*sinks.shape[:2], sinks.shape[3]) == (*tensors.keys.shape[:2], tensors.keys.shape[3])
+
+
+def _completes_a_block(layer: LatentLayer) -> bool:
+    """Return whether the next token makes a block that is to be quantized."""
+    return layer.window.quantized_tokens(layer.window_keys.count + 1) > 0
 
 
 def _left(layer: LatentLayer, room: tuple[Tensor, Tensor]) -> int:

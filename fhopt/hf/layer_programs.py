@@ -34,7 +34,7 @@ from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
 from fhopt.hf.bound_program import BoundProgram, ReadyStep
-from fhopt.hf.layer_structure import WeightPlace, structure_of, weight_places, weights_at
+from fhopt.hf.layer_structure import WeightPlace, renumbered, structure_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse
 from fhopt.hf.steps_ahead import Follower, Walk
 from fhopt.plan.latent_plan import LatentPlan
@@ -57,11 +57,33 @@ class _Candidate:
 
 @dataclass(frozen=True, eq=False)
 class _Pattern:
-    """A program that was bound to a layer, for layers that are built alike."""
+    """A program that was bound to a layer, for layers that are built alike.
+
+    recording: without tensors, modules and weights of the layer, which may come to an end before others do.
+    """
 
     program: LayerProgram
     recording: Recording
     places: dict[int, WeightPlace]
+
+    @staticmethod
+    def of(
+        layer: torch.nn.Module, forward: Callable[..., Any], program: LayerProgram, recording: Recording,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> _Pattern | None:  # fmt: skip
+        """Return the pattern of a recorded call; None where the layer does something with its number."""
+        try:
+            seen = observe(forward, args, kwargs, recording)
+            with renumbered(layer) as has_number:
+                again = observe(forward, args, kwargs, recording) if has_number else seen
+        except UnsupportedError:
+            return None
+        is_same = all(map(torch.equal, (*seen.borders, seen.output), (*again.borders, again.output)))
+        if not is_same or seen.attention.options != again.attention.options:
+            return None
+        attention = replace(recording.attention, module=torch.nn.Module(), options={})
+        known = replace(recording, weights={}, tensors={}, arguments={}, attention=attention)
+        return _Pattern(program, known, weight_places(layer, recording.weights))
 
     def recorded(
         self, layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -82,9 +104,13 @@ class LayerPrograms:
 
     def __init__(self) -> None:
         self.candidates: dict[LayerTrace, _Candidate] = {}
-        self.patterns: dict[Hashable, _Pattern] = {}
+        self.patterns: dict[Hashable, _Pattern | None] = {}
         self.arguments: dict[Hashable, Any] = {}  # of programs: layers that are called alike have the same object
         self.walk = Walk()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make one that knows nothing yet: programs are bound to weights by their addresses."""
+        return LayerPrograms, ()
 
     def rehearse(
         self, layer: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,7 +170,7 @@ class LayerState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how to make a state that knows nothing yet."""
-        return LayerState, (self.layer, LayerPrograms(), self.inner, self.attention)
+        return LayerState, (self.layer, self.shared, self.inner, self.attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -203,8 +229,9 @@ class LayerState:
             if self.inner is not None:
                 _use(self.inner, self.shared)
             return None
-        places = weight_places(self.layer, recording.weights)
-        self.shared.patterns.setdefault(structure, _Pattern(program, recording, places))
+        if structure not in self.shared.patterns:
+            found = _Pattern.of(self.layer, self.original, program, recording, args, kwargs)
+            self.shared.patterns[structure] = found
         return bound
 
     def _bound_as_others(
@@ -243,7 +270,7 @@ def _following(
     first: the program of a layer that is called with the same arguments, but for its input, and with such an input.
     """
     x = args[0]
-    if not state._is_as_it_was():
+    if not state._is_as_it_was() or state.layer._forward_pre_hooks:  # which may write weights
         return None
     for bound in state.known.bound.get((x.shape, x.dtype), ()):
         if (first.takes(x) and bound.fits_as(first)) or bound.fits(args, kwargs):

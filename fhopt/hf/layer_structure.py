@@ -3,13 +3,13 @@
 A model has dozens of layers of one class with the same options, which differ in weights and in their number. Two layers
 are alike where their modules have the same names, classes and attributes (numbers, names and flags by value, anything
 else as the same object), their weights the same shapes, and their calls the same arguments. That leaves what a layer
-does with its number: its program must give what the layer gives when it is called beside the cache
-(`fhopt.hf.layer_trace.observe`).
+does with its number: it is asked for by giving it another one (`renumbered`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,37 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.cpu.skinny_linear import kept_bytes
+from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf.layer_trace import SCALARS, Weight, leaves
 
 _NUMBERS = {"layer_idx", "layer_index", "layer_id", "layer_number"}  # of a layer in its model
 _PARTS = ("_parameters", "_buffers")
-_OF_ALL = {*vars(torch.nn.Module()), "forward"} - {"training"}  # `forward`: of products that fhopt replaces
+# `forward`: of products that fhopt replaces; `extra_repr`: torchao sets it for every module whose weight it quantizes.
+_OF_ALL = {*vars(torch.nn.Module()), "forward", "extra_repr"} - {"training"}
 
 
 def structure_of(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """Return what is equal for layers that are built alike and called alike."""
     modules = [(name, type(module), _attributes(module), _shapes(module)) for name, module in _modules(layer).items()]
     return tuple(modules), tuple([(path, _kind(x)) for path, x in leaves(args, kwargs)])
+
+
+@contextmanager
+def renumbered(layer: torch.nn.Module) -> Iterator[bool]:
+    """Let the layer have another number in its model, inside; yields whether it has any."""
+    numbers = [
+        (vars(module), name, vars(module)[name])
+        for module in layer.modules()
+        for name in _NUMBERS
+        if type(vars(module).get(name)) is int
+    ]
+    for attributes, name, number in numbers:
+        attributes[name] = 0 if number else 1
+    try:
+        yield bool(numbers)
+    finally:
+        for attributes, name, number in numbers:
+            attributes[name] = number
 
 
 def _modules(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -45,7 +65,7 @@ def _shapes(module: torch.nn.Module) -> Hashable:
 
 def _kind(x: Any) -> Hashable:
     if isinstance(x, Tensor):
-        return type(x), x.shape, x.stride(), x.dtype
+        return type(x), x.shape, x.stride() if x.layout == torch.strided else None, x.dtype, x.layout, x.device
     if isinstance(x, SCALARS):
         return type(x), x
     return type(x)
@@ -64,10 +84,16 @@ class WeightPlace:
     is_scale: bool
 
     def of(self, modules: Mapping[str, torch.nn.Module]) -> Weight:
-        """Return the weight at this place of a layer, whose modules are given by their names."""
+        """Return the weight at this place of a layer, whose modules are given by their names.
+
+        Raises UnsupportedError for a weight that programs cannot read.
+        """
         holder = vars(modules[self.module])[self.part]
         tensor = holder[self.name]
-        kept = None if type(tensor) in (Tensor, torch.nn.Parameter) else kept_bytes(tensor)
+        is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        kept = None if is_plain else kept_bytes(tensor)
+        if kept is None and not is_plain:
+            raise UnsupportedError(f"a weight of type {type(tensor).__name__}")
         read = tensor if kept is None else kept.scale if self.is_scale else kept.values
         return Weight(holder, self.name, tensor, read.data_ptr(), kept)
 
@@ -82,6 +108,6 @@ def weight_places(layer: torch.nn.Module, weights: Mapping[int, Weight]) -> dict
 
 
 def weights_at(layer: torch.nn.Module, places: Mapping[int, WeightPlace]) -> dict[int, Weight]:
-    """Return the weights of a layer at these places."""
+    """Return the weights of a layer at these places. Raises UnsupportedError."""
     modules = _modules(layer)
     return {number: place.of(modules) for number, place in places.items()}

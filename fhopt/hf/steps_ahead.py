@@ -3,21 +3,24 @@
     before   layer 0, ..., layer 29: Python between each two, whose code and data the weights drive out of caches
     after    layer 0 runs all thirty; the others return what is there, and their caches hold the token then
 
-A layer follows another where it was called with what that one returned, and with the same other arguments. What was run
-ahead counts only if the call comes and is the one that was expected: the same arguments, and what was read of them has
-the same bytes still. Otherwise it is thrown away, which leaves cache and model as they were, and the layer runs as it
-would have without it. A layer whose steps are thrown away again and again is not run ahead any more.
+A layer follows another where it was called with what that one returned, and with the same other arguments, and where no
+hook runs between the two, which might write their weights. What was run ahead counts only if the call comes and is the
+one that was expected: the same arguments, and what was read of them has the same bytes still. Otherwise it is thrown
+away, which leaves cache and model as they were, and the layer runs as it would have without it. A layer whose steps are
+thrown away several times in a row is not run ahead any more.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fhopt.hf.bound_program import ReadyStep
@@ -34,19 +37,43 @@ class Follower:
         self.wasted = 0
 
 
+class _Others:
+    """The arguments of a call but for the first. Caches are held weakly: a pass that ends early must not keep them."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.count, self.names = len(args), tuple(kwargs)
+        self.held = [_reference(x) for x in (*args[1:], *kwargs.values())]
+
+    def are(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether a call has the same ones."""
+        if len(args) != self.count or tuple(kwargs) != self.names:
+            return False
+        return all(map(is_, (*args[1:], *kwargs.values()), [get() for get in self.held]))
+
+
+def _reference(x: Any) -> Callable[[], Any]:
+    if x is None or isinstance(x, (Tensor, tuple, bool, int, float, str)):
+        return lambda: x
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
+
+
 @dataclass(eq=False)
 class _Ahead:
     """A step that was run ahead: the call that it was run for, and the bytes of what it read."""
 
     ready: ReadyStep
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    x: Tensor
+    others: _Others
     bytes: list[bytes]
 
     def is_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call is the expected one, and the layer of the cache is what it was."""
-        same = len(args) == len(self.args) and kwargs.keys() == self.kwargs.keys()
-        if not same or not all(map(is_, args, self.args)) or not all(map(is_, kwargs.values(), self.kwargs.values())):
+        if not args or args[0] is not self.x or not self.others.are(args, kwargs):
+            return False
+        if torch.is_autocast_enabled("cpu"):
             return False
         return self.bytes == _bytes(self.ready.read) and self.ready.step.is_unchanged()
 
@@ -68,6 +95,7 @@ class Walk(threading.local):
             self._ahead.clear()  # they were computed from what this call would have returned
             return None
         ahead.ready.step.finish()
+        state.follower.wasted = 0
         self._last = state, ahead.ready.output, list(map(id, kwargs.values()))
         return ahead.ready.result
 
@@ -96,16 +124,17 @@ class Walk(threading.local):
     def _others(
         self, state: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any], follow: Callable[..., Any]
     ) -> Iterator[tuple[Any, _Ahead]]:
-        met = {state}
-        while args and (state := state.follower.next) is not None and state.follower.wasted < MOST_WASTED:
-            if state in met:
+        others, met = _Others(args, kwargs), {id(state), id(ready.step.layer)}  # no layer twice, and none of the cache
+        while args and not state.layer._forward_hooks:
+            state = state.follower.next
+            if state is None or state.follower.wasted >= MOST_WASTED or id(state) in met:
                 return
-            met.add(state)
             args = ready.output, *args[1:]
             ready = follow(state, args, kwargs)
-            if ready is None:
+            if ready is None or id(ready.step.layer) in met:
                 return
-            yield state, _Ahead(ready, args, kwargs, [])
+            met |= {id(state), id(ready.step.layer)}
+            yield state, _Ahead(ready, args[0], others, [])
 
     def _link(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note that a layer was called with what the last one returned."""

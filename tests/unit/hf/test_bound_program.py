@@ -88,8 +88,16 @@ def test_a_cache_that_nobody_has_takes_no_memory() -> None:
 
 
 def test_programs_of_layers_that_are_called_alike_fit_as_one(layer_and_call: Any) -> None:
-    layer, bound, args, _ = layer_and_call
-    assert bound.fits_as(bound) and bound.takes(args[0])
-    assert not bound.takes(torch.ones(1, 64, 1).transpose(1, 2)[..., ::2])
-    layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.clone()
-    assert not bound.fits_as(bound)
+    _, bound, args, _ = layer_and_call
+    model = tiny_llama()
+    fhopt.prepare(fhopt.apply(model, coded(plans(tiny_llama, 8))))
+    for batch in (1, 2):
+        logits(model, latent_cache(model), token_ids(batch, 50), list(range(40, 50)))
+    known = [vars(layer)[STATE].known.bound for layer in model.model.layers]
+    (one, of_two), (other, of_two_others) = ([found for (found,) in bounds.values()] for bounds in known)
+    assert one.fits_as(other) and of_two.fits_as(of_two_others) and not one.fits_as(of_two_others)
+    assert bound.takes(args[0]) and not bound.takes(torch.ones(1, 64, 1).transpose(1, 2)[..., ::2])
+    one.arguments = bound.arguments
+    assert one.fits_as(bound)
+    model.model.layers[0].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight.data.clone()
+    assert not one.fits_as(bound)

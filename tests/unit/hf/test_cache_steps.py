@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from padded_batches import call, padded
 from small_models import tiny_llama, token_ids
 
 import fhopt
-from fhopt.hf import cache_steps
+from fhopt.hf import bound_program, cache_steps
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.layer_programs import STATE
 
@@ -45,6 +46,31 @@ def test_most_steps_of_a_window_of_8_bits_are_one_call(counted: list[int]) -> No
     logits(model, cache, token_ids(1, 100), list(range(40, 100)))
     assert len(counted) > 0.7 * 2 * 60 and len(set(counted)) > 3
     assert cache.get_seq_length() == 100
+
+
+def test_a_window_without_places_gets_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind latents; everything else of a step stays."""
+    made, moved = [], []
+    prepare, move = bound_program.prepare_step, cache_steps.CacheStep.move
+
+    def prepared(*args: Any) -> Any:
+        made.append(1)
+        return prepare(*args)
+
+    def counted(self: Any, *args: Any) -> bool:
+        moved.append(move(self, *args))
+        return moved[-1]
+
+    monkeypatch.setattr(bound_program, "prepare_step", prepared)
+    monkeypatch.setattr(cache_steps.CacheStep, "move", counted)
+    plan = replace(coded(plans(tiny_llama, 8)), recent=32, block=32)
+    ids, outputs = token_ids(2, 200), []
+    for programs in (False, True):
+        model = fhopt.prepare(fhopt.apply(tiny_llama(), plan, layer_programs=programs))
+        cache = latent_cache(model)
+        outputs.append(logits(model, cache, ids, list(range(100, 200))))
+    assert cache.layers[0].quantized > 96 and sum(moved) >= 2 * 6 and len(made) <= 2 * 8
+    assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 1e-3
 
 
 def test_a_window_of_16_bits_is_read_by_ordinary_calls(counted: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ from small_models import tiny_llama, token_ids
 from torch import Tensor
 
 import fhopt
+from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf import layer_programs, layer_trace
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.layer_programs import STATE, program_reasons
-from fhopt.hf.layer_structure import structure_of, weight_places, weights_at
+from fhopt.hf.layer_structure import renumbered, structure_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Weight
 
 ARGUMENTS: tuple[Any, ...] = ((torch.ones(1, 1, 64),), {"position_ids": torch.ones(1, 1), "use_cache": True})
@@ -142,7 +144,49 @@ def test_a_layer_that_does_something_else_with_its_number_is_rehearsed_on_its_ow
     monkeypatch.setattr(kind, "forward", by_number)
     ids = token_ids(1, 60)
     expected, output = decoded(three_layers(), ids, False), decoded(model, ids)
+    assert set(rehearsals) == set(model.model.layers)
+    assert float((output - expected).norm() / expected.norm()) < 1e-3
+
+
+@needs_compiler
+def test_a_layer_that_gives_other_numbers_than_those_like_it_is_rehearsed_on_its_own(
+    rehearsals: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By something that neither its attributes nor its number show."""
+    model, ids, odd = three_layers(), token_ids(1, 60), weakref.WeakSet[Any]()
+    kind = type(model.model.layers[0])
+    forward = kind.forward
+
+    def by_object(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs) * (3.0 if self in odd else 1.0)
+
+    monkeypatch.setattr(kind, "forward", by_object)
+    other = three_layers()
+    odd.update([model.model.layers[1], other.model.layers[1]])
+    expected, output = decoded(other, ids, False), decoded(model, ids)
     first, second, third = model.model.layers
     assert set(rehearsals) == {first, second} and vars(second)[STATE].known.unlike
     assert not vars(third)[STATE].known.unlike
     assert float((output - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_a_layer_has_its_own_number_again_afterwards() -> None:
+    layer = layers()[2]
+    with renumbered(layer) as has_number:
+        assert has_number and layer.self_attn.layer_idx == 0
+    assert layer.self_attn.layer_idx == 2
+    with renumbered(layer.mlp) as has_number:
+        assert not has_number
+
+
+def test_a_weight_that_programs_cannot_read_is_refused() -> None:
+    one, other, _ = layers()
+    holder = one.mlp.up_proj._parameters
+    places = weight_places(one, {7: Weight(holder, "weight", one.mlp.up_proj.weight, 0)})
+
+    class Strange(torch.nn.Parameter):
+        """A weight that is kept in another way."""
+
+    other.mlp.up_proj.weight = Strange(torch.ones(96, 64))
+    with pytest.raises(UnsupportedError, match="Strange"):
+        weights_at(other, places)

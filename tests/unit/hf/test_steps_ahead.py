@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch import Tensor
 import fhopt
 from fhopt.hf import cache_steps, steps_ahead
 from fhopt.hf.apply import latent_cache
+from fhopt.hf.bound_program import BoundProgram
 from fhopt.hf.layer_programs import STATE
 
 pytestmark = needs_compiler
@@ -107,14 +112,70 @@ def test_an_output_that_a_hook_changes_is_what_the_next_layer_reads(calls: list[
     assert not close(outputs[1], outputs[0])
 
 
-def test_layers_that_are_run_ahead_in_vain_are_left_alone(calls: list[int]) -> None:
-    model, ids = model_of(), token_ids(1, PROMPT + STEPS)
-    steps(model, ids)
-    model.model.layers[1].register_forward_hook(_returns_another)
+def _wrapped(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Let somebody else change what a layer returns, without a hook."""
+    run = vars(layer)["forward"]
+    vars(layer)["forward"] = lambda *args, **kwargs: change(run(*args, **kwargs))
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 1.5, lambda x: x.mul_(1.5)])
+def test_so_is_one_that_anybody_else_changes(calls: list[int], change: Callable[[Tensor], Tensor]) -> None:
+    ids = token_ids(1, PROMPT + STEPS)
+    expected = model_of(programs=False)
+    expected.model.layers[1].register_forward_hook(_returns_another)
+    model = model_of()
+    before = steps(model, ids)
+    _wrapped(model.model.layers[1], change)
     calls.clear()
-    steps(model, ids)
+    output = steps(model, ids)
+    assert close(output, steps(expected, ids)) and not close(output, before)
+    # What was run ahead for layers 2 and 3 was in vain, and is not tried any more.
     assert [f.wasted for f in followers(model)] == [0, 0, steps_ahead.MOST_WASTED, 0]
-    assert 2 * calls[-20:].count(2) >= len(calls[-20:])  # layers 0 and 1, layers 2 and 3
+    assert calls.count(LAYERS) == steps_ahead.MOST_WASTED and 2 * calls[-20:].count(2) >= len(calls[-20:])
+
+
+def test_weights_that_a_hook_writes_are_those_that_count() -> None:
+    """All layers have the same memory, which a hook fills before each."""
+    ids, outputs = token_ids(1, PROMPT + STEPS), []
+    for programs in (False, True):
+        model = model_of(programs)
+        kept = [layer.mlp.up_proj.weight.detach().clone() for layer in model.model.layers]
+        memory = torch.nn.Parameter(kept[0].clone())
+
+        def fill(module: Any, args: Any, memory: Any = memory, kept: Any = kept) -> None:
+            with torch.no_grad():
+                memory.copy_(kept[module.self_attn.layer_idx])
+
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight = memory
+            layer.register_forward_pre_hook(fill)
+        outputs.append(steps(model, ids))
+    assert close(outputs[1], outputs[0]) and close(outputs[0], steps(model_of(programs=False), ids))
+
+
+def test_a_pass_that_ends_early_keeps_no_cache() -> None:
+    model, ids = model_of(), token_ids(1, PROMPT + 8)
+    cache = latent_cache(model)
+    steps(model, ids, cache)
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    _wrapped(model.model.layers[1], stop)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(ids[:, :1], **cached(cache))
+    held = [weakref.ref(layer) for layer in cache.layers]
+    del cache
+    gc.collect()
+    assert all(layer() is None for layer in held)
+
+
+def test_a_model_from_a_pickle_and_a_copy_run_ahead_too(calls: list[int]) -> None:
+    model, ids = model_of(), token_ids(1, PROMPT + STEPS)
+    expected = steps(model, ids)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301  # written here
+        calls.clear()
+        assert close(steps(twin, ids), expected) and calls.count(LAYERS) > 0.7 * STEPS
 
 
 def test_a_forward_pass_that_ends_early_leaves_the_other_caches_as_they_were() -> None:
@@ -154,7 +215,7 @@ def test_a_cache_that_changes_between_layers_is_read_as_it_is() -> None:
     assert close(outputs[1], outputs[0])
 
 
-def test_two_caches_in_turns_hold_what_they_were_given() -> None:
+def test_two_caches_in_turns_hold_what_they_were_given(calls: list[int]) -> None:
     ids, outputs = [token_ids(1, PROMPT + STEPS) for _ in range(2)], []
     for programs in (False, True):
         model = model_of(programs)
@@ -163,18 +224,28 @@ def test_two_caches_in_turns_hold_what_they_were_given() -> None:
         for i in range(PROMPT, PROMPT + STEPS):
             seen += [logits(model, cache, x[:, i : i + 1], []) for cache, x in zip(caches, ids, strict=True)]
         outputs.append(torch.cat(seen, 1))
-    assert close(outputs[1], outputs[0])
+    assert close(outputs[1], outputs[0]) and calls.count(LAYERS) > STEPS
 
 
-def test_a_step_that_was_thrown_away_is_not_run_again() -> None:
+def test_a_step_that_was_thrown_away_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of(), token_ids(1, PROMPT + 8)
-    cache = latent_cache(model)
+    cache, calls = latent_cache(model), []
+    make = BoundProgram.ready
+
+    def watched(self: Any, args: Any, kwargs: Any) -> Any:
+        calls.append((self, args, kwargs))
+        return make(self, args, kwargs)
+
+    monkeypatch.setattr(BoundProgram, "ready", watched)
     steps(model, ids, cache)
-    bound = next(iter(vars(model.model.layers[0])[STATE].known.bound.values()))[0]
-    step = bound.steps[cache.layers[0]]
-    assert step.is_current(cache.layers[0], torch.get_num_threads())
-    cache_steps.run_steps([step])
-    assert not step.is_current(cache.layers[0], torch.get_num_threads())
-    assert step.is_unchanged()
-    step.finish()
-    assert step.is_current(cache.layers[0], torch.get_num_threads()) and cache.layers[0].get_seq_length() == PROMPT + 9
+    (first,) = next(iter(vars(model.model.layers[0])[STATE].known.bound.values()))
+    args, kwargs = next((args, kwargs) for bound, args, kwargs in calls if bound is first)
+    layer, threads = cache.layers[0], torch.get_num_threads()
+    with torch.no_grad():
+        ready = first.ready(args, kwargs)
+        assert ready.step.is_current(layer, threads)
+        cache_steps.run_steps([ready.step])
+        assert not ready.step.is_current(layer, threads) and ready.step.is_unchanged()
+        assert first.ready(args, kwargs).step is not ready.step
+        ready.step.finish()
+    assert ready.step.is_current(layer, threads) and layer.get_seq_length() == PROMPT + 9
