@@ -66,9 +66,7 @@ def _shapes(module: torch.nn.Module) -> Hashable:
 def _kind(x: Any) -> Hashable:
     if isinstance(x, Tensor):
         return type(x), x.shape, x.stride() if x.layout == torch.strided else None, x.dtype, x.layout, x.device
-    if isinstance(x, SCALARS):
-        return type(x), x
-    return type(x)
+    return (type(x), x if isinstance(x, SCALARS) else None)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_most_steps_of_a_window_of_8_bits_are_one_call(counted: list[int]) -> No
 def test_a_window_without_places_gets_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind latents; everything else of a step stays."""
     made, moved = [], []
-    prepare, move = bound_program.prepare_step, cache_steps.CacheStep.move
+    prepare, move = cache_steps.prepare_step, cache_steps.CacheStep.move
 
     def prepared(*args: Any) -> Any:
         made.append(1)

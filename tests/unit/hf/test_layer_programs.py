@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fhopt
 from fhopt.hf import layer_programs
+from fhopt.hf.bound_program import BoundProgram
 from fhopt.hf.layer_programs import STATE, program_reasons
 
 pytestmark = needs_compiler
@@ -170,7 +171,7 @@ def test_gradients_training_and_other_options_run_operation_by_operation(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a program ran")
 
-    monkeypatch.setattr(layer_programs.BoundProgram, "ready", refuse)
+    monkeypatch.setattr(BoundProgram, "ready", refuse)
     _, cache = _filled(model, ids[:, :TOKENS])
     model(ids[:, -1:], **cached(cache)).logits.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
@@ -187,13 +188,13 @@ def test_an_attention_that_is_set_beside_the_plan_is_the_one_that_runs(
     ids = token_ids(1, TOKENS + 5)
     ran: list[int] = []
     expected, _ = stepwise(prepared(model, plan), ids)
-    run = layer_programs.BoundProgram.ready
+    run = BoundProgram.ready
 
     def watched(*given: Any) -> Any:
         ran.append(1)
         return run(*given)
 
-    monkeypatch.setattr(layer_programs.BoundProgram, "ready", watched)
+    monkeypatch.setattr(BoundProgram, "ready", watched)
     for name, programs in (("sdpa", 0), ("fhopt", 10)):
         model.set_attn_implementation(name)
         output, _ = stepwise(model, ids)
