@@ -149,37 +149,50 @@ def about(machine: Mapping[str, Any]) -> str:
 
 
 def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
-    """Draw decode speed against context, a panel for each model and batch, a line for each implementation."""
+    """Draw decode speed against context, a panel for each model, batch and vector unit, a line for each implementation.
+
+    title: what was measured last, where it is one of several.
+    """
     shown = [r for r in rows if r.metric == METRICS[0].name and math.isfinite(r.value)]
-    groups: dict[tuple[str, int], list[Row]] = {}
+    groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in shown:
         case = CaseName.read(row.case)
-        groups.setdefault((case.model, case.batch), []).append(row)
-    figure.suptitle(f"decode speed on {title}", fontsize=9)
+        groups.setdefault((case.model, case.batch, case.vector_unit), []).append(row)
     if not groups:
         return
+    figure.set_size_inches(4.2 * len(groups) + 2.2, 5.2)
+    figure.suptitle(f"decode speed; {title} was measured last", fontsize=9)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for panel, ((model, batch), here) in zip(panels, groups.items(), strict=True):
-        _lines(panel, here)
-        panel.set_title(f"{model}, batch {batch}", fontsize=8)
-    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    implementations = list(dict.fromkeys(row.impl for row in shown))
+    lines: dict[str, Any] = {}
+    for panel, ((model, batch, unit), here) in zip(panels, groups.items(), strict=True):
+        lines |= _lines(panel, here, implementations)
+        panel.set_title(f"{model}, batch {batch}, {unit}", fontsize=8)
+    known = [impl for impl in implementations if impl in lines]
+    legend = [lines[impl] for impl in known]
+    panels[-1].legend(legend, known, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _lines(panel: Any, rows: Sequence[Row]) -> None:
+def _lines(panel: Any, rows: Sequence[Row], implementations: Sequence[str]) -> dict[str, Any]:
     """Draw a line for each implementation: fhopt's are thick, those of one engine have one marker."""
     engines: dict[str, str] = {}
+    lines = {}
     panel.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
-    for index, impl in enumerate(dict.fromkeys(row.impl for row in rows)):
+    for index, impl in enumerate(implementations):
         points = sorted((CaseName.read(row.case).context, row.value) for row in rows if row.impl == impl)
         marker = engines.setdefault(impl.split()[0], MARKERS[len(engines) % len(MARKERS)])
+        if not points:
+            continue
         style, width = ("-", 2.5) if is_ours(impl) else ("--", 1.0)
         color = f"C{index % 10}"
-        panel.plot(*zip(*points, strict=True), style, marker=marker, label=impl, linewidth=width, color=color)
+        line = panel.plot(*zip(*points, strict=True), style, marker=marker, label=impl, linewidth=width, color=color)
+        lines[impl] = line[0]
     contexts = sorted({CaseName.read(row.case).context for row in rows})
     panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
     panel.set_xticks([], minor=True)
     for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         axis("{x:g}")
+    return lines
 
 
 def shown_failures(rows: Sequence[Row]) -> list[str]:
