@@ -34,7 +34,7 @@ from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
 from fhopt.hf.bound_program import BoundProgram, ReadyStep
-from fhopt.hf.layer_structure import WeightPlace, renumbered, structure_of, weight_places, weights_at
+from fhopt.hf.layer_structure import WeightPlace, structure_of, twin_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse
 from fhopt.hf.steps_ahead import Follower, Walk
 from fhopt.plan.latent_plan import LatentPlan
@@ -68,14 +68,15 @@ class _Pattern:
 
     @staticmethod
     def of(
-        layer: torch.nn.Module, forward: Callable[..., Any], program: LayerProgram, recording: Recording,
-        args: tuple[Any, ...], kwargs: dict[str, Any],
+        layer: torch.nn.Module, program: LayerProgram, recording: Recording, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> _Pattern | None:  # fmt: skip
         """Return the pattern of a recorded call; None where the layer does something with its number."""
         try:
-            seen = observe(forward, args, kwargs, recording)
-            with renumbered(layer) as has_number:
-                again = observe(forward, args, kwargs, recording) if has_number else seen
+            seen, again = [
+                observe(MethodType(type(layer).forward, twin_of(layer, is_renumbered)), args, kwargs, recording)
+                for is_renumbered in (False, True)
+            ]
         except UnsupportedError:
             return None
         is_same = all(map(torch.equal, (*seen.borders, seen.output), (*again.borders, again.output)))
@@ -230,7 +231,7 @@ class LayerState:
                 _use(self.inner, self.shared)
             return None
         if structure not in self.shared.patterns:
-            found = _Pattern.of(self.layer, self.original, program, recording, args, kwargs)
+            found = _Pattern.of(self.layer, program, recording, args, kwargs)
             self.shared.patterns[structure] = found
         return bound
 

@@ -3,13 +3,12 @@
 A model has dozens of layers of one class with the same options, which differ in weights and in their number. Two layers
 are alike where their modules have the same names, classes and attributes (numbers, names and flags by value, anything
 else as the same object), their weights the same shapes, and their calls the same arguments. That leaves what a layer
-does with its number: it is asked for by giving it another one (`renumbered`).
+does with its number: it is asked for by giving a twin of it another one (`twin_of`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,22 +31,21 @@ def structure_of(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return tuple(modules), tuple([(path, _kind(x)) for path, x in leaves(args, kwargs)])
 
 
-@contextmanager
-def renumbered(layer: torch.nn.Module) -> Iterator[bool]:
-    """Let the layer have another number in its model, inside; yields whether it has any."""
-    numbers = [
-        (vars(module), name, vars(module)[name])
-        for module in layer.modules()
-        for name in _NUMBERS
-        if type(vars(module).get(name)) is int
-    ]
-    for attributes, name, number in numbers:
-        attributes[name] = 0 if number else 1
-    try:
-        yield bool(numbers)
-    finally:
-        for attributes, name, number in numbers:
-            attributes[name] = number
+def twin_of(layer: torch.nn.Module, is_renumbered: bool) -> torch.nn.Module:
+    """Return a layer with the same weights, and if so with another number in its model.
+
+    Its modules are others, so that nobody who calls `layer` meanwhile sees that. What stands in for the `forward` of a
+    module is left out.
+    """
+    twin: torch.nn.Module = object.__new__(type(layer))
+    attributes = {name: x for name, x in vars(layer).items() if name != "forward"}
+    if is_renumbered:
+        numbers = {name: x for name, x in attributes.items() if name in _NUMBERS and type(x) is int}
+        attributes |= {name: 0 if x else 1 for name, x in numbers.items()}
+    parts = layer._modules.items()
+    attributes["_modules"] = {name: None if part is None else twin_of(part, is_renumbered) for name, part in parts}
+    vars(twin).update(attributes)
+    return twin
 
 
 def _modules(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -19,7 +19,7 @@ from fhopt.codegen.layers.trace import UnsupportedError
 from fhopt.hf import layer_programs, layer_trace
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.layer_programs import STATE, program_reasons
-from fhopt.hf.layer_structure import renumbered, structure_of, weight_places, weights_at
+from fhopt.hf.layer_structure import structure_of, twin_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Weight
 
 ARGUMENTS: tuple[Any, ...] = ((torch.ones(1, 1, 64),), {"position_ids": torch.ones(1, 1), "use_cache": True})
@@ -170,13 +170,16 @@ def test_a_layer_that_gives_other_numbers_than_those_like_it_is_rehearsed_on_its
     assert float((output - expected).norm() / expected.norm()) < 1e-3
 
 
-def test_a_layer_has_its_own_number_again_afterwards() -> None:
+def test_a_twin_has_another_number_and_the_same_weights() -> None:
     layer = layers()[2]
-    with renumbered(layer) as has_number:
-        assert has_number and layer.self_attn.layer_idx == 0
-    assert layer.self_attn.layer_idx == 2
-    with renumbered(layer.mlp) as has_number:
-        assert not has_number
+    twin: Any = twin_of(layer, True)
+    assert twin.self_attn.layer_idx == 0 and layer.self_attn.layer_idx == 2
+    assert type(twin) is type(layer) and twin.self_attn is not layer.self_attn
+    assert twin.mlp.up_proj.weight is layer.mlp.up_proj.weight
+    same: Any = twin_of(layer, False)
+    assert same.self_attn.layer_idx == 2
+    x = torch.randn(1, 3, 64)
+    assert torch.equal(twin.mlp(x), layer.mlp(x)) and torch.equal(same.mlp(x), layer.mlp(x))
 
 
 def test_a_weight_that_programs_cannot_read_is_refused() -> None:
