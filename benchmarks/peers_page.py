@@ -168,9 +168,8 @@ def draw(figure: Figure, rows: Sequence[Row], title: str) -> None:
     for panel, ((model, batch, unit), here) in zip(panels, groups.items(), strict=True):
         lines |= _lines(panel, here, implementations)
         panel.set_title(f"{model}, batch {batch}, {unit}", fontsize=8)
-    known = [impl for impl in implementations if impl in lines]
-    legend = [lines[impl] for impl in known]
-    panels[-1].legend(legend, known, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend = [lines[impl] for impl in implementations]
+    panels[-1].legend(legend, implementations, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _lines(panel: Any, rows: Sequence[Row], implementations: Sequence[str]) -> dict[str, Any]:

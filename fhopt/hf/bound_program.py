@@ -130,25 +130,29 @@ class BoundProgram:
         step = self._step(leaf(args, kwargs, self.attention.cache), torch.get_num_threads())
         if step is None:
             return None
-        read = [leaf(args, kwargs, path) for _, path in self.reads]
-        for (number, _), tensor in zip(self.reads, read, strict=True):
-            self.externals[number] = tensor.data_ptr()
+        read = self._read(args, kwargs)
         output = self._new(self.output)
         return ReadyStep(step, read, output, self._result(output))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the program, and attention as an ordinary call."""
-        externals, threads = self.externals, torch.get_num_threads()
+        threads = torch.get_num_threads()
         self.are_fixed = False
-        for number, path in self.reads:
-            externals[number] = leaf(args, kwargs, path).data_ptr()
+        self._read(args, kwargs)
         call, cache = self.attention, leaf(args, kwargs, self.attention.cache)
         mask = None if call.mask is None else leaf(args, kwargs, call.mask)
         query, keys, values = (self._new(stored) for stored in (self.query, self.keys, self.values))
-        run_segment(self.program, 0, externals, self.address, threads)
+        run_segment(self.program, 0, self.externals, self.address, threads)
         read = cache.update(keys, values, call.layer)
         attended, _ = latent_attention(call.module, query, read[0], read[1], mask, **call.options)
         return self._result(self._finish(attended, threads))
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Let the program read the arguments of a call, and return those that it reads."""
+        read = [leaf(args, kwargs, path) for _, path in self.reads]
+        for (number, _), tensor in zip(self.reads, read, strict=True):
+            self.externals[number] = tensor.data_ptr()
+        return read
 
     def _step(self, cache: Any, threads: int) -> CacheStep | None:
         """Return the step of a layer of the cache, prepared for this call; None where this is an ordinary one."""

@@ -54,8 +54,7 @@ class CacheStep:
     """A prepared step of one layer of a cache; `left`: how many times it may be run."""
 
     def __init__(self, layer: LatentLayer, made: _Made, rooms: tuple[Room, Room], left: int, threads: int) -> None:
-        self._step, self._rooms, self.left, self._threads = made.step, rooms, left, threads
-        self._made = made
+        self._made, self._rooms, self.left, self._threads = made, rooms, left, threads
         self._windows: tuple[Any, Any] = layer.window_keys, layer.window_values
         self._count = self._windows[0].parts[1].shape[2]  # tokens of the window
         self.quantized, self._stays = layer.quantized, _staying(layer)
@@ -115,7 +114,7 @@ def run_steps(steps: Sequence[CacheStep]) -> None:
     """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
     for step in steps:
         step._is_open = True
-    run_decode_steps([step._step for step in steps])
+    run_decode_steps([step._made.step for step in steps])
 
 
 def _staying(layer: LatentLayer) -> tuple[Any, ...]:

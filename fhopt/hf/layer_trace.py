@@ -220,9 +220,7 @@ class _Recorder(TorchDispatchMode):
         """Return the recording of a call that returned `result`. Raises UnsupportedError."""
         if self.failure is not None:
             raise self.failure
-        first, extra = result, -1
-        if isinstance(result, tuple):
-            first, extra = result[0], len(result) - 1
+        first, extra = _parted(result)
         is_plain = isinstance(first, Tensor) and (extra < 0 or all(x is None for x in result[1:]))
         if not is_plain or id(first) not in self.numbers or not first.is_contiguous():
             raise UnsupportedError("a layer that returns more than a tensor")
@@ -286,7 +284,7 @@ def observe(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     seen = _Seen(None if like.attention.mask is None else leaf(args, kwargs, like.attention.mask), like.attention)
     with _attention_stand_in(seen):
         result = _beside_the_cache(forward, args, kwargs, seen.updated, 0)
-    first, extra = (result[0], len(result) - 1) if isinstance(result, tuple) and result else (result, -1)
+    first, extra = _parted(result)
     if seen.calls != 1 or seen.updates != 1 or seen.attention is None:
         raise UnsupportedError("it calls cache or attention in another way than a layer that is built alike")
     if extra != like.extra or not isinstance(first, Tensor):
@@ -318,6 +316,11 @@ class _Seen:
         if mask is self.mask and key is keys and value is values and options.get("position_bias") is None:
             self.borders = query, keys, values, out
             self.attention = AttentionCall(module, layer, self.like.cache, self.like.mask, _kept(options))
+
+
+def _parted(result: Any) -> tuple[Any, int]:
+    """Return the first element of what a layer returned, and how many are behind it; -1 where it is no tuple."""
+    return (result[0], len(result) - 1) if isinstance(result, tuple) and result else (result, -1)
 
 
 def _kept(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,11 +52,9 @@ class _Others:
 
 
 def _reference(x: Any) -> Callable[[], Any]:
-    if x is None or isinstance(x, (Tensor, tuple, bool, int, float, str)):
-        return lambda: x
     try:
         return weakref.ref(x)
-    except TypeError:
+    except TypeError:  # numbers, names, tuples
         return lambda: x
 
 
@@ -83,7 +81,7 @@ class Walk(threading.local):
 
     def __init__(self) -> None:
         self._ahead: dict[Any, _Ahead] = {}  # by the states of layers
-        self._last: tuple[Any, Tensor | None, list[int]] = (None, None, [])
+        self._last: tuple[Any, Tensor, _Others] | None = None  # a layer, what it returned, what it was called with
 
     def result_of(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a layer returns that was run ahead, whose cache holds the token then; None where it was not."""
@@ -96,7 +94,7 @@ class Walk(threading.local):
             return None
         ahead.ready.step.finish()
         state.follower.wasted = 0
-        self._last = state, ahead.ready.output, list(map(id, kwargs.values()))
+        self._last = state, ahead.ready.output, ahead.others
         return ahead.ready.result
 
     def run(
@@ -108,23 +106,23 @@ class Walk(threading.local):
         follow: returns the step of another layer in a call, None where it is not to be run ahead.
         """
         self._link(state, args, kwargs)
-        for missed in self._ahead:  # the first call that never came
+        missed = next(iter(self._ahead), None)
+        if missed is not None:  # the first call that never came
             missed.follower.wasted += 1
-            break
         self._ahead.clear()
-        others = list(self._others(state, ready, args, kwargs, follow))
-        run_steps([ready.step, *[other.ready.step for _, other in others]])
-        for other_state, other in others:
-            other.bytes = _bytes(other.ready.read)
-            self._ahead[other_state] = other
+        behind = list(self._behind(state, ready, args, kwargs, follow))
+        run_steps([ready.step, *[step.step for _, _, step in behind]])
+        others = _Others(args, kwargs)
+        self._ahead = {who: _Ahead(step, x, others, _bytes(step.read)) for who, x, step in behind}
         ready.step.finish()
-        self._last = state, ready.output, list(map(id, kwargs.values()))
+        self._last = state, ready.output, others
         return ready.result
 
-    def _others(
+    def _behind(
         self, state: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any], follow: Callable[..., Any]
-    ) -> Iterator[tuple[Any, _Ahead]]:
-        others, met = _Others(args, kwargs), {id(state), id(ready.step.layer)}  # no layer twice, and none of the cache
+    ) -> Iterator[tuple[Any, Tensor, ReadyStep]]:
+        """Yield the states of layers that follow, what they are called with, and their steps."""
+        met = {id(state), id(ready.step.layer)}  # no layer twice, and none of the cache
         while args and not state.layer._forward_hooks:
             state = state.follower.next
             if state is None or state.follower.wasted >= MOST_WASTED or id(state) in met:
@@ -134,13 +132,14 @@ class Walk(threading.local):
             if ready is None or id(ready.step.layer) in met:
                 return
             met |= {id(state), id(ready.step.layer)}
-            yield state, _Ahead(ready, args[0], others, [])
+            yield state, args[0], ready
 
     def _link(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note that a layer was called with what the last one returned."""
+        if self._last is None:
+            return
         last, output, others = self._last
-        is_next = last is not None and last is not state and bool(args) and args[0] is output
-        if is_next and others == list(map(id, kwargs.values())):
+        if last is not state and args and args[0] is output and others.are(args, kwargs):
             last.follower.next = state
 
 
