@@ -343,9 +343,10 @@ constexpr int columns_for(int rows) {  // as many sums as registers hold beside 
     return std::clamp((LANES == 16 ? 24 : 10) / rows, 1, 8);
 }
 
+// Rows of the weight are `weight_row` apart; those of the next call are `next` behind these.
 template <class T, int ROWS, int COLUMNS>
 INLINE void multiply(const typename T::Input* input, int64_t stride, const typename T::Weight* weight,
-                     int64_t weight_row, int64_t width, float* sums) {
+                     int64_t weight_row, int64_t next, int64_t width, float* sums) {
     Floats sum[ROWS][COLUMNS] = {};
     const auto add = [&](int64_t i, const typename T::Vector (&w)[COLUMNS]) {
         UNROLL(8) for (int r = 0; r < ROWS; r++) {
@@ -367,7 +368,7 @@ INLINE void multiply(const typename T::Input* input, int64_t stride, const typen
         UNROLL(8) for (int c = 0; c < COLUMNS; c++) {
             w[c] = T::weight(weight + c * weight_row + i);
             // Into the second-level cache; of one row of input the CPU's own prefetching is faster.
-            __builtin_prefetch(weight + (c + COLUMNS) * weight_row + i, 0, 2);
+            __builtin_prefetch(weight + c * weight_row + next + i, 0, 2);
         }
         add(i, w);
     }

@@ -8,11 +8,11 @@
 //
 //     M rows, K width of the input, N width of the output
 //
-// A thread walks over its rows of the weight, COLUMNS at a time. For several rows of input it fetches the next ones
-// meanwhile, into the second-level cache, where more lines can be under way than into the first; for one row the CPU
-// itself does. Each vector of the weight is read once and multiplied with all rows of the input, which stay in the
-// caches; sums are of float32. With AVX-512 BF16, pairs of bfloat16 are multiplied as they are; other numbers of 16
-// bits become floats in registers.
+// A thread cuts its rows of the weight into COLUMNS runs, and walks over all of them at once: a CPU that fetches ahead
+// follows several long runs through memory, and finds the way anew wherever a short one ends. Next to each other, eight
+// rows of a kilobyte are read at half the speed of memory. Each vector of the weight is read once and multiplied with
+// all rows of the input, which stay in the caches; sums are of float32. With AVX-512 BF16, pairs of bfloat16 are
+// multiplied as they are; other numbers of 16 bits become floats in registers.
 //
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
@@ -33,33 +33,36 @@ constexpr int64_t BYTES = 3;
 
 struct Arguments {
     int64_t rows, width, columns, threads;
-    int64_t type;                   // of everything
-    const void* input;              // [M,K], `input_row` numbers from one row to the next
+    int64_t type;  // of everything
+    const void* input;  // [M,K], `input_row` numbers from one row to the next
     int64_t input_row;
-    const void* weight;             // [N,K]
+    const void* weight;  // [N,K]
     int64_t weight_row;
-    const void* bias;               // [N], or null
-    void* output;                   // [M,N], dense
-    const float* scale;             // [N], or null
-    int64_t is_float;               // input and output are of float32, whatever the type
+    const void* bias;  // [N], or null
+    void* output;  // [M,N], dense
+    const float* scale;  // [N], or null
+    int64_t is_float;  // input and output are of float32, whatever the type
 };
 
 #include "products.h"
 
+// ROWS rows of the input times COLUMNS rows of the weight, `apart` from each other.
 template <class T, int ROWS, int COLUMNS>
-void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column) {
+void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column,
+           int64_t apart) {
     float sums[ROWS * COLUMNS];
     const auto* weight = static_cast<const typename T::Weight*>(a.weight) + column * a.weight_row;
-    multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, a.weight_row, a.width, sums);
+    multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, apart * a.weight_row, a.weight_row, a.width, sums);
     const auto* bias = static_cast<const typename T::Element*>(a.bias);
-    const int64_t first = row * a.columns + column;
     for (int r = 0; r < ROWS; r++) {
         for (int c = 0; c < COLUMNS; c++) {
-            const float added = bias ? T::number(bias[column + c]) : 0.0f;
+            const int64_t at = column + c * apart;
+            const float added = bias ? T::number(bias[at]) : 0.0f;
             const float sum = sums[r * COLUMNS + c];
-            const float y = (a.scale ? sum * a.scale[column + c] : sum) + added;
-            if (a.is_float) static_cast<float*>(a.output)[first + r * a.columns + c] = y;
-            else static_cast<typename T::Element*>(a.output)[first + r * a.columns + c] = T::rounded(y);
+            const float y = (a.scale ? sum * a.scale[at] : sum) + added;
+            const int64_t place = (row + r) * a.columns + at;
+            if (a.is_float) static_cast<float*>(a.output)[place] = y;
+            else static_cast<typename T::Element*>(a.output)[place] = T::rounded(y);
         }
     }
 }
@@ -69,9 +72,10 @@ template <class T, int ROWS>
 void block_of_columns(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t begin,
                       int64_t end) {
     constexpr int COLUMNS = columns_for(ROWS);
+    const int64_t apart = (end - begin) / COLUMNS;
     int64_t column = begin;
-    for (; column + COLUMNS <= end; column += COLUMNS) block<T, ROWS, COLUMNS>(a, input, stride, row, column);
-    for (; column < end; column++) block<T, ROWS, 1>(a, input, stride, row, column);
+    for (; column < begin + apart; column++) block<T, ROWS, COLUMNS>(a, input, stride, row, column, apart);
+    for (column += (COLUMNS - 1) * apart; column < end; column++) block<T, ROWS, 1>(a, input, stride, row, column, 1);
 }
 
 template <class T, int... I>
@@ -83,6 +87,7 @@ void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, co
 // ------------------------------------------------------------------------------------------------ all of it
 
 constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
+constexpr int64_t SHARE = 8;  // rows of a weight of which a thread takes a multiple, where it can
 
 // Products of one input with `count` weights.
 template <class T>
@@ -103,7 +108,7 @@ void products(const Arguments* all, int64_t count) {
         }
     }
     const int64_t blocks = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t step = blocks > 1 ? CACHED : 2 * CACHED;
+    const int64_t step = blocks > 1 ? CACHED : SHARE;
     const auto steps_of = [&](const Arguments& p) { return (p.columns + step - 1) / step; };
     int64_t steps = 0, size = 0;
     for (int64_t p = 0; p < count; p++) {
@@ -112,14 +117,21 @@ void products(const Arguments* all, int64_t count) {
     }
     const int threads = int(std::clamp<int64_t>(std::min(steps, size / 100000), 1, a.threads));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t s = 0; s < steps; s++) {
-        const Arguments* its = all;
-        int64_t i = s;
-        for (; i >= steps_of(*its); its++) i -= steps_of(*its);
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t row = a.rows * b / blocks, last = a.rows * (b + 1) / blocks;
-            rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(last - row), *its, input, stride, row,
-                       i * step, std::min((i + 1) * step, its->columns));
+    for (int share = 0; share < threads; share++) {
+        int64_t begin = steps * share / threads, end = steps * (share + 1) / threads;  // of the steps of all weights
+        for (const Arguments* its = all; its < all + count; its++) {
+            const int64_t its_steps = steps_of(*its), last = std::min(end, its_steps);
+            const int64_t at_once = blocks > 1 ? 1 : std::max<int64_t>(last, 1);
+            for (int64_t s = std::max<int64_t>(begin, 0); s < last; s += at_once) {
+                const int64_t column = s * step, stop = std::min(std::min(s + at_once, last) * step, its->columns);
+                for (int64_t b = 0; b < blocks; b++) {
+                    const int64_t row = a.rows * b / blocks, rows = a.rows * (b + 1) / blocks - row;
+                    rows_at<T>(std::make_integer_sequence<int, BLOCK_ROWS>(), int(rows), *its, input, stride, row,
+                               column, stop);
+                }
+            }
+            begin -= its_steps;
+            end -= its_steps;
         }
     }
     std::free(input);

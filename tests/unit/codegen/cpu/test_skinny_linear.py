@@ -74,12 +74,15 @@ def test_scales_that_do_not_fit_are_refused() -> None:
             torch.ops.fhopt.skinny_linear(x, weight, None, scale)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("rows", [1, 3, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
+def test_several_threads_give_the_same_numbers(dtype: torch.dtype, rows: int, threads: int) -> None:
     assert graph_kernels.serve_skinny()
-    x, weight = torch.randn(3, 300).to(dtype), torch.randn(2000, 300).to(dtype)
+    x, weight = torch.randn(rows, 300).to(dtype), torch.randn(2003, 300).to(dtype)
+    torch.set_num_threads(1)
     one = torch.ops.fhopt.skinny_linear(x, weight, None)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     assert torch.equal(torch.ops.fhopt.skinny_linear(x, weight, None), one)
 
 

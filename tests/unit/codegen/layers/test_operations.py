@@ -106,6 +106,20 @@ def test_norms_and_rotations_of_models(rotate: Callable[..., Tensor], dtype: tor
     _expect_close(found, layer(*[x.double() for x in inputs]).detach(), dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_products_of_one_input_are_shared_out_between_threads(rows: int, threads: int) -> None:
+    """Shares begin and end within weights, of which none is a multiple of what is multiplied at once."""
+    module, x = nn.ModuleList(nn.Linear(300, columns) for columns in (1003, 77, 530)), torch.randn(1, rows, 300)
+
+    def layer(x: Tensor) -> Tensor:
+        return torch.cat([product(x) for product in module], -1)
+
+    torch.set_num_threads(threads)
+    found = Traced(layer, [x], module).run()
+    _expect_close(found, torch.cat([product.double()(x.double()) for product in module], -1).detach(), torch.float32)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
