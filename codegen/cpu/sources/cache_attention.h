@@ -41,7 +41,11 @@ struct CacheAttention {
     float* output;  // [B,H,S,E], dense
 };
 
-constexpr int64_t SMALL = 1 << 20;  // products that one thread does
+constexpr int64_t SMALL = 1 << 16;  // products that are worth a thread
+
+inline int threads_for(int64_t items, int64_t products, int64_t threads) {
+    return int(std::clamp<int64_t>(std::min(items, products / SMALL), 1, threads));
+}
 
 struct Bits16 {
     uint16_t bits;
@@ -77,7 +81,12 @@ void add_times(const T* basis, const float* x, int64_t n, int64_t m, float facto
     }
 }
 
-constexpr int STRIP = 16;
+// ROWS_AT_ONCE times STRIPS_AT_ONCE sums are as many as registers hold beside what is read.
+#if defined(__AVX512F__)
+constexpr int STRIP = 16, ROWS_AT_ONCE = 8, STRIPS_AT_ONCE = 1;
+#else
+constexpr int STRIP = 8, ROWS_AT_ONCE = 4, STRIPS_AT_ONCE = 2;
+#endif
 typedef float Strip __attribute__((vector_size(4 * STRIP)));
 
 inline Strip strip_of(const float* p) {
@@ -94,17 +103,28 @@ inline Strip strip_of(const Bits16* p) {
     return (Strip)(__builtin_convertvector(x, Words) << 16);
 }
 
+template <int ROWS, int STRIPS, class T>
+void times_strips(const float* x, int64_t step, const T* basis, int64_t n, int64_t m, float* y, int64_t out) {
+    Strip sums[ROWS][STRIPS] = {};
+    for (int64_t i = 0; i < n; i++) {
+        for (int c = 0; c < STRIPS; c++) {
+            const Strip row = strip_of(basis + i * m + c * STRIP);
+            for (int r = 0; r < ROWS; r++) sums[r][c] += x[r * step + i] * row;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) std::memcpy(y + r * out, &sums[r], sizeof sums[r]);
+}
+
 // ROWS rows of x, `step` apart, and of y, `out` apart: y[m] = x[n] B[n, m], of at least a strip.
 template <int ROWS, class T>
 void times_rows(const float* x, int64_t step, const T* basis, int64_t n, int64_t m, float* y, int64_t out) {
-    for (int64_t c = 0; c < m; c += STRIP) {
+    int64_t c = 0;
+    for (; c + STRIPS_AT_ONCE * STRIP <= m; c += STRIPS_AT_ONCE * STRIP) {
+        times_strips<ROWS, STRIPS_AT_ONCE>(x, step, basis + c, n, m, y + c, out);
+    }
+    for (; c < m; c += STRIP) {
         const int64_t at = std::min(c, m - STRIP);
-        Strip sums[ROWS] = {};
-        for (int64_t i = 0; i < n; i++) {
-            const Strip row = strip_of(basis + i * m + at);
-            for (int r = 0; r < ROWS; r++) sums[r] += x[r * step + i] * row;
-        }
-        for (int r = 0; r < ROWS; r++) std::memcpy(y + r * out + at, &sums[r], sizeof sums[r]);
+        times_strips<ROWS, 1>(x, step, basis + at, n, m, y + at, out);
     }
 }
 
@@ -112,7 +132,9 @@ template <class T>
 void times_all(const float* x, int64_t rows, int64_t step, const T* basis, int64_t n, int64_t m, float* y,
                int64_t out) {
     int64_t r = 0;
-    for (; m >= STRIP && r + 8 <= rows; r += 8) times_rows<8>(x + r * step, step, basis, n, m, y + r * out, out);
+    for (; m >= STRIP && r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
+        times_rows<ROWS_AT_ONCE>(x + r * step, step, basis, n, m, y + r * out, out);
+    }
     for (; r < rows; r++) times(x + r * step, basis, n, m, y + r * out);
 }
 
@@ -153,7 +175,8 @@ void attend_cache(const CacheAttention& a) {
     std::vector<float> outputs(2 * rows * e), shifts(some && segment && a.key_mean.data ? segments * rows : 0);
     std::vector<float> lse(3 * rows, -INFINITY);  // of latents, window, open tokens
     if (some) {
-#pragma omp parallel for if (segments * rows * a.head_size * width > SMALL)
+        const int threads = threads_for(rows, segments * rows * a.head_size * width, a.opened.call.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < rows; i++) {
             const int64_t head = i / s % h, size = a.head_size;
             if (!segment) {
@@ -175,7 +198,8 @@ void attend_cache(const CacheAttention& a) {
     }
     if (window) run_part(a.window, a.query, &outputs[0], &lse[rows]);
     run_part(a.opened, a.query, &outputs[rows * e], &lse[2 * rows]);
-#pragma omp parallel for if (rows * e * value_width > SMALL)
+    const int threads = threads_for(rows, some ? rows * e * value_width : 0, a.opened.call.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < rows; i++) {
         // Logits of latents and window are differences from means; those of segments have been shifted.
         const float shift = a.key_mean.data ? float(a.scale) * a.key_mean.dot(at(i), i / (h * s), i / s % h) : 0.0f;
