@@ -21,6 +21,8 @@ from fhopt.ops.masks import within
 from fhopt.plan.kernel_spec import KernelSpec
 
 _pack = struct.Struct(ARGUMENTS).pack
+ADDRESSES_AT = struct.calcsize("@8q4q")  # where those of keys and values stand in the arguments of a call
+_ADDRESSES = struct.Struct("@16q")
 _NO_PAGES = (*NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 
@@ -118,6 +120,10 @@ class LibraryKernel:
             *(0, 0, 0),  # no segments: `attend_kernel` has them
         )
         return PreparedCall(arguments, output, lse, (q, k, v, masking, pages))
+
+    def addresses(self, key: Tensor, key_scale: Tensor | None, value: Tensor, value_scale: Tensor | None) -> bytes:
+        """Return what stands at `ADDRESSES_AT` for tensors like those of a call that was prepared."""
+        return _ADDRESSES.pack(*self._key.addresses(key, key_scale), *self._value.addresses(value, value_scale))
 
 
 def _queries(query: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fhopt.codegen.cpu.attention import ARGUMENTS
-from fhopt.codegen.cpu.launch import LibraryKernel
+from fhopt.codegen.cpu.launch import ADDRESSES_AT, LibraryKernel
 from fhopt.codegen.layers.instructions import TYPES
 from fhopt.codegen.layers.program import LayerProgram, functions, packed_run
 
@@ -82,16 +82,17 @@ class DecodeStep:
         self.address = ctypes.addressof(self._struct)
         self._window_at, self._sides_at = len(before), len(before) + len(window) + len(behind)
 
-    def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int, part: tuple[LibraryKernel, bytes]) -> None:
+    def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int, kernel: LibraryKernel) -> None:
         """Let the window stand elsewhere: codes and scale of keys and of values, `at` places of them taken.
 
-        part: kernel and arguments that read it there.
+        kernel: the one that reads it.
         """
         moved = [
             replace(side, codes=codes, scale=scale, at=at)
             for side, (codes, scale) in zip(self._sides, places, strict=True)
         ]
-        for offset, packed in ((self._sides_at, b"".join(s.packed() for s in moved)), (self._window_at, _part(part))):
+        addresses = self._window_at + _KERNEL.size + ADDRESSES_AT, kernel.addresses(*places[0], *places[1])
+        for offset, packed in ((self._sides_at, b"".join(s.packed() for s in moved)), addresses):
             ctypes.memmove(self.address + offset, packed, len(packed))
         self._sides = moved
 
@@ -103,12 +104,13 @@ def run_decode_steps(steps: Sequence[DecodeStep]) -> None:
     compiled[1]((ctypes.c_void_p * len(steps))(*[step.address for step in steps]), len(steps))
 
 
-_NO_PART = bytes(8 + struct.calcsize(ARGUMENTS))
+_KERNEL = struct.Struct("@P")
+_NO_PART = bytes(_KERNEL.size + struct.calcsize(ARGUMENTS))
 
 
 def _part(part: tuple[LibraryKernel, bytes] | None) -> bytes:
     """Return the C++ struct `CachePart` of a kernel and its arguments."""
-    return _NO_PART if part is None else struct.pack("@P", part[0].address) + part[1]
+    return _NO_PART if part is None else _KERNEL.pack(part[0].address) + part[1]
 
 
 def _basis(decode: Tensor) -> tuple[Tensor, bytes]:

@@ -126,9 +126,8 @@ class LatentLayer(LatentLayerBase):
         window = self.window
         ready = window.quantized_tokens(self.window_keys.count + new_keys.shape[2])
         if ready:
-            out = slice(window.sinks, window.sinks + ready)
-            keys, values = self.window_keys.read(new_keys), self.window_values.read(new_values)
-            self._encode(keys[:, :, out], values[:, :, out], self._append, self.quantized)
+            keys, values = self.window_keys.oldest(ready, new_keys), self.window_values.oldest(ready, new_values)
+            self._encode(keys, values, self._append, self.quantized)
             if self.sketches is not None:
                 latents = self.packed_keys.unpack(self.quantized, self.quantized + ready)
                 self.sketches.append(latents, self.quantized, window.block)

@@ -63,6 +63,10 @@ class ExactWindow(Window):
         """Return the tokens, and `new` ones behind them."""
         return torch.cat([*self.parts, *new], 2) if new else self.parts[0]
 
+    def oldest(self, count: int, new: Tensor) -> Tensor:
+        """Return the first `count` tokens behind the sinks, of the window and of `new` ones behind it."""
+        return self.read(new)[:, :, self.sinks : self.sinks + count]
+
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
         """Return (tokens as they came, `new` ones behind; the rounded part of the window)."""
         return self.read(*new), None
@@ -94,23 +98,23 @@ class ExactWindow(Window):
 class RoundedWindow(ExactWindow):
     """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
 
-    _room: tuple[Tensor, Tensor] | None = None  # values and scales with spare places behind, of which the parts
-    _grown: tuple[Tensor, ...] = ()  # as they were last appended to are views: any other parts have no spare places
-    _held: tuple[Tensor, ...] = ()
-    _ahead = 0  # tokens behind those of `_held` in the room: `parts` are made when somebody reads them. Reading changes
-    # nothing, so that another thread may ask for the size of a cache that grows.
+    # Values and scales with spare places behind; the first `_taken` are the window. None: the window is as it was set.
+    _room: tuple[Tensor, Tensor] | None = None
+    _taken = 0
+    _held: tuple[Tensor, ...] = ()  # the parts as they were set last, whose sinks count still
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Sinks, values of the window, their scales."""
-        held, ahead, room = self._held, self._ahead, self._room
-        if not ahead or room is None:
-            return held
-        return held[0], *[part.narrow(2, 0, held[1].shape[2] + ahead) for part in room]
+        """Sinks, values of the window, their scales: made when somebody reads them, which most decode steps do not.
+
+        Reading changes nothing, so that another thread may ask for the size of a cache that grows.
+        """
+        held, room, taken = self._held, self._room, self._taken
+        return held if room is None else (held[0], *[part.narrow(2, 0, taken) for part in room])
 
     @parts.setter
     def parts(self, parts: tuple[Tensor, ...]) -> None:
-        self._held, self._ahead = parts, 0
+        self._held, self._room = parts, None
 
     def start(self, like: Tensor) -> None:
         """Hold no tokens, of the shape and dtype of `like`."""
@@ -120,15 +124,31 @@ class RoundedWindow(ExactWindow):
     @property
     def count(self) -> int:
         """Tokens."""
-        return int(self._held[0].shape[2] + self._held[1].shape[2]) + self._ahead
+        return int(self._held[0].shape[2]) + self.rounded
+
+    @property
+    def rounded(self) -> int:
+        """Tokens of the window."""
+        return int(self._held[1].shape[2]) if self._room is None else self._taken
 
     def read(self, *new: Tensor) -> Tensor:
         """Return the tokens, and `new` ones behind them exactly as they came, in the dtype of the sinks."""
         sinks, values, scale = self.parts
-        window = packing.unround_rows(values, scale, sinks.dtype if self.mean is None else torch.float32)
-        if self.mean is not None:
-            window = (window + self.mean).to(sinks.dtype)
-        return torch.cat([sinks, window, *new], 2)
+        return torch.cat([sinks, self._exact(values, scale), *new], 2)
+
+    def _exact(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return tokens of the window in the dtype of the sinks."""
+        dtype = self._held[0].dtype
+        if self.mean is None:
+            return packing.unround_rows(values, scale, dtype)
+        return (packing.unround_rows(values, scale, torch.float32) + self.mean).to(dtype)
+
+    def oldest(self, count: int, new: Tensor) -> Tensor:
+        """Return the first `count` tokens behind the sinks; the others of the window stay as they are."""
+        sinks, values, scale = self.parts
+        if sinks.shape[2] < self.sinks or count > values.shape[2]:
+            return super().oldest(count, new)
+        return self._exact(values[:, :, :count], scale[:, :, :count])
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
         """Return (sinks, `new` tokens behind; values and scales of the window)."""
@@ -152,39 +172,36 @@ class RoundedWindow(ExactWindow):
 
         Places up to the tokens held never change: what was read of the window stays as it was.
         """
-        sinks, values, _ = self.parts
-        count, more = values.shape[2], new.shape[2]
+        more = new.shape[2]
         kernel = registry.kernel_of("round_rows_into", new.device.type)
-        if kernel is None or more > self.spare or sinks.shape[2] < self.sinks or torch.compiler.is_compiling():
+        has_sinks = self._held[0].shape[2] >= self.sinks
+        if kernel is None or more > self.spare or not has_sinks or torch.compiler.is_compiling():
             return False
         room = self.room(more)
-        if not kernel(new.detach(), self.mean, *room, count):
+        if not kernel(new.detach(), self.mean, *room, self.rounded):
             return False
         self.take(room, more)
         return True
 
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return values and scales with `more` spare places behind those of the window."""
+        if self._room is not None and self._taken + more <= self._room[0].shape[2]:
+            return self._room
         _, values, scale = self.parts
-        if self._room is None or self._held is not self._grown or values.shape[2] + more > self._room[0].shape[2]:
-            return _with_spare(values, self.spare), _with_spare(scale, self.spare)
-        return self._room
+        return _with_spare(values, self.spare), _with_spare(scale, self.spare)
 
     def take(self, room: tuple[Tensor, Tensor], more: int) -> None:
         """Hold `more` tokens that were written into spare places of `room`."""
-        sinks, values, _ = self.parts
-        count = values.shape[2] + more
-        self._room = room
-        self.parts = self._grown = (sinks, room[0].narrow(2, 0, count), room[1].narrow(2, 0, count))
+        self._taken = self.rounded + more
+        self._held, self._room = self._held[:1], room
 
     def take_next(self) -> None:
         """Hold the token that was written behind those that `take` put into a room."""
-        self._ahead += 1
+        self._taken += 1
 
     def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
         """Return whether the window is the first `count` tokens of `room`."""
-        held = self._held
-        return self._room is room and held is self._grown and held[1].shape[2] + self._ahead == count
+        return self._room is room and self._taken == count
 
     def insert(self, dequantized: Tensor) -> None:
         """Put tokens between attention sinks and window, rounded."""

@@ -45,9 +45,7 @@ class _Made:
     """What a step was made of, but for the places of the window; `window` is the kernel that reads it."""
 
     step: DecodeStep
-    query: Tensor
     window: LibraryKernel
-    options: dict[str, Any]
 
 
 class CacheStep:
@@ -56,7 +54,7 @@ class CacheStep:
     def __init__(self, layer: LatentLayer, made: _Made, rooms: tuple[Room, Room], left: int, threads: int) -> None:
         self._made, self._rooms, self.left, self._threads = made, rooms, left, threads
         self._windows: tuple[Any, Any] = layer.window_keys, layer.window_values
-        self._count = self._windows[0].parts[1].shape[2]  # tokens of the window
+        self._count = self._windows[0].rounded  # tokens of the window
         self.quantized, self._stays = layer.quantized, _staying(layer)
         self._layer, self._is_open = ref(layer), False  # open: it was run, and the cache does not hold its token yet
 
@@ -82,13 +80,11 @@ class CacheStep:
         """Give the window other places, where nothing but these has run out; return whether there are more steps."""
         if not self._is_what_it_left(layer, threads) or _completes_a_block(layer):
             return False
-        room, made = _rooms(self._windows), self._made
-        left, count = _left(layer, room[0]), self._count
-        call = _window_call(made.window, made.query, room, count, made.options)
-        made.step.move_window(room, count, (made.window, call))
+        room = _rooms(self._windows)
+        self._made.step.move_window(room, self._count, self._made.window)
         for window, places in zip(self._windows, room, strict=True):
             window.take(places, 0)
-        self._rooms, self.left = room, left
+        self._rooms, self.left = room, _left(layer, room[0])
         return True
 
     @property
@@ -155,7 +151,7 @@ def prepare_step(
     for window, places in zip(windows, room, strict=True):
         window.take(places, 0)
     assert kernels[1] is not None
-    return CacheStep(layer, _Made(step, tensors.query, kernels[1], options), room, left, threads)
+    return CacheStep(layer, _Made(step, kernels[1]), room, left, threads)
 
 
 def _rooms(windows: tuple[Any, Any]) -> tuple[Room, Room]:
@@ -169,9 +165,7 @@ def _is_plain(layer: LatentLayer, tensors: StepTensors) -> bool:
     if not layer.is_initialized or not layer.absorb or layer.sketches is not None or layer.observer is not None:
         return False
     windows = layer.window_keys, layer.window_values
-    if not all(
-        isinstance(w, RoundedWindow) and w.parts[1].shape[2] and w.parts[0].shape[2] == w.sinks for w in windows
-    ):
+    if not all(isinstance(w, RoundedWindow) and w.rounded and w.count - w.rounded == w.sinks for w in windows):
         return False
     sinks = layer.window_keys.parts[0]
     fits = sinks.dtype == tensors.keys.dtype and sinks.is_cpu
@@ -186,7 +180,7 @@ def _completes_a_block(layer: LatentLayer) -> bool:
 def _left(layer: LatentLayer, room: tuple[Tensor, Tensor]) -> int:
     """Return how many tokens can be written before places are taken or a block is to be quantized."""
     held, window = layer.window_keys.count, layer.window
-    spare = room[0].shape[2] - layer.window_keys.parts[1].shape[2]
+    spare = room[0].shape[2] - layer.window_keys.rounded
     return next((n for n in range(spare) if window.quantized_tokens(held + n + 1)), spare)
 
 
@@ -212,19 +206,11 @@ def _calls(
             absorbed, key.rows, key.scale, value.rows, value.scale, None, None, None, 0, scale, softcap
         )
         calls[0] = (latents, call.arguments)
-    calls.append((window, _window_call(window, query, room, key.rounded, options)))
+    (keys, key_scale), (values, value_scale) = ([part[:, :, : key.rounded] for part in places] for places in room)
+    call = window.prepared(query, keys, key_scale, values, value_scale, None, None, None, 0, scale, softcap)
+    calls.append((window, call.arguments))
     call = exact.prepared(query, opened[0], None, opened[1], None, None, None, None, 0, scale, softcap)
     return [*calls, (exact, call.arguments)]
-
-
-def _window_call(
-    kernel: LibraryKernel, query: Tensor, room: tuple[Room, Room], count: int, options: dict[str, Any]
-) -> bytes:
-    """Return the arguments of attention on the first `count` tokens of a window."""
-    (keys, key_scale), (values, value_scale) = ([part[:, :, :count] for part in places] for places in room)
-    scale, softcap = options["scale"], options["softcap"]
-    call = kernel.prepared(query, keys, key_scale, values, value_scale, None, None, None, 0, scale, softcap)
-    return call.arguments
 
 
 def result_tensors(program: LayerProgram, result: tuple[torch.Size, torch.dtype]) -> StepTensors:
