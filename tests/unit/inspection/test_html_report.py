@@ -6,7 +6,7 @@ import html
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -292,8 +292,28 @@ SCROLL = """async () => {
 
 @pytest.mark.slow
 def test_a_thousand_sites_open_and_scroll_smoothly(browser: Any, tmp_path: Path) -> None:
-    """In seconds of the page's own thread, which other programs on the machine do not lengthen much."""
-    address = html_report.write(sample_reports.synthetic_report(1000), tmp_path / "many.html").as_uri()
+    """In seconds of the page's own thread, which other programs on the machine do not lengthen much.
+
+    Machines differ, so that a frame is compared with one of a page of 200 sites: it must not cost more where there are
+    many, charts that come into sight included.
+    """
+    few, many = (_costs(browser, tmp_path, sites, keep=sites == 1000) for sites in (200, 1000))
+    assert 0 < many.opening < 3  # measured: 0.3
+    assert few.frames > 20 and many.frames > 100
+    assert 0 < many.frame < 2 * few.frame < 0.5  # measured: 0.03 each
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds to open a page and of a frame while it is scrolled, and how many frames that took."""
+
+    opening: float
+    frame: float
+    frames: int
+
+
+def _costs(browser: Any, folder: Path, sites: int, keep: bool) -> Costs:
+    address = html_report.write(sample_reports.synthetic_report(sites), folder / f"{sites}.html").as_uri()
     with opened(browser, "about:blank") as watched:
         page = watched.page
         session = page.context.new_cdp_session(page)
@@ -308,9 +328,9 @@ def test_a_thousand_sites_open_and_scroll_smoothly(browser: Any, tmp_path: Path)
         opening = busy()
         frames = page.evaluate(SCROLL)
         scrolling = busy() - opening
-        page.fill("#search", "layers.777.")
-        page.wait_for_function("document.getElementById('shown').textContent === '1 of 1,000'")
-        watched.keep_screenshot("thousand")
+        page.fill("#search", f"layers.{sites // 9 * 7}.")
+        page.wait_for_function(f"document.getElementById('shown').textContent === '1 of {sites:,}'")
+        if keep:
+            watched.keep_screenshot("thousand")
         watched.expect_quiet(address, "about:blank")
-    assert 0 < opening < 3  # measured: 0.3
-    assert frames > 100 and 0 < scrolling / frames < 1 / 30  # measured: 0.02, charts that come into sight included
+    return Costs(opening, scrolling / frames, frames)
