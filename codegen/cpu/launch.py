@@ -21,8 +21,9 @@ from fhopt.ops.masks import within
 from fhopt.plan.kernel_spec import KernelSpec
 
 _pack = struct.Struct(ARGUMENTS).pack
-ADDRESSES_AT = struct.calcsize("@8q4q")  # where those of keys and values stand in the arguments of a call
-_ADDRESSES = struct.Struct("@16q")
+_BEFORE, _ADDRESSES = "@8q4q", struct.Struct("@16q")
+assert ARGUMENTS.startswith(_BEFORE + "4q" * 4)
+ADDRESSES_AT = struct.calcsize(_BEFORE)  # where those of keys and values stand in the arguments of a call
 _NO_PAGES = (*NO_TENSOR, 0, 0, 0)  # and how many heads, pages and tokens of a page
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = 0, 1, 2  # `MaskKind` of the C++ file
 

@@ -11,6 +11,8 @@ Letters: B batch, G kv heads, S new tokens, N and M tokens, D head size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,11 @@ class ExactWindow(Window):
         return int(self.parts[0].shape[2])
 
     @property
+    def rounded(self) -> int:
+        """Tokens that are held in 8 bits."""
+        return 0
+
+    @property
     def sink_bytes(self) -> int:
         """Bytes of the attention sinks among `nbytes`."""
         return self.parts[0][:, :, : self.sinks].nbytes if self.parts else 0
@@ -95,26 +102,32 @@ class ExactWindow(Window):
         return held[:, :, :count]
 
 
+class _InRoom(NamedTuple):
+    """A window in 8 bits that grows. room: values and scales with spare places behind; the first `taken` are tokens."""
+
+    sinks: Tensor
+    room: tuple[Tensor, Tensor]
+    taken: int
+
+
 class RoundedWindow(ExactWindow):
     """Exact attention sinks and a window of 8 bits: sinks [B,G,N,D], values uint8 [B,G,M,D], scales [B,G,M]."""
 
-    # Values and scales with spare places behind; the first `_taken` are the window. None: the window is as it was set.
-    _room: tuple[Tensor, Tensor] | None = None
-    _taken = 0
-    _held: tuple[Tensor, ...] = ()  # the parts as they were set last, whose sinks count still
+    # The parts as they were set, or what they are made of. It is replaced as a whole, and reading changes nothing, so
+    # that another thread may ask for the size of a cache that grows.
+    _state: tuple[Tensor, ...] | _InRoom = ()
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Sinks, values of the window, their scales: made when somebody reads them, which most decode steps do not.
-
-        Reading changes nothing, so that another thread may ask for the size of a cache that grows.
-        """
-        held, room, taken = self._held, self._room, self._taken
-        return held if room is None else (held[0], *[part.narrow(2, 0, taken) for part in room])
+        """Sinks, values of the window, their scales: made when somebody reads them, which most decode steps do not."""
+        state = self._state
+        if not isinstance(state, _InRoom):
+            return state
+        return state.sinks, *[part.narrow(2, 0, state.taken) for part in state.room]
 
     @parts.setter
     def parts(self, parts: tuple[Tensor, ...]) -> None:
-        self._held, self._room = parts, None
+        self._state = parts
 
     def start(self, like: Tensor) -> None:
         """Hold no tokens, of the shape and dtype of `like`."""
@@ -124,21 +137,24 @@ class RoundedWindow(ExactWindow):
     @property
     def count(self) -> int:
         """Tokens."""
-        return int(self._held[0].shape[2]) + self.rounded
+        state = self._state
+        if isinstance(state, _InRoom):
+            return int(state.sinks.shape[2]) + state.taken
+        return int(state[0].shape[2] + state[1].shape[2])
 
     @property
     def rounded(self) -> int:
-        """Tokens of the window."""
-        return int(self._held[1].shape[2]) if self._room is None else self._taken
+        """Tokens of the window, all of which are held in 8 bits."""
+        state = self._state
+        return state.taken if isinstance(state, _InRoom) else int(state[1].shape[2])
 
     def read(self, *new: Tensor) -> Tensor:
         """Return the tokens, and `new` ones behind them exactly as they came, in the dtype of the sinks."""
         sinks, values, scale = self.parts
-        return torch.cat([sinks, self._exact(values, scale), *new], 2)
+        return torch.cat([sinks, self._exact(values, scale, sinks.dtype), *new], 2)
 
-    def _exact(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Return tokens of the window in the dtype of the sinks."""
-        dtype = self._held[0].dtype
+    def _exact(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return tokens of the window."""
         if self.mean is None:
             return packing.unround_rows(values, scale, dtype)
         return (packing.unround_rows(values, scale, torch.float32) + self.mean).to(dtype)
@@ -148,7 +164,7 @@ class RoundedWindow(ExactWindow):
         sinks, values, scale = self.parts
         if sinks.shape[2] < self.sinks or count > values.shape[2]:
             return super().oldest(count, new)
-        return self._exact(values[:, :, :count], scale[:, :, :count])
+        return self._exact(values[:, :, :count], scale[:, :, :count], sinks.dtype)
 
     def for_attention(self, *new: Tensor) -> tuple[Tensor, RoundedPart]:
         """Return (sinks, `new` tokens behind; values and scales of the window)."""
@@ -174,7 +190,7 @@ class RoundedWindow(ExactWindow):
         """
         more = new.shape[2]
         kernel = registry.kernel_of("round_rows_into", new.device.type)
-        has_sinks = self._held[0].shape[2] >= self.sinks
+        has_sinks = self.count - self.rounded >= self.sinks
         if kernel is None or more > self.spare or not has_sinks or torch.compiler.is_compiling():
             return False
         room = self.room(more)
@@ -185,23 +201,28 @@ class RoundedWindow(ExactWindow):
 
     def room(self, more: int) -> tuple[Tensor, Tensor]:
         """Return values and scales with `more` spare places behind those of the window."""
-        if self._room is not None and self._taken + more <= self._room[0].shape[2]:
-            return self._room
+        state = self._state
+        if isinstance(state, _InRoom) and all(state.taken + more <= part.shape[2] for part in state.room):
+            return state.room
         _, values, scale = self.parts
         return _with_spare(values, self.spare), _with_spare(scale, self.spare)
 
     def take(self, room: tuple[Tensor, Tensor], more: int) -> None:
         """Hold `more` tokens that were written into spare places of `room`."""
-        self._taken = self.rounded + more
-        self._held, self._room = self._held[:1], room
+        state = self._state
+        sinks = state.sinks if isinstance(state, _InRoom) else state[0]
+        self._state = _InRoom(sinks, room, self.rounded + more)
 
     def take_next(self) -> None:
         """Hold the token that was written behind those that `take` put into a room."""
-        self._taken += 1
+        state = self._state
+        assert isinstance(state, _InRoom)
+        self._state = _InRoom(state.sinks, state.room, state.taken + 1)
 
     def is_in(self, room: tuple[Tensor, Tensor], count: int) -> bool:
         """Return whether the window is the first `count` tokens of `room`."""
-        return self._room is room and self._taken == count
+        state = self._state
+        return isinstance(state, _InRoom) and state.room is room and state.taken == count
 
     def insert(self, dequantized: Tensor) -> None:
         """Put tokens between attention sinks and window, rounded."""

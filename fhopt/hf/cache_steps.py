@@ -84,7 +84,7 @@ class CacheStep:
         self._made.step.move_window(room, self._count, self._made.window)
         for window, places in zip(self._windows, room, strict=True):
             window.take(places, 0)
-        self._rooms, self.left = room, _left(layer, room[0])
+        self._rooms, self.left = room, _left(layer, room)
         return True
 
     @property
@@ -130,7 +130,7 @@ def prepare_step(
         return None
     windows: Any = (layer.window_keys, layer.window_values)
     room = _rooms(windows)
-    left = _left(layer, room[0])
+    left = _left(layer, room)
     key, value = layer._sides(0, layer.quantized, *[w.for_attention()[1] for w in windows])
     opened = [_opened(w.parts[0]) for w in windows]
     kernels = graph_kernels.cache_kernels(
@@ -177,10 +177,11 @@ def _completes_a_block(layer: LatentLayer) -> bool:
     return layer.window.quantized_tokens(layer.window_keys.count + 1) > 0
 
 
-def _left(layer: LatentLayer, room: tuple[Tensor, Tensor]) -> int:
+def _left(layer: LatentLayer, rooms: tuple[Room, Room]) -> int:
     """Return how many tokens can be written before places are taken or a block is to be quantized."""
     held, window = layer.window_keys.count, layer.window
-    spare = room[0].shape[2] - layer.window_keys.rounded
+    windows: tuple[Any, Any] = layer.window_keys, layer.window_values
+    spare = min(room[0].shape[2] - window.rounded for room, window in zip(rooms, windows, strict=True))
     return next((n for n in range(spare) if window.quantized_tokens(held + n + 1)), spare)
 
 

@@ -249,6 +249,14 @@ INLINE Floats add_product(Floats sum, Floats x, Floats w) {
 #endif
 }
 
+INLINE float add_product(float sum, float x, float w) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(x, w, sum);
+#else
+    return sum + x * w;
+#endif
+}
+
 // What differs between types: how STEP numbers of the weight and of the input are read, and multiplied.
 template <class Stored>
 struct Floating {
@@ -343,7 +351,8 @@ constexpr int columns_for(int rows) {  // as many sums as registers hold beside 
     return std::clamp((LANES == 16 ? 24 : 10) / rows, 1, 8);
 }
 
-// Rows of the weight are `weight_row` apart; those of the next call are `next` behind these.
+// Rows of the weight are `weight_row` apart; those of the next call, which only several rows of input fetch ahead, are
+// `next` behind these.
 template <class T, int ROWS, int COLUMNS>
 INLINE void multiply(const typename T::Input* input, int64_t stride, const typename T::Weight* weight,
                      int64_t weight_row, int64_t next, int64_t width, float* sums) {

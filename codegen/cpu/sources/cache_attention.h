@@ -43,8 +43,9 @@ struct CacheAttention {
 
 constexpr int64_t SMALL = 1 << 16;  // products that are worth a thread
 
+// All of them or one: libgomp ends the threads that a smaller team leaves, and makes them again.
 inline int threads_for(int64_t items, int64_t products, int64_t threads) {
-    return int(std::clamp<int64_t>(std::min(items, products / SMALL), 1, threads));
+    return items > 1 && products > SMALL ? int(threads) : 1;
 }
 
 struct Bits16 {
@@ -81,7 +82,7 @@ void add_times(const T* basis, const float* x, int64_t n, int64_t m, float facto
     }
 }
 
-// ROWS_AT_ONCE times STRIPS_AT_ONCE sums are as many as registers hold beside what is read.
+// Sums of so many rows and strips stay in registers.
 #if defined(__AVX512F__)
 constexpr int STRIP = 16, ROWS_AT_ONCE = 8, STRIPS_AT_ONCE = 1;
 #else

@@ -8,11 +8,13 @@
 //
 //     M rows, K width of the input, N width of the output
 //
-// A thread cuts its rows of the weight into COLUMNS runs, and walks over all of them at once: a CPU that fetches ahead
-// follows several long runs through memory, and finds the way anew wherever a short one ends. Next to each other, eight
-// rows of a kilobyte are read at half the speed of memory. Each vector of the weight is read once and multiplied with
-// all rows of the input, which stay in the caches; sums are of float32. With AVX-512 BF16, pairs of bfloat16 are
-// multiplied as they are; other numbers of 16 bits become floats in registers.
+// Of up to 8 rows of input, a thread cuts its rows of the weight into COLUMNS runs, and walks over all of them at once:
+// a CPU that fetches ahead follows several long runs through memory, and finds the way anew wherever a short one ends.
+// Next to each other, eight rows of a kilobyte are read at half the speed of memory. More rows of input take a few
+// rows of the weight at a time, next to each other. For several rows of input the next rows are fetched meanwhile, into
+// the second-level cache, where more lines can be under way than into the first. Each vector of the weight is read once
+// and multiplied with all rows of the input, which stay in the caches; sums are of float32. With AVX-512 BF16, pairs of
+// bfloat16 are multiplied as they are; other numbers of 16 bits become floats in registers.
 //
 // Build: c++ -O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC
 
@@ -46,20 +48,24 @@ struct Arguments {
 
 #include "products.h"
 
-// ROWS rows of the input times COLUMNS rows of the weight, `apart` from each other.
+constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
+constexpr int64_t SHARE = 8;  // rows of a weight of which a thread takes a multiple, where it can
+
+// ROWS rows of the input times COLUMNS rows of the weight that are `apart`; the next ones are `next` behind these.
 template <class T, int ROWS, int COLUMNS>
 void block(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t column,
-           int64_t apart) {
+           int64_t apart, int64_t next) {
     float sums[ROWS * COLUMNS];
     const auto* weight = static_cast<const typename T::Weight*>(a.weight) + column * a.weight_row;
-    multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, apart * a.weight_row, a.weight_row, a.width, sums);
+    multiply<T, ROWS, COLUMNS>(input + row * stride, stride, weight, apart * a.weight_row, next * a.weight_row, a.width,
+                               sums);
     const auto* bias = static_cast<const typename T::Element*>(a.bias);
     for (int r = 0; r < ROWS; r++) {
         for (int c = 0; c < COLUMNS; c++) {
             const int64_t at = column + c * apart;
             const float added = bias ? T::number(bias[at]) : 0.0f;
             const float sum = sums[r * COLUMNS + c];
-            const float y = (a.scale ? sum * a.scale[at] : sum) + added;
+            const float y = a.scale ? add_product(added, sum, a.scale[at]) : sum + added;
             const int64_t place = (row + r) * a.columns + at;
             if (a.is_float) static_cast<float*>(a.output)[place] = y;
             else static_cast<typename T::Element*>(a.output)[place] = T::rounded(y);
@@ -72,10 +78,12 @@ template <class T, int ROWS>
 void block_of_columns(const Arguments& a, const typename T::Input* input, int64_t stride, int64_t row, int64_t begin,
                       int64_t end) {
     constexpr int COLUMNS = columns_for(ROWS);
-    const int64_t apart = (end - begin) / COLUMNS;
-    int64_t column = begin;
-    for (; column < begin + apart; column++) block<T, ROWS, COLUMNS>(a, input, stride, row, column, apart);
-    for (column += (COLUMNS - 1) * apart; column < end; column++) block<T, ROWS, 1>(a, input, stride, row, column, 1);
+    const int64_t count = (end - begin) / COLUMNS, apart = end - begin > CACHED ? count : 1;
+    const int64_t next = apart > 1 ? 1 : COLUMNS;
+    for (int64_t i = 0; i < count; i++) {
+        block<T, ROWS, COLUMNS>(a, input, stride, row, begin + i * next, apart, next);
+    }
+    for (int64_t c = begin + count * COLUMNS; c < end; c++) block<T, ROWS, 1>(a, input, stride, row, c, 1, 1);
 }
 
 template <class T, int... I>
@@ -85,9 +93,6 @@ void rows_at(std::integer_sequence<int, I...>, int count, const Arguments& a, co
 }
 
 // ------------------------------------------------------------------------------------------------ all of it
-
-constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
-constexpr int64_t SHARE = 8;  // rows of a weight of which a thread takes a multiple, where it can
 
 // Products of one input with `count` weights.
 template <class T>

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hand_plans import CODED, random_plan
 from latent_caches import logits, plans
+from needs import needs_compiler
 from small_models import tiny_gpt2, tiny_llama, token_ids
 
 import fhopt
+import fhopt.codegen
 from fhopt.cache.dynamic_layer import LatentLayer
 from fhopt.cache.latent_cache import LatentCache
 from fhopt.cache.residual_window import RoundedWindow
@@ -44,6 +46,20 @@ def test_a_window_of_codes_is_read_in_the_dtype_of_the_model(dtype: torch.dtype)
         assert torch.equal(k[:, :, -tokens:], key) and torch.equal(v[:, :, -tokens:], value)
 
 
+@pytest.mark.parametrize("mean_tokens", [0, 16])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("steps", [[7], [30] + [1] * 9, [3, 1]])
+def test_the_oldest_tokens_are_the_first_that_are_read(steps: list[int], bits: int, mean_tokens: int) -> None:
+    plan = replace(random_plan("head", CODED, window_bits=bits), mean_tokens=mean_tokens)
+    layer = LatentLayer(plan, plan.sites[0], absorb=True)
+    parts_after(layer, steps)
+    new = torch.randn(1, 2, 5, 16)
+    for count in (0, 1, layer.window_keys.count, layer.window_keys.count + 3):
+        first = layer.window_keys.sinks
+        expected = layer.window_keys.read(new)[:, :, first : first + count]
+        assert torch.equal(layer.window_keys.oldest(count, new), expected)
+
+
 # ---- places behind the window
 
 
@@ -68,7 +84,9 @@ def test_tokens_rounded_into_spare_places_are_those_that_are_joined(
         assert torch.equal(a, b)
 
 
+@needs_compiler
 def test_what_was_read_of_a_window_does_not_change_when_tokens_follow() -> None:
+    fhopt.codegen.install()
     plan = random_plan("head", window_bits=8)
     layer = LatentLayer(plan, plan.sites[0])
     parts_after(layer, [30, 1])
@@ -94,3 +112,23 @@ def test_a_window_that_was_cut_or_reordered_is_not_written_in_place() -> None:
     parts_after(layer, [1])
     assert layer.window_keys.parts[1].data_ptr() != cut[1].data_ptr()
     assert layer.get_seq_length() == 32
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["each", "crop", "copy"])
+def test_a_window_that_was_set_anew_stands_in_no_room(change: str) -> None:
+    fhopt.codegen.install()
+    plan = random_plan("head", window_bits=8)
+    layer = LatentLayer(plan, plan.sites[0], absorb=True)
+    parts_after(layer, [30, 1, 1])
+    window: Any = layer.window_keys
+    room, count, held = window.room(1), window.rounded, [part.clone() for part in window.parts]
+    assert window.is_in(room, count) and room[0].shape[2] > count
+    if change == "each":
+        window.each(lambda part: part)
+    elif change == "crop":
+        window.crop(window.count)
+    else:
+        window = copy.deepcopy(window)
+    assert not window.is_in(room, count) and window.rounded == count
+    assert all(map(torch.equal, window.parts, held))

@@ -74,16 +74,20 @@ def test_scales_that_do_not_fit_are_refused() -> None:
             torch.ops.fhopt.skinny_linear(x, weight, None, scale)
 
 
-@pytest.mark.parametrize("threads", [2, 5])
-@pytest.mark.parametrize("rows", [1, 3, 12])
+@pytest.mark.parametrize("kind", ["plain", "bias", "bytes", "bytes and bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_threads_give_the_same_numbers(dtype: torch.dtype, rows: int, threads: int) -> None:
+def test_a_number_depends_on_neither_threads_nor_other_rows(dtype: torch.dtype, kind: str) -> None:
     assert graph_kernels.serve_skinny()
-    x, weight = torch.randn(rows, 300).to(dtype), torch.randn(2003, 300).to(dtype)
+    x, bias = torch.randn(12, 300).to(dtype), torch.randn(1003).to(dtype) if "bias" in kind else None
+    weight, scale = torch.randn(1003, 300).to(dtype), None
+    if "bytes" in kind:
+        weight, scale = torch.randint(-128, 128, (1003, 300), dtype=torch.int8), torch.rand(1003, 1) / 100
     torch.set_num_threads(1)
-    one = torch.ops.fhopt.skinny_linear(x, weight, None)
-    torch.set_num_threads(threads)
-    assert torch.equal(torch.ops.fhopt.skinny_linear(x, weight, None), one)
+    alone = torch.cat([torch.ops.fhopt.skinny_linear(row[None], weight, bias, scale) for row in x])
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for rows in (1, 2, 3, 8, 12):
+            assert torch.equal(torch.ops.fhopt.skinny_linear(x[:rows], weight, bias, scale), alone[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
