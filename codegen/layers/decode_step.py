@@ -69,6 +69,7 @@ class DecodeStep:
         sizes = (*query.shape, values.tokens.shape[3])
         self._kept, self._sides = (program, query, attended, turning), list(sides)
         latents, window, exact = map(_part, parts)
+        self._window_kernel = None if parts[1] is None else parts[1][0]
         before = b"".join([
             packed_run(program, 0, address, threads), packed_run(program, 1, address, threads),
             struct.pack("@qPP", TYPES.index(query.dtype), query.data_ptr(), attended.data_ptr()),
@@ -82,16 +83,14 @@ class DecodeStep:
         self.address = ctypes.addressof(self._struct)
         self._window_at, self._sides_at = len(before), len(before) + len(window) + len(behind)
 
-    def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int, kernel: LibraryKernel) -> None:
-        """Let the window stand elsewhere: codes and scale of keys and of values, `at` places of them taken.
-
-        kernel: the one that reads it.
-        """
+    def move_window(self, places: Sequence[tuple[Tensor, Tensor]], at: int) -> None:
+        """Let the window stand elsewhere: codes and scale of keys and of values, `at` places of them taken."""
+        assert self._window_kernel is not None, "there is a window"
         moved = [
             replace(side, codes=codes, scale=scale, at=at)
             for side, (codes, scale) in zip(self._sides, places, strict=True)
         ]
-        addresses = self._window_at + _KERNEL.size + ADDRESSES_AT, kernel.addresses(*places[0], *places[1])
+        addresses = self._window_at + _KERNEL.size + ADDRESSES_AT, self._window_kernel.addresses(*places[0], *places[1])
         for offset, packed in ((self._sides_at, b"".join(s.packed() for s in moved)), addresses):
             ctypes.memmove(self.address + offset, packed, len(packed))
         self._sides = moved

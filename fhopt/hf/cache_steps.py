@@ -40,19 +40,11 @@ class StepTensors:
     attended: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """What a step was made of, but for the places of the window; `window` is the kernel that reads it."""
-
-    step: DecodeStep
-    window: LibraryKernel
-
-
 class CacheStep:
     """A prepared step of one layer of a cache; `left`: how many times it may be run."""
 
-    def __init__(self, layer: LatentLayer, made: _Made, rooms: tuple[Room, Room], left: int, threads: int) -> None:
-        self._made, self._rooms, self.left, self._threads = made, rooms, left, threads
+    def __init__(self, layer: LatentLayer, step: DecodeStep, rooms: tuple[Room, Room], left: int, threads: int) -> None:
+        self._step, self._rooms, self.left, self._threads = step, rooms, left, threads
         self._windows: tuple[Any, Any] = layer.window_keys, layer.window_values
         self._count = self._windows[0].rounded  # tokens of the window
         self.quantized, self._stays = layer.quantized, _staying(layer)
@@ -81,7 +73,7 @@ class CacheStep:
         if not self._is_what_it_left(layer, threads) or _completes_a_block(layer):
             return False
         room = _rooms(self._windows)
-        self._made.step.move_window(room, self._count, self._made.window)
+        self._step.move_window(room, self._count)
         for window, places in zip(self._windows, room, strict=True):
             window.take(places, 0)
         self._rooms, self.left = room, _left(layer, room)
@@ -110,7 +102,7 @@ def run_steps(steps: Sequence[CacheStep]) -> None:
     """Run steps of layers, one after the other. Each is to be finished, or it cannot be run again."""
     for step in steps:
         step._is_open = True
-    run_decode_steps([step._made.step for step in steps])
+    run_decode_steps([step._step for step in steps])
 
 
 def _staying(layer: LatentLayer) -> tuple[Any, ...]:
@@ -150,8 +142,7 @@ def prepare_step(
     step = DecodeStep(program, address, threads, tensors.query, tensors.attended, pair, parts, scale, key.turning)
     for window, places in zip(windows, room, strict=True):
         window.take(places, 0)
-    assert kernels[1] is not None
-    return CacheStep(layer, _Made(step, kernels[1]), room, left, threads)
+    return CacheStep(layer, step, room, left, threads)
 
 
 def _rooms(windows: tuple[Any, Any]) -> tuple[Room, Room]:

@@ -35,21 +35,21 @@ constexpr int64_t BYTES = 3;
 
 struct Arguments {
     int64_t rows, width, columns, threads;
-    int64_t type;  // of everything
-    const void* input;  // [M,K], `input_row` numbers from one row to the next
+    int64_t type;                   // of everything
+    const void* input;              // [M,K], `input_row` numbers from one row to the next
     int64_t input_row;
-    const void* weight;  // [N,K]
+    const void* weight;             // [N,K]
     int64_t weight_row;
-    const void* bias;  // [N], or null
-    void* output;  // [M,N], dense
-    const float* scale;  // [N], or null
-    int64_t is_float;  // input and output are of float32, whatever the type
+    const void* bias;               // [N], or null
+    void* output;                   // [M,N], dense
+    const float* scale;             // [N], or null
+    int64_t is_float;               // input and output are of float32, whatever the type
 };
 
 #include "products.h"
 
 constexpr int64_t CACHED = 24;  // rows of a weight that are taken at once where the rows of the input are not
-constexpr int64_t SHARE = 8;  // rows of a weight of which a thread takes a multiple, where it can
+constexpr int64_t SHARE = 8;    // rows of a weight of which a thread takes a multiple, where it can
 
 // ROWS rows of the input times COLUMNS rows of the weight that are `apart`; the next ones are `next` behind these.
 template <class T, int ROWS, int COLUMNS>
