@@ -30,6 +30,7 @@ from fhopt.backend.compile_report import CompileReport
 from fhopt.calibration import options as calibration_options
 from fhopt.calibration import run as calibration_run
 from fhopt.errors import FhoptError
+from fhopt.hardware import this_cpu
 from fhopt.models.capture import capture
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.passes.graph.nodes import VIEWS, op_name
@@ -39,7 +40,6 @@ from fhopt.refine import loss_target
 from fhopt.refine.options import Gate, parse_loss
 
 MAX_LOSS, CALIBRATION_TOKENS = 0.01, 16384
-MADE_FOR = {"cpu": "cpu", "cuda": "h100"}  # device that a plan is fitted for, by type: plans for GPUs are alike
 LEAST_TOKENS = 4096
 SHORTEST = 16  # tokens; shorter sequences are not used
 CONTEXT = 1024  # tokens of a calibration sequence, fewer where tokens or positions are few
@@ -216,7 +216,7 @@ def fit(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
     options = calibration_options.FitOptions(
         texts=(), ratio=target.ratio or loss_target.RATIOS[0], context=context,
         sequences=len(calibrated) - rate_sequences, rate_sequences=rate_sequences,
-        recent=min(RECENT, context // 4), device=MADE_FOR.get(device.type),
+        recent=min(RECENT, context // 4), device=_made_for(device),
         mean_tokens=0,  # graphs have none
     )  # fmt: skip
     options.check()
@@ -310,3 +310,10 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 __all__ = ["FitTarget", "OnlineFit", "TokenStream", "fit", "forget", "recording", "unfit"]
+
+
+def _made_for(device: torch.device) -> str | None:
+    """Return the device of the cost model that a plan is fitted for. Plans for GPUs are alike."""
+    if device.type == "cpu":
+        return this_cpu.most_alike()
+    return "h100" if device.type == "cuda" else None

@@ -334,13 +334,24 @@ def _ratio_of(measured: Any, bytes_per_token: float, tokens: int) -> float:
 
 def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
     """Say where layouts that were chosen by loss alone are slow on a CPU."""
-    from fhopt.fitting.candidates import is_slow
+    from fhopt.fitting.candidates import SLOW, is_slow
+    from fhopt.hardware.this_cpu import most_alike
 
+    if timed := plan.provenance.get("time"):
+        if not as_json:
+            output_console(as_json).print(
+                f"time counts: attention takes {timed['device']} {timed['share']:.2f} of the time of the plan of this "
+                f"size that loses least, for {plan.provenance['predicted_nats'] / timed['predicted_nats_without']:.2f} "
+                "of its loss",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
+        return
     slow = sum(len(site.key.encode) == 1 and is_slow(site.site, tokens) for site in plan.sites)
     if slow and not as_json:
         output_console(as_json).print(
             f"{slow} of {len(plan.sites)} sites have one latent for all kv heads, chosen by loss alone: attention "
-            "takes a CPU more than twice the time of a latent for each. For a CPU: --device cpu; a GPU: --device h100.",
+            f"takes this CPU up to {SLOW:g} times as long as with a latent for each, or more. For this CPU: --device "
+            f"{most_alike()}; for a GPU: --device h100.",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 

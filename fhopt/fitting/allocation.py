@@ -7,6 +7,7 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -119,18 +120,26 @@ def _check_reached(least: float, asked: int) -> None:
 
 @dataclass
 class Allocation:
-    """Bits per chunk of TIER_QUANTUM channels of each (site, side), the nats left, and what a bit was worth last."""
+    """Bits per chunk of TIER_QUANTUM channels of each (site, side), the nats left, and what a bit was worth last.
+
+    seconds: of arithmetic for a quantized token, where parts have them.
+    """
 
     bits: dict[tuple[str, int], list[int]]
     nats: float
     price: float  # nats per bit
+    seconds: float = 0.0
 
 
 class _Part(Protocol):
-    """Channels that get bits together: amounts of bits over J latent heads, rising from 0, and the loss with each."""
+    """Channels that get bits together: amounts of bits over J latent heads, rising from 0, and the loss with each.
+
+    seconds: that they take to be read, if they have any bits.
+    """
 
     bits: list[float]
     nats: list[float]
+    seconds: float
 
     def chunks(self, n: int) -> list[int]:
         """Return the bits of each chunk with `bits[n]` in all."""
@@ -139,8 +148,8 @@ class _Part(Protocol):
 class _Chunk:
     """One chunk with any of the numbers of bits. unit: bits that one bit per channel takes, weighted."""
 
-    def __init__(self, costs: Mapping[int, float], unit: float) -> None:
-        self.levels = list(costs)
+    def __init__(self, costs: Mapping[int, float], unit: float, seconds: float) -> None:
+        self.levels, self.seconds = list(costs), seconds
         self.bits = [b * unit for b in self.levels]
         self.nats = list(costs.values())
 
@@ -156,6 +165,8 @@ class _Planes:
     highest first, least[p, u] is the loss of the first p chunks in u planes:
     least_b[p, u] = min(least before[p, u], least_b[p - c, u - 1] + cost_b of chunks p - c to p), c chunks to a plane.
     """
+
+    seconds = 0.0  # a GPU waits for memory
 
     def __init__(self, costs: Mapping[int, Sequence[float]], groups: float, plane: int) -> None:
         self.levels = sorted(set(costs) - {0}, reverse=True)
@@ -204,14 +215,25 @@ class PartedSide:
 Sides = Mapping[SideKey, PartedSide]
 
 
-def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain, weights: Mapping[str, float]) -> Sides:
+def candidate_sides(
+    bases: CandidateBases,
+    costs: Costs,
+    grain: Grain,
+    weights: Mapping[str, float],
+    seconds: Mapping[tuple[str, str], float] = MappingProxyType({}),
+) -> Sides:
     """Divide the sides of every candidate layout into parts of `grain`; where `costs` has none, costs are Gaussian.
 
-    weights: of the bits of each site (`Budget.weights`).
+    weights: of the bits of each site (`Budget.weights`). seconds: that a channel takes in a layout of a site, by their
+    names; none: time does not count.
     """
     return {
         (name, which, i): side_of(
-            chunk_nats(basis, costs.get((name, which, i)), grain), basis.groups, grain, weights[name]
+            chunk_nats(basis, costs.get((name, which, i)), grain),
+            basis.groups,
+            grain,
+            weights[name],
+            seconds.get((name, which), 0.0),
         )
         for name, layouts in bases.items()
         for which, pair in layouts.items()
@@ -219,20 +241,23 @@ def candidate_sides(bases: CandidateBases, costs: Costs, grain: Grain, weights: 
     }
 
 
-def choose_layouts(bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> tuple[dict[str, str], Allocation]:
+def choose_layouts(
+    bases: CandidateBases, sides: Sides, budget: int, grain: Grain, rate: float = 0.0
+) -> tuple[dict[str, str], Allocation]:
     """Choose (layout of each site, bits) for a budget of bits per token.
 
     Bits are allocated, layouts compete at the price of the last bit, and both are repeated while it helps. The first
-    layouts of each site must fit the budget; others are taken only where the whole plan costs less.
+    layouts of each site must fit the budget; others are taken only where the whole plan costs less. rate: nats that a
+    second counts for.
     """
 
     def allocate(layouts: Mapping[str, str]) -> Allocation:
         used = {(n, i): sides[n, w, i] for n, w in layouts.items() for i in range(len(bases[n][w]))}
-        return allocate_sides(used, budget, fill=grain.plane > 0)
+        return allocate_sides(used, budget, fill=grain.plane > 0, rate=rate)
 
     def cheapest(name: str, price: float) -> str:
         worth = {
-            which: sum(_least(sides[name, which, i], price) for i in range(len(pair)))
+            which: sum(_least(sides[name, which, i], price, rate) for i in range(len(pair)))
             for which, pair in bases[name].items()
         }
         return min(worth, key=lambda w: worth[w])
@@ -247,16 +272,21 @@ def choose_layouts(bases: CandidateBases, sides: Sides, budget: int, grain: Grai
             other = allocate(others)
         except FhoptError:  # layouts with more latent heads need more bytes at the least
             break
-        if other.nats >= allocation.nats:
+        if other.nats + rate * other.seconds >= allocation.nats + rate * allocation.seconds:
             break
         chosen, allocation = others, other
     return chosen, allocation
 
 
-def _least(side: PartedSide, price: float) -> float:
-    """Return the least sum of nats and worth of bits, at `price` nats a bit, of one side."""
-    best = (min(nats + price * b for nats, b in zip(p.nats, p.bits, strict=True)) for p in side.parts)
+def _least(side: PartedSide, price: float, rate: float) -> float:
+    """Return the least sum of nats and worth of bits, at `price` nats a bit and `rate` a second, of one side."""
+    best = (min(_cost(p, n, rate) + price * b for n, b in enumerate(p.bits)) for p in side.parts)
     return sum(best) + price * side.fixed
+
+
+def _cost(part: _Part, n: int, rate: float) -> float:
+    """Return the nats of a part with its n-th amount of bits, and what its time counts for."""
+    return part.nats[n] + (rate * part.seconds if n else 0.0)
 
 
 def channel_nats(basis: Basis, costs: SideCosts | None, bits: int) -> Tensor:
@@ -272,13 +302,19 @@ def chunk_nats(basis: Basis, costs: SideCosts | None, grain: Grain) -> dict[int,
     return {bits: _per_chunk(share(bits) * channel_nats(basis, costs, bits)) for bits in (0, *grain.levels)}
 
 
-def side_of(costs: Mapping[int, Sequence[float]], groups: int, grain: Grain, weight: float = 1.0) -> PartedSide:
-    """Divide a side of J = `groups` latent heads into parts of `grain`, from nats by bits and chunk."""
+def side_of(
+    costs: Mapping[int, Sequence[float]], groups: int, grain: Grain, weight: float = 1.0, seconds: float = 0.0
+) -> PartedSide:
+    """Divide a side of J = `groups` latent heads into parts of `grain`, from nats by bits and chunk.
+
+    seconds: that a channel takes to be read.
+    """
     weighted = groups if weight == 1 else groups * weight
     fixed, unit = 8 * SCALE_BYTES * weighted, TIER_QUANTUM * weighted
     if grain.plane:
         return PartedSide([_Planes(costs, weighted, grain.plane)], fixed)
-    return PartedSide([_Chunk({b: c[i] for b, c in costs.items()}, unit) for i in range(len(costs[0]))], fixed)
+    chunks = ({b: c[i] for b, c in costs.items()} for i in range(len(costs[0])))
+    return PartedSide([_Chunk(chunk, unit, TIER_QUANTUM * weight * seconds) for chunk in chunks], fixed)
 
 
 def _per_chunk(per_channel: Tensor) -> list[float]:
@@ -291,10 +327,13 @@ def _per_chunk(per_channel: Tensor) -> list[float]:
 _At = tuple[tuple[str, int], int]  # (site, side), part
 
 
-def allocate_sides(sides: Mapping[tuple[str, int], PartedSide], budget: int, fill: bool) -> Allocation:
+def allocate_sides(
+    sides: Mapping[tuple[str, int], PartedSide], budget: int, fill: bool, rate: float = 0.0
+) -> Allocation:
     """Allocate bits to chunks, always where the loss falls most per bit; sides are by name and number.
 
-    fill: use up the rest of the budget then. Raises FhoptError when it is below the least that each side must get.
+    fill: use up the rest of the budget then. rate: nats that a second counts for. Raises FhoptError when the budget is
+    below the least that each side must get.
     """
     parts: dict[_At, _Part] = {(key, i): part for key, side in sides.items() for i, part in enumerate(side.parts)}
     now = {at: int(at[1] == 0) for at in parts}  # every side keeps the least: a latent of no channels is no latent
@@ -303,7 +342,7 @@ def allocate_sides(sides: Mapping[tuple[str, int], PartedSide], budget: int, fil
     heap: list[tuple[float, _At, int]] = []
 
     def push(at: _At) -> None:
-        if gains := _gains(parts[at], now[at]):
+        if gains := _gains(parts[at], now[at], rate):
             gain, n = max(gains)
             heapq.heappush(heap, (-gain, at, n))
 
@@ -321,17 +360,18 @@ def allocate_sides(sides: Mapping[tuple[str, int], PartedSide], budget: int, fil
     if fill:
         _fill(parts, now, budget - used)
     nats = sum(part.nats[now[at]] for at, part in parts.items())
+    seconds = sum(part.seconds for at, part in parts.items() if now[at])
     bits: dict[tuple[str, int], list[int]] = {key: [] for key in sides}
     for (key, i), part in parts.items():
         bits[key] += part.chunks(now[key, i])
-    return Allocation(bits, nats, price)
+    return Allocation(bits, nats, price, seconds)
 
 
-def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, int]]:
-    """Return (fall of loss per bit, which) of all larger amounts of bits that fit into `room`."""
-    nats, bits = part.nats[now], part.bits[now]
+def _gains(part: _Part, now: int, rate: float = 0.0, room: float = math.inf) -> list[tuple[float, int]]:
+    """Return (fall of cost per bit, which) of all larger amounts of bits that fit into `room`."""
+    cost, bits = _cost(part, now, rate), part.bits[now]
     return [
-        ((nats - part.nats[n]) / (part.bits[n] - bits), n)
+        ((cost - _cost(part, n, rate)) / (part.bits[n] - bits), n)
         for n in range(now + 1, len(part.bits))
         if part.bits[n] - bits <= room
     ]
@@ -339,7 +379,7 @@ def _gains(part: _Part, now: int, room: float = math.inf) -> list[tuple[float, i
 
 def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: float) -> None:
     """Allocate the rest of the budget, too little for the next best amount of any part, to where it helps most."""
-    while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], room))]:
+    while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], room=room))]:
         gain, n, at = max(gains)
         if gain <= 0:
             return

@@ -2,7 +2,8 @@
 
 Layouts compete by loss, and for a device not at any price in time: a latent that is shared by all heads is multiplied
 by the queries of each of them, so with 8 kv heads it takes a CPU three to five times as long as a latent for each. A
-GPU does not feel it.
+GPU does not feel it. For a GPU what would be slow is left out here; for a CPU loss is weighed against time in
+fhopt/fitting/fast_choice.py.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from fhopt.errors import FhoptError
 from fhopt.fitting.bases import Basis, CandidateBases, fit_basis, fit_joint
 from fhopt.fitting.choices import AUTO
 from fhopt.fitting.statistics import SiteStatistics
+from fhopt.hardware import this_cpu
 from fhopt.hardware.devices import Device, find_device, layout_time
 from fhopt.plan.site import AttentionSite
 
 COMPETING = ("band", "identity")  # what "auto" chooses from
-# For a device, layouts that take more than so many times the fastest one's time do not compete. Without one they do: at
-# 8x latents that are shared lose a third of what others do (expected, SmolLM2).
-SLOWER = 1.5
-SLOW = 2.0  # from so many times on a user is told
+SLOWER = 1.5  # layouts that take a GPU more than so many times the fastest one's time do not compete
+SLOW = 1.7  # from so many times on a user is told
 USED = 0.6  # share of the channels of a basis that get bits, at 4x to 8x
 
 
@@ -34,8 +34,8 @@ def fit_bases(
 
     context: tokens of a calibration sequence. tokens: length of context that the plan is made for. device: what the
     plan will run on (`hardware.devices.DEVICES`): "auto" has latents per head to choose from then, too, and leaves out
-    what would be slow there. Raises FhoptError when the layout `input` is asked for and a site has none, or the device
-    is unknown.
+    what would be slow on a GPU. Raises FhoptError when the layout `input` is asked for and a site has none, or the
+    device is unknown.
     """
     bases = fit_layouts(statistics, _competing(layout, device), context=context, tokens=tokens)
     return select_bases(bases, {name: s.site for name, s in statistics.items()}, layout, tokens=tokens, device=device)
@@ -68,8 +68,8 @@ def select_bases(
     fitted = {which for layouts in bases.values() for which in layouts}
     for name, layouts in bases.items():
         chosen[name] = {which: sides for which, sides in layouts.items() if which in _competing(layout, device)}
-        if layout == AUTO and device is not None:
-            chosen[name] = _fast_enough(chosen[name], sites[name], find_device(device), tokens)
+        if layout == AUTO and device is not None and (target := find_device(device)).kind == "gpu":
+            chosen[name] = _fast_enough(chosen[name], sites[name], target, tokens)
         if not chosen[name]:
             raise no_joint_basis(sites[name]) if layout == "input" else _not_fitted(layout, fitted)
     return chosen
@@ -82,16 +82,16 @@ def _competing(layout: str, device: str | None) -> tuple[str, ...]:
 
 
 def is_slow(site: AttentionSite, tokens: int) -> bool:
-    """Return whether a latent that all heads share takes a CPU more than `SLOW` times as long as one for each.
+    """Return whether a latent that all heads share takes this CPU more than `SLOW` times as long as one for each.
 
-    False where torch has a GPU.
+    Only its vector unit counts, by which the table of devices has one that is like it. False where torch has a GPU.
     """
     if torch.cuda.is_available():
         return False
 
     def seconds(groups: int) -> float:
         widths = [int(USED * site.kv_heads * size / groups) for size in (site.key_dim, site.value_dim)]
-        return _seconds(find_device("cpu"), site, groups, widths, tokens)
+        return _seconds(find_device(this_cpu.most_alike()), site, groups, widths, tokens)
 
     return seconds(1) > SLOW * seconds(site.kv_heads)
 

@@ -8,7 +8,8 @@ the whole model pays, plain rounding (`identity`) among them, so no site is wors
 Each chunk of channels gets its bits independently of its neighbours, but for a GPU: its kernels are slow, or do not
 fit, where bit groups are many and narrow. There a side as a whole gets another 16 bytes of a plane (`PLANE`): of all
 ways to fill so many bytes with groups of 8, 4 and 2 bits the one with the least loss. There too, where widths are
-constants of a kernel, sites share a few kernel shapes (fhopt/fitting/kernel_shapes.py).
+constants of a kernel, sites share a few kernel shapes (fhopt/fitting/kernel_shapes.py). For a CPU, loss is given for
+time within a bound (fhopt/fitting/fast_choice.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fhopt.errors import FhoptError
-from fhopt.fitting import codes
+from fhopt.fitting import codes, fast_choice
 from fhopt.fitting.allocation import (
     STEPS,
     UNBIASED,
@@ -82,10 +83,11 @@ def fit(
     as the rank of keys and values allows (about 2). bases: of these statistics (`fit_bases`); None: they are fitted
     here. costs: of these bases, as measured; where there are none, those of a Gaussian. device: what the plan will run
     on (`hardware.devices.DEVICES`); for a GPU, packed latents have bit groups of `GPU_BITS`, each a multiple of `PLANE`
-    bytes. mean_tokens: of the plan, and of the statistics. kernel_shapes: how many different kernels the sites need, at
-    most; None: `GPU_SHAPES` for a GPU, else any. sliding: tokens of the sliding window of a site's layer by the site's
-    name, where it has one. code: of bit groups (`fhopt.fitting.codes`). Raises FhoptError when the ratio cannot
-    be reached, when options are not possible, or when the layout `input` is asked for where it does not exist.
+    bytes; for a CPU the plan is the fastest within a bound of the loss (`fast_choice.choose`). mean_tokens: of the
+    plan, and of the statistics. kernel_shapes: how many different kernels the sites need, at most; None: `GPU_SHAPES`
+    for a GPU, else any. sliding: tokens of the sliding window of a site's layer by the site's name, where it has one.
+    code: of bit groups (`fhopt.fitting.codes`). Raises FhoptError when the ratio cannot be reached, when options are
+    not possible, or when the layout `input` is asked for where it does not exist.
     """
     check_options(ratio, layout, bits, device, code)
     sites = {name: s.site for name, s in statistics.items()}
@@ -101,9 +103,10 @@ def fit(
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0, sliding or {})
     grain, counted = grain_of(bits, device, code), budget.weights(sites.values())
     weights = {name: counted[site.name] for name, site in sites.items()}
-    candidates = candidate_sides(bases, costs, grain, weights)
+    candidates = candidate_sides(bases, costs, grain, weights, fast_choice.channel_times(bases, sites, device))
     most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
-    chosen, free = choose_layouts(bases, candidates, asked, grain)
+    choice = fast_choice.choose(bases, candidates, asked, grain)
+    chosen, free = choice.layouts, choice.allocation
     chunks = {
         name: _chunks(name, which, bool(sites[name].softcap), bases, costs, grain, weights[name])
         for name, which in chosen.items()
@@ -115,11 +118,17 @@ def fit(
         plans.append(replace(_site_plan(sites[name], which, sides), segment=statistics[name].segment))
     evidence = Evidence(
         _evidence_of_sites(bases, chunks, chosen, allocation),
-        _curve(bases, candidates, budget, sites.values(), grain),
+        _curve(bases, candidates, budget, sites.values(), grain, choice.rate),
     )
     provenance = _provenance(layout, ratio, allocation.nats) | {KEY: evidence.as_json()}
     if allocation is not free:
         provenance["kernel_shapes"] = {"most": most, "predicted_nats_without": free.nats}
+    if choice.without is not None:
+        provenance["time"] = {
+            "device": device,
+            "share": free.seconds / choice.without.seconds,
+            "predicted_nats_without": choice.without.nats,
+        }
     return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
 
 
@@ -155,13 +164,14 @@ def _curve(
     budget: Budget,
     sites: Collection[AttentionSite],
     grain: Grain,
+    rate: float,
 ) -> tuple[Size, ...]:
-    """Return the expected losses of plans of other sizes, as far as they can be reached."""
+    """Return the expected losses of plans of other sizes, as far as they can be reached; rate: of time."""
     exact, sizes = budget.exact_bytes(sites) / budget.tokens, []
     for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
         try:
             _, allocation = choose_layouts(
-                bases, sides, replace(budget, ratio=ratio).quantized_token_bits(sites), grain
+                bases, sides, replace(budget, ratio=ratio).quantized_token_bits(sites), grain, rate
             )
         except FhoptError:  # smaller than the least that each side must get
             break

@@ -40,6 +40,7 @@ DEVICES = {
         Device("mi300x", "gpu", 5300, 1307.4, 163.4, 192),  # AMD Instinct MI300X data sheet
         Device("edge", "gpu", 204.8, 42.5, 5.3, 64),  # NVIDIA Jetson AGX Orin 64GB technical brief; half of dense int8
         Device("cpu", "cpu", 25, 0.235, 0.118, 384),  # one thread, measured: AMD Zen 4 with AVX-512 and bf16
+        Device("cpu-avx2", "cpu", 17.7, 0.088, 0.088, 128),  # one thread, measured: AMD Zen 3, which has AVX2 alone
     )
 }
 HERE = "here"  # this machine's CPU, measured by fhopt/hardware/this_cpu.py
@@ -111,3 +112,12 @@ def layout_time(
     conversions *= UNPACKING if device.kind == "cpu" else 1
     size, operations = latent_heads * row_bytes, 2 * heads * (key_width + value_width)
     return max(device.roofline(tokens * size, tokens * operations, tokens * conversions, itemsize))
+
+
+def channel_seconds(device: Device, heads: int, latent_heads: int, *, shared: bool = False) -> float:
+    """Estimate the seconds of arithmetic in which `heads` query heads read a channel of a token's latents on a CPU.
+
+    It is a channel of each latent head, stored as a code, of keys or of values; of `shared` rows it serves both.
+    """
+    _, arithmetic = device.roofline(0, 2 * heads * (1 + shared), latent_heads * UNPACKING, 2)
+    return float(arithmetic)

@@ -139,6 +139,11 @@ def vector_units() -> tuple[str, ...]:
     return tuple(words for flag, words in _UNITS.items() if flag in known)
 
 
+def most_alike() -> str:
+    """Return the name of the CPU of the table of devices whose kernels multiply quantized values as this one's do."""
+    return "cpu" if {"AVX-512 VNNI", "AVX-512 VBMI"} <= set(vector_units()) else "cpu-avx2"
+
+
 _UNITS = {  # flags of /proc/cpuinfo
     "avx2": "AVX2", "avx_vnni": "AVX-VNNI",
     "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_vbmi": "AVX-512 VBMI",

@@ -148,9 +148,13 @@ def test_tiers_for_a_gpu_are_the_best_of_all_for_their_bytes(levels: tuple[int, 
         )
 
 
-def test_a_cpu_and_no_device_get_the_same_bits() -> None:
-    plans = [wide(1, 256, 4.0, device) for device in (None, "cpu", "cpu:4")]
-    assert len({plan.digest() for plan in plans}) == 1
+def test_bits_for_a_cpu_do_not_depend_on_its_threads_and_fill_no_planes() -> None:
+    plans = [wide(1, 256, 4.0, device) for device in ("cpu", "cpu:4")]
+    tiers = [[(s.layout, s.key.tiers, s.value.tiers) for s in plan.sites] for plan in plans]
+    assert tiers[0] == tiers[1]
+    assert any(
+        tier.width * tier.bits % (8 * choices.PLANE) for _, *sides in tiers[0] for side in sides for tier in side
+    )
     assert any(t.bits not in choices.GPU_BITS for s in plans[0].sites for t in s.key.tiers)
 
 

@@ -1,0 +1,115 @@
+"""Layouts and bits for a CPU: loss for time, within a bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fitting_by_hand import nats, site, spectrum, statistics
+
+from fhopt.cli.fit import _show_device
+from fhopt.fitting import fast_choice, fit_plan
+from fhopt.fitting.bases import Basis, CandidateBases
+from fhopt.fitting.fast_choice import DEARER, LITTLE, channel_times
+from fhopt.fitting.statistics import SiteStatistics
+from fhopt.hardware.devices import DEVICES, channel_seconds, layout_time
+from fhopt.plan.latent_plan import LatentPlan
+from fhopt.plan.site import AttentionSite
+
+NAMES = ("a", "b", "c")
+WIDTH = 64  # numbers of a head
+
+
+def _sites() -> dict[str, AttentionSite]:
+    return {name: replace(site(name), heads=16, kv_heads=4, key_dim=WIDTH, value_dim=WIDTH) for name in NAMES}
+
+
+def _bases(gains: tuple[float, ...], size: float) -> CandidateBases:
+    """Latents for each head, and shared ones whose costs are those of the heads together, divided by a gain."""
+    bases: dict[str, dict[str, tuple[Basis, ...]]] = {}
+    for number, (name, gain) in enumerate(zip(NAMES, gains, strict=True)):
+        own = tuple(_times(spectrum(WIDTH, 4, 1e4, seed), size) for seed in (number, number + 9))
+        shared = tuple(_times(spectrum(4 * WIDTH, 1, 1e4 * gain, seed), size / gain) for seed in (number, number + 9))
+        bases[name] = {"band": shared, "head": own}
+    return bases
+
+
+def _times(basis: Basis, factor: float) -> Basis:
+    return replace(basis, variance=factor * basis.variance)
+
+
+def _fit(bases: CandidateBases, device: str | None, ratio: float = 4.0) -> LatentPlan:
+    empty = next(iter(statistics("a").values()))
+    kept: dict[str, SiteStatistics] = {name: replace(empty, site=s) for name, s in _sites().items()}
+    return fit_plan.fit(kept, bases=bases, ratio=ratio, device=device, sinks=0, recent=1, block=1, tokens=100_000)
+
+
+def _seconds(plan: LatentPlan, device: str) -> float:
+    """Arithmetic of a token, from the plan itself."""
+    return sum(
+        side.width * channel_seconds(DEVICES[device], s.site.heads, side.groups)
+        for s in plan.sites
+        for side in (s.key, s.value)
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu-avx2"])
+@pytest.mark.parametrize("ratio", [3.0, 4.0, 8.0])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_a_plan_for_a_cpu_is_faster_and_loses_no_more_than_the_bound(device: str, ratio: float, size: float) -> None:
+    bases = _bases((1.0, 1.5, 20.0), size)
+    least, fast = _fit(bases, None, ratio), _fit(bases, device, ratio)
+    assert nats(least) <= nats(fast) <= max(DEARER * nats(least), LITTLE)
+    share = _seconds(fast, device) / _seconds(least, device)
+    assert share < 1 and fast.provenance["time"]["share"] == pytest.approx(share, rel=1e-6)
+    assert fast.provenance["time"]["predicted_nats_without"] == nats(least)
+    assert ratio <= fast.ratio(100_000) < 1.05 * ratio  # bytes stay what they are
+
+
+def test_latents_stay_shared_where_that_gains_most() -> None:
+    bases = _bases((1.0, 1.0, 30.0), 10.0)
+    layouts = {s.site.name: s.layout for s in _fit(bases, "cpu-avx2").sites}
+    assert layouts == {"a": "head", "b": "head", "c": "band"}
+
+
+def test_losses_that_are_next_to_nothing_buy_time() -> None:
+    """A hundredth of the variance is a hundredth of the loss, and the bound below which it does not matter stays."""
+    share = {size: _fit(_bases((3.0, 3.0, 3.0), size), "cpu-avx2").provenance["time"]["share"] for size in (1e-4, 1.0)}
+    assert share[1e-4] < 0.8 * share[1.0]
+
+
+def test_time_counts_on_a_cpu_alone() -> None:
+    bases = _bases((1.0, 1.5, 20.0), 1.0)
+    for device in (None, "h100"):
+        assert not channel_times(bases, _sites(), device)
+        assert "time" not in _fit(bases, device).provenance
+    times = channel_times(bases, _sites(), "cpu")
+    assert times["a", "head"] > times["a", "band"]  # a channel of each of four latents: as many products, more codes
+    shared = {"a": {"input": (bases["a"]["band"][0],)}}
+    assert times["a", "band"] < channel_times(shared, _sites(), "cpu")["a", "input"] < 2 * times["a", "band"]
+
+
+def test_channels_take_what_the_cost_model_says() -> None:
+    """Long contexts of few bytes, so that arithmetic decides: 96 channels more on each side."""
+    for device in (DEVICES["cpu"], DEVICES["cpu-avx2"]):
+        wide, narrow = (layout_time(device, 32, 8, width, width, 1, 1000) for width in (128, 32))
+        assert (wide - narrow) / 1000 == pytest.approx(2 * 96 * channel_seconds(device, 32, 8), rel=1e-6)
+
+
+def test_no_rate_is_tried_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_choice, "FIRST", None)  # would raise
+    plan = _fit(_bases((1.0, 1.0, 1.0), 0.0), "cpu")
+    assert nats(plan) == 0 and "time" not in plan.provenance
+
+
+def test_what_time_costs_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plan = _fit(_bases((1.0, 1.5, 20.0), 1.0), "cpu-avx2")
+    plan.save(tmp_path / "plan")
+    kept = LatentPlan.load(tmp_path / "plan")
+    _show_device(kept, 8192, as_json=False)
+    said = capsys.readouterr().out
+    assert f"takes cpu-avx2 {plan.provenance['time']['share']:.2f} of the time" in said
+    assert f"for {nats(plan) / plan.provenance['time']['predicted_nats_without']:.2f} of its loss" in said
+    _show_device(kept, 8192, as_json=True)
+    assert not capsys.readouterr().out
