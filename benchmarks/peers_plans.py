@@ -17,6 +17,7 @@ import memory
 from fhopt.calibration.options import FitOptions
 from fhopt.calibration.run import measure, plan_for
 from fhopt.fitting import fit_plan
+from fhopt.hardware.this_cpu import most_alike
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.sites import find_sites
@@ -27,7 +28,7 @@ RATIOS = (4.0, 8.0)  # fitted together: calibration takes longer than all else
 
 def fitted(loaded: LoadedModel, ratios: tuple[float, ...]) -> dict[str, LatentPlan]:
     """Fit plans of several ratios to one calibration, by name."""
-    options = FitOptions(ratio=ratios[0], device="cpu")
+    options = FitOptions(ratio=ratios[0], device=most_alike())
     calibration = measure(loaded, options)
     return {f"{ratio:g}x": plan_for(calibration, replace(options, ratio=ratio)) for ratio in ratios}
 

@@ -299,8 +299,10 @@ def _check_losses(
     def done(number: int) -> None:
         progress(LOSSES, number + 1, len(held_out))
 
-    checks = check_losses(model, held_out, plans, recent, done) if plans and model.is_logits else ()
-    return [check.as_json() for check in checks]
+    if not plans or not model.is_logits:
+        return []
+    progress(LOSSES, 0, len(held_out))
+    return [check.as_json() for check in check_losses(model, held_out, plans, recent, done)]
 
 
 def _sites(captured: Source, name: str, encoder: str | None) -> passes_outcome.Outcome:

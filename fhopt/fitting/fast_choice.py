@@ -20,7 +20,8 @@ from fhopt.hardware.devices import channel_seconds, find_device
 from fhopt.plan.site import AttentionSite
 
 DEARER = 1.5  # times the least loss, and no more, may be given for time
-LITTLE = 5e-4  # nats per token, which may be given too: rounding of bfloat16 costs as much (Qwen2.5-Coder-1.5B)
+MOST = 3.0  # times, as long as the loss is little: then so many
+LITTLE = 5e-4  # nats per token: rounding of bfloat16 costs as much (Qwen2.5-Coder-1.5B)
 FIRST, DOUBLINGS, HALVINGS = 0.25, 12, 3  # first rate: of the least loss to its time; rates that are tried
 
 
@@ -53,17 +54,21 @@ def channel_times(
     }
 
 
+def bound_of(least: float) -> float:
+    """Return the nats that may be lost where `least` is what a plan loses for which time does not count."""
+    return max(DEARER * least, min(MOST * least, LITTLE))
+
+
 def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> Choice:
     """Choose layouts and bits for a budget of bits per token, where sides take time the fastest within the bound.
 
-    The bound of the loss is `DEARER` times the least, or `LITTLE` where that is more. Raises FhoptError when the budget
-    is below the least that each side must get.
+    Raises FhoptError when the budget is below the least that each side must get.
     """
     layouts, least = choose_layouts(bases, sides, budget, grain)
     best = Choice(layouts, least)
     if not least.seconds or not least.nats:
         return best
-    bound = max(DEARER * least.nats, LITTLE)
+    bound = bound_of(least.nats)
 
     def at(rate: float) -> Choice:
         layouts, allocation = choose_layouts(bases, sides, budget, grain, rate)
