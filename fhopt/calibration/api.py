@@ -29,7 +29,8 @@ def fit(
     A causal language model with its tokenizer is calibrated on `text`: a file, a folder or a built-in name (see
     `fhopt.texts.tokens`), or several. Any other module is calibrated on `batches`: dicts of keyword arguments, all of
     the same shapes; its output counts as logits where the model calls it so. options: the other fields of
-    `fhopt.calibration.options.FitOptions`. Raises FhoptError for options that cannot work and models without attention.
+    `fhopt.calibration.options.FitOptions`, such as `device="here"` for a plan that is fast on this CPU. Raises
+    FhoptError for options that cannot work and models without attention.
     """
     texts = (text,) if isinstance(text, str) else tuple(text)
     chosen = calibration_options.FitOptions(texts=texts, ratio=ratio, **options)

@@ -128,7 +128,7 @@ def calibrate(
 @click.option(
     "--device",
     type=DEVICE,
-    help="Target device, as in cost: excludes layouts, and for GPUs mixes of bits, that are slow on it.",
+    help="Target device, as in cost. For a CPU some loss is given for time; for a GPU what is slow there is excluded.",
 )
 @click.option(
     "--kernel-shapes",
