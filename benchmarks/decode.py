@@ -300,9 +300,10 @@ def _fitted(loaded: LoadedModel, quick: bool) -> list[LatentPlan]:
     """Fit plans as `fhopt fit` does; quick ones for this kind of machine."""
     from fhopt.calibration.options import FitOptions
     from fhopt.calibration.run import fit
+    from fhopt.hardware.this_cpu import most_alike
 
     if quick:
-        return [fit(loaded, FitOptions(ratio=4.0, device="cpu", sequences=2, rate_sequences=1))[0]]
+        return [fit(loaded, FitOptions(ratio=4.0, device=most_alike(), sequences=2, rate_sequences=1))[0]]
     return [fit(loaded, FitOptions(ratio=ratio))[0] for ratio in RATIOS]
 
 

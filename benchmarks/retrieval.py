@@ -44,6 +44,7 @@ from fhopt.codegen import dispatch
 from fhopt.errors import FhoptError
 from fhopt.evaluation.perplexity import new_cache, paired, step_bounds, switched
 from fhopt.evaluation.tasks import TASKS, Item, TaskOptions, check_items, score_answer, write_items
+from fhopt.hardware.this_cpu import most_alike
 from fhopt.models.loaded_model import LoadedModel
 from fhopt.models.loader import load_model
 from fhopt.models.model_facts import cache_argument, check_length
@@ -266,7 +267,7 @@ def timed(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 def paged_plan(loaded: LoadedModel, path: Path | None, quick: bool) -> LatentPlan:
     """Return the plan with page selection, calibrated now where it has none."""
     small: dict[str, Any] = dict(sequences=2, rate_sequences=1) if quick else {}
-    plan = LatentPlan.load(path) if path else fit(loaded, FitOptions(ratio=4.0, device="cpu", **small))[0]
+    plan = LatentPlan.load(path) if path else fit(loaded, FitOptions(ratio=4.0, device=most_alike(), **small))[0]
     if plan.pages is not None:
         return plan
     sized: dict[str, Any] = dict(sequences=1, context=2048) if quick else {}

@@ -206,6 +206,13 @@ def _device(model: Any) -> torch.device:
     return device
 
 
+def _made_for(device: torch.device) -> str | None:
+    """Return the device of the cost model that a plan is fitted for. Plans for GPUs are alike."""
+    if device.type == "cpu":
+        return this_cpu.most_alike()
+    return "h100" if device.type == "cuda" else None
+
+
 def fit(model: Any, stream: TokenStream, target: FitTarget) -> LatentPlan:
     """Fit a plan for a causal language model to recorded tokens. Raises FhoptError when no plan passes the gate."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
@@ -310,10 +317,3 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 __all__ = ["FitTarget", "OnlineFit", "TokenStream", "fit", "forget", "recording", "unfit"]
-
-
-def _made_for(device: torch.device) -> str | None:
-    """Return the device of the cost model that a plan is fitted for. Plans for GPUs are alike."""
-    if device.type == "cpu":
-        return this_cpu.most_alike()
-    return "h100" if device.type == "cuda" else None

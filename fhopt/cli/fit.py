@@ -337,20 +337,11 @@ def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
     from fhopt.fitting.candidates import SLOW, is_slow
     from fhopt.hardware.this_cpu import most_alike
 
-    if timed := plan.provenance.get("time"):
-        if not as_json:
-            output_console(as_json).print(
-                f"time counts: attention takes {timed['device']} {timed['share']:.2f} of the time of the plan of this "
-                f"size that loses least, for {plan.provenance['predicted_nats'] / timed['predicted_nats_without']:.2f} "
-                "of its loss",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
-        return
     slow = sum(len(site.key.encode) == 1 and is_slow(site.site, tokens) for site in plan.sites)
     if slow and not as_json:
         output_console(as_json).print(
             f"{slow} of {len(plan.sites)} sites have one latent for all kv heads, chosen by loss alone: attention "
-            f"takes this CPU up to {SLOW:g} times as long as with a latent for each, or more. For this CPU: --device "
+            f"takes this CPU more than {SLOW:g} times as long as with a latent for each. For this CPU: --device "
             f"{most_alike()}; for a GPU: --device h100.",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
@@ -358,6 +349,7 @@ def _show_device(plan: LatentPlan, tokens: int, as_json: bool) -> None:
 
 def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any], as_json: bool) -> None:
     """Print a plan, with sizes in a context of `tokens` tokens, which it was made for."""
+    from fhopt.fitting.fast_choice import TIME
     from fhopt.inspection.tables import plan_table
     from fhopt.plan.cache_size import COUNTED_AT, cache_size
     from fhopt.plan.expected_loss import EXPECTED, calibration_warning, expected_loss
@@ -373,6 +365,7 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any],
         }
         more = {"predicted_nats": plan.provenance["predicted_nats"], "expected_loss": plan.provenance.get(EXPECTED)}
         more |= {"trellis": plan.has_trellis, "trials": trials, "warning": calibration_warning(plan)}
+        more |= {"time": plan.provenance.get(TIME)}
         print_json(about | more | {"whole_ratio": size.ratio, "cache": size.as_json()})
         return
     console = output_console(as_json)
@@ -387,6 +380,13 @@ def _show_plan(plan: LatentPlan, tokens: int, out: Path, trials: dict[str, Any],
     if shared := plan.provenance.get("kernel_shapes"):
         more = plan.provenance["predicted_nats"] / shared["predicted_nats_without"] - 1
         console.print(f"at most {shared['most']} kernel shapes: expected loss {100 * more:+.0f} %", highlight=False)
+    if timed := plan.provenance.get(TIME):
+        more = plan.provenance["predicted_nats"] / timed["predicted_nats_without"] - 1
+        console.print(
+            f"for {timed['device']}: attention in {timed['share']:.2f} of the time, expected loss {100 * more:+.0f} %, "
+            "beside the plan of this size that loses least",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if plan.has_trellis:
         console.print("trellis codes, which CPUs read; for GPUs and exports: --code uniform", highlight=False)
     context = "" if tokens == COUNTED_AT else f" at {tokens:,} tokens"

@@ -192,7 +192,7 @@ def _perplexities(
     multiple=True,
     default=SHOWN,
     show_default=True,
-    help="Device; also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, here; repeatable.",
+    help="Device; also h200, a100-80, a10, l4, 4090, b200, mi300x, edge, cpu:THREADS, cpu-avx2, here; repeatable.",
 )
 @click.option(
     "--tokens",

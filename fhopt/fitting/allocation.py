@@ -242,13 +242,14 @@ def candidate_sides(
 
 
 def choose_layouts(
-    bases: CandidateBases, sides: Sides, budget: int, grain: Grain, rate: float = 0.0
-) -> tuple[dict[str, str], Allocation]:
+    bases: CandidateBases, sides: Sides, budget: int, grain: Grain, rate: float = 0.0,
+    start: Mapping[str, str] | None = None,
+) -> tuple[dict[str, str], Allocation]:  # fmt: skip
     """Choose (layout of each site, bits) for a budget of bits per token.
 
-    Bits are allocated, layouts compete at the price of the last bit, and both are repeated while it helps. The first
-    layouts of each site must fit the budget; others are taken only where the whole plan costs less. rate: nats that a
-    second counts for.
+    Bits are allocated, layouts compete at the price of the last bit, and both are repeated while it helps. The layouts
+    of `start`, the first of each site if None, must fit the budget; others are taken only where the whole plan costs
+    less. rate: nats that a second counts for.
     """
 
     def allocate(layouts: Mapping[str, str]) -> Allocation:
@@ -262,7 +263,7 @@ def choose_layouts(
         }
         return min(worth, key=lambda w: worth[w])
 
-    chosen = {name: next(iter(table)) for name, table in bases.items()}
+    chosen = dict(start) if start is not None else {name: next(iter(table)) for name, table in bases.items()}
     allocation = allocate(chosen)
     for _ in range(ROUNDS):
         others = {name: cheapest(name, allocation.price) for name in bases}
@@ -358,7 +359,7 @@ def allocate_sides(
             price = -gain
             push(at)
     if fill:
-        _fill(parts, now, budget - used)
+        _fill(parts, now, budget - used, rate)
     nats = sum(part.nats[now[at]] for at, part in parts.items())
     seconds = sum(part.seconds for at, part in parts.items() if now[at])
     bits: dict[tuple[str, int], list[int]] = {key: [] for key in sides}
@@ -377,9 +378,9 @@ def _gains(part: _Part, now: int, rate: float = 0.0, room: float = math.inf) -> 
     ]
 
 
-def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: float) -> None:
+def _fill(parts: Mapping[_At, _Part], now: dict[_At, int], room: float, rate: float) -> None:
     """Allocate the rest of the budget, too little for the next best amount of any part, to where it helps most."""
-    while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], room=room))]:
+    while gains := [(*max(larger), at) for at in parts if (larger := _gains(parts[at], now[at], rate, room))]:
         gain, n, at = max(gains)
         if gain <= 0:
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import Allocation, Sides, choose_layouts
 from fhopt.fitting.bases import CandidateBases
 from fhopt.fitting.choices import Grain
@@ -23,6 +24,7 @@ DEARER = 1.5  # times the least loss, and no more, may be given for time
 MOST = 3.0  # times, as long as the loss is little: then so many
 LITTLE = 5e-4  # nats per token: rounding of bfloat16 costs as much (Qwen2.5-Coder-1.5B)
 FIRST, DOUBLINGS, HALVINGS = 0.25, 12, 3  # first rate: of the least loss to its time; rates that are tried
+TIME = "time"  # of the provenance: device, share of the time, expected loss of the plan that has the rest
 
 
 @dataclass(frozen=True)
@@ -54,39 +56,77 @@ def channel_times(
     }
 
 
+def share_of_time(allocation: Allocation, without: Allocation, budget: int, device: str) -> float:
+    """Return the time of attention as a share of that of another allocation of as many bits per token."""
+    memory = _memory_seconds(budget, device)
+    return max(allocation.seconds, memory) / max(without.seconds, memory)
+
+
+def _memory_seconds(budget: int, device: str) -> float:
+    """Estimate the seconds in which so many bits are read: arithmetic that takes less is not waited for."""
+    seconds, _ = find_device(device).roofline(budget / 8, 0, 0, 2)
+    return float(seconds)
+
+
 def bound_of(least: float) -> float:
     """Return the nats that may be lost where `least` is what a plan loses for which time does not count."""
     return max(DEARER * least, min(MOST * least, LITTLE))
 
 
-def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> Choice:
-    """Choose layouts and bits for a budget of bits per token, where sides take time the fastest within the bound.
+def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, device: str | None) -> Choice:
+    """Choose layouts and bits for a budget of bits per token, where sides take time the fastest found in the bound.
 
-    Raises FhoptError when the budget is below the least that each side must get.
+    At each rate layouts compete from those of the best choice so far on, and from the fastest ones. Raises FhoptError
+    when the budget is below the least that each side must get.
     """
     layouts, least = choose_layouts(bases, sides, budget, grain)
     best = Choice(layouts, least)
-    if not least.seconds or not least.nats:
+    if device is None or not least.seconds or not least.nats:
         return best
-    bound = bound_of(least.nats)
+    bound, enough = bound_of(least.nats), _memory_seconds(budget, device)
+    fastest = {name: min(table, key=lambda which: _whole_seconds(sides, name, which)) for name, table in bases.items()}
 
-    def at(rate: float) -> Choice:
-        layouts, allocation = choose_layouts(bases, sides, budget, grain, rate)
-        return Choice(layouts, allocation, rate, least)
-
-    def is_better(other: Choice) -> bool:
-        return other.allocation.nats <= bound and other.allocation.seconds < best.allocation.seconds
+    def is_within(rate: float) -> bool:
+        """Try a rate; return whether the cheapest choice at it is within the bound."""
+        nonlocal best
+        tried = []
+        for start in (best.layouts, fastest):
+            try:
+                tried.append(Choice(*choose_layouts(bases, sides, budget, grain, rate, start), rate, least))
+            except FhoptError:  # more latent heads than there are bytes for
+                continue
+        for choice in tried:
+            if choice.allocation.nats <= bound and choice.allocation.seconds < best.allocation.seconds:
+                best = choice
+        return min(tried, key=lambda c: c.allocation.nats + rate * c.allocation.seconds).allocation.nats <= bound
 
     low, high = 0.0, FIRST * least.nats / least.seconds
     for _ in range(DOUBLINGS):
-        tried = at(high)
-        best = tried if is_better(tried) else best
-        if tried.allocation.nats > bound:
+        if best.allocation.seconds <= enough or not is_within(high):
             break
         low, high = high, 2 * high
     for _ in range(HALVINGS if low else 0):
+        if best.allocation.seconds <= enough:
+            break
         middle = (low * high) ** 0.5
-        tried = at(middle)
-        best = tried if is_better(tried) else best
-        low, high = (middle, high) if tried.allocation.nats <= bound else (low, middle)
+        low, high = (middle, high) if is_within(middle) else (low, middle)
     return best
+
+
+def _whole_seconds(sides: Sides, name: str, which: str) -> float:
+    """Return the seconds of a layout of a site with all of its channels."""
+    keys = [key for key in ((name, which, 0), (name, which, 1)) if key in sides]
+    return sum(part.seconds for key in keys for part in sides[key].parts)
+
+
+def nats_of_another(choice: Choice, bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> float:
+    """Estimate the loss of a choice for another budget, at a rate that is as large for its loss as that of `choice`.
+
+    Raises FhoptError as `choose`.
+    """
+    layouts, least = choose_layouts(bases, sides, budget, grain)
+    if choice.without is None or not least.seconds or not least.nats:
+        return least.nats
+    before = choice.without.nats / choice.without.seconds
+    _, other = choose_layouts(bases, sides, budget, grain, choice.rate * least.nats / least.seconds / before, layouts)
+    return min(other.nats, bound_of(least.nats))

@@ -30,7 +30,6 @@ from fhopt.fitting.allocation import (
     Budget,
     Sides,
     candidate_sides,
-    choose_layouts,
     chunk_nats,
 )
 from fhopt.fitting.bases import Basis, CandidateBases, joint_basis
@@ -103,30 +102,34 @@ def fit(
     budget = Budget(ratio, ResidualWindow(sinks, recent, block, window_bits), tokens, mean_tokens > 0, sliding or {})
     grain, counted = grain_of(bits, device, code), budget.weights(sites.values())
     weights = {name: counted[site.name] for name, site in sites.items()}
-    candidates = candidate_sides(bases, costs, grain, weights, fast_choice.channel_times(bases, sites, device))
+    times = fast_choice.channel_times(bases, sites, device)
+    candidates = candidate_sides(bases, costs, grain, weights, times)
     most, asked = kernel_shapes or (GPU_SHAPES if grain.plane else None), budget.quantized_token_bits(sites.values())
-    choice = fast_choice.choose(bases, candidates, asked, grain)
+    choice = fast_choice.choose(bases, candidates, asked, grain, device)
     chosen, free = choice.layouts, choice.allocation
     chunks = {
-        name: _chunks(name, which, bool(sites[name].softcap), bases, costs, grain, weights[name])
+        name: replace(
+            _chunks(name, which, bool(sites[name].softcap), bases, costs, grain, weights[name]),
+            seconds=times.get((name, which), 0.0),
+        )
         for name, which in chosen.items()
     }
-    allocation = free if most is None else share(chunks, free, asked, grain, most)
+    allocation = free if most is None else share(chunks, free, asked, grain, most, choice.rate)
     plans = []
     for name, which in chosen.items():
         sides = [_coded(basis, allocation.bits[name, i], i == 1, code) for i, basis in enumerate(bases[name][which])]
         plans.append(replace(_site_plan(sites[name], which, sides), segment=statistics[name].segment))
     evidence = Evidence(
         _evidence_of_sites(bases, chunks, chosen, allocation),
-        _curve(bases, candidates, budget, sites.values(), grain, choice.rate),
+        _curve(bases, candidates, budget, sites.values(), grain, choice),
     )
     provenance = _provenance(layout, ratio, allocation.nats) | {KEY: evidence.as_json()}
     if allocation is not free:
         provenance["kernel_shapes"] = {"most": most, "predicted_nats_without": free.nats}
-    if choice.without is not None:
-        provenance["time"] = {
+    if choice.without is not None and device is not None:
+        provenance[fast_choice.TIME] = {
             "device": device,
-            "share": free.seconds / choice.without.seconds,
+            "share": fast_choice.share_of_time(allocation, choice.without, asked, device),
             "predicted_nats_without": choice.without.nats,
         }
     return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
@@ -164,18 +167,19 @@ def _curve(
     budget: Budget,
     sites: Collection[AttentionSite],
     grain: Grain,
-    rate: float,
+    choice: fast_choice.Choice,
 ) -> tuple[Size, ...]:
-    """Return the expected losses of plans of other sizes, as far as they can be reached; rate: of time."""
+    """Return the expected losses of plans of other sizes than that of the choice, as far as they can be reached."""
     exact, sizes = budget.exact_bytes(sites) / budget.tokens, []
     for ratio in sorted({*CURVE_RATIOS, budget.ratio}):
         try:
-            _, allocation = choose_layouts(
-                bases, sides, replace(budget, ratio=ratio).quantized_token_bits(sites), grain, rate
-            )
+            asked = replace(budget, ratio=ratio).quantized_token_bits(sites)
+            nats = choice.allocation.nats
+            if ratio != budget.ratio:
+                nats = fast_choice.nats_of_another(choice, bases, sides, asked, grain)
         except FhoptError:  # smaller than the least that each side must get
             break
-        sizes.append(Size(ratio, short(exact / ratio), short(allocation.nats)))
+        sizes.append(Size(ratio, short(exact / ratio), short(nats)))
     return tuple(sizes)
 
 

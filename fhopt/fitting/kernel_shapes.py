@@ -34,13 +34,15 @@ class SiteChunks:
     """What the chunks of one site cost, side by side.
 
     nats: of each side (one where keys and values share a latent). groups: latent heads J of each side. alike: sites
-    can share a kernel only where this is equal. weight: of its bits, see `Budget.weights`.
+    can share a kernel only where this is equal. weight: of its bits, see `Budget.weights`. seconds: that a channel
+    takes to be read, where time counts.
     """
 
     nats: tuple[ChunkNats, ...]
     groups: tuple[int, ...]
     alike: Hashable = None
     weight: float = 1.0
+    seconds: float = 0.0
 
     @property
     def kind(self) -> Hashable:
@@ -52,11 +54,13 @@ class SiteChunks:
         return [sorted(range(len(side[0])), key=lambda i: -side[0][i]) for side in self.nats]
 
 
-def share(sites: Mapping[str, SiteChunks], free: Allocation, budget: int, grain: Grain, most: int) -> Allocation:
+def share(
+    sites: Mapping[str, SiteChunks], free: Allocation, budget: int, grain: Grain, most: int, rate: float = 0.0
+) -> Allocation:
     """Allocate `budget` bits per token so that the sites have at most `most` shapes, or one for each kind if more.
 
-    free: the allocation without this limit; returned where it has no more shapes. Raises FhoptError when the budget is
-    below the least that each side must get.
+    free: the allocation without this limit; returned where it has no more shapes. rate: nats that a second counts for.
+    Raises FhoptError when the budget is below the least that each side must get.
     """
     names = list(sites)
     if len({(*_shape(free, name, len(sites[name].nats)), sites[name].kind) for name in names}) <= most:
@@ -67,21 +71,21 @@ def share(sites: Mapping[str, SiteChunks], free: Allocation, budget: int, grain:
     clusters = [
         cluster
         for kind in kinds.values()
-        for cluster in _clusters(kind, sites, free, grain, max(1, most * len(kind) // len(names)))
+        for cluster in _clusters(kind, sites, free.price, grain, max(1, most * len(kind) // len(names)), rate)
     ]
     sides = {
         (str(number), i): _joined_side([sites[name] for name in cluster], i, grain)
         for number, cluster in enumerate(clusters)
         for i in range(len(sites[cluster[0]].nats))
     }
-    shared = allocate_sides(sides, budget, fill=True)
+    shared = allocate_sides(sides, budget, fill=True, rate=rate)
     bits = {
         (name, i): _placed(order, shared.bits[str(number), i])
         for number, cluster in enumerate(clusters)
         for name in cluster
         for i, order in enumerate(sites[name].orders())
     }
-    return Allocation(bits, shared.nats, shared.price)
+    return Allocation(bits, shared.nats, shared.price, shared.seconds)
 
 
 def _shape(allocation: Allocation, name: str, sides: int) -> tuple[Hashable, ...]:
@@ -101,7 +105,7 @@ def _joined_side(sites: Sequence[SiteChunks], side: int, grain: Grain) -> Parted
     ranked = [_ranked(site, side) for site in sites]
     costs = {bits: [sum(part) for part in zip(*(r[bits] for r in ranked), strict=True)] for bits in ranked[0]}
     groups = sum(site.groups[side] for site in sites)
-    return side_of(costs, groups, grain, sites[0].weight)
+    return side_of(costs, groups, grain, sites[0].weight, sum(site.seconds for site in sites))
 
 
 def _ranked(site: SiteChunks, side: int) -> dict[int, list[float]]:
@@ -113,11 +117,11 @@ def _ranked(site: SiteChunks, side: int) -> dict[int, list[float]]:
 
 
 def _clusters(
-    names: Sequence[str], sites: Mapping[str, SiteChunks], free: Allocation, grain: Grain, most: int
+    names: Sequence[str], sites: Mapping[str, SiteChunks], price: float, grain: Grain, most: int, rate: float
 ) -> list[list[str]]:
-    """Divide sites of one kind into at most `most` clusters; none is empty."""
+    """Divide sites of one kind into at most `most` clusters; none is empty. price, rate: of a bit, of a second."""
     levels = sorted({0, *grain.levels})
-    worth = torch.stack([_worth(sites[name], levels, free.price) for name in names])  # [sites, levels, chunks]
+    worth = torch.stack([_worth(sites[name], levels, price, rate) for name in names])  # [sites, levels, chunks]
     shapes = _first_shapes(worth, most)
     assigned = torch.full((len(names),), -1)
     for _ in range(ROUNDS):
@@ -133,13 +137,13 @@ def _clusters(
     return [cluster for cluster in found if cluster]
 
 
-def _worth(site: SiteChunks, levels: Sequence[int], price: float) -> Tensor:
-    """Return nats and the worth of bits of each level and ranked chunk of both sides, [levels, chunks]."""
-    sides = []
+def _worth(site: SiteChunks, levels: Sequence[int], price: float, rate: float) -> Tensor:
+    """Return nats and the worth of bits and of time of each level and ranked chunk of both sides, [levels, chunks]."""
+    sides, time = [], rate * TIER_QUANTUM * site.weight * site.seconds
     for i, groups in enumerate(site.groups):
         ranked = _ranked(site, i)
         unit = TIER_QUANTUM * groups * site.weight
-        rows = [[nats + price * bits * unit for nats in ranked[bits]] for bits in levels]
+        rows = [[nats + price * bits * unit + (time if bits else 0.0) for nats in ranked[bits]] for bits in levels]
         sides.append(torch.tensor(rows, dtype=torch.float64))
     return torch.cat(sides, 1)
 

@@ -146,7 +146,7 @@ def most_alike() -> str:
 
 _UNITS = {  # flags of /proc/cpuinfo
     "avx2": "AVX2", "avx_vnni": "AVX-VNNI",
-    "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_vbmi": "AVX-512 VBMI",
+    "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512vbmi": "AVX-512 VBMI",
     "avx512_bf16": "AVX-512 BF16", "amx_int8": "AMX INT8", "amx_bf16": "AMX BF16",
     "asimd": "NEON", "asimddp": "NEON DotProd", "i8mm": "NEON I8MM", "bf16": "NEON BF16", "sve": "SVE",
 }  # fmt: skip

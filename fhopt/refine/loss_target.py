@@ -1,9 +1,10 @@
 """Search for the smallest plan within a loss: `fit --max-loss 1%` measures sizes on held-out tokens.
 
 A plan passes when the upper end of the 95 % interval of its increase of perplexity is at most the limit, through the
-real KV cache, on tokens that did not calibrate it. Sizes form a geometric grid; loss grows with the ratio
-(but where a better code begins: fhopt/fitting/codes.py), so a bisection finds the largest ratio that passes, or one
-near it, in few measurements. What was measured goes into the plan's provenance.
+real KV cache, on tokens that did not calibrate it. Sizes form a geometric grid; loss grows with the ratio (but where a
+better code begins, fhopt/fitting/codes.py, and not evenly where loss is given for time, fhopt/fitting/fast_choice.py),
+so a bisection finds the largest ratio that passes, or one near it, in few measurements. What was measured goes into the
+plan's provenance.
 """
 
 from __future__ import annotations

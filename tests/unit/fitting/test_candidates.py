@@ -40,7 +40,7 @@ def test_without_a_device_loss_decides_alone_and_what_is_slow_is_known(monkeypat
     assert set(fit_bases(empty_statistics([_site(32, 8)]), context=64)["a"]) == set(COMPETING)
     assert is_slow(_site(32, 8), 8192) and not is_slow(_site(9, 3), 8192)
     monkeypatch.setattr("fhopt.hardware.this_cpu.vector_units", lambda: ("AVX2", "AVX-512"))  # without VBMI
-    assert is_slow(_site(9, 3), 8192) and not is_slow(_site(8, 8), 0)
+    assert is_slow(_site(9, 3), 8192) and not is_slow(_site(8, 2), 8192)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not is_slow(_site(32, 8), 8192)
 

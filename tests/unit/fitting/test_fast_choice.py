@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fitting_by_hand import nats, site, spectrum, statistics
 
-from fhopt.cli.fit import _show_device
+from fhopt.cli.fit import _show_plan
 from fhopt.fitting import fast_choice, fit_plan
 from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.fast_choice import DEARER, LITTLE, MOST, bound_of, channel_times
+from fhopt.fitting.fit_summary import evidence_of
 from fhopt.fitting.statistics import SiteStatistics
 from fhopt.hardware.devices import DEVICES, channel_seconds, layout_time
 from fhopt.plan.latent_plan import LatentPlan
@@ -39,10 +42,11 @@ def _times(basis: Basis, factor: float) -> Basis:
     return replace(basis, variance=factor * basis.variance)
 
 
-def _fit(bases: CandidateBases, device: str | None, ratio: float = 4.0) -> LatentPlan:
+def _fit(bases: CandidateBases, device: str | None, ratio: float = 4.0, **options: Any) -> LatentPlan:
     empty = next(iter(statistics("a").values()))
     kept: dict[str, SiteStatistics] = {name: replace(empty, site=s) for name, s in _sites().items()}
-    return fit_plan.fit(kept, bases=bases, ratio=ratio, device=device, sinks=0, recent=1, block=1, tokens=100_000)
+    chosen: dict[str, Any] = dict(sinks=0, recent=1, block=1, tokens=100_000) | options
+    return fit_plan.fit(kept, bases=bases, ratio=ratio, device=device, **chosen)
 
 
 def _seconds(plan: LatentPlan, device: str) -> float:
@@ -111,13 +115,45 @@ def test_no_rate_is_tried_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch)
     assert nats(plan) == 0 and "time" not in plan.provenance
 
 
+def test_sites_that_share_kernels_keep_what_was_given_for_time() -> None:
+    bases = _bases((1.0, 1.0, 1.0), 1.0)
+    least, fast, shared = _fit(bases, None), _fit(bases, "cpu-avx2"), _fit(bases, "cpu-avx2", kernel_shapes=1)
+    share = _seconds(shared, "cpu-avx2") / _seconds(least, "cpu-avx2")
+    assert shared.provenance["time"]["share"] == pytest.approx(share, rel=1e-6)
+    assert share < 1.1 * fast.provenance["time"]["share"] < 1
+    assert shared.provenance["kernel_shapes"]["predicted_nats_without"] == nats(fast)
+    assert 0.95 * nats(fast) < nats(shared) < 2 * nats(fast)
+
+
+def test_threads_that_wait_for_memory_get_no_loss_for_time() -> None:
+    """Arithmetic is that of the threads together, memory that of a socket."""
+    bases = _bases((1.0, 1.5, 20.0), 1.0)
+    for device, counts in (("cpu:2", True), ("cpu:512", False)):
+        plan = _fit(bases, device)
+        assert ("time" in plan.provenance) is counts
+    assert nats(plan) == nats(_fit(bases, None))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_other_sizes_are_expected_to_lose_what_their_own_plans_may(size: float) -> None:
+    bases = _bases((1.0, 1.5, 20.0), size)
+    evidence = evidence_of(_fit(bases, "cpu-avx2", 8.0))
+    assert evidence is not None
+    for ratio in (3.0, 4.0, 6.0):
+        (expected,) = (one.nats for one in evidence.curve if one.ratio == ratio)
+        least = nats(_fit(bases, None, ratio))
+        assert 0.99 * least <= expected <= 1.01 * bound_of(least)
+
+
 def test_what_time_costs_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan = _fit(_bases((1.0, 1.5, 20.0), 1.0), "cpu-avx2")
     plan.save(tmp_path / "plan")
     kept = LatentPlan.load(tmp_path / "plan")
-    _show_device(kept, 8192, as_json=False)
-    said = capsys.readouterr().out
-    assert f"takes cpu-avx2 {plan.provenance['time']['share']:.2f} of the time" in said
-    assert f"for {nats(plan) / plan.provenance['time']['predicted_nats_without']:.2f} of its loss" in said
-    _show_device(kept, 8192, as_json=True)
-    assert not capsys.readouterr().out
+    _show_plan(kept, 8192, tmp_path / "plan", {}, as_json=False)
+    more = nats(plan) / plan.provenance["time"]["predicted_nats_without"] - 1
+    said = f"for cpu-avx2: attention in {plan.provenance['time']['share']:.2f} of the time, expected loss"
+    assert f"{said} {100 * more:+.0f} %" in capsys.readouterr().out
+    _show_plan(kept, 8192, tmp_path / "plan", {}, as_json=True)
+    assert json.loads(capsys.readouterr().out)["time"] == plan.provenance["time"]
+    _show_plan(_fit(_bases((1.0, 1.5, 20.0), 1.0), None), 8192, tmp_path / "plan", {}, as_json=False)
+    assert "of the time" not in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_the_clusters_are_those_of_the_module() -> None:
     """No cluster is empty, and every site is in one."""
     sites = models(7, ANY)
     alone = free(sites, 7 * 2 * (16 * TIER_QUANTUM * 3 + 16), ANY)
-    clusters = kernel_shapes._clusters(list(sites), sites, alone, ANY, 5)
+    clusters = kernel_shapes._clusters(list(sites), sites, alone.price, ANY, 5, 0.0)
     assert all(clusters) and sorted(itertools.chain(*clusters)) == sorted(sites) and len(clusters) <= 5
     assert allocation.ROUNDS > 0
 
@@ -157,7 +157,7 @@ def kernels_of(plan: LatentPlan) -> int:
     return len({tuple((side.tiers, side.width) for side in (site.key, site.value)) for site in plan.sites})
 
 
-@pytest.mark.parametrize("device", [None, "h100"])
+@pytest.mark.parametrize("device", [None, "h100", "cpu"])
 def test_a_plan_says_what_sharing_shapes_costs(device: str | None) -> None:
     alone = wide(1, 256, 4.0, device, kernel_shapes=2)
     assert kernels_of(alone) == 2 and "kernel_shapes" not in alone.provenance

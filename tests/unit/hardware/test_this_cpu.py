@@ -77,6 +77,23 @@ def test_a_matrix_unit_multiplies_no_decode_step(
     assert find_device("here").matrix_tflops == pytest.approx(matrix)
 
 
+@pytest.mark.parametrize(
+    ("flags", "alike"),
+    [
+        ("avx2 avx512f avx512vbmi umip avx512_vbmi2 avx512_vnni avx512_bf16", "cpu"),  # Zen 4, as Linux spells them
+        ("avx2 avx512f avx512bw avx512_vnni", "cpu-avx2"),  # Cascade Lake
+        ("fma avx f16c avx2", "cpu-avx2"),  # Zen 3
+        ("", "cpu-avx2"),
+    ],
+)
+def test_the_cpu_of_the_table_is_that_with_the_same_products(
+    flags: str, alike: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(this_cpu, "reported", lambda field: flags if field == "flags" else "")
+    assert this_cpu.most_alike() == alike
+    assert find_device(alike).kind == "cpu"
+
+
 @pytest.mark.parametrize("name", ["here:0", "here:many", f"here:{cores() + 1}", "her"])
 def test_another_name_is_refused(name: str) -> None:
     with pytest.raises(FhoptError, match=r"is unknown; expected .*here"):
