@@ -132,7 +132,7 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path, own_folder: Path) -> None:
     assert list(own_folder.glob(".*.calibration.moments")) and not plan_store.entries()
     resumed: list[tuple[str, int]] = []
     again = plan_store.fit_ratios(loaded, options, (4,), lambda stage, done, total: resumed.append((stage, done)))
-    assert min(done for stage, done in resumed if stage == "moments") == 5
+    assert resumed[0] == ("moments", 4)  # what the checkpoint has
     assert not list(own_folder.glob(".*"))
     whole = run.fit(loaded, options)[0]
     assert again[0].digest == whole.digest()
