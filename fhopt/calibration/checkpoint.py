@@ -160,7 +160,7 @@ class BatchPass:
         """
         self.sums = sums
         already = self.checkpoint.restore(sums)
-        self.progress(self.checkpoint.stage.name, min(already, self.total), self.total)  # the first may take minutes
+        self.progress(self.checkpoint.stage.name, already, self.total)  # the first may take minutes
         rank, count = processes()
         for number in range(self.total):
             batch = next(source, None)

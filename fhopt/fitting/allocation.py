@@ -368,7 +368,7 @@ def allocate_sides(
     return Allocation(bits, nats, price, seconds)
 
 
-def _gains(part: _Part, now: int, rate: float = 0.0, room: float = math.inf) -> list[tuple[float, int]]:
+def _gains(part: _Part, now: int, rate: float, room: float = math.inf) -> list[tuple[float, int]]:
     """Return (fall of cost per bit, which) of all larger amounts of bits that fit into `room`."""
     cost, bits = _cost(part, now, rate), part.bits[now]
     return [

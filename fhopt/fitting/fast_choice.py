@@ -10,12 +10,13 @@ gain least. The rate is raised as long as the loss stays within its bound.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fhopt.errors import FhoptError
 from fhopt.fitting.allocation import Allocation, Sides, choose_layouts
-from fhopt.fitting.bases import CandidateBases
+from fhopt.fitting.bases import Basis, CandidateBases
 from fhopt.fitting.choices import Grain
 from fhopt.hardware.devices import channel_seconds, find_device
 from fhopt.plan.site import AttentionSite
@@ -56,10 +57,17 @@ def channel_times(
     }
 
 
-def share_of_time(allocation: Allocation, without: Allocation, budget: int, device: str) -> float:
-    """Return the time of attention as a share of that of another allocation of as many bits per token."""
+def provenance(choice: Choice, allocation: Allocation, budget: int, device: str | None) -> dict[str, Any]:
+    """Return what a plan says of loss that was given for time: `TIME` and JSON values, or nothing.
+
+    allocation: of the plan, which may be another one than that of the choice.
+    """
+    without = choice.without
+    if without is None or device is None:
+        return {}
     memory = _memory_seconds(budget, device)
-    return max(allocation.seconds, memory) / max(without.seconds, memory)
+    share = max(allocation.seconds, memory) / max(without.seconds, memory)
+    return {TIME: {"device": device, "share": share, "predicted_nats_without": without.nats}}
 
 
 def _memory_seconds(budget: int, device: str) -> float:
@@ -84,7 +92,7 @@ def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, devic
     if device is None or not least.seconds or not least.nats:
         return best
     bound, enough = bound_of(least.nats), _memory_seconds(budget, device)
-    fastest = {name: min(table, key=lambda which: _whole_seconds(sides, name, which)) for name, table in bases.items()}
+    fastest = {name: _fastest(name, table, sides) for name, table in bases.items()}
 
     def is_within(rate: float) -> bool:
         """Try a rate; return whether the cheapest choice at it is within the bound."""
@@ -113,10 +121,13 @@ def choose(bases: CandidateBases, sides: Sides, budget: int, grain: Grain, devic
     return best
 
 
-def _whole_seconds(sides: Sides, name: str, which: str) -> float:
-    """Return the seconds of a layout of a site with all of its channels."""
-    keys = [key for key in ((name, which, 0), (name, which, 1)) if key in sides]
-    return sum(part.seconds for key in keys for part in sides[key].parts)
+def _fastest(name: str, layouts: Mapping[str, Sequence[Basis]], sides: Sides) -> str:
+    """Return the layout of a site that takes the least time with all of its channels."""
+
+    def seconds(which: str) -> float:
+        return sum(part.seconds for i in range(len(layouts[which])) for part in sides[name, which, i].parts)
+
+    return min(layouts, key=seconds)
 
 
 def nats_of_another(choice: Choice, bases: CandidateBases, sides: Sides, budget: int, grain: Grain) -> float:

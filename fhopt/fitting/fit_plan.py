@@ -108,10 +108,7 @@ def fit(
     choice = fast_choice.choose(bases, candidates, asked, grain, device)
     chosen, free = choice.layouts, choice.allocation
     chunks = {
-        name: replace(
-            _chunks(name, which, bool(sites[name].softcap), bases, costs, grain, weights[name]),
-            seconds=times.get((name, which), 0.0),
-        )
+        name: _chunks(sites[name], name, which, bases, costs, grain, weights[name], times.get((name, which), 0.0))
         for name, which in chosen.items()
     }
     allocation = free if most is None else share(chunks, free, asked, grain, most, choice.rate)
@@ -126,22 +123,18 @@ def fit(
     provenance = _provenance(layout, ratio, allocation.nats) | {KEY: evidence.as_json()}
     if allocation is not free:
         provenance["kernel_shapes"] = {"most": most, "predicted_nats_without": free.nats}
-    if choice.without is not None and device is not None:
-        provenance[fast_choice.TIME] = {
-            "device": device,
-            "share": fast_choice.share_of_time(allocation, choice.without, asked, device),
-            "predicted_nats_without": choice.without.nats,
-        }
+    provenance |= fast_choice.provenance(choice, allocation, asked, device)
     return LatentPlan(tuple(plans), sinks, recent, block, provenance, window_bits, mean_tokens=mean_tokens)
 
 
 def _chunks(
-    name: str, which: str, capped: bool, bases: CandidateBases, costs: Costs, grain: Grain, weight: float
-) -> SiteChunks:
-    """Collect what the chunks of a site cost in its chosen layout. capped: its logits have a softcap."""
+    site: AttentionSite, name: str, which: str, bases: CandidateBases, costs: Costs, grain: Grain, weight: float,
+    seconds: float,
+) -> SiteChunks:  # fmt: skip
+    """Collect what the chunks of a site cost in its chosen layout. weight, seconds: as of `SiteChunks`."""
     pair = bases[name][which]
     nats = [chunk_nats(basis, costs.get((name, which, i)), grain) for i, basis in enumerate(pair)]
-    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), capped, weight)
+    return SiteChunks(tuple(nats), tuple(basis.groups for basis in pair), bool(site.softcap), weight, seconds)
 
 
 def _evidence_of_sites(

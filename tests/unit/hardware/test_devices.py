@@ -28,6 +28,6 @@ def test_threads_add_up_until_the_memory_channels_are_full() -> None:
 @pytest.mark.parametrize("name", ["h900", "h100:2", "cpu:0", "cpu:many", ""])
 def test_an_unknown_device_is_refused_with_the_names(name: str) -> None:
     with pytest.raises(
-        FhoptError, match=r"unknown; expected one of h100, h200, .*, cpu, cpu-avx2, cpu:THREADS, or here"
+        FhoptError, match=r"is unknown; expected one of h100, h200, .*, cpu, cpu-avx2, cpu:THREADS, or here"
     ):
         find_device(name)
