@@ -7,7 +7,7 @@ Cases: the head of SmolLM2 (49,152 x 576) in float32 and bfloat16, with its hidd
 calibration, and a random head of 131,072 x 2,048 with random hidden states, which have no structure that a basis or
 clusters could use. The time is from hidden states to the arg-max. The implementations of a case alternate, and between
 two calls 64 MB of other memory are read, as a model's layers would be: no weight is in the CPU's cache. The baseline is
-the fastest dense head: torch's, inductor's, inductor's with the weight frozen, or `fhopt::skinny_linear`.
+the fastest dense head: torch's, inductor's, inductor's with the weight frozen, or `fhopt::linear_kernel`.
 
 Agreement is with the arg-max of torch's dense head in the same dtype, over held-out positions, 16 at a time.
 """

@@ -8,7 +8,8 @@
 - `fhopt::pack` and `fhopt::unpack` need no spec: one C++ file (cpu/packing.py), two Triton kernels (gpu/packing.py).
 - `start()`: libraries for CPUs are compiled in the background (background.py), once on a machine; `prepare()` waits
   for them, `waiting()` for all that calls need.
-- `skinny_linear(x, w, b)`: a linear layer on few rows, in eager mode (dispatch.py).
+- `linear(x, w, b)`: a linear layer, in eager mode, where that is faster than by torch (dispatch.py); `prepare_linear()`
+  waits for its kernels.
 - `layer_programs_are_built()`: whether layers may run as programs (cpu/layer_program.py).
 - `install()`: fill in the kernels of all ops; nothing else does.
 """
@@ -19,8 +20,9 @@ from fhopt.codegen.dispatch import (
     install,
     latent_attention,
     layer_programs_are_built,
+    linear,
     prepare,
-    skinny_linear,
+    prepare_linear,
     start,
     waiting,
 )
@@ -31,9 +33,10 @@ __all__ = [
     "install",
     "latent_attention",
     "layer_programs_are_built",
+    "linear",
     "prepare",
+    "prepare_linear",
     "render",
-    "skinny_linear",
     "start",
     "waiting",
 ]

@@ -20,7 +20,7 @@ from fhopt.codegen.cpu import graph_kernels
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu import prefill as cpu_prefill
-from fhopt.codegen.cpu import skinny_linear as skinny_products
+from fhopt.codegen.cpu import skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.layers import program as layer_program
@@ -65,7 +65,7 @@ def start() -> None:
     builder.start_attention()
     cpu_packing.start()
     cpu_prefill.start()
-    builder.start(graph_kernels.NAME, graph_kernels.serve_skinny)
+    builder.start(graph_kernels.NAME, graph_kernels.serve_linear)
     builder.start(layer_program.NAME, layer_program.is_built)
 
 
@@ -73,6 +73,12 @@ def prepare() -> None:
     """Build the libraries that a model with a plan needs on a CPU, and wait for them."""
     start()
     builder.wait()
+
+
+def prepare_linear() -> None:
+    """Build the kernels of linear layers, and wait for them."""
+    builder.start(graph_kernels.NAME, graph_kernels.serve_linear)
+    builder.wait([graph_kernels.NAME])
 
 
 @contextmanager
@@ -85,21 +91,25 @@ def waiting() -> Iterator[None]:
         builder.waits = before
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Compute a linear layer on few rows by a compiled kernel; None where it does not serve, or is not built yet.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Compute a linear layer by a compiled kernel; None where none serves, or it is not built yet.
 
     x [..., K], weight [N, K], bias [N], all of the same type -> [..., N]; the weight may be one of signed bytes
-    (`skinny_products.signed_bytes`). For calls without gradients.
+    (`skinny_linear.signed_bytes`). Few rows are served (cpu/skinny_linear.py), and many where torch multiplies their
+    type by loops (cpu/wide_linear.py). For calls without gradients.
     """
-    scale = None
-    if not skinny_products.serves(x, weight, bias):
-        quantized = skinny_products.signed_bytes(x, weight, bias)
+    rows, scale = x.numel() // max(x.shape[-1], 1) if x.dim() else 0, None
+    is_wide = wide_linear.serves(rows, x.dtype)
+    if not is_wide and not skinny_linear.serves(rows, weight):
+        return None
+    if not skinny_linear.takes(x, weight, bias):
+        quantized = skinny_linear.signed_bytes(x, weight, bias)
         if quantized is None:
             return None
         weight, scale = quantized
-    if not _has_ops():
+    if not _has_ops() or (is_wide and not graph_kernels.serve_wide()):
         return None
-    output: Tensor = torch.ops.fhopt.skinny_linear.default(x, weight, bias, scale)
+    output: Tensor = torch.ops.fhopt.linear_kernel.default(x, weight, bias, scale)
     return output
 
 
@@ -126,7 +136,7 @@ def round_rows_into(x: Tensor, mean: Tensor | None, codes: Tensor, scale: Tensor
 
 def _has_ops() -> bool:
     """Return whether the C++ ops can be called; while they are built, in the background, they cannot."""
-    return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_skinny, graph_kernels.compiles_skinny))
+    return bool(builder.get(graph_kernels.NAME, graph_kernels.serve_linear, graph_kernels.compiles_linear))
 
 
 def layer_programs_are_built() -> bool:

@@ -4,7 +4,7 @@ before                                                        after, in an infer
 fhopt.latent_attention(q, k, s_k, v, s_v, mask, tiers...)     fhopt.latent_kernel(NAME, q, k, s_k, v, s_v, mask, ...)
 fhopt.pack(z, tiers...)                                       fhopt.pack_kernel(z, tiers...)
 fhopt.attend_latents(q, k, v, latents, window, masks...)      fhopt.attend_kernel(NAME, NAME, NAME, q, k, v, ...)
-F.linear(x, w, b) of at most 16 rows                          fhopt.skinny_linear(x, w, b)
+F.linear(x, w, b) of few rows, or many of 16 bits             fhopt.linear_kernel(x, w, b)
 
 The ops on the right are implemented in one C++ library, which is compiled against the stable part of torch's
 C++ interface (torch/csrc/stable) and knows kernels by the name of their `KernelSpec`. A call costs 3 to 5 microseconds
@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fhopt.codegen.build import build
 from fhopt.codegen.compiler import CompileError, compiles, load
-from fhopt.codegen.cpu import packing, skinny_linear
+from fhopt.codegen.cpu import packing, skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.rows import PAGE_QUANTUM
 from fhopt.codegen.source_files import read_source
@@ -59,7 +59,7 @@ _LIB.define(
     "Tensor? inside, Tensor? far, Tensor? lengths, Tensor? key_mean, Tensor? value_mean, Tensor? turn_pairs, "
     "Tensor? turn_phases, int segment, float scale, float softcap) -> Tensor"
 )
-_LIB.define("skinny_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
+_LIB.define("linear_kernel(Tensor input, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
 _LIB.define("round_rows_into(Tensor x, Tensor? mean, Tensor(a!) codes, Tensor(b!) scale, int at) -> ()")
 _LIB.define("pack_kernel(Tensor latent, int[] bits, int[] widths, float[] steps) -> (Tensor, Tensor)")
 
@@ -86,11 +86,11 @@ torch.library.register_fake("fhopt::attend_kernel", _attend_kernel_fake, lib=_LI
 torch.library.register_fake("fhopt::pack_kernel", empty_packed, lib=_LIB)
 
 
-def _skinny_linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+def _linear_kernel_fake(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-torch.library.register_fake("fhopt::skinny_linear", _skinny_linear_fake, lib=_LIB)
+torch.library.register_fake("fhopt::linear_kernel", _linear_kernel_fake, lib=_LIB)
 
 
 # --------------------------------------------------------------------------------------------------- graphs
@@ -140,7 +140,7 @@ def _casts(graph: fx.Graph) -> bool:
 
 
 def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Replace a linear layer of few rows whose weight no cache of the CPU holds."""
+    """Replace a linear layer whose weight no cache of the CPU holds, if rows are few, or torch multiplies by loops."""
     names = ("input", "weight", "bias")
     operands = dict(zip(names, node.args, strict=False)) | node.kwargs
     x, weight, bias = (_value(operands.get(name)) for name in names)
@@ -149,12 +149,18 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     if x.dtype not in _DTYPES or any(v.dtype != x.dtype for v in (weight, bias) if v is not None):
         return None
     rows = math.prod(x.shape[:-1])
-    sizes = (rows, x.shape[-1], *weight.shape)
-    if not all(isinstance(n, int) for n in sizes) or not 1 <= rows <= skinny_linear.MOST_ROWS or weight.stride(1) != 1:
+    if not all(isinstance(n, int) for n in weight.shape) or weight.stride(1) != 1:
         return None
-    if weight.numel() * weight.element_size() < skinny_linear.LEAST_BYTES or not serve_skinny():
+    few = isinstance(rows, int) and skinny_linear.serves(rows, weight)
+    many = wide_linear.serves(_known(rows), x.dtype)
+    if not (few or (many and serve_wide())) or not serve_linear():
         return None
-    return torch.ops.fhopt.skinny_linear.default, tuple(operands.get(name) for name in names), {}
+    return torch.ops.fhopt.linear_kernel.default, tuple(operands.get(name) for name in names), {}
+
+
+def _known(rows: int | torch.SymInt) -> int:
+    """Return a number of rows; many, where it is not known yet: the op itself looks how many there are."""
+    return rows if isinstance(rows, int) else skinny_linear.MOST_ROWS + 1
 
 
 def _is_plain(x: Any) -> bool:
@@ -327,19 +333,34 @@ def serve(spec: KernelSpec) -> bool:
 
 
 @functools.cache
-def serve_skinny() -> bool:
-    """Make linear layers on few rows known to the library; False where that cannot be done."""
+def serve_linear() -> bool:
+    """Make linear layers known to the library, on few rows at least; False where that cannot be done."""
     loaded, address = library(), skinny_linear.address()
     if loaded is None or address is None:
         return False
     loaded.fhopt_serve_skinny.argtypes, loaded.fhopt_serve_skinny.restype = (ctypes.c_void_p,), None
     loaded.fhopt_serve_skinny(address)
+    if wide_linear.is_wanted():
+        serve_wide()
     return True
 
 
-def compiles_skinny() -> bool:
-    """Return whether `serve_skinny` runs a compiler, which takes seconds; once on a machine it does."""
+@functools.cache
+def serve_wide() -> bool:
+    """Make linear layers on many rows known to the library; False where that cannot be done."""
+    loaded, address = library(), wide_linear.address()
+    if loaded is None or address is None:
+        return False
+    loaded.fhopt_serve_wide.argtypes = ctypes.c_void_p, ctypes.c_int64
+    loaded.fhopt_serve_wide.restype = None
+    loaded.fhopt_serve_wide(address, skinny_linear.MOST_ROWS)
+    return True
+
+
+def compiles_linear() -> bool:
+    """Return whether `serve_linear` runs a compiler, which takes seconds; once on a machine it does."""
     products = compiles(skinny_linear.NAME, skinny_linear.render())
+    products |= wide_linear.is_wanted() and compiles(wide_linear.NAME, wide_linear.render())
     return products or compiles(NAME, render(), _flags()) or packing.compiles_library()
 
 

@@ -35,22 +35,23 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # types of dense tensors that mean no mor
 log = logging.getLogger(__name__)
 
 
-def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether the kernel takes an eager call: plain dense tensors of one type on the CPU, few rows.
+def serves(rows: int, weight: Tensor) -> bool:
+    """Return whether the kernel is worth it for so many rows: weights of less than LEAST_BYTES are left to torch."""
+    return 1 <= rows <= MOST_ROWS and weight.numel() * weight.element_size() >= LEAST_BYTES
 
-    Rows and columns are what the module says; weights of less than LEAST_BYTES are left to torch.
-    """
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether kernels take the operands of an eager call: plain dense tensors of one type on the CPU."""
     if type(weight) not in _PLAIN or not _takes(x, weight.shape[1], bias):
         return False
-    is_like = weight.is_cpu and weight.dtype == x.dtype and weight.stride(-1) == 1
-    return is_like and weight.numel() * weight.element_size() >= LEAST_BYTES
+    return weight.is_cpu and weight.dtype == x.dtype and weight.stride(-1) == 1
 
 
 def _takes(x: Tensor, width: int, bias: Tensor | None) -> bool:
-    """Return whether input and bias are ones that the kernel takes, beside a weight of that width."""
+    """Return whether input and bias are ones that kernels take, beside a weight of that width."""
     if type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or x.shape[-1] != width:
         return False
-    if not 1 <= x.numel() // max(width, 1) <= MOST_ROWS or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         return False
     return bias is None or (bias.dtype == x.dtype and type(bias) in _PLAIN)
 
@@ -69,11 +70,11 @@ class SignedBytes:
         return weight.qdata is self.values and weight.scale is self.given and _version(self.given) == self.version
 
 
-_signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `SignedBytes`; None where the kernel does not take it
+_signed_bytes = WeakIdKeyDictionary()  # quantized weight -> its `SignedBytes`; None where kernels do not take it
 
 
 def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return values int8 [N,K] and scales float32 [N] of a quantized weight that the kernel takes; None for others."""
+    """Return values int8 [N,K] and scales float32 [N] of a quantized weight that kernels take; None for others."""
     if type(weight) in _PLAIN:
         return None
     found = kept_bytes(weight)

@@ -171,5 +171,5 @@ HANDLERS: dict[str, Handler] = {
     "stack": lambda low, args, kwargs: low.stack(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)),
     "native_layer_norm": _layer_norm, "_fused_rms_norm": _rms_norm,
     "mm": _matrix_product, "addmm": _matrix_product_and_bias, "linear": _linear_layer,
-    "fhopt::skinny_linear": _linear_layer,
+    "fhopt::linear_kernel": _linear_layer,
 }  # fmt: skip

@@ -2,12 +2,13 @@
 
     numbers     where                             torch takes                            here
     float32     AMD with AVX-512                  MKL, which uses half the vectors       oneDNN
-    bfloat16    no instructions for it (AVX2)     loops: 11 to 16 GFLOP/s                float32: 120 to 143
-    float16     no instructions for it (most)     loops                                  float32
+    bfloat16    no instructions for it (AVX2)     loops: 11 to 16 GFLOP/s                a kernel: 140 to 170
+    float16     no instructions for it (most)     loops                                  a kernel
 
 (2 threads, torch 2.15: float32 on Zen 5, 218 GFLOP/s by MKL, 487 by oneDNN; bfloat16 on Zen 3, 1,024 rows.) Products
-of 16-bit numbers are exact in float32, in which sums are either way; only the result is rounded. A weight is converted
-some rows at a time, so that what it takes stays in the caches.
+of 16-bit numbers are exact in float32, in which sums are either way; only the result is rounded. They are computed by
+fhopt/codegen/cpu/wide_linear.py; where that is not built, and for gradients, a weight is converted some rows at a time,
+so that what it takes stays in the caches.
 
     linear             a linear layer without gradients: safe in any thread
     fast_products      lets all products inside go there: of float32 in the whole process, of 16 bits in linear layers
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fhopt import codegen
 from fhopt.hardware.this_cpu import reported
 from fhopt.system import multiplies_by_loops
 
@@ -70,6 +72,9 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a linear layer of 16-bit numbers by products of float32."""
+    found = codegen.linear(x, weight, bias)
+    if found is not None:
+        return found
     rows, (columns, width) = x.numel() // x.shape[-1], weight.shape
     given, output = x.reshape(rows, width).float(), x.new_empty(*x.shape[:-1], columns)
     flat = output.view(rows, columns)
@@ -162,6 +167,7 @@ def fast_products(weights: Iterable[Tensor] | None = None) -> Iterator[None]:
         if is_onednn_faster():
             entered.enter_context(_allowed)
         if _has_loops(weights) and not any(type(mode) is _Linears for mode in _get_current_function_mode_stack()):
+            codegen.prepare_linear()  # all products are then made in one way, from the first on
             entered.enter_context(_Linears())
         yield
 

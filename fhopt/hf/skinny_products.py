@@ -1,12 +1,13 @@
-"""Linear layers of a model with a plan by kernels for few rows, in eager mode on a CPU.
+"""Linear layers of a model with a plan by kernels, in eager mode on a CPU.
 
     before   y = F.linear(x, w, b)                torch brings w into an order of its own, in each call
-    after    y = fhopt.skinny_linear(x, w, b)     w is read once (fhopt/codegen/cpu/skinny_linear.py)
+    after    y = fhopt.codegen.linear(x, w, b)    of up to 16 rows: w is read once (fhopt/codegen/cpu/skinny_linear.py)
 
-Decoding is bound by reading weights and cache. Calls of more than 16 rows go the fastest way that torch has on this CPU
-(fhopt/hardware/float_products.py). Others that the kernel does not serve are torch's as before: gradients, autocast,
-weights that are no plain dense tensors, graphs that are being compiled (which have ways of their own,
-fhopt/codegen/cpu/graph_kernels.py), and all calls until the kernel is built.
+Decoding is bound by reading weights and cache. More rows go to a kernel where torch has only loops for their type
+(fhopt/codegen/cpu/wide_linear.py), else the fastest way that torch has on this CPU (fhopt/hardware/float_products.py).
+Calls that no kernel serves are torch's as before: gradients, autocast, weights that are no plain dense tensors, graphs
+that are being compiled (which have ways of their own, fhopt/codegen/cpu/graph_kernels.py), and all calls until the
+kernels are built.
 
 Letters: M rows, K width of the input, N width of the output.
 """
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fhopt.codegen import skinny_linear
+from fhopt import codegen
 from fhopt.hardware import float_products
 
 
 def replace_products(model: torch.nn.Module) -> None:
-    """Let linear layers of `model` multiply few rows by a kernel; those whose `forward` is not torch's stay."""
+    """Let linear layers of `model` multiply by kernels where these are faster; those whose `forward` is not torch's stay."""
     for module in model.modules():
         if type(module) is torch.nn.Linear and "forward" not in vars(module):
             vars(module)["forward"] = partial(_forward, module)  # a method would be pickled as the attribute `_forward`
@@ -47,7 +48,7 @@ def _forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
     weight, bias = self.weight, self.bias
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return linear(input, weight, bias)
-    output = skinny_linear(input, weight, bias)
+    output = codegen.linear(input, weight, bias)
     if output is not None:
         return output
     return float_products.linear(input, weight, bias)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fhopt.codegen.cpu import lm_head as cpu_lm_head
-from fhopt.codegen.cpu.graph_kernels import serve_skinny
+from fhopt.codegen.cpu.graph_kernels import serve_linear
 from fhopt.codegen.cpu.lm_head import Candidates, Codes, Search
 from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.errors import FhoptError
@@ -114,8 +114,8 @@ def candidates(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Codes
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute all logits, [M, C] -> [M, V], by the kernel for few hidden states where it can."""
     few = hidden.is_cpu and 1 <= len(hidden) <= MOST_ROWS and hidden.dtype == weight.dtype
-    if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_skinny():
-        return torch.ops.fhopt.skinny_linear(hidden, weight, bias)
+    if few and weight.dtype in cpu_lm_head.TYPES and weight.stride(1) == 1 and serve_linear():
+        return torch.ops.fhopt.linear_kernel(hidden, weight, bias)
     return F.linear(hidden, weight, bias)
 
 

@@ -68,7 +68,9 @@ struct Kernel {
 std::unordered_map<std::string, Kernel> kernels;
 std::shared_mutex guard;
 void (*run_pack)(const Pack*) = nullptr;
-void (*run_skinny)(const Skinny*) = nullptr;
+void (*run_skinny)(const Skinny*) = nullptr;  // of any rows, made for few
+void (*run_wide)(const Skinny*) = nullptr;    // of more than `most_skinny`, where that is faster
+int64_t most_skinny = 0;
 
 // ------------------------------------------------------------------------------------------------ checks
 
@@ -418,8 +420,8 @@ void round_rows_into(Tensor x, std::optional<Tensor> mean, Tensor codes, Tensor 
     else round_rows<c10::Half>(x, its, codes, scale, at);
 }
 
-Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {
-    const std::string name = "skinny";
+Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {
+    const std::string name = "linear";
     expect(run_skinny != nullptr, name, "no code to run; compile the graph again");
     const int dims = int(input.dim());
     const ScalarType type = input.scalar_type();
@@ -448,7 +450,7 @@ Tensor skinny_linear(Tensor input, Tensor weight, std::optional<Tensor> bias, st
                    bias ? bias->data_ptr() : nullptr, output.data_ptr(),
                    scale ? static_cast<const float*>(scale->data_ptr()) : nullptr, 0};
     // clang-format on
-    run_skinny(&a);
+    (run_wide && rows > most_skinny ? run_wide : run_skinny)(&a);
     return output;
 }
 
@@ -467,10 +469,12 @@ extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 
 extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
 
+extern "C" void fhopt_serve_wide(void (*run)(const Skinny*), int64_t most) { run_wide = run, most_skinny = most; }
+
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));
     m.impl("pack_kernel", TORCH_BOX(&pack_kernel));
     m.impl("attend_kernel", TORCH_BOX(&attend_kernel));
     m.impl("round_rows_into", TORCH_BOX(&round_rows_into));
-    m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
+    m.impl("linear_kernel", TORCH_BOX(&linear_kernel));
 }

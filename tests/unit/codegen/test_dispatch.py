@@ -46,7 +46,7 @@ def test_calls_run_on_torch_operations_until_the_library_is_built(monkeypatch: p
     monkeypatch.setattr(DISPATCH, "builder", background.Builder())
     for library in ("packing", "prefill"):
         monkeypatch.setattr(f"fhopt.codegen.cpu.{library}.start", lambda: None)
-    monkeypatch.setattr("fhopt.codegen.cpu.graph_kernels.serve_skinny", lambda: False)
+    monkeypatch.setattr("fhopt.codegen.cpu.graph_kernels.serve_linear", lambda: False)
     torch.manual_seed(0)
     before = read(12)
     assert not used and not DISPATCH._kernels

@@ -30,12 +30,12 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**
 def test_products_are_those_of_float64(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, is_strided: bool, seed: int
 ) -> None:
-    assert graph_kernels.serve_skinny()
+    assert graph_kernels.serve_linear()
     torch.manual_seed(seed)
     x = torch.randn(rows, 1, 2 * width)[..., ::2] if is_strided else torch.randn(rows, 1, width)
     weight = torch.randn(columns, width + 3)[:, :width] if is_strided else torch.randn(columns, width)
     x, weight, bias = x.to(dtype), weight.to(dtype), torch.randn(columns).to(dtype) if has_bias else None
-    found = torch.ops.fhopt.skinny_linear(x, weight, bias)
+    found = torch.ops.fhopt.linear_kernel(x, weight, bias)
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert found.dtype == dtype and found.shape == expected.shape and found.is_contiguous()
     size = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs()).max()
@@ -54,11 +54,11 @@ def test_products_are_those_of_float64(
 def test_weights_of_signed_bytes_have_a_scale_for_each_row(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, seed: int
 ) -> None:
-    assert graph_kernels.serve_skinny()
+    assert graph_kernels.serve_linear()
     torch.manual_seed(seed)
     x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype) if has_bias else None
     values, scale = torch.randint(-128, 128, (columns, width), dtype=torch.int8), torch.rand(columns, 1) / 100
-    found = torch.ops.fhopt.skinny_linear(x, values, bias, scale)
+    found = torch.ops.fhopt.linear_kernel(x, values, bias, scale)
     weight = values.double() * scale.double()
     expected = F.linear(x.double(), weight, None if bias is None else bias.double())
     size = F.linear(x.double().abs(), weight.abs(), None if bias is None else bias.double().abs()).max()
@@ -67,43 +67,43 @@ def test_weights_of_signed_bytes_have_a_scale_for_each_row(
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:
-    assert graph_kernels.serve_skinny()
+    assert graph_kernels.serve_linear()
     x, values = torch.randn(2, 8), torch.ones(4, 8, dtype=torch.int8)
     for weight, scale in ((values, torch.ones(3)), (values, torch.ones(4).double()), (values.float(), torch.ones(4))):
-        with pytest.raises(RuntimeError, match="the kernel skinny was called with"):
-            torch.ops.fhopt.skinny_linear(x, weight, None, scale)
+        with pytest.raises(RuntimeError, match="the kernel linear was called with"):
+            torch.ops.fhopt.linear_kernel(x, weight, None, scale)
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "bytes", "bytes and bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_number_depends_on_neither_threads_nor_other_rows(dtype: torch.dtype, kind: str) -> None:
-    assert graph_kernels.serve_skinny()
+    assert graph_kernels.serve_linear()
     x, bias = torch.randn(12, 300).to(dtype), torch.randn(1003).to(dtype) if "bias" in kind else None
     weight, scale = torch.randn(1003, 300).to(dtype), None
     if "bytes" in kind:
         weight, scale = torch.randint(-128, 128, (1003, 300), dtype=torch.int8), torch.rand(1003, 1) / 100
     torch.set_num_threads(1)
-    alone = torch.cat([torch.ops.fhopt.skinny_linear(row[None], weight, bias, scale) for row in x])
+    alone = torch.cat([torch.ops.fhopt.linear_kernel(row[None], weight, bias, scale) for row in x])
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         for rows in (1, 2, 3, 8, 12):
-            assert torch.equal(torch.ops.fhopt.skinny_linear(x[:rows], weight, bias, scale), alone[:rows])
+            assert torch.equal(torch.ops.fhopt.linear_kernel(x[:rows], weight, bias, scale), alone[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
-    assert graph_kernels.serve_skinny()
+    assert graph_kernels.serve_linear()
     weight = torch.ones(40, 64, dtype=dtype)
     x = torch.ones(2, 64, dtype=dtype)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
-    found = torch.ops.fhopt.skinny_linear(x, weight, None)
+    found = torch.ops.fhopt.linear_kernel(x, weight, None)
     assert bool(found[0].isnan().all()) and bool((found[1] == float("inf")).all())
     large = torch.full((1, 64), 3e4 if dtype == torch.float16 else 3e38, dtype=dtype)
-    assert bool((torch.ops.fhopt.skinny_linear(large, weight, None) == float("inf")).all())
+    assert bool((torch.ops.fhopt.linear_kernel(large, weight, None) == float("inf")).all())
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    assert graph_kernels.serve_skinny()
+    assert graph_kernels.serve_linear()
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     for operands in (
         (x[:, :7], weight, None),
@@ -111,8 +111,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         (x, weight.t().contiguous().t(), None),
         (x, weight, torch.randn(5)),
     ):
-        with pytest.raises(RuntimeError, match="skinny was called with"):
-            torch.ops.fhopt.skinny_linear(*operands)
+        with pytest.raises(RuntimeError, match="linear was called with"):
+            torch.ops.fhopt.linear_kernel(*operands)
 
 
 class Layer(nn.Module):
@@ -138,7 +138,7 @@ def products(model: Callable[..., Any], *inputs: Tensor, allowed: bool = True) -
     torch._dynamo.reset()
     output: Tensor = torch.compile(model, backend=backend)(*inputs)
     targets = [n.target for graph in graphs for n in graph.graph.nodes]
-    return targets.count(torch.ops.fhopt.skinny_linear.default), output
+    return targets.count(torch.ops.fhopt.linear_kernel.default), output
 
 
 @torch.no_grad()

@@ -1,0 +1,59 @@
+"""Linear layers on many rows, as a prompt has them, in one C++ file for CPUs that torch multiplies 16 bits on by loops.
+
+    y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]      x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
+
+All numbers become floats inside the product. In place of it one can convert a weight and let a library multiply; that
+writes and reads it once more, and MKL is made for CPUs of another maker. GFLOP/s on 2 threads of a Zen 3 (AVX2; 197 are
+possible), bfloat16, weights of 1536 x 8960 and 8960 x 1536 numbers:
+
+    rows              32           128          512          512 (8960 x 1536)
+    by MKL            44 to 77     86 to 126    116          105
+    here              104 to 127   151 to 169   140          151
+
+Weights that a library keeps as signed bytes with a scale for each row are read as they are
+(fhopt/codegen/cpu/skinny_linear.py, which has the products of few rows).
+
+Letters: M rows, K width of the input, N width of the output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+
+from fhopt.codegen.compiler import CompileError, load
+from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
+from fhopt.codegen.source_files import read_source
+from fhopt.system import multiplies_by_loops
+
+NAME = "wide"  # of the library
+_HALVES = (torch.bfloat16, torch.float16)
+log = logging.getLogger(__name__)
+
+
+def serves(rows: int, dtype: torch.dtype) -> bool:
+    """Return whether the kernel takes so many rows, and is the fastest way that this CPU has for them."""
+    return rows > MOST_ROWS and dtype in _HALVES and multiplies_by_loops(dtype)
+
+
+def is_wanted() -> bool:
+    """Return whether there are numbers that `serves` says yes to on this CPU."""
+    return any(map(multiplies_by_loops, _HALVES))
+
+
+def render() -> str:
+    """Render the C++ file; it is always the same."""
+    return read_source("fhopt.codegen.cpu", "wide_linear.cpp").substitute()
+
+
+@functools.cache
+def address() -> int | None:
+    """Return the address of the compiled function `wide`; None where it cannot be compiled."""
+    try:
+        return ctypes.cast(load(NAME, render()).wide, ctypes.c_void_p).value
+    except CompileError as error:
+        log.info("%s Products of many rows are left to torch.", error)
+        return None
