@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fhopt.codegen.background import builder
 from fhopt.codegen.build import build_triton, without_compiler
-from fhopt.codegen.cpu import graph_kernels
+from fhopt.codegen.cpu import graph_kernels, skinny_linear, wide_linear
 from fhopt.codegen.cpu import packing as cpu_packing
 from fhopt.codegen.cpu import pages as cpu_pages
 from fhopt.codegen.cpu import prefill as cpu_prefill
-from fhopt.codegen.cpu import skinny_linear, wide_linear
 from fhopt.codegen.cpu.launch import LibraryKernel
 from fhopt.codegen.gpu.launch import TritonKernel
 from fhopt.codegen.layers import program as layer_program

@@ -62,8 +62,9 @@ def apply(
     (fhopt/parallel/tensor_parallel.py), all of them must call this with the same plan. Raises FhoptError when the model
     is of another kind, not the one that the plan was fitted for, or spread in a way that the plan does not allow.
 
-    skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once
-    (fhopt/hf/skinny_products.py), also where the plan leaves all attention exact; False leaves them to torch.
+    skinny_products: on a CPU, products of up to 16 rows with a weight go to a kernel that reads the weight once, and
+    those of more rows to one where torch has only loops (fhopt/hf/skinny_products.py), also where the plan leaves all
+    attention exact; False leaves them to torch.
 
     layer_programs: on a CPU, decode steps of consecutive decoder layers are one call of machine code
     (fhopt/hf/layer_programs.py), once a layer has been seen at work; False leaves them to torch's operations.

@@ -28,6 +28,7 @@ _CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # kinds of arguments
 class ReadyStep:
     """A step whose addresses are set. read: tensors that the program reads; result: what the layer returns then."""
 
+    bound: BoundProgram
     step: CacheStep
     read: list[Tensor]
     output: Tensor
@@ -50,6 +51,7 @@ class BoundProgram:
         self.places, self.addresses = [w.tensor.data_ptr for w in plain], [w.address for w in plain]
         held: list[tuple[dict[str, Any], str, Any]] = [(w.holder, w.name, w.tensor) for w in plain]
         held += [(m._modules, name, part) for m in layer.modules() for name, part in m._modules.items()]
+        held += [(vars(m), "forward", vars(m).get("forward")) for m in layer.modules() if m is not layer]
         self.holders, self.held_names, self.held = zip(*held, strict=True)
         for number, weight in recording.weights.items():
             self.externals[number] = weight.address
@@ -58,8 +60,6 @@ class BoundProgram:
         like = recording.tensors[self.attended]
         self.result_of_attention = (like.shape, like.dtype)
         self.hooks = [h for m in layer.modules() if m is not layer for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.parts = [vars(m) for m in layer.modules() if m is not layer]
-        self.replaced = ["forward" in part for part in self.parts]
         self.count, self.names = len(args), tuple(kwargs)
         paths = {path for _, path in self.reads}
         self.arguments = tuple([(path, *_expected(x, path in paths)) for path, x in leaves(args, kwargs)])
@@ -115,8 +115,6 @@ class BoundProgram:
             return False
         if [place() for place in self.places] != self.addresses:
             return False
-        if ["forward" in part for part in self.parts] != self.replaced:
-            return False
         return all(weight.is_current() for weight in self.quantized)
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ReadyStep | None:
@@ -130,9 +128,12 @@ class BoundProgram:
         step = self._step(leaf(args, kwargs, self.attention.cache), torch.get_num_threads())
         if step is None:
             return None
-        read = self._read(args, kwargs)
+        return self.made_ready(step, self._read(args, kwargs))
+
+    def made_ready(self, step: CacheStep, read: list[Tensor]) -> ReadyStep:
+        """Return the step with a new output. read: what the program reads, whose addresses are set."""
         output = self._new(self.output)
-        return ReadyStep(step, read, output, self._result(output))
+        return ReadyStep(self, step, read, output, self._result(output))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the program, and attention as an ordinary call."""

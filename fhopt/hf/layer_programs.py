@@ -196,6 +196,15 @@ class LayerState:
             return bound(args, kwargs)
         return self.shared.walk.run(self, ready, args, kwargs, partial(_following, bound))
 
+    def held(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Return what `_is_as_it_was` looks at: dictionaries, names in them, and what stands there now."""
+        module = self.layer if self.inner is None else self.inner
+        found: list[tuple[dict[str, Any], str, Any]] = [(vars(self.layer), "training", self.layer.training)]
+        config = vars(module).get("config")
+        if config is not None:
+            found += [(vars(module), "config", config), (vars(config), IMPLEMENTATION, self.attention)]
+        return found
+
     def _is_as_it_was(self) -> bool:
         attention = _implementation(self.layer if self.inner is None else self.inner)
         return attention == self.attention and not self.layer.training

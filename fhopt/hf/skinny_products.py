@@ -25,7 +25,7 @@ from fhopt.hardware import float_products
 
 
 def replace_products(model: torch.nn.Module) -> None:
-    """Let linear layers of `model` multiply by kernels where these are faster; those whose `forward` is not torch's stay."""
+    """Let linear layers of `model` multiply by kernels where these are faster; none whose `forward` is not torch's."""
     for module in model.modules():
         if type(module) is torch.nn.Linear and "forward" not in vars(module):
             vars(module)["forward"] = partial(_forward, module)  # a method would be pickled as the attribute `_forward`

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fhopt.hf.bound_program import ReadyStep
 from fhopt.hf.cache_steps import run_steps
+from fhopt.hf.step_chain import StepChain
 
 MOST_WASTED = 3  # steps of a layer that were run ahead for nothing
 
@@ -82,6 +83,7 @@ class Walk(threading.local):
     def __init__(self) -> None:
         self._ahead: dict[Any, _Ahead] = {}  # by the states of layers
         self._last: tuple[Any, Tensor, _Others] | None = None  # a layer, what it returned, what it was called with
+        self._chain: StepChain | None = None  # the layers that were run ahead last
 
     def result_of(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a layer returns that was run ahead, whose cache holds the token then; None where it was not."""
@@ -89,7 +91,7 @@ class Walk(threading.local):
         if ahead is None:
             return None
         if not ahead.is_for(args, kwargs):
-            state.follower.wasted += 1
+            self._waste(state)
             self._ahead.clear()  # they were computed from what this call would have returned
             return None
         ahead.ready.step.finish()
@@ -108,9 +110,12 @@ class Walk(threading.local):
         self._link(state, args, kwargs)
         missed = next(iter(self._ahead), None)
         if missed is not None:  # the first call that never came
-            missed.follower.wasted += 1
+            self._waste(missed)
         self._ahead.clear()
-        behind = list(self._behind(state, ready, args, kwargs, follow))
+        behind = None if self._chain is None else self._chain.ready(state, ready, args, kwargs)
+        if behind is None:
+            behind = list(self._behind(state, ready, args, kwargs, follow))
+            self._chain = StepChain.of(state, ready, behind)
         run_steps([ready.step, *[step.step for _, _, step in behind]])
         others = _Others(args, kwargs)
         self._ahead = {who: _Ahead(step, x, others, _bytes(step.read)) for who, x, step in behind}
@@ -134,13 +139,20 @@ class Walk(threading.local):
             met |= {id(state), id(ready.step.layer)}
             yield state, args[0], ready
 
+    def _waste(self, state: Any) -> None:
+        """Take note that a layer was run ahead in vain."""
+        state.follower.wasted += 1
+        self._chain = None
+
     def _link(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note that a layer was called with what the last one returned."""
         if self._last is None:
             return
         last, output, others = self._last
-        if last is not state and args and args[0] is output and others.are(args, kwargs):
-            last.follower.next = state
+        if last is state or last.follower.next is state:
+            return
+        if args and args[0] is output and others.are(args, kwargs):
+            last.follower.next, self._chain = state, None
 
 
 def _bytes(tensors: list[Tensor]) -> list[bytes]:

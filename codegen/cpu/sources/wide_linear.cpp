@@ -12,7 +12,7 @@
 //     w    [block / PANEL][DEPTH][PANEL]      of a thread, for DEPTH of a block's columns: in its second-level cache
 //
 // VECTOR_ROWS rows of the input, in the first-level cache, walk over the panels of a block; the sums of a block go
-// through memory once for DEPTH numbers. A sum runs over K in one order, whatever the rows, the columns and the threads.
+// through memory once for DEPTH numbers. A sum runs over K in one order, whatever rows, columns and threads there are.
 //
 //     M rows, K width of the input, N width of the output
 //

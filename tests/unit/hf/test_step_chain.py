@@ -1,0 +1,181 @@
+"""Steps that are made ready together: most are, and whatever changes between two of them is seen."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from latent_caches import coded, logits, plans
+from needs import needs_compiler
+from small_models import tiny_llama, token_ids
+from torch import Tensor
+
+import fhopt
+from fhopt.hf.apply import latent_cache
+from fhopt.hf.bound_program import BoundProgram
+from fhopt.hf.layer_programs import STATE
+from fhopt.hf.step_chain import StepChain
+
+pytestmark = needs_compiler
+LAYERS, PROMPT, STEPS = 4, 40, 24
+
+
+def four_layers() -> Any:
+    return tiny_llama(num_hidden_layers=LAYERS)
+
+
+def model_of(programs: bool = True) -> Any:
+    model, plan = four_layers(), coded(plans(four_layers, 8))
+    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of a first layer made those behind it ready together."""
+    seen: list[bool] = []
+    ready = StepChain.ready
+
+    def watched(*given: Any) -> Any:
+        found = ready(*given)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(StepChain, "ready", watched)
+    return seen
+
+
+def steps(model: Any, cache: Any, ids: Tensor, first: int, last: int) -> Tensor:
+    return logits(model, cache, ids[:, :last], list(range(first, last)))
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_most_steps_are_made_ready_together(together: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, made = token_ids(1, PROMPT + STEPS), []
+    model, ready = model_of(), BoundProgram.ready
+
+    def watched(*given: Any) -> Any:
+        made.append(1)
+        return ready(*given)
+
+    monkeypatch.setattr(BoundProgram, "ready", watched)
+    output = steps(model, latent_cache(model), ids, PROMPT, PROMPT + STEPS)
+    assert together.count(True) > 0.6 * STEPS and len(made) < 0.6 * STEPS * LAYERS
+    plain = model_of(programs=False)
+    assert close(output, steps(plain, latent_cache(plain), ids, PROMPT, PROMPT + STEPS))
+
+
+def another_weight(model: Any) -> None:
+    layer = model.model.layers[2].mlp.up_proj
+    layer.weight = torch.nn.Parameter(1.5 * layer.weight.detach())
+
+
+def moved_weight(model: Any) -> None:
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    weight.data = 1.5 * weight.data
+
+
+def another_part(model: Any) -> None:
+    layer = model.model.layers[3].mlp
+    other = torch.nn.Linear(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    with torch.no_grad():
+        other.weight.copy_(1.5 * layer.up_proj.weight)
+    layer.up_proj = other
+
+
+def another_forward(model: Any) -> None:
+    part = model.model.layers[2].mlp.down_proj
+    run = part.forward
+    part.forward = lambda x: 1.5 * run(x)
+
+
+def hook_inside(model: Any) -> None:
+    model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def hook_between(model: Any) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def hook_before(model: Any) -> None:
+    model.model.layers[2].register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        another_weight,
+        moved_weight,
+        another_part,
+        another_forward,
+        hook_inside,
+        hook_between,
+        hook_before,
+    ],
+)
+def test_a_model_that_changes_between_two_steps_is_read_as_it_is(
+    together: list[bool], change: Callable[[Any], None]
+) -> None:
+    ids, outputs = token_ids(1, PROMPT + STEPS), []
+    middle = PROMPT + STEPS // 2
+    for programs in (False, True):
+        model = model_of(programs)
+        cache = latent_cache(model)
+        outputs.append(steps(model, cache, ids, PROMPT, middle))
+        assert not programs or together[-1]
+        change(model)
+        outputs.append(rest(model, cache, ids, middle))
+    assert close(outputs[2], outputs[0]) and close(outputs[3], outputs[1])
+    unchanged = model_of(programs=False)
+    cache = latent_cache(unchanged)
+    steps(unchanged, cache, ids, PROMPT, middle)
+    assert not close(outputs[1], rest(unchanged, cache, ids, middle))
+
+
+@torch.no_grad()
+def rest(model: Any, cache: Any, ids: Tensor, first: int) -> Tensor:
+    """Logits of the tokens from `first` on, one by one."""
+    return torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(first, ids.shape[1])], 1)
+
+
+def test_a_cache_that_is_cropped_between_two_steps_is_read_as_it_is(together: list[bool]) -> None:
+    ids, outputs = token_ids(1, PROMPT + STEPS), []
+    for programs in (False, True):
+        model = model_of(programs)
+        cache = latent_cache(model)
+        steps(model, cache, ids, PROMPT, PROMPT + 10)
+        cache.layers[2].crop(-3)
+        outputs.append(rest(model, cache, ids, PROMPT + 10))
+    assert any(together)
+    assert close(*outputs)
+
+
+def test_other_threads_are_seen(together: list[bool]) -> None:
+    ids, model = token_ids(1, PROMPT + STEPS), model_of()
+    cache = latent_cache(model)
+    before = torch.get_num_threads()
+    steps(model, cache, ids, PROMPT, PROMPT + 10)
+    assert together[-1]
+    try:
+        torch.set_num_threads(before + 1)
+        rest(model, cache, ids[:, : PROMPT + 11], PROMPT + 10)
+        assert not together[-1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_chain_keeps_no_cache() -> None:
+    ids, model = token_ids(1, PROMPT + STEPS), model_of()
+    cache = latent_cache(model)
+    steps(model, cache, ids, PROMPT, PROMPT + STEPS)
+    held = [weakref.ref(layer) for layer in cache.layers]
+    assert vars(model.model.layers[0])[STATE].shared.walk._chain is not None
+    del cache
+    gc.collect()
+    assert all(layer() is None for layer in held)
