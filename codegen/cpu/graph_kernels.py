@@ -100,7 +100,7 @@ def call_kernels(module: fx.GraphModule, products: bool = True) -> fx.GraphModul
     """Replace the ops of a graph by C++ ones wherever they serve; the same module where none does.
 
     For graphs without gradients, whose nodes have `meta["example_value"]`, as Dynamo's have. products: linear
-    layers on few rows, too.
+    layers, too.
     """
     products = products and not _casts(module.graph)
     served = [n for n in module.graph.nodes if n.op == "call_function" and _native_call(n, products) is not None]
@@ -150,6 +150,8 @@ def _linear_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
         return None
     rows = math.prod(x.shape[:-1])
     if not all(isinstance(n, int) for n in weight.shape) or weight.stride(1) != 1:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     few = isinstance(rows, int) and skinny_linear.serves(rows, weight)
     many = wide_linear.serves(_known(rows), x.dtype)
@@ -338,8 +340,9 @@ def serve_linear() -> bool:
     loaded, address = library(), skinny_linear.address()
     if loaded is None or address is None:
         return False
-    loaded.fhopt_serve_skinny.argtypes, loaded.fhopt_serve_skinny.restype = (ctypes.c_void_p,), None
-    loaded.fhopt_serve_skinny(address)
+    loaded.fhopt_serve_skinny.argtypes = ctypes.c_void_p, ctypes.c_int64
+    loaded.fhopt_serve_skinny.restype = None
+    loaded.fhopt_serve_skinny(address, skinny_linear.MOST_ROWS)
     if wide_linear.is_wanted():
         serve_wide()
     return True
@@ -351,9 +354,8 @@ def serve_wide() -> bool:
     loaded, address = library(), wide_linear.address()
     if loaded is None or address is None:
         return False
-    loaded.fhopt_serve_wide.argtypes = ctypes.c_void_p, ctypes.c_int64
-    loaded.fhopt_serve_wide.restype = None
-    loaded.fhopt_serve_wide(address, skinny_linear.MOST_ROWS)
+    loaded.fhopt_serve_wide.argtypes, loaded.fhopt_serve_wide.restype = (ctypes.c_void_p,), None
+    loaded.fhopt_serve_wide(address)
     return True
 
 

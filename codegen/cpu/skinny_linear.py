@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fhopt.codegen.compiler import CompileError, load
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 
 
 def serves(rows: int, weight: Tensor) -> bool:
-    """Return whether the kernel is worth it for so many rows: weights of less than LEAST_BYTES are left to torch."""
-    return 1 <= rows <= MOST_ROWS and weight.numel() * weight.element_size() >= LEAST_BYTES
+    """Return whether the kernel is worth it for so many rows: plain weights below LEAST_BYTES are left to torch."""
+    is_large = type(weight) not in (*_PLAIN, FakeTensor) or weight.numel() * weight.element_size() >= LEAST_BYTES
+    return 1 <= rows <= MOST_ROWS and is_large
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -53,7 +55,7 @@ def _takes(x: Tensor, width: int, bias: Tensor | None) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    return bias is None or (bias.dtype == x.dtype and type(bias) in _PLAIN)
+    return bias is None or (bias.dtype == x.dtype and bias.dim() == 1 and type(bias) in _PLAIN)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ Registered through the entry point group `torch_dynamo_backends`, so no import i
     max_loss             without plan and ratio: fit the smallest plan within that loss online (default 0.01, 1 %)
     calibration_tokens   tokens of the calls to which a plan is fitted online (default 16,384)
     weights              "check" (default): a plan is used only for the weights that it was fitted for; "trust": for any
-    skinny_products      on CPUs, products of up to 16 rows with a weight go to a kernel that reads the weight once
-                         (default: True; False: to inductor)
+    skinny_products      on CPUs, products of up to 16 rows with a weight go to a kernel that reads the weight once, of
+                         more, in 16 bits, to another one with AVX2 alone (default: True; False: to inductor)
     strict               raise FhoptError when a plan compresses no site of a graph (default: warn)
 
 All other options go to inductor. `fhopt.report(compiled)` shows what each attention was compiled to, and why.

@@ -3,7 +3,7 @@
     numbers     where                             torch takes                            here
     float32     AMD with AVX-512                  MKL, which uses half the vectors       oneDNN
     bfloat16    no instructions for it (AVX2)     loops: 11 to 16 GFLOP/s                a kernel: 140 to 170
-    float16     no instructions for it (most)     loops                                  a kernel
+    float16     no instructions for it (most)     loops                                  a kernel; AVX-512: float32
 
 (2 threads, torch 2.15: float32 on Zen 5, 218 GFLOP/s by MKL, 487 by oneDNN; bfloat16 on Zen 3, 1,024 rows.) Products
 of 16-bit numbers are exact in float32, in which sums are either way; only the result is rounded. They are computed by
@@ -138,6 +138,7 @@ class _Linears(TorchFunctionMode):
     def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _way(input, weight, bias) is not _in_float32:
             return torch.nn.functional.linear(input, weight, bias)
+        codegen.prepare_linear()  # all products are then made in one way, from the first on
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (input, weight, bias) if t is not None):
             return _in_float32(input, weight, bias)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -167,7 +168,6 @@ def fast_products(weights: Iterable[Tensor] | None = None) -> Iterator[None]:
         if is_onednn_faster():
             entered.enter_context(_allowed)
         if _has_loops(weights) and not any(type(mode) is _Linears for mode in _get_current_function_mode_stack()):
-            codegen.prepare_linear()  # all products are then made in one way, from the first on
             entered.enter_context(_Linears())
         yield
 

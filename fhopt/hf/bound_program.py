@@ -158,9 +158,8 @@ class BoundProgram:
     def _step(self, cache: Any, threads: int) -> CacheStep | None:
         """Return the step of a layer of the cache, prepared for this call; None where this is an ordinary one."""
         layer = cache.layers[self.attention.layer]
-        known, of_it = self.recent
-        step = of_it() if known is not None and known() is layer else self.steps.get(layer)
-        if step is None or not (step.is_current(layer, threads) or step.move(layer, threads)):
+        step = self.prepared(layer, threads)
+        if step is None:
             tensors, options = self.tensors, self.options
             if cache.offloading:
                 return None
@@ -174,6 +173,12 @@ class BoundProgram:
                 self.externals[external] = address
             self.are_fixed = True
         return step
+
+    def prepared(self, layer: Any, threads: int) -> CacheStep | None:
+        """Return the step that was prepared for a layer of a cache, where it may be run again."""
+        known, of_it = self.recent
+        step: CacheStep | None = of_it() if known is not None and known() is layer else self.steps.get(layer)
+        return step if step is not None and (step.is_current(layer, threads) or step.move(layer, threads)) else None
 
     def _result(self, output: Tensor) -> Any:
         """Return what the layer returns with this output."""

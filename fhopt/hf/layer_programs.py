@@ -201,8 +201,9 @@ class LayerState:
         module = self.layer if self.inner is None else self.inner
         found: list[tuple[dict[str, Any], str, Any]] = [(vars(self.layer), "training", self.layer.training)]
         config = vars(module).get("config")
+        found.append((vars(module), "config", config))
         if config is not None:
-            found += [(vars(module), "config", config), (vars(config), IMPLEMENTATION, self.attention)]
+            found.append((vars(config), IMPLEMENTATION, vars(config).get(IMPLEMENTATION)))
         return found
 
     def _is_as_it_was(self) -> bool:

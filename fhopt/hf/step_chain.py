@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,35 +19,38 @@ from fhopt.hf.bound_program import BoundProgram, ReadyStep
 from fhopt.hf.cache_steps import CacheStep
 from fhopt.hf.layer_trace import leaf
 
+FIRST = (0,)  # the path of the first argument
 Behind = list[tuple[Any, Tensor, ReadyStep]]  # states of layers, what they are called with, and their steps
 
 
 class StepChain:
     """Layers that are called one behind the other, with the same arguments but for the first.
 
-    first, states: of layers (`LayerState`); the last ones are those behind the first, with the programs `bounds`.
+    first, states: of layers (`LayerState`); the last ones are those behind the first, with the programs `bounds`. It
+    serves every cache, and holds none.
     """
 
     def __init__(
-        self, first: Any, program: BoundProgram, states: Sequence[Any], bounds: Sequence[BoundProgram],
-        steps: Sequence[CacheStep],
-    ) -> None:  # fmt: skip
-        self._first, self._program, self._states, self._bounds = first, program, tuple(states), tuple(bounds)
-        self._steps = [ref(step) for step in steps]  # a cache that nobody has any more is not kept
+        self, first: Any, program: BoundProgram, states: Sequence[Any], bounds: Sequence[BoundProgram]
+    ) -> None:
+        self._program, self._states, self._bounds = program, tuple(states), tuple(bounds)
         self._numbers = [bound.attention.layer for bound in bounds]
         held = [entry for state in states for entry in state.held()]
+        layers = [vars(layer) for layer in (first.layer, *[state.layer for state in states])]
+        between = [(layer, "_forward_hooks", layer["_forward_hooks"]) for layer in layers[:-1]]
+        between += [(layer, "_forward_pre_hooks", layer["_forward_pre_hooks"]) for layer in layers[1:]]
+        held += between
         held += [entry for bound in bounds for entry in zip(bound.holders, bound.held_names, bound.held, strict=True)]
         single = {(id(holder), name): (holder, name, value) for holder, name, value in held}
         self._holders, self._names, self._held = zip(*single.values(), strict=True)
-        layers = [first.layer, *[state.layer for state in states]]
         self._hooks = [hooks for bound in bounds for hooks in bound.hooks]
-        self._hooks += [layer._forward_hooks for layer in layers[:-1]]
-        self._hooks += [layer._forward_pre_hooks for layer in layers[1:]]
+        self._hooks += [holder[name] for holder, name, _ in between]
         self._places = [place for bound in bounds for place in bound.places]
         self._addresses = [address for bound in bounds for address in bound.addresses]
         self._quantized = [weight for bound in bounds for weight in bound.quantized]
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
+        self._inputs = [places[path] for path in places if path == FIRST]
 
     @staticmethod
     def of(first: Any, ready: ReadyStep, behind: Behind) -> StepChain | None:
@@ -62,25 +64,24 @@ class StepChain:
                 return None
         if not bounds:
             return None
-        return StepChain(first, program, [who for who, _, _ in behind], bounds, [step.step for _, _, step in behind])
+        return StepChain(first, program, [who for who, _, _ in behind], bounds)
 
-    def ready(self, first: Any, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Behind | None:
+    def ready(self, ready: ReadyStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Behind | None:
         """Make the steps behind that of the first layer ready, in a call; None where something is not what it was.
 
         ready: the step of the first layer.
         """
-        if first is not self._first or ready.bound is not self._program or not self._are_layers_current():
+        if ready.bound is not self._program:
             return None
         cache = leaf(args, kwargs, self._program.attention.cache)
         steps = self._current_steps(cache.layers, torch.get_num_threads())
-        if steps is None:
+        if steps is None or not self._are_layers_current():
             return None
         behind: Behind = []
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
-        inputs = [i for i, tensor in enumerate(ready.read) if tensor is args[0]]
         read = list(ready.read)
         for state, bound, reads, step in zip(self._states, self._bounds, self._reads, steps, strict=True):
-            for i in inputs:
+            for i in self._inputs:
                 addresses[i], read[i] = x.data_ptr(), x
             for number, i in reads:
                 bound.externals[number] = addresses[i]
@@ -100,12 +101,9 @@ class StepChain:
     def _current_steps(self, layers: Sequence[Any], threads: int) -> list[CacheStep] | None:
         """Return the prepared steps of the layers of a cache; None where one of them is not to be run."""
         steps: list[CacheStep] = []
-        for get, number, bound in zip(self._steps, self._numbers, self._bounds, strict=True):
-            step = get()
-            layer = None if step is None else step.layer
-            if step is None or layer is None or layer is not layers[number] or not bound.are_fixed:
-                return None
-            if not (step.is_current(layer, threads) or step.move(layer, threads)):
+        for number, bound in zip(self._numbers, self._bounds, strict=True):
+            step = bound.prepared(layers[number], threads)
+            if step is None or not bound.are_fixed:
                 return None
             steps.append(step)
         return steps

@@ -83,7 +83,7 @@ class Walk(threading.local):
     def __init__(self) -> None:
         self._ahead: dict[Any, _Ahead] = {}  # by the states of layers
         self._last: tuple[Any, Tensor, _Others] | None = None  # a layer, what it returned, what it was called with
-        self._chain: StepChain | None = None  # the layers that were run ahead last
+        self._chains: dict[Any, StepChain | None] = {}  # layers that are run ahead, by the states of those before them
 
     def result_of(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a layer returns that was run ahead, whose cache holds the token then; None where it was not."""
@@ -112,10 +112,11 @@ class Walk(threading.local):
         if missed is not None:  # the first call that never came
             self._waste(missed)
         self._ahead.clear()
-        behind = None if self._chain is None else self._chain.ready(state, ready, args, kwargs)
+        chain = self._chains.get(state)
+        behind = None if chain is None else chain.ready(ready, args, kwargs)
         if behind is None:
             behind = list(self._behind(state, ready, args, kwargs, follow))
-            self._chain = StepChain.of(state, ready, behind)
+            self._chains[state] = StepChain.of(state, ready, behind)
         run_steps([ready.step, *[step.step for _, _, step in behind]])
         others = _Others(args, kwargs)
         self._ahead = {who: _Ahead(step, x, others, _bytes(step.read)) for who, x, step in behind}
@@ -142,7 +143,7 @@ class Walk(threading.local):
     def _waste(self, state: Any) -> None:
         """Take note that a layer was run ahead in vain."""
         state.follower.wasted += 1
-        self._chain = None
+        self._chains.clear()
 
     def _link(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note that a layer was called with what the last one returned."""
@@ -152,7 +153,8 @@ class Walk(threading.local):
         if last is state or last.follower.next is state:
             return
         if args and args[0] is output and others.are(args, kwargs):
-            last.follower.next, self._chain = state, None
+            last.follower.next = state
+            self._chains.clear()
 
 
 def _bytes(tensors: list[Tensor]) -> list[bytes]:

@@ -22,6 +22,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -69,8 +70,8 @@ std::unordered_map<std::string, Kernel> kernels;
 std::shared_mutex guard;
 void (*run_pack)(const Pack*) = nullptr;
 void (*run_skinny)(const Skinny*) = nullptr;  // of any rows, made for few
-void (*run_wide)(const Skinny*) = nullptr;    // of more than `most_skinny`, where that is faster
 int64_t most_skinny = 0;
+std::atomic<void (*)(const Skinny*)> run_wide{nullptr};  // of more than `most_skinny`, where that is faster
 
 // ------------------------------------------------------------------------------------------------ checks
 
@@ -450,7 +451,8 @@ Tensor linear_kernel(Tensor input, Tensor weight, std::optional<Tensor> bias, st
                    bias ? bias->data_ptr() : nullptr, output.data_ptr(),
                    scale ? static_cast<const float*>(scale->data_ptr()) : nullptr, 0};
     // clang-format on
-    (run_wide && rows > most_skinny ? run_wide : run_skinny)(&a);
+    const auto wide = run_wide.load();
+    (wide && rows > most_skinny ? wide : run_skinny)(&a);
     return output;
 }
 
@@ -467,9 +469,9 @@ extern "C" void fhopt_serve(
 
 extern "C" void fhopt_serve_pack(void (*run)(const Pack*)) { run_pack = run; }
 
-extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*)) { run_skinny = run; }
+extern "C" void fhopt_serve_skinny(void (*run)(const Skinny*), int64_t most) { most_skinny = most, run_skinny = run; }
 
-extern "C" void fhopt_serve_wide(void (*run)(const Skinny*), int64_t most) { run_wide = run, most_skinny = most; }
+extern "C" void fhopt_serve_wide(void (*run)(const Skinny*)) { run_wide = run; }
 
 STABLE_TORCH_LIBRARY_IMPL(fhopt, CPU, m) {
     m.impl("latent_kernel", TORCH_BOX(&latent_kernel));

@@ -1,6 +1,6 @@
 // wide
 //
-// Products of many rows with a weight, on CPUs that have no instructions for numbers of 16 bits or for signed bytes:
+// Products of many rows with a weight, for CPUs without instructions for numbers of 16 bits:
 //
 //     y[m][n] = scale[n] sum_k x[m][k] w[n][k] + bias[n]    x [M,K]   w [N,K]   scale, bias [N]   ->   y [M,N]
 //
@@ -171,6 +171,7 @@ void block_of_columns(const Skinny& a, const float* input, int64_t row, int64_t 
         if (from) multiply_block<true>(part, all, panels, columns, depth, sums);
         else multiply_block<false>(part, all, panels, columns, depth, sums);
     }
+    if (!a.width) std::fill(sums, sums + rows * SUMS_ROW, 0.0f);
     float bias[BLOCK] = {};
     if (a.bias) to_floats(static_cast<const uint8_t*>(a.bias) + first * bytes_of(type), type, columns, bias);
     for (int64_t r = 0; r < rows; r++) {
@@ -188,9 +189,10 @@ void block_of_columns(const Skinny& a, const float* input, int64_t row, int64_t 
 
 template <class T>
 void products(const Skinny& a) {
+    if (!a.rows || !a.columns) return;
     const Type type = Type(a.type % BYTES);
     const int64_t parts = ceil_div(a.width, DEPTH), times = ceil_div(a.rows, MOST);  // a weight is read so many times
-    const int64_t most = up_to(ceil_div(a.rows, std::max<int64_t>(times, 1)), VECTOR_ROWS);
+    const int64_t most = up_to(ceil_div(a.rows, times), VECTOR_ROWS);
     const int64_t size = most * a.width * a.columns;
     const int threads = int(std::clamp<int64_t>(size / SHARE, 1, a.threads));
     const int64_t wanted = std::max(ceil_div(a.columns, BLOCK), BLOCKS * threads);

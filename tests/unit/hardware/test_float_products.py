@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_compiler
 from torch.overrides import _get_current_function_mode_stack
 
+from fhopt import codegen
+from fhopt.codegen.cpu import wide_linear
 from fhopt.hardware import float_products
 from fhopt.hardware.float_products import fast_products, is_onednn_faster
 
@@ -93,8 +96,9 @@ def test_a_linear_layer_is_exact_and_needs_no_switch(
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without instructions for 16-bit numbers, and weights that are converted in several parts."""
+    """A CPU without instructions for 16-bit numbers and without kernels, and weights converted in several parts."""
     monkeypatch.setattr(float_products, "multiplies_by_loops", lambda dtype: True)
+    monkeypatch.setattr(codegen, "linear", lambda *_: None)
     monkeypatch.setattr(float_products, "CONVERTED", 1000)
 
 
@@ -109,6 +113,20 @@ def test_linear_layers_of_16_bits_are_exact_to_their_rounding(shape: tuple[int, 
         exact = torch.nn.functional.linear(y.double(), w.double(), None if b is None else b.double())
         found = float_products.linear(y, w, b)
         assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)  # rounded once
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_there_is_a_kernel_for_them_it_multiplies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (float_products, wide_linear):
+        monkeypatch.setattr(module, "multiplies_by_loops", lambda dtype: True)
+    monkeypatch.setattr(float_products, "_parts", lambda *_: pytest.fail("a weight is converted"))
+    layer, x = torch.nn.Linear(64, 40).to(dtype).requires_grad_(False), torch.randn(2, 30, 64).to(dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    for needs_gradient in (False, True):
+        with fast_products():
+            found = layer(x.requires_grad_(needs_gradient))
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)  # rounded once
 
 

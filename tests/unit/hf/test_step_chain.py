@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -103,8 +104,37 @@ def hook_between(model: Any) -> None:
     model.model.layers[1].register_forward_hook(lambda module, args, output: 1.5 * output)
 
 
+def hooks_between(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer._forward_hooks = type(layer._forward_hooks)()
+    hook_between(model)
+
+
 def hook_before(model: Any) -> None:
     model.model.layers[2].register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:]))
+
+
+def another_attention(model: Any) -> None:
+    attention = model.model.layers[2].self_attn
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+
+
+def training(model: Any) -> None:
+    model.model.layers[2].train()
+
+
+@pytest.mark.parametrize("change", [another_attention, training])
+def test_what_a_layer_behind_the_first_is_set_to_is_looked_at(
+    together: list[bool], change: Callable[[Any], None]
+) -> None:
+    ids, model = token_ids(1, PROMPT + 12), model_of()
+    cache = latent_cache(model)
+    steps(model, cache, ids, PROMPT, PROMPT + 10)
+    assert together[-1]
+    change(model)
+    rest(model, cache, ids[:, : PROMPT + 11], PROMPT + 10)
+    assert not together[-1]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +146,7 @@ def hook_before(model: Any) -> None:
         another_forward,
         hook_inside,
         hook_between,
+        hooks_between,
         hook_before,
     ],
 )
@@ -170,12 +201,35 @@ def test_other_threads_are_seen(together: list[bool]) -> None:
         torch.set_num_threads(before)
 
 
+def test_two_caches_in_turns_have_one_chain(together: list[bool]) -> None:
+    ids, model = token_ids(1, PROMPT + STEPS), model_of()
+    caches = [latent_cache(model) for _ in range(2)]
+    for cache in caches:
+        steps(model, cache, ids, PROMPT, PROMPT + 4)
+    together.clear()
+    for i in range(PROMPT + 4, PROMPT + STEPS):
+        for cache in caches:
+            rest(model, cache, ids[:, : i + 1], i)
+    assert together.count(True) > 0.6 * len(together) and len(together) > STEPS
+
+
+def test_layers_before_and_behind_a_hook_have_a_chain_each(together: list[bool]) -> None:
+    ids, model = token_ids(1, PROMPT + STEPS), model_of()
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    cache = latent_cache(model)
+    steps(model, cache, ids, PROMPT, PROMPT + 4)
+    together.clear()
+    rest(model, cache, ids, PROMPT + 4)
+    assert together.count(True) > STEPS and together.count(True) > 0.6 * len(together)
+
+
 def test_a_chain_keeps_no_cache() -> None:
     ids, model = token_ids(1, PROMPT + STEPS), model_of()
     cache = latent_cache(model)
     steps(model, cache, ids, PROMPT, PROMPT + STEPS)
-    held = [weakref.ref(layer) for layer in cache.layers]
-    assert vars(model.model.layers[0])[STATE].shared.walk._chain is not None
+    held = [weakref.ref(part) for layer in cache.layers for part in layer.packed_keys.parts]
+    assert any(vars(model.model.layers[0])[STATE].shared.walk._chains.values())
+    assert held and all(part() is not None for part in held)
     del cache
     gc.collect()
-    assert all(layer() is None for layer in held)
+    assert all(part() is None for part in held)

@@ -24,8 +24,8 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(DTYPES), st.integers(1, 20), st.integers(1, 600), st.integers(1, 70), st.booleans(),
-    st.booleans(), st.integers(0, 99),
+    st.sampled_from(DTYPES), st.integers(1, skinny_linear.MOST_ROWS), st.integers(1, 600), st.integers(1, 70),
+    st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_products_are_those_of_float64(
     dtype: torch.dtype, rows: int, width: int, columns: int, has_bias: bool, is_strided: bool, seed: int
@@ -45,7 +45,7 @@ def test_products_are_those_of_float64(
 @settings(deadline=None, max_examples=80)
 @given(
     st.sampled_from(DTYPES),
-    st.integers(1, 20),
+    st.integers(1, skinny_linear.MOST_ROWS),
     st.integers(1, 600),
     st.integers(1, 70),
     st.booleans(),
