@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -134,7 +134,7 @@ def test_what_cannot_be_compiled_is_left_to_torch(monkeypatch: pytest.MonkeyPatc
     assert targets(lambda y: F.linear(y, weight), x)[0] == [F.linear]
 
 
-def targets(function: Any, *inputs: Tensor, dynamic: bool = False) -> tuple[list[Any], Tensor]:
+def targets(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> tuple[list[Any], Tensor]:
     """What the graph of a function calls once kernels are in it, and what it gives."""
     graphs: list[fx.GraphModule] = []
 
