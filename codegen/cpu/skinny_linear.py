@@ -44,18 +44,18 @@ def serves(rows: int, weight: Tensor) -> bool:
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether kernels take the operands of an eager call: plain dense tensors of one type on the CPU."""
-    if type(weight) not in _PLAIN or not _takes(x, weight.shape[1], bias):
+    if type(weight) not in _PLAIN or not _takes(x, weight.shape, bias):
         return False
     return weight.is_cpu and weight.dtype == x.dtype and weight.stride(-1) == 1
 
 
-def _takes(x: Tensor, width: int, bias: Tensor | None) -> bool:
-    """Return whether input and bias are ones that kernels take, beside a weight of that width."""
-    if type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or x.shape[-1] != width:
+def _takes(x: Tensor, shape: torch.Size, bias: Tensor | None) -> bool:
+    """Return whether input and bias are ones that kernels take, beside a weight of that shape."""
+    if type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or x.shape[-1] != shape[1]:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    return bias is None or (bias.dtype == x.dtype and bias.dim() == 1 and type(bias) in _PLAIN)
+    return bias is None or (bias.dtype == x.dtype and bias.shape == shape[:1] and type(bias) in _PLAIN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def signed_bytes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     if type(weight) in _PLAIN:
         return None
     found = kept_bytes(weight)
-    return None if found is None or not _takes(x, found.values.shape[1], bias) else (found.values, found.scale)
+    return None if found is None or not _takes(x, found.values.shape, bias) else (found.values, found.scale)
 
 
 def kept_bytes(weight: Tensor) -> SignedBytes | None:

@@ -6,6 +6,7 @@ Letters: B sequences, H query heads, S new tokens, D head size, E size of values
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -17,10 +18,11 @@ from torch import Tensor
 from fhopt.attention.interface import latent_attention
 from fhopt.codegen.layers.program import LayerProgram, Stored, run_segment
 from fhopt.hf.cache_steps import CacheStep, prepare_step, result_tensors
-from fhopt.hf.layer_trace import Recording, leaf, leaves
+from fhopt.hf.layer_trace import Recording, Weight, leaf, leaves
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
 
+Entry = tuple[dict[str, Any], str, Any]  # a dictionary, a name in it, and what stands there
 _CONSTANT, _READ, _TENSOR, _OTHER = range(4)  # kinds of arguments
 
 
@@ -35,6 +37,30 @@ class ReadyStep:
     result: Any
 
 
+class Conditions:
+    """What layers must still be, so that their programs stand for them.
+
+    held: dictionaries, names in them, and what stands there; hooks: dictionaries that are empty; weights: plain ones,
+    whose addresses stay, and quantized ones.
+    """
+
+    def __init__(self, held: Iterable[Entry], hooks: Iterable[dict[Any, Any]], weights: Iterable[Weight]) -> None:
+        self.entries, self.hooks, self.weights = tuple(held), tuple(hooks), tuple(weights)
+        self._holders, self._names, self._held = zip(*self.entries, strict=True)
+        plain = [w for w in self.weights if w.kept is None]
+        self._quantized = [w for w in self.weights if w.kept is not None]
+        self._places, self._addresses = [w.tensor.data_ptr for w in plain], [w.address for w in plain]
+
+    def hold(self) -> bool:
+        """Return whether everything is what it was, and nothing hooks in."""
+        # A loop in Python over some fifty things takes as long as reading the weights of a small layer.
+        if any(self.hooks) or not all(map(is_, map(dict.get, self._holders, self._names), self._held)):
+            return False
+        if [place() for place in self._places] != self._addresses:
+            return False
+        return all(weight.is_current() for weight in self._quantized)
+
+
 class BoundProgram:
     """A program with the weights of one layer, for calls like a recorded one."""
 
@@ -45,21 +71,18 @@ class BoundProgram:
         self.program, self.attention, self.extra = program, recording.attention, recording.extra
         self.externals = (ctypes.c_int64 * program.externals)()
         self.address = ctypes.addressof(self.externals)
-        weights = recording.weights.values()
-        plain = [w for w in weights if w.kept is None]
-        self.quantized = [w for w in weights if w.kept is not None]
-        self.places, self.addresses = [w.tensor.data_ptr for w in plain], [w.address for w in plain]
-        held: list[tuple[dict[str, Any], str, Any]] = [(w.holder, w.name, w.tensor) for w in plain]
+        weights, inner = recording.weights.values(), [m for m in layer.modules() if m is not layer]
+        held: list[Entry] = [(w.holder, w.name, w.tensor) for w in weights if w.kept is None]
         held += [(m._modules, name, part) for m in layer.modules() for name, part in m._modules.items()]
-        held += [(vars(m), "forward", vars(m).get("forward")) for m in layer.modules() if m is not layer]
-        self.holders, self.held_names, self.held = zip(*held, strict=True)
+        held += [(vars(m), "forward", vars(m).get("forward")) for m in inner]
+        hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.conditions = Conditions(held, hooks, weights)
         for number, weight in recording.weights.items():
             self.externals[number] = weight.address
         self.reads = [(n, path) for n, path in recording.inputs.items() if n in program.read]
         self.attended = recording.trace.attention.results[0].number
         like = recording.tensors[self.attended]
         self.result_of_attention = (like.shape, like.dtype)
-        self.hooks = [h for m in layer.modules() if m is not layer for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.count, self.names = len(args), tuple(kwargs)
         paths = {path for _, path in self.reads}
         self.arguments = tuple([(path, *_expected(x, path in paths)) for path, x in leaves(args, kwargs)])
@@ -110,12 +133,7 @@ class BoundProgram:
 
     def is_current(self) -> bool:
         """Return whether the layer has the weights and the parts that it had, and nothing hooks into these."""
-        # A loop in Python over some fifty things takes as long as reading the weights of a small layer.
-        if any(self.hooks) or not all(map(is_, map(dict.get, self.holders, self.held_names), self.held)):
-            return False
-        if [place() for place in self.places] != self.addresses:
-            return False
-        return all(weight.is_current() for weight in self.quantized)
+        return self.conditions.hold()
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ReadyStep | None:
         """Return the step that this call is, with every address set; None where it is no single step of a cache.

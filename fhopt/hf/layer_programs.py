@@ -33,7 +33,7 @@ from fhopt.codegen.cpu.skinny_linear import MOST_ROWS
 from fhopt.codegen.layers.lowering import lower
 from fhopt.codegen.layers.program import LayerProgram
 from fhopt.codegen.layers.trace import LayerTrace, UnsupportedError
-from fhopt.hf.bound_program import BoundProgram, ReadyStep
+from fhopt.hf.bound_program import BoundProgram, Entry, ReadyStep
 from fhopt.hf.layer_structure import WeightPlace, structure_of, twin_of, weight_places, weights_at
 from fhopt.hf.layer_trace import Recording, leaf, observe, rehearse
 from fhopt.hf.steps_ahead import Follower, Walk
@@ -196,10 +196,10 @@ class LayerState:
             return bound(args, kwargs)
         return self.shared.walk.run(self, ready, args, kwargs, partial(_following, bound))
 
-    def held(self) -> list[tuple[dict[str, Any], str, Any]]:
+    def held(self) -> list[Entry]:
         """Return what `_is_as_it_was` looks at: dictionaries, names in them, and what stands there now."""
         module = self.layer if self.inner is None else self.inner
-        found: list[tuple[dict[str, Any], str, Any]] = [(vars(self.layer), "training", self.layer.training)]
+        found: list[Entry] = [(vars(self.layer), "training", self.layer.training)]
         config = vars(module).get("config")
         found.append((vars(module), "config", config))
         if config is not None:

@@ -9,13 +9,12 @@ the caches. Here what is looked at stands in a few flat lists, of all layers beh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fhopt.hf.bound_program import BoundProgram, ReadyStep
+from fhopt.hf.bound_program import BoundProgram, Conditions, ReadyStep
 from fhopt.hf.cache_steps import CacheStep
 from fhopt.hf.layer_trace import leaf
 
@@ -35,19 +34,16 @@ class StepChain:
     ) -> None:
         self._program, self._states, self._bounds = program, tuple(states), tuple(bounds)
         self._numbers = [bound.attention.layer for bound in bounds]
-        held = [entry for state in states for entry in state.held()]
+        all_of_them = [bound.conditions for bound in bounds]
+        held = [entry for conditions in all_of_them for entry in conditions.entries]
+        held += [entry for state in states for entry in state.held()]
         layers = [vars(layer) for layer in (first.layer, *[state.layer for state in states])]
         between = [(layer, "_forward_hooks", layer["_forward_hooks"]) for layer in layers[:-1]]
         between += [(layer, "_forward_pre_hooks", layer["_forward_pre_hooks"]) for layer in layers[1:]]
-        held += between
-        held += [entry for bound in bounds for entry in zip(bound.holders, bound.held_names, bound.held, strict=True)]
-        single = {(id(holder), name): (holder, name, value) for holder, name, value in held}
-        self._holders, self._names, self._held = zip(*single.values(), strict=True)
-        self._hooks = [hooks for bound in bounds for hooks in bound.hooks]
-        self._hooks += [holder[name] for holder, name, _ in between]
-        self._places = [place for bound in bounds for place in bound.places]
-        self._addresses = [address for bound in bounds for address in bound.addresses]
-        self._quantized = [weight for bound in bounds for weight in bound.quantized]
+        single = {(id(holder), name): (holder, name, value) for holder, name, value in [*held, *between]}
+        hooks = [hooks for conditions in all_of_them for hooks in conditions.hooks] + [hooks for _, _, hooks in between]
+        weights = [weight for conditions in all_of_them for weight in conditions.weights]
+        self._conditions = Conditions(single.values(), hooks, weights)
         places = {path: i for i, (_, path) in enumerate(program.reads)}
         self._reads = [[(number, places[path]) for number, path in bound.reads] for bound in bounds]
         self._inputs = [places[path] for path in places if path == FIRST]
@@ -75,7 +71,7 @@ class StepChain:
             return None
         cache = leaf(args, kwargs, self._program.attention.cache)
         steps = self._current_steps(cache.layers, torch.get_num_threads())
-        if steps is None or not self._are_layers_current():
+        if steps is None or not self._conditions.hold():
             return None
         behind: Behind = []
         addresses, x = [tensor.data_ptr() for tensor in ready.read], ready.output
@@ -89,14 +85,6 @@ class StepChain:
             behind.append((state, x, made))
             x = made.output
         return behind
-
-    def _are_layers_current(self) -> bool:
-        """Return whether every layer is what it was, and no hook runs between two of them."""
-        if any(self._hooks) or not all(map(is_, map(dict.get, self._holders, self._names), self._held)):
-            return False
-        if [place() for place in self._places] != self._addresses:
-            return False
-        return all(weight.is_current() for weight in self._quantized)
 
     def _current_steps(self, layers: Sequence[Any], threads: int) -> list[CacheStep] | None:
         """Return the prepared steps of the layers of a cache; None where one of them is not to be run."""

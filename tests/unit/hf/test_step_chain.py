@@ -10,28 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from latent_caches import coded, logits, plans
+from latent_caches import logits
+from layered_models import LAYERS, close, model_of
 from needs import needs_compiler
-from small_models import tiny_llama, token_ids
+from small_models import token_ids
 from torch import Tensor
 
-import fhopt
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.bound_program import BoundProgram
 from fhopt.hf.layer_programs import STATE
 from fhopt.hf.step_chain import StepChain
 
 pytestmark = needs_compiler
-LAYERS, PROMPT, STEPS = 4, 40, 24
-
-
-def four_layers() -> Any:
-    return tiny_llama(num_hidden_layers=LAYERS)
-
-
-def model_of(programs: bool = True) -> Any:
-    model, plan = four_layers(), coded(plans(four_layers, 8))
-    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+PROMPT, STEPS = 40, 24
 
 
 @pytest.fixture
@@ -51,10 +42,6 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def steps(model: Any, cache: Any, ids: Tensor, first: int, last: int) -> Tensor:
     return logits(model, cache, ids[:, :last], list(range(first, last)))
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return float((found - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_most_steps_are_made_ready_together(together: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

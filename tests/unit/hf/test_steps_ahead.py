@@ -11,28 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from latent_caches import coded, logits, plans
+from latent_caches import logits
+from layered_models import LAYERS, close, model_of
 from needs import needs_compiler
-from small_models import cached, tiny_llama, token_ids
+from small_models import cached, token_ids
 from torch import Tensor
 
-import fhopt
 from fhopt.hf import cache_steps, steps_ahead
 from fhopt.hf.apply import latent_cache
 from fhopt.hf.bound_program import BoundProgram
 from fhopt.hf.layer_programs import STATE
 
 pytestmark = needs_compiler
-LAYERS, PROMPT, STEPS = 4, 40, 40
-
-
-def four_layers() -> Any:
-    return tiny_llama(num_hidden_layers=LAYERS)
-
-
-def model_of(programs: bool = True) -> Any:
-    model, plan = four_layers(), coded(plans(four_layers, 8))
-    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+PROMPT, STEPS = 40, 40
 
 
 @pytest.fixture
@@ -51,10 +42,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def steps(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
     return logits(model, latent_cache(model) if cache is None else cache, ids, list(range(PROMPT, ids.shape[1])))
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return float((found - expected).norm() / expected.norm()) < 1e-3
 
 
 def followers(model: Any) -> list[Any]:

@@ -1,0 +1,26 @@
+"""A model of several layers with a plan, whose decode steps run as programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latent_caches import coded, plans
+from small_models import tiny_llama
+from torch import Tensor
+
+import fhopt
+
+LAYERS = 4
+
+
+def four_layers() -> Any:
+    return tiny_llama(num_hidden_layers=LAYERS)
+
+
+def model_of(programs: bool = True) -> Any:
+    model, plan = four_layers(), coded(plans(four_layers, 8))
+    return fhopt.prepare(fhopt.apply(model, plan, layer_programs=programs))
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm() / expected.norm()) < 1e-3
